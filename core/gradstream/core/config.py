@@ -1,0 +1,306 @@
+"""Recipes: what a job trains, on what, and how. One pydantic model a component; an unknown key is an error.
+
+A recipe file is YAML. `base: other.yaml` starts from another recipe (mappings merge, everything else replaces), and
+`key.sub=value` overrides come last. `load_recipe` resolves all of it; its result is what the coordinator stores, and
+with the seed and the data it determines every bit of the result.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gradstream.core.errors import ConfigError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which model: the contents of a Hugging Face config.json, written out or by path."""
+
+    config: dict[str, Any] = Field(description="a Hugging Face config.json as a mapping, or its path")
+
+
+class TrainingConfig(Section):
+    """The batch and how a worker computes it. All of it shapes the trajectory."""
+
+    num_steps: Positive = Field(description="optimizer updates")
+    num_slots: Positive = Field(default=4, description="fixed parts of the global batch; most workers that can share a step")
+    global_batch: Positive = Field(default=32, description="samples a step, over all slots")
+    microbatch: Positive = Field(default=8, description="samples that go through the model at once")
+    sequence_length: Positive = Field(default=256, description="target tokens a sample")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="fp32, or bf16 autocast")
+    recompute: bool = Field(default=False, description="recompute activations in the backward pass to save memory")
+    num_threads: Positive = Field(default=1, description="threads that a worker on a CPU computes with")
+    max_consecutive_skips: Positive = Field(
+        default=10, description="steps in a row with a non-finite gradient after which the job fails"
+    )
+
+    @property
+    def slot_batch(self) -> int:
+        """Samples a slot."""
+        return self.global_batch // self.num_slots
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainingConfig:
+        if self.global_batch % self.num_slots:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not divisible by num_slots {self.num_slots}; "
+                f"use {self.global_batch // self.num_slots * self.num_slots or self.num_slots} "
+                f"or another number of slots"
+            )
+        if self.slot_batch % self.microbatch:
+            raise ValueError(
+                f"a slot's {self.slot_batch} samples (global_batch / num_slots) are not divisible by "
+                f"microbatch {self.microbatch}; use a microbatch that divides {self.slot_batch}"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """The update rule that the servers apply."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0, description="on matrices only, not on norms and biases")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only")
+    nesterov: bool = Field(default=True, description="sgd only")
+    clip_norm: float = Field(default=1.0, gt=0, description="global gradient norm above which the gradient is scaled")
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps, as a factor on optimizer.learning_rate."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegative = 0
+    min_ratio: float = Field(default=0.1, ge=0, le=1, description="the factor at the end (cosine, wsd)")
+    decay_steps: NonNegative = Field(default=0, description="wsd only: length of the linear decay at the end")
+
+
+class CodecConfig(Section):
+    """How tensors travel."""
+
+    push: Literal["fp32", "bf16", "int8"] = Field(default="bf16", description="gradients, worker to server")
+    pull: Literal["fp32", "bf16", "int8"] = Field(default="bf16", description="weights, server to worker")
+
+
+class PrepareConfig(Section):
+    """How `gradstream data prepare` makes the data set when it is not there yet."""
+
+    sources: list[str] = Field(
+        min_length=1,
+        description="files, globs, directories on any fsspec path; 'stdlib:' is Python's standard library",
+    )
+    tokenizer: str | None = Field(default=None, description="path of a tokenizer.json; trained when absent")
+    vocab_size: Positive = Field(default=4096, description="size of the byte-level BPE to train")
+    text_field: str = Field(default="text", description="JSONL and Parquet: the field that holds the text")
+    validation_fraction: float = Field(default=0.02, ge=0, lt=1, description="share of documents held out")
+    num_shards: Positive = Field(default=8, description="training data shards; a multiple of num_slots")
+    max_bytes: Positive | None = Field(default=None, description="stop after about this many bytes of text")
+
+
+class DataConfig(Section):
+    """Where the prepared data set is."""
+
+    path: str = Field(description="directory of manifest.json, on any fsspec path")
+    prepare: PrepareConfig | None = None
+
+
+class ValidationConfig(Section):
+    """Validation passes; one is also made before the first step and one after the last."""
+
+    interval_steps: NonNegative = Field(default=100, description="0: no validation passes at all")
+    num_samples: Positive = Field(default=64, description="samples a pass, over all slots")
+
+
+class CheckpointConfig(Section):
+    """Checkpoints; the last version always gets one."""
+
+    interval_steps: NonNegative = Field(default=100, description="0: only the last")
+    keep: Positive = Field(default=3, description="how many of the newest to keep")
+
+
+class ClusterConfig(Section):
+    """What the job needs of the cluster. None of it shapes the trajectory."""
+
+    min_servers: Positive = 1
+    min_workers: Positive = 1
+    fragment_bytes: Positive = Field(default=4 << 20, description="most bytes of fp32 a fragment holds")
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    description: str = ""
+    seed: NonNegative = 0
+    run_root: str = Field(default="runs", description="directory under which runs/<job>/ is made")
+    model: ModelConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    codec: CodecConfig = CodecConfig()
+    data: DataConfig
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        longest = self.model.config.get("max_position_embeddings", self.model.config.get("n_positions"))
+        if longest is not None and self.training.sequence_length > longest:
+            raise ValueError(
+                f"training.sequence_length {self.training.sequence_length} is longer than the model's "
+                f"{longest} positions; lower it or raise model.config.max_position_embeddings"
+            )
+        prepare = self.data.prepare
+        if prepare is not None and prepare.num_shards % self.training.num_slots:
+            raise ValueError(
+                f"data.prepare.num_shards {prepare.num_shards} is not divisible by training.num_slots "
+                f"{self.training.num_slots}; every slot draws from its own group of data shards"
+            )
+        if self.validation.num_samples % self.training.num_slots:
+            raise ValueError(
+                f"validation.num_samples {self.validation.num_samples} is not divisible by training.num_slots "
+                f"{self.training.num_slots}"
+            )
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file with its bases, apply `key.sub=value` overrides and validate.
+
+    Relative paths in the recipe are made absolute against the current directory, except model.config and base, which are
+    relative to the file that names them. Raises ConfigError with one line.
+    """
+    tree = _load_tree(Path(path), seen=())
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override '{override}' is not of the form key.sub=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _set(tree, key.strip().split("."), value, override)
+    return absolute_paths(parse_recipe(tree, origin=str(path)))
+
+
+def parse_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> Recipe:
+    """Validate a recipe given as a mapping or as JSON. Raises ConfigError with one line."""
+    try:
+        data = json.loads(tree) if isinstance(tree, str) else tree
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{origin}: not JSON ({error})") from None
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_explain(error)}") from None
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with local relative paths (run_root, data.path, sources, tokenizer) made absolute."""
+    data = recipe.data
+    if data.prepare is not None:
+        prepare = data.prepare.model_copy(
+            update={
+                "sources": [_absolute(source) for source in data.prepare.sources],
+                "tokenizer": _absolute(data.prepare.tokenizer) if data.prepare.tokenizer else None,
+            }
+        )
+        data = data.model_copy(update={"prepare": prepare})
+    data = data.model_copy(update={"path": _absolute(data.path)})
+    return recipe.model_copy(update={"run_root": _absolute(recipe.run_root), "data": data})
+
+
+def _absolute(path: str) -> str:
+    return path if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]*:", path) else str(Path(path).expanduser().absolute())
+
+
+def _load_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.expanduser().resolve()
+    if resolved in seen:
+        raise ConfigError(f"{path}: 'base' leads back to this file; remove one of the 'base' lines")
+    try:
+        tree = yaml.safe_load(resolved.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe; `gradstream recipes ls` lists the ones that come along") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys to values")
+    base = tree.pop("base", None)
+    config = tree.get("model", {}).get("config") if isinstance(tree.get("model"), dict) else None
+    if isinstance(config, str):
+        tree["model"]["config"] = _load_model_config(resolved.parent / config)
+    if base is None:
+        return tree
+    return _merge(_load_tree(resolved.parent / str(base), (*seen, resolved)), tree)
+
+
+def _load_model_config(path: Path) -> dict[str, Any]:
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.config: {path} is not a readable config.json ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"model.config: {path} does not hold a JSON object")
+    return config
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        child = tree.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override '{override}': '{key}' holds a value, not a section")
+        tree = child
+    tree[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one line, with the nearest key where a key is unknown."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in problem["loc"][:-1]:
+            annotation = section.model_fields[str(part)].annotation
+            section = next(
+                (a for a in getattr(annotation, "__args__", (annotation,)) if isinstance(a, type) and issubclass(a, Section)),
+                Section,
+            )
+        return f"unknown key '{where}'{nearest(str(problem['loc'][-1]), section.model_fields)}{more}"
+    if problem["type"] == "missing":
+        return f"'{where}' is missing{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{message}{more}"
+    return f"'{where}': {message[0].lower()}{message[1:]}, not {problem['input']!r}{more}"

@@ -1,0 +1,161 @@
+"""Data sets as the cluster sees them: the manifest, and which samples a slot takes at a step.
+
+A data set is a directory with `manifest.json`, `tokenizer.json`, token data shards (`train-00000.tokens`, …,
+`validation-00000.tokens`: little-endian uint16 or uint32 token ids, nothing else) and for each an index
+(`train-00000.index`: little-endian uint64 offsets, in tokens, of each document's first token, then the total).
+
+A sample is a window of `sequence_length + 1` tokens: the first `sequence_length` are the input, the last
+`sequence_length` the targets. Windows of a shard do not overlap in their targets: window w starts at token
+w * sequence_length. What does not fill a window at a shard's end is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gradstream.core.errors import DataError
+
+Count = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# A name, never a path: it comes from a file and is joined to a directory.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class DataShard(BaseModel):
+    """One token file and its index."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: FileName
+    index_file: FileName
+    split: Literal["train", "validation"]
+    num_tokens: Count
+    num_documents: Count
+    num_bytes: Count
+    sha256: Digest
+    index_sha256: Digest
+
+    def num_samples(self, sequence_length: int) -> int:
+        """Windows of `sequence_length` targets in this shard."""
+        return max(0, self.num_tokens - 1) // sequence_length
+
+
+class Manifest(BaseModel):
+    """What a data set consists of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    token_dtype: Literal["uint16", "uint32"]
+    vocab_size: Annotated[int, Field(gt=0)]
+    end_of_text_id: Count
+    tokenizer_file: FileName = "tokenizer.json"
+    tokenizer_sha256: Digest
+    shards: tuple[DataShard, ...]
+    sources: tuple[str, ...] = ()
+
+    def split(self, name: str) -> list[DataShard]:
+        """The data shards of one split, in order."""
+        return [shard for shard in self.shards if shard.split == name]
+
+
+def parse_manifest(text: str | bytes | Mapping[str, Any], origin: str = MANIFEST_NAME) -> Manifest:
+    """Validate a manifest. Raises DataError with one line."""
+    try:
+        return Manifest.model_validate(json.loads(text) if isinstance(text, str | bytes) else text)
+    except (ValueError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        raise DataError(f"{origin} is not a valid data manifest ({what}); prepare the data again") from None
+
+
+def slot_group(manifest: Manifest, split: str, slot: int, num_slots: int) -> list[DataShard]:
+    """The data shards that slot `slot` draws from: every num_slots-th one of the split. The groups do not overlap."""
+    return manifest.split(split)[slot::num_slots]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleAddress:
+    """Where a sample lies: window `window` of data shard `file`."""
+
+    file: str
+    window: int
+
+
+class SlotSampler:
+    """Which samples slot `slot` takes at each step: a pure function of (seed, step, slot).
+
+    Over an epoch every window of the slot's group is taken exactly once, in an order that depends on seed, slot and epoch:
+    a Feistel permutation with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), which
+    needs no memory and does not change with the version of a library.
+
+    Raises DataError when the group has no sample.
+    """
+
+    def __init__(self, manifest: Manifest, split: str, slot: int, num_slots: int, sequence_length: int, seed: int):
+        self._slot = slot
+        self._seed = seed
+        self._files: list[str] = []
+        self._starts: list[int] = [0]
+        for shard in slot_group(manifest, split, slot, num_slots):
+            samples = shard.num_samples(sequence_length)
+            if samples:
+                self._files.append(shard.file)
+                self._starts.append(self._starts[-1] + samples)
+        if not self._files:
+            raise DataError(
+                f"slot {slot} of {num_slots} has no {split} sample of {sequence_length} tokens; "
+                f"prepare at least {num_slots} larger {split} data shards or lower training.sequence_length"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the slot's group: the length of its epoch."""
+        return self._starts[-1]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The token files the samples come from."""
+        return tuple(self._files)
+
+    def samples(self, step: int, count: int) -> list[SampleAddress]:
+        """The `count` samples of step `step`, in order."""
+        return [self._address(step * count + offset) for offset in range(count)]
+
+    def first(self, count: int) -> list[SampleAddress]:
+        """The first `count` samples in stored order (all of them if there are fewer): what a validation pass evaluates."""
+        return [self._locate(position) for position in range(min(count, self.num_samples))]
+
+    def _address(self, number: int) -> SampleAddress:
+        epoch, position = divmod(number, self.num_samples)
+        return self._locate(permute(position, self.num_samples, f"{self._seed}/{self._slot}/{epoch}"))
+
+    def _locate(self, position: int) -> SampleAddress:
+        shard = bisect_right(self._starts, position) - 1
+        return SampleAddress(self._files[shard], position - self._starts[shard])
+
+
+def permute(value: int, size: int, key: str) -> int:
+    """Map `value` in [0, size) to another value in [0, size); for each key a permutation."""
+    if not 0 <= value < size:
+        raise ValueError(f"{value} is not in [0, {size})")
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = value >> half, value & mask
+        for turn in range(4):
+            digest = blake2b(f"{key}/{turn}/{right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+        value = left << half | right
+        if value < size:
+            return value

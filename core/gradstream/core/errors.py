@@ -1,0 +1,89 @@
+"""Every error that gradstream shows to people, in one tree.
+
+    GradstreamError
+    ├── ConfigError            a recipe, an option or a path is wrong
+    ├── DataError              a data set or a data shard is missing, corrupt or does not fit the model
+    ├── CheckpointError        a checkpoint is missing, truncated or altered
+    ├── PlanError              no plan can be made with the nodes at hand
+    ├── ProtocolError          a peer's message breaks the protocol
+    │   └── StaleEpochError    a peer speaks of a plan that has been replaced
+    └── UnreachableError       a peer does not answer
+
+A message is one line that names the cause and the cure. `exit_code` is what the CLI ends with.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import grpc
+
+
+class GradstreamError(Exception):
+    """An error with a message for people. `str(error)` is one line."""
+
+    exit_code = 1
+    status = grpc.StatusCode.INTERNAL
+
+
+class ConfigError(GradstreamError):
+    """A recipe, an option or a path is wrong."""
+
+    exit_code = 2
+    status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class DataError(GradstreamError):
+    """A data set or data shard is missing, corrupt or does not fit the model."""
+
+    exit_code = 3
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class CheckpointError(GradstreamError):
+    """A checkpoint is missing, truncated or altered."""
+
+    exit_code = 4
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class PlanError(GradstreamError):
+    """No plan can be made with the nodes at hand."""
+
+    exit_code = 5
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ProtocolError(GradstreamError):
+    """A peer's message breaks the protocol; nothing of it was used."""
+
+    exit_code = 6
+    status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class StaleEpochError(ProtocolError):
+    """A peer speaks of a plan that has been replaced."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class UnreachableError(GradstreamError):
+    """A peer does not answer."""
+
+    exit_code = 7
+    status = grpc.StatusCode.UNAVAILABLE
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the candidate nearest to `word`, or "" when none is near."""
+    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message on one line, for people: no stack trace, and the type's name only where it says more."""
+    text = " ".join(str(error).split())
+    if isinstance(error, GradstreamError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,66 @@
+"""Logging: structlog to stderr, and a bounded buffer of lines that a node's heartbeats carry to the coordinator."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+from gradstream.proto.v1 import coordinator_pb2
+
+MAX_LINES_PER_HEARTBEAT = 200
+
+
+class LogBuffer:
+    """Keeps the newest lines until a heartbeat takes them; older ones fall out."""
+
+    def __init__(self, max_lines: int = 1000):
+        self._lines: deque[coordinator_pb2.LogLine] = deque(maxlen=max_lines)
+
+    def take(self) -> list[coordinator_pb2.LogLine]:
+        """Remove and return the oldest lines, as many as one heartbeat may carry."""
+        return [self._lines.popleft() for _ in range(min(len(self._lines), MAX_LINES_PER_HEARTBEAT))]
+
+    def __call__(self, _: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """As a structlog processor: copy the line."""
+        fields = {key: value for key, value in event.items() if key not in ("event", "level", "timestamp", "job", "node")}
+        text = " ".join([str(event.get("event", "")), *(f"{key}={value}" for key, value in fields.items())])
+        self._lines.append(
+            coordinator_pb2.LogLine(
+                unix_ms=int(time.time() * 1000), level=method, text=text[:2000], job_id=str(event.get("job", ""))
+            )
+        )
+        return event
+
+
+def configure(level: str = "info", buffer: LogBuffer | None = None, json_lines: bool | None = None) -> None:
+    """Send log lines to stderr: readable, or JSON when `json_lines` or GRADSTREAM_LOG_FORMAT=json says so."""
+    if json_lines is None:
+        json_lines = os.environ.get("GRADSTREAM_LOG_FORMAT") == "json"
+    processors: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso" if json_lines else "%H:%M:%S", utc=json_lines),
+    ]
+    if buffer is not None:
+        processors.append(buffer)
+    if json_lines:
+        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    else:
+        processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0))
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger(**fields: Any) -> Any:
+    """A structlog logger with `fields` on every line."""
+    return structlog.get_logger(**fields)

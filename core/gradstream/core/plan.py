@@ -1,0 +1,117 @@
+"""The plan: what every process of a job agrees on for one epoch. See docs/protocol.md."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from gradstream.core.config import Recipe, parse_recipe
+from gradstream.core.data import Manifest, parse_manifest
+from gradstream.core.errors import ProtocolError
+from gradstream.core.fragments import Fragment, Tensor, cut
+from gradstream.proto.v1 import plan_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A parameter server as a plan names it."""
+
+    node_id: str
+    name: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One epoch's plan. The fragments follow from the tensors and `fragment_elements`."""
+
+    job_id: str
+    epoch: int
+    recipe: Recipe
+    model_config: dict[str, Any]
+    data_manifest: Manifest
+    tensors: tuple[Tensor, ...]
+    fragment_elements: int
+    placement: tuple[int, ...]
+    servers: tuple[Server, ...]
+    leader: int
+    start_version: int
+    checkpoint_path: str
+    checkpoint_root: str
+
+    @cached_property
+    def fragments(self) -> tuple[Fragment, ...]:
+        """All fragments, in forward order."""
+        return tuple(cut(self.tensors, self.fragment_elements))
+
+    @property
+    def num_slots(self) -> int:
+        return self.recipe.training.num_slots
+
+    @property
+    def num_steps(self) -> int:
+        return self.recipe.training.num_steps
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.num_elements for tensor in self.tensors)
+
+    def fragments_of(self, server: int) -> list[Fragment]:
+        """The fragments that server number `server` holds, in forward order."""
+        return [fragment for fragment in self.fragments if self.placement[fragment.index] == server]
+
+    def server_index(self, node_id: str) -> int | None:
+        """The index of the server with this node id, or None when the plan does not name it."""
+        return next((index for index, server in enumerate(self.servers) if server.node_id == node_id), None)
+
+    def to_proto(self) -> plan_pb2.Plan:
+        """The message that carries this plan."""
+        return plan_pb2.Plan(
+            job_id=self.job_id,
+            epoch=self.epoch,
+            recipe_json=self.recipe.model_dump_json(),
+            model_config_json=json.dumps(self.model_config),
+            data_manifest_json=self.data_manifest.model_dump_json(),
+            tensors=[
+                plan_pb2.Tensor(name=tensor.name, shape=tensor.shape, decay=tensor.decay, unit=tensor.unit)
+                for tensor in self.tensors
+            ],
+            fragment_elements=self.fragment_elements,
+            placement=self.placement,
+            servers=[
+                plan_pb2.PlanServer(node_id=server.node_id, name=server.name, address=server.address)
+                for server in self.servers
+            ],
+            leader=self.leader,
+            start_version=self.start_version,
+            checkpoint_path=self.checkpoint_path,
+            checkpoint_root=self.checkpoint_root,
+        )
+
+    @classmethod
+    def from_proto(cls, message: plan_pb2.Plan) -> Plan:
+        """Check and decode a plan. Raises ProtocolError when it contradicts itself."""
+        plan = cls(
+            job_id=message.job_id,
+            epoch=message.epoch,
+            recipe=parse_recipe(message.recipe_json),
+            model_config=json.loads(message.model_config_json),
+            data_manifest=parse_manifest(message.data_manifest_json),
+            tensors=tuple(Tensor(t.name, tuple(t.shape), t.decay, t.unit) for t in message.tensors),
+            fragment_elements=message.fragment_elements,
+            placement=tuple(message.placement),
+            servers=tuple(Server(s.node_id, s.name, s.address) for s in message.servers),
+            leader=message.leader,
+            start_version=message.start_version,
+            checkpoint_path=message.checkpoint_path,
+            checkpoint_root=message.checkpoint_root,
+        )
+        if not plan.fragment_elements or len(plan.placement) != len(plan.fragments):
+            raise ProtocolError(
+                f"plan {plan.job_id}/{plan.epoch} places {len(plan.placement)} fragments but has {len(plan.fragments)}"
+            )
+        if not plan.servers or max(plan.placement, default=0) >= len(plan.servers) or plan.leader >= len(plan.servers):
+            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} names a server that it does not list")
+        return plan

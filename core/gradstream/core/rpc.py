@@ -1,0 +1,122 @@
+"""gRPC as gradstream uses it: one set of options for both sides, and errors that survive the wire.
+
+A servicer method runs its body in `async with answering(context)`: a GradstreamError becomes a status whose trailing
+metadata names the error's class, and `error_from_rpc` on the other side makes the same error of it again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from gradstream.core import errors
+from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError
+
+ERROR_CLASS_KEY = "gradstream-error"
+MAX_MESSAGE_BYTES = 4 << 20
+UNARY_TIMEOUT_SECONDS = 20.0
+
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    *_KEEPALIVE,
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
+    # A proxy from the environment must not come between the machines of a cluster.
+    ("grpc.enable_http_proxy", 0),
+    # Each channel its own connection: a stalled stream of one peer must not hold up another's.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+SERVER_OPTIONS: list[tuple[str, Any]] = [
+    *_KEEPALIVE,
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Two servers on one port would each get half of the calls.
+    ("grpc.so_reuseport", 0),
+]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to `address` (host:port)."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def new_server() -> grpc.aio.Server:
+    """A server without services or port yet."""
+    return grpc.aio.server(options=SERVER_OPTIONS)
+
+
+def listen(server: grpc.aio.Server, address: str) -> int:
+    """Bind `server` to `address` (host:port, port 0 for a free one); return the port. Raises ConfigError when it is taken."""
+    try:
+        port: int = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise errors.ConfigError(
+            f"cannot listen on {address}: the port is in use or the address is not this machine's; "
+            f"stop the process that holds it or choose another (port 0 takes a free one)"
+        )
+    return port
+
+
+@asynccontextmanager
+async def answering(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Turn a GradstreamError raised inside into the status of the call."""
+    try:
+        yield
+    except GradstreamError as error:
+        context.set_trailing_metadata(((ERROR_CLASS_KEY, type(error).__name__),))
+        await context.abort(error.status, errors.one_line(error))
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> GradstreamError:
+    """The error for people that a failed call stands for. `peer` says whom was called ("coordinator 10.0.0.1:7000")."""
+    details = " ".join((error.details() or "").split())
+    name = dict(error.trailing_metadata() or ()).get(ERROR_CLASS_KEY)
+    known = getattr(errors, name, None) if isinstance(name, str) else None
+    if isinstance(known, type) and issubclass(known, GradstreamError):
+        return known(details)
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return UnreachableError(f"{peer} does not answer ({details or 'connection lost'}); is it running and the port open?")
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UnreachableError(f"{peer} took too long to answer; is it overloaded or the network down?")
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolError(f"{peer} does not offer this call; do both sides run the same gradstream version?")
+    return GradstreamError(f"{peer}: {error.code().name.lower().replace('_', ' ')}: {details}")
+
+
+class Backoff:
+    """Endless jittered exponential backoff, in seconds."""
+
+    def __init__(
+        self, first_seconds: float = 0.1, last_seconds: float = 3.0, uniform: Callable[[float, float], float] = random.uniform
+    ):
+        self._first = first_seconds
+        self._last = last_seconds
+        self._uniform = uniform
+        self._attempt = 0
+
+    def reset(self) -> None:
+        """Start again from the first delay."""
+        self._attempt = 0
+
+    def next(self) -> float:
+        """Seconds to wait before the next try."""
+        ceiling = min(self._last, self._first * 2 ** min(self._attempt, 20))
+        self._attempt += 1
+        return self._uniform(ceiling / 2, ceiling)

@@ -1,0 +1,155 @@
+"""A node's tie to the coordinator: register, heartbeat, take directives, come back after a break.
+
+The coordinator is not in the path of a step: while it is away the node keeps working and keeps knocking, with jittered
+backoff and without end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from gradstream.core import __version__
+from gradstream.core.errors import ConfigError, ProtocolError, one_line
+from gradstream.core.log import LogBuffer, get_logger
+from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
+from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+log = get_logger()
+
+
+@dataclass
+class NodeIdentity:
+    """Who a node is, as it tells the coordinator."""
+
+    kind: coordinator_pb2.NodeKind
+    name: str
+    address: str
+    memory_bytes: int
+    device: str
+    incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+class NodeSession:
+    """Keeps one node registered. `run` returns when `leave` was called.
+
+    `activity` and `held` are asked at each heartbeat and registration; `on_directive` is awaited for each directive in
+    order, so a slow one delays the next.
+    """
+
+    def __init__(
+        self,
+        coordinator_address: str,
+        identity: NodeIdentity,
+        activity: Callable[[], coordinator_pb2.Activity],
+        held: Callable[[], list[coordinator_pb2.HeldJob]],
+        on_directive: Callable[[coordinator_pb2.SessionResponse], Awaitable[None]],
+        log_buffer: LogBuffer | None = None,
+    ):
+        self.coordinator_address = coordinator_address
+        self.identity = identity
+        self.node_id = ""
+        self.unreachable_since: float | None = None
+        self._activity = activity
+        self._held = held
+        self._on_directive = on_directive
+        self._log_buffer = log_buffer
+        self._wake = asyncio.Event()
+        self._leaving = False
+        self._channel = open_channel(coordinator_address)
+        self.stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
+
+    @property
+    def peer(self) -> str:
+        """The coordinator, for error messages."""
+        return f"coordinator {self.coordinator_address}"
+
+    def leave(self) -> None:
+        """Tell the coordinator that this node goes, and make `run` return."""
+        self._leaving = True
+        self._wake.set()
+
+    def heartbeat_soon(self) -> None:
+        """Send a heartbeat at once instead of at the next interval."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Register and heartbeat until `leave`. Raises the coordinator's error when it refuses this node for good."""
+        backoff = Backoff()
+        while not self._leaving:
+            try:
+                await self._register_and_heartbeat(backoff)
+            except grpc.aio.AioRpcError as rpc_error:
+                error = error_from_rpc(rpc_error, self.peer)
+                if isinstance(error, ConfigError | ProtocolError):
+                    raise error from None
+                if self.unreachable_since is None:
+                    self.unreachable_since = time.time()
+                    log.warning("lost the coordinator, trying again until it is back", cause=one_line(error))
+            if not self._leaving:
+                await asyncio.sleep(backoff.next())
+        await self._channel.close()
+
+    async def report(self, send: Callable[[], Awaitable[object]]) -> None:
+        """Send a report until the coordinator has taken it. Raises its error when it refuses for good."""
+        backoff = Backoff()
+        while True:
+            try:
+                await send()
+                return
+            except grpc.aio.AioRpcError as rpc_error:
+                if rpc_error.code() not in (
+                    grpc.StatusCode.UNAVAILABLE,
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                    grpc.StatusCode.CANCELLED,
+                ):
+                    raise error_from_rpc(rpc_error, self.peer) from None
+            await asyncio.sleep(backoff.next())
+
+    async def _register_and_heartbeat(self, backoff: Backoff) -> None:
+        identity = self.identity
+        response = await self.stub.Register(
+            coordinator_pb2.RegisterRequest(
+                kind=identity.kind,
+                name=identity.name,
+                address=identity.address,
+                memory_bytes=identity.memory_bytes,
+                device=identity.device,
+                version=__version__,
+                held=self._held(),
+                incarnation=identity.incarnation,
+            ),
+            timeout=UNARY_TIMEOUT_SECONDS,
+        )
+        self.node_id = response.node_id
+        if self.unreachable_since is not None:
+            log.info("the coordinator is back", away_seconds=round(time.time() - self.unreachable_since, 1))
+        else:
+            log.info("registered", coordinator=self.coordinator_address, node_id=self.node_id)
+        self.unreachable_since = None
+        backoff.reset()
+        call = self.stub.Session(self._heartbeats(response.heartbeat_seconds))
+        async for directive in call:
+            await self._on_directive(directive)
+
+    async def _heartbeats(self, interval_seconds: float) -> AsyncIterator[coordinator_pb2.SessionRequest]:
+        while True:
+            leaving = self._leaving
+            yield coordinator_pb2.SessionRequest(
+                node_id=self.node_id,
+                activity=self._activity(),
+                log=self._log_buffer.take() if self._log_buffer is not None else [],
+                leaving=leaving,
+            )
+            if leaving:
+                return
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), interval_seconds)
+            except TimeoutError:
+                pass

@@ -39,7 +39,9 @@ class TrainingConfig(Section):
     """The batch and how a worker computes it. All of it shapes the trajectory."""
 
     num_steps: Positive = Field(description="optimizer updates")
-    num_slots: Positive = Field(default=4, description="fixed parts of the global batch; most workers that can share a step")
+    num_slots: Positive = Field(
+        default=4, description="fixed parts of the global batch; most workers that can share a step"
+    )
     global_batch: Positive = Field(default=32, description="samples a step, over all slots")
     microbatch: Positive = Field(default=8, description="samples that go through the model at once")
     sequence_length: Positive = Field(default=256, description="target tokens a sample")
@@ -186,8 +188,8 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file with its bases, apply `key.sub=value` overrides and validate.
 
-    Relative paths in the recipe are made absolute against the current directory, except model.config and base, which are
-    relative to the file that names them. Raises ConfigError with one line.
+    Relative paths in the recipe are made absolute against the current directory, except model.config and base, which
+    are relative to the file that names them. Raises ConfigError with one line.
     """
     tree = _load_tree(Path(path), seen=())
     for override in overrides:
@@ -294,7 +296,11 @@ def _explain(error: ValidationError) -> str:
         for part in problem["loc"][:-1]:
             annotation = section.model_fields[str(part)].annotation
             section = next(
-                (a for a in getattr(annotation, "__args__", (annotation,)) if isinstance(a, type) and issubclass(a, Section)),
+                (
+                    a
+                    for a in getattr(annotation, "__args__", (annotation,))
+                    if isinstance(a, type) and issubclass(a, Section)
+                ),
                 Section,
             )
         return f"unknown key '{where}'{nearest(str(problem['loc'][-1]), section.model_fields)}{more}"

@@ -95,9 +95,9 @@ class SampleAddress:
 class SlotSampler:
     """Which samples slot `slot` takes at each step: a pure function of (seed, step, slot).
 
-    Over an epoch every window of the slot's group is taken exactly once, in an order that depends on seed, slot and epoch:
-    a Feistel permutation with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), which
-    needs no memory and does not change with the version of a library.
+    Over an epoch every window of the slot's group is taken exactly once, in an order that depends on seed, slot and
+    epoch: a Feistel permutation with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains",
+    2002), which needs no memory and does not change with the version of a library.
 
     Raises DataError when the group has no sample.
     """
@@ -133,7 +133,8 @@ class SlotSampler:
         return [self._address(step * count + offset) for offset in range(count)]
 
     def first(self, count: int) -> list[SampleAddress]:
-        """The first `count` samples in stored order (all of them if there are fewer): what a validation pass evaluates."""
+        """The first `count` samples in stored order (all of them if there are fewer): what a validation pass
+        evaluates."""
         return [self._locate(position) for position in range(min(count, self.num_samples))]
 
     def _address(self, number: int) -> SampleAddress:

@@ -1,7 +1,8 @@
 """Fragments: the unit of placement, transfer and optimization.
 
-A fragment is a contiguous slice of one tensor, flattened in row-major order. The cut depends on the tensors alone, never
-on how many servers there are, so the optimizer works on the same slices whoever holds them: the root of "the same bits".
+A fragment is a contiguous slice of one tensor, flattened in row-major order. The cut depends on the tensors alone,
+never on how many servers there are, so the optimizer works on the same slices whoever holds them: the root of "the
+same bits".
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ class LogBuffer:
 
     def __call__(self, _: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """As a structlog processor: copy the line."""
-        fields = {key: value for key, value in event.items() if key not in ("event", "level", "timestamp", "job", "node")}
+        fields = {
+            key: value for key, value in event.items() if key not in ("event", "level", "timestamp", "job", "node")
+        }
         text = " ".join([str(event.get("event", "")), *(f"{key}={value}" for key, value in fields.items())])
         self._lines.append(
             coordinator_pb2.LogLine(

@@ -61,7 +61,8 @@ def new_server() -> grpc.aio.Server:
 
 
 def listen(server: grpc.aio.Server, address: str) -> int:
-    """Bind `server` to `address` (host:port, port 0 for a free one); return the port. Raises ConfigError when it is taken."""
+    """Bind `server` to `address` (host:port, port 0 for a free one); return the port. Raises ConfigError when it is
+    taken."""
     try:
         port: int = server.add_insecure_port(address)
     except RuntimeError:
@@ -87,12 +88,15 @@ async def answering(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterato
 def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> GradstreamError:
     """The error for people that a failed call stands for. `peer` says whom was called ("coordinator 10.0.0.1:7000")."""
     details = " ".join((error.details() or "").split())
-    name = dict(error.trailing_metadata() or ()).get(ERROR_CLASS_KEY)
+    metadata: Any = error.trailing_metadata() or ()
+    name = next((value for key, value in metadata if key == ERROR_CLASS_KEY), None)
     known = getattr(errors, name, None) if isinstance(name, str) else None
     if isinstance(known, type) and issubclass(known, GradstreamError):
         return known(details)
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return UnreachableError(f"{peer} does not answer ({details or 'connection lost'}); is it running and the port open?")
+        return UnreachableError(
+            f"{peer} does not answer ({details or 'connection lost'}); is it running and the port open?"
+        )
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnreachableError(f"{peer} took too long to answer; is it overloaded or the network down?")
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
@@ -104,7 +108,10 @@ class Backoff:
     """Endless jittered exponential backoff, in seconds."""
 
     def __init__(
-        self, first_seconds: float = 0.1, last_seconds: float = 3.0, uniform: Callable[[float, float], float] = random.uniform
+        self,
+        first_seconds: float = 0.1,
+        last_seconds: float = 3.0,
+        uniform: Callable[[float, float], float] = random.uniform,
     ):
         self._first = first_seconds
         self._last = last_seconds

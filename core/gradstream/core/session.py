@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from gradstream.core import __version__
-from gradstream.core.errors import ConfigError, ProtocolError, one_line
+from gradstream.core.errors import ConfigError, GradstreamError, ProtocolError, one_line
 from gradstream.core.log import LogBuffer, get_logger
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -27,7 +27,7 @@ log = get_logger()
 class NodeIdentity:
     """Who a node is, as it tells the coordinator."""
 
-    kind: coordinator_pb2.NodeKind
+    kind: coordinator_pb2.NodeKind.ValueType
     name: str
     address: str
     memory_bytes: int
@@ -61,6 +61,7 @@ class NodeSession:
         self._log_buffer = log_buffer
         self._wake = asyncio.Event()
         self._leaving = False
+        self._reports: set[asyncio.Future[None]] = set()
         self._channel = open_channel(coordinator_address)
         self.stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
 
@@ -93,7 +94,7 @@ class NodeSession:
                     log.warning("lost the coordinator, trying again until it is back", cause=one_line(error))
             if not self._leaving:
                 await asyncio.sleep(backoff.next())
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def report(self, send: Callable[[], Awaitable[object]]) -> None:
         """Send a report until the coordinator has taken it. Raises its error when it refuses for good."""
@@ -110,6 +111,19 @@ class NodeSession:
                 ):
                     raise error_from_rpc(rpc_error, self.peer) from None
             await asyncio.sleep(backoff.next())
+
+    def report_later(self, send: Callable[[], Awaitable[object]]) -> None:
+        """Send a report in the background until the coordinator has taken it; a refusal is logged."""
+
+        async def deliver() -> None:
+            try:
+                await self.report(send)
+            except GradstreamError as error:
+                log.warning("the coordinator refused a report", cause=one_line(error))
+
+        task = asyncio.ensure_future(deliver())
+        self._reports.add(task)
+        task.add_done_callback(self._reports.discard)
 
     async def _register_and_heartbeat(self, backoff: Backoff) -> None:
         identity = self.identity

@@ -1,0 +1,49 @@
+"""The errors a caller of the client meets. All but one come from `gradstream.core.errors`:
+
+GradstreamError
+├── ConfigError            a recipe, an option or a path is wrong
+├── DataError              a data set or a data shard is missing, corrupt or does not fit the model
+├── CheckpointError        a checkpoint is missing, truncated or altered
+├── PlanError              no plan can be made with the nodes at hand
+├── ProtocolError          the coordinator's answer breaks the protocol
+│   └── StaleEpochError    a peer speaks of a plan that has been replaced
+├── UnreachableError       the coordinator does not answer
+└── JobFailedError         the job that was waited for failed
+"""
+
+from __future__ import annotations
+
+from gradstream.client._types import Job
+from gradstream.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GradstreamError,
+    PlanError,
+    ProtocolError,
+    StaleEpochError,
+    UnreachableError,
+)
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "GradstreamError",
+    "JobFailedError",
+    "PlanError",
+    "ProtocolError",
+    "StaleEpochError",
+    "UnreachableError",
+]
+
+
+class JobFailedError(GradstreamError):
+    """The job that was waited for failed. `reason` says why, `job` is its last state."""
+
+    exit_code = 8
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.reason = job.reason or "no reason given"
+        super().__init__(f"job {job.job_id} failed at step {job.version} of {job.num_steps}: {self.reason}")

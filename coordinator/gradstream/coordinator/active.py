@@ -1,0 +1,151 @@
+"""The running job in memory: a view of what the state holds, and what is known only while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gradstream.coordinator.state import JobRecord, State, StepTotals
+from gradstream.core.config import Recipe, parse_recipe
+from gradstream.core.data import Manifest, parse_manifest
+from gradstream.core.fragments import Tensor
+from gradstream.core.plan import Plan
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
+
+NUM_RATE_STEPS = 20
+
+
+@dataclass
+class Pace:
+    """Rates over the last steps. Commits are timed by the leader's clock, their absence by ours."""
+
+    steps: deque[tuple[coordinator_pb2.ReportStepRequest, float]] = field(
+        default_factory=lambda: deque(maxlen=NUM_RATE_STEPS)
+    )
+
+    def add(self, report: coordinator_pb2.ReportStepRequest, now: float) -> None:
+        """Note a step that was reported at `now`."""
+        self.steps.append((report, now))
+
+    def per_second(self, now: float) -> tuple[float, float, float]:
+        """(steps, tokens, pushed bytes) a second; zeros before the second step. Falls when no more steps come."""
+        if len(self.steps) < 2:
+            return 0.0, 0.0, 0.0
+        counted = [report for report, _ in list(self.steps)[1:]]
+        first, last = self.steps[0][0], self.steps[-1][0]
+        seconds = max(1, last.unix_ms - first.unix_ms) / 1000
+        overdue = now - self.steps[-1][1] - 2 * seconds / len(counted) - 2.0
+        seconds += max(0.0, overdue)
+        return (
+            len(counted) / seconds,
+            sum(report.num_tokens for report in counted) / seconds,
+            sum(report.pushed_bytes for report in counted) / seconds,
+        )
+
+
+class WaitClock:
+    """Remembers since when each thing is waited for, in Unix milliseconds."""
+
+    def __init__(self) -> None:
+        self._since: dict[tuple[str, str], int] = {}
+
+    def stamp(self, waits: Sequence[tuple[str, str]], unix_ms: int) -> list[jobs_pb2.Wait]:
+        """The waits that stand now; those no longer among them are forgotten."""
+        self._since = {wait: self._since.get(wait, unix_ms) for wait in waits}
+        return [jobs_pb2.Wait(what=what, whom=whom, since_unix_ms=self._since[what, whom]) for what, whom in waits]
+
+
+@dataclass
+class ActiveJob:
+    """The one job that is planning, running, or paused with its plan held."""
+
+    record: JobRecord
+    recipe: Recipe
+    manifest: Manifest
+    # Whether the plan also waits for workers: at the start and when a person resumed it.
+    need_workers: bool = True
+    plan: Plan | None = None
+    plan_message: plan_pb2.Plan | None = None
+    tensors: list[Tensor] | None = None
+    totals: StepTotals = field(default_factory=StepTotals)
+    pace: Pace = field(default_factory=Pace)
+    # Whether the leader answered a request to halt and no step came after it.
+    halted: bool = False
+    checkpoints: set[int] = field(default_factory=set)
+    # Reports of files whose manifest is still to be written: version → server → report.
+    files: dict[int, dict[int, coordinator_pb2.ReportCheckpointRequest]] = field(default_factory=dict)
+    validated: set[int] = field(default_factory=set)
+    holders: list[str] = field(default_factory=list)
+    lease_number: int = 0
+    lease_reason: str = ""
+    # Servers of the plan that are away, and until when (our clock) they are waited for.
+    patience: dict[str, float] = field(default_factory=dict)
+    # Until then (our clock) workers of the stored lease table count as live: after a restart they come one by one.
+    expect_holders_until: float = 0.0
+    # When the job last got on (Unix ms and our clock).
+    progress_at: float = 0.0
+    waits: WaitClock = field(default_factory=WaitClock)
+    planning: asyncio.Task[None] | None = None
+    writing: asyncio.Task[None] | None = None
+
+    @classmethod
+    def load(cls, record: JobRecord, state: State) -> ActiveJob:
+        """The view of a job as the state has it, with its plan if that may still be held."""
+        active = cls(record, parse_recipe(record.recipe_json), parse_manifest(record.manifest_json))
+        active.holders = [""] * active.recipe.training.num_slots
+        active.totals = state.step_totals(record.job_id, record.epoch, record.start_version)
+        active.validated = {validation.version for validation in state.validations(record.job_id)}
+        stored = state.load_plan(record.job_id, record.epoch) if record.plan_held else None
+        if stored is not None:
+            active.take_plan(plan_pb2.Plan.FromString(stored))
+            for report in state.checkpoint_files(record.job_id, record.epoch):
+                active.files.setdefault(report.version, {})[report.server] = report
+        if record.leases:
+            table = plan_pb2.LeaseTable.FromString(record.leases)
+            active.lease_number = table.number
+            if active.plan is not None and table.epoch == record.epoch and len(table.holders) == len(active.holders):
+                active.holders = list(table.holders)
+                active.lease_reason = table.reason
+        return active
+
+    def take_plan(self, message: plan_pb2.Plan, plan: Plan | None = None) -> None:
+        """Make a plan the current one."""
+        self.plan_message = message
+        self.plan = plan if plan is not None else Plan.from_proto(message)
+        self.tensors = list(self.plan.tensors)
+        self.patience.clear()
+        self.files.clear()
+
+    @property
+    def job_id(self) -> str:
+        return self.record.job_id
+
+    @property
+    def state(self) -> jobs_pb2.JobState:
+        return self.record.state
+
+    @property
+    def version(self) -> int:
+        """Steps committed on the current trajectory."""
+        return self.totals.version
+
+    @property
+    def num_steps(self) -> int:
+        return self.recipe.training.num_steps
+
+    @property
+    def fully_validated(self) -> bool:
+        """Whether no validation pass is missing at the end."""
+        return not self.recipe.validation.interval_steps or self.num_steps in self.validated
+
+    def lease_table(self) -> plan_pb2.LeaseTable:
+        """The table as workers get it."""
+        return plan_pb2.LeaseTable(
+            job_id=self.job_id,
+            epoch=self.record.epoch,
+            number=self.lease_number,
+            holders=self.holders,
+            reason=self.lease_reason,
+        )

@@ -1,0 +1,98 @@
+"""Options that several commands share, and the parsing of sizes."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from gradstream.client import Client
+
+
+class OutputFormat(StrEnum):
+    """How a command shows its result."""
+
+    table = "table"
+    json = "json"
+
+
+CoordinatorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--coordinator",
+        "-c",
+        envvar="GRADSTREAM_COORDINATOR",
+        metavar="HOST:PORT",
+        show_default="127.0.0.1:7000",
+        help="The coordinator's address.",
+    ),
+]
+OutputOption = Annotated[
+    OutputFormat,
+    typer.Option("--output", "-o", help="table for people, json for programs (stdout holds nothing else)."),
+]
+OverrideOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe, as in training.num_steps=50."),
+]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one of `gradstream recipes ls`.")
+]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+NewestJobArgument = Annotated[
+    str | None, typer.Argument(metavar="JOB", help="The job's id; the newest job when left out.", show_default=False)
+]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes that a size like 4GiB, 500MB, 1.5g or 4096 stands for. Raises ConfigError for anything else."""
+    from gradstream.core.errors import ConfigError
+
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if match is None or match[2] not in _UNITS or (size := int(float(match[1]) * _UNITS[match[2]])) <= 0:
+        raise ConfigError(f"'{text}' is not a size; write it like 4GiB, 500MB or 4096")
+    return size
+
+
+def open_client(coordinator: str | None) -> Client:
+    """A client for the --coordinator option."""
+    from gradstream.client import Client
+
+    return Client(coordinator)
+
+
+def recipe_directories() -> list[Path]:
+    """Where recipes that come along are: in the installed package, or in the checkout."""
+    here = Path(__file__).resolve()
+    return [path for path in (here.parents[1] / "recipes", here.parents[4] / "recipes") if path.is_dir()]
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """The recipes that come along, by name."""
+    found: dict[str, Path] = {}
+    for directory in recipe_directories():
+        for path in sorted(directory.rglob("*.yaml")):
+            found.setdefault(path.relative_to(directory).with_suffix("").as_posix(), path)
+    return found
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file that a RECIPE argument means. Raises ConfigError when there is none."""
+    from gradstream.core.errors import ConfigError, nearest
+
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    bundled = bundled_recipes()
+    if recipe in bundled:
+        return bundled[recipe]
+    if path.is_dir():
+        raise ConfigError(f"{recipe} is a directory; name a recipe file in it")
+    near = nearest(recipe, bundled)
+    raise ConfigError(f"{recipe}: no such recipe{near or '; `gradstream recipes ls` lists the ones that come along'}")

@@ -1,0 +1,156 @@
+"""What commands print: results on stdout as tables or JSON, everything else on stderr; and numbers for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STATE_STYLES = {
+    "queued": "cyan",
+    "planning": "cyan",
+    "running": "green",
+    "paused": "yellow",
+    "finished": "bold green",
+    "failed": "bold red",
+    "stopped": "yellow",
+}
+LEVEL_STYLES = {"debug": "dim", "info": "green", "warning": "yellow", "error": "bold red", "critical": "bold red"}
+_NODE_STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bright_blue")
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console. Where the output is not a terminal, lines are as long as they need to be."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 200
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_json_line(document: Any) -> None:
+    """One JSON document of a stream on stdout, at once."""
+    print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
+    """A table on stdout. Column names that start with '>' are right-aligned. Cells are plain text or rich Text."""
+    console().print(make_table(columns, rows, title))
+
+
+def make_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Any:
+    """A rich table without frames."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    for row in rows:
+        # Text, so that brackets in names and messages are not taken for markup.
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return table
+
+
+def styled(text: str, style: str | None) -> Any:
+    """Text in a style."""
+    from rich.text import Text
+
+    return Text(text, style=style or "")
+
+
+def state_text(state: str) -> Any:
+    """A job's state in its colour."""
+    return styled(state, STATE_STYLES.get(state))
+
+
+def node_style(name: str) -> str:
+    """The colour of a node's name: always the same for the same name."""
+    return _NODE_STYLES[sum(name.encode()) % len(_NODE_STYLES)]
+
+
+def say(text: str) -> None:
+    """A line on stderr: progress and news, no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    yellow, normal = ("\033[33m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    print(f"{yellow}warning: {text}{normal}", file=sys.stderr, flush=True)
+
+
+def hint(*commands: str) -> None:
+    """What one may do next, dim, on stderr and only for people."""
+    if not sys.stderr.isatty():
+        return
+    for command in commands:
+        print(f"\033[2m{command}\033[0m", file=sys.stderr)
+
+
+def format_bytes(count: float) -> str:
+    """12.3 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """12.3 MiB/s."""
+    return f"{format_bytes(bytes_per_second)}/s"
+
+
+def format_count(count: float) -> str:
+    """12.3 M."""
+    for unit in ("", " k", " M", " G"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.1f} T"
+
+
+def format_duration(duration: timedelta | float | None) -> str:
+    """42 s, 3 min 05 s, 2 h 07 min; - for None."""
+    if duration is None:
+        return "-"
+    seconds = max(0, int(duration.total_seconds() if isinstance(duration, timedelta) else duration))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600:02d} h"
+
+
+def format_loss(loss: float | None) -> str:
+    """4.1234; - for None."""
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def format_time(time: datetime | None) -> str:
+    """Local time, with the date when it is not today's."""
+    if time is None:
+        return "-"
+    local = time.astimezone()
+    return f"{local:%H:%M:%S}" if local.date() == datetime.now().date() else f"{local:%Y-%m-%d %H:%M:%S}"
+
+
+def format_since(time: datetime | None) -> str:
+    """since 12:01:05 (42 s)."""
+    if time is None:
+        return ""
+    return f"since {format_time(time)} ({format_duration(datetime.now(UTC) - time)})"

@@ -1,0 +1,86 @@
+"""`gradstream ckpt`: a job's checkpoints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli._app import group
+from gradstream.coordinator.cli._options import (
+    CoordinatorOption,
+    JobArgument,
+    NewestJobArgument,
+    OutputFormat,
+    OutputOption,
+    open_client,
+)
+
+if TYPE_CHECKING:
+    from gradstream.client import ExportProgress
+
+app = group("Checkpoints: list and export.")
+
+
+@app.command()
+def ls(
+    job_id: NewestJobArgument = None,
+    coordinator: CoordinatorOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """List a job's checkpoints, oldest first."""
+    with open_client(coordinator) as client:
+        checkpoints = client.checkpoints(job_id)
+    if output is OutputFormat.json:
+        out.print_json([{k: v for k, v in c.to_dict().items() if k not in ("type", "cursor")} for c in checkpoints])
+        return
+    if not checkpoints:
+        out.say("no checkpoints yet")
+        return
+    out.print_table(
+        [">VERSION", ">SIZE", "TIME", "STATE SHA256", "PATH"],
+        [
+            (c.version, out.format_bytes(c.num_bytes), out.format_time(c.time), c.state_sha256[:16], c.path)
+            for c in checkpoints
+        ],
+    )
+    out.hint(f"export the last: gradstream ckpt export {job_id or 'JOB'} DIRECTORY")
+
+
+@app.command()
+def export(
+    job_id: JobArgument,
+    directory: Annotated[Path, typer.Argument(help="New or empty directory.")],
+    version: Annotated[int | None, typer.Option("--version", min=0, help="Which one; the last by default.")] = None,
+    coordinator: CoordinatorOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Write a checkpoint as a Hugging Face directory: config.json, model.safetensors, tokenizer."""
+    with open_client(coordinator) as client:
+        path = client.export(job_id, directory, version, ExportReporter())
+    if output is OutputFormat.json:
+        files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+        out.print_json({"directory": str(path), "files": files})
+    else:
+        print(path)
+    out.hint(f'try it: gradstream generate {path} --prompt "..."')
+
+
+class ExportReporter:
+    """Tells how far an export is: on a terminal a line that is rewritten, else nothing."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._interactive = sys.stderr.isatty()
+
+    def __call__(self, progress: ExportProgress) -> None:
+        """Show `progress`, at most ten times a second."""
+        done = progress.received_bytes == progress.file_bytes
+        if self._interactive and (done or time.monotonic() - self._last > 0.1):
+            self._last = time.monotonic()
+            sizes = f"{out.format_bytes(progress.received_bytes)} of {out.format_bytes(progress.file_bytes)}"
+            print(f"\r\033[K{progress.file}: {sizes}", end="\n" if done else "", file=sys.stderr, flush=True)

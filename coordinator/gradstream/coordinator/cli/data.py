@@ -1,0 +1,216 @@
+"""`gradstream data`: prepare a data set, and look at one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli._app import group
+from gradstream.coordinator.cli._options import OutputFormat, OutputOption, OverrideOption, find_recipe, parse_size
+
+if TYPE_CHECKING:
+    from gradstream.coordinator.data_prepare import DataSummary, PrepareProgress
+    from gradstream.core.config import PrepareConfig
+
+PHASES = {"tokenizer": "training the tokenizer", "tokenize": "tokenizing", "done": "done"}
+
+data_app = group("Data sets: prepare and inspect.")
+
+
+@data_app.command()
+def prepare(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SOURCES]...",
+            show_default=False,
+            help="Files, globs, directories on any fsspec path; stdlib: is Python's standard library.",
+        ),
+    ] = None,
+    out_path: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="Where the data set goes, on any fsspec path.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="RECIPE", help="Take data.prepare and data.path of a recipe instead."),
+    ] = None,
+    overrides: OverrideOption = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Size of the byte-level BPE to train.", show_default="4096")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE", help="An existing tokenizer.json, instead of training one.")
+    ] = None,
+    num_shards: Annotated[
+        int | None,
+        typer.Option(
+            help="Data shards for training, and as many for validation: a multiple of num_slots.", show_default="8"
+        ),
+    ] = None,
+    validation_fraction: Annotated[
+        float | None, typer.Option(help="Share of documents held out.", show_default="0.02")
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="JSONL and Parquet: the field that holds the text.", show_default="text")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Stop after about so much text, as in 100MB.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a data set that is already there.")] = False,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Make a data set (tokenizer, data shards, manifest) from text, of a recipe or of SOURCES with --out."""
+    options = {
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer,
+        "num_shards": num_shards,
+        "validation_fraction": validation_fraction,
+        "text_field": text_field,
+        "max_bytes": parse_size(max_bytes) if max_bytes is not None else None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if recipe is not None:
+        config, path = _from_recipe(recipe, overrides or [], [*given, *(["sources"] if sources else [])], out_path)
+    else:
+        config, path = _from_options(sources or [], out_path, overrides or [], given)
+
+    from gradstream.coordinator.data_prepare import inspect, prepare
+
+    begin = time.monotonic()
+    last: list[PrepareProgress] = []
+    with _bar() as show:
+
+        def progress(state: PrepareProgress) -> None:
+            last[:] = [state]
+            show(state)
+
+        prepare(config, path, progress, force=force)
+    seconds = time.monotonic() - begin
+    if last and last[0].num_skipped_files:
+        out.warn(f"{last[0].num_skipped_files} files are not UTF-8 text and were left out")
+    summary = inspect(path)
+    if output is OutputFormat.json:
+        skipped = last[0].num_skipped_files if last else 0
+        out.print_json({**asdict(summary), "seconds": round(seconds, 3), "num_skipped_files": skipped})
+        return
+    _print_summary(summary)
+    out.say(f"prepared in {seconds:.1f} s")
+
+
+@data_app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The data set's directory, on any fsspec path.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its sha256.")] = False,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Show what a data set holds; exit code 3 and one line when it is missing or corrupt."""
+    from gradstream.coordinator.data_prepare import inspect
+
+    summary = inspect(path, verify)
+    if output is OutputFormat.json:
+        out.print_json(asdict(summary))
+        return
+    _print_summary(summary)
+
+
+def _from_recipe(
+    recipe: str, overrides: list[str], options: list[str], out_path: str | None
+) -> tuple[PrepareConfig, str]:
+    from gradstream.core.config import load_recipe
+    from gradstream.core.errors import ConfigError
+
+    if options:
+        raise ConfigError(
+            f"with --recipe, {options[0]} comes from the recipe; change it with -s data.prepare.{options[0]}=..."
+        )
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    if loaded.data.prepare is None:
+        raise ConfigError(f"{recipe} has no data.prepare section; add one or give SOURCES and --out")
+    return loaded.data.prepare, out_path or loaded.data.path
+
+
+def _from_options(
+    sources: list[str], out_path: str | None, overrides: list[str], given: dict[str, Any]
+) -> tuple[PrepareConfig, str]:
+    from pydantic import ValidationError
+
+    from gradstream.core.config import PrepareConfig
+    from gradstream.core.errors import ConfigError
+
+    if overrides:
+        raise ConfigError("-s overrides a recipe's keys; add --recipe or use the options of `gradstream data prepare`")
+    if not sources:
+        raise ConfigError("nothing to prepare; give SOURCES and --out, or --recipe")
+    if out_path is None:
+        raise ConfigError("where should the data set go? add --out DIR")
+    try:
+        return PrepareConfig(sources=sources, **given), out_path
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = "--" + str(problem["loc"][0]).replace("_", "-")
+        raise ConfigError(f"{name} {problem['input']}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
+    """A progress bar on stderr where that is a terminal; elsewhere one line a phase."""
+    if not sys.stderr.isatty():
+        said: list[str] = []
+
+        def line(state: PrepareProgress) -> None:
+            if state.phase not in said and state.phase != "done":
+                said.append(state.phase)
+                out.say(PHASES[state.phase])
+
+        yield line
+        return
+
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[facts]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out.console(stderr=True), transient=True) as bar:
+        task = bar.add_task("listing files", total=None, facts="")
+        phase = ""
+
+        def update(state: PrepareProgress) -> None:
+            nonlocal phase
+            if state.phase != phase:
+                phase = state.phase
+                bar.reset(task, description=PHASES[phase])  # the time left of one phase says nothing of the next
+            facts = f"{out.format_count(state.num_tokens)} tokens" if state.num_tokens else ""
+            bar.update(task, total=state.bytes_total or None, completed=state.bytes_done, facts=facts)
+
+        yield update
+
+
+def _print_summary(summary: DataSummary) -> None:
+    rows = []
+    for name, split in (("train", summary.train), ("validation", summary.validation)):
+        spread = f"{out.format_count(split.smallest_shard)} to {out.format_count(split.largest_shard)}"
+        rows.append(
+            (
+                name,
+                split.num_shards,
+                split.num_documents,
+                out.format_count(split.num_tokens),
+                out.format_bytes(split.num_bytes),
+                spread if split.num_shards else "-",
+            )
+        )
+    out.print_table(["SPLIT", ">SHARDS", ">DOCUMENTS", ">TOKENS", ">SIZE", ">TOKENS A SHARD"], rows)
+    checked = ", all hashes right" if summary.verified else ""
+    print(f"{summary.path}: {summary.token_dtype}, vocabulary of {summary.vocab_size}{checked}")
+    print(f"begins: {summary.sample[:100]!r}")

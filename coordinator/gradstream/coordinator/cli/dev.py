@@ -1,0 +1,331 @@
+"""`gradstream dev`: a recipe from start to end on this machine.
+
+Phases: prepare the data, start the cluster, run the job, export, stop the cluster, show the result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli._options import (
+    OutputFormat,
+    OutputOption,
+    OverrideOption,
+    RecipeArgument,
+    find_recipe,
+)
+
+if TYPE_CHECKING:
+    from gradstream.client import AsyncClient, Job
+    from gradstream.coordinator.cli._cluster import LocalCluster
+    from gradstream.coordinator.cli._progress import ProgressView
+    from gradstream.core.config import Recipe
+
+SAMPLE_TOKENS = 120
+MEMORY_SHARE = 0.8
+QUIET_EVENTS = ("step", "validation", "log")
+
+
+def dev(
+    recipe: RecipeArgument,
+    overrides: OverrideOption = None,
+    servers: Annotated[int, typer.Option("--servers", min=1, help="Parameter servers to start.")] = 2,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Workers to start.")] = 2,
+    run_root: Annotated[
+        Path | None, typer.Option("--run-root", metavar="DIR", help="Where the job's directory is made.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the cluster up after the job, until Ctrl-C.")] = False,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What the sample at the end continues.", show_default=False)
+    ] = None,
+    output: OutputOption = OutputFormat.table,
+) -> int:
+    """Train a recipe here: start a cluster on this machine, run the job, show the result.
+
+    Ctrl-C stops the job at its next step with a checkpoint; a second one stops it at once.
+    """
+    from gradstream.core.config import load_recipe
+    from gradstream.core.errors import ConfigError
+
+    loaded = load_recipe(find_recipe(recipe), overrides or ())
+    if run_root is not None:
+        loaded = loaded.model_copy(update={"run_root": str(run_root.expanduser().absolute())})
+    if "://" in loaded.run_root:
+        raise ConfigError(f"run_root {loaded.run_root}: dev needs a directory of this machine; use --run-root")
+    for what, have, need in (
+        ("servers", servers, loaded.cluster.min_servers),
+        ("workers", workers, loaded.cluster.min_workers),
+    ):
+        if have < need:
+            raise ConfigError(
+                f"--{what} {have} is fewer than the recipe's cluster.min_{what} {need}; "
+                f"start more or set -s cluster.min_{what}={have}"
+            )
+    prepare_data(loaded)
+    run = _Run(loaded, servers, workers, keep)
+    code = asyncio.run(run.run())
+    if run.job is None or run.exported is None:
+        return code
+    _show(run, prompt, output)
+    return code
+
+
+def prepare_data(recipe: Recipe) -> None:
+    """Prepare the recipe's data unless it is there. Raises ConfigError when it is not and the recipe cannot say how."""
+    from gradstream.core import files
+    from gradstream.core.data import MANIFEST_NAME
+    from gradstream.core.errors import ConfigError
+
+    path = recipe.data.path
+    if MANIFEST_NAME in files.list_names(path):
+        return
+    if recipe.data.prepare is None:
+        raise ConfigError(
+            f"data.path {path} holds no {MANIFEST_NAME}, and the recipe has no data.prepare; "
+            f"prepare the data with `gradstream data prepare` or correct data.path"
+        )
+    from gradstream.coordinator.data_prepare import PrepareProgress, prepare
+
+    out.say(f"preparing data in {path}")
+    if not sys.stderr.isatty():
+        manifest = prepare(recipe.data.prepare, path)
+    else:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            console=out.console(stderr=True),
+            transient=True,
+        ) as bar:
+            task = bar.add_task("data", total=None, facts="")
+
+            def show(progress: PrepareProgress) -> None:
+                facts = f"{progress.num_documents} documents, {out.format_count(progress.num_tokens)} tokens"
+                bar.update(
+                    task,
+                    description=progress.phase,
+                    completed=progress.bytes_done,
+                    total=progress.bytes_total or None,
+                    facts=facts if progress.num_tokens else "",
+                )
+
+            manifest = prepare(recipe.data.prepare, path, show)
+    num_tokens = sum(shard.num_tokens for shard in manifest.shards)
+    out.say(f"data is ready: {out.format_count(num_tokens)} tokens in {len(manifest.shards)} data shards")
+
+
+@dataclass
+class _Run:
+    """One `dev` run: the cluster, the job and what was seen of it."""
+
+    recipe: Recipe
+    num_servers: int
+    num_workers: int
+    keep: bool
+    job: Job | None = None
+    exported: Path | None = None
+    training: dict[int, float] = field(default_factory=dict)
+    validation: dict[int, float] = field(default_factory=dict)
+    interrupts: int = 0
+
+    async def run(self) -> int:
+        """Run the job to its end; return the exit code. Raises JobFailedError, and whatever keeps it from running."""
+        from gradstream.coordinator.cli._cluster import LocalCluster
+
+        directory = Path(self.recipe.run_root) / f".dev-{os.getpid()}"
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        self._interrupted = asyncio.Event()
+        self._main = asyncio.current_task()
+        self._client: AsyncClient | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._terminated = False
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._on_interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_terminate)
+        out.say(f"starting a coordinator, {self.num_servers} parameter servers and {self.num_workers} workers")
+        try:
+            cluster = LocalCluster(
+                directory, self.num_servers, self.num_workers, self._memory_bytes(), on_news=out.warn
+            )
+            async with cluster:
+                code = await self._run_job(cluster)
+        except asyncio.CancelledError:
+            # By one of the handlers above; nobody else has this task.
+            return 143 if self._terminated else 130
+        finally:
+            self._clean_up(directory)
+        return code
+
+    def _memory_bytes(self) -> int:
+        import psutil
+
+        return int(psutil.virtual_memory().total * MEMORY_SHARE / (self.num_servers + self.num_workers))
+
+    async def _run_job(self, cluster: LocalCluster) -> int:
+        from gradstream.client import AsyncClient, JobFailedError
+        from gradstream.coordinator.cli._progress import ProgressView
+
+        async with AsyncClient(cluster.address) as client:
+            self._client = client
+            # 1. Submit.
+            job = self.job = await client.submit(self.recipe)
+            cluster.move_logs(Path(job.run_directory) / "logs")
+            out.say(f"submitted {job.job_id}; files in {job.run_directory}")
+            out.say(f"look at it from another terminal: gradstream top -c {cluster.address}")
+            out.say("processes: " + ", ".join(f"{name} {pid}" for name, pid in cluster.pids.items()))
+            # 2. Follow it to its end.
+            with ProgressView() as view:
+                cluster.on_news = view.say
+                collector = asyncio.create_task(self._collect(client, job.job_id, view))
+                waiter = asyncio.create_task(client.wait(job.job_id, view.update, poll_seconds=0.5))
+                try:
+                    futures: set[asyncio.Future[Any]] = {waiter, cluster.failed}
+                    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+                    if not waiter.done():
+                        cluster.failed.result()
+                    job = self.job = waiter.result()
+                    # The history ends with the job.
+                    await asyncio.wait({collector}, timeout=10)
+                except JobFailedError as error:
+                    self.job = error.job
+                    await asyncio.wait({collector}, timeout=5)
+                    raise
+                finally:
+                    cluster.on_news = out.warn
+                    for task in (waiter, collector):
+                        task.cancel()
+                    await asyncio.gather(waiter, collector, return_exceptions=True)
+            # 3. Export what there is.
+            checkpoints = await client.checkpoints(job.job_id)
+            if not checkpoints:
+                out.say(f"{job.job_id} {job.state} at step {job.version} without a checkpoint")
+                return 130 if self.interrupts else 1
+            if job.state == "finished":
+                self.exported = await client.export(job.job_id, Path(job.run_directory) / "export")
+            else:
+                last = checkpoints[-1]
+                out.say(f"{job.job_id} {job.state} at step {job.version}; its last checkpoint is {last.path}")
+            # 4. Stay, if wanted.
+            if self.keep:
+                out.say(f"the cluster stays up at {cluster.address} until Ctrl-C")
+                self._client = None
+                self._interrupted.clear()
+                await self._interrupted.wait()
+            self._client = None
+            return 0 if job.state == "finished" else 130
+
+    async def _collect(self, client: AsyncClient, job_id: str, view: ProgressView) -> None:
+        """Keep the losses, and show events as they happen."""
+        from gradstream.client import Event, Step, Validation
+
+        async for item in client.watch(job_id):
+            if isinstance(item, Step) and math.isfinite(item.loss):
+                self.training[item.step] = item.loss
+            elif isinstance(item, Validation):
+                self.validation[item.version] = item.loss
+            elif isinstance(item, Event) and item.kind not in QUIET_EVENTS:
+                view.say(f"{out.format_time(item.time)} {item.kind}: {item.message}")
+
+    def _on_interrupt(self) -> None:
+        self.interrupts += 1
+        self._interrupted.set()
+        job, client = self.job, self._client
+        if client is None or job is None or self.interrupts > 2:
+            if not (self.keep and self.exported is not None and self.interrupts == 1) and self._main is not None:
+                self._main.cancel()
+            return
+        now = self.interrupts == 2
+        out.say(
+            f"\nstopping {job.job_id} at once"
+            if now
+            else f"\nstopping {job.job_id} at its next step, with a checkpoint; Ctrl-C again stops it at once"
+        )
+        task = asyncio.create_task(self._stop(client, job.job_id, now))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _stop(self, client: AsyncClient, job_id: str, now: bool) -> None:
+        from gradstream.core.errors import GradstreamError, one_line
+
+        try:
+            await client.stop(job_id, now)
+        except GradstreamError as error:
+            out.warn(f"{one_line(error)}; Ctrl-C {'again ' if now else 'three times '}ends everything")
+
+    def _on_terminate(self) -> None:
+        self._terminated = True
+        if self._main is not None:
+            self._main.cancel()
+
+    def _clean_up(self, directory: Path) -> None:
+        """Keep the coordinator's state and the logs with the job's files; remove the rest."""
+        if self.job is not None:
+            kept = Path(self.job.run_directory) / "state"
+            if (directory / "state").is_dir() and not kept.exists():
+                os.replace(directory / "state", kept)
+            shutil.rmtree(directory, ignore_errors=True)
+        elif self.interrupts or self._terminated:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
+    """Plot the losses, sample from the exported model and print what there is."""
+    from gradstream.coordinator.cli._loss_plot import plot_losses
+    from gradstream.coordinator.cli.generate import generate_text
+
+    job, exported = run.job, run.exported
+    assert job is not None
+    assert exported is not None
+    picture = Path(job.run_directory) / "loss.png"
+    plot_losses(picture, job.job_id, run.training, run.validation)
+    if prompt is None:
+        prepare = run.recipe.data.prepare
+        prompt = "def " if prepare is not None and "stdlib:" in prepare.sources else ""
+    sample = generate_text(exported, prompt, max_new_tokens=SAMPLE_TOKENS)
+    if output is OutputFormat.json:
+        out.print_json(
+            {
+                "job": job.to_dict(),
+                "initial_validation_loss": job.initial_validation_loss,
+                "validation_loss": job.validation_loss,
+                "export": str(exported),
+                "loss_plot": str(picture),
+                "prompt": prompt,
+                "sample": sample,
+            }
+        )
+        return
+    print()
+    print("a sample from the exported model:")
+    for line in (prompt + sample).splitlines():
+        print(f"    {line}")
+    print()
+    if job.initial_validation_loss is not None and job.validation_loss is not None:
+        print(
+            f"validation loss: {job.initial_validation_loss:.4f} before, {job.validation_loss:.4f} after "
+            f"{job.version} steps (nats a token)"
+        )
+    print(f"loss curve:      {picture}")
+    print(f"model:           {exported}")
+    print(f"checkpoints:     {Path(job.run_directory) / 'checkpoints'}")
+    print(f"logs:            {Path(job.run_directory) / 'logs'}")
+    out.hint(
+        f'try next: gradstream generate {exported} --prompt "{prompt or "Once"}"',
+        f"          gradstream serve coordinator --state {Path(job.run_directory) / 'state'}   (its history)",
+    )

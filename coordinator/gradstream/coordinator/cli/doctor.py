@@ -1,0 +1,211 @@
+"""`gradstream doctor`: is this machine fit, and does the coordinator answer?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli._options import CoordinatorOption, OutputFormat, OutputOption
+
+MIN_MEMORY_BYTES = 2 << 30
+MIN_DISK_BYTES = 5 << 30
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The result of one check. `cure` says what to do unless the result is ok."""
+
+    name: str
+    result: Literal["ok", "warn", "fail"]
+    message: str
+    cure: str = ""
+
+
+def doctor(coordinator: CoordinatorOption = None, output: OutputOption = OutputFormat.table) -> int:
+    """Check this machine and, if an address is given, the way to the coordinator. Exit code 1 when a check fails."""
+    checks: list[Check] = []
+    tests: list[Callable[[], list[Check]]] = [
+        check_python,
+        check_packages,
+        check_torch,
+        check_memory,
+        lambda: check_disk(Path.cwd()),
+        check_loopback,
+        lambda: check_coordinator(coordinator),
+    ]
+    console = out.console()
+    for test in tests:
+        for check in _guarded(test):
+            checks.append(check)
+            if output is OutputFormat.table:
+                from rich.text import Text
+
+                cure = f"; {check.cure}" if check.cure else ""
+                line = Text.assemble(
+                    (f"{check.result:<5}", _STYLES[check.result]), (f"{check.name:<22}", "bold"), check.message, cure
+                )
+                console.print(line, soft_wrap=True)
+    failed = any(check.result == "fail" for check in checks)
+    if output is OutputFormat.json:
+        out.print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    elif not failed:
+        out.hint("train something here: gradstream dev stdlib-gpt")
+    return 1 if failed else 0
+
+
+def _guarded(test: Callable[[], list[Check]]) -> list[Check]:
+    from gradstream.core.errors import one_line
+
+    try:
+        return test()
+    except Exception as error:
+        return [Check("check", "fail", one_line(error), "this is a defect of gradstream doctor; please report it")]
+
+
+def check_python() -> list[Check]:
+    """The interpreter is new enough."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if tuple(sys.version_info) < (3, 11):
+        return [Check("python", "fail", version, "install Python 3.11 or newer")]
+    return [Check("python", "ok", f"{version} ({sys.executable})")]
+
+
+def check_packages() -> list[Check]:
+    """What gradstream requires is installed, in a version that fits."""
+    try:
+        required = importlib.metadata.requires("gradstream") or []
+    except importlib.metadata.PackageNotFoundError:
+        return [Check("packages", "warn", "gradstream is not installed as a package", "run `pip install -e .`")]
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return [Check("packages", "warn", "cannot be checked without 'packaging'", "run `pip install packaging`")]
+    wrong: list[Check] = []
+    fit = 0
+    for text in required:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(Check(requirement.name, "fail", "is missing", f"run `pip install '{requirement}'`"))
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            cure = f"run `pip install '{requirement}'`"
+            wrong.append(Check(requirement.name, "fail", f"is {version}, not {requirement.specifier}", cure))
+        else:
+            fit += 1
+    return [Check("packages", "ok", f"{fit} packages are there in versions that fit"), *wrong]
+
+
+def check_torch() -> list[Check]:
+    """torch computes, and on what."""
+    try:
+        import torch
+    except ImportError as error:
+        return [Check("torch", "fail", f"cannot be imported ({error})", "run `pip install torch`")]
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        total = float((torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum())
+        where = f"cuda: {names}"
+    else:
+        total = float((torch.ones(8, 8) @ torch.ones(8, 8)).sum())
+        where = f"cpu, {os.cpu_count()} cores"
+    if total != 512.0:
+        return [Check("torch", "fail", f"{torch.__version__} on {where} multiplies wrongly", "install torch again")]
+    return [Check("torch", "ok", f"{torch.__version__} on {where}")]
+
+
+def check_memory() -> list[Check]:
+    """Enough memory is free."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    message = f"{out.format_bytes(memory.available)} of {out.format_bytes(memory.total)} free"
+    if memory.available < MIN_MEMORY_BYTES:
+        return [Check("memory", "warn", message, "end other programs, or train a small model")]
+    return [Check("memory", "ok", message)]
+
+
+def check_disk(directory: Path) -> list[Check]:
+    """Enough disk is free where runs go, and it can be written."""
+    free = shutil.disk_usage(directory).free
+    message = f"{out.format_bytes(free)} free in {directory}"
+    if not os.access(directory, os.W_OK):
+        return [Check("disk", "warn", f"{directory} cannot be written", "use another directory")]
+    if free < MIN_DISK_BYTES:
+        return [Check("disk", "warn", message, "checkpoints need about 12 bytes a parameter each; free some space")]
+    return [Check("disk", "ok", message)]
+
+
+def check_loopback() -> list[Check]:
+    """A gRPC call from this machine to itself comes back, with a 1 MiB message each way."""
+    import asyncio
+    import time
+
+    import grpc
+
+    from gradstream.core import rpc
+
+    payload = bytes(1 << 20)
+
+    async def echo(request: bytes, context: object) -> bytes:
+        return request
+
+    async def round_trips() -> float:
+        server = rpc.new_server()
+        handler = grpc.method_handlers_generic_handler(
+            "gradstream.Doctor", {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+        )
+        server.add_generic_rpc_handlers((handler,))
+        port = rpc.listen(server, "127.0.0.1:0")
+        await server.start()
+        try:
+            async with rpc.open_channel(f"127.0.0.1:{port}") as channel:
+                call: Any = channel.unary_unary("/gradstream.Doctor/Echo", None, None)  # type: ignore[arg-type]
+                await call(b"", timeout=5)
+                started = time.perf_counter()
+                for _ in range(8):
+                    if await call(payload, timeout=5) != payload:
+                        raise RuntimeError("a message came back altered")
+                return (time.perf_counter() - started) / 8
+        finally:
+            await server.stop(None)
+
+    try:
+        seconds = asyncio.run(round_trips())
+    except Exception as error:
+        from gradstream.core.errors import one_line
+
+        cure = "look for a firewall on the loopback interface or a broken grpcio"
+        return [Check("grpc loopback", "fail", one_line(error), cure)]
+    rate = 2 * len(payload) / seconds
+    return [Check("grpc loopback", "ok", f"1 MiB there and back in {1000 * seconds:.1f} ms ({out.format_rate(rate)})")]
+
+
+def check_coordinator(address: str | None) -> list[Check]:
+    """The coordinator answers, and its nodes are alive."""
+    if address is None:
+        return [Check("coordinator", "ok", "not asked; -c HOST:PORT checks one")]
+    from gradstream.client import Client
+    from gradstream.core.errors import GradstreamError, one_line
+
+    try:
+        with Client(address) as client:
+            nodes = client.nodes()
+    except GradstreamError as error:
+        return [Check("coordinator", "fail", one_line(error))]
+    alive = sum(node.alive for node in nodes)
+    message = f"{address} answers; {alive} of {len(nodes)} nodes are alive"
+    if not alive:
+        return [Check("coordinator", "warn", message, "start `gradstream serve parameter-server` and `… worker`")]
+    return [Check("coordinator", "ok", message)]

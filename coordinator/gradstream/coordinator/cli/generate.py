@@ -1,0 +1,114 @@
+"""`gradstream generate`: continue a prompt with a job's model or an exported directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli._options import CoordinatorOption, OutputFormat, OutputOption, open_client
+
+
+def generate(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="An exported directory, or a job's id.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")] = "",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")] = 100,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1, help="Sample from the likeliest share p.")] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text.")] = 0,
+    coordinator: CoordinatorOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Continue a prompt with a job's model (its last checkpoint) or an exported directory."""
+    import tempfile
+
+    from gradstream.core.errors import ConfigError
+
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    path = Path(source).expanduser()
+    if path.is_dir():
+        text = generate_text(path, prompt, **settings)
+    elif os.sep in source or source.startswith("."):
+        raise ConfigError(f"{source}: no such directory; export a checkpoint with `gradstream ckpt export`")
+    else:
+        from gradstream.coordinator.cli.ckpt import ExportReporter
+
+        with tempfile.TemporaryDirectory(prefix="gradstream-generate-") as temporary:
+            with open_client(coordinator) as client:
+                exported = client.export(source, Path(temporary) / "export", None, ExportReporter())
+            text = generate_text(exported, prompt, **settings)
+    if output is OutputFormat.json:
+        out.print_json({"prompt": prompt, "text": text, **settings})
+    else:
+        print(prompt + text)
+
+
+def generate_text(
+    directory: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """What the model in `directory` (config.json, safetensors, tokenizer.json) adds to `prompt`.
+
+    Raises ConfigError when the directory is not a model's, and CheckpointError when it cannot be loaded.
+    """
+    from gradstream.core.errors import CheckpointError, ConfigError, one_line
+
+    for name in ("config.json", "tokenizer.json"):
+        if not (directory / name).is_file():
+            raise ConfigError(f"{directory} has no {name}; name a directory that `gradstream ckpt export` wrote")
+    # Nothing may be fetched: all that is needed is in the directory.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
+    except Exception as error:
+        raise CheckpointError(f"{directory} cannot be loaded ({one_line(error)}); export it again") from None
+    model.eval()
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    end = model.config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    if not ids:
+        start = model.config.bos_token_id if model.config.bos_token_id is not None else end
+        ids = [start if start is not None else 0]
+    longest = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    if longest is not None and len(ids) >= longest:
+        raise ConfigError(f"the prompt's {len(ids)} tokens fill the model's {longest} positions; shorten the prompt")
+    if longest is not None:
+        max_new_tokens = min(max_new_tokens, longest - len(ids))
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
+    input_ids_BT = torch.tensor([ids])
+    with torch.no_grad():
+        output_BT = model.generate(
+            input_ids_BT,
+            attention_mask=torch.ones_like(input_ids_BT),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=end if end is not None else 0,
+            **sampling,
+        )
+    text: str = tokenizer.decode(output_BT[0, len(ids) :], skip_special_tokens=True)
+    return text

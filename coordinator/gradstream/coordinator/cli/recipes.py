@@ -1,0 +1,86 @@
+"""`gradstream recipes`: the recipes that come along, and checking one's own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli._app import group
+from gradstream.coordinator.cli._options import (
+    OutputFormat,
+    OutputOption,
+    OverrideOption,
+    RecipeArgument,
+    bundled_recipes,
+    find_recipe,
+)
+
+app = group("Recipes: list, show and validate.")
+
+
+@app.command()
+def ls(output: OutputOption = OutputFormat.table) -> None:
+    """List the recipes that come along."""
+    from gradstream.core.config import load_recipe
+    from gradstream.core.errors import GradstreamError, one_line
+
+    rows = []
+    for name, path in bundled_recipes().items():
+        try:
+            description = load_recipe(path).description
+        except GradstreamError as error:
+            description = f"broken: {one_line(error)}"
+        rows.append({"name": name, "description": description, "path": str(path)})
+    if output is OutputFormat.json:
+        out.print_json(rows)
+        return
+    out.print_table(["RECIPE", "DESCRIPTION"], [(row["name"], row["description"]) for row in rows])
+    out.hint("see one: gradstream recipes show NAME; run one here: gradstream dev NAME")
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    overrides: OverrideOption = None,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="With bases, overrides and defaults filled in, instead of the file.")
+    ] = False,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Show a recipe as its file, or resolved."""
+    path = find_recipe(recipe)
+    if not resolved and not overrides and output is OutputFormat.table:
+        print(path.read_text(encoding="utf-8"), end="")
+        return
+    from gradstream.core.config import load_recipe
+
+    tree = load_recipe(path, overrides or ()).model_dump(mode="json")
+    if output is OutputFormat.json:
+        out.print_json(tree)
+        return
+    import yaml
+
+    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+
+
+@app.command()
+def validate(
+    recipe: RecipeArgument, overrides: OverrideOption = None, output: OutputOption = OutputFormat.table
+) -> None:
+    """Check a recipe; exit code 2 and one line when it is wrong."""
+    from gradstream.core.config import load_recipe
+
+    path = find_recipe(recipe)
+    loaded = load_recipe(path, overrides or ())
+    training = loaded.training
+    tokens = training.num_steps * training.global_batch * training.sequence_length
+    if output is OutputFormat.json:
+        out.print_json({"valid": True, "name": loaded.name, "path": str(path), "num_tokens": tokens})
+        return
+    print(
+        f"{loaded.name} is valid: {training.num_steps} steps of {training.global_batch} samples of "
+        f"{training.sequence_length} tokens = {out.format_count(tokens)} tokens in {training.num_slots} slots"
+    )
+    out.hint(f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}")

@@ -1,0 +1,222 @@
+"""`gradstream serve`: one role of a cluster in the foreground, until SIGTERM or Ctrl-C.
+
+The roles live in packages that must not import each other; the CLI reaches them by name, when one is wanted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import socket
+import sys
+from collections.abc import Coroutine
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gradstream.coordinator.cli._app import group
+from gradstream.coordinator.cli._options import parse_size
+
+app = group("Run one role of a cluster: coordinator, parameter-server or worker.")
+
+DEFAULT_MEMORY_SHARE = 0.8
+
+
+class LogLevel(StrEnum):
+    """How much a role logs."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+class Device(StrEnum):
+    """What a worker computes on."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+ListenOption = Annotated[
+    str, typer.Option("--listen", metavar="HOST:PORT", help="Where to listen; port 0 is any free one.")
+]
+NodeCoordinatorOption = Annotated[
+    str,
+    typer.Option(
+        "--coordinator", "-c", envvar="GRADSTREAM_COORDINATOR", metavar="HOST:PORT", help="The coordinator's address."
+    ),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", help="Name among the cluster's nodes.", show_default="the host's name and the process id"),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", metavar="SIZE", help="Memory that jobs may use, like 4GiB.", show_default="80 % of the machine's"
+    ),
+]
+ReadyFileOption = Annotated[
+    Path | None,
+    typer.Option("--ready-file", metavar="PATH", help="Written when the role is up: its address, or a worker's name."),
+]
+LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="How much to log.")]
+ParentOption = Annotated[
+    int | None, typer.Option("--die-with-parent", metavar="PID", hidden=True, help="End when process PID ends.")
+]
+
+
+@app.command()
+def coordinator(
+    listen: ListenOption = "127.0.0.1:7000",
+    state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Directory of the durable state.")] = Path(
+        "~/.local/state/gradstream"
+    ),
+    ready_file: ReadyFileOption = None,
+    log_level: LogLevelOption = LogLevel.info,
+    die_with_parent: ParentOption = None,
+) -> None:
+    """Run the coordinator: membership, plans, leases, jobs."""
+    _prepare(log_level, die_with_parent)
+    check_address(listen, "--listen")
+    state_dir = state.expanduser().absolute()
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        from gradstream.core.errors import ConfigError
+
+        raise ConfigError(f"--state {state_dir} cannot be made ({error.strerror}); choose another directory") from None
+    _run("gradstream.coordinator.server", listen, state_dir, ready_file)
+
+
+@app.command("parameter-server")
+def parameter_server(
+    coordinator: NodeCoordinatorOption = "127.0.0.1:7000",
+    name: NameOption = None,
+    listen: ListenOption = "127.0.0.1:0",
+    memory: MemoryOption = None,
+    ready_file: ReadyFileOption = None,
+    log_level: LogLevelOption = LogLevel.info,
+    die_with_parent: ParentOption = None,
+) -> None:
+    """Run a parameter server: holds fragments, adds contributions, applies the optimizer.
+
+    Workers and the other servers must reach the address that it listens on.
+    """
+    _prepare(log_level, die_with_parent)
+    check_address(listen, "--listen")
+    check_address(coordinator, "--coordinator")
+    _run(
+        "gradstream.services.parameter_server.server",
+        coordinator,
+        check_name(name or default_name()),
+        listen,
+        memory_bytes(memory),
+        ready_file,
+    )
+
+
+@app.command()
+def worker(
+    coordinator: NodeCoordinatorOption = "127.0.0.1:7000",
+    name: NameOption = None,
+    cache: Annotated[Path, typer.Option("--cache", metavar="DIR", help="Directory for copies of data shards.")] = Path(
+        "~/.cache/gradstream"
+    ),
+    memory: MemoryOption = None,
+    device: Annotated[Device, typer.Option("--device", help="auto takes a GPU if there is one.")] = Device.auto,
+    ready_file: ReadyFileOption = None,
+    log_level: LogLevelOption = LogLevel.info,
+    die_with_parent: ParentOption = None,
+) -> None:
+    """Run a worker: computes the gradients of the slots that it holds."""
+    _prepare(log_level, die_with_parent)
+    check_address(coordinator, "--coordinator")
+    _run(
+        "gradstream.worker.loop",
+        coordinator,
+        check_name(name or default_name()),
+        cache.expanduser().absolute(),
+        memory_bytes(memory),
+        str(device),
+        ready_file,
+    )
+
+
+def default_name() -> str:
+    """host-pid, which no two live nodes of a cluster share."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname().split('.')[0] or 'node'}-{os.getpid()}")
+
+
+def check_name(name: str) -> str:
+    """`name` if it can be a node's name. Raises ConfigError when not."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+        from gradstream.core.errors import ConfigError
+
+        raise ConfigError(f"--name '{name}': a name has 1 to 63 letters, digits, dots, dashes and underscores")
+    return name
+
+
+def check_address(address: str, option: str) -> str:
+    """`address` if it is host:port. Raises ConfigError when not."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit() or int(port) > 65535:
+        from gradstream.core.errors import ConfigError
+
+        raise ConfigError(f"{option} '{address}' is not of the form host:port, like 127.0.0.1:7000")
+    return address
+
+
+def memory_bytes(memory: str | None) -> int:
+    """Bytes that the --memory option gives to jobs: 80 % of the machine's memory when it is left out."""
+    if memory is not None:
+        return parse_size(memory)
+    import psutil
+
+    return int(psutil.virtual_memory().total * DEFAULT_MEMORY_SHARE)
+
+
+def _prepare(log_level: LogLevel, parent: int | None) -> None:
+    if parent is not None:
+        die_with_parent(parent)
+    from gradstream.core import log
+
+    # The role configures the log again with a buffer of its own; it finds the level here.
+    os.environ["GRADSTREAM_LOG_LEVEL"] = str(log_level)
+    log.configure(str(log_level))
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, process `parent`, ends, however that ends."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+    import signal
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)
+    # The parent may have ended before the request.
+    if os.getppid() != parent:
+        raise SystemExit(1)
+
+
+def _run(module: str, *arguments: Any) -> None:
+    serve = importlib.import_module(module).serve
+    run_until_done(serve(*arguments))
+
+
+def run_until_done(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a role under uvloop where there is one."""
+    if sys.platform == "win32":
+        import asyncio
+
+        asyncio.run(coroutine)
+        return
+    import uvloop
+
+    uvloop.run(coroutine)

@@ -1,0 +1,530 @@
+"""The life of nodes and jobs: looks at what is, decides what should be, and brings it about.
+
+`reconcile` is level-triggered: it reads the membership, the active job and the clock, and makes the next transition,
+whatever event called for it. So nothing depends on the order of events, and after a restart the same code goes on. All of
+it runs on the event loop; only planning and manifests run in threads.
+
+queued → planning → running ⇄ paused → finished | failed | stopped; a lost server leads from running back to planning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradstream.coordinator import checkpoints, planner, scheduler
+from gradstream.coordinator.active import ActiveJob
+from gradstream.coordinator.membership import SERVER, WORKER, Membership, NodeEntry
+from gradstream.coordinator.notify import Notifier
+from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
+from gradstream.coordinator.sessions import Session
+from gradstream.coordinator.state import JobRecord, State
+from gradstream.core.checkpoint import directory_of
+from gradstream.core.errors import ConfigError, GradstreamError, one_line
+from gradstream.core.log import get_logger
+from gradstream.core.model import inventory
+from gradstream.core.plan import Plan
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
+
+QUEUED, PLANNING, RUNNING, PAUSED, FINISHED, FAILED, STOPPED = (
+    jobs_pb2.JOB_STATE_QUEUED,
+    jobs_pb2.JOB_STATE_PLANNING,
+    jobs_pb2.JOB_STATE_RUNNING,
+    jobs_pb2.JOB_STATE_PAUSED,
+    jobs_pb2.JOB_STATE_FINISHED,
+    jobs_pb2.JOB_STATE_FAILED,
+    jobs_pb2.JOB_STATE_STOPPED,
+)
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Times in seconds that the coordinator works by."""
+
+    heartbeat_seconds: float = 0.5
+    lease_seconds: float = 3.0
+    # For a plan's server whose stream broke to come back with its state.
+    server_grace_seconds: float = 3.0
+    # For a plan's nodes to come back after the coordinator was started anew.
+    adopt_grace_seconds: float = 5.0
+    # Between looks at the clock; events are acted upon at once.
+    tick_seconds: float = 0.2
+
+
+def unix_ms() -> int:
+    """Now."""
+    return int(time.time() * 1000)
+
+
+class Controller:
+    """Owns the membership, the sessions and the active job."""
+
+    def __init__(self, state: State, timing: Timing | None = None, clock: Callable[[], float] = time.monotonic):
+        self.timing = timing if timing is not None else Timing()
+        self.state = state
+        self.clock = clock
+        self.members = Membership(self.timing.heartbeat_seconds, self.timing.lease_seconds)
+        self.notifier = Notifier(state)
+        self.active: ActiveJob | None = None
+        # Versions of the active job that an export reads: retention leaves them alone.
+        self.exporting: list[tuple[str, int]] = []
+        # Called at the end of each reconcile with the active job, for what others derive from it.
+        self.after_reconcile: list[Callable[[ActiveJob], None]] = []
+        self._sessions: dict[str, Session] = {}
+        self._closing = False
+        self._loop_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take up what the state holds and begin to watch the clock."""
+        for record in self.state.list_jobs():
+            if record.state in (PLANNING, RUNNING) or (record.state == PAUSED and record.plan_held):
+                self.active = active = ActiveJob.load(record, self.state)
+                active.checkpoints.update(
+                    await asyncio.to_thread(checkpoints.versions_on_disk, checkpoints.root_of(record.run_directory))
+                )
+                last = active.totals.last
+                active.halted = record.desired != "run" and last is not None and last.halted
+                now = self.clock()
+                active.progress_at = now
+                active.expect_holders_until = now + self.timing.adopt_grace_seconds
+                for server in active.plan.servers if active.plan is not None else ():
+                    active.patience[server.node_id] = now + self.timing.adopt_grace_seconds
+                word = scheduler.STATE_WORDS[record.state]
+                self.event(record.job_id, "state", f"the coordinator was started anew and found the job {word}")
+        self._loop_task = asyncio.create_task(self._watch_clock())
+
+    async def stop(self) -> None:
+        """Stop deciding; nodes stay as they are."""
+        self._closing = True
+        active = self.active
+        tasks = [self._loop_task, active.planning if active else None, active.writing if active else None]
+        for task in tasks:
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        for session in list(self._sessions.values()):
+            session.end()
+
+    async def _watch_clock(self) -> None:
+        while True:
+            self.reconcile()
+            await asyncio.sleep(self.timing.tick_seconds)
+
+    # --- nodes ---------------------------------------------------------------------------------------------------------
+
+    def register(self, request: coordinator_pb2.RegisterRequest) -> NodeEntry:
+        """Enter a node that was checked. Raises ConfigError when another process has taken its name."""
+        node, replaced = self.members.register(request, self.clock(), unix_ms())
+        for old in replaced:
+            self._end_session(old.node_id, ConfigError(f"another {old.title} has registered since; give each its own name"))
+            self._note_node(f"{old.title} was replaced by a newer process of that name")
+        log.info("registered", node=node.node_id, address=node.address, holds=dict(node.holds))
+        return node
+
+    def open_session(self, node_id: str) -> Session | None:
+        """Begin a node's stream and queue what it must know; None when the node is not registered."""
+        node = self.members.open_session(node_id)
+        if node is None:
+            return None
+        self._end_session(node_id, "a newer stream took its place")
+        session = self._sessions[node_id] = Session(node_id, node.session)
+        active = self.active
+        for job_id, epoch in list(node.holds.items()):
+            if active is None or active.plan is None or (active.job_id, active.record.epoch) != (job_id, epoch):
+                self._release(node, job_id, "the coordinator has no such job running under this epoch")
+        if active is not None:
+            self._note_node(f"{node.title} is here ({node.device})")
+            if active.plan is not None and active.state in (RUNNING, PAUSED):
+                if node.kind == WORKER:
+                    self._send_plan(node, active)
+                self._ask_to_halt(active)
+        self.reconcile()
+        if node.kind == WORKER and self.active is active and active is not None and active.state in (RUNNING, PAUSED):
+            self._send(node, coordinator_pb2.SessionResponse(leases=active.lease_table()))
+        return session
+
+    def close_session(self, session: Session, why: str) -> None:
+        """A stream has ended; its node is dead at once unless it has another by now."""
+        session.end(why)
+        if self._sessions.get(session.node_id) is session:
+            del self._sessions[session.node_id]
+        node = self.members.close_session(session.node_id, session.number)
+        if node is not None and not self._closing:
+            self._note_node(f"{node.title} is gone: {why}")
+            self.reconcile()
+
+    def _end_session(self, node_id: str, why: GradstreamError | str) -> None:
+        session = self._sessions.pop(node_id, None)
+        if session is not None:
+            session.end(why)
+
+    def _send(self, node: NodeEntry, directive: coordinator_pb2.SessionResponse) -> None:
+        session = self._sessions.get(node.node_id)
+        if session is not None and not session.send(directive):
+            self._end_session(node.node_id, "the node does not read its directives")
+
+    def _send_plan(self, node: NodeEntry, active: ActiveJob) -> None:
+        self._send(node, coordinator_pb2.SessionResponse(plan=active.plan_message))
+        node.holds[active.job_id] = active.record.epoch
+
+    def _release(self, node: NodeEntry, job_id: str, reason: str) -> None:
+        release = coordinator_pb2.ReleaseJob(job_id=job_id, reason=reason)
+        self._send(node, coordinator_pb2.SessionResponse(release=release))
+        node.holds.pop(job_id, None)
+
+    def _note_node(self, message: str) -> None:
+        log.info(message)
+        if self.active is not None:
+            self.event(self.active.job_id, "node", message)
+
+    # --- what people ask for -------------------------------------------------------------------------------------------
+
+    def pause(self, record: JobRecord) -> None:
+        """Rest at the next boundary, or at once where nothing runs. Raises ConfigError when the job has ended."""
+        if record.state in scheduler.ENDED:
+            raise ConfigError(f"job {record.job_id} is {scheduler.STATE_WORDS[record.state]}; only a live job can be paused")
+        active = self._active_of(record)
+        if active is None:
+            if record.state == QUEUED:
+                self.save(record, state=PAUSED, desired="pause", reason="paused before it had begun")
+                self.event(record.job_id, "state", "paused while queued")
+            return
+        if active.record.desired != "pause" and active.state != PAUSED:
+            self._update(active, desired="pause")
+            self.event(record.job_id, "state", "a pause was asked for")
+            self._ask_to_halt(active)
+        self.reconcile()
+
+    def stop_job(self, record: JobRecord, now: bool) -> None:
+        """End at the next boundary with a checkpoint, or at once. Raises ConfigError when the job has ended."""
+        if record.state in scheduler.ENDED:
+            raise ConfigError(f"job {record.job_id} is already {scheduler.STATE_WORDS[record.state]}")
+        active = self._active_of(record)
+        if active is None:
+            self.save(record, state=STOPPED, desired="stop", reason="stopped before its turn", ended_unix_ms=unix_ms())
+            self.event(record.job_id, "state", "stopped before its turn")
+            return
+        if active.record.desired != "stop":
+            self._update(active, desired="stop")
+            self.event(record.job_id, "state", "a stop was asked for")
+            self._ask_to_halt(active)
+        if now:
+            self._end(active, STOPPED, f"stopped at once at version {active.version}")
+        self.reconcile()
+
+    def resume(self, record: JobRecord) -> None:
+        """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished."""
+        if record.state == FINISHED:
+            raise ConfigError(f"job {record.job_id} is finished; submit a recipe with more steps instead")
+        active = self._active_of(record)
+        if active is not None:
+            active.halted = False
+            if active.record.desired != "run" or active.state == PAUSED:
+                self._update(active, desired="run")
+                self.event(record.job_id, "state", "resumed")
+            if active.state == PAUSED:
+                self._set_state(active, RUNNING, "resumed")
+        elif record.state in (PAUSED, STOPPED, FAILED):
+            rank = min([job.rank for job in self.state.list_jobs()], default=0) - 1
+            self.save(record, state=QUEUED, desired="run", reason="resumed", rank=rank, ended_unix_ms=0)
+            self.event(record.job_id, "state", "resumed: first in the queue, goes on from its last checkpoint")
+        self.reconcile()
+
+    def fail(self, job_id: str, reason: str) -> None:
+        """End the active job as failed."""
+        active = self.active
+        if active is not None and active.job_id == job_id:
+            self.event(job_id, "failure", reason)
+            self._end(active, FAILED, reason)
+        self.reconcile()
+
+    def _active_of(self, record: JobRecord) -> ActiveJob | None:
+        return self.active if self.active is not None and self.active.job_id == record.job_id else None
+
+    # --- reconciliation ------------------------------------------------------------------------------------------------
+
+    def reconcile(self) -> None:
+        """Make every transition that is due. Never raises: what failed is tried again at the next tick."""
+        if self._closing:
+            return
+        try:
+            now = self.clock()
+            for node in self.members.expire(now):
+                self._end_session(node.node_id, "its lease ran out")
+                self._note_node(f"{node.title} is gone: no heartbeat for {self.timing.lease_seconds:g} s")
+            if self.active is None:
+                self._start_next()
+            active = self.active
+            if active is not None:
+                self._advance(active, now)
+            if self.active is None:
+                self._start_next()
+            for follow_up in self.after_reconcile:
+                if self.active is not None:
+                    follow_up(self.active)
+        except GradstreamError as error:
+            log.error("could not act; trying again", cause=one_line(error))
+        except Exception:
+            log.exception("could not act; trying again")
+
+    def _start_next(self) -> None:
+        record = scheduler.next_job(self.state.list_jobs())
+        if record is None:
+            return
+        # What an earlier turn left on nodes was released.
+        record = self.save(record, state=PLANNING, reason="its turn has come", plan_held=False)
+        self.event(record.job_id, "state", "planning: its turn has come")
+        self.active = ActiveJob.load(record, self.state)
+        self.active.progress_at = self.clock()
+        self._advance(self.active, self.clock())
+
+    def _advance(self, active: ActiveJob, now: float) -> None:
+        if active.state == PLANNING:
+            self._advance_plan(active, now)
+        if active.state in (RUNNING, PAUSED) and self.active is active:
+            self._judge_servers(active, now)
+        if active.state in (RUNNING, PAUSED) and self.active is active:
+            self._judge_end(active)
+        if active.state in (RUNNING, PAUSED) and self.active is active:
+            self._lease(active, now)
+
+    def _advance_plan(self, active: ActiveJob, now: float) -> None:
+        desired = active.record.desired
+        if desired != "run":
+            if desired == "stop":
+                self._end(active, STOPPED, f"stopped at version {active.version} while planning")
+            else:
+                self._rest_without_plan(active, "paused while planning")
+            return
+        if active.planning is not None:
+            return
+        if active.plan is not None and self._look_at_servers(active, now)[0] is Verdict.HOLD:
+            self._set_state(active, RUNNING, "its servers came back with all of their state; no step is lost")
+            return
+        servers, workers = self.members.present(SERVER), self.members.present(WORKER)
+        if not scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers):
+            active.planning = asyncio.create_task(self._make_plan(active, servers, workers))
+
+    async def _make_plan(self, active: ActiveJob, servers: list[NodeEntry], workers: list[NodeEntry]) -> None:
+        record = active.record
+        root = checkpoints.root_of(record.run_directory)
+        try:
+            start, versions = await asyncio.to_thread(checkpoints.newest, root)
+            if active.tensors is None:
+                active.tensors = await asyncio.to_thread(inventory, active.recipe.model.config)
+            plan, reasons = await asyncio.to_thread(
+                planner.make_plan,
+                record.job_id,
+                active.recipe,
+                active.manifest,
+                active.tensors,
+                _offers(servers),
+                _offers(workers),
+                record.epoch + 1,
+                start,
+                root,
+            )
+            if self.active is active and active.state == PLANNING and active.record.desired == "run":
+                # A server that died meanwhile must not be planned with; the next look starts over.
+                if all(server.present for server in servers):
+                    self._take_plan(active, plan, reasons, versions)
+        except GradstreamError as error:
+            self.fail(record.job_id, one_line(error))
+        except OSError as error:
+            self.fail(record.job_id, f"{root} cannot be read ({error}); make it readable, then `gradstream resume`")
+        except Exception as error:
+            log.exception("planning failed")
+            self.fail(record.job_id, f"the plan could not be made: {one_line(error)}")
+        finally:
+            active.planning = None
+        self.reconcile()
+
+    def _take_plan(self, active: ActiveJob, plan: Plan, reasons: dict[str, str], versions: Iterable[int]) -> None:
+        """Make a plan the job's, durably first, then tell everyone."""
+        message = plan.to_proto()
+        before, old_epoch = active.version, active.record.epoch
+        self._update(
+            active,
+            message.SerializeToString(),
+            state=RUNNING,
+            reason=f"epoch {plan.epoch} from version {plan.start_version}",
+            epoch=plan.epoch,
+            start_version=plan.start_version,
+            plan_held=True,
+            decisions={**active.record.decisions, **reasons},
+        )
+        active.take_plan(message, plan)
+        active.checkpoints = set(versions)
+        active.totals = self.state.step_totals(active.job_id, plan.epoch, plan.start_version)
+        active.pace.steps.clear()
+        active.halted, active.need_workers = False, False
+        active.expect_holders_until = 0.0
+        active.progress_at = self.clock()
+        self.event(active.job_id, "plan", f"epoch {plan.epoch}: {'; '.join(reasons.values())}")
+        if old_epoch and before > plan.start_version:
+            steps = f"steps {plan.start_version} to {before - 1}" if before - 1 > plan.start_version else f"step {before - 1}"
+            self.event(active.job_id, "plan", f"{steps} are walked again, to the same bits")
+        for node in self.members.everyone_present():
+            if node.kind == WORKER or plan.server_index(node.node_id) is not None:
+                self._send_plan(node, active)
+            elif active.job_id in node.holds:
+                self._release(node, active.job_id, "the new plan does without it")
+        active.holders = [""] * plan.num_slots if old_epoch == 0 else active.holders
+        self._lease(active, self.clock(), force=True)
+
+    def _look_at_servers(self, active: ActiveJob, now: float) -> tuple[Verdict, str]:
+        assert active.plan is not None
+        sights = []
+        for server in active.plan.servers:
+            node = self.members.get(server.node_id)
+            present = node is not None and node.present
+            if present:
+                active.patience.pop(server.node_id, None)
+                patience = 0.0
+            else:
+                patience = active.patience.setdefault(server.node_id, now + self.timing.server_grace_seconds) - now
+            namesake = self.members.named(SERVER, server.name)
+            sights.append(
+                ServerSight(
+                    name=server.name,
+                    present=present,
+                    holds=node is not None and node.holds.get(active.job_id) == active.record.epoch,
+                    replaced=namesake is not None and namesake.node_id != server.node_id,
+                    patience_seconds=patience,
+                )
+            )
+        return scheduler.judge_servers(sights)
+
+    def _judge_servers(self, active: ActiveJob, now: float) -> None:
+        verdict, reason = self._look_at_servers(active, now)
+        if verdict is not Verdict.LOST:
+            return
+        self.event(active.job_id, "node", f"{reason}; the job goes back to its last checkpoint")
+        if active.record.desired == "stop":
+            self._end(active, STOPPED, f"stopped at version {active.version}: {reason}")
+        elif active.state == PAUSED or active.record.desired == "pause":
+            self._rest_without_plan(active, f"paused; {reason}, so it will go on from its last checkpoint")
+        else:
+            self._set_state(active, PLANNING, f"{reason}; going back to the last checkpoint")
+            self._advance_plan(active, now)
+
+    def _judge_end(self, active: ActiveJob) -> None:
+        ending, reason = scheduler.judge_end(
+            desired=active.record.desired,
+            state=active.state,
+            version=active.version,
+            num_steps=active.num_steps,
+            halted=active.halted,
+            checkpoints=active.checkpoints,
+            validated=active.fully_validated,
+            any_worker=bool(self.workers(active)),
+        )
+        if ending is Ending.FINISH:
+            self._end(active, FINISHED, reason)
+        elif ending is Ending.STOP:
+            self._end(active, STOPPED, reason)
+        elif ending is Ending.PAUSE:
+            self._set_state(active, PAUSED, reason)
+
+    def workers(self, active: ActiveJob) -> list[NodeEntry]:
+        """The live workers with memory enough for the active job, oldest first."""
+        if active.plan is None:
+            return self.members.present(WORKER)
+        need = planner.worker_bytes(active.recipe, active.plan.num_parameters)
+        return [node for node in self.members.present(WORKER) if planner.fits(node.memory_bytes, need)]
+
+    def _lease(self, active: ActiveJob, now: float, force: bool = False) -> None:
+        """Bring the lease table in line with the live workers, and publish it when it changes."""
+        workers = [node.node_id for node in self.workers(active)]
+        if now < active.expect_holders_until:
+            workers = list(dict.fromkeys([*filter(None, active.holders), *workers]))
+        names = {node_id: self.members.name_of(node_id) for node_id in workers}
+        resting = active.state == PAUSED
+        holders, reason = scheduler.lease_slots(active.holders, workers, resting, names)
+        if holders == active.holders and not force:
+            return
+        active.holders, active.lease_reason = holders, reason
+        active.lease_number += 1
+        active.progress_at = now
+        table = active.lease_table()
+        decisions = {**active.record.decisions, "leases": reason}
+        self._update(active, leases=table.SerializeToString(), decisions=decisions)
+        self.event(active.job_id, "leases", reason)
+        for node in self.members.present(WORKER):
+            self._send(node, coordinator_pb2.SessionResponse(leases=table))
+
+    def publish_leases_again(self, active: ActiveJob) -> None:
+        """Send the same leases under a higher number, to workers that a halt put to rest."""
+        self._lease(active, self.clock(), force=True)
+
+    def _ask_to_halt(self, active: ActiveJob) -> None:
+        """Tell the leader, if it is here, of a pause or stop that it has not answered yet."""
+        if active.plan is None or active.state != RUNNING or active.record.desired == "run" or active.halted:
+            return
+        leader = self.members.get(active.plan.servers[active.plan.leader].node_id)
+        if leader is not None and leader.present and self.workers(active):
+            boundary = coordinator_pb2.BoundaryRequest(job_id=active.job_id, epoch=active.record.epoch, halt=True)
+            self._send(leader, coordinator_pb2.SessionResponse(boundary=boundary))
+
+    # --- transitions ---------------------------------------------------------------------------------------------------
+
+    def _set_state(self, active: ActiveJob, state: jobs_pb2.JobState, reason: str) -> None:
+        self._update(active, state=state, reason=reason)
+        active.progress_at = self.clock()
+        self.event(active.job_id, "state", f"{scheduler.STATE_WORDS[state]}: {reason}")
+
+    def _rest_without_plan(self, active: ActiveJob, reason: str) -> None:
+        """Pause a job whose state no server holds, and give the cluster to the next one."""
+        self._leave(active, PAUSED, reason, ended=0)
+
+    def _end(self, active: ActiveJob, state: jobs_pb2.JobState, reason: str) -> None:
+        self._leave(active, state, reason, ended=unix_ms())
+
+    def _leave(self, active: ActiveJob, state: jobs_pb2.JobState, reason: str, ended: int) -> None:
+        """The cluster is done with the job: durably first, then every node forgets it."""
+        table = plan_pb2.LeaseTable(job_id=active.job_id, epoch=active.record.epoch, number=active.lease_number)
+        self._update(
+            active,
+            state=state,
+            reason=reason,
+            ended_unix_ms=ended,
+            plan_held=False,
+            leases=table.SerializeToString(),
+        )
+        self.event(active.job_id, "state", f"{scheduler.STATE_WORDS[state]}: {reason}")
+        if active.planning is not None and active.planning is not asyncio.current_task():
+            active.planning.cancel()
+        self.active = None
+        for node in self.members.everyone_present():
+            self._release(node, active.job_id, reason)
+
+    def save(self, record: JobRecord, plan: bytes | None = None, **changes: Any) -> JobRecord:
+        """Store a job with changes; return the new record."""
+        changed = replace(record, **changes)
+        self.state.save_job(changed, plan)
+        self.notifier.changed(record.job_id)
+        return changed
+
+    def _update(self, active: ActiveJob, plan: bytes | None = None, **changes: Any) -> None:
+        # The view follows the state, never the other way round: when storing fails nothing has changed.
+        active.record = self.save(active.record, plan, **changes)
+
+    def event(self, job_id: str, kind: str, message: str) -> None:
+        """Add an event to a job's history."""
+        log.info(message, job=job_id, kind=kind)
+        event = jobs_pb2.Event(unix_ms=unix_ms(), kind=kind, message=message)
+        self.notifier.append(job_id, [jobs_pb2.WatchJobResponse(event=event)])
+
+
+def checkpoint_directory(record: JobRecord, version: int) -> str:
+    """Where a version's checkpoint of a job is."""
+    return directory_of(checkpoints.root_of(record.run_directory), version)
+
+
+def _offers(nodes: Iterable[NodeEntry]) -> list[planner.NodeOffer]:
+    return [planner.NodeOffer(node.node_id, node.name, node.address, node.memory_bytes) for node in nodes]

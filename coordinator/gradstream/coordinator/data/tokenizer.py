@@ -1,0 +1,241 @@
+"""The tokenizer of a data set: trained on a sample or taken as it is, and run in parallel over documents.
+
+A trained one is a byte-level BPE (Sennrich et al. 2016; byte level after GPT-2): every text has an encoding.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from gradstream.coordinator.data.sources import NotTextError, SourceFile, open_filesystem, read_documents
+from gradstream.core.errors import ConfigError, DataError, one_line
+
+END_OF_TEXT = "<|endoftext|>"
+# What known model families end a document with, the most telling first.
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+SAMPLE_BYTES = 4 << 20  # more changes the merges little and costs 0.3 s a MB
+SMALL_FILE_BYTES = 64 << 10
+BATCH_BYTES = 1 << 20
+BATCH_DOCUMENTS = 1024
+BATCHES_PER_PROCESS = 3  # in flight: one being encoded, one waiting, one being written
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFile:
+    """A tokenizer.json and what the manifest says of it. `vocab_size` is the largest id plus one."""
+
+    content: bytes
+    vocab_size: int
+    end_of_text_id: int
+
+    @property
+    def token_dtype(self) -> str:
+        """The numpy name of the smallest type that holds every id."""
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document on its way to a data shard: its token ids (end of text included), little-endian, as bytes."""
+
+    tokens: bytes
+    num_tokens: int
+
+
+def load(path: str) -> TokenizerFile:
+    """Read an existing tokenizer.json from any fsspec path.
+
+    Raises ConfigError when it cannot be read, is no tokenizer, or knows no end of text.
+    """
+    filesystem, inner = open_filesystem(path)
+    try:
+        with filesystem.open(inner, "rb") as handle:
+            content: bytes = handle.read()
+    except Exception as error:  # every fsspec backend raises its own kind
+        raise ConfigError(
+            f"tokenizer {path} cannot be read ({one_line(error)}); give the path of a tokenizer.json"
+        ) from None
+    return describe(content, path)
+
+
+def describe(content: bytes, origin: str) -> TokenizerFile:
+    """Find the vocabulary's size and the end of text of a tokenizer.json. Raises ConfigError."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"{origin} is not a tokenizer.json ({one_line(error)}); save the tokenizer again") from None
+    vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    name = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
+    if name is None:
+        raise ConfigError(
+            f"{origin} has no end-of-text token; add one of {', '.join(END_OF_TEXT_NAMES)} or leave the tokenizer "
+            f"out to have one trained"
+        )
+    return TokenizerFile(content, max(vocabulary.values()) + 1, vocabulary[name])
+
+
+def train(
+    files: list[SourceFile],
+    text_field: str,
+    vocab_size: int,
+    max_bytes: int | None,
+    progress: Callable[[int], None],
+) -> TokenizerFile:
+    """Train a byte-level BPE on a sample of at most SAMPLE_BYTES of the documents.
+
+    The same files give the same bytes. `progress` is called with the bytes of text sampled so far.
+    Raises ConfigError for a vocabulary that is too small.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"vocab_size {vocab_size} is too small; a byte-level vocabulary has at least {SMALLEST_VOCABULARY} entries"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(files, text_field, max_bytes, progress), trainer)
+    return describe(tokenizer.to_str(pretty=True).encode("utf-8"), "the trained tokenizer")
+
+
+def _sample(
+    files: list[SourceFile],
+    text_field: str,
+    max_bytes: int | None,
+    progress: Callable[[int], None],
+) -> Iterator[str]:
+    """Text from all over the corpus, without reading all of it.
+
+    Files are visited in a scrambled order that depends on their number alone. Each gives the beginning of its text, in
+    proportion to its size, but small files give all of theirs.
+    """
+    if max_bytes is not None:  # the tokenizer should see what will be tokenized: about the first max_bytes
+        reached, kept = 0, 0
+        while kept < len(files) and reached < max_bytes:
+            reached += files[kept].num_bytes
+            kept += 1
+        files = files[:kept]
+    total = max(1, sum(file.num_bytes for file in files))
+    budget = min(SAMPLE_BYTES, max_bytes or SAMPLE_BYTES)
+    sampled = 0
+    order = sorted(range(len(files)), key=lambda index: blake2b(str(index).encode(), digest_size=8).digest())
+    for index in order:
+        left = min(budget - sampled, max(SMALL_FILE_BYTES, SAMPLE_BYTES * files[index].num_bytes // total))
+        try:
+            for text in read_documents(files[index], text_field):
+                if text:
+                    # A character is at least a byte: cheap first cut, then the exact one.
+                    piece = text[:left].encode("utf-8")[:left].decode("utf-8", "ignore")
+                    size = len(piece.encode("utf-8"))
+                    left, sampled = left - max(1, size), sampled + size
+                    yield piece
+                    progress(sampled)
+                if left <= 0:
+                    break
+        except NotTextError:
+            continue  # counted when the corpus itself is read
+        if sampled >= budget:
+            return
+
+
+def encode(texts: Iterable[str], tokenizer: TokenizerFile, num_processes: int) -> Generator[Document, None, None]:
+    """Encode documents, in the order given, whatever the number of processes.
+
+    At most BATCHES_PER_PROCESS batches of about BATCH_BYTES for each process are in memory at once.
+    One process means this one; more are spawned. Raises DataError when a spawned process dies.
+    """
+    setup = (tokenizer.content, tokenizer.token_dtype, tokenizer.end_of_text_id)
+    if num_processes == 1:
+        encoder = _Encoder(*setup)
+        for batch in _batches(texts):
+            yield from encoder.encode(batch)
+        return
+    pool = ProcessPoolExecutor(
+        num_processes, mp_context=multiprocessing.get_context("spawn"), initializer=_start_process, initargs=setup
+    )
+    in_flight: deque[Future[list[Document]]] = deque()
+    try:
+        for batch in _batches(texts):
+            in_flight.append(pool.submit(_encode_in_process, batch))
+            if len(in_flight) >= BATCHES_PER_PROCESS * num_processes:
+                yield from in_flight.popleft().result()
+        while in_flight:
+            yield from in_flight.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a tokenizing process was killed, perhaps for lack of memory; free some and try again"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _Encoder:
+    """A tokenizer set up to encode whole documents: no truncation, no padding, no template."""
+
+    def __init__(self, content: bytes, token_dtype: str, end_of_text_id: int):
+        from tokenizers import Tokenizer
+
+        self._tokenizer: Any = Tokenizer.from_str(content.decode("utf-8"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # "<|endoftext|>" in a document's text is text: a document must not be able to end itself.
+        self._tokenizer.encode_special_tokens = True
+        self._dtype = np.dtype(token_dtype).newbyteorder("<")
+        self._end_of_text_id = end_of_text_id
+
+    def encode(self, texts: list[str]) -> list[Document]:
+        documents = []
+        for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            tokens = np.array([*encoding.ids, self._end_of_text_id], self._dtype)
+            documents.append(Document(tokens.tobytes(), len(tokens)))
+        return documents
+
+
+_process_encoder: _Encoder | None = None
+
+
+def _start_process(content: bytes, token_dtype: str, end_of_text_id: int) -> None:
+    """Set up a spawned process: one thread each, and Ctrl-C is the parent's to handle."""
+    global _process_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _process_encoder = _Encoder(content, token_dtype, end_of_text_id)
+
+
+def _encode_in_process(texts: list[str]) -> list[Document]:
+    assert _process_encoder is not None
+    return _process_encoder.encode(texts)

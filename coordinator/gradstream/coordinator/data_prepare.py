@@ -1,0 +1,176 @@
+"""Preparing a data set: from text to a manifest, a tokenizer and data shards of token ids.
+
+Phases: list the files, train or load the tokenizer, tokenize and write, publish. The result is a function of the input
+and the options alone, not of the number of processes. Memory is bounded: the batches in flight and the largest document.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from hashlib import blake2b
+from typing import Literal
+
+from gradstream.coordinator.data import tokenizer as tokenization
+from gradstream.coordinator.data.inspection import DataSummary, SplitSummary, inspect, load_manifest, verify
+from gradstream.coordinator.data.output import Output, Split, SplitWriter
+from gradstream.coordinator.data.sources import Corpus, list_files
+from gradstream.core.config import PrepareConfig
+from gradstream.core.data import Manifest
+from gradstream.core.errors import DataError
+
+__all__ = [
+    "DataSummary",
+    "PrepareProgress",
+    "SplitSummary",
+    "inspect",
+    "is_validation",
+    "load_manifest",
+    "prepare",
+    "verify",
+]
+
+# Below this, starting processes takes longer than tokenizing.
+SERIAL_BYTES = 4 << 20
+PROGRESS_INTERVAL_BYTES = 256 << 10
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareProgress:
+    """How far preparation has come. Bytes are of text for the tokenizer, of stored files for tokenizing."""
+
+    phase: Literal["tokenizer", "tokenize", "done"]
+    bytes_done: int = 0
+    bytes_total: int = 0
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_skipped_files: int = 0
+    """files left out because they are not UTF-8 text"""
+
+
+def prepare(
+    options: PrepareConfig,
+    out: str,
+    progress: Callable[[PrepareProgress], None] = lambda _: None,
+    *,
+    num_processes: int | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Make the data set `options` describes in the directory `out` (any fsspec path) and return its manifest.
+
+    `num_processes`: tokenizing processes, at most one a core; None chooses. `force` replaces a data set at `out`.
+    `progress` is called in this thread, often. After an error or an interrupt nothing half-written stays.
+
+    Raises ConfigError (sources, tokenizer, options or `out`) and DataError (contents), each with one line.
+    """
+    # Phase 1: list the files. What is wrong with the paths shows before anything is written.
+    files = list_files(options.sources)
+    corpus = Corpus(files, options.text_field, options.max_bytes)
+    state = PrepareProgress("tokenizer")
+    with Output(out, force) as output:
+        # Phase 2: the tokenizer.
+        if options.tokenizer is not None:
+            tokenizer = tokenization.load(options.tokenizer)
+        else:
+            budget = min(tokenization.SAMPLE_BYTES, corpus.stored_bytes)
+
+            def sampled(num_bytes: int) -> None:
+                progress(replace(state, bytes_done=min(num_bytes, budget), bytes_total=budget))
+
+            tokenizer = tokenization.train(files, options.text_field, options.vocab_size, options.max_bytes, sampled)
+        file = output.create(TOKENIZER_FILE)
+        with output.explained():
+            file.write(tokenizer.content)
+            tokenizer_sha256 = file.close()
+
+        # Phase 3: tokenize, and write in the order of the documents.
+        writers: dict[Split, SplitWriter] = {"train": SplitWriter(output, "train", options.num_shards)}
+        if options.validation_fraction > 0:
+            writers["validation"] = SplitWriter(output, "validation", options.num_shards)
+        processes = _num_processes(num_processes, corpus.stored_bytes)
+        reported = -PROGRESS_INTERVAL_BYTES
+        # Closed here, not when it is collected: its processes must be gone before the files are.
+        with closing(tokenization.encode(corpus, tokenizer, processes)) as documents:
+            for index, document in enumerate(documents):
+                writers["validation" if is_validation(index, options.validation_fraction) else "train"].add(document)
+                if corpus.stored_bytes_done - reported >= PROGRESS_INTERVAL_BYTES:
+                    reported = corpus.stored_bytes_done
+                    progress(_tokenizing(corpus, writers))
+        _check_counts(options, corpus, writers)
+
+        # Phase 4: publish.
+        manifest = Manifest.model_validate(
+            {
+                "token_dtype": tokenizer.token_dtype,
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text_id": tokenizer.end_of_text_id,
+                "tokenizer_file": TOKENIZER_FILE,
+                "tokenizer_sha256": tokenizer_sha256,
+                "shards": tuple(shard for writer in writers.values() for shard in writer.close()),
+                "sources": tuple(_without_password(source) for source in options.sources),
+            }
+        )
+        output.publish(manifest)
+    progress(replace(_tokenizing(corpus, writers), phase="done", bytes_done=corpus.stored_bytes))
+    return manifest
+
+
+def is_validation(index: int, fraction: float) -> bool:
+    """Whether document number `index` is held out: a pure function of the two.
+
+    Of every 1/fraction consecutive documents one is, at a scrambled place. So the number held out is the fraction to
+    within one document, however small the corpus (independent draws would leave data shards without any).
+    """
+    if fraction <= 0:
+        return False
+    share = Fraction(fraction).limit_denominator(1_000_000) or Fraction(1, 1_000_000)
+    block = math.floor(index * share)
+    begin, end = math.ceil(block / share), math.ceil((block + 1) / share)
+    digest = blake2b(str(block).encode(), digest_size=8).digest()
+    return index == begin + int.from_bytes(digest, "little") % (end - begin)
+
+
+def _tokenizing(corpus: Corpus, writers: dict[Split, SplitWriter]) -> PrepareProgress:
+    return PrepareProgress(
+        "tokenize",
+        bytes_done=min(corpus.stored_bytes_done, corpus.stored_bytes),
+        bytes_total=corpus.stored_bytes,
+        num_documents=sum(writer.num_documents for writer in writers.values()),
+        num_tokens=sum(writer.num_tokens for writer in writers.values()),
+        num_skipped_files=corpus.num_skipped_files,
+    )
+
+
+def _check_counts(options: PrepareConfig, corpus: Corpus, writers: dict[Split, SplitWriter]) -> None:
+    """Every data shard must have a document, since every slot must have a sample."""
+    total = sum(writer.num_documents for writer in writers.values())
+    if total == 0:
+        skipped = f" ({corpus.num_skipped_files} files are not UTF-8 text)" if corpus.num_skipped_files else ""
+        raise DataError(f"the sources hold no text{skipped}; name files that do")
+    for split, writer in writers.items():
+        if writer.num_documents < options.num_shards:
+            cure = "lower num_shards or add documents (a file or a row each)"
+            if split == "validation":
+                cure = "raise validation_fraction, set it to 0, lower num_shards or add documents"
+            raise DataError(
+                f"{writer.num_documents} of {total} documents are for {split}, too few for num_shards "
+                f"{options.num_shards}; {cure}"
+            )
+
+
+def _num_processes(wanted: int | None, num_bytes: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted is None:
+        return cores if num_bytes > SERIAL_BYTES else 1
+    return max(1, min(wanted, cores))
+
+
+def _without_password(source: str) -> str:
+    """A source for the manifest, which anyone may read: without user and password of a URL."""
+    return re.sub(r"(?<=://)[^/@]*@", "", source)

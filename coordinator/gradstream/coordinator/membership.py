@@ -1,0 +1,209 @@
+"""Who is there: a table of nodes with leases on life. No I/O, and the clock is an argument.
+
+A node is alive from its registration until its stream ends, its lease runs out or another process takes its name. Its
+identity follows from its kind, its name and its start (incarnation) alone, so it is the same after the coordinator has
+restarted, and a plan that names it stays valid.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from gradstream.core.errors import ConfigError
+from gradstream.proto.v1 import coordinator_pb2
+
+SERVER = coordinator_pb2.NODE_KIND_PARAMETER_SERVER
+WORKER = coordinator_pb2.NODE_KIND_WORKER
+KIND_WORDS = {SERVER: "parameter server", WORKER: "worker"}
+
+MAX_DEAD_NODES = 64
+MAX_REPLACED = 1024
+NUM_RATE_SAMPLES = 20
+
+
+def make_node_id(kind: coordinator_pb2.NodeKind, name: str, incarnation: str) -> str:
+    """The identity of one process: its name and a digest of what sets it apart from others of that name."""
+    return f"{name}.{blake2b(f'{kind}/{name}/{incarnation}'.encode(), digest_size=4).hexdigest()}"
+
+
+@dataclass
+class NodeEntry:
+    """One process as the table knows it."""
+
+    node_id: str
+    kind: coordinator_pb2.NodeKind
+    name: str
+    address: str
+    memory_bytes: int
+    device: str
+    order: int
+    last_heartbeat: float
+    last_heartbeat_unix_ms: int
+    alive: bool = True
+    # Number of the open stream; 0 without one.
+    session: int = 0
+    # It registered again and has not opened its new stream yet: the old one's end is no death.
+    returning: bool = False
+    # Jobs whose state it holds, with the epoch: as told at registration, then as told by us.
+    holds: dict[str, int] = field(default_factory=dict)
+    activity: coordinator_pb2.Activity = field(default_factory=coordinator_pb2.Activity)
+    # (clock, job, bytes sent) of the last heartbeats, for rates.
+    sent: deque[tuple[float, str, int]] = field(default_factory=lambda: deque(maxlen=NUM_RATE_SAMPLES))
+
+    @property
+    def present(self) -> bool:
+        """Whether it can be spoken to: alive, and its stream is open."""
+        return self.alive and self.session > 0
+
+    @property
+    def title(self) -> str:
+        """Kind and name, for people."""
+        return f"{KIND_WORDS[self.kind]} {self.name}"
+
+    def sent_bytes_per_second(self, job_id: str) -> float:
+        """Payload bytes a second that it sent for a job over its last heartbeats."""
+        samples = [(when, sent) for when, job, sent in self.sent if job == job_id]
+        if len(samples) < 2 or samples[-1][0] <= samples[0][0]:
+            return 0.0
+        return max(0, samples[-1][1] - samples[0][1]) / (samples[-1][0] - samples[0][0])
+
+
+class Membership:
+    """The table. Times are seconds of any steady clock."""
+
+    def __init__(self, heartbeat_seconds: float = 0.5, lease_seconds: float = 3.0):
+        self.heartbeat_seconds = heartbeat_seconds
+        self.lease_seconds = lease_seconds
+        self._nodes: dict[str, NodeEntry] = {}
+        self._order = 0
+        self._sessions = 0
+        # Processes whose name another one took. Were they let in again, the two would take turns for ever.
+        self._replaced: OrderedDict[str, None] = OrderedDict()
+
+    def register(
+        self, request: coordinator_pb2.RegisterRequest, now: float, unix_ms: int
+    ) -> tuple[NodeEntry, list[NodeEntry]]:
+        """Enter a node; return it and the live nodes that it replaces. The newest process of a name wins.
+
+        Raises ConfigError when a newer process has taken this one's name.
+        """
+        node_id = make_node_id(request.kind, request.name, request.incarnation)
+        if node_id in self._replaced:
+            raise ConfigError(
+                f"another {KIND_WORDS[request.kind]} has registered as '{request.name}' since; "
+                f"give each one a name of its own (--name)"
+            )
+        replaced = []
+        for other in [n for n in self._nodes.values() if (n.kind, n.name) == (request.kind, request.name)]:
+            if other.node_id == node_id:
+                continue
+            if other.alive:
+                replaced.append(other)
+                self._end(other)
+            self._replaced[other.node_id] = None
+            del self._nodes[other.node_id]
+        while len(self._replaced) > MAX_REPLACED:
+            self._replaced.popitem(last=False)
+        node = self._nodes.get(node_id)
+        if node is None:
+            self._order += 1
+            node = NodeEntry(
+                node_id=node_id,
+                kind=request.kind,
+                name=request.name,
+                address=request.address,
+                memory_bytes=request.memory_bytes,
+                device=request.device,
+                order=self._order,
+                last_heartbeat=now,
+                last_heartbeat_unix_ms=unix_ms,
+            )
+            self._nodes[node_id] = node
+        else:
+            node.returning = node.alive
+        node.alive = True
+        node.address, node.memory_bytes, node.device = request.address, request.memory_bytes, request.device
+        node.last_heartbeat, node.last_heartbeat_unix_ms = now, unix_ms
+        node.holds = {held.job_id: held.epoch for held in request.held}
+        return node, replaced
+
+    def open_session(self, node_id: str) -> NodeEntry | None:
+        """Note a new stream of a live node, in `session`; an older stream of it counts no more. None: not registered."""
+        node = self._nodes.get(node_id)
+        if node is None or not node.alive:
+            return None
+        self._sessions += 1
+        node.session, node.returning = self._sessions, False
+        return node
+
+    def heartbeat(
+        self, node_id: str, session: int, activity: coordinator_pb2.Activity, now: float, unix_ms: int
+    ) -> bool:
+        """Renew the lease; False when this stream counts no more."""
+        node = self._nodes.get(node_id)
+        if node is None or not node.alive or node.session != session:
+            return False
+        node.last_heartbeat, node.last_heartbeat_unix_ms = now, unix_ms
+        node.activity = activity
+        node.sent.append((now, activity.job_id, activity.sent_bytes))
+        return True
+
+    def close_session(self, node_id: str, session: int) -> NodeEntry | None:
+        """A stream ended. The node that died of it, or None when the stream counted no more."""
+        node = self._nodes.get(node_id)
+        if node is None or not node.alive or node.session != session:
+            return None
+        if node.returning:
+            node.session = 0
+            return None
+        self._end(node)
+        self._prune()
+        return node
+
+    def expire(self, now: float) -> list[NodeEntry]:
+        """End the nodes whose lease ran out; return them."""
+        dead = [n for n in self._nodes.values() if n.alive and now - n.last_heartbeat > self.lease_seconds]
+        for node in dead:
+            self._end(node)
+        self._prune()
+        return dead
+
+    def get(self, node_id: str) -> NodeEntry | None:
+        """The node, dead or alive."""
+        return self._nodes.get(node_id)
+
+    def present(self, kind: coordinator_pb2.NodeKind) -> list[NodeEntry]:
+        """The nodes of a kind that can be spoken to, those that came first first."""
+        return sorted((n for n in self._nodes.values() if n.kind == kind and n.present), key=lambda n: n.order)
+
+    def everyone_present(self) -> list[NodeEntry]:
+        """All nodes that can be spoken to."""
+        return [n for n in self._nodes.values() if n.present]
+
+    def all(self) -> Sequence[NodeEntry]:
+        """Live nodes first, then by kind and name."""
+        return sorted(self._nodes.values(), key=lambda n: (not n.alive, n.kind, n.name))
+
+    def name_of(self, node_id: str) -> str:
+        """The name of a node, also of one that is gone: identities start with it."""
+        node = self._nodes.get(node_id)
+        return node.name if node is not None else node_id.rpartition(".")[0]
+
+    def named(self, kind: coordinator_pb2.NodeKind, name: str) -> NodeEntry | None:
+        """The live node of a kind and name."""
+        return next((n for n in self._nodes.values() if n.alive and (n.kind, n.name) == (kind, name)), None)
+
+    @staticmethod
+    def _end(node: NodeEntry) -> None:
+        node.alive, node.session, node.returning = False, 0, False
+        node.activity = coordinator_pb2.Activity()
+        node.sent.clear()
+
+    def _prune(self) -> None:
+        """Forget all but the newest of the dead."""
+        dead = sorted((n for n in self._nodes.values() if not n.alive), key=lambda n: n.last_heartbeat)
+        for node in dead[: max(0, len(dead) - MAX_DEAD_NODES)]:
+            del self._nodes[node.node_id]

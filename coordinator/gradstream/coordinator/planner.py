@@ -1,0 +1,203 @@
+"""Plans: a pure function from what the recipe asks and the cluster offers to a plan, with its reasons.
+
+All that can be known to fail is found here, before a byte is loaded: memory, vocabulary, data shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradstream.core.config import OptimizerConfig, Recipe
+from gradstream.core.data import Manifest, SlotSampler
+from gradstream.core.errors import ConfigError, DataError, PlanError
+from gradstream.core.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut
+from gradstream.core.placement import place
+from gradstream.core.plan import Plan, Server
+
+# fp32 arrays that an optimizer keeps beside the weights.
+NUM_MOMENTS = {"adamw": 2, "sgd": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOffer:
+    """A node as the planner sees it. `memory_bytes` 0 means that it did not say."""
+
+    node_id: str
+    name: str
+    address: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointAt:
+    """Where a plan starts from."""
+
+    version: int
+    path: str
+
+
+def make_plan(
+    job_id: str,
+    recipe: Recipe,
+    manifest: Manifest,
+    tensors: Sequence[Tensor],
+    servers: Sequence[NodeOffer],
+    workers: Sequence[NodeOffer],
+    epoch: int,
+    checkpoint: CheckpointAt | None,
+    checkpoint_root: str,
+) -> tuple[Plan, dict[str, str]]:
+    """Make the plan of an epoch on all the servers offered; return it with its reasons by subject.
+
+    Raises DataError when the data does not fit the model, ConfigError when the model is empty, PlanError when a server's
+    memory, or that of every worker, is too small.
+    """
+    check_data(recipe, manifest)
+    fragment_elements = max(1, recipe.cluster.fragment_bytes // BYTES_PER_ELEMENT)
+    fragments = cut(tensors, fragment_elements)
+    if not fragments:
+        raise ConfigError("the model has no parameters; check model.config")
+    if not servers:
+        raise PlanError("no parameter server is live; start one with `gradstream serve parameter-server`")
+    # By name, so that the same cluster gives the same plan in whatever order its servers registered.
+    chosen = sorted(servers, key=lambda server: server.name)[: len(fragments)]
+    placement, placement_reason = place(fragments, tensors, len(chosen))
+    memory_reason = _check_server_memory(recipe, fragments, placement, chosen, tensors)
+    worker_need = worker_bytes(recipe, sum(tensor.num_elements for tensor in tensors))
+    _check_worker_memory(worker_need, workers)
+    plan = Plan(
+        job_id=job_id,
+        epoch=epoch,
+        recipe=recipe,
+        model_config=recipe.model.config,
+        data_manifest=manifest,
+        tensors=tuple(tensors),
+        fragment_elements=fragment_elements,
+        placement=tuple(placement),
+        servers=tuple(Server(server.node_id, server.name, server.address) for server in chosen),
+        leader=0,
+        start_version=checkpoint.version if checkpoint else 0,
+        checkpoint_path=checkpoint.path if checkpoint else "",
+        checkpoint_root=checkpoint_root,
+    )
+    idle = len(servers) - len(chosen)
+    names = ", ".join(server.name for server in chosen)
+    start = f"from the checkpoint of version {checkpoint.version}" if checkpoint else "from the seed"
+    reasons = {
+        "servers": f"servers: all {len(chosen)} that were live ({names}), led by {chosen[0].name}"
+        + (f"; {idle} more stay idle, as there are only {len(fragments)} fragments" if idle else ""),
+        "placement": f"placement: {placement_reason}",
+        "memory": f"memory: {memory_reason}; a worker needs {human_bytes(worker_need)} and its activations",
+        "start": f"start: {start}",
+    }
+    return plan, reasons
+
+
+def check_data(recipe: Recipe, manifest: Manifest) -> None:
+    """What can be said of a recipe and its data without a cluster. Raises DataError with one line."""
+    config = recipe.model.config
+    vocab_size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    if isinstance(vocab_size, int) and vocab_size < manifest.vocab_size:
+        raise DataError(
+            f"vocabulary mismatch: the data set {recipe.data.path} has {manifest.vocab_size} tokens, the model's vocab_size "
+            f"is {vocab_size}; set model.config.vocab_size={manifest.vocab_size} or prepare the data with a smaller vocabulary"
+        )
+    training = recipe.training
+    num_shards = len(manifest.split("train"))
+    if num_shards % training.num_slots:
+        cure = f"prepare it with a multiple of {training.num_slots}" if training.num_slots > 1 else "prepare it again"
+        raise DataError(
+            f"the data set {recipe.data.path} has {num_shards} training shards, which {training.num_slots} slots cannot "
+            f"share evenly; {cure} (data.prepare.num_shards) or change training.num_slots"
+        )
+    splits = ["train", "validation"] if recipe.validation.interval_steps else ["train"]
+    for split in splits:
+        for slot in range(training.num_slots):
+            SlotSampler(manifest, split, slot, training.num_slots, training.sequence_length, recipe.seed)
+
+
+def encoded_bytes(codec: str, num_elements: int) -> int:
+    """Bytes that a codec makes of a slice; the codecs themselves live beside torch, which a plan does not need."""
+    if codec == "int8":
+        return -(-num_elements // 256) * 4 + num_elements
+    return num_elements * {"fp32": 4, "bf16": 2}[codec]
+
+
+def server_bytes(recipe: Recipe, fragments: Sequence[Fragment]) -> tuple[int, int]:
+    """Bytes that a server with these fragments needs: (state, contributions that may wait for their turn)."""
+    elements = sum(fragment.num_elements for fragment in fragments)
+    pull = sum(encoded_bytes(recipe.codec.pull, fragment.num_elements) for fragment in fragments)
+    push = sum(encoded_bytes(recipe.codec.push, fragment.num_elements) for fragment in fragments)
+    # Master copy, moments, accumulator; then the published copy, still encoded.
+    arrays = 1 + NUM_MOMENTS[recipe.optimizer.kind] + 1
+    return arrays * BYTES_PER_ELEMENT * elements + pull, recipe.training.num_slots * push
+
+
+def worker_bytes(recipe: Recipe, num_parameters: int) -> int:
+    """Bytes that a worker needs beside its activations: weights, gradients, and a slot's encoded gradients."""
+    return 2 * BYTES_PER_ELEMENT * num_parameters + encoded_bytes(recipe.codec.push, num_parameters)
+
+
+def human_bytes(count: float) -> str:
+    """A size for people, in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB" if count < 1024 else f"{count / 1024:.1f} TiB"
+
+
+def _check_server_memory(
+    recipe: Recipe,
+    fragments: Sequence[Fragment],
+    placement: Sequence[int],
+    servers: Sequence[NodeOffer],
+    tensors: Sequence[Tensor],
+) -> str:
+    shards: list[list[Fragment]] = [[] for _ in servers]
+    for fragment in fragments:
+        shards[placement[fragment.index]].append(fragment)
+    needs = [server_bytes(recipe, shard) for shard in shards]
+    for server, (state, early) in zip(servers, needs, strict=True):
+        need = state + early
+        if server.memory_bytes and need > server.memory_bytes:
+            total = sum(map(sum, needs))
+            more = max(1, -(-total // server.memory_bytes) - len(servers))
+            raise PlanError(
+                f"parameter server {server.name} needs {human_bytes(need)} for its share of "
+                f"{sum(tensor.num_elements for tensor in tensors):,} parameters but offers {human_bytes(server.memory_bytes)} "
+                f"({human_bytes(need - server.memory_bytes)} missing); start {_at_least(more)} like it, give it more memory, "
+                f"or train a smaller model{_lighter(recipe.optimizer)}; then `gradstream resume`"
+            )
+    low, high = min(map(sum, needs)), max(map(sum, needs))
+    largest = max(needs, key=sum)
+    return (
+        f"a server needs {human_bytes(low)} to {human_bytes(high)} "
+        f"({human_bytes(largest[0])} of state, at most {human_bytes(largest[1])} of contributions that wait)"
+    )
+
+
+def _check_worker_memory(need: int, workers: Sequence[NodeOffer]) -> None:
+    """A worker that is too small is only left out, so the plan fails when all are."""
+    if not workers or any(fits(worker.memory_bytes, need) for worker in workers):
+        return
+    best = max(workers, key=lambda worker: worker.memory_bytes)
+    raise PlanError(
+        f"worker {best.name} needs {human_bytes(need)} for weights and gradients but offers "
+        f"{human_bytes(best.memory_bytes)} ({human_bytes(need - best.memory_bytes)} missing), and no other offers more; "
+        f"start a worker with more memory or train a smaller model; then `gradstream resume`"
+    )
+
+
+def fits(memory_bytes: int, need: int) -> bool:
+    """Whether a node's memory is enough; one that did not say how much it has is believed to have enough."""
+    return not memory_bytes or memory_bytes >= need
+
+
+def _at_least(count: int) -> str:
+    return "another server" if count == 1 else f"at least {count} more servers"
+
+
+def _lighter(optimizer: OptimizerConfig) -> str:
+    return " or use optimizer.kind=sgd" if optimizer.kind == "adamw" else ""

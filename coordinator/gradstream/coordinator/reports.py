@@ -1,0 +1,266 @@
+"""What nodes report: steps, validation, checkpoint files, failures, log lines. Each counts once, however often it comes.
+
+A report of an epoch that has been replaced is taken without effect: its node did nothing wrong and must not try for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gradstream.coordinator import checkpoints
+from gradstream.coordinator.active import ActiveJob
+from gradstream.coordinator.controller import Controller, checkpoint_directory
+from gradstream.coordinator.membership import NodeEntry
+from gradstream.coordinator.state import JobRecord
+from gradstream.core.checkpoint import write_manifest
+from gradstream.core.config import Recipe
+from gradstream.core.errors import GradstreamError, ProtocolError, one_line
+from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+
+MAX_LINE_CHARACTERS = 2000
+_FILE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
+_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+
+log = get_logger()
+
+
+class Reports:
+    """Enters reports into the state and hands the controller what follows from them."""
+
+    def __init__(self, controller: Controller):
+        self._controller = controller
+        self._state = controller.state
+        controller.after_reconcile.append(self._write_manifests)
+
+    # --- steps ---------------------------------------------------------------------------------------------------------
+
+    def step(self, report: coordinator_pb2.ReportStepRequest) -> None:
+        """A step was committed or skipped. Raises ProtocolError when it cannot be."""
+        record, active = self._job(report.job_id, report.epoch)
+        recipe = self._recipe(record, active)
+        training = recipe.training
+        most_tokens = training.global_batch * training.sequence_length
+        if (
+            report.step >= training.num_steps
+            or report.num_samples > training.global_batch
+            or report.num_tokens > most_tokens
+            or (report.epoch == record.epoch and report.step < record.start_version)
+        ):
+            raise ProtocolError(f"step report {report.step} of job {report.job_id} contradicts the recipe or the plan")
+        if not self._state.record_step(report):
+            return
+        self._controller.notifier.changed(record.job_id)
+        if active is None:
+            return
+        if report.epoch != record.epoch or report.step != active.version:
+            # Out of turn, or a late report of an earlier epoch that still counts: add it all up anew.
+            active.totals = self._state.step_totals(record.job_id, record.epoch, record.start_version)
+        else:
+            totals = active.totals
+            active.totals = replace(
+                totals,
+                num_steps=totals.num_steps + 1,
+                version=report.step + 1,
+                num_tokens=totals.num_tokens + report.num_tokens,
+                num_samples=totals.num_samples + report.num_samples,
+                num_skipped=totals.num_skipped + report.skipped,
+                last=report,
+            )
+        if report.epoch != record.epoch:
+            return
+        now = self._controller.clock()
+        active.pace.add(report, now)
+        active.progress_at = now
+        if report.skipped:
+            self._skipped(active, report)
+        if report.step + 1 == active.version:
+            active.halted = report.halted and active.record.desired != "run"
+        if report.halted and active.record.desired == "run" and self._controller.active is active:
+            # The request to halt was taken back after the leader had it.
+            self._controller.publish_leases_again(active)
+        self._controller.reconcile()
+
+    def _skipped(self, active: ActiveJob, report: coordinator_pb2.ReportStepRequest) -> None:
+        self._controller.event(
+            active.job_id,
+            "skip",
+            f"step {report.step} was skipped: its loss or gradient was not finite ({report.consecutive_skips} in a row)",
+        )
+        if report.consecutive_skips >= active.recipe.training.max_consecutive_skips:
+            self._controller.fail(
+                active.job_id,
+                f"{report.consecutive_skips} steps in a row up to step {report.step} had a loss or gradient that was not "
+                f"finite; lower optimizer.learning_rate (now {active.recipe.optimizer.learning_rate:g}), lengthen "
+                f"schedule.warmup_steps or check the data, then submit again",
+            )
+
+    # --- validation ----------------------------------------------------------------------------------------------------
+
+    def validation(self, report: coordinator_pb2.ReportValidationRequest) -> None:
+        """A slot's part of a validation pass. Raises ProtocolError when there is no such pass or part."""
+        record, active = self._job(report.job_id, report.epoch)
+        recipe = self._recipe(record, active)
+        interval, num_steps = recipe.validation.interval_steps, recipe.training.num_steps
+        expected = interval and report.version <= num_steps and not (report.version % interval and report.version != num_steps)
+        if not expected or report.slot >= recipe.training.num_slots or not report.num_tokens:
+            raise ProtocolError(
+                f"job {report.job_id} has no validation of version {report.version} with a slot {report.slot} "
+                f"of {report.num_tokens} tokens"
+            )
+        if not self._state.record_validation_part(report):
+            return
+        self._complete_validation(record.job_id, report.version, recipe.training.num_slots)
+        if active is not None:
+            active.validated = {validation.version for validation in self._state.validations(record.job_id)}
+            active.progress_at = self._controller.clock()
+            self._controller.reconcile()
+
+    def _complete_validation(self, job_id: str, version: int, num_slots: int) -> None:
+        parts = self._state.validation_parts(job_id, version)
+        if len(parts) < num_slots:
+            return
+        # In slot order and correctly rounded, so that the mean has the same bits whoever reported first.
+        loss_sum = _total([parts[slot][0] for slot in range(num_slots)])
+        num_tokens = sum(tokens for _, tokens in parts.values())
+        validation = jobs_pb2.Validation(version=version, loss=loss_sum / num_tokens, num_tokens=num_tokens)
+        if self._state.record_validation(job_id, validation):
+            self._controller.notifier.changed(job_id)
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
+        """A server's file of a checkpoint. Raises ProtocolError when it does not fit the plan."""
+        record, active = self._job(report.job_id, report.epoch)
+        if active is None or active.plan is None or report.epoch != record.epoch:
+            log.info("dropped a file of a replaced plan", job=report.job_id, epoch=report.epoch, version=report.version)
+            return
+        if (
+            report.server >= len(active.plan.servers)
+            or not record.start_version <= report.version <= active.num_steps
+            or not _FILE_NAME.match(report.file)
+            or not _SHA256.match(report.sha256)
+            or any(len(digest.sha256) != 32 for digest in report.fragments)
+        ):
+            raise ProtocolError(
+                f"checkpoint report of server {report.server}, version {report.version} of job {report.job_id} "
+                f"does not fit the plan"
+            )
+        if self._state.record_checkpoint_file(report):
+            active.files.setdefault(report.version, {})[report.server] = report
+            active.progress_at = self._controller.clock()
+            self._controller.reconcile()
+
+    def _write_manifests(self, active: ActiveJob) -> None:
+        """Write the manifest of the oldest version that all servers have reported, if there is one."""
+        if active.writing is not None or active.plan is None:
+            return
+        for version in sorted(active.files):
+            if len(active.files[version]) == len(active.plan.servers) and self.ledger_reaches(active, version):
+                active.writing = asyncio.create_task(self._write_manifest(active, version))
+                return
+
+    def ledger_reaches(self, active: ActiveJob, version: int) -> bool:
+        """Whether every step below a version was reported: the manifest's totals must be exact when it is loaded."""
+        record = active.record
+        totals = self._state.step_totals(record.job_id, record.epoch, record.start_version, below=version)
+        return totals.num_steps == version
+
+    async def _write_manifest(self, active: ActiveJob, version: int) -> None:
+        record, plan = active.record, active.plan
+        assert plan is not None
+        root = checkpoints.root_of(record.run_directory)
+        reports = [report for _, report in sorted(active.files[version].items())]
+        totals = self._state.step_totals(record.job_id, record.epoch, record.start_version, below=version)
+        progress = {
+            "num_tokens": totals.num_tokens,
+            "num_samples": totals.num_samples,
+            "num_skipped": totals.num_skipped,
+            "consecutive_skips": reports[0].consecutive_skips,
+        }
+        try:
+            directory = checkpoint_directory(record, version)
+            manifest = await asyncio.to_thread(write_manifest, directory, plan, version, reports, progress)
+            self._state.record_checkpoint(record.job_id, plan.epoch, checkpoints.as_message(root, manifest))
+            self._controller.notifier.changed(record.job_id)
+            if active.record.epoch == plan.epoch:
+                active.files.pop(version, None)
+                active.progress_at = self._controller.clock()
+            active.checkpoints.add(version)
+            pinned = [number for job_id, number in self._controller.exporting if job_id == record.job_id]
+            removed, left = await asyncio.to_thread(checkpoints.remove_old, root, active.recipe.checkpoint.keep, pinned)
+            active.checkpoints.intersection_update(left)
+            if removed:
+                versions = ", ".join(map(str, removed))
+                self._controller.event(
+                    record.job_id,
+                    "checkpoint",
+                    f"removed version {versions}: the newest {active.recipe.checkpoint.keep} are kept",
+                )
+        except (GradstreamError, OSError) as error:
+            self._controller.fail(
+                record.job_id,
+                f"the checkpoint of version {version} could not be written: {one_line(error)}; "
+                f"make room or mend {root}, then `gradstream resume`",
+            )
+        finally:
+            active.writing = None
+        self._controller.reconcile()
+
+    # --- failures and logs ---------------------------------------------------------------------------------------------
+
+    def failure(self, report: coordinator_pb2.ReportFailureRequest) -> None:
+        """A node cannot go on: the job fails with its line."""
+        record, active = self._job(report.job_id, report.epoch)
+        if active is None or report.epoch != record.epoch:
+            log.info("dropped a failure of a replaced plan", job=report.job_id, message=report.message[:500])
+            return
+        node = self._controller.members.get(report.node_id)
+        who = node.title if node is not None else "a node"
+        message = " ".join(report.message.split())[:MAX_LINE_CHARACTERS] or "it gave no reason"
+        self._controller.fail(record.job_id, f"{who}: {message}")
+
+    def log_lines(self, node: NodeEntry, lines: Sequence[coordinator_pb2.LogLine]) -> None:
+        """Log lines of a node, to the history of the job they name or of the running one."""
+        active = self._controller.active
+        by_job: dict[str, list[jobs_pb2.WatchJobResponse]] = {}
+        for line in lines[:MAX_LINES_PER_HEARTBEAT]:
+            job_id = line.job_id or (active.job_id if active is not None else "")
+            line.text = line.text[:MAX_LINE_CHARACTERS]
+            item = jobs_pb2.WatchJobResponse(log=jobs_pb2.NodeLogLine(node=node.name, line=line))
+            by_job.setdefault(job_id, []).append(item)
+        for job_id, items in by_job.items():
+            known = active is not None and job_id == active.job_id
+            if known or (job_id and self._state.get_job(job_id) is not None):
+                self._controller.notifier.append(job_id, items)
+
+    def _job(self, job_id: str, epoch: int) -> tuple[JobRecord, ActiveJob | None]:
+        """The job of a report, and its view if it is the active one. Raises ProtocolError for what never was."""
+        active = self._controller.active
+        if active is not None and active.job_id == job_id:
+            record = active.record
+        else:
+            active = None
+            found = self._state.get_job(job_id)
+            if found is None:
+                raise ProtocolError(f"there is no job '{job_id[:100]}' here; was the coordinator's state directory lost?")
+            record = found
+        if not 1 <= epoch <= record.epoch:
+            raise ProtocolError(f"job {job_id} has had {record.epoch} epochs; the report speaks of epoch {epoch}")
+        return record, active
+
+    @staticmethod
+    def _recipe(record: JobRecord, active: ActiveJob | None) -> Recipe:
+        return active.recipe if active is not None else Recipe.model_validate_json(record.recipe_json)
+
+
+def _total(values: Sequence[float]) -> float:
+    """A correctly rounded sum; NaN where the terms have none (infinities of both signs)."""
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):
+        return math.nan

@@ -1,0 +1,151 @@
+"""The decisions in a job's life, as pure functions that return the decision and its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from gradstream.coordinator.state import JobRecord
+from gradstream.core.config import Recipe
+from gradstream.core.leases import assign_slots
+from gradstream.core.plan import Server
+from gradstream.proto.v1 import jobs_pb2
+
+ENDED = (jobs_pb2.JOB_STATE_FINISHED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_STOPPED)
+STATE_WORDS = {
+    jobs_pb2.JOB_STATE_QUEUED: "queued",
+    jobs_pb2.JOB_STATE_PLANNING: "planning",
+    jobs_pb2.JOB_STATE_RUNNING: "running",
+    jobs_pb2.JOB_STATE_PAUSED: "paused",
+    jobs_pb2.JOB_STATE_FINISHED: "finished",
+    jobs_pb2.JOB_STATE_FAILED: "failed",
+    jobs_pb2.JOB_STATE_STOPPED: "stopped",
+}
+
+
+def next_job(jobs: Iterable[JobRecord]) -> JobRecord | None:
+    """The queued job whose turn it is: the one of the lowest rank, which is the oldest or one resumed since."""
+    queued = [job for job in jobs if job.state == jobs_pb2.JOB_STATE_QUEUED]
+    return min(queued, key=lambda job: job.rank, default=None)
+
+
+def missing_nodes(recipe: Recipe, num_servers: int, num_workers: int, need_workers: bool) -> list[tuple[str, str]]:
+    """What a plan still lacks, as (what, whom); empty when it can be made.
+
+    A job that goes on after the loss of a server does not wait for workers: they come and go.
+    """
+    missing = []
+    wanted = recipe.cluster.min_servers
+    if num_servers < wanted:
+        missing.append((f"{_count(wanted, 'parameter server')}, {_are(num_servers)}", "a parameter server to register"))
+    wanted = recipe.cluster.min_workers
+    if need_workers and num_workers < wanted:
+        missing.append((f"{_count(wanted, 'worker')}, {_are(num_workers)}", "a worker to register"))
+    return missing
+
+
+class Verdict(Enum):
+    """What is to be done about a plan's servers."""
+
+    HOLD = "hold"  # all are there
+    WAIT = "wait"  # some are away and may come back
+    LOST = "lost"  # state is lost, a new epoch must start from a checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSight:
+    """How one of a plan's servers looks now."""
+
+    name: str
+    present: bool
+    holds: bool  # the plan's epoch, in memory
+    replaced: bool  # another process of its name is live
+    patience_seconds: float  # until it is given up, if it is away
+
+
+def judge_servers(servers: Sequence[ServerSight]) -> tuple[Verdict, str]:
+    """Decide whether the plan stands. State that one server has lost cannot come back, so any loss ends the epoch."""
+    for server in servers:
+        if server.replaced:
+            return Verdict.LOST, f"parameter server {server.name} was started anew and has lost its state"
+        if server.present and not server.holds:
+            return Verdict.LOST, f"parameter server {server.name} came back without its state"
+        if not server.present and server.patience_seconds <= 0:
+            return Verdict.LOST, f"parameter server {server.name} is lost"
+    away = [server.name for server in servers if not server.present]
+    if away:
+        return Verdict.WAIT, f"parameter server {', '.join(away)} is away"
+    return Verdict.HOLD, "all servers hold the plan"
+
+
+class Ending(Enum):
+    """Where a job goes at a step boundary."""
+
+    GO_ON = "go on"
+    PAUSE = "pause"
+    STOP = "stop"
+    FINISH = "finish"
+
+
+def judge_end(
+    desired: str,
+    state: jobs_pb2.JobState,
+    version: int,
+    num_steps: int,
+    halted: bool,
+    checkpoints: Collection[int],
+    validated: bool,
+    any_worker: bool,
+) -> tuple[Ending, str]:
+    """Decide whether a job with a plan rests, ends or goes on.
+
+    `halted` says that the leader answered a request to halt at this version; `validated` that the last validation pass is
+    complete or none is wanted.
+    """
+    done = version >= num_steps
+    if done and version in checkpoints and validated:
+        return Ending.FINISH, f"all {num_steps} steps are done"
+    at_boundary = halted or done
+    if desired == "stop":
+        if not any_worker and not at_boundary:
+            return Ending.STOP, f"stopped at version {version}; no worker was live to finish the step"
+        if at_boundary and version in checkpoints:
+            return Ending.STOP, f"stopped at version {version}, with a checkpoint"
+        if state == jobs_pb2.JOB_STATE_PAUSED and not at_boundary:
+            return Ending.STOP, f"stopped at version {version} while paused"
+    if desired == "pause" and state != jobs_pb2.JOB_STATE_PAUSED:
+        if at_boundary:
+            return Ending.PAUSE, f"paused at version {version}"
+        if not any_worker:
+            return Ending.PAUSE, f"paused at version {version}; no worker was live"
+    return Ending.GO_ON, ""
+
+
+def lease_slots(
+    holders: Sequence[str], workers: Sequence[str], resting: bool, names: Mapping[str, str]
+) -> tuple[list[str], str]:
+    """Who computes which slot. `workers` are node ids, oldest first; a resting job's slots are all free."""
+    if resting:
+        return [""] * len(holders), "leases: none, the job is paused"
+    assigned, reason = assign_slots(holders, workers)
+    if not workers:
+        return assigned, f"leases: none, {reason}"
+    shares: dict[str, list[str]] = {}
+    for slot, holder in enumerate(assigned):
+        shares.setdefault(holder, []).append(str(slot))
+    who = "; ".join(f"{names[holder]}: {', '.join(slots)}" for holder, slots in sorted(shares.items()))
+    return assigned, f"leases: {reason} → {who}"
+
+
+def joined(numbers: Iterable[int]) -> str:
+    """Numbers for people."""
+    return ", ".join(map(str, numbers))
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _are(number: int) -> str:
+    return "none is live" if not number else "1 is live" if number == 1 else f"{number} are live"

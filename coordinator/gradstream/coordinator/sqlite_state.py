@@ -1,0 +1,332 @@
+"""The coordinator's state in one SQLite file (WAL).
+
+Job records and the step ledger are flushed to the disk before a call returns (`synchronous=FULL`); history, which only
+people read, may lose its last moments when the power fails (`NORMAL`). Neither loses anything to a killed process.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradstream.coordinator.state import MAX_LOG_LINES, JobRecord, State, StepTotals
+from gradstream.core.errors import ConfigError, ProtocolError, UnreachableError
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+
+FORMAT_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    job_id TEXT NOT NULL UNIQUE,
+    name TEXT NOT NULL,
+    recipe_json TEXT NOT NULL,
+    manifest_json TEXT NOT NULL,
+    run_directory TEXT NOT NULL,
+    submitted_unix_ms INTEGER NOT NULL,
+    state INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    desired TEXT NOT NULL,
+    rank INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    start_version INTEGER NOT NULL,
+    plan_held INTEGER NOT NULL,
+    ended_unix_ms INTEGER NOT NULL,
+    leases BLOB NOT NULL,
+    decisions_json TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS plans (
+    job_id TEXT NOT NULL, epoch INTEGER NOT NULL, plan BLOB NOT NULL, PRIMARY KEY (job_id, epoch)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS history (
+    cursor INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL, kind TEXT NOT NULL, item BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS history_by_job ON history (job_id, cursor);
+CREATE INDEX IF NOT EXISTS history_by_kind ON history (job_id, kind, cursor);
+CREATE TABLE IF NOT EXISTS steps (
+    job_id TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    step INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    num_samples INTEGER NOT NULL,
+    skipped INTEGER NOT NULL,
+    report BLOB NOT NULL,
+    PRIMARY KEY (job_id, epoch, step)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS steps_by_step ON steps (job_id, step, epoch);
+CREATE TABLE IF NOT EXISTS validation_parts (
+    job_id TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    slot INTEGER NOT NULL,
+    loss_sum REAL NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    PRIMARY KEY (job_id, version, slot, epoch)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS validations (
+    job_id TEXT NOT NULL, version INTEGER NOT NULL, item BLOB NOT NULL, PRIMARY KEY (job_id, version)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS checkpoint_files (
+    job_id TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    server INTEGER NOT NULL,
+    report BLOB NOT NULL,
+    PRIMARY KEY (job_id, epoch, version, server)
+);
+CREATE TABLE IF NOT EXISTS checkpoints (
+    job_id TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    unix_ms INTEGER NOT NULL,
+    PRIMARY KEY (job_id, version)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pulse (id INTEGER PRIMARY KEY, count INTEGER NOT NULL);
+"""
+
+_JOB_COLUMNS = (
+    "job_id, name, recipe_json, manifest_json, run_directory, submitted_unix_ms, state, reason, desired, rank, epoch, "
+    "start_version, plan_held, ended_unix_ms, leases, decisions_json"
+)
+# Rows of the trajectory that epoch :epoch continues from :start.
+_TRAJECTORY = """
+    job_id = :job AND step < :below AND (
+        epoch = :epoch OR (step < :start AND epoch = (
+            SELECT MAX(epoch) FROM steps AS other WHERE other.job_id = steps.job_id AND other.step = steps.step
+        ))
+    )
+"""
+
+
+class SqliteState(State):
+    """State in `directory`/coordinator.sqlite. Raises ConfigError when the file belongs to another version."""
+
+    def __init__(self, directory: Path, max_log_lines: int = MAX_LOG_LINES):
+        self._max_log_lines = max_log_lines
+        # Lines added since the last trim, by job: trimming at every line would cost more than the line.
+        self._untrimmed: dict[str, int] = {}
+        path = directory / "coordinator.sqlite"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            found = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if found not in (0, FORMAT_VERSION):
+                raise ConfigError(
+                    f"{path} has format {found}, this gradstream writes {FORMAT_VERSION}; "
+                    f"use the gradstream that wrote it or another --state-dir"
+                )
+            self._db.executescript(_SCHEMA)
+            self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(f"the state in {path} cannot be opened ({error}); make the directory writable") from None
+
+    @contextmanager
+    def _transaction(self, durable: bool) -> Iterator[sqlite3.Connection]:
+        """All or nothing; with `durable` also flushed to the disk."""
+        try:
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise UnreachableError(f"the coordinator cannot write its state ({error}); is its disk full?") from None
+        except OverflowError:
+            raise ProtocolError("a number in the message is too large to be true") from None
+
+    def create_job(self, record: JobRecord) -> None:
+        with self._transaction(durable=True) as db:
+            marks = ", ".join("?" * len(_job_row(record)))
+            db.execute(f"INSERT INTO jobs ({_JOB_COLUMNS}) VALUES ({marks})", _job_row(record))
+
+    def save_job(self, record: JobRecord, plan: bytes | None = None) -> None:
+        with self._transaction(durable=True) as db:
+            assignments = ", ".join(f"{column.strip()} = ?" for column in _JOB_COLUMNS.split(","))
+            db.execute(f"UPDATE jobs SET {assignments} WHERE job_id = ?", (*_job_row(record), record.job_id))
+            if plan is not None:
+                db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?, ?)", (record.job_id, record.epoch, plan))
+                # Older plans can never be taken up again, and a large model's is megabytes.
+                db.execute("DELETE FROM plans WHERE job_id = ? AND epoch < ?", (record.job_id, record.epoch))
+
+    def get_job(self, job_id: str) -> JobRecord | None:
+        row = self._db.execute(f"SELECT {_JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        return _job_record(row) if row else None
+
+    def list_jobs(self) -> list[JobRecord]:
+        return [_job_record(row) for row in self._db.execute(f"SELECT {_JOB_COLUMNS} FROM jobs ORDER BY number")]
+
+    def load_plan(self, job_id: str, epoch: int) -> bytes | None:
+        row = self._db.execute("SELECT plan FROM plans WHERE job_id = ? AND epoch = ?", (job_id, epoch)).fetchone()
+        return row[0] if row else None
+
+    def append(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
+        with self._transaction(durable=False) as db:
+            for item in items:
+                _append(db, job_id, item)
+            lines = sum(item.WhichOneof("item") == "log" for item in items)
+            pending = self._untrimmed.get(job_id, 0) + lines
+            if pending >= min(1000, self._max_log_lines):
+                db.execute(
+                    "DELETE FROM history WHERE job_id = :job AND kind = 'log' AND cursor <= ("
+                    " SELECT cursor FROM history WHERE job_id = :job AND kind = 'log'"
+                    " ORDER BY cursor DESC LIMIT 1 OFFSET :keep)",
+                    {"job": job_id, "keep": self._max_log_lines},
+                )
+                pending = 0
+            self._untrimmed[job_id] = pending
+
+    def read_history(self, job_id: str, after_cursor: int, limit: int) -> list[jobs_pb2.WatchJobResponse]:
+        items = []
+        for cursor, data in self._db.execute(
+            "SELECT cursor, item FROM history WHERE job_id = ? AND cursor > ? ORDER BY cursor LIMIT ?",
+            (job_id, min(after_cursor, 2**63 - 1), limit),
+        ):
+            item = jobs_pb2.WatchJobResponse.FromString(data)
+            item.cursor = cursor
+            items.append(item)
+        return items
+
+    def record_step(self, report: coordinator_pb2.ReportStepRequest) -> bool:
+        with self._transaction(durable=True) as db:
+            added = db.execute(
+                "INSERT OR IGNORE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    report.job_id,
+                    report.epoch,
+                    report.step,
+                    report.num_tokens,
+                    report.num_samples,
+                    report.skipped,
+                    report.SerializeToString(),
+                ),
+            ).rowcount
+            if added:
+                _append(db, report.job_id, jobs_pb2.WatchJobResponse(step=report))
+        return bool(added)
+
+    def step_totals(self, job_id: str, epoch: int, start_version: int, below: int | None = None) -> StepTotals:
+        values = {"job": job_id, "epoch": epoch, "start": start_version, "below": 2**63 - 1 if below is None else below}
+        count, tokens, samples, skipped, last_step = self._db.execute(
+            f"SELECT COUNT(*), SUM(num_tokens), SUM(num_samples), SUM(skipped), MAX(step) FROM steps WHERE {_TRAJECTORY}",
+            values,
+        ).fetchone()
+        if not count:
+            return StepTotals(version=start_version)
+        report = self._db.execute(
+            f"SELECT report FROM steps WHERE {_TRAJECTORY} AND step = :last", {**values, "last": last_step}
+        ).fetchone()[0]
+        return StepTotals(
+            num_steps=count,
+            version=max(start_version, last_step + 1) if below is None else last_step + 1,
+            num_tokens=tokens,
+            num_samples=samples,
+            num_skipped=skipped,
+            last=coordinator_pb2.ReportStepRequest.FromString(report),
+        )
+
+    def record_validation_part(self, report: coordinator_pb2.ReportValidationRequest) -> bool:
+        with self._transaction(durable=True) as db:
+            row = (report.job_id, report.epoch, report.version, report.slot, report.loss_sum, report.num_tokens)
+            return bool(db.execute("INSERT OR IGNORE INTO validation_parts VALUES (?, ?, ?, ?, ?, ?)", row).rowcount)
+
+    def validation_parts(self, job_id: str, version: int) -> dict[int, tuple[float, int]]:
+        rows = self._db.execute(
+            "SELECT slot, loss_sum, num_tokens FROM validation_parts WHERE job_id = ? AND version = ?"
+            " ORDER BY slot, epoch DESC",
+            (job_id, version),
+        )
+        # The earliest epoch's part is the last of its slot and stays: parts of two epochs are the same anyway.
+        return {slot: (loss_sum, num_tokens) for slot, loss_sum, num_tokens in rows}
+
+    def record_validation(self, job_id: str, validation: jobs_pb2.Validation) -> bool:
+        with self._transaction(durable=True) as db:
+            row = (job_id, validation.version, validation.SerializeToString())
+            added = db.execute("INSERT OR IGNORE INTO validations VALUES (?, ?, ?)", row).rowcount
+            if added:
+                _append(db, job_id, jobs_pb2.WatchJobResponse(validation=validation))
+        return bool(added)
+
+    def validations(self, job_id: str) -> list[jobs_pb2.Validation]:
+        rows = self._db.execute("SELECT item FROM validations WHERE job_id = ? ORDER BY version", (job_id,))
+        return [jobs_pb2.Validation.FromString(item) for (item,) in rows]
+
+    def record_checkpoint_file(self, report: coordinator_pb2.ReportCheckpointRequest) -> bool:
+        with self._transaction(durable=True) as db:
+            done = db.execute(
+                "SELECT 1 FROM checkpoints WHERE job_id = ? AND version = ? AND epoch = ?",
+                (report.job_id, report.version, report.epoch),
+            ).fetchone()
+            if done:
+                return False
+            row = (report.job_id, report.epoch, report.version, report.server, report.SerializeToString())
+            return bool(db.execute("INSERT OR IGNORE INTO checkpoint_files VALUES (?, ?, ?, ?, ?)", row).rowcount)
+
+    def checkpoint_files(self, job_id: str, epoch: int) -> list[coordinator_pb2.ReportCheckpointRequest]:
+        rows = self._db.execute(
+            "SELECT report FROM checkpoint_files WHERE job_id = ? AND epoch = ? ORDER BY version, server", (job_id, epoch)
+        )
+        return [coordinator_pb2.ReportCheckpointRequest.FromString(report) for (report,) in rows]
+
+    def record_checkpoint(self, job_id: str, epoch: int, checkpoint: jobs_pb2.Checkpoint) -> None:
+        with self._transaction(durable=True) as db:
+            db.execute(
+                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)",
+                (job_id, checkpoint.version, epoch, checkpoint.unix_ms),
+            )
+            db.execute(
+                "DELETE FROM checkpoint_files WHERE job_id = ? AND version = ? AND epoch <= ?",
+                (job_id, checkpoint.version, epoch),
+            )
+            _append(db, job_id, jobs_pb2.WatchJobResponse(checkpoint=checkpoint))
+
+    def check_writable(self) -> None:
+        with self._transaction(durable=False) as db:
+            db.execute("INSERT INTO pulse VALUES (1, 1) ON CONFLICT (id) DO UPDATE SET count = count + 1")
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def _append(db: sqlite3.Connection, job_id: str, item: jobs_pb2.WatchJobResponse) -> None:
+    row = (job_id, item.WhichOneof("item"), item.SerializeToString())
+    db.execute("INSERT INTO history (job_id, kind, item) VALUES (?, ?, ?)", row)
+
+
+def _job_row(record: JobRecord) -> tuple[str | int | bytes, ...]:
+    """The values of `_JOB_COLUMNS`."""
+    return (
+        record.job_id,
+        record.name,
+        record.recipe_json,
+        record.manifest_json,
+        record.run_directory,
+        record.submitted_unix_ms,
+        int(record.state),
+        record.reason,
+        record.desired,
+        record.rank,
+        record.epoch,
+        record.start_version,
+        int(record.plan_held),
+        record.ended_unix_ms,
+        record.leases,
+        json.dumps(record.decisions),
+    )
+
+
+def _job_record(row: Sequence[object]) -> JobRecord:
+    """A record from the values of `_JOB_COLUMNS`."""
+    names = [column.strip() for column in _JOB_COLUMNS.split(",")]
+    values = dict(zip(names, row, strict=True))
+    decisions = json.loads(str(values.pop("decisions_json")))
+    values["plan_held"] = bool(values["plan_held"])
+    return JobRecord(**values, decisions=decisions)  # type: ignore[arg-type]

@@ -1,0 +1,392 @@
+"""Checkpoints: consistent versions of weights and optimizer state on any fsspec path.
+
+A checkpoint is a directory `step-00000100/` with one safetensors file a server and a manifest, written last by
+rename: without a manifest there is no checkpoint. It names tensors and slices, not servers, so it loads onto any
+number of servers, bit for bit. A file's keys are `KIND/TENSOR[BEGIN:END]`, KIND being "weight" or a name of optimizer
+state.
+
+Writing and reading is in core because servers, coordinator and tools share the format (docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gradstream.core import files
+from gradstream.core.data import Digest, FileName
+from gradstream.core.errors import CheckpointError
+from gradstream.core.fragments import Fragment, Tensor, cut
+from gradstream.proto.v1 import coordinator_pb2
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from gradstream.core.plan import Plan
+
+State: TypeAlias = "dict[str, npt.NDArray[np.float32]]"
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+WEIGHT = "weight"
+EXPORT_FILE_BYTES = 4 << 30
+_DIRECTORY = re.compile(r"^step-(\d{8,})$")
+
+
+class TensorEntry(BaseModel):
+    """One tensor of the model's inventory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    shape: tuple[int, ...]
+    decay: bool
+    unit: int
+
+    def tensor(self) -> Tensor:
+        return Tensor(self.name, self.shape, self.decay, self.unit)
+
+
+class FileEntry(BaseModel):
+    """One server's file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: FileName
+    num_bytes: Annotated[int, Field(ge=0)]
+    sha256: Digest
+
+
+class CheckpointManifest(BaseModel):
+    """What a checkpoint consists of. `placement[fragment]` is the index of the file that holds the fragment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    job_id: str
+    epoch: int
+    version: int
+    unix_ms: int
+    recipe: dict[str, Any]
+    architecture: dict[str, Any]
+    end_of_text_id: int
+    tensors: tuple[TensorEntry, ...]
+    fragment_elements: Annotated[int, Field(gt=0)]
+    placement: tuple[int, ...]
+    files: tuple[FileEntry, ...]
+    state_sha256: Digest
+    progress: dict[str, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(entry.num_bytes for entry in self.files)
+
+    def fragments(self) -> list[Fragment]:
+        """The fragments as they were cut when this was written."""
+        return cut([entry.tensor() for entry in self.tensors], self.fragment_elements)
+
+
+def directory_of(root: str, version: int) -> str:
+    """Directory of a version's checkpoint under `root`."""
+    return files.join(root, f"step-{version:08d}")
+
+
+def fragment_digest(state: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
+    """sha256 of one fragment's state: the weights, then the optimizer's arrays by name."""
+    digest = hashlib.sha256()
+    for kind in [WEIGHT, *sorted(set(state) - {WEIGHT})]:
+        digest.update(kind.encode())
+        digest.update(state[kind].tobytes())
+    return digest.digest()
+
+
+def state_digest(fragment_digests: Sequence[bytes]) -> str:
+    """Hex sha256 over all fragments in order: the identity of a version, whoever held it."""
+    return hashlib.sha256(b"".join(fragment_digests)).hexdigest()
+
+
+def write_shard(
+    directory: str, file: str, tensors: Sequence[Tensor], shard: Sequence[tuple[Fragment, State]]
+) -> tuple[FileEntry, list[bytes]]:
+    """Write one server's fragments; return the file's entry and each fragment's digest."""
+    from safetensors.numpy import save
+
+    arrays = {
+        f"{kind}/{_slice_name(tensors, fragment)}": array for fragment, state in shard for kind, array in state.items()
+    }
+    data = save(arrays, metadata={"format": "gradstream"})
+    files.make_directory(directory)
+    files.write_atomic(files.join(directory, file), lambda stream: stream.write(data))
+    entry = FileEntry(file=file, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return entry, [fragment_digest(state) for _, state in shard]
+
+
+def write_manifest(
+    directory: str,
+    plan: Plan,
+    version: int,
+    reports: Sequence[coordinator_pb2.ReportCheckpointRequest],
+    progress: Mapping[str, int],
+) -> CheckpointManifest:
+    """Make the checkpoint exist, from all servers' reports. Raises CheckpointError when they do not fit the plan.
+
+    The tokenizer is copied beside the weights, so that a checkpoint can be exported where the data is no more.
+    """
+    by_server = {report.server: report for report in reports}
+    digests = {digest.fragment: digest.sha256 for report in reports for digest in report.fragments}
+    if sorted(by_server) != list(range(len(plan.servers))) or sorted(digests) != list(range(len(plan.fragments))):
+        raise CheckpointError(f"checkpoint of version {version}: the servers' reports do not cover the plan")
+    manifest = CheckpointManifest(
+        job_id=plan.job_id,
+        epoch=plan.epoch,
+        version=version,
+        unix_ms=int(time.time() * 1000),
+        recipe=plan.recipe.model_dump(mode="json"),
+        architecture=plan.model_config,
+        end_of_text_id=plan.data_manifest.end_of_text_id,
+        tensors=tuple(TensorEntry(name=t.name, shape=t.shape, decay=t.decay, unit=t.unit) for t in plan.tensors),
+        fragment_elements=plan.fragment_elements,
+        placement=plan.placement,
+        files=tuple(
+            FileEntry(file=report.file, num_bytes=report.num_bytes, sha256=report.sha256)
+            for _, report in sorted(by_server.items())
+        ),
+        state_sha256=state_digest([digests[index] for index in range(len(plan.fragments))]),
+        progress=dict(progress),
+    )
+    source = files.join(plan.recipe.data.path, plan.data_manifest.tokenizer_file)
+    try:
+        tokenizer = files.read_bytes(source)
+    except OSError as error:
+        raise CheckpointError(f"the tokenizer {source} cannot be copied into the checkpoint ({error})") from None
+    files.write_atomic(files.join(directory, TOKENIZER_NAME), lambda stream: stream.write(tokenizer))
+    text = manifest.model_dump_json(indent=1).encode()
+    files.write_atomic(files.join(directory, MANIFEST_NAME), lambda stream: stream.write(text))
+    keep = {MANIFEST_NAME, TOKENIZER_NAME, *(entry.file for entry in manifest.files)}
+    for name in files.list_names(directory):
+        if name not in keep:  # of an earlier epoch that never got its manifest
+            files.remove(files.join(directory, name))
+    return manifest
+
+
+def read_manifest(directory: str) -> CheckpointManifest:
+    """Read and check a manifest. Raises CheckpointError with one line."""
+    path = files.join(directory, MANIFEST_NAME)
+    try:
+        manifest = CheckpointManifest.model_validate_json(files.read_bytes(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST_NAME}") from None
+    except (ValidationError, OSError) as error:
+        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise CheckpointError(
+            f"checkpoint manifest {path} is damaged ({detail}); restore it, or remove {directory} to go back to an older one"
+        ) from None
+    if len(manifest.placement) != len(manifest.fragments()) or max(manifest.placement) >= len(manifest.files):
+        raise CheckpointError(
+            f"checkpoint manifest {path} contradicts itself; restore it, or remove {directory} to go back to an older one"
+        )
+    return manifest
+
+
+def list_checkpoints(root: str) -> list[CheckpointManifest]:
+    """The checkpoints under `root`, oldest first. Directories without a manifest do not count."""
+    found = []
+    for name in files.list_names(root):
+        directory = files.join(root, name)
+        if _DIRECTORY.match(name) and MANIFEST_NAME in files.list_names(directory):
+            found.append(read_manifest(directory))
+    return sorted(found, key=lambda manifest: manifest.version)
+
+
+def remove_checkpoint(root: str, version: int) -> None:
+    """Remove a checkpoint, its manifest first, so that no half of it can pass for a whole."""
+    directory = directory_of(root, version)
+    files.remove(files.join(directory, MANIFEST_NAME))
+    files.remove(directory)
+
+
+class CheckpointReader:
+    """Reads slices of a checkpoint, from whatever files hold them. Each file's size and hash are verified before its
+    first use.
+
+    Raises CheckpointError that names the damaged file.
+    """
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        self.manifest = read_manifest(directory)
+        self._open_files: dict[int, Any] = {}
+        self._numbers = {entry.name: number for number, entry in enumerate(self.manifest.tensors)}
+        self._tensors = [entry.tensor() for entry in self.manifest.tensors]
+        self._fragments: dict[int, list[Fragment]] = {}
+        for fragment in self.manifest.fragments():
+            self._fragments.setdefault(fragment.tensor, []).append(fragment)
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises CheckpointError when the checkpoint has no such tensor."""
+        if tensor not in self._numbers:
+            raise CheckpointError(
+                f"checkpoint {self.directory} has no tensor '{tensor}'; it belongs to another model than the recipe's"
+            )
+        return self._tensors[self._numbers[tensor]].shape
+
+    def read(self, kind: str, tensor: str, begin: int, end: int) -> npt.NDArray[np.float32]:
+        """Elements [begin, end) of a tensor's `kind`, fp32, freshly allocated."""
+        import numpy as np
+
+        self.shape(tensor)
+        out = np.empty(end - begin, dtype=np.float32)
+        pieces = self._fragments[self._numbers[tensor]]
+        at = bisect_right([piece.begin for piece in pieces], begin) - 1
+        while begin < end:
+            piece = pieces[at]
+            stop = min(end, piece.end)
+            source = self._slice(self.manifest.placement[piece.index], f"{kind}/{_slice_name(self._tensors, piece)}")
+            out[len(out) - (end - begin) : len(out) - (end - stop)] = source[begin - piece.begin : stop - piece.begin]
+            begin, at = stop, at + 1
+        return out
+
+    def scalar(self, kind: str, tensor: str, begin: int) -> npt.NDArray[np.float32]:
+        """The one-element array that the fragment holding element `begin` keeps under `kind`."""
+        pieces = self._fragments[self._numbers[tensor]]
+        piece = pieces[bisect_right([piece.begin for piece in pieces], begin) - 1]
+        return self._slice(self.manifest.placement[piece.index], f"{kind}/{_slice_name(self._tensors, piece)}")[:]  # type: ignore[no-any-return]
+
+    def _slice(self, number: int, key: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        entry = self.manifest.files[number]
+        path = files.join(self.directory, entry.file)
+        if number not in self._open_files:
+            local = self._verified(entry, path)
+            try:
+                self._open_files[number] = safe_open(local, framework="numpy")
+            except SafetensorError as error:
+                raise CheckpointError(f"checkpoint file {path} cannot be read ({error})") from None
+        try:
+            return self._open_files[number].get_slice(key)
+        except SafetensorError:
+            raise CheckpointError(
+                f"checkpoint file {path} has no '{key}'; it was written with another optimizer than the recipe's"
+            ) from None
+
+    def _verified(self, entry: FileEntry, path: str) -> str:
+        """The local path of a file whose size and hash are those of the manifest."""
+        cure = f"restore the file, or remove {self.directory} to go back to an older checkpoint"
+        try:
+            fs, inner = files.file_system(path)
+            num_bytes = fs.size(inner)
+            if num_bytes != entry.num_bytes:
+                raise CheckpointError(
+                    f"checkpoint file {path} is truncated: {num_bytes} bytes instead of {entry.num_bytes}; {cure}"
+                )
+            if files.sha256(path) != entry.sha256:
+                raise CheckpointError(f"checkpoint file {path} is damaged: its sha256 is not the manifest's; {cure}")
+        except OSError as error:
+            raise CheckpointError(f"checkpoint file {path} cannot be read ({error}); {cure}") from None
+        if files.is_local(path):
+            return str(inner)
+        import tempfile
+
+        with tempfile.NamedTemporaryFile(prefix="gradstream-", suffix=".safetensors", delete=False) as copy:
+            for piece in files.pieces(path):
+                copy.write(piece)
+        return copy.name
+
+
+def export_huggingface(directory: str, destination: Path) -> None:
+    """Write a checkpoint's weights as a Hugging Face model directory, which is there whole or not at all.
+
+    config.json, model.safetensors (several with an index above 4 GiB), tokenizer.json, tokenizer_config.json. Raises
+    CheckpointError for a damaged checkpoint and when `destination` is not empty.
+    """
+    import shutil
+    import tempfile
+
+    if destination.exists() and any(destination.iterdir()):
+        raise CheckpointError(f"{destination} is not empty; choose another directory or remove it")
+    reader = CheckpointReader(directory)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        _export_weights(reader, temporary)
+        _export_config(reader, temporary)
+        if destination.exists():
+            destination.rmdir()
+        temporary.chmod(0o755)
+        os.replace(temporary, destination)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _export_weights(reader: CheckpointReader, destination: Path) -> None:
+    from safetensors.numpy import save_file
+
+    groups: list[list[TensorEntry]] = [[]]
+    size = 0
+    for entry in reader.manifest.tensors:
+        num_bytes = entry.tensor().num_elements * 4
+        if groups[-1] and size + num_bytes > EXPORT_FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += num_bytes
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        arrays = {
+            entry.name: reader.read(WEIGHT, entry.name, 0, entry.tensor().num_elements).reshape(entry.shape)
+            for entry in group
+        }
+        save_file(arrays, destination / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(arrays, name))
+    if len(groups) > 1:
+        total = sum(entry.tensor().num_elements * 4 for entry in reader.manifest.tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (destination / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _export_config(reader: CheckpointReader, destination: Path) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    manifest = reader.manifest
+    config = dict(manifest.architecture)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    if architecture is not None:
+        config.setdefault("architectures", [architecture])
+    config.setdefault("dtype", "float32")
+    (destination / "config.json").write_text(json.dumps(config, indent=1))
+    path = files.join(reader.directory, TOKENIZER_NAME)
+    try:
+        tokenizer = files.read_bytes(path)
+        vocabulary = json.loads(tokenizer)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's tokenizer {path} cannot be read ({error}); restore the file") from None
+    (destination / TOKENIZER_NAME).write_bytes(tokenizer)
+    end_of_text = next(
+        (token["content"] for token in vocabulary.get("added_tokens", []) if token["id"] == manifest.end_of_text_id),
+        None,
+    )
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "model_max_length": config.get("max_position_embeddings", config.get("n_positions", 1024)),
+        "clean_up_tokenization_spaces": False,
+    }
+    (destination / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1))
+
+
+def _slice_name(tensors: Sequence[Tensor], fragment: Fragment) -> str:
+    return f"{tensors[fragment.tensor].name}[{fragment.begin}:{fragment.end}]"

@@ -1,0 +1,104 @@
+"""Paths on any fsspec file system: the few operations that checkpoints need, atomic where the file system allows it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import fsspec
+
+PIECE_BYTES = 1 << 20
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path and the path inside it."""
+    fs, inner = fsspec.core.url_to_fs(path)
+    return fs, str(inner)
+
+
+def is_local(path: str) -> bool:
+    """Whether the path is on a file system mounted here."""
+    protocol = file_system(path)[0].protocol
+    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def join(directory: str, *names: str) -> str:
+    """Join path parts, for URLs as for local paths."""
+    return "/".join([directory.rstrip("/"), *names])
+
+
+def make_directory(path: str) -> None:
+    """Make a directory and its parents; nothing happens when it is there."""
+    fs, inner = file_system(path)
+    fs.makedirs(inner, exist_ok=True)
+
+
+def list_names(directory: str) -> list[str]:
+    """Names in a directory, sorted; empty when it does not exist."""
+    fs, inner = file_system(directory)
+    try:
+        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file. Raises FileNotFoundError or OSError."""
+    fs, inner = file_system(path)
+    with fs.open(inner, "rb") as stream:
+        data: bytes = stream.read()
+        return data
+
+
+def pieces(path: str) -> Iterator[bytes]:
+    """A file in pieces of 1 MiB."""
+    fs, inner = file_system(path)
+    with fs.open(inner, "rb") as stream:
+        while piece := stream.read(PIECE_BYTES):
+            yield piece
+
+
+def sha256(path: str) -> str:
+    """Lower-case hex sha256 of a file."""
+    digest = hashlib.sha256()
+    for piece in pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_atomic(path: str, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that it is there whole or not at all: temporary file, fsync, rename.
+
+    On object stores a file appears when its upload is complete, which is the same promise.
+    """
+    fs, inner = file_system(path)
+    if not is_local(path):
+        with fs.open(inner, "wb") as stream:
+            write(stream)
+        return
+    temporary = f"{inner}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, inner)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    directory = os.open(os.path.dirname(inner) or ".", os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def remove(path: str) -> None:
+    """Remove a file or a whole directory; nothing happens when it is not there."""
+    fs, inner = file_system(path)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(inner, recursive=True)

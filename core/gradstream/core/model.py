@@ -1,0 +1,158 @@
+"""Models: inventory, initial weights and forward units of any decoder-only `transformers` model.
+
+torch and transformers are imported inside the functions, so that importing this module costs nothing.
+
+A forward unit is what the forward pass needs at once: the embedding, each decoder layer, the final norm, the head.
+Units are found by structure, not by name: the elements of the first nn.ModuleList, and every other largest module
+without one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from gradstream.core.errors import ConfigError
+from gradstream.core.fragments import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def load_config(model_config: Mapping[str, Any]) -> Any:
+    """The transformers config object of a config.json's contents. Raises ConfigError for an unknown model type."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    from gradstream.core.errors import nearest
+
+    fields = dict(model_config)
+    model_type = fields.pop("model_type", None)
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
+        raise ConfigError(
+            f"model.config.model_type {model_type!r} is not known to transformers"
+            f"{nearest(str(model_type), CONFIG_MAPPING_NAMES)}"
+        )
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.config is not a valid {model_type} config: {' '.join(str(error).split())}") from None
+
+
+def build(model_config: Mapping[str, Any], device: str = "cpu") -> nn.Module:
+    """Build the causal language model on `device` ("meta" for its shapes alone). Raises ConfigError when it cannot
+    be."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model_config)
+    try:
+        with torch.device(device):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise ConfigError(f"model.config cannot be built: {' '.join(str(error).split())[:300]}") from None
+    return model
+
+
+def forward_units(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The forward units with their names, in the order of definition, which for decoders is the order of use."""
+    from torch import nn
+
+    def has_list(module: nn.Module) -> bool:
+        return any(isinstance(child, nn.ModuleList) for child in module.modules())
+
+    units: list[tuple[str, nn.Module]] = []
+
+    def walk(name: str, module: nn.Module) -> None:
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            if isinstance(child, nn.ModuleList):
+                units.extend((f"{path}.{index}", layer) for index, layer in enumerate(child))
+            elif has_list(child):
+                walk(path, child)
+            else:
+                units.append((path, child))
+
+    walk("", model)
+    return units
+
+
+def inventory(model_config: Mapping[str, Any]) -> list[Tensor]:
+    """The model's tensors in forward order, found on the meta device. Tied tensors appear once, under their first name.
+
+    Weight decay applies to tensors of two or more dimensions: not to norms and biases.
+    """
+    return _inventory(build(model_config, "meta"))
+
+
+def _inventory(model: nn.Module) -> list[Tensor]:
+    owner: dict[int, int] = {}
+    for index, (_, unit) in enumerate(forward_units(model)):
+        for parameter in unit.parameters():
+            owner.setdefault(id(parameter), index)
+    # A parameter outside every unit is needed from the start.
+    tensors = [
+        Tensor(name, tuple(parameter.shape), parameter.dim() >= 2, owner.get(id(parameter), 0))
+        for name, parameter in model.named_parameters()
+    ]
+    return sorted(tensors, key=lambda tensor: tensor.unit)
+
+
+def initial_weights(
+    model_config: Mapping[str, Any], seed: int, wanted: set[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, fp32 tensor) of the initial weights of every wanted tensor (all when None).
+
+    The model's own initialization is run one forward unit at a time, each with a generator seeded by (seed, unit), so
+    the values do not depend on who asks for which part, and no process ever holds more than one unit beside what it
+    keeps.
+    """
+    import torch
+
+    model = build(model_config, "meta")
+    seen: set[str] = set()
+    # One parameter can have several names (tied); named_parameters, as the inventory, gives the first alone.
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    units = forward_units(model)
+    names = [
+        {
+            local: first_name[id(parameter)]
+            for local, parameter in unit.named_parameters()
+            if id(parameter) in first_name
+        }
+        for _, unit in units
+    ]
+    for (unit_name, unit), local_names in zip(units, names, strict=True):
+        fresh = {local: name for local, name in local_names.items() if name not in seen}
+        seen.update(fresh.values())
+        if not fresh or (wanted is not None and wanted.isdisjoint(fresh.values())):
+            continue
+        unit.to_empty(device="cpu")
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(derive_seed(seed, "init", unit_name))
+            _initialize(model, unit)
+        parameters = dict(unit.named_parameters())
+        for local, name in fresh.items():
+            if wanted is None or name in wanted:
+                yield name, parameters[local].detach()
+        unit.to_empty(device="meta")
+    rest = sorted(set(first_name.values()) - seen)
+    if rest:
+        raise ConfigError(
+            f"model.config: parameter {rest[0]} lies outside every layer; this model family is not supported yet"
+        )
+
+
+def _initialize(model: nn.Module, module: nn.Module) -> None:
+    """Children first, as transformers does it: a parent may rescale what its children got."""
+    for child in module.children():
+        _initialize(model, child)
+    model._init_weights(module)  # type: ignore[operator]
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from any values with a stable text form."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,190 @@
+"""The data plane's messages, framed by hand.
+
+PushRequest and PullResponse are `{header = 1; bytes payload = 15}`. protobuf would copy the payload when it builds
+the message and again when it parses it; here it is joined once and read as a view. The bytes are protobuf's own: a
+test decodes them with the generated classes and compares.
+
+Nothing of a peer's message is believed before it is checked: an Assembler allocates only what the plan says a
+contribution may take, and hands over a payload only when length and checksum are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+import google_crc32c
+import grpc
+import grpc.aio
+import numpy as np
+
+from gradstream.core.codecs import Payload
+from gradstream.core.errors import ProtocolError
+from gradstream.proto.v1 import parameter_server_pb2 as pb
+
+PIECE_BYTES = 1 << 20
+_HEADER_TAG = 0x0A  # field 1, length-delimited
+_PAYLOAD_TAG = 0x7A  # field 15, length-delimited
+_SERVICE = "gradstream.proto.v1.ParameterServerService"
+
+
+class _Header(Protocol):
+    @property
+    def payload_bytes(self) -> int: ...
+    @property
+    def crc32c(self) -> int: ...
+
+
+H = TypeVar("H", bound=_Header)
+
+
+def checksum(payload: Payload | bytes) -> int:
+    """CRC-32C of a payload."""
+    return int(google_crc32c.value(payload))
+
+
+def frame(header: bytes | None, piece: memoryview | bytes) -> bytes:
+    """One message of an encoded header (or none) and a piece of payload, joined once."""
+    parts: list[bytes | memoryview] = []
+    if header is not None:
+        parts += [b"\x0a", _varint(len(header)), header]
+    if len(piece):
+        parts += [b"\x7a", _varint(len(piece)), piece]
+    return b"".join(parts)
+
+
+def frames(header: Any, payload: Payload | bytes) -> Iterator[bytes]:
+    """The messages that carry a payload: the header in the first one only, pieces of 1 MiB."""
+    view = memoryview(payload)  # type: ignore[arg-type]
+    encoded: bytes | None = header.SerializeToString()
+    for begin in range(0, max(1, len(view)), PIECE_BYTES):
+        yield frame(encoded, view[begin : begin + PIECE_BYTES])
+        encoded = None
+
+
+def parse(message: bytes) -> tuple[memoryview | None, memoryview]:
+    """Split a message into (header or None, piece of payload), as views. Raises ProtocolError."""
+    view = memoryview(message)
+    header: memoryview | None = None
+    payload = view[:0]
+    at = 0
+    while at < len(view):
+        tag = view[at]
+        length, at = _read_varint(view, at + 1)
+        if at + length > len(view):
+            raise ProtocolError("message cut short: a field is longer than the message")
+        if tag == _HEADER_TAG and header is None and not len(payload):
+            header = view[at : at + length]
+        elif tag == _PAYLOAD_TAG and not len(payload):
+            payload = view[at : at + length]
+        else:
+            raise ProtocolError(f"message with an unexpected field (tag byte {tag})")
+        at += length
+    return header, payload
+
+
+class Assembler(Generic[H]):
+    """Joins the pieces of one payload after another into buffers of exactly the announced size.
+
+    The caller checks a header against the plan before it is given to `begin`: that bounds what is allocated.
+    """
+
+    def __init__(self) -> None:
+        self._header: H | None = None
+        self._buffer: Payload = np.empty(0, dtype=np.uint8)
+        self._filled = 0
+
+    @property
+    def idle(self) -> bool:
+        """True when the next message must carry a header."""
+        return self._header is None
+
+    def begin(self, header: H) -> None:
+        """Start a payload. Raises ProtocolError when the one before is not complete."""
+        if self._header is not None:
+            raise ProtocolError(
+                f"a new header after {self._filled} of {self._header.payload_bytes} bytes of the payload before it"
+            )
+        self._header = header
+        self._buffer = np.empty(header.payload_bytes, dtype=np.uint8)
+        self._filled = 0
+
+    def add(self, piece: memoryview) -> tuple[H, Payload] | None:
+        """Take a piece; return (header, payload) when it was the last one. Raises ProtocolError."""
+        header = self._header
+        if header is None:
+            raise ProtocolError("a piece of payload without a header before it")
+        end = self._filled + len(piece)
+        if end > len(self._buffer):
+            raise ProtocolError(f"payload longer than the {len(self._buffer)} bytes that its header announces")
+        if not len(piece) and len(self._buffer):
+            raise ProtocolError("a message without payload")
+        self._buffer[self._filled : end] = np.frombuffer(piece, dtype=np.uint8)
+        self._filled = end
+        if end < len(self._buffer):
+            return None
+        payload, self._header = self._buffer, None
+        self._buffer = np.empty(0, dtype=np.uint8)
+        return header, payload
+
+
+def verify(header: _Header, payload: Payload, what: str) -> None:
+    """Raise ProtocolError unless the payload's checksum is the header's."""
+    found = checksum(payload)
+    if found != header.crc32c:
+        raise ProtocolError(
+            f"{what}: checksum {found:08x} is not the announced {header.crc32c:08x}; the bytes changed on the way"
+        )
+
+
+class ParameterServerStub:
+    """Client side of ParameterServerService: push and pull as raw bytes, the rest as protobuf."""
+
+    def __init__(self, channel: grpc.aio.Channel):
+        self.Push = channel.stream_stream(f"/{_SERVICE}/Push", None, pb.PushResponse.FromString)
+        self.Pull = channel.unary_stream(f"/{_SERVICE}/Pull", pb.PullRequest.SerializeToString, None)
+        self.CompleteStep = channel.unary_unary(
+            f"/{_SERVICE}/CompleteStep", pb.CompleteStepRequest.SerializeToString, pb.CompleteStepResponse.FromString
+        )
+        self.GetServerStatus = channel.unary_unary(
+            f"/{_SERVICE}/GetServerStatus",
+            pb.GetServerStatusRequest.SerializeToString,
+            pb.GetServerStatusResponse.FromString,
+        )
+
+
+def add_parameter_server(servicer: Any, server: grpc.aio.Server) -> None:
+    """Register a servicer whose Push takes and whose Pull gives raw bytes."""
+    handlers = {
+        "Push": grpc.stream_stream_rpc_method_handler(servicer.Push, None, pb.PushResponse.SerializeToString),
+        "Pull": grpc.unary_stream_rpc_method_handler(servicer.Pull, pb.PullRequest.FromString, None),
+        "CompleteStep": grpc.unary_unary_rpc_method_handler(
+            servicer.CompleteStep, pb.CompleteStepRequest.FromString, pb.CompleteStepResponse.SerializeToString
+        ),
+        "GetServerStatus": grpc.unary_unary_rpc_method_handler(
+            servicer.GetServerStatus, pb.GetServerStatusRequest.FromString, pb.GetServerStatusResponse.SerializeToString
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 35, 7):
+        if at >= len(view):
+            raise ProtocolError("message cut short inside a length")
+        byte = view[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ProtocolError("a length in the message is longer than any message may be")

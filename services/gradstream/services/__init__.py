@@ -1,0 +1,1 @@
+"""Services: the parameter server (and, with their issues, fine-tuning and the dashboard)."""

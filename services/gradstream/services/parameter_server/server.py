@@ -1,0 +1,216 @@
+"""The parameter server's process: registers with the coordinator, takes up plans, serves one shard at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import psutil
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from gradstream.core import log as logging
+from gradstream.core.errors import GradstreamError, StaleEpochError, one_line
+from gradstream.core.plan import Plan
+from gradstream.core.ready import write_ready_file
+from gradstream.core.rpc import Backoff, error_from_rpc, listen, new_server, open_channel
+from gradstream.core.session import NodeIdentity, NodeSession
+from gradstream.core.wire import ParameterServerStub, add_parameter_server
+from gradstream.proto.v1 import coordinator_pb2
+from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.services.parameter_server.leader import Decision
+from gradstream.services.parameter_server.servicer import ParameterServerServicer
+from gradstream.services.parameter_server.shard import Shard
+
+log = logging.get_logger()
+
+MAX_UNREPORTED_STEPS = 65_536
+HEALTH_SERVICE = "gradstream.proto.v1.ParameterServerService"
+
+
+class ParameterServer:
+    """Holds the current shard and carries out the coordinator's directives."""
+
+    def __init__(self, coordinator: str, identity: NodeIdentity, log_buffer: logging.LogBuffer):
+        # Reductions (the squared norms) must not depend on the machine's number of cores.
+        torch.set_num_threads(1)
+        self.shard: Shard | None = None
+        self.servicer = ParameterServerServicer(lambda: self.shard)
+        self.session = NodeSession(coordinator, identity, self._activity, self._held, self._on_directive, log_buffer)
+        self._executor = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "tensor")
+        self._step_reports: asyncio.Queue[coordinator_pb2.ReportStepRequest] = asyncio.Queue(MAX_UNREPORTED_STEPS)
+        self._loading: asyncio.Task[None] | None = None
+        self._leader_channel: grpc.aio.Channel | None = None
+        self._process = psutil.Process()
+
+    async def run(self) -> None:
+        """Serve until the session is left. Raises the coordinator's error when it refuses this node."""
+        reporter = asyncio.create_task(self._report_steps())
+        try:
+            await self.session.run()
+        finally:
+            reporter.cancel()
+            await self._drop("this server is going down")
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    # -- directives ------------------------------------------------------------------------------------------------
+
+    async def _on_directive(self, directive: coordinator_pb2.SessionResponse) -> None:
+        kind = directive.WhichOneof("directive")
+        if kind == "plan":
+            plan = Plan.from_proto(directive.plan)
+            held = self.shard
+            if held is not None and (held.plan.job_id, held.plan.epoch) == (plan.job_id, plan.epoch):
+                return
+            await self._drop(f"{plan.job_id} epoch {plan.epoch} replaces the plan that was in force here")
+            index = plan.server_index(self.session.node_id)
+            if index is not None:
+                self._loading = asyncio.create_task(self._take_up(plan, index))
+        elif kind == "release":
+            if self.shard is not None and self.shard.plan.job_id == directive.release.job_id:
+                await self._drop(f"{directive.release.job_id} was released: {directive.release.reason}")
+        elif kind == "boundary":
+            shard, request = self.shard, directive.boundary
+            if shard is not None and (shard.plan.job_id, shard.plan.epoch) == (request.job_id, request.epoch):
+                shard.request_boundary(request)
+
+    async def _take_up(self, plan: Plan, index: int) -> None:
+        shard = Shard(
+            plan, index, self._executor, self._complete_at_leader, self._step_reports.put, self._send_checkpoint
+        )
+        self.shard = shard
+        try:
+            await shard.load()
+        except Exception as error:
+            await self._fail(plan, error)
+            return
+        self.session.heartbeat_soon()
+
+    async def _fail(self, plan: Plan, error: BaseException) -> None:
+        message = one_line(error)
+        log.error("cannot take part in the job", job=plan.job_id, cause=message)
+        await self.session.report(
+            lambda: self.session.stub.ReportFailure(
+                coordinator_pb2.ReportFailureRequest(
+                    job_id=plan.job_id, epoch=plan.epoch, node_id=self.session.node_id, message=message
+                )
+            )
+        )
+
+    async def _drop(self, reason: str) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+            self._loading = None
+        if self.shard is not None:
+            shard, self.shard = self.shard, None
+            await shard.close(reason)
+            log.info("shard dropped", job=shard.plan.job_id, epoch=shard.plan.epoch, reason=reason)
+        if self._leader_channel is not None:
+            await self._leader_channel.close(None)
+            self._leader_channel = None
+
+    # -- reports ---------------------------------------------------------------------------------------------------
+
+    async def _complete_at_leader(self, report: pb.CompleteStepRequest) -> Decision:
+        """Ask the leader until it answers; waiting for the other servers has no deadline, only a reason in `status`."""
+        shard = self.shard
+        if shard is None:
+            raise StaleEpochError("the shard was dropped")
+        leader = shard.plan.servers[shard.plan.leader]
+        if self._leader_channel is None:
+            self._leader_channel = open_channel(leader.address)
+        stub = ParameterServerStub(self._leader_channel)
+        backoff = Backoff()
+        while True:
+            try:
+                answer: pb.CompleteStepResponse = await stub.CompleteStep(report)
+                break
+            except grpc.aio.AioRpcError as rpc_error:
+                error = error_from_rpc(rpc_error, f"leader {leader.name} at {leader.address}")
+                # The leader may not have taken up the plan yet, or be gone: the coordinator will say.
+                log.debug("the leader does not answer", cause=one_line(error))
+            await asyncio.sleep(backoff.next())
+        return Decision(
+            step=answer.step,
+            skip=answer.skip,
+            clip_scale=answer.clip_scale,
+            num_tokens=answer.num_tokens,
+            grad_norm=0.0,
+            loss=0.0,
+            pushed_bytes=0,
+            consecutive_skips=answer.consecutive_skips,
+            checkpoint=answer.checkpoint,
+        )
+
+    async def _report_steps(self) -> None:
+        while True:
+            report = await self._step_reports.get()
+            try:
+                await self.session.report(lambda report=report: self.session.stub.ReportStep(report, timeout=20.0))  #
+                type: ignore[misc]
+            except GradstreamError as error:
+                log.warning("the coordinator refused a step report", step=report.step, cause=one_line(error))
+
+    async def _send_checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
+        try:
+            await self.session.report(lambda: self.session.stub.ReportCheckpoint(report, timeout=20.0))
+        except GradstreamError as error:
+            log.warning("the coordinator refused a checkpoint report", version=report.version, cause=one_line(error))
+
+    # -- status ----------------------------------------------------------------------------------------------------
+
+    def _activity(self) -> coordinator_pb2.Activity:
+        shard = self.shard
+        activity = coordinator_pb2.Activity(phase="idle") if shard is None else shard.activity()
+        if shard is not None and shard.failure is not None:
+            failure, plan = shard.failure, shard.plan
+            shard.clear_failure()
+            self._failing = asyncio.ensure_future(self._fail(plan, failure))
+        activity.resident_bytes = self._process.memory_info().rss
+        return activity
+
+    def _held(self) -> list[coordinator_pb2.HeldJob]:
+        shard = self.shard
+        if shard is None or shard.version < 0:
+            return []
+        return [coordinator_pb2.HeldJob(job_id=shard.plan.job_id, epoch=shard.plan.epoch, version=shard.version)]
+
+
+async def serve(coordinator: str, name: str, listen_address: str, memory_bytes: int, ready_file: Path | None) -> None:
+    """Run a parameter server until SIGTERM or SIGINT. Raises GradstreamError when it cannot start or is refused."""
+    log_buffer = logging.LogBuffer()
+    logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
+    server = new_server()
+    port = listen(server, listen_address)
+    address = f"{_advertised(listen_address)}:{port}"
+    identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, address, memory_bytes, "cpu")
+    node = ParameterServer(coordinator, identity, log_buffer)
+    add_parameter_server(node.servicer, server)
+    health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    await server.start()
+    await health_servicer.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, node.session.leave)
+    log.info("parameter server listens", address=address, name=name)
+    if ready_file is not None:
+        write_ready_file(ready_file, address)
+    try:
+        await node.run()
+    finally:
+        await health_servicer.enter_graceful_shutdown()
+        await server.stop(grace=1.0)
+
+
+def _advertised(listen_address: str) -> str:
+    """The host that others can reach this server by: the one it listens on, or this machine's name for a wildcard."""
+    host = listen_address.rpartition(":")[0]
+    return socket.gethostname() if host in ("", "0.0.0.0", "[::]", "*") else host

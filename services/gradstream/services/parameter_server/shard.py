@@ -1,0 +1,448 @@
+"""A server's share of a job for one epoch: takes contributions, walks from version to version with the other servers.
+
+Everything runs on the event loop but the arithmetic, which goes to the thread pool. The life of step t:
+  1. accumulate: contributions are added in slot order as their turn comes; early ones wait, still encoded;
+  2. complete: every fragment has every slot; the leader is told and answers with the decision;
+  3. apply: the optimizer runs over each fragment, which is then published as version t + 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from gradstream.core import files
+from gradstream.core.checkpoint import CheckpointReader, State, directory_of, write_shard
+from gradstream.core.codecs import Payload, codec_named
+from gradstream.core.errors import ProtocolError, StaleEpochError
+from gradstream.core.fragments import Fragment
+from gradstream.core.log import get_logger
+from gradstream.core.model import initial_weights
+from gradstream.core.plan import Plan
+from gradstream.proto.v1 import coordinator_pb2, plan_pb2
+from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.services.parameter_server.fragment_state import FragmentState
+from gradstream.services.parameter_server.leader import Decision, Leader, decide_commit
+from gradstream.services.parameter_server.optimizer import learning_rate
+
+log = get_logger()
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SlotTotals:
+    """What every contribution of a slot says about the slot."""
+
+    num_tokens: int
+    num_samples: int
+    loss_sum: float
+
+
+@dataclass
+class Phase:
+    """What the shard does, for `status`."""
+
+    name: str
+    since: float
+
+
+class Shard:
+    """See the module's docstring. `complete_at_leader` reaches the leader on another server; the leader does not use
+    it."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        index: int,
+        executor: ThreadPoolExecutor,
+        complete_at_leader: Callable[[pb.CompleteStepRequest], Awaitable[Decision]],
+        report_step: Callable[[coordinator_pb2.ReportStepRequest], Awaitable[None]],
+        report_checkpoint: Callable[[coordinator_pb2.ReportCheckpointRequest], Awaitable[None]],
+    ):
+        self.plan = plan
+        self.index = index
+        self.version = -1
+        self.phase = Phase("loading", time.time())
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self.num_dropped = 0
+        recipe = plan.recipe
+        self.push_codec = codec_named(recipe.codec.push)
+        self.pull_codec = codec_named(recipe.codec.pull)
+        self.fragments = {
+            fragment.index: FragmentState(
+                fragment,
+                plan.tensors[fragment.tensor],
+                plan.num_slots,
+                self.push_codec,
+                self.pull_codec,
+                recipe.optimizer,
+            )
+            for fragment in plan.fragments_of(index)
+        }
+        self.leader = Leader(len(plan.servers), plan.start_version, self._decide) if index == plan.leader else None
+        self._executor = executor
+        self._complete_at_leader = complete_at_leader
+        self._report_step = report_step
+        self._report_checkpoint = report_checkpoint
+        self._slots: dict[int, SlotTotals] = {}
+        self._step_bytes = 0
+        self._num_complete = 0
+        self._consecutive_skips = 0
+        self._boundary: coordinator_pb2.BoundaryRequest | None = None
+        self._changed = asyncio.Event()
+        self._closed: StaleEpochError | None = None
+        self._failure: BaseException | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._checkpoint_task: asyncio.Task[None] | None = None
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Initialize the fragments from the seed or from the plan's checkpoint, and publish the start version."""
+        await self._run(self._load)
+        for state in self.fragments.values():
+            state.begin_step(self.plan.start_version)
+        self._enter(self.plan.start_version)
+        log.info(
+            "shard loaded",
+            job=self.plan.job_id,
+            epoch=self.plan.epoch,
+            version=self.version,
+            fragments=len(self.fragments),
+            source=self.plan.checkpoint_path or f"seed {self.plan.recipe.seed}",
+        )
+
+    def _load(self) -> None:
+        plan = self.plan
+        if plan.checkpoint_path:
+            reader = CheckpointReader(plan.checkpoint_path)
+            for state in self.fragments.values():
+                state.load(reader)
+            self._consecutive_skips = reader.manifest.progress.get("consecutive_skips", 0)
+        else:
+            wanted: dict[str, list[FragmentState]] = {}
+            for state in self.fragments.values():
+                wanted.setdefault(state.tensor.name, []).append(state)
+            for name, tensor in initial_weights(plan.model_config, plan.recipe.seed, set(wanted)):
+                for state in wanted[name]:
+                    state.initialize(tensor)
+        for state in self.fragments.values():
+            state.encode()
+
+    async def close(self, reason: str) -> None:
+        """Stop at once; everyone who waits gets a StaleEpochError."""
+        self._closed = StaleEpochError(reason)
+        if self.leader is not None:
+            self.leader.close(self._closed)
+        self._notify()
+        tasks = [*self._tasks, *([self._checkpoint_task] if self._checkpoint_task else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(self) -> None:
+        """Wait until a checkpoint that is being written is reported."""
+        if self._checkpoint_task is not None:
+            await asyncio.gather(self._checkpoint_task, return_exceptions=True)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the shard cannot go on, or None."""
+        return self._failure
+
+    def clear_failure(self) -> None:
+        """Say that the failure was reported."""
+        self._failure = None
+
+    # -- push ------------------------------------------------------------------------------------------------------
+
+    def check(self, header: pb.ContributionHeader) -> None:
+        """Check a header against the plan before anything is allocated for it. Raises ProtocolError."""
+        self.check_epoch(header.job_id, header.epoch)
+        state = self.fragments.get(header.fragment)
+        if state is None:
+            raise ProtocolError(f"fragment {header.fragment} is not held by server {self.index}")
+        what = f"contribution to fragment {header.fragment} from slot {header.slot} of step {header.step}"
+        if header.slot >= self.plan.num_slots:
+            raise ProtocolError(f"{what}: the job has {self.plan.num_slots} slots")
+        if header.part != 0:
+            raise ProtocolError(f"{what}: part {header.part}, but the tensor has one part")
+        if header.codec != self.push_codec.wire:
+            name = plan_pb2.Codec.Name(header.codec) if header.codec in plan_pb2.Codec.values() else header.codec
+            raise ProtocolError(f"{what}: codec {name}, but the recipe says {self.push_codec.name}")
+        if header.num_elements != state.fragment.num_elements:
+            raise ProtocolError(f"{what}: {header.num_elements} elements, but it has {state.fragment.num_elements}")
+        expected = self.push_codec.encoded_bytes(state.fragment.num_elements)
+        if header.payload_bytes != expected:
+            raise ProtocolError(f"{what}: payload of {header.payload_bytes} bytes announced, {expected} needed")
+        if not header.slot_tokens:
+            raise ProtocolError(f"{what}: a slot without tokens")
+        if header.step >= self.plan.num_steps:
+            raise ProtocolError(f"{what}: the job has {self.plan.num_steps} steps")
+        if header.step > self.version:
+            raise ProtocolError(f"{what}: step {self.version} is under way here")
+
+    def offer(self, header: pb.ContributionHeader, payload: Payload) -> pb.PushResult.ValueType:
+        """Take a checked and verified contribution, once. Raises ProtocolError."""
+        self.check_epoch(header.job_id, header.epoch)
+        state = self.fragments[header.fragment]
+        if header.step < self.version:
+            self.num_dropped += 1
+            return pb.PUSH_RESULT_STALE
+        if state.has(header.slot):
+            self.num_dropped += 1
+            return pb.PUSH_RESULT_DUPLICATE
+        totals = SlotTotals(header.slot_tokens, header.slot_samples, header.slot_loss_sum)
+        known = self._slots.setdefault(header.slot, totals)
+        if known != totals and not (math.isnan(known.loss_sum) and math.isnan(totals.loss_sum)):
+            raise ProtocolError(
+                f"slot {header.slot} of step {header.step}: {totals} differs from {known} of an earlier contribution"
+            )
+        state.early[header.slot] = payload
+        self._step_bytes += payload.nbytes
+        self.received_bytes += payload.nbytes
+        self._add_if_ready(state)
+        return pb.PUSH_RESULT_ACCEPTED
+
+    def _add_if_ready(self, state: FragmentState) -> None:
+        if state.ready_to_add:
+            state.adding = True
+            self._spawn(self._add(state))
+
+    async def _add(self, state: FragmentState) -> None:
+        while state.next_slot in state.early:
+            slot = state.next_slot
+            await self._run(state.add_next, state.early[slot], slot)
+            # Only now: until it is added, a second copy must find it.
+            state.next_slot += 1
+            del state.early[slot]
+        state.adding = False
+        if state.complete:
+            self._num_complete += 1
+            if self._num_complete == len(self.fragments):
+                self._spawn(self._commit())
+
+    # -- commit ----------------------------------------------------------------------------------------------------
+
+    async def _commit(self) -> None:
+        step = self.version
+        self.phase = Phase("committing", time.time())
+        report = pb.CompleteStepRequest(
+            job_id=self.plan.job_id,
+            epoch=self.plan.epoch,
+            step=step,
+            server=self.index,
+            squared_norms=[state.squared_norm for _, state in sorted(self.fragments.items())],
+            num_tokens=sum(totals.num_tokens for totals in self._slots.values()),
+            pushed_bytes=self._step_bytes,
+        )
+        decision = await (self.leader.complete(report) if self.leader else self._complete_at_leader(report))
+        # From here on version step + 1 is decided. No worker can contribute to it before it has pulled every
+        # fragment, so a contribution that arrives while fragments are being updated belongs to the step that is over.
+        # self._enter(step + 1, "applying") self._consecutive_skips = decision.consecutive_skips recipe =
+        # self.plan.recipe rate = learning_rate(step, self.plan.num_steps, recipe.optimizer, recipe.schedule)
+        # num_samples = sum(totals.num_samples for totals in self._slots.values()) self._slots.clear()
+        # self._step_bytes = 0 self._num_complete = 0 A copy for a checkpoint may still be waiting to be written; one
+        # at a time bounds the memory. checkpoint = decision.checkpoint if checkpoint:
+            await self.drain()
+        copies = await asyncio.gather(
+            *(self._apply(state, decision, rate, checkpoint) for _, state in sorted(self.fragments.items()))
+        )
+        self._enter(step + 1)
+        if checkpoint:
+            self._checkpoint_task = asyncio.create_task(
+                self._guard(self._write_checkpoint(step + 1, [copy for copy in copies if copy is not None]))
+            )
+        if self.leader is not None:
+            await self._report_step(self._step_report(decision, rate, num_samples))
+
+    async def _apply(
+        self, state: FragmentState, decision: Decision, rate: float, checkpoint: bool
+    ) -> tuple[Fragment, State] | None:
+        if not decision.skip:
+            await self._run(state.apply, decision.num_tokens, decision.clip_scale, rate)
+        copy = await self._run(state.snapshot) if checkpoint else None
+        state.begin_step(decision.step + 1)
+        self._notify()
+        return None if copy is None else (state.fragment, copy)
+
+    def _decide(self, step: int, reports: Mapping[int, pb.CompleteStepRequest]) -> Decision:
+        loss_sum = math.fsum(totals.loss_sum for _, totals in sorted(self._slots.items()))
+        recipe = self.plan.recipe
+        decision, reason = decide_commit(step, reports, loss_sum, recipe.optimizer.clip_norm, self._consecutive_skips)
+        if decision.skip:
+            log.warning("step skipped", job=self.plan.job_id, step=step, reason=reason)
+        version = step + 1
+        interval = recipe.checkpoint.interval_steps
+        halt = self._boundary is not None and self._boundary.halt
+        due = version == self.plan.num_steps or (interval > 0 and version % interval == 0)
+        checkpoint = due or self._boundary is not None
+        self._boundary = None
+        return replace(decision, checkpoint=checkpoint, halt=halt)
+
+    def request_boundary(self, request: coordinator_pb2.BoundaryRequest) -> None:
+        """On the leader: checkpoint, and for a halt say so in the report, at the next commit."""
+        if self._boundary is None or request.halt:
+            self._boundary = request
+
+    def _step_report(self, decision: Decision, rate: float, num_samples: int) -> coordinator_pb2.ReportStepRequest:
+        return coordinator_pb2.ReportStepRequest(
+            job_id=self.plan.job_id,
+            epoch=self.plan.epoch,
+            step=decision.step,
+            num_tokens=decision.num_tokens,
+            num_samples=num_samples,
+            loss=decision.loss,
+            grad_norm=decision.grad_norm,
+            learning_rate=rate,
+            skipped=decision.skip,
+            consecutive_skips=decision.consecutive_skips,
+            unix_ms=int(time.time() * 1000),
+            halted=decision.halt,
+            pushed_bytes=decision.pushed_bytes,
+        )
+
+    async def _write_checkpoint(self, version: int, copies: list[tuple[Fragment, State]]) -> None:
+        plan = self.plan
+        directory = directory_of(plan.checkpoint_root, version)
+        file = f"epoch-{plan.epoch:04d}-shard-{self.index:03d}-of-{len(plan.servers):03d}.safetensors"
+        began = time.monotonic()
+        entry, digests = await asyncio.to_thread(write_shard, directory, file, plan.tensors, copies)
+        log.info(
+            "checkpoint shard written",
+            job=plan.job_id,
+            version=version,
+            file=files.join(directory, file),
+            seconds=round(time.monotonic() - began, 2),
+        )
+        await self._report_checkpoint(
+            coordinator_pb2.ReportCheckpointRequest(
+                job_id=plan.job_id,
+                epoch=plan.epoch,
+                version=version,
+                server=self.index,
+                file=entry.file,
+                num_bytes=entry.num_bytes,
+                sha256=entry.sha256,
+                fragments=[
+                    coordinator_pb2.FragmentDigest(fragment=fragment.index, sha256=digest)
+                    for (fragment, _), digest in zip(copies, digests, strict=True)
+                ],
+                consecutive_skips=self._consecutive_skips,
+            )
+        )
+
+    # -- pull ------------------------------------------------------------------------------------------------------
+
+    async def wait_version(self, job_id: str, epoch: int, min_version: int) -> int:
+        """Wait until `min_version` is decided; return the version under way. Raises StaleEpochError."""
+        while True:
+            self.check_epoch(job_id, epoch)
+            if self.version >= max(0, min_version):
+                return self.version
+            await self._changed.wait()
+
+    async def wait_published(self, job_id: str, epoch: int, fragment: int, version: int) -> FragmentState | None:
+        """Wait until a fragment is published at `version`; None when it has moved on. Raises StaleEpochError."""
+        state = self.fragments[fragment]
+        while True:
+            self.check_epoch(job_id, epoch)
+            if state.published_version == version:
+                return state
+            if state.published_version > version:
+                return None
+            await self._changed.wait()
+
+    # -- status ----------------------------------------------------------------------------------------------------
+
+    def missing_slots(self) -> list[int]:
+        """Slots of the step under way of which some contribution has not arrived."""
+        if self.version < 0 or self.version >= self.plan.num_steps:
+            return []
+        states = self.fragments.values()
+        return [slot for slot in range(self.plan.num_slots) if not all(state.has(slot) for state in states)]
+
+    def activity(self) -> coordinator_pb2.Activity:
+        """What the shard does, for heartbeats."""
+        waiting_for = ""
+        missing = self.missing_slots() if self.phase.name == "accumulating" else []
+        if missing:
+            waiting_for = f"slots {', '.join(map(str, missing))} of step {self.version}"
+        elif self.phase.name == "committing":
+            absent = self.leader.missing if self.leader is not None else [self.plan.leader]
+            names = ", ".join(self.plan.servers[server].name for server in absent)
+            waiting_for = f"the commit of step {self.version} by {names}" if names else ""
+        finished = self.version >= self.plan.num_steps
+        return coordinator_pb2.Activity(
+            job_id=self.plan.job_id,
+            phase="idle" if finished else self.phase.name,
+            step=max(0, self.version),
+            waiting_for=waiting_for,
+            waiting_since_unix_ms=int(self.phase.since * 1000) if waiting_for else 0,
+            sent_bytes=self.sent_bytes,
+            received_bytes=self.received_bytes,
+            missing_slots=missing,
+        )
+
+    def status(self) -> pb.GetServerStatusResponse:
+        """What the shard holds."""
+        states = self.fragments.values()
+        return pb.GetServerStatusResponse(
+            epoch=self.plan.epoch,
+            version=max(0, self.version),
+            num_fragments=len(states),
+            num_parameters=sum(state.fragment.num_elements for state in states),
+            state_bytes=sum(state.state_bytes for state in states),
+            early_bytes=sum(state.early_bytes for state in states),
+            missing_slots=self.missing_slots(),
+            num_dropped=self.num_dropped,
+        )
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def check_epoch(self, job_id: str, epoch: int) -> None:
+        if self._closed is not None:
+            raise self._closed
+        if job_id != self.plan.job_id or epoch != self.plan.epoch:
+            raise StaleEpochError(
+                f"plan {job_id} epoch {epoch} is not in force here: this server is at {self.plan.job_id} epoch "
+                f"{self.plan.epoch}; take up the plan that the coordinator sends"
+            )
+
+    def _enter(self, version: int, phase: str = "accumulating") -> None:
+        self.version = version
+        self.phase = Phase(phase, time.time())
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _run(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(self._guard(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guard(self, work: Awaitable[None]) -> None:
+        """Run a background task; what goes wrong in it ends the shard and is reported, never swallowed."""
+        try:
+            await work
+        except StaleEpochError as error:
+            if self._closed is None:
+                log.warning("left the step", job=self.plan.job_id, cause=str(error))
+        except Exception as error:
+            self._failure = error
+            log.error("the shard cannot go on", job=self.plan.job_id, cause=f"{type(error).__name__}: {error}")
+            self._notify()
+            if os.environ.get("GRADSTREAM_DEBUG"):
+                log.exception("stack trace", job=self.plan.job_id)

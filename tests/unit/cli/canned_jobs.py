@@ -1,0 +1,212 @@
+"""A real gRPC server that implements JobsService with canned answers, for tests of the client and of the CLI."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gradstream.core import rpc
+from gradstream.core.errors import CheckpointError, ConfigError
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
+
+SUBMITTED_MS = 1_700_000_000_000
+
+
+def canned_job(job_id: str = "tiny-1", **changes: Any) -> jobs_pb2.Job:
+    """A running job with every field set."""
+    fields: dict[str, Any] = {
+        "job_id": job_id,
+        "name": "tiny",
+        "state": jobs_pb2.JOB_STATE_RUNNING,
+        "reason": "steps are committed",
+        "epoch": 2,
+        "version": 12,
+        "num_steps": 100,
+        "num_tokens": 12_000,
+        "num_samples": 96,
+        "loss": 4.25,
+        "validation_loss": 4.5,
+        "initial_validation_loss": 8.0,
+        "num_skipped": 1,
+        "tokens_per_second": 1234.5,
+        "push_bytes_per_second": 3 << 20,
+        "pull_bytes_per_second": 2 << 20,
+        "eta_seconds": 125.0,
+        "submitted_unix_ms": SUBMITTED_MS,
+        "waits": [
+            jobs_pb2.Wait(what="a worker for slots 1, 3", whom="worker-1", since_unix_ms=SUBMITTED_MS + 60_000)
+        ],
+        "num_parameters": 10_000_000,
+        "run_directory": "/runs/tiny-1",
+        "recipe_json": json.dumps({"name": "tiny"}),
+        "slot_holders": ["worker-0", "", "worker-0", "worker-1"],
+        "decisions": ["placement: balanced [2 servers]"],
+    }
+    fields.update(changes)
+    return jobs_pb2.Job(**fields)
+
+
+def canned_node(name: str = "worker-0", **changes: Any) -> jobs_pb2.Node:
+    """A live worker that waits."""
+    fields: dict[str, Any] = {
+        "node_id": f"id-{name}",
+        "name": name,
+        "kind": coordinator_pb2.NODE_KIND_WORKER,
+        "alive": True,
+        "last_heartbeat_unix_ms": SUBMITTED_MS,
+        "activity": coordinator_pb2.Activity(
+            job_id="tiny-1",
+            phase="waiting",
+            step=12,
+            waiting_for="version 13 from server-0",
+            waiting_since_unix_ms=SUBMITTED_MS,
+            sent_bytes=5 << 20,
+        ),
+        "memory_bytes": 1 << 30,
+        "device": "cpu",
+    }
+    fields.update(changes)
+    return jobs_pb2.Node(**fields)
+
+
+def canned_history() -> list[jobs_pb2.WatchJobResponse]:
+    """One item of each kind."""
+    line = coordinator_pb2.LogLine(unix_ms=SUBMITTED_MS, level="warning", text="slow [link]", job_id="tiny-1")
+    step = coordinator_pb2.ReportStepRequest(
+        job_id="tiny-1", epoch=1, step=0, num_tokens=100, num_samples=4, loss=float("nan"), unix_ms=SUBMITTED_MS
+    )
+    return [
+        jobs_pb2.WatchJobResponse(
+            cursor=1, event=jobs_pb2.Event(unix_ms=SUBMITTED_MS, kind="submitted", message="by a person")
+        ),
+        jobs_pb2.WatchJobResponse(cursor=2, step=step),
+        jobs_pb2.WatchJobResponse(cursor=3, validation=jobs_pb2.Validation(version=1, loss=4.0, num_tokens=64)),
+        jobs_pb2.WatchJobResponse(cursor=5, log=jobs_pb2.NodeLogLine(node="worker-0", line=line)),
+        jobs_pb2.WatchJobResponse(cursor=6, checkpoint=canned_checkpoint()),
+    ]
+
+
+def canned_checkpoint() -> jobs_pb2.Checkpoint:
+    """A checkpoint."""
+    return jobs_pb2.Checkpoint(
+        version=1, path="/runs/tiny-1/checkpoints/1", num_bytes=4096, state_sha256="ab" * 32, unix_ms=SUBMITTED_MS
+    )
+
+
+def piece(file: str, file_bytes: int, payload: bytes) -> jobs_pb2.ExportCheckpointResponse:
+    """A piece of an exported file."""
+    return jobs_pb2.ExportCheckpointResponse(file=file, file_bytes=file_bytes, payload=payload)
+
+
+class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
+    """Answers from its attributes and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.jobs = [canned_job()]
+        self.nodes = [canned_node()]
+        self.history = canned_history()
+        self.export = [
+            piece("config.json", 2, b"{}"),
+            piece("model.safetensors", 6, b"abc"),
+            piece("model.safetensors", 6, b"def"),
+            piece("empty.txt", 0, b""),
+        ]
+        self.break_watch_after: list[int] = []
+        """Cursors after which a watch breaks, each once."""
+        self.requests: list[Any] = []
+        self.on_get_job: Callable[[], None] = lambda: None
+
+    def _find(self, job_id: str) -> jobs_pb2.Job:
+        for job in self.jobs:
+            if job_id in ("", job.job_id):
+                return job
+        raise ConfigError(f"no job '{job_id}'; `gradstream ls` lists them")
+
+    async def SubmitJob(self, request: Any, context: Any) -> jobs_pb2.SubmitJobResponse:  # noqa: N802
+        self.requests.append(request)
+        async with rpc.answering(context):
+            return jobs_pb2.SubmitJobResponse(job=canned_job("tiny-2", state=jobs_pb2.JOB_STATE_QUEUED))
+        raise AssertionError
+
+    async def ListJobs(self, request: Any, context: Any) -> jobs_pb2.ListJobsResponse:  # noqa: N802
+        return jobs_pb2.ListJobsResponse(jobs=self.jobs)
+
+    async def GetJob(self, request: Any, context: Any) -> jobs_pb2.GetJobResponse:  # noqa: N802
+        self.requests.append(request)
+        self.on_get_job()
+        async with rpc.answering(context):
+            return jobs_pb2.GetJobResponse(job=self._find(request.job_id))
+        raise AssertionError
+
+    async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.WatchJobResponse]:  # noqa: N802
+        self.requests.append(request)
+        for item in self.history:
+            if item.cursor > request.after_cursor:
+                yield item
+                if item.cursor in self.break_watch_after:
+                    self.break_watch_after.remove(item.cursor)
+                    from grpc import StatusCode
+
+                    await context.abort(StatusCode.UNAVAILABLE, "going down")
+
+    async def PauseJob(self, request: Any, context: Any) -> jobs_pb2.PauseJobResponse:  # noqa: N802
+        self.requests.append(request)
+        async with rpc.answering(context):
+            return jobs_pb2.PauseJobResponse(job=self._find(request.job_id))
+        raise AssertionError
+
+    async def ResumeJob(self, request: Any, context: Any) -> jobs_pb2.ResumeJobResponse:  # noqa: N802
+        self.requests.append(request)
+        async with rpc.answering(context):
+            return jobs_pb2.ResumeJobResponse(job=self._find(request.job_id))
+        raise AssertionError
+
+    async def StopJob(self, request: Any, context: Any) -> jobs_pb2.StopJobResponse:  # noqa: N802
+        self.requests.append(request)
+        async with rpc.answering(context):
+            return jobs_pb2.StopJobResponse(job=self._find(request.job_id))
+        raise AssertionError
+
+    async def ListCheckpoints(self, request: Any, context: Any) -> jobs_pb2.ListCheckpointsResponse:  # noqa: N802
+        return jobs_pb2.ListCheckpointsResponse(checkpoints=[canned_checkpoint()])
+
+    async def ExportCheckpoint(  # noqa: N802
+        self, request: Any, context: Any
+    ) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
+        self.requests.append(request)
+        async with rpc.answering(context):
+            if request.HasField("version") and request.version != 1:
+                raise CheckpointError(f"no checkpoint of version {request.version}; `gradstream ckpt ls` lists them")
+            for part in self.export:
+                yield part
+
+    async def ListNodes(self, request: Any, context: Any) -> jobs_pb2.ListNodesResponse:  # noqa: N802
+        return jobs_pb2.ListNodesResponse(nodes=self.nodes)
+
+
+@contextmanager
+def serving(servicer: CannedJobs) -> Iterator[str]:
+    """Serve on a free port, in an event loop on a thread; yield the address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start() -> tuple[Any, int]:
+        server = rpc.new_server()
+        jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server)
+        port = rpc.listen(server, "127.0.0.1:0")
+        await server.start()
+        return server, port
+
+    server, port = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

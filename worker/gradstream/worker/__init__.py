@@ -1,0 +1,1 @@
+"""The worker: stage execution, the gradient stream, data and the training loop."""

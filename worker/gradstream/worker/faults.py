@@ -1,0 +1,76 @@
+"""Faults for tests, placed at (step, slot) instead of at a moment: no test has to sleep and hope.
+
+GRADSTREAM_FAULTS holds faults separated by ";", each `KIND@key=value,…`:
+
+    kill@step=3,slot=1                  SIGKILL of this worker before it computes slot 1 of step 3
+    kill@step=3,slot=1,acknowledged=5   SIGKILL once servers have acknowledged 5 contributions of that slot
+    nan@step=4[,slot=1]                 the gradients of that step (and slot) are NaN
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+
+from gradstream.core.errors import ConfigError
+
+VARIABLE = "GRADSTREAM_FAULTS"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault; None matches every slot."""
+
+    kind: str
+    step: int
+    slot: int | None = None
+    acknowledged: int | None = None
+
+    def matches(self, step: int, slot: int) -> bool:
+        """Whether the fault is for this step and slot."""
+        return self.step == step and self.slot in (None, slot)
+
+
+def parse_faults(text: str) -> list[Fault]:
+    """Parse the variable's value. Raises ConfigError."""
+    faults = []
+    for item in filter(None, (part.strip() for part in text.split(";"))):
+        kind, _, rest = item.partition("@")
+        try:
+            fields = {key: int(value) for key, value in (pair.split("=") for pair in rest.split(","))}
+            if kind not in ("kill", "nan"):
+                raise ValueError(f"unknown kind '{kind}'")
+            faults.append(Fault(kind, **fields))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{VARIABLE}: '{item}' is not a fault ({error})") from None
+    return faults
+
+
+class Faults:
+    """The faults of this process."""
+
+    def __init__(self, text: str | None = None):
+        self._faults = parse_faults(os.environ.get(VARIABLE, "") if text is None else text)
+        self._acknowledged: dict[tuple[int, int], int] = {}
+
+    def before_slot(self, step: int, slot: int) -> None:
+        """Called before a slot is computed."""
+        if any(f.kind == "kill" and f.acknowledged is None and f.matches(step, slot) for f in self._faults):
+            _kill()
+
+    def acknowledged(self, step: int, slot: int) -> None:
+        """Called when a server has acknowledged a contribution."""
+        if not self._faults:
+            return
+        count = self._acknowledged[step, slot] = self._acknowledged.get((step, slot), 0) + 1
+        if any(f.kind == "kill" and f.acknowledged == count and f.matches(step, slot) for f in self._faults):
+            _kill()
+
+    def spoils(self, step: int, slot: int) -> bool:
+        """Whether the slot's gradients shall be NaN."""
+        return any(f.kind == "nan" and f.matches(step, slot) for f in self._faults)
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,7 @@
 """Preparing a data set: from text to a manifest, a tokenizer and data shards of token ids.
 
 Phases: list the files, train or load the tokenizer, tokenize and write, publish. The result is a function of the input
-and the options alone, not of the number of processes. Memory is bounded: the batches in flight and the largest document.
+and the options alone, not of the number of processes. Memory is bounded: batches in flight and the largest document.
 """
 
 from __future__ import annotations

@@ -190,11 +190,13 @@ def read_manifest(directory: str) -> CheckpointManifest:
     except (ValidationError, OSError) as error:
         detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(
-            f"checkpoint manifest {path} is damaged ({detail}); restore it, or remove {directory} to go back to an older one"
+            f"checkpoint manifest {path} is damaged ({detail}); restore it, "
+            f"or remove {directory} to go back to an older one"
         ) from None
     if len(manifest.placement) != len(manifest.fragments()) or max(manifest.placement) >= len(manifest.files):
         raise CheckpointError(
-            f"checkpoint manifest {path} contradicts itself; restore it, or remove {directory} to go back to an older one"
+            f"checkpoint manifest {path} contradicts itself; restore it, "
+            f"or remove {directory} to go back to an older one"
         )
     return manifest
 

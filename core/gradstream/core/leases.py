@@ -8,8 +8,8 @@ from collections.abc import Sequence
 def assign_slots(holders: Sequence[str], workers: Sequence[str]) -> tuple[list[str], str]:
     """Give every slot to a live worker, moving as few slots as possible; return (holders, reason).
 
-    `holders[slot]` is the worker that holds the slot now ("" for none); `workers` are the live ones, oldest first. After it,
-    the workers' numbers of slots differ by at most one. With no workers every slot is free.
+    `holders[slot]` is the worker that holds the slot now ("" for none); `workers` are the live ones, oldest first.
+    After it, the workers' numbers of slots differ by at most one. With no workers every slot is free.
     """
     if not workers:
         return [""] * len(holders), "no live worker"

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
+
 from gradstream.coordinator.data.tokenizer import SAMPLE_BYTES, TokenizerFile, encode
 from gradstream.coordinator.data_prepare import (
     PrepareProgress,
@@ -26,9 +29,23 @@ from gradstream.coordinator.data_prepare import (
 )
 from gradstream.core.config import PrepareConfig
 from gradstream.core.data import Manifest
-from tokenizers import Tokenizer
 
-WORDS = "the quick brown fox jumps over a lazy dog while def return import yield naïve 日本語 🙂".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "return",
+    "import",
+    "naïve",
+    "日本語",
+    "🙂",
+]
 
 
 def text(number: int, num_words: int = 60) -> str:
@@ -63,7 +80,7 @@ def decoded(path: str, split: str) -> list[list[str]]:
         assert index[0] == 0
         assert index[-1] == len(tokens) == shard.num_tokens
         documents = []
-        for begin, end in zip(index[:-1], index[1:], strict=True):
+        for begin, end in pairwise(index):
             assert tokens[end - 1] == manifest.end_of_text_id
             documents.append(tokenizer.decode(tokens[begin : end - 1].tolist(), skip_special_tokens=False))
         assert len(documents) == shard.num_documents

@@ -1,8 +1,8 @@
 """A slot's samples: the data shards of its group made available on this machine, verified, and read window by window.
 
 Where the worker sees the data set on a local path, it reads the data shards in place. Otherwise it copies them to its
-cache, from the fsspec path where it can reach that, else by `fetch` (from the coordinator). A cached file is named by its
-sha256, so jobs and slots share it and a data set prepared anew cannot be confused with the old one.
+cache, from the fsspec path where it can reach that, else by `fetch` (from the coordinator). A cached file is named by
+its sha256, so jobs and slots share it and a data set prepared anew cannot be confused with the old one.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ class FragmentState:
         name, begin, end = self.tensor.name, self.fragment.begin, self.fragment.end
         if reader.shape(name) != self.tensor.shape:
             raise CheckpointError(
-                f"checkpoint {reader.directory}: tensor '{name}' has shape {list(reader.shape(name))}, the recipe's model "
-                f"{list(self.tensor.shape)}; use the model config of the checkpoint"
+                f"checkpoint {reader.directory}: tensor '{name}' has shape {list(reader.shape(name))}, the recipe's "
+                f"model {list(self.tensor.shape)}; use the model config of the checkpoint"
             )
         self.weights_N.copy_(torch.from_numpy(reader.read(WEIGHT, name, begin, end)))
         read: Callable[[str], npt.NDArray[np.float32]] = lambda kind: (  # noqa: E731

@@ -91,7 +91,8 @@ class Leader:
             return self._last
         if report.step != self._step or report.server >= self._num_servers:
             raise ProtocolError(
-                f"server {report.server} completed step {report.step} while step {self._step} is under way; it must load the plan anew"
+                f"server {report.server} completed step {report.step} while step {self._step} is under way; "
+                f"it must load the plan anew"
             )
         if not report.num_tokens or any(other.num_tokens != report.num_tokens for other in self._reports.values()):
             raise ProtocolError(

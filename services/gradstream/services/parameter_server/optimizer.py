@@ -35,8 +35,8 @@ def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedul
 class FragmentOptimizer:
     """torch's own AdamW (fused) or SGD over one fragment.
 
-    An optimizer a fragment, not one for all: each fragment can then be updated, in any thread, as soon as its turn comes,
-    and its state is a handful of flat arrays that a checkpoint can name.
+    An optimizer a fragment, not one for all: each fragment can then be updated, in any thread, as soon as its turn
+    comes, and its state is a handful of flat arrays that a checkpoint can name.
     """
 
     def __init__(self, weights_N: torch.Tensor, decay: bool, config: OptimizerConfig):

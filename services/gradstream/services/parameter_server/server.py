@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -19,7 +20,7 @@ from gradstream.core import log as logging
 from gradstream.core.errors import GradstreamError, StaleEpochError, one_line
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
-from gradstream.core.rpc import Backoff, error_from_rpc, listen, new_server, open_channel
+from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, listen, new_server, open_channel
 from gradstream.core.session import NodeIdentity, NodeSession
 from gradstream.core.wire import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import coordinator_pb2
@@ -153,14 +154,15 @@ class ParameterServer:
         while True:
             report = await self._step_reports.get()
             try:
-                await self.session.report(lambda report=report: self.session.stub.ReportStep(report, timeout=20.0))  #
-                type: ignore[misc]
+                await self.session.report(partial(self.session.stub.ReportStep, report, timeout=UNARY_TIMEOUT_SECONDS))
             except GradstreamError as error:
                 log.warning("the coordinator refused a step report", step=report.step, cause=one_line(error))
 
     async def _send_checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
         try:
-            await self.session.report(lambda: self.session.stub.ReportCheckpoint(report, timeout=20.0))
+            await self.session.report(
+                partial(self.session.stub.ReportCheckpoint, report, timeout=UNARY_TIMEOUT_SECONDS)
+            )
         except GradstreamError as error:
             log.warning("the coordinator refused a checkpoint report", version=report.version, cause=one_line(error))
 

@@ -33,8 +33,7 @@ class ParameterServerServicer:
             raise StaleEpochError(f"plan {job_id} epoch {epoch} is not in force here: this server holds no job yet")
         return shard
 
-    async def Push(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.PushResponse]:  # noqa:
-    N802
+    async def Push(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.PushResponse]:
         """Contributions in, acknowledgements out, one for one."""
         async with answering(context):
             assembler: Assembler[pb.ContributionHeader] = Assembler()
@@ -62,7 +61,7 @@ class ParameterServerServicer:
             if not assembler.idle:
                 raise ProtocolError("the push stream ended inside a payload")
 
-    async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:  # noqa: N802
+    async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
         """The weights of one version, fragment by fragment, as each is published."""
         async with answering(context):
             shard = self._shard(request.job_id, request.epoch)
@@ -94,8 +93,7 @@ class ParameterServerServicer:
                     yield message
                 shard.sent_bytes += payload.nbytes
 
-    async def CompleteStep(self, request: pb.CompleteStepRequest, context: Context) -> pb.CompleteStepResponse:  #
-    noqa: N802
+    async def CompleteStep(self, request: pb.CompleteStepRequest, context: Context) -> pb.CompleteStepResponse:
         """On the leader: another server is done with a step."""
         async with answering(context):
             shard = self._shard(request.job_id, request.epoch)
@@ -105,9 +103,7 @@ class ParameterServerServicer:
             return (await shard.leader.complete(request)).to_proto()
         raise AssertionError("answering() aborts the call")
 
-    async def GetServerStatus(  # noqa: N802
-        self, request: pb.GetServerStatusRequest, context: Context
-    ) -> pb.GetServerStatusResponse:
+    async def GetServerStatus(self, request: pb.GetServerStatusRequest, context: Context) -> pb.GetServerStatusResponse:
         """What the server holds of a job."""
         shard = self._current()
         if shard is None or shard.plan.job_id != request.job_id:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from gradstream.coordinator.data.tokenizer import SAMPLE_BYTES, TokenizerFile, encode
+from gradstream.coordinator.data.tokenizer import (
+    BATCH_DOCUMENTS,
+    BATCHES_PER_PROCESS,
+    SAMPLE_BYTES,
+    TokenizerFile,
+    encode,
+)
 from gradstream.coordinator.data_prepare import (
     PrepareProgress,
     inspect,
@@ -260,21 +267,22 @@ def test_max_bytes_stops_early_and_cuts_the_last_document(tmp_path: Path, out: s
     assert set(texts[:10]) < set(documents)
 
 
-def test_memory_is_bounded_by_batches_in_flight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_memory_is_bounded_by_batches_in_flight(tmp_path: Path, num_processes: int) -> None:
     """The input is not read ahead of the output by more than the batches in flight."""
     prepare(options(_rows(tmp_path, 8), validation_fraction=0), str(tmp_path / "set"))
     content = (tmp_path / "set" / "tokenizer.json").read_bytes()
     read = 0
 
-    def documents() -> Any:
+    def documents() -> Iterator[str]:
         nonlocal read
-        for _ in range(40):
+        for _ in range(40 * BATCH_DOCUMENTS):
             read += 1
-            yield "x " * (1 << 19)  # a batch each
+            yield "x"
 
-    stream = encode(documents(), TokenizerFile(content, 300, 0), 1)
+    stream = encode(documents(), TokenizerFile(content, 300, 0), num_processes)
     next(stream)
-    assert read == 1
+    assert read <= BATCHES_PER_PROCESS * num_processes * BATCH_DOCUMENTS
     stream.close()
 
 

@@ -144,7 +144,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, num_processes: int) -> None
 
     with pytest.raises(KeyboardInterrupt):
         prepare(
-            options(rows(tmp_path / "rows.jsonl")),
+            options(rows(tmp_path / "rows.jsonl", 5000)),  # several batches: some are in flight
             str(tmp_path / "new" / "set"),
             interrupt,
             num_processes=num_processes,

@@ -185,7 +185,7 @@ class _Incoming:
         """Append. Raises DataError when there is no room, or more than the manifest says."""
         self._size += len(block)
         if self._size > self._shard.num_bytes:
-            raise _corrupt(self._shard, f"more than {self._shard.num_bytes} bytes came", f"{self._shard.num_bytes}")
+            raise _corrupt(self._shard, f"size {self._size} or more", f"{self._shard.num_bytes} bytes")
         try:
             self._handle.write(block)
         except OSError as error:

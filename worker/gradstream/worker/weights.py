@@ -1,8 +1,7 @@
-"""Weights arriving: an inbox a version, and the hooks that hold each layer's forward pass until its weights are in
-place.
+"""Weights arriving: an inbox a version, and hooks that hold each layer's forward pass until its weights are in place.
 
-An inbox takes fragments, still encoded, from the pulls of all servers. Until it is installed nothing of it touches the model,
-so a slot that is being computed at the old version is safe. Once installed, each fragment is decoded into its
+An inbox takes fragments, still encoded, from the pulls of all servers. Until it is installed nothing of it touches the
+model, so a slot that is being computed at the old version is safe. Once installed, each fragment is decoded into its
 parameter as it arrives, and the forward pass of a unit waits for that unit's fragments alone.
 """
 

@@ -184,7 +184,8 @@ def encode(texts: Iterable[str], tokenizer: TokenizerFile, num_processes: int) -
             yield from in_flight.popleft().result()
     except BrokenProcessPool:
         raise DataError(
-            "a tokenizing process was killed, perhaps for lack of memory; free some and try again"
+            "a tokenizing process ended early; free some memory, or in a script of yours call prepare under "
+            "`if __name__ == '__main__':`, which spawned processes need"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

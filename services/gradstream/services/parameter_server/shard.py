@@ -246,11 +246,17 @@ class Shard:
         decision = await (self.leader.complete(report) if self.leader else self._complete_at_leader(report))
         # From here on version step + 1 is decided. No worker can contribute to it before it has pulled every
         # fragment, so a contribution that arrives while fragments are being updated belongs to the step that is over.
-        # self._enter(step + 1, "applying") self._consecutive_skips = decision.consecutive_skips recipe =
-        # self.plan.recipe rate = learning_rate(step, self.plan.num_steps, recipe.optimizer, recipe.schedule)
-        # num_samples = sum(totals.num_samples for totals in self._slots.values()) self._slots.clear()
-        # self._step_bytes = 0 self._num_complete = 0 A copy for a checkpoint may still be waiting to be written; one
-        # at a time bounds the memory. checkpoint = decision.checkpoint if checkpoint:
+        self._enter(step + 1, "applying")
+        self._consecutive_skips = decision.consecutive_skips
+        recipe = self.plan.recipe
+        rate = learning_rate(step, self.plan.num_steps, recipe.optimizer, recipe.schedule)
+        num_samples = sum(totals.num_samples for totals in self._slots.values())
+        self._slots.clear()
+        self._step_bytes = 0
+        self._num_complete = 0
+        checkpoint = decision.checkpoint
+        if checkpoint:
+            # The last copy may still be on its way to the disk; one at a time bounds the memory.
             await self.drain()
         copies = await asyncio.gather(
             *(self._apply(state, decision, rate, checkpoint) for _, state in sorted(self.fragments.items()))

@@ -37,9 +37,7 @@ def canned_job(job_id: str = "tiny-1", **changes: Any) -> jobs_pb2.Job:
         "pull_bytes_per_second": 2 << 20,
         "eta_seconds": 125.0,
         "submitted_unix_ms": SUBMITTED_MS,
-        "waits": [
-            jobs_pb2.Wait(what="a worker for slots 1, 3", whom="worker-1", since_unix_ms=SUBMITTED_MS + 60_000)
-        ],
+        "waits": [jobs_pb2.Wait(what="a worker for slots 1, 3", whom="worker-1", since_unix_ms=SUBMITTED_MS + 60_000)],
         "num_parameters": 10_000_000,
         "run_directory": "/runs/tiny-1",
         "recipe_json": json.dumps({"name": "tiny"}),
@@ -189,8 +187,8 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
 
 
 @contextmanager
-def serving(servicer: CannedJobs) -> Iterator[str]:
-    """Serve on a free port, in an event loop on a thread; yield the address."""
+def serving(servicer: CannedJobs, listen: str = "127.0.0.1:0") -> Iterator[str]:
+    """Serve, on a free port unless told otherwise, in an event loop on a thread; yield the address."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -198,7 +196,7 @@ def serving(servicer: CannedJobs) -> Iterator[str]:
     async def start() -> tuple[Any, int]:
         server = rpc.new_server()
         jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server)
-        port = rpc.listen(server, "127.0.0.1:0")
+        port = rpc.listen(server, listen)
         await server.start()
         return server, port
 

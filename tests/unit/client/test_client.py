@@ -1,0 +1,326 @@
+"""The client against a real gRPC server with canned answers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import gradstream.client
+import pytest
+from canned_jobs import SUBMITTED_MS, CannedJobs, canned_job, piece, serving
+from gradstream.client import (
+    AsyncClient,
+    Checkpoint,
+    CheckpointError,
+    Client,
+    ConfigError,
+    Event,
+    GradstreamError,
+    JobFailedError,
+    JobState,
+    LogLine,
+    NodeKind,
+    ProtocolError,
+    Step,
+    UnreachableError,
+    Validation,
+)
+from gradstream.proto.v1 import jobs_pb2
+
+RECIPE = Path(__file__).parents[3] / "recipes" / "stdlib-gpt.yaml"
+
+
+@pytest.fixture
+def free_address() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_public_names_are_pinned() -> None:
+    assert gradstream.client.__all__ == [
+        "Activity",
+        "AsyncClient",
+        "Checkpoint",
+        "CheckpointError",
+        "Client",
+        "ConfigError",
+        "DataError",
+        "Event",
+        "ExportProgress",
+        "GradstreamError",
+        "Job",
+        "JobFailedError",
+        "JobState",
+        "LogLine",
+        "Node",
+        "NodeKind",
+        "PlanError",
+        "ProtocolError",
+        "Recipe",
+        "StaleEpochError",
+        "Step",
+        "UnreachableError",
+        "Validation",
+        "Wait",
+        "WatchItem",
+        "default_address",
+        "load_recipe",
+    ]
+    assert all(hasattr(gradstream.client, name) for name in gradstream.client.__all__)
+
+
+def test_import_loads_nothing_heavy() -> None:
+    program = (
+        "import sys, gradstream.client; "
+        "print([m for m in ('torch', 'transformers', 'pyarrow', 'matplotlib', 'typer', 'rich') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_sync_and_async_have_the_same_methods() -> None:
+    def names(cls: type) -> set[str]:
+        return {name for name in vars(cls) if not name.startswith("_")}
+
+    assert names(Client) - {"address"} == names(AsyncClient)
+
+
+def test_job_is_typed(address: str) -> None:
+    with Client(address) as client:
+        job = client.job()
+    assert job.state is JobState.RUNNING
+    assert not job.state.ended
+    assert job.eta == timedelta(seconds=125)
+    assert job.submitted == datetime.fromtimestamp(SUBMITTED_MS / 1000, UTC)
+    assert job.ended is None
+    assert job.waits[0].whom == "worker-1"
+    assert job.recipe == {"name": "tiny"}
+    document = json.loads(json.dumps(job.to_dict(), allow_nan=False))
+    assert document["state"] == "running"
+    assert document["eta_seconds"] == 125
+    assert document["submitted"] == "2023-11-14T22:13:20.000+00:00"
+    assert document["waits"][0]["since"].startswith("2023-11-14T22:14:20")
+
+
+def test_absent_values_are_none(jobs: CannedJobs, address: str) -> None:
+    jobs.jobs = [jobs_pb2.Job(job_id="new-1")]
+    with Client(address) as client:
+        (job,) = client.jobs()
+    assert (job.loss, job.validation_loss, job.eta, job.submitted) == (None, None, None, None)
+    assert job.state is JobState.UNSPECIFIED
+
+
+def test_nodes(address: str) -> None:
+    with Client(address) as client:
+        (node,) = client.nodes()
+    assert node.kind is NodeKind.WORKER
+    assert node.activity.waiting_for == "version 13 from server-0"
+    assert node.to_dict()["activity"]["phase"] == "waiting"
+
+
+async def test_watch_gives_each_item_once_over_a_break(jobs: CannedJobs, address: str) -> None:
+    jobs.jobs = [canned_job(state=jobs_pb2.JOB_STATE_FINISHED)]
+    jobs.break_watch_after = [2, 5]
+    async with AsyncClient(address) as client:
+        items = [item async for item in client.watch("tiny-1")]
+    assert [type(item) for item in items] == [Event, Step, Validation, LogLine, Checkpoint]
+    assert [item.cursor for item in items] == [1, 2, 3, 5, 6]
+    asked = [request.after_cursor for request in jobs.requests if isinstance(request, jobs_pb2.WatchJobRequest)]
+    assert asked == [0, 2, 5]
+    # NaN is no JSON.
+    assert items[1].to_dict()["loss"] is None
+    assert items[3].to_dict()["type"] == "log"
+    json.dumps([item.to_dict() for item in items], allow_nan=False)
+
+
+async def test_watch_without_follow_does_not_hide_a_break(jobs: CannedJobs, address: str) -> None:
+    jobs.break_watch_after = [2]
+    async with AsyncClient(address) as client:
+        with pytest.raises(UnreachableError):
+            _ = [item async for item in client.watch(follow=False)]
+
+
+def test_watch_survives_a_restart_of_the_coordinator(jobs: CannedJobs, free_address: str) -> None:
+    del jobs  # Two coordinators with the same history.
+    port_holder = CannedJobs()
+    port_holder.break_watch_after = [3]
+    seen = []
+    with serving(port_holder) as first:
+        client = Client(first)
+        items = client.watch()
+        for _ in range(3):
+            seen.append(next(items).cursor)
+    again = CannedJobs()
+    again.jobs = [canned_job(state=jobs_pb2.JOB_STATE_FINISHED)]
+    with serving(again, first):
+        seen += [item.cursor for item in items]
+    client.close()
+    assert seen == [1, 2, 3, 5, 6]
+
+
+def test_sync_watch_may_be_left_early(address: str) -> None:
+    with Client(address) as client:
+        for item in client.watch(after_cursor=2):
+            assert item.cursor == 3
+            break
+        assert client.job().job_id == "tiny-1"
+
+
+def test_wait_reports_progress_and_returns(jobs: CannedJobs, address: str) -> None:
+    states = iter([jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_FINISHED])
+    jobs.on_get_job = lambda: setattr(jobs, "jobs", [canned_job(state=next(states))])
+    seen: list[str] = []
+    with Client(address) as client:
+        job = client.wait(on_progress=lambda job: seen.append(job.state), poll_seconds=0.01)
+    assert job.state == "finished"
+    assert seen == ["running", "running", "finished"]
+
+
+def test_wait_raises_when_the_job_failed(jobs: CannedJobs, address: str) -> None:
+    jobs.jobs = [canned_job(state=jobs_pb2.JOB_STATE_FAILED, reason="the loss is not finite")]
+    with Client(address) as client, pytest.raises(JobFailedError, match="tiny-1 failed at step 12 of 100") as caught:
+        client.wait("tiny-1")
+    assert caught.value.reason == "the loss is not finite"
+    assert caught.value.job.version == 12
+    assert caught.value.exit_code == 8
+
+
+def test_submit_takes_path_mapping_and_recipe(jobs: CannedJobs, address: str) -> None:
+    recipe = gradstream.client.load_recipe(RECIPE)
+    with Client(address) as client:
+        job = client.submit(RECIPE, ["training.num_steps=7"])
+        client.submit(recipe)
+        client.submit(recipe.model_dump(mode="json"))
+        with pytest.raises(ConfigError, match="did you mean 'training'"):
+            client.submit({**recipe.model_dump(), "trainig": {}})
+        with pytest.raises(ConfigError, match="overrides go with the path"):
+            client.submit(recipe, ["seed=3"])
+    assert job.state is JobState.QUEUED
+    sent = [json.loads(request.recipe_json) for request in jobs.requests]
+    assert sent[0]["training"]["num_steps"] == 7
+    assert Path(sent[0]["data"]["path"]).is_absolute()
+    assert sent[1] == sent[2]
+
+
+def test_control_calls(jobs: CannedJobs, address: str) -> None:
+    with Client(address) as client:
+        client.pause("tiny-1")
+        client.resume("tiny-1")
+        client.stop("tiny-1", now=True)
+        assert client.checkpoints()[0].num_bytes == 4096
+        with pytest.raises(ConfigError, match="no job 'x'"):
+            client.stop("x")
+    assert jobs.requests[2].now
+
+
+def test_export_writes_all_files(address: str, tmp_path: Path) -> None:
+    progress: list[tuple[str, int, int]] = []
+    with Client(address) as client:
+        path = client.export(
+            "tiny-1",
+            tmp_path / "a" / "b",
+            on_progress=lambda p: progress.append((p.file, p.received_bytes, p.file_bytes)),
+        )
+    assert path == tmp_path / "a" / "b"
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == {
+        "config.json": b"{}",
+        "model.safetensors": b"abcdef",
+        "empty.txt": b"",
+    }
+    assert ("model.safetensors", 6, 6) in progress
+    assert [entry.name for entry in path.parent.iterdir()] == ["b"]
+
+
+def test_export_into_an_empty_directory(address: str, tmp_path: Path) -> None:
+    with Client(address) as client:
+        client.export(None, tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([piece("../evil", 1, b"x")], "not a plain file name"),
+        ([piece("/etc/passwd", 1, b"x")], "not a plain file name"),
+        ([piece(".hidden", 1, b"x")], "not a plain file name"),
+        ([piece("a\nb", 1, b"x")], "not a plain file name"),
+        ([piece("", 1, b"x")], "not a plain file name"),
+        ([piece("a", 2, b"x")], "1 bytes came, 2 were announced"),
+        ([piece("a", 1, b"xy")], "more bytes came"),
+        ([piece("a", 1, b"x"), piece("b", 1, b"x"), piece("a", 1, b"x")], "twice"),
+        ([piece("a", 3, b"x"), piece("a", 2, b"x")], "more bytes came"),
+        ([], "no files"),
+    ],
+)
+def test_export_trusts_nothing(
+    jobs: CannedJobs, address: str, tmp_path: Path, pieces: list[jobs_pb2.ExportCheckpointResponse], message: str
+) -> None:
+    jobs.export = pieces
+    with Client(address) as client, pytest.raises(ProtocolError, match=message):
+        client.export("tiny-1", tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_refuses_a_full_directory(address: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    with Client(address) as client:
+        with pytest.raises(ConfigError, match="not empty"):
+            client.export("tiny-1", tmp_path)
+        with pytest.raises(ConfigError, match="is a file"):
+            client.export("tiny-1", tmp_path / "mine")
+        with pytest.raises(CheckpointError, match="no checkpoint of version 9"):
+            client.export("tiny-1", tmp_path / "new", version=9)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
+
+
+def test_unreachable_coordinator(free_address: str) -> None:
+    started = time.monotonic()
+    with Client(free_address) as client:
+        with pytest.raises(UnreachableError, match=f"coordinator {free_address} does not answer .*Connection refused"):
+            client.job()
+        assert client.unreachable_since is not None
+        with pytest.raises(UnreachableError, match=r"does not answer since \d\d:\d\d:\d\d"):
+            client.jobs()
+    assert time.monotonic() - started < 9
+
+
+def test_silent_coordinator_fails_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        started = time.monotonic()
+        with (
+            Client(address, connect_timeout_seconds=0.5) as client,
+            pytest.raises(UnreachableError, match="no answer within"),
+        ):
+            client.job()
+        assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("bad", ["nonsense", "host:", "http://host:7000", "host:70000000", "a b:7"])
+def test_bad_addresses(bad: str) -> None:
+    with pytest.raises(ConfigError, match="host:port"):
+        Client(bad)
+
+
+def test_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADSTREAM_COORDINATOR", "example:1234")
+    assert AsyncClient().address == "example:1234"
+    monkeypatch.delenv("GRADSTREAM_COORDINATOR")
+    assert AsyncClient().address == "127.0.0.1:7000"
+
+
+def test_closed_client_says_so(address: str) -> None:
+    client = Client(address)
+    client.close()
+    client.close()
+    with pytest.raises(GradstreamError, match="closed"):
+        client.job()
+    assert not any(thread.name == "gradstream-client" for thread in threading.enumerate())

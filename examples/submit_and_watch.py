@@ -1,6 +1,6 @@
 """Submit a recipe to a cluster, watch it, and export the model: the Python client from start to end.
 
-python examples/submit_and_watch.py recipes/stdlib-gpt.yaml exported --coordinator 127.0.0.1:7000 -s training.num_steps=50
+    python examples/submit_and_watch.py recipes/stdlib-gpt.yaml exported -s training.num_steps=50
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> int:
             job = client.submit(arguments.recipe, overrides=arguments.set)
             print(f"submitted {job.job_id}")
 
-            # The history from its beginning until the job has ended. It goes on by itself after a coordinator's restart.
+            # The history from its beginning until the job has ended; it goes on after a coordinator's restart.
             for item in client.watch(job.job_id):
                 match item:
                     case Step(step=step, loss=loss) if step % 10 == 0:

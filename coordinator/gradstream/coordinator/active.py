@@ -71,8 +71,8 @@ class ActiveJob:
     tensors: list[Tensor] | None = None
     totals: StepTotals = field(default_factory=StepTotals)
     pace: Pace = field(default_factory=Pace)
-    # Whether the leader answered a request to halt and no step came after it.
-    halted: bool = False
+    # The version at which the leader answered a request to halt. A step that was under way may still come after it.
+    halted_version: int | None = None
     checkpoints: set[int] = field(default_factory=set)
     # Reports of files whose manifest is still to be written: version → server → report.
     files: dict[int, dict[int, coordinator_pb2.ReportCheckpointRequest]] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class ActiveJob:
         return self.record.job_id
 
     @property
-    def state(self) -> jobs_pb2.JobState:
+    def state(self) -> jobs_pb2.JobState.ValueType:
         return self.record.state
 
     @property
@@ -139,6 +139,13 @@ class ActiveJob:
     def fully_validated(self) -> bool:
         """Whether no validation pass is missing at the end."""
         return not self.recipe.validation.interval_steps or self.num_steps in self.validated
+
+    @property
+    def resting(self) -> bool:
+        """Whether no slot shall be computed: paused, or halted and about to be."""
+        return self.record.state == jobs_pb2.JOB_STATE_PAUSED or (
+            self.halted_version is not None and self.record.desired != "run"
+        )
 
     def lease_table(self) -> plan_pb2.LeaseTable:
         """The table as workers get it."""

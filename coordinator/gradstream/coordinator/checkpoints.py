@@ -1,7 +1,7 @@
 """Checkpoints of a job on disk: which exist, which to remove. Blocking; run in threads.
 
-The disk is the truth. The newest manifest that is there is where a job goes on; if that one cannot be read the job fails
-rather than silently losing the steps up to it.
+The disk is the truth. The newest manifest that is there is where a job goes on; if that one cannot be read the job
+fails rather than silently losing the steps up to it.
 """
 
 from __future__ import annotations

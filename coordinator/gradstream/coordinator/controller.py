@@ -1,8 +1,8 @@
 """The life of nodes and jobs: looks at what is, decides what should be, and brings it about.
 
 `reconcile` is level-triggered: it reads the membership, the active job and the clock, and makes the next transition,
-whatever event called for it. So nothing depends on the order of events, and after a restart the same code goes on. All of
-it runs on the event loop; only planning and manifests run in threads.
+whatever event called for it. So nothing depends on the order of events, and after a restart the same code goes on. All
+of it runs on the event loop; only planning and manifests run in threads.
 
 queued → planning → running ⇄ paused → finished | failed | stopped; a lost server leads from running back to planning.
 """
@@ -20,10 +20,10 @@ from gradstream.coordinator.active import ActiveJob
 from gradstream.coordinator.membership import SERVER, WORKER, Membership, NodeEntry
 from gradstream.coordinator.notify import Notifier
 from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
-from gradstream.coordinator.sessions import Session
+from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
 from gradstream.core.checkpoint import directory_of
-from gradstream.core.errors import ConfigError, GradstreamError, one_line
+from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.model import inventory
 from gradstream.core.plan import Plan
@@ -75,8 +75,10 @@ class Controller:
         self.exporting: list[tuple[str, int]] = []
         # Called at the end of each reconcile with the active job, for what others derive from it.
         self.after_reconcile: list[Callable[[ActiveJob], None]] = []
-        self._sessions: dict[str, Session] = {}
         self._closing = False
+        # Whether a job may be queued: saves reading all jobs at every tick of an idle cluster.
+        self._queue_changed = True
+        self._hub = Hub()
         self._loop_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -88,9 +90,12 @@ class Controller:
                     await asyncio.to_thread(checkpoints.versions_on_disk, checkpoints.root_of(record.run_directory))
                 )
                 last = active.totals.last
-                active.halted = record.desired != "run" and last is not None and last.halted
+                if record.desired != "run" and last is not None and last.halted:
+                    active.halted_version = last.step + 1
                 now = self.clock()
                 active.progress_at = now
+                if active.plan is None and record.state != PLANNING:
+                    self.update(active, state=PLANNING, reason="its plan is lost")
                 active.expect_holders_until = now + self.timing.adopt_grace_seconds
                 for server in active.plan.servers if active.plan is not None else ():
                     active.patience[server.node_id] = now + self.timing.adopt_grace_seconds
@@ -107,21 +112,20 @@ class Controller:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        for session in list(self._sessions.values()):
-            session.end()
+        self._hub.end_all()
 
     async def _watch_clock(self) -> None:
         while True:
             self.reconcile()
             await asyncio.sleep(self.timing.tick_seconds)
 
-    # --- nodes ---------------------------------------------------------------------------------------------------------
+    # --- nodes ------------------------------------------------------------------------------------------------------
 
     def register(self, request: coordinator_pb2.RegisterRequest) -> NodeEntry:
         """Enter a node that was checked. Raises ConfigError when another process has taken its name."""
         node, replaced = self.members.register(request, self.clock(), unix_ms())
         for old in replaced:
-            self._end_session(old.node_id, ConfigError(f"another {old.title} has registered since; give each its own name"))
+            self._hub.end(old.node_id, ConfigError(f"another {old.title} has registered since; give each its own name"))
             self._note_node(f"{old.title} was replaced by a newer process of that name")
         log.info("registered", node=node.node_id, address=node.address, holds=dict(node.holds))
         return node
@@ -131,122 +135,74 @@ class Controller:
         node = self.members.open_session(node_id)
         if node is None:
             return None
-        self._end_session(node_id, "a newer stream took its place")
-        session = self._sessions[node_id] = Session(node_id, node.session)
+        session = self._hub.open(node)
         active = self.active
         for job_id, epoch in list(node.holds.items()):
             if active is None or active.plan is None or (active.job_id, active.record.epoch) != (job_id, epoch):
-                self._release(node, job_id, "the coordinator has no such job running under this epoch")
+                self._hub.release(node, job_id, "the coordinator has no such job running under this epoch")
         if active is not None:
             self._note_node(f"{node.title} is here ({node.device})")
             if active.plan is not None and active.state in (RUNNING, PAUSED):
                 if node.kind == WORKER:
                     self._send_plan(node, active)
-                self._ask_to_halt(active)
+                    self._warn_if_small(node, active)
+                elif active.plan.servers[active.plan.leader].node_id == node_id:
+                    self.ask_to_halt(active)
         self.reconcile()
         if node.kind == WORKER and self.active is active and active is not None and active.state in (RUNNING, PAUSED):
-            self._send(node, coordinator_pb2.SessionResponse(leases=active.lease_table()))
+            self._hub.send(node, coordinator_pb2.SessionResponse(leases=active.lease_table()))
         return session
+
+    def heartbeat(self, session: Session, activity: coordinator_pb2.Activity) -> bool:
+        """Renew a node's lease; False when the stream counts no more."""
+        return self.members.heartbeat(session.node_id, session.number, activity, self.clock(), unix_ms())
 
     def close_session(self, session: Session, why: str) -> None:
         """A stream has ended; its node is dead at once unless it has another by now."""
-        session.end(why)
-        if self._sessions.get(session.node_id) is session:
-            del self._sessions[session.node_id]
+        self._hub.close(session, why)
         node = self.members.close_session(session.node_id, session.number)
         if node is not None and not self._closing:
             self._note_node(f"{node.title} is gone: {why}")
             self.reconcile()
 
-    def _end_session(self, node_id: str, why: GradstreamError | str) -> None:
-        session = self._sessions.pop(node_id, None)
-        if session is not None:
-            session.end(why)
-
-    def _send(self, node: NodeEntry, directive: coordinator_pb2.SessionResponse) -> None:
-        session = self._sessions.get(node.node_id)
-        if session is not None and not session.send(directive):
-            self._end_session(node.node_id, "the node does not read its directives")
-
     def _send_plan(self, node: NodeEntry, active: ActiveJob) -> None:
-        self._send(node, coordinator_pb2.SessionResponse(plan=active.plan_message))
+        if node.holds.get(active.job_id) == active.record.epoch:
+            return
+        self._hub.send(node, coordinator_pb2.SessionResponse(plan=active.plan_message))
         node.holds[active.job_id] = active.record.epoch
 
-    def _release(self, node: NodeEntry, job_id: str, reason: str) -> None:
-        release = coordinator_pb2.ReleaseJob(job_id=job_id, reason=reason)
-        self._send(node, coordinator_pb2.SessionResponse(release=release))
-        node.holds.pop(job_id, None)
+    def _warn_if_small(self, node: NodeEntry, active: ActiveJob) -> None:
+        if node not in self.workers(active):
+            self._note_node(
+                f"{node.title} offers {planner.human_bytes(node.memory_bytes)}, too little for this model: no slots"
+            )
 
     def _note_node(self, message: str) -> None:
         log.info(message)
         if self.active is not None:
-            self.event(self.active.job_id, "node", message)
+            try:
+                self.event(self.active.job_id, "node", message)
+            except UnreachableError as error:
+                # A full disk must not keep a dead worker's slots from moving.
+                log.error("an event was not stored", cause=one_line(error))
 
-    # --- what people ask for -------------------------------------------------------------------------------------------
+    # --- orders ----------------------------------------------------------------------------------------
 
-    def pause(self, record: JobRecord) -> None:
-        """Rest at the next boundary, or at once where nothing runs. Raises ConfigError when the job has ended."""
-        if record.state in scheduler.ENDED:
-            raise ConfigError(f"job {record.job_id} is {scheduler.STATE_WORDS[record.state]}; only a live job can be paused")
-        active = self._active_of(record)
-        if active is None:
-            if record.state == QUEUED:
-                self.save(record, state=PAUSED, desired="pause", reason="paused before it had begun")
-                self.event(record.job_id, "state", "paused while queued")
-            return
-        if active.record.desired != "pause" and active.state != PAUSED:
-            self._update(active, desired="pause")
-            self.event(record.job_id, "state", "a pause was asked for")
-            self._ask_to_halt(active)
-        self.reconcile()
-
-    def stop_job(self, record: JobRecord, now: bool) -> None:
-        """End at the next boundary with a checkpoint, or at once. Raises ConfigError when the job has ended."""
-        if record.state in scheduler.ENDED:
-            raise ConfigError(f"job {record.job_id} is already {scheduler.STATE_WORDS[record.state]}")
-        active = self._active_of(record)
-        if active is None:
-            self.save(record, state=STOPPED, desired="stop", reason="stopped before its turn", ended_unix_ms=unix_ms())
-            self.event(record.job_id, "state", "stopped before its turn")
-            return
-        if active.record.desired != "stop":
-            self._update(active, desired="stop")
-            self.event(record.job_id, "state", "a stop was asked for")
-            self._ask_to_halt(active)
-        if now:
-            self._end(active, STOPPED, f"stopped at once at version {active.version}")
-        self.reconcile()
-
-    def resume(self, record: JobRecord) -> None:
-        """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished."""
-        if record.state == FINISHED:
-            raise ConfigError(f"job {record.job_id} is finished; submit a recipe with more steps instead")
-        active = self._active_of(record)
-        if active is not None:
-            active.halted = False
-            if active.record.desired != "run" or active.state == PAUSED:
-                self._update(active, desired="run")
-                self.event(record.job_id, "state", "resumed")
-            if active.state == PAUSED:
-                self._set_state(active, RUNNING, "resumed")
-        elif record.state in (PAUSED, STOPPED, FAILED):
-            rank = min([job.rank for job in self.state.list_jobs()], default=0) - 1
-            self.save(record, state=QUEUED, desired="run", reason="resumed", rank=rank, ended_unix_ms=0)
-            self.event(record.job_id, "state", "resumed: first in the queue, goes on from its last checkpoint")
+    def submit(self, record: JobRecord) -> None:
+        """Queue a new job."""
+        self.state.create_job(record)
+        self._queue_changed = True
+        self.event(record.job_id, "submitted", f"submitted; files in {record.run_directory}")
         self.reconcile()
 
     def fail(self, job_id: str, reason: str) -> None:
         """End the active job as failed."""
         active = self.active
         if active is not None and active.job_id == job_id:
-            self.event(job_id, "failure", reason)
-            self._end(active, FAILED, reason)
+            self.end(active, FAILED, reason)
         self.reconcile()
 
-    def _active_of(self, record: JobRecord) -> ActiveJob | None:
-        return self.active if self.active is not None and self.active.job_id == record.job_id else None
-
-    # --- reconciliation ------------------------------------------------------------------------------------------------
+    # --- reconciliation ---------------------------------------------------------------------------------------------
 
     def reconcile(self) -> None:
         """Make every transition that is due. Never raises: what failed is tried again at the next tick."""
@@ -255,7 +211,7 @@ class Controller:
         try:
             now = self.clock()
             for node in self.members.expire(now):
-                self._end_session(node.node_id, "its lease ran out")
+                self._hub.end(node.node_id, "its lease ran out")
                 self._note_node(f"{node.title} is gone: no heartbeat for {self.timing.lease_seconds:g} s")
             if self.active is None:
                 self._start_next()
@@ -273,8 +229,11 @@ class Controller:
             log.exception("could not act; trying again")
 
     def _start_next(self) -> None:
+        if not self._queue_changed:
+            return
         record = scheduler.next_job(self.state.list_jobs())
         if record is None:
+            self._queue_changed = False
             return
         # What an earlier turn left on nodes was released.
         record = self.save(record, state=PLANNING, reason="its turn has come", plan_held=False)
@@ -297,14 +256,15 @@ class Controller:
         desired = active.record.desired
         if desired != "run":
             if desired == "stop":
-                self._end(active, STOPPED, f"stopped at version {active.version} while planning")
+                self.end(active, STOPPED, f"stopped at version {active.version} while planning")
             else:
                 self._rest_without_plan(active, "paused while planning")
             return
         if active.planning is not None:
             return
         if active.plan is not None and self._look_at_servers(active, now)[0] is Verdict.HOLD:
-            self._set_state(active, RUNNING, "its servers came back with all of their state; no step is lost")
+            self.set_state(active, RUNNING, "its servers came back with all of their state; no step is lost")
+            self._lease(active, now, force=True)
             return
         servers, workers = self.members.present(SERVER), self.members.present(WORKER)
         if not scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers):
@@ -329,10 +289,12 @@ class Controller:
                 start,
                 root,
             )
-            if self.active is active and active.state == PLANNING and active.record.desired == "run":
-                # A server that died meanwhile must not be planned with; the next look starts over.
-                if all(server.present for server in servers):
-                    self._take_plan(active, plan, reasons, versions)
+            wanted = self.active is active and active.state == PLANNING and active.record.desired == "run"
+            # A server that died meanwhile must not be planned with; the next look starts over.
+            if wanted and all(server.present for server in servers):
+                self._take_plan(active, plan, reasons, versions)
+        except UnreachableError as error:
+            log.error("the plan could not be stored; trying again", cause=one_line(error))
         except GradstreamError as error:
             self.fail(record.job_id, one_line(error))
         except OSError as error:
@@ -348,7 +310,7 @@ class Controller:
         """Make a plan the job's, durably first, then tell everyone."""
         message = plan.to_proto()
         before, old_epoch = active.version, active.record.epoch
-        self._update(
+        self.update(
             active,
             message.SerializeToString(),
             state=RUNNING,
@@ -362,18 +324,22 @@ class Controller:
         active.checkpoints = set(versions)
         active.totals = self.state.step_totals(active.job_id, plan.epoch, plan.start_version)
         active.pace.steps.clear()
-        active.halted, active.need_workers = False, False
+        active.halted_version, active.need_workers = None, False
         active.expect_holders_until = 0.0
         active.progress_at = self.clock()
         self.event(active.job_id, "plan", f"epoch {plan.epoch}: {'; '.join(reasons.values())}")
         if old_epoch and before > plan.start_version:
-            steps = f"steps {plan.start_version} to {before - 1}" if before - 1 > plan.start_version else f"step {before - 1}"
+            steps = (
+                f"steps {plan.start_version} to {before - 1}"
+                if before - 1 > plan.start_version
+                else f"step {before - 1}"
+            )
             self.event(active.job_id, "plan", f"{steps} are walked again, to the same bits")
         for node in self.members.everyone_present():
             if node.kind == WORKER or plan.server_index(node.node_id) is not None:
                 self._send_plan(node, active)
             elif active.job_id in node.holds:
-                self._release(node, active.job_id, "the new plan does without it")
+                self._hub.release(node, active.job_id, "the new plan does without it")
         active.holders = [""] * plan.num_slots if old_epoch == 0 else active.holders
         self._lease(active, self.clock(), force=True)
 
@@ -406,11 +372,11 @@ class Controller:
             return
         self.event(active.job_id, "node", f"{reason}; the job goes back to its last checkpoint")
         if active.record.desired == "stop":
-            self._end(active, STOPPED, f"stopped at version {active.version}: {reason}")
+            self.end(active, STOPPED, f"stopped at version {active.version}: {reason}")
         elif active.state == PAUSED or active.record.desired == "pause":
             self._rest_without_plan(active, f"paused; {reason}, so it will go on from its last checkpoint")
         else:
-            self._set_state(active, PLANNING, f"{reason}; going back to the last checkpoint")
+            self.set_state(active, PLANNING, f"{reason}; going back to the last checkpoint")
             self._advance_plan(active, now)
 
     def _judge_end(self, active: ActiveJob) -> None:
@@ -419,17 +385,17 @@ class Controller:
             state=active.state,
             version=active.version,
             num_steps=active.num_steps,
-            halted=active.halted,
+            halted_version=active.halted_version,
             checkpoints=active.checkpoints,
             validated=active.fully_validated,
-            any_worker=bool(self.workers(active)),
+            any_worker=self._any_worker(active),
         )
         if ending is Ending.FINISH:
-            self._end(active, FINISHED, reason)
+            self.end(active, FINISHED, reason)
         elif ending is Ending.STOP:
-            self._end(active, STOPPED, reason)
+            self.end(active, STOPPED, reason)
         elif ending is Ending.PAUSE:
-            self._set_state(active, PAUSED, reason)
+            self.set_state(active, PAUSED, reason)
 
     def workers(self, active: ActiveJob) -> list[NodeEntry]:
         """The live workers with memory enough for the active job, oldest first."""
@@ -438,14 +404,21 @@ class Controller:
         need = planner.worker_bytes(active.recipe, active.plan.num_parameters)
         return [node for node in self.members.present(WORKER) if planner.fits(node.memory_bytes, need)]
 
+    def _expected_holders(self, active: ActiveJob) -> list[str]:
+        """Holders that have not been seen since the coordinator was started anew, while they are given time."""
+        if self.clock() >= active.expect_holders_until:
+            return []
+        return [holder for holder in active.holders if holder and self.members.get(holder) is None]
+
+    def _any_worker(self, active: ActiveJob) -> bool:
+        return bool(self.workers(active) or self._expected_holders(active))
+
     def _lease(self, active: ActiveJob, now: float, force: bool = False) -> None:
         """Bring the lease table in line with the live workers, and publish it when it changes."""
         workers = [node.node_id for node in self.workers(active)]
-        if now < active.expect_holders_until:
-            workers = list(dict.fromkeys([*filter(None, active.holders), *workers]))
+        workers = list(dict.fromkeys([*self._expected_holders(active), *workers]))
         names = {node_id: self.members.name_of(node_id) for node_id in workers}
-        resting = active.state == PAUSED
-        holders, reason = scheduler.lease_slots(active.holders, workers, resting, names)
+        holders, reason = scheduler.lease_slots(active.holders, workers, active.resting, names)
         if holders == active.holders and not force:
             return
         active.holders, active.lease_reason = holders, reason
@@ -453,28 +426,30 @@ class Controller:
         active.progress_at = now
         table = active.lease_table()
         decisions = {**active.record.decisions, "leases": reason}
-        self._update(active, leases=table.SerializeToString(), decisions=decisions)
+        self.update(active, leases=table.SerializeToString(), decisions=decisions)
         self.event(active.job_id, "leases", reason)
         for node in self.members.present(WORKER):
-            self._send(node, coordinator_pb2.SessionResponse(leases=table))
+            self._send_plan(node, active)
+            self._hub.send(node, coordinator_pb2.SessionResponse(leases=table))
 
     def publish_leases_again(self, active: ActiveJob) -> None:
         """Send the same leases under a higher number, to workers that a halt put to rest."""
         self._lease(active, self.clock(), force=True)
 
-    def _ask_to_halt(self, active: ActiveJob) -> None:
+    def ask_to_halt(self, active: ActiveJob) -> None:
         """Tell the leader, if it is here, of a pause or stop that it has not answered yet."""
-        if active.plan is None or active.state != RUNNING or active.record.desired == "run" or active.halted:
+        if active.plan is None or active.state != RUNNING or active.record.desired == "run" or active.resting:
             return
         leader = self.members.get(active.plan.servers[active.plan.leader].node_id)
-        if leader is not None and leader.present and self.workers(active):
+        if leader is not None and leader.present and self._any_worker(active):
             boundary = coordinator_pb2.BoundaryRequest(job_id=active.job_id, epoch=active.record.epoch, halt=True)
-            self._send(leader, coordinator_pb2.SessionResponse(boundary=boundary))
+            self._hub.send(leader, coordinator_pb2.SessionResponse(boundary=boundary))
 
-    # --- transitions ---------------------------------------------------------------------------------------------------
+    # --- transitions ------------------------------------------------------------------------------------------------
 
-    def _set_state(self, active: ActiveJob, state: jobs_pb2.JobState, reason: str) -> None:
-        self._update(active, state=state, reason=reason)
+    def set_state(self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str) -> None:
+        """Move the active job to another state that it lives in."""
+        self.update(active, state=state, reason=reason)
         active.progress_at = self.clock()
         self.event(active.job_id, "state", f"{scheduler.STATE_WORDS[state]}: {reason}")
 
@@ -482,13 +457,14 @@ class Controller:
         """Pause a job whose state no server holds, and give the cluster to the next one."""
         self._leave(active, PAUSED, reason, ended=0)
 
-    def _end(self, active: ActiveJob, state: jobs_pb2.JobState, reason: str) -> None:
+    def end(self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str) -> None:
+        """End the active job; every node forgets it."""
         self._leave(active, state, reason, ended=unix_ms())
 
-    def _leave(self, active: ActiveJob, state: jobs_pb2.JobState, reason: str, ended: int) -> None:
+    def _leave(self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str, ended: int) -> None:
         """The cluster is done with the job: durably first, then every node forgets it."""
         table = plan_pb2.LeaseTable(job_id=active.job_id, epoch=active.record.epoch, number=active.lease_number)
-        self._update(
+        self.update(
             active,
             state=state,
             reason=reason,
@@ -496,21 +472,24 @@ class Controller:
             plan_held=False,
             leases=table.SerializeToString(),
         )
-        self.event(active.job_id, "state", f"{scheduler.STATE_WORDS[state]}: {reason}")
+        kind = "failure" if state == FAILED else "state"
+        self.event(active.job_id, kind, f"{scheduler.STATE_WORDS[state]}: {reason}")
         if active.planning is not None and active.planning is not asyncio.current_task():
             active.planning.cancel()
         self.active = None
         for node in self.members.everyone_present():
-            self._release(node, active.job_id, reason)
+            self._hub.release(node, active.job_id, reason)
 
     def save(self, record: JobRecord, plan: bytes | None = None, **changes: Any) -> JobRecord:
         """Store a job with changes; return the new record."""
         changed = replace(record, **changes)
         self.state.save_job(changed, plan)
+        self._queue_changed = True
         self.notifier.changed(record.job_id)
         return changed
 
-    def _update(self, active: ActiveJob, plan: bytes | None = None, **changes: Any) -> None:
+    def update(self, active: ActiveJob, plan: bytes | None = None, **changes: Any) -> None:
+        """Store the active job with changes."""
         # The view follows the state, never the other way round: when storing fails nothing has changed.
         active.record = self.save(active.record, plan, **changes)
 

@@ -24,7 +24,7 @@ MAX_REPLACED = 1024
 NUM_RATE_SAMPLES = 20
 
 
-def make_node_id(kind: coordinator_pb2.NodeKind, name: str, incarnation: str) -> str:
+def make_node_id(kind: coordinator_pb2.NodeKind.ValueType, name: str, incarnation: str) -> str:
     """The identity of one process: its name and a digest of what sets it apart from others of that name."""
     return f"{name}.{blake2b(f'{kind}/{name}/{incarnation}'.encode(), digest_size=4).hexdigest()}"
 
@@ -34,7 +34,7 @@ class NodeEntry:
     """One process as the table knows it."""
 
     node_id: str
-    kind: coordinator_pb2.NodeKind
+    kind: coordinator_pb2.NodeKind.ValueType
     name: str
     address: str
     memory_bytes: int
@@ -131,7 +131,7 @@ class Membership:
         return node, replaced
 
     def open_session(self, node_id: str) -> NodeEntry | None:
-        """Note a new stream of a live node, in `session`; an older stream of it counts no more. None: not registered."""
+        """Note a new stream of a live node; an older one of it counts no more. None when it is not registered."""
         node = self._nodes.get(node_id)
         if node is None or not node.alive:
             return None
@@ -175,7 +175,7 @@ class Membership:
         """The node, dead or alive."""
         return self._nodes.get(node_id)
 
-    def present(self, kind: coordinator_pb2.NodeKind) -> list[NodeEntry]:
+    def present(self, kind: coordinator_pb2.NodeKind.ValueType) -> list[NodeEntry]:
         """The nodes of a kind that can be spoken to, those that came first first."""
         return sorted((n for n in self._nodes.values() if n.kind == kind and n.present), key=lambda n: n.order)
 
@@ -192,7 +192,7 @@ class Membership:
         node = self._nodes.get(node_id)
         return node.name if node is not None else node_id.rpartition(".")[0]
 
-    def named(self, kind: coordinator_pb2.NodeKind, name: str) -> NodeEntry | None:
+    def named(self, kind: coordinator_pb2.NodeKind.ValueType, name: str) -> NodeEntry | None:
         """The live node of a kind and name."""
         return next((n for n in self._nodes.values() if n.alive and (n.kind, n.name) == (kind, name)), None)
 

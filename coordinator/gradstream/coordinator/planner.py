@@ -50,8 +50,8 @@ def make_plan(
 ) -> tuple[Plan, dict[str, str]]:
     """Make the plan of an epoch on all the servers offered; return it with its reasons by subject.
 
-    Raises DataError when the data does not fit the model, ConfigError when the model is empty, PlanError when a server's
-    memory, or that of every worker, is too small.
+    Raises DataError when the data does not fit the model, ConfigError when the model is empty, PlanError when a
+    server's memory, or that of every worker, is too small.
     """
     check_data(recipe, manifest)
     fragment_elements = max(1, recipe.cluster.fragment_bytes // BYTES_PER_ELEMENT)
@@ -100,16 +100,17 @@ def check_data(recipe: Recipe, manifest: Manifest) -> None:
     vocab_size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     if isinstance(vocab_size, int) and vocab_size < manifest.vocab_size:
         raise DataError(
-            f"vocabulary mismatch: the data set {recipe.data.path} has {manifest.vocab_size} tokens, the model's vocab_size "
-            f"is {vocab_size}; set model.config.vocab_size={manifest.vocab_size} or prepare the data with a smaller vocabulary"
+            f"vocabulary mismatch: the data set {recipe.data.path} has {manifest.vocab_size} tokens, the model's "
+            f"vocab_size is {vocab_size}; set model.config.vocab_size={manifest.vocab_size} or prepare the data with a "
+            f"smaller vocabulary"
         )
     training = recipe.training
     num_shards = len(manifest.split("train"))
     if num_shards % training.num_slots:
         cure = f"prepare it with a multiple of {training.num_slots}" if training.num_slots > 1 else "prepare it again"
         raise DataError(
-            f"the data set {recipe.data.path} has {num_shards} training shards, which {training.num_slots} slots cannot "
-            f"share evenly; {cure} (data.prepare.num_shards) or change training.num_slots"
+            f"the data set {recipe.data.path} has {num_shards} training shards, which {training.num_slots} slots "
+            f"cannot share evenly; {cure} (data.prepare.num_shards) or change training.num_slots"
         )
     splits = ["train", "validation"] if recipe.validation.interval_steps else ["train"]
     for split in splits:
@@ -163,12 +164,13 @@ def _check_server_memory(
         need = state + early
         if server.memory_bytes and need > server.memory_bytes:
             total = sum(map(sum, needs))
+            num_parameters = sum(tensor.num_elements for tensor in tensors)
             more = max(1, -(-total // server.memory_bytes) - len(servers))
             raise PlanError(
-                f"parameter server {server.name} needs {human_bytes(need)} for its share of "
-                f"{sum(tensor.num_elements for tensor in tensors):,} parameters but offers {human_bytes(server.memory_bytes)} "
-                f"({human_bytes(need - server.memory_bytes)} missing); start {_at_least(more)} like it, give it more memory, "
-                f"or train a smaller model{_lighter(recipe.optimizer)}; then `gradstream resume`"
+                f"parameter server {server.name} needs {human_bytes(need)} for its share of {num_parameters:,} "
+                f"parameters but offers {human_bytes(server.memory_bytes)} "
+                f"({human_bytes(need - server.memory_bytes)} missing); start {_at_least(more)} like it, "
+                f"give it more memory, or train a smaller model{_lighter(recipe.optimizer)}; then `gradstream resume`"
             )
     low, high = min(map(sum, needs)), max(map(sum, needs))
     largest = max(needs, key=sum)
@@ -185,8 +187,8 @@ def _check_worker_memory(need: int, workers: Sequence[NodeOffer]) -> None:
     best = max(workers, key=lambda worker: worker.memory_bytes)
     raise PlanError(
         f"worker {best.name} needs {human_bytes(need)} for weights and gradients but offers "
-        f"{human_bytes(best.memory_bytes)} ({human_bytes(need - best.memory_bytes)} missing), and no other offers more; "
-        f"start a worker with more memory or train a smaller model; then `gradstream resume`"
+        f"{human_bytes(best.memory_bytes)} ({human_bytes(need - best.memory_bytes)} missing), and no other offers "
+        f"more; start a worker with more memory or train a smaller model; then `gradstream resume`"
     )
 
 

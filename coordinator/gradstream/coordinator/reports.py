@@ -1,6 +1,7 @@
-"""What nodes report: steps, validation, checkpoint files, failures, log lines. Each counts once, however often it comes.
+"""What nodes report: steps, validation, checkpoint files, failures, log lines. Each counts once, however often it came.
 
-A report of an epoch that has been replaced is taken without effect: its node did nothing wrong and must not try for ever.
+A report of an epoch that has been replaced is taken without effect: its node did nothing wrong and must not try for
+ever.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gradstream.coordinator.membership import NodeEntry
 from gradstream.coordinator.state import JobRecord
 from gradstream.core.checkpoint import write_manifest
 from gradstream.core.config import Recipe
-from gradstream.core.errors import GradstreamError, ProtocolError, one_line
+from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
@@ -37,7 +38,7 @@ class Reports:
         self._state = controller.state
         controller.after_reconcile.append(self._write_manifests)
 
-    # --- steps ---------------------------------------------------------------------------------------------------------
+    # --- steps ------------------------------------------------------------------------------------------------------
 
     def step(self, report: coordinator_pb2.ReportStepRequest) -> None:
         """A step was committed or skipped. Raises ProtocolError when it cannot be."""
@@ -78,8 +79,8 @@ class Reports:
         active.progress_at = now
         if report.skipped:
             self._skipped(active, report)
-        if report.step + 1 == active.version:
-            active.halted = report.halted and active.record.desired != "run"
+        if report.halted and active.record.desired != "run":
+            active.halted_version = report.step + 1
         if report.halted and active.record.desired == "run" and self._controller.active is active:
             # The request to halt was taken back after the leader had it.
             self._controller.publish_leases_again(active)
@@ -89,31 +90,33 @@ class Reports:
         self._controller.event(
             active.job_id,
             "skip",
-            f"step {report.step} was skipped: its loss or gradient was not finite ({report.consecutive_skips} in a row)",
+            f"step {report.step} was skipped, loss or gradient was not finite ({report.consecutive_skips} in a row)",
         )
         if report.consecutive_skips >= active.recipe.training.max_consecutive_skips:
             self._controller.fail(
                 active.job_id,
-                f"{report.consecutive_skips} steps in a row up to step {report.step} had a loss or gradient that was not "
-                f"finite; lower optimizer.learning_rate (now {active.recipe.optimizer.learning_rate:g}), lengthen "
-                f"schedule.warmup_steps or check the data, then submit again",
+                f"{report.consecutive_skips} steps in a row up to step {report.step} had a loss or gradient that "
+                f"was not finite; lower optimizer.learning_rate (now {active.recipe.optimizer.learning_rate:g}), "
+                f"lengthen schedule.warmup_steps or check the data, then submit again",
             )
 
-    # --- validation ----------------------------------------------------------------------------------------------------
+    # --- validation -------------------------------------------------------------------------------------------------
 
     def validation(self, report: coordinator_pb2.ReportValidationRequest) -> None:
         """A slot's part of a validation pass. Raises ProtocolError when there is no such pass or part."""
         record, active = self._job(report.job_id, report.epoch)
         recipe = self._recipe(record, active)
         interval, num_steps = recipe.validation.interval_steps, recipe.training.num_steps
-        expected = interval and report.version <= num_steps and not (report.version % interval and report.version != num_steps)
+        expected = (
+            interval and report.version <= num_steps and not (report.version % interval and report.version != num_steps)
+        )
         if not expected or report.slot >= recipe.training.num_slots or not report.num_tokens:
             raise ProtocolError(
                 f"job {report.job_id} has no validation of version {report.version} with a slot {report.slot} "
                 f"of {report.num_tokens} tokens"
             )
-        if not self._state.record_validation_part(report):
-            return
+        # Completed even when the part was known: a coordinator may have died between the two.
+        self._state.record_validation_part(report)
         self._complete_validation(record.job_id, report.version, recipe.training.num_slots)
         if active is not None:
             active.validated = {validation.version for validation in self._state.validations(record.job_id)}
@@ -131,7 +134,7 @@ class Reports:
         if self._state.record_validation(job_id, validation):
             self._controller.notifier.changed(job_id)
 
-    # --- checkpoints ---------------------------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
         """A server's file of a checkpoint. Raises ProtocolError when it does not fit the plan."""
@@ -201,6 +204,9 @@ class Reports:
                     "checkpoint",
                     f"removed version {versions}: the newest {active.recipe.checkpoint.keep} are kept",
                 )
+        except UnreachableError as error:
+            log.error("a checkpoint could not be noted; trying again", version=version, cause=one_line(error))
+            return
         except (GradstreamError, OSError) as error:
             self._controller.fail(
                 record.job_id,
@@ -211,7 +217,7 @@ class Reports:
             active.writing = None
         self._controller.reconcile()
 
-    # --- failures and logs ---------------------------------------------------------------------------------------------
+    # --- failures and logs ------------------------------------------------------------------------------------------
 
     def failure(self, report: coordinator_pb2.ReportFailureRequest) -> None:
         """A node cannot go on: the job fails with its line."""
@@ -247,7 +253,9 @@ class Reports:
             active = None
             found = self._state.get_job(job_id)
             if found is None:
-                raise ProtocolError(f"there is no job '{job_id[:100]}' here; was the coordinator's state directory lost?")
+                raise ProtocolError(
+                    f"there is no job '{job_id[:100]}' here; was the coordinator's state directory lost?"
+                )
             record = found
         if not 1 <= epoch <= record.epoch:
             raise ProtocolError(f"job {job_id} has had {record.epoch} epochs; the report speaks of epoch {epoch}")

@@ -9,7 +9,6 @@ from enum import Enum
 from gradstream.coordinator.state import JobRecord
 from gradstream.core.config import Recipe
 from gradstream.core.leases import assign_slots
-from gradstream.core.plan import Server
 from gradstream.proto.v1 import jobs_pb2
 
 ENDED = (jobs_pb2.JOB_STATE_FINISHED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_STOPPED)
@@ -90,32 +89,32 @@ class Ending(Enum):
 
 def judge_end(
     desired: str,
-    state: jobs_pb2.JobState,
+    state: jobs_pb2.JobState.ValueType,
     version: int,
     num_steps: int,
-    halted: bool,
+    halted_version: int | None,
     checkpoints: Collection[int],
     validated: bool,
     any_worker: bool,
 ) -> tuple[Ending, str]:
     """Decide whether a job with a plan rests, ends or goes on.
 
-    `halted` says that the leader answered a request to halt at this version; `validated` that the last validation pass is
-    complete or none is wanted.
+    `halted_version` is where the leader answered a request to halt, if it did; `validated` says that the last validation
+    pass is complete or none is wanted.
     """
     done = version >= num_steps
     if done and version in checkpoints and validated:
         return Ending.FINISH, f"all {num_steps} steps are done"
-    at_boundary = halted or done
+    boundary = halted_version if halted_version is not None else version if done else None
     if desired == "stop":
-        if not any_worker and not at_boundary:
+        if not any_worker and boundary is None:
             return Ending.STOP, f"stopped at version {version}; no worker was live to finish the step"
-        if at_boundary and version in checkpoints:
-            return Ending.STOP, f"stopped at version {version}, with a checkpoint"
-        if state == jobs_pb2.JOB_STATE_PAUSED and not at_boundary:
+        if boundary is not None and boundary in checkpoints:
+            return Ending.STOP, f"stopped at version {boundary}, with a checkpoint"
+        if state == jobs_pb2.JOB_STATE_PAUSED and boundary is None:
             return Ending.STOP, f"stopped at version {version} while paused"
     if desired == "pause" and state != jobs_pb2.JOB_STATE_PAUSED:
-        if at_boundary:
+        if boundary is not None:
             return Ending.PAUSE, f"paused at version {version}"
         if not any_worker:
             return Ending.PAUSE, f"paused at version {version}; no worker was live"
@@ -127,7 +126,7 @@ def lease_slots(
 ) -> tuple[list[str], str]:
     """Who computes which slot. `workers` are node ids, oldest first; a resting job's slots are all free."""
     if resting:
-        return [""] * len(holders), "leases: none, the job is paused"
+        return [""] * len(holders), "leases: none, the job rests"
     assigned, reason = assign_slots(holders, workers)
     if not workers:
         return assigned, f"leases: none, {reason}"

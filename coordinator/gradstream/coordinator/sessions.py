@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from gradstream.coordinator.membership import NodeEntry
 from gradstream.core.errors import GradstreamError
 from gradstream.proto.v1 import coordinator_pb2
 
@@ -11,7 +12,7 @@ MAX_QUEUED = 64
 
 
 class Session:
-    """One stream to a node. A node that does not read what it is sent loses the stream, and gets all anew with the next."""
+    """One stream to a node. A node that does not read what it is sent loses it, and gets all anew with the next."""
 
     def __init__(self, node_id: str, number: int):
         self.node_id = node_id
@@ -36,3 +37,45 @@ class Session:
     async def next(self) -> coordinator_pb2.SessionResponse | None:
         """The next directive; None when the stream is over."""
         return await self._queue.get()
+
+
+class Hub:
+    """The open streams, one a node."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+
+    def open(self, node: NodeEntry) -> Session:
+        """Begin a node's stream; an older one ends."""
+        self.end(node.node_id, "a newer stream took its place")
+        session = self._sessions[node.node_id] = Session(node.node_id, node.session)
+        return session
+
+    def close(self, session: Session, why: str) -> None:
+        """A stream has ended by itself."""
+        session.end(why)
+        if self._sessions.get(session.node_id) is session:
+            del self._sessions[session.node_id]
+
+    def end(self, node_id: str, why: GradstreamError | str) -> None:
+        """End a node's stream, if it has one, and tell it why."""
+        session = self._sessions.pop(node_id, None)
+        if session is not None:
+            session.end(why)
+
+    def end_all(self) -> None:
+        """End all streams without a word: the nodes will look for the next coordinator."""
+        for session in self._sessions.values():
+            session.end()
+
+    def send(self, node: NodeEntry, directive: coordinator_pb2.SessionResponse) -> None:
+        """Queue a directive for a node, if it has a stream."""
+        session = self._sessions.get(node.node_id)
+        if session is not None and not session.send(directive):
+            self.end(node.node_id, "the node does not read its directives")
+
+    def release(self, node: NodeEntry, job_id: str, reason: str) -> None:
+        """Tell a node to forget a job."""
+        release = coordinator_pb2.ReleaseJob(job_id=job_id, reason=reason)
+        self.send(node, coordinator_pb2.SessionResponse(release=release))
+        node.holds.pop(job_id, None)

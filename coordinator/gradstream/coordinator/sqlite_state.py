@@ -216,7 +216,8 @@ class SqliteState(State):
     def step_totals(self, job_id: str, epoch: int, start_version: int, below: int | None = None) -> StepTotals:
         values = {"job": job_id, "epoch": epoch, "start": start_version, "below": 2**63 - 1 if below is None else below}
         count, tokens, samples, skipped, last_step = self._db.execute(
-            f"SELECT COUNT(*), SUM(num_tokens), SUM(num_samples), SUM(skipped), MAX(step) FROM steps WHERE {_TRAJECTORY}",
+            "SELECT COUNT(*), SUM(num_tokens), SUM(num_samples), SUM(skipped), MAX(step) FROM steps"
+            f" WHERE {_TRAJECTORY}",
             values,
         ).fetchone()
         if not count:
@@ -272,7 +273,8 @@ class SqliteState(State):
 
     def checkpoint_files(self, job_id: str, epoch: int) -> list[coordinator_pb2.ReportCheckpointRequest]:
         rows = self._db.execute(
-            "SELECT report FROM checkpoint_files WHERE job_id = ? AND epoch = ? ORDER BY version, server", (job_id, epoch)
+            "SELECT report FROM checkpoint_files WHERE job_id = ? AND epoch = ? ORDER BY version, server",
+            (job_id, epoch),
         )
         return [coordinator_pb2.ReportCheckpointRequest.FromString(report) for (report,) in rows]
 

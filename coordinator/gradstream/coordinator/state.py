@@ -25,7 +25,7 @@ class JobRecord:
     manifest_json: str
     run_directory: str
     submitted_unix_ms: int
-    state: jobs_pb2.JobState = jobs_pb2.JOB_STATE_QUEUED
+    state: jobs_pb2.JobState.ValueType = jobs_pb2.JOB_STATE_QUEUED
     reason: str = ""
     desired: str = "run"
     # Queued jobs run in rising order of rank; a resumed one gets a rank below all others.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BYTES_PER_ELEMENT = 4  # master weights are fp32
+BLOCK_ELEMENTS = 256  # of int8: a fragment that starts on a block has the same scales as the whole tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +51,17 @@ class Fragment:
 def cut(tensors: Sequence[Tensor], fragment_elements: int) -> list[Fragment]:
     """Cut every tensor into fragments of at most `fragment_elements`, in forward order.
 
-    The pieces of a tensor differ by at most 256 elements (one int8 block), so that no fragment is a sliver.
+    Cuts fall on multiples of 256 elements (one int8 block), which is also the least that a fragment may be asked to
+    hold. The pieces of a tensor differ by at most one block, so that no fragment is a sliver.
     """
+    most_blocks = max(1, fragment_elements // BLOCK_ELEMENTS)
     fragments: list[Fragment] = []
     for number, tensor in enumerate(tensors):
-        pieces = max(1, -(-tensor.num_elements // fragment_elements))
-        blocks = -(-tensor.num_elements // 256)
+        blocks = -(-tensor.num_elements // BLOCK_ELEMENTS)
+        pieces = -(-blocks // most_blocks)
         begin = 0
         for piece in range(pieces):
-            end = min(tensor.num_elements, blocks * (piece + 1) // pieces * 256)
-            end = tensor.num_elements if piece == pieces - 1 else end
-            if end > begin:
-                fragments.append(Fragment(len(fragments), number, begin, end))
+            end = min(tensor.num_elements, blocks * (piece + 1) // pieces * BLOCK_ELEMENTS)
+            fragments.append(Fragment(len(fragments), number, begin, end))
             begin = end
     return fragments

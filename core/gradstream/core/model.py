@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def preload() -> None:
+    """Import torch and transformers now.
+
+    It takes seconds during which a thread holds the interpreter; a node does it before it promises heartbeats.
+    """
+    import transformers
+
+    getattr(transformers, "AutoModelForCausalLM")  # noqa: B009: the attribute is what triggers the import
+
+
 def load_config(model_config: Mapping[str, Any]) -> Any:
     """The transformers config object of a config.json's contents. Raises ConfigError for an unknown model type."""
     from transformers import AutoConfig

@@ -10,10 +10,12 @@ from gradstream.core.fragments import Fragment, Tensor
 def place(fragments: Sequence[Fragment], tensors: Sequence[Tensor], num_servers: int) -> tuple[list[int], str]:
     """Assign every fragment to a server; return (server index of each fragment, reason).
 
-    Greedy, largest first, by bytes, within windows of one forward unit at a time: each fragment goes to the server with
-    the least bytes in its window, then the least overall. Balance inside every window keeps all links busy while one
-    layer's gradients or weights travel; balance overall keeps the memory equal. Every server gets a fragment as long as
-    there are enough of them.
+    Greedy, largest first, by bytes, within windows of one forward unit at a time: a window's fragments are dealt into
+    one pile a server, each to the smallest pile; then the largest pile goes to the server that holds least so far.
+    Balance inside every window keeps all links busy while one layer's gradients or weights travel; balance overall
+    keeps the memory equal. Neither differs by more than the largest fragment: with piles handed out in the opposite
+    order of what the servers hold, the differences of many equal layers cancel instead of adding up. Every server gets
+    a fragment as long as there are enough of them.
     """
     if num_servers < 1:
         raise ValueError("num_servers must be at least 1")
@@ -23,12 +25,18 @@ def place(fragments: Sequence[Fragment], tensors: Sequence[Tensor], num_servers:
     for fragment in fragments:
         windows.setdefault(tensors[fragment.tensor].unit, []).append(fragment)
     for unit in sorted(windows):
-        window_bytes = [0] * num_servers
+        piles: list[list[Fragment]] = [[] for _ in range(num_servers)]
+        pile_bytes = [0] * num_servers
         for fragment in sorted(windows[unit], key=lambda f: (-f.num_bytes, f.index)):
-            server = min(range(num_servers), key=lambda s: (window_bytes[s], total_bytes[s], s))
-            placement[fragment.index] = server
-            window_bytes[server] += fragment.num_bytes
-            total_bytes[server] += fragment.num_bytes
+            pile = min(range(num_servers), key=lambda p: (pile_bytes[p], p))
+            piles[pile].append(fragment)
+            pile_bytes[pile] += fragment.num_bytes
+        largest_first = sorted(range(num_servers), key=lambda p: (-pile_bytes[p], p))
+        emptiest_first = sorted(range(num_servers), key=lambda s: (total_bytes[s], s))
+        for pile, server in zip(largest_first, emptiest_first, strict=True):
+            for fragment in piles[pile]:
+                placement[fragment.index] = server
+            total_bytes[server] += pile_bytes[pile]
     low, high = min(total_bytes), max(total_bytes)
     reason = (
         f"{len(fragments)} fragments on {num_servers} servers, largest first by bytes in each of "

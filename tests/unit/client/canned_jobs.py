@@ -124,23 +124,23 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
                 return job
         raise ConfigError(f"no job '{job_id}'; `gradstream ls` lists them")
 
-    async def SubmitJob(self, request: Any, context: Any) -> jobs_pb2.SubmitJobResponse:  # noqa: N802
+    async def SubmitJob(self, request: Any, context: Any) -> jobs_pb2.SubmitJobResponse:
         self.requests.append(request)
         async with rpc.answering(context):
             return jobs_pb2.SubmitJobResponse(job=canned_job("tiny-2", state=jobs_pb2.JOB_STATE_QUEUED))
         raise AssertionError
 
-    async def ListJobs(self, request: Any, context: Any) -> jobs_pb2.ListJobsResponse:  # noqa: N802
+    async def ListJobs(self, request: Any, context: Any) -> jobs_pb2.ListJobsResponse:
         return jobs_pb2.ListJobsResponse(jobs=self.jobs)
 
-    async def GetJob(self, request: Any, context: Any) -> jobs_pb2.GetJobResponse:  # noqa: N802
+    async def GetJob(self, request: Any, context: Any) -> jobs_pb2.GetJobResponse:
         self.requests.append(request)
         self.on_get_job()
         async with rpc.answering(context):
             return jobs_pb2.GetJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
-    async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.WatchJobResponse]:  # noqa: N802
+    async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
         self.requests.append(request)
         for item in self.history:
             if item.cursor > request.after_cursor:
@@ -151,30 +151,28 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
 
                     await context.abort(StatusCode.UNAVAILABLE, "going down")
 
-    async def PauseJob(self, request: Any, context: Any) -> jobs_pb2.PauseJobResponse:  # noqa: N802
+    async def PauseJob(self, request: Any, context: Any) -> jobs_pb2.PauseJobResponse:
         self.requests.append(request)
         async with rpc.answering(context):
             return jobs_pb2.PauseJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
-    async def ResumeJob(self, request: Any, context: Any) -> jobs_pb2.ResumeJobResponse:  # noqa: N802
+    async def ResumeJob(self, request: Any, context: Any) -> jobs_pb2.ResumeJobResponse:
         self.requests.append(request)
         async with rpc.answering(context):
             return jobs_pb2.ResumeJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
-    async def StopJob(self, request: Any, context: Any) -> jobs_pb2.StopJobResponse:  # noqa: N802
+    async def StopJob(self, request: Any, context: Any) -> jobs_pb2.StopJobResponse:
         self.requests.append(request)
         async with rpc.answering(context):
             return jobs_pb2.StopJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
-    async def ListCheckpoints(self, request: Any, context: Any) -> jobs_pb2.ListCheckpointsResponse:  # noqa: N802
+    async def ListCheckpoints(self, request: Any, context: Any) -> jobs_pb2.ListCheckpointsResponse:
         return jobs_pb2.ListCheckpointsResponse(checkpoints=[canned_checkpoint()])
 
-    async def ExportCheckpoint(  # noqa: N802
-        self, request: Any, context: Any
-    ) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
+    async def ExportCheckpoint(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
         self.requests.append(request)
         async with rpc.answering(context):
             if request.HasField("version") and request.version != 1:
@@ -182,7 +180,7 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
             for part in self.export:
                 yield part
 
-    async def ListNodes(self, request: Any, context: Any) -> jobs_pb2.ListNodesResponse:  # noqa: N802
+    async def ListNodes(self, request: Any, context: Any) -> jobs_pb2.ListNodesResponse:
         return jobs_pb2.ListNodesResponse(nodes=self.nodes)
 
 

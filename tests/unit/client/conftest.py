@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "client"))
 
-from canned_jobs import CannedJobs, serving  # noqa: E402
+from canned_jobs import CannedJobs, serving
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import gradstream.client
 import pytest
 from canned_jobs import SUBMITTED_MS, CannedJobs, canned_job, piece, serving
+
+import gradstream.client
 from gradstream.client import (
     AsyncClient,
     Checkpoint,

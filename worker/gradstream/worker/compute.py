@@ -65,8 +65,8 @@ class SlotComputer:
         self.parameters = _parameters_of(plan, self.model)
         self._emit: Callable[[int, torch.Tensor], None] | None = None
         if plan.recipe.training.recompute:
-            self.model.gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
+            self.model.activation_checkpointing_enable(  # type: ignore[operator]
+                activation_checkpointing_kwargs={"use_reentrant": False}
             )
         for number, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]

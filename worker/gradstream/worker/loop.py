@@ -12,6 +12,7 @@ import torch
 
 from gradstream.core import log as logging
 from gradstream.core.errors import one_line
+from gradstream.core.model import preload
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
 from gradstream.core.session import NodeIdentity, NodeSession
@@ -114,6 +115,7 @@ async def serve(
     """Run a worker until SIGTERM or SIGINT. Raises GradstreamError when it cannot start or is refused."""
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
+    preload()
     picked = pick_device(device)
     described = f"{picked} ({torch.cuda.get_device_name(picked)})" if picked.type == "cuda" else str(picked)
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, "", memory_bytes, described)

@@ -76,7 +76,8 @@ class ServerPull:
         assembler: Assembler[pb.WeightsHeader] = Assembler()
         num_bytes = 0
         try:
-            async for message in self._call:
+            # read() all through: grpc.aio does not allow to mix it with iteration.
+            while isinstance(message := await self._call.read(), bytes):
                 encoded, piece = parse(message)
                 if encoded is not None:
                     header = _decode(bytes(encoded), self.server)
@@ -169,15 +170,14 @@ class Puller:
         try:
             received = await asyncio.gather(*(pull.receive(inbox) for pull in pulls))
             self.received_bytes += sum(received)
-        except (OvertakenError, grpc.aio.AioRpcError) as error:
-            log.info("a pull broke off", version=inbox.version, cause=type(error).__name__)
-            inbox.fail()
-        except ProtocolError as error:
-            log.error("a pull was refused", version=inbox.version, cause=one_line(error))
-            inbox.fail()
         except asyncio.CancelledError:
             inbox.fail()
             raise
+        except (OvertakenError, grpc.aio.AioRpcError) as error:
+            log.info("a pull broke off, trying again", version=inbox.version, cause=type(error).__name__)
+            inbox.fail()
+        except Exception as error:
+            inbox.fail(error)
         finally:
             for pull in pulls:
                 pull.cancel()

@@ -29,6 +29,7 @@ class Inbox:
         self._arrived: list[tuple[int, Payload]] = []
         self._sink: WeightInstaller | None = None
         self.failed = False
+        self.error: Exception | None = None
 
     def put(self, fragment: int, payload: Payload) -> None:
         """Take a fragment's verified payload."""
@@ -39,10 +40,10 @@ class Inbox:
         if sink is not None:
             sink.arrived(self, fragment, payload)
 
-    def fail(self) -> None:
-        """Nothing more will come: whoever waits for a fragment is sent away with AbandonedError."""
+    def fail(self, error: Exception | None = None) -> None:
+        """Nothing more will come: whoever waits for a fragment gets `error`, or AbandonedError to pull again."""
         with self._lock:
-            self.failed = True
+            self.failed, self.error = True, error
             sink = self._sink
         if sink is not None:
             sink.wake()
@@ -124,7 +125,7 @@ class WeightInstaller:
                 if not any(self._missing[tensor] for tensor in tensors):
                     return
                 if self._inbox is None or self._inbox.failed:
-                    raise AbandonedError
+                    raise (self._inbox.error if self._inbox is not None else None) or AbandonedError
                 self._condition.wait()
 
     def _gate(self, model: nn.Module) -> None:

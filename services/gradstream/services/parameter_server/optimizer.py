@@ -32,6 +32,11 @@ def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedul
     return peak
 
 
+def preload() -> None:
+    """Make one optimizer and throw it away: torch's first one imports its compiler, which takes seconds."""
+    FragmentOptimizer(torch.zeros(1), False, OptimizerConfig()).step(torch.zeros(1), 0.0)
+
+
 class FragmentOptimizer:
     """torch's own AdamW (fused) or SGD over one fragment.
 

@@ -17,6 +17,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import log as logging
+from gradstream.core import model
 from gradstream.core.errors import GradstreamError, StaleEpochError, one_line
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
@@ -25,6 +26,7 @@ from gradstream.core.session import NodeIdentity, NodeSession
 from gradstream.core.wire import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.services.parameter_server import optimizer
 from gradstream.services.parameter_server.leader import Decision
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 from gradstream.services.parameter_server.shard import Shard
@@ -189,6 +191,8 @@ async def serve(coordinator: str, name: str, listen_address: str, memory_bytes: 
     """Run a parameter server until SIGTERM or SIGINT. Raises GradstreamError when it cannot start or is refused."""
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
+    model.preload()
+    optimizer.preload()
     server = new_server()
     port = listen(server, listen_address)
     address = f"{_advertised(listen_address)}:{port}"

@@ -1,0 +1,49 @@
+# What a user runs: `make demo` to try it, `make test` to check it. Everything happens in .venv.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format protos lock clean
+
+help:  ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+install: $(STAMP)  ## Make the virtual environment and install what the lock pins.
+
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) was not found; install Python 3.11 or say make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)  ## Train a 10 M parameter GPT on this machine: 1 coordinator, 2 parameter servers, 2 workers.
+	$(BIN)/gradstream dev recipes/stdlib-gpt.yaml
+
+test: $(STAMP)  ## Run all tests.
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## Lint, types, protos.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+
+format: $(STAMP)  ## Format the code.
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+protos: $(STAMP)  ## Generate the stubs from the protos.
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python protos/generate.py
+
+lock:  ## Pin the versions that a fresh resolution of pyproject.toml gives.
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet torch==2.13.0
+	.venv-lock/bin/pip install --quiet hatchling '.[dev]'
+	{ sed -n '/^#/p' requirements.lock; .venv-lock/bin/pip freeze --exclude gradstream --exclude-editable | grep -v '^gradstream' | sed 's/+cpu//; s/ @ .*//'; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock && rm -rf .venv-lock
+
+clean:  ## Remove the virtual environment and caches (not data/ and runs/).
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,204 @@
+"""JobsService: what people's programs call."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from gradstream.coordinator import checkpoints, planner, scheduler
+from gradstream.coordinator.controller import Controller, checkpoint_directory, unix_ms
+from gradstream.coordinator.orders import Orders
+from gradstream.coordinator.state import JobRecord
+from gradstream.coordinator.views import Views
+from gradstream.core import files
+from gradstream.core.checkpoint import export_huggingface
+from gradstream.core.config import Recipe, parse_recipe
+from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
+from gradstream.core.errors import CheckpointError, ConfigError, DataError, nearest
+from gradstream.core.rpc import answering
+from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
+
+PIECE_BYTES = 1 << 20
+MAX_EXPORTS = 2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
+    """Jobs, their history and the cluster's state."""
+
+    def __init__(self, controller: Controller, views: Views):
+        self._controller = controller
+        self._state = controller.state
+        self._views = views
+        self._orders = Orders(controller)
+        # Each export holds a whole model on disk.
+        self._exports = asyncio.Semaphore(MAX_EXPORTS)
+
+    async def SubmitJob(self, request: jobs_pb2.SubmitJobRequest, context: Context) -> jobs_pb2.SubmitJobResponse:
+        async with answering(context):
+            recipe = parse_recipe(request.recipe_json)
+            manifest = await asyncio.to_thread(read_data_manifest, recipe)
+            await asyncio.to_thread(planner.check_data, recipe, manifest)
+            jobs = self._state.list_jobs()
+            job_id, directory = make_run_directory(recipe, [job.job_id for job in jobs])
+            record = JobRecord(
+                job_id=job_id,
+                name=recipe.name,
+                recipe_json=recipe.model_dump_json(),
+                manifest_json=manifest.model_dump_json(),
+                run_directory=str(directory),
+                submitted_unix_ms=unix_ms(),
+                reason="waits for its turn",
+                rank=max((job.rank for job in jobs), default=0) + 1,
+            )
+            self._controller.submit(record)
+            return jobs_pb2.SubmitJobResponse(job=self._views.job(self._find(job_id)))
+        raise AssertionError("abort has raised")
+
+    async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
+        jobs = []
+        for record in reversed(self._state.list_jobs()):
+            jobs.append(self._views.job(record))
+            # A long list must not hold up heartbeats.
+            await asyncio.sleep(0)
+        return jobs_pb2.ListJobsResponse(jobs=jobs)
+
+    async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
+        async with answering(context):
+            return jobs_pb2.GetJobResponse(job=self._views.job(self._find(request.job_id)))
+        raise AssertionError("abort has raised")
+
+    async def WatchJob(
+        self, request: jobs_pb2.WatchJobRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        async with answering(context):
+            job_id = self._find(request.job_id).job_id
+
+            def is_over() -> bool:
+                return not request.follow or self._find(job_id).state in scheduler.ENDED
+
+            async for item in self._controller.notifier.follow(job_id, request.after_cursor, is_over):
+                yield item
+
+    async def PauseJob(self, request: jobs_pb2.PauseJobRequest, context: Context) -> jobs_pb2.PauseJobResponse:
+        async with answering(context):
+            self._orders.pause(self._find(request.job_id))
+            return jobs_pb2.PauseJobResponse(job=self._views.job(self._find(request.job_id)))
+        raise AssertionError("abort has raised")
+
+    async def ResumeJob(self, request: jobs_pb2.ResumeJobRequest, context: Context) -> jobs_pb2.ResumeJobResponse:
+        async with answering(context):
+            self._orders.resume(self._find(request.job_id))
+            return jobs_pb2.ResumeJobResponse(job=self._views.job(self._find(request.job_id)))
+        raise AssertionError("abort has raised")
+
+    async def StopJob(self, request: jobs_pb2.StopJobRequest, context: Context) -> jobs_pb2.StopJobResponse:
+        async with answering(context):
+            self._orders.stop(self._find(request.job_id), request.now)
+            return jobs_pb2.StopJobResponse(job=self._views.job(self._find(request.job_id)))
+        raise AssertionError("abort has raised")
+
+    async def ListCheckpoints(
+        self, request: jobs_pb2.ListCheckpointsRequest, context: Context
+    ) -> jobs_pb2.ListCheckpointsResponse:
+        async with answering(context):
+            record = self._find(request.job_id)
+            listing = await asyncio.to_thread(checkpoints.listing, checkpoints.root_of(record.run_directory))
+            return jobs_pb2.ListCheckpointsResponse(checkpoints=listing)
+        raise AssertionError("abort has raised")
+
+    async def ExportCheckpoint(
+        self, request: jobs_pb2.ExportCheckpointRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
+        async with answering(context):
+            record = self._find(request.job_id)
+            versions = await asyncio.to_thread(checkpoints.versions_on_disk, checkpoints.root_of(record.run_directory))
+            version = request.version if request.HasField("version") else versions[-1] if versions else 0
+            if version not in versions:
+                known = f"there are {scheduler.joined(versions)}" if versions else "it has none yet"
+                wanted = f"version {version}" if versions else "any version"
+                raise CheckpointError(f"job {record.job_id} has no checkpoint of {wanted}; {known}")
+            pin = (record.job_id, version)
+            self._controller.exporting.append(pin)
+            try:
+                async with self._exports:
+                    async for piece in _export(checkpoint_directory(record, version)):
+                        yield piece
+            finally:
+                self._controller.exporting.remove(pin)
+
+    async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Context) -> jobs_pb2.ListNodesResponse:
+        return jobs_pb2.ListNodesResponse(nodes=self._views.nodes())
+
+    def _find(self, job_id: str) -> JobRecord:
+        """The job, the newest for an empty id. Raises ConfigError that suggests the nearest."""
+        record = self._state.get_job(job_id) if job_id else None
+        if record is not None:
+            return record
+        jobs = self._state.list_jobs()
+        if not job_id and jobs:
+            return jobs[-1]
+        if not jobs:
+            raise ConfigError("there is no job yet; submit one with `gradstream submit RECIPE`")
+        known = nearest(job_id, [job.job_id for job in jobs]) or "; `gradstream jobs` lists them"
+        raise ConfigError(f"there is no job '{job_id[:100]}'{known}")
+
+
+def read_data_manifest(recipe: Recipe) -> Manifest:
+    """The manifest of the recipe's data set. Raises DataError with the command that makes it."""
+    path = files.join(recipe.data.path, MANIFEST_NAME)
+    try:
+        return parse_manifest(files.read_bytes(path), origin=path)
+    except FileNotFoundError:
+        raise DataError(
+            f"there is no data set in {recipe.data.path}; make it with `gradstream data prepare --recipe …`, where the "
+            f"coordinator can read it"
+        ) from None
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"the data set's {path} cannot be read ({' '.join(str(error).split())})") from None
+
+
+def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
+    """A new job id and its directory. An id whose directory exists is skipped: its checkpoints are another job's."""
+    number = 1
+    while True:
+        job_id = f"{recipe.name}-{number}"
+        directory = Path(recipe.run_root).expanduser().absolute() / job_id
+        number += 1
+        if job_id in taken:
+            continue
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"run_root {recipe.run_root} cannot be written ({error}); choose another") from None
+        return job_id, directory
+
+
+async def _export(directory: str) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
+    """Export to a temporary directory, send its files, remove it."""
+    temporary = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="gradstream-export-")
+    try:
+        target = Path(temporary.name) / "model"
+        await asyncio.to_thread(export_huggingface, directory, target)
+        for path in sorted(target.iterdir()):
+            size = path.stat().st_size
+            stream = await asyncio.to_thread(path.open, "rb")
+            try:
+                sent = False
+                while (piece := await asyncio.to_thread(stream.read, PIECE_BYTES)) or not sent:
+                    yield jobs_pb2.ExportCheckpointResponse(file=path.name, file_bytes=size, payload=piece)
+                    sent = True
+                    if not piece:
+                        break
+            finally:
+                stream.close()
+    finally:
+        await asyncio.to_thread(temporary.cleanup)

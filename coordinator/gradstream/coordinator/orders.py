@@ -1,0 +1,77 @@
+"""What people ask of a job: pause, resume, stop. Noted durably; the controller brings it about."""
+
+from __future__ import annotations
+
+from gradstream.coordinator import scheduler
+from gradstream.coordinator.active import ActiveJob
+from gradstream.coordinator.controller import FAILED, FINISHED, PAUSED, QUEUED, RUNNING, STOPPED, Controller, unix_ms
+from gradstream.coordinator.state import JobRecord
+from gradstream.core.errors import ConfigError
+
+
+class Orders:
+    """Orders that may come at any time, in any state of a job."""
+
+    def __init__(self, controller: Controller):
+        self._controller = controller
+
+    def pause(self, record: JobRecord) -> None:
+        """Rest at the next boundary, or at once where nothing runs. Raises ConfigError when the job has ended."""
+        if record.state in scheduler.ENDED:
+            raise ConfigError(
+                f"job {record.job_id} is {scheduler.STATE_WORDS[record.state]}; only a live job can be paused"
+            )
+        active = self._active_of(record)
+        if active is None:
+            if record.state == QUEUED:
+                self._controller.save(record, state=PAUSED, desired="pause", reason="paused before it had begun")
+                self._controller.event(record.job_id, "state", "paused while queued")
+            return
+        if active.record.desired != "pause" and active.state != PAUSED:
+            self._controller.update(active, desired="pause")
+            self._controller.event(record.job_id, "state", "a pause was asked for")
+            self._controller.ask_to_halt(active)
+        self._controller.reconcile()
+
+    def stop(self, record: JobRecord, now: bool) -> None:
+        """End at the next boundary with a checkpoint, or at once. Raises ConfigError when the job has ended."""
+        if record.state in scheduler.ENDED:
+            raise ConfigError(f"job {record.job_id} is already {scheduler.STATE_WORDS[record.state]}")
+        active = self._active_of(record)
+        if active is None:
+            self._controller.save(
+                record, state=STOPPED, desired="stop", reason="stopped before its turn", ended_unix_ms=unix_ms()
+            )
+            self._controller.event(record.job_id, "state", "stopped before its turn")
+            return
+        if active.record.desired != "stop":
+            self._controller.update(active, desired="stop")
+            self._controller.event(record.job_id, "state", "a stop was asked for")
+            self._controller.ask_to_halt(active)
+        if now:
+            self._controller.end(active, STOPPED, f"stopped at once at version {active.version}")
+        self._controller.reconcile()
+
+    def resume(self, record: JobRecord) -> None:
+        """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished."""
+        if record.state == FINISHED:
+            raise ConfigError(f"job {record.job_id} is finished; submit a recipe with more steps instead")
+        active = self._active_of(record)
+        if active is not None:
+            active.halted_version = None
+            if active.record.desired != "run" or active.state == PAUSED:
+                self._controller.update(active, desired="run")
+                self._controller.event(record.job_id, "state", "resumed")
+            if active.state == PAUSED:
+                self._controller.set_state(active, RUNNING, "resumed")
+        elif record.state in (PAUSED, STOPPED, FAILED):
+            rank = min([job.rank for job in self._controller.state.list_jobs()], default=0) - 1
+            self._controller.save(record, state=QUEUED, desired="run", reason="resumed", rank=rank, ended_unix_ms=0)
+            self._controller.event(
+                record.job_id, "state", "resumed: first in the queue, goes on from its last checkpoint"
+            )
+        self._controller.reconcile()
+
+    def _active_of(self, record: JobRecord) -> ActiveJob | None:
+        active = self._controller.active
+        return active if active is not None and active.job_id == record.job_id else None

@@ -1,0 +1,163 @@
+"""The coordinator's process: state, controller, services, health, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from gradstream.coordinator.controller import Controller, Timing
+from gradstream.coordinator.jobs_servicer import JobsServicer
+from gradstream.coordinator.reports import Reports
+from gradstream.coordinator.servicer import CoordinatorServicer
+from gradstream.coordinator.sqlite_state import SqliteState
+from gradstream.coordinator.views import Views
+from gradstream.core import __version__, rpc
+from gradstream.core.errors import ConfigError, GradstreamError, one_line
+from gradstream.core.log import get_logger
+from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+
+HEALTH_CHECK_SECONDS = 5.0
+STOP_GRACE_SECONDS = 1.0
+
+log = get_logger()
+
+
+class Coordinator:
+    """A coordinator that is started and stopped. One at a time on a state directory."""
+
+    def __init__(self, listen: str, state_dir: Path, timing: Timing | None = None):
+        self._listen = listen
+        self._state_dir = state_dir
+        self._timing = timing
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._tasks: list[asyncio.Task[None]] = []
+        self.address = ""
+
+    async def start(self) -> None:
+        """Take up the state and serve. Raises ConfigError when the state or the address is taken or unusable."""
+        self._lock = _lock(self._state_dir)
+        try:
+            self._state = SqliteState(self._state_dir)
+            self.controller = Controller(self._state, self._timing)
+            reports = Reports(self.controller)
+            views = Views(self.controller)
+            self._server = rpc.new_server()
+            coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
+                CoordinatorServicer(self.controller, reports), self._server
+            )
+            jobs_pb2_grpc.add_JobsServiceServicer_to_server(JobsServicer(self.controller, views), self._server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+            if os.environ.get("GRADSTREAM_REFLECTION") == "1":
+                _add_reflection(self._server)
+            port = rpc.listen(self._server, self._listen)
+            self.address = f"{self._listen.rpartition(':')[0]}:{port}"
+            await self.controller.start()
+            await self._check_health()
+            await self._server.start()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._tasks.append(asyncio.create_task(self._watch_health()))
+
+    async def stop(self) -> None:
+        """Stop serving. Nodes stay up and work on; they register again with the next coordinator."""
+        for task in self._tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        with suppress(GradstreamError):
+            await self._health.enter_graceful_shutdown()
+        await self.controller.stop()
+        await self._server.stop(STOP_GRACE_SECONDS)
+        self._state.close()
+        self._lock.close()
+
+    async def _watch_health(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_CHECK_SECONDS)
+            await self._check_health()
+
+    async def _check_health(self) -> None:
+        """SERVING means that reports can be stored, not just that the process runs."""
+        status = health_pb2.HealthCheckResponse.SERVING
+        try:
+            self._state.check_writable()
+        except GradstreamError as error:
+            log.error("not healthy", cause=one_line(error))
+            status = health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *_service_names()):
+            await self._health.set(service, status)
+
+
+async def serve(listen: str, state_dir: Path, ready_file: Path | None = None, timing: Timing | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once nodes can register."""
+    coordinator = Coordinator(listen, state_dir, timing)
+    await coordinator.start()
+    try:
+        log.info("coordinator ready", address=coordinator.address, state=str(state_dir), version=__version__)
+        if ready_file is not None:
+            await asyncio.to_thread(_write_atomic, ready_file, f"{coordinator.address}\n")
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+        log.info("stopping; nodes stay up and will register with the next coordinator")
+    finally:
+        await coordinator.stop()
+        if ready_file is not None:
+            ready_file.unlink(missing_ok=True)
+
+
+def _service_names() -> list[str]:
+    return [
+        coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name,
+        jobs_pb2.DESCRIPTOR.services_by_name["JobsService"].full_name,
+    ]
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    from grpc_reflection.v1alpha import reflection
+
+    reflection.enable_server_reflection([*_service_names(), reflection.SERVICE_NAME], server)
+
+
+def _lock(state_dir: Path) -> IO[str]:
+    """Hold the state directory for this process; the system lets go of it whatever ends the process."""
+    path = state_dir / "lock"
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+")
+    except OSError as error:
+        raise ConfigError(f"the state directory {state_dir} cannot be written ({error}); choose another") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise ConfigError(
+            f"another coordinator (process {holder}) holds the state directory {state_dir}; stop it or choose another"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,206 @@
+"""CoordinatorService: decode, check, call, encode. What happens is decided in the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import fsspec
+import grpc
+import grpc.aio
+
+from gradstream.coordinator.controller import Controller
+from gradstream.coordinator.membership import SERVER, WORKER
+from gradstream.coordinator.reports import Reports
+from gradstream.coordinator.sessions import Session as NodeStream
+from gradstream.coordinator.state import JobRecord
+from gradstream.core import __version__, files
+from gradstream.core.config import parse_recipe
+from gradstream.core.data import parse_manifest
+from gradstream.core.errors import ConfigError, DataError, GradstreamError, ProtocolError
+from gradstream.core.rpc import ERROR_CLASS_KEY, answering
+from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+PIECE_BYTES = 1 << 20
+FIRST_MESSAGE_SECONDS = 10.0
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+_ADDRESS = re.compile(r"^[^\s]{1,255}:\d{1,5}$")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
+    """What nodes call."""
+
+    def __init__(self, controller: Controller, reports: Reports):
+        self._controller = controller
+        self._reports = reports
+
+    async def Register(
+        self, request: coordinator_pb2.RegisterRequest, context: Context
+    ) -> coordinator_pb2.RegisterResponse:
+        async with answering(context):
+            check_registration(request)
+            node = self._controller.register(request)
+            timing = self._controller.timing
+            return coordinator_pb2.RegisterResponse(
+                node_id=node.node_id, heartbeat_seconds=timing.heartbeat_seconds, lease_seconds=timing.lease_seconds
+            )
+        raise AssertionError("abort has raised")
+
+    async def Session(
+        self, request_iterator: AsyncIterator[coordinator_pb2.SessionRequest], context: Context
+    ) -> AsyncIterator[coordinator_pb2.SessionResponse]:
+        # --- the first heartbeat says who it is
+        try:
+            first = await asyncio.wait_for(anext(request_iterator), FIRST_MESSAGE_SECONDS)
+        except (StopAsyncIteration, TimeoutError):
+            return
+        session = self._controller.open_session(first.node_id)
+        if session is None:
+            # No error class: the node shall register again, not give up.
+            await context.abort(grpc.StatusCode.ABORTED, "this node is not registered here; register again")
+            return
+        # --- directives flow out while heartbeats come in
+        reader = asyncio.create_task(self._read(session, first, request_iterator))
+        try:
+            while (directive := await session.next()) is not None:
+                yield directive
+        finally:
+            reader.cancel()
+            self._controller.close_session(session, "its stream ended")
+        # --- the end, with its reason
+        why = session.ended
+        if isinstance(why, GradstreamError):
+            context.set_trailing_metadata(((ERROR_CLASS_KEY, type(why).__name__),))
+            await context.abort(why.status, str(why))
+        elif why and why != _LEFT:
+            await context.abort(grpc.StatusCode.ABORTED, f"{why}; register again")
+
+    async def _read(
+        self,
+        session: NodeStream,
+        first: coordinator_pb2.SessionRequest,
+        requests: AsyncIterator[coordinator_pb2.SessionRequest],
+    ) -> None:
+        why = "its stream ended"
+        try:
+            message: coordinator_pb2.SessionRequest | None = first
+            while message is not None:
+                if not self._controller.heartbeat(session, message.activity):
+                    why = "this stream counts no more"
+                    break
+                if message.log:
+                    self._log(session, message)
+                if message.leaving:
+                    why = _LEFT
+                    break
+                message = await anext(requests, None)
+        finally:
+            # At once, before the writer comes round to it: slots must not wait for a dead worker.
+            self._controller.close_session(session, why)
+
+    def _log(self, session: NodeStream, message: coordinator_pb2.SessionRequest) -> None:
+        node = self._controller.members.get(session.node_id)
+        if node is not None:
+            try:
+                self._reports.log_lines(node, list(message.log))
+            except GradstreamError:
+                # A full disk costs log lines, not the node's lease.
+                pass
+
+    async def ReportStep(
+        self, request: coordinator_pb2.ReportStepRequest, context: Context
+    ) -> coordinator_pb2.ReportStepResponse:
+        async with answering(context):
+            self._reports.step(request)
+        return coordinator_pb2.ReportStepResponse()
+
+    async def ReportValidation(
+        self, request: coordinator_pb2.ReportValidationRequest, context: Context
+    ) -> coordinator_pb2.ReportValidationResponse:
+        async with answering(context):
+            self._reports.validation(request)
+        return coordinator_pb2.ReportValidationResponse()
+
+    async def ReportCheckpoint(
+        self, request: coordinator_pb2.ReportCheckpointRequest, context: Context
+    ) -> coordinator_pb2.ReportCheckpointResponse:
+        async with answering(context):
+            self._reports.checkpoint(request)
+        return coordinator_pb2.ReportCheckpointResponse()
+
+    async def ReportFailure(
+        self, request: coordinator_pb2.ReportFailureRequest, context: Context
+    ) -> coordinator_pb2.ReportFailureResponse:
+        async with answering(context):
+            self._reports.failure(request)
+        return coordinator_pb2.ReportFailureResponse()
+
+    async def FetchDataShard(
+        self, request: coordinator_pb2.FetchDataShardRequest, context: Context
+    ) -> AsyncIterator[coordinator_pb2.FetchDataShardResponse]:
+        async with answering(context):
+            record = self._controller.state.get_job(request.job_id)
+            if record is None:
+                raise ProtocolError(f"there is no job '{request.job_id[:100]}' here")
+            path = data_file(record, request.file)
+            try:
+                stream = await asyncio.to_thread(_open, path)
+                try:
+                    while piece := await asyncio.to_thread(stream.read, PIECE_BYTES):
+                        yield coordinator_pb2.FetchDataShardResponse(payload=piece)
+                finally:
+                    await asyncio.to_thread(stream.close)
+            except OSError as error:
+                raise DataError(
+                    f"data shard {path} cannot be read ({error}); restore it or prepare the data again"
+                ) from None
+
+
+# Why a stream ended whose node said good-bye.
+_LEFT = "it left"
+
+
+def check_registration(request: coordinator_pb2.RegisterRequest) -> None:
+    """Raises ConfigError for a node that cannot take part, ProtocolError for one that does not know how to."""
+    if request.version != __version__:
+        raise ConfigError(
+            f"node {request.name[:63]} runs gradstream {request.version[:32] or 'of no version'}, the coordinator "
+            f"{__version__}; install the same version on both"
+        )
+    if request.kind not in (SERVER, WORKER):
+        raise ProtocolError("a registration must say whether the node is a parameter server or a worker")
+    if not _NAME.match(request.name):
+        raise ConfigError(
+            f"'{request.name[:63]}' is not a node name; use letters, digits, '.', '_' and '-' (at most 63)"
+        )
+    if not 1 <= len(request.incarnation) <= 64:
+        raise ProtocolError("a registration must carry the incarnation of its process")
+    if request.kind == SERVER and not _ADDRESS.match(request.address):
+        raise ConfigError(
+            f"parameter server {request.name} gave the address '{request.address[:100]}', which is not host:port; "
+            f"set the one that workers can reach (--advertise)"
+        )
+    if request.memory_bytes >= 2**63:
+        raise ProtocolError("a registration's memory_bytes is too large to be true")
+
+
+def data_file(record: JobRecord, file: str) -> str:
+    """The path of a file of the job's data set. Raises DataError for a name that its manifest does not have."""
+    manifest = parse_manifest(record.manifest_json)
+    names = {manifest.tokenizer_file}
+    for shard in manifest.shards:
+        names.update((shard.file, shard.index_file))
+    if file not in names:
+        raise DataError(
+            f"the data set of job {record.job_id} has no file '{file[:100]}'; ask for a name in its manifest"
+        )
+    return files.join(parse_recipe(record.recipe_json).data.path, file)
+
+
+def _open(path: str) -> Any:
+    fs, inner = fsspec.core.url_to_fs(path)
+    return fs.open(inner, "rb")

@@ -1,0 +1,198 @@
+"""Jobs and nodes as people see them. What is shown is read off the state and the nodes' own words, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradstream.coordinator import scheduler
+from gradstream.coordinator.active import ActiveJob
+from gradstream.coordinator.controller import PAUSED, PLANNING, QUEUED, RUNNING, Controller, unix_ms
+from gradstream.coordinator.membership import SERVER, WORKER, NodeEntry
+from gradstream.coordinator.state import JobRecord
+from gradstream.core.config import Recipe
+from gradstream.proto.v1 import jobs_pb2
+
+# A running job without a step for this long says whom it waits for.
+STALL_SECONDS = 2.0
+
+
+class Views:
+    """Makes the messages of JobsService."""
+
+    def __init__(self, controller: Controller):
+        self._controller = controller
+        self._state = controller.state
+        controller.after_reconcile.append(self._keep_time)
+
+    def job(self, record: JobRecord) -> jobs_pb2.Job:
+        """One job: state, progress and what it waits for."""
+        active = self._controller.active
+        if active is not None and active.job_id == record.job_id:
+            record = active.record
+        else:
+            active = None
+        totals = (
+            active.totals
+            if active is not None
+            else self._state.step_totals(record.job_id, record.epoch, record.start_version)
+        )
+        num_steps = (active.recipe if active else Recipe.model_validate_json(record.recipe_json)).training.num_steps
+        message = jobs_pb2.Job(
+            job_id=record.job_id,
+            name=record.name,
+            state=record.state,
+            reason=record.reason,
+            epoch=record.epoch,
+            version=totals.version,
+            num_steps=num_steps,
+            num_tokens=totals.num_tokens,
+            num_samples=totals.num_samples,
+            num_skipped=totals.num_skipped,
+            submitted_unix_ms=record.submitted_unix_ms,
+            ended_unix_ms=record.ended_unix_ms,
+            run_directory=record.run_directory,
+            recipe_json=record.recipe_json,
+            decisions=list(record.decisions.values()),
+        )
+        if totals.last is not None:
+            message.loss = totals.last.loss
+        validations = self._state.validations(record.job_id)
+        if validations:
+            message.initial_validation_loss = validations[0].loss
+            message.validation_loss = validations[-1].loss
+        if active is not None:
+            self._add_live(message, active)
+        elif record.state == QUEUED:
+            message.waits.append(self._turn(record))
+        return message
+
+    def _add_live(self, message: jobs_pb2.Job, active: ActiveJob) -> None:
+        now = self._controller.clock()
+        message.waits.extend(self.waits(active))
+        if active.plan is None:
+            return
+        message.num_parameters = active.plan.num_parameters
+        name_of = self._controller.members.name_of
+        message.slot_holders.extend(name_of(holder) if holder else "" for holder in active.holders)
+        if active.state != RUNNING:
+            return
+        steps, tokens, pushed = active.pace.per_second(now)
+        message.tokens_per_second, message.push_bytes_per_second = tokens, pushed
+        message.pull_bytes_per_second = sum(
+            node.sent_bytes_per_second(active.job_id) for node in self._controller.members.present(SERVER)
+        )
+        if steps > 0:
+            message.eta_seconds = max(0, active.num_steps - active.version) / steps
+
+    def _turn(self, record: JobRecord) -> jobs_pb2.Wait:
+        active = self._controller.active
+        if active is not None:
+            whom = f"job {active.job_id}, which is {scheduler.STATE_WORDS[active.state]}"
+        else:
+            whom = "the jobs queued before it"
+        return jobs_pb2.Wait(what="its turn", whom=whom, since_unix_ms=record.submitted_unix_ms)
+
+    def _keep_time(self, active: ActiveJob) -> None:
+        """At every reconcile, so that "since" is true however seldom somebody asks."""
+        self.waits(active)
+
+    # --- waits ------------------------------------------------------------------------------------------------------
+
+    def waits(self, active: ActiveJob) -> list[jobs_pb2.Wait]:
+        """What the active job waits for and since when."""
+        own = active.waits.stamp(self._waits_for(active), unix_ms())
+        return own + self._nodes_waits(active)
+
+    def _waits_for(self, active: ActiveJob) -> list[tuple[str, str]]:
+        members = self._controller.members
+        if active.state == PLANNING:
+            if active.planning is not None:
+                return [("the plan to be made", "the coordinator")]
+            servers, workers = members.present(SERVER), members.present(WORKER)
+            return scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers)
+        if active.plan is None:
+            return []
+        waits = []
+        for server in active.plan.servers:
+            node = members.get(server.node_id)
+            if node is None or not node.present:
+                waits.append((f"parameter server {server.name} to come back", server.name))
+        if active.state == PAUSED:
+            return [*waits, ("to be resumed", "`gradstream resume`")] if active.record.desired == "pause" else waits
+        free = [slot for slot, holder in enumerate(active.holders) if not holder and not active.resting]
+        if free:
+            waits.append((f"a worker for slots {scheduler.joined(free)}", "a worker to register"))
+        leader = active.plan.servers[active.plan.leader].name
+        done = active.version >= active.num_steps
+        if active.record.desired != "run" and not active.resting and not done:
+            waits.append((f"the end of step {active.version}, to {active.record.desired} there", leader))
+        boundary = active.halted_version if active.halted_version is not None else active.num_steps if done else None
+        if boundary is not None and boundary not in active.checkpoints:
+            waits.append(self._checkpoint_wait(active, boundary))
+        if done and not active.fully_validated:
+            waits.append(self._validation_wait(active))
+        return waits
+
+    def _checkpoint_wait(self, active: ActiveJob, version: int) -> tuple[str, str]:
+        assert active.plan is not None
+        reported = active.files.get(version, {})
+        late = [server.name for index, server in enumerate(active.plan.servers) if index not in reported]
+        return f"the checkpoint of version {version}", ", ".join(late) or "the coordinator, to write its manifest"
+
+    def _validation_wait(self, active: ActiveJob) -> tuple[str, str]:
+        parts = self._state.validation_parts(active.job_id, active.num_steps)
+        late = [slot for slot in range(len(active.holders)) if slot not in parts]
+        return f"the last validation pass, slots {scheduler.joined(late)}", self._holders_of(active, late)
+
+    def _holders_of(self, active: ActiveJob, slots: Sequence[int]) -> str:
+        holders = [active.holders[slot] for slot in slots if slot < len(active.holders)]
+        names = {self._controller.members.name_of(holder) for holder in holders if holder}
+        return ", ".join(sorted(names)) or "a worker to register"
+
+    def _nodes_waits(self, active: ActiveJob) -> list[jobs_pb2.Wait]:
+        """When no step comes: what the nodes of the job say, in their own words and with their own times."""
+        idle_seconds = self._controller.clock() - active.progress_at
+        if active.state != RUNNING or idle_seconds < STALL_SECONDS:
+            return []
+        waits = []
+        for node in [*self._servers_of(active), *self._controller.members.present(WORKER)]:
+            activity = node.activity
+            if activity.job_id != active.job_id:
+                continue
+            since = activity.waiting_since_unix_ms or unix_ms() - int(idle_seconds * 1000)
+            if activity.missing_slots:
+                slots = list(activity.missing_slots)[: len(active.holders)]
+                what = f"contributions of slots {scheduler.joined(slots)} to step {activity.step} at {node.name}"
+                waits.append(jobs_pb2.Wait(what=what, whom=self._holders_of(active, slots), since_unix_ms=since))
+            elif activity.waiting_for:
+                waits.append(
+                    jobs_pb2.Wait(what=activity.waiting_for, whom=f"asked by {node.name}", since_unix_ms=since)
+                )
+            elif activity.phase not in ("", "idle", "waiting"):
+                what = f"step {activity.step}: {activity.phase}"
+                waits.append(jobs_pb2.Wait(what=what, whom=node.name, since_unix_ms=since))
+        return waits
+
+    def _servers_of(self, active: ActiveJob) -> list[NodeEntry]:
+        servers = active.plan.servers if active.plan is not None else ()
+        nodes = [self._controller.members.get(server.node_id) for server in servers]
+        return [node for node in nodes if node is not None and node.present]
+
+    # --- nodes ------------------------------------------------------------------------------------------------------
+
+    def nodes(self) -> list[jobs_pb2.Node]:
+        """All nodes, live ones first."""
+        return [
+            jobs_pb2.Node(
+                node_id=node.node_id,
+                name=node.name,
+                kind=node.kind,
+                address=node.address,
+                alive=node.alive,
+                last_heartbeat_unix_ms=node.last_heartbeat_unix_ms,
+                activity=node.activity,
+                memory_bytes=node.memory_bytes,
+                device=node.device,
+            )
+            for node in self._controller.members.all()
+        ]

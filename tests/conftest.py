@@ -1,0 +1,23 @@
+"""Fixtures that any test may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.cluster import Cluster, running
+from support.tiny import prepare_tiny_data
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a small prepared data set; not to be changed."""
+    return prepare_tiny_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster without processes yet; what a test starts is ended after it."""
+    with running(tmp_path / "cluster") as cluster:
+        yield cluster

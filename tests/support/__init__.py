@@ -1,0 +1,1 @@
+"""What tests share: a real cluster of processes, small real data, tiny models."""

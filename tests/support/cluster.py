@@ -1,0 +1,180 @@
+"""A real cluster for tests: separate OS processes started with `gradstream serve`, on free loopback ports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradstream.client import Client, Job
+
+START_SECONDS = 90.0
+
+
+class Cluster:
+    """Starts, kills and counts the processes of one cluster. Everything lies under `directory`."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.address = "127.0.0.1:0"
+        self._client: Client | None = None
+
+    @property
+    def client(self) -> Client:
+        """A client of the running coordinator."""
+        if self._client is None:
+            self._client = Client(self.address)
+        return self._client
+
+    # -- starting --------------------------------------------------------------------------------------------------
+
+    def start_coordinator(self) -> None:
+        """Start the coordinator; a second start takes the first one's port and state."""
+        ready = self._launch(
+            "coordinator", ["coordinator", "--listen", self.address, "--state", str(self.directory / "state")]
+        )
+        self.address = self._await_ready("coordinator", ready)
+
+    def start_servers(self, *names: str, memory: str = "2GiB") -> None:
+        """Start parameter servers and wait until they listen."""
+        arguments = ["--coordinator", self.address, "--listen", "127.0.0.1:0", "--memory", memory]
+        ready = {name: self._launch(name, ["parameter-server", "--name", name, *arguments]) for name in names}
+        for name, path in ready.items():
+            self._await_ready(name, path)
+
+    def start_workers(self, *names: str, faults: str = "", memory: str = "2GiB") -> None:
+        """Start workers and wait until they are up. `faults` is GRADSTREAM_FAULTS for them."""
+        arguments = ["--coordinator", self.address, "--cache", str(self.directory / "cache"), "--memory", memory]
+        environment = {"GRADSTREAM_FAULTS": faults} if faults else {}
+        ready = {
+            name: self._launch(name, ["worker", "--name", name, "--device", "cpu", *arguments], environment)
+            for name in names
+        }
+        for name, path in ready.items():
+            self._await_ready(name, path)
+
+    def _launch(self, name: str, arguments: list[str], environment: dict[str, str] | None = None) -> Path:
+        ready = self.directory / f"{name}.ready"
+        ready.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "gradstream.coordinator.cli", "serve", *arguments, "--ready-file", str(ready)]
+        with open(self.directory / f"{name}.log", "ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [*command, "--die-with-parent", str(os.getpid())],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "GRADSTREAM_DEBUG": "1", **(environment or {})},
+                cwd=self.directory,
+            )
+        return ready
+
+    def _await_ready(self, name: str, path: Path) -> str:
+        wait_until(
+            lambda: path.exists() or self.processes[name].poll() is not None,
+            f"{name} to start",
+            START_SECONDS,
+        )
+        assert path.exists(), f"{name} ended with {self.processes[name].returncode}:\n{self.log(name)}"
+        return path.read_text().strip()
+
+    # -- ending ----------------------------------------------------------------------------------------------------
+
+    def kill(self, *names: str) -> None:
+        """SIGKILL processes, all before waiting for any."""
+        for name in names:
+            self.processes[name].kill()
+        for name in names:
+            self.processes.pop(name).wait(30)
+
+    def terminate(self, *names: str) -> None:
+        """SIGTERM processes and wait until they have ended."""
+        for name in names:
+            self.processes[name].send_signal(signal.SIGTERM)
+        for name in names:
+            process = self.processes.pop(name)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise AssertionError(f"{name} did not end on SIGTERM:\n{self.log(name)}") from None
+
+    def wait_dead(self, name: str, timeout_seconds: float = 120.0) -> int:
+        """Wait until a process has ended by itself (a fault); return its exit status."""
+        return self.processes.pop(name).wait(timeout_seconds)
+
+    def close(self) -> None:
+        """End every process."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        for process in self.processes.values():
+            process.kill()
+        for process in self.processes.values():
+            process.wait(30)
+        self.processes.clear()
+
+    # -- watching --------------------------------------------------------------------------------------------------
+
+    def log(self, name: str) -> str:
+        """The end of a process's log."""
+        path = self.directory / f"{name}.log"
+        return path.read_text(errors="replace")[-4000:] if path.exists() else ""
+
+    def wait_job(self, job_id: str, timeout_seconds: float = 120.0) -> Job:
+        """Wait until a job has ended."""
+        return self.wait_for(job_id, lambda job: job.state in ("finished", "failed", "stopped"), "end", timeout_seconds)
+
+    def wait_for(
+        self, job_id: str, condition: Callable[[Job], bool], what: str, timeout_seconds: float = 120.0
+    ) -> Job:
+        """Wait until a job's status meets a condition; on a time-out, fail with all the logs."""
+        last: list[Job] = []
+
+        def met() -> bool:
+            last[:] = [self.client.job(job_id)]
+            return condition(last[0])
+
+        try:
+            wait_until(met, f"{job_id} to {what}", timeout_seconds)
+        except AssertionError as error:
+            logs = "\n".join(f"--- {path.stem}\n{self.log(path.stem)}" for path in sorted(self.directory.glob("*.log")))
+            raise AssertionError(f"{error}; last seen: {last}\n{logs}") from None
+        return last[0]
+
+    def finish(self, job_id: str, timeout_seconds: float = 120.0) -> Job:
+        """Wait until a job has finished; anything else fails the test with the reason and the logs."""
+        job = self.wait_job(job_id, timeout_seconds)
+        if job.state != "finished":
+            logs = "\n".join(f"--- {path.stem}\n{self.log(path.stem)}" for path in sorted(self.directory.glob("*.log")))
+            raise AssertionError(f"{job_id} {job.state}: {job.reason}\n{logs}")
+        return job
+
+    def final_digest(self, job_id: str) -> str:
+        """sha256 over weights and optimizer state of a job's last checkpoint."""
+        return self.client.checkpoints(job_id)[-1].state_sha256
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float) -> None:
+    """Look every 20 ms until a condition holds; AssertionError when it does not in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_seconds:.0f} s for {what}"
+        time.sleep(0.02)
+
+
+@contextmanager
+def running(directory: Path) -> Iterator[Cluster]:
+    """A cluster that leaves no process behind."""
+    directory.mkdir(parents=True, exist_ok=True)
+    cluster = Cluster(directory)
+    try:
+        yield cluster
+    finally:
+        cluster.close()

@@ -1,0 +1,333 @@
+"""The command line: help in time, JSON alone on stdout, errors in one line with the right exit code."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from canned_jobs import CannedJobs, canned_job, canned_node
+
+from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli import main
+from gradstream.coordinator.cli._app import COMMANDS
+from gradstream.coordinator.cli._options import parse_size
+from gradstream.core.errors import ConfigError
+from gradstream.proto.v1 import jobs_pb2
+
+ROOT = Path(__file__).parents[3]
+GRADSTREAM = [sys.executable, "-m", "gradstream.coordinator.cli"]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GRADSTREAM_COORDINATOR", "GRADSTREAM_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_help_is_fast_and_loads_nothing_heavy() -> None:
+    best = 10.0
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([*GRADSTREAM, "--help"], check=True, capture_output=True)
+        best = min(best, time.perf_counter() - started)
+    assert best < 0.3
+    program = (
+        "import sys; from gradstream.coordinator.cli import main; main(['--help']); "
+        "print([m for m in ('torch', 'grpc', 'rich', 'yaml', 'pydantic', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_names_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name, *_ in COMMANDS)
+    assert "Exit codes" in text
+    assert "130 Ctrl-C" in text
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in COMMANDS])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: gradstream {name}")
+
+
+def test_every_command_is_documented() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert [name for name, *_ in COMMANDS if f"gradstream {name}" not in page] == []
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"gradstream \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_unknown_command_suggests(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["statsu"]) == 2
+    assert "did you mean 'status'?" in capsys.readouterr().err
+
+
+# ---- Recipes -------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_recipe_key_suggests(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "validate", "stdlib-gpt", "-s", "training.num_stesp=3", "-o", "json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "unknown key 'training.num_stesp'; did you mean 'num_steps'?" in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipes", "validate", "stdlib-gpt", "-s", "seed"], "not of the form key.sub=value"),
+        (["recipes", "validate", "stdlib-gpt", "-s", "seed=x"], "'seed'"),
+        (["recipes", "validate", "stdlib-gtp"], "did you mean 'stdlib-gpt'?"),
+        (["recipes", "validate", "nothing/like/it.yaml"], "no such recipe"),
+        (["dev", "stdlib-gpt", "--workers", "1"], "fewer than the recipe's cluster.min_workers 2"),
+        (["dev", "stdlib-gpt", "-s", "trainin.x=1"], "did you mean 'training'?"),
+        (["submit", "stdlib-gpt", "-s", "x.y=1"], "unknown key 'x'"),
+        (["serve", "worker", "--memory", "4XB"], "is not a size"),
+        (["serve", "worker", "--name", "a b"], "a name has"),
+        (["serve", "coordinator", "--listen", "7000"], "host:port"),
+        (["serve", "coordinator", "--state", "/dev/null/x"], "cannot be made"),
+        (["generate", "./nowhere"], "no such directory"),
+        (["ls", "-c", "nonsense"], "host:port"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_generate_names_what_a_directory_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tmp_path)]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+
+
+def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "ls", "-o", "json"]) == 0
+    assert "stdlib-gpt" in [row["name"] for row in json.loads(capsys.readouterr().out)]
+    assert main(["recipes", "show", "stdlib-gpt"]) == 0
+    assert capsys.readouterr().out == (ROOT / "recipes" / "stdlib-gpt.yaml").read_text(encoding="utf-8")
+    assert main(["recipes", "show", "stdlib-gpt", "-s", "seed=7", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seed"] == 7
+    assert main(["recipes", "validate", "stdlib-gpt"]) == 0
+    assert "stdlib-gpt is valid" in capsys.readouterr().out
+
+
+# ---- Jobs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ls"],
+        ["status"],
+        ["status", "tiny-1"],
+        ["pause", "tiny-1"],
+        ["resume", "tiny-1"],
+        ["stop", "tiny-1", "--now"],
+        ["ckpt", "ls"],
+        ["top", "--count", "1"],
+        ["submit", "stdlib-gpt"],
+        ["doctor"],
+    ],
+)
+def test_json_is_one_document(arguments: list[str], address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "-c", address, "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("command", "kinds"), [("logs", ["log"]), ("events", ["event"])])
+def test_streams_are_one_object_a_line(
+    command: str, kinds: list[str], address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "tiny-1", "-c", address, "-o", "json"]) == 0
+    assert [json.loads(line)["type"] for line in capsys.readouterr().out.splitlines()] == kinds
+
+
+def test_status_names_waits_decisions_and_holders(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "-c", address]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "tiny-1",
+        "12 of 100 (12 %)",
+        "a worker for slots 1, 3, from worker-1, since 2023-11-14",
+        "worker-0 waits for version 13 from server-0 since",
+        "slot 1: nobody",
+        "placement: balanced [2 servers]",
+        "1.2 k tokens/s, up 3.0 MiB/s, down 2.0 MiB/s, ETA 2 min 05 s",
+        "4.5000 nats a token (at the start 8.0000)",
+    ):
+        assert part in text, part
+
+
+def test_status_of_an_empty_cluster(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs.jobs, jobs.nodes = [], []
+    assert main(["status", "-c", address]) == 0
+    captured = capsys.readouterr()
+    assert "no nodes have registered" in captured.out
+    assert "no jobs yet" in captured.err
+    assert main(["ls", "-c", address, "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_dead_nodes_stand_out(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs.nodes = [canned_node(), canned_node("worker-1", alive=False)]
+    assert main(["status", "-c", address]) == 0
+    assert "no, last heard 2023-11-14" in capsys.readouterr().out
+
+
+def test_logs_show_brackets_as_they_are(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["logs", "-c", address]) == 0
+    text = capsys.readouterr().out
+    assert "worker-0" in text
+    assert "warning slow [link]" in text
+
+
+def test_address_from_the_environment(
+    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRADSTREAM_COORDINATOR", address)
+    assert main(["ls"]) == 0
+    assert "tiny-1" in capsys.readouterr().out
+
+
+def test_unknown_job(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stop", "nope", "-c", address, "-o", "json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: no job 'nope'; `gradstream ls` lists them\n"
+
+
+def test_submit_watch_fails_with_the_jobs_reason(
+    jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs.jobs = [canned_job("tiny-2", state=jobs_pb2.JOB_STATE_FAILED, reason="no data")]
+    assert main(["submit", "stdlib-gpt", "--watch", "-c", address, "-o", "json"]) == 8
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["state"] == "failed"
+    assert captured.err.splitlines()[-1] == "error: job tiny-2 failed at step 12 of 100: no data"
+
+
+def test_export(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ckpt", "export", "tiny-1", str(tmp_path / "x"), "-c", address, "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"]["model.safetensors"] == 6
+    assert main(["ckpt", "export", "tiny-1", str(tmp_path / "x"), "-c", address]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_unreachable_coordinator(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    started = time.monotonic()
+    assert main(["ls", "-c", address, "-o", "json"]) == 7
+    assert time.monotonic() - started < 6
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: coordinator {address} does not answer")
+    assert captured.err.count("\n") == 1
+    assert main(["doctor", "-c", address]) == 1
+    assert "fail coordinator" in capsys.readouterr().out
+
+
+def test_unexpected_error_is_one_line_and_a_hint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("boom\nboom")
+
+    options = importlib.import_module("gradstream.coordinator.cli.recipes")
+    monkeypatch.setattr(options, "bundled_recipes", broken)
+    assert main(["recipes", "ls"]) == 1
+    assert capsys.readouterr().err == (
+        "error: RuntimeError: boom boom\nrun with GRADSTREAM_DEBUG=1 for the stack trace\n"
+    )
+    monkeypatch.setenv("GRADSTREAM_DEBUG", "1")
+    assert main(["recipes", "ls"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupting_logs_detaches(jobs: CannedJobs, address: str) -> None:
+    # The job goes on, so the watch does: it asks again and again from its cursor until the interrupt.
+    del jobs
+    command = [*GRADSTREAM, "logs", "-f", "tiny-1", "-c", address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "slow [link]" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert "detached; tiny-1 goes on" in errors
+
+
+def test_interrupt_is_130(address: str) -> None:
+    command = [*GRADSTREAM, "logs", "tiny-1", "-c", address]
+    program = "import gradstream.client as c; from gradstream.coordinator.cli import main; import sys\n"
+    program += "def interrupted(*a, **k): raise KeyboardInterrupt\n"
+    program += f"c.Client.job = interrupted\nsys.exit(main({command[3:]!r}))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (130, "")
+
+
+def test_closed_pipe_is_quiet(address: str) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    result = subprocess.run([*GRADSTREAM, "status", "-c", address], stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert "Traceback" not in result.stderr
+    assert "error" not in result.stderr
+
+
+# ---- Numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4096", 4096),
+        ("4GiB", 4 << 30),
+        ("4gib", 4 << 30),
+        ("1.5 MiB", 3 << 19),
+        ("500MB", 500_000_000),
+        ("2k", 2000),
+        ("1T", 10**12),
+        ("7Ki", 7 << 10),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "4XB", "4 Gi B", "1e3", "0", "i", "4i"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_size(text)
+
+
+def test_numbers_for_people() -> None:
+    assert [out.format_bytes(n) for n in (0, 1023, 1536, 5 << 40)] == ["0 B", "1023 B", "1.5 KiB", "5.0 TiB"]
+    assert [out.format_count(n) for n in (0, 999, 1500, 2e6)] == ["0", "999", "1.5 k", "2.0 M"]
+    assert [out.format_duration(n) for n in (None, 5, 65, 7500, 200_000)] == [
+        "-",
+        "5 s",
+        "1 min 05 s",
+        "2 h 05 min",
+        "2 d 07 h",
+    ]

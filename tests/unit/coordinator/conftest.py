@@ -1,0 +1,29 @@
+"""Fixtures of the coordinator's tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# The tests have no package (importlib mode), so the helpers are loaded by path, under a name of their own.
+_NAME = "coordinator_fakes"
+if _NAME not in sys.modules:
+    _spec = importlib.util.spec_from_file_location(_NAME, Path(__file__).with_name("fakes.py"))
+    assert _spec is not None
+    assert _spec.loader is not None
+    _module = importlib.util.module_from_spec(_spec)
+    sys.modules[_NAME] = _module
+    _spec.loader.exec_module(_module)
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Any]:
+    cluster = sys.modules[_NAME].Cluster(tmp_path)
+    await cluster.start()
+    yield cluster
+    await cluster.stop()

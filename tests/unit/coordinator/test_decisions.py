@@ -1,0 +1,219 @@
+"""Plans, leases and the decisions of a job's life: pure functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from coordinator_fakes import make_manifest, make_recipe
+
+from gradstream.coordinator.active import Pace, WaitClock
+from gradstream.coordinator.planner import (
+    CheckpointAt,
+    NodeOffer,
+    check_data,
+    human_bytes,
+    make_plan,
+    server_bytes,
+)
+from gradstream.coordinator.scheduler import (
+    Ending,
+    ServerSight,
+    Verdict,
+    judge_end,
+    judge_servers,
+    lease_slots,
+    missing_nodes,
+    next_job,
+)
+from gradstream.coordinator.state import JobRecord
+from gradstream.core.config import Recipe
+from gradstream.core.errors import DataError, PlanError
+from gradstream.core.fragments import Tensor, cut
+from gradstream.core.plan import Plan
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+
+TENSORS = [Tensor(f"layer.{unit}", (64, 64), True, unit) for unit in range(8)]
+RUNNING, PAUSED = jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_PAUSED
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return make_recipe(tmp_path)
+
+
+def offers(count: int, memory: int = 1 << 30) -> list[NodeOffer]:
+    return [NodeOffer(f"ps-{n}.00", f"ps-{n}", f"host:{n + 1}", memory) for n in range(count)]
+
+
+def plan(recipe: Recipe, servers: list[NodeOffer], tensors: list[Tensor] = TENSORS) -> tuple[Plan, dict[str, str]]:
+    return make_plan("tiny-1", recipe, make_manifest(), tensors, servers, [], 1, None, "/runs/tiny-1/checkpoints")
+
+
+def test_a_plan_is_balanced_and_reads_back(recipe: Recipe) -> None:
+    made, reasons = plan(recipe, offers(3))
+    loads = [sum(fragment.num_bytes for fragment in made.fragments_of(server)) for server in range(3)]
+    assert max(loads) - min(loads) <= 2 * 1024
+    assert Plan.from_proto(made.to_proto()) == made
+    assert set(reasons) == {"servers", "placement", "memory", "start"}
+
+
+def test_a_plan_does_not_depend_on_the_order_of_servers(recipe: Recipe) -> None:
+    assert plan(recipe, offers(3))[0] == plan(recipe, offers(3)[::-1])[0]
+
+
+def test_never_more_servers_than_fragments(recipe: Recipe) -> None:
+    made, reasons = plan(recipe, offers(3), [Tensor("t", (8,), False, 0)])
+    assert [server.name for server in made.servers] == ["ps-0"]
+    assert "2 more stay idle" in reasons["servers"]
+
+
+def test_a_plan_starts_from_its_checkpoint(recipe: Recipe) -> None:
+    at = CheckpointAt(6, "/c/step-00000006")
+    made, _ = make_plan("j", recipe, make_manifest(), TENSORS, offers(1), [], 3, at, "/c")
+    assert (made.epoch, made.start_version, made.checkpoint_path) == (3, 6, "/c/step-00000006")
+
+
+def test_a_model_too_big_names_server_sizes_and_cure(recipe: Recipe) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(recipe, offers(2, memory=200_000))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ("parameter server ps-0 needs", "offers 195.3 KiB", "missing", "start ", "smaller model"):
+        assert part in message
+
+
+def test_a_server_that_did_not_say_its_memory_is_believed(recipe: Recipe) -> None:
+    plan(recipe, offers(1, memory=0))
+
+
+def test_a_cluster_of_small_workers_cannot_take_the_model(recipe: Recipe) -> None:
+    worker = NodeOffer("w.00", "w", "", 1000)
+    with pytest.raises(PlanError, match="worker w needs"):
+        make_plan("j", recipe, make_manifest(), TENSORS, offers(1), [worker], 1, None, "/c")
+
+
+def test_the_memory_of_a_server_is_predicted(recipe: Recipe) -> None:
+    fragments = cut([Tensor("t", (1024,), True, 0)], 1024)
+    # adamw, bf16 both ways, 2 slots: 16 bytes of arrays and 2 published an element; 2 slots × 2 bytes that wait.
+    assert server_bytes(recipe, fragments) == (18 * 1024, 4 * 1024)
+    sgd = recipe.model_copy(
+        update={
+            "optimizer": recipe.optimizer.model_copy(update={"kind": "sgd"}),
+            "codec": recipe.codec.model_copy(update={"push": "int8", "pull": "fp32"}),
+        }
+    )
+    assert server_bytes(sgd, fragments) == (16 * 1024, 2 * (1024 + 16))
+
+
+def test_vocabulary_mismatch_names_both_and_the_cure(recipe: Recipe) -> None:
+    with pytest.raises(DataError, match=r"has 65 tokens, the model's vocab_size is 64; set model.config.vocab_size=65"):
+        check_data(recipe, make_manifest(vocab_size=65))
+
+
+def test_shards_must_divide_among_slots(recipe: Recipe) -> None:
+    with pytest.raises(DataError, match="has 3 training shards, which 2 slots"):
+        check_data(recipe, make_manifest(num_train=3))
+
+
+def test_each_slot_needs_a_sample(recipe: Recipe) -> None:
+    with pytest.raises(DataError, match="slot 0 of 2 has no train sample"):
+        check_data(recipe, make_manifest(num_train=0))
+
+
+def test_human_bytes() -> None:
+    assert [human_bytes(n) for n in (5, 2048, 3 << 20, 5 << 30, 7 << 40)] == [
+        "5 B",
+        "2.0 KiB",
+        "3.0 MiB",
+        "5.0 GiB",
+        "7.0 TiB",
+    ]
+
+
+def test_the_queue_is_first_in_first_out_with_resumed_jobs_first() -> None:
+    jobs = [JobRecord(name, name, "", "", "", 0, rank=rank) for name, rank in (("b", 2), ("a", 1), ("r", -1))]
+    found = next_job(jobs)
+    assert found is not None
+    assert found.job_id == "r"
+    assert next_job([]) is None
+
+
+def test_missing_nodes_are_told_in_words(recipe: Recipe) -> None:
+    assert missing_nodes(recipe, 1, 0, need_workers=True) == [
+        ("2 parameter servers, 1 is live", "a parameter server to register"),
+        ("1 worker, none is live", "a worker to register"),
+    ]
+    assert missing_nodes(recipe, 2, 0, need_workers=False) == []
+
+
+@pytest.mark.parametrize(
+    ("sight", "verdict"),
+    [
+        (ServerSight("s", True, True, False, 0), Verdict.HOLD),
+        (ServerSight("s", False, False, False, 1), Verdict.WAIT),
+        (ServerSight("s", False, True, False, 0), Verdict.LOST),
+        (ServerSight("s", True, False, False, 0), Verdict.LOST),
+        (ServerSight("s", False, False, True, 1), Verdict.LOST),
+    ],
+)
+def test_the_verdict_on_servers(sight: ServerSight, verdict: Verdict) -> None:
+    here = ServerSight("here", True, True, False, 0)
+    assert judge_servers([here, sight])[0] is verdict
+
+
+@pytest.mark.parametrize(
+    ("desired", "state", "version", "halted", "checkpoints", "validated", "worker", "ending"),
+    [
+        ("run", RUNNING, 4, None, {4}, True, True, Ending.FINISH),
+        ("run", RUNNING, 4, None, set(), True, True, Ending.GO_ON),
+        ("run", RUNNING, 4, None, {4}, False, True, Ending.GO_ON),
+        ("run", RUNNING, 3, 3, {3}, True, True, Ending.GO_ON),
+        ("pause", RUNNING, 3, None, set(), False, True, Ending.GO_ON),
+        ("pause", RUNNING, 3, 3, set(), False, True, Ending.PAUSE),
+        ("pause", RUNNING, 3, None, set(), False, False, Ending.PAUSE),
+        ("pause", PAUSED, 3, 3, set(), False, True, Ending.GO_ON),
+        ("stop", RUNNING, 3, 3, set(), False, True, Ending.GO_ON),
+        ("stop", RUNNING, 3, 3, {3}, False, True, Ending.STOP),
+        ("stop", RUNNING, 3, 2, {2}, False, True, Ending.STOP),  # a step was under way
+        ("stop", RUNNING, 3, None, {3}, False, True, Ending.GO_ON),
+        ("stop", RUNNING, 3, None, set(), False, False, Ending.STOP),
+        ("stop", PAUSED, 3, None, set(), False, True, Ending.STOP),
+        ("stop", RUNNING, 4, None, {4}, False, True, Ending.STOP),
+    ],
+)
+def test_how_a_job_ends(
+    desired: str,
+    state: jobs_pb2.JobState.ValueType,
+    version: int,
+    halted: int | None,
+    checkpoints: set[int],
+    validated: bool,
+    worker: bool,
+    ending: Ending,
+) -> None:
+    assert judge_end(desired, state, version, 4, halted, checkpoints, validated, worker)[0] is ending
+
+
+def test_leases_rest_and_are_told_by_name() -> None:
+    assert lease_slots(["a", "b"], ["a", "b"], True, {})[0] == ["", ""]
+    holders, reason = lease_slots(["", ""], ["a", "b"], False, {"a": "A", "b": "B"})
+    assert holders == ["a", "b"]
+    assert "A: 0; B: 1" in reason
+
+
+def test_the_pace_falls_when_steps_stop() -> None:
+    pace = Pace()
+    for step in range(5):
+        pace.add(coordinator_pb2.ReportStepRequest(step=step, num_tokens=10, pushed_bytes=7, unix_ms=step * 1000), step)
+    assert pace.per_second(4.0) == (1.0, 10.0, 7.0)
+    assert pace.per_second(100.0)[0] < 0.05
+    assert Pace().per_second(1.0) == (0.0, 0.0, 0.0)
+
+
+def test_a_wait_keeps_the_time_it_began() -> None:
+    clock = WaitClock()
+    clock.stamp([("a", "x")], 100)
+    assert [wait.since_unix_ms for wait in clock.stamp([("a", "x"), ("b", "y")], 200)] == [100, 200]
+    clock.stamp([], 300)
+    assert clock.stamp([("a", "x")], 400)[0].since_unix_ms == 400

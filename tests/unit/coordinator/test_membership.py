@@ -1,0 +1,118 @@
+"""The table of nodes, with a clock moved by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from gradstream.coordinator.membership import MAX_DEAD_NODES, SERVER, WORKER, Membership, NodeEntry
+from gradstream.core.errors import ConfigError
+from gradstream.proto.v1 import coordinator_pb2
+
+IDLE = coordinator_pb2.Activity()
+
+
+def request(
+    name: str = "w", incarnation: str = "1", kind: coordinator_pb2.NodeKind.ValueType = WORKER
+) -> coordinator_pb2.RegisterRequest:
+    return coordinator_pb2.RegisterRequest(kind=kind, name=name, incarnation=incarnation)
+
+
+def join(members: Membership, now: float, name: str = "w", incarnation: str = "1") -> NodeEntry:
+    node, _ = members.register(request(name, incarnation), now, 0)
+    assert members.open_session(node.node_id) is node
+    return node
+
+
+def test_the_identity_follows_from_kind_name_and_start() -> None:
+    ids = [
+        Membership().register(request(*given), 0, 0)[0].node_id
+        for given in (("w", "1"), ("w", "1"), ("w", "2"), ("w", "1", SERVER))
+    ]
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+    assert ids[0].startswith("w.")
+
+
+def test_a_lease_runs_out_without_heartbeats() -> None:
+    members = Membership(lease_seconds=3)
+    node = join(members, 0)
+    assert members.heartbeat(node.node_id, node.session, IDLE, 2.0, 0)
+    assert members.expire(5.0) == []
+    session = node.session
+    assert members.expire(5.1) == [node]
+    assert members.expire(5.2) == []
+    assert not members.heartbeat(node.node_id, session, IDLE, 5.3, 0)
+    assert members.open_session(node.node_id) is None
+
+
+def test_a_node_is_dead_when_its_stream_ends() -> None:
+    members = Membership()
+    node = join(members, 0)
+    session = node.session
+    assert members.close_session(node.node_id, session) is node
+    assert not node.alive
+    assert members.close_session(node.node_id, session) is None
+
+
+def test_the_end_of_an_old_stream_does_not_kill_a_node_that_came_back() -> None:
+    members = Membership()
+    node = join(members, 0)
+    old = node.session
+    again = join(members, 1)
+    assert again is node
+    assert members.close_session(node.node_id, old) is None
+    assert node.present
+    # Also between registering again and opening the new stream.
+    members.register(request(), 2, 0)
+    assert members.close_session(node.node_id, node.session) is None
+    assert node.alive
+    assert not node.present
+
+
+def test_the_newest_process_of_a_name_wins() -> None:
+    members = Membership()
+    old = join(members, 0, incarnation="1")
+    new, replaced = members.register(request(incarnation="2"), 1, 0)
+    assert replaced == [old]
+    assert not old.alive
+    assert members.named(WORKER, "w") is new
+    with pytest.raises(ConfigError, match="another worker"):
+        members.register(request(incarnation="1"), 2, 0)
+
+
+def test_a_dead_predecessor_is_replaced_without_a_word() -> None:
+    members = Membership()
+    old = join(members, 0, incarnation="1")
+    members.close_session(old.node_id, old.session)
+    assert members.register(request(incarnation="2"), 1, 0)[1] == []
+    assert [node.alive for node in members.all()] == [True]
+
+
+def test_present_nodes_come_oldest_first_and_all_live_ones_first() -> None:
+    members = Membership()
+    nodes = {name: join(members, 0, name) for name in ("b", "a", "c")}
+    members.close_session(nodes["b"].node_id, nodes["b"].session)
+    assert [node.name for node in members.present(WORKER)] == ["a", "c"]
+    assert [node.name for node in members.all()] == ["a", "c", "b"]
+
+
+def test_the_dead_are_forgotten_beyond_a_bound() -> None:
+    members = Membership()
+    for number in range(MAX_DEAD_NODES + 20):
+        node = join(members, number, f"w{number}")
+        members.close_session(node.node_id, node.session)
+    assert len(members.all()) == MAX_DEAD_NODES
+
+
+def test_names_of_forgotten_nodes_can_still_be_told() -> None:
+    assert Membership().name_of("my.worker.0123abcd") == "my.worker"
+
+
+def test_the_rate_of_sent_bytes() -> None:
+    members = Membership()
+    node = join(members, 0)
+    for second in range(5):
+        activity = coordinator_pb2.Activity(job_id="a", sent_bytes=100 * second)
+        members.heartbeat(node.node_id, node.session, activity, float(second), 0)
+    assert node.sent_bytes_per_second("a") == 100
+    assert node.sent_bytes_per_second("b") == 0

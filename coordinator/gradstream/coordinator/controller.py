@@ -22,7 +22,6 @@ from gradstream.coordinator.notify import Notifier
 from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
 from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
-from gradstream.core.checkpoint import directory_of
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.model import inventory
@@ -79,6 +78,7 @@ class Controller:
         # Whether a job may be queued: saves reading all jobs at every tick of an idle cluster.
         self._queue_changed = True
         self._hub = Hub()
+        self._looked_at = clock()
         self._loop_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -178,13 +178,14 @@ class Controller:
             )
 
     def _note_node(self, message: str) -> None:
-        log.info(message)
-        if self.active is not None:
-            try:
-                self.event(self.active.job_id, "node", message)
-            except UnreachableError as error:
-                # A full disk must not keep a dead worker's slots from moving.
-                log.error("an event was not stored", cause=one_line(error))
+        if self.active is None:
+            log.info(message)
+            return
+        try:
+            self.event(self.active.job_id, "node", message)
+        except UnreachableError as error:
+            # A full disk must not keep a dead worker's slots from moving.
+            log.error("an event was not stored", cause=one_line(error))
 
     # --- orders ----------------------------------------------------------------------------------------
 
@@ -210,6 +211,7 @@ class Controller:
             return
         try:
             now = self.clock()
+            self._forgive_own_stall(now)
             for node in self.members.expire(now):
                 self._hub.end(node.node_id, "its lease ran out")
                 self._note_node(f"{node.title} is gone: no heartbeat for {self.timing.lease_seconds:g} s")
@@ -227,6 +229,16 @@ class Controller:
             log.error("could not act; trying again", cause=one_line(error))
         except Exception:
             log.exception("could not act; trying again")
+
+    def _forgive_own_stall(self, now: float) -> None:
+        """When this process itself stood still (a large import, a suspended machine), nobody else is to blame."""
+        stall = now - self._looked_at - self.timing.tick_seconds
+        self._looked_at = now
+        if stall > self.timing.heartbeat_seconds:
+            self.members.forgive(stall, now)
+            if self.active is not None:
+                patience = self.active.patience
+                patience.update({node_id: until + stall for node_id, until in patience.items()})
 
     def _start_next(self) -> None:
         if not self._queue_changed:
@@ -405,10 +417,18 @@ class Controller:
         return [node for node in self.members.present(WORKER) if planner.fits(node.memory_bytes, need)]
 
     def _expected_holders(self, active: ActiveJob) -> list[str]:
-        """Holders that have not been seen since the coordinator was started anew, while they are given time."""
-        if self.clock() >= active.expect_holders_until:
-            return []
-        return [holder for holder in active.holders if holder and self.members.get(holder) is None]
+        """Holders that count although they cannot be spoken to.
+
+        Those that have registered and are about to open their stream, and, for a time after the coordinator was started
+        anew, those not seen since.
+        """
+        waiting = self.clock() < active.expect_holders_until
+        expected = []
+        for holder in filter(None, active.holders):
+            node = self.members.get(holder)
+            if (waiting and node is None) or (node is not None and node.alive and not node.present):
+                expected.append(holder)
+        return expected
 
     def _any_worker(self, active: ActiveJob) -> bool:
         return bool(self.workers(active) or self._expected_holders(active))
@@ -498,11 +518,6 @@ class Controller:
         log.info(message, job=job_id, kind=kind)
         event = jobs_pb2.Event(unix_ms=unix_ms(), kind=kind, message=message)
         self.notifier.append(job_id, [jobs_pb2.WatchJobResponse(event=event)])
-
-
-def checkpoint_directory(record: JobRecord, version: int) -> str:
-    """Where a version's checkpoint of a job is."""
-    return directory_of(checkpoints.root_of(record.run_directory), version)
 
 
 def _offers(nodes: Iterable[NodeEntry]) -> list[planner.NodeOffer]:

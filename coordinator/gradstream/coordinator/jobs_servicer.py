@@ -11,12 +11,12 @@ from typing import Any
 import grpc.aio
 
 from gradstream.coordinator import checkpoints, planner, scheduler
-from gradstream.coordinator.controller import Controller, checkpoint_directory, unix_ms
+from gradstream.coordinator.controller import Controller, unix_ms
 from gradstream.coordinator.orders import Orders
 from gradstream.coordinator.state import JobRecord
 from gradstream.coordinator.views import Views
 from gradstream.core import files
-from gradstream.core.checkpoint import export_huggingface
+from gradstream.core.checkpoint import directory_of, export_huggingface
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, nearest
@@ -128,7 +128,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             self._controller.exporting.append(pin)
             try:
                 async with self._exports:
-                    async for piece in _export(checkpoint_directory(record, version)):
+                    async for piece in _export(directory_of(checkpoints.root_of(record.run_directory), version)):
                         yield piece
             finally:
                 self._controller.exporting.remove(pin)

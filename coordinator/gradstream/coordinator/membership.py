@@ -163,6 +163,11 @@ class Membership:
         self._prune()
         return node
 
+    def forgive(self, seconds: float, now: float) -> None:
+        """Extend all leases: heartbeats that came meanwhile could not be read, for a reason of our own."""
+        for node in self._nodes.values():
+            node.last_heartbeat = min(now, node.last_heartbeat + seconds)
+
     def expire(self, now: float) -> list[NodeEntry]:
         """End the nodes whose lease ran out; return them."""
         dead = [n for n in self._nodes.values() if n.alive and now - n.last_heartbeat > self.lease_seconds]

@@ -14,10 +14,10 @@ from dataclasses import replace
 
 from gradstream.coordinator import checkpoints
 from gradstream.coordinator.active import ActiveJob
-from gradstream.coordinator.controller import Controller, checkpoint_directory
+from gradstream.coordinator.controller import Controller
 from gradstream.coordinator.membership import NodeEntry
 from gradstream.coordinator.state import JobRecord
-from gradstream.core.checkpoint import write_manifest
+from gradstream.core.checkpoint import directory_of, write_manifest
 from gradstream.core.config import Recipe
 from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
@@ -186,7 +186,7 @@ class Reports:
             "consecutive_skips": reports[0].consecutive_skips,
         }
         try:
-            directory = checkpoint_directory(record, version)
+            directory = directory_of(root, version)
             manifest = await asyncio.to_thread(write_manifest, directory, plan, version, reports, progress)
             self._state.record_checkpoint(record.job_id, plan.epoch, checkpoints.as_message(root, manifest))
             self._controller.notifier.changed(record.job_id)

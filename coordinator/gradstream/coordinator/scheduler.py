@@ -99,8 +99,8 @@ def judge_end(
 ) -> tuple[Ending, str]:
     """Decide whether a job with a plan rests, ends or goes on.
 
-    `halted_version` is where the leader answered a request to halt, if it did; `validated` says that the last validation
-    pass is complete or none is wanted.
+    `halted_version` is where the leader answered a request to halt, if it did; `validated` says that the last
+    validation pass is complete or none is wanted.
     """
     done = version >= num_steps
     if done and version in checkpoints and validated:

@@ -193,7 +193,8 @@ def read_manifest(directory: str) -> CheckpointManifest:
             f"checkpoint manifest {path} is damaged ({detail}); restore it, "
             f"or remove {directory} to go back to an older one"
         ) from None
-    if len(manifest.placement) != len(manifest.fragments()) or max(manifest.placement) >= len(manifest.files):
+    known = range(len(manifest.files))
+    if len(manifest.placement) != len(manifest.fragments()) or not all(file in known for file in manifest.placement):
         raise CheckpointError(
             f"checkpoint manifest {path} contradicts itself; restore it, "
             f"or remove {directory} to go back to an older one"

@@ -21,12 +21,16 @@ from gradstream.core.errors import ConfigError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: frozen, and strict about unknown keys."""
+    """Base of every part of a recipe: frozen, and strict about unknown keys.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Infinities and NaN are refused: JSON, in which a recipe travels, has no word for them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -78,7 +82,7 @@ class OptimizerConfig(Section):
 
     kind: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0, description="on matrices only, not on norms and biases")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only")
@@ -166,7 +170,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         longest = self.model.config.get("max_position_embeddings", self.model.config.get("n_positions"))
-        if longest is not None and self.training.sequence_length > longest:
+        if isinstance(longest, int) and self.training.sequence_length > longest:
             raise ValueError(
                 f"training.sequence_length {self.training.sequence_length} is longer than the model's "
                 f"{longest} positions; lower it or raise model.config.max_position_embeddings"

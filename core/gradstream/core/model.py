@@ -47,7 +47,7 @@ def load_config(model_config: Mapping[str, Any]) -> Any:
         )
     try:
         return AutoConfig.for_model(model_type, **fields)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # the config classes of transformers raise whatever a wrong value leads to
         raise ConfigError(f"model.config is not a valid {model_type} config: {' '.join(str(error).split())}") from None
 
 

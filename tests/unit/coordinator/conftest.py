@@ -21,8 +21,18 @@ if _NAME not in sys.modules:
     _spec.loader.exec_module(_module)
 
 
+@pytest.fixture(scope="session")
+def transformers_imported() -> None:
+    """The first import takes seconds; tests with short leases must not pay for it."""
+    from coordinator_fakes import make_recipe
+
+    from gradstream.core.model import inventory
+
+    inventory(make_recipe(Path("unused")).model.config)
+
+
 @pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[Any]:
+async def cluster(tmp_path: Path, transformers_imported: None) -> AsyncIterator[Any]:
     cluster = sys.modules[_NAME].Cluster(tmp_path)
     await cluster.start()
     yield cluster

@@ -126,7 +126,12 @@ async def test_pause_resume_and_stop_with_a_checkpoint(cluster: Cluster) -> None
     # --- stop waits for halt and checkpoint
     await cluster.jobs.StopJob(jobs_pb2.StopJobRequest(job_id=job_id))
     await cluster.stub.ReportStep(step_report(job_id, 1, halted=True))
-    assert (await cluster.job(job_id)).state == RUNNING
+    await worker.slots(0)
+    # A step that was under way when the slots were taken away.
+    await cluster.stub.ReportStep(step_report(job_id, 2))
+    job = await cluster.job(job_id)
+    assert job.state == RUNNING
+    assert [wait.what for wait in job.waits] == ["the checkpoint of version 2"]
     await report_checkpoint(ps[0], 2)
     await cluster.event(job_id, "stopped")
     for node in (*ps, worker):
@@ -282,7 +287,9 @@ async def test_a_restarted_coordinator_adopts_what_runs(cluster: Cluster) -> Non
     assert all(node.holds == {job_id: 1} for node in cluster.nodes)
 
 
-async def test_a_restarted_coordinator_plans_anew_without_the_state(tmp_path: Path) -> None:
+async def test_a_restarted_coordinator_plans_anew_without_the_state(
+    tmp_path: Path, transformers_imported: None
+) -> None:
     from dataclasses import replace
 
     cluster = Cluster(tmp_path, replace(TIMING, adopt_grace_seconds=0.3))
@@ -505,7 +512,7 @@ async def test_serve_writes_the_ready_file_is_healthy_and_stops_on_sigterm(tmp_p
     ready = tmp_path / "ready"
     task = asyncio.create_task(serve("127.0.0.1:0", tmp_path / "state", ready))
     async with asyncio.timeout(10):
-        while not ready.exists():
+        while not ready.exists():  # noqa: ASYNC110 (a file cannot be awaited)
             await asyncio.sleep(0.01)
     address = ready.read_text().strip()
     assert not address.endswith(":0")

@@ -45,6 +45,14 @@ def test_a_lease_runs_out_without_heartbeats() -> None:
     assert members.open_session(node.node_id) is None
 
 
+def test_leases_are_extended_by_the_time_that_we_stood_still() -> None:
+    members = Membership(lease_seconds=3)
+    node = join(members, 0)
+    members.forgive(10, now=12)
+    assert members.expire(12) == []
+    assert members.expire(13.1) == [node]
+
+
 def test_a_node_is_dead_when_its_stream_ends() -> None:
     members = Membership()
     node = join(members, 0)

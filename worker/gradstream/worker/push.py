@@ -53,6 +53,7 @@ class PushStream:
         self._under_way_bytes = 0
         self._window_bytes = DEFAULT_WINDOW_BYTES
         self._changed = asyncio.Event()
+        self._num_streams = 0
 
     def put(self, contribution: Contribution) -> None:
         """Queue a contribution. The queue holds at most the worker's slots of one step."""
@@ -91,7 +92,7 @@ class PushStream:
             await asyncio.sleep(backoff.next())
 
     async def _stream(self, backoff: Backoff) -> None:
-        call = self._stub.Push(self._messages())
+        call = self._stub.Push(self._messages(self._num_streams))
         try:
             async for response in call:
                 self._window_bytes = response.window_bytes
@@ -108,14 +109,20 @@ class PushStream:
                 self._faults.acknowledged(response.step, response.slot)
         finally:
             call.cancel()
+            # gRPC leaves the iterator of a call that broke suspended; it must not take what the next stream shall send.
+            self._num_streams += 1
+            self._changed.set()
 
-    async def _messages(self) -> AsyncIterator[bytes]:
+    async def _messages(self, number: int) -> AsyncIterator[bytes]:
         while True:
-            while not self._waiting or (
-                self._under_way and self._under_way_bytes + self._waiting[0].payload.nbytes > self._window_bytes
+            while number == self._num_streams and (
+                not self._waiting
+                or (self._under_way and self._under_way_bytes + self._waiting[0].payload.nbytes > self._window_bytes)
             ):
                 self._changed.clear()
                 await self._changed.wait()
+            if number != self._num_streams:
+                return
             contribution = self._waiting.popleft()
             self._under_way.append(contribution)
             self._under_way_bytes += contribution.payload.nbytes

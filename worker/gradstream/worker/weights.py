@@ -114,7 +114,8 @@ class WeightInstaller:
         except BaseException as error:
             self._error = error
         with self._condition:
-            self._missing[fragment.tensor] -= 1
+            if inbox is self._inbox:  # else the next version was installed meanwhile, and this is none of its own
+                self._missing[fragment.tensor] -= 1
             self._condition.notify_all()
 
     def _wait(self, tensors: Sequence[int]) -> None:

@@ -194,7 +194,11 @@ def job_view(job: Job, nodes: list[Node]) -> Any:
         waits += [
             f"{node.name} waits for {node.activity.waiting_for} {out.format_since(node.activity.waiting_since)}".strip()
             for node in nodes
-            if node.activity.waiting_for and node.activity.job_id == job.job_id and node.alive
+            if node.activity.waiting_for
+            and node.activity.job_id == job.job_id
+            and node.alive
+            # The coordinator has most of what nodes wait for among the job's waits already.
+            and not any(node.name in f"{wait.what} {wait.whom}" for wait in job.waits)
         ]
         for index, text in enumerate(waits):
             row("waits for" if index == 0 else "", Text(text, style="yellow"))

@@ -84,11 +84,11 @@ class ParameterServer:
                 shard.request_boundary(request)
 
     async def _take_up(self, plan: Plan, index: int) -> None:
-        shard = Shard(
-            plan, index, self._executor, self._complete_at_leader, self._step_reports.put, self._send_checkpoint
-        )
-        self.shard = shard
         try:
+            shard = Shard(
+                plan, index, self._executor, self._complete_at_leader, self._step_reports.put, self._send_checkpoint
+            )
+            self.shard = shard
             await shard.load()
         except Exception as error:
             await self._fail(plan, error)

@@ -43,6 +43,13 @@ class SlotTotals:
     num_samples: int
     loss_sum: float
 
+    def same_as(self, other: SlotTotals) -> bool:
+        """Whether both say the same; a loss that is NaN is the same as another."""
+        losses = (self.loss_sum, other.loss_sum)
+        return (self.num_tokens, self.num_samples) == (other.num_tokens, other.num_samples) and (
+            losses[0] == losses[1] or all(map(math.isnan, losses))
+        )
+
 
 @dataclass
 class Phase:
@@ -182,8 +189,13 @@ class Shard:
         expected = self.push_codec.encoded_bytes(state.fragment.num_elements)
         if header.payload_bytes != expected:
             raise ProtocolError(f"{what}: payload of {header.payload_bytes} bytes announced, {expected} needed")
-        if not header.slot_tokens:
-            raise ProtocolError(f"{what}: a slot without tokens")
+        training = self.plan.recipe.training
+        most_tokens = training.slot_batch * training.sequence_length
+        if not 0 < header.slot_tokens <= most_tokens or header.slot_samples > training.slot_batch:
+            raise ProtocolError(
+                f"{what}: {header.slot_tokens} tokens of {header.slot_samples} samples, but a slot has at most "
+                f"{most_tokens} of {training.slot_batch}"
+            )
         if header.step >= self.plan.num_steps:
             raise ProtocolError(f"{what}: the job has {self.plan.num_steps} steps")
         if header.step > self.version:
@@ -201,7 +213,7 @@ class Shard:
             return pb.PUSH_RESULT_DUPLICATE
         totals = SlotTotals(header.slot_tokens, header.slot_samples, header.slot_loss_sum)
         known = self._slots.setdefault(header.slot, totals)
-        if known != totals and not (math.isnan(known.loss_sum) and math.isnan(totals.loss_sum)):
+        if not known.same_as(totals):
             raise ProtocolError(
                 f"slot {header.slot} of step {header.step}: {totals} differs from {known} of an earlier contribution"
             )
@@ -280,7 +292,10 @@ class Shard:
         return None if copy is None else (state.fragment, copy)
 
     def _decide(self, step: int, reports: Mapping[int, pb.CompleteStepRequest]) -> Decision:
-        loss_sum = math.fsum(totals.loss_sum for _, totals in sorted(self._slots.items()))
+        try:
+            loss_sum = math.fsum(totals.loss_sum for _, totals in sorted(self._slots.items()))
+        except (OverflowError, ValueError):  # beyond fp64, or inf - inf
+            loss_sum = math.nan
         recipe = self.plan.recipe
         decision, reason = decide_commit(step, reports, loss_sum, recipe.optimizer.clip_norm, self._consecutive_skips)
         if decision.skip:

@@ -1,0 +1,238 @@
+"""Recipes: one line that names the mistake and the cure; bases, overrides and the trip through JSON."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradstream.core.config import Recipe, load_recipe, parse_recipe
+from gradstream.core.errors import ConfigError
+
+TREE: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"config": {"model_type": "llama", "max_position_embeddings": 32}},
+    "training": {"num_steps": 4, "num_slots": 2, "global_batch": 8, "microbatch": 2, "sequence_length": 32},
+    "data": {"path": "data", "prepare": {"sources": ["corpus/*.txt", "stdlib:"]}},
+    "validation": {"num_samples": 4},
+}
+
+
+def changed(**sections: dict[str, Any]) -> dict[str, Any]:
+    """The valid tree with some keys of some sections replaced."""
+    return {key: {**value, **sections[key]} if key in sections else value for key, value in TREE.items()} | {
+        key: value for key, value in sections.items() if key not in TREE
+    }
+
+
+def write(path: Path, tree: Any) -> Path:
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return path
+
+
+def refusal(tree: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(tree)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (TREE | {"trainin": {}}, "unknown key 'trainin'; did you mean 'training'?"),
+        (changed(training={"num_step": 3}), "unknown key 'training.num_step'; did you mean 'num_steps'?"),
+        (changed(optimizer={"lr_rate": 1, "learning_rat": 1}), "unknown key 'optimizer.lr_rate'"),
+        (
+            changed(data={"prepare": {"sources": ["x"], "vocabsize": 1}}),
+            "unknown key 'data.prepare.vocabsize'; did you mean 'vocab_size'?",
+        ),
+        (TREE | {"zzzzzzzz": 1}, "unknown key 'zzzzzzzz'"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(tree: Any, message: str) -> None:
+    assert message in refusal(tree)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({key: value for key, value in TREE.items() if key != "model"}, "'model' is missing"),
+        (changed(training={"num_steps": 0}), "'training.num_steps': input should be greater than 0, not 0"),
+        (changed(training={"num_steps": "many"}), "'training.num_steps'"),
+        (changed(training={"global_batch": 9}), "global_batch 9 is not divisible by num_slots 2; use 8 or another"),
+        (changed(training={"global_batch": 1}), "use 2 or another number of slots"),
+        (changed(training={"microbatch": 3}), "not divisible by microbatch 3; use a microbatch that divides 4"),
+        (changed(training={"sequence_length": 33}), "sequence_length 33 is longer than the model's 32 positions"),
+        (changed(validation={"num_samples": 5}), "validation.num_samples 5 is not divisible by training.num_slots 2"),
+        (
+            changed(data={"prepare": {"sources": ["x"], "num_shards": 3}}),
+            "data.prepare.num_shards 3 is not divisible by training.num_slots 2",
+        ),
+        (changed(optimizer={"kind": "adam"}), "'optimizer.kind'"),
+        (changed(optimizer={"betas": [0.9, 1.5]}), "'optimizer.betas.1'"),
+        (changed(optimizer={"clip_norm": float("inf")}), "'optimizer.clip_norm': input should be a finite number"),
+        (changed(codec={"push": "int4"}), "'codec.push'"),
+        (changed() | {"name": "Not a name"}, "'name'"),
+        (changed() | {"name": "../up"}, "'name'"),
+        ("{not json", "not JSON"),
+        ("[]", "recipe:"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_reason(tree: Any, message: str) -> None:
+    assert message in refusal(tree)
+
+
+def test_positions_of_gpt2_are_known_too() -> None:
+    tree = changed(model={"config": {"model_type": "gpt2", "n_positions": 16}})
+    assert "longer than the model's 16 positions" in refusal(tree)
+
+
+def test_several_mistakes_are_counted() -> None:
+    assert "(and 1 more)" in refusal(changed(training={"num_steps": 0, "microbatch": 0}))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*TREE, "config", "x"]), inner),
+        max_leaves=10,
+    )
+)
+def test_any_tree_is_a_recipe_or_a_config_error(tree: Any) -> None:
+    for candidate in (tree, {**TREE, **tree} if isinstance(tree, dict) else {**TREE, "training": tree}):
+        if isinstance(candidate, str):
+            continue
+        try:
+            parse_recipe(candidate)
+        except ConfigError as error:
+            assert "\n" not in str(error)
+
+
+def test_a_recipe_survives_json() -> None:
+    recipe = parse_recipe(changed(optimizer={"learning_rate": 0.1 + 0.2, "eps": 1e-12, "betas": [0.1, 0.7]}))
+    again = parse_recipe(recipe.model_dump_json())
+    assert again == recipe
+    assert again.model_dump_json() == recipe.model_dump_json()
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+@given(rate=st.floats(min_value=1e-300, max_value=1e300), seed=st.integers(0, 2**80))
+def test_numbers_survive_json_to_the_last_bit(rate: float, seed: int) -> None:
+    """The recipe determines the trajectory, so its numbers must be the same in every process."""
+    recipe = parse_recipe(changed(optimizer={"learning_rate": rate}) | {"seed": seed})
+    again = parse_recipe(recipe.model_dump_json())
+    assert (again.optimizer.learning_rate, again.seed) == (rate, seed)
+
+
+def test_a_base_is_merged_and_the_top_wins(tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    write(tmp_path / "bases" / "bottom.yaml", TREE | {"seed": 1, "description": "bottom"})
+    write(tmp_path / "middle.yaml", {"base": "bases/bottom.yaml", "training": {"num_steps": 7}, "seed": 2})
+    top = write(tmp_path / "top.yaml", {"base": "middle.yaml", "seed": 3, "data": {"prepare": {"sources": ["a"]}}})
+    recipe = load_recipe(top)
+    assert (recipe.seed, recipe.description) == (3, "bottom")
+    assert (recipe.training.num_steps, recipe.training.global_batch) == (7, 8)  # mappings merge
+    assert recipe.data.prepare is not None
+    assert [Path(source).name for source in recipe.data.prepare.sources] == ["a"]  # lists replace
+
+
+@pytest.mark.parametrize("chain", [["a"], ["a", "b"], ["a", "b", "c"]])
+def test_a_circle_of_bases_is_refused(tmp_path: Path, chain: list[str]) -> None:
+    for name, base in zip(chain, [*chain[1:], chain[0]], strict=True):
+        write(tmp_path / f"{name}.yaml", {"base": f"{base}.yaml"})
+    with pytest.raises(ConfigError, match="leads back to this file"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_overrides_come_last_and_are_yaml(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", TREE)
+    recipe = load_recipe(
+        path,
+        [
+            "training.num_steps=9",
+            "optimizer.betas=[0.5, 0.6]",
+            "training.recompute=true",
+            "codec.push=int8",
+            "model.config.new_key=a=b",
+            "description=half: {open",
+        ],
+    )
+    assert recipe.training.num_steps == 9
+    assert recipe.training.recompute is True
+    assert recipe.optimizer.betas == (0.5, 0.6)
+    assert recipe.codec.push == "int8"
+    assert recipe.model.config["new_key"] == "a=b"
+    assert recipe.description == "half: {open"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.num_steps", "not of the form key.sub=value"),
+        ("=3", "not of the form key.sub=value"),
+        ("name.sub=3", "'name' holds a value, not a section"),
+        ("training.num_stepz=3", "did you mean 'num_steps'?"),
+        ("training.num_steps=", "'training.num_steps'"),
+    ],
+)
+def test_a_wrong_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(tmp_path / "r.yaml", TREE), [override])
+    assert message in str(caught.value)
+
+
+def test_relative_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "r.yaml", changed(data={"path": "s3://bucket/data"}))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(path)
+    assert recipe.data.path == "s3://bucket/data"
+    assert recipe.run_root == str(tmp_path / "runs")
+    assert recipe.data.prepare is not None
+    assert recipe.data.prepare.sources == [str(tmp_path / "corpus/*.txt"), "stdlib:"]
+
+
+def test_a_model_config_may_be_a_path_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2", "n_positions": 32}')
+    path = write(tmp_path / "r.yaml", TREE | {"model": {"config": "model"}})
+    assert load_recipe(path).model.config == {"model_type": "gpt2", "n_positions": 32}
+    (tmp_path / "model" / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="does not hold a JSON object"):
+        load_recipe(path)
+    (tmp_path / "model" / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"not a readable config\.json"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n- b\n", "a recipe is a mapping"),
+        ("a: [\n", "not YAML"),
+        ("", "a recipe is a mapping"),
+        ("base: nowhere.yaml\n", "no such recipe"),
+        ("name: a\nmodel: 3\n", "'model'"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(tmp_path / "r.yaml", content))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_binary_files_and_directories_are_no_recipes(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    for name in ("binary", "", "missing.yaml"):
+        with pytest.raises(ConfigError):
+            load_recipe(tmp_path / name)
+
+
+def test_the_recipes_that_come_along_are_valid() -> None:
+    paths = sorted((Path(__file__).parents[3] / "recipes").glob("**/*.yaml"))
+    assert paths
+    for path in paths:
+        assert isinstance(load_recipe(path), Recipe), path

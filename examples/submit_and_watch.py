@@ -1,6 +1,6 @@
 """Submit a recipe to a cluster, watch it, and export the model: the Python client from start to end.
 
-    python examples/submit_and_watch.py recipes/stdlib-gpt.yaml exported -s training.num_steps=50
+python examples/submit_and_watch.py recipes/stdlib-gpt.yaml exported -s training.num_steps=50
 """
 
 from __future__ import annotations

@@ -85,9 +85,3 @@ def test_it_is_imported_without_torch(module: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(("part", "path"), modules(), ids=lambda value: value.name if isinstance(value, Path) else value)
-def test_a_module_can_be_read_in_a_sitting(part: str, path: Path) -> None:
-    if part != "proto":
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 520

@@ -69,6 +69,7 @@ class ActiveJob:
     plan: Plan | None = None
     plan_message: plan_pb2.Plan | None = None
     tensors: list[Tensor] | None = None
+    architecture: str = ""
     totals: StepTotals = field(default_factory=StepTotals)
     pace: Pace = field(default_factory=Pace)
     # The version at which the leader answered a request to halt. A step that was under way may still come after it.
@@ -115,6 +116,7 @@ class ActiveJob:
         self.plan_message = message
         self.plan = plan if plan is not None else Plan.from_proto(message)
         self.tensors = list(self.plan.tensors)
+        self.architecture = self.plan.architecture
         self.patience.clear()
         self.files.clear()
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from gradstream.coordinator import checkpoints, planner, scheduler
 from gradstream.coordinator.active import ActiveJob
+from gradstream.coordinator.inventory import take_inventory
 from gradstream.coordinator.membership import SERVER, WORKER, Membership, NodeEntry
 from gradstream.coordinator.notify import Notifier
 from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
@@ -24,7 +25,6 @@ from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.log import get_logger
-from gradstream.core.model import inventory
 from gradstream.core.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
@@ -45,8 +45,8 @@ log = get_logger()
 class Timing:
     """Times in seconds that the coordinator works by."""
 
-    heartbeat_seconds: float = 0.5
-    lease_seconds: float = 3.0
+    heartbeat_seconds: float = 1.0
+    lease_seconds: float = 10.0
     # For a plan's server whose stream broke to come back with its state.
     server_grace_seconds: float = 3.0
     # For a plan's nodes to come back after the coordinator was started anew.
@@ -288,13 +288,16 @@ class Controller:
         try:
             start, versions = await asyncio.to_thread(checkpoints.newest, root)
             if active.tensors is None:
-                active.tensors = await asyncio.to_thread(inventory, active.recipe.model.config)
+                found = await take_inventory(active.recipe.model.config)
+                active.tensors = list(found.tensors)
+                active.architecture = found.architecture
             plan, reasons = await asyncio.to_thread(
                 planner.make_plan,
                 record.job_id,
                 active.recipe,
                 active.manifest,
                 active.tensors,
+                active.architecture,
                 _offers(servers),
                 _offers(workers),
                 record.epoch + 1,

@@ -146,7 +146,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             return jobs[-1]
         if not jobs:
             raise ConfigError("there is no job yet; submit one with `gradstream submit RECIPE`")
-        known = nearest(job_id, [job.job_id for job in jobs]) or "; `gradstream jobs` lists them"
+        known = nearest(job_id, [job.job_id for job in jobs]) or "; `gradstream ls` lists them"
         raise ConfigError(f"there is no job '{job_id[:100]}'{known}")
 
 

@@ -74,7 +74,7 @@ class NodeEntry:
 class Membership:
     """The table. Times are seconds of any steady clock."""
 
-    def __init__(self, heartbeat_seconds: float = 0.5, lease_seconds: float = 3.0):
+    def __init__(self, heartbeat_seconds: float = 1.0, lease_seconds: float = 10.0):
         self.heartbeat_seconds = heartbeat_seconds
         self.lease_seconds = lease_seconds
         self._nodes: dict[str, NodeEntry] = {}

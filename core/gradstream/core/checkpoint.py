@@ -361,13 +361,8 @@ def _export_weights(reader: CheckpointReader, destination: Path) -> None:
 
 
 def _export_config(reader: CheckpointReader, destination: Path) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     manifest = reader.manifest
     config = dict(manifest.architecture)
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
-    if architecture is not None:
-        config.setdefault("architectures", [architecture])
     config.setdefault("dtype", "float32")
     (destination / "config.json").write_text(json.dumps(config, indent=1))
     path = files.join(reader.directory, TOKENIZER_NAME)

@@ -10,15 +10,22 @@ without one.
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from gradstream.core.errors import ConfigError
+from gradstream.core.errors import ConfigError, nearest
 from gradstream.core.fragments import Tensor
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+# transformers draws from the process's one generator. A shard that was dropped while it loaded may still be drawing in
+# its thread when the next one begins.
+_GENERATOR_LOCK = threading.Lock()
 
 
 def preload() -> None:
@@ -26,17 +33,13 @@ def preload() -> None:
 
     It takes seconds during which a thread holds the interpreter; a node does it before it promises heartbeats.
     """
-    import transformers
-
-    getattr(transformers, "AutoModelForCausalLM")  # noqa: B009: the attribute is what triggers the import
+    from transformers import AutoModelForCausalLM  # noqa: F401
 
 
 def load_config(model_config: Mapping[str, Any]) -> Any:
     """The transformers config object of a config.json's contents. Raises ConfigError for an unknown model type."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    from gradstream.core.errors import nearest
 
     fields = dict(model_config)
     model_type = fields.pop("model_type", None)
@@ -140,7 +143,7 @@ def initial_weights(
         if not fresh or (wanted is not None and wanted.isdisjoint(fresh.values())):
             continue
         unit.to_empty(device="cpu")
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with _GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(derive_seed(seed, "init", unit_name))
             _initialize(model, unit)
         parameters = dict(unit.named_parameters())
@@ -166,3 +169,18 @@ def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any values with a stable text form."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _main() -> None:
+    """`python -m gradstream.core.model`: config.json on stdin, its inventory on stdout, both JSON."""
+    try:
+        model = build(json.load(sys.stdin), "meta")
+        tensors = [(tensor.name, tensor.shape, tensor.decay, tensor.unit) for tensor in _inventory(model)]
+        answer: dict[str, Any] = {"tensors": tensors, "architecture": type(model).__name__}
+    except ConfigError as error:
+        answer = {"error": str(error)}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()

@@ -47,6 +47,11 @@ class Plan:
         return tuple(cut(self.tensors, self.fragment_elements))
 
     @property
+    def architecture(self) -> str:
+        """Name of the model's transformers class."""
+        return str(next(iter(self.model_config.get("architectures") or [""])))
+
+    @property
     def num_slots(self) -> int:
         return self.recipe.training.num_slots
 

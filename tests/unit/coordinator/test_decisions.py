@@ -47,7 +47,7 @@ def offers(count: int, memory: int = 1 << 30) -> list[NodeOffer]:
 
 
 def plan(recipe: Recipe, servers: list[NodeOffer], tensors: list[Tensor] = TENSORS) -> tuple[Plan, dict[str, str]]:
-    return make_plan("tiny-1", recipe, make_manifest(), tensors, servers, [], 1, None, "/runs/tiny-1/checkpoints")
+    return make_plan("tiny-1", recipe, make_manifest(), tensors, "LlamaForCausalLM", servers, [], 1, None, "/runs/tiny-1/checkpoints")
 
 
 def test_a_plan_is_balanced_and_reads_back(recipe: Recipe) -> None:
@@ -70,7 +70,7 @@ def test_never_more_servers_than_fragments(recipe: Recipe) -> None:
 
 def test_a_plan_starts_from_its_checkpoint(recipe: Recipe) -> None:
     at = CheckpointAt(6, "/c/step-00000006")
-    made, _ = make_plan("j", recipe, make_manifest(), TENSORS, offers(1), [], 3, at, "/c")
+    made, _ = make_plan("j", recipe, make_manifest(), TENSORS, "LlamaForCausalLM", offers(1), [], 3, at, "/c")
     assert (made.epoch, made.start_version, made.checkpoint_path) == (3, 6, "/c/step-00000006")
 
 
@@ -90,7 +90,7 @@ def test_a_server_that_did_not_say_its_memory_is_believed(recipe: Recipe) -> Non
 def test_a_cluster_of_small_workers_cannot_take_the_model(recipe: Recipe) -> None:
     worker = NodeOffer("w.00", "w", "", 1000)
     with pytest.raises(PlanError, match="worker w needs"):
-        make_plan("j", recipe, make_manifest(), TENSORS, offers(1), [worker], 1, None, "/c")
+        make_plan("j", recipe, make_manifest(), TENSORS, "LlamaForCausalLM", offers(1), [worker], 1, None, "/c")
 
 
 def test_the_memory_of_a_server_is_predicted(recipe: Recipe) -> None:

@@ -1,5 +1,6 @@
 """Models: the inventory is the model, and initial weights are a function of (config, seed) whoever asks for what."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -132,6 +133,14 @@ def test_initial_weights_are_distributed_as_transformers_makes_them(config: dict
         else:
             assert 0.75 < float(ours[name].std() / theirs.std()) < 1.33, name
             assert abs(float(ours[name].mean())) < 4 * float(theirs.std()) / theirs.numel() ** 0.5, name
+
+
+def test_two_threads_at_once_do_not_disturb_each_other() -> None:
+    """A shard that was dropped while it loaded still draws in its thread when the next one loads."""
+    expected = dict(initial_weights(CONFIGS["llama"], 7))
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: dict(initial_weights(CONFIGS["llama"], 7)), range(12)):
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_layers_get_different_weights() -> None:

@@ -1,0 +1,85 @@
+"""Every process is killed; the job goes on from its last checkpoint with other numbers of workers and servers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from support.cluster import Cluster
+from support.tiny import tiny_recipe
+
+
+@pytest.mark.timeout(300)
+def test_kill_everything_and_resume_elsewhere(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    training = {"num_steps": 24}
+    seed = random.randrange(1 << 30)
+    kill_at = random.Random(seed).randrange(3, 20)
+    print(f"killing everything once step {kill_at} is committed (seed {seed})")
+    cluster.start_coordinator()
+    cluster.start_servers("server-0", "server-1")
+    cluster.start_workers("worker-0", "worker-1")
+    needs_two = {"min_workers": 2, "min_servers": 2}
+    job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", training=training, cluster=needs_two))
+    undisturbed = cluster.finish(job.job_id)
+    reference = cluster.final_digest(job.job_id)
+
+    job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", training=training))
+    for item in cluster.client.watch(job.job_id):
+        if getattr(item, "step", -1) >= kill_at:
+            break
+    cluster.kill(*cluster.processes)
+
+    cluster.start_coordinator()
+    assert cluster.client.job(job.job_id).state in ("running", "planning")
+    cluster.start_servers("server-a", "server-b", "server-c")
+    cluster.start_workers("worker-a")
+    resumed = cluster.finish(job.job_id)
+    assert cluster.final_digest(job.job_id) == reference
+    assert resumed.epoch == 2
+    # Tokens and samples are exact: what was walked twice counts once.
+    assert (resumed.num_tokens, resumed.num_samples) == (undisturbed.num_tokens, undisturbed.num_samples)
+    assert resumed.num_tokens == 24 * 8 * 32
+    assert resumed.validation_loss == undisturbed.validation_loss
+
+
+@pytest.mark.timeout(240)
+def test_killed_server_walks_the_same_steps_again(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    training = {"num_steps": 16}
+    cluster.start_coordinator()
+    cluster.start_servers("server-0", "server-1")
+    cluster.start_workers("worker-0")
+    job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", training=training))
+    cluster.finish(job.job_id)
+    reference = cluster.final_digest(job.job_id)
+
+    job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", training=training))
+    for item in cluster.client.watch(job.job_id):
+        if getattr(item, "step", -1) >= 5:
+            break
+    cluster.kill("server-1")
+    finished = cluster.finish(job.job_id)
+    assert finished.epoch == 2
+    assert cluster.final_digest(job.job_id) == reference
+
+
+@pytest.mark.timeout(240)
+def test_coordinator_restart_does_not_stop_the_steps(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    training = {"num_steps": 150}
+    recipe = tiny_recipe(tiny_data, tmp_path / "runs", training=training, checkpoint={"interval_steps": 50})
+    cluster.start_coordinator()
+    cluster.start_servers("server-0", "server-1")
+    cluster.start_workers("worker-0")
+    job = cluster.client.submit(recipe)
+    for item in cluster.client.watch(job.job_id):
+        if getattr(item, "step", -1) >= 5:
+            break
+    before = cluster.client.job(job.job_id).version
+    cluster.kill("coordinator")
+    cluster.start_coordinator()
+    finished = cluster.finish(job.job_id)
+    # The same plan all along, and every step's report arrived, those made while it was away too.
+    assert finished.epoch == 1
+    steps = [item.step for item in cluster.client.watch(job.job_id, follow=False) if hasattr(item, "grad_norm")]
+    assert steps == list(range(150))
+    assert before < 150

@@ -1,0 +1,44 @@
+"""A worker dies in the middle of a step: the survivor computes its slots at the same version; no bit changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.cluster import Cluster
+from support.tiny import tiny_recipe
+
+
+def undisturbed_digest(cluster: Cluster, data: Path, run_root: Path) -> str:
+    job = cluster.client.submit(tiny_recipe(data, run_root, name="undisturbed"))
+    cluster.finish(job.job_id)
+    return cluster.final_digest(job.job_id)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("kill@step=3,slot=1", id="before-its-slot"),
+        # The tiny model has 45 fragments: half of the slot was pushed and acknowledged.
+        pytest.param("kill@step=3,slot=1,acknowledged=20", id="half-of-a-slot-pushed"),
+    ],
+)
+def test_killed_worker_changes_no_bit(cluster: Cluster, tiny_data: Path, tmp_path: Path, fault: str) -> None:
+    cluster.start_coordinator()
+    cluster.start_servers("server-0", "server-1")
+    # Slots are dealt in turns, oldest worker first: worker-1 gets slots 1 and 3, and the fault is for slot 1.
+    cluster.start_workers("worker-0")
+    reference = undisturbed_digest(cluster, tiny_data, tmp_path / "runs")
+    cluster.start_workers("worker-1", faults=fault)
+    recipe = tiny_recipe(tiny_data, tmp_path / "runs", name="disturbed", cluster={"min_workers": 2, "min_servers": 2})
+    job = cluster.client.submit(recipe)
+    assert cluster.wait_dead("worker-1") == -9
+    # Another worker may join while the job goes on.
+    cluster.start_workers("worker-2")
+    cluster.finish(job.job_id)
+    messages = [item.message for item in cluster.client.watch(job.job_id, follow=False) if hasattr(item, "message")]
+    assert any("slots 1, 3 lost their worker" in message for message in messages), messages
+    # The survivor took over at the same version: no new plan, no step walked twice.
+    assert cluster.client.job(job.job_id).epoch == 1
+    assert cluster.final_digest(job.job_id) == reference

@@ -1,0 +1,145 @@
+"""The update rule: torch's own, slice by slice with the same bits, and rates at the edges of the schedule."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gradstream.core.config import OptimizerConfig, ScheduleConfig
+from gradstream.services.parameter_server.optimizer import FragmentOptimizer, learning_rate
+
+PEAK = 2.0
+OPTIMIZER = OptimizerConfig(learning_rate=PEAK)
+# As fragments are cut: on multiples of 256. The last one ends off the vector width, where torch runs other code.
+SLICES = [0, 256, 768, 1003]
+RATES = [1e-3, 5e-4, 2e-3, 0.0, 1e-4]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "adamw": {"kind": "adamw", "weight_decay": 0.1},
+    "adamw-betas": {"kind": "adamw", "weight_decay": 0.01, "betas": (0.5, 0.6), "eps": 1e-6},
+    "sgd": {"kind": "sgd", "weight_decay": 0.1, "momentum": 0.9, "nesterov": False},
+    "sgd-nesterov": {"kind": "sgd", "weight_decay": 0.1, "momentum": 0.9, "nesterov": True},
+    "sgd-plain": {"kind": "sgd", "weight_decay": 0.0, "momentum": 0.0, "nesterov": True},
+}
+every_rule = pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+
+
+def rate(step: int, num_steps: int = 100, **schedule: Any) -> float:
+    return learning_rate(step, num_steps, OPTIMIZER, ScheduleConfig(**schedule))
+
+
+def gradients(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(SLICES[-1], generator=generator) for _ in range(count)]
+
+
+def initial() -> torch.Tensor:
+    return torch.randn(SLICES[-1], generator=torch.Generator().manual_seed(0))
+
+
+def reference(config: OptimizerConfig, decay: bool, weights_N: torch.Tensor) -> torch.optim.Optimizer:
+    """What someone would write who trains the whole tensor with torch."""
+    weight_decay = config.weight_decay if decay else 0.0
+    if config.kind == "adamw":
+        return torch.optim.AdamW([weights_N], betas=config.betas, eps=config.eps, weight_decay=weight_decay, fused=True)
+    nesterov = config.nesterov and config.momentum > 0
+    return torch.optim.SGD(
+        [weights_N], lr=1.0, momentum=config.momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
+    )
+
+
+@every_rule
+@pytest.mark.parametrize("decay", [True, False])
+def test_slices_are_updated_as_the_whole_bit_for_bit(config: dict[str, Any], decay: bool) -> None:
+    rule = OptimizerConfig(**config)
+    whole_N = initial()
+    optimizer = reference(rule, decay, whole_N)
+    sliced = [initial()[begin:end].clone() for begin, end in zip(SLICES, SLICES[1:], strict=False)]
+    ours = [FragmentOptimizer(slice_N, decay, rule) for slice_N in sliced]
+    for gradient_N, step_rate in zip(gradients(len(RATES)), RATES, strict=True):
+        whole_N.grad = gradient_N.clone()
+        optimizer.param_groups[0]["lr"] = step_rate
+        optimizer.step()
+        for one, begin, end in zip(ours, SLICES, SLICES[1:], strict=False):
+            one.step(gradient_N[begin:end].clone(), step_rate)
+    assert torch.equal(torch.cat(sliced), whole_N.detach())
+    assert not torch.equal(whole_N.detach(), initial())
+
+
+def test_decay_is_used_where_asked_for_alone() -> None:
+    rule = OptimizerConfig(weight_decay=0.5)
+    ends = []
+    for decay in (True, False):
+        weights_N = torch.ones(4)
+        FragmentOptimizer(weights_N, decay, rule).step(torch.zeros(4), 0.1)
+        ends.append(weights_N.tolist())
+    assert ends[1] == [1.0] * 4
+    assert ends[0] == pytest.approx([0.95] * 4)
+
+
+@every_rule
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_saved_and_loaded_state_goes_on_bit_for_bit(config: dict[str, Any], after: int) -> None:
+    rule = OptimizerConfig(**config)
+    through_N, saved_N = initial(), initial()
+    through, saved = FragmentOptimizer(through_N, True, rule), FragmentOptimizer(saved_N, True, rule)
+    steps = list(zip(gradients(len(RATES)), RATES, strict=True))
+    for gradient_N, step_rate in steps[:after]:
+        through.step(gradient_N.clone(), step_rate)
+        saved.step(gradient_N.clone(), step_rate)
+    state = {name: array.copy() for name, array in saved.state().items()}
+    assert sorted(state) == sorted(saved.names())
+    assert all(array.dtype == np.float32 for array in state.values())
+    assert sum(array.nbytes for name, array in state.items() if name != "step") == saved.state_bytes
+    loaded_N = saved_N.clone()
+    loaded = FragmentOptimizer(loaded_N, True, rule)
+    loaded.load(state)
+    for array in state.values():
+        array.fill(np.nan)  # what was loaded must be a copy
+    for gradient_N, step_rate in steps[after:]:
+        through.step(gradient_N.clone(), step_rate)
+        loaded.step(gradient_N.clone(), step_rate)
+    assert torch.equal(loaded_N, through_N)
+    for name, array in through.state().items():
+        assert np.array_equal(loaded.state()[name], array), name
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_warm_up_is_linear_and_never_zero(kind: str) -> None:
+    rates = [rate(step, kind=kind, warmup_steps=4, decay_steps=5) for step in range(5)]
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ({"kind": "cosine", "min_ratio": 0.1}, 0, PEAK),
+        ({"kind": "cosine", "min_ratio": 0.1}, 99, 0.1 * PEAK),
+        ({"kind": "cosine", "min_ratio": 0.0}, 99, 0.0),
+        ({"kind": "cosine", "min_ratio": 0.1}, 100, 0.1 * PEAK),  # beyond the end it stays
+        ({"kind": "cosine", "min_ratio": 0.0, "warmup_steps": 1}, 50, PEAK / 2),  # the middle
+        ({"kind": "cosine", "warmup_steps": 100}, 99, PEAK),  # nothing but warm-up
+        ({"kind": "wsd", "decay_steps": 10, "min_ratio": 0.1}, 89, PEAK),
+        ({"kind": "wsd", "decay_steps": 10, "min_ratio": 0.0}, 94, PEAK / 2),
+        ({"kind": "wsd", "decay_steps": 10, "min_ratio": 0.1}, 99, 0.1 * PEAK),
+        ({"kind": "wsd", "decay_steps": 10, "min_ratio": 0.1}, 150, 0.1 * PEAK),
+        ({"kind": "wsd", "decay_steps": 0}, 99, PEAK),
+        ({"kind": "constant"}, 0, PEAK),
+        ({"kind": "constant"}, 99, PEAK),
+    ],
+)
+def test_rates_at_the_edges(schedule: dict[str, Any], step: int, expected: float) -> None:
+    assert rate(step, **schedule) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_job_of_one_step_has_a_rate() -> None:
+    for kind in ("cosine", "wsd", "constant"):
+        assert rate(0, num_steps=1, kind=kind) == PEAK
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_after_the_warm_up_the_rate_never_rises(kind: str) -> None:
+    rates = [rate(step, kind=kind, warmup_steps=7, decay_steps=20) for step in range(7, 100)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == PEAK
+    assert rates[-1] == pytest.approx(0.1 * PEAK)

@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help install demo test check format protos lock clean
 
 help:  ## Show this list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 22
 
 install: $(STAMP)  ## Make the virtual environment and install what the lock pins.
 
@@ -44,6 +44,9 @@ lock:  ## Pin the versions that a fresh resolution of pyproject.toml gives.
 	.venv-lock/bin/pip install --quiet hatchling '.[dev]'
 	{ sed -n '/^#/p' requirements.lock; .venv-lock/bin/pip freeze --exclude gradstream --exclude-editable | grep -v '^gradstream' | sed 's/+cpu//; s/ @ .*//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock && rm -rf .venv-lock
+
+bench-%: $(STAMP)  ## Run one benchmark, for example `make bench-codecs`.
+	$(BIN)/python benchmarks/$*.py
 
 clean:  ## Remove the virtual environment and caches (not data/ and runs/).
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -50,7 +50,8 @@ def test_buf_lint_is_clean() -> None:
 
 
 @pytest.mark.parametrize(
-    "commented", ["message Tensor {", "string name = 1;", "CODEC_FP32 = 1;", "rpc Push(", "service ParameterServerService {"]
+    "commented",
+    ["message Tensor {", "string name = 1;", "CODEC_FP32 = 1;", "rpc Push(", "service ParameterServerService {"],
 )
 def test_buf_lint_misses_a_comment(tmp_path: Path, commented: str) -> None:
     """The rule is in force: without the comment above such a line, lint fails."""

@@ -169,11 +169,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        longest = self.model.config.get("max_position_embeddings", self.model.config.get("n_positions"))
+        config = self.model.config
+        key = next((key for key in ("max_position_embeddings", "n_positions") if key in config), "")
+        longest = config.get(key)
         if isinstance(longest, int) and self.training.sequence_length > longest:
             raise ValueError(
                 f"training.sequence_length {self.training.sequence_length} is longer than the model's "
-                f"{longest} positions; lower it or raise model.config.max_position_embeddings"
+                f"{longest} positions; lower it or raise model.config.{key}"
             )
         prepare = self.data.prepare
         if prepare is not None and prepare.num_shards % self.training.num_slots:

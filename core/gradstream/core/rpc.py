@@ -6,7 +6,9 @@ metadata names the error's class, and `error_from_rpc` on the other side makes t
 
 from __future__ import annotations
 
+import errno
 import random
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -62,17 +64,40 @@ def new_server() -> grpc.aio.Server:
 
 def listen(server: grpc.aio.Server, address: str) -> int:
     """Bind `server` to `address` (host:port, port 0 for a free one); return the port. Raises ConfigError when it is
-    taken."""
+    taken or not this machine's."""
+    _check_free(address)
     try:
         port: int = server.add_insecure_port(address)
     except RuntimeError:
         port = 0
     if not port:
-        raise errors.ConfigError(
-            f"cannot listen on {address}: the port is in use or the address is not this machine's; "
-            f"stop the process that holds it or choose another (port 0 takes a free one)"
-        )
+        raise errors.ConfigError(f"cannot listen on {address}; choose another address (port 0 takes a free one)")
     return port
+
+
+def _check_free(address: str) -> None:
+    """Raise ConfigError that says why one cannot listen there: gRPC says it only in a log line of its own."""
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, ValueError, UnicodeError):
+        raise errors.ConfigError(f"cannot listen on {address}: '{host}' is not a known host; choose another") from None
+    causes = []
+    for family, kind, protocol, _, where in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(where)
+                return
+        except OSError as error:
+            causes.append(error)
+    if any(error.errno == errno.EADDRINUSE for error in causes):
+        raise errors.ConfigError(
+            f"cannot listen on {address}: the port is in use; stop the process that holds it or choose another "
+            f"(port 0 takes a free one)"
+        )
+    cause = "the address is not this machine's" if causes[0].errno == errno.EADDRNOTAVAIL else causes[0].strerror
+    raise errors.ConfigError(f"cannot listen on {address}: {cause}; choose another (127.0.0.1, or 0.0.0.0 for all)")
 
 
 @asynccontextmanager

@@ -211,7 +211,7 @@ def test_without_a_manifest_there_is_no_checkpoint(tmp_path: Path, data_path: Pa
     write(tmp_path, make_plan(data_path, 1), version=5)
     assert [manifest.version for manifest in list_checkpoints(str(tmp_path))] == [3, 5]
     Path(directory, MANIFEST_NAME).unlink()
-    with pytest.raises(CheckpointError, match="is not a checkpoint: it has no manifest.json"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: it has no manifest\.json"):
         CheckpointReader(directory)
     assert [manifest.version for manifest in list_checkpoints(str(tmp_path))] == [5]
     assert list_checkpoints(str(tmp_path / "nowhere")) == []
@@ -259,7 +259,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path: Path, data_path
     directory = write(tmp_path, make_plan(data_path, 2))
     path = Path(directory, MANIFEST_NAME)
     path.write_text(json.dumps(damaged(json.loads(path.read_text()), change)))
-    with pytest.raises(CheckpointError, match="manifest.*or remove") as caught:
+    with pytest.raises(CheckpointError, match=r"manifest.*or remove") as caught:
         read_manifest(directory)
     assert "\n" not in str(caught.value)
 

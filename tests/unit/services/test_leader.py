@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,13 @@ from gradstream.services.parameter_server.leader import Decision, Leader, decide
 
 def report(server: int, squared_norms: list[float], step: int = 3, num_tokens: int = 64) -> pb.CompleteStepRequest:
     return pb.CompleteStepRequest(
-        job_id="job", epoch=1, step=step, server=server, squared_norms=squared_norms, num_tokens=num_tokens, pushed_bytes=10
+        job_id="job",
+        epoch=1,
+        step=step,
+        server=server,
+        squared_norms=squared_norms,
+        num_tokens=num_tokens,
+        pushed_bytes=10,
     )
 
 
@@ -71,7 +78,7 @@ def test_the_decision_does_not_depend_on_which_server_holds_what(
     shuffled = norms.copy()
     order.shuffle(shuffled)
     edges = [0, *sorted(cuts), len(norms)]
-    apart = decide([shuffled[begin:end] for begin, end in zip(edges, edges[1:], strict=False)])
+    apart = decide([shuffled[begin:end] for begin, end in pairwise(edges)])
     assert (apart.clip_scale, apart.grad_norm, apart.loss) == (together.clip_scale, together.grad_norm, together.loss)
 
 
@@ -94,8 +101,8 @@ class Decider:
 async def waiting(leader: Leader, first: pb.CompleteStepRequest) -> "asyncio.Task[Decision]":
     """A report that was taken and waits for the others."""
     task = asyncio.create_task(leader.complete(first))
-    while not leader.missing:
-        await asyncio.sleep(0)
+    await asyncio.sleep(0)  # one turn: it runs until it waits
+    assert leader.missing
     return task
 
 
@@ -107,9 +114,9 @@ async def test_everyone_gets_the_same_decision_once_all_have_reported() -> None:
     assert leader.missing == [0, 2]
     again = asyncio.create_task(leader.complete(report(1, [1.0])))  # a report whose answer was lost
     second = asyncio.create_task(leader.complete(report(0, [2.0])))
-    while leader.missing != [2]:
-        await asyncio.sleep(0)
-    assert not (first.done() or second.done() or again.done())
+    await asyncio.sleep(0)
+    assert leader.missing == [2]
+    assert not any(task.done() for task in (first, second, again))
     assert decider.calls == []
     decision = await leader.complete(report(2, [3.0]))
     assert await first is await second is await again is decision

@@ -1,5 +1,6 @@
 """The update rule: torch's own, slice by slice with the same bits, and rates at the edges of the schedule."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,13 +55,13 @@ def test_slices_are_updated_as_the_whole_bit_for_bit(config: dict[str, Any], dec
     rule = OptimizerConfig(**config)
     whole_N = initial()
     optimizer = reference(rule, decay, whole_N)
-    sliced = [initial()[begin:end].clone() for begin, end in zip(SLICES, SLICES[1:], strict=False)]
+    sliced = [initial()[begin:end].clone() for begin, end in pairwise(SLICES)]
     ours = [FragmentOptimizer(slice_N, decay, rule) for slice_N in sliced]
     for gradient_N, step_rate in zip(gradients(len(RATES)), RATES, strict=True):
         whole_N.grad = gradient_N.clone()
         optimizer.param_groups[0]["lr"] = step_rate
         optimizer.step()
-        for one, begin, end in zip(ours, SLICES, SLICES[1:], strict=False):
+        for one, begin, end in zip(ours, SLICES[:-1], SLICES[1:], strict=True):
             one.step(gradient_N[begin:end].clone(), step_rate)
     assert torch.equal(torch.cat(sliced), whole_N.detach())
     assert not torch.equal(whole_N.detach(), initial())

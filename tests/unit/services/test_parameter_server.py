@@ -3,9 +3,9 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,19 @@ def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: st
         "codec": {"push": push, "pull": pull},
         "data": {"path": data},
     }
-    manifest = {"token_dtype": "uint16", "vocab_size": 64, "end_of_text_id": 0, "tokenizer_sha256": "0" * 64, "shards": []}
+    tokens = {
+        "token_dtype": "uint16",
+        "vocab_size": 64,
+        "end_of_text_id": 0,
+        "tokenizer_sha256": "0" * 64,
+        "shards": [],
+    }
     fields: dict[str, Any] = {
         "job_id": "job",
         "epoch": 5,
         "recipe": parse_recipe(recipe),
         "model_config": MODEL,
-        "data_manifest": parse_manifest(manifest),
+        "data_manifest": parse_manifest(tokens),
         "tensors": tuple(TENSORS),
         "fragment_elements": 256,
         "placement": tuple(place(FRAGMENTS, TENSORS, num_servers)[0]),
@@ -252,7 +258,7 @@ async def running(plan: Plan) -> AsyncIterator[Cluster]:
 async def until(condition: Callable[[], bool]) -> None:
     """Let everything else run until a condition holds."""
     async with asyncio.timeout(20):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - a server's state, which has no event for a test to wait for
             await asyncio.sleep(0.001)
 
 
@@ -505,6 +511,19 @@ async def test_a_closed_shard_sends_everyone_away() -> None:
             await cluster.push([(0, cluster.plan.fragments_of(0)[0].index)])
 
 
+@contextmanager
+def attacked() -> Iterator[tuple[asyncio.Runner, Cluster]]:
+    """A cluster of one server, for tests that hypothesis drives: it cannot drive coroutines."""
+    with asyncio.Runner() as runner:
+        cluster = Cluster(make_plan(1))
+        try:
+            runner.run(cluster.start())
+            yield runner, cluster
+            assert cluster.shards[0].failure is None
+        finally:
+            runner.run(cluster.stop())
+
+
 def other_than(right: int, limit: int) -> st.SearchStrategy[int]:
     return st.one_of(st.sampled_from([0, right - 1, right + 1, limit]), st.integers(0, limit)).filter(
         lambda value: value != right and value >= 0
@@ -541,9 +560,7 @@ def works(cluster: Cluster, runner: asyncio.Runner) -> bool:
 
 
 def test_wrong_headers_are_refused_with_nothing_consumed() -> None:
-    with asyncio.Runner() as runner:
-        cluster = Cluster(make_plan(1))
-        runner.run(cluster.start())
+    with attacked() as (runner, cluster):
         runner.run(cluster.push([(0, 1), (2, 1)]))
         runner.run(until(lambda: cluster.shards[0].fragments[1].next_slot == 1))
         before = runner.run(cluster.status())
@@ -555,15 +572,15 @@ def test_wrong_headers_are_refused_with_nothing_consumed() -> None:
             right, payload = cluster.contribution(0, 0)
             if value == getattr(right, name):
                 return
-            header, payload = cluster.contribution(0, 0, **{name: value})
+            header = pb.ContributionHeader()
+            header.CopyFrom(right)
+            setattr(header, name, value)
             error = runner.run(cluster.refusal(0, list(frames(header, payload))))
             assert error.code() is REFUSED, (name, value, error.details())
             assert "\n" not in str(error.details())
             assert runner.run(cluster.status()) == before
 
         check()
-        assert cluster.shards[0].failure is None
-        runner.run(cluster.stop())
 
 
 def test_every_field_of_the_header_is_attacked() -> None:
@@ -574,9 +591,7 @@ def test_every_field_of_the_header_is_attacked() -> None:
 
 
 def test_a_server_works_as_before_after_every_kind_of_attack() -> None:
-    with asyncio.Runner() as runner:
-        cluster = Cluster(make_plan(1))
-        runner.run(cluster.start())
+    with attacked() as (runner, cluster):
         before = runner.run(cluster.status())
         header, payload = cluster.contribution(0, 0)
         right = list(frames(header, payload))
@@ -598,13 +613,10 @@ def test_a_server_works_as_before_after_every_kind_of_attack() -> None:
             assert any(part in str(error.details()) for part in message.split("|")), error.details()
             assert runner.run(cluster.status()) == before
         assert works(cluster, runner)
-        runner.run(cluster.stop())
 
 
 def test_arbitrary_bytes_never_harm_the_server() -> None:
-    with asyncio.Runner() as runner:
-        cluster = Cluster(make_plan(1))
-        runner.run(cluster.start())
+    with attacked() as (runner, cluster):
         before = runner.run(cluster.status())
         header, payload = cluster.contribution(0, 0)
         right = next(frames(header, payload))
@@ -617,14 +629,14 @@ def test_arbitrary_bytes_never_harm_the_server() -> None:
             if messages[0] == right:
                 return
             error = runner.run(cluster.refusal(0, messages))
-            # A message that happens to be a header speaks of another job.
-            assert error.code() in (REFUSED, grpc.StatusCode.FAILED_PRECONDITION), error
+            # A message that happens to be a header speaks of another job. Where the server hangs up while we still
+            # write, gRPC's client tells of its own failed write instead of the status that it got.
+            ours = error.details() == "Internal error from Core"
+            assert ours or error.code() in (REFUSED, grpc.StatusCode.FAILED_PRECONDITION), error
             assert runner.run(cluster.status()) == before
 
         check()
-        assert cluster.shards[0].failure is None
         assert works(cluster, runner)
-        runner.run(cluster.stop())
 
 
 # -- pulls -------------------------------------------------------------------------------------------------------------
@@ -690,7 +702,8 @@ async def test_only_the_leader_takes_reports() -> None:
 
 async def test_the_status_of_another_job_is_empty() -> None:
     async with running(make_plan(1)) as cluster:
-        assert await cluster.stubs[0].GetServerStatus(pb.GetServerStatusRequest(job_id="other")) == pb.GetServerStatusResponse()
+        other = await cluster.stubs[0].GetServerStatus(pb.GetServerStatusRequest(job_id="other"))
+        assert other == pb.GetServerStatusResponse()
         status = (await cluster.status())[0]
         assert (status.epoch, status.num_fragments) == (5, len(FRAGMENTS))
         assert status.num_parameters == sum(tensor.num_elements for tensor in TENSORS)

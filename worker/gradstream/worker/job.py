@@ -23,9 +23,10 @@ import torch
 
 from gradstream.core.codecs import codec_named
 from gradstream.core.config import Recipe
+from gradstream.core.errors import UnreachableError
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
-from gradstream.core.rpc import open_channel
+from gradstream.core.rpc import Backoff, error_from_rpc, open_channel
 from gradstream.core.session import NodeSession
 from gradstream.core.wire import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2
@@ -221,9 +222,26 @@ class JobRun:
         return self._readers[key]
 
     async def _fetch(self, file: str) -> AsyncIterator[bytes]:
+        """The bytes of a file of the data set, from the coordinator; while it is away, asked for again without end."""
         request = coordinator_pb2.FetchDataShardRequest(job_id=self.plan.job_id, file=file)
-        async for piece in self._session.stub.FetchDataShard(request):
-            yield piece.payload
+        num_taken = 0
+        backoff = Backoff()
+        while True:
+            # After a break it comes from its beginning again; the hash over the whole tells if it has changed.
+            num_again = num_taken
+            try:
+                async for piece in self._session.stub.FetchDataShard(request):
+                    backoff.reset()
+                    fresh = piece.payload[num_again:]
+                    num_again -= len(piece.payload) - len(fresh)
+                    num_taken += len(fresh)
+                    yield fresh
+                return
+            except grpc.aio.AioRpcError as rpc_error:
+                error = error_from_rpc(rpc_error, self._session.peer)
+                if not isinstance(error, UnreachableError):
+                    raise error from None
+            await asyncio.sleep(backoff.next())
 
     async def _send_validation(self, version: int, slot: int, loss_sum: float, num_tokens: int) -> None:
         report = coordinator_pb2.ReportValidationRequest(

@@ -191,10 +191,11 @@ async def serve(coordinator: str, name: str, listen_address: str, memory_bytes: 
     """Run a parameter server until SIGTERM or SIGINT. Raises GradstreamError when it cannot start or is refused."""
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
-    model.preload()
-    optimizer.preload()
+    # Before the imports that take seconds: a port that is taken is told at once.
     server = new_server()
     port = listen(server, listen_address)
+    model.preload()
+    optimizer.preload()
     address = f"{_advertised(listen_address)}:{port}"
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, address, memory_bytes, "cpu")
     node = ParameterServer(coordinator, identity, log_buffer)

@@ -1,0 +1,250 @@
+"""One slot's gradient: that of plain autograd to the last bit, each tensor once, last layers first."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gradstream.core.config import parse_recipe
+from gradstream.core.data import parse_manifest
+from gradstream.core.errors import ConfigError
+from gradstream.core.fragments import cut
+from gradstream.core.model import build, derive_seed, initial_weights, inventory
+from gradstream.core.plan import Plan, Server
+from gradstream.worker.compute import AbandonedError, SlotComputer, SlotTotals, pick_device
+
+MODEL: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def make_plan(model: dict[str, Any] = MODEL, **training: Any) -> Plan:
+    recipe = {
+        "name": "tiny",
+        "model": {"config": model},
+        "training": {"num_steps": 3, "num_slots": 2, "global_batch": 8, "microbatch": 2, "sequence_length": 8}
+        | training,
+        "data": {"path": "data"},
+    }
+    data = {"token_dtype": "uint16", "vocab_size": 64, "end_of_text_id": 0, "tokenizer_sha256": "0" * 64, "shards": []}
+    tensors = inventory(model)
+    return Plan(
+        job_id="job",
+        epoch=1,
+        recipe=parse_recipe(recipe),
+        model_config=model,
+        data_manifest=parse_manifest(data),
+        tensors=tuple(tensors),
+        fragment_elements=256,
+        placement=(0,) * len(cut(tensors, 256)),
+        servers=(Server("n0", "server-0", ""),),
+        leader=0,
+        start_version=0,
+        checkpoint_path="",
+        checkpoint_root="",
+    )
+
+
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "vocab_size": 64,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+MODELS = {"llama": MODEL, "llama-tied": MODEL | {"tie_word_embeddings": True}, "gpt2-with-dropout": GPT2}
+every_model = pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
+CPU = torch.device("cpu")
+TOKENS = np.random.default_rng(0).integers(0, 64, size=(4, 9))
+
+
+def load(model: nn.Module, config: dict[str, Any]) -> None:
+    weights = dict(initial_weights(config, 0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As recipes have it by default; and more threads cost more than they bring for a model this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Emitted:
+    """What a slot gave away, in order."""
+
+    def __init__(self) -> None:
+        self.order: list[int] = []
+        self.gradients: dict[int, torch.Tensor] = {}
+        self.totals: set[SlotTotals] = set()
+
+    def __call__(self, tensor: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
+        assert tensor not in self.gradients, "each tensor once"
+        self.order.append(tensor)
+        self.gradients[tensor] = gradient
+        self.totals.add(totals)
+
+
+def run(model: dict[str, Any], slot: int = 1, **training: Any) -> tuple[Emitted, SlotTotals, SlotComputer]:
+    computer = SlotComputer(make_plan(model, **training), CPU)
+    load(computer.model, model)
+    emitted = Emitted()
+    totals = computer.run_slot(2, slot, TOKENS, emitted, lambda: True)
+    return emitted, totals, computer
+
+
+def plain_autograd(model_config: dict[str, Any], slot: int, microbatch: int) -> tuple[dict[str, torch.Tensor], float]:
+    """The same in a few lines of torch: sum the loss of each microbatch, let .grad add up."""
+    model = build(model_config)
+    load(model, model_config)
+    model.train()
+    loss_sum = 0.0
+    for number, piece in enumerate(torch.from_numpy(TOKENS).split(microbatch)):
+        torch.manual_seed(derive_seed(0, "step", 2, slot, number))
+        logits_BTV = model(input_ids=piece[:, :-1], use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), piece[:, 1:].flatten(), reduction="sum")
+        loss.backward()
+        loss_sum += float(loss.detach())
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, loss_sum
+
+
+@every_model
+@pytest.mark.parametrize("microbatch", [1, 2, 4])
+def test_gradients_are_plain_autograds_bit_for_bit(model: dict[str, Any], microbatch: int) -> None:
+    emitted, totals, computer = run(model, microbatch=microbatch)
+    expected, loss_sum = plain_autograd(model, 1, microbatch)
+    names = [tensor.name for tensor in inventory(model)]
+    assert sorted(emitted.gradients) == list(range(len(names)))
+    for number, name in enumerate(names):
+        assert torch.equal(emitted.gradients[number], expected[name]), name
+    assert (totals.num_tokens, totals.num_samples) == (32, 4)
+    assert totals.loss_sum == pytest.approx(loss_sum, rel=1e-12)
+    assert emitted.totals == {totals}, "every contribution says the same of its slot"
+    assert all(parameter.grad is None for parameter in computer.model.parameters())
+
+
+@every_model
+def test_last_layers_come_first(model: dict[str, Any]) -> None:
+    emitted, _, _ = run(model)
+    units = [inventory(model)[number].unit for number in emitted.order]
+    layers = sorted({tensor.unit for tensor in inventory(model) if ".0." in tensor.name or ".1." in tensor.name})
+    assert len(layers) == 2
+    within = [unit for unit in units if unit in layers]
+    assert within == sorted(within, reverse=True)
+    assert units[-1] == 0, "the embedding is final when all is done"
+
+
+@every_model
+def test_recompute_gives_the_same_bits(model: dict[str, Any]) -> None:
+    without, first, _ = run(model, recompute=False)
+    with_it, second, _ = run(model, recompute=True)
+    assert first == second
+    assert without.gradients.keys() == with_it.gradients.keys()
+    for number, gradient in without.gradients.items():
+        assert torch.equal(gradient, with_it.gradients[number])
+
+
+def test_a_slot_is_the_same_whatever_was_computed_before() -> None:
+    first, _, computer = run(GPT2)
+    computer.run_slot(0, 0, TOKENS[::-1], Emitted(), lambda: True)
+    computer.evaluate(TOKENS, lambda: True)
+    again = Emitted()
+    computer.run_slot(2, 1, TOKENS, again, lambda: True)
+    assert all(torch.equal(first.gradients[number], again.gradients[number]) for number in first.gradients)
+    other, _, _ = run(GPT2, slot=0)
+    assert not torch.equal(first.gradients[0], other.gradients[0]), "another slot draws another dropout"
+
+
+def test_a_parameter_without_a_path_to_the_loss_gets_zeros() -> None:
+    """The step waits for every fragment: one that never came would hold it for ever."""
+    computer = SlotComputer(make_plan(), CPU)
+    load(computer.model, MODEL)
+    layer = computer.model.get_submodule("model.layers.1.mlp")
+    layer.register_forward_hook(lambda module, inputs, output: output.detach())
+    emitted = Emitted()
+    totals = computer.run_slot(0, 0, TOKENS, emitted, lambda: True)
+    names = [tensor.name for tensor in inventory(MODEL)]
+    assert sorted(emitted.gradients) == list(range(len(names)))
+    for number, name in enumerate(names):
+        assert emitted.gradients[number].shape == computer.parameters[number].shape
+        cut_off = "layers.1.mlp" in name or "layers.1.post_attention_layernorm" in name
+        assert bool(emitted.gradients[number].any()) != cut_off, name
+    assert emitted.totals == {totals}
+
+
+@pytest.mark.parametrize("answers", [0, 1, 2, 5])
+def test_an_abandoned_slot_stops_and_leaves_no_gradient(answers: int) -> None:
+    """Whether it is abandoned before, between the microbatches or inside the last backward pass."""
+    computer = SlotComputer(make_plan(), CPU)
+    load(computer.model, MODEL)
+    left = iter([True] * answers)
+    emitted = Emitted()
+    with pytest.raises(AbandonedError):
+        computer.run_slot(0, 0, TOKENS, emitted, lambda: next(left, False))
+    assert len(emitted.order) == max(0, answers - 2), "two microbatches ask first"
+    assert all(parameter.grad is None for parameter in computer.model.parameters())
+    # The next slot is not disturbed by what was left behind.
+    after = Emitted()
+    computer.run_slot(2, 1, TOKENS, after, lambda: True)
+    expected, _, _ = run(MODEL)
+    assert all(torch.equal(after.gradients[number], expected.gradients[number]) for number in after.gradients)
+
+
+def test_evaluation_is_the_mean_loss_without_dropout_and_can_be_abandoned() -> None:
+    computer = SlotComputer(make_plan(GPT2, microbatch=2), CPU)
+    load(computer.model, GPT2)
+    loss_sum, num_tokens = computer.evaluate(TOKENS, lambda: True)
+    model = build(GPT2).eval()
+    load(model, GPT2)
+    tokens = torch.from_numpy(TOKENS)
+    with torch.no_grad():
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    whole = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    assert num_tokens == 32
+    assert loss_sum == pytest.approx(float(whole), rel=1e-5)
+    assert computer.evaluate(TOKENS, lambda: True) == (loss_sum, num_tokens)
+    with pytest.raises(AbandonedError):
+        computer.evaluate(TOKENS, lambda: False)
+
+
+def test_bf16_is_near_fp32_and_its_gradients_are_fp32() -> None:
+    exact, _, _ = run(MODEL)
+    coarse, _, _ = run(MODEL, precision="bf16")
+    for number, gradient in exact.gradients.items():
+        assert coarse.gradients[number].dtype == torch.float32
+        difference = (coarse.gradients[number] - gradient).norm() / gradient.norm()
+        assert 0 < difference < 0.1
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    plan = make_plan()
+    object.__setattr__(plan, "model_config", MODEL | {"hidden_size": 32})
+    with pytest.raises(ConfigError, match="is not in this worker's model"):
+        SlotComputer(plan, CPU)
+
+
+@pytest.mark.parametrize("wanted", ["nonsense", f"cuda:{torch.cuda.device_count()}"])
+def test_a_device_that_is_not_there_is_refused(wanted: str) -> None:
+    with pytest.raises(ConfigError, match=f"--device {wanted}"):
+        pick_device(wanted)
+    assert pick_device("cpu") == CPU

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from gradstream.core.codecs import codec_named
 from report import report, result
+
+from gradstream.core.codecs import codec_named
 
 NUM_ELEMENTS = 16 << 20  # 64 MiB of fp32, cut into fragments of 4 MiB as a plan would
 FRAGMENT_ELEMENTS = 1 << 20

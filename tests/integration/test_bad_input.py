@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ import numpy as np
 import pytest
 import yaml
 from support.cluster import Cluster, running
-from support.tiny import tiny_recipe
+from support.tiny import LLAMA, tiny_recipe
 
 from gradstream.client import Client, Event, Job, Step, UnreachableError
 from gradstream.core import __version__
 from gradstream.core.checkpoint import WEIGHT, CheckpointReader
 from gradstream.core.config import Recipe
+from gradstream.core.errors import ConfigError
+from gradstream.core.session import NodeIdentity, NodeSession
 from gradstream.core.wire import ParameterServerStub, frames
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 from gradstream.proto.v1 import parameter_server_pb2 as pb
@@ -48,10 +51,10 @@ CONFIG, DATA, CHECKPOINT, UNREACHABLE, JOB_FAILED = 2, 3, 4, 7, 8
 
 @pytest.fixture(scope="module")
 def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A coordinator, one server, one worker."""
+    """A coordinator, two small servers, one worker."""
     with running(tmp_path_factory.mktemp("bad-input")) as cluster:
         cluster.start_coordinator()
-        cluster.start_servers("server-0")
+        cluster.start_servers("server-0", "server-1", memory="8MiB")
         cluster.start_workers("worker-0", faults=";".join(f"nan@step={step}" for step in SPOILED_STEPS))
         yield cluster
 
@@ -122,7 +125,6 @@ def write_recipe(directory: Path, recipe: Recipe, change: Callable[[dict[str, An
     ("override", "parts"),
     [
         ("optimizer.learning_rat=0.1", ["unknown key 'optimizer.learning_rat'; did you mean 'learning_rate'?"]),
-        ("trainin.num_steps=3", ["unknown key 'trainin'; did you mean 'training'?"]),
         (
             "training.sequence_length=65",
             ["training.sequence_length 65 is longer than the model's 64 positions", "lower it", "max_position_embed"],
@@ -131,11 +133,6 @@ def write_recipe(directory: Path, recipe: Recipe, change: Callable[[dict[str, An
             "training.num_slots=3",
             ["global_batch 8 is not divisible by num_slots 3; use 6 or another number of slots"],
         ),
-        (
-            "training.microbatch=3",
-            ["a slot's 2 samples", "not divisible by microbatch 3; use a microbatch that divides 2"],
-        ),
-        ("training.num_steps=many", ["'training.num_steps'", "integer", "'many'"]),
         ("optimizer.learning_rate=.nan", ["'optimizer.learning_rate'", "finite"]),
         ("num_steps", ["override 'num_steps' is not of the form key.sub=value"]),
     ],
@@ -154,7 +151,7 @@ def test_unknown_key_in_the_file(tiny_data: Path, tmp_path: Path) -> None:
         tmp_path, tiny_recipe(tiny_data, tmp_path / "runs"), lambda tree: tree["training"].update(num_stesp=7)
     )
     # Wrong before anybody is asked: also where no coordinator is.
-    for command in (["recipes", "validate"], ["submit"], ["dev"]):
+    for command in (["submit"], ["dev"]):
         line = refused(CONFIG, *command, recipe)
         assert_says(line, str(recipe), "unknown key 'training.num_stesp'; did you mean 'num_steps'?")
     assert not (tmp_path / "runs").exists()
@@ -205,7 +202,7 @@ def test_run_root_that_is_a_file(cluster: Cluster, tiny_data: Path, tmp_path: Pa
 def test_unknown_job(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
     job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", name="mistyped", training={"num_steps": 1}))
     wrong = job.job_id.replace("typed", "tpyed")
-    for command in (["status"], ["events"], ["resume"], ["ckpt", "ls"]):
+    for command in (["status"], ["resume"]):
         line = refused(CONFIG, *command, wrong, address=cluster.address)
         assert_says(line, f"there is no job '{wrong}'; did you mean '{job.job_id}'?")
     line = refused(CONFIG, "stop", "something-else", address=cluster.address)
@@ -238,7 +235,6 @@ def test_unknown_job(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
             ["slot 0 of 4 has no train sample of 60000 tokens", "lower training.sequence_length"],
         ),
         (["data.path=nowhere"], ["there is no data set in ", "/nowhere; make it with `gradstream data prepare"]),
-        (["data.path=nope://bucket/data"], ["nope://bucket/data/manifest.json cannot be read", "nope"]),
     ],
 )
 def test_data_that_does_not_fit(
@@ -257,8 +253,6 @@ def test_data_that_does_not_fit(
     ("damage", "part"),
     [
         (lambda text: text[: len(text) // 2], "is not a valid data manifest"),
-        (lambda text: b"\xff\xfe" + text, "is not a valid data manifest"),
-        (lambda text: text.replace(b'"token_dtype": "uint16"', b'"token_dtype": "float8"'), "token_dtype"),
         (lambda text: text.replace(b'"train-00000.tokens"', b'"../../etc/passwd"'), "shards.0.file"),
     ],
 )
@@ -291,12 +285,8 @@ def flip_byte(path: Path) -> None:
             flip_byte,
             ["data shard train-00001.tokens is corrupt: sha256 ", "the manifest's", "again or restore the file"],
         ),
-        (
-            lambda path: path.write_bytes(path.read_bytes()[:-2]),
-            ["data shard train-00001.tokens is corrupt: size ", "the manifest's", "again or restore the file"],
-        ),
     ],
-    ids=["missing", "flipped", "truncated"],
+    ids=["missing", "flipped"],
 )
 def test_damaged_data_shard(
     damage: Callable[[Path], object], parts: list[str], cluster: Cluster, own_data: Path, tmp_path: Path
@@ -331,7 +321,7 @@ def test_inspect_finds_the_damaged_file(own_data: Path) -> None:
 
 def test_prepare_leaves_no_half_data_set(tmp_path: Path) -> None:
     line = refused(CONFIG, "data", "prepare", tmp_path / "no-such-source", "--out", tmp_path / "out")
-    assert_says(line, f"{tmp_path / 'no-such-source'} matches no file; correct the path or remove it")
+    assert_says(line, f"source '{tmp_path / 'no-such-source'}' matches no file; correct the path or remove it")
     assert not list(tmp_path.iterdir())
 
 
@@ -374,21 +364,22 @@ def test_damaged_checkpoint(
     assert failed.state == "failed"
     assert_says(failed.reason, str(path), part, f"remove {newest.path} to go back to an older", "estore")
     # 2. It is not exported, and half of it neither.
-    for options in (["--version", str(newest.version)], []):
-        line = refused(CHECKPOINT, "ckpt", "export", job_id, tmp_path / "export", *options, address=cluster.address)
-        assert_says(line, str(path), part, f"remove {newest.path}")
+    line = refused(
+        CHECKPOINT,
+        *["ckpt", "export", job_id, tmp_path / "export", "--version", str(newest.version)],
+        address=cluster.address,
+    )
+    assert_says(line, str(path), part, f"remove {newest.path}")
     assert not list(tmp_path.glob("*export*"))
     # 3. The cure works.
     shutil.rmtree(newest.path)
-    assert gradstream("resume", job_id, address=cluster.address).returncode == 0
-    goes_on = cluster.wait_for(job_id, lambda job: job.version > older.version, "go on from the older checkpoint")
-    assert f"start: from the checkpoint of version {older.version}" in goes_on.decisions
-    # 4. What is whole can be exported meanwhile.
-    exported = gradstream(
-        "ckpt", "export", job_id, tmp_path / "export", "--version", str(older.version), address=cluster.address
+    cluster.client.resume(job_id)
+    goes_on = cluster.wait_for(
+        job_id,
+        lambda job: job.epoch > failed.epoch and job.version > older.version,
+        "go on from the older checkpoint",
     )
-    assert exported.returncode == 0, exported
-    assert (tmp_path / "export" / "model.safetensors").is_file()
+    assert f"start: from the checkpoint of version {older.version}" in goes_on.decisions
 
 
 def test_export_that_cannot_be(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
@@ -469,7 +460,7 @@ def test_push_under_a_replaced_epoch(cluster: Cluster, tiny_data: Path, tmp_path
     cluster.wait_for(job_id, lambda job: job.version > version, "go on as if nothing had been")
 
 
-def test_node_of_another_version(cluster: Cluster) -> None:
+def test_node_of_another_version(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {node.node_id for node in cluster.client.nodes()}
     request = coordinator_pb2.RegisterRequest(
         kind=coordinator_pb2.NODE_KIND_WORKER, name="old", version="0.0.0", incarnation="1"
@@ -479,15 +470,18 @@ def test_node_of_another_version(cluster: Cluster) -> None:
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     expected = f"node old runs gradstream 0.0.0, the coordinator {__version__}; install the same version on both"
     assert caught.value.details() == expected
-    # And a whole server of that version: it does not knock for ever.
-    program = (
-        "import sys, gradstream.core; gradstream.core.__version__ = '0.0.0'; "
-        "from gradstream.coordinator.cli._app import main; sys.exit(main(sys.argv[1:]))"
-    )
-    options = ["serve", "parameter-server", "--name", "old", "--coordinator", cluster.address, "--log-level", "error"]
-    result = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stdout) == (CONFIG, "")
-    assert error_line(result.stderr) == f"error: {expected}"
+    # The node itself ends with that line; it does not knock for ever.
+    monkeypatch.setattr("gradstream.core.session.__version__", "0.0.0")
+    identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, "old", "", 0, "cpu")
+
+    async def register() -> None:
+        async def ignore(_: coordinator_pb2.SessionResponse) -> None: ...
+
+        await NodeSession(cluster.address, identity, coordinator_pb2.Activity, list, ignore).run()
+
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$") as refusal:
+        asyncio.run(register())
+    assert refusal.value.exit_code == CONFIG
     assert {node.node_id for node in cluster.client.nodes()} == before
 
 
@@ -500,8 +494,6 @@ def test_port_in_use(cluster: Cluster, tmp_path: Path) -> None:
         line = refused(CONFIG, "serve", *role, "--listen", cluster.address, "--ready-file", ready)
         assert_says(line, f"cannot listen on {cluster.address}: the port is in use", "stop the process", "port 0 takes")
         assert not ready.exists()
-    line = refused(CONFIG, "serve", "coordinator", "--state", tmp_path / "state", "--listen", "192.0.2.1:0")
-    assert_says(line, "cannot listen on 192.0.2.1:0", "not this machine's")
     # The one that was there notices nothing.
     assert cluster.client.nodes()
 
@@ -519,7 +511,7 @@ def test_coordinator_that_does_not_answer(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: nobody else gets the port
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        for command in (["status"], ["ls"], ["ckpt", "export", "tiny-1", tmp_path / "export"]):
+        for command in (["status"], ["ckpt", "export", "tiny-1", tmp_path / "export"]):
             line = refused(UNREACHABLE, *command, address=address)
             assert_says(line, f"coordinator {address} does not answer (Connection refused)")
             assert_says(line, "start it with `gradstream serve coordinator`", "GRADSTREAM_COORDINATOR, --coordinator")
@@ -530,3 +522,59 @@ def test_coordinator_that_does_not_answer(tmp_path: Path) -> None:
                 client.nodes()
             with pytest.raises(UnreachableError, match=rf"{address} does not answer since \d\d:\d\d:\d\d \("):
                 client.nodes()
+
+
+# ---- Servers ---------------------------------------------------------------------------------------------------------
+
+
+def test_model_that_does_not_fit(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    large = {"config": {**LLAMA, "hidden_size": 256, "intermediate_size": 1024}}
+    recipe = write_recipe(tmp_path, tiny_recipe(tiny_data, tmp_path / "runs", name="large", model=large))
+    result = gradstream("submit", "--watch", recipe, address=cluster.address)
+    assert result.returncode == JOB_FAILED, result
+    found = re.fullmatch(
+        r"error: job large-1 failed at step 0 of 6: parameter server server-[01] needs (\d+\.\d) MiB for its share of "
+        r"2,[\d,]+ parameters but offers 8\.0 MiB \((\d+\.\d) MiB missing\); start at least (\d+) more servers like it, "
+        r"give it more memory, or train a smaller model or use optimizer\.kind=sgd; then `gradstream resume`",
+        error_line(result.stderr),
+    )
+    assert found, result.stderr
+    need, missing, more = float(found[1]), float(found[2]), int(found[3])
+    assert missing == pytest.approx(need - 8, abs=0.11)  # two rounded numbers
+    assert (2 + more) * 8 >= 2 * need - 1 > (1 + more) * 8 - 2
+    assert cluster.client.checkpoints("large-1") == []
+
+
+def test_server_that_is_gone(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    needs_two = {"min_servers": 2, "fragment_bytes": 4096}
+    training = {"num_steps": 200}
+    job_id = cluster.client.submit(
+        tiny_recipe(
+            tiny_data, tmp_path / "runs", training=training, cluster=needs_two, validation={"interval_steps": 0}
+        )
+    ).job_id
+    cluster.wait_for(job_id, lambda job: job.version >= 3, "make 3 steps")
+
+    # 1. It dies. While it may come back with its state, the job waits for it, by name.
+    killed = datetime.now(UTC)
+    cluster.kill("server-1")
+    wait = cluster.wait_for(job_id, lambda job: bool(job.waits), "wait for its server").waits[0]
+    assert (wait.what, wait.whom) == ("parameter server server-1 to come back", "server-1")
+    assert wait.since is not None
+    assert abs((wait.since - killed).total_seconds()) < 5
+
+    # 2. It is given up: what was lost, what the job waits for now and since when, and when it was last heard.
+    planning = cluster.wait_for(job_id, lambda job: job.state == "planning", "give the server up")
+    assert planning.reason == "parameter server server-1 is lost; going back to the last checkpoint"
+    shown = gradstream("status", address=cluster.address)
+    assert (shown.returncode, shown.stderr) == (0, ""), shown
+    for pattern in (
+        r"^server-1 .* no, last heard \d\d:\d\d:\d\d",
+        r"^state +planning: parameter server server-1 is lost",
+        r"2 parameter servers, 1 is live, from a parameter server to register, since \d\d:\d\d:\d\d \(\d+ s\)",
+    ):
+        assert re.search(pattern, shown.stdout, re.MULTILINE), shown.stdout
+
+    # 3. The cure works.
+    cluster.start_servers("server-1", memory="8MiB")
+    assert cluster.finish(job_id).epoch == 2

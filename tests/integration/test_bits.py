@@ -1,4 +1,4 @@
-"""Invariant 1: the final bits are a function of recipe, seed and data, not of how many workers and servers there are."""
+"""Invariant 1: the final bits are a function of recipe, seed and data, not of how many nodes there are."""
 
 from __future__ import annotations
 

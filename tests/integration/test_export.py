@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradstream.core.checkpoint import WEIGHT, CheckpointReader
-from gradstream.core.model import build
 from support.cluster import Cluster
 from support.tiny import GPT2, LLAMA, tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gradstream.core.checkpoint import WEIGHT, CheckpointReader
+from gradstream.core.model import build
 
 
 @pytest.mark.timeout(180)

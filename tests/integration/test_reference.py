@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cluster import running
+from support.tiny import LLAMA, tiny_recipe
+
 from gradstream.client import Step, Validation
 from gradstream.core.config import Recipe
 from gradstream.core.data import SlotSampler, parse_manifest
 from gradstream.core.model import build, initial_weights
-from support.cluster import running
-from support.tiny import LLAMA, tiny_recipe
 
 NUM_STEPS = 50
 
@@ -105,4 +106,4 @@ def test_loss_curve_equals_plain_pytorch(tiny_data: Path, tmp_path: Path) -> Non
     validations = [item.loss for item in items if isinstance(item, Validation)]
     assert expected[-1] < expected[0] - 0.5
     assert validations[-1] < validations[0] - 0.5
-    assert LLAMA == recipe.model.config
+    assert recipe.model.config == LLAMA

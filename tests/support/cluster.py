@@ -131,9 +131,7 @@ class Cluster:
         """Wait until a job has ended."""
         return self.wait_for(job_id, lambda job: job.state in ("finished", "failed", "stopped"), "end", timeout_seconds)
 
-    def wait_for(
-        self, job_id: str, condition: Callable[[Job], bool], what: str, timeout_seconds: float = 120.0
-    ) -> Job:
+    def wait_for(self, job_id: str, condition: Callable[[Job], bool], what: str, timeout_seconds: float = 120.0) -> Job:
         """Wait until a job's status meets a condition; on a time-out, fail with all the logs."""
         last: list[Job] = []
 

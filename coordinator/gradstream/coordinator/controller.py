@@ -465,7 +465,7 @@ class Controller:
             return
         leader = self.members.get(active.plan.servers[active.plan.leader].node_id)
         if leader is not None and leader.present and self._any_worker(active):
-            boundary = coordinator_pb2.BoundaryRequest(job_id=active.job_id, epoch=active.record.epoch, halt=True)
+            boundary = coordinator_pb2.BoundaryRequest(job_id=active.job_id, epoch=active.record.epoch)
             self._hub.send(leader, coordinator_pb2.SessionResponse(boundary=boundary))
 
     # --- transitions ------------------------------------------------------------------------------------------------

@@ -14,9 +14,12 @@ from gradstream.core.errors import ConfigError, DataError, PlanError
 from gradstream.core.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut
 from gradstream.core.placement import place
 from gradstream.core.plan import Plan, Server
+from gradstream.core.rpc import MAX_MESSAGE_BYTES
 
 # fp32 arrays that an optimizer keeps beside the weights.
 NUM_MOMENTS = {"adamw": 2, "sgd": 1}
+# A plan travels in one message; its envelope needs a little too.
+MAX_PLAN_BYTES = MAX_MESSAGE_BYTES - (64 << 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,12 @@ def make_plan(
         checkpoint_path=checkpoint.path if checkpoint else "",
         checkpoint_root=checkpoint_root,
     )
+    plan_bytes = plan.to_proto().ByteSize()
+    if plan_bytes > MAX_PLAN_BYTES:
+        raise PlanError(
+            f"the plan takes {human_bytes(plan_bytes)}, more than the {human_bytes(MAX_PLAN_BYTES)} that one message "
+            f"may carry; raise cluster.fragment_bytes (now {recipe.cluster.fragment_bytes})"
+        )
     idle = len(servers) - len(chosen)
     names = ", ".join(server.name for server in chosen)
     start = f"from the checkpoint of version {checkpoint.version}" if checkpoint else "from the seed"
@@ -131,14 +140,22 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment]) -> tuple[int, in
     elements = sum(fragment.num_elements for fragment in fragments)
     pull = sum(encoded_bytes(recipe.codec.pull, fragment.num_elements) for fragment in fragments)
     push = sum(encoded_bytes(recipe.codec.push, fragment.num_elements) for fragment in fragments)
-    # Master copy, moments, accumulator; then the published copy, still encoded.
-    arrays = 1 + NUM_MOMENTS[recipe.optimizer.kind] + 1
+    # Master copy, moments, accumulator; the published copy, still encoded; and while a checkpoint is written, a copy of
+    # master and moments and the same once more as the file's bytes.
+    saved = 1 + NUM_MOMENTS[recipe.optimizer.kind]
+    arrays = saved + 1 + 2 * saved
     return arrays * BYTES_PER_ELEMENT * elements + pull, recipe.training.num_slots * push
 
 
 def worker_bytes(recipe: Recipe, num_parameters: int) -> int:
-    """Bytes that a worker needs beside its activations: weights, gradients, and a slot's encoded gradients."""
-    return 2 * BYTES_PER_ELEMENT * num_parameters + encoded_bytes(recipe.codec.push, num_parameters)
+    """Bytes that a worker needs beside its activations, should it hold every slot.
+
+    Weights, the gradients of the slot under way and of the one being encoded, the slots' encoded gradients until they
+    are acknowledged, and the next version's weights as they arrive.
+    """
+    push = encoded_bytes(recipe.codec.push, num_parameters)
+    pull = encoded_bytes(recipe.codec.pull, num_parameters)
+    return 3 * BYTES_PER_ELEMENT * num_parameters + recipe.training.num_slots * push + pull
 
 
 def human_bytes(count: float) -> str:

@@ -182,7 +182,7 @@ def check_registration(request: coordinator_pb2.RegisterRequest) -> None:
     if request.kind == SERVER and not _ADDRESS.match(request.address):
         raise ConfigError(
             f"parameter server {request.name} gave the address '{request.address[:100]}', which is not host:port; "
-            f"set the one that workers can reach (--advertise)"
+            f"listen on the one that workers can reach (--listen)"
         )
     if request.memory_bytes >= 2**63:
         raise ProtocolError("a registration's memory_bytes is too large to be true")

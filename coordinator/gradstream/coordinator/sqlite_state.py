@@ -117,7 +117,7 @@ class SqliteState(State):
             if found not in (0, FORMAT_VERSION):
                 raise ConfigError(
                     f"{path} has format {found}, this gradstream writes {FORMAT_VERSION}; "
-                    f"use the gradstream that wrote it or another --state-dir"
+                    f"use the gradstream that wrote it or another --state directory"
                 )
             self._db.executescript(_SCHEMA)
             self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")

@@ -143,7 +143,10 @@ class CheckpointConfig(Section):
 
 
 class ClusterConfig(Section):
-    """What the job needs of the cluster. None of it shapes the trajectory."""
+    """What the job needs of the cluster.
+
+    Of it only fragment_bytes shapes the trajectory: the squared norms follow the cut.
+    """
 
     min_servers: Positive = 1
     min_workers: Positive = 1
@@ -177,6 +180,8 @@ class Recipe(Section):
                 f"training.sequence_length {self.training.sequence_length} is longer than the model's "
                 f"{longest} positions; lower it or raise model.config.{key}"
             )
+        if _is_url(self.run_root):
+            raise ValueError(f"run_root {self.run_root} is not a directory of this machine; give a local path")
         prepare = self.data.prepare
         if prepare is not None and prepare.num_shards % self.training.num_slots:
             raise ValueError(
@@ -237,8 +242,12 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"run_root": _absolute(recipe.run_root), "data": data})
 
 
+def _is_url(path: str) -> bool:
+    return re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]*:", path) is not None
+
+
 def _absolute(path: str) -> str:
-    return path if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]*:", path) else str(Path(path).expanduser().absolute())
+    return path if _is_url(path) else str(Path(path).expanduser().absolute())
 
 
 def _load_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

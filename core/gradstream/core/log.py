@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -41,6 +41,16 @@ class LogBuffer:
         return event
 
 
+class _Stderr:
+    """Whatever sys.stderr is when a line is written, not what it was when logging was configured."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def configure(level: str = "info", buffer: LogBuffer | None = None, json_lines: bool | None = None) -> None:
     """Send log lines to stderr: readable, or JSON when `json_lines` or GRADSTREAM_LOG_FORMAT=json says so."""
     if json_lines is None:
@@ -58,7 +68,7 @@ def configure(level: str = "info", buffer: LogBuffer | None = None, json_lines: 
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(file=cast(TextIO, _Stderr())),
         cache_logger_on_first_use=False,
     )
 

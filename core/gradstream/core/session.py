@@ -55,6 +55,8 @@ class NodeSession:
         self.identity = identity
         self.node_id = ""
         self.unreachable_since: float | None = None
+        self.registered = asyncio.Event()
+        """Set once the coordinator has accepted this node."""
         self._activity = activity
         self._held = held
         self._on_directive = on_directive
@@ -141,6 +143,7 @@ class NodeSession:
             timeout=UNARY_TIMEOUT_SECONDS,
         )
         self.node_id = response.node_id
+        self.registered.set()
         if self.unreachable_since is not None:
             log.info("the coordinator is back", away_seconds=round(time.time() - self.unreachable_since, 1))
         else:

@@ -108,7 +108,7 @@ async def test_pause_resume_and_stop_with_a_checkpoint(cluster: Cluster) -> None
     await worker.slots(2)
     # --- pause at the next boundary
     await cluster.jobs.PauseJob(jobs_pb2.PauseJobRequest(job_id=job_id))
-    await ps[0].until(lambda: any(d.boundary.halt for d in ps[0].directives))
+    await ps[0].until(lambda: any(d.WhichOneof("directive") == "boundary" for d in ps[0].directives))
     job = await cluster.job(job_id)
     assert job.state == RUNNING
     assert "the end of step 0, to pause there" in [wait.what for wait in job.waits]

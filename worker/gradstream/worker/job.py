@@ -69,7 +69,7 @@ class JobRun:
         self._channels: list[grpc.aio.Channel] = [open_channel(server.address) for server in plan.servers]
         stubs = [ParameterServerStub(channel) for channel in self._channels]
         self._pusher = Pusher(plan, stubs, faults)
-        self._puller = Puller(plan, stubs, lambda: session.node_id)
+        self._puller = Puller(plan, stubs)
         self._leases = Leases(0, [])
         self._leases_changed = asyncio.Event()
         self._readers: dict[tuple[Split, int], SlotReader] = {}

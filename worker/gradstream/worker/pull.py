@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -29,11 +28,10 @@ class OvertakenError(Exception):
 class ServerPull:
     """One server's part of a pull: first the version, then its fragments."""
 
-    def __init__(self, plan: Plan, server: int, stub: ParameterServerStub, node_id: Callable[[], str]):
+    def __init__(self, plan: Plan, server: int, stub: ParameterServerStub):
         self.server: Server = plan.servers[server]
         self._plan = plan
         self._stub = stub
-        self._node_id = node_id
         self._codec = codec_named(plan.recipe.codec.pull)
         self._fragments = {fragment.index: fragment for fragment in plan.fragments_of(server)}
         self._call: grpc.aio.UnaryStreamCall[pb.PullRequest, bytes] | None = None
@@ -50,7 +48,6 @@ class ServerPull:
                 min_version=min_version,
                 codec=self._codec.wire,
                 fragments=list(self._fragments),
-                node_id=self._node_id(),
             )
             try:
                 self._call = self._stub.Pull(request)
@@ -127,10 +124,9 @@ class ServerPull:
 class Puller:
     """Pulls whole versions of the model."""
 
-    def __init__(self, plan: Plan, stubs: list[ParameterServerStub], node_id: Callable[[], str]):
+    def __init__(self, plan: Plan, stubs: list[ParameterServerStub]):
         self._plan = plan
         self._stubs = stubs
-        self._node_id = node_id
         self._receiving: asyncio.Task[None] | None = None
         self.received_bytes = 0
 
@@ -139,7 +135,7 @@ class Puller:
 
         A pull begun earlier is given up.
         """
-        pulls = [ServerPull(self._plan, index, stub, self._node_id) for index, stub in enumerate(self._stubs)]
+        pulls = [ServerPull(self._plan, index, stub) for index, stub in enumerate(self._stubs)]
         try:
             versions = list(await asyncio.gather(*(pull.version(min_version) for pull in pulls)))
             # Servers publish a commit within moments of each other: ask those that are behind for the latest again.

@@ -101,7 +101,7 @@ class PushStream:
                 if response.result == pb.PUSH_RESULT_UNSPECIFIED:
                     self._changed.set()
                     continue
-                if not self._under_way:
+                if not self._under_way or not _acknowledges(response, self._under_way[0].header):
                     raise ProtocolError(f"server {self.server.name} acknowledged a contribution that was not sent")
                 contribution = self._under_way.popleft()
                 self._under_way_bytes -= contribution.payload.nbytes
@@ -131,6 +131,12 @@ class PushStream:
                 yield message
 
 
+def _acknowledges(response: pb.PushResponse, header: pb.ContributionHeader) -> bool:
+    """Whether a response is about the contribution with this header."""
+    keys = [(item.step, item.slot, item.fragment, item.part) for item in (response, header)]
+    return keys[0] == keys[1]
+
+
 class Pusher:
     """Cuts gradients into fragments, encodes them in a thread of its own and hands them to the servers' streams."""
 
@@ -145,7 +151,7 @@ class Pusher:
         self._loop = asyncio.get_running_loop()
         # One thread keeps the order of the backward pass, and leaves the cores to it.
         self._executor = ThreadPoolExecutor(1, "encode")
-        self._encoding: list[Future[None]] = []
+        self._encoding: deque[list[Future[None]]] = deque()
 
     async def run(self) -> None:
         """Keep all streams open. Raises ProtocolError when a server refuses a contribution for good."""
@@ -154,10 +160,11 @@ class Pusher:
                 group.create_task(stream.run())
 
     def begin_slot(self) -> None:
-        """Wait, in the compute thread, until the slot before is encoded: bounds the gradients held to two slots'."""
-        for future in self._encoding:
-            future.result()
-        self._encoding.clear()
+        """Wait, in the compute thread, until at most one slot is being encoded: gradients of at most two are held."""
+        while len(self._encoding) > 1:
+            for future in self._encoding.popleft():
+                future.result()
+        self._encoding.append([])
 
     def submit(self, step: int, slot: int) -> Callable[[int, torch.Tensor, SlotTotals], None]:
         """The `emit` of SlotComputer.run_slot for one slot; called in the compute thread."""
@@ -165,7 +172,7 @@ class Pusher:
         def emit(tensor: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
             if self._faults.spoils(step, slot):
                 gradient.fill_(float("nan"))
-            self._encoding.append(self._executor.submit(self._encode, step, slot, tensor, gradient, totals))
+            self._encoding[-1].append(self._executor.submit(self._encode, step, slot, tensor, gradient, totals))
 
         return emit
 

@@ -61,8 +61,6 @@ def dev(
     loaded = load_recipe(find_recipe(recipe), overrides or ())
     if run_root is not None:
         loaded = loaded.model_copy(update={"run_root": str(run_root.expanduser().absolute())})
-    if "://" in loaded.run_root:
-        raise ConfigError(f"run_root {loaded.run_root}: dev needs a directory of this machine; use --run-root")
     for what, have, need in (
         ("servers", servers, loaded.cluster.min_servers),
         ("workers", workers, loaded.cluster.min_workers),

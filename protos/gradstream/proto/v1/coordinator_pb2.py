@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from gradstream.proto.v1 import plan_pb2 as gradstream_dot_proto_dot_v1_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%gradstream/proto/v1/coordinator.proto\x12\x13gradstream.proto.v1\x1a\x1egradstream/proto/v1/plan.proto\"9\n\x07HeldJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\xd5\x01\n\x0fRegisterRequest\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.gradstream.proto.v1.NodeKind\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12*\n\x04held\x18\x07 \x03(\x0b\x32\x1c.gradstream.proto.v1.HeldJob\x12\x13\n\x0bincarnation\x18\x08 \x01(\t\"U\n\x10RegisterResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x19\n\x11heartbeat_seconds\x18\x02 \x01(\x01\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\"\xc6\x01\n\x08\x41\x63tivity\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x13\n\x0bwaiting_for\x18\x04 \x01(\t\x12\x1d\n\x15waiting_since_unix_ms\x18\x05 \x01(\x04\x12\x12\n\nsent_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x07 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x15\n\rmissing_slots\x18\t \x03(\r\"G\n\x07LogLine\x12\x0f\n\x07unix_ms\x18\x01 \x01(\x04\x12\r\n\x05level\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06job_id\x18\x04 \x01(\t\"\x8e\x01\n\x0eSessionRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12/\n\x08\x61\x63tivity\x18\x02 \x01(\x0b\x32\x1d.gradstream.proto.v1.Activity\x12)\n\x03log\x18\x03 \x03(\x0b\x32\x1c.gradstream.proto.v1.LogLine\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\"\xea\x01\n\x0fSessionResponse\x12)\n\x04plan\x18\x01 \x01(\x0b\x32\x19.gradstream.proto.v1.PlanH\x00\x12\x31\n\x06leases\x18\x02 \x01(\x0b\x32\x1f.gradstream.proto.v1.LeaseTableH\x00\x12\x32\n\x07release\x18\x03 \x01(\x0b\x32\x1f.gradstream.proto.v1.ReleaseJobH\x00\x12\x38\n\x08\x62oundary\x18\x04 \x01(\x0b\x32$.gradstream.proto.v1.BoundaryRequestH\x00\x42\x0b\n\tdirective\",\n\nReleaseJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\">\n\x0f\x42oundaryRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04halt\x18\x03 \x01(\x08\"\x84\x02\n\x11ReportStepRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x05 \x01(\x04\x12\x0c\n\x04loss\x18\x06 \x01(\x01\x12\x11\n\tgrad_norm\x18\x07 \x01(\x01\x12\x15\n\rlearning_rate\x18\x08 \x01(\x01\x12\x0f\n\x07skipped\x18\t \x01(\x08\x12\x19\n\x11\x63onsecutive_skips\x18\n \x01(\r\x12\x0f\n\x07unix_ms\x18\x0b \x01(\x04\x12\x0e\n\x06halted\x18\x0c \x01(\x08\x12\x14\n\x0cpushed_bytes\x18\r \x01(\x04\"\x14\n\x12ReportStepResponse\"}\n\x17ReportValidationRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0c\n\x04slot\x18\x04 \x01(\r\x12\x10\n\x08loss_sum\x18\x05 \x01(\x01\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\"\x1a\n\x18ReportValidationResponse\"\xdd\x01\n\x17ReportCheckpointRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06server\x18\x04 \x01(\r\x12\x0c\n\x04\x66ile\x18\x05 \x01(\t\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06sha256\x18\x07 \x01(\t\x12\x36\n\tfragments\x18\x08 \x03(\x0b\x32#.gradstream.proto.v1.FragmentDigest\x12\x19\n\x11\x63onsecutive_skips\x18\t \x01(\r\"2\n\x0e\x46ragmentDigest\x12\x10\n\x08\x66ragment\x18\x01 \x01(\r\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"\x1a\n\x18ReportCheckpointResponse\"W\n\x14ReportFailureRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x17\n\x15ReportFailureResponse\"5\n\x15\x46\x65tchDataShardRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\")\n\x16\x46\x65tchDataShardResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c*[\n\x08NodeKind\x12\x19\n\x15NODE_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1aNODE_KIND_PARAMETER_SERVER\x10\x01\x12\x14\n\x10NODE_KIND_WORKER\x10\x02\x32\xdd\x05\n\x12\x43oordinatorService\x12W\n\x08Register\x12$.gradstream.proto.v1.RegisterRequest\x1a%.gradstream.proto.v1.RegisterResponse\x12X\n\x07Session\x12#.gradstream.proto.v1.SessionRequest\x1a$.gradstream.proto.v1.SessionResponse(\x01\x30\x01\x12]\n\nReportStep\x12&.gradstream.proto.v1.ReportStepRequest\x1a\'.gradstream.proto.v1.ReportStepResponse\x12o\n\x10ReportValidation\x12,.gradstream.proto.v1.ReportValidationRequest\x1a-.gradstream.proto.v1.ReportValidationResponse\x12o\n\x10ReportCheckpoint\x12,.gradstream.proto.v1.ReportCheckpointRequest\x1a-.gradstream.proto.v1.ReportCheckpointResponse\x12\x66\n\rReportFailure\x12).gradstream.proto.v1.ReportFailureRequest\x1a*.gradstream.proto.v1.ReportFailureResponse\x12k\n\x0e\x46\x65tchDataShard\x12*.gradstream.proto.v1.FetchDataShardRequest\x1a+.gradstream.proto.v1.FetchDataShardResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%gradstream/proto/v1/coordinator.proto\x12\x13gradstream.proto.v1\x1a\x1egradstream/proto/v1/plan.proto\"9\n\x07HeldJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\xd5\x01\n\x0fRegisterRequest\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.gradstream.proto.v1.NodeKind\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12*\n\x04held\x18\x07 \x03(\x0b\x32\x1c.gradstream.proto.v1.HeldJob\x12\x13\n\x0bincarnation\x18\x08 \x01(\t\"U\n\x10RegisterResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x19\n\x11heartbeat_seconds\x18\x02 \x01(\x01\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\"\xc6\x01\n\x08\x41\x63tivity\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x13\n\x0bwaiting_for\x18\x04 \x01(\t\x12\x1d\n\x15waiting_since_unix_ms\x18\x05 \x01(\x04\x12\x12\n\nsent_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x07 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12\x15\n\rmissing_slots\x18\t \x03(\r\"G\n\x07LogLine\x12\x0f\n\x07unix_ms\x18\x01 \x01(\x04\x12\r\n\x05level\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06job_id\x18\x04 \x01(\t\"\x8e\x01\n\x0eSessionRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12/\n\x08\x61\x63tivity\x18\x02 \x01(\x0b\x32\x1d.gradstream.proto.v1.Activity\x12)\n\x03log\x18\x03 \x03(\x0b\x32\x1c.gradstream.proto.v1.LogLine\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\"\xea\x01\n\x0fSessionResponse\x12)\n\x04plan\x18\x01 \x01(\x0b\x32\x19.gradstream.proto.v1.PlanH\x00\x12\x31\n\x06leases\x18\x02 \x01(\x0b\x32\x1f.gradstream.proto.v1.LeaseTableH\x00\x12\x32\n\x07release\x18\x03 \x01(\x0b\x32\x1f.gradstream.proto.v1.ReleaseJobH\x00\x12\x38\n\x08\x62oundary\x18\x04 \x01(\x0b\x32$.gradstream.proto.v1.BoundaryRequestH\x00\x42\x0b\n\tdirective\",\n\nReleaseJob\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"0\n\x0f\x42oundaryRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x84\x02\n\x11ReportStepRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x05 \x01(\x04\x12\x0c\n\x04loss\x18\x06 \x01(\x01\x12\x11\n\tgrad_norm\x18\x07 \x01(\x01\x12\x15\n\rlearning_rate\x18\x08 \x01(\x01\x12\x0f\n\x07skipped\x18\t \x01(\x08\x12\x19\n\x11\x63onsecutive_skips\x18\n \x01(\r\x12\x0f\n\x07unix_ms\x18\x0b \x01(\x04\x12\x0e\n\x06halted\x18\x0c \x01(\x08\x12\x14\n\x0cpushed_bytes\x18\r \x01(\x04\"\x14\n\x12ReportStepResponse\"}\n\x17ReportValidationRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0c\n\x04slot\x18\x04 \x01(\r\x12\x10\n\x08loss_sum\x18\x05 \x01(\x01\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\"\x1a\n\x18ReportValidationResponse\"\xdd\x01\n\x17ReportCheckpointRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06server\x18\x04 \x01(\r\x12\x0c\n\x04\x66ile\x18\x05 \x01(\t\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06sha256\x18\x07 \x01(\t\x12\x36\n\tfragments\x18\x08 \x03(\x0b\x32#.gradstream.proto.v1.FragmentDigest\x12\x19\n\x11\x63onsecutive_skips\x18\t \x01(\r\"2\n\x0e\x46ragmentDigest\x12\x10\n\x08\x66ragment\x18\x01 \x01(\r\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"\x1a\n\x18ReportCheckpointResponse\"W\n\x14ReportFailureRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x17\n\x15ReportFailureResponse\"5\n\x15\x46\x65tchDataShardRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\")\n\x16\x46\x65tchDataShardResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c*[\n\x08NodeKind\x12\x19\n\x15NODE_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1aNODE_KIND_PARAMETER_SERVER\x10\x01\x12\x14\n\x10NODE_KIND_WORKER\x10\x02\x32\xdd\x05\n\x12\x43oordinatorService\x12W\n\x08Register\x12$.gradstream.proto.v1.RegisterRequest\x1a%.gradstream.proto.v1.RegisterResponse\x12X\n\x07Session\x12#.gradstream.proto.v1.SessionRequest\x1a$.gradstream.proto.v1.SessionResponse(\x01\x30\x01\x12]\n\nReportStep\x12&.gradstream.proto.v1.ReportStepRequest\x1a\'.gradstream.proto.v1.ReportStepResponse\x12o\n\x10ReportValidation\x12,.gradstream.proto.v1.ReportValidationRequest\x1a-.gradstream.proto.v1.ReportValidationResponse\x12o\n\x10ReportCheckpoint\x12,.gradstream.proto.v1.ReportCheckpointRequest\x1a-.gradstream.proto.v1.ReportCheckpointResponse\x12\x66\n\rReportFailure\x12).gradstream.proto.v1.ReportFailureRequest\x1a*.gradstream.proto.v1.ReportFailureResponse\x12k\n\x0e\x46\x65tchDataShard\x12*.gradstream.proto.v1.FetchDataShardRequest\x1a+.gradstream.proto.v1.FetchDataShardResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradstream.proto.v1.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODEKIND']._serialized_start=2178
-  _globals['_NODEKIND']._serialized_end=2269
+  _globals['_NODEKIND']._serialized_start=2164
+  _globals['_NODEKIND']._serialized_end=2255
   _globals['_HELDJOB']._serialized_start=94
   _globals['_HELDJOB']._serialized_end=151
   _globals['_REGISTERREQUEST']._serialized_start=154
@@ -51,29 +51,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASEJOB']._serialized_start=1112
   _globals['_RELEASEJOB']._serialized_end=1156
   _globals['_BOUNDARYREQUEST']._serialized_start=1158
-  _globals['_BOUNDARYREQUEST']._serialized_end=1220
-  _globals['_REPORTSTEPREQUEST']._serialized_start=1223
-  _globals['_REPORTSTEPREQUEST']._serialized_end=1483
-  _globals['_REPORTSTEPRESPONSE']._serialized_start=1485
-  _globals['_REPORTSTEPRESPONSE']._serialized_end=1505
-  _globals['_REPORTVALIDATIONREQUEST']._serialized_start=1507
-  _globals['_REPORTVALIDATIONREQUEST']._serialized_end=1632
-  _globals['_REPORTVALIDATIONRESPONSE']._serialized_start=1634
-  _globals['_REPORTVALIDATIONRESPONSE']._serialized_end=1660
-  _globals['_REPORTCHECKPOINTREQUEST']._serialized_start=1663
-  _globals['_REPORTCHECKPOINTREQUEST']._serialized_end=1884
-  _globals['_FRAGMENTDIGEST']._serialized_start=1886
-  _globals['_FRAGMENTDIGEST']._serialized_end=1936
-  _globals['_REPORTCHECKPOINTRESPONSE']._serialized_start=1938
-  _globals['_REPORTCHECKPOINTRESPONSE']._serialized_end=1964
-  _globals['_REPORTFAILUREREQUEST']._serialized_start=1966
-  _globals['_REPORTFAILUREREQUEST']._serialized_end=2053
-  _globals['_REPORTFAILURERESPONSE']._serialized_start=2055
-  _globals['_REPORTFAILURERESPONSE']._serialized_end=2078
-  _globals['_FETCHDATASHARDREQUEST']._serialized_start=2080
-  _globals['_FETCHDATASHARDREQUEST']._serialized_end=2133
-  _globals['_FETCHDATASHARDRESPONSE']._serialized_start=2135
-  _globals['_FETCHDATASHARDRESPONSE']._serialized_end=2176
-  _globals['_COORDINATORSERVICE']._serialized_start=2272
-  _globals['_COORDINATORSERVICE']._serialized_end=3005
+  _globals['_BOUNDARYREQUEST']._serialized_end=1206
+  _globals['_REPORTSTEPREQUEST']._serialized_start=1209
+  _globals['_REPORTSTEPREQUEST']._serialized_end=1469
+  _globals['_REPORTSTEPRESPONSE']._serialized_start=1471
+  _globals['_REPORTSTEPRESPONSE']._serialized_end=1491
+  _globals['_REPORTVALIDATIONREQUEST']._serialized_start=1493
+  _globals['_REPORTVALIDATIONREQUEST']._serialized_end=1618
+  _globals['_REPORTVALIDATIONRESPONSE']._serialized_start=1620
+  _globals['_REPORTVALIDATIONRESPONSE']._serialized_end=1646
+  _globals['_REPORTCHECKPOINTREQUEST']._serialized_start=1649
+  _globals['_REPORTCHECKPOINTREQUEST']._serialized_end=1870
+  _globals['_FRAGMENTDIGEST']._serialized_start=1872
+  _globals['_FRAGMENTDIGEST']._serialized_end=1922
+  _globals['_REPORTCHECKPOINTRESPONSE']._serialized_start=1924
+  _globals['_REPORTCHECKPOINTRESPONSE']._serialized_end=1950
+  _globals['_REPORTFAILUREREQUEST']._serialized_start=1952
+  _globals['_REPORTFAILUREREQUEST']._serialized_end=2039
+  _globals['_REPORTFAILURERESPONSE']._serialized_start=2041
+  _globals['_REPORTFAILURERESPONSE']._serialized_end=2064
+  _globals['_FETCHDATASHARDREQUEST']._serialized_start=2066
+  _globals['_FETCHDATASHARDREQUEST']._serialized_end=2119
+  _globals['_FETCHDATASHARDRESPONSE']._serialized_start=2121
+  _globals['_FETCHDATASHARDRESPONSE']._serialized_end=2162
+  _globals['_COORDINATORSERVICE']._serialized_start=2258
+  _globals['_COORDINATORSERVICE']._serialized_end=2991
 # @@protoc_insertion_point(module_scope)

@@ -174,7 +174,9 @@ class Activity(_message.Message):
     job_id: _builtins.str
     """The job it works on; empty when idle."""
     phase: _builtins.str
-    """One word or two: idle, loading, computing, waiting, accumulating, applying, checkpointing."""
+    """A server's: idle, loading, accumulating, committing, applying. A worker's: idle, loading, validating, computing,
+    waiting.
+    """
     step: _builtins.int
     """The step it is in."""
     waiting_for: _builtins.str
@@ -308,7 +310,7 @@ class SessionResponse(_message.Message):
 
     @_builtins.property
     def boundary(self) -> Global___BoundaryRequest:
-        """To the leader: write a checkpoint with the next commit and, for a halt, let the workers rest after it."""
+        """To the leader: the job pauses or stops at the next commit, which writes a checkpoint."""
 
     def __init__(
         self,
@@ -356,29 +358,25 @@ Global___ReleaseJob: _TypeAlias = ReleaseJob  # noqa: Y015
 
 @_typing.final
 class BoundaryRequest(_message.Message):
-    """Asks the leader to act at the next commit."""
+    """Asks the leader to checkpoint at the next commit and to say in its report that the job halts there."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
-    HALT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
     """The plan's epoch."""
-    halt: _builtins.bool
-    """True: the job pauses or stops at this boundary. False: checkpoint and go on."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
-        halt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "halt", b"halt", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -426,7 +424,7 @@ class ReportStepRequest(_message.Message):
     unix_ms: _builtins.int
     """Unix time in milliseconds of the commit."""
     halted: _builtins.bool
-    """True when this commit answered a BoundaryRequest with halt."""
+    """True when this commit answered a BoundaryRequest."""
     pushed_bytes: _builtins.int
     """Payload bytes that all servers took in for this step. Counted once per contribution."""
     def __init__(

@@ -199,7 +199,6 @@ class PullRequest(_message.Message):
     MIN_VERSION_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     FRAGMENTS_FIELD_NUMBER: _builtins.int
-    NODE_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
@@ -208,8 +207,6 @@ class PullRequest(_message.Message):
     """The lowest version to answer with."""
     codec: _plan_pb2.Codec.ValueType
     """How the payloads shall be encoded."""
-    node_id: _builtins.str
-    """Who asks, for `status`."""
     @_builtins.property
     def fragments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Fragments wanted, in the order wanted, all of them held by this server."""
@@ -222,11 +219,10 @@ class PullRequest(_message.Message):
         min_version: _builtins.int = ...,
         codec: _plan_pb2.Codec.ValueType = ...,
         fragments: _abc.Iterable[_builtins.int] | None = ...,
-        node_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "epoch", b"epoch", "fragments", b"fragments", "job_id", b"job_id", "min_version", b"min_version", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "epoch", b"epoch", "fragments", b"fragments", "job_id", b"job_id", "min_version", b"min_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import log as logging
 from gradstream.core import model
-from gradstream.core.errors import GradstreamError, StaleEpochError, one_line
+from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError, one_line
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, listen, new_server, open_channel
@@ -122,7 +122,10 @@ class ParameterServer:
     # -- reports ---------------------------------------------------------------------------------------------------
 
     async def _complete_at_leader(self, report: pb.CompleteStepRequest) -> Decision:
-        """Ask the leader until it answers; waiting for the other servers has no deadline, only a reason in `status`."""
+        """Ask the leader until it answers; waiting for the other servers has no deadline, only a reason in `status`.
+
+        Raises ProtocolError when the leader refuses this server's report for good.
+        """
         shard = self.shard
         if shard is None:
             raise StaleEpochError("the shard was dropped")
@@ -137,6 +140,8 @@ class ParameterServer:
                 break
             except grpc.aio.AioRpcError as rpc_error:
                 error = error_from_rpc(rpc_error, f"leader {leader.name} at {leader.address}")
+                if isinstance(error, ProtocolError) and not isinstance(error, StaleEpochError):
+                    raise error from None
                 # The leader may not have taken up the plan yet, or be gone: the coordinator will say.
                 log.debug("the leader does not answer", cause=one_line(error))
             await asyncio.sleep(backoff.next())
@@ -203,7 +208,14 @@ async def serve(coordinator: str, name: str, listen_address: str, memory_bytes: 
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     await server.start()
-    await health_servicer.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    await health_servicer.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def tell_health() -> None:
+        # Only a server that the coordinator has accepted can be of use. Losing the coordinator later stops no step.
+        await node.session.registered.wait()
+        await health_servicer.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+
+    health_task = asyncio.create_task(tell_health())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.session.leave)
@@ -213,6 +225,7 @@ async def serve(coordinator: str, name: str, listen_address: str, memory_bytes: 
     try:
         await node.run()
     finally:
+        health_task.cancel()
         await health_servicer.enter_graceful_shutdown()
         await server.stop(grace=1.0)
 

@@ -43,12 +43,13 @@ class SlotTotals:
     num_samples: int
     loss_sum: float
 
-    def same_as(self, other: SlotTotals) -> bool:
-        """Whether both say the same; a loss that is NaN is the same as another."""
-        losses = (self.loss_sum, other.loss_sum)
-        return (self.num_tokens, self.num_samples) == (other.num_tokens, other.num_samples) and (
-            losses[0] == losses[1] or all(map(math.isnan, losses))
-        )
+    def same_counts(self, other: SlotTotals) -> bool:
+        """Whether both count the same tokens and samples."""
+        return (self.num_tokens, self.num_samples) == (other.num_tokens, other.num_samples)
+
+    def same_loss(self, other: SlotTotals) -> bool:
+        """Whether both have the same loss; NaN is the same as NaN."""
+        return self.loss_sum == other.loss_sum or (math.isnan(self.loss_sum) and math.isnan(other.loss_sum))
 
 
 @dataclass
@@ -213,7 +214,16 @@ class Shard:
             return pb.PUSH_RESULT_DUPLICATE
         totals = SlotTotals(header.slot_tokens, header.slot_samples, header.slot_loss_sum)
         known = self._slots.setdefault(header.slot, totals)
-        if not known.same_as(totals):
+        if not known.same_loss(totals):
+            # Two workers computed parts of one slot and round differently: the step is as good, but its bits now depend
+            # on who computed what.
+            log.warning(
+                "two workers differ on a slot's loss; are they of one kind?",
+                job=self.plan.job_id,
+                step=header.step,
+                slot=header.slot,
+            )
+        if not known.same_counts(totals):
             raise ProtocolError(
                 f"slot {header.slot} of step {header.step}: {totals} differs from {known} of an earlier contribution"
             )
@@ -302,16 +312,15 @@ class Shard:
             log.warning("step skipped", job=self.plan.job_id, step=step, reason=reason)
         version = step + 1
         interval = recipe.checkpoint.interval_steps
-        halt = self._boundary is not None and self._boundary.halt
+        halt = self._boundary is not None
         due = version == self.plan.num_steps or (interval > 0 and version % interval == 0)
-        checkpoint = due or self._boundary is not None
+        checkpoint = due or halt
         self._boundary = None
         return replace(decision, checkpoint=checkpoint, halt=halt)
 
     def request_boundary(self, request: coordinator_pb2.BoundaryRequest) -> None:
-        """On the leader: checkpoint, and for a halt say so in the report, at the next commit."""
-        if self._boundary is None or request.halt:
-            self._boundary = request
+        """On the leader: checkpoint at the next commit and say in its report that the job halts there."""
+        self._boundary = request
 
     def _step_report(self, decision: Decision, rate: float, num_samples: int) -> coordinator_pb2.ReportStepRequest:
         return coordinator_pb2.ReportStepRequest(

@@ -17,6 +17,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m gradstream.core.kernels
 	@touch $@
 
 demo: $(STAMP)  ## Train a 10 M parameter GPT on this machine: 1 coordinator, 2 parameter servers, 2 workers.

@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from support.cluster import Cluster, running
 from support.tiny import prepare_tiny_data
+
+# A first call compiles kernels and a busy machine pauses: how long an example takes says nothing about it.
+settings.register_profile("gradstream", deadline=None, print_blob=True)
+settings.load_profile("gradstream")
 
 
 @pytest.fixture(scope="session")

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gradstream.core import kernels
 from gradstream.core.errors import ProtocolError
+from gradstream.core.kernels import BF16_BLOCK, INT8_BLOCK
 from gradstream.proto.v1 import plan_pb2
-
-INT8_BLOCK = 256
 
 Payload = npt.NDArray[np.uint8]
 
@@ -100,8 +100,12 @@ class Bf16(Codec):
 
     def decode_add(self, payload: Payload, out_N: torch.Tensor) -> None:
         self._check(payload, out_N)
-        # bf16 widens to fp32 exactly, so adding mixed types equals adding the decoded values.
-        out_N.add_(self._values(payload))
+        end = out_N.numel() // BF16_BLOCK * BF16_BLOCK
+        halves_BE = payload[: 2 * end].view(np.uint16).reshape(-1, BF16_BLOCK)
+        kernels.bf16_decode_add(halves_BE, _blocks(out_N, BF16_BLOCK))
+        if end < out_N.numel():
+            # bf16 widens to fp32 exactly, so adding mixed types equals adding the decoded values.
+            out_N[end:].add_(self._values(payload[2 * end :]))
 
     @staticmethod
     def _values(payload: Payload) -> torch.Tensor:
@@ -124,30 +128,69 @@ class Int8(Codec):
         values_N = values_N.detach()
         num_elements = values_N.numel()
         num_blocks = self._num_blocks(num_elements)
-        padding = num_blocks * INT8_BLOCK - num_elements
-        blocks_BE = torch.nn.functional.pad(values_N, (0, padding)).view(num_blocks, INT8_BLOCK)
-        scales_B = blocks_BE.abs().amax(dim=1).div_(127.0)
-        # A block of zeros has scale 0 and every quotient 0/0; the numbers sent for it must not matter, so they are 0.
-        quotients_BE = (blocks_BE / scales_B[:, None]).nan_to_num_(0.0, 127.0, -127.0).round_().clamp_(-127, 127)
+        full = num_elements // INT8_BLOCK if values_N.device.type == "cpu" else 0
         payload = np.empty(self.encoded_bytes(num_elements), dtype=np.uint8)
-        payload[: 4 * num_blocks] = _bytes_of(scales_B.cpu())
-        payload[4 * num_blocks :] = _bytes_of(quotients_BE.to(torch.int8).cpu().view(-1)[:num_elements])
+        scales_B = payload[: 4 * num_blocks].view(np.float32)
+        quotients_N = payload[4 * num_blocks :].view(np.int8)
+        if full:
+            values_BE = values_N[: full * INT8_BLOCK].numpy().reshape(full, INT8_BLOCK)
+            quotients_BE = quotients_N[: full * INT8_BLOCK].reshape(full, INT8_BLOCK)
+            kernels.int8_encode(values_BE, values_BE.view(np.int32), scales_B[:full], quotients_BE)
+        if full < num_blocks:
+            self._encode_by_torch(values_N[full * INT8_BLOCK :], scales_B[full:], quotients_N[full * INT8_BLOCK :])
         return payload
 
     def decode(self, payload: Payload, out_N: torch.Tensor) -> None:
+        scales_B, quotients_N, full = self._parts(payload, out_N)
+        end = full * INT8_BLOCK
+        kernels.int8_decode(scales_B[:full], quotients_N[:end].reshape(full, INT8_BLOCK), _blocks(out_N, INT8_BLOCK))
+        if full < len(scales_B):
+            out_N[end:].copy_(torch.from_numpy(quotients_N[end:])).mul_(float(scales_B[full]))
+
+    def decode_add(self, payload: Payload, out_N: torch.Tensor) -> None:
+        scales_B, quotients_N, full = self._parts(payload, out_N)
+        end = full * INT8_BLOCK
+        kernels.int8_decode_add(
+            scales_B[:full], quotients_N[:end].reshape(full, INT8_BLOCK), _blocks(out_N, INT8_BLOCK)
+        )
+        if full < len(scales_B):
+            out_N[end:].add_(torch.from_numpy(quotients_N[end:]).float().mul_(float(scales_B[full])))
+
+    def _parts(
+        self, payload: Payload, out_N: torch.Tensor
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8], int]:
+        """A payload's scales, its quotients and the number of whole blocks. Raises ProtocolError for a wrong length."""
         self._check(payload, out_N)
-        num_elements = out_N.numel()
-        num_blocks = self._num_blocks(num_elements)
-        scales_B = torch.from_numpy(payload[: 4 * num_blocks].view(np.float32))
-        out_N.copy_(torch.from_numpy(payload[4 * num_blocks :].view(np.int8)))
-        full = num_elements // INT8_BLOCK
-        out_N[: full * INT8_BLOCK].view(full, INT8_BLOCK).mul_(scales_B[:full, None])
-        if full < num_blocks:
-            out_N[full * INT8_BLOCK :].mul_(scales_B[full])
+        num_blocks = self._num_blocks(out_N.numel())
+        return (
+            payload[: 4 * num_blocks].view(np.float32),
+            payload[4 * num_blocks :].view(np.int8),
+            out_N.numel() // INT8_BLOCK,
+        )
+
+    def _encode_by_torch(
+        self, values_N: torch.Tensor, scales_B: npt.NDArray[np.float32], quotients_N: npt.NDArray[np.int8]
+    ) -> None:
+        """What kernels.int8_encode does, for a short last block and for other devices."""
+        num_blocks = len(scales_B)
+        padding = num_blocks * INT8_BLOCK - values_N.numel()
+        blocks_BE = torch.nn.functional.pad(values_N, (0, padding)).view(num_blocks, INT8_BLOCK)
+        found_B = blocks_BE.abs().amax(dim=1).div_(127.0)
+        usable_B1 = (found_B.isfinite() & (found_B != 0))[:, None]
+        quotients_BE = torch.where(usable_B1, blocks_BE / found_B[:, None], 0.0).round_()
+        scales_B[:] = found_B.cpu().numpy()
+        quotients_N[:] = quotients_BE.to(torch.int8).cpu().view(-1)[: len(quotients_N)].numpy()
 
     @staticmethod
     def _num_blocks(num_elements: int) -> int:
         return -(-num_elements // INT8_BLOCK)
+
+
+def _blocks(tensor_N: torch.Tensor, block: int) -> npt.NDArray[np.float32]:
+    """The whole blocks of a contiguous fp32 tensor on the CPU, as a view of shape (B, block)."""
+    end = tensor_N.numel() // block * block
+    array: npt.NDArray[np.float32] = tensor_N[:end].detach().numpy().reshape(-1, block)
+    return array
 
 
 def _bytes_of(tensor_N: torch.Tensor) -> Payload:

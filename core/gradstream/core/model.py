@@ -29,10 +29,13 @@ _GENERATOR_LOCK = threading.Lock()
 
 
 def preload() -> None:
-    """Import torch and transformers now.
+    """Import torch and transformers and compile the codecs' kernels now.
 
     It takes seconds during which a thread holds the interpreter; a node does it before it promises heartbeats.
     """
+    from gradstream.core import kernels
+
+    kernels.preload()
     from transformers import AutoModelForCausalLM  # noqa: F401
 
 

@@ -83,3 +83,30 @@ def test_coordinator_restart_does_not_stop_the_steps(cluster: Cluster, tiny_data
     steps = [item.step for item in cluster.client.watch(job.job_id, follow=False) if hasattr(item, "grad_norm")]
     assert steps == list(range(150))
     assert before < 150
+
+
+@pytest.mark.timeout(240)
+def test_too_little_memory_after_a_loss_is_a_wait_not_an_end(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    training = {"num_steps": 16}
+    cluster.start_coordinator()
+    # The job needs about 2.4 MiB in all: two such servers hold it, one does not.
+    cluster.start_servers("server-0", "server-1", memory="2MiB")
+    cluster.start_workers("worker-0")
+    needs_two = {"min_servers": 2}
+    job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", training=training, cluster=needs_two))
+    cluster.finish(job.job_id)
+    reference = cluster.final_digest(job.job_id)
+
+    job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", training=training))
+    for item in cluster.client.watch(job.job_id):
+        if getattr(item, "step", -1) >= 5:
+            break
+    cluster.kill("server-1")
+    waiting = cluster.wait_for(
+        job.job_id, lambda job: any("missing" in wait.what for wait in job.waits), "wait for memory"
+    )
+    assert waiting.state == "planning"
+    cluster.start_servers("server-2", memory="2MiB")
+    finished = cluster.finish(job.job_id)
+    assert finished.epoch == 2
+    assert cluster.final_digest(job.job_id) == reference

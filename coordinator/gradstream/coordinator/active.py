@@ -89,6 +89,9 @@ class ActiveJob:
     progress_at: float = 0.0
     waits: WaitClock = field(default_factory=WaitClock)
     planning: asyncio.Task[None] | None = None
+    # Why the nodes of the last try could not hold the plan, and which they were; another set of nodes is tried again.
+    refusal: str = ""
+    refused_nodes: frozenset[str] | None = None
     writing: asyncio.Task[None] | None = None
 
     @classmethod

@@ -23,7 +23,7 @@ from gradstream.coordinator.notify import Notifier
 from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
 from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
-from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
+from gradstream.core.errors import ConfigError, GradstreamError, PlanError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
@@ -279,6 +279,8 @@ class Controller:
             self._lease(active, now, force=True)
             return
         servers, workers = self.members.present(SERVER), self.members.present(WORKER)
+        if frozenset(node.node_id for node in (*servers, *workers)) == active.refused_nodes:
+            return
         if not scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers):
             active.planning = asyncio.create_task(self._make_plan(active, servers, workers))
 
@@ -308,6 +310,13 @@ class Controller:
             # A server that died meanwhile must not be planned with; the next look starts over.
             if wanted and all(server.present for server in servers):
                 self._take_plan(active, plan, reasons, versions)
+        except PlanError as error:
+            if record.epoch == 0:
+                self.fail(record.job_id, one_line(error))
+            else:
+                # The cluster held this job before: the nodes that are missing may be on their way back.
+                active.refusal = one_line(error)
+                active.refused_nodes = frozenset(node.node_id for node in (*servers, *workers))
         except UnreachableError as error:
             log.error("the plan could not be stored; trying again", cause=one_line(error))
         except GradstreamError as error:
@@ -340,6 +349,7 @@ class Controller:
         active.totals = self.state.step_totals(active.job_id, plan.epoch, plan.start_version)
         active.pace.steps.clear()
         active.halted_version, active.need_workers = None, False
+        active.refusal, active.refused_nodes = "", None
         active.expect_holders_until = 0.0
         active.progress_at = self.clock()
         self.event(active.job_id, "plan", f"epoch {plan.epoch}: {'; '.join(reasons.values())}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,31 +44,27 @@ async def take_inventory(model_config: Mapping[str, Any]) -> Inventory:
 
 
 async def _ask_child(model_config_json: str) -> Inventory:
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "gradstream.core.model",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    # subprocess in a thread, not asyncio's: under uvloop that forks, and a fork beside gRPC's threads crashed 7 of 120
+    # children (see docs/decisions.md).
     try:
-        out, errors = await asyncio.wait_for(child.communicate(model_config_json.encode()), TIMEOUT_SECONDS)
-    except TimeoutError:
+        child = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "gradstream.core.model"],
+            input=model_config_json.encode(),
+            capture_output=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
         raise ConfigError(
             f"model.config: no model was built within {TIMEOUT_SECONDS:.0f} s; is it far too large?"
         ) from None
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
     try:
-        answer = json.loads(out)
+        answer = json.loads(child.stdout)
     except ValueError:
-        last = errors.decode(errors="replace").strip().rsplit("\n", 1)[-1]
-        raise ConfigError(
-            f"model.config: the model cannot be built ({last or f'exit status {child.returncode}'})"
-        ) from None
+        last = child.stderr.decode(errors="replace").strip().rsplit("\n", 1)[-1]
+        cause = last or f"the process that builds it ended with status {child.returncode}"
+        raise ConfigError(f"model.config: the model cannot be built ({cause})") from None
     if "error" in answer:
         raise ConfigError(answer["error"])
     tensors = tuple(Tensor(name, tuple(shape), decay, unit) for name, shape, decay, unit in answer["tensors"])

@@ -121,7 +121,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             versions = await asyncio.to_thread(checkpoints.versions_on_disk, checkpoints.root_of(record.run_directory))
             version = request.version if request.HasField("version") else versions[-1] if versions else 0
             if version not in versions:
-                known = f"there are {scheduler.joined(versions)}" if versions else "it has none yet"
+                known = f"there are versions {scheduler.joined(versions)}" if versions else "it has none yet"
                 wanted = f"version {version}" if versions else "any version"
                 raise CheckpointError(f"job {record.job_id} has no checkpoint of {wanted}; {known}")
             pin = (record.job_id, version)

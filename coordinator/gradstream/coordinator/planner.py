@@ -188,7 +188,8 @@ def _check_server_memory(
                 f"parameter server {server.name} needs {human_bytes(need)} for its share of {num_parameters:,} "
                 f"parameters but offers {human_bytes(server.memory_bytes)} "
                 f"({human_bytes(need - server.memory_bytes)} missing); start {_at_least(more)} like it, "
-                f"give it more memory, or train a smaller model{_lighter(recipe.optimizer)}; then `gradstream resume`"
+                f"or give it more memory, then `gradstream resume`; "
+                f"or submit a smaller model{_lighter(recipe.optimizer)}"
             )
     low, high = min(map(sum, needs)), max(map(sum, needs))
     largest = max(needs, key=sum)
@@ -206,7 +207,7 @@ def _check_worker_memory(need: int, workers: Sequence[NodeOffer]) -> None:
     raise PlanError(
         f"worker {best.name} needs {human_bytes(need)} for weights and gradients but offers "
         f"{human_bytes(best.memory_bytes)} ({human_bytes(need - best.memory_bytes)} missing), and no other offers "
-        f"more; start a worker with more memory or train a smaller model; then `gradstream resume`"
+        f"more; start a worker with more memory, then `gradstream resume`; or submit a smaller model"
     )
 
 
@@ -220,4 +221,4 @@ def _at_least(count: int) -> str:
 
 
 def _lighter(optimizer: OptimizerConfig) -> str:
-    return " or use optimizer.kind=sgd" if optimizer.kind == "adamw" else ""
+    return " or optimizer.kind=sgd" if optimizer.kind == "adamw" else ""

@@ -109,6 +109,8 @@ class Views:
             if active.planning is not None:
                 return [("the plan to be made", "the coordinator")]
             servers, workers = members.present(SERVER), members.present(WORKER)
+            if frozenset(node.node_id for node in (*servers, *workers)) == active.refused_nodes:
+                return [(f"nodes that can hold the job: {active.refusal}", "a node to register")]
             return scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers)
         if active.plan is None:
             return []

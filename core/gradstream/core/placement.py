@@ -39,8 +39,8 @@ def place(fragments: Sequence[Fragment], tensors: Sequence[Tensor], num_servers:
             total_bytes[server] += pile_bytes[pile]
     low, high = min(total_bytes), max(total_bytes)
     reason = (
-        f"{len(fragments)} fragments on {num_servers} servers, largest first by bytes in each of "
-        f"{len(windows)} windows; "
+        f"{len(fragments)} fragments on {num_servers} server{'s' * (num_servers != 1)}, "
+        f"largest first by bytes in each of {len(windows)} windows; "
         f"{low / 2**20:.1f} to {high / 2**20:.1f} MiB of weights a server"
     )
     return placement, reason

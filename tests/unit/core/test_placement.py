@@ -35,7 +35,7 @@ def test_every_fragment_is_placed_and_the_same_way_each_time(units: list[list[in
     assert len(placement) == len(fragments)
     assert set(placement) <= set(range(num_servers))
     assert place(fragments, tensors, num_servers) == (placement, reason)
-    assert f"{len(fragments)} fragments on {num_servers} servers" in reason
+    assert f"{len(fragments)} fragments on {num_servers} server" in reason
 
 
 @given(units=units, num_servers=servers)

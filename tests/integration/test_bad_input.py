@@ -387,7 +387,9 @@ def test_export_that_cannot_be(cluster: Cluster, tiny_data: Path, tmp_path: Path
     versions = [checkpoint.version for checkpoint in cluster.client.checkpoints(job_id)]
     command = ["ckpt", "export", job_id]
     line = refused(CHECKPOINT, *command, tmp_path / "new", "--version", "9999", address=cluster.address)
-    assert_says(line, f"job {job_id} has no checkpoint of version 9999; there are {', '.join(map(str, versions))}")
+    assert_says(
+        line, f"job {job_id} has no checkpoint of version 9999; there are versions {', '.join(map(str, versions))}"
+    )
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.tex").write_text("mine")
@@ -535,7 +537,7 @@ def test_model_that_does_not_fit(cluster: Cluster, tiny_data: Path, tmp_path: Pa
     found = re.fullmatch(
         r"error: job large-1 failed at step 0 of 6: parameter server server-[01] needs (\d+\.\d) MiB for its share of "
         r"2,[\d,]+ parameters but offers 8\.0 MiB \((\d+\.\d) MiB missing\); start at least (\d+) more servers like "
-        r"it, give it more memory, or train a smaller model or use optimizer\.kind=sgd; then `gradstream resume`",
+        r"it, or give it more memory, then `gradstream resume`; or submit a smaller model or optimizer\.kind=sgd",
         error_line(result.stderr),
     )
     assert found, result.stderr

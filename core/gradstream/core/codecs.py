@@ -177,7 +177,7 @@ class Int8(Codec):
         blocks_BE = torch.nn.functional.pad(values_N, (0, padding)).view(num_blocks, INT8_BLOCK)
         found_B = blocks_BE.abs().amax(dim=1).div_(127.0)
         usable_B1 = (found_B.isfinite() & (found_B != 0))[:, None]
-        quotients_BE = torch.where(usable_B1, blocks_BE / found_B[:, None], 0.0).round_()
+        quotients_BE = torch.where(usable_B1, blocks_BE / found_B[:, None], 0.0).round_().clamp_(-127, 127)
         scales_B[:] = found_B.cpu().numpy()
         quotients_N[:] = quotients_BE.to(torch.int8).cpu().view(-1)[: len(quotients_N)].numpy()
 

@@ -33,9 +33,9 @@ def _kernel(function: F) -> F:
 
 @_kernel
 def int8_encode(values_BE: F32, bits_BE: npt.NDArray[np.int32], scales_B: F32, quotients_BE: npt.NDArray[Any]) -> None:
-    """scale = max |x| / 127 of each block of 256, q = round_half_even(x / scale); `bits_BE` is `values_BE` as int32.
+    """scale = max |x| / 127 of each block of 256, q = round_half_even(x / scale) in ±127.
 
-    The largest magnitude is found on the bit patterns: as integers they order like the values, with infinity and NaN
+    `bits_BE` is `values_BE` seen as int32. The largest magnitude is found on the bit patterns: as integers they order like the values, with infinity and NaN
     largest. A block that is not finite gets q = 0, which its scale turns into NaN; a block of zeros gets q = 0 as well.
     """
     largest_bits = np.empty(1, np.int32)
@@ -52,7 +52,9 @@ def int8_encode(values_BE: F32, bits_BE: npt.NDArray[np.int32], scales_B: F32, q
                 quotients_BE[block, i] = 0
         else:
             for i in range(INT8_BLOCK):
-                quotients_BE[block, i] = np.int8(int32(np.rint(values_BE[block, i] / scale)))
+                # Beyond 127 only where the scale itself was rounded among the subnormal numbers.
+                quotient = min(max(np.rint(values_BE[block, i] / scale), np.float32(-127.0)), np.float32(127.0))
+                quotients_BE[block, i] = np.int8(int32(quotient))
 
 
 @_kernel

@@ -164,3 +164,12 @@ def test_the_registry_covers_the_protos_enum() -> None:
 def test_an_unknown_codec_on_the_wire_is_refused(number: int) -> None:
     with pytest.raises(ProtocolError, match=f"unknown codec {number}"):
         codec_on_wire(number)
+
+
+def test_int8_of_subnormal_numbers_stays_in_range() -> None:
+    """Their scale is rounded so coarsely that a quotient can pass 127; it must not wrap around to another sign."""
+    values_N = torch.full((600,), -3.0885e-42)
+    decoded_N = torch.empty(600)
+    codec_named("int8").decode(codec_named("int8").encode(values_N), decoded_N)
+    assert (decoded_N <= 0).all()
+    assert ((decoded_N - values_N).abs() <= values_N.abs() / 2).all()

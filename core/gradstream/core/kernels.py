@@ -35,8 +35,9 @@ def _kernel(function: F) -> F:
 def int8_encode(values_BE: F32, bits_BE: npt.NDArray[np.int32], scales_B: F32, quotients_BE: npt.NDArray[Any]) -> None:
     """scale = max |x| / 127 of each block of 256, q = round_half_even(x / scale) in ±127.
 
-    `bits_BE` is `values_BE` seen as int32. The largest magnitude is found on the bit patterns: as integers they order like the values, with infinity and NaN
-    largest. A block that is not finite gets q = 0, which its scale turns into NaN; a block of zeros gets q = 0 as well.
+    `bits_BE` is `values_BE` seen as int32. The largest magnitude is found on the bit patterns: as integers they order
+    like the values, with infinity and NaN largest. A block that is not finite gets q = 0, which its scale turns into
+    NaN; a block of zeros gets q = 0 as well.
     """
     largest_bits = np.empty(1, np.int32)
     largest = largest_bits.view(np.float32)

@@ -21,44 +21,52 @@ class ProgressView:
     def __init__(self, interactive: bool | None = None):
         self._interactive = sys.stderr.isatty() if interactive is None else interactive
         self._progress: Any = None
+        self._live: Any = None
         self._task: Any = None
         self._last_line = 0.0
         self._last_text = ""
 
     def __enter__(self) -> ProgressView:
         if self._interactive:
+            from rich.live import Live
             from rich.progress import BarColumn, Progress, TextColumn
 
+            console = out.console(stderr=True)
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[facts]}", markup=False),
-                console=out.console(stderr=True),
-                transient=False,
+                TextColumn("{task.fields[place]}", markup=False),
+                console=console,
             )
-            self._task = self._progress.add_task("starting", total=None, facts="")
-            self._progress.start()
+            self._task = self._progress.add_task("starting", total=None, place="")
+            self._live = Live(self._progress, console=console, refresh_per_second=4)
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def update(self, job: Job) -> None:
         """Show the job's state."""
-        facts = progress_facts(job)
-        if self._progress is not None:
+        place, facts = "  ".join(progress_place(job)), "  ".join(progress_facts(job))
+        if self._live is not None:
+            from rich.console import Group
+            from rich.text import Text
+
             self._progress.update(
                 self._task,
                 description=f"{job.job_id} {job.state}",
                 total=job.num_steps or None,
                 completed=job.version,
-                facts=facts,
+                place=place,
             )
+            # Two lines: one alone is cut off on a terminal of 80 columns.
+            self._live.update(Group(self._progress, Text(f"  {facts}", no_wrap=True, overflow="ellipsis")))
             return
-        text = f"{job.job_id} {job.state}  {facts}"
+        text = "  ".join(filter(None, (f"{job.job_id} {job.state}", place, facts)))
         now = time.monotonic()
         if text != self._last_text and (now - self._last_line >= LINE_INTERVAL_SECONDS or job.state.ended):
             self._last_line, self._last_text = now, text
@@ -66,26 +74,32 @@ class ProgressView:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False)
+        if self._live is not None:
+            self._live.console.print(text, markup=False)
         else:
             out.say(text)
 
 
-def progress_facts(job: Job) -> str:
-    """Step, losses, rates and ETA on one line; while nothing moves, what the job waits for."""
+def progress_place(job: Job) -> list[str]:
+    """How far it is: step and ETA."""
     parts = [f"step {job.version}/{job.num_steps}"]
+    if job.eta is not None and not job.state.ended:
+        parts.append(f"ETA {out.format_duration(job.eta)}")
+    return parts
+
+
+def progress_facts(job: Job) -> list[str]:
+    """Losses and rates; while nothing moves, what the job waits for."""
+    parts = []
     if job.loss is not None:
         parts.append(f"loss {job.loss:.3f}")
     if job.validation_loss is not None:
         parts.append(f"validation {job.validation_loss:.3f}")
-    if job.tokens_per_second:
+    if job.tokens_per_second and not job.state.ended:
         parts.append(f"{out.format_count(job.tokens_per_second)} tokens/s")
         parts.append(f"up {out.format_rate(job.push_bytes_per_second)}")
         parts.append(f"down {out.format_rate(job.pull_bytes_per_second)}")
-    if job.eta is not None and not job.state.ended:
-        parts.append(f"ETA {out.format_duration(job.eta)}")
     if job.waits and not job.state.ended:
         wait = job.waits[0]
         parts.append(f"waits for {wait.what} from {wait.whom} {out.format_since(wait.since)}".strip())
-    return "  ".join(parts)
+    return parts

@@ -460,7 +460,7 @@ class Controller:
         table = active.lease_table()
         decisions = {**active.record.decisions, "leases": reason}
         self.update(active, leases=table.SerializeToString(), decisions=decisions)
-        self.event(active.job_id, "leases", reason)
+        self.event(active.job_id, "leases", reason.removeprefix("leases: "))
         for node in self.members.present(WORKER):
             self._send_plan(node, active)
             self._hub.send(node, coordinator_pb2.SessionResponse(leases=table))

@@ -149,7 +149,7 @@ async def test_a_job_without_workers_pauses_and_stops_at_once(cluster: Cluster) 
     job_id = await cluster.submit()
     _, (worker,) = await cluster.running(job_id)
     await worker.kill()
-    await cluster.event(job_id, "leases: none")
+    await cluster.event(job_id, "none, ")
     paused = await cluster.jobs.PauseJob(jobs_pb2.PauseJobRequest(job_id=job_id))
     assert paused.job.state == PAUSED
     stopped = await cluster.jobs.StopJob(jobs_pb2.StopJobRequest(job_id=job_id))

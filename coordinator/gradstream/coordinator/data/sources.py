@@ -19,7 +19,10 @@ from gradstream.core.errors import ConfigError, DataError, GradstreamError, near
 
 STDLIB = "stdlib:"
 # Not the library itself: tests, what pip installed, and byte code.
-STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+STDLIB_SKIPPED = frozenset(
+    # The last two are character tables and one long string, not code.
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+)
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 PROBE_BYTES = 8192
 PARQUET_ROWS = 512

@@ -1,0 +1,57 @@
+"""Pausing, stopping and resuming a real job: ordinary transitions that change no bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.cluster import Cluster
+from support.tiny import tiny_recipe
+
+from gradstream.client import Job
+from gradstream.core.config import Recipe
+
+
+def submit_and_reach(cluster: Cluster, recipe: Recipe, step: int) -> Job:
+    """Submit a job and watch it until a step is committed."""
+    job = cluster.client.submit(recipe)
+    for item in cluster.client.watch(job.job_id):
+        if getattr(item, "step", -1) >= step:
+            break
+    return job
+
+
+@pytest.mark.timeout(180)
+def test_pause_and_stop_change_no_bit(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    # Far fewer checkpoints than steps, so that those of pause and stop are seen to be their own.
+    recipe = tiny_recipe(
+        tiny_data, tmp_path / "runs", training={"num_steps": 40}, checkpoint={"interval_steps": 0, "keep": 5}
+    )
+    cluster.start_coordinator()
+    cluster.start_servers("server-0", "server-1")
+    cluster.start_workers("worker-0")
+    job = cluster.client.submit(recipe)
+    cluster.finish(job.job_id)
+    reference = cluster.final_digest(job.job_id)
+
+    job = submit_and_reach(cluster, recipe, 5)
+    cluster.client.pause(job.job_id)
+    paused = cluster.wait_for(job.job_id, lambda job: job.state == "paused", "pause")
+    assert 5 < paused.version < 40
+    assert paused.slot_holders == ("",) * 4
+    assert [wait.what for wait in paused.waits] == ["to be resumed"]
+    cluster.client.resume(job.job_id)
+    finished = cluster.finish(job.job_id)
+    assert finished.epoch == 1, "a pause keeps the servers' state; nothing is loaded again"
+    assert cluster.final_digest(job.job_id) == reference
+
+    job = submit_and_reach(cluster, recipe, 5)
+    cluster.client.stop(job.job_id)
+    stopped = cluster.wait_job(job.job_id)
+    assert stopped.state == "stopped"
+    assert [checkpoint.version for checkpoint in cluster.client.checkpoints(job.job_id)] == [stopped.version]
+    cluster.client.resume(job.job_id)
+    finished = cluster.finish(job.job_id)
+    assert finished.epoch == 2
+    assert cluster.final_digest(job.job_id) == reference
+    assert finished.num_tokens == 40 * 8 * 32

@@ -13,7 +13,7 @@ WALK = [(1, 1), (2, 1), (3, 1), (3, 2), (2, 2), (1, 2), (1, 3), (2, 3), (3, 3)]
 CODECS = ["fp32", "bf16", "int8"]
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_same_bits_on_every_number_of_workers_and_servers(tiny_data: Path, tmp_path: Path) -> None:
     digests: dict[str, dict[tuple[int, int], str]] = {codec: {} for codec in CODECS}
     with running(tmp_path / "cluster") as cluster:

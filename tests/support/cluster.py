@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gradstream.client import Client, Job
 
-START_SECONDS = 90.0
+START_SECONDS = 180.0
 
 
 class Cluster:

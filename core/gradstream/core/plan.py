@@ -22,6 +22,11 @@ class Server:
     name: str
     address: str
 
+    @property
+    def title(self) -> str:
+        """The server for error messages and `status`."""
+        return f"parameter server {self.name} at {self.address}"
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from gradstream.core import errors
-from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError
+from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError, UnreachableError
 
 ERROR_CLASS_KEY = "gradstream-error"
 MAX_MESSAGE_BYTES = 4 << 20
@@ -127,6 +127,14 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> GradstreamError:
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolError(f"{peer} does not offer this call; do both sides run the same gradstream version?")
     return GradstreamError(f"{peer}: {error.code().name.lower().replace('_', ' ')}: {details}")
+
+
+def refused_for_good(error: GradstreamError) -> bool:
+    """Whether a peer's refusal stands however often it is asked.
+
+    A stale epoch is not of the kind: either side may be about to take up the new plan.
+    """
+    return isinstance(error, ProtocolError) and not isinstance(error, StaleEpochError)
 
 
 class Backoff:

@@ -7,6 +7,7 @@ backoff and without end.
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -114,16 +115,25 @@ class NodeSession:
                     raise error_from_rpc(rpc_error, self.peer) from None
             await asyncio.sleep(backoff.next())
 
+    async def report_failure(self, job_id: str, epoch: int, error: BaseException) -> None:
+        """Tell the coordinator, until it has taken it, that this node cannot go on with a job."""
+        message = one_line(error)
+        log.error("cannot take part in the job", job=job_id, cause=message)
+        if os.environ.get("GRADSTREAM_DEBUG"):
+            log.error("stack trace", job=job_id, exc_info=error)
+        report = coordinator_pb2.ReportFailureRequest(job_id=job_id, epoch=epoch, node_id=self.node_id, message=message)
+        await self.deliver(lambda: self.stub.ReportFailure(report, timeout=UNARY_TIMEOUT_SECONDS))
+
+    async def deliver(self, send: Callable[[], Awaitable[object]]) -> None:
+        """Send a report until the coordinator has taken it; a refusal is logged."""
+        try:
+            await self.report(send)
+        except GradstreamError as error:
+            log.warning("the coordinator refused a report", cause=one_line(error))
+
     def report_later(self, send: Callable[[], Awaitable[object]]) -> None:
-        """Send a report in the background until the coordinator has taken it; a refusal is logged."""
-
-        async def deliver() -> None:
-            try:
-                await self.report(send)
-            except GradstreamError as error:
-                log.warning("the coordinator refused a report", cause=one_line(error))
-
-        task = asyncio.ensure_future(deliver())
+        """`deliver` in the background."""
+        task = asyncio.ensure_future(self.deliver(send))
         self._reports.add(task)
         task.add_done_callback(self._reports.discard)
 

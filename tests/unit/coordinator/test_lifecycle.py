@@ -187,7 +187,7 @@ async def test_a_dead_workers_slots_move_at_once(cluster: Cluster) -> None:
 async def test_a_worker_that_leaves_gives_its_slots_up(cluster: Cluster) -> None:
     await cluster.running(await cluster.submit(), workers=2)
     cluster.nodes[2].session.leave()
-    await cluster.nodes[3].slots(2)
+    assert await cluster.nodes[3].slots(2) == [0, 1]
 
 
 async def test_a_worker_without_heartbeats_loses_its_lease(cluster: Cluster) -> None:

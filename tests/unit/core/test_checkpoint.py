@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.micro import MICRO_LLAMA
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,19 +38,7 @@ from gradstream.core.placement import place
 from gradstream.core.plan import Plan, Server
 from gradstream.proto.v1 import coordinator_pb2
 
-MODEL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+MODEL = MICRO_LLAMA
 TENSORS = inventory(MODEL)
 WEIGHTS = {name: tensor.numpy() for name, tensor in initial_weights(MODEL, 0)}
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.micro import MICRO_LLAMA
 
 from gradstream.core.checkpoint import directory_of, write_manifest
 from gradstream.core.codecs import codec_named, codec_on_wire
@@ -33,19 +34,7 @@ from gradstream.services.parameter_server.optimizer import learning_rate
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 from gradstream.services.parameter_server.shard import Shard
 
-MODEL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+MODEL = MICRO_LLAMA
 TENSORS = inventory(MODEL)
 FRAGMENTS = cut(TENSORS, 256)
 NUM_SLOTS = 3
@@ -102,6 +91,7 @@ class Cluster:
         self.shards: list[Shard] = []
         self.stubs: list[ParameterServerStub] = []
         self.reports: list[coordinator_pb2.ReportStepRequest] = []
+        self.failures: list[Exception] = []
         self.checkpoints: list[coordinator_pb2.ReportCheckpointRequest] = []
         self.push_codec = codec_named(plan.recipe.codec.push)
         self.pull_codec = codec_named(plan.recipe.codec.pull)
@@ -111,7 +101,15 @@ class Cluster:
 
     async def start(self) -> None:
         for index in range(len(self.plan.servers)):
-            shard = Shard(self.plan, index, self._executor, self._ask_leader, self._take_step, self._take_checkpoint)
+            shard = Shard(
+                self.plan,
+                index,
+                self._executor,
+                self._ask_leader,
+                self._take_step,
+                self._take_checkpoint,
+                self._take_failure,
+            )
             server = new_server()
             add_parameter_server(ParameterServerServicer(lambda shard=shard: shard), server)
             channel = open_channel(f"127.0.0.1:{listen(server, '127.0.0.1:0')}")
@@ -147,6 +145,9 @@ class Cluster:
 
     async def _take_step(self, report: coordinator_pb2.ReportStepRequest) -> None:
         self.reports.append(report)
+
+    async def _take_failure(self, error: Exception) -> None:
+        self.failures.append(error)
 
     async def _take_checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
         self.checkpoints.append(report)
@@ -519,7 +520,7 @@ def attacked() -> Iterator[tuple[asyncio.Runner, Cluster]]:
         try:
             runner.run(cluster.start())
             yield runner, cluster
-            assert cluster.shards[0].failure is None
+            assert cluster.failures == []
         finally:
             runner.run(cluster.stop())
 

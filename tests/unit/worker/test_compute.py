@@ -6,56 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.micro import MICRO_LLAMA, micro_plan
 from torch import nn
 
-from gradstream.core.config import parse_recipe
-from gradstream.core.data import parse_manifest
 from gradstream.core.errors import ConfigError
-from gradstream.core.fragments import cut
 from gradstream.core.model import build, derive_seed, initial_weights, inventory
-from gradstream.core.plan import Plan, Server
 from gradstream.worker.compute import AbandonedError, SlotComputer, SlotTotals, pick_device
 
-MODEL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
-def make_plan(model: dict[str, Any] = MODEL, **training: Any) -> Plan:
-    recipe = {
-        "name": "tiny",
-        "model": {"config": model},
-        "training": {"num_steps": 3, "num_slots": 2, "global_batch": 8, "microbatch": 2, "sequence_length": 8}
-        | training,
-        "data": {"path": "data"},
-    }
-    data = {"token_dtype": "uint16", "vocab_size": 64, "end_of_text_id": 0, "tokenizer_sha256": "0" * 64, "shards": []}
-    tensors = inventory(model)
-    return Plan(
-        job_id="job",
-        epoch=1,
-        recipe=parse_recipe(recipe),
-        model_config=model,
-        data_manifest=parse_manifest(data),
-        tensors=tuple(tensors),
-        fragment_elements=256,
-        placement=(0,) * len(cut(tensors, 256)),
-        servers=(Server("n0", "server-0", ""),),
-        leader=0,
-        start_version=0,
-        checkpoint_path="",
-        checkpoint_root="",
-    )
+MODEL = MICRO_LLAMA
 
 
 GPT2: dict[str, Any] = {
@@ -106,7 +64,7 @@ class Emitted:
 
 
 def run(model: dict[str, Any], slot: int = 1, **training: Any) -> tuple[Emitted, SlotTotals, SlotComputer]:
-    computer = SlotComputer(make_plan(model, **training), CPU)
+    computer = SlotComputer(micro_plan(model, **training), CPU)
     load(computer.model, model)
     emitted = Emitted()
     totals = computer.run_slot(2, slot, TOKENS, emitted, lambda: True)
@@ -177,7 +135,7 @@ def test_a_slot_is_the_same_whatever_was_computed_before() -> None:
 
 def test_a_parameter_without_a_path_to_the_loss_gets_zeros() -> None:
     """The step waits for every fragment: one that never came would hold it for ever."""
-    computer = SlotComputer(make_plan(), CPU)
+    computer = SlotComputer(micro_plan(), CPU)
     load(computer.model, MODEL)
     layer = computer.model.get_submodule("model.layers.1.mlp")
     layer.register_forward_hook(lambda module, inputs, output: output.detach())
@@ -195,7 +153,7 @@ def test_a_parameter_without_a_path_to_the_loss_gets_zeros() -> None:
 @pytest.mark.parametrize("answers", [0, 1, 2, 5])
 def test_an_abandoned_slot_stops_and_leaves_no_gradient(answers: int) -> None:
     """Whether it is abandoned before, between the microbatches or inside the last backward pass."""
-    computer = SlotComputer(make_plan(), CPU)
+    computer = SlotComputer(micro_plan(), CPU)
     load(computer.model, MODEL)
     left = iter([True] * answers)
     emitted = Emitted()
@@ -211,7 +169,7 @@ def test_an_abandoned_slot_stops_and_leaves_no_gradient(answers: int) -> None:
 
 
 def test_evaluation_is_the_mean_loss_without_dropout_and_can_be_abandoned() -> None:
-    computer = SlotComputer(make_plan(GPT2, microbatch=2), CPU)
+    computer = SlotComputer(micro_plan(GPT2, microbatch=2), CPU)
     load(computer.model, GPT2)
     loss_sum, num_tokens = computer.evaluate(TOKENS, lambda: True)
     model = build(GPT2).eval()
@@ -237,7 +195,7 @@ def test_bf16_is_near_fp32_and_its_gradients_are_fp32() -> None:
 
 
 def test_a_plan_of_another_model_is_refused() -> None:
-    plan = make_plan()
+    plan = micro_plan()
     object.__setattr__(plan, "model_config", MODEL | {"hidden_size": 32})
     with pytest.raises(ConfigError, match="is not in this worker's model"):
         SlotComputer(plan, CPU)

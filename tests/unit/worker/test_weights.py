@@ -7,56 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.micro import MICRO_LLAMA, micro_plan
 
 from gradstream.core.codecs import Codec, Payload, codec_named
-from gradstream.core.config import parse_recipe
-from gradstream.core.data import parse_manifest
 from gradstream.core.errors import ProtocolError
-from gradstream.core.fragments import cut
-from gradstream.core.model import build, forward_units, initial_weights, inventory
-from gradstream.core.plan import Plan, Server
+from gradstream.core.model import build, forward_units, initial_weights
 from gradstream.worker.compute import AbandonedError
 from gradstream.worker.weights import Inbox, WeightInstaller
 
-MODEL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-
-def make_plan() -> Plan:
-    recipe = {
-        "name": "tiny",
-        "model": {"config": MODEL},
-        "training": {"num_steps": 3, "num_slots": 2, "global_batch": 8, "microbatch": 2, "sequence_length": 8},
-        "data": {"path": "data"},
-    }
-    data = {"token_dtype": "uint16", "vocab_size": 64, "end_of_text_id": 0, "tokenizer_sha256": "0" * 64, "shards": []}
-    tensors = inventory(MODEL)
-    return Plan(
-        job_id="job",
-        epoch=1,
-        recipe=parse_recipe(recipe),
-        model_config=MODEL,
-        data_manifest=parse_manifest(data),
-        tensors=tuple(tensors),
-        fragment_elements=256,
-        placement=(0,) * len(cut(tensors, 256)),
-        servers=(Server("n0", "server-0", ""),),
-        leader=0,
-        start_version=0,
-        checkpoint_path="",
-        checkpoint_root="",
-    )
+MODEL = MICRO_LLAMA
 
 
 IDS = torch.arange(8)[None]
@@ -92,7 +51,7 @@ class Bench:
     """A model with gates, and a thread to run it in."""
 
     def __init__(self, codec: Codec) -> None:
-        self.plan = make_plan()
+        self.plan = micro_plan()
         self.codec = codec
         self.model = build(MODEL)
         by_name = dict(self.model.named_parameters())

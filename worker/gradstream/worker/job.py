@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +27,7 @@ from gradstream.core.config import Recipe
 from gradstream.core.errors import UnreachableError
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
-from gradstream.core.rpc import Backoff, error_from_rpc, open_channel
+from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
 from gradstream.core.session import NodeSession
 from gradstream.core.wire import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2
@@ -177,7 +178,7 @@ class JobRun:
             loss_sum, num_tokens = await self._compute(
                 lambda: self._computer.evaluate(reader.validation_batch(count), wanted)
             )
-            await self._send_validation(version, slot, loss_sum, num_tokens)
+            self._report_validation(version, slot, loss_sum, num_tokens)
         if version < recipe.training.num_steps:
             self._enter("computing")
             reader = await self._reader("train", slot)
@@ -243,7 +244,7 @@ class JobRun:
                     raise error from None
             await asyncio.sleep(backoff.next())
 
-    async def _send_validation(self, version: int, slot: int, loss_sum: float, num_tokens: int) -> None:
+    def _report_validation(self, version: int, slot: int, loss_sum: float, num_tokens: int) -> None:
         report = coordinator_pb2.ReportValidationRequest(
             job_id=self.plan.job_id,
             epoch=self.plan.epoch,
@@ -253,7 +254,7 @@ class JobRun:
             num_tokens=num_tokens,
         )
         # In the background: the coordinator is not in the path of a step.
-        self._session.report_later(lambda: self._session.stub.ReportValidation(report, timeout=20.0))
+        self._session.report_later(partial(self._session.stub.ReportValidation, report, timeout=UNARY_TIMEOUT_SECONDS))
 
     # -- status ----------------------------------------------------------------------------------------------------
 
@@ -262,7 +263,7 @@ class JobRun:
         broken = [stream for stream in self._pusher.streams if stream.unreachable_since is not None]
         waiting_for, since = self._waiting_for, self._since
         if broken:
-            waiting_for = f"parameter server {broken[0].server.name} at {broken[0].server.address} to answer"
+            waiting_for = f"{broken[0].server.title} to answer"
             since = broken[0].unreachable_since or since
         return coordinator_pb2.Activity(
             job_id=self.plan.job_id,

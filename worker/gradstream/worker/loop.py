@@ -11,7 +11,6 @@ import psutil
 import torch
 
 from gradstream.core import log as logging
-from gradstream.core.errors import one_line
 from gradstream.core.model import preload
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
@@ -74,21 +73,7 @@ class Worker:
         try:
             await job.run()
         except Exception as error:
-            message = one_line(error)
-            log.error("cannot take part in the job", job=job.plan.job_id, cause=message)
-            if os.environ.get("GRADSTREAM_DEBUG"):
-                log.exception("stack trace", job=job.plan.job_id)
-            self.session.report_later(
-                lambda: self.session.stub.ReportFailure(
-                    coordinator_pb2.ReportFailureRequest(
-                        job_id=job.plan.job_id,
-                        epoch=job.plan.epoch,
-                        node_id=self.session.node_id,
-                        message=message,
-                    ),
-                    timeout=20.0,
-                )
-            )
+            await self.session.report_failure(job.plan.job_id, job.plan.epoch, error)
 
     async def _drop(self) -> None:
         if self._task is not None:

@@ -10,10 +10,11 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from gradstream.core.codecs import codec_named
-from gradstream.core.errors import ProtocolError, StaleEpochError, one_line
+from gradstream.core.errors import ProtocolError, one_line
+from gradstream.core.fragments import Fragment
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan, Server
-from gradstream.core.rpc import Backoff, error_from_rpc
+from gradstream.core.rpc import Backoff, error_from_rpc, refused_for_good
 from gradstream.core.wire import Assembler, ParameterServerStub, parse, verify
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.weights import Inbox
@@ -28,12 +29,12 @@ class OvertakenError(Exception):
 class ServerPull:
     """One server's part of a pull: first the version, then its fragments."""
 
-    def __init__(self, plan: Plan, server: int, stub: ParameterServerStub):
-        self.server: Server = plan.servers[server]
+    def __init__(self, plan: Plan, server: Server, fragments: dict[int, Fragment], stub: ParameterServerStub):
+        self.server = server
         self._plan = plan
         self._stub = stub
         self._codec = codec_named(plan.recipe.codec.pull)
-        self._fragments = {fragment.index: fragment for fragment in plan.fragments_of(server)}
+        self._fragments = fragments
         self._call: grpc.aio.UnaryStreamCall[pb.PullRequest, bytes] | None = None
 
     async def version(self, min_version: int) -> int:
@@ -56,8 +57,8 @@ class ServerPull:
                     raise ProtocolError(f"server {self.server.name} ended a pull without an answer")
                 return self._header(first)[0].version
             except grpc.aio.AioRpcError as rpc_error:
-                error = error_from_rpc(rpc_error, f"parameter server {self.server.name} at {self.server.address}")
-                if isinstance(error, ProtocolError) and not isinstance(error, StaleEpochError):
+                error = error_from_rpc(rpc_error, self.server.title)
+                if refused_for_good(error):
                     raise error from None
                 if since is None:
                     since = time.time()
@@ -126,7 +127,11 @@ class Puller:
 
     def __init__(self, plan: Plan, stubs: list[ParameterServerStub]):
         self._plan = plan
-        self._stubs = stubs
+        # By server, once a plan: a pull is made a version.
+        self._targets = [
+            (server, {fragment.index: fragment for fragment in plan.fragments_of(index)}, stub)
+            for index, (server, stub) in enumerate(zip(plan.servers, stubs, strict=True))
+        ]
         self._receiving: asyncio.Task[None] | None = None
         self.received_bytes = 0
 
@@ -135,7 +140,7 @@ class Puller:
 
         A pull begun earlier is given up.
         """
-        pulls = [ServerPull(self._plan, index, stub) for index, stub in enumerate(self._stubs)]
+        pulls = [ServerPull(self._plan, *target) for target in self._targets]
         try:
             versions = list(await asyncio.gather(*(pull.version(min_version) for pull in pulls)))
             # Servers publish a commit within moments of each other: ask those that are behind for the latest again.

@@ -16,10 +16,10 @@ import grpc.aio
 import torch
 
 from gradstream.core.codecs import Payload, codec_named
-from gradstream.core.errors import ProtocolError, StaleEpochError, one_line
+from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan, Server
-from gradstream.core.rpc import Backoff, error_from_rpc
+from gradstream.core.rpc import Backoff, error_from_rpc, refused_for_good
 from gradstream.core.wire import ParameterServerStub, checksum, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.compute import SlotTotals
@@ -79,8 +79,8 @@ class PushStream:
             try:
                 await self._stream(backoff)
             except grpc.aio.AioRpcError as rpc_error:
-                error = error_from_rpc(rpc_error, f"parameter server {self.server.name} at {self.server.address}")
-                if isinstance(error, ProtocolError) and not isinstance(error, StaleEpochError):
+                error = error_from_rpc(rpc_error, self.server.title)
+                if refused_for_good(error):
                     raise error from None
                 if self.unreachable_since is None:
                     self.unreachable_since = time.time()

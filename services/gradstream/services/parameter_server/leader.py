@@ -26,6 +26,21 @@ class Decision:
     checkpoint: bool = False
     halt: bool = False
 
+    @classmethod
+    def from_proto(cls, answer: pb.CompleteStepResponse) -> Decision:
+        """The decision as another server learns it; norm, loss and bytes are the leader's to report."""
+        return cls(
+            step=answer.step,
+            skip=answer.skip,
+            clip_scale=answer.clip_scale,
+            num_tokens=answer.num_tokens,
+            grad_norm=math.nan,
+            loss=math.nan,
+            pushed_bytes=0,
+            consecutive_skips=answer.consecutive_skips,
+            checkpoint=answer.checkpoint,
+        )
+
     def to_proto(self) -> pb.CompleteStepResponse:
         """The answer that carries the decision to the other servers."""
         return pb.CompleteStepResponse(

@@ -18,10 +18,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import log as logging
 from gradstream.core import model
-from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError, one_line
+from gradstream.core.errors import StaleEpochError, one_line
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
-from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, listen, new_server, open_channel
+from gradstream.core.rpc import (
+    UNARY_TIMEOUT_SECONDS,
+    Backoff,
+    error_from_rpc,
+    listen,
+    new_server,
+    open_channel,
+    refused_for_good,
+)
 from gradstream.core.session import NodeIdentity, NodeSession
 from gradstream.core.wire import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import coordinator_pb2
@@ -84,27 +92,23 @@ class ParameterServer:
                 shard.request_boundary(request)
 
     async def _take_up(self, plan: Plan, index: int) -> None:
+        report_failure = partial(self.session.report_failure, plan.job_id, plan.epoch)
         try:
             shard = Shard(
-                plan, index, self._executor, self._complete_at_leader, self._step_reports.put, self._send_checkpoint
+                plan,
+                index,
+                self._executor,
+                self._complete_at_leader,
+                self._step_reports.put,
+                self._send_checkpoint,
+                report_failure,
             )
             self.shard = shard
             await shard.load()
         except Exception as error:
-            await self._fail(plan, error)
+            await report_failure(error)
             return
         self.session.heartbeat_soon()
-
-    async def _fail(self, plan: Plan, error: BaseException) -> None:
-        message = one_line(error)
-        log.error("cannot take part in the job", job=plan.job_id, cause=message)
-        await self.session.report(
-            lambda: self.session.stub.ReportFailure(
-                coordinator_pb2.ReportFailureRequest(
-                    job_id=plan.job_id, epoch=plan.epoch, node_id=self.session.node_id, message=message
-                )
-            )
-        )
 
     async def _drop(self, reason: str) -> None:
         if self._loading is not None:
@@ -139,49 +143,27 @@ class ParameterServer:
                 answer: pb.CompleteStepResponse = await stub.CompleteStep(report)
                 break
             except grpc.aio.AioRpcError as rpc_error:
-                error = error_from_rpc(rpc_error, f"leader {leader.name} at {leader.address}")
-                if isinstance(error, ProtocolError) and not isinstance(error, StaleEpochError):
+                error = error_from_rpc(rpc_error, f"the leader, {leader.title},")
+                if refused_for_good(error):
                     raise error from None
                 # The leader may not have taken up the plan yet, or be gone: the coordinator will say.
                 log.debug("the leader does not answer", cause=one_line(error))
             await asyncio.sleep(backoff.next())
-        return Decision(
-            step=answer.step,
-            skip=answer.skip,
-            clip_scale=answer.clip_scale,
-            num_tokens=answer.num_tokens,
-            grad_norm=0.0,
-            loss=0.0,
-            pushed_bytes=0,
-            consecutive_skips=answer.consecutive_skips,
-            checkpoint=answer.checkpoint,
-        )
+        return Decision.from_proto(answer)
 
     async def _report_steps(self) -> None:
         while True:
             report = await self._step_reports.get()
-            try:
-                await self.session.report(partial(self.session.stub.ReportStep, report, timeout=UNARY_TIMEOUT_SECONDS))
-            except GradstreamError as error:
-                log.warning("the coordinator refused a step report", step=report.step, cause=one_line(error))
+            await self.session.deliver(partial(self.session.stub.ReportStep, report, timeout=UNARY_TIMEOUT_SECONDS))
 
     async def _send_checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
-        try:
-            await self.session.report(
-                partial(self.session.stub.ReportCheckpoint, report, timeout=UNARY_TIMEOUT_SECONDS)
-            )
-        except GradstreamError as error:
-            log.warning("the coordinator refused a checkpoint report", version=report.version, cause=one_line(error))
+        await self.session.deliver(partial(self.session.stub.ReportCheckpoint, report, timeout=UNARY_TIMEOUT_SECONDS))
 
     # -- status ----------------------------------------------------------------------------------------------------
 
     def _activity(self) -> coordinator_pb2.Activity:
         shard = self.shard
         activity = coordinator_pb2.Activity(phase="idle") if shard is None else shard.activity()
-        if shard is not None and shard.failure is not None:
-            failure, plan = shard.failure, shard.plan
-            shard.clear_failure()
-            self._failing = asyncio.ensure_future(self._fail(plan, failure))
         activity.resident_bytes = self._process.memory_info().rss
         return activity
 

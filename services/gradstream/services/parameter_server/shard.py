@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +71,7 @@ class Shard:
         complete_at_leader: Callable[[pb.CompleteStepRequest], Awaitable[Decision]],
         report_step: Callable[[coordinator_pb2.ReportStepRequest], Awaitable[None]],
         report_checkpoint: Callable[[coordinator_pb2.ReportCheckpointRequest], Awaitable[None]],
+        report_failure: Callable[[Exception], Awaitable[None]],
     ):
         self.plan = plan
         self.index = index
@@ -83,6 +83,7 @@ class Shard:
         recipe = plan.recipe
         self.push_codec = codec_named(recipe.codec.push)
         self.pull_codec = codec_named(recipe.codec.pull)
+        # In the order of their indices, as fragments_of gives them; squared norms and digests rely on it.
         self.fragments = {
             fragment.index: FragmentState(
                 fragment,
@@ -99,6 +100,7 @@ class Shard:
         self._complete_at_leader = complete_at_leader
         self._report_step = report_step
         self._report_checkpoint = report_checkpoint
+        self._report_failure = report_failure
         self._slots: dict[int, SlotTotals] = {}
         self._step_bytes = 0
         self._num_complete = 0
@@ -106,7 +108,6 @@ class Shard:
         self._boundary: coordinator_pb2.BoundaryRequest | None = None
         self._changed = asyncio.Event()
         self._closed: StaleEpochError | None = None
-        self._failure: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._checkpoint_task: asyncio.Task[None] | None = None
 
@@ -159,15 +160,6 @@ class Shard:
         """Wait until a checkpoint that is being written is reported."""
         if self._checkpoint_task is not None:
             await asyncio.gather(self._checkpoint_task, return_exceptions=True)
-
-    @property
-    def failure(self) -> BaseException | None:
-        """Why the shard cannot go on, or None."""
-        return self._failure
-
-    def clear_failure(self) -> None:
-        """Say that the failure was reported."""
-        self._failure = None
 
     # -- push ------------------------------------------------------------------------------------------------------
 
@@ -261,7 +253,7 @@ class Shard:
             epoch=self.plan.epoch,
             step=step,
             server=self.index,
-            squared_norms=[state.squared_norm for _, state in sorted(self.fragments.items())],
+            squared_norms=[state.squared_norm for state in self.fragments.values()],
             num_tokens=sum(totals.num_tokens for totals in self._slots.values()),
             pushed_bytes=self._step_bytes,
         )
@@ -281,7 +273,7 @@ class Shard:
             # The last copy may still be on its way to the disk; one at a time bounds the memory.
             await self.drain()
         copies = await asyncio.gather(
-            *(self._apply(state, decision, rate, checkpoint) for _, state in sorted(self.fragments.items()))
+            *(self._apply(state, decision, rate, checkpoint) for state in self.fragments.values())
         )
         self._enter(step + 1)
         if checkpoint:
@@ -471,8 +463,4 @@ class Shard:
             if self._closed is None:
                 log.warning("left the step", job=self.plan.job_id, cause=str(error))
         except Exception as error:
-            self._failure = error
-            log.error("the shard cannot go on", job=self.plan.job_id, cause=f"{type(error).__name__}: {error}")
-            self._notify()
-            if os.environ.get("GRADSTREAM_DEBUG"):
-                log.exception("stack trace", job=self.plan.job_id)
+            await self._report_failure(error)

@@ -1,0 +1,53 @@
+"""The smallest real model, and a plan for it: for unit tests, which need no data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradstream.core.config import parse_recipe
+from gradstream.core.data import parse_manifest
+from gradstream.core.fragments import cut
+from gradstream.core.model import inventory
+from gradstream.core.plan import Plan, Server
+
+MICRO_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def micro_plan(model: dict[str, Any] = MICRO_LLAMA, **training: Any) -> Plan:
+    """A plan on one server that nobody listens as; keyword arguments replace keys of the recipe's training section."""
+    recipe = {
+        "name": "tiny",
+        "model": {"config": model},
+        "training": {"num_steps": 3, "num_slots": 2, "global_batch": 8, "microbatch": 2, "sequence_length": 8}
+        | training,
+        "data": {"path": "data"},
+    }
+    data = {"token_dtype": "uint16", "vocab_size": 64, "end_of_text_id": 0, "tokenizer_sha256": "0" * 64, "shards": []}
+    tensors = inventory(model)
+    return Plan(
+        job_id="job",
+        epoch=1,
+        recipe=parse_recipe(recipe),
+        model_config=model,
+        data_manifest=parse_manifest(data),
+        tensors=tuple(tensors),
+        fragment_elements=256,
+        placement=(0,) * len(cut(tensors, 256)),
+        servers=(Server("n0", "server-0", ""),),
+        leader=0,
+        start_version=0,
+        checkpoint_path="",
+        checkpoint_root="",
+    )

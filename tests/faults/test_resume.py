@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.cluster import Cluster
 from support.tiny import tiny_recipe
 
+CODECS = [{"push": "fp32", "pull": "fp32"}, {"push": "int8", "pull": "delta-int8", "keyframe_versions": 9}]
+
 
 @pytest.mark.timeout(300)
-def test_kill_everything_and_resume_elsewhere(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", CODECS, ids=["fp32", "delta-int8"])
+def test_kill_everything_and_resume_elsewhere(
+    cluster: Cluster, tiny_data: Path, tmp_path: Path, codec: dict[str, Any]
+) -> None:
+    """Where workers pull differences, the copy to which they are differences is resumed as well."""
     training = {"num_steps": 24}
     seed = random.randrange(1 << 30)
     kill_at = random.Random(seed).randrange(3, 20)
@@ -20,11 +27,12 @@ def test_kill_everything_and_resume_elsewhere(cluster: Cluster, tiny_data: Path,
     cluster.start_servers("server-0", "server-1")
     cluster.start_workers("worker-0", "worker-1")
     needs_two = {"min_workers": 2, "min_servers": 2}
-    job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", training=training, cluster=needs_two))
+    recipe = tiny_recipe(tiny_data, tmp_path / "runs", training=training, cluster=needs_two, codec=codec)
+    job = cluster.client.submit(recipe)
     undisturbed = cluster.finish(job.job_id)
     reference = cluster.final_digest(job.job_id)
 
-    job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", training=training))
+    job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", training=training, codec=codec))
     for item in cluster.client.watch(job.job_id):
         if getattr(item, "step", -1) >= kill_at:
             break

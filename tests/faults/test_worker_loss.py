@@ -20,7 +20,7 @@ def undisturbed_digest(cluster: Cluster, data: Path, run_root: Path) -> str:
     "fault",
     [
         pytest.param("kill@step=3,slot=1", id="before-its-slot"),
-        # The tiny model has 45 fragments: half of the slot was pushed and acknowledged.
+        # The tiny model has 44 bundles on two servers: half of the slot was pushed and acknowledged.
         pytest.param("kill@step=3,slot=1,acknowledged=20", id="half-of-a-slot-pushed"),
     ],
 )

@@ -442,10 +442,10 @@ def test_push_under_a_replaced_epoch(cluster: Cluster, tiny_data: Path, tmp_path
     server = next(node for node in cluster.client.nodes() if node.name == "server-0")
 
     async def push(epoch: int) -> tuple[grpc.StatusCode, str, pb.GetServerStatusResponse]:
-        header = pb.ContributionHeader(job_id=job_id, epoch=epoch, step=version, payload_bytes=4, num_elements=1)
+        header = pb.ContributionHeader(job_id=job_id, epoch=epoch, step=version, payload_bytes=4, fragment_bytes=[4])
         async with grpc.aio.insecure_channel(server.address) as channel:
             stub = ParameterServerStub(channel)
-            call = stub.Push(iter(list(frames(header, b"\0\0\0\0"))))
+            call = stub.Push(iter(list(frames(header, [np.zeros(4, dtype=np.uint8)]))))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 async for _ in call:
                     pass

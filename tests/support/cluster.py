@@ -48,6 +48,12 @@ class Cluster:
         for name, path in ready.items():
             self._await_ready(name, path)
 
+    def start_server_processes(self, name: str, count: int, memory: str = "2GiB") -> list[str]:
+        """Start one command that runs `count` parameter servers; return their addresses once all listen."""
+        arguments = ["--coordinator", self.address, "--listen", "127.0.0.1:0", "--memory", memory]
+        ready = self._launch(name, ["parameter-server", "--name", name, "--processes", str(count), *arguments])
+        return self._await_ready(name, ready).splitlines()
+
     def start_workers(self, *names: str, faults: str = "", memory: str = "2GiB") -> None:
         """Start workers and wait until they are up. `faults` is GRADSTREAM_FAULTS for them."""
         arguments = ["--coordinator", self.address, "--cache", str(self.directory / "cache"), "--memory", memory]

@@ -25,13 +25,14 @@ MICRO_LLAMA: dict[str, Any] = {
 }
 
 
-def micro_plan(model: dict[str, Any] = MICRO_LLAMA, **training: Any) -> Plan:
+def micro_plan(model: dict[str, Any] = MICRO_LLAMA, codec: dict[str, Any] | None = None, **training: Any) -> Plan:
     """A plan on one server that nobody listens as; keyword arguments replace keys of the recipe's training section."""
     recipe = {
         "name": "tiny",
         "model": {"config": model},
         "training": {"num_steps": 3, "num_slots": 2, "global_batch": 8, "microbatch": 2, "sequence_length": 8}
         | training,
+        "codec": codec or {},
         "data": {"path": "data"},
     }
     data = {"token_dtype": "uint16", "vocab_size": 64, "end_of_text_id": 0, "tokenizer_sha256": "0" * 64, "shards": []}

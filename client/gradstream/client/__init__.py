@@ -32,12 +32,14 @@ from gradstream.client._types import (
     LogLine,
     Node,
     NodeKind,
+    ServerMemory,
     Step,
     Validation,
     Wait,
     WatchItem,
 )
 from gradstream.core.config import Recipe, load_recipe
+from gradstream.core.timeline import Span, SpanKind, Timeline, chrome_trace
 
 __all__ = [
     "Activity",
@@ -59,12 +61,17 @@ __all__ = [
     "PlanError",
     "ProtocolError",
     "Recipe",
+    "ServerMemory",
+    "Span",
+    "SpanKind",
     "StaleEpochError",
     "Step",
+    "Timeline",
     "UnreachableError",
     "Validation",
     "Wait",
     "WatchItem",
+    "chrome_trace",
     "default_address",
     "load_recipe",
 ]

@@ -20,6 +20,7 @@ from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, Watc
 from gradstream.core.config import Recipe, absolute_paths, load_recipe, parse_recipe
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError
 from gradstream.core.rpc import Backoff, error_from_rpc, open_channel
+from gradstream.core.timeline import Timeline
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
 T = TypeVar("T")
@@ -204,6 +205,18 @@ class AsyncClient:
         request = jobs_pb2.StopJobRequest(job_id=job_id, now=now)
         response = await self._call(lambda stub, timeout: stub.StopJob(request, timeout=timeout))
         return Job.from_proto(response.job)
+
+    async def timeline(self, job_id: str | None = None) -> list[Timeline]:
+        """What the workers did and when, over the last versions of a job; `chrome_trace` makes a trace file of it.
+
+        Raises DataError when no worker has sent a timeline yet, and UnreachableError when the connection broke.
+        """
+        stub = await self._connect()
+        try:
+            call = stub.GetTimeline(jobs_pb2.GetTimelineRequest(job_id=job_id or ""))
+            return [Timeline.from_proto(message.worker, message.timeline) async for message in call]
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._error(rpc_error) from None
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 

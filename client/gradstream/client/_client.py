@@ -14,6 +14,7 @@ from gradstream.client._async_client import AsyncClient
 from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, WatchItem
 from gradstream.core.config import Recipe
 from gradstream.core.errors import GradstreamError
+from gradstream.core.timeline import Timeline
 
 T = TypeVar("T")
 
@@ -115,6 +116,10 @@ class Client:
     def stop(self, job_id: str, now: bool = False) -> Job:
         """End a job at its next step boundary or, with `now`, at once."""
         return self._run(self._client.stop(job_id, now))
+
+    def timeline(self, job_id: str | None = None) -> list[Timeline]:
+        """What the workers did and when, over the last versions of a job. See AsyncClient.timeline."""
+        return self._run(self._client.timeline(job_id))
 
     def checkpoints(self, job_id: str | None = None) -> list[Checkpoint]:
         """A job's checkpoints, oldest first."""

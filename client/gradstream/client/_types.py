@@ -128,6 +128,33 @@ class Wait(_Value):
 
 
 @dataclass(frozen=True, slots=True)
+class ServerMemory(_Value):
+    """What a server holds of a job, and what its plan predicted, in bytes.
+
+    State is weights, moments, accumulators and published copies; early are contributions that wait for their turn.
+    """
+
+    name: str
+    num_parameters: int
+    state_bytes: int
+    predicted_state_bytes: int
+    early_bytes: int
+    most_early_bytes: int
+
+    @classmethod
+    def from_proto(cls, message: jobs_pb2.ServerMemory) -> ServerMemory:
+        """The value that a message describes."""
+        return cls(
+            name=message.name,
+            num_parameters=message.num_parameters,
+            state_bytes=message.state_bytes,
+            predicted_state_bytes=message.predicted_state_bytes,
+            early_bytes=message.early_bytes,
+            most_early_bytes=message.most_early_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Job(_Value):
     """A job: its state, its progress and what it waits for."""
 
@@ -156,6 +183,10 @@ class Job(_Value):
     recipe: Mapping[str, Any]
     slot_holders: tuple[str, ...]
     decisions: tuple[str, ...]
+    hidden_share: float | None
+    codecs: str
+    """Share of the time with something being sent or received during which the worker computed as well."""
+    server_memory: tuple[ServerMemory, ...]
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.Job) -> Job:
@@ -192,6 +223,9 @@ class Job(_Value):
             recipe=recipe if isinstance(recipe, dict) else {},
             slot_holders=tuple(message.slot_holders),
             decisions=tuple(message.decisions),
+            hidden_share=message.hidden_share if message.HasField("hidden_share") else None,
+            codecs=message.codecs,
+            server_memory=tuple(ServerMemory.from_proto(memory) for memory in message.server_memory),
         )
 
 
@@ -208,6 +242,9 @@ class Activity(_Value):
     received_bytes: int
     resident_bytes: int
     missing_slots: tuple[int, ...]
+    state_bytes: int
+    early_bytes: int
+    num_parameters: int
 
     @classmethod
     def from_proto(cls, message: coordinator_pb2.Activity) -> Activity:
@@ -222,6 +259,9 @@ class Activity(_Value):
             received_bytes=message.received_bytes,
             resident_bytes=message.resident_bytes,
             missing_slots=tuple(message.missing_slots),
+            state_bytes=message.state_bytes,
+            early_bytes=message.early_bytes,
+            num_parameters=message.num_parameters,
         )
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gradstream.coordinator.planner import ServerBytes, server_bytes
 from gradstream.coordinator.state import JobRecord, State, StepTotals
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import Manifest, parse_manifest
@@ -77,8 +78,14 @@ class ActiveJob:
     checkpoints: set[int] = field(default_factory=set)
     # Reports of files whose manifest is still to be written: version → server → report.
     files: dict[int, dict[int, coordinator_pb2.ReportCheckpointRequest]] = field(default_factory=dict)
+    # Files of slots' residuals, likewise: version → slot → report.
+    residuals: dict[int, dict[int, coordinator_pb2.ReportResidualRequest]] = field(default_factory=dict)
+    # The last version at which a worker took a slot over without a residual.
+    fresh_from: dict[int, int] = field(default_factory=dict)
     validated: set[int] = field(default_factory=set)
     holders: list[str] = field(default_factory=list)
+    # Who held each slot last under this plan; a resting job's slots have no holders.
+    last_holders: list[str] = field(default_factory=list)
     lease_number: int = 0
     lease_reason: str = ""
     # Servers of the plan that are away, and until when (our clock) they are waited for.
@@ -88,6 +95,8 @@ class ActiveJob:
     # When the job last got on (Unix ms and our clock).
     progress_at: float = 0.0
     waits: WaitClock = field(default_factory=WaitClock)
+    # What each server of the plan was predicted to need.
+    predicted_bytes: list[ServerBytes] = field(default_factory=list)
     planning: asyncio.Task[None] | None = None
     # Why the nodes of the last try could not hold the plan, and which they were; another set of nodes is tried again.
     refusal: str = ""
@@ -99,6 +108,7 @@ class ActiveJob:
         """The view of a job as the state has it, with its plan if that may still be held."""
         active = cls(record, parse_recipe(record.recipe_json), parse_manifest(record.manifest_json))
         active.holders = [""] * active.recipe.training.num_slots
+        active.last_holders = list(active.holders)
         active.totals = state.step_totals(record.job_id, record.epoch, record.start_version)
         active.validated = {validation.version for validation in state.validations(record.job_id)}
         stored = state.load_plan(record.job_id, record.epoch) if record.plan_held else None
@@ -106,11 +116,13 @@ class ActiveJob:
             active.take_plan(plan_pb2.Plan.FromString(stored))
             for report in state.checkpoint_files(record.job_id, record.epoch):
                 active.files.setdefault(report.version, {})[report.server] = report
+            for residual in state.residuals(record.job_id, record.epoch):
+                active.take_residual(residual)
         if record.leases:
             table = plan_pb2.LeaseTable.FromString(record.leases)
             active.lease_number = table.number
             if active.plan is not None and table.epoch == record.epoch and len(table.holders) == len(active.holders):
-                active.holders = list(table.holders)
+                active.take_holders(list(table.holders))
                 active.lease_reason = table.reason
         return active
 
@@ -120,8 +132,27 @@ class ActiveJob:
         self.plan = plan if plan is not None else Plan.from_proto(message)
         self.tensors = list(self.plan.tensors)
         self.architecture = self.plan.architecture
+        self.predicted_bytes = [
+            server_bytes(self.recipe, self.plan.fragments_of(index), self.plan.tensors)
+            for index in range(len(self.plan.servers))
+        ]
         self.patience.clear()
         self.files.clear()
+        self.residuals.clear()
+        self.fresh_from.clear()
+        self.last_holders = [""] * len(self.holders)
+
+    def take_holders(self, holders: list[str]) -> None:
+        """Make these the slots' holders."""
+        self.holders = holders
+        self.last_holders = [holder or last for holder, last in zip(holders, self.last_holders, strict=True)]
+
+    def take_residual(self, report: coordinator_pb2.ReportResidualRequest) -> None:
+        """Note a slot's file, or that it was taken over without one."""
+        if report.file:
+            self.residuals.setdefault(report.version, {})[report.slot] = report
+        else:
+            self.fresh_from[report.slot] = max(report.version, self.fresh_from.get(report.slot, 0))
 
     @property
     def job_id(self) -> str:

@@ -23,6 +23,7 @@ from gradstream.coordinator.notify import Notifier
 from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
 from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
+from gradstream.coordinator.timelines import Timelines
 from gradstream.core.errors import ConfigError, GradstreamError, PlanError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
@@ -69,6 +70,7 @@ class Controller:
         self.clock = clock
         self.members = Membership(self.timing.heartbeat_seconds, self.timing.lease_seconds)
         self.notifier = Notifier(state)
+        self.timelines = Timelines()
         self.active: ActiveJob | None = None
         # Versions of the active job that an export reads: retention leaves them alone.
         self.exporting: list[tuple[str, int]] = []
@@ -454,7 +456,8 @@ class Controller:
         holders, reason = scheduler.lease_slots(active.holders, workers, active.resting, names)
         if holders == active.holders and not force:
             return
-        active.holders, active.lease_reason = holders, reason
+        active.take_holders(holders)
+        active.lease_reason = reason
         active.lease_number += 1
         active.progress_at = now
         table = active.lease_table()

@@ -67,5 +67,5 @@ async def _ask_child(model_config_json: str) -> Inventory:
         raise ConfigError(f"model.config: the model cannot be built ({cause})") from None
     if "error" in answer:
         raise ConfigError(answer["error"])
-    tensors = tuple(Tensor(name, tuple(shape), decay, unit) for name, shape, decay, unit in answer["tensors"])
+    tensors = tuple(Tensor(name, tuple(shape), *rest) for name, shape, *rest in answer["tensors"])
     return Inventory(tensors, answer["architecture"])

@@ -71,7 +71,9 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
         async with answering(context):
-            return jobs_pb2.GetJobResponse(job=self._views.job(self._find(request.job_id)))
+            record = self._find(request.job_id)
+            await self._controller.timelines.load(record)
+            return jobs_pb2.GetJobResponse(job=self._views.job(self._find(record.job_id)))
         raise AssertionError("abort has raised")
 
     async def WatchJob(
@@ -132,6 +134,20 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                         yield piece
             finally:
                 self._controller.exporting.remove(pin)
+
+    async def GetTimeline(
+        self, request: jobs_pb2.GetTimelineRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.GetTimelineResponse]:
+        async with answering(context):
+            record = self._find(request.job_id)
+            found = False
+            async for timeline in self._controller.timelines.stream(record):
+                found = True
+                yield timeline
+            if not found:
+                raise DataError(
+                    f"there is no timeline of job {record.job_id} yet; workers send one at the end of each version"
+                )
 
     async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Context) -> jobs_pb2.ListNodesResponse:
         return jobs_pb2.ListNodesResponse(nodes=self._views.nodes())

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradstream.core.bundles import RESIDUAL_CODECS, codec_for, first_push_codec
 from gradstream.core.config import OptimizerConfig, Recipe
 from gradstream.core.data import Manifest, SlotSampler
+from gradstream.core.downlink import downlink
+from gradstream.core.encoded_size import encoded_bytes
 from gradstream.core.errors import ConfigError, DataError, PlanError
 from gradstream.core.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut
 from gradstream.core.placement import place
@@ -128,34 +131,60 @@ def check_data(recipe: Recipe, manifest: Manifest) -> None:
             SlotSampler(manifest, split, slot, training.num_slots, training.sequence_length, recipe.seed)
 
 
-def encoded_bytes(codec: str, num_elements: int) -> int:
-    """Bytes that a codec makes of a slice; the codecs themselves live beside torch, which a plan does not need."""
-    if codec == "int8":
-        return -(-num_elements // 256) * 4 + num_elements
-    return num_elements * {"fp32": 4, "bf16": 2}[codec]
+@dataclass(frozen=True, slots=True)
+class ServerBytes:
+    """Memory that a server needs for its fragments, in bytes."""
+
+    # Held all the time: master copy, moments, accumulator and the published copies, encoded or as workers hold them.
+    state: int
+    # On top while a checkpoint is written: a copy of what is saved, and the same once more as the file's bytes.
+    checkpoint: int
+    # On top for a version that a newcomer pulls, where the others pull differences: the whole copy for it.
+    newcomer: int
+    # Most that contributions can take which wait for their turn.
+    early: int
+
+    @property
+    def most(self) -> int:
+        """All of it at once."""
+        return self.state + self.checkpoint + self.newcomer + self.early
 
 
-def server_bytes(recipe: Recipe, fragments: Sequence[Fragment]) -> tuple[int, int]:
-    """Bytes that a server with these fragments needs: (state, contributions that may wait for their turn)."""
-    elements = sum(fragment.num_elements for fragment in fragments)
-    pull = sum(encoded_bytes(recipe.codec.pull, fragment.num_elements) for fragment in fragments)
-    push = sum(encoded_bytes(recipe.codec.push, fragment.num_elements) for fragment in fragments)
-    # Master copy, moments, accumulator; the published copy, still encoded; and while a checkpoint is written, a copy of
-    # master and moments and the same once more as the file's bytes.
-    saved = 1 + NUM_MOMENTS[recipe.optimizer.kind]
-    arrays = saved + 1 + 2 * saved
-    return arrays * BYTES_PER_ELEMENT * elements + pull, recipe.training.num_slots * push
+def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequence[Tensor]) -> ServerBytes:
+    """What a server with these fragments needs."""
+
+    def encoded(codec: str, embedding: str) -> int:
+        return sum(
+            encoded_bytes(codec_for(tensors[fragment.tensor].kind, codec, embedding), fragment.shape)
+            for fragment in fragments
+        )
+
+    array = BYTES_PER_ELEMENT * sum(fragment.num_elements for fragment in fragments)
+    form, embedding = downlink(recipe.codec.pull), recipe.codec.embedding
+    whole = encoded(form.full, embedding)
+    saved = (1 + NUM_MOMENTS[recipe.optimizer.kind] + form.keeps_copy) * array
+    if form.delta is None:
+        copies, newcomer = whole, 0
+    else:
+        copies, newcomer = (array if form.keeps_copy else whole), whole
+        copies += encoded(form.delta, form.delta)
+    state = (2 + NUM_MOMENTS[recipe.optimizer.kind]) * array + copies
+    early = recipe.training.num_slots * encoded(first_push_codec(recipe.codec), embedding)
+    return ServerBytes(state, 2 * saved, newcomer, early)
 
 
 def worker_bytes(recipe: Recipe, num_parameters: int) -> int:
     """Bytes that a worker needs beside its activations, should it hold every slot.
 
     Weights, the gradients of the slot under way and of the one being encoded, the slots' encoded gradients until they
-    are acknowledged, and the next version's weights as they arrive.
+    are acknowledged, the next version's weights as they arrive, and each slot's residual where the codec keeps one.
     """
-    push = encoded_bytes(recipe.codec.push, num_parameters)
-    pull = encoded_bytes(recipe.codec.pull, num_parameters)
-    return 3 * BYTES_PER_ELEMENT * num_parameters + recipe.training.num_slots * push + pull
+    push, pull = first_push_codec(recipe.codec), downlink(recipe.codec.pull).full
+    slot = encoded_bytes(push, (num_parameters,))
+    if push in RESIDUAL_CODECS:
+        slot += BYTES_PER_ELEMENT * num_parameters
+    arriving = encoded_bytes(pull, (num_parameters,))
+    return 3 * BYTES_PER_ELEMENT * num_parameters + recipe.training.num_slots * slot + arriving
 
 
 def human_bytes(count: float) -> str:
@@ -177,11 +206,11 @@ def _check_server_memory(
     shards: list[list[Fragment]] = [[] for _ in servers]
     for fragment in fragments:
         shards[placement[fragment.index]].append(fragment)
-    needs = [server_bytes(recipe, shard) for shard in shards]
-    for server, (state, early) in zip(servers, needs, strict=True):
-        need = state + early
+    needs = [server_bytes(recipe, shard, tensors) for shard in shards]
+    for server, needed in zip(servers, needs, strict=True):
+        need = needed.most
         if server.memory_bytes and need > server.memory_bytes:
-            total = sum(map(sum, needs))
+            total = sum(other.most for other in needs)
             num_parameters = sum(tensor.num_elements for tensor in tensors)
             more = max(1, -(-total // server.memory_bytes) - len(servers))
             raise PlanError(
@@ -191,11 +220,11 @@ def _check_server_memory(
                 f"or give it more memory, then `gradstream resume`; "
                 f"or submit a smaller model{_lighter(recipe.optimizer)}"
             )
-    low, high = min(map(sum, needs)), max(map(sum, needs))
-    largest = max(needs, key=sum)
+    least, largest = min(needs, key=lambda needed: needed.most), max(needs, key=lambda needed: needed.most)
     return (
-        f"a server needs {human_bytes(low)} to {human_bytes(high)} "
-        f"({human_bytes(largest[0])} of state, at most {human_bytes(largest[1])} of contributions that wait)"
+        f"a server needs {human_bytes(least.most)} to {human_bytes(largest.most)} "
+        f"({human_bytes(largest.state)} of state, {human_bytes(largest.checkpoint)} more while a checkpoint is "
+        f"written, at most {human_bytes(largest.early)} of contributions that wait)"
     )
 
 

@@ -12,11 +12,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gradstream.coordinator import checkpoints
+from gradstream.coordinator import checkpoints, scheduler
 from gradstream.coordinator.active import ActiveJob
 from gradstream.coordinator.controller import Controller
-from gradstream.coordinator.membership import NodeEntry
+from gradstream.coordinator.membership import WORKER, NodeEntry
+from gradstream.coordinator.residuals import Standing, check_residual, standing
 from gradstream.coordinator.state import JobRecord
+from gradstream.coordinator.timelines import check_timeline
 from gradstream.core.checkpoint import directory_of, write_manifest
 from gradstream.core.config import Recipe
 from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError, one_line
@@ -158,13 +160,28 @@ class Reports:
             active.progress_at = self._controller.clock()
             self._controller.reconcile()
 
+    def residual(self, report: coordinator_pb2.ReportResidualRequest) -> None:
+        """A slot's residual of a checkpoint, or that the slot has none. Raises ProtocolError when it does not fit."""
+        record, active = self._job(report.job_id, report.epoch)
+        if active is None or active.plan is None or report.epoch != record.epoch:
+            log.info("dropped a residual of a replaced plan", job=report.job_id, version=report.version)
+            return
+        check_residual(report, active)
+        if self._state.record_residual(report):
+            active.take_residual(report)
+            active.progress_at = self._controller.clock()
+            self._controller.reconcile()
+
     def _write_manifests(self, active: ActiveJob) -> None:
-        """Write the manifest of the oldest version that all servers have reported, if there is one."""
+        """Write the manifest of the oldest version that all servers, and all slots' residuals, are in of."""
         if active.writing is not None or active.plan is None:
             return
         for version in sorted(active.files):
-            if len(active.files[version]) == len(active.plan.servers) and self.ledger_reaches(active, version):
-                active.writing = asyncio.create_task(self._write_manifest(active, version))
+            if len(active.files[version]) < len(active.plan.servers) or not self.ledger_reaches(active, version):
+                continue
+            residuals = standing(active, version, self._controller.members, self._controller.clock())
+            if not residuals.owed:
+                active.writing = asyncio.create_task(self._write_manifest(active, version, residuals))
                 return
 
     def ledger_reaches(self, active: ActiveJob, version: int) -> bool:
@@ -173,7 +190,7 @@ class Reports:
         totals = self._state.step_totals(record.job_id, record.epoch, record.start_version, below=version)
         return totals.num_steps == version
 
-    async def _write_manifest(self, active: ActiveJob, version: int) -> None:
+    async def _write_manifest(self, active: ActiveJob, version: int, residuals: Standing) -> None:
         record, plan = active.record, active.plan
         assert plan is not None
         root = checkpoints.root_of(record.run_directory)
@@ -187,11 +204,21 @@ class Reports:
         }
         try:
             directory = directory_of(root, version)
-            manifest = await asyncio.to_thread(write_manifest, directory, plan, version, reports, progress)
+            manifest = await asyncio.to_thread(
+                write_manifest, directory, plan, version, reports, progress, residuals.entries
+            )
             self._state.record_checkpoint(record.job_id, plan.epoch, checkpoints.as_message(root, manifest))
             self._controller.notifier.changed(record.job_id)
+            if residuals.lost:
+                self._controller.event(
+                    record.job_id,
+                    "checkpoint",
+                    f"version {version}: the residuals of slots {scheduler.joined(residuals.lost)} were lost with "
+                    f"their worker; after going back to it these slots start without",
+                )
             if active.record.epoch == plan.epoch:
                 active.files.pop(version, None)
+                active.residuals.pop(version, None)
                 active.progress_at = self._controller.clock()
             active.checkpoints.add(version)
             pinned = [number for job_id, number in self._controller.exporting if job_id == record.job_id]
@@ -216,6 +243,17 @@ class Reports:
         finally:
             active.writing = None
         self._controller.reconcile()
+
+    # --- timelines --------------------------------------------------------------------------------------------------
+
+    def timeline(self, report: coordinator_pb2.ReportTimelineRequest) -> None:
+        """A worker's timeline of a version. Raises ProtocolError when it is nobody's or cannot be right."""
+        record, active = self._job(report.job_id, report.epoch)
+        node = self._controller.members.get(report.node_id)
+        if node is None or node.kind != WORKER:
+            raise ProtocolError(f"a timeline came from '{report.node_id[:100]}', which is no worker known here")
+        check_timeline(report, self._recipe(record, active).training.num_steps)
+        self._controller.timelines.take(record, node.name, report)
 
     # --- failures and logs ------------------------------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ class Coordinator:
             await self._health.enter_graceful_shutdown()
         await self.controller.stop()
         await self._server.stop(STOP_GRACE_SECONDS)
+        await self.controller.timelines.close()
         self._state.close()
         self._lock.close()
 

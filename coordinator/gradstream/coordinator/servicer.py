@@ -132,6 +132,20 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             self._reports.checkpoint(request)
         return coordinator_pb2.ReportCheckpointResponse()
 
+    async def ReportResidual(
+        self, request: coordinator_pb2.ReportResidualRequest, context: Context
+    ) -> coordinator_pb2.ReportResidualResponse:
+        async with answering(context):
+            self._reports.residual(request)
+        return coordinator_pb2.ReportResidualResponse()
+
+    async def ReportTimeline(
+        self, request: coordinator_pb2.ReportTimelineRequest, context: Context
+    ) -> coordinator_pb2.ReportTimelineResponse:
+        async with answering(context):
+            self._reports.timeline(request)
+        return coordinator_pb2.ReportTimelineResponse()
+
     async def ReportFailure(
         self, request: coordinator_pb2.ReportFailureRequest, context: Context
     ) -> coordinator_pb2.ReportFailureResponse:

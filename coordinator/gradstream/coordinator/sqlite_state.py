@@ -77,6 +77,15 @@ CREATE TABLE IF NOT EXISTS checkpoint_files (
     report BLOB NOT NULL,
     PRIMARY KEY (job_id, epoch, version, server)
 );
+CREATE TABLE IF NOT EXISTS residuals (
+    job_id TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    slot INTEGER NOT NULL,
+    has_file INTEGER NOT NULL,
+    report BLOB NOT NULL,
+    PRIMARY KEY (job_id, epoch, version, slot, has_file)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS checkpoints (
     job_id TEXT NOT NULL,
     version INTEGER NOT NULL,
@@ -262,11 +271,7 @@ class SqliteState(State):
 
     def record_checkpoint_file(self, report: coordinator_pb2.ReportCheckpointRequest) -> bool:
         with self._transaction(durable=True) as db:
-            done = db.execute(
-                "SELECT 1 FROM checkpoints WHERE job_id = ? AND version = ? AND epoch = ?",
-                (report.job_id, report.version, report.epoch),
-            ).fetchone()
-            if done:
+            if _is_written(db, report.job_id, report.epoch, report.version):
                 return False
             row = (report.job_id, report.epoch, report.version, report.server, report.SerializeToString())
             return bool(db.execute("INSERT OR IGNORE INTO checkpoint_files VALUES (?, ?, ?, ?, ?)", row).rowcount)
@@ -278,6 +283,23 @@ class SqliteState(State):
         )
         return [coordinator_pb2.ReportCheckpointRequest.FromString(report) for (report,) in rows]
 
+    def record_residual(self, report: coordinator_pb2.ReportResidualRequest) -> bool:
+        with self._transaction(durable=True) as db:
+            if report.file and _is_written(db, report.job_id, report.epoch, report.version):
+                return False
+            row = (report.job_id, report.epoch, report.version, report.slot, bool(report.file))
+            return bool(
+                db.execute(
+                    "INSERT OR IGNORE INTO residuals VALUES (?, ?, ?, ?, ?, ?)", (*row, report.SerializeToString())
+                ).rowcount
+            )
+
+    def residuals(self, job_id: str, epoch: int) -> list[coordinator_pb2.ReportResidualRequest]:
+        rows = self._db.execute(
+            "SELECT report FROM residuals WHERE job_id = ? AND epoch = ? ORDER BY version, slot", (job_id, epoch)
+        )
+        return [coordinator_pb2.ReportResidualRequest.FromString(report) for (report,) in rows]
+
     def record_checkpoint(self, job_id: str, epoch: int, checkpoint: jobs_pb2.Checkpoint) -> None:
         with self._transaction(durable=True) as db:
             db.execute(
@@ -288,6 +310,10 @@ class SqliteState(State):
                 "DELETE FROM checkpoint_files WHERE job_id = ? AND version = ? AND epoch <= ?",
                 (job_id, checkpoint.version, epoch),
             )
+            db.execute(
+                "DELETE FROM residuals WHERE job_id = ? AND (epoch < ? OR (epoch = ? AND version = ? AND has_file))",
+                (job_id, epoch, epoch, checkpoint.version),
+            )
             _append(db, job_id, jobs_pb2.WatchJobResponse(checkpoint=checkpoint))
 
     def check_writable(self) -> None:
@@ -296,6 +322,12 @@ class SqliteState(State):
 
     def close(self) -> None:
         self._db.close()
+
+
+def _is_written(db: sqlite3.Connection, job_id: str, epoch: int, version: int) -> bool:
+    """Whether the manifest of a version was written under this epoch."""
+    query = "SELECT 1 FROM checkpoints WHERE job_id = ? AND version = ? AND epoch = ?"
+    return db.execute(query, (job_id, version, epoch)).fetchone() is not None
 
 
 def _append(db: sqlite3.Connection, job_id: str, item: jobs_pb2.WatchJobResponse) -> None:

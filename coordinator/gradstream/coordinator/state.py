@@ -127,6 +127,15 @@ class State(ABC):
         """The files of an epoch whose manifest is still to be written."""
 
     @abstractmethod
+    def record_residual(self, report: coordinator_pb2.ReportResidualRequest) -> bool:
+        """Enter a slot's residual, or that there is none. False when it was known or the version's manifest of this
+        epoch was written."""
+
+    @abstractmethod
+    def residuals(self, job_id: str, epoch: int) -> list[coordinator_pb2.ReportResidualRequest]:
+        """The residuals of an epoch whose manifest is still to be written, and all reports that there is none."""
+
+    @abstractmethod
     def record_checkpoint(self, job_id: str, epoch: int, checkpoint: jobs_pb2.Checkpoint) -> None:
         """Enter a checkpoint whose manifest was written, in history too; forget the files it was made of."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from gradstream.coordinator import scheduler
 from gradstream.coordinator.active import ActiveJob
 from gradstream.coordinator.controller import PAUSED, PLANNING, QUEUED, RUNNING, Controller, unix_ms
 from gradstream.coordinator.membership import SERVER, WORKER, NodeEntry
+from gradstream.coordinator.residuals import standing
 from gradstream.coordinator.state import JobRecord
 from gradstream.core.config import Recipe
-from gradstream.proto.v1 import jobs_pb2
+from gradstream.core.plan import Plan
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 # A running job without a step for this long says whom it waits for.
 STALL_SECONDS = 2.0
@@ -56,6 +58,10 @@ class Views:
         )
         if totals.last is not None:
             message.loss = totals.last.loss
+            message.codecs = codecs_line(record.recipe_json, totals.last)
+        hidden_share = self._controller.timelines.share(record.job_id)
+        if hidden_share is not None:
+            message.hidden_share = hidden_share
         validations = self._state.validations(record.job_id)
         if validations:
             message.initial_validation_loss = validations[0].loss
@@ -74,6 +80,7 @@ class Views:
         message.num_parameters = active.plan.num_parameters
         name_of = self._controller.members.name_of
         message.slot_holders.extend(name_of(holder) if holder else "" for holder in active.holders)
+        message.server_memory.extend(self._memory(active, active.plan))
         if active.state != RUNNING:
             return
         steps, tokens, pushed = active.pace.per_second(now)
@@ -83,6 +90,22 @@ class Views:
         )
         if steps > 0:
             message.eta_seconds = max(0, active.num_steps - active.version) / steps
+
+    def _memory(self, active: ActiveJob, plan: Plan) -> Iterator[jobs_pb2.ServerMemory]:
+        """What each server says it holds of the job; servers that have not loaded it are left out."""
+        for index, server in enumerate(plan.servers):
+            node = self._controller.members.get(server.node_id)
+            if node is None or node.activity.job_id != active.job_id or not node.activity.num_parameters:
+                continue
+            activity, predicted = node.activity, active.predicted_bytes[index]
+            yield jobs_pb2.ServerMemory(
+                name=server.name,
+                num_parameters=activity.num_parameters,
+                state_bytes=activity.state_bytes,
+                predicted_state_bytes=predicted.state,
+                early_bytes=activity.early_bytes,
+                most_early_bytes=predicted.early,
+            )
 
     def _turn(self, record: JobRecord) -> jobs_pb2.Wait:
         active = self._controller.active
@@ -139,6 +162,8 @@ class Views:
         assert active.plan is not None
         reported = active.files.get(version, {})
         late = [server.name for index, server in enumerate(active.plan.servers) if index not in reported]
+        owed = standing(active, version, self._controller.members, self._controller.clock()).owed
+        late += sorted({self._controller.members.name_of(holder) for holder in owed.values() if holder})
         return f"the checkpoint of version {version}", ", ".join(late) or "the coordinator, to write its manifest"
 
     def _validation_wait(self, active: ActiveJob) -> tuple[str, str]:
@@ -198,3 +223,16 @@ class Views:
             )
             for node in self._controller.members.all()
         ]
+
+
+def codecs_line(recipe_json: str, last: coordinator_pb2.ReportStepRequest) -> str:
+    """The codecs of a step for people, with the reason where they were chosen automatically."""
+    codec = Recipe.model_validate_json(recipe_json).codec
+    push, chosen = _codec_name(last.push_codec), _codec_name(last.pull_codec)
+    pull = f"delta-{chosen}" if codec.pull == "auto" else codec.pull
+    reason = f" (auto: {last.codec_reason})" if last.codec_reason else ""
+    return f"push {push}, pull {pull}{reason}"
+
+
+def _codec_name(wire: plan_pb2.Codec.ValueType) -> str:
+    return plan_pb2.Codec.Name(wire).removeprefix("CODEC_").lower().replace("_", "-")

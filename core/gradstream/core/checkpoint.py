@@ -39,6 +39,7 @@ State: TypeAlias = "dict[str, npt.NDArray[np.float32]]"
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 WEIGHT = "weight"
+COPY = "copy"  # of the weights as workers hold them, where they pull differences
 EXPORT_FILE_BYTES = 4 << 30
 _DIRECTORY = re.compile(r"^step-(\d{8,})$")
 
@@ -67,6 +68,12 @@ class FileEntry(BaseModel):
     sha256: Digest
 
 
+class ResidualEntry(FileEntry):
+    """One slot's residual (gradstream.core.residual_files)."""
+
+    slot: Annotated[int, Field(ge=0)]
+
+
 class CheckpointManifest(BaseModel):
     """What a checkpoint consists of. `placement[fragment]` is the index of the file that holds the fragment."""
 
@@ -86,11 +93,12 @@ class CheckpointManifest(BaseModel):
     files: tuple[FileEntry, ...]
     state_sha256: Digest
     progress: dict[str, int]
+    residuals: tuple[ResidualEntry, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all files but the manifest."""
-        return sum(entry.num_bytes for entry in self.files)
+        return sum(entry.num_bytes for entry in (*self.files, *self.residuals))
 
     def fragments(self) -> list[Fragment]:
         """The fragments as they were cut when this was written."""
@@ -123,7 +131,7 @@ def write_shard(
     from safetensors.numpy import save
 
     arrays = {
-        f"{kind}/{_slice_name(tensors, fragment)}": array for fragment, state in shard for kind, array in state.items()
+        f"{kind}/{slice_name(tensors, fragment)}": array for fragment, state in shard for kind, array in state.items()
     }
     data = save(arrays, metadata={"format": "gradstream"})
     files.make_directory(directory)
@@ -138,8 +146,10 @@ def write_manifest(
     version: int,
     reports: Sequence[coordinator_pb2.ReportCheckpointRequest],
     progress: Mapping[str, int],
+    residuals: Sequence[ResidualEntry] = (),
 ) -> CheckpointManifest:
-    """Make the checkpoint exist, from all servers' reports. Raises CheckpointError when they do not fit the plan.
+    """Make the checkpoint exist, from all servers' reports. Raises CheckpointError when they do not fit the plan, or a
+    residual is not where it was reported.
 
     The tokenizer is copied beside the weights, so that a checkpoint can be exported where the data is no more.
     """
@@ -164,7 +174,9 @@ def write_manifest(
         ),
         state_sha256=state_digest([digests[index] for index in range(len(plan.fragments))]),
         progress=dict(progress),
+        residuals=tuple(residuals),
     )
+    _check_there(directory, manifest.residuals)
     source = files.join(plan.recipe.data.path, plan.data_manifest.tokenizer_file)
     try:
         tokenizer = files.read_bytes(source)
@@ -173,11 +185,23 @@ def write_manifest(
     files.write_atomic(files.join(directory, TOKENIZER_NAME), lambda stream: stream.write(tokenizer))
     text = manifest.model_dump_json(indent=1).encode()
     files.write_atomic(files.join(directory, MANIFEST_NAME), lambda stream: stream.write(text))
-    keep = {MANIFEST_NAME, TOKENIZER_NAME, *(entry.file for entry in manifest.files)}
+    keep = {MANIFEST_NAME, TOKENIZER_NAME, *(entry.file for entry in (*manifest.files, *manifest.residuals))}
     for name in files.list_names(directory):
         if name not in keep:  # of an earlier epoch that never got its manifest
             files.remove(files.join(directory, name))
     return manifest
+
+
+def _check_there(directory: str, residuals: Sequence[ResidualEntry]) -> None:
+    """Raise CheckpointError when a worker's file is not seen from here: it may have written to a disk of its own."""
+    for entry in residuals:
+        path = files.join(directory, entry.file)
+        fs, inner = files.file_system(path)
+        if not fs.exists(inner) or fs.size(inner) != entry.num_bytes:
+            raise CheckpointError(
+                f"the residual that a worker wrote to {path} is not there with its {entry.num_bytes} bytes; a codec "
+                f"that keeps residuals needs workers that see the coordinator's run_root"
+            )
 
 
 def read_manifest(directory: str) -> CheckpointManifest:
@@ -255,7 +279,7 @@ class CheckpointReader:
         while begin < end:
             piece = pieces[at]
             stop = min(end, piece.end)
-            source = self._slice(self.manifest.placement[piece.index], f"{kind}/{_slice_name(self._tensors, piece)}")
+            source = self._slice(self.manifest.placement[piece.index], f"{kind}/{slice_name(self._tensors, piece)}")
             out[len(out) - (end - begin) : len(out) - (end - stop)] = source[begin - piece.begin : stop - piece.begin]
             begin, at = stop, at + 1
         return out
@@ -264,7 +288,7 @@ class CheckpointReader:
         """The one-element array that the fragment holding element `begin` keeps under `kind`."""
         pieces = self._fragments[self._numbers[tensor]]
         piece = pieces[bisect_right([piece.begin for piece in pieces], begin) - 1]
-        return self._slice(self.manifest.placement[piece.index], f"{kind}/{_slice_name(self._tensors, piece)}")[:]  # type: ignore[no-any-return]
+        return self._slice(self.manifest.placement[piece.index], f"{kind}/{slice_name(self._tensors, piece)}")[:]  # type: ignore[no-any-return]
 
     def _slice(self, number: int, key: str) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -272,7 +296,7 @@ class CheckpointReader:
         entry = self.manifest.files[number]
         path = files.join(self.directory, entry.file)
         if number not in self._open_files:
-            local = self._verified(entry, path)
+            local = verified_file(self.directory, entry)
             try:
                 self._open_files[number] = safe_open(local, framework="numpy")
             except SafetensorError as error:
@@ -284,28 +308,30 @@ class CheckpointReader:
                 f"checkpoint file {path} has no '{key}'; it was written with another optimizer than the recipe's"
             ) from None
 
-    def _verified(self, entry: FileEntry, path: str) -> str:
-        """The local path of a file whose size and hash are those of the manifest."""
-        cure = f"restore the file, or remove {self.directory} to go back to an older checkpoint"
-        try:
-            fs, inner = files.file_system(path)
-            num_bytes = fs.size(inner)
-            if num_bytes != entry.num_bytes:
-                raise CheckpointError(
-                    f"checkpoint file {path} is truncated: {num_bytes} bytes instead of {entry.num_bytes}; {cure}"
-                )
-            if files.sha256(path) != entry.sha256:
-                raise CheckpointError(f"checkpoint file {path} is damaged: its sha256 is not the manifest's; {cure}")
-        except OSError as error:
-            raise CheckpointError(f"checkpoint file {path} cannot be read ({error}); {cure}") from None
-        if files.is_local(path):
-            return str(inner)
-        import tempfile
 
-        with tempfile.NamedTemporaryFile(prefix="gradstream-", suffix=".safetensors", delete=False) as copy:
-            for piece in files.pieces(path):
-                copy.write(piece)
-        return copy.name
+def verified_file(directory: str, entry: FileEntry) -> str:
+    """The local path of a file whose size and hash are those of the manifest. Raises CheckpointError."""
+    path = files.join(directory, entry.file)
+    cure = f"restore the file, or remove {directory} to go back to an older checkpoint"
+    try:
+        fs, inner = files.file_system(path)
+        num_bytes = fs.size(inner)
+        if num_bytes != entry.num_bytes:
+            raise CheckpointError(
+                f"checkpoint file {path} is truncated: {num_bytes} bytes instead of {entry.num_bytes}; {cure}"
+            )
+        if files.sha256(path) != entry.sha256:
+            raise CheckpointError(f"checkpoint file {path} is damaged: its sha256 is not the manifest's; {cure}")
+    except OSError as error:
+        raise CheckpointError(f"checkpoint file {path} cannot be read ({error}); {cure}") from None
+    if files.is_local(path):
+        return str(inner)
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(prefix="gradstream-", suffix=".safetensors", delete=False) as copy:
+        for piece in files.pieces(path):
+            copy.write(piece)
+    return copy.name
 
 
 def export_huggingface(directory: str, destination: Path) -> None:
@@ -386,5 +412,6 @@ def _export_config(reader: CheckpointReader, destination: Path) -> None:
     (destination / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1))
 
 
-def _slice_name(tensors: Sequence[Tensor], fragment: Fragment) -> str:
+def slice_name(tensors: Sequence[Tensor], fragment: Fragment) -> str:
+    """The name of a slice, which says nothing of who held it."""
     return f"{tensors[fragment.tensor].name}[{fragment.begin}:{fragment.end}]"

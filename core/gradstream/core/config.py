@@ -102,8 +102,39 @@ class ScheduleConfig(Section):
 class CodecConfig(Section):
     """How tensors travel."""
 
-    push: Literal["fp32", "bf16", "int8"] = Field(default="bf16", description="gradients, worker to server")
-    pull: Literal["fp32", "bf16", "int8"] = Field(default="bf16", description="weights, server to worker")
+    push: Literal[
+        "fp32",
+        "bf16",
+        "int8",
+        "int4",
+        "int4-hadamard",
+        "fp32-zstd",
+        "bf16-zstd",
+        "topk",
+        "sign",
+        "powersgd",
+        "auto",
+    ] = Field(default="bf16", description="gradients, worker to server")
+    pull: Literal[
+        "fp32",
+        "bf16",
+        "int8",
+        "fp32-zstd",
+        "bf16-zstd",
+        "delta-bf16",
+        "delta-int8",
+        "delta-int4",
+        "delta-int4-hadamard",
+        "xor-fp32",
+        "xor-bf16",
+        "auto",
+    ] = Field(default="bf16", description="weights, server to worker")
+    embedding: Literal["bf16", "int8", "int4"] = Field(
+        default="bf16", description="of embeddings, where push or pull is coarser than bf16"
+    )
+    keyframe_versions: Positive = Field(
+        default=1000, description="versions after which workers that pull deltas get whole weights again"
+    )
 
 
 class PrepareConfig(Section):

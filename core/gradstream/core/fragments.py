@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+TensorKind = Literal["matrix", "embedding", "vector"]
 
 BYTES_PER_ELEMENT = 4  # master weights are fp32
 BLOCK_ELEMENTS = 256  # of int8: a fragment that starts on a block has the same scales as the whole tensor
@@ -17,12 +20,14 @@ BLOCK_ELEMENTS = 256  # of int8: a fragment that starts on a block has the same 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of the model's inventory. `unit` is the index of the forward unit that needs it."""
+    """One tensor of the model's inventory. `unit` is the index of the forward unit that needs it; `kind` is what it is
+    to the model."""
 
     name: str
     shape: tuple[int, ...]
     decay: bool
     unit: int
+    kind: TensorKind = "matrix"
 
     @property
     def num_elements(self) -> int:
@@ -31,16 +36,25 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Elements [begin, end) of the flattened tensor number `tensor`; `index` is its place in the plan."""
+    """Elements [begin, end) of the flattened tensor number `tensor`; `index` is its place in the plan.
+
+    `columns` is the length of the tensor's rows where the slice is whole rows of a matrix, else 0.
+    """
 
     index: int
     tensor: int
     begin: int
     end: int
+    columns: int = 0
 
     @property
     def num_elements(self) -> int:
         return self.end - self.begin
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, columns) where the slice is whole rows of a matrix, else (elements,)."""
+        return (self.num_elements // self.columns, self.columns) if self.columns else (self.num_elements,)
 
     @property
     def num_bytes(self) -> int:
@@ -52,16 +66,22 @@ def cut(tensors: Sequence[Tensor], fragment_elements: int) -> list[Fragment]:
     """Cut every tensor into fragments of at most `fragment_elements`, in forward order.
 
     Cuts fall on multiples of 256 elements (one int8 block), which is also the least that a fragment may be asked to
-    hold. The pieces of a tensor differ by at most one block, so that no fragment is a sliver.
+    hold, and between whole rows of a matrix where a fragment can hold such a multiple of rows. The pieces of a tensor
+    differ by at most one block of either kind, so that no fragment is a sliver.
     """
-    most_blocks = max(1, fragment_elements // BLOCK_ELEMENTS)
     fragments: list[Fragment] = []
     for number, tensor in enumerate(tensors):
-        blocks = -(-tensor.num_elements // BLOCK_ELEMENTS)
+        row = max(1, tensor.shape[-1]) if len(tensor.shape) > 1 else 1
+        block = math.lcm(BLOCK_ELEMENTS, row)
+        if block > fragment_elements:
+            block = BLOCK_ELEMENTS
+        columns = row if row > 1 and block % row == 0 else 0
+        most_blocks = max(1, fragment_elements // block)
+        blocks = -(-tensor.num_elements // block)
         pieces = -(-blocks // most_blocks)
         begin = 0
         for piece in range(pieces):
-            end = min(tensor.num_elements, blocks * (piece + 1) // pieces * BLOCK_ELEMENTS)
-            fragments.append(Fragment(len(fragments), number, begin, end))
+            end = min(tensor.num_elements, blocks * (piece + 1) // pieces * block)
+            fragments.append(Fragment(len(fragments), number, begin, end, columns if (end - begin) % row == 0 else 0))
             begin = end
     return fragments

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gradstream.core.errors import ConfigError, nearest
-from gradstream.core.fragments import Tensor
+from gradstream.core.fragments import Tensor, TensorKind
 
 if TYPE_CHECKING:
     import torch
@@ -104,13 +104,27 @@ def inventory(model_config: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _inventory(model: nn.Module) -> list[Tensor]:
+    from torch import nn
+
     owner: dict[int, int] = {}
     for index, (_, unit) in enumerate(forward_units(model)):
         for parameter in unit.parameters():
             owner.setdefault(id(parameter), index)
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
+
+    def kind(parameter: nn.Parameter) -> TensorKind:
+        if parameter.dim() < 2:
+            return "vector"
+        return "embedding" if id(parameter) in tables else "matrix"
+
     # A parameter outside every unit is needed from the start.
     tensors = [
-        Tensor(name, tuple(parameter.shape), parameter.dim() >= 2, owner.get(id(parameter), 0))
+        Tensor(name, tuple(parameter.shape), parameter.dim() >= 2, owner.get(id(parameter), 0), kind(parameter))
         for name, parameter in model.named_parameters()
     ]
     return sorted(tensors, key=lambda tensor: tensor.unit)
@@ -178,7 +192,7 @@ def _main() -> None:
     """`python -m gradstream.core.model`: config.json on stdin, its inventory on stdout, both JSON."""
     try:
         model = build(json.load(sys.stdin), "meta")
-        tensors = [(tensor.name, tensor.shape, tensor.decay, tensor.unit) for tensor in _inventory(model)]
+        tensors = [(tensor.name, tensor.shape, tensor.decay, tensor.unit, tensor.kind) for tensor in _inventory(model)]
         answer: dict[str, Any] = {"tensors": tensors, "architecture": type(model).__name__}
     except ConfigError as error:
         answer = {"error": str(error)}

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from gradstream.core.bundles import Bundle, bundle
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import Manifest, parse_manifest
 from gradstream.core.errors import ProtocolError
-from gradstream.core.fragments import Fragment, Tensor, cut
+from gradstream.core.fragments import Fragment, Tensor, TensorKind, cut
 from gradstream.proto.v1 import plan_pb2
+
+_KINDS: dict[TensorKind, plan_pb2.TensorKind.ValueType] = {
+    "matrix": plan_pb2.TENSOR_KIND_MATRIX,
+    "embedding": plan_pb2.TENSOR_KIND_EMBEDDING,
+    "vector": plan_pb2.TENSOR_KIND_VECTOR,
+}
+_KINDS_ON_WIRE = {wire: kind for kind, wire in _KINDS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,11 @@ class Plan:
         """All fragments, in forward order."""
         return tuple(cut(self.tensors, self.fragment_elements))
 
+    @cached_property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """All bundles, in forward order."""
+        return tuple(bundle(self.fragments, self.placement, self.fragment_elements))
+
     @property
     def architecture(self) -> str:
         """Name of the model's transformers class."""
@@ -72,6 +85,10 @@ class Plan:
         """The fragments that server number `server` holds, in forward order."""
         return [fragment for fragment in self.fragments if self.placement[fragment.index] == server]
 
+    def bundles_of(self, server: int) -> list[Bundle]:
+        """The bundles that server number `server` holds, in forward order."""
+        return [bundle for bundle in self.bundles if bundle.server == server]
+
     def server_index(self, node_id: str) -> int | None:
         """The index of the server with this node id, or None when the plan does not name it."""
         return next((index for index, server in enumerate(self.servers) if server.node_id == node_id), None)
@@ -85,7 +102,13 @@ class Plan:
             model_config_json=json.dumps(self.model_config),
             data_manifest_json=self.data_manifest.model_dump_json(),
             tensors=[
-                plan_pb2.Tensor(name=tensor.name, shape=tensor.shape, decay=tensor.decay, unit=tensor.unit)
+                plan_pb2.Tensor(
+                    name=tensor.name,
+                    shape=tensor.shape,
+                    decay=tensor.decay,
+                    unit=tensor.unit,
+                    kind=_KINDS[tensor.kind],
+                )
                 for tensor in self.tensors
             ],
             fragment_elements=self.fragment_elements,
@@ -109,7 +132,7 @@ class Plan:
             recipe=parse_recipe(message.recipe_json),
             model_config=json.loads(message.model_config_json),
             data_manifest=parse_manifest(message.data_manifest_json),
-            tensors=tuple(Tensor(t.name, tuple(t.shape), t.decay, t.unit) for t in message.tensors),
+            tensors=tuple(_tensor(t) for t in message.tensors),
             fragment_elements=message.fragment_elements,
             placement=tuple(message.placement),
             servers=tuple(Server(s.node_id, s.name, s.address) for s in message.servers),
@@ -125,3 +148,10 @@ class Plan:
         if not plan.servers or max(plan.placement, default=0) >= len(plan.servers) or plan.leader >= len(plan.servers):
             raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} names a server that it does not list")
         return plan
+
+
+def _tensor(message: plan_pb2.Tensor) -> Tensor:
+    kind = _KINDS_ON_WIRE.get(message.kind)
+    if kind is None:
+        raise ProtocolError(f"tensor '{message.name}' of the plan has an unknown kind {message.kind}")
+    return Tensor(message.name, tuple(message.shape), message.decay, message.unit, kind)

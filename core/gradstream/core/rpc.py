@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import random
 import socket
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -106,6 +107,8 @@ async def answering(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterato
     try:
         yield
     except GradstreamError as error:
+        # What was refused must not stay, in frames that the traceback holds, until a garbage collection finds it.
+        traceback.clear_frames(error.__traceback__)
         context.set_trailing_metadata(((ERROR_CLASS_KEY, type(error).__name__),))
         await context.abort(error.status, errors.one_line(error))
 

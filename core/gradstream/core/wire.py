@@ -10,7 +10,7 @@ contribution may take, and hands over a payload only when length and checksum ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import google_crc32c
@@ -22,10 +22,17 @@ from gradstream.core.codecs import Payload
 from gradstream.core.errors import ProtocolError
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 2 << 20
+ALIGNMENT_BYTES = 8
 _HEADER_TAG = 0x0A  # field 1, length-delimited
+_PADDING_TAG = 0x72  # field 14 of the header, length-delimited
 _PAYLOAD_TAG = 0x7A  # field 15, length-delimited
+# Never of no zeros, as protobuf leaves out an empty field. Of up to 17: where a longer padding makes the header's
+# length take a byte more, some length is skipped, and the one 8 bytes from it does instead.
+_PADDINGS = (b"", *(bytes([_PADDING_TAG, zeros]) + bytes(zeros) for zeros in range(1, 18)))
 _SERVICE = "gradstream.proto.v1.ParameterServerService"
+
+_NOTHING: Payload = np.empty(0, dtype=np.uint8)
 
 
 class _Header(Protocol):
@@ -38,27 +45,40 @@ class _Header(Protocol):
 H = TypeVar("H", bound=_Header)
 
 
-def checksum(payload: Payload | bytes) -> int:
-    """CRC-32C of a payload."""
-    return int(google_crc32c.value(payload))
+def checksum(*pieces: Payload | bytes) -> int:
+    """CRC-32C of a payload in one or several pieces."""
+    value = 0
+    for piece in pieces:
+        value = google_crc32c.extend(value, piece)
+    return int(value)
 
 
-def frame(header: bytes | None, piece: memoryview | bytes) -> bytes:
-    """One message of an encoded header (or none) and a piece of payload, joined once."""
-    parts: list[bytes | memoryview] = []
-    if header is not None:
-        parts += [b"\x0a", _varint(len(header)), header]
-    if len(piece):
-        parts += [b"\x7a", _varint(len(piece)), piece]
-    return b"".join(parts)
+def frame(header: bytes | None, *pieces: memoryview | bytes | Payload) -> bytes:
+    """One message of an encoded header (or none) and a payload, whose pieces are joined once.
+
+    The header is padded so that the payload begins at a multiple of 8 bytes.
+    """
+    num_bytes = sum(len(piece) for piece in pieces)
+    length = b"\x7a" + _varint(num_bytes) if num_bytes else b""
+    if header is None:
+        return b"".join([length, *pieces])  # type: ignore[list-item]
+    for padding in _PADDINGS:
+        beginning = b"\x0a" + _varint(len(header) + len(padding))
+        if not num_bytes or not (len(beginning) + len(header) + len(padding) + len(length)) % ALIGNMENT_BYTES:
+            break
+    return b"".join([beginning, header, padding, length, *pieces])  # type: ignore[list-item]
 
 
-def frames(header: Any, payload: Payload | bytes) -> Iterator[bytes]:
-    """The messages that carry a payload: the header in the first one only, pieces of 1 MiB."""
-    view = memoryview(payload)  # type: ignore[arg-type]
+def frames(header: Any, payloads: Sequence[Payload], piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+    """The messages that carry payloads end to end: the header in the first one only, pieces of `piece_bytes`."""
     encoded: bytes | None = header.SerializeToString()
-    for begin in range(0, max(1, len(view)), PIECE_BYTES):
-        yield frame(encoded, view[begin : begin + PIECE_BYTES])
+    num_bytes = sum(map(len, payloads))
+    if num_bytes <= piece_bytes:
+        yield frame(encoded, *payloads)
+        return
+    view = (payloads[0] if len(payloads) == 1 else np.concatenate(payloads)).data
+    for begin in range(0, num_bytes, piece_bytes):
+        yield frame(encoded, view[begin : begin + piece_bytes])
         encoded = None
 
 
@@ -91,7 +111,7 @@ class Assembler(Generic[H]):
 
     def __init__(self) -> None:
         self._header: H | None = None
-        self._buffer: Payload = np.empty(0, dtype=np.uint8)
+        self._buffer: Payload = _NOTHING
         self._filled = 0
 
     @property
@@ -106,7 +126,7 @@ class Assembler(Generic[H]):
                 f"a new header after {self._filled} of {self._header.payload_bytes} bytes of the payload before it"
             )
         self._header = header
-        self._buffer = np.empty(header.payload_bytes, dtype=np.uint8)
+        self._buffer = _NOTHING
         self._filled = 0
 
     def add(self, piece: memoryview) -> tuple[H, Payload] | None:
@@ -115,17 +135,33 @@ class Assembler(Generic[H]):
         if header is None:
             raise ProtocolError("a piece of payload without a header before it")
         end = self._filled + len(piece)
-        if end > len(self._buffer):
-            raise ProtocolError(f"payload longer than the {len(self._buffer)} bytes that its header announces")
-        if not len(piece) and len(self._buffer):
+        if end > header.payload_bytes:
+            raise ProtocolError(f"payload longer than the {header.payload_bytes} bytes that its header announces")
+        if not len(piece) and header.payload_bytes:
             raise ProtocolError("a message without payload")
-        self._buffer[self._filled : end] = np.frombuffer(piece, dtype=np.uint8)
-        self._filled = end
-        if end < len(self._buffer):
-            return None
-        payload, self._header = self._buffer, None
-        self._buffer = np.empty(0, dtype=np.uint8)
+        arrived = np.frombuffer(piece, dtype=np.uint8)
+        address = arrived.__array_interface__["data"][0]
+        if end - self._filled < header.payload_bytes or address % ALIGNMENT_BYTES:
+            if not self._filled:
+                self._buffer = np.empty(header.payload_bytes, dtype=np.uint8)
+            self._buffer[self._filled : end] = arrived
+            self._filled = end
+            if end < header.payload_bytes:
+                return None
+            payload = self._buffer
+        else:  # whole and aligned, as gradstream sends it: used where it lies
+            payload = np.asarray(_Unlocked(arrived, address))
+        self._header, self._buffer = None, _NOTHING
         return header, payload
+
+
+class _Unlocked:
+    """Makes numpy see a message's bytes as a writable array, although nobody writes to them: for read-only arrays the
+    kernels would have to be compiled once more, and torch warns of each."""
+
+    def __init__(self, owner: Payload, address: int):
+        self._owner = owner
+        self.__array_interface__ = {"version": 3, "shape": owner.shape, "typestr": "|u1", "data": (address, False)}
 
 
 def verify(header: _Header, payload: Payload, what: str) -> None:

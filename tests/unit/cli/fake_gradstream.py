@@ -20,7 +20,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ready = Path(options["--ready-file"])
     line = "127.0.0.1:4711" if role == "coordinator" else options["--name"]
-    temporary = ready.with_suffix(".new")
+    temporary = ready.with_name(f".{ready.name}")
     temporary.write_text(line + "\n")
     temporary.replace(ready)
     while True:

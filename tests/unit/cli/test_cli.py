@@ -100,6 +100,8 @@ def test_unknown_recipe_key_suggests(capsys: pytest.CaptureFixture[str]) -> None
         (["submit", "stdlib-gpt", "-s", "x.y=1"], "unknown key 'x'"),
         (["serve", "worker", "--memory", "4XB"], "is not a size"),
         (["serve", "worker", "--name", "a b"], "a name has"),
+        (["serve", "parameter-server", "--processes", "2", "--name", "a" * 62], "a name has"),
+        (["serve", "parameter-server", "--processes", "3", "--listen", "h:65534"], "need ports up to 65536"),
         (["serve", "coordinator", "--listen", "7000"], "host:port"),
         (["serve", "coordinator", "--state", "/dev/null/x"], "cannot be made"),
         (["generate", "./nowhere"], "no such directory"),
@@ -173,6 +175,9 @@ def test_status_names_waits_decisions_and_holders(address: str, capsys: pytest.C
         "placement: balanced [2 servers]",
         "1.2 k tokens/s, up 3.0 MiB/s, down 2.0 MiB/s, ETA 2 min 05 s",
         "4.5000 nats a token (at the start 8.0000)",
+        "communication hidden by compute: 63 %",
+        "server-0: holds 36.0 MiB for 2.0 M parameters, 18.87 B each (predicted 19.00); "
+        "contributions that wait: 1.0 MiB of at most 8.0 MiB",
     ):
         assert part in text, part
 
@@ -230,6 +235,41 @@ def test_export(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out)["files"]["model.safetensors"] == 6
     assert main(["ckpt", "export", "tiny-1", str(tmp_path / "x"), "-c", address]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_trace(
+    jobs: CannedJobs,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", "-c", address]) == 0
+    assert capsys.readouterr().out == (
+        "tiny-1-trace.json: 2 versions of tiny-1 by 2 workers; open it in https://ui.perfetto.dev or chrome://tracing\n"
+    )
+    names = [event["name"] for event in json.loads(Path("tiny-1-trace.json").read_text())["traceEvents"]]
+    assert (names.count("send 0"), names.count("compute slot 1"), names.count("version 8")) == (3, 3, 2)
+    assert main(["trace", "tiny-1", "-c", address, "-o", "other.json"]) == 0
+    assert Path("other.json").read_text() == Path("tiny-1-trace.json").read_text()
+    capsys.readouterr()
+    # What cannot be done is said in one line, and leaves nothing behind.
+    Path("directory").mkdir()
+    jobs_before = jobs.timelines
+    for arguments, code, message in [
+        (["trace", "nope"], 2, "no job 'nope'"),
+        (["trace", "-o", "nowhere/x.json"], 2, "nowhere/x.json cannot be written (No such file or directory)"),
+        (["trace", "-o", "directory"], 2, "directory cannot be written (Is a directory)"),
+        (["trace", "tiny-1"], 3, "no timeline of job tiny-1 yet"),
+    ]:
+        jobs.timelines = [] if code == 3 else jobs_before
+        assert main([*arguments, "-c", address]) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "other.json", "tiny-1-trace.json"]
 
 
 def test_unreachable_coordinator(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gradstream.core import rpc
-from gradstream.core.errors import CheckpointError, ConfigError
+from gradstream.core.errors import CheckpointError, ConfigError, DataError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
 
 SUBMITTED_MS = 1_700_000_000_000
@@ -43,6 +43,17 @@ def canned_job(job_id: str = "tiny-1", **changes: Any) -> jobs_pb2.Job:
         "recipe_json": json.dumps({"name": "tiny"}),
         "slot_holders": ["worker-0", "", "worker-0", "worker-1"],
         "decisions": ["placement: balanced [2 servers]"],
+        "hidden_share": 0.634,
+        "server_memory": [
+            jobs_pb2.ServerMemory(
+                name="server-0",
+                num_parameters=2_000_000,
+                state_bytes=36 << 20,
+                predicted_state_bytes=38_000_000,
+                early_bytes=1 << 20,
+                most_early_bytes=8 << 20,
+            )
+        ],
     }
     fields.update(changes)
     return jobs_pb2.Job(**fields)
@@ -88,6 +99,21 @@ def canned_history() -> list[jobs_pb2.WatchJobResponse]:
     ]
 
 
+def canned_timeline(worker: str = "worker-0", version: int = 7) -> jobs_pb2.GetTimelineResponse:
+    """A worker's timeline: a send of which compute hid half."""
+    begin_us = SUBMITTED_MS * 1000
+    spans = [
+        coordinator_pb2.Span(
+            kind=coordinator_pb2.SPAN_KIND_SEND, begin_unix_us=begin_us, duration_us=20, slot=1, item=0, num_bytes=64
+        ),
+        coordinator_pb2.Span(kind=coordinator_pb2.SPAN_KIND_COMPUTE, begin_unix_us=begin_us, duration_us=10, slot=1),
+    ]
+    timeline = coordinator_pb2.ReportTimelineRequest(
+        job_id="tiny-1", epoch=2, version=version, spans=spans, communication_us=20, hidden_us=10
+    )
+    return jobs_pb2.GetTimelineResponse(worker=worker, timeline=timeline)
+
+
 def canned_checkpoint() -> jobs_pb2.Checkpoint:
     """A checkpoint."""
     return jobs_pb2.Checkpoint(
@@ -107,6 +133,7 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
         self.jobs = [canned_job()]
         self.nodes = [canned_node()]
         self.history = canned_history()
+        self.timelines = [canned_timeline(), canned_timeline(version=8), canned_timeline("worker-1", 8)]
         self.export = [
             piece("config.json", 2, b"{}"),
             piece("model.safetensors", 6, b"abc"),
@@ -179,6 +206,14 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
                 raise CheckpointError(f"no checkpoint of version {request.version}; `gradstream ckpt ls` lists them")
             for part in self.export:
                 yield part
+
+    async def GetTimeline(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.GetTimelineResponse]:
+        async with rpc.answering(context):
+            job = self._find(request.job_id)
+            if not self.timelines:
+                raise DataError(f"there is no timeline of job {job.job_id} yet")
+            for timeline in self.timelines:
+                yield timeline
 
     async def ListNodes(self, request: Any, context: Any) -> jobs_pb2.ListNodesResponse:
         return jobs_pb2.ListNodesResponse(nodes=self.nodes)

@@ -21,6 +21,7 @@ from gradstream.client import (
     CheckpointError,
     Client,
     ConfigError,
+    DataError,
     Event,
     GradstreamError,
     JobFailedError,
@@ -28,6 +29,9 @@ from gradstream.client import (
     LogLine,
     NodeKind,
     ProtocolError,
+    ServerMemory,
+    Span,
+    SpanKind,
     Step,
     UnreachableError,
     Validation,
@@ -66,12 +70,17 @@ def test_public_names_are_pinned() -> None:
         "PlanError",
         "ProtocolError",
         "Recipe",
+        "ServerMemory",
+        "Span",
+        "SpanKind",
         "StaleEpochError",
         "Step",
+        "Timeline",
         "UnreachableError",
         "Validation",
         "Wait",
         "WatchItem",
+        "chrome_trace",
         "default_address",
         "load_recipe",
     ]
@@ -104,7 +113,10 @@ def test_job_is_typed(address: str) -> None:
     assert job.ended is None
     assert job.waits[0].whom == "worker-1"
     assert job.recipe == {"name": "tiny"}
+    assert job.hidden_share == pytest.approx(0.634)
+    assert job.server_memory == (ServerMemory("server-0", 2_000_000, 36 << 20, 38_000_000, 1 << 20, 8 << 20),)
     document = json.loads(json.dumps(job.to_dict(), allow_nan=False))
+    assert document["server_memory"][0]["early_bytes"] == 1 << 20
     assert document["state"] == "running"
     assert document["eta_seconds"] == 125
     assert document["submitted"] == "2023-11-14T22:13:20.000+00:00"
@@ -116,6 +128,7 @@ def test_absent_values_are_none(jobs: CannedJobs, address: str) -> None:
     with Client(address) as client:
         (job,) = client.jobs()
     assert (job.loss, job.validation_loss, job.eta, job.submitted) == (None, None, None, None)
+    assert (job.hidden_share, job.server_memory) == (None, ())
     assert job.state is JobState.UNSPECIFIED
 
 
@@ -125,6 +138,25 @@ def test_nodes(address: str) -> None:
     assert node.kind is NodeKind.WORKER
     assert node.activity.waiting_for == "version 13 from server-0"
     assert node.to_dict()["activity"]["phase"] == "waiting"
+
+
+async def test_timeline(jobs: CannedJobs, address: str) -> None:
+    async with AsyncClient(address) as client:
+        timelines = await client.timeline("tiny-1")
+        assert [(timeline.worker, timeline.version) for timeline in timelines] == [
+            ("worker-0", 7),
+            ("worker-0", 8),
+            ("worker-1", 8),
+        ]
+        begin_us = SUBMITTED_MS * 1000
+        assert timelines[0].spans == (
+            Span(SpanKind.SEND, begin_us, 20, slot=1, item=0, num_bytes=64),
+            Span(SpanKind.COMPUTE, begin_us, 10, slot=1),
+        )
+        assert (timelines[0].communication_us, timelines[0].hidden_us) == (20, 10)
+        jobs.timelines = []
+        with pytest.raises(DataError, match="no timeline of job tiny-1 yet"):
+            await client.timeline()
 
 
 async def test_watch_gives_each_item_once_over_a_break(jobs: CannedJobs, address: str) -> None:

@@ -11,6 +11,7 @@ from gradstream.coordinator.active import Pace, WaitClock
 from gradstream.coordinator.planner import (
     CheckpointAt,
     NodeOffer,
+    ServerBytes,
     check_data,
     human_bytes,
     make_plan,
@@ -97,17 +98,37 @@ def test_a_cluster_of_small_workers_cannot_take_the_model(recipe: Recipe) -> Non
 
 
 def test_the_memory_of_a_server_is_predicted(recipe: Recipe) -> None:
-    fragments = cut([Tensor("t", (1024,), True, 0)], 1024)
+    tensors = [Tensor("t", (1024,), True, 0)]
+    fragments = cut(tensors, 1024)
+
+    def needed(of: list[Tensor] = tensors, **codec: str) -> ServerBytes:
+        changed = recipe.model_copy(update={"codec": recipe.codec.model_copy(update=codec)})
+        return server_bytes(changed, fragments, of)
+
     # adamw, bf16 both ways, 2 slots: 16 bytes of arrays, 24 for a checkpoint in flight and 2 published an element;
     # 2 slots × 2 bytes that wait.
-    assert server_bytes(recipe, fragments) == (42 * 1024, 4 * 1024)
+    assert needed() == ServerBytes(18 * 1024, 24 * 1024, 0, 4 * 1024)
+    # Differences: the workers' copy in fp32, which is saved too, one difference, and the whole for a newcomer.
+    int8 = 1024 + 16
+    assert needed(pull="delta-int8", push="int8") == ServerBytes(20 * 1024 + int8, 32 * 1024, 4 * 1024, 2 * int8)
+    # Changed bits: the encoded copy is what workers hold; nothing more is saved. A plane has a header of 4 bytes.
+    assert needed(pull="xor-fp32") == ServerBytes(20 * 1024 + 4 * 1028, 24 * 1024, 4 * 1024, 4 * 1024)
+    assert needed(pull="xor-bf16") == ServerBytes(18 * 1024 + 2 * 1028, 24 * 1024, 2 * 1024, 4 * 1024)
+    # What is no matrix is sent finer, but for differences to embeddings.
+    for kind, embedding in (("vector", 2048), ("embedding", int8)):
+        other = [Tensor("t", (1024,), True, 0, kind)]
+        found = needed(other, push="int4", pull="int8", embedding="int8")
+        assert (found.state - 16 * 1024, found.early) == (embedding, 2 * embedding)
+    table = [Tensor("t", (1024,), True, 0, "embedding")]
+    assert needed(table, push="int4", pull="delta-int4").state == 20 * 1024 + 512 + 16
     sgd = recipe.model_copy(
         update={
             "optimizer": recipe.optimizer.model_copy(update={"kind": "sgd"}),
             "codec": recipe.codec.model_copy(update={"push": "int8", "pull": "fp32"}),
         }
     )
-    assert server_bytes(sgd, fragments) == (32 * 1024, 2 * (1024 + 16))
+    assert server_bytes(sgd, fragments, tensors) == ServerBytes(16 * 1024, 16 * 1024, 0, 2 * int8)
+    assert needed().most == sum((18 * 1024, 24 * 1024, 4 * 1024))
 
 
 def test_vocabulary_mismatch_names_both_and_the_cure(recipe: Recipe) -> None:

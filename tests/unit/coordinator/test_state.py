@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,3 +175,24 @@ def test_sqlite_refuses_a_file_of_another_format(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version=99")
     with pytest.raises(ConfigError, match="format 99"):
         SqliteState(tmp_path)
+
+
+def make_residual(slot: int, file: str = "a.safetensors", version: int = 2, epoch: int = 1) -> Any:
+    return coordinator_pb2.ReportResidualRequest(job_id="a-1", epoch=epoch, version=version, slot=slot, file=file)
+
+
+def test_residuals_wait_for_their_manifest(state: State) -> None:
+    for report in (make_residual(0), make_residual(1), make_residual(1, file=""), make_residual(0, version=4)):
+        assert state.record_residual(report)
+        assert not state.record_residual(report)
+    assert not state.record_residual(make_residual(0, file="b.safetensors")), "the first one counts"
+    found = [(report.version, report.slot, bool(report.file)) for report in state.residuals("a-1", 1)]
+    assert sorted(found) == [(2, 0, True), (2, 1, False), (2, 1, True), (4, 0, True)]
+    state.record_checkpoint("a-1", 1, jobs_pb2.Checkpoint(version=2))
+    found = [(report.version, report.slot, bool(report.file)) for report in state.residuals("a-1", 1)]
+    assert found == [(2, 1, False), (4, 0, True)]
+    assert not state.record_residual(make_residual(2)), "its manifest is written"
+    assert state.record_residual(make_residual(0, epoch=2))
+    state.record_checkpoint("a-1", 2, jobs_pb2.Checkpoint(version=6))
+    assert state.residuals("a-1", 1) == []
+    assert len(state.residuals("a-1", 2)) == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradstream.core.config import OptimizerConfig, ScheduleConfig
-from gradstream.services.parameter_server.optimizer import FragmentOptimizer, learning_rate
+from gradstream.services.parameter_server.optimizer import BundleOptimizer, learning_rate
 
 PEAK = 2.0
 OPTIMIZER = OptimizerConfig(learning_rate=PEAK)
@@ -49,60 +49,97 @@ def reference(config: OptimizerConfig, decay: bool, weights_N: torch.Tensor) -> 
     )
 
 
+class Slices:
+    """A tensor's slices under one BundleOptimizer, end to end in flat memory as a server holds them."""
+
+    def __init__(self, config: OptimizerConfig, decay: bool = True, first: int = 0):
+        """`first` elements of something else lie before them, so that they begin where they happen to."""
+        self.weights_N = torch.cat([torch.zeros(first), initial()])
+        self._gradient_N = torch.zeros_like(self.weights_N)
+        bounds = [(first + begin, first + end) for begin, end in pairwise(SLICES)]
+        self.optimizer = BundleOptimizer(
+            [self.weights_N[begin:end] for begin, end in bounds],
+            [self._gradient_N[begin:end] for begin, end in bounds],
+            [decay] * len(bounds),
+            config,
+        )
+        self._first = first
+
+    @property
+    def whole_N(self) -> torch.Tensor:
+        return self.weights_N[self._first :]
+
+    def step(self, gradient_N: torch.Tensor, step_rate: float) -> None:
+        self._gradient_N[self._first :] = gradient_N
+        self.optimizer.step(step_rate)
+
+
 @every_rule
 @pytest.mark.parametrize("decay", [True, False])
-def test_slices_are_updated_as_the_whole_bit_for_bit(config: dict[str, Any], decay: bool) -> None:
+@pytest.mark.parametrize("first", [0, 1, 7])
+def test_slices_are_updated_as_the_whole_bit_for_bit(config: dict[str, Any], decay: bool, first: int) -> None:
+    """Wherever a bundle puts them: what a slice is bundled with depends on the number of servers."""
     rule = OptimizerConfig(**config)
     whole_N = initial()
     optimizer = reference(rule, decay, whole_N)
-    sliced = [initial()[begin:end].clone() for begin, end in pairwise(SLICES)]
-    ours = [FragmentOptimizer(slice_N, decay, rule) for slice_N in sliced]
+    ours = Slices(rule, decay, first)
     for gradient_N, step_rate in zip(gradients(len(RATES)), RATES, strict=True):
         whole_N.grad = gradient_N.clone()
         optimizer.param_groups[0]["lr"] = step_rate
         optimizer.step()
-        for one, begin, end in zip(ours, SLICES[:-1], SLICES[1:], strict=True):
-            one.step(gradient_N[begin:end].clone(), step_rate)
-    assert torch.equal(torch.cat(sliced), whole_N.detach())
+        ours.step(gradient_N, step_rate)
+    assert torch.equal(ours.whole_N, whole_N.detach())
     assert not torch.equal(whole_N.detach(), initial())
+    assert not ours.weights_N[:first].any()
 
 
-def test_decay_is_used_where_asked_for_alone() -> None:
-    rule = OptimizerConfig(weight_decay=0.5)
-    ends = []
-    for decay in (True, False):
-        weights_N = torch.ones(4)
-        FragmentOptimizer(weights_N, decay, rule).step(torch.zeros(4), 0.1)
-        ends.append(weights_N.tolist())
-    assert ends[1] == [1.0] * 4
-    assert ends[0] == pytest.approx([0.95] * 4)
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_decay_is_used_where_asked_for_alone(kind: Any) -> None:
+    """In one bundle, in any order; without it, a gradient of zeros moves nothing."""
+    rule = OptimizerConfig(kind=kind, weight_decay=0.5)
+    weights = [torch.ones(4), torch.ones(3), torch.ones(5), torch.ones(1)]
+    decays = [True, False, True, False]
+    gradients = [torch.zeros_like(weights_N) for weights_N in weights]
+    BundleOptimizer(weights, gradients, decays, rule).step(0.1)
+    for weights_N, decay in zip(weights, decays, strict=True):
+        if not decay:
+            assert (weights_N == 1).all()
+        elif kind == "adamw":
+            assert weights_N.tolist() == pytest.approx([0.95] * len(weights_N))
+        else:
+            assert (weights_N < 1).all()
 
 
 @every_rule
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_saved_and_loaded_state_goes_on_bit_for_bit(config: dict[str, Any], after: int) -> None:
     rule = OptimizerConfig(**config)
-    through_N, saved_N = initial(), initial()
-    through, saved = FragmentOptimizer(through_N, True, rule), FragmentOptimizer(saved_N, True, rule)
+    through, saved = Slices(rule), Slices(rule)
     steps = list(zip(gradients(len(RATES)), RATES, strict=True))
     for gradient_N, step_rate in steps[:after]:
-        through.step(gradient_N.clone(), step_rate)
-        saved.step(gradient_N.clone(), step_rate)
-    state = {name: array.copy() for name, array in saved.state().items()}
-    assert sorted(state) == sorted(saved.names())
-    assert all(array.dtype == np.float32 for array in state.values())
-    assert sum(array.nbytes for name, array in state.items() if name != "step") == saved.state_bytes
-    loaded_N = saved_N.clone()
-    loaded = FragmentOptimizer(loaded_N, True, rule)
-    loaded.load(state)
-    for array in state.values():
-        array.fill(np.nan)  # what was loaded must be a copy
+        through.step(gradient_N, step_rate)
+        saved.step(gradient_N, step_rate)
+    states = [{name: array.copy() for name, array in state.items()} for state in saved.optimizer.state()]
+    assert len(states) == len(SLICES) - 1
+    for state, (begin, end) in zip(states, pairwise(SLICES), strict=True):
+        assert sorted(state) == sorted(saved.optimizer.names())
+        assert all(array.dtype == np.float32 for array in state.values())
+        assert all(array.shape == ((1,) if name == "step" else (end - begin,)) for name, array in state.items())
+    arrays = [array for state in states for name, array in state.items() if name != "step"]
+    assert sum(array.nbytes for array in arrays) == saved.optimizer.state_bytes
+    loaded = Slices(rule)
+    loaded.weights_N.copy_(saved.weights_N)
+    loaded.optimizer.load(states)
+    for state in states:
+        for array in state.values():
+            array.fill(np.nan)  # what was loaded must be a copy
     for gradient_N, step_rate in steps[after:]:
-        through.step(gradient_N.clone(), step_rate)
-        loaded.step(gradient_N.clone(), step_rate)
-    assert torch.equal(loaded_N, through_N)
-    for name, array in through.state().items():
-        assert np.array_equal(loaded.state()[name], array), name
+        through.step(gradient_N, step_rate)
+        loaded.step(gradient_N, step_rate)
+    assert torch.equal(loaded.weights_N, through.weights_N)
+    for ours, theirs in zip(loaded.optimizer.state(), through.optimizer.state(), strict=True):
+        for name, array in theirs.items():
+            assert np.array_equal(ours[name], array), name
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])

@@ -13,6 +13,7 @@ from gradstream.core.wire import ParameterServerStub, add_parameter_server, chec
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.faults import Faults
 from gradstream.worker.push import Contribution, PushStream
+from gradstream.worker.timeline import Timeline
 
 
 class Receiver:
@@ -27,9 +28,9 @@ class Receiver:
         yield pb.PushResponse(window_bytes=1 << 20)
         async for message in messages:
             header = pb.ContributionHeader.FromString(bytes(parse(message)[0] or b""))
-            self.received.append(header.fragment)
+            self.received.append(header.bundle)
             yield pb.PushResponse(
-                window_bytes=1 << 20, result=pb.PUSH_RESULT_ACCEPTED, step=header.step, fragment=header.fragment
+                window_bytes=1 << 20, result=pb.PUSH_RESULT_ACCEPTED, step=header.step, bundle=header.bundle
             )
 
     async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[bytes]:
@@ -41,10 +42,10 @@ class Receiver:
     async def GetServerStatus(self, request: Any, context: Any) -> None: ...
 
 
-def contribution(fragment: int) -> Contribution:
-    payload = np.full(8, fragment, dtype=np.uint8)
-    header = pb.ContributionHeader(fragment=fragment, payload_bytes=8, crc32c=checksum(payload))
-    return Contribution(header, payload)
+def contribution(bundle: int) -> Contribution:
+    payload = np.full(8, bundle, dtype=np.uint8)
+    header = pb.ContributionHeader(bundle=bundle, payload_bytes=8, crc32c=checksum(payload))
+    return Contribution(header, [payload])
 
 
 async def started(receiver: Receiver, address: str) -> tuple[grpc.aio.Server, int]:
@@ -66,14 +67,15 @@ async def test_a_stream_that_broke_takes_nothing_from_the_next_one() -> None:
     receiver = Receiver()
     server, port = await started(receiver, "127.0.0.1:0")
     channel = open_channel(f"127.0.0.1:{port}")
-    stream = PushStream(Server("n", "server", f"127.0.0.1:{port}"), ParameterServerStub(channel), Faults(""))
+    server_of_plan = Server("n", "server", f"127.0.0.1:{port}")
+    stream = PushStream(server_of_plan, ParameterServerStub(channel), Faults(""), Timeline())
     running = asyncio.create_task(stream.run())
     try:
         expected = []
         for turn in range(4):
-            for fragment in range(turn * 3, turn * 3 + 3):
-                stream.put(contribution(fragment))
-                expected.append(fragment)
+            for bundle in range(turn * 3, turn * 3 + 3):
+                stream.put(contribution(bundle))
+                expected.append(bundle)
             await until_empty(stream)
             # Idle now: the iterator waits for more while its server goes away.
             await server.stop(None)

@@ -1,19 +1,25 @@
-"""Weights arriving: a unit's forward pass waits for its own fragments alone, and nobody waits for what never comes."""
+"""Weights arriving: a unit's forward pass waits for its own bundles alone, and nobody waits for what never comes."""
 
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.micro import MICRO_LLAMA, micro_plan
 
-from gradstream.core.codecs import Codec, Payload, codec_named
+from gradstream.core.downlink import downlink
 from gradstream.core.errors import ProtocolError
 from gradstream.core.model import build, forward_units, initial_weights
+from gradstream.core.payloads import BundleCodec, CodecBook
+from gradstream.core.timeline import SpanKind
+from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.compute import AbandonedError
-from gradstream.worker.weights import Inbox, WeightInstaller
+from gradstream.worker.timeline import Timeline
+from gradstream.worker.weights import Arrival, Inbox, WeightInstaller
 
 MODEL = MICRO_LLAMA
 
@@ -23,53 +29,83 @@ BOUND_SECONDS = 20
 """Longer than anything here takes: what reaches it is a hang."""
 
 
-class HeldCodec(Codec):
-    """fp32 that can be held inside `decode`, to look at what happens meanwhile."""
-
-    name = "held"
-    wire = codec_named("fp32").wire
+class HeldTimeline(Timeline):
+    """Holds a decoding before it begins, to look at what happens meanwhile."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.inside = threading.Event()
         self.go_on = threading.Event()
         self.go_on.set()
-        self._fp32 = codec_named("fp32")
 
-    def encoded_bytes(self, num_elements: int) -> int:
-        return self._fp32.encoded_bytes(num_elements)
-
-    def encode(self, values_N: torch.Tensor) -> Payload:
-        return self._fp32.encode(values_N)
-
-    def decode(self, payload: Payload, out_N: torch.Tensor) -> None:
+    @contextmanager
+    def span(
+        self, kind: SpanKind, slot: int | None = None, item: int | None = None, num_bytes: int = 0
+    ) -> Iterator[None]:
+        assert kind is SpanKind.DECODE
         self.inside.set()
         assert self.go_on.wait(BOUND_SECONDS)
-        self._fp32.decode(payload, out_N)
+        with super().span(kind, slot, item, num_bytes):
+            yield
 
 
 class Bench:
     """A model with gates, and a thread to run it in."""
 
-    def __init__(self, codec: Codec) -> None:
-        self.plan = micro_plan()
-        self.codec = codec
+    def __init__(self, pull: str) -> None:
+        self.plan = micro_plan(codec={"pull": pull})
+        self.timeline = HeldTimeline()
         self.model = build(MODEL)
         by_name = dict(self.model.named_parameters())
         self.parameters = [by_name[tensor.name] for tensor in self.plan.tensors]
         self.passed = [threading.Event() for _ in forward_units(self.model)]
-        self.installer = WeightInstaller(self.plan, self.model, self.parameters, codec)
+        self.installer = WeightInstaller(self.plan, self.model, self.parameters, self.timeline)
         # After the installer's: called when the gate is open.
         for event, (_, unit) in zip(self.passed, forward_units(self.model), strict=True):
             unit.register_forward_pre_hook(lambda *_, event=event: event.set())
         self.thread = ThreadPoolExecutor(1)
+        self._book = CodecBook(self.plan.tensors, self.plan.recipe.codec.embedding)
+        self._form = downlink(pull)
 
-    def payloads(self, seed: int) -> list[tuple[int, Payload]]:
-        """A whole version, fragment by fragment in forward order."""
+    def whole(self, seed: int, version: int = 0) -> list[Arrival]:
+        """A whole version with the initial weights of a seed, bundle by bundle in forward order."""
         weights = dict(initial_weights(MODEL, seed))
         return [
-            (f.index, self.codec.encode(weights[self.plan.tensors[f.tensor].name].reshape(-1)[f.begin : f.end]))
-            for f in self.plan.fragments
+            self._arrival(self._book.of(bundle, self._form.full), self._slices(weights, bundle.index), version, False)
+            for bundle in self.plan.bundles
         ]
+
+    def delta(self, version: int, value: float) -> list[Arrival]:
+        """A difference of `value` everywhere."""
+        assert self._form.delta is not None
+        return [
+            self._arrival(
+                self._book.delta(bundle, self._form.delta),
+                [torch.full((fragment.num_elements,), value) for fragment in bundle.fragments],
+                version,
+                True,
+            )
+            for bundle in self.plan.bundles
+        ]
+
+    def _slices(self, weights: dict[str, torch.Tensor], bundle: int) -> list[torch.Tensor]:
+        return [
+            weights[self.plan.tensors[f.tensor].name].reshape(-1)[f.begin : f.end]
+            for f in self.plan.bundles[bundle].fragments
+        ]
+
+    @staticmethod
+    def _arrival(codec: BundleCodec, values: list[torch.Tensor], version: int, delta: bool) -> Arrival:
+        payloads = codec.encode(values, version)
+        header = pb.WeightsHeader(
+            version=version,
+            bundle=codec.bundle.index,
+            codec=codec.codec.wire,
+            payload_bytes=sum(map(len, payloads)),
+            fragment_bytes=[len(payload) for payload in payloads],
+            delta=delta,
+        )
+        return Arrival(header, np.concatenate(payloads))
 
     def forward(self) -> torch.Tensor:
         with torch.no_grad():
@@ -78,16 +114,36 @@ class Bench:
     def submit(self, function: Callable[[], Any]) -> "Future[Any]":
         return self.thread.submit(function)
 
-    def unit_of(self, fragment: int) -> int:
-        return self.plan.tensors[self.plan.fragments[fragment].tensor].unit
+    def units_of(self, arrival: Arrival) -> set[int]:
+        bundle = self.plan.bundles[arrival.header.bundle]
+        return {self.plan.tensors[fragment.tensor].unit for fragment in bundle.fragments}
+
+    def weights(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+
+def inbox_of(version: int, arrivals: list[Arrival] | None = None) -> Inbox:
+    inbox = Inbox(version, "bf16")
+    for arrival in arrivals or []:
+        inbox.put(arrival)
+    return inbox
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    found = Bench(HeldCodec())
-    yield found
-    found.installer.close()
-    found.thread.shutdown()
+    with made("fp32") as found:
+        yield found
+
+
+@contextmanager
+def made(pull: str) -> Iterator[Bench]:
+    bench = Bench(pull)
+    try:
+        yield bench
+    finally:
+        bench.timeline.go_on.set()
+        bench.installer.close()
+        bench.thread.shutdown()
 
 
 def expected_logits(seed: int) -> torch.Tensor:
@@ -100,57 +156,49 @@ def expected_logits(seed: int) -> torch.Tensor:
 
 
 def test_the_forward_pass_goes_exactly_as_far_as_the_weights(bench: Bench) -> None:
-    inbox = Inbox(0)
+    inbox = inbox_of(0)
     bench.installer.install(inbox)
     result = bench.submit(bench.forward)
-    payloads = bench.payloads(1)
+    arrivals = bench.whole(1)
     with_tensors = sorted({tensor.unit for tensor in bench.plan.tensors})
-    for unit, after in zip(with_tensors, [*with_tensors[1:], None], strict=True):
-        mine = [(fragment, payload) for fragment, payload in payloads if bench.unit_of(fragment) == unit]
-        for fragment, payload in mine[:-1]:
-            inbox.put(fragment, payload)
-        assert not bench.passed[unit].is_set(), "its last fragment is missing"
-        inbox.put(*mine[-1])
-        assert bench.passed[unit].wait(BOUND_SECONDS)
-        if after is not None:
-            assert not bench.passed[after].is_set()
-            assert not result.done()
+    assert any(len(bench.units_of(arrival)) > 1 for arrival in arrivals), "the test must reach a bundle of two units"
+    missing = {unit: {a.header.bundle for a in arrivals if unit in bench.units_of(a)} for unit in with_tensors}
+    for arrival in arrivals:
+        held_up = next(unit for unit in with_tensors if missing[unit])
+        assert not bench.passed[held_up].is_set(), "its last bundle is missing"
+        assert not result.done()
+        inbox.put(arrival)
+        for unit in with_tensors:
+            missing[unit].discard(arrival.header.bundle)
+            if missing[unit]:
+                break
+            assert bench.passed[unit].wait(BOUND_SECONDS)
     assert torch.equal(result.result(BOUND_SECONDS), expected_logits(1))
 
 
 def test_what_arrived_before_the_install_counts_and_touches_nothing_until_then(bench: Bench) -> None:
-    first, second = Inbox(0), Inbox(1)
-    bench.installer.install(first)
-    for fragment, payload in bench.payloads(1):
-        first.put(fragment, payload)
+    bench.installer.install(inbox_of(0, bench.whole(1)))
     bench.submit(bench.installer.wait_all).result(BOUND_SECONDS)
-    for fragment, payload in reversed(bench.payloads(2)):
-        second.put(fragment, payload)
+    second = inbox_of(1, bench.whole(2, 1)[::-1])
     assert torch.equal(bench.submit(bench.forward).result(BOUND_SECONDS), expected_logits(1))
     bench.installer.install(second)
     assert torch.equal(bench.submit(bench.forward).result(BOUND_SECONDS), expected_logits(2))
 
 
 def test_half_before_and_half_after_the_install(bench: Bench) -> None:
-    inbox = Inbox(0)
-    payloads = bench.payloads(1)
-    for fragment, payload in payloads[::2]:
-        inbox.put(fragment, payload)
+    arrivals = bench.whole(1)
+    inbox = inbox_of(0, arrivals[::2])
     bench.installer.install(inbox)
     result = bench.submit(bench.forward)
-    for fragment, payload in payloads[1::2]:
-        inbox.put(fragment, payload)
+    for arrival in arrivals[1::2]:
+        inbox.put(arrival)
     assert torch.equal(result.result(BOUND_SECONDS), expected_logits(1))
 
 
 @pytest.mark.parametrize("wait", ["forward", "wait_all"])
 @pytest.mark.parametrize("when", ["before the install", "before the wait", "during the wait"])
 def test_who_waits_for_what_will_not_come_is_sent_away(bench: Bench, wait: str, when: str) -> None:
-    inbox = Inbox(0)
-    payloads = bench.payloads(1)
-    embedding = [(fragment, payload) for fragment, payload in payloads if bench.unit_of(fragment) == 0]
-    for fragment, payload in embedding:
-        inbox.put(fragment, payload)
+    inbox = inbox_of(0, [arrival for arrival in bench.whole(1) if 0 in bench.units_of(arrival)])
     if when == "before the install":
         inbox.fail()
     bench.installer.install(inbox)
@@ -163,57 +211,159 @@ def test_who_waits_for_what_will_not_come_is_sent_away(bench: Bench, wait: str, 
     with pytest.raises(AbandonedError):
         result.result(BOUND_SECONDS)
     # A new version works again.
-    following = Inbox(1)
-    for fragment, payload in bench.payloads(2):
-        following.put(fragment, payload)
-    bench.installer.install(following)
+    bench.installer.install(inbox_of(1, bench.whole(2, 1)))
     assert torch.equal(bench.submit(bench.forward).result(BOUND_SECONDS), expected_logits(2))
 
 
 def test_a_version_that_is_complete_may_fail_afterwards(bench: Bench) -> None:
-    inbox = Inbox(0)
+    inbox = inbox_of(0, bench.whole(1))
     bench.installer.install(inbox)
-    for fragment, payload in bench.payloads(1):
-        inbox.put(fragment, payload)
     bench.submit(bench.installer.wait_all).result(BOUND_SECONDS)
     inbox.fail()
     assert torch.equal(bench.submit(bench.forward).result(BOUND_SECONDS), expected_logits(1))
 
 
-def test_a_fragment_that_is_decoded_while_the_next_version_is_installed_is_not_counted_for_it(bench: Bench) -> None:
-    """Else the gate would open one fragment early, or never."""
-    assert isinstance(bench.codec, HeldCodec)
-    old, new = Inbox(0), Inbox(1)
-    bench.codec.go_on.clear()
+def test_a_bundle_that_is_decoded_while_the_next_version_is_installed_is_not_counted_for_it(bench: Bench) -> None:
+    """Else the gate would open one bundle early, or never."""
+    old, new = inbox_of(0), inbox_of(1)
+    bench.timeline.go_on.clear()
     bench.installer.install(old)
-    old.put(*bench.payloads(1)[0])
-    assert bench.codec.inside.wait(BOUND_SECONDS)
+    old.put(bench.whole(1)[0])
+    assert bench.timeline.inside.wait(BOUND_SECONDS)
     old.fail()
     bench.installer.install(new)
-    bench.codec.go_on.set()
-    payloads = bench.payloads(2)
-    for fragment, payload in payloads:
-        new.put(fragment, payload)
+    bench.timeline.go_on.set()
+    for arrival in bench.whole(2, 1):
+        new.put(arrival)
     assert torch.equal(bench.submit(bench.forward).result(BOUND_SECONDS), expected_logits(2))
 
 
-def test_late_fragments_of_an_old_version_are_ignored(bench: Bench) -> None:
-    old, new = Inbox(0), Inbox(1)
+def test_late_bundles_of_an_old_version_are_ignored(bench: Bench) -> None:
+    old, new = inbox_of(0), inbox_of(1)
     bench.installer.install(old)
     bench.installer.install(new)
-    for fragment, payload in bench.payloads(2):
-        new.put(fragment, payload)
-    for fragment, payload in bench.payloads(1):
-        old.put(fragment, payload)
+    for arrival in bench.whole(2, 1):
+        new.put(arrival)
+    for arrival in bench.whole(1, 0):
+        old.put(arrival)
+    bench.submit(bench.installer.wait_all).result(BOUND_SECONDS)
+    result = bench.submit(bench.forward)
     bench.installer.close()  # everything is decoded or dropped
+    result.result(BOUND_SECONDS)
     assert torch.equal(bench.submit(bench.forward).result(BOUND_SECONDS), expected_logits(2))
 
 
 def test_a_payload_that_cannot_be_decoded_reaches_the_one_who_waits(bench: Bench) -> None:
-    inbox = Inbox(0)
+    inbox = inbox_of(0)
     bench.installer.install(inbox)
     result = bench.submit(bench.forward)
-    fragment, payload = bench.payloads(1)[0]
-    inbox.put(fragment, payload[:-1])
+    arrival = bench.whole(1)[0]
+    inbox.put(Arrival(arrival.header, arrival.payload[:-1]))
     with pytest.raises(ProtocolError, match="payload of"):
         result.result(BOUND_SECONDS)
+
+
+# -- differences -------------------------------------------------------------------------------------------------------
+
+
+def install(bench: Bench, version: int, arrivals: list[Arrival]) -> Inbox:
+    """Install a whole inbox and wait until it is in place or will not be."""
+    inbox = inbox_of(version, arrivals)
+    bench.installer.install(inbox)
+    bench.submit(bench.installer.wait_all).result(BOUND_SECONDS)
+    return inbox
+
+
+@pytest.mark.parametrize("pull", ["delta-bf16", "delta-int8", "delta-int4"])
+def test_a_difference_is_added_to_the_version_before(pull: str) -> None:
+    with made(pull) as bench:
+        install(bench, 3, bench.whole(1, 3))
+        before = bench.weights()
+        install(bench, 4, bench.delta(4, 0.5))
+        for held, found in zip(before, bench.weights(), strict=True):
+            assert torch.equal(found, held + 0.5)
+
+
+def test_a_difference_waits_for_the_one_before_that_is_still_being_decoded() -> None:
+    """The next version may be installed as soon as no slot needs this one, in place or not."""
+    with made("delta-bf16") as bench:
+        install(bench, 0, bench.whole(1))
+        before = bench.weights()
+        bench.timeline.go_on.clear()
+        bench.installer.install(inbox_of(1, bench.delta(1, 0.5)))
+        bench.installer.install(inbox_of(2, bench.delta(2, 0.25)))
+        waiting = bench.submit(bench.installer.wait_all)
+        assert not waiting.done()
+        bench.timeline.go_on.set()
+        waiting.result(BOUND_SECONDS)
+        for held, found in zip(before, bench.weights(), strict=True):
+            assert torch.equal(found, held + 0.5 + 0.25)
+
+
+@pytest.mark.parametrize("held", [None, 0, 2, 4, 5])
+def test_a_difference_to_what_is_not_held_is_never_added(held: int | None) -> None:
+    """Version 4's difference is to version 3."""
+    with made("delta-int8") as bench:
+        if held is not None:
+            install(bench, held, bench.whole(1, held))
+        before = bench.weights()
+        with pytest.raises(AbandonedError):
+            install(bench, 4, bench.delta(4, 0.5))
+        assert all(map(torch.equal, bench.weights(), before))
+        install(bench, 6, bench.whole(2, 6))
+        install(bench, 7, bench.delta(7, 0.0))
+        assert torch.equal(bench.submit(bench.forward).result(BOUND_SECONDS), expected_logits(2))
+
+
+@pytest.mark.parametrize("pull", ["delta-int8", "xor-fp32"])
+def test_a_version_that_broke_off_is_pulled_again_whole(pull: str) -> None:
+    """After the break some bundles are at version 1, some at 0: no difference fits all, a whole copy does."""
+    with made(pull) as bench:
+        install(bench, 0, bench.whole(1))
+        arrivals = bench.delta(1, 0.0)
+        inbox = inbox_of(1, arrivals[: len(arrivals) // 2])
+        bench.installer.install(inbox)
+        inbox.fail()
+        with pytest.raises(AbandonedError):
+            bench.submit(bench.installer.wait_all).result(BOUND_SECONDS)
+        # Should a difference to version 1 come nevertheless, it is not taken for a version.
+        with pytest.raises(AbandonedError):
+            install(bench, 2, bench.delta(2, 0.0))
+        install(bench, 2, bench.whole(2, 2))
+        assert torch.equal(bench.submit(bench.forward).result(BOUND_SECONDS), expected_logits(2))
+
+
+def test_the_same_version_again_whole_after_half_of_it_came_as_differences() -> None:
+    with made("delta-int8") as bench:
+        install(bench, 0, bench.whole(1))
+        arrivals = bench.delta(1, 0.5)
+        inbox = inbox_of(1, arrivals[::2])
+        bench.installer.install(inbox)
+        inbox.fail()
+        with pytest.raises(AbandonedError):
+            bench.submit(bench.installer.wait_all).result(BOUND_SECONDS)
+        install(bench, 1, bench.whole(2, 1))
+        assert torch.equal(bench.submit(bench.forward).result(BOUND_SECONDS), expected_logits(2))
+
+
+@pytest.mark.parametrize(
+    ("pull", "codec", "delta"),
+    [
+        ("fp32", "bf16", False),
+        ("fp32", "fp32", True),
+        ("delta-int8", "int8", False),
+        ("delta-int8", "int4", True),
+        ("delta-int8", "fp32", True),
+        ("xor-bf16", "bf16", True),
+        ("xor-bf16", "bf16-zstd", False),
+    ],
+)
+def test_a_codec_that_the_recipe_does_not_lead_to_is_refused(pull: str, codec: str, delta: bool) -> None:
+    with made(pull) as bench:
+        bundle = bench.plan.bundles[0]
+        wrong = CodecBook(bench.plan.tensors, "bf16").of(bundle, codec)
+        zeros = [torch.zeros(fragment.num_elements) for fragment in bundle.fragments]
+        install(bench, 0, bench.whole(1))
+        bench.installer.install(inbox_of(1, [bench._arrival(wrong, zeros, 1, delta)]))
+        with pytest.raises(ProtocolError, match=f"codec {codec}, but the recipe says pull: {pull}"):
+            bench.submit(bench.installer.wait_all).result(BOUND_SECONDS)

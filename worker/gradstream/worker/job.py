@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc.aio
 import torch
 
-from gradstream.core.codecs import codec_named
 from gradstream.core.config import Recipe
-from gradstream.core.errors import UnreachableError
+from gradstream.core.errors import UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
 from gradstream.core.session import NodeSession
+from gradstream.core.timeline import SpanKind
 from gradstream.core.wire import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.worker.compute import AbandonedError, SlotComputer
@@ -36,6 +36,8 @@ from gradstream.worker.data import SlotReader, Split
 from gradstream.worker.faults import Faults
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Pusher
+from gradstream.worker.residuals import ResidualKeeper
+from gradstream.worker.timeline import RawSpan, Timeline, measure
 from gradstream.worker.weights import Inbox, WeightInstaller
 
 log = get_logger()
@@ -69,9 +71,15 @@ class JobRun:
         self._compute_thread = ThreadPoolExecutor(1, "compute")
         self._channels: list[grpc.aio.Channel] = [open_channel(server.address) for server in plan.servers]
         stubs = [ParameterServerStub(channel) for channel in self._channels]
-        self._pusher = Pusher(plan, stubs, faults)
-        self._puller = Puller(plan, stubs)
+        self._timeline = Timeline()
+        self._tuned = "auto" in (plan.recipe.codec.push, plan.recipe.codec.pull)
+        self._timeline_report: asyncio.Task[None] | None = None
+        self._pusher = Pusher(plan, stubs, faults, self._timeline)
+        self._puller = Puller(plan, stubs, self._timeline)
+        self._keeper = ResidualKeeper(plan, session, self._pusher.residuals, self._pusher.encode_thread)
         self._leases = Leases(0, [])
+        self._last_slots: list[int] = []  # of the last table that gave this worker any
+        self._unsettled = False  # whether it was given slots since it last told what residuals it has
         self._leases_changed = asyncio.Event()
         self._readers: dict[tuple[Split, int], SlotReader] = {}
         self._computer: SlotComputer
@@ -91,6 +99,8 @@ class JobRun:
         if mine != self._leases.slots:
             log.info("holds slots", job=self.plan.job_id, slots=mine or "none", table=number)
         self._leases = Leases(number, mine)
+        if mine:
+            self._last_slots, self._unsettled = mine, self._keeper.active
         self._leases_changed.set()
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -106,6 +116,9 @@ class JobRun:
             raise errors.exceptions[0] from None
         finally:
             self._superseded = True
+            if self._timeline_report is not None:
+                self._timeline_report.cancel()
+            self._keeper.close()
             await self._puller.stop()
             await asyncio.to_thread(self._compute_thread.shutdown, True, cancel_futures=True)
             if hasattr(self, "_installer"):
@@ -120,7 +133,10 @@ class JobRun:
         torch.set_num_threads(self.plan.recipe.training.num_threads)
         self._computer = SlotComputer(self.plan, self._device)
         self._installer = WeightInstaller(
-            self.plan, self._computer.model, self._computer.parameters, codec_named(self.plan.recipe.codec.pull)
+            self.plan,
+            self._computer.model,
+            self._computer.parameters,
+            self._timeline,
         )
 
     async def _walk(self) -> None:
@@ -128,28 +144,64 @@ class JobRun:
         try:
             while True:
                 if not self._leases.slots:
-                    # Without slots there is nothing to pull for; whatever comes later is pulled when slots come.
-                    await _cancelled(upcoming)
+                    await self._rest(upcoming)
                     upcoming = None
-                    await self._wait("slots from the coordinator", self._next_leases())
                     continue
                 if upcoming is None:
                     upcoming = asyncio.create_task(self._puller.next(self.plan.start_version))
                     names = ", ".join(server.name for server in self.plan.servers)
                     await self._wait(f"weights from {names}", asyncio.wait([upcoming]))
                 inbox = await upcoming
-                upcoming = asyncio.create_task(self._puller.next(inbox.version + 1))
-                if not await self._work(inbox, upcoming):
+                taken = self._timeline.take()
+                measured = measure(taken) if self._tuned else None
+                upcoming = asyncio.create_task(self._puller.next(inbox.version + 1, inbox.version, measured))
+                self._report_timeline(taken)
+                if not await self._work(inbox, upcoming) and self._leases.slots:
                     await _cancelled(upcoming)
                     upcoming = None
         finally:
             await _cancelled(upcoming)
+
+    async def _rest(self, upcoming: asyncio.Task[Inbox] | None) -> None:
+        """Wait for slots. Without them there is nothing to pull for; whatever comes later is pulled when slots come.
+
+        Where residuals are kept, though, it must still be known whether the next version has a checkpoint: a pause
+        takes the slots away as soon as that version is decided.
+        """
+        if upcoming is None and self._unsettled:
+            upcoming = asyncio.create_task(self._puller.next(self.plan.start_version))
+        try:
+            if upcoming is not None and self._keeper.active:
+                leases = asyncio.ensure_future(self._next_leases())
+                try:
+                    await self._wait(
+                        "slots from the coordinator",
+                        asyncio.wait([upcoming, leases], return_when=asyncio.FIRST_COMPLETED),
+                    )
+                finally:
+                    leases.cancel()
+                if upcoming.done():
+                    await self._hear_of(upcoming.result())
+        finally:
+            await _cancelled(upcoming)
+            await self._puller.stop()
+        if not self._leases.slots:
+            await self._wait("slots from the coordinator", self._next_leases())
+
+    async def _hear_of(self, inbox: Inbox) -> None:
+        """Let the slots' residuals follow a version, and join its checkpoint if it has one."""
+        if self._keeper.busy:
+            await self._wait("its last residuals to be written", self._keeper.drain())
+        self._unsettled = False
+        self._keeper.arrived(inbox.version, inbox.checkpoint, self._last_slots)
 
     async def _work(self, inbox: Inbox, upcoming: asyncio.Task[Inbox]) -> bool:
         """Do this version's slots until the next version comes; False when the version must be pulled again."""
         version = self.version = inbox.version
         for stream in self._pusher.streams:
             stream.forget_before(version)
+        self._pusher.use_codec(inbox.push_codec)
+        await self._hear_of(inbox)
         self._installer.install(inbox)
         done: set[int] = set()
         while not upcoming.done():
@@ -160,6 +212,8 @@ class JobRun:
                 await self._wait_for_next(version, upcoming)
                 continue
             slot = todo[0]
+            await self._wait(f"the residual of slot {slot}", self._keeper.load(version, slot))
+            self._keeper.take_up(version, [slot])
             try:
                 await self._slot(version, slot, lambda: not (upcoming.done() or self._superseded))
             except AbandonedError:
@@ -175,9 +229,7 @@ class JobRun:
             self._enter("validating")
             reader = await self._reader("validation", slot)
             count = recipe.validation.num_samples // recipe.training.num_slots
-            loss_sum, num_tokens = await self._compute(
-                lambda: self._computer.evaluate(reader.validation_batch(count), wanted)
-            )
+            loss_sum, num_tokens = await self._compute(lambda: self._validate_slot(reader, slot, count, wanted))
             self._report_validation(version, slot, loss_sum, num_tokens)
         if version < recipe.training.num_steps:
             self._enter("computing")
@@ -188,7 +240,15 @@ class JobRun:
         self._faults.before_slot(step, slot)
         self._pusher.begin_slot()
         tokens = reader.batch(step, self.plan.recipe.training.slot_batch)
-        self._computer.run_slot(step, slot, tokens, self._pusher.submit(step, slot), wanted)
+        with self._timeline.computing(SpanKind.COMPUTE, slot):
+            self._computer.run_slot(step, slot, tokens, self._pusher.submit(step, slot), wanted)
+
+    def _validate_slot(
+        self, reader: SlotReader, slot: int, count: int, wanted: Callable[[], bool]
+    ) -> tuple[float, int]:
+        tokens = reader.validation_batch(count)
+        with self._timeline.computing(SpanKind.VALIDATE, slot):
+            return self._computer.evaluate(tokens, wanted)
 
     async def _wait_for_next(self, version: int, upcoming: asyncio.Task[Inbox]) -> None:
         if version >= self.plan.num_steps:
@@ -197,7 +257,8 @@ class JobRun:
             waiting_for = f"version {version + 1} from {', '.join(server.name for server in self.plan.servers)}"
         leases = asyncio.ensure_future(self._next_leases())
         try:
-            await self._wait(waiting_for, asyncio.wait([upcoming, leases], return_when=asyncio.FIRST_COMPLETED))
+            with self._timeline.span(SpanKind.WAIT):
+                await self._wait(waiting_for, asyncio.wait([upcoming, leases], return_when=asyncio.FIRST_COMPLETED))
         finally:
             leases.cancel()
 
@@ -256,6 +317,23 @@ class JobRun:
         # In the background: the coordinator is not in the path of a step.
         self._session.report_later(partial(self._session.stub.ReportValidation, report, timeout=UNARY_TIMEOUT_SECONDS))
 
+    def _report_timeline(self, taken: list[RawSpan]) -> None:
+        """Send the timeline of the version that is over: in the background and once, as it may be lost."""
+        late = self._timeline_report is not None and not self._timeline_report.done()
+        # A report that is still under way is waited for by dropping this one: steps can be faster than the coordinator.
+        if self.version >= 0 and taken and not late:
+            self._timeline_report = asyncio.create_task(self._send_timeline(taken, self.version))
+
+    async def _send_timeline(self, taken: list[RawSpan], version: int) -> None:
+        plan = self.plan
+        report = await asyncio.to_thread(
+            self._timeline.report, taken, plan.job_id, plan.epoch, version, self._session.node_id
+        )
+        try:
+            await self._session.stub.ReportTimeline(report, timeout=UNARY_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as rpc_error:
+            log.debug("a timeline was lost", version=version, cause=one_line(error_from_rpc(rpc_error, "coordinator")))
+
     # -- status ----------------------------------------------------------------------------------------------------
 
     def activity(self) -> coordinator_pb2.Activity:
@@ -286,9 +364,9 @@ class JobRun:
         finally:
             self._waiting_for, self._since = "", time.time()
 
-    async def _next_leases(self) -> None:
-        self._leases_changed.clear()
-        await self._leases_changed.wait()
+    def _next_leases(self) -> Coroutine[Any, Any, bool]:
+        self._leases_changed.clear()  # now, not when the result is awaited: a table may come between
+        return self._leases_changed.wait()
 
     async def _compute(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._compute_thread, function)

@@ -9,15 +9,18 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from gradstream.core.codecs import codec_named
+from gradstream.core.bundles import Bundle
+from gradstream.core.codecs import codec_on_wire
 from gradstream.core.errors import ProtocolError, one_line
-from gradstream.core.fragments import Fragment
 from gradstream.core.log import get_logger
+from gradstream.core.payloads import CodecBook
 from gradstream.core.plan import Plan, Server
 from gradstream.core.rpc import Backoff, error_from_rpc, refused_for_good
+from gradstream.core.timeline import SpanKind
 from gradstream.core.wire import Assembler, ParameterServerStub, parse, verify
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.worker.weights import Inbox
+from gradstream.worker.timeline import Timeline, clock_ns
+from gradstream.worker.weights import Arrival, Inbox, pulled_codec
 
 log = get_logger()
 
@@ -27,17 +30,21 @@ class OvertakenError(Exception):
 
 
 class ServerPull:
-    """One server's part of a pull: first the version, then its fragments."""
+    """One server's part of a pull: first the version, then its bundles. `push_codec` is known with the version."""
 
-    def __init__(self, plan: Plan, server: Server, fragments: dict[int, Fragment], stub: ParameterServerStub):
+    def __init__(
+        self, plan: Plan, server: Server, bundles: dict[int, Bundle], stub: ParameterServerStub, book: CodecBook
+    ):
         self.server = server
+        self.push_codec = ""
+        self.checkpoint = False
         self._plan = plan
         self._stub = stub
-        self._codec = codec_named(plan.recipe.codec.pull)
-        self._fragments = fragments
+        self._book = book
+        self._bundles = bundles
         self._call: grpc.aio.UnaryStreamCall[pb.PullRequest, bytes] | None = None
 
-    async def version(self, min_version: int) -> int:
+    async def version(self, min_version: int, held_version: int | None, measured: pb.LinkMeasurement | None) -> int:
         """Ask for a version and return which one comes; waits as long as it takes. Raises ProtocolError."""
         backoff = Backoff()
         since: float | None = None
@@ -47,15 +54,19 @@ class ServerPull:
                 job_id=self._plan.job_id,
                 epoch=self._plan.epoch,
                 min_version=min_version,
-                codec=self._codec.wire,
-                fragments=list(self._fragments),
+                bundles=list(self._bundles),
+                held_version=held_version,
+                measured=measured,
             )
             try:
                 self._call = self._stub.Pull(request)
                 first = await self._call.read()
                 if not isinstance(first, bytes):  # the end of the stream
                     raise ProtocolError(f"server {self.server.name} ended a pull without an answer")
-                return self._header(first)[0].version
+                header = self._header(first)[0]
+                self.push_codec = codec_on_wire(header.push_codec).name
+                self.checkpoint = header.checkpoint
+                return header.version
             except grpc.aio.AioRpcError as rpc_error:
                 error = error_from_rpc(rpc_error, self.server.title)
                 if refused_for_good(error):
@@ -65,14 +76,16 @@ class ServerPull:
                     log.info("a pull waits for its server", server=self.server.name, cause=one_line(error))
             await asyncio.sleep(backoff.next())
 
-    async def receive(self, inbox: Inbox) -> int:
-        """Move this server's fragments into the inbox; return their bytes. Raises OvertakenError, ProtocolError,
+    async def receive(self, inbox: Inbox, timeline: Timeline) -> int:
+        """Move this server's bundles into the inbox; return their bytes. Raises OvertakenError, ProtocolError,
         AioRpcError."""
         if self._call is None:
             raise RuntimeError("version() comes first")
-        missing = set(self._fragments)
+        missing = set(self._bundles)
         assembler: Assembler[pb.WeightsHeader] = Assembler()
         num_bytes = 0
+        # The stream carries one bundle after another: one's first byte is under way when the last one's last is here.
+        begin_ns = clock_ns()
         try:
             # read() all through: grpc.aio does not allow to mix it with iteration.
             while isinstance(message := await self._call.read(), bytes):
@@ -84,16 +97,19 @@ class ServerPull:
                 whole = assembler.add(piece)
                 if whole is not None:
                     header, payload = whole
-                    verify(header, payload, f"fragment {header.fragment} of version {header.version}")
-                    missing.discard(header.fragment)
+                    verify(header, payload, f"bundle {header.bundle} of version {header.version}")
+                    missing.discard(header.bundle)
                     num_bytes += payload.nbytes
-                    inbox.put(header.fragment, payload)
+                    end_ns = clock_ns()
+                    timeline.add(SpanKind.RECEIVE, begin_ns, end_ns, None, header.bundle, payload.nbytes)
+                    begin_ns = end_ns
+                    inbox.put(Arrival(header, payload))
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.ABORTED:
                 raise OvertakenError from None
             raise
         if missing:
-            raise ProtocolError(f"server {self.server.name} ended a pull with {len(missing)} fragments missing")
+            raise ProtocolError(f"server {self.server.name} ended a pull with {len(missing)} bundles missing")
         return num_bytes
 
     def cancel(self) -> None:
@@ -110,53 +126,64 @@ class ServerPull:
 
     def _check(self, header: pb.WeightsHeader, version: int, missing: set[int]) -> None:
         """Check a header against the plan before anything is allocated for it. Raises ProtocolError."""
-        what = f"server {self.server.name}, fragment {header.fragment}"
-        if header.fragment not in missing:
+        what = f"server {self.server.name}, bundle {header.bundle}"
+        if header.bundle not in missing:
             raise ProtocolError(f"{what}: not asked for, or sent twice")
         if header.version != version:
             raise ProtocolError(f"{what}: version {header.version} in a pull of version {version}")
-        if header.codec != self._codec.wire:
-            raise ProtocolError(f"{what}: codec {header.codec}, but {self._codec.name} was asked for")
-        expected = self._codec.encoded_bytes(self._fragments[header.fragment].num_elements)
-        if header.payload_bytes != expected:
-            raise ProtocolError(f"{what}: payload of {header.payload_bytes} bytes announced, {expected} needed")
+        try:
+            codec = pulled_codec(self._book, self._bundles[header.bundle], self._plan.recipe.codec.pull, header)
+            codec.check_sizes(header.fragment_bytes, header.payload_bytes)
+        except ProtocolError as error:
+            raise ProtocolError(f"{what}: {error}") from None
 
 
 class Puller:
     """Pulls whole versions of the model."""
 
-    def __init__(self, plan: Plan, stubs: list[ParameterServerStub]):
+    def __init__(self, plan: Plan, stubs: list[ParameterServerStub], timeline: Timeline):
+        book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
         self._plan = plan
+        self._timeline = timeline
         # By server, once a plan: a pull is made a version.
         self._targets = [
-            (server, {fragment.index: fragment for fragment in plan.fragments_of(index)}, stub)
+            (server, {bundle.index: bundle for bundle in plan.bundles_of(index)}, stub, book)
             for index, (server, stub) in enumerate(zip(plan.servers, stubs, strict=True))
         ]
         self._receiving: asyncio.Task[None] | None = None
         self.received_bytes = 0
 
-    async def next(self, min_version: int) -> Inbox:
+    async def next(
+        self, min_version: int, held_version: int | None = None, measured: pb.LinkMeasurement | None = None
+    ) -> Inbox:
         """Wait until all servers have a common version of at least `min_version` under way; return its inbox, filling.
 
-        A pull begun earlier is given up.
+        `held_version` is the one that this worker holds, or will hold when the pull under way is over: the version
+        after it may come as differences. A pull begun earlier is waited for if it is of that version, else given up.
         """
         pulls = [ServerPull(self._plan, *target) for target in self._targets]
         try:
-            versions = list(await asyncio.gather(*(pull.version(min_version) for pull in pulls)))
+            versions = list(
+                await asyncio.gather(*(pull.version(min_version, held_version, measured) for pull in pulls))
+            )
             # Servers publish a commit within moments of each other: ask those that are behind for the latest again.
             while len(set(versions)) > 1:
                 latest = max(versions)
                 behind = [index for index, version in enumerate(versions) if version < latest]
                 for index, version in zip(
-                    behind, await asyncio.gather(*(pulls[index].version(latest) for index in behind)), strict=True
+                    behind,
+                    await asyncio.gather(*(pulls[index].version(latest, held_version, None) for index in behind)),
+                    strict=True,
                 ):
                     versions[index] = version
         except BaseException:
             for pull in pulls:
                 pull.cancel()
             raise
+        if self._receiving is not None and held_version is not None and versions[0] == held_version + 1:
+            await asyncio.wait([self._receiving])
         await self.stop()
-        inbox = Inbox(versions[0])
+        inbox = Inbox(versions[0], pulls[0].push_codec, pulls[0].checkpoint)
         self._receiving = asyncio.create_task(self._receive(pulls, inbox))
         return inbox
 
@@ -169,7 +196,7 @@ class Puller:
 
     async def _receive(self, pulls: list[ServerPull], inbox: Inbox) -> None:
         try:
-            received = await asyncio.gather(*(pull.receive(inbox) for pull in pulls))
+            received = await asyncio.gather(*(pull.receive(inbox, self._timeline) for pull in pulls))
             self.received_bytes += sum(received)
         except asyncio.CancelledError:
             inbox.fail()

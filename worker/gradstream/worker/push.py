@@ -15,15 +15,20 @@ from dataclasses import dataclass
 import grpc.aio
 import torch
 
-from gradstream.core.codecs import Payload, codec_named
+from gradstream.core.bundles import Bundle, first_push_codec
+from gradstream.core.codecs import Payload
 from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.log import get_logger
+from gradstream.core.payloads import CodecBook
 from gradstream.core.plan import Plan, Server
 from gradstream.core.rpc import Backoff, error_from_rpc, refused_for_good
+from gradstream.core.timeline import SpanKind
 from gradstream.core.wire import ParameterServerStub, checksum, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.compute import SlotTotals
 from gradstream.worker.faults import Faults
+from gradstream.worker.residuals import SlotResiduals
+from gradstream.worker.timeline import Timeline, clock_ns
 
 log = get_logger()
 
@@ -33,23 +38,25 @@ DEFAULT_WINDOW_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Contribution:
-    """One encoded gradient of one fragment."""
+    """One slot's encoded gradient of one bundle."""
 
     header: pb.ContributionHeader
-    payload: Payload
+    payloads: list[Payload]
 
 
 class PushStream:
     """Delivers contributions to one server, in order, until each is acknowledged."""
 
-    def __init__(self, server: Server, stub: ParameterServerStub, faults: Faults):
+    def __init__(self, server: Server, stub: ParameterServerStub, faults: Faults, timeline: Timeline):
         self.server = server
         self.unreachable_since: float | None = None
         self.sent_bytes = 0
         self._stub = stub
         self._faults = faults
+        self._timeline = timeline
         self._waiting: deque[Contribution] = deque()
         self._under_way: deque[Contribution] = deque()
+        self._begun_ns: deque[int] = deque()  # of those under way
         self._under_way_bytes = 0
         self._window_bytes = DEFAULT_WINDOW_BYTES
         self._changed = asyncio.Event()
@@ -88,6 +95,7 @@ class PushStream:
             # Exactly what was not acknowledged goes again; the server drops what it has.
             self._waiting.extendleft(reversed(self._under_way))
             self._under_way.clear()
+            self._begun_ns.clear()
             self._under_way_bytes = 0
             await asyncio.sleep(backoff.next())
 
@@ -104,7 +112,11 @@ class PushStream:
                 if not self._under_way or not _acknowledges(response, self._under_way[0].header):
                     raise ProtocolError(f"server {self.server.name} acknowledged a contribution that was not sent")
                 contribution = self._under_way.popleft()
-                self._under_way_bytes -= contribution.payload.nbytes
+                header, num_bytes = contribution.header, contribution.header.payload_bytes
+                self._under_way_bytes -= num_bytes
+                self._timeline.add(
+                    SpanKind.SEND, self._begun_ns.popleft(), clock_ns(), header.slot, header.bundle, num_bytes
+                )
                 self._changed.set()
                 self._faults.acknowledged(response.step, response.slot)
         finally:
@@ -113,11 +125,22 @@ class PushStream:
             self._num_streams += 1
             self._changed.set()
 
+    def _may_send(self) -> bool:
+        """Whether there is something to send that fits the window; what is larger than the window goes alone."""
+        if not self._waiting:
+            return False
+        return not self._under_way or (
+            self._under_way_bytes + self._waiting[0].header.payload_bytes <= self._window_bytes
+        )
+
     async def _messages(self, number: int) -> AsyncIterator[bytes]:
         while True:
             while number == self._num_streams and (
                 not self._waiting
-                or (self._under_way and self._under_way_bytes + self._waiting[0].payload.nbytes > self._window_bytes)
+                or (
+                    self._under_way
+                    and self._under_way_bytes + self._waiting[0].header.payload_bytes > self._window_bytes
+                )
             ):
                 self._changed.clear()
                 await self._changed.wait()
@@ -125,32 +148,41 @@ class PushStream:
                 return
             contribution = self._waiting.popleft()
             self._under_way.append(contribution)
-            self._under_way_bytes += contribution.payload.nbytes
-            self.sent_bytes += contribution.payload.nbytes
-            for message in frames(contribution.header, contribution.payload):
+            self._begun_ns.append(clock_ns())
+            self._under_way_bytes += contribution.header.payload_bytes
+            self.sent_bytes += contribution.header.payload_bytes
+            for message in frames(contribution.header, contribution.payloads):
                 yield message
 
 
 def _acknowledges(response: pb.PushResponse, header: pb.ContributionHeader) -> bool:
     """Whether a response is about the contribution with this header."""
-    keys = [(item.step, item.slot, item.fragment, item.part) for item in (response, header)]
+    keys = [(item.step, item.slot, item.bundle, item.part) for item in (response, header)]
     return keys[0] == keys[1]
 
 
 class Pusher:
-    """Cuts gradients into fragments, encodes them in a thread of its own and hands them to the servers' streams."""
+    """Gathers gradients into bundles, encodes these in a thread of its own and hands them to the servers' streams."""
 
-    def __init__(self, plan: Plan, stubs: list[ParameterServerStub], faults: Faults):
-        self.streams = [PushStream(server, stub, faults) for server, stub in zip(plan.servers, stubs, strict=True)]
+    def __init__(self, plan: Plan, stubs: list[ParameterServerStub], faults: Faults, timeline: Timeline):
+        self.streams = [
+            PushStream(server, stub, faults, timeline) for server, stub in zip(plan.servers, stubs, strict=True)
+        ]
+        self._timeline = timeline
         self._plan = plan
         self._faults = faults
-        self._codec = codec_named(plan.recipe.codec.push)
-        self._by_tensor: dict[int, list[int]] = {}
-        for fragment in plan.fragments:
-            self._by_tensor.setdefault(fragment.tensor, []).append(fragment.index)
+        self._book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
+        self._codec = first_push_codec(plan.recipe.codec)
+        self.residuals = SlotResiduals(plan)
+        self._bundles_of: dict[int, list[Bundle]] = {}
+        self._needs: dict[int, set[int]] = {}
+        for bundle in plan.bundles:
+            self._needs[bundle.index] = {fragment.tensor for fragment in bundle.fragments}
+            for tensor in self._needs[bundle.index]:
+                self._bundles_of.setdefault(tensor, []).append(bundle)
         self._loop = asyncio.get_running_loop()
         # One thread keeps the order of the backward pass, and leaves the cores to it.
-        self._executor = ThreadPoolExecutor(1, "encode")
+        self.encode_thread = ThreadPoolExecutor(1, "encode")
         self._encoding: deque[list[Future[None]]] = deque()
 
     async def run(self) -> None:
@@ -158,6 +190,10 @@ class Pusher:
         async with asyncio.TaskGroup() as group:
             for stream in self.streams:
                 group.create_task(stream.run())
+
+    def use_codec(self, codec: str) -> None:
+        """The codec of the contributions from the next slot on, as the servers have named it."""
+        self._codec = codec
 
     def begin_slot(self) -> None:
         """Wait, in the compute thread, until at most one slot is being encoded: gradients of at most two are held."""
@@ -168,36 +204,64 @@ class Pusher:
 
     def submit(self, step: int, slot: int) -> Callable[[int, torch.Tensor, SlotTotals], None]:
         """The `emit` of SlotComputer.run_slot for one slot; called in the compute thread."""
+        missing = {bundle: set(tensors) for bundle, tensors in self._needs.items()}
+        num_bundles = {tensor: len(bundles) for tensor, bundles in self._bundles_of.items()}
+        gradients: dict[int, torch.Tensor] = {}
+        codec = self._codec
 
         def emit(tensor: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
             if self._faults.spoils(step, slot):
                 gradient.fill_(float("nan"))
-            self._encoding[-1].append(self._executor.submit(self._encode, step, slot, tensor, gradient, totals))
+            gradients[tensor] = gradient
+            for bundle in self._bundles_of[tensor]:
+                missing[bundle.index].discard(tensor)
+                if missing[bundle.index]:
+                    continue
+                needed = {index: gradients[index] for index in self._needs[bundle.index]}
+                self._encoding[-1].append(
+                    self.encode_thread.submit(self._encode, codec, step, slot, bundle, needed, totals)
+                )
+                for index in needed:  # a gradient lives until its last bundle is encoded
+                    num_bundles[index] -= 1
+                    if not num_bundles[index]:
+                        del gradients[index]
 
         return emit
 
     def close(self) -> None:
         """Stop encoding."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self.encode_thread.shutdown(wait=True, cancel_futures=True)
 
-    def _encode(self, step: int, slot: int, tensor: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
-        flat_N = gradient.reshape(-1).float()
-        for index in self._by_tensor[tensor]:
-            fragment = self._plan.fragments[index]
-            payload = self._codec.encode(flat_N[fragment.begin : fragment.end])
-            header = pb.ContributionHeader(
-                job_id=self._plan.job_id,
-                epoch=self._plan.epoch,
-                step=step,
-                slot=slot,
-                fragment=index,
-                codec=self._codec.wire,
-                num_elements=fragment.num_elements,
-                payload_bytes=payload.nbytes,
-                crc32c=checksum(payload),
-                slot_tokens=totals.num_tokens,
-                slot_samples=totals.num_samples,
-                slot_loss_sum=totals.loss_sum,
-            )
-            stream = self.streams[self._plan.placement[index]]
-            self._loop.call_soon_threadsafe(stream.put, Contribution(header, payload))
+    def _encode(
+        self,
+        codec_name: str,
+        step: int,
+        slot: int,
+        bundle: Bundle,
+        gradients: dict[int, torch.Tensor],
+        totals: SlotTotals,
+    ) -> None:
+        begin_ns = clock_ns()
+        codec = self._book.of(bundle, codec_name)
+        slices = [
+            gradients[fragment.tensor].reshape(-1)[fragment.begin : fragment.end].float()
+            for fragment in bundle.fragments
+        ]
+        payloads = self.residuals.encode(codec, slices, step, slot)
+        num_bytes = sum(map(len, payloads))
+        header = pb.ContributionHeader(
+            job_id=self._plan.job_id,
+            epoch=self._plan.epoch,
+            step=step,
+            slot=slot,
+            bundle=bundle.index,
+            codec=codec.codec.wire,
+            fragment_bytes=[len(payload) for payload in payloads],
+            payload_bytes=num_bytes,
+            crc32c=checksum(*payloads),
+            slot_tokens=totals.num_tokens,
+            slot_samples=totals.num_samples,
+            slot_loss_sum=totals.loss_sum,
+        )
+        self._loop.call_soon_threadsafe(self.streams[bundle.server].put, Contribution(header, payloads))
+        self._timeline.add(SpanKind.ENCODE, begin_ns, clock_ns(), slot, bundle.index, num_bytes)

@@ -1,8 +1,8 @@
 """Weights arriving: an inbox a version, and hooks that hold each layer's forward pass until its weights are in place.
 
-An inbox takes fragments, still encoded, from the pulls of all servers. Until it is installed nothing of it touches the
-model, so a slot that is being computed at the old version is safe. Once installed, each fragment is decoded into its
-parameter as it arrives, and the forward pass of a unit waits for that unit's fragments alone.
+An inbox takes bundles, still encoded, from the pulls of all servers. Until it is installed nothing of it touches the
+model, so a slot that is being computed at the old version is safe. Once installed, each bundle is decoded into its
+parameters as it arrives, and the forward pass of a unit waits for that unit's bundles alone.
 """
 
 from __future__ import annotations
@@ -10,46 +10,65 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
-from gradstream.core.codecs import Codec, Payload
+from gradstream.core.bundles import Bundle
+from gradstream.core.codecs import Payload, PlaneCodec, codec_on_wire
+from gradstream.core.downlink import downlink
+from gradstream.core.errors import ProtocolError
 from gradstream.core.model import forward_units
+from gradstream.core.payloads import BundleCodec, CodecBook, split
 from gradstream.core.plan import Plan
+from gradstream.core.timeline import SpanKind
+from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.compute import AbandonedError
+from gradstream.worker.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One bundle of a version, verified but still encoded."""
+
+    header: pb.WeightsHeader
+    payload: Payload
 
 
 class Inbox:
-    """The fragments of one version as they arrive. `put` and `fail` run on the event loop."""
+    """The bundles of one version as they arrive. `put` and `fail` run on the event loop."""
 
-    def __init__(self, version: int):
+    def __init__(self, version: int, push_codec: str, checkpoint: bool = False):
         self.version = version
+        self.push_codec = push_codec
+        self.checkpoint = checkpoint
         self._lock = threading.Lock()
-        self._arrived: list[tuple[int, Payload]] = []
+        self._arrived: list[Arrival] = []
         self._sink: WeightInstaller | None = None
         self.failed = False
         self.error: Exception | None = None
 
-    def put(self, fragment: int, payload: Payload) -> None:
-        """Take a fragment's verified payload."""
+    def put(self, arrival: Arrival) -> None:
+        """Take a bundle."""
         with self._lock:
             sink = self._sink
             if sink is None:
-                self._arrived.append((fragment, payload))
+                self._arrived.append(arrival)
         if sink is not None:
-            sink.arrived(self, fragment, payload)
+            sink.arrived(self, arrival)
 
     def fail(self, error: Exception | None = None) -> None:
-        """Nothing more will come: whoever waits for a fragment gets `error`, or AbandonedError to pull again."""
+        """Nothing more will come: whoever waits for a bundle gets `error`, or AbandonedError to pull again."""
         with self._lock:
             self.failed, self.error = True, error
             sink = self._sink
         if sink is not None:
             sink.wake()
 
-    def connect(self, sink: WeightInstaller) -> list[tuple[int, Payload]]:
-        """From now on give fragments to `sink`; return those that have arrived."""
+    def connect(self, sink: WeightInstaller) -> list[Arrival]:
+        """From now on give bundles to `sink`; return those that have arrived."""
         with self._lock:
             self._sink = sink
             arrived, self._arrived = self._arrived, []
@@ -57,20 +76,24 @@ class Inbox:
 
 
 class WeightInstaller:
-    """Decodes fragments into the parameters and gates the forward pass."""
+    """Decodes bundles into the parameters and gates the forward pass."""
 
-    def __init__(self, plan: Plan, model: nn.Module, parameters: Sequence[nn.Parameter], codec: Codec):
-        self._codec = codec
+    def __init__(self, plan: Plan, model: nn.Module, parameters: Sequence[nn.Parameter], timeline: Timeline):
+        self._pull = plan.recipe.codec.pull
+        self._book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
+        self._timeline = timeline
         self._parameters = parameters
-        self._fragments = plan.fragments
+        self._bundles = plan.bundles
         self._executor = ThreadPoolExecutor(1, "decode")
         self._condition = threading.Condition()
         self._inbox: Inbox | None = None
         self._error: BaseException | None = None
+        self._held: dict[int, int] = {}  # version of each bundle in place
         self._missing: dict[int, int] = {}
         self._needed: dict[int, int] = {}
-        for fragment in plan.fragments:
-            self._needed[fragment.tensor] = self._needed.get(fragment.tensor, 0) + 1
+        for bundle in plan.bundles:
+            for fragment in bundle.fragments:
+                self._needed[fragment.tensor] = self._needed.get(fragment.tensor, 0) + 1
         self._gate(model)
 
     def install(self, inbox: Inbox) -> None:
@@ -78,12 +101,12 @@ class WeightInstaller:
         with self._condition:
             self._inbox = inbox
             self._missing = dict(self._needed)
-        for fragment, payload in inbox.connect(self):
-            self.arrived(inbox, fragment, payload)
+        for arrival in inbox.connect(self):
+            self.arrived(inbox, arrival)
 
-    def arrived(self, inbox: Inbox, fragment: int, payload: Payload) -> None:
-        """Decode a fragment of the installed inbox in the background."""
-        self._executor.submit(self._decode, inbox, fragment, payload)
+    def arrived(self, inbox: Inbox, arrival: Arrival) -> None:
+        """Decode a bundle of the installed inbox in the background."""
+        self._executor.submit(self._decode, inbox, arrival)
 
     def wake(self) -> None:
         """Make waiting forward passes look again."""
@@ -98,36 +121,69 @@ class WeightInstaller:
         """Stop decoding."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _decode(self, inbox: Inbox, index: int, payload: Payload) -> None:
-        if inbox is not self._inbox:
-            return
-        fragment = self._fragments[index]
+    def _decode(self, inbox: Inbox, arrival: Arrival) -> None:
+        header, bundle = arrival.header, self._bundles[arrival.header.bundle]
         try:
-            with torch.no_grad():
-                slice_N = self._parameters[fragment.tensor].data.view(-1)[fragment.begin : fragment.end]
-                if slice_N.device.type == "cpu":
-                    self._codec.decode(payload, slice_N)
-                else:
-                    staging_N = torch.empty(fragment.num_elements, pin_memory=True)
-                    self._codec.decode(payload, staging_N)
-                    slice_N.copy_(staging_N)
+            # Also when the next version was installed meanwhile, as that may be a difference to this one.
+            if header.delta and self._held.get(bundle.index) != inbox.version - 1:
+                inbox.fail()  # of a version that broke off before it was whole: pulled again, whole
+                return
+            if inbox is not self._inbox and self._held.get(bundle.index, -1) > inbox.version:
+                return  # late: a newer version of it is in place
+            self._held.pop(bundle.index, None)
+            with (
+                torch.no_grad(),
+                self._timeline.span(SpanKind.DECODE, item=bundle.index, num_bytes=len(arrival.payload)),
+            ):
+                self._put_in_place(bundle, arrival)
+            self._held[bundle.index] = inbox.version
         except BaseException as error:
             self._error = error
         with self._condition:
-            if inbox is self._inbox:  # else the next version was installed meanwhile, and this is none of its own
-                self._missing[fragment.tensor] -= 1
+            if inbox is self._inbox:
+                for fragment in bundle.fragments:
+                    self._missing[fragment.tensor] -= 1
             self._condition.notify_all()
+
+    def _put_in_place(self, bundle: Bundle, arrival: Arrival) -> None:
+        header = arrival.header
+        codec = pulled_codec(self._book, bundle, self._pull, header)
+        payloads = split(arrival.payload, header.fragment_bytes)
+        slices = [
+            self._parameters[fragment.tensor].data.view(-1)[fragment.begin : fragment.end]
+            for fragment in bundle.fragments
+        ]
+        form = downlink(self._pull)
+        if header.delta and form.xor:
+            full = self._book.of(bundle, form.full)
+            for plane, whole, fragment, payload, slice_N in zip(
+                codec.codecs, full.codecs, bundle.fragments, payloads, slices, strict=True
+            ):
+                assert isinstance(plane, PlaneCodec)
+                # The parameter has the bits of the copy it was decoded from, so encoding it gives them back.
+                held = whole.encode(slice_N)
+                whole.decode(np.bitwise_xor(held, plane.unpack(payload, fragment.shape)), slice_N)
+        elif header.delta:
+            codec.decode_add(payloads, slices, header.version)
+        else:
+            codec.decode(payloads, slices, header.version)
 
     def _wait(self, tensors: Sequence[int]) -> None:
         with self._condition:
-            while True:
-                if self._error is not None:
-                    raise self._error
-                if not any(self._missing[tensor] for tensor in tensors):
-                    return
-                if self._inbox is None or self._inbox.failed:
-                    raise (self._inbox.error if self._inbox is not None else None) or AbandonedError
-                self._condition.wait()
+            if not self._in_place(tensors):
+                with self._timeline.waiting():
+                    while not self._in_place(tensors):
+                        self._condition.wait()
+
+    def _in_place(self, tensors: Sequence[int]) -> bool:
+        """Whether the tensors are complete; the condition must be held. Raises what keeps them from ever being."""
+        if self._error is not None:
+            raise self._error
+        if not any(self._missing[tensor] for tensor in tensors):
+            return True
+        if self._inbox is None or self._inbox.failed:
+            raise (self._inbox.error if self._inbox is not None else None) or AbandonedError
+        return False
 
     def _gate(self, model: nn.Module) -> None:
         """Hook every forward unit, and every module above the units for parameters of its own."""
@@ -144,3 +200,15 @@ class WeightInstaller:
     def _hook(self, module: nn.Module, tensors: list[int]) -> None:
         if tensors:
             module.register_forward_pre_hook(lambda *_: self._wait(tensors))
+
+
+def pulled_codec(book: CodecBook, bundle: Bundle, pull: str, header: pb.WeightsHeader) -> BundleCodec:
+    """The codec of a pulled bundle. Raises ProtocolError for one that the recipe's `codec.pull` does not lead to."""
+    form, name = downlink(pull), codec_on_wire(header.codec).name
+    if header.delta:
+        if form.delta is None or (name != form.delta and pull != "auto"):
+            raise ProtocolError(f"a difference in codec {name}, but the recipe says pull: {pull}")
+        return book.delta(bundle, name)
+    if name != form.full:
+        raise ProtocolError(f"codec {name}, but the recipe says pull: {pull}")
+    return book.of(bundle, name)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from gradstream.coordinator.cli._processes import COMMAND, ending
 from gradstream.core.errors import GradstreamError
 
 READY_TIMEOUT_SECONDS = 120.0
@@ -50,7 +50,7 @@ class LocalCluster:
         num_workers: int,
         memory_bytes: int,
         on_news: Callable[[str], None],
-        command: Sequence[str] = (sys.executable, "-m", "gradstream.coordinator.cli"),
+        command: Sequence[str] = COMMAND,
     ):
         self.directory = directory
         self.logs = directory / "logs"
@@ -165,7 +165,7 @@ class LocalCluster:
             if ready.exists():
                 return ready.read_text(encoding="utf-8").strip()
             if member.process.returncode is not None:
-                raise self._error(member, f"{member.name} ended with {_ending(member.process.returncode)}")
+                raise self._error(member, f"{member.name} ended with {ending(member.process.returncode)}")
             if time.monotonic() > deadline:
                 raise self._error(member, f"{member.name} did not come up within {READY_TIMEOUT_SECONDS:.0f} s")
             await asyncio.sleep(_POLL_SECONDS)
@@ -185,10 +185,10 @@ class LocalCluster:
             if member.restarts > MAX_RESTARTS:
                 if not self.failed.done():
                     self.failed.set_exception(
-                        self._error(member, f"{member.name} died {member.restarts} times, last with {_ending(code)}")
+                        self._error(member, f"{member.name} died {member.restarts} times, last with {ending(code)}")
                     )
                 return
-            self.on_news(f"{member.name} died with {_ending(code)}; starting it again")
+            self.on_news(f"{member.name} died with {ending(code)}; starting it again")
             await asyncio.sleep(RESTART_PAUSE_SECONDS)
             await self._spawn(member)
 
@@ -212,12 +212,3 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)
     except (ProcessLookupError, PermissionError):
         pass
-
-
-def _ending(code: int) -> str:
-    if code < 0:
-        try:
-            return f"signal {signal.Signals(-code).name}"
-        except ValueError:
-            return f"signal {-code}"
-    return f"exit code {code}"

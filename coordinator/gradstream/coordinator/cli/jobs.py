@@ -20,7 +20,7 @@ from gradstream.coordinator.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from gradstream.client import Client, Job, Node
+    from gradstream.client import Client, Job, Node, ServerMemory
 
 
 def submit(
@@ -183,6 +183,12 @@ def job_view(job: Job, nodes: list[Node]) -> Any:
         )
     if job.num_parameters:
         row("parameters", f"{out.format_count(job.num_parameters)} ({job.num_parameters})")
+    if job.codecs:
+        row("codecs", job.codecs)
+    if job.hidden_share is not None:
+        row("overlap", f"communication hidden by compute: {100 * job.hidden_share:.0f} %")
+    for index, memory in enumerate(job.server_memory):
+        row("memory" if index == 0 else "", memory_text(memory))
     row("submitted", out.format_time(job.submitted) + (f", ended {out.format_time(job.ended)}" if job.ended else ""))
     row("files", job.run_directory)
     if not job.state.ended:
@@ -205,6 +211,17 @@ def job_view(job: Job, nodes: list[Node]) -> Any:
         if not waits:
             row("waits for", "nothing")
     return table
+
+
+def memory_text(memory: ServerMemory) -> str:
+    """A server's memory on one line."""
+    parameters = max(1, memory.num_parameters)
+    return (
+        f"{memory.name}: holds {out.format_bytes(memory.state_bytes)} for {out.format_count(memory.num_parameters)} "
+        f"parameters, {memory.state_bytes / parameters:.2f} B each (predicted "
+        f"{memory.predicted_state_bytes / parameters:.2f}); contributions that wait: "
+        f"{out.format_bytes(memory.early_bytes)} of at most {out.format_bytes(memory.most_early_bytes)}"
+    )
 
 
 def logs(

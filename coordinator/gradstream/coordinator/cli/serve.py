@@ -10,19 +10,23 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gradstream.coordinator.cli._app import group
 from gradstream.coordinator.cli._options import parse_size
 
+if TYPE_CHECKING:
+    from gradstream.coordinator.cli._processes import Child
+
 app = group("Run one role of a cluster: coordinator, parameter-server or worker.")
 
 DEFAULT_MEMORY_SHARE = 0.8
+MAX_PROCESSES = 64
 
 
 class LogLevel(StrEnum):
@@ -59,6 +63,27 @@ MemoryOption = Annotated[
     str | None,
     typer.Option(
         "--memory", metavar="SIZE", help="Memory that jobs may use, like 4GiB.", show_default="80 % of the machine's"
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        min=1,
+        help="Threads for arithmetic of a process.",
+        show_default="its share of the cores",
+    ),
+]
+ProcessesOption = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        metavar="N",
+        min=1,
+        max=MAX_PROCESSES,
+        help="Run N servers NAME-0, NAME-1 and so on, each an event loop of its own, on ports from --listen's on; "
+        "--memory is shared evenly.",
     ),
 ]
 ReadyFileOption = Annotated[
@@ -100,6 +125,8 @@ def parameter_server(
     name: NameOption = None,
     listen: ListenOption = "127.0.0.1:0",
     memory: MemoryOption = None,
+    threads: ThreadsOption = None,
+    processes: ProcessesOption = 1,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
@@ -111,14 +138,54 @@ def parameter_server(
     _prepare(log_level, die_with_parent)
     check_address(listen, "--listen")
     check_address(coordinator, "--coordinator")
+    name = check_name(name or default_name())
+    if processes > 1:
+        children = server_processes(
+            coordinator, name, listen, memory_bytes(memory), threads, processes, ["--log-level", str(log_level)]
+        )
+        from gradstream.coordinator.cli._processes import run_children
+
+        run_until_done(run_children(children, ready_file))
+        return
     _run(
         "gradstream.services.parameter_server.server",
         coordinator,
-        check_name(name or default_name()),
+        name,
         listen,
         memory_bytes(memory),
         ready_file,
+        threads,
     )
+
+
+def server_processes(
+    coordinator: str, name: str, listen: str, memory: int, threads: int | None, count: int, options: Sequence[str]
+) -> list[Child]:
+    """The servers that `--processes` stands for: `memory` bytes and, without `threads`, the cores shared evenly.
+
+    Raises ConfigError when there are not enough ports from the one to listen on.
+    """
+    from gradstream.coordinator.cli._processes import Child
+    from gradstream.core.errors import ConfigError
+
+    host, _, first_port = listen.rpartition(":")
+    if int(first_port) + count - 1 > 65535:
+        raise ConfigError(f"--listen {listen}: {count} processes need ports up to {int(first_port) + count - 1}")
+    threads = threads if threads is not None else max(1, (os.cpu_count() or 1) // count)
+    children = []
+    for index in range(count):
+        port = int(first_port) + index if int(first_port) else 0
+        arguments = [
+            "--coordinator",
+            coordinator,
+            "--name",
+            check_name(f"{name}-{index}"),
+            "--listen",
+            f"{host}:{port}",
+        ]
+        share = ["--memory", str(max(1, memory // count)), "--threads", str(threads)]
+        children.append(Child(f"{name}-{index}", ["parameter-server", *arguments, *share, *options]))
+    return children
 
 
 @app.command()

@@ -44,6 +44,50 @@ NODE_KIND_WORKER: NodeKind.ValueType  # 2
 """Computes slots."""
 Global___NodeKind: _TypeAlias = NodeKind  # noqa: Y015
 
+class _SpanKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpanKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpanKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPAN_KIND_UNSPECIFIED: _SpanKind.ValueType  # 0
+    """Never sent."""
+    SPAN_KIND_COMPUTE: _SpanKind.ValueType  # 1
+    """Forward and backward passes of a slot."""
+    SPAN_KIND_ENCODE: _SpanKind.ValueType  # 2
+    """A gradient being encoded."""
+    SPAN_KIND_SEND: _SpanKind.ValueType  # 3
+    """A contribution under way: from its first byte to its acknowledgement."""
+    SPAN_KIND_WAIT: _SpanKind.ValueType  # 4
+    """The compute thread waiting for weights."""
+    SPAN_KIND_RECEIVE: _SpanKind.ValueType  # 5
+    """A fragment's weights under way: from the first byte to the last."""
+    SPAN_KIND_DECODE: _SpanKind.ValueType  # 6
+    """A fragment's weights being decoded into the model."""
+    SPAN_KIND_VALIDATE: _SpanKind.ValueType  # 7
+    """A validation pass."""
+
+class SpanKind(_SpanKind, metaclass=_SpanKindEnumTypeWrapper):
+    """What a span of a timeline shows."""
+
+SPAN_KIND_UNSPECIFIED: SpanKind.ValueType  # 0
+"""Never sent."""
+SPAN_KIND_COMPUTE: SpanKind.ValueType  # 1
+"""Forward and backward passes of a slot."""
+SPAN_KIND_ENCODE: SpanKind.ValueType  # 2
+"""A gradient being encoded."""
+SPAN_KIND_SEND: SpanKind.ValueType  # 3
+"""A contribution under way: from its first byte to its acknowledgement."""
+SPAN_KIND_WAIT: SpanKind.ValueType  # 4
+"""The compute thread waiting for weights."""
+SPAN_KIND_RECEIVE: SpanKind.ValueType  # 5
+"""A fragment's weights under way: from the first byte to the last."""
+SPAN_KIND_DECODE: SpanKind.ValueType  # 6
+"""A fragment's weights being decoded into the model."""
+SPAN_KIND_VALIDATE: SpanKind.ValueType  # 7
+"""A validation pass."""
+Global___SpanKind: _TypeAlias = SpanKind  # noqa: Y015
+
 @_typing.final
 class HeldJob(_message.Message):
     """State of a job that a node holds in memory, told at registration so that a restarted coordinator can adopt it."""
@@ -171,6 +215,9 @@ class Activity(_message.Message):
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     MISSING_SLOTS_FIELD_NUMBER: _builtins.int
+    STATE_BYTES_FIELD_NUMBER: _builtins.int
+    EARLY_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job it works on; empty when idle."""
     phase: _builtins.str
@@ -189,6 +236,12 @@ class Activity(_message.Message):
     """Payload bytes it has received for the job: pulled by a worker, pushed to a server."""
     resident_bytes: _builtins.int
     """Bytes of memory that the process has resident."""
+    state_bytes: _builtins.int
+    """For a server, bytes of the job's state that it holds: weights, moments, accumulators and copies."""
+    early_bytes: _builtins.int
+    """For a server, bytes of contributions that wait for their turn."""
+    num_parameters: _builtins.int
+    """For a server, parameters that it holds."""
     @_builtins.property
     def missing_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """For a server, slots of the current step of which it has not seen every contribution."""
@@ -205,10 +258,13 @@ class Activity(_message.Message):
         received_bytes: _builtins.int = ...,
         resident_bytes: _builtins.int = ...,
         missing_slots: _abc.Iterable[_builtins.int] | None = ...,
+        state_bytes: _builtins.int = ...,
+        early_bytes: _builtins.int = ...,
+        num_parameters: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "missing_slots", b"missing_slots", "phase", b"phase", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "step", b"step", "waiting_for", b"waiting_for", "waiting_since_unix_ms", b"waiting_since_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_bytes", b"early_bytes", "job_id", b"job_id", "missing_slots", b"missing_slots", "num_parameters", b"num_parameters", "phase", b"phase", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "state_bytes", b"state_bytes", "step", b"step", "waiting_for", b"waiting_for", "waiting_since_unix_ms", b"waiting_since_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -401,6 +457,9 @@ class ReportStepRequest(_message.Message):
     UNIX_MS_FIELD_NUMBER: _builtins.int
     HALTED_FIELD_NUMBER: _builtins.int
     PUSHED_BYTES_FIELD_NUMBER: _builtins.int
+    PUSH_CODEC_FIELD_NUMBER: _builtins.int
+    PULL_CODEC_FIELD_NUMBER: _builtins.int
+    CODEC_REASON_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
@@ -427,6 +486,12 @@ class ReportStepRequest(_message.Message):
     """True when this commit answered a BoundaryRequest."""
     pushed_bytes: _builtins.int
     """Payload bytes that all servers took in for this step. Counted once per contribution."""
+    push_codec: _plan_pb2.Codec.ValueType
+    """The codec of this step's contributions."""
+    pull_codec: _plan_pb2.Codec.ValueType
+    """The codec in which the version after it was published."""
+    codec_reason: _builtins.str
+    """With `codec: auto`, why these codecs; empty otherwise."""
     def __init__(
         self,
         *,
@@ -443,10 +508,13 @@ class ReportStepRequest(_message.Message):
         unix_ms: _builtins.int = ...,
         halted: _builtins.bool = ...,
         pushed_bytes: _builtins.int = ...,
+        push_codec: _plan_pb2.Codec.ValueType = ...,
+        pull_codec: _plan_pb2.Codec.ValueType = ...,
+        codec_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consecutive_skips", b"consecutive_skips", "epoch", b"epoch", "grad_norm", b"grad_norm", "halted", b"halted", "job_id", b"job_id", "learning_rate", b"learning_rate", "loss", b"loss", "num_samples", b"num_samples", "num_tokens", b"num_tokens", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "unix_ms", b"unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec_reason", b"codec_reason", "consecutive_skips", b"consecutive_skips", "epoch", b"epoch", "grad_norm", b"grad_norm", "halted", b"halted", "job_id", b"job_id", "learning_rate", b"learning_rate", "loss", b"loss", "num_samples", b"num_samples", "num_tokens", b"num_tokens", "pull_codec", b"pull_codec", "push_codec", b"push_codec", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "unix_ms", b"unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -626,6 +694,185 @@ class ReportCheckpointResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportCheckpointResponse: _TypeAlias = ReportCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class ReportResidualRequest(_message.Message):
+    """A slot's codec residual as part of a checkpoint; or that a worker took the slot over without one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    epoch: _builtins.int
+    """The plan's epoch."""
+    version: _builtins.int
+    """The version that the checkpoint holds; without a file, the version at which the slot starts from zero."""
+    slot: _builtins.int
+    """The slot."""
+    file: _builtins.str
+    """File name inside the checkpoint's directory. Empty: the reporting worker took the slot over at `version` with no
+    residual, so it will send no file for a checkpoint of this or of an earlier version.
+    """
+    num_bytes: _builtins.int
+    """Size of the file in bytes."""
+    sha256: _builtins.str
+    """Lower-case hex sha256 of the file."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        version: _builtins.int = ...,
+        slot: _builtins.int = ...,
+        file: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "file", b"file", "job_id", b"job_id", "num_bytes", b"num_bytes", "sha256", b"sha256", "slot", b"slot", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportResidualRequest: _TypeAlias = ReportResidualRequest  # noqa: Y015
+
+@_typing.final
+class ReportResidualResponse(_message.Message):
+    """Acknowledges a residual report."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportResidualResponse: _TypeAlias = ReportResidualResponse  # noqa: Y015
+
+@_typing.final
+class Span(_message.Message):
+    """Something that a worker did, and when."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    BEGIN_UNIX_US_FIELD_NUMBER: _builtins.int
+    DURATION_US_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    ITEM_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    kind: Global___SpanKind.ValueType
+    """What."""
+    begin_unix_us: _builtins.int
+    """Unix time in microseconds of its beginning."""
+    duration_us: _builtins.int
+    """How long it took, in microseconds."""
+    slot: _builtins.int
+    """The slot, for compute, encode, send and validate."""
+    item: _builtins.int
+    """The fragment, for send, receive and decode; the tensor, for encode."""
+    num_bytes: _builtins.int
+    """Payload bytes, where there are any."""
+    def __init__(
+        self,
+        *,
+        kind: Global___SpanKind.ValueType = ...,
+        begin_unix_us: _builtins.int = ...,
+        duration_us: _builtins.int = ...,
+        slot: _builtins.int | None = ...,
+        item: _builtins.int | None = ...,
+        num_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_item", b"_item", "_slot", b"_slot", "item", b"item", "slot", b"slot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_item", b"_item", "_slot", b"_slot", "begin_unix_us", b"begin_unix_us", "duration_us", b"duration_us", "item", b"item", "kind", b"kind", "num_bytes", b"num_bytes", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__item: _TypeAlias = _typing.Literal["item"]  # noqa: Y015
+    _WhichOneofArgType__item: _TypeAlias = _typing.Literal["_item", b"_item"]  # noqa: Y015
+    _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
+    _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__item) -> _WhichOneofReturnType__item | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slot) -> _WhichOneofReturnType__slot | None: ...
+
+Global___Span: _TypeAlias = Span  # noqa: Y015
+
+@_typing.final
+class ReportTimelineRequest(_message.Message):
+    """A worker's timeline from installing one version to installing the next."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    COMMUNICATION_US_FIELD_NUMBER: _builtins.int
+    HIDDEN_US_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    epoch: _builtins.int
+    """The plan's epoch."""
+    version: _builtins.int
+    """The version."""
+    node_id: _builtins.str
+    """The worker."""
+    communication_us: _builtins.int
+    """Microseconds during which something was being sent or received."""
+    hidden_us: _builtins.int
+    """Those of them during which the worker computed as well."""
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
+        """At most 4096; the first ones are kept."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        version: _builtins.int = ...,
+        node_id: _builtins.str = ...,
+        spans: _abc.Iterable[Global___Span] | None = ...,
+        communication_us: _builtins.int = ...,
+        hidden_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["communication_us", b"communication_us", "epoch", b"epoch", "hidden_us", b"hidden_us", "job_id", b"job_id", "node_id", b"node_id", "spans", b"spans", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportTimelineRequest: _TypeAlias = ReportTimelineRequest  # noqa: Y015
+
+@_typing.final
+class ReportTimelineResponse(_message.Message):
+    """Acknowledges a timeline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportTimelineResponse: _TypeAlias = ReportTimelineResponse  # noqa: Y015
 
 @_typing.final
 class ReportFailureRequest(_message.Message):

@@ -60,6 +60,16 @@ class CoordinatorServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportCheckpointRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportCheckpointResponse.FromString,
                 _registered_method=True)
+        self.ReportResidual = channel.unary_unary(
+                '/gradstream.proto.v1.CoordinatorService/ReportResidual',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualResponse.FromString,
+                _registered_method=True)
+        self.ReportTimeline = channel.unary_unary(
+                '/gradstream.proto.v1.CoordinatorService/ReportTimeline',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportTimelineRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportTimelineResponse.FromString,
+                _registered_method=True)
         self.ReportFailure = channel.unary_unary(
                 '/gradstream.proto.v1.CoordinatorService/ReportFailure',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportFailureRequest.SerializeToString,
@@ -113,6 +123,21 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportResidual(self, request, context):
+        """A worker reports the file of a slot's codec residual that belongs to a checkpoint. Repeating a report changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportTimeline(self, request, context):
+        """A worker's timeline of one version, for `gradstream trace` and the share of communication that compute hid. Sent once
+        and not again: it may be lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReportFailure(self, request, context):
         """A node cannot go on with a job for a reason that trying again would not change; the job fails with this reason.
         """
@@ -154,6 +179,16 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.ReportCheckpoint,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportCheckpointRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportCheckpointResponse.SerializeToString,
+            ),
+            'ReportResidual': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportResidual,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualResponse.SerializeToString,
+            ),
+            'ReportTimeline': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportTimeline,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportTimelineRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportTimelineResponse.SerializeToString,
             ),
             'ReportFailure': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportFailure,
@@ -302,6 +337,60 @@ class CoordinatorService(object):
             '/gradstream.proto.v1.CoordinatorService/ReportCheckpoint',
             gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportCheckpointRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportResidual(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.CoordinatorService/ReportResidual',
+            gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportTimeline(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.CoordinatorService/ReportTimeline',
+            gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportTimelineRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportTimelineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,12 @@ class CoordinatorServiceStub:
     """A server reports the file it wrote of a checkpoint. The last report of a version makes the coordinator write the
     manifest, which is what makes the checkpoint exist.
     """
+    ReportResidual: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportResidualRequest, _coordinator_pb2.ReportResidualResponse]
+    """A worker reports the file of a slot's codec residual that belongs to a checkpoint. Repeating a report changes nothing."""
+    ReportTimeline: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportTimelineRequest, _coordinator_pb2.ReportTimelineResponse]
+    """A worker's timeline of one version, for `gradstream trace` and the share of communication that compute hid. Sent once
+    and not again: it may be lost.
+    """
     ReportFailure: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportFailureRequest, _coordinator_pb2.ReportFailureResponse]
     """A node cannot go on with a job for a reason that trying again would not change; the job fails with this reason."""
     FetchDataShard: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.FetchDataShardRequest, _coordinator_pb2.FetchDataShardResponse]
@@ -70,6 +76,12 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     ReportCheckpoint: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportCheckpointRequest, _coordinator_pb2.ReportCheckpointResponse]  # type: ignore[assignment]
     """A server reports the file it wrote of a checkpoint. The last report of a version makes the coordinator write the
     manifest, which is what makes the checkpoint exist.
+    """
+    ReportResidual: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportResidualRequest, _coordinator_pb2.ReportResidualResponse]  # type: ignore[assignment]
+    """A worker reports the file of a slot's codec residual that belongs to a checkpoint. Repeating a report changes nothing."""
+    ReportTimeline: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportTimelineRequest, _coordinator_pb2.ReportTimelineResponse]  # type: ignore[assignment]
+    """A worker's timeline of one version, for `gradstream trace` and the share of communication that compute hid. Sent once
+    and not again: it may be lost.
     """
     ReportFailure: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportFailureRequest, _coordinator_pb2.ReportFailureResponse]  # type: ignore[assignment]
     """A node cannot go on with a job for a reason that trying again would not change; the job fails with this reason."""
@@ -121,6 +133,24 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_coordinator_pb2.ReportCheckpointResponse, _abc.Awaitable[_coordinator_pb2.ReportCheckpointResponse]]:
         """A server reports the file it wrote of a checkpoint. The last report of a version makes the coordinator write the
         manifest, which is what makes the checkpoint exist.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportResidual(
+        self,
+        request: _coordinator_pb2.ReportResidualRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ReportResidualResponse, _abc.Awaitable[_coordinator_pb2.ReportResidualResponse]]:
+        """A worker reports the file of a slot's codec residual that belongs to a checkpoint. Repeating a report changes nothing."""
+
+    @_abc_1.abstractmethod
+    def ReportTimeline(
+        self,
+        request: _coordinator_pb2.ReportTimelineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ReportTimelineResponse, _abc.Awaitable[_coordinator_pb2.ReportTimelineResponse]]:
+        """A worker's timeline of one version, for `gradstream trace` and the share of communication that compute hid. Sent once
+        and not again: it may be lost.
         """
 
     @_abc_1.abstractmethod

@@ -125,6 +125,9 @@ class Job(_message.Message):
     RECIPE_JSON_FIELD_NUMBER: _builtins.int
     SLOT_HOLDERS_FIELD_NUMBER: _builtins.int
     DECISIONS_FIELD_NUMBER: _builtins.int
+    HIDDEN_SHARE_FIELD_NUMBER: _builtins.int
+    SERVER_MEMORY_FIELD_NUMBER: _builtins.int
+    CODECS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Identity: the recipe's name and a number."""
     name: _builtins.str
@@ -169,6 +172,12 @@ class Job(_message.Message):
     """Directory of the job's files."""
     recipe_json: _builtins.str
     """The resolved recipe as JSON."""
+    hidden_share: _builtins.float
+    """Share of the time with something being sent or received, over the last versions and all workers, during which the
+    worker computed as well; absent before the first version is over.
+    """
+    codecs: _builtins.str
+    """Codec of the last step's contributions and of the version after it."""
     @_builtins.property
     def waits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Wait]:
         """What it waits for now; empty when it makes progress."""
@@ -180,6 +189,10 @@ class Job(_message.Message):
     @_builtins.property
     def decisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why placement and leases are what they are, one line each."""
+
+    @_builtins.property
+    def server_memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerMemory]:
+        """What each server holds against what the plan predicted."""
 
     def __init__(
         self,
@@ -209,13 +222,18 @@ class Job(_message.Message):
         recipe_json: _builtins.str = ...,
         slot_holders: _abc.Iterable[_builtins.str] | None = ...,
         decisions: _abc.Iterable[_builtins.str] | None = ...,
+        hidden_share: _builtins.float | None = ...,
+        server_memory: _abc.Iterable[Global___ServerMemory] | None = ...,
+        codecs: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_validation_loss", b"_validation_loss", "eta_seconds", b"eta_seconds", "initial_validation_loss", b"initial_validation_loss", "loss", b"loss", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_validation_loss", b"_validation_loss", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "loss", b"loss", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_validation_loss", b"_validation_loss", "decisions", b"decisions", "ended_unix_ms", b"ended_unix_ms", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "initial_validation_loss", b"initial_validation_loss", "job_id", b"job_id", "loss", b"loss", "name", b"name", "num_parameters", b"num_parameters", "num_samples", b"num_samples", "num_skipped", b"num_skipped", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "reason", b"reason", "recipe_json", b"recipe_json", "run_directory", b"run_directory", "slot_holders", b"slot_holders", "state", b"state", "submitted_unix_ms", b"submitted_unix_ms", "tokens_per_second", b"tokens_per_second", "validation_loss", b"validation_loss", "version", b"version", "waits", b"waits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_validation_loss", b"_validation_loss", "codecs", b"codecs", "decisions", b"decisions", "ended_unix_ms", b"ended_unix_ms", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "job_id", b"job_id", "loss", b"loss", "name", b"name", "num_parameters", b"num_parameters", "num_samples", b"num_samples", "num_skipped", b"num_skipped", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "reason", b"reason", "recipe_json", b"recipe_json", "run_directory", b"run_directory", "server_memory", b"server_memory", "slot_holders", b"slot_holders", "state", b"state", "submitted_unix_ms", b"submitted_unix_ms", "tokens_per_second", b"tokens_per_second", "validation_loss", b"validation_loss", "version", b"version", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eta_seconds: _TypeAlias = _typing.Literal["eta_seconds"]  # noqa: Y015
     _WhichOneofArgType__eta_seconds: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__hidden_share: _TypeAlias = _typing.Literal["hidden_share"]  # noqa: Y015
+    _WhichOneofArgType__hidden_share: _TypeAlias = _typing.Literal["_hidden_share", b"_hidden_share"]  # noqa: Y015
     _WhichOneofReturnType__initial_validation_loss: _TypeAlias = _typing.Literal["initial_validation_loss"]  # noqa: Y015
     _WhichOneofArgType__initial_validation_loss: _TypeAlias = _typing.Literal["_initial_validation_loss", b"_initial_validation_loss"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
@@ -225,6 +243,8 @@ class Job(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eta_seconds) -> _WhichOneofReturnType__eta_seconds | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hidden_share) -> _WhichOneofReturnType__hidden_share | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__initial_validation_loss) -> _WhichOneofReturnType__initial_validation_loss | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
@@ -232,6 +252,48 @@ class Job(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_loss) -> _WhichOneofReturnType__validation_loss | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class ServerMemory(_message.Message):
+    """A server's memory for a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    STATE_BYTES_FIELD_NUMBER: _builtins.int
+    PREDICTED_STATE_BYTES_FIELD_NUMBER: _builtins.int
+    EARLY_BYTES_FIELD_NUMBER: _builtins.int
+    MOST_EARLY_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The server's name."""
+    num_parameters: _builtins.int
+    """Parameters that it holds."""
+    state_bytes: _builtins.int
+    """Bytes of state that it holds: weights, moments, accumulators and copies."""
+    predicted_state_bytes: _builtins.int
+    """Bytes of state that the plan predicted."""
+    early_bytes: _builtins.int
+    """Bytes of contributions that wait for their turn."""
+    most_early_bytes: _builtins.int
+    """Most bytes of contributions that can ever wait."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_parameters: _builtins.int = ...,
+        state_bytes: _builtins.int = ...,
+        predicted_state_bytes: _builtins.int = ...,
+        early_bytes: _builtins.int = ...,
+        most_early_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_bytes", b"early_bytes", "most_early_bytes", b"most_early_bytes", "name", b"name", "num_parameters", b"num_parameters", "predicted_state_bytes", b"predicted_state_bytes", "state_bytes", b"state_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerMemory: _TypeAlias = ServerMemory  # noqa: Y015
 
 @_typing.final
 class Node(_message.Message):
@@ -877,6 +939,56 @@ class ExportCheckpointResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportCheckpointResponse: _TypeAlias = ExportCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class GetTimelineRequest(_message.Message):
+    """Asks for a job's timelines."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job; empty for the newest."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTimelineRequest: _TypeAlias = GetTimelineRequest  # noqa: Y015
+
+@_typing.final
+class GetTimelineResponse(_message.Message):
+    """One worker's timeline of one version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """The worker's name."""
+    @_builtins.property
+    def timeline(self) -> _coordinator_pb2.ReportTimelineRequest:
+        """As it was reported."""
+
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        timeline: _coordinator_pb2.ReportTimelineRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timeline", b"timeline"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeline", b"timeline", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTimelineResponse: _TypeAlias = GetTimelineResponse  # noqa: Y015
 
 @_typing.final
 class ListNodesRequest(_message.Message):

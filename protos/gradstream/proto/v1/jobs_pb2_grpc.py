@@ -80,6 +80,11 @@ class JobsServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointResponse.FromString,
                 _registered_method=True)
+        self.GetTimeline = channel.unary_stream(
+                '/gradstream.proto.v1.JobsService/GetTimeline',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineResponse.FromString,
+                _registered_method=True)
         self.ListNodes = channel.unary_unary(
                 '/gradstream.proto.v1.JobsService/ListNodes',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ListNodesRequest.SerializeToString,
@@ -155,6 +160,13 @@ class JobsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTimeline(self, request, context):
+        """Streams the timelines that the coordinator keeps of a job: those of its last versions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListNodes(self, request, context):
         """The nodes of the cluster.
         """
@@ -209,6 +221,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.ExportCheckpoint,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointResponse.SerializeToString,
+            ),
+            'GetTimeline': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetTimeline,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineResponse.SerializeToString,
             ),
             'ListNodes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListNodes,
@@ -460,6 +477,33 @@ class JobsService(object):
             '/gradstream.proto.v1.JobsService/ExportCheckpoint',
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTimeline(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gradstream.proto.v1.JobsService/GetTimeline',
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,8 @@ class JobsServiceStub:
     """A job's checkpoints, oldest first."""
     ExportCheckpoint: _grpc.UnaryStreamMultiCallable[_jobs_pb2.ExportCheckpointRequest, _jobs_pb2.ExportCheckpointResponse]
     """Streams a checkpoint as the files of a Hugging Face directory."""
+    GetTimeline: _grpc.UnaryStreamMultiCallable[_jobs_pb2.GetTimelineRequest, _jobs_pb2.GetTimelineResponse]
+    """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListNodesRequest, _jobs_pb2.ListNodesResponse]
     """The nodes of the cluster."""
 
@@ -81,6 +83,8 @@ class JobsServiceAsyncStub(JobsServiceStub):
     """A job's checkpoints, oldest first."""
     ExportCheckpoint: _aio.UnaryStreamMultiCallable[_jobs_pb2.ExportCheckpointRequest, _jobs_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
     """Streams a checkpoint as the files of a Hugging Face directory."""
+    GetTimeline: _aio.UnaryStreamMultiCallable[_jobs_pb2.GetTimelineRequest, _jobs_pb2.GetTimelineResponse]  # type: ignore[assignment]
+    """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListNodesRequest, _jobs_pb2.ListNodesResponse]  # type: ignore[assignment]
     """The nodes of the cluster."""
 
@@ -160,6 +164,14 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_jobs_pb2.ExportCheckpointResponse], _abc.AsyncIterator[_jobs_pb2.ExportCheckpointResponse]]:
         """Streams a checkpoint as the files of a Hugging Face directory."""
+
+    @_abc_1.abstractmethod
+    def GetTimeline(
+        self,
+        request: _jobs_pb2.GetTimelineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_jobs_pb2.GetTimelineResponse], _abc.AsyncIterator[_jobs_pb2.GetTimelineResponse]]:
+        """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
 
     @_abc_1.abstractmethod
     def ListNodes(

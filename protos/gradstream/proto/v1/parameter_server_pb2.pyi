@@ -50,7 +50,7 @@ Global___PushResult: _TypeAlias = PushResult  # noqa: Y015
 
 @_typing.final
 class ContributionHeader(_message.Message):
-    """Identifies and describes one contribution. (job, epoch, step, slot, fragment, part) is its key."""
+    """Identifies and describes one contribution. (job, epoch, step, slot, bundle, part) is its key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -58,15 +58,16 @@ class ContributionHeader(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     SLOT_FIELD_NUMBER: _builtins.int
-    FRAGMENT_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     PART_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
-    NUM_ELEMENTS_FIELD_NUMBER: _builtins.int
+    FRAGMENT_BYTES_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
     SLOT_TOKENS_FIELD_NUMBER: _builtins.int
     SLOT_SAMPLES_FIELD_NUMBER: _builtins.int
     SLOT_LOSS_SUM_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
@@ -75,16 +76,14 @@ class ContributionHeader(_message.Message):
     """The step, which is also the version of the weights that the gradient was taken at."""
     slot: _builtins.int
     """The slot."""
-    fragment: _builtins.int
-    """Index of the fragment in the plan."""
+    bundle: _builtins.int
+    """Index of the bundle in the plan: neighbouring fragments of one server that travel together."""
     part: _builtins.int
     """0, or 1 for the second use of a tensor tied across two stages."""
     codec: _plan_pb2.Codec.ValueType
-    """How the payload is encoded."""
-    num_elements: _builtins.int
-    """Elements encoded; must equal the fragment's."""
+    """The codec of the step's contributions; from it and a tensor's kind follows the codec of each fragment."""
     payload_bytes: _builtins.int
-    """Bytes of the payload over all its pieces; must equal what the codec needs for num_elements."""
+    """Bytes of the whole payload: the sum of the above."""
     crc32c: _builtins.int
     """CRC-32C of the whole payload."""
     slot_tokens: _builtins.int
@@ -93,6 +92,16 @@ class ContributionHeader(_message.Message):
     """Samples of the slot."""
     slot_loss_sum: _builtins.float
     """Sum of the training loss over the slot's target tokens, in nats."""
+    padding: _builtins.bytes
+    """Zeros, as many as bring the payload to a multiple of 8 bytes from the message's beginning, so that the receiver can
+    use it where it lies.
+    """
+    @_builtins.property
+    def fragment_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Bytes of each fragment's payload, in the bundle's order: what its codec needs for its elements, or at most that
+        where the length varies.
+        """
+
     def __init__(
         self,
         *,
@@ -100,19 +109,20 @@ class ContributionHeader(_message.Message):
         epoch: _builtins.int = ...,
         step: _builtins.int = ...,
         slot: _builtins.int = ...,
-        fragment: _builtins.int = ...,
+        bundle: _builtins.int = ...,
         part: _builtins.int = ...,
         codec: _plan_pb2.Codec.ValueType = ...,
-        num_elements: _builtins.int = ...,
+        fragment_bytes: _abc.Iterable[_builtins.int] | None = ...,
         payload_bytes: _builtins.int = ...,
         crc32c: _builtins.int = ...,
         slot_tokens: _builtins.int = ...,
         slot_samples: _builtins.int = ...,
         slot_loss_sum: _builtins.float = ...,
+        padding: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "crc32c", b"crc32c", "epoch", b"epoch", "fragment", b"fragment", "job_id", b"job_id", "num_elements", b"num_elements", "part", b"part", "payload_bytes", b"payload_bytes", "slot", b"slot", "slot_loss_sum", b"slot_loss_sum", "slot_samples", b"slot_samples", "slot_tokens", b"slot_tokens", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "codec", b"codec", "crc32c", b"crc32c", "epoch", b"epoch", "fragment_bytes", b"fragment_bytes", "job_id", b"job_id", "padding", b"padding", "part", b"part", "payload_bytes", b"payload_bytes", "slot", b"slot", "slot_loss_sum", b"slot_loss_sum", "slot_samples", b"slot_samples", "slot_tokens", b"slot_tokens", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -127,7 +137,7 @@ class PushRequest(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     payload: _builtins.bytes
-    """The next piece of the payload, at most 1 MiB. The last field, so that it is framed without a copy."""
+    """The next piece of the payload, at most 2 MiB. The last field, so that it is framed without a copy."""
     @_builtins.property
     def header(self) -> Global___ContributionHeader:
         """Set on the first message of a contribution only."""
@@ -156,7 +166,7 @@ class PushResponse(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     SLOT_FIELD_NUMBER: _builtins.int
-    FRAGMENT_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     PART_FIELD_NUMBER: _builtins.int
     window_bytes: _builtins.int
     """Payload bytes that the worker may have under way without acknowledgement."""
@@ -166,8 +176,8 @@ class PushResponse(_message.Message):
     """The contribution's step."""
     slot: _builtins.int
     """The contribution's slot."""
-    fragment: _builtins.int
-    """The contribution's fragment."""
+    bundle: _builtins.int
+    """The contribution's bundle."""
     part: _builtins.int
     """The contribution's part."""
     def __init__(
@@ -177,12 +187,12 @@ class PushResponse(_message.Message):
         result: Global___PushResult.ValueType = ...,
         step: _builtins.int = ...,
         slot: _builtins.int = ...,
-        fragment: _builtins.int = ...,
+        bundle: _builtins.int = ...,
         part: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fragment", b"fragment", "part", b"part", "result", b"result", "slot", b"slot", "step", b"step", "window_bytes", b"window_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "part", b"part", "result", b"result", "slot", b"slot", "step", b"step", "window_bytes", b"window_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -197,19 +207,26 @@ class PullRequest(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     MIN_VERSION_FIELD_NUMBER: _builtins.int
-    CODEC_FIELD_NUMBER: _builtins.int
-    FRAGMENTS_FIELD_NUMBER: _builtins.int
+    BUNDLES_FIELD_NUMBER: _builtins.int
+    HELD_VERSION_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
     """The plan's epoch."""
     min_version: _builtins.int
     """The lowest version to answer with."""
-    codec: _plan_pb2.Codec.ValueType
-    """How the payloads shall be encoded."""
+    held_version: _builtins.int
+    """The version of all these bundles that the worker holds, so that the next one can come as a delta; absent when it
+    holds none, or not all at one version.
+    """
     @_builtins.property
-    def fragments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Fragments wanted, in the order wanted, all of them held by this server."""
+    def bundles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Bundles wanted, in the order wanted, all of them held by this server."""
+
+    @_builtins.property
+    def measured(self) -> Global___LinkMeasurement:
+        """What the worker measured since its last pull; absent before the first step."""
 
     def __init__(
         self,
@@ -217,50 +234,107 @@ class PullRequest(_message.Message):
         job_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         min_version: _builtins.int = ...,
-        codec: _plan_pb2.Codec.ValueType = ...,
-        fragments: _abc.Iterable[_builtins.int] | None = ...,
+        bundles: _abc.Iterable[_builtins.int] | None = ...,
+        held_version: _builtins.int | None = ...,
+        measured: Global___LinkMeasurement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "held_version", b"held_version", "measured", b"measured"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "epoch", b"epoch", "fragments", b"fragments", "job_id", b"job_id", "min_version", b"min_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "bundles", b"bundles", "epoch", b"epoch", "held_version", b"held_version", "job_id", b"job_id", "measured", b"measured", "min_version", b"min_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__held_version: _TypeAlias = _typing.Literal["held_version"]  # noqa: Y015
+    _WhichOneofArgType__held_version: _TypeAlias = _typing.Literal["_held_version", b"_held_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__held_version) -> _WhichOneofReturnType__held_version | None: ...
 
 Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
 
 @_typing.final
+class LinkMeasurement(_message.Message):
+    """What a worker saw of its own speed and of its links over a step; `codec: auto` chooses by it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    PUSH_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    PULL_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    compute_seconds: _builtins.float
+    """Seconds of forward and backward passes over the slots that it computed."""
+    push_bytes_per_second: _builtins.float
+    """Payload bytes a second that went out to all servers while contributions were under way."""
+    pull_bytes_per_second: _builtins.float
+    """Payload bytes a second that came in from all servers while a version was under way."""
+    def __init__(
+        self,
+        *,
+        compute_seconds: _builtins.float = ...,
+        push_bytes_per_second: _builtins.float = ...,
+        pull_bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkMeasurement: _TypeAlias = LinkMeasurement  # noqa: Y015
+
+@_typing.final
 class WeightsHeader(_message.Message):
-    """Describes one fragment's weights, or, in the first response, only the version."""
+    """Describes one bundle's weights, or, in the first response, only the version."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
-    FRAGMENT_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    PUSH_CODEC_FIELD_NUMBER: _builtins.int
+    FRAGMENT_BYTES_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version of all that follows in this stream."""
-    fragment: _builtins.int
-    """Index of the fragment in the plan."""
+    bundle: _builtins.int
+    """Index of the bundle in the plan."""
     codec: _plan_pb2.Codec.ValueType
-    """How the payload is encoded; CODEC_UNSPECIFIED in the stream's first response, which has no payload."""
+    """The codec of this copy, from which, with a tensor's kind, follows that of each fragment; CODEC_UNSPECIFIED in the
+    stream's first response, which has no payload.
+    """
     payload_bytes: _builtins.int
     """Bytes of the payload over all its pieces."""
     crc32c: _builtins.int
     """CRC-32C of the whole payload."""
+    delta: _builtins.bool
+    """True: the payload is the difference to the version before, which the worker said it holds."""
+    push_codec: _plan_pb2.Codec.ValueType
+    """In the stream's first response only: the codec that contributions to this version shall have."""
+    checkpoint: _builtins.bool
+    """In the stream's first response only: this version gets a checkpoint, to which workers add their slots' residuals."""
+    padding: _builtins.bytes
+    """Zeros, as in ContributionHeader."""
+    @_builtins.property
+    def fragment_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Bytes of each fragment's payload, in the bundle's order."""
+
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
-        fragment: _builtins.int = ...,
+        bundle: _builtins.int = ...,
         codec: _plan_pb2.Codec.ValueType = ...,
         payload_bytes: _builtins.int = ...,
         crc32c: _builtins.int = ...,
+        delta: _builtins.bool = ...,
+        push_codec: _plan_pb2.Codec.ValueType = ...,
+        fragment_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        checkpoint: _builtins.bool = ...,
+        padding: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "crc32c", b"crc32c", "fragment", b"fragment", "payload_bytes", b"payload_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "checkpoint", b"checkpoint", "codec", b"codec", "crc32c", b"crc32c", "delta", b"delta", "fragment_bytes", b"fragment_bytes", "padding", b"padding", "payload_bytes", b"payload_bytes", "push_codec", b"push_codec", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -275,10 +349,10 @@ class PullResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     payload: _builtins.bytes
-    """The next piece of the payload, at most 1 MiB. The last field, so that it is framed without a copy."""
+    """The next piece of the payload, at most 2 MiB. The last field, so that it is framed without a copy."""
     @_builtins.property
     def header(self) -> Global___WeightsHeader:
-        """Set on the stream's first message and on the first message of each fragment."""
+        """Set on the stream's first message and on the first message of each bundle."""
 
     def __init__(
         self,
@@ -356,6 +430,8 @@ class CompleteStepResponse(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     CONSECUTIVE_SKIPS_FIELD_NUMBER: _builtins.int
+    PUSH_CODEC_FIELD_NUMBER: _builtins.int
+    PULL_CODEC_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step."""
     skip: _builtins.bool
@@ -368,6 +444,10 @@ class CompleteStepResponse(_message.Message):
     """True: write a checkpoint of the version that this commit makes."""
     consecutive_skips: _builtins.int
     """Skipped steps in a row up to and including this one."""
+    push_codec: _plan_pb2.Codec.ValueType
+    """The codec of contributions to the next step."""
+    pull_codec: _plan_pb2.Codec.ValueType
+    """The codec in which the version that this commit makes is published."""
     def __init__(
         self,
         *,
@@ -377,10 +457,12 @@ class CompleteStepResponse(_message.Message):
         num_tokens: _builtins.int = ...,
         checkpoint: _builtins.bool = ...,
         consecutive_skips: _builtins.int = ...,
+        push_codec: _plan_pb2.Codec.ValueType = ...,
+        pull_codec: _plan_pb2.Codec.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "clip_scale", b"clip_scale", "consecutive_skips", b"consecutive_skips", "num_tokens", b"num_tokens", "skip", b"skip", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "clip_scale", b"clip_scale", "consecutive_skips", b"consecutive_skips", "num_tokens", b"num_tokens", "pull_codec", b"pull_codec", "push_codec", b"push_codec", "skip", b"skip", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

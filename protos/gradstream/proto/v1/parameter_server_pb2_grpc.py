@@ -62,7 +62,7 @@ class ParameterServerServiceServicer(object):
     """
 
     def Push(self, request_iterator, context):
-        """A worker streams contributions, each as one header message followed by payload pieces; the server acknowledges each.
+        """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
         The first response only carries the window. Both PushRequest and PullResponse are framed by hand
         (gradstream.core.wire); the bytes equal protobuf's own.
         """
@@ -72,14 +72,14 @@ class ParameterServerServiceServicer(object):
 
     def Pull(self, request, context):
         """A worker asks for a version; the server answers when that version (or a later one) is published, then streams the
-        fragments in the order asked for.
+        bundles in the order asked for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CompleteStep(self, request, context):
-        """A server tells the leader that all its fragments have every contribution of a step; the answer, given when all
+        """A server tells the leader that all its bundles have every contribution of a step; the answer, given when all
         servers have told, is the decision to commit. Asking again gives the same decision.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

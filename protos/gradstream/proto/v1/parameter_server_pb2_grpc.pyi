@@ -34,16 +34,16 @@ class ParameterServerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ParameterServerServiceAsyncStub: ...
     Push: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.PushRequest, _parameter_server_pb2.PushResponse]
-    """A worker streams contributions, each as one header message followed by payload pieces; the server acknowledges each.
+    """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
     The first response only carries the window. Both PushRequest and PullResponse are framed by hand
     (gradstream.core.wire); the bytes equal protobuf's own.
     """
     Pull: _grpc.UnaryStreamMultiCallable[_parameter_server_pb2.PullRequest, _parameter_server_pb2.PullResponse]
     """A worker asks for a version; the server answers when that version (or a later one) is published, then streams the
-    fragments in the order asked for.
+    bundles in the order asked for.
     """
     CompleteStep: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.CompleteStepRequest, _parameter_server_pb2.CompleteStepResponse]
-    """A server tells the leader that all its fragments have every contribution of a step; the answer, given when all
+    """A server tells the leader that all its bundles have every contribution of a step; the answer, given when all
     servers have told, is the decision to commit. Asking again gives the same decision.
     """
     GetServerStatus: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.GetServerStatusRequest, _parameter_server_pb2.GetServerStatusResponse]
@@ -55,16 +55,16 @@ class ParameterServerServiceAsyncStub(ParameterServerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Push: _aio.StreamStreamMultiCallable[_parameter_server_pb2.PushRequest, _parameter_server_pb2.PushResponse]  # type: ignore[assignment]
-    """A worker streams contributions, each as one header message followed by payload pieces; the server acknowledges each.
+    """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
     The first response only carries the window. Both PushRequest and PullResponse are framed by hand
     (gradstream.core.wire); the bytes equal protobuf's own.
     """
     Pull: _aio.UnaryStreamMultiCallable[_parameter_server_pb2.PullRequest, _parameter_server_pb2.PullResponse]  # type: ignore[assignment]
     """A worker asks for a version; the server answers when that version (or a later one) is published, then streams the
-    fragments in the order asked for.
+    bundles in the order asked for.
     """
     CompleteStep: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.CompleteStepRequest, _parameter_server_pb2.CompleteStepResponse]  # type: ignore[assignment]
-    """A server tells the leader that all its fragments have every contribution of a step; the answer, given when all
+    """A server tells the leader that all its bundles have every contribution of a step; the answer, given when all
     servers have told, is the decision to commit. Asking again gives the same decision.
     """
     GetServerStatus: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.GetServerStatusRequest, _parameter_server_pb2.GetServerStatusResponse]  # type: ignore[assignment]
@@ -79,7 +79,7 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_parameter_server_pb2.PushRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.PushResponse], _abc.AsyncIterator[_parameter_server_pb2.PushResponse]]:
-        """A worker streams contributions, each as one header message followed by payload pieces; the server acknowledges each.
+        """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
         The first response only carries the window. Both PushRequest and PullResponse are framed by hand
         (gradstream.core.wire); the bytes equal protobuf's own.
         """
@@ -91,7 +91,7 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.PullResponse], _abc.AsyncIterator[_parameter_server_pb2.PullResponse]]:
         """A worker asks for a version; the server answers when that version (or a later one) is published, then streams the
-        fragments in the order asked for.
+        bundles in the order asked for.
         """
 
     @_abc_1.abstractmethod
@@ -100,7 +100,7 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _parameter_server_pb2.CompleteStepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.CompleteStepResponse, _abc.Awaitable[_parameter_server_pb2.CompleteStepResponse]]:
-        """A server tells the leader that all its fragments have every contribution of a step; the answer, given when all
+        """A server tells the leader that all its bundles have every contribution of a step; the answer, given when all
         servers have told, is the decision to commit. Asking again gives the same decision.
         """
 

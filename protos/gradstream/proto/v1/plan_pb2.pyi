@@ -33,10 +33,24 @@ class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType
     """2 bytes an element, the upper half of binary32 rounded to nearest even."""
     CODEC_INT8: _Codec.ValueType  # 3
     """Blocks of 256 elements: first all the blocks' fp32 scales, then one signed byte an element."""
+    CODEC_INT4: _Codec.ValueType  # 4
+    """Blocks of 256 elements: first all the blocks' fp32 scales, then two signed nibbles a byte, the first one low."""
+    CODEC_INT4_HADAMARD: _Codec.ValueType  # 5
+    """INT4 of blocks rotated by a randomized Hadamard transform, whose signs are drawn from (step, fragment)."""
+    CODEC_FP32_ZSTD: _Codec.ValueType  # 6
+    """FP32, its bytes sorted into planes of equal significance and compressed by zstd. Of variable length."""
+    CODEC_BF16_ZSTD: _Codec.ValueType  # 7
+    """BF16, likewise."""
+    CODEC_TOPK: _Codec.ValueType  # 8
+    """The largest magnitudes of each chunk of 4096 elements with their places."""
+    CODEC_SIGN: _Codec.ValueType  # 9
+    """Blocks of 256 elements: first all the blocks' mean magnitudes as fp32, then one sign bit an element."""
+    CODEC_POWERSGD: _Codec.ValueType  # 10
+    """Two thin fp32 matrices whose product stands for the slice."""
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper):
-    """How the elements of a slice of a tensor are written as bytes. All three are in the exact class: the same input
-    always gives the same bytes.
+    """How the elements of a slice of a tensor are written as bytes (gradstream.core.codecs). Those up to CODEC_BF16_ZSTD are
+    in the exact class: the same input always gives the same bytes. The others carry a residual from step to step.
     """
 
 CODEC_UNSPECIFIED: Codec.ValueType  # 0
@@ -47,7 +61,49 @@ CODEC_BF16: Codec.ValueType  # 2
 """2 bytes an element, the upper half of binary32 rounded to nearest even."""
 CODEC_INT8: Codec.ValueType  # 3
 """Blocks of 256 elements: first all the blocks' fp32 scales, then one signed byte an element."""
+CODEC_INT4: Codec.ValueType  # 4
+"""Blocks of 256 elements: first all the blocks' fp32 scales, then two signed nibbles a byte, the first one low."""
+CODEC_INT4_HADAMARD: Codec.ValueType  # 5
+"""INT4 of blocks rotated by a randomized Hadamard transform, whose signs are drawn from (step, fragment)."""
+CODEC_FP32_ZSTD: Codec.ValueType  # 6
+"""FP32, its bytes sorted into planes of equal significance and compressed by zstd. Of variable length."""
+CODEC_BF16_ZSTD: Codec.ValueType  # 7
+"""BF16, likewise."""
+CODEC_TOPK: Codec.ValueType  # 8
+"""The largest magnitudes of each chunk of 4096 elements with their places."""
+CODEC_SIGN: Codec.ValueType  # 9
+"""Blocks of 256 elements: first all the blocks' mean magnitudes as fp32, then one sign bit an element."""
+CODEC_POWERSGD: Codec.ValueType  # 10
+"""Two thin fp32 matrices whose product stands for the slice."""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
+
+class _TensorKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TensorKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TensorKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TENSOR_KIND_UNSPECIFIED: _TensorKind.ValueType  # 0
+    """Never sent."""
+    TENSOR_KIND_MATRIX: _TensorKind.ValueType  # 1
+    """Two or more dimensions, used in a product."""
+    TENSOR_KIND_EMBEDDING: _TensorKind.ValueType  # 2
+    """A table of rows looked up by token or position."""
+    TENSOR_KIND_VECTOR: _TensorKind.ValueType  # 3
+    """One dimension: norms and biases."""
+
+class TensorKind(_TensorKind, metaclass=_TensorKindEnumTypeWrapper):
+    """What a tensor is to the model; codecs treat the kinds differently."""
+
+TENSOR_KIND_UNSPECIFIED: TensorKind.ValueType  # 0
+"""Never sent."""
+TENSOR_KIND_MATRIX: TensorKind.ValueType  # 1
+"""Two or more dimensions, used in a product."""
+TENSOR_KIND_EMBEDDING: TensorKind.ValueType  # 2
+"""A table of rows looked up by token or position."""
+TENSOR_KIND_VECTOR: TensorKind.ValueType  # 3
+"""One dimension: norms and biases."""
+Global___TensorKind: _TypeAlias = TensorKind  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
@@ -59,12 +115,15 @@ class Tensor(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     DECAY_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that the Hugging Face state dict gives it."""
     decay: _builtins.bool
     """Whether weight decay applies (matrices yes; norms, biases and other 1-D tensors no)."""
     unit: _builtins.int
     """Index of the forward unit (embedding, decoder layer, final norm, head) that needs it, counted from 0."""
+    kind: Global___TensorKind.ValueType
+    """What it is to the model."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its dimensions; the product is its number of elements."""
@@ -76,10 +135,11 @@ class Tensor(_message.Message):
         shape: _abc.Iterable[_builtins.int] | None = ...,
         decay: _builtins.bool = ...,
         unit: _builtins.int = ...,
+        kind: Global___TensorKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decay", b"decay", "name", b"name", "shape", b"shape", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decay", b"decay", "kind", b"kind", "name", b"name", "shape", b"shape", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

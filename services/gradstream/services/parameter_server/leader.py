@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from gradstream.core.errors import ProtocolError
 from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.proto.v1 import plan_pb2
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Decision:
     consecutive_skips: int
     checkpoint: bool = False
     halt: bool = False
+    push_codec: plan_pb2.Codec.ValueType = plan_pb2.CODEC_UNSPECIFIED
+    pull_codec: plan_pb2.Codec.ValueType = plan_pb2.CODEC_UNSPECIFIED
 
     @classmethod
     def from_proto(cls, answer: pb.CompleteStepResponse) -> Decision:
@@ -39,6 +42,8 @@ class Decision:
             pushed_bytes=0,
             consecutive_skips=answer.consecutive_skips,
             checkpoint=answer.checkpoint,
+            push_codec=answer.push_codec,
+            pull_codec=answer.pull_codec,
         )
 
     def to_proto(self) -> pb.CompleteStepResponse:
@@ -50,6 +55,8 @@ class Decision:
             num_tokens=self.num_tokens,
             checkpoint=self.checkpoint,
             consecutive_skips=self.consecutive_skips,
+            push_codec=self.push_codec,
+            pull_codec=self.pull_codec,
         )
 
 

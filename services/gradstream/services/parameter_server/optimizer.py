@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,69 +36,82 @@ def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedul
 
 def preload() -> None:
     """Make one optimizer and throw it away: torch's first one imports its compiler, which takes seconds."""
-    FragmentOptimizer(torch.zeros(1), False, OptimizerConfig()).step(torch.zeros(1), 0.0)
+    BundleOptimizer([torch.zeros(1)], [torch.zeros(1)], [False], OptimizerConfig()).step(0.0)
 
 
-class FragmentOptimizer:
-    """torch's own AdamW (fused) or SGD over one fragment.
+class BundleOptimizer:
+    """torch's own AdamW or SGD, fused, over a bundle's fragments: `weights` are updated by `gradients`, in place.
 
-    An optimizer a fragment, not one for all: each fragment can then be updated, in any thread, as soon as its turn
-    comes, and its state is a handful of flat arrays that a checkpoint can name.
+    An optimizer a bundle, not one for all: each bundle can then be updated, in any thread, as soon as its turn comes.
+    Its state is a handful of flat arrays a fragment, which a checkpoint can name.
     """
 
-    def __init__(self, weights_N: torch.Tensor, decay: bool, config: OptimizerConfig):
-        self._weights_N = weights_N
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        decays: Sequence[bool],
+        config: OptimizerConfig,
+    ):
+        self._weights = weights
         self._kind = config.kind
-        weight_decay = config.weight_decay if decay else 0.0
+        for weights_N, gradient_N in zip(weights, gradients, strict=True):
+            weights_N.grad = gradient_N
+        groups: list[dict[str, Any]] = []
+        for decay, weight_decay in ((True, config.weight_decay), (False, 0.0)):
+            members = [weights_N for weights_N, has in zip(weights, decays, strict=True) if has is decay]
+            if members:
+                groups.append({"params": members, "weight_decay": weight_decay})
         self._optimizer: torch.optim.Optimizer
         if config.kind == "adamw":
-            self._optimizer = torch.optim.AdamW(
-                [weights_N], lr=0.0, betas=config.betas, eps=config.eps, weight_decay=weight_decay, fused=True
-            )
+            self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
         else:
             self._optimizer = torch.optim.SGD(
-                [weights_N],
+                groups,
                 lr=0.0,
                 momentum=config.momentum,
-                weight_decay=weight_decay,
                 nesterov=config.nesterov and config.momentum > 0,
                 fused=True,
             )
 
     @torch.no_grad()
-    def step(self, gradient_N: torch.Tensor, rate: float) -> None:
+    def step(self, rate: float) -> None:
         """Update the weights in place with learning rate `rate`."""
-        self._weights_N.grad = gradient_N
-        self._optimizer.param_groups[0]["lr"] = rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         self._optimizer.step()
-        self._weights_N.grad = None
 
-    def state(self) -> dict[str, npt.NDArray[np.float32]]:
-        """The optimizer's arrays by name, aliasing its memory; all fp32. Zeros before the first step."""
-        return {name: tensor.numpy().reshape(-1) for name, tensor in self._tensors().items()}
+    def state(self) -> list[dict[str, npt.NDArray[np.float32]]]:
+        """For each fragment the optimizer's arrays by name, aliasing its memory; all fp32. Zeros before the first
+        step."""
+        return [
+            {name: tensor.numpy().reshape(-1) for name, tensor in self._tensors(weights_N).items()}
+            for weights_N in self._weights
+        ]
 
     def names(self) -> list[str]:
         """The names of the arrays in `state`."""
         return ["exp_avg", "exp_avg_sq", STEP_COUNT] if self._kind == "adamw" else ["momentum_buffer"]
 
-    def load(self, arrays: dict[str, npt.NDArray[np.float32]]) -> None:
+    def load(self, states: Sequence[dict[str, npt.NDArray[np.float32]]]) -> None:
         """Put arrays as given by `state` in place of the optimizer's."""
-        state = {name: torch.from_numpy(arrays[name].copy()) for name in self.names()}
-        if STEP_COUNT in state:
-            state[STEP_COUNT] = state[STEP_COUNT].reshape(())
-        self._optimizer.state[self._weights_N] = state
+        for weights_N, arrays in zip(self._weights, states, strict=True):
+            state = {name: torch.from_numpy(arrays[name].copy()) for name in self.names()}
+            if STEP_COUNT in state:
+                state[STEP_COUNT] = state[STEP_COUNT].reshape(())
+            self._optimizer.state[weights_N] = state
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        state = self._optimizer.state[self._weights_N]
+    def _tensors(self, weights_N: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self._optimizer.state[weights_N]
         tensors: dict[str, torch.Tensor] = {}
         for name in self.names():
             value = state.get(name)
             if value is None:  # torch makes the state at the first step; before it, it stands for zeros
-                value = torch.zeros(()) if name == STEP_COUNT else torch.zeros_like(self._weights_N)
+                value = torch.zeros(()) if name == STEP_COUNT else torch.zeros_like(weights_N)
             tensors[name] = value
         return tensors
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the optimizer's arrays."""
-        return (8 if self._kind == "adamw" else 4) * self._weights_N.numel()
+        return (8 if self._kind == "adamw" else 4) * sum(weights_N.numel() for weights_N in self._weights)

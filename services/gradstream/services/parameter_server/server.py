@@ -48,13 +48,13 @@ HEALTH_SERVICE = "gradstream.proto.v1.ParameterServerService"
 class ParameterServer:
     """Holds the current shard and carries out the coordinator's directives."""
 
-    def __init__(self, coordinator: str, identity: NodeIdentity, log_buffer: logging.LogBuffer):
+    def __init__(self, coordinator: str, identity: NodeIdentity, log_buffer: logging.LogBuffer, num_threads: int):
         # Reductions (the squared norms) must not depend on the machine's number of cores.
         torch.set_num_threads(1)
         self.shard: Shard | None = None
         self.servicer = ParameterServerServicer(lambda: self.shard)
         self.session = NodeSession(coordinator, identity, self._activity, self._held, self._on_directive, log_buffer)
-        self._executor = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "tensor")
+        self._executor = ThreadPoolExecutor(num_threads, "tensor")
         self._step_reports: asyncio.Queue[coordinator_pb2.ReportStepRequest] = asyncio.Queue(MAX_UNREPORTED_STEPS)
         self._loading: asyncio.Task[None] | None = None
         self._leader_channel: grpc.aio.Channel | None = None
@@ -174,8 +174,18 @@ class ParameterServer:
         return [coordinator_pb2.HeldJob(job_id=shard.plan.job_id, epoch=shard.plan.epoch, version=shard.version)]
 
 
-async def serve(coordinator: str, name: str, listen_address: str, memory_bytes: int, ready_file: Path | None) -> None:
-    """Run a parameter server until SIGTERM or SIGINT. Raises GradstreamError when it cannot start or is refused."""
+async def serve(
+    coordinator: str,
+    name: str,
+    listen_address: str,
+    memory_bytes: int,
+    ready_file: Path | None,
+    num_threads: int | None = None,
+) -> None:
+    """Run a parameter server until SIGTERM or SIGINT. Raises GradstreamError when it cannot start or is refused.
+
+    `num_threads` threads do the arithmetic; None takes the machine's cores, at least 2 and at most 8.
+    """
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
     # Before the imports that take seconds: a port that is taken is told at once.
@@ -185,7 +195,7 @@ async def serve(coordinator: str, name: str, listen_address: str, memory_bytes: 
     optimizer.preload()
     address = f"{_advertised(listen_address)}:{port}"
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, address, memory_bytes, "cpu")
-    node = ParameterServer(coordinator, identity, log_buffer)
+    node = ParameterServer(coordinator, identity, log_buffer, num_threads or max(2, min(8, os.cpu_count() or 2)))
     add_parameter_server(node.servicer, server)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

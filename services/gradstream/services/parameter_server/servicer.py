@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -9,12 +10,12 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from gradstream.core.codecs import codec_on_wire
 from gradstream.core.errors import ProtocolError, StaleEpochError
 from gradstream.core.rpc import answering
-from gradstream.core.wire import Assembler, frames, parse, verify
+from gradstream.core.wire import Assembler, frame, parse, verify
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.shard import Shard
+from gradstream.services.parameter_server.streams import Stream, Streams
 
 WINDOW_BYTES = 64 << 20
 
@@ -26,6 +27,7 @@ class ParameterServerServicer:
 
     def __init__(self, current: Callable[[], Shard | None]):
         self._current = current
+        self._streams = Streams()
 
     def _shard(self, job_id: str, epoch: int) -> Shard:
         shard = self._current()
@@ -36,62 +38,85 @@ class ParameterServerServicer:
     async def Push(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.PushResponse]:
         """Contributions in, acknowledgements out, one for one."""
         async with answering(context):
-            assembler: Assembler[pb.ContributionHeader] = Assembler()
-            yield pb.PushResponse(window_bytes=WINDOW_BYTES)
-            async for message in messages:
-                encoded, piece = parse(message)
-                if encoded is not None:
-                    header = _header(encoded)
-                    self._shard(header.job_id, header.epoch).check(header)
-                    assembler.begin(header)
-                whole = assembler.add(piece)
-                if whole is None:
-                    continue
-                header, payload = whole
-                verify(header, payload, f"contribution to fragment {header.fragment} from slot {header.slot}")
-                result = self._shard(header.job_id, header.epoch).offer(header, payload)
-                yield pb.PushResponse(
-                    window_bytes=WINDOW_BYTES,
-                    result=result,
-                    step=header.step,
-                    slot=header.slot,
-                    fragment=header.fragment,
-                    part=header.part,
-                )
-            if not assembler.idle:
-                raise ProtocolError("the push stream ended inside a payload")
+            with self._streams.admit(context.peer()) as stream:
+                assembler: Assembler[pb.ContributionHeader] = Assembler()
+                yield pb.PushResponse(window_bytes=WINDOW_BYTES)
+                try:
+                    while (message := await self._read(messages, stream)) is not None:
+                        response = self._take(message, assembler, stream)
+                        message = None  # a peer that sends nothing more shall not hold it
+                        if response is not None:
+                            # The next message is read only when gRPC has taken the acknowledgement: a peer that does
+                            # not read these is not read from either.
+                            yield response
+                    if not assembler.idle:
+                        raise ProtocolError("the push stream ended inside a payload")
+                finally:
+                    # This frame lives on in a refusal's traceback until a garbage collection finds it.
+                    message = None
+                    del assembler
+
+    def _take(
+        self, message: bytes, assembler: Assembler[pb.ContributionHeader], stream: Stream
+    ) -> pb.PushResponse | None:
+        """Take a message; the acknowledgement when it was a contribution's last. Raises ProtocolError."""
+        encoded, piece = parse(message)
+        if encoded is not None:
+            header = _header(encoded)
+            self._shard(header.job_id, header.epoch).check(header)
+            assembler.begin(header)
+            stream.begin(header.payload_bytes)
+        whole = assembler.add(piece)
+        if whole is None:
+            return None
+        stream.finish()
+        header, payload = whole
+        verify(header, payload, f"contribution to bundle {header.bundle} from slot {header.slot}")
+        return pb.PushResponse(
+            window_bytes=WINDOW_BYTES,
+            result=self._shard(header.job_id, header.epoch).offer(header, payload),
+            step=header.step,
+            slot=header.slot,
+            bundle=header.bundle,
+            part=header.part,
+        )
+
+    async def _read(self, messages: AsyncIterator[bytes], stream: Stream) -> bytes | None:
+        """The next message, or None at the end. Raises the error for which the stream was ended meanwhile."""
+        try:
+            return await anext(messages, None)
+        except asyncio.CancelledError:
+            error = stream.interrupted()
+            if error is None:
+                raise
+        raise error
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
-        """The weights of one version, fragment by fragment, as each is published."""
+        """The weights of one version, bundle by bundle, as each is published."""
         async with answering(context):
-            shard = self._shard(request.job_id, request.epoch)
-            codec = codec_on_wire(request.codec)
-            if codec is not shard.pull_codec:
-                raise ProtocolError(f"pull with codec {codec.name}, but the recipe says {shard.pull_codec.name}")
-            unknown = [index for index in request.fragments if index not in shard.fragments]
-            if unknown:
-                raise ProtocolError(f"pull of fragment {unknown[0]}, which server {shard.index} does not hold")
-            version = await shard.wait_version(request.job_id, request.epoch, request.min_version)
-            for message in frames(pb.WeightsHeader(version=version), b""):
-                yield message
-            for index in request.fragments:
-                state = await shard.wait_published(request.job_id, request.epoch, index, version)
-                if state is None:
-                    await context.abort(
-                        grpc.StatusCode.ABORTED, f"version {version} was overtaken during the pull; pull again"
-                    )
-                    return
-                payload = state.published
-                header = pb.WeightsHeader(
-                    version=version,
-                    fragment=index,
-                    codec=codec.wire,
-                    payload_bytes=payload.nbytes,
-                    crc32c=state.published_crc32c,
+            with self._streams.admit(context.peer()):
+                shard = self._shard(request.job_id, request.epoch)
+                unknown = [index for index in request.bundles if index not in shard.bundles]
+                if unknown:
+                    raise ProtocolError(f"pull of bundle {unknown[0]}, which server {shard.index} does not hold")
+                if request.HasField("measured"):
+                    shard.measured(context.peer(), request.measured)
+                version = await shard.wait_version(request.job_id, request.epoch, request.min_version)
+                first = pb.WeightsHeader(
+                    version=version, push_codec=shard.push_codec.wire, checkpoint=shard.checkpointed
                 )
-                for message in frames(header, payload):
-                    yield message
-                shard.sent_bytes += payload.nbytes
+                yield frame(first.SerializeToString())
+                holds = request.HasField("held_version") and request.held_version + 1 == version
+                for index in request.bundles:
+                    copy = await shard.copy(request.job_id, request.epoch, index, version, holds)
+                    if copy is None:
+                        await context.abort(
+                            grpc.StatusCode.ABORTED, f"version {version} was overtaken during the pull; pull again"
+                        )
+                        return
+                    for message in copy.messages:
+                        yield message
+                    shard.sent_bytes += copy.num_bytes
 
     async def CompleteStep(self, request: pb.CompleteStepRequest, context: Context) -> pb.CompleteStepResponse:
         """On the leader: another server is done with a step."""

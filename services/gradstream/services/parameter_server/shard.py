@@ -14,21 +14,27 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 from gradstream.core import files
+from gradstream.core.bundles import first_push_codec
 from gradstream.core.checkpoint import CheckpointReader, State, directory_of, write_shard
-from gradstream.core.codecs import Payload, codec_named
+from gradstream.core.codecs import Payload, codec_named, codec_on_wire
+from gradstream.core.downlink import downlink
 from gradstream.core.errors import ProtocolError, StaleEpochError
 from gradstream.core.fragments import Fragment
 from gradstream.core.log import get_logger
 from gradstream.core.model import initial_weights
+from gradstream.core.payloads import CodecBook, split
 from gradstream.core.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.services.parameter_server.fragment_state import FragmentState
+from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.leader import Decision, Leader, decide_commit
 from gradstream.services.parameter_server.optimizer import learning_rate
+from gradstream.services.parameter_server.publication import Copy
+from gradstream.services.parameter_server.tuner import Tuner
 
 log = get_logger()
 T = TypeVar("T")
@@ -76,25 +82,22 @@ class Shard:
         self.plan = plan
         self.index = index
         self.version = -1
+        self.checkpointed = False  # whether `version` gets a checkpoint
         self.phase = Phase("loading", time.time())
         self.received_bytes = 0
         self.sent_bytes = 0
         self.num_dropped = 0
         recipe = plan.recipe
-        self.push_codec = codec_named(recipe.codec.push)
-        self.pull_codec = codec_named(recipe.codec.pull)
-        # In the order of their indices, as fragments_of gives them; squared norms and digests rely on it.
-        self.fragments = {
-            fragment.index: FragmentState(
-                fragment,
-                plan.tensors[fragment.tensor],
-                plan.num_slots,
-                self.push_codec,
-                self.pull_codec,
-                recipe.optimizer,
-            )
-            for fragment in plan.fragments_of(index)
+        form = downlink(recipe.codec.pull)
+        self.push_codec = codec_named(first_push_codec(recipe.codec))
+        self.pull_codec = form.delta or form.full
+        self._book = CodecBook(plan.tensors, recipe.codec.embedding)
+        self.bundles = {
+            bundle.index: BundleState(bundle, plan.tensors, recipe, form, self._book)
+            for bundle in plan.bundles_of(index)
         }
+        tuned = "auto" in (recipe.codec.push, recipe.codec.pull)
+        self._tuner = Tuner(plan) if tuned and index == plan.leader else None
         self.leader = Leader(len(plan.servers), plan.start_version, self._decide) if index == plan.leader else None
         self._executor = executor
         self._complete_at_leader = complete_at_leader
@@ -106,6 +109,7 @@ class Shard:
         self._num_complete = 0
         self._consecutive_skips = 0
         self._boundary: coordinator_pb2.BoundaryRequest | None = None
+        self._full_copies = asyncio.Lock()
         self._changed = asyncio.Event()
         self._closed: StaleEpochError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,7 +120,7 @@ class Shard:
     async def load(self) -> None:
         """Initialize the fragments from the seed or from the plan's checkpoint, and publish the start version."""
         await self._run(self._load)
-        for state in self.fragments.values():
+        for state in self.bundles.values():
             state.begin_step(self.plan.start_version)
         self._enter(self.plan.start_version)
         log.info(
@@ -124,7 +128,7 @@ class Shard:
             job=self.plan.job_id,
             epoch=self.plan.epoch,
             version=self.version,
-            fragments=len(self.fragments),
+            bundles=len(self.bundles),
             source=self.plan.checkpoint_path or f"seed {self.plan.recipe.seed}",
         )
 
@@ -132,18 +136,19 @@ class Shard:
         plan = self.plan
         if plan.checkpoint_path:
             reader = CheckpointReader(plan.checkpoint_path)
-            for state in self.fragments.values():
+            for state in self.bundles.values():
                 state.load(reader)
             self._consecutive_skips = reader.manifest.progress.get("consecutive_skips", 0)
         else:
-            wanted: dict[str, list[FragmentState]] = {}
-            for state in self.fragments.values():
-                wanted.setdefault(state.tensor.name, []).append(state)
+            wanted: dict[str, list[tuple[BundleState, int]]] = {}
+            for state in self.bundles.values():
+                for number, fragment in enumerate(state.bundle.fragments):
+                    wanted.setdefault(plan.tensors[fragment.tensor].name, []).append((state, number))
             for name, tensor in initial_weights(plan.model_config, plan.recipe.seed, set(wanted)):
-                for state in wanted[name]:
-                    state.initialize(tensor)
-        for state in self.fragments.values():
-            state.encode()
+                for state, number in wanted[name]:
+                    state.initialize(number, tensor)
+        for state in self.bundles.values():
+            state.publish(plan.start_version, self.pull_codec)
 
     async def close(self, reason: str) -> None:
         """Stop at once; everyone who waits gets a StaleEpochError."""
@@ -166,22 +171,28 @@ class Shard:
     def check(self, header: pb.ContributionHeader) -> None:
         """Check a header against the plan before anything is allocated for it. Raises ProtocolError."""
         self.check_epoch(header.job_id, header.epoch)
-        state = self.fragments.get(header.fragment)
+        state = self.bundles.get(header.bundle)
         if state is None:
-            raise ProtocolError(f"fragment {header.fragment} is not held by server {self.index}")
-        what = f"contribution to fragment {header.fragment} from slot {header.slot} of step {header.step}"
+            raise ProtocolError(f"bundle {header.bundle} is not held by server {self.index}")
+        what = f"contribution to bundle {header.bundle} from slot {header.slot} of step {header.step}"
         if header.slot >= self.plan.num_slots:
             raise ProtocolError(f"{what}: the job has {self.plan.num_slots} slots")
         if header.part != 0:
             raise ProtocolError(f"{what}: part {header.part}, but the tensor has one part")
-        if header.codec != self.push_codec.wire:
+        if header.step >= self.plan.num_steps:
+            raise ProtocolError(f"{what}: the job has {self.plan.num_steps} steps")
+        if header.step > self.version:
+            raise ProtocolError(f"{what}: step {self.version} is under way here")
+        codec = self.push_codec
+        if header.step < self.version:
+            codec = codec_on_wire(header.codec)  # of a step that is over: it will be dropped, but must be sound
+        if header.codec != codec.wire:
             name = plan_pb2.Codec.Name(header.codec) if header.codec in plan_pb2.Codec.values() else header.codec
-            raise ProtocolError(f"{what}: codec {name}, but the recipe says {self.push_codec.name}")
-        if header.num_elements != state.fragment.num_elements:
-            raise ProtocolError(f"{what}: {header.num_elements} elements, but it has {state.fragment.num_elements}")
-        expected = self.push_codec.encoded_bytes(state.fragment.num_elements)
-        if header.payload_bytes != expected:
-            raise ProtocolError(f"{what}: payload of {header.payload_bytes} bytes announced, {expected} needed")
+            raise ProtocolError(f"{what}: codec {name}, but it is {codec.name} here")
+        try:
+            self._book.of(state.bundle, codec.name).check_sizes(header.fragment_bytes, header.payload_bytes)
+        except ProtocolError as error:
+            raise ProtocolError(f"{what}: {error}") from None
         training = self.plan.recipe.training
         most_tokens = training.slot_batch * training.sequence_length
         if not 0 < header.slot_tokens <= most_tokens or header.slot_samples > training.slot_batch:
@@ -189,15 +200,11 @@ class Shard:
                 f"{what}: {header.slot_tokens} tokens of {header.slot_samples} samples, but a slot has at most "
                 f"{most_tokens} of {training.slot_batch}"
             )
-        if header.step >= self.plan.num_steps:
-            raise ProtocolError(f"{what}: the job has {self.plan.num_steps} steps")
-        if header.step > self.version:
-            raise ProtocolError(f"{what}: step {self.version} is under way here")
 
     def offer(self, header: pb.ContributionHeader, payload: Payload) -> pb.PushResult.ValueType:
         """Take a checked and verified contribution, once. Raises ProtocolError."""
         self.check_epoch(header.job_id, header.epoch)
-        state = self.fragments[header.fragment]
+        state = self.bundles[header.bundle]
         if header.step < self.version:
             self.num_dropped += 1
             return pb.PUSH_RESULT_STALE
@@ -219,28 +226,29 @@ class Shard:
             raise ProtocolError(
                 f"slot {header.slot} of step {header.step}: {totals} differs from {known} of an earlier contribution"
             )
-        state.early[header.slot] = payload
+        state.early[header.slot] = split(payload, header.fragment_bytes)
         self._step_bytes += payload.nbytes
         self.received_bytes += payload.nbytes
         self._add_if_ready(state)
         return pb.PUSH_RESULT_ACCEPTED
 
-    def _add_if_ready(self, state: FragmentState) -> None:
+    def _add_if_ready(self, state: BundleState) -> None:
         if state.ready_to_add:
             state.adding = True
             self._spawn(self._add(state))
 
-    async def _add(self, state: FragmentState) -> None:
+    async def _add(self, state: BundleState) -> None:
+        codec = self._book.of(state.bundle, self.push_codec.name)
         while state.next_slot in state.early:
             slot = state.next_slot
-            await self._run(state.add_next, state.early[slot], slot)
+            await self._run(state.add_next, codec, state.early[slot], self.version, slot)
             # Only now: until it is added, a second copy must find it.
             state.next_slot += 1
             del state.early[slot]
         state.adding = False
         if state.complete:
             self._num_complete += 1
-            if self._num_complete == len(self.fragments):
+            if self._num_complete == len(self.bundles):
                 self._spawn(self._commit())
 
     # -- commit ----------------------------------------------------------------------------------------------------
@@ -253,13 +261,17 @@ class Shard:
             epoch=self.plan.epoch,
             step=step,
             server=self.index,
-            squared_norms=[state.squared_norm for state in self.fragments.values()],
+            squared_norms=[norm for state in self.bundles.values() for norm in state.squared_norms],
             num_tokens=sum(totals.num_tokens for totals in self._slots.values()),
             pushed_bytes=self._step_bytes,
         )
         decision = await (self.leader.complete(report) if self.leader else self._complete_at_leader(report))
         # From here on version step + 1 is decided. No worker can contribute to it before it has pulled every
         # fragment, so a contribution that arrives while fragments are being updated belongs to the step that is over.
+        # Before workers hear of the version:
+        self.checkpointed = decision.checkpoint
+        push_codec, self.push_codec = self.push_codec.wire, codec_on_wire(decision.push_codec)
+        self.pull_codec = codec_on_wire(decision.pull_codec).name
         self._enter(step + 1, "applying")
         self._consecutive_skips = decision.consecutive_skips
         recipe = self.plan.recipe
@@ -273,25 +285,29 @@ class Shard:
             # The last copy may still be on its way to the disk; one at a time bounds the memory.
             await self.drain()
         copies = await asyncio.gather(
-            *(self._apply(state, decision, rate, checkpoint) for state in self.fragments.values())
+            *(self._apply(state, decision, rate, checkpoint) for state in self.bundles.values())
         )
         self._enter(step + 1)
         if checkpoint:
             self._checkpoint_task = asyncio.create_task(
-                self._guard(self._write_checkpoint(step + 1, [copy for copy in copies if copy is not None]))
+                self._guard(self._write_checkpoint(step + 1, list(chain.from_iterable(copies))))
             )
         if self.leader is not None:
-            await self._report_step(self._step_report(decision, rate, num_samples))
+            await self._report_step(self._step_report(decision, rate, num_samples, push_codec))
 
     async def _apply(
-        self, state: FragmentState, decision: Decision, rate: float, checkpoint: bool
-    ) -> tuple[Fragment, State] | None:
-        if not decision.skip:
-            await self._run(state.apply, decision.num_tokens, decision.clip_scale, rate)
-        copy = await self._run(state.snapshot) if checkpoint else None
+        self, state: BundleState, decision: Decision, rate: float, checkpoint: bool
+    ) -> list[tuple[Fragment, State]]:
+        def work() -> list[tuple[Fragment, State]]:
+            if not decision.skip:
+                state.apply(decision.num_tokens, decision.clip_scale, rate)
+            state.publish(decision.step + 1, self.pull_codec)
+            return state.snapshot() if checkpoint else []
+
+        copies = await self._run(work)
         state.begin_step(decision.step + 1)
         self._notify()
-        return None if copy is None else (state.fragment, copy)
+        return copies
 
     def _decide(self, step: int, reports: Mapping[int, pb.CompleteStepRequest]) -> Decision:
         try:
@@ -308,13 +324,26 @@ class Shard:
         due = version == self.plan.num_steps or (interval > 0 and version % interval == 0)
         checkpoint = due or halt
         self._boundary = None
-        return replace(decision, checkpoint=checkpoint, halt=halt)
+        push, pull = self.push_codec.name, self.pull_codec
+        if self._tuner is not None:
+            self._tuner.committed(time.monotonic())
+            push = self._tuner.codec if self._tuner.push else push
+            pull = self._tuner.codec if self._tuner.pull else pull
+        return replace(
+            decision,
+            checkpoint=checkpoint,
+            halt=halt,
+            push_codec=codec_named(push).wire,
+            pull_codec=codec_named(pull).wire,
+        )
 
     def request_boundary(self, request: coordinator_pb2.BoundaryRequest) -> None:
         """On the leader: checkpoint at the next commit and say in its report that the job halts there."""
         self._boundary = request
 
-    def _step_report(self, decision: Decision, rate: float, num_samples: int) -> coordinator_pb2.ReportStepRequest:
+    def _step_report(
+        self, decision: Decision, rate: float, num_samples: int, push_codec: plan_pb2.Codec.ValueType
+    ) -> coordinator_pb2.ReportStepRequest:
         return coordinator_pb2.ReportStepRequest(
             job_id=self.plan.job_id,
             epoch=self.plan.epoch,
@@ -329,10 +358,15 @@ class Shard:
             unix_ms=int(time.time() * 1000),
             halted=decision.halt,
             pushed_bytes=decision.pushed_bytes,
+            push_codec=push_codec,
+            pull_codec=decision.pull_codec,
+            codec_reason=self._tuner.reason if self._tuner is not None else "",
         )
 
     async def _write_checkpoint(self, version: int, copies: list[tuple[Fragment, State]]) -> None:
         plan = self.plan
+        # In the order of their indices, whatever bundles they lie in.
+        copies.sort(key=lambda copy: copy[0].index)
         directory = directory_of(plan.checkpoint_root, version)
         file = f"epoch-{plan.epoch:04d}-shard-{self.index:03d}-of-{len(plan.servers):03d}.safetensors"
         began = time.monotonic()
@@ -371,16 +405,30 @@ class Shard:
                 return self.version
             await self._changed.wait()
 
-    async def wait_published(self, job_id: str, epoch: int, fragment: int, version: int) -> FragmentState | None:
-        """Wait until a fragment is published at `version`; None when it has moved on. Raises StaleEpochError."""
-        state = self.fragments[fragment]
+    async def copy(self, job_id: str, epoch: int, bundle: int, version: int, holds: bool) -> Copy | None:
+        """Wait until a bundle is published at `version`; what a worker gets that `holds` the version before, or does
+        not. None when the bundle has moved on. Raises StaleEpochError."""
+        state = self.bundles[bundle]
         while True:
             self.check_epoch(job_id, epoch)
             if state.published_version == version:
-                return state
+                break
             if state.published_version > version:
                 return None
             await self._changed.wait()
+        copy = state.delta() if holds else None
+        if copy is None:
+            async with self._full_copies:
+                # One at a time: a crowd of newcomers waits for the copy that the first one had made.
+                copy = await self._run(state.full)
+        # The next version may be in the making, though not published yet.
+        return copy if copy.version == version else None
+
+    def measured(self, peer: str, measurement: pb.LinkMeasurement) -> None:
+        """Take what the worker behind `peer` saw of its speed and its links; only a leader that tunes has use for
+        it."""
+        if self._tuner is not None:
+            self._tuner.measured(peer, measurement)
 
     # -- status ----------------------------------------------------------------------------------------------------
 
@@ -388,7 +436,7 @@ class Shard:
         """Slots of the step under way of which some contribution has not arrived."""
         if self.version < 0 or self.version >= self.plan.num_steps:
             return []
-        states = self.fragments.values()
+        states = self.bundles.values()
         return [slot for slot in range(self.plan.num_slots) if not all(state.has(slot) for state in states)]
 
     def activity(self) -> coordinator_pb2.Activity:
@@ -402,6 +450,7 @@ class Shard:
             names = ", ".join(self.plan.servers[server].name for server in absent)
             waiting_for = f"the commit of step {self.version} by {names}" if names else ""
         finished = self.version >= self.plan.num_steps
+        states = self.bundles.values()
         return coordinator_pb2.Activity(
             job_id=self.plan.job_id,
             phase="idle" if finished else self.phase.name,
@@ -411,16 +460,19 @@ class Shard:
             sent_bytes=self.sent_bytes,
             received_bytes=self.received_bytes,
             missing_slots=missing,
+            state_bytes=sum(state.state_bytes for state in states),
+            early_bytes=sum(state.early_bytes for state in states),
+            num_parameters=sum(state.bundle.num_elements for state in states) if self.version >= 0 else 0,
         )
 
     def status(self) -> pb.GetServerStatusResponse:
         """What the shard holds."""
-        states = self.fragments.values()
+        states = self.bundles.values()
         return pb.GetServerStatusResponse(
             epoch=self.plan.epoch,
             version=max(0, self.version),
-            num_fragments=len(states),
-            num_parameters=sum(state.fragment.num_elements for state in states),
+            num_fragments=sum(len(state.bundle.fragments) for state in states),
+            num_parameters=sum(state.bundle.num_elements for state in states),
             state_bytes=sum(state.state_bytes for state in states),
             early_bytes=sum(state.early_bytes for state in states),
             missing_slots=self.missing_slots(),

@@ -1,0 +1,118 @@
+"""Machines on one machine: network namespaces joined by shaped veth links to one bridge. Needs root and iproute2.
+
+    root namespace: bridge 10.77.0.254 ── veth ── namespace 0: eth0 10.77.0.1
+                                       └─ veth ── namespace 1: eth0 10.77.0.2
+
+Both ends of a link have a token bucket of the wanted rate, so each machine sends and receives at most that fast.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from types import TracebackType
+
+COORDINATOR = "10.77.0.254"
+
+
+class Loopback:
+    """All machines are this one. Bytes are counted on `lo`, where each byte passes once."""
+
+    name = "loopback"
+
+    def __enter__(self) -> Loopback:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    coordinator = "127.0.0.1"
+    interface = "lo"
+
+    def address(self, machine: int) -> str:
+        """The address of machine number `machine`."""
+        return "127.0.0.1"
+
+    def prefix(self, machine: int) -> list[str]:
+        """What to put before a command to run it on a machine."""
+        return []
+
+    def sent_bytes(self, num_machines: int) -> float:
+        """Bytes that have left the machines so far, on average over them, as the interface counted them."""
+        with open("/sys/class/net/lo/statistics/tx_bytes", encoding="ascii") as counter:
+            return int(counter.read()) / num_machines
+
+
+class Namespaces:
+    """`num_machines` namespaces with links of `megabits` a second."""
+
+    coordinator = COORDINATOR
+    interface = "eth0"
+
+    def __init__(self, num_machines: int, megabits: int):
+        self.name = f"{megabits}mbit" if megabits < 1000 else f"{megabits // 1000}gbit"
+        self._id = f"gs{os.getpid() % 100_000}"
+        self._num_machines = num_machines
+        self._megabits = megabits
+
+    def __enter__(self) -> Namespaces:
+        try:
+            self._build()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for machine in range(self._num_machines):
+            _ip("netns", "del", self._namespace(machine), check=False)
+        _ip("link", "del", self._id, check=False)
+
+    def _build(self) -> None:
+        _ip("link", "add", self._id, "type", "bridge")
+        _ip("addr", "add", f"{COORDINATOR}/24", "dev", self._id)
+        _ip("link", "set", self._id, "up")
+        for machine in range(self._num_machines):
+            inside, outside = self._namespace(machine), f"{self._id}-{machine}"
+            _ip("netns", "add", inside)
+            _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", inside)
+            _ip("link", "set", outside, "master", self._id, "up")
+            _ip("-n", inside, "addr", "add", f"{self.address(machine)}/24", "dev", "eth0")
+            _ip("-n", inside, "link", "set", "eth0", "up")
+            _ip("-n", inside, "link", "set", "lo", "up")
+            shape = ["root", "tbf", "rate", f"{self._megabits}mbit", "burst", "256kb", "latency", "100ms"]
+            _run(["tc", "qdisc", "add", "dev", outside, *shape])
+            _run(["tc", "-n", inside, "qdisc", "add", "dev", "eth0", *shape])
+
+    def address(self, machine: int) -> str:
+        """The address of machine number `machine`."""
+        return f"10.77.0.{machine + 1}"
+
+    def prefix(self, machine: int) -> list[str]:
+        """What to put before a command to run it on a machine."""
+        return ["ip", "netns", "exec", self._namespace(machine)]
+
+    def sent_bytes(self, num_machines: int) -> float:
+        """Bytes that have left the machines so far, on average over them, as their interfaces counted them."""
+        total = 0
+        for machine in range(num_machines):
+            # Seen from outside, what a machine has sent is what its link's outer end has received.
+            with open(f"/sys/class/net/{self._id}-{machine}/statistics/rx_bytes", encoding="ascii") as counter:
+                total += int(counter.read())
+        return total / num_machines
+
+    def _namespace(self, machine: int) -> str:
+        return f"{self._id}m{machine}"
+
+
+def _ip(*arguments: str, check: bool = True) -> None:
+    _run(["ip", *arguments], check)
+
+
+def _run(command: list[str], check: bool = True) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if check and done.returncode:
+        what = f"`{' '.join(command)}` failed ({done.stderr.strip()})"
+        raise SystemExit(f"error: {what}; namespaces need root and iproute2")

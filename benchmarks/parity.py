@@ -1,0 +1,338 @@
+"""bench-parity: does a codec pair harm the loss? gradstream with each pair against one plain PyTorch process in fp32.
+
+The same initial weights, samples, optimizer and learning rates on the standard-library corpus, for several seeds. A
+figure is the final validation loss minus the reference's, in nats, mean over the seeds. gradstream's loss is that of
+the weights which its workers hold, so what the pull's codec loses counts too. One cluster (coordinator, server, worker)
+runs all jobs, one after another. Losses depend neither on how many workers there are nor on how busy the machine is.
+
+    make bench-parity                                                    # all pairs, three seeds
+    python benchmarks/parity.py --pairs int8/delta-int8 --seeds 1        # a pair is push/pull or push/pull/embedding
+    python benchmarks/parity.py --runs runs.jsonl --png parity.png       # goes on where it was ended, draws a chart
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from plain import train_plain
+from report import Result, at_most, report
+from step import await_file, process
+
+from gradstream.client import Client, Step, Validation
+from gradstream.coordinator.data_prepare import prepare
+from gradstream.core.bundles import codec_for
+from gradstream.core.config import PrepareConfig, Recipe, parse_recipe
+from gradstream.core.downlink import downlink
+from gradstream.core.encoded_size import encoded_bytes
+from gradstream.core.fragments import BYTES_PER_ELEMENT, cut
+from gradstream.core.model import inventory
+
+TARGET_NATS = 0.01
+REFERENCE = "reference"
+SEEDS = [1, 2, 3]
+MODEL: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+TRAINING = {"num_steps": 300, "num_slots": 2, "global_batch": 8, "microbatch": 4, "sequence_length": 64}
+VALIDATION = {"interval_steps": 50, "num_samples": 128}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Codecs of one run; without targets are those that trade loss for bytes."""
+
+    push: str
+    pull: str
+    embedding: str = "bf16"
+    target: float = 0.0
+
+    @property
+    def name(self) -> str:
+        suffix = "" if self.embedding == "bf16" else f"_emb-{self.embedding}"
+        return f"{self.push}_{self.pull}{suffix}"
+
+
+PAIRS = [
+    Pair("fp32", "fp32", target=TARGET_NATS),
+    Pair("bf16", "bf16", target=TARGET_NATS),
+    Pair("bf16", "delta-bf16", target=TARGET_NATS),
+    Pair("int8", "delta-int8", target=TARGET_NATS),
+    Pair("int8", "delta-int8", "int8", target=TARGET_NATS),
+    Pair("int4", "delta-int4", target=TARGET_NATS),
+    Pair("int4", "delta-int4", "int8", target=TARGET_NATS),
+    Pair("int4", "delta-int4", "int4", target=TARGET_NATS),
+    Pair("int4-hadamard", "delta-int4-hadamard", target=TARGET_NATS),
+    Pair("topk", "delta-int8"),
+    Pair("sign", "delta-int8"),
+    Pair("powersgd", "delta-int8"),
+    Pair("int8", "int8"),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training gave: validation losses by version; `pushed_bytes`: of a slot a step."""
+
+    losses: dict[int, float]
+    pushed_bytes: float = 0.0
+
+    @property
+    def first(self) -> float:
+        return self.losses[min(self.losses)]
+
+    @property
+    def last(self) -> float:
+        return self.losses[max(self.losses)]
+
+
+class Runs:
+    """The runs made so far, by (name, seed), and in a file when there is one, from which a later call goes on.
+
+    A run of other settings than the present ones is not taken from the file.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]):
+        self._path = path
+        self._settings = json.loads(json.dumps(settings))
+        self._runs: dict[tuple[str, int], Run] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []:
+            entry = json.loads(line)
+            if entry["settings"] == self._settings:
+                losses = {int(version): loss for version, loss in entry["losses"].items()}
+                self._runs[entry["name"], entry["seed"]] = Run(losses, entry["pushed_bytes"])
+
+    def get(self, name: str, seed: int) -> Run | None:
+        return self._runs.get((name, seed))
+
+    def __getitem__(self, key: tuple[str, int]) -> Run:
+        return self._runs[key]
+
+    def add(self, name: str, seed: int, run: Run) -> None:
+        self._runs[name, seed] = run
+        if self._path:
+            entry = {"name": name, "seed": seed, **asdict(run), "settings": self._settings}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", nargs="+", type=parse_pair, default=PAIRS, help="push/pull or push/pull/embedding")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--untied", action="store_true", help="a model whose output layer is not its embedding")
+    parser.add_argument("--runs", type=Path, help="a file that keeps each run; runs found in it are not made again")
+    parser.add_argument("--png", type=Path, help="write a chart of the differences")
+    options = parser.parse_args()
+    # So that `timeout` and `kill` end the cluster too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    model = {**MODEL, "tie_word_embeddings": not options.untied}
+    runs = Runs(options.runs, {"model": model, "training": TRAINING, "validation": VALIDATION})
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradstream-bench-")))
+        data = temporary / "data"
+        vocab_size = MODEL["vocab_size"]
+        sources = PrepareConfig(
+            sources=["stdlib:"], vocab_size=vocab_size, num_shards=4, max_bytes=4_000_000, validation_fraction=0.05
+        )
+        prepare(sources, str(data))
+        for seed in options.seeds:
+            if runs.get(REFERENCE, seed) is None:
+                recipe = recipe_of(model, seed, Pair("fp32", "fp32"), data, temporary)
+                began = time.monotonic()
+                runs.add(REFERENCE, seed, Run(train_plain(recipe)))
+                say(REFERENCE, seed, runs, began)
+        missing = [
+            (pair, seed) for seed in options.seeds for pair in options.pairs if runs.get(pair.name, seed) is None
+        ]
+        if missing:
+            client = stack.enter_context(cluster(temporary))
+            for pair, seed in missing:
+                began = time.monotonic()
+                runs.add(pair.name, seed, run_job(client, recipe_of(model, seed, pair, data, temporary)))
+                say(pair.name, seed, runs, began)
+    results = [compare(pair, options.seeds, runs, model) for pair in options.pairs]
+    if options.png:
+        _draw(options.pairs, options.seeds, runs, options.png)
+    report("parity", results)
+
+
+def parse_pair(text: str) -> Pair:
+    """A pair given as push/pull or push/pull/embedding; the recipe says whether there are such codecs."""
+    parts = text.split("/")
+    if len(parts) not in (2, 3):
+        raise argparse.ArgumentTypeError(f"'{text}' is not push/pull or push/pull/embedding, such as int8/delta-int8")
+    pair = Pair(parts[0], parts[1], parts[2] if len(parts) == 3 else Pair.embedding)
+    return next((known for known in PAIRS if known.name == pair.name), pair)
+
+
+def recipe_of(model: dict[str, Any], seed: int, pair: Pair, data: Path, temporary: Path) -> Recipe:
+    """The recipe that both sides follow."""
+    return parse_recipe(
+        {
+            "name": "bench-parity",
+            "seed": seed,
+            "run_root": str(temporary / "runs"),
+            "model": {"config": model},
+            "training": TRAINING,
+            "optimizer": {"learning_rate": 2e-3},
+            "schedule": {"kind": "cosine", "warmup_steps": 20},
+            "codec": {"push": pair.push, "pull": pair.pull, "embedding": pair.embedding},
+            "data": {"path": str(data)},
+            "validation": VALIDATION,
+            "checkpoint": {"interval_steps": 0},
+            "cluster": {"min_servers": 1, "min_workers": 1},
+        }
+    )
+
+
+def say(name: str, seed: int, runs: Runs, began: float) -> None:
+    """Progress, on stderr."""
+    run, reference = runs[name, seed], runs[REFERENCE, seed]
+    print(
+        f"{name} seed {seed}: {run.first:.4f} to {run.last:.5f}, {run.last - reference.last:+.5f}, "
+        f"{run.pushed_bytes / 1e3:.1f} kB pushed a slot, {time.monotonic() - began:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+# --- gradstream's side ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def cluster(temporary: Path) -> Iterator[Client]:
+    """A coordinator, a server and a worker on loopback; a client to them."""
+    with ExitStack() as stack:
+
+        def serve(role: str, name: str, *arguments: str) -> Path:
+            ready = temporary / f"{name}.ready"
+            command = [sys.executable, "-m", "gradstream.coordinator.cli", "serve", role, *arguments]
+            stack.enter_context(process([*command, "--ready-file", str(ready)], {}, log=ready.with_suffix(".log")))
+            return ready
+
+        listen = ["--listen", "127.0.0.1:0"]
+        address = await_file(serve("coordinator", "coordinator", *listen, "--state", str(temporary / "state")))
+        common = ["--coordinator", address, "--memory", "2GiB"]
+        server = serve("parameter-server", "server", "--name", "server", *listen, *common)
+        cache = ["--cache", str(temporary / "cache")]
+        worker = serve("worker", "worker", "--name", "worker", "--device", "cpu", *cache, *common)
+        for ready in (server, worker):
+            await_file(ready)
+        yield stack.enter_context(Client(address))
+
+
+def run_job(client: Client, recipe: Recipe) -> Run:
+    """Train by the cluster, to the end: the next job then finds it idle."""
+    job = client.submit(recipe)
+    losses: dict[int, float] = {}
+    pushed = []
+    for item in client.watch(job.job_id):
+        if isinstance(item, Validation):
+            losses[item.version] = item.loss
+        elif isinstance(item, Step):
+            pushed.append(item.pushed_bytes)
+    job = client.job(job.job_id)
+    if recipe.training.num_steps not in losses:
+        raise SystemExit(f"error: {job.job_id} {job.state} at version {job.version}: {job.reason}")
+    return Run(losses, statistics.mean(pushed) / recipe.training.num_slots)
+
+
+def pulled_bytes(recipe: Recipe) -> int:
+    """Payload bytes of one version's pull by a worker that holds the version before; at most, for lossless codecs."""
+    tensors, form = inventory(recipe.model.config), downlink(recipe.codec.pull)
+    return sum(
+        encoded_bytes(
+            codec_for(tensors[fragment.tensor].kind, form.delta, form.delta)
+            if form.delta
+            else codec_for(tensors[fragment.tensor].kind, form.full, recipe.codec.embedding),
+            fragment.shape,
+        )
+        for fragment in cut(tensors, recipe.cluster.fragment_bytes // BYTES_PER_ELEMENT)
+    )
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def compare(pair: Pair, seeds: list[int], runs: Runs, model: dict[str, Any]) -> Result:
+    """The figure of a pair."""
+    ours = [runs[pair.name, seed] for seed in seeds]
+    references = [runs[REFERENCE, seed] for seed in seeds]
+    differences = [run.last - reference.last for run, reference in zip(ours, references, strict=True)]
+    pulled = pulled_bytes(recipe_of(model, seeds[0], pair, Path("data"), Path("runs")))
+    spread = [reference.last for reference in references]
+    return at_most(
+        f"loss_{pair.name}",
+        statistics.mean(differences),
+        pair.target,
+        f"{statistics.mean(run.last for run in ours):.4f} against {statistics.mean(spread):.4f} nats "
+        f"(from {statistics.mean(run.first for run in references):.2f}); by seed "
+        f"{', '.join(f'{difference:+.4f}' for difference in differences)}; seeds lie {max(spread) - min(spread):.4f} "
+        f"apart; a worker's step: {ours[0].pushed_bytes / 1e3:.0f} kB pushed, {pulled / 1e3:.0f} kB pulled",
+    )
+
+
+def _draw(pairs: list[Pair], seeds: list[int], runs: Runs, path: Path) -> None:
+    """Left: mean difference over the versions. Right: the final difference of every seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (curves, finals) = pyplot.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2))
+    for number, pair in enumerate(pairs):
+        differences = [
+            {
+                version: loss - runs[REFERENCE, seed].losses[version]
+                for version, loss in runs[pair.name, seed].losses.items()
+            }
+            for seed in seeds
+        ]
+        versions = sorted(differences[0])
+        color = f"C{number % 10}"
+        curves.plot(
+            versions,
+            [statistics.mean(by_version[version] for by_version in differences) for version in versions],
+            color=color,
+            linestyle="-" if number < 10 else "--",
+            label=pair.name,
+        )
+        last = [by_version[versions[-1]] for by_version in differences]
+        finals.plot(last, [number] * len(last), "o", color=color, alpha=0.7)
+    curves.set_xlabel("steps")
+    curves.set_ylabel("validation loss minus the fp32 reference's, nats")
+    curves.set_yscale("symlog", linthresh=TARGET_NATS)
+    curves.legend(fontsize="x-small")
+    finals.set_yticks(range(len(pairs)), [pair.name for pair in pairs], fontsize="small")
+    finals.invert_yaxis()
+    finals.set_xscale("symlog", linthresh=TARGET_NATS)
+    finals.set_xlabel(f"final difference of each seed, nats (target: {TARGET_NATS:g})")
+    for draw in (curves.axhline, finals.axvline):
+        draw(TARGET_NATS, linestyle="--", color="gray", linewidth=1)
+        draw(0.0, color="gray", linewidth=0.5)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The reference of bench-parity: one process of plain PyTorch in fp32. Not a benchmark by itself.
+
+It trains what a recipe says, without gradstream's codecs, servers, workers or slots: one model, the whole global batch
+in one forward and backward pass, torch's own clipping and AdamW. Only the initial weights, the samples and the learning
+rates come from gradstream, as both sides must have the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradstream.core.config import Recipe
+from gradstream.core.data import Manifest, parse_manifest
+from gradstream.core.model import build, initial_weights
+from gradstream.services.parameter_server.optimizer import learning_rate
+from gradstream.worker.data import SlotReader, Split
+
+
+def train_plain(recipe: Recipe) -> dict[int, float]:
+    """Train; return the validation loss, in nats a token, by version: the first, every interval, the last."""
+    training, optimizer_config = recipe.training, recipe.optimizer
+    torch.set_num_threads(training.num_threads)
+    model = build(recipe.model.config)
+    weights = dict(initial_weights(recipe.model.config, recipe.seed))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": optimizer_config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=optimizer_config.betas,
+        eps=optimizer_config.eps,
+    )
+    with ExitStack() as stack:
+        manifest = parse_manifest((Path(recipe.data.path) / "manifest.json").read_text(encoding="utf-8"))
+        batch = _samples(recipe, manifest, "train", stack)
+        held_out_BT = _samples(recipe, manifest, "validation", stack)(0)
+        losses = {0: _evaluate(model, held_out_BT)}
+        for step in range(training.num_steps):
+            model.train()
+            _loss(model, batch(step)).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), optimizer_config.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, training.num_steps, optimizer_config, recipe.schedule)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            version = step + 1
+            if version % recipe.validation.interval_steps == 0 or version == training.num_steps:
+                losses[version] = _evaluate(model, held_out_BT)
+    return losses
+
+
+def _samples(recipe: Recipe, manifest: Manifest, split: Split, stack: ExitStack) -> Callable[[int], torch.Tensor]:
+    """A function from a step to its samples over all slots, (B, T + 1); of validation they are always the same."""
+    num_slots = recipe.training.num_slots
+    readers = [
+        SlotReader(manifest, recipe.data.path, "", slot, num_slots, recipe.training.sequence_length, recipe.seed, split)
+        for slot in range(num_slots)
+    ]
+    for reader in readers:
+        asyncio.run(reader.prepare())
+        stack.callback(reader.close)
+
+    def read(step: int) -> torch.Tensor:
+        if split == "train":
+            parts = [reader.batch(step, recipe.training.slot_batch) for reader in readers]
+        else:
+            parts = [reader.validation_batch(recipe.validation.num_samples // num_slots) for reader in readers]
+        return torch.from_numpy(np.concatenate(parts))
+
+    return read
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, tokens_BT: torch.Tensor) -> float:
+    model.eval()
+    return float(_loss(model, tokens_BT))
+
+
+def _loss(model: nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Mean over the target tokens."""
+    logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
+    return nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())

@@ -1,0 +1,81 @@
+"""bench-server: one server process, 1 to 64 senders: goodput, processor time per GB, memory against the plan's bound.
+
+The senders are streams on channels of their own, spread over at most 4 processes, since the machine has few cores. All
+push whole slots at once, so that contributions arrive out of turn and wait, as in a step of many workers.
+"""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import ExitStack
+
+from report import Result, report, result
+from standalone import Child, Usage, make_plan, payloads_of, run_sender, run_server
+
+from gradstream.core.wire import PIECE_BYTES
+
+NUM_SENDERS = [1, 2, 4, 8, 16, 32, 64]
+MOST_PROCESSES = 4
+NUM_SLOTS = 64
+NUM_ROUNDS = 3
+CODEC = "int8"
+TARGET_LINEAR = 0.67
+"""Processor time per GB with 1 sender over that with 64: 1 when cost grows exactly with bytes."""
+
+
+def main() -> None:
+    plan = make_plan(CODEC, NUM_SLOTS)
+    slot_bytes = sum(payload.nbytes for payload in payloads_of(plan))
+    bundles = list(range(len(plan.bundles)))
+    results: list[Result] = []
+    seconds_a_gb: dict[int, float] = {}
+    with ExitStack() as stack:
+        server = Child(run_server, "server")
+        stack.callback(server.close)
+        senders = [Child(run_sender, f"sender-{number}") for number in range(MOST_PROCESSES)]
+        for sender in senders:
+            stack.callback(sender.close)
+        for num_senders in NUM_SENDERS:
+            num_processes = min(MOST_PROCESSES, num_senders)
+            address = server.ask("load", plan)
+            for sender in senders[:num_processes]:
+                sender.ask("connect", address, plan, num_senders // num_processes)
+            speeds, costs = [], []
+            before: Usage = server.ask("usage")
+            state_bytes, resting_bytes = server.ask("state_bytes"), before.resident_bytes
+            peak_bytes = 0
+            for step in range(NUM_ROUNDS + 1):
+                # Sender i computes slots i, i + num_senders, …, each of its streams one sender's.
+                for process, sender in enumerate(senders[:num_processes]):
+                    jobs = [
+                        [(slot, bundles) for slot in range(number, NUM_SLOTS, num_senders)]
+                        for number in range(process, num_senders, num_processes)
+                    ]
+                    sender.tell("push", jobs, PIECE_BYTES, step)
+                began = min(sender.answer() for sender in senders[:num_processes])
+                ended: float = server.ask("wait_version", step + 1)
+                after: Usage = server.ask("usage")
+                if step:  # the first one warms up
+                    speeds.append(NUM_SLOTS * slot_bytes / (ended - began) / 1e9)
+                    costs.append((after.cpu_seconds - before.cpu_seconds) / (NUM_SLOTS * slot_bytes / 1e9))
+                peak_bytes = max(peak_bytes, after.peak_resident_bytes)
+                before = after
+            seconds_a_gb[num_senders] = statistics.median(costs)
+            # Contributions that wait, one being assembled a stream, and a fragment of messages a stream in gRPC.
+            bound_bytes = NUM_SLOTS * slot_bytes + num_senders * 3 * PIECE_BYTES
+            growth_bytes = max(1, peak_bytes - resting_bytes)
+            detail = (
+                f"{statistics.median(speeds):.2f} GB/s, {seconds_a_gb[num_senders]:.2f} CPU s/GB, peak "
+                f"{peak_bytes >> 20} MiB, grown {growth_bytes >> 20} of {bound_bytes >> 20} MiB allowed; state "
+                f"{state_bytes >> 20} MiB"
+            )
+            print(f"{num_senders} senders: {detail}", flush=True)
+            results.append(result(f"memory_bound_over_growth_{num_senders}", bound_bytes / growth_bytes, 1.0, detail))
+    for num_senders in NUM_SENDERS[1:]:
+        ratio = seconds_a_gb[1] / seconds_a_gb[num_senders]
+        results.append(result(f"cpu_per_gb_1_over_{num_senders}", ratio, TARGET_LINEAR))
+    report("server", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""bench-step: a data-parallel step of gradstream against PyTorch DDP on gloo, in the same run.
+
+Same model, initial weights, samples, optimizer and clipping; one thread a worker. Each machine runs one worker and one
+parameter server, the coordinator a machine of its own (it is not in the step's path). A step's time is the median over
+the timed steps, after a warm-up; bytes are those that the interfaces counted over the timed steps.
+
+    make bench-step                                      # all cases
+    python benchmarks/step.py --only loopback_2w_10m     # one; a prefix is enough
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from network import Loopback, Namespaces
+from report import Result, report, result
+
+from gradstream.client import Client, Step
+from gradstream.coordinator.data_prepare import prepare
+from gradstream.core.config import PrepareConfig, Recipe, load_recipe, parse_recipe
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+Network = Loopback | Namespaces
+
+MODELS: dict[str, dict[str, Any]] = {
+    "10m": dict(load_recipe(REPOSITORY / "recipes" / "stdlib-gpt.yaml").model.config),
+    "124m": {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_positions": 1024,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+}
+TARGETS = {"loopback": 1.0, "1gbit": 2.0, "100mbit": 5.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    network: str
+    num_workers: int
+    model: str
+    slot_batch: int
+    sequence_length: int
+    num_steps: int
+    num_warm_steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}_{self.num_workers}w_{self.model}"
+
+
+CASES = [
+    Case("loopback", 2, "10m", 2, 64, 24, 6),
+    Case("loopback", 4, "10m", 2, 64, 24, 6),
+    Case("1gbit", 2, "10m", 2, 64, 24, 6),
+    Case("1gbit", 4, "10m", 2, 64, 24, 6),
+    Case("100mbit", 2, "10m", 2, 64, 18, 6),
+    Case("100mbit", 4, "10m", 2, 64, 18, 6),
+    Case("loopback", 2, "124m", 1, 32, 9, 3),
+    Case("1gbit", 2, "124m", 1, 32, 9, 3),
+    Case("100mbit", 2, "124m", 1, 32, 6, 2),
+]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one side did."""
+
+    step_seconds: float
+    step_bytes: float
+    loss: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="cases whose name begins with this")
+    parser.add_argument("--codec", action="append", help="push/pull codec pairs, such as bf16/bf16; default: several")
+    parser.add_argument("--no-ddp", action="store_true", help="leave the rival out (while working on gradstream)")
+    arguments = parser.parse_args()
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="gradstream-bench-") as temporary:
+        data = Path(temporary) / "data"
+        options = PrepareConfig(
+            sources=["stdlib:"], vocab_size=4096, num_shards=8, max_bytes=4_000_000, validation_fraction=0.0
+        )
+        prepare(options, str(data))
+        for case in CASES:
+            if case.name.startswith(arguments.only):
+                results += compare(case, data, Path(temporary), arguments.codec, not arguments.no_ddp)
+    report("step", results)
+
+
+def compare(case: Case, data: Path, temporary: Path, codecs: list[str] | None, with_ddp: bool) -> list[Result]:
+    """Run both sides on one network; one result a codec pair, and one for DDP's own fp16 hook."""
+    with network_of(case) as network:
+        rivals = {}
+        if with_ddp:
+            rivals["ddp"] = run_ddp(case, recipe_of(case, data, temporary, "fp32/fp32"), network, temporary, False)
+            rivals["ddp_fp16"] = run_ddp(case, recipe_of(case, data, temporary, "fp32/fp32"), network, temporary, True)
+            for name, timing in rivals.items():
+                say(case, name, timing)
+        results = []
+        for pair in codecs or ["bf16/bf16", "auto/auto"]:
+            ours = run_gradstream(case, recipe_of(case, data, temporary, pair), network, temporary)
+            say(case, pair, ours)
+            for name, rival in rivals.items():
+                target = TARGETS[case.network] if name == "ddp" and case.num_workers == 2 else 0.0
+                results.append(
+                    result(
+                        f"{name}_ratio_{case.name}_{pair.replace('/', '_')}",
+                        rival.step_seconds / ours.step_seconds,
+                        target,
+                        f"{rival.step_seconds * 1e3:.0f} / {ours.step_seconds * 1e3:.0f} ms, "
+                        f"{rival.step_bytes / 1e6:.1f} / {ours.step_bytes / 1e6:.1f} MB a machine, "
+                        f"loss {rival.loss:.4f} / {ours.loss:.4f}",
+                    )
+                )
+    return results
+
+
+def say(case: Case, name: str, timing: Timing) -> None:
+    """Progress, on stderr."""
+    print(
+        f"{case.name} {name}: {timing.step_seconds * 1e3:.0f} ms a step, {timing.step_bytes / 1e6:.2f} MB a machine, "
+        f"loss {timing.loss:.5f}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def network_of(case: Case) -> Network:
+    if case.network == "loopback":
+        return Loopback()
+    return Namespaces(case.num_workers, {"1gbit": 1000, "100mbit": 100}[case.network])
+
+
+def recipe_of(case: Case, data: Path, temporary: Path, pair: str) -> Recipe:
+    """The recipe that both sides follow; `pair` is push/pull."""
+    push, pull = pair.split("/")
+    return parse_recipe(
+        {
+            "name": f"bench-{case.model}",
+            "seed": 1,
+            "run_root": str(temporary / "runs"),
+            "model": {"config": MODELS[case.model]},
+            "training": {
+                "num_steps": case.num_steps,
+                "num_slots": case.num_workers,
+                "global_batch": case.slot_batch * case.num_workers,
+                "microbatch": case.slot_batch,
+                "sequence_length": case.sequence_length,
+            },
+            "optimizer": {"learning_rate": 1e-3},
+            "schedule": {"kind": "constant", "warmup_steps": 10},
+            "codec": {"push": push, "pull": pull},
+            "data": {"path": str(data)},
+            "validation": {"interval_steps": 0},
+            "checkpoint": {"interval_steps": 0},
+            "cluster": {"min_servers": case.num_workers, "min_workers": case.num_workers},
+        }
+    )
+
+
+# --- the two sides ----------------------------------------------------------------------------------------------------
+
+
+def run_ddp(case: Case, recipe: Recipe, network: Network, temporary: Path, fp16: bool) -> Timing:
+    path = temporary / "recipe.json"
+    path.write_text(recipe.model_dump_json(), encoding="utf-8")
+    port = free_port()
+    with ExitStack() as stack:
+        processes = []
+        for rank in range(case.num_workers):
+            command = [
+                *network.prefix(rank), sys.executable, str(Path(__file__).with_name("ddp.py")),
+                "--recipe", str(path), "--rank", str(rank), "--address", network.address(0), "--port", str(port),
+                *(["--fp16"] if fp16 else []),
+            ]  # fmt: skip
+            environment = {"GLOO_SOCKET_IFNAME": network.interface}
+            processes.append(stack.enter_context(process(command, environment, pipe=rank == 0)))
+        begin = end = 0.0
+        steps = []
+        assert processes[0].stdout is not None
+        for line in processes[0].stdout:
+            step = json.loads(line)
+            steps.append(step)
+            if step["step"] == case.num_warm_steps - 1:
+                begin = network.sent_bytes(case.num_workers)
+            end = network.sent_bytes(case.num_workers)
+        if len(steps) != case.num_steps:
+            raise SystemExit(f"error: DDP ended after {len(steps)} of {case.num_steps} steps")
+    timed = [step["seconds"] for step in steps[case.num_warm_steps :]]
+    return Timing(statistics.median(timed), (end - begin) / len(timed), steps[-1]["loss"])
+
+
+def run_gradstream(case: Case, recipe: Recipe, network: Network, temporary: Path) -> Timing:
+    with tempfile.TemporaryDirectory(dir=temporary) as directory, ExitStack() as stack:
+        root = Path(directory)
+
+        def serve(machine: int | None, role: str, *arguments: str) -> Path:
+            ready = root / f"{role}-{machine}.ready"
+            prefix = [] if machine is None else network.prefix(machine)
+            command = [*prefix, sys.executable, "-m", "gradstream.coordinator.cli", "serve", role, *arguments]
+            stack.enter_context(process([*command, "--ready-file", str(ready)], {}, log=root / f"{role}-{machine}.log"))
+            return ready
+
+        ready = serve(None, "coordinator", "--listen", f"{network.coordinator}:0", "--state", str(root / "state"))
+        address = await_file(ready)
+        waiting = []
+        for machine in range(case.num_workers):
+            common = ["--coordinator", address, "--memory", "8GiB"]
+            listen = ["--listen", f"{network.address(machine)}:0"]
+            waiting.append(serve(machine, "parameter-server", "--name", f"server-{machine}", *listen, *common))
+            cache = ["--cache", str(root / "cache")]
+            waiting.append(serve(machine, "worker", "--name", f"worker-{machine}", "--device", "cpu", *cache, *common))
+        for path in waiting:
+            await_file(path)
+        steps: list[Step] = []
+        begin = end = 0.0
+        with Client(address) as client:
+            job = client.submit(recipe)
+            for item in client.watch(job.job_id):
+                if isinstance(item, Step):
+                    steps.append(item)
+                    if len(steps) == case.num_warm_steps:
+                        begin = network.sent_bytes(case.num_workers)
+                    elif len(steps) == case.num_steps:
+                        end = network.sent_bytes(case.num_workers)
+                        break
+            job = client.job(job.job_id)
+            if len(steps) < case.num_steps:
+                raise SystemExit(f"error: the job {job.state} after {len(steps)} steps: {job.reason}")
+    times = [step.time.timestamp() for step in steps]
+    timed = [after - before for before, after in pairwise(times)][case.num_warm_steps - 1 :]
+    return Timing(statistics.median(timed), (end - begin) / len(timed), steps[-1].loss)
+
+
+@contextmanager
+def process(
+    command: list[str], environment: dict[str, str], pipe: bool = False, log: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that ends with the block."""
+    output = subprocess.PIPE if pipe else open(log, "w", encoding="utf-8") if log else None  # noqa: SIM115
+    running = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output, text=True,
+        stderr=output if log else None,
+    )  # fmt: skip
+    try:
+        yield running
+        if log is None:
+            running.wait(60)
+    finally:
+        running.kill()
+        running.wait()
+        if log and output is not None and not isinstance(output, int):
+            output.close()
+
+
+def await_file(path: Path, timeout_seconds: float = 120.0) -> str:
+    """Look every 20 ms until a process has written its ready file; return its line."""
+    deadline = time.monotonic() + timeout_seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            log = path.with_suffix(".log")
+            raise SystemExit(f"error: {path.stem} did not come up: {log.read_text()[-500:] if log.exists() else ''}")
+        time.sleep(0.02)
+    return path.read_text(encoding="utf-8").strip()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""bench-transport: the push path (socket to accumulated fp32) and the pull path (to module parameters), each against a
+raw TCP loopback copy of the same bytes.
+
+The server and each sender are processes of their own (standalone.py), the rival is `sendall` and `recv_into` between
+two processes with calls of the same size. In every round each of them moves the same bytes once, in turns; the median
+of the rounds' ratios is reported. A push is over when every contribution is in the sum, a pull when it is decoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from report import Result, report, result
+from standalone import Child, make_plan, payloads_of, run_sender, run_server
+
+from gradstream.core.wire import PIECE_BYTES
+
+PIECES_BYTES = [
+    64 << 10,
+    256 << 10,
+    512 << 10,
+    1 << 20,
+    2 << 20,
+    (4 << 20) - 4096,
+]  # the limit is 4 MiB with the header
+NUM_SENDERS = [1, 2, 4, 8]
+NUM_ROUNDS = 7
+NUM_SLOTS = 512
+TARGET = 0.45
+
+
+class RawTcp:
+    """The rival: bytes from this process into the memory of another one."""
+
+    def __init__(self, most_bytes: int):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_receive, args=(theirs, most_bytes), daemon=True)
+        self._process.start()
+        self._socket = socket.create_connection(("127.0.0.1", self._pipe.recv()))
+        self._source = memoryview(bytearray(os.urandom(most_bytes)))
+
+    def seconds(self, num_bytes: int, piece_bytes: int) -> float:
+        """Seconds to copy `num_bytes`."""
+        self._pipe.send((num_bytes, piece_bytes))
+        self._pipe.recv()
+        began = time.monotonic()
+        for begin in range(0, num_bytes, piece_bytes):
+            self._socket.sendall(self._source[begin : min(num_bytes, begin + piece_bytes)])
+        ended: float = self._pipe.recv()
+        return ended - began
+
+    def close(self) -> None:
+        """End the other process."""
+        self._socket.close()
+        self._pipe.close()
+        self._process.join(10)
+
+
+def _receive(pipe: Connection, most_bytes: int) -> None:
+    target = memoryview(bytearray(most_bytes))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pipe.send(listener.getsockname()[1])
+        peer, _ = listener.accept()
+    while True:
+        try:
+            num_bytes, piece_bytes = pipe.recv()
+        except EOFError:
+            return
+        pipe.send("ready")
+        filled = 0
+        while filled < num_bytes:
+            filled += peer.recv_into(target[filled : min(num_bytes, filled + piece_bytes)])
+        pipe.send(time.monotonic())
+
+
+class Bench:
+    """A server, its senders and the rival."""
+
+    def __init__(self, stack: ExitStack, codec: str, num_senders: int):
+        self.plan = make_plan(codec, NUM_SLOTS)
+        self.num_bytes = sum(payload.nbytes for payload in payloads_of(self.plan))
+        self.raw = RawTcp(self.num_bytes)
+        stack.callback(self.raw.close)
+        self._server = Child(run_server, "server")
+        stack.callback(self._server.close)
+        self._senders = [Child(run_sender, f"sender-{number}") for number in range(num_senders)]
+        for sender in self._senders:
+            stack.callback(sender.close)
+        self.use(codec)
+
+    def use(self, codec: str) -> None:
+        """Begin anew with another codec."""
+        self.plan = make_plan(codec, NUM_SLOTS)
+        self.num_bytes = sum(payload.nbytes for payload in payloads_of(self.plan))
+        self._num_slots = 0
+        address = self._server.ask("load", self.plan)
+        for sender in self._senders:
+            sender.ask("connect", address, self.plan, 1)
+
+    def push(self, num_senders: int, piece_bytes: int) -> float:
+        """Seconds in which a slot's contributions, dealt to the senders, come into the sum."""
+        bundles = list(range(len(self.plan.bundles)))
+        senders = self._senders[:num_senders]
+        for number, sender in enumerate(senders):
+            sender.tell("push", [[(self._num_slots, bundles[number::num_senders])]], piece_bytes)
+        began = min(sender.answer() for sender in senders)
+        self._num_slots += 1
+        ended: float = self._server.ask("wait_added", self._num_slots)
+        return ended - began
+
+    def pull(self) -> float:
+        """Seconds in which a sender pulls all the weights."""
+        began, ended = self._senders[0].ask("pull", 0)
+        return float(ended - began)
+
+    def compare(self, name: str, target: float, num_senders: int, piece_bytes: int, pull: bool = False) -> Result:
+        """The ratio to the rival."""
+        ratios, speeds, rivals = [], [], []
+        for number in range(NUM_ROUNDS + 1):
+            ours = self.pull() if pull else self.push(num_senders, piece_bytes)
+            rival = self.raw.seconds(self.num_bytes, piece_bytes)
+            if number:  # the first one warms up
+                ratios.append(rival / ours)
+                speeds.append(self.num_bytes / ours / 1e9)
+                rivals.append(self.num_bytes / rival / 1e9)
+        detail = (
+            f"{statistics.median(speeds):.2f} GB/s against {statistics.median(rivals):.2f}; "
+            f"ratios {min(ratios):.2f} to {max(ratios):.2f}"
+        )
+        print(f"{name}: {statistics.median(ratios):.3f} ({detail})", flush=True)
+        return result(name, statistics.median(ratios), target, detail)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--png", type=Path, help="write a chart of the ratios by piece size")
+    options = parser.parse_args()
+    results = []
+    with ExitStack() as stack:
+        bench = Bench(stack, "fp32", max(NUM_SENDERS))
+        by_piece = [bench.compare(f"push_fp32_1_sender_{piece >> 10}_kib", TARGET, 1, piece) for piece in PIECES_BYTES]
+        results += by_piece
+        for num_senders in NUM_SENDERS[1:]:
+            results.append(
+                bench.compare(
+                    f"push_fp32_{num_senders}_senders_{PIECE_BYTES >> 10}_kib", TARGET, num_senders, PIECE_BYTES
+                )
+            )
+        results.append(bench.compare(f"pull_fp32_{PIECE_BYTES >> 10}_kib", TARGET, 1, PIECE_BYTES, pull=True))
+        for codec in ("bf16", "int8"):
+            bench.use(codec)
+            results.append(bench.compare(f"push_{codec}_1_sender_{PIECE_BYTES >> 10}_kib", TARGET, 1, PIECE_BYTES))
+            results.append(bench.compare(f"pull_{codec}_{PIECE_BYTES >> 10}_kib", TARGET, 1, PIECE_BYTES, pull=True))
+    if options.png:
+        _draw(by_piece, options.png)
+    report("transport", results)
+
+
+def _draw(by_piece: list[Result], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.plot([piece >> 10 for piece in PIECES_BYTES], [item.value for item in by_piece], marker="o")
+    axes.axhline(TARGET, linestyle="--", color="gray", label="target")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("message payload, KiB")
+    axes.set_ylabel("push path / raw TCP of the same bytes")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Bundles: the fragments that travel together, and how each of their tensors is encoded.
+
+A model has many small tensors, and a message costs what some hundreds of kilobytes cost. So neighbouring fragments of
+one server, up to a fragment's size together, form a bundle: one contribution a slot, one message down. What is in a
+bundle depends on the placement, but no bit of a result depends on it: codecs, norms and optimizer see fragments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from gradstream.core.config import CodecConfig
+from gradstream.core.fragments import Fragment, TensorKind
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Fragments of server `server` that travel together; `index` is the bundle's place in the plan."""
+
+    index: int
+    server: int
+    fragments: tuple[Fragment, ...]
+
+    @cached_property
+    def num_elements(self) -> int:
+        return sum(fragment.num_elements for fragment in self.fragments)
+
+    @cached_property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """For each fragment its (begin, end) in the bundle's elements laid end to end."""
+        bounds, begin = [], 0
+        for fragment in self.fragments:
+            bounds.append((begin, begin + fragment.num_elements))
+            begin += fragment.num_elements
+        return tuple(bounds)
+
+
+def bundle(fragments: Sequence[Fragment], placement: Sequence[int], most_elements: int) -> list[Bundle]:
+    """Bundle the fragments of each server, in forward order: at most `most_elements`, unless it is a single fragment.
+
+    Bundles are numbered by their first fragment.
+    """
+    groups: list[tuple[int, list[Fragment]]] = []
+    open_groups: dict[int, tuple[int, list[Fragment]]] = {}
+    for fragment in fragments:
+        server = placement[fragment.index]
+        elements, group = open_groups.get(server, (0, []))
+        if not group or elements + fragment.num_elements > most_elements:
+            elements, group = 0, []
+            groups.append((server, group))
+        group.append(fragment)
+        open_groups[server] = (elements + fragment.num_elements, group)
+    return [Bundle(index, server, tuple(group)) for index, (server, group) in enumerate(groups)]
+
+
+LOSSLESS_ENOUGH = frozenset({"fp32", "bf16", "fp32-zstd", "bf16-zstd"})
+"""Codecs that every kind of tensor may have."""
+
+
+RESIDUAL_CODECS = frozenset({"topk", "sign", "powersgd"})
+"""Codecs that keep what they could not send."""
+
+
+def keeps_residuals(codec: CodecConfig) -> bool:
+    """Whether the slots of a job keep residuals, which are then part of its checkpoints."""
+    return codec.push in RESIDUAL_CODECS
+
+
+def codec_for(kind: TensorKind, codec: str, embedding: str) -> str:
+    """The codec of a tensor when a job's codec is `codec` and its tables are to have `embedding`.
+
+    Vectors (norms, biases) are few bytes and touch every activation: they stay bf16. Of an embedding a step touches
+    single rows, whose scale a block shares with rows that were not touched: it has a codec of its own, unless the
+    job's is at least as fine.
+    """
+    if codec in LOSSLESS_ENOUGH or kind == "matrix":
+        return codec
+    return "bf16" if kind == "vector" else embedding
+
+
+AUTO_FIRST = "bf16"
+"""What `codec: auto` begins with, and what it must never lose to."""
+
+
+def first_push_codec(codec: CodecConfig) -> str:
+    """The codec of the contributions to a plan's first step."""
+    return AUTO_FIRST if codec.push == "auto" else codec.push

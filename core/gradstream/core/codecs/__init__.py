@@ -1,0 +1,80 @@
+"""Codecs: how a slice of a tensor is written as bytes.
+
+| name          | ratio | error  | loses, keeps                                                              |
+|---------------|-------|--------|---------------------------------------------------------------------------|
+| fp32          | 1     | 0      | nothing                                                                   |
+| bf16          | 2     | 0.0017 | 16 bits of mantissa, rounded to nearest even                              |
+| int8          | 3.94  | 0.007  | blocks of 256 scaled by their largest magnitude, 255 steps                |
+| int4          | 7.76  | 0.13   | likewise, 15 steps                                                        |
+| int4-hadamard | 7.76  | 0.13   | int4 of rotated blocks: as good on heavy tails, where int4 alone is not   |
+| fp32-zstd     | ~1.2  | 0      | nothing                                                                   |
+| bf16-zstd     | ~2.8  | 0.0017 | what bf16 loses                                                           |
+| topk          | 64    | 0.94   | all but 64 of 4096 elements; residual: 4 bytes an element                 |
+| sign          | 28.4  | 0.60   | all but sign and mean magnitude; residual: 4 bytes an element             |
+| powersgd      | 128   | 0.996  | all but rank 4; residual: 4 bytes an element, and a basis of 4 columns    |
+
+`ratio` is fp32's bytes over the payload's for 1024 x 1024 elements (powersgd at R x C: R C / (4 R + 4 C)). `error` is
+what one call loses of the norm of normal numbers, the worst case for the last three: they send later what they leave
+out now, and gradients, whose rows and columns differ, suit them better.
+
+The codecs up to bf16-zstd are in the exact class: decode(encode(x)) depends on x and the seed alone. The seed only
+matters to int4-hadamard. The last three depend on what their slot sent before, and are outside the class.
+
+A value that is not finite stays not finite through every codec, so that a broken gradient is seen, not hidden. A codec
+with a residual then sends a payload of NaN and leaves its state as it was: the step is going to be skipped, so what was
+due before is still due.
+"""
+
+from __future__ import annotations
+
+from gradstream.core.codecs._base import Codec, Payload, ResidualCodec, State
+from gradstream.core.codecs._dense import Bf16, Fp32, Int4, Int4Hadamard, Int8
+from gradstream.core.codecs._lossless import Bf16Zstd, Fp32Zstd, PlaneCodec
+from gradstream.core.codecs._powersgd import PowerSgd
+from gradstream.core.codecs._residual import Sign, TopK
+from gradstream.core.encoded_size import Shape
+from gradstream.core.errors import ProtocolError
+from gradstream.proto.v1 import plan_pb2
+
+__all__ = [
+    "CODEC_NAMES",
+    "Codec",
+    "Payload",
+    "PlaneCodec",
+    "ResidualCodec",
+    "Shape",
+    "State",
+    "codec_named",
+    "codec_on_wire",
+]
+
+_CODECS: tuple[Codec, ...] = (
+    Fp32(),
+    Bf16(),
+    Int8(),
+    Int4(),
+    Int4Hadamard(),
+    Fp32Zstd(),
+    Bf16Zstd(),
+    TopK(),
+    Sign(),
+    PowerSgd(),
+)
+_BY_NAME = {codec.name: codec for codec in _CODECS}
+_BY_WIRE = {codec.wire: codec for codec in _CODECS}
+if set(_BY_WIRE) != set(plan_pb2.Codec.values()) - {plan_pb2.CODEC_UNSPECIFIED}:
+    raise RuntimeError("the codecs of gradstream.core.codecs and of plan.proto differ")
+CODEC_NAMES: tuple[str, ...] = tuple(_BY_NAME)
+
+
+def codec_named(name: str) -> Codec:
+    """The codec that a recipe names. Raises KeyError for another name: recipes are validated before."""
+    return _BY_NAME[name]
+
+
+def codec_on_wire(wire: int) -> Codec:
+    """The codec of a message. Raises ProtocolError for an unknown one."""
+    codec = _BY_WIRE.get(wire)  # type: ignore[call-overload]
+    if codec is None:
+        raise ProtocolError(f"unknown codec {wire}; do both sides run the same gradstream version?")
+    return codec  # type: ignore[no-any-return]

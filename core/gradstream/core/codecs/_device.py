@@ -1,0 +1,168 @@
+"""The codecs as chains of torch operations, for tensors that are not in the CPU's memory; and the crossing itself.
+
+They give the bits of the kernels in `gradstream.core.kernels` and `residual_kernels`: every operation is elementwise
+IEEE arithmetic in the kernels' order. They run on any device, so the tests compare them with the kernels on the CPU.
+
+Shape legend: N elements, B blocks, E = 256 elements a block.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from gradstream.core.codecs._base import Payload
+from gradstream.core.encoded_size import BLOCK
+
+_WORD = 0xFFFFFFFF
+_LARGEST_BF16 = float(torch.finfo(torch.bfloat16).max)
+_streams = threading.local()
+
+
+def to_host(encoded: torch.Tensor) -> Payload:
+    """The bytes of a tensor that the caller gives away. From a GPU they cross on a stream of their own, into pinned
+    memory, so that neither the crossing waits for later work nor later work for it."""
+    encoded = encoded.contiguous().view(-1)
+    if encoded.device.type == "cuda":
+        crossing = _side_stream(encoded.device)
+        crossing.wait_stream(torch.cuda.current_stream(encoded.device))
+        pinned = torch.empty(encoded.shape, dtype=encoded.dtype, pin_memory=True)
+        with torch.cuda.stream(crossing):
+            pinned.copy_(encoded, non_blocking=True)
+        encoded.record_stream(crossing)
+        crossing.synchronize()
+        encoded = pinned
+    payload: Payload = encoded.cpu().numpy().view(np.uint8)
+    return payload
+
+
+def from_host(payload: Payload, device: torch.device) -> torch.Tensor:
+    """A payload's bytes on a device, shape (bytes,), uint8."""
+    return torch.from_numpy(payload).to(device)
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """This thread's stream for crossings from `device`."""
+    streams: dict[torch.device, torch.cuda.Stream] = _streams.__dict__.setdefault("of_device", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return streams[device]
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether all are. By the extremes, which NaN passes through: isfinite() over all takes ten times as long."""
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
+
+
+def bytes_of(*parts: torch.Tensor) -> torch.Tensor:
+    """Tensors of any types, one after the other, as bytes."""
+    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+
+
+def blocks(values_N: torch.Tensor, size: int = BLOCK) -> torch.Tensor:
+    """As (B, size), the end padded with zeros."""
+    padding = -values_N.numel() % size
+    return (torch.nn.functional.pad(values_N, (0, padding)) if padding else values_N).view(-1, size)
+
+
+def quantize(blocks_BE: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales (B,), fp32, and quotients (B, E), int8, in ±largest: see `kernels.int8_encode`."""
+    # A tensor, not a Python number: a GPU may divide by a constant as it multiplies by the reciprocal.
+    divisor = torch.full((), largest, device=blocks_BE.device)
+    scales_B = blocks_BE.abs().amax(dim=1) / divisor
+    usable_B1 = (scales_B.isfinite() & (scales_B != 0))[:, None]
+    quotients_BE = torch.where(usable_B1, blocks_BE / scales_B[:, None], 0.0).round_().clamp_(-largest, largest)
+    return scales_B, quotients_BE.to(torch.int8)
+
+
+def pack_nibbles(quotients_BE: torch.Tensor, num_elements: int) -> torch.Tensor:
+    """Two quotients a byte, the first one low, shape ((num_elements + 1) // 2,)."""
+    nibbles_MP = quotients_BE.view(-1, 2).view(torch.uint8) & 0x0F
+    return (nibbles_MP[:, 0] | (nibbles_MP[:, 1] << 4))[: (num_elements + 1) // 2]
+
+
+def unpack_nibbles(packed_M: torch.Tensor) -> torch.Tensor:
+    """The quotients as fp32, shape (2 M,)."""
+    nibbles_MP = torch.stack((packed_M & 0x0F, packed_M >> 4), dim=1)
+    return ((nibbles_MP.view(-1).to(torch.int8) ^ 8) - 8).float()
+
+
+def rotate(values_BE: torch.Tensor, key: int) -> torch.Tensor:
+    """H D x of each block: see `kernels.hadamard_encode`."""
+    return _hadamard(values_BE * _signs(values_BE, key))
+
+
+def rotate_back(values_BE: torch.Tensor, key: int) -> torch.Tensor:
+    """D H x of each block, the inverse of `rotate`."""
+    return _hadamard(values_BE) * _signs(values_BE, key)
+
+
+def rotation_key(seed: int) -> int:
+    """A seed of any size as the 32 bits that the kernels' hash starts from."""
+    key = 0x9E3779B9  # not 0, which the hash maps to itself
+    while True:
+        key = mix(key ^ (seed & _WORD))
+        seed >>= 32
+        if seed in (0, -1):
+            return key
+
+
+def mix(x: int) -> int:
+    """`kernels._mix`, a hash of 32 bits."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def mix_tensor(x: torch.Tensor) -> torch.Tensor:
+    """`mix` of each element of an int64 tensor. Products wrap at 64 bits, of which the lower 32 are kept."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def _signs(values_BE: torch.Tensor, key: int) -> torch.Tensor:
+    num_blocks, size = values_BE.shape
+    block_keys_B = mix_tensor(mix_tensor(torch.arange(num_blocks, device=values_BE.device)) ^ key)
+    places_E = torch.arange(size, device=values_BE.device)
+    hashes_BE = mix_tensor((block_keys_B[:, None] + places_E) & _WORD)
+    return 1.0 - 2.0 * (hashes_BE >> 31).float()
+
+
+def _hadamard(values_BE: torch.Tensor) -> torch.Tensor:
+    num_blocks, size = values_BE.shape
+    values_BE = values_BE * 0.0625
+    half = size // 2
+    while half:
+        pairs = values_BE.view(num_blocks, size // (2 * half), 2, half)
+        first, second = pairs[:, :, 0], pairs[:, :, 1]
+        values_BE = torch.stack((first + second, first - second), dim=2).view(num_blocks, size)
+        half //= 2
+    return values_BE
+
+
+def mean_magnitudes(sums_BE: torch.Tensor) -> torch.Tensor:
+    """Sum of |x| / 256 of each block, in the order of `residual_kernels.sign_encode`. Shape (B,)."""
+    magnitudes = sums_BE.abs() * (1 / BLOCK)
+    while magnitudes.shape[1] > 1:
+        half = magnitudes.shape[1] // 2
+        magnitudes = magnitudes[:, :half] + magnitudes[:, half:]
+    return magnitudes[:, 0]
+
+
+def pack_bits(flags_N: torch.Tensor) -> torch.Tensor:
+    """Eight booleans a byte, the first one lowest, shape (ceil(N / 8),)."""
+    weights_8 = 2 ** torch.arange(8, device=flags_N.device)
+    return (blocks(flags_N.long(), 8) * weights_8).sum(dim=1).to(torch.uint8)
+
+
+def unpack_bits(packed_M: torch.Tensor) -> torch.Tensor:
+    """The booleans, shape (8 M,)."""
+    return ((packed_M[:, None] >> torch.arange(8, device=packed_M.device)) & 1).bool().view(-1)
+
+
+def to_bf16(values: torch.Tensor) -> torch.Tensor:
+    """Rounded to nearest even, finite if the values are."""
+    return values.clamp(-_LARGEST_BF16, _LARGEST_BF16).to(torch.bfloat16)

@@ -1,0 +1,228 @@
+"""Codecs that send little and keep the rest for later: topk and sign. PowerSGD has a module of its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+import torch
+
+from gradstream.core import residual_kernels
+from gradstream.core.codecs import _device
+from gradstream.core.codecs._base import Payload, ResidualCodec, State
+from gradstream.core.codecs._dense import padded, whole_blocks
+from gradstream.core.encoded_size import BLOCK, TOPK_CHUNK, TOPK_PART, Shape, topk_kept
+from gradstream.core.errors import ProtocolError
+from gradstream.core.kernels import F32, U8, U16
+from gradstream.proto.v1 import plan_pb2
+
+_KEPT = TOPK_CHUNK // TOPK_PART
+_FP32_MAX = float(np.finfo(np.float32).max)
+
+
+def sum_is_finite(values_N: torch.Tensor, residual_N: torch.Tensor) -> bool:
+    """Whether value + residual is finite everywhere. Both contiguous, fp32, (N,), on one device."""
+    end = 0
+    if values_N.device.type == "cpu":
+        end = values_N.numel() // BLOCK * BLOCK
+        if not residual_kernels.sum_is_finite(whole_blocks(values_N), whole_blocks(residual_N)):
+            return False
+    return _device.is_finite(values_N[end:] + residual_N[end:])
+
+
+def residual_of(values: torch.Tensor, state: State) -> torch.Tensor:
+    """The state's residual on the values' device, as (N,). Raises ValueError for a state of another slice."""
+    residual = state["residual"]
+    if residual.numel() != values.numel():
+        raise ValueError(f"a residual of {residual.numel()} elements for a slice of {values.numel()}")
+    if residual.device != values.device:
+        for key, tensor in state.items():
+            state[key] = tensor.to(values.device)
+        residual = state["residual"]
+    return residual.view(-1)
+
+
+class _Sparse(ResidualCodec):
+    """What topk and sign share: a residual and nothing else, updated in place."""
+
+    def new_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
+        return {"residual": torch.zeros(shape, device=device)}
+
+    def encode_with(self, values: torch.Tensor, state: State, seed: int = 0) -> Payload:
+        values_N = values.detach().view(-1)
+        residual_N = residual_of(values_N, state)
+        if not sum_is_finite(values_N, residual_N):
+            return self._not_finite(values_N.numel())
+        if values_N.device.type != "cpu":
+            return _device.to_host(self.encode_by_torch(values_N, residual_N))
+        return self._encode(values_N, residual_N)
+
+    @abstractmethod
+    def _encode(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> Payload:
+        """Encode by the kernels and update the residual."""
+
+    @abstractmethod
+    def encode_by_torch(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> torch.Tensor:
+        """The same by torch: the payload's bytes, on the tensor's device."""
+
+    @abstractmethod
+    def _not_finite(self, num_elements: int) -> Payload:
+        """A payload of NaN."""
+
+
+class TopK(_Sparse):
+    """The 64 largest magnitudes of each chunk of 4096 elements: all uint16 indices, then all bf16 values.
+
+    Chunks as in DeMo (Peng et al. 2024) and SparseLoCo (Sarfi et al. 2025), but of the flattened slice and without a
+    transform. A short last chunk keeps one element of every 64 or part of 64. Indices rise within a chunk.
+    """
+
+    name = "topk"
+    wire = plan_pb2.CODEC_TOPK
+
+    def _encode(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> Payload:
+        num_elements = values_N.numel()
+        payload = np.empty(self.encoded_bytes((num_elements,)), dtype=np.uint8)
+        (whole, rest), end = _kept_parts(payload, num_elements)
+        residual_kernels.topk_encode(whole_blocks(values_N, TOPK_CHUNK), whole_blocks(residual_N, TOPK_CHUNK), *whole)
+        if end < num_elements:
+            residual_1E = padded(residual_N[end:], TOPK_CHUNK)
+            # Never an element of the padding: there are enough before it, and of equal ones the first are taken.
+            residual_kernels.topk_encode(padded(values_N[end:], TOPK_CHUNK), residual_1E, *rest)
+            residual_N[end:].copy_(torch.from_numpy(residual_1E[0, : num_elements - end]))
+        return payload
+
+    def encode_by_torch(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> torch.Tensor:
+        num_elements = values_N.numel()
+        sums_CE = _device.blocks(values_N + residual_N, TOPK_CHUNK)
+        order_CE = sums_CE.abs().sort(dim=1, descending=True, stable=True).indices
+        chunks = num_elements // TOPK_CHUNK
+        indices_M = torch.cat(
+            [
+                part.sort(dim=1).values.view(-1)
+                for part in (order_CE[:chunks, :_KEPT], order_CE[chunks:, : topk_kept(num_elements % TOPK_CHUNK)])
+            ]
+        )
+        places_M = indices_M + torch.arange(len(indices_M), device=values_N.device) // _KEPT * TOPK_CHUNK
+        sums_N = sums_CE.view(-1)
+        halves_M = _device.to_bf16(sums_N[places_M])
+        sums_N[places_M] -= halves_M.float()
+        residual_N.copy_(sums_N[:num_elements])
+        return _device.bytes_of(indices_M.to(torch.int16), halves_M)
+
+    def decode(self, payload: Payload, out: torch.Tensor, seed: int = 0) -> None:
+        self._decode(payload, out, False)
+
+    def decode_add(self, payload: Payload, out: torch.Tensor, seed: int = 0) -> None:
+        self._decode(payload, out, True)
+
+    def _decode(self, payload: Payload, out: torch.Tensor, add: bool) -> None:
+        self.check_size(payload.nbytes, tuple(out.shape))
+        out_N = out.view(-1)
+        num_elements = out_N.numel()
+        (whole, rest), end = _kept_parts(payload, num_elements)
+        for (indices_CK, _), length in ((whole, TOPK_CHUNK), (rest, num_elements - end)):
+            if not residual_kernels.topk_indices_hold(indices_CK, length):
+                raise ProtocolError(f"topk payload whose indices do not rise within a chunk of {length} elements")
+        if not add:
+            out_N.zero_()
+        if out.device.type != "cpu":
+            self._add_by_torch(payload, out_N)
+            return
+        residual_kernels.topk_add(*whole, whole_blocks(out_N, TOPK_CHUNK))
+        if end < num_elements:
+            residual_kernels.topk_add(*rest, out_N[end:].detach().numpy().reshape(1, -1))
+
+    @staticmethod
+    def _add_by_torch(payload: Payload, out_N: torch.Tensor) -> None:
+        """Add checked values on the device of `out_N`. No place occurs twice, so the order does not matter."""
+        parts_2M = payload.view(np.int16).reshape(2, -1)
+        indices_M = torch.from_numpy(parts_2M[0].astype(np.int64)).to(out_N.device)
+        places_M = indices_M + torch.arange(len(indices_M), device=out_N.device) // _KEPT * TOPK_CHUNK
+        values_M = torch.from_numpy(parts_2M[1]).to(out_N.device).view(torch.bfloat16)
+        out_N[places_M] += values_M.float()
+
+    def _not_finite(self, num_elements: int) -> Payload:
+        payload = np.empty(self.encoded_bytes((num_elements,)), dtype=np.uint8)
+        for indices_CK, halves_CK in _kept_parts(payload, num_elements)[0]:
+            indices_CK[:] = np.arange(indices_CK.shape[1], dtype=np.uint16)
+            halves_CK[:] = 0x7FC0
+        return payload
+
+
+class Sign(_Sparse):
+    """Each element's sign times its block's mean magnitude (EF-signSGD, Karimireddy et al. 2019).
+
+    All blocks' means as fp32, then one bit an element, 1 for negative, the first one lowest. The last block may be
+    short.
+    """
+
+    name = "sign"
+    wire = plan_pb2.CODEC_SIGN
+
+    def _encode(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> Payload:
+        num_elements = values_N.numel()
+        payload = np.empty(self.encoded_bytes((num_elements,)), dtype=np.uint8)
+        scales_B, whole_BY, rest_Y = self._parts(payload, num_elements)
+        full, end = len(whole_BY), len(whole_BY) * BLOCK
+        residual_kernels.sign_encode(whole_blocks(values_N), whole_blocks(residual_N), scales_B[:full], whole_BY)
+        if end < num_elements:
+            payload_Y = self.encode_by_torch(values_N[end:], residual_N[end:]).numpy()
+            scales_B[full:] = payload_Y[:4].view(np.float32)
+            rest_Y[:] = payload_Y[4:]
+        return payload
+
+    def encode_by_torch(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> torch.Tensor:
+        num_elements = values_N.numel()
+        sums_N = values_N + residual_N
+        scales_B = _device.mean_magnitudes(_device.blocks(sums_N))
+        if num_elements % BLOCK:
+            scales_B[-1] = (scales_B[-1] * (BLOCK / (num_elements % BLOCK))).clamp(max=_FP32_MAX)
+        negative_N = sums_N.signbit()
+        scales_N = scales_B.repeat_interleave(BLOCK)[:num_elements]
+        residual_N.copy_(sums_N - torch.where(negative_N, -scales_N, scales_N))
+        return _device.bytes_of(scales_B, _device.pack_bits(negative_N))
+
+    def decode(self, payload: Payload, out: torch.Tensor, seed: int = 0) -> None:
+        self._decode(payload, out, False)
+
+    def decode_add(self, payload: Payload, out: torch.Tensor, seed: int = 0) -> None:
+        self._decode(payload, out, True)
+
+    def _decode(self, payload: Payload, out: torch.Tensor, add: bool) -> None:
+        self.check_size(payload.nbytes, tuple(out.shape))
+        out_N, end = out.view(-1), 0
+        num_elements = out_N.numel()
+        scales_B, whole_BY, rest_Y = self._parts(payload, num_elements)
+        if out.device.type == "cpu":
+            end = len(whole_BY) * BLOCK
+            residual_kernels.sign_decode(scales_B[: len(whole_BY)], whole_BY, whole_blocks(out_N), add)
+            scales_B = scales_B[len(whole_BY) :]
+        if end < num_elements:
+            scales_N = torch.from_numpy(scales_B).to(out.device).repeat_interleave(BLOCK)[: num_elements - end]
+            bits_Y = rest_Y if end else payload[len(payload) - -(-num_elements // 8) :]
+            negative_N = _device.unpack_bits(_device.from_host(bits_Y, out.device))[: num_elements - end]
+            values_N = torch.where(negative_N, -scales_N, scales_N)
+            out_N[end:].add_(values_N) if add else out_N[end:].copy_(values_N)
+
+    @staticmethod
+    def _parts(payload: Payload, num_elements: int) -> tuple[F32, U8, U8]:
+        """Views of a payload: scales, the whole blocks' bits as (B, 32), the rest's."""
+        begin, full = 4 * -(-num_elements // BLOCK), num_elements // BLOCK
+        end = begin + full * (BLOCK // 8)
+        return payload[:begin].view(np.float32), payload[begin:end].reshape(full, BLOCK // 8), payload[end:]
+
+    def _not_finite(self, num_elements: int) -> Payload:
+        payload = np.zeros(self.encoded_bytes((num_elements,)), dtype=np.uint8)
+        self._parts(payload, num_elements)[0][:] = np.nan
+        return payload
+
+
+def _kept_parts(payload: Payload, num_elements: int) -> tuple[tuple[tuple[U16, U16], tuple[U16, U16]], int]:
+    """Views of a topk payload, (indices, values) as (C, K): of the whole chunks, of the rest; where the rest begins."""
+    parts_2M = payload.view(np.uint16).reshape(2, -1)
+    chunks, rest = divmod(num_elements, TOPK_CHUNK)
+    kept = chunks * _KEPT
+    whole = parts_2M[0, :kept].reshape(-1, _KEPT), parts_2M[1, :kept].reshape(-1, _KEPT)
+    last = parts_2M[0, kept:].reshape(-1, topk_kept(rest) or 1), parts_2M[1, kept:].reshape(-1, topk_kept(rest) or 1)
+    return (whole, last), num_elements - rest

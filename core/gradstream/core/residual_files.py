@@ -1,0 +1,82 @@
+"""Residuals in a checkpoint: one safetensors file a slot, beside the servers' files.
+
+A file's keys are `KEY/TENSOR[BEGIN:END]`, KEY being one of the codec's state ("residual", "basis"); its metadata names
+the codec. Residuals are not part of the version's identity (`state_sha256`): they belong to slots, not to weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from gradstream.core import files
+from gradstream.core.checkpoint import FileEntry, slice_name, verified_file
+from gradstream.core.codecs import ResidualCodec, State
+from gradstream.core.errors import CheckpointError
+from gradstream.core.fragments import Fragment
+from gradstream.core.payloads import CodecBook
+from gradstream.core.plan import Plan
+
+
+def residual_file_name(epoch: int, slot: int, node_id: str) -> str:
+    """A name that no other worker writes to, should two hold the slot for a moment."""
+    return f"epoch-{epoch:04d}-residual-slot-{slot:03d}-{node_id}.safetensors"
+
+
+def write_residual(directory: str, file: str, plan: Plan, states: Mapping[int, State]) -> FileEntry:
+    """Write a slot's states, by fragment, all on the CPU. Raises OSError."""
+    arrays = {
+        f"{key}/{slice_name(plan.tensors, plan.fragments[index])}": array.contiguous()
+        for index, state in states.items()
+        for key, array in state.items()
+    }
+    data = save(arrays, metadata={"format": "gradstream", "codec": plan.recipe.codec.push})
+    files.make_directory(directory)
+    files.write_atomic(files.join(directory, file), lambda stream: stream.write(data))
+    return FileEntry(file=file, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def read_residual(directory: str, entry: FileEntry, plan: Plan) -> tuple[dict[int, State], str]:
+    """A slot's states by fragment, or, when they do not fit the plan, none and why.
+
+    Raises CheckpointError for a damaged file.
+    """
+    path = files.join(directory, entry.file)
+    local = verified_file(directory, entry)
+    states: dict[int, State] = {}
+    try:
+        with safe_open(local, framework="pt") as opened:
+            codec = (opened.metadata() or {}).get("codec", "none")
+            if codec != plan.recipe.codec.push:
+                return {}, f"it was kept by codec {codec}, the job's is {plan.recipe.codec.push}"
+            left = set(opened.keys())
+            for fragment, fresh in _fresh_states(plan):
+                state = {}
+                for key, like in fresh.items():
+                    name = f"{key}/{slice_name(plan.tensors, fragment)}"
+                    if name not in left or tuple(opened.get_slice(name).get_shape()) != tuple(like.shape):
+                        return {}, f"the model was cut into other fragments: it has no {name} of shape {[*like.shape]}"
+                    state[key] = opened.get_tensor(name).to(torch.float32, copy=True)
+                    left.discard(name)
+                states[fragment.index] = state
+            if left:
+                return {}, f"the model was cut into other fragments: {min(left)} is none of the plan's"
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"checkpoint file {path} cannot be read ({error}); restore it, or remove {directory} to go back to an "
+            f"older checkpoint"
+        ) from None
+    return states, ""
+
+
+def _fresh_states(plan: Plan) -> Iterator[tuple[Fragment, State]]:
+    """Each fragment that keeps a residual, and the state that it would begin with."""
+    book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
+    for bundle in plan.bundles:
+        for codec, fragment in zip(book.of(bundle, plan.recipe.codec.push).codecs, bundle.fragments, strict=True):
+            if isinstance(codec, ResidualCodec):
+                yield fragment, codec.new_state(fragment.shape)

@@ -1,0 +1,157 @@
+"""One bundle on its server: master weights, optimizer, the sum in progress, and the copies that workers pull.
+
+Methods marked "worker thread" run in the server's thread pool, one at a time for a bundle; everything else on the
+event loop. A bundle's fragments lie end to end in flat tensors; norms, digests and checkpoints see them one by one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gradstream.core import kernels
+from gradstream.core.bundles import Bundle
+from gradstream.core.checkpoint import COPY, WEIGHT, CheckpointReader
+from gradstream.core.codecs import Payload
+from gradstream.core.config import Recipe
+from gradstream.core.downlink import Downlink
+from gradstream.core.errors import CheckpointError
+from gradstream.core.fragments import Fragment, Tensor
+from gradstream.core.payloads import BundleCodec, CodecBook, slices
+from gradstream.services.parameter_server.optimizer import STEP_COUNT, BundleOptimizer
+from gradstream.services.parameter_server.publication import Copy, publisher
+
+State = dict[str, npt.NDArray[np.float32]]
+
+
+class BundleState:
+    """The state of one bundle. Contributions are added in slot order."""
+
+    def __init__(self, bundle: Bundle, tensors: Sequence[Tensor], recipe: Recipe, form: Downlink, book: CodecBook):
+        self.bundle = bundle
+        self.published_version = -1
+        self.next_slot = 0
+        self.adding = False
+        self.early: dict[int, list[Payload]] = {}
+        self.squared_norms = [0.0] * len(bundle.fragments)
+        self._tensors = [tensors[fragment.tensor] for fragment in bundle.fragments]
+        self._num_slots = recipe.training.num_slots
+        self._weights_N = torch.zeros(bundle.num_elements)
+        self._sum_N = torch.zeros(bundle.num_elements)
+        self._weights = slices(self._weights_N, bundle)
+        self._sums = slices(self._sum_N, bundle)
+        self._optimizer = BundleOptimizer(
+            self._weights, self._sums, [tensor.decay for tensor in self._tensors], recipe.optimizer
+        )
+        self._publishing = threading.Lock()
+        self._publisher = publisher(form, bundle, self._weights_N, book, recipe.codec.keyframe_versions)
+
+    # -- accumulation ----------------------------------------------------------------------------------------------
+
+    def has(self, slot: int) -> bool:
+        """Whether the slot's contribution to the current step was taken."""
+        return slot < self.next_slot or slot in self.early
+
+    @property
+    def complete(self) -> bool:
+        """Whether every slot's contribution is in the sum."""
+        return self.next_slot == self._num_slots
+
+    @property
+    def ready_to_add(self) -> bool:
+        """Whether the contribution whose turn it is has arrived and nothing is being added."""
+        return not self.adding and self.next_slot in self.early
+
+    def add_next(self, codec: BundleCodec, payloads: Sequence[Payload], step: int, slot: int) -> None:
+        """Add slot `slot`'s contribution to the sum; worker thread. After the last one, take the squared norms."""
+        if slot == 0:
+            codec.decode(payloads, self._sums, step)
+        else:
+            codec.decode_add(payloads, self._sums, step)
+        if slot == self._num_slots - 1:
+            # In fp64 and in a fixed order, fragment by fragment: the same whatever a bundle holds.
+            self.squared_norms = [kernels.squared_norm(sum_N.numpy()) for sum_N in self._sums]
+
+    # -- commit ----------------------------------------------------------------------------------------------------
+
+    def apply(self, num_tokens: int, clip_scale: float, rate: float) -> None:
+        """Scale the sum to the clipped mean over the step's tokens and update the weights; worker thread."""
+        self._sum_N.mul_(clip_scale / num_tokens)
+        self._optimizer.step(rate)
+
+    def publish(self, version: int, codec: str) -> None:
+        """Make the copies of a version; `codec` is that of its differences. Worker thread."""
+        with self._publishing:
+            self._publisher.publish(version, codec)
+
+    def begin_step(self, version: int) -> None:
+        """Let workers have `version`, and be ready for that step's contributions."""
+        self.published_version = version
+        self.next_slot = 0
+        self.early.clear()
+
+    def delta(self) -> Copy | None:
+        """What a worker that holds the version before gets; None: the whole copy."""
+        return self._publisher.delta
+
+    def full(self) -> Copy:
+        """The whole copy of the published version; worker thread."""
+        with self._publishing:
+            return self._publisher.full()
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> list[tuple[Fragment, State]]:
+        """Each fragment with a copy of its weights, its optimizer state and the workers' copy; worker thread."""
+        states = self._optimizer.state()
+        saved_N = self._publisher.saved()
+        copies = slices(saved_N, self.bundle) if saved_N is not None else []
+        found = []
+        for number, fragment in enumerate(self.bundle.fragments):
+            state = {WEIGHT: self._weights[number].numpy(), **states[number]}
+            if copies:
+                state[COPY] = copies[number].numpy()
+            found.append((fragment, {name: array.copy() for name, array in state.items()}))
+        return found
+
+    def initialize(self, number: int, tensor: torch.Tensor) -> None:
+        """Take the initial weights of fragment `number` of the bundle from the whole tensor."""
+        fragment = self.bundle.fragments[number]
+        self._weights[number].copy_(tensor.reshape(-1)[fragment.begin : fragment.end])
+
+    def load(self, reader: CheckpointReader) -> None:
+        """Take weights, optimizer state and the workers' copy from a checkpoint. Raises CheckpointError."""
+        saved_N = self._publisher.saved()
+        copies = slices(torch.empty_like(saved_N), self.bundle) if saved_N is not None else []
+        states: list[State] = []
+        for number, (fragment, tensor) in enumerate(zip(self.bundle.fragments, self._tensors, strict=True)):
+            name, begin, end = tensor.name, fragment.begin, fragment.end
+            if reader.shape(name) != tensor.shape:
+                raise CheckpointError(
+                    f"checkpoint {reader.directory}: tensor '{name}' has shape {list(reader.shape(name))}, the "
+                    f"recipe's model {list(tensor.shape)}; use the model config of the checkpoint"
+                )
+            self._weights[number].copy_(torch.from_numpy(reader.read(WEIGHT, name, begin, end)))
+            kinds = set(self._optimizer.names())
+            state = {kind: reader.read(kind, name, begin, end) for kind in kinds - {STEP_COUNT}}
+            state |= {kind: reader.scalar(kind, name, begin) for kind in kinds & {STEP_COUNT}}
+            states.append(state)
+            if copies:
+                copies[number].copy_(torch.from_numpy(reader.read(COPY, name, begin, end)))
+        self._optimizer.load(states)
+        if copies:
+            self._publisher.restore(torch.cat(copies))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of weights, sum, optimizer state and copies."""
+        return 8 * self.bundle.num_elements + self._optimizer.state_bytes + self._publisher.state_bytes
+
+    @property
+    def early_bytes(self) -> int:
+        """Bytes of contributions that wait for their turn."""
+        return sum(len(payload) for payloads in self.early.values() for payload in payloads)

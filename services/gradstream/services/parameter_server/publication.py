@@ -1,0 +1,184 @@
+"""What workers pull of a bundle: whole copies and differences, as messages that are framed once for all workers.
+
+`publish` and `full` run in the server's thread pool, one at a time for a bundle.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gradstream.core.bundles import Bundle
+from gradstream.core.codecs import Payload, PlaneCodec
+from gradstream.core.downlink import Downlink
+from gradstream.core.payloads import BundleCodec, CodecBook, slices
+from gradstream.core.wire import checksum, frames
+from gradstream.proto.v1 import parameter_server_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One version of a bundle as messages, ready to be sent to any number of workers."""
+
+    version: int
+    messages: tuple[bytes, ...]
+    num_bytes: int
+
+
+def frame_copy(version: int, codec: BundleCodec, payloads: list[Payload], delta: bool) -> Copy:
+    """Frame a version's payloads."""
+    num_bytes = sum(map(len, payloads))
+    header = pb.WeightsHeader(
+        version=version,
+        bundle=codec.bundle.index,
+        codec=codec.codec.wire,
+        payload_bytes=num_bytes,
+        crc32c=checksum(*payloads),
+        delta=delta,
+        fragment_bytes=[len(payload) for payload in payloads],
+    )
+    return Copy(version, tuple(frames(header, payloads)), num_bytes)
+
+
+class Publisher(ABC):
+    """Makes each version's copies of one bundle from its weights."""
+
+    delta: Copy | None = None
+    """What a worker that holds the version before gets; None: it gets the whole copy too."""
+
+    def __init__(self, bundle: Bundle, weights_N: torch.Tensor):
+        self._bundle = bundle
+        self._weights_N = weights_N
+        self._full: Copy | None = None
+
+    @abstractmethod
+    def publish(self, version: int, codec: str) -> None:
+        """Make the copies of a version from the weights as they are; `codec` is that of its differences."""
+
+    @abstractmethod
+    def full(self) -> Copy:
+        """The whole copy of the version published last."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the copies, encoded or not."""
+        return sum(copy.num_bytes for copy in (self.delta, self._full) if copy is not None)
+
+    def saved(self) -> torch.Tensor | None:
+        """What a checkpoint must hold beside the weights, of the bundle's elements; None if nothing."""
+        return None
+
+    def restore(self, saved_N: torch.Tensor) -> None:
+        """Take what `saved` gave."""
+        raise NotImplementedError("a publisher that saves nothing has nothing to restore")
+
+
+class WholePublisher(Publisher):
+    """Every pull is of the whole bundle, in one codec."""
+
+    def __init__(self, bundle: Bundle, weights_N: torch.Tensor, codec: BundleCodec):
+        super().__init__(bundle, weights_N)
+        self._codec = codec
+
+    def publish(self, version: int, codec: str) -> None:
+        payloads = self._codec.encode(slices(self._weights_N, self._bundle), version)
+        self._full = frame_copy(version, self._codec, payloads, delta=False)
+
+    def full(self) -> Copy:
+        assert self._full is not None
+        return self._full
+
+
+class DeltaPublisher(Publisher):
+    """Differences to the copy that the workers hold; a newcomer gets that copy, in fp32, as they hold it.
+
+    At every `keyframe_versions`-th version all get the weights in fp32, so that no copy that went wrong unnoticed lives
+    for ever.
+    """
+
+    def __init__(self, bundle: Bundle, weights_N: torch.Tensor, book: CodecBook, keyframe_versions: int):
+        super().__init__(bundle, weights_N)
+        self._book = book
+        self._keyframe_versions = keyframe_versions
+        self._copy_N = torch.zeros_like(weights_N)
+        self._restored = False
+        self._version = -1
+
+    def publish(self, version: int, codec: str) -> None:
+        self._full = self.delta = None
+        first = self._version < 0
+        self._version = version
+        if first:
+            if not self._restored:
+                self._copy_N.copy_(self._weights_N)
+        elif version % self._keyframe_versions == 0:
+            self._copy_N.copy_(self._weights_N)
+        else:
+            bundle_codec = self._book.delta(self._bundle, codec)
+            weights, copies = slices(self._weights_N, self._bundle), slices(self._copy_N, self._bundle)
+            payloads = bundle_codec.encode_delta(weights, copies, version)
+            self.delta = frame_copy(version, bundle_codec, payloads, delta=True)
+
+    def full(self) -> Copy:
+        if self._full is None:
+            codec = self._book.of(self._bundle, "fp32")
+            payloads = codec.encode(slices(self._copy_N, self._bundle), self._version)
+            self._full = frame_copy(self._version, codec, payloads, delta=False)
+        return self._full
+
+    @property
+    def state_bytes(self) -> int:
+        return super().state_bytes + 4 * self._copy_N.numel()
+
+    def saved(self) -> torch.Tensor:
+        return self._copy_N
+
+    def restore(self, saved_N: torch.Tensor) -> None:
+        self._copy_N.copy_(saved_N)
+        self._restored = True
+
+
+class XorPublisher(Publisher):
+    """The bits that changed since the version before: hardly any where a learning rate is tiny, as in fine-tuning."""
+
+    def __init__(self, bundle: Bundle, weights_N: torch.Tensor, full: BundleCodec, delta: BundleCodec):
+        super().__init__(bundle, weights_N)
+        self._full_codec = full
+        self._delta_codec = delta
+        self._held: list[Payload] = []
+        self._version = -1
+
+    def publish(self, version: int, codec: str) -> None:
+        payloads = self._full_codec.encode(slices(self._weights_N, self._bundle), version)
+        held, self._held = self._held, payloads
+        self._full = self.delta = None
+        self._version = version
+        if held:
+            packed = []
+            for plane, now, before in zip(self._delta_codec.codecs, payloads, held, strict=True):
+                assert isinstance(plane, PlaneCodec)
+                packed.append(plane.pack(np.bitwise_xor(now, before)))
+            self.delta = frame_copy(version, self._delta_codec, packed, delta=True)
+
+    def full(self) -> Copy:
+        if self._full is None:
+            self._full = frame_copy(self._version, self._full_codec, self._held, delta=False)
+        return self._full
+
+    @property
+    def state_bytes(self) -> int:
+        return super().state_bytes + sum(map(len, self._held))
+
+
+def publisher(
+    form: Downlink, bundle: Bundle, weights_N: torch.Tensor, book: CodecBook, keyframe_versions: int
+) -> Publisher:
+    """The publisher for a form of downlink."""
+    if form.delta is None:
+        return WholePublisher(bundle, weights_N, book.of(bundle, form.full))
+    if form.xor:
+        return XorPublisher(bundle, weights_N, book.of(bundle, form.full), book.delta(bundle, form.delta))
+    return DeltaPublisher(bundle, weights_N, book, keyframe_versions)

@@ -1,0 +1,117 @@
+"""What all peers together can make a server hold: how many streams they may open, how much they may leave half sent.
+
+A stream costs the server at most one contribution in assembly or one fragment being written, and the few messages that
+gRPC's flow control admits. So a bound on streams bounds memory. Where a bound is reached the newcomer is told to come
+again; where half-sent contributions reach theirs, the one that was begun first goes, as an honest peer's is over in a
+moment and would be sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gradstream.core.errors import GradstreamError, UnreachableError
+
+MOST_STREAMS = 384
+MOST_STREAMS_A_HOST = 192
+MOST_STREAMS_A_CONNECTION = 8
+MOST_HALF_SENT_BYTES = 256 << 20
+
+
+class Stream:
+    """A push or pull that was admitted, for the task that serves it."""
+
+    def __init__(self, streams: Streams, peer: str):
+        self._streams = streams
+        self._peer = peer
+        self._task = asyncio.current_task()
+        self.half_sent_bytes = 0
+        self.ended: GradstreamError | None = None
+
+    def begin(self, num_bytes: int) -> None:
+        """A contribution of so many bytes is going to be assembled."""
+        self._streams.make_room(self, num_bytes)
+        self.half_sent_bytes = num_bytes
+
+    def finish(self) -> None:
+        """The contribution is whole."""
+        self.half_sent_bytes = 0
+        self._streams.half_sent.pop(self, None)
+
+    def end(self) -> None:
+        """Interrupt the task, which is waiting for the rest of a contribution."""
+        held = f"{self.half_sent_bytes} bytes of a contribution from {self._peer} were half sent"
+        self.ended = UnreachableError(f"{held} while others needed the room; send it again")
+        self.finish()
+        if self._task is not None:
+            self._task.cancel()
+
+    def interrupted(self) -> GradstreamError | None:
+        """Why the task was cancelled by `end`, or None when that was somebody else. Clears the cancellation."""
+        if self.ended is not None and self._task is not None:
+            self._task.uncancel()
+        return self.ended
+
+
+class Streams:
+    """All streams of a server."""
+
+    def __init__(
+        self,
+        most: int = MOST_STREAMS,
+        most_a_host: int = MOST_STREAMS_A_HOST,
+        most_a_connection: int = MOST_STREAMS_A_CONNECTION,
+        most_half_sent_bytes: int = MOST_HALF_SENT_BYTES,
+    ):
+        self.half_sent: dict[Stream, None] = {}  # in the order in which they were begun
+        self.num_open = 0
+        self._most = most
+        self._most_half_sent_bytes = most_half_sent_bytes
+        self._limits = ((_host, most_a_host), (_connection, most_a_connection))
+        self._counts: Counter[str] = Counter()
+
+    @contextmanager
+    def admit(self, peer: str) -> Iterator[Stream]:
+        """Count a stream of `peer` (gRPC's name for it) while it is open. Raises UnreachableError when it is one too
+        many."""
+        if self.num_open >= self._most:
+            raise UnreachableError(f"this server already has {self._most} streams open; try again later")
+        keys = [key(peer) for key, _ in self._limits]
+        for name, (_, limit) in zip(keys, self._limits, strict=True):
+            if self._counts[name] >= limit:
+                raise UnreachableError(f"{name} already has {limit} streams open here; close some or try again later")
+        stream = Stream(self, peer)
+        self.num_open += 1
+        self._counts.update(keys)
+        try:
+            yield stream
+        finally:
+            stream.finish()
+            self.num_open -= 1
+            self._counts.subtract(keys)
+            for name in keys:
+                if not self._counts[name]:
+                    del self._counts[name]
+
+    def make_room(self, stream: Stream, num_bytes: int) -> None:
+        """Note a contribution that begins; end those begun first while there are too many bytes half sent."""
+        self.half_sent[stream] = None
+        total = num_bytes + sum(other.half_sent_bytes for other in self.half_sent)
+        while total > self._most_half_sent_bytes:
+            oldest = next(iter(self.half_sent))
+            if oldest is stream:
+                return  # alone: it may be larger than the bound, but not more than a fragment
+            total -= oldest.half_sent_bytes
+            oldest.end()
+
+
+def _connection(peer: str) -> str:
+    return f"connection {peer}"
+
+
+def _host(peer: str) -> str:
+    """The peer without its port: "ipv4:10.0.0.7:41234" and "ipv6:[::1]:41234" lose what follows the last colon."""
+    return f"host {peer.rpartition(':')[0] or peer}"

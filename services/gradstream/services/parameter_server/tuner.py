@@ -1,0 +1,62 @@
+"""The leader's side of `codec: auto`: gathers what workers measured and how long steps take."""
+
+from __future__ import annotations
+
+from gradstream.core import autocodec
+from gradstream.core.autocodec import AutoState, Speeds
+from gradstream.core.bundles import codec_for
+from gradstream.core.encoded_size import encoded_bytes
+from gradstream.core.plan import Plan
+from gradstream.proto.v1 import parameter_server_pb2 as pb
+
+
+class Tuner:
+    """Chooses each step's codec. `push` and `pull` say which direction is free to change."""
+
+    def __init__(self, plan: Plan):
+        codec = plan.recipe.codec
+        self.push = codec.push == "auto"
+        self.pull = codec.pull == "auto"
+        self._state = AutoState()
+        self._committed_at: float | None = None
+        self._measured: dict[str, pb.LinkMeasurement] = {}
+        embedding = codec.embedding
+        self._sizes = {
+            name: float(
+                sum(
+                    self.push * encoded_bytes(codec_for(kind, name, embedding), fragment.shape)
+                    + self.pull * encoded_bytes(codec_for(kind, name, name), fragment.shape)
+                    for fragment in plan.fragments
+                    for kind in (plan.tensors[fragment.tensor].kind,)
+                )
+            )
+            for name in autocodec.LADDER
+        }
+
+    @property
+    def codec(self) -> str:
+        """The codec of the step under way."""
+        return self._state.codec
+
+    @property
+    def reason(self) -> str:
+        """Why it is this one."""
+        return self._state.reason
+
+    def measured(self, peer: str, measurement: pb.LinkMeasurement) -> None:
+        """Take what the worker behind `peer` saw over its last step."""
+        self._measured[peer] = measurement
+
+    def committed(self, now: float) -> None:
+        """A step was committed at `now`, in seconds of a steady clock; the next one's codec is decided."""
+        before, self._committed_at = self._committed_at, now
+        seen = list(self._measured.values())
+        self._measured.clear()
+        if before is None or not seen:
+            return
+        speeds = Speeds(
+            max(measurement.compute_seconds for measurement in seen),
+            min(measurement.push_bytes_per_second for measurement in seen),
+            min(measurement.pull_bytes_per_second for measurement in seen),
+        )
+        self._state = autocodec.after_step(self._state, now - before, speeds, self._sizes)

@@ -1,0 +1,296 @@
+"""A job's shards behind the real servicer on servers of this process, and what a worker does with them, by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+import torch
+
+from gradstream.core.bundles import Bundle, first_push_codec
+from gradstream.core.codecs import Payload, codec_on_wire
+from gradstream.core.config import parse_recipe
+from gradstream.core.data import parse_manifest
+from gradstream.core.fragments import cut
+from gradstream.core.model import inventory
+from gradstream.core.payloads import BundleCodec, CodecBook, split
+from gradstream.core.placement import place
+from gradstream.core.plan import Plan, Server
+from gradstream.core.rpc import listen, new_server, open_channel
+from gradstream.core.wire import Assembler, ParameterServerStub, add_parameter_server, checksum, frames, parse, verify
+from gradstream.proto.v1 import coordinator_pb2, plan_pb2
+from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.services.parameter_server.leader import Decision
+from gradstream.services.parameter_server.servicer import ParameterServerServicer
+from gradstream.services.parameter_server.shard import Shard
+from support.micro import MICRO_LLAMA
+
+MODEL = MICRO_LLAMA
+TENSORS = inventory(MODEL)
+FRAGMENTS = cut(TENSORS, 256)
+NUM_SLOTS = 3
+SLOT_SAMPLES = 2
+SLOT_TOKENS = SLOT_SAMPLES * 8
+
+Key = tuple[int, int]
+"""(slot, bundle)"""
+
+
+def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: str = "data", **changes: Any) -> Plan:
+    """A plan for the micro model; keyword arguments replace fields of the plan, `codec` and `training` keys
+    of the recipe's sections."""
+    recipe = {
+        "name": "tiny",
+        "seed": 1,
+        "model": {"config": MODEL},
+        "training": {"num_steps": 3, "num_slots": 3, "global_batch": 6, "microbatch": 1, "sequence_length": 8}
+        | changes.pop("training", {}),
+        "optimizer": {"learning_rate": 0.01, "clip_norm": 0.5},
+        "validation": {"num_samples": 3},
+        "checkpoint": {"interval_steps": 1 if changes.get("checkpoint_root") else 0},
+        "codec": {"push": push, "pull": pull} | changes.pop("codec", {}),
+        "data": {"path": data},
+    }
+    tokens = {
+        "token_dtype": "uint16",
+        "vocab_size": 64,
+        "end_of_text_id": 0,
+        "tokenizer_sha256": "0" * 64,
+        "shards": [],
+    }
+    fields: dict[str, Any] = {
+        "job_id": "job",
+        "epoch": 5,
+        "recipe": parse_recipe(recipe),
+        "model_config": MODEL,
+        "data_manifest": parse_manifest(tokens),
+        "tensors": tuple(TENSORS),
+        "fragment_elements": 256,
+        "placement": tuple(place(FRAGMENTS, TENSORS, num_servers)[0]),
+        "servers": tuple(Server(f"n{index}", f"server-{index}", "") for index in range(num_servers)),
+        "leader": 0,
+        "start_version": 0,
+        "checkpoint_path": "",
+        "checkpoint_root": "",
+    }
+    return Plan(**(fields | changes))
+
+
+def gradient(step: int, slot: int, fragment: int) -> torch.Tensor:
+    """Some gradient, summed over the slot's tokens, of a size that makes clipping count."""
+    generator = torch.Generator().manual_seed(10_000 * step + 100 * slot + fragment)
+    return torch.randn(FRAGMENTS[fragment].num_elements, generator=generator)
+
+
+def same(left: dict[int, torch.Tensor], right: dict[int, torch.Tensor]) -> bool:
+    """Whether both hold the same fragments with the same bits."""
+    return left.keys() == right.keys() and all(
+        torch.equal(left[index].view(torch.int32), right[index].view(torch.int32)) for index in left
+    )
+
+
+class Cluster:
+    """A plan's shards, each behind the real servicer on a server of its own."""
+
+    def __init__(self, plan: Plan, servicer: type[ParameterServerServicer] = ParameterServerServicer):
+        self.plan = plan
+        self._servicer = servicer
+        self.shards: list[Shard] = []
+        self.stubs: list[ParameterServerStub] = []
+        self.reports: list[coordinator_pb2.ReportStepRequest] = []
+        self.failures: list[Exception] = []
+        self.checkpoints: list[coordinator_pb2.ReportCheckpointRequest] = []
+        self.book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
+        self._executor = ThreadPoolExecutor(2)
+        self._servers: list[grpc.aio.Server] = []
+        self._channels: list[grpc.aio.Channel] = []
+
+    async def start(self) -> None:
+        for index in range(len(self.plan.servers)):
+            shard = Shard(
+                self.plan,
+                index,
+                self._executor,
+                self._ask_leader,
+                self._take_step,
+                self._take_checkpoint,
+                self._take_failure,
+            )
+            server = new_server()
+            add_parameter_server(self._servicer(lambda shard=shard: shard), server)
+            channel = open_channel(f"127.0.0.1:{listen(server, '127.0.0.1:0')}")
+            await server.start()
+            self.shards.append(shard)
+            self.stubs.append(ParameterServerStub(channel))
+            self._servers.append(server)
+            self._channels.append(channel)
+        await asyncio.gather(*(shard.load() for shard in self.shards))
+
+    async def stop(self) -> None:
+        for shard in self.shards:
+            await shard.close("the test is over")
+        for channel in self._channels:
+            await channel.close(None)
+        for server in self._servers:
+            await server.stop(None)
+        self._executor.shutdown()
+
+    async def _ask_leader(self, report: pb.CompleteStepRequest) -> Decision:
+        return Decision.from_proto(await self.stubs[self.plan.leader].CompleteStep(report))
+
+    async def _take_step(self, report: coordinator_pb2.ReportStepRequest) -> None:
+        self.reports.append(report)
+
+    async def _take_failure(self, error: Exception) -> None:
+        self.failures.append(error)
+
+    async def _take_checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
+        self.checkpoints.append(report)
+
+    # -- what a worker does ----------------------------------------------------------------------------------------
+
+    def all_keys(self) -> list[Key]:
+        """All contributions of a step."""
+        return [(slot, bundle.index) for slot in range(NUM_SLOTS) for bundle in self.plan.bundles]
+
+    def push_codec(self, bundle: int) -> BundleCodec:
+        return self.book.of(self.plan.bundles[bundle], first_push_codec(self.plan.recipe.codec))
+
+    def pushed_bytes(self) -> int:
+        """Payload bytes of one slot, where their length does not vary."""
+        return sum(self.push_codec(bundle.index).most_bytes for bundle in self.plan.bundles)
+
+    def contribution(
+        self, slot: int, bundle: int, step: int = 0, fill: float | None = None, **fields: Any
+    ) -> tuple[pb.ContributionHeader, list[Payload]]:
+        """A right contribution, but for the header's fields that are given; of `fill` where that is given."""
+        codec = self.push_codec(bundle)
+        values = [gradient(step, slot, fragment.index) for fragment in self.plan.bundles[bundle].fragments]
+        if fill is not None:
+            values = [torch.full_like(slice_N, fill) for slice_N in values]
+        payloads = codec.encode(values, step)
+        header: dict[str, Any] = {
+            "job_id": self.plan.job_id,
+            "epoch": self.plan.epoch,
+            "step": step,
+            "slot": slot,
+            "bundle": bundle,
+            "codec": codec.codec.wire,
+            "fragment_bytes": [len(payload) for payload in payloads],
+            "payload_bytes": sum(map(len, payloads)),
+            "crc32c": checksum(*payloads),
+            "slot_tokens": SLOT_TOKENS,
+            "slot_samples": SLOT_SAMPLES,
+            "slot_loss_sum": 10.0 + slot,
+        }
+        return pb.ContributionHeader(**(header | fields)), payloads
+
+    async def push(
+        self, keys: Iterable[Key], step: int = 0, fill: float | None = None, **fields: Any
+    ) -> list[pb.PushResponse]:
+        """Push right contributions, in this order to each server; the acknowledgements of all."""
+        by_server: dict[int, list[bytes]] = {}
+        for slot, bundle in keys:
+            messages = frames(*self.contribution(slot, bundle, step, fill, **fields))
+            by_server.setdefault(self.plan.bundles[bundle].server, []).extend(messages)
+        found = await asyncio.gather(*(self.send(server, sent) for server, sent in by_server.items()))
+        return [response for responses in found for response in responses]
+
+    async def send(self, server: int, messages: list[bytes]) -> list[pb.PushResponse]:
+        """Send raw messages on one push stream, end it, and return the acknowledgements."""
+
+        async def each() -> AsyncIterator[bytes]:
+            for message in messages:
+                yield message
+
+        responses = [response async for response in self.stubs[server].Push(each())]
+        assert responses[0].result == pb.PUSH_RESULT_UNSPECIFIED
+        assert responses[0].window_bytes > 0
+        return responses[1:]
+
+    async def refusal(self, server: int, messages: list[bytes]) -> grpc.aio.AioRpcError:
+        """The error that ends a push stream of these messages."""
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await self.send(server, messages)
+        return caught.value
+
+    async def arrivals(
+        self, server: int, min_version: int, **fields: Any
+    ) -> tuple[int, list[tuple[pb.WeightsHeader, Payload]]]:
+        """One server's weights, still encoded, with the checks that a worker makes: (version, bundles)."""
+        request: dict[str, Any] = {
+            "job_id": self.plan.job_id,
+            "epoch": self.plan.epoch,
+            "min_version": min_version,
+            "bundles": list(self.shards[server].bundles),
+        }
+        request |= fields
+        version = -1
+        found = []
+        assembler: Assembler[pb.WeightsHeader] = Assembler()
+        async for message in self.stubs[server].Pull(pb.PullRequest(**request)):
+            encoded, piece = parse(message)
+            if encoded is not None:
+                header = pb.WeightsHeader.FromString(bytes(encoded))
+                if version < 0:
+                    version = header.version
+                    assert header.push_codec == self.shards[server].push_codec.wire
+                    assert header.codec == plan_pb2.CODEC_UNSPECIFIED
+                    continue
+                assert header.version == version
+                assembler.begin(header)
+            whole = assembler.add(piece)
+            if whole is not None:
+                verify(*whole, "pull")
+                found.append(whole)
+        assert [header.bundle for header, _ in found] == list(request["bundles"]), "in the order asked for"
+        return version, found
+
+    async def pull_one(self, server: int, min_version: int, **fields: Any) -> tuple[int, dict[int, torch.Tensor]]:
+        """One server's weights by fragment, whole, decoded."""
+        version, found = await self.arrivals(server, min_version, **fields)
+        weights: dict[int, torch.Tensor] = {}
+        for header, payload in found:
+            assert not header.delta
+            bundle: Bundle = self.plan.bundles[header.bundle]
+            codec = self.book.of(bundle, codec_on_wire(header.codec).name)
+            out = [torch.empty(fragment.num_elements) for fragment in bundle.fragments]
+            codec.decode(split(payload, header.fragment_bytes), out, version)
+            weights |= {fragment.index: out_N for fragment, out_N in zip(bundle.fragments, out, strict=True)}
+        return version, weights
+
+    async def pull(self, version: int) -> dict[int, torch.Tensor]:
+        """All servers' weights of a version, by fragment; waits for it."""
+        pulls = await asyncio.gather(*(self.pull_one(server, version) for server in range(len(self.shards))))
+        assert {found for found, _ in pulls} == {version}
+        return dict(sorted((index, tensor) for _, weights in pulls for index, tensor in weights.items()))
+
+    async def status(self) -> list[pb.GetServerStatusResponse]:
+        return [await stub.GetServerStatus(pb.GetServerStatusRequest(job_id=self.plan.job_id)) for stub in self.stubs]
+
+
+@asynccontextmanager
+async def serving(
+    plan: Plan, servicer: type[ParameterServerServicer] = ParameterServerServicer
+) -> AsyncIterator[Cluster]:
+    """A plan's cluster, loaded."""
+    cluster = Cluster(plan, servicer)
+    try:
+        await cluster.start()
+        yield cluster
+        assert cluster.failures == []
+    finally:
+        await cluster.stop()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let everything else run until a condition holds."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - a server's state, which has no event for a test to wait for
+            await asyncio.sleep(0.001)

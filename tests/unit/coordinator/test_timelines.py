@@ -1,0 +1,234 @@
+"""Timelines: the last ones of each worker are kept, on bounded disk, over crashes, and nothing wrong is."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from gradstream.coordinator import timelines
+from gradstream.coordinator.timelines import NUM_VERSIONS, TimelineFiles, check_timeline
+from gradstream.core.errors import ProtocolError
+from gradstream.core.rpc import error_from_rpc
+from gradstream.core.timeline import MAX_SPANS
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+
+
+def report(version: int = 0, num_spans: int = 2, **more: Any) -> coordinator_pb2.ReportTimelineRequest:
+    spans = [
+        coordinator_pb2.Span(
+            kind=coordinator_pb2.SPAN_KIND_SEND, begin_unix_us=1_700_000_000_000_000 + number, duration_us=5, slot=1
+        )
+        for number in range(num_spans)
+    ]
+    values = {"job_id": "tiny-1", "epoch": 1, "node_id": "n", "communication_us": 10, "hidden_us": 4, **more}
+    return coordinator_pb2.ReportTimelineRequest(version=version, spans=spans, **values)
+
+
+def entry(version: int, worker: str = "worker-0", **more: Any) -> jobs_pb2.GetTimelineResponse:
+    return jobs_pb2.GetTimelineResponse(worker=worker, timeline=report(version, **more))
+
+
+def kept(directory: Path) -> list[tuple[str, int]]:
+    """Worker and version of what a newly started coordinator finds."""
+    found = [timelines._record_at(*place) for place in TimelineFiles(directory).index()]
+    return [(record.worker, record.timeline.version) for record in found if record is not None]
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def test_keeps_the_last_versions_of_each_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timelines, "SEGMENT_BYTES", 1000)
+    files = TimelineFiles(tmp_path / "timeline")
+    assert files.share is None
+    for version in range(3 * NUM_VERSIONS):
+        files.append(entry(version))
+        if version < 5:  # a worker that left long ago keeps its last ones
+            files.append(entry(version, "worker-1", hidden_us=10))
+    newest = [("worker-0", version) for version in range(2 * NUM_VERSIONS, 3 * NUM_VERSIONS)]
+    assert kept(tmp_path / "timeline") == [("worker-1", version) for version in range(5)] + newest
+    share = (4 * NUM_VERSIONS + 10 * 5) / (10 * NUM_VERSIONS + 10 * 5)
+    assert files.share == pytest.approx(share)
+    # One started anew says the same.
+    again = TimelineFiles(tmp_path / "timeline")
+    again.load()
+    assert again.share == pytest.approx(share)
+
+
+def test_segments_that_are_outlived_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timelines, "SEGMENT_BYTES", 1000)
+    files = TimelineFiles(tmp_path / "timeline")
+    sizes = []
+    for version in range(6 * NUM_VERSIONS):
+        files.append(entry(version))
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "timeline").iterdir()))
+    record_bytes = sizes[0]
+    # Never less than what is kept, never more than one segment beyond it.
+    assert sizes[-1] >= NUM_VERSIONS * record_bytes
+    assert max(sizes) <= (NUM_VERSIONS + 2) * (record_bytes + 8) + 1000
+
+
+def test_disk_is_bounded_however_many_workers_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timelines, "SEGMENT_BYTES", 2000)
+    monkeypatch.setattr(timelines, "MAX_BYTES", 20_000)
+    files = TimelineFiles(tmp_path / "timeline")
+    for number in range(1000):
+        files.append(entry(1, f"worker-{number}"))
+        assert sum(path.stat().st_size for path in (tmp_path / "timeline").iterdir()) < 23_000
+    assert kept(tmp_path / "timeline")[-1] == ("worker-999", 1)
+
+
+def test_a_record_cut_short_costs_only_itself(tmp_path: Path) -> None:
+    directory = tmp_path / "timeline"
+    files = TimelineFiles(directory)
+    for version in range(3):
+        files.append(entry(version))
+    [segment] = directory.iterdir()
+    segment.write_bytes(segment.read_bytes()[:-5])
+    assert kept(directory) == [("worker-0", 0), ("worker-0", 1)]
+    again = TimelineFiles(directory)
+    again.append(entry(3))
+    again.append(entry(4))
+    assert [version for _, version in kept(directory)] == [0, 1, 3, 4]
+    # A flipped bit ends its segment and no other.
+    damaged = bytearray(segment.read_bytes())
+    damaged[20] ^= 1
+    segment.write_bytes(damaged)
+    assert [version for _, version in kept(directory)] == [3, 4]
+    # A length that lies allocates nothing.
+    segment.write_bytes(b"\xff" * 64)
+    assert [version for _, version in kept(directory)] == [3, 4]
+
+
+def test_a_disk_that_refuses_costs_timelines_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "timeline").write_text("in the way")
+    files = TimelineFiles(tmp_path / "timeline")
+    files.append(entry(0))
+    assert files.share == pytest.approx(0.4)
+    assert kept(tmp_path / "timeline") == []
+    (tmp_path / "timeline").unlink()
+    files.append(entry(1))
+    assert kept(tmp_path / "timeline") == [("worker-0", 1)]
+
+
+# --- what a node says -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (report(version=5), "version 5"),
+        (report(num_spans=MAX_SPANS + 1), "4097 spans"),
+        (report(communication_us=10, hidden_us=11), "hid 11 of 10 us"),
+        (report(communication_us=1 << 60, hidden_us=0), "of communication"),
+    ],
+)
+def test_refuses_what_no_worker_recorded(wrong: coordinator_pb2.ReportTimelineRequest, text: str) -> None:
+    check_timeline(report(version=4, num_spans=MAX_SPANS), num_steps=4)
+    with pytest.raises(ProtocolError, match=text):
+        check_timeline(wrong, num_steps=4)
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        coordinator_pb2.Span(begin_unix_us=1),
+        coordinator_pb2.Span(kind=99, begin_unix_us=1),  # type: ignore[arg-type]
+        coordinator_pb2.Span(kind=coordinator_pb2.SPAN_KIND_SEND, begin_unix_us=1 << 63),
+        coordinator_pb2.Span(kind=coordinator_pb2.SPAN_KIND_SEND, begin_unix_us=1, duration_us=1 << 63),
+    ],
+)
+def test_refuses_spans_that_mean_nothing(span: coordinator_pb2.Span) -> None:
+    wrong = report()
+    wrong.spans.append(span)
+    with pytest.raises(ProtocolError, match="cannot be right: it has a span"):
+        check_timeline(wrong, num_steps=4)
+
+
+async def collected(cluster: Any, job_id: str) -> list[tuple[str, int]]:
+    call = cluster.jobs.GetTimeline(jobs_pb2.GetTimelineRequest(job_id=job_id))
+    return [(answer.worker, answer.timeline.version) async for answer in call]
+
+
+async def test_from_report_to_trace_over_a_restart(cluster: Any) -> None:
+    job_id = await cluster.submit()
+    servers, [worker] = await cluster.running(job_id)
+    assert not (await cluster.job(job_id)).HasField("hidden_share")
+    with pytest.raises(grpc.aio.AioRpcError) as none_yet:
+        await collected(cluster, job_id)
+    assert "no timeline of job tiny-1 yet" in str(error_from_rpc(none_yet.value, "it"))
+
+    def mine(version: int, **more: Any) -> coordinator_pb2.ReportTimelineRequest:
+        return report(version, **{"job_id": job_id, "node_id": worker.node_id, **more})
+
+    for version, hidden_us in enumerate((4, 6, 8)):
+        await worker.stub.ReportTimeline(mine(version, hidden_us=hidden_us))
+    assert await collected(cluster, "") == [("worker-0", version) for version in range(3)]
+    assert (await cluster.job(job_id)).hidden_share == pytest.approx(18 / 30)
+
+    for wrong, text in [
+        (mine(0, job_id="other"), "no job 'other'"),
+        (mine(0, epoch=2), "1 epochs"),
+        (mine(0, node_id="stranger"), "'stranger', which is no worker"),
+        (mine(0, node_id=servers[0].node_id), "no worker"),
+        (mine(5), "4 steps"),
+    ]:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await worker.stub.ReportTimeline(wrong)
+        error = error_from_rpc(refused.value, "it")
+        assert isinstance(error, ProtocolError)
+        assert text in str(error)
+    assert len(await collected(cluster, job_id)) == 3
+
+    await cluster.restart()
+    assert await collected(cluster, job_id) == [("worker-0", version) for version in range(3)]
+    assert (await cluster.job(job_id)).hidden_share == pytest.approx(18 / 30)
+
+
+async def test_what_waits_for_the_disk_is_bounded(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = await cluster.submit()
+    _, [worker] = await cluster.running(job_id)
+    some = report(1, job_id=job_id, node_id=worker.node_id)
+    monkeypatch.setattr(timelines, "MAX_PENDING_BYTES", some.ByteSize())
+    controller = cluster.coordinator.controller
+    record = cluster.coordinator._state.get_job(job_id)
+    # Three at once, before the thread's answer can come back to the loop: the second and the third find no room.
+    for version in (1, 2, 3):
+        controller.timelines.take(record, "worker-0", report(version, job_id=job_id, node_id=worker.node_id))
+    assert await collected(cluster, job_id) == [("worker-0", 1)]
+    # It was read behind the write, so there is room again.
+    controller.timelines.take(record, "worker-0", report(4, job_id=job_id, node_id=worker.node_id))
+    assert await collected(cluster, job_id) == [("worker-0", 1), ("worker-0", 4)]
+
+
+# --- memory of servers ------------------------------------------------------------------------------------------------
+
+
+async def test_memory_of_servers_is_shown_beside_what_was_predicted(cluster: Any) -> None:
+    job_id = await cluster.submit()
+    servers, _ = await cluster.running(job_id)
+    plan = servers[0].plan
+    assert list((await cluster.job(job_id)).server_memory) == []
+    servers[1].activity.CopyFrom(
+        coordinator_pb2.Activity(job_id=job_id, state_bytes=1000, early_bytes=10, num_parameters=50)
+    )
+    servers[1].session.heartbeat_soon()
+    async with asyncio.timeout(15):
+        while True:
+            shown = list((await cluster.job(job_id)).server_memory)
+            if shown:
+                break
+            await asyncio.sleep(0.01)
+    # The one that has loaded nothing yet is left out.
+    [memory] = shown
+    index = plan.server_index(servers[1].node_id)
+    elements = sum(fragment.num_elements for fragment in plan.fragments_of(index))
+    assert (memory.name, memory.state_bytes, memory.early_bytes, memory.num_parameters) == ("ps-1", 1000, 10, 50)
+    # fp32 master, two moments and accumulator; bf16 published.
+    assert memory.predicted_state_bytes == (4 * 4 + 2) * elements
+    assert memory.most_early_bytes > 0

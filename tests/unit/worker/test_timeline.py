@@ -1,0 +1,105 @@
+"""The recorder: pieces of compute between waits, bounded, complete from several threads, and cheap."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from gradstream.core.timeline import MAX_SPANS, SpanKind
+from gradstream.core.timeline import Timeline as Reported
+from gradstream.worker.timeline import Timeline, clock_ns
+
+
+def reported(timeline: Timeline) -> Reported:
+    return Reported.from_proto("worker", timeline.report(timeline.take(), "job", 2, 7, "node"))
+
+
+def test_a_wait_cuts_compute_in_pieces() -> None:
+    timeline = Timeline()
+    with timeline.computing(SpanKind.COMPUTE, 3):
+        with timeline.waiting():
+            pass
+        with timeline.waiting():
+            pass
+    spans = reported(timeline).spans
+    assert [(span.kind, span.slot) for span in sorted(spans, key=lambda span: span.begin_us)] == [
+        (SpanKind.COMPUTE, 3),
+        (SpanKind.WAIT, 3),
+    ] * 2 + [(SpanKind.COMPUTE, 3)]
+    ends = [span.begin_us + span.duration_us for span in spans]
+    # The pieces touch: what one ends with the next begins with, to the microsecond.
+    assert sorted(ends)[:-1] == sorted(span.begin_us for span in spans)[1:]
+
+
+def test_spans_are_recorded_when_what_they_show_fails() -> None:
+    timeline = Timeline()
+    with pytest.raises(KeyError), timeline.computing(SpanKind.VALIDATE, 0), timeline.waiting():
+        raise KeyError
+    with pytest.raises(KeyError), timeline.span(SpanKind.DECODE, item=5, num_bytes=8):
+        raise KeyError
+    kinds = [span.kind for span in reported(timeline).spans]
+    assert kinds == [SpanKind.VALIDATE, SpanKind.WAIT, SpanKind.VALIDATE, SpanKind.DECODE]
+    # What comes after is not taken for a piece of the pass that failed.
+    with timeline.waiting():
+        pass
+    assert [(span.kind, span.slot) for span in reported(timeline).spans] == [(SpanKind.WAIT, None)]
+
+
+def test_times_are_unix_times_and_the_share_is_reckoned() -> None:
+    timeline = Timeline()
+    begin_ns, before = clock_ns(), time.time()
+    timeline.add(SpanKind.SEND, begin_ns, begin_ns + 4_000_000, 1, 2, 3)
+    timeline.add(SpanKind.COMPUTE, begin_ns + 1_000_000, begin_ns + 2_000_000, 1)
+    taken = timeline.take()
+    message = timeline.report(taken, "job", 2, 7, "node")
+    assert (message.job_id, message.epoch, message.version, message.node_id) == ("job", 2, 7, "node")
+    # Rounded down at both ends, each microsecond is right to one.
+    assert abs(message.communication_us - 4000) <= 1
+    assert abs(message.hidden_us - 1000) <= 1
+    assert abs(message.spans[0].begin_unix_us / 1e6 - before) < 1.0
+    assert reported(timeline).spans == ()
+
+
+def test_keeps_the_first_spans_of_a_version_and_no_more() -> None:
+    timeline = Timeline()
+    for number in range(MAX_SPANS + 10):
+        timeline.add(SpanKind.ENCODE, number, number + 1, item=number)
+    assert [span.item for span in reported(timeline).spans] == list(range(MAX_SPANS))
+    timeline.add(SpanKind.ENCODE, 0, 1, item=1)
+    assert len(timeline.take()) == 1
+
+
+def test_threads_lose_nothing_to_each_other_or_to_take() -> None:
+    timeline = Timeline()
+    num_threads, num_spans = 4, 900  # together fewer than MAX_SPANS, so that nothing may be missing
+    start = threading.Barrier(num_threads + 1)
+
+    def record(thread: int) -> None:
+        start.wait()
+        for number in range(num_spans):
+            timeline.add(SpanKind.DECODE, 0, 1, thread, number)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        futures = [pool.submit(record, thread) for thread in range(num_threads)]
+        start.wait()
+        taken = []
+        while not all(future.done() for future in futures):
+            taken += timeline.take()
+    taken += timeline.take()
+    assert sorted((slot, item) for _, _, _, slot, item, _ in taken) == [
+        (thread, number) for thread in range(num_threads) for number in range(num_spans)
+    ]
+
+
+def test_a_span_costs_less_than_two_microseconds() -> None:
+    best = float("inf")
+    for _ in range(20):
+        timeline = Timeline()
+        begin = time.perf_counter()
+        for _ in range(1000):
+            timeline.add(SpanKind.SEND, clock_ns(), clock_ns(), 1, 2, 3)
+        best = min(best, (time.perf_counter() - begin) / 1000)
+    assert best < 2e-6

@@ -1,0 +1,258 @@
+"""What the slots' codecs have not sent yet: kept a step apart, part of each checkpoint, loaded again on resuming.
+
+A slot's residual at version t and the one that its step leaves behind are two. So a slot that is computed again, after
+a pause or a pull that broke off, is encoded from the same residual, to the same bytes; and the residual of version t
+can be copied for its checkpoint while step t is being encoded.
+
+A slot goes on from its residual only on the worker that encoded all of its last step; on any other it starts from zero.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from gradstream.core import files
+from gradstream.core.bundles import RESIDUAL_CODECS, keeps_residuals
+from gradstream.core.checkpoint import (
+    MANIFEST_NAME,
+    CheckpointManifest,
+    FileEntry,
+    directory_of,
+    read_manifest,
+)
+from gradstream.core.codecs import Payload, State
+from gradstream.core.errors import CheckpointError
+from gradstream.core.log import get_logger
+from gradstream.core.payloads import BundleCodec
+from gradstream.core.plan import Plan
+from gradstream.core.residual_files import read_residual, residual_file_name, write_residual
+from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS
+from gradstream.core.session import NodeSession
+from gradstream.proto.v1 import coordinator_pb2
+
+log = get_logger()
+
+States = dict[int, State]
+"""A slot's states by fragment."""
+
+
+@dataclass
+class _Slot:
+    """One slot at `step`: `before` is its residual at that version, `after` what the step leaves behind so far."""
+
+    codec: str
+    step: int
+    fresh: bool  # `before` is zero because nothing was here to go on from
+    before: States = field(default_factory=dict)
+    after: States = field(default_factory=dict)
+    encoded: set[int] = field(default_factory=set)  # bundles of `step`
+
+
+class SlotResiduals:
+    """The residuals of the slots that this worker computes. All methods run in the encode thread.
+
+    `on_fresh(version, slot)` is called when a slot starts from zero in the middle of a plan.
+    """
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._slots: dict[int, _Slot] = {}
+        self.on_fresh: Callable[[int, int], None] = lambda version, slot: None
+
+    def encode(self, codec: BundleCodec, slices: Sequence[torch.Tensor], step: int, slot: int) -> list[Payload]:
+        """The payloads of a bundle of a slot's gradient. Again for the same step: the same payloads."""
+        if codec.codec.name not in RESIDUAL_CODECS:
+            return codec.encode(slices, step)
+        held = self._at(step, slot, codec.codec.name)
+        for fragment in codec.bundle.fragments:
+            _restore(held.before, held.after, fragment.index)
+        payloads = codec.encode_with(slices, held.after, step)
+        held.encoded.add(codec.bundle.index)
+        return payloads
+
+    def adopt(self, slot: int, states: States) -> None:
+        """Go on from the residual that the checkpoint of the plan's start version has."""
+        self._slots[slot] = _Slot(self._plan.recipe.codec.push, self._plan.start_version, False, states)
+
+    def settle(self, version: int, slots: Iterable[int]) -> None:
+        """Bring slots to a version: those that have nothing to go on from start from zero there."""
+        for slot in slots:
+            self._at(version, slot, self._plan.recipe.codec.push)
+
+    def snapshot(self, version: int) -> dict[int, States]:
+        """Copies, on the CPU, of the residuals at a version of all slots that have one there."""
+        found = {}
+        for slot, held in self._slots.items():
+            if held.step == version and not held.fresh:
+                found[slot] = _copied(held.before)
+            elif held.step + 1 == version and self._whole(held):
+                found[slot] = _copied(held.after)
+        return found
+
+    def _at(self, step: int, slot: int, codec: str) -> _Slot:
+        held = self._slots.get(slot)
+        if held is not None and (held.step, held.codec) == (step, codec):
+            return held
+        if held is not None and (held.step + 1, held.codec) == (step, codec) and self._whole(held):
+            held.before, held.after = held.after, held.before
+            held.step, held.fresh = step, False
+            held.encoded.clear()
+            return held
+        self._slots[slot] = held = _Slot(codec, step, True)
+        if step > self._plan.start_version:
+            log.info("a slot's residual starts from zero: its last step was not encoded here", slot=slot, version=step)
+            self.on_fresh(step, slot)
+        return held
+
+    def _whole(self, held: _Slot) -> bool:
+        return len(held.encoded) == len(self._plan.bundles)
+
+
+class ResidualKeeper:
+    """Takes the residuals to checkpoints and back. On the event loop; a job whose codec keeps none costs nothing."""
+
+    def __init__(self, plan: Plan, session: NodeSession, residuals: SlotResiduals, encode_thread: Executor):
+        self.active = keeps_residuals(plan.recipe.codec)
+        self._plan = plan
+        self._session = session
+        self._residuals = residuals
+        self._encode_thread = encode_thread
+        self._loaded: set[int] = set()
+        self._manifest: CheckpointManifest | None = None
+        self._saved_version = -1
+        self._saving: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        if self.active:
+            residuals.on_fresh = self._fresh
+
+    @property
+    def busy(self) -> bool:
+        """Whether residuals are being written."""
+        return self._saving is not None and not self._saving.done()
+
+    async def drain(self) -> None:
+        """Wait until they are: one version's copies at a time bound the memory."""
+        if self._saving is not None:
+            await asyncio.wait([self._saving])
+
+    def arrived(self, version: int, checkpoint: bool, slots: Sequence[int]) -> None:
+        """A version is known, and whether it has a checkpoint; `slots` are those that this worker holds or held last.
+
+        To be called before anything of that version is encoded.
+        """
+        if not self.active:
+            return
+        if checkpoint and version > self._saved_version:
+            self._saved_version = version
+            # Behind all that is still being encoded of the step before, in the same thread.
+            copies = self._encode_thread.submit(self._residuals.snapshot, version)
+            self._saving = asyncio.create_task(self._save(version, copies))
+        self.take_up(version, slots)
+
+    def take_up(self, version: int, slots: Sequence[int]) -> None:
+        """Slots are going to be computed here from a version on."""
+        if self.active and version > self._plan.start_version:
+            self._encode_thread.submit(self._residuals.settle, version, list(slots))
+
+    async def load(self, version: int, slot: int) -> None:
+        """At the plan's start version: take a slot's residual from the checkpoint, if it has one that fits.
+
+        Raises CheckpointError for a damaged one.
+        """
+        directory = self._plan.checkpoint_path
+        if not self.active or not directory or version != self._plan.start_version or slot in self._loaded:
+            return
+        states, reason = await asyncio.to_thread(self._read, directory, slot)
+        self._loaded.add(slot)
+        if reason:
+            log.info("a slot's residual starts from zero: " + reason, slot=slot, version=version)
+        else:
+            self._encode_thread.submit(self._residuals.adopt, slot, states)
+
+    def close(self) -> None:
+        """Give up what is being written."""
+        if self._saving is not None:
+            self._saving.cancel()
+
+    def _read(self, directory: str, slot: int) -> tuple[States, str]:
+        if self._manifest is None:
+            if MANIFEST_NAME not in files.list_names(directory):
+                raise CheckpointError(
+                    f"this worker cannot see the checkpoint {directory}; codec {self._plan.recipe.codec.push} keeps "
+                    f"residuals in it: let workers see the coordinator's run_root, or use a codec without residual"
+                )
+            self._manifest = read_manifest(directory)
+        entry = next((entry for entry in self._manifest.residuals if entry.slot == slot), None)
+        if entry is None:
+            return {}, "the checkpoint has none of this slot"
+        return read_residual(directory, entry, self._plan)
+
+    async def _save(self, version: int, copies: Future[dict[int, States]]) -> None:
+        plan = self._plan
+        try:
+            by_slot = await asyncio.wrap_future(copies)
+            while by_slot:
+                slot, states = by_slot.popitem()
+                entry = await asyncio.to_thread(self._write, version, slot, states)
+                if entry is not None:
+                    self._report(version, slot, entry)
+        except Exception as error:
+            await self._session.report_failure(plan.job_id, plan.epoch, error)
+
+    def _write(self, version: int, slot: int, states: States) -> FileEntry | None:
+        """Write a slot's file; None when its checkpoint was completed without it meanwhile. Raises CheckpointError."""
+        plan = self._plan
+        directory = directory_of(plan.checkpoint_root, version)
+        file = residual_file_name(plan.epoch, slot, self._session.node_id)
+        try:
+            files.make_directory(directory)
+            try:
+                return write_residual(directory, file, plan, states)
+            except FileNotFoundError:
+                # Removed under our hands: the slot was taken over, and the checkpoint is whole, or gone, without it.
+                log.info("a slot's residual came too late for its checkpoint", slot=slot, version=version)
+                return None
+        except OSError as error:
+            raise CheckpointError(
+                f"the residual of slot {slot} cannot be written to {directory} ({error}); codec "
+                f"{plan.recipe.codec.push} needs workers that can write to the coordinator's run_root: make room or "
+                f"let them, or use a codec without residual"
+            ) from None
+
+    def _fresh(self, version: int, slot: int) -> None:
+        """In the encode thread: a slot has nothing to go on from."""
+        self._loop.call_soon_threadsafe(self._report, version, slot, None)
+
+    def _report(self, version: int, slot: int, entry: FileEntry | None) -> None:
+        report = coordinator_pb2.ReportResidualRequest(
+            job_id=self._plan.job_id,
+            epoch=self._plan.epoch,
+            version=version,
+            slot=slot,
+            file=entry.file if entry else "",
+            num_bytes=entry.num_bytes if entry else 0,
+            sha256=entry.sha256 if entry else "",
+        )
+        self._session.report_later(partial(self._session.stub.ReportResidual, report, timeout=UNARY_TIMEOUT_SECONDS))
+
+
+def _restore(before: States, after: States, index: int) -> None:
+    """Make a fragment's state in `after` equal to that in `before`, in the memory that it has."""
+    state, spare = before.get(index), after.get(index)
+    if state is None:
+        after.pop(index, None)
+    elif spare is not None and all(spare[key].device == value.device for key, value in state.items()):
+        for key, value in state.items():
+            spare[key].copy_(value)
+    else:
+        after[index] = {key: value.clone() for key, value in state.items()}
+
+
+def _copied(states: States) -> States:
+    return {index: {key: value.to("cpu", copy=True) for key, value in state.items()} for index, state in states.items()}

@@ -1,0 +1,131 @@
+"""A worker's timeline of the version that it works on: recorded by all its threads, sent when the version is over.
+
+Recording must cost next to nothing: a span is one tuple appended to a deque, which is atomic without a lock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from gradstream.core.timeline import MAX_SPANS, Span, SpanKind, hidden, union
+from gradstream.proto.v1 import coordinator_pb2
+from gradstream.proto.v1 import parameter_server_pb2 as pb
+
+clock_ns = time.perf_counter_ns
+"""The clock of `begin_ns` and `end_ns`: never set back, in nanoseconds."""
+
+RawSpan = tuple[SpanKind, int, int, int | None, int | None, int]
+"""A span as it is recorded: the fields of Span, but with begin and end in nanoseconds of `clock_ns`."""
+
+
+class Timeline:
+    """Records spans. `add` may be called from any thread, `computing` and `waiting` from the compute thread alone."""
+
+    def __init__(self) -> None:
+        self._spans: deque[RawSpan] = deque()
+        # The steady clock's zero in Unix time. Taken once, so that a clock that is set leaves no jump in a timeline.
+        self._epoch_ns = time.time_ns() - clock_ns()
+        self._computing: _Piece | None = None
+
+    def add(
+        self,
+        kind: SpanKind,
+        begin_ns: int,
+        end_ns: int,
+        slot: int | None = None,
+        item: int | None = None,
+        num_bytes: int = 0,
+    ) -> None:
+        """Record a span by its two times on `clock_ns`. After the first MAX_SPANS of a version nothing is recorded."""
+        if len(self._spans) < MAX_SPANS:
+            self._spans.append((kind, begin_ns, end_ns, slot, item, num_bytes))
+
+    @contextmanager
+    def span(
+        self, kind: SpanKind, slot: int | None = None, item: int | None = None, num_bytes: int = 0
+    ) -> Iterator[None]:
+        """Record what happens inside as a span."""
+        begin_ns = clock_ns()
+        try:
+            yield
+        finally:
+            self.add(kind, begin_ns, clock_ns(), slot, item, num_bytes)
+
+    @contextmanager
+    def computing(self, kind: SpanKind, slot: int) -> Iterator[None]:
+        """Record a pass of the model as spans of `kind` (COMPUTE or VALIDATE), one for each piece between `waiting`."""
+        piece = self._computing = _Piece(kind, slot, clock_ns())
+        try:
+            yield
+        finally:
+            self._computing = None
+            self.add(piece.kind, piece.begin_ns, clock_ns(), piece.slot)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Record a WAIT, during which the compute thread does not compute."""
+        begin_ns = clock_ns()
+        piece = self._computing
+        if piece is not None:
+            self.add(piece.kind, piece.begin_ns, begin_ns, piece.slot)
+        try:
+            yield
+        finally:
+            end_ns = clock_ns()
+            self.add(SpanKind.WAIT, begin_ns, end_ns, None if piece is None else piece.slot)
+            if piece is not None:
+                piece.begin_ns = end_ns
+
+    def take(self) -> list[RawSpan]:
+        """What was recorded since the last `take`; a span that is under way falls to the next one."""
+        # As many as there are now: other threads go on adding.
+        return [self._spans.popleft() for _ in range(len(self._spans))]
+
+    def report(
+        self, taken: list[RawSpan], job_id: str, epoch: int, version: int, node_id: str
+    ) -> coordinator_pb2.ReportTimelineRequest:
+        """The report of what was taken. A few milliseconds of work, best done in a thread."""
+        spans = []
+        for kind, begin_ns, end_ns, slot, item, num_bytes in taken[:MAX_SPANS]:
+            # Both times rounded alike, so that what touched still touches.
+            begin_us, end_us = (self._epoch_ns + begin_ns) // 1000, (self._epoch_ns + end_ns) // 1000
+            spans.append(Span(kind, begin_us, end_us - begin_us, slot, item, num_bytes))
+        communication_us, hidden_us = hidden(spans)
+        return coordinator_pb2.ReportTimelineRequest(
+            job_id=job_id,
+            epoch=epoch,
+            version=version,
+            node_id=node_id,
+            spans=[span.to_proto() for span in spans],
+            communication_us=communication_us,
+            hidden_us=hidden_us,
+        )
+
+
+def measure(taken: Sequence[RawSpan]) -> pb.LinkMeasurement | None:
+    """What a version's spans say of this worker's speed and its links; None when it computed or sent nothing."""
+    compute_ns = sum(end - begin for kind, begin, end, *_ in taken if kind is SpanKind.COMPUTE)
+    push, pull = _bytes_per_second(taken, SpanKind.SEND), _bytes_per_second(taken, SpanKind.RECEIVE)
+    if not compute_ns or not push or not pull:
+        return None
+    return pb.LinkMeasurement(compute_seconds=compute_ns / 1e9, push_bytes_per_second=push, pull_bytes_per_second=pull)
+
+
+def _bytes_per_second(taken: Sequence[RawSpan], kind: SpanKind) -> float:
+    """Payload bytes of a kind of span over the time during which at least one was under way."""
+    spans = [span for span in taken if span[0] is kind]
+    busy_ns = sum(end - begin for begin, end in union([(begin, end) for _, begin, end, *_ in spans]))
+    return 1e9 * sum(span[5] for span in spans) / busy_ns if busy_ns else 0.0
+
+
+@dataclass(slots=True)
+class _Piece:
+    """The piece of a pass that the compute thread is at."""
+
+    kind: SpanKind
+    slot: int
+    begin_ns: int

@@ -23,15 +23,18 @@ from gradstream.services.parameter_server.optimizer import learning_rate
 from gradstream.worker.data import SlotReader, Split
 
 
-def train_plain(recipe: Recipe) -> dict[int, float]:
-    """Train; return the validation loss, in nats a token, by version: the first, every interval, the last."""
+def train_plain(recipe: Recipe, rounded_start: bool = False) -> dict[int, float]:
+    """Train; return the validation loss, in nats a token, by version: the first, every interval, the last.
+
+    With `rounded_start` the initial weights, and nothing after them, are rounded to bf16.
+    """
     training, optimizer_config = recipe.training, recipe.optimizer
     torch.set_num_threads(training.num_threads)
     model = build(recipe.model.config)
     weights = dict(initial_weights(recipe.model.config, recipe.seed))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[name].bfloat16() if rounded_start else weights[name])
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     optimizer = torch.optim.AdamW(

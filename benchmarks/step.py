@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from report import Result, report, result
 
 from gradstream.client import Client, Step
 from gradstream.coordinator.data_prepare import prepare
+from gradstream.core.autocodec import TRIAL_STEPS
 from gradstream.core.config import PrepareConfig, Recipe, load_recipe, parse_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -77,12 +78,18 @@ CASES = [
     Case("loopback", 4, "10m", 2, 64, 24, 6),
     Case("1gbit", 2, "10m", 2, 64, 24, 6),
     Case("1gbit", 4, "10m", 2, 64, 24, 6),
-    Case("100mbit", 2, "10m", 2, 64, 18, 6),
-    Case("100mbit", 4, "10m", 2, 64, 18, 6),
+    Case("100mbit", 2, "10m", 2, 64, 14, 4),
+    Case("100mbit", 4, "10m", 2, 64, 14, 4),
     Case("loopback", 2, "124m", 1, 32, 9, 3),
     Case("1gbit", 2, "124m", 1, 32, 9, 3),
-    Case("100mbit", 2, "124m", 1, 32, 6, 2),
+    Case("100mbit", 2, "124m", 1, 32, 5, 2),
 ]
+PAIRS = {
+    "10m": ["bf16/bf16", "int8/delta-int8", "int4/delta-int4", "auto/auto"],
+    "124m": ["int8/delta-int8", "int4/delta-int4"],
+}
+AUTO_SEARCH_STEPS = 3 * (TRIAL_STEPS + 1)
+"""Steps that `auto` may take to settle; they belong to its warm-up."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ class Timing:
     step_seconds: float
     step_bytes: float
     loss: float
+    codecs: str = ""
 
 
 def main() -> None:
@@ -123,9 +131,11 @@ def compare(case: Case, data: Path, temporary: Path, codecs: list[str] | None, w
             for name, timing in rivals.items():
                 say(case, name, timing)
         results = []
-        for pair in codecs or ["bf16/bf16", "auto/auto"]:
-            ours = run_gradstream(case, recipe_of(case, data, temporary, pair), network, temporary)
-            say(case, pair, ours)
+        for pair in codecs or PAIRS[case.model]:
+            search = AUTO_SEARCH_STEPS if "auto" in pair else 0
+            longer = replace(case, num_steps=case.num_steps + search, num_warm_steps=case.num_warm_steps + search)
+            ours = run_gradstream(longer, recipe_of(longer, data, temporary, pair), network, temporary)
+            say(case, f"{pair} ({ours.codecs})", ours)
             for name, rival in rivals.items():
                 target = TARGETS[case.network] if name == "ddp" and case.num_workers == 2 else 0.0
                 results.append(
@@ -255,7 +265,7 @@ def run_gradstream(case: Case, recipe: Recipe, network: Network, temporary: Path
                 raise SystemExit(f"error: the job {job.state} after {len(steps)} steps: {job.reason}")
     times = [step.time.timestamp() for step in steps]
     timed = [after - before for before, after in pairwise(times)][case.num_warm_steps - 1 :]
-    return Timing(statistics.median(timed), (end - begin) / len(timed), steps[-1].loss)
+    return Timing(statistics.median(timed), (end - begin) / len(timed), steps[-1].loss, job.codecs)
 
 
 @contextmanager

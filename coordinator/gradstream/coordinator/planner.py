@@ -182,7 +182,8 @@ def worker_bytes(recipe: Recipe, num_parameters: int) -> int:
     push, pull = first_push_codec(recipe.codec), downlink(recipe.codec.pull).full
     slot = encoded_bytes(push, (num_parameters,))
     if push in RESIDUAL_CODECS:
-        slot += BYTES_PER_ELEMENT * num_parameters
+        # Its residual at the version, and the one that the step leaves behind.
+        slot += 2 * BYTES_PER_ELEMENT * num_parameters
     arriving = encoded_bytes(pull, (num_parameters,))
     return 3 * BYTES_PER_ELEMENT * num_parameters + recipe.training.num_slots * slot + arriving
 

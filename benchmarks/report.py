@@ -36,7 +36,7 @@ def report(bench: str, results: list[Result]) -> None:
     """Print the table and the line of JSON."""
     table = Table(title=bench)
     for column in ("name", "value", "target", "met", "detail"):
-        table.add_column(column, justify="right" if column in ("value", "target") else "left")
+        table.add_column(column, justify="right" if column in ("value", "target") else "left", overflow="fold")
     for item in results:
         bound, value = (
             (f"≤ {item.target:g}", f"{item.value:+.4f}") if item.at_most else (f"{item.target:g}", f"{item.value:.3f}")

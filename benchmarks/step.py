@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -108,6 +109,8 @@ def main() -> None:
     parser.add_argument("--codec", action="append", help="push/pull codec pairs, such as bf16/bf16; default: several")
     parser.add_argument("--no-ddp", action="store_true", help="leave the rival out (while working on gradstream)")
     arguments = parser.parse_args()
+    # So that `timeout` and `kill` end the cluster and the namespaces too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="gradstream-bench-") as temporary:
         data = Path(temporary) / "data"

@@ -114,7 +114,7 @@ class CodecConfig(Section):
         "sign",
         "powersgd",
         "auto",
-    ] = Field(default="bf16", description="gradients, worker to server")
+    ] = Field(default="int8", description="gradients, worker to server")
     pull: Literal[
         "fp32",
         "bf16",
@@ -128,9 +128,9 @@ class CodecConfig(Section):
         "xor-fp32",
         "xor-bf16",
         "auto",
-    ] = Field(default="bf16", description="weights, server to worker")
+    ] = Field(default="delta-int8", description="weights, server to worker")
     embedding: Literal["bf16", "int8", "int4"] = Field(
-        default="bf16", description="of embeddings, where push or pull is coarser than bf16"
+        default="int8", description="of embeddings, where push or pull is coarser than bf16"
     )
     keyframe_versions: Positive = Field(
         default=1000, description="versions after which workers that pull deltas get whole weights again"

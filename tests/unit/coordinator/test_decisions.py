@@ -102,7 +102,8 @@ def test_the_memory_of_a_server_is_predicted(recipe: Recipe) -> None:
     fragments = cut(tensors, 1024)
 
     def needed(of: list[Tensor] = tensors, **codec: str) -> ServerBytes:
-        changed = recipe.model_copy(update={"codec": recipe.codec.model_copy(update=codec)})
+        both = {"push": "bf16", "pull": "bf16", **codec}
+        changed = recipe.model_copy(update={"codec": recipe.codec.model_copy(update=both)})
         return server_bytes(changed, fragments, of)
 
     # adamw, bf16 both ways, 2 slots: 16 bytes of arrays, 24 for a checkpoint in flight and 2 published an element;

@@ -70,6 +70,22 @@ def test_input_is_decoded_plus_residual(codec: Codec, length: int, seed: int, ex
     assert (residual_N.abs() <= residual_bound(codec, values_N)).all()
 
 
+@exact_codec
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 4096])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_delta_is_the_difference_encoded_and_added(codec: Codec, length: int, broken: bool) -> None:
+    generator = torch.Generator().manual_seed(length)
+    values_N = torch.randn(length, generator=generator)
+    held_N = values_N + 1e-3 * torch.randn(length, generator=generator)
+    if broken:
+        values_N[length // 2] = float("nan")
+    expected_N = held_N.clone()
+    payload = codec.encode(values_N - held_N, 3)
+    codec.decode_add(payload, expected_N, 3)
+    assert np.array_equal(codec.encode_delta(values_N, held_N, 3), payload)
+    assert torch.equal(held_N.view(torch.int32), expected_N.view(torch.int32))
+
+
 @every_codec
 @given(length=lengths)
 def test_payload_has_exactly_the_announced_size(codec: Codec, length: int) -> None:

@@ -74,7 +74,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tree: Any, message: str)
         (changed(optimizer={"kind": "adam"}), "'optimizer.kind'"),
         (changed(optimizer={"betas": [0.9, 1.5]}), "'optimizer.betas.1'"),
         (changed(optimizer={"clip_norm": float("inf")}), "'optimizer.clip_norm': input should be a finite number"),
-        (changed(codec={"push": "int4"}), "'codec.push'"),
+        (changed(codec={"push": "int5"}), "'codec.push'"),
         (changed() | {"name": "Not a name"}, "'name'"),
         (changed() | {"name": "../up"}, "'name'"),
         ("{not json", "not JSON"),

@@ -1,7 +1,7 @@
 """Machines on one machine: network namespaces joined by shaped veth links to one bridge. Needs root and iproute2.
 
-    root namespace: bridge 10.77.0.254 ── veth ── namespace 0: eth0 10.77.0.1
-                                       └─ veth ── namespace 1: eth0 10.77.0.2
+    root namespace: bridge 10.77.N.254 ── veth ── namespace 0: eth0 10.77.N.1
+                                       └─ veth ── namespace 1: eth0 10.77.N.2
 
 Both ends of a link have a token bucket of the wanted rate, so each machine sends and receives at most that fast.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 import subprocess
 from types import TracebackType
-
-COORDINATOR = "10.77.0.254"
 
 
 class Loopback:
@@ -46,12 +44,14 @@ class Loopback:
 class Namespaces:
     """`num_machines` namespaces with links of `megabits` a second."""
 
-    coordinator = COORDINATOR
     interface = "eth0"
 
     def __init__(self, num_machines: int, megabits: int):
         self.name = f"{megabits}mbit" if megabits < 1000 else f"{megabits // 1000}gbit"
         self._id = f"gs{os.getpid() % 100_000}"
+        # Another run, or what a killed one has left, must not have the same addresses.
+        self._subnet = f"10.77.{os.getpid() % 250}"
+        self.coordinator = f"{self._subnet}.254"
         self._num_machines = num_machines
         self._megabits = megabits
 
@@ -72,7 +72,7 @@ class Namespaces:
 
     def _build(self) -> None:
         _ip("link", "add", self._id, "type", "bridge")
-        _ip("addr", "add", f"{COORDINATOR}/24", "dev", self._id)
+        _ip("addr", "add", f"{self.coordinator}/24", "dev", self._id)
         _ip("link", "set", self._id, "up")
         for machine in range(self._num_machines):
             inside, outside = self._namespace(machine), f"{self._id}-{machine}"
@@ -88,7 +88,7 @@ class Namespaces:
 
     def address(self, machine: int) -> str:
         """The address of machine number `machine`."""
-        return f"10.77.0.{machine + 1}"
+        return f"{self._subnet}.{machine + 1}"
 
     def prefix(self, machine: int) -> list[str]:
         """What to put before a command to run it on a machine."""

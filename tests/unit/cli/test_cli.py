@@ -308,11 +308,21 @@ def test_interrupting_logs_detaches(jobs: CannedJobs, address: str) -> None:
     # The job goes on, so the watch does: it asks again and again from its cursor until the interrupt.
     del jobs
     command = [*GRADSTREAM, "logs", "-f", "tiny-1", "-c", address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert "slow [link]" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts tests in the background has their children ignore the interrupt.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert "slow [link]" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=10)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert "detached; tiny-1 goes on" in errors
 

@@ -19,7 +19,12 @@ TWO_SLOTS = {"num_slots": 2, "num_steps": 40}
 
 
 def recipe_of(data: Path, run_root: Path, codec: str = "topk", **sections: object) -> Recipe:
-    tree: dict[str, object] = {"training": TWO_SLOTS, "codec": {"push": codec}, "checkpoint": {"interval_steps": 0}}
+    tree: dict[str, object] = {
+        "training": TWO_SLOTS,
+        "codec": {"push": codec},
+        "checkpoint": {"interval_steps": 0},
+        "validation": {"interval_steps": 1000, "num_samples": 8},  # the first version and the last
+    }
     return tiny_recipe(data, run_root, **{**tree, **sections})
 
 
@@ -46,8 +51,7 @@ def test_pause_stop_and_resume_change_no_bit(cluster: Cluster, tiny_data: Path, 
     recipe = recipe_of(tiny_data, tmp_path / "runs", "topk", cluster={"min_workers": 2, "min_servers": 2})
     cluster.start_coordinator()
     cluster.start_servers("server-0", "server-1")
-    cluster.start_workers("worker-0")
-    cluster.start_workers("worker-1")
+    cluster.start_workers("worker-0", "worker-1")
     job = cluster.client.submit(recipe)
     cluster.finish(job.job_id)
     reference = cluster.final_digest(job.job_id)
@@ -151,15 +155,14 @@ def test_checkpoint_is_complete_without_the_residuals_of_the_dead(
 def test_every_residual_codec_lowers_the_loss(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
     cluster.start_coordinator()
     cluster.start_servers("server-0", "server-1")
-    cluster.start_workers("worker-0")
-    cluster.start_workers("worker-1")
+    cluster.start_workers("worker-0", "worker-1")
     digests = set()
     for codec in ("topk", "sign", "powersgd"):
         recipe = recipe_of(
             tiny_data,
             tmp_path / "runs",
             codec,
-            training={**TWO_SLOTS, "num_steps": 60},
+            training={**TWO_SLOTS, "num_steps": 50},
             cluster={"min_workers": 2, "min_servers": 2},
         )
         job = cluster.finish(cluster.client.submit(recipe).job_id)

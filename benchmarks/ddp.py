@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from plain import adamw, initial_model
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from gradstream.core.config import parse_recipe
 from gradstream.core.data import parse_manifest
-from gradstream.core.model import build, initial_weights
 from gradstream.services.parameter_server.optimizer import learning_rate
 from gradstream.worker.data import SlotReader
 
@@ -44,23 +44,12 @@ def main() -> None:
         world_size=training.num_slots,
         timeout=timedelta(seconds=300),
     )
-    model = build(recipe.model.config)
-    weights = dict(initial_weights(recipe.model.config, recipe.seed))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+    model = initial_model(recipe)
     model.train()
     parallel = DistributedDataParallel(model)
     if arguments.fp16:
         parallel.register_comm_hook(None, fp16_compress_hook)
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optimizer_config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=optimizer_config.betas,
-        eps=optimizer_config.eps,
-        fused=True,
-    )
+    optimizer = adamw(model, optimizer_config, fused=True)
     reader = SlotReader(
         manifest=parse_manifest((Path(recipe.data.path) / "manifest.json").read_text(encoding="utf-8")),
         path=recipe.data.path,

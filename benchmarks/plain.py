@@ -16,11 +16,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradstream.core.config import Recipe
+from gradstream.core.config import OptimizerConfig, Recipe
 from gradstream.core.data import Manifest, parse_manifest
 from gradstream.core.model import build, initial_weights
 from gradstream.services.parameter_server.optimizer import learning_rate
 from gradstream.worker.data import SlotReader, Split
+
+
+def initial_model(recipe: Recipe, rounded_start: bool = False) -> nn.Module:
+    """The recipe's model with the initial weights that gradstream gives it; rounded to bf16 with `rounded_start`."""
+    model = build(recipe.model.config)
+    weights = dict(initial_weights(recipe.model.config, recipe.seed))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name].bfloat16() if rounded_start else weights[name])
+    return model
+
+
+def adamw(model: nn.Module, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
+    """torch's AdamW as the recipe has it: weight decay on matrices alone."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def train_plain(recipe: Recipe, rounded_start: bool = False) -> dict[int, float]:
@@ -30,18 +48,8 @@ def train_plain(recipe: Recipe, rounded_start: bool = False) -> dict[int, float]
     """
     training, optimizer_config = recipe.training, recipe.optimizer
     torch.set_num_threads(training.num_threads)
-    model = build(recipe.model.config)
-    weights = dict(initial_weights(recipe.model.config, recipe.seed))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name].bfloat16() if rounded_start else weights[name])
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": optimizer_config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        betas=optimizer_config.betas,
-        eps=optimizer_config.eps,
-    )
+    model = initial_model(recipe, rounded_start)
+    optimizer = adamw(model, optimizer_config)
     with ExitStack() as stack:
         manifest = parse_manifest((Path(recipe.data.path) / "manifest.json").read_text(encoding="utf-8"))
         batch = _samples(recipe, manifest, "train", stack)

@@ -10,7 +10,7 @@ from gradstream.coordinator.controller import PAUSED, PLANNING, QUEUED, RUNNING,
 from gradstream.coordinator.membership import SERVER, WORKER, NodeEntry
 from gradstream.coordinator.residuals import standing
 from gradstream.coordinator.state import JobRecord
-from gradstream.core.config import Recipe
+from gradstream.core.config import CodecConfig, Recipe
 from gradstream.core.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
@@ -38,7 +38,7 @@ class Views:
             if active is not None
             else self._state.step_totals(record.job_id, record.epoch, record.start_version)
         )
-        num_steps = (active.recipe if active else Recipe.model_validate_json(record.recipe_json)).training.num_steps
+        recipe = active.recipe if active else Recipe.model_validate_json(record.recipe_json)
         message = jobs_pb2.Job(
             job_id=record.job_id,
             name=record.name,
@@ -46,7 +46,7 @@ class Views:
             reason=record.reason,
             epoch=record.epoch,
             version=totals.version,
-            num_steps=num_steps,
+            num_steps=recipe.training.num_steps,
             num_tokens=totals.num_tokens,
             num_samples=totals.num_samples,
             num_skipped=totals.num_skipped,
@@ -58,7 +58,7 @@ class Views:
         )
         if totals.last is not None:
             message.loss = totals.last.loss
-            message.codecs = codecs_line(record.recipe_json, totals.last)
+            message.codecs = codecs_line(recipe.codec, totals.last)
         hidden_share = self._controller.timelines.share(record.job_id)
         if hidden_share is not None:
             message.hidden_share = hidden_share
@@ -225,9 +225,8 @@ class Views:
         ]
 
 
-def codecs_line(recipe_json: str, last: coordinator_pb2.ReportStepRequest) -> str:
+def codecs_line(codec: CodecConfig, last: coordinator_pb2.ReportStepRequest) -> str:
     """The codecs of a step for people, with the reason where they were chosen automatically."""
-    codec = Recipe.model_validate_json(recipe_json).codec
     push, chosen = _codec_name(last.push_codec), _codec_name(last.pull_codec)
     pull = f"delta-{chosen}" if codec.pull == "auto" else codec.pull
     reason = f" (auto: {last.codec_reason})" if last.codec_reason else ""

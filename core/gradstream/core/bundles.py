@@ -58,7 +58,6 @@ def bundle(fragments: Sequence[Fragment], placement: Sequence[int], most_element
 LOSSLESS_ENOUGH = frozenset({"fp32", "bf16", "fp32-zstd", "bf16-zstd"})
 """Codecs that every kind of tensor may have."""
 
-
 RESIDUAL_CODECS = frozenset({"topk", "sign", "powersgd"})
 """Codecs that keep what they could not send."""
 
@@ -82,6 +81,11 @@ def codec_for(kind: TensorKind, codec: str, embedding: str) -> str:
 
 AUTO_FIRST = "bf16"
 """What `codec: auto` begins with, and what it must never lose to."""
+
+
+def is_tuned(codec: CodecConfig) -> bool:
+    """Whether the leader chooses a codec by what workers measure."""
+    return "auto" in (codec.push, codec.pull)
 
 
 def first_push_codec(codec: CodecConfig) -> str:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gradstream.core.bundles import AUTO_FIRST
+
 
 @dataclass(frozen=True)
 class Downlink:
@@ -36,7 +38,7 @@ def downlink(pull: str) -> Downlink:
     """What a recipe's `codec.pull` stands for. With "auto" the delta's codec is that of the first version."""
     kind, _, codec = pull.partition("-")
     if pull == "auto":
-        return Downlink("fp32", "bf16")
+        return Downlink("fp32", AUTO_FIRST)
     if kind == "delta":
         return Downlink("fp32", codec)
     if kind == "xor":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -79,7 +80,7 @@ def write_atomic(path: str, write: Callable[[BinaryIO], object]) -> None:
         with fs.open(inner, "wb") as stream:
             write(stream)
         return
-    temporary = f"{inner}.tmp-{os.getpid()}"
+    temporary = f"{inner}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         with open(temporary, "wb") as stream:
             write(stream)

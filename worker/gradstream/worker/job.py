@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import grpc.aio
 import torch
 
+from gradstream.core.bundles import is_tuned
 from gradstream.core.config import Recipe
 from gradstream.core.errors import UnreachableError, one_line
 from gradstream.core.log import get_logger
@@ -72,7 +73,6 @@ class JobRun:
         self._channels: list[grpc.aio.Channel] = [open_channel(server.address) for server in plan.servers]
         stubs = [ParameterServerStub(channel) for channel in self._channels]
         self._timeline = Timeline()
-        self._tuned = "auto" in (plan.recipe.codec.push, plan.recipe.codec.pull)
         self._timeline_report: asyncio.Task[None] | None = None
         self._pusher = Pusher(plan, stubs, faults, self._timeline)
         self._puller = Puller(plan, stubs, self._timeline)
@@ -153,7 +153,7 @@ class JobRun:
                     await self._wait(f"weights from {names}", asyncio.wait([upcoming]))
                 inbox = await upcoming
                 taken = self._timeline.take()
-                measured = measure(taken) if self._tuned else None
+                measured = measure(taken) if is_tuned(self.plan.recipe.codec) else None
                 upcoming = asyncio.create_task(self._puller.next(inbox.version + 1, inbox.version, measured))
                 self._report_timeline(taken)
                 if not await self._work(inbox, upcoming) and self._leases.slots:

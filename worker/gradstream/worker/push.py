@@ -1,4 +1,4 @@
-"""Gradients leaving: encoded off the compute thread, streamed to the server of each fragment, sent again after a break.
+"""Gradients leaving: encoded off the compute thread, streamed to the server of each bundle, sent again after a break.
 
 Everything here but `Pusher.submit` runs on the event loop.
 """
@@ -135,13 +135,7 @@ class PushStream:
 
     async def _messages(self, number: int) -> AsyncIterator[bytes]:
         while True:
-            while number == self._num_streams and (
-                not self._waiting
-                or (
-                    self._under_way
-                    and self._under_way_bytes + self._waiting[0].header.payload_bytes > self._window_bytes
-                )
-            ):
+            while number == self._num_streams and not self._may_send():
                 self._changed.clear()
                 await self._changed.wait()
             if number != self._num_streams:

@@ -18,7 +18,7 @@ from itertools import chain
 from typing import TypeVar
 
 from gradstream.core import files
-from gradstream.core.bundles import first_push_codec
+from gradstream.core.bundles import first_push_codec, is_tuned
 from gradstream.core.checkpoint import CheckpointReader, State, directory_of, write_shard
 from gradstream.core.codecs import Payload, codec_named, codec_on_wire
 from gradstream.core.downlink import downlink
@@ -96,8 +96,7 @@ class Shard:
             bundle.index: BundleState(bundle, plan.tensors, recipe, form, self._book)
             for bundle in plan.bundles_of(index)
         }
-        tuned = "auto" in (recipe.codec.push, recipe.codec.pull)
-        self._tuner = Tuner(plan) if tuned and index == plan.leader else None
+        self._tuner = Tuner(plan) if is_tuned(recipe.codec) and index == plan.leader else None
         self.leader = Leader(len(plan.servers), plan.start_version, self._decide) if index == plan.leader else None
         self._executor = executor
         self._complete_at_leader = complete_at_leader

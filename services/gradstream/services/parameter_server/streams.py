@@ -1,6 +1,6 @@
 """What all peers together can make a server hold: how many streams they may open, how much they may leave half sent.
 
-A stream costs the server at most one contribution in assembly or one fragment being written, and the few messages that
+A stream costs the server at most one contribution in assembly or one bundle being written, and the few messages that
 gRPC's flow control admits. So a bound on streams bounds memory. Where a bound is reached the newcomer is told to come
 again; where half-sent contributions reach theirs, the one that was begun first goes, as an honest peer's is over in a
 moment and would be sent again.
@@ -103,7 +103,7 @@ class Streams:
         while total > self._most_half_sent_bytes:
             oldest = next(iter(self.half_sent))
             if oldest is stream:
-                return  # alone: it may be larger than the bound, but not more than a fragment
+                return  # alone: it may be larger than the bound, but not more than a bundle
             total -= oldest.half_sent_bytes
             oldest.end()
 

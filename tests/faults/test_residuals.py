@@ -15,7 +15,7 @@ from gradstream.client import Job
 from gradstream.core.checkpoint import CheckpointManifest, read_manifest
 from gradstream.core.config import Recipe
 
-TWO_SLOTS = {"num_slots": 2, "num_steps": 40}
+TWO_SLOTS = {"num_slots": 2, "num_steps": 24}
 
 
 def recipe_of(data: Path, run_root: Path, codec: str = "topk", **sections: object) -> Recipe:

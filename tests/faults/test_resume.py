@@ -73,8 +73,8 @@ def test_killed_server_walks_the_same_steps_again(cluster: Cluster, tiny_data: P
 
 @pytest.mark.timeout(240)
 def test_coordinator_restart_does_not_stop_the_steps(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
-    training = {"num_steps": 150}
-    recipe = tiny_recipe(tiny_data, tmp_path / "runs", training=training, checkpoint={"interval_steps": 50})
+    training = {"num_steps": 60}
+    recipe = tiny_recipe(tiny_data, tmp_path / "runs", training=training, checkpoint={"interval_steps": 20})
     cluster.start_coordinator()
     cluster.start_servers("server-0", "server-1")
     cluster.start_workers("worker-0")
@@ -82,15 +82,14 @@ def test_coordinator_restart_does_not_stop_the_steps(cluster: Cluster, tiny_data
     for item in cluster.client.watch(job.job_id):
         if getattr(item, "step", -1) >= 5:
             break
-    before = cluster.client.job(job.job_id).version
     cluster.kill("coordinator")
     cluster.start_coordinator()
+    assert cluster.client.job(job.job_id).version < 60
     finished = cluster.finish(job.job_id)
     # The same plan all along, and every step's report arrived, those made while it was away too.
     assert finished.epoch == 1
     steps = [item.step for item in cluster.client.watch(job.job_id, follow=False) if hasattr(item, "grad_norm")]
-    assert steps == list(range(150))
-    assert before < 150
+    assert steps == list(range(60))
 
 
 @pytest.mark.timeout(240)

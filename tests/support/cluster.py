@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gradstream.client import Client, Job
+from support.forked import Forked
 
 START_SECONDS = 180.0
+ENVIRONMENT = {"GRADSTREAM_DEBUG": "1"}
 
 
 class Cluster:
@@ -21,7 +23,7 @@ class Cluster:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, subprocess.Popen[bytes] | Forked] = {}
         self.address = "127.0.0.1:0"
         self._client: Client | None = None
 
@@ -51,7 +53,18 @@ class Cluster:
     def start_server_processes(self, name: str, count: int, memory: str = "2GiB") -> list[str]:
         """Start one command that runs `count` parameter servers; return their addresses once all listen."""
         arguments = ["--coordinator", self.address, "--listen", "127.0.0.1:0", "--memory", memory]
-        ready = self._launch(name, ["parameter-server", "--name", name, "--processes", str(count), *arguments])
+        ready = self._ready_file(name)
+        command = [sys.executable, "-m", "gradstream.coordinator.cli", "serve", "parameter-server", "--name", name]
+        options = ["--processes", str(count), "--ready-file", str(ready), "--die-with-parent", str(os.getpid())]
+        with open(self.directory / f"{name}.log", "ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [*command, *options, *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **ENVIRONMENT},
+                cwd=self.directory,
+            )
         return self._await_ready(name, ready).splitlines()
 
     def start_workers(self, *names: str, faults: str = "", memory: str = "2GiB") -> None:
@@ -66,19 +79,16 @@ class Cluster:
             self._await_ready(name, path)
 
     def _launch(self, name: str, arguments: list[str], environment: dict[str, str] | None = None) -> Path:
-        ready = self.directory / f"{name}.ready"
-        ready.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "gradstream.coordinator.cli", "serve", *arguments, "--ready-file", str(ready)]
-        with open(self.directory / f"{name}.log", "ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [*command, "--die-with-parent", str(os.getpid())],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "GRADSTREAM_DEBUG": "1", **(environment or {})},
-                cwd=self.directory,
-            )
+        ready = self._ready_file(name)
+        serve = ["serve", *arguments, "--ready-file", str(ready)]
+        log = self.directory / f"{name}.log"
+        self.processes[name] = Forked(serve, log, self.directory, {**ENVIRONMENT, **(environment or {})})
         return ready
+
+    def _ready_file(self, name: str) -> Path:
+        path = self.directory / f"{name}.ready"
+        path.unlink(missing_ok=True)
+        return path
 
     def _await_ready(self, name: str, path: Path) -> str:
         wait_until(
@@ -86,7 +96,7 @@ class Cluster:
             f"{name} to start",
             START_SECONDS,
         )
-        assert path.exists(), f"{name} ended with {self.processes[name].returncode}:\n{self.log(name)}"
+        assert path.exists(), f"{name} ended with {self.processes[name].poll()}:\n{self.log(name)}"
         return path.read_text().strip()
 
     # -- ending ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""`gradstream serve` in processes that begin with torch and transformers imported.
+
+Every process of a cluster would spend seconds of a core on its imports. multiprocessing's fork server imports once and
+forks the rest: processes of their own, which run the command's own entry point. The command as a user starts it is run
+by the tests of `serve --processes`, of `dev` and of bad input.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver, get_context
+from pathlib import Path
+
+import pytest
+
+_FORKS = get_context("forkserver")
+_FORKS.set_forkserver_preload(["support.preloaded"])
+
+
+def _start_fork_server() -> None:
+    # Python 3.11's does not get the path of the process that starts it, and says nothing of imports that fail.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        forkserver.ensure_running()
+
+
+class Forked:
+    """A process as subprocess.Popen shows it, as far as a cluster needs it."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, directory: Path, environment: Mapping[str, str]):
+        _start_fork_server()
+        self._process = _FORKS.Process(target=_run, args=(list(arguments), log, directory, dict(environment)))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        pid = self._process.pid
+        assert pid is not None
+        return pid
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout_seconds: float) -> int:
+        """Wait for its end; return what `poll` says then. Raises subprocess.TimeoutExpired."""
+        self._process.join(timeout_seconds)
+        status = self.poll()
+        if status is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout_seconds)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+
+
+def _run(arguments: list[str], log: Path, directory: Path, environment: dict[str, str]) -> None:
+    os.chdir(directory)
+    os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(output, standard)
+    sys.argv = ["gradstream", *arguments, "--die-with-parent", str(os.getppid())]
+    from gradstream.coordinator.cli import main
+
+    sys.exit(main())

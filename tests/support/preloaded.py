@@ -1,0 +1,44 @@
+"""What a coordinator, a parameter server and a worker import; the fork server imports it once for all of them."""
+
+# ruff: noqa: E402, F401
+import asyncio
+import os
+
+import numpy
+
+
+def num_threads() -> int:
+    """Threads of this process, those of libraries too."""
+    return len(os.listdir("/proc/self/task"))
+
+
+# OpenBLAS ends its threads before a fork and starts them after it.
+_NUM_BEFORE = num_threads()
+
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama
+
+import gradstream.coordinator.cli.serve
+import gradstream.coordinator.server
+import gradstream.services.parameter_server.server
+import gradstream.worker.job
+import gradstream.worker.loop
+from gradstream.coordinator.inventory import take_inventory
+from gradstream.core import model
+from gradstream.services.parameter_server import optimizer
+from support.tiny import GPT2, LLAMA
+
+model.preload()
+optimizer.preload()
+
+
+async def take_inventories() -> None:
+    """A coordinator has a child process import transformers for each new model: here once for those of most tests."""
+    await asyncio.gather(take_inventory(LLAMA), take_inventory(GPT2))
+
+
+asyncio.run(take_inventories())
+
+# A fork takes along only the thread that forks: what others held would be held for ever.
+if num_threads() > _NUM_BEFORE:
+    raise SystemExit("error: an import has started a thread; this process cannot be forked")

@@ -328,8 +328,8 @@ def squared_norm(values_N: F32) -> float:
 
 
 def preload() -> None:
-    """Compile every kernel of this file and of residual_kernels, or load it from the cache."""
-    from gradstream.core import residual_kernels
+    """Compile every kernel, also of dense_kernels and residual_kernels, or load it from the cache."""
+    from gradstream.core import dense_kernels, residual_kernels
 
     values_BE = np.ones((1, BLOCK), np.float32)
     scales_B, quotients_BE = np.empty(1, np.float32), np.empty((1, BLOCK), np.int8)
@@ -350,6 +350,7 @@ def preload() -> None:
         planes_PN = np.empty((words_N.itemsize, 8), np.uint8)
         split_planes(words_N, planes_PN)
         join_planes(planes_PN, words_N)
+    dense_kernels.preload()
     residual_kernels.preload()
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
+import numpy as np
 import torch
 
+from gradstream.core import dense_kernels
 from gradstream.core.bundles import Bundle, codec_for
-from gradstream.core.codecs import Codec, Payload, ResidualCodec, State, codec_named
+from gradstream.core.codecs import Codec, DenseCodec, Int4Hadamard, Payload, ResidualCodec, State, codec_named
+from gradstream.core.dense_kernels import I64, address_of, addresses_of
 from gradstream.core.errors import ProtocolError
 from gradstream.core.fragments import Tensor
 
@@ -29,13 +33,27 @@ class BundleCodec:
         self.codecs: tuple[Codec, ...] = tuple(
             codec_named(codec_for(tensors[fragment.tensor].kind, codec, embedding)) for fragment in bundle.fragments
         )
-        self.most_bytes = sum(
+        self._sizes = [
             codec.encoded_bytes(fragment.shape) for codec, fragment in zip(self.codecs, bundle.fragments, strict=True)
-        )
+        ]
+        self.most_bytes = sum(self._sizes)
         """The most bytes that a payload can have."""
+        self._offsets = [0, *accumulate(self._sizes)][:-1]
+        # Where a payload would begin at an odd address the kernels are given copies, one by one.
+        self._dense = all(isinstance(codec, DenseCodec) for codec in self.codecs) and not any(
+            offset % 4 for offset in self._offsets
+        )
+        self._keyed = any(isinstance(codec, Int4Hadamard) for codec in self.codecs)
+        kinds = [codec.kind for codec in self.codecs if isinstance(codec, DenseCodec)]
+        self._kinds_F = np.array(kinds, dtype=np.int64)
+        self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
+        self._offsets_F = np.array(self._offsets, dtype=np.int64)
+        self._no_keys_F = np.zeros(len(kinds), dtype=np.int64)
 
     def check_sizes(self, fragment_bytes: Sequence[int], payload_bytes: int) -> None:
         """Raise ProtocolError for announced sizes that no payload has; before anything is allocated for it."""
+        if self._dense and list(fragment_bytes) == self._sizes and payload_bytes == self.most_bytes:
+            return
         if len(fragment_bytes) != len(self.codecs):
             raise ProtocolError(f"sizes of {len(fragment_bytes)} fragments, but there are {len(self.codecs)}")
         for codec, fragment, size in zip(self.codecs, self.bundle.fragments, fragment_bytes, strict=True):
@@ -45,10 +63,14 @@ class BundleCodec:
 
     def encode(self, values: Sequence[torch.Tensor], version: int) -> list[Payload]:
         """Each fragment's payload; `values` are the fragments' slices."""
-        return [
-            codec.encode(slice_N.view(fragment.shape), seed_of(version, fragment.index))
-            for codec, fragment, slice_N in zip(self.codecs, self.bundle.fragments, values, strict=True)
-        ]
+        if not self._together(values):
+            return [
+                codec.encode(slice_N.view(fragment.shape), seed_of(version, fragment.index))
+                for codec, fragment, slice_N in zip(self.codecs, self.bundle.fragments, values, strict=True)
+            ]
+        payload, payloads = self._allocate()
+        dense_kernels.encode(*self._call(version), addresses_of(values), address_of(payload) + self._offsets_F)
+        return payloads
 
     def encode_with(self, values: Sequence[torch.Tensor], states: dict[int, State], version: int) -> list[Payload]:
         """As `encode`; the residuals of codecs that keep one are kept in `states`, by fragment."""
@@ -66,22 +88,63 @@ class BundleCodec:
 
     def encode_delta(self, values: Sequence[torch.Tensor], held: Sequence[torch.Tensor], version: int) -> list[Payload]:
         """Each fragment's payload of values - held, which is added to `held` as the receiver will."""
-        return [
-            codec.encode_delta(
-                slice_N.view(fragment.shape), held_N.view(fragment.shape), seed_of(version, fragment.index)
-            )
-            for codec, fragment, slice_N, held_N in zip(self.codecs, self.bundle.fragments, values, held, strict=True)
-        ]
+        if not self._together(values):
+            return [
+                codec.encode_delta(
+                    slice_N.view(fragment.shape), held_N.view(fragment.shape), seed_of(version, fragment.index)
+                )
+                for codec, fragment, slice_N, held_N in zip(
+                    self.codecs, self.bundle.fragments, values, held, strict=True
+                )
+            ]
+        payload, payloads = self._allocate()
+        into_F = address_of(payload) + self._offsets_F
+        dense_kernels.encode_delta(*self._call(version), addresses_of(values), addresses_of(held), into_F)
+        return payloads
 
     def decode(self, payloads: Sequence[Payload], out: Sequence[torch.Tensor], version: int) -> None:
         """Write the values over the fragments' slices. Raises ProtocolError."""
+        if self._together(out):
+            self._decode_together(payloads, out, version, add=False)
+            return
         for codec, fragment, payload, out_N in zip(self.codecs, self.bundle.fragments, payloads, out, strict=True):
             codec.decode(payload, out_N.view(fragment.shape), seed_of(version, fragment.index))
 
     def decode_add(self, payloads: Sequence[Payload], out: Sequence[torch.Tensor], version: int) -> None:
         """Add the values to the fragments' slices. Raises ProtocolError."""
+        if self._together(out):
+            self._decode_together(payloads, out, version, add=True)
+            return
         for codec, fragment, payload, out_N in zip(self.codecs, self.bundle.fragments, payloads, out, strict=True):
             codec.decode_add(payload, out_N.view(fragment.shape), seed_of(version, fragment.index))
+
+    # -- all fragments in one call -----------------------------------------------------------------------------------
+
+    def _together(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the kernels can take all fragments at once."""
+        return self._dense and tensors[0].device.type == "cpu"
+
+    def _call(self, version: int) -> tuple[I64, I64, I64]:
+        """Kinds, elements and keys of a call."""
+        if not self._keyed:
+            return self._kinds_F, self._elements_F, self._no_keys_F
+        keys = [
+            codec.key(seed_of(version, fragment.index)) if isinstance(codec, DenseCodec) else 0
+            for codec, fragment in zip(self.codecs, self.bundle.fragments, strict=True)
+        ]
+        return self._kinds_F, self._elements_F, np.array(keys, dtype=np.int64)
+
+    def _allocate(self) -> tuple[Payload, list[Payload]]:
+        """A payload, and its fragments' payloads as views of it."""
+        payload = np.empty(self.most_bytes, dtype=np.uint8)
+        return payload, [payload[begin : begin + size] for begin, size in zip(self._offsets, self._sizes, strict=True)]
+
+    def _decode_together(
+        self, payloads: Sequence[Payload], out: Sequence[torch.Tensor], version: int, add: bool
+    ) -> None:
+        self.check_sizes([len(payload) for payload in payloads], sum(map(len, payloads)))
+        from_F = np.array([address_of(payload) for payload in payloads], dtype=np.int64)
+        dense_kernels.decode(*self._call(version), from_F, addresses_of(out), add)
 
 
 class CodecBook:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gradstream.core.codecs import CODEC_NAMES, ResidualCodec, codec_named
-from gradstream.core.codecs._dense import _Scaled
+from gradstream.core.codecs._dense import ScaledCodec
 from gradstream.core.codecs._residual import _Sparse
 
 LENGTHS = [1, 2, 255, 256, 257, 600, 4095, 4096, 4097, 9000]
@@ -27,7 +27,7 @@ def values_of(length: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-hadamard"])
 def test_scaled_codecs_by_torch_give_the_kernels_bits(name: str, length: int) -> None:
     codec = codec_named(name)
-    assert isinstance(codec, _Scaled)
+    assert isinstance(codec, ScaledCodec)
     values_N = values_of(length)
     for values_N in (values_of(length), torch.full((length,), -3.0885e-42), torch.full((length,), float("nan"))):
         payload = codec.encode(values_N, 9)

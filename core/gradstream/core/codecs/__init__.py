@@ -28,7 +28,7 @@ due before is still due.
 from __future__ import annotations
 
 from gradstream.core.codecs._base import Codec, Payload, ResidualCodec, State
-from gradstream.core.codecs._dense import Bf16, Fp32, Int4, Int4Hadamard, Int8
+from gradstream.core.codecs._dense import Bf16, DenseCodec, Fp32, Int4, Int4Hadamard, Int8
 from gradstream.core.codecs._lossless import Bf16Zstd, Fp32Zstd, PlaneCodec
 from gradstream.core.codecs._powersgd import PowerSgd
 from gradstream.core.codecs._residual import Sign, TopK
@@ -39,6 +39,8 @@ from gradstream.proto.v1 import plan_pb2
 __all__ = [
     "CODEC_NAMES",
     "Codec",
+    "DenseCodec",
+    "Int4Hadamard",
     "Payload",
     "PlaneCodec",
     "ResidualCodec",

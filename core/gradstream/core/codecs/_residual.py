@@ -10,7 +10,6 @@ import torch
 from gradstream.core import residual_kernels
 from gradstream.core.codecs import _device
 from gradstream.core.codecs._base import Payload, ResidualCodec, State
-from gradstream.core.codecs._dense import padded, whole_blocks
 from gradstream.core.encoded_size import BLOCK, TOPK_CHUNK, TOPK_PART, Shape, topk_kept
 from gradstream.core.errors import ProtocolError
 from gradstream.core.kernels import F32, U8, U16
@@ -226,3 +225,17 @@ def _kept_parts(payload: Payload, num_elements: int) -> tuple[tuple[tuple[U16, U
     whole = parts_2M[0, :kept].reshape(-1, _KEPT), parts_2M[1, :kept].reshape(-1, _KEPT)
     last = parts_2M[0, kept:].reshape(-1, topk_kept(rest) or 1), parts_2M[1, kept:].reshape(-1, topk_kept(rest) or 1)
     return (whole, last), num_elements - rest
+
+
+def whole_blocks(tensor_N: torch.Tensor, block: int = BLOCK) -> F32:
+    """The whole blocks of a contiguous fp32 tensor on the CPU, as a view of shape (B, block)."""
+    end = tensor_N.numel() // block * block
+    array: F32 = tensor_N[:end].detach().numpy().reshape(-1, block)
+    return array
+
+
+def padded(tensor_N: torch.Tensor, block: int) -> F32:
+    """A copy of a tensor shorter than a block, as (1, block), the end zeros."""
+    array_1E = np.zeros((1, block), dtype=np.float32)
+    array_1E[0, : tensor_N.numel()] = tensor_N.detach().numpy()
+    return array_1E

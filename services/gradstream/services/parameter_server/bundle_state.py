@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstream.core import kernels
+from gradstream.core import dense_kernels
 from gradstream.core.bundles import Bundle
 from gradstream.core.checkpoint import COPY, WEIGHT, CheckpointReader
 from gradstream.core.codecs import Payload
@@ -39,6 +39,7 @@ class BundleState:
         self.early: dict[int, list[Payload]] = {}
         self.squared_norms = [0.0] * len(bundle.fragments)
         self._tensors = [tensors[fragment.tensor] for fragment in bundle.fragments]
+        self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
         self._num_slots = recipe.training.num_slots
         self._weights_N = torch.zeros(bundle.num_elements)
         self._sum_N = torch.zeros(bundle.num_elements)
@@ -74,7 +75,9 @@ class BundleState:
             codec.decode_add(payloads, self._sums, step)
         if slot == self._num_slots - 1:
             # In fp64 and in a fixed order, fragment by fragment: the same whatever a bundle holds.
-            self.squared_norms = [kernels.squared_norm(sum_N.numpy()) for sum_N in self._sums]
+            norms_F = np.empty(len(self._sums))
+            dense_kernels.squared_norms(self._elements_F, dense_kernels.addresses_of(self._sums), norms_F)
+            self.squared_norms = norms_F.tolist()
 
     # -- commit ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,247 @@
+"""The codecs that send every element, over any number of fragments in one call of compiled code.
+
+A model has many small tensors, and what a call from Python costs (views, checks, taking the interpreter's lock back
+while other threads want it) is what tens of thousands of elements cost. So the fragments of a bundle are one call,
+given as arrays of addresses; it returns when the last one is done, and holds no lock meanwhile. The arithmetic is that
+of kernels.py, fragment by fragment: no bit depends on what is in a call together.
+
+Shape legend: F fragments. Addresses are of contiguous fp32 values, and of payloads that begin at multiples of 4 bytes.
+A payload of int8 and int4 is all scales, then all quotients; a short last block is encoded as if zeros followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import carray, types, uint32
+from numba.extending import intrinsic
+
+from gradstream.core import kernels
+from gradstream.core.encoded_size import BLOCK
+from gradstream.core.kernels import BF16_BLOCK, kernel
+
+I64 = npt.NDArray[np.int64]
+
+FP32, BF16, INT8, INT4, HADAMARD = range(5)
+"""Kinds: what is done to a fragment."""
+
+
+def addresses_of(tensors: Iterable[torch.Tensor]) -> I64:
+    """The addresses of tensors in the CPU's memory, which the caller keeps."""
+    return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+
+
+def address_of(array: npt.NDArray[Any]) -> int:
+    """The address of an array, which the caller keeps."""
+    return int(array.__array_interface__["data"][0])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@kernel
+def _num_blocks(elements: int) -> int:
+    return (elements + BLOCK - 1) // BLOCK
+
+
+@kernel
+def _encode_int8(elements: int, values: int, payload: int) -> None:
+    full, rest = elements // BLOCK, elements % BLOCK
+    scales_B = carray(_pointer(payload), _num_blocks(elements), np.float32)
+    body = payload + 4 * _num_blocks(elements)
+    kernels.int8_encode(
+        carray(_pointer(values), (full, BLOCK), np.float32),
+        carray(_pointer(values), (full, BLOCK), np.int32),
+        scales_B[:full],
+        carray(_pointer(body), (full, BLOCK), np.int8),
+    )
+    if rest:
+        last_1E, quotients_1E = np.zeros((1, BLOCK), np.float32), np.empty((1, BLOCK), np.int8)
+        last_1E[0, :rest] = carray(_pointer(values), elements, np.float32)[full * BLOCK :]
+        kernels.int8_encode(last_1E, last_1E.view(np.int32), scales_B[full:], quotients_1E)
+        carray(_pointer(body), elements, np.int8)[full * BLOCK :] = quotients_1E[0, :rest]
+
+
+@kernel
+def _decode_int8(elements: int, payload: int, out: int, add: bool) -> None:
+    full = elements // BLOCK
+    scales_B = carray(_pointer(payload), _num_blocks(elements), np.float32)
+    body = payload + 4 * _num_blocks(elements)
+    quotients_BE = carray(_pointer(body), (full, BLOCK), np.int8)
+    out_BE = carray(_pointer(out), (full, BLOCK), np.float32)
+    if add:
+        kernels.int8_decode_add(scales_B[:full], quotients_BE, out_BE)
+    else:
+        kernels.int8_decode(scales_B[:full], quotients_BE, out_BE)
+    quotients_N, out_N = carray(_pointer(body), elements, np.int8), carray(_pointer(out), elements, np.float32)
+    for i in range(full * BLOCK, elements):
+        value = np.float32(quotients_N[i]) * scales_B[full]
+        out_N[i] = out_N[i] + value if add else value
+
+
+@kernel
+def _encode_int4(elements: int, values: int, payload: int, key: int, rotated: bool) -> None:
+    full, rest = elements // BLOCK, elements % BLOCK
+    scales_B = carray(_pointer(payload), _num_blocks(elements), np.float32)
+    body = payload + 4 * _num_blocks(elements)
+    values_BE = carray(_pointer(values), (full, BLOCK), np.float32)
+    packed_BH = carray(_pointer(body), (full, BLOCK // 2), np.uint8)
+    if rotated:
+        kernels.hadamard_encode(values_BE, scales_B[:full], packed_BH, key)
+    else:
+        kernels.int4_encode(values_BE, scales_B[:full], packed_BH)
+    if rest:
+        last_1E, packed_1H = np.zeros((1, BLOCK), np.float32), np.empty((1, BLOCK // 2), np.uint8)
+        last_1E[0, :rest] = carray(_pointer(values), elements, np.float32)[full * BLOCK :]
+        kernels.int4_encode(last_1E, scales_B[full:], packed_1H)
+        num_bytes = (rest + 1) // 2
+        carray(_pointer(body + full * BLOCK // 2), num_bytes, np.uint8)[:] = packed_1H[0, :num_bytes]
+
+
+@kernel
+def _decode_int4(elements: int, payload: int, out: int, key: int, rotated: bool, add: bool) -> None:
+    full, rest = elements // BLOCK, elements % BLOCK
+    scales_B = carray(_pointer(payload), _num_blocks(elements), np.float32)
+    body = payload + 4 * _num_blocks(elements)
+    packed_BH = carray(_pointer(body), (full, BLOCK // 2), np.uint8)
+    out_BE = carray(_pointer(out), (full, BLOCK), np.float32)
+    if rotated:
+        kernels.hadamard_decode(scales_B[:full], packed_BH, out_BE, key, add)
+    elif add:
+        kernels.int4_decode_add(scales_B[:full], packed_BH, out_BE)
+    else:
+        kernels.int4_decode(scales_B[:full], packed_BH, out_BE)
+    if rest:
+        packed_1H, last_1E = np.zeros((1, BLOCK // 2), np.uint8), np.empty((1, BLOCK), np.float32)
+        num_bytes = (rest + 1) // 2
+        packed_1H[0, :num_bytes] = carray(_pointer(body + full * BLOCK // 2), num_bytes, np.uint8)
+        kernels.int4_decode(scales_B[full:], packed_1H, last_1E)
+        out_N = carray(_pointer(out), elements, np.float32)
+        for i in range(rest):
+            value = last_1E[0, i]
+            out_N[full * BLOCK + i] = out_N[full * BLOCK + i] + value if add else value
+
+
+@kernel
+def _encode_bf16(elements: int, values: int, payload: int) -> None:
+    bits_N = carray(_pointer(values), elements, np.uint32)
+    halves_N = carray(_pointer(payload), elements, np.uint16)
+    for i in range(elements):
+        bits = bits_N[i]
+        # Half of the last place that stays, or one less where that place is even: ties go to even.
+        rounded = uint32(bits + uint32(0x7FFF) + uint32((bits >> uint32(16)) & uint32(1))) >> uint32(16)
+        is_nan = (bits & uint32(kernels.MAGNITUDE_BITS)) > uint32(kernels.INFINITY_BITS)
+        halves_N[i] = np.uint16(uint32(0x7FC0) if is_nan else rounded)
+
+
+@kernel
+def _decode_bf16(elements: int, payload: int, out: int, add: bool) -> None:
+    halves_N = carray(_pointer(payload), elements, np.uint16)
+    if not add:
+        bits_N = carray(_pointer(out), elements, np.uint32)
+        for i in range(elements):
+            bits_N[i] = uint32(halves_N[i]) << uint32(16)
+        return
+    full = elements // BF16_BLOCK
+    kernels.bf16_decode_add(
+        carray(_pointer(payload), (full, BF16_BLOCK), np.uint16), carray(_pointer(out), (full, BF16_BLOCK), np.float32)
+    )
+    out_N = carray(_pointer(out), elements, np.float32)
+    bits = np.empty(1, np.uint32)
+    value = bits.view(np.float32)
+    for i in range(full * BF16_BLOCK, elements):
+        bits[0] = uint32(halves_N[i]) << uint32(16)
+        out_N[i] += value[0]
+
+
+@kernel
+def _copy(elements: int, source: int, target: int, add: bool) -> None:
+    source_N, target_N = carray(_pointer(source), elements, np.float32), carray(_pointer(target), elements, np.float32)
+    for i in range(elements):
+        target_N[i] = target_N[i] + source_N[i] if add else source_N[i]
+
+
+@kernel
+def _encode_one(kind: int, elements: int, key: int, values: int, payload: int) -> None:
+    if kind == INT8:
+        _encode_int8(elements, values, payload)
+    elif kind == BF16:
+        _encode_bf16(elements, values, payload)
+    elif kind == FP32:
+        _copy(elements, values, payload, False)
+    else:
+        _encode_int4(elements, values, payload, key, kind == HADAMARD)
+
+
+@kernel
+def _decode_one(kind: int, elements: int, key: int, payload: int, out: int, add: bool) -> None:
+    if kind == INT8:
+        _decode_int8(elements, payload, out, add)
+    elif kind == BF16:
+        _decode_bf16(elements, payload, out, add)
+    elif kind == FP32:
+        _copy(elements, payload, out, add)
+    else:
+        _decode_int4(elements, payload, out, key, kind == HADAMARD, add)
+
+
+@kernel
+def encode(kinds_F: I64, elements_F: I64, keys_F: I64, values_F: I64, payloads_F: I64) -> None:
+    """Write each fragment's payload. `keys_F` matters to HADAMARD alone."""
+    for f in range(len(kinds_F)):
+        _encode_one(kinds_F[f], elements_F[f], keys_F[f], values_F[f], payloads_F[f])
+
+
+@kernel
+def decode(kinds_F: I64, elements_F: I64, keys_F: I64, payloads_F: I64, outs_F: I64, add: bool) -> None:
+    """Write the payloads' values over `outs_F`, or add them."""
+    for f in range(len(kinds_F)):
+        _decode_one(kinds_F[f], elements_F[f], keys_F[f], payloads_F[f], outs_F[f], add)
+
+
+@kernel
+def encode_delta(kinds_F: I64, elements_F: I64, keys_F: I64, values_F: I64, helds_F: I64, payloads_F: I64) -> None:
+    """Write the payloads of values - held and add them to held: where it can be, in one pass over memory."""
+    for f in range(len(kinds_F)):
+        kind, elements, payload = kinds_F[f], elements_F[f], payloads_F[f]
+        full, rest = elements // BLOCK, elements % BLOCK
+        values_BE = carray(_pointer(values_F[f]), (full, BLOCK), np.float32)
+        held_BE = carray(_pointer(helds_F[f]), (full, BLOCK), np.float32)
+        scales_B = carray(_pointer(payload), full, np.float32)
+        if kind == INT8 and not rest:
+            body_BE = carray(_pointer(payload + 4 * full), (full, BLOCK), np.int8)
+            kernels.int8_encode_delta(values_BE, held_BE, scales_B, body_BE)
+        elif kind == INT4 and not rest:
+            body_BH = carray(_pointer(payload + 4 * full), (full, BLOCK // 2), np.uint8)
+            kernels.int4_encode_delta(values_BE, held_BE, scales_B, body_BH)
+        else:
+            values_N = carray(_pointer(values_F[f]), elements, np.float32)
+            held_N = carray(_pointer(helds_F[f]), elements, np.float32)
+            difference_N = values_N - held_N
+            _encode_one(kind, elements, keys_F[f], difference_N.ctypes.data, payload)
+            _decode_one(kind, elements, keys_F[f], payload, helds_F[f], True)
+
+
+@kernel
+def squared_norms(elements_F: I64, values_F: I64, norms_F: npt.NDArray[np.float64]) -> None:
+    """`kernels.squared_norm` of each fragment."""
+    for f in range(len(elements_F)):
+        norms_F[f] = kernels.squared_norm(carray(_pointer(values_F[f]), elements_F[f], np.float32))
+
+
+def preload() -> None:
+    """Compile every kernel of this file, or load it from the cache."""
+    one_F, none_F = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    encode(one_F, none_F, one_F, one_F, one_F)
+    decode(one_F, none_F, one_F, one_F, one_F, False)
+    encode_delta(one_F, none_F, one_F, one_F, one_F, one_F)
+    squared_norms(none_F, one_F, np.zeros(1))

@@ -113,12 +113,12 @@ def test_every_pull_of_a_recipe_leads_to_codecs(pull: Any) -> None:
     assert form.keeps_copy == (pull.startswith("delta") or pull == "auto")
 
 
-def mixed_bundle() -> tuple[Bundle, list[Tensor]]:
-    """One fragment of each kind, of odd sizes."""
+def mixed_bundle(odd: bool = True) -> tuple[Bundle, list[Tensor]]:
+    """One fragment of each kind, of odd sizes, or so that every payload begins where the kernels can read it."""
     tensors = [
         Tensor("m", (20, 16), True, 0, "matrix"),
-        Tensor("v", (21,), False, 0, "vector"),
-        Tensor("e", (9, 33), True, 0, "embedding"),
+        Tensor("v", (21 if odd else 20,), False, 0, "vector"),
+        Tensor("e", (9, 33 if odd else 32), True, 0, "embedding"),
         Tensor("n", (5, 7), True, 0, "matrix"),
     ]
     (found,) = bundle(cut(tensors, 1024), [0] * 4, 1024)
@@ -181,27 +181,43 @@ def test_sizes_that_pass_never_announce_more_than_the_most(data: st.DataObject) 
     assert payload_bytes == sum(fragment_bytes) <= codec.most_bytes
 
 
+@pytest.mark.parametrize("odd", [True, False])
 @pytest.mark.parametrize("name", [name for name in CODEC_NAMES if name not in RESIDUAL_CODECS])
-def test_a_bundles_payload_comes_back_fragment_by_fragment(name: str) -> None:
+def test_a_bundles_payload_comes_back_fragment_by_fragment(name: str, odd: bool) -> None:
     """As if each fragment were alone, with its own seed; from one payload of pieces that begin where they happen to."""
-    found, tensors = mixed_bundle()
+    found, tensors = mixed_bundle(odd)
     codec = BundleCodec(found, tensors, name, "int8")
-    flat_N = torch.randn(found.num_elements, generator=torch.Generator().manual_seed(1))
-    values = slices(flat_N, found)
+    flat_N, held_N = torch.randn(2, found.num_elements, generator=torch.Generator().manual_seed(1))
+    values, old = slices(flat_N, found), slices(held_N.clone(), found)
     payloads = codec.encode(values, 7)
-    out_N, sum_N = torch.full_like(flat_N, 3.0), torch.ones_like(flat_N)
+    out_N, sum_N, new_N = torch.full_like(flat_N, 3.0), torch.ones_like(flat_N), held_N.clone()
     pieces = split(np.concatenate(payloads), [len(payload) for payload in payloads])
     codec.decode(pieces, slices(out_N, found), 7)
     codec.decode_add(pieces, slices(sum_N, found), 7)
-    for fragment, value_N, got_N, added_N in zip(
-        found.fragments, values, slices(out_N, found), slices(sum_N, found), strict=True
-    ):
+    deltas = codec.encode_delta(values, slices(new_N, found), 7)
+    for number, fragment in enumerate(found.fragments):
         alone = codec_named(codec_for(tensors[fragment.tensor].kind, name, "int8"))
         seed = seed_of(7, fragment.index)
+        value = values[number].reshape(fragment.shape)
+        payload = alone.encode(value, seed)
+        assert payloads[number].tobytes() == payload.tobytes()
         expected = torch.empty(fragment.shape)
-        alone.decode(alone.encode(value_N.reshape(fragment.shape), seed), expected, seed)
-        assert torch.equal(got_N, expected.view(-1))
-        assert torch.equal(added_N, expected.view(-1) + 1)
+        alone.decode(payload, expected, seed)
+        assert torch.equal(slices(out_N, found)[number], expected.view(-1))
+        assert torch.equal(slices(sum_N, found)[number], expected.view(-1) + 1)
+        assert deltas[number].tobytes() == alone.encode_delta(value, old[number].view(fragment.shape), seed).tobytes()
+        assert torch.equal(slices(new_N, found)[number], old[number])
+
+
+def test_a_piece_of_another_length_is_refused_before_anything_is_written() -> None:
+    found, tensors = mixed_bundle(odd=False)
+    codec = BundleCodec(found, tensors, "int8", "int8")
+    payloads = codec.encode(slices(torch.ones(found.num_elements), found), 0)
+    out_N = torch.full((found.num_elements,), 3.0)
+    for number, piece in enumerate(payloads):
+        with pytest.raises(ProtocolError, match="payload of"):
+            codec.decode([*payloads[:number], piece[:-1], *payloads[number + 1 :]], slices(out_N, found), 0)
+    assert torch.equal(out_N, torch.full_like(out_N, 3.0))
 
 
 def test_seeds_of_all_versions_and_fragments_differ() -> None:

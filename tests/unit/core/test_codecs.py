@@ -321,9 +321,10 @@ def test_preload_compiles_all_that_the_codecs_call() -> None:
     """What it missed would stop a node for seconds in the middle of a step."""
     code = """
 import torch
-from gradstream.core import kernels, residual_kernels
+from gradstream.core import dense_kernels, kernels, residual_kernels
 from gradstream.core.codecs import CODEC_NAMES, codec_named
-compiled = [(name, k) for m in (kernels, residual_kernels) for name, k in vars(m).items() if hasattr(k, "signatures")]
+modules = (dense_kernels, kernels, residual_kernels)
+compiled = [(name, k) for module in modules for name, k in vars(module).items() if hasattr(k, "signatures")]
 kernels.preload()
 before = {name: len(k.signatures) for name, k in compiled}
 assert all(count for name, count in before.items() if not name.startswith("_")), before

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
 import numpy as np
 import psutil
@@ -49,6 +50,7 @@ from gradstream.services.parameter_server.shard import Shard
 
 FRAGMENT_ELEMENTS = 1 << 20
 ANSWER_SECONDS = 120.0
+BARE_SERVICE = "gradstream.bench.Bare"
 _MODEL = {
     "model_type": "llama",
     "vocab_size": 8192,
@@ -231,6 +233,8 @@ class ServerActor:
 
     async def start(self) -> None:
         add_parameter_server(ParameterServerServicer(lambda: self.shard), self._server)
+        handlers = {"Push": grpc.stream_unary_rpc_method_handler(_count_bytes, None, None)}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE_SERVICE, handlers),))
         self._port = listen(self._server, "127.0.0.1:0")
         await self._server.start()
 
@@ -287,6 +291,14 @@ class ServerActor:
         """Bytes of weights, moments, accumulators and copies."""
         assert self.shard is not None
         return int(self.shard.status().state_bytes)
+
+
+async def _count_bytes(messages: AsyncIterator[bytes], context: Any) -> bytes:
+    """What gRPC alone costs: messages are taken and dropped."""
+    num_bytes = 0
+    async for message in messages:
+        num_bytes += len(message)
+    return num_bytes.to_bytes(8, "little")
 
 
 def run_server(pipe: Connection) -> None:
@@ -357,6 +369,20 @@ class SenderActor:
                     raise RuntimeError(f"not accepted: {response}")
                 under_way.popleft()
             changed.set()
+
+    async def push_bare(self, num_bytes: int, piece_bytes: int) -> tuple[float, float]:
+        """Send so many bytes to a method that drops them; return when it began and ended."""
+        piece = bytes(piece_bytes)
+
+        async def messages() -> AsyncIterator[bytes]:
+            for begin in range(0, num_bytes, piece_bytes):
+                yield piece[: num_bytes - begin]
+
+        began = time.monotonic()
+        answer = await self._channels[0].stream_unary(f"/{BARE_SERVICE}/Push", None, None)(messages())
+        if int.from_bytes(answer, "little") != num_bytes:
+            raise RuntimeError("bytes went missing")
+        return began, time.monotonic()
 
     async def pull(self, min_version: int) -> tuple[float, float]:
         """Pull a version as a worker does and decode it into parameters; return when it began and ended."""

@@ -4,6 +4,7 @@ raw TCP loopback copy of the same bytes.
 The server and each sender are processes of their own (standalone.py), the rival is `sendall` and `recv_into` between
 two processes with calls of the same size. In every round each of them moves the same bytes once, in turns; the median
 of the rounds' ratios is reported. A push is over when every contribution is in the sum, a pull when it is decoded.
+Beside them, what gRPC alone makes of messages that are built before and dropped after.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import os
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -122,11 +125,16 @@ class Bench:
         began, ended = self._senders[0].ask("pull", 0)
         return float(ended - began)
 
-    def compare(self, name: str, target: float, num_senders: int, piece_bytes: int, pull: bool = False) -> Result:
+    def bare(self, piece_bytes: int) -> float:
+        """Seconds in which gRPC alone moves as many bytes, in messages that are built already and then dropped."""
+        began, ended = self._senders[0].ask("push_bare", self.num_bytes, piece_bytes)
+        return float(ended - began)
+
+    def compare(self, name: str, target: float, piece_bytes: int, ours_seconds: Callable[[], float]) -> Result:
         """The ratio to the rival."""
         ratios, speeds, rivals = [], [], []
         for number in range(NUM_ROUNDS + 1):
-            ours = self.pull() if pull else self.push(num_senders, piece_bytes)
+            ours = ours_seconds()
             rival = self.raw.seconds(self.num_bytes, piece_bytes)
             if number:  # the first one warms up
                 ratios.append(rival / ours)
@@ -147,19 +155,22 @@ def main() -> None:
     results = []
     with ExitStack() as stack:
         bench = Bench(stack, "fp32", max(NUM_SENDERS))
-        by_piece = [bench.compare(f"push_fp32_1_sender_{piece >> 10}_kib", TARGET, 1, piece) for piece in PIECES_BYTES]
+        by_piece = [
+            bench.compare(f"push_fp32_1_sender_{piece >> 10}_kib", TARGET, piece, partial(bench.push, 1, piece))
+            for piece in PIECES_BYTES
+        ]
         results += by_piece
+        name = f"{PIECE_BYTES >> 10}_kib"
+        results.append(bench.compare(f"grpc_alone_{name}", 0.0, PIECE_BYTES, partial(bench.bare, PIECE_BYTES)))
         for num_senders in NUM_SENDERS[1:]:
-            results.append(
-                bench.compare(
-                    f"push_fp32_{num_senders}_senders_{PIECE_BYTES >> 10}_kib", TARGET, num_senders, PIECE_BYTES
-                )
-            )
-        results.append(bench.compare(f"pull_fp32_{PIECE_BYTES >> 10}_kib", TARGET, 1, PIECE_BYTES, pull=True))
+            push = partial(bench.push, num_senders, PIECE_BYTES)
+            results.append(bench.compare(f"push_fp32_{num_senders}_senders_{name}", TARGET, PIECE_BYTES, push))
+        results.append(bench.compare(f"pull_fp32_{name}", TARGET, PIECE_BYTES, bench.pull))
         for codec in ("bf16", "int8"):
             bench.use(codec)
-            results.append(bench.compare(f"push_{codec}_1_sender_{PIECE_BYTES >> 10}_kib", TARGET, 1, PIECE_BYTES))
-            results.append(bench.compare(f"pull_{codec}_{PIECE_BYTES >> 10}_kib", TARGET, 1, PIECE_BYTES, pull=True))
+            push = partial(bench.push, 1, PIECE_BYTES)
+            results.append(bench.compare(f"push_{codec}_1_sender_{name}", TARGET, PIECE_BYTES, push))
+            results.append(bench.compare(f"pull_{codec}_{name}", TARGET, PIECE_BYTES, bench.pull))
     if options.png:
         _draw(by_piece, options.png)
     report("transport", results)

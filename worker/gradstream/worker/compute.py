@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
@@ -68,8 +69,16 @@ class SlotComputer:
             self.model.activation_checkpointing_enable(  # type: ignore[operator]
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
-        for number, parameter in enumerate(self.parameters):
+        self._hooks: list[RemovableHandle] = [
             parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
+            for number, parameter in enumerate(self.parameters)
+        ]
+
+    def close(self) -> None:
+        """Let go of the model: its hooks lead back to this object on a way that Python's garbage collector cannot
+        see, so that neither would ever be freed."""
+        for hook in self._hooks:
+            hook.remove()
 
     def run_slot(self, step: int, slot: int, tokens: Tokens, emit: Emit, wanted: Callable[[], bool]) -> SlotTotals:
         """Compute one slot's gradient at the weights in place.

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from gradstream.core import log as logging
+from gradstream.core import memory
 from gradstream.core.model import preload
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
@@ -80,7 +81,9 @@ class Worker:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        self._job = None
+        if self._job is not None:
+            self._job = None
+            memory.give_back()
 
     def _activity(self) -> coordinator_pb2.Activity:
         activity = coordinator_pb2.Activity(phase="idle") if self._job is None else self._job.activity()
@@ -101,6 +104,7 @@ async def serve(
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
     preload()
+    memory.settle()
     picked = pick_device(device)
     described = f"{picked} ({torch.cuda.get_device_name(picked)})" if picked.type == "cuda" else str(picked)
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, "", memory_bytes, described)

@@ -17,7 +17,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import log as logging
-from gradstream.core import model
+from gradstream.core import memory, model
 from gradstream.core.errors import StaleEpochError, one_line
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
@@ -119,6 +119,8 @@ class ParameterServer:
             shard, self.shard = self.shard, None
             await shard.close(reason)
             log.info("shard dropped", job=shard.plan.job_id, epoch=shard.plan.epoch, reason=reason)
+            del shard
+            memory.give_back()
         if self._leader_channel is not None:
             await self._leader_channel.close(None)
             self._leader_channel = None
@@ -193,6 +195,7 @@ async def serve(
     port = listen(server, listen_address)
     model.preload()
     optimizer.preload()
+    memory.settle()
     address = f"{_advertised(listen_address)}:{port}"
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, address, memory_bytes, "cpu")
     node = ParameterServer(coordinator, identity, log_buffer, num_threads or max(2, min(8, os.cpu_count() or 2)))

@@ -30,9 +30,11 @@ class ParameterServerServicer:
         self._streams = Streams()
 
     def _shard(self, job_id: str, epoch: int) -> Shard:
+        """The shard in force. Raises StaleEpochError when it is of another plan."""
         shard = self._current()
         if shard is None:
             raise StaleEpochError(f"plan {job_id} epoch {epoch} is not in force here: this server holds no job yet")
+        shard.check_epoch(job_id, epoch)
         return shard
 
     async def Push(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.PushResponse]:
@@ -122,7 +124,6 @@ class ParameterServerServicer:
         """On the leader: another server is done with a step."""
         async with answering(context):
             shard = self._shard(request.job_id, request.epoch)
-            shard.check_epoch(request.job_id, request.epoch)
             if shard.leader is None:
                 raise ProtocolError(f"server {shard.index} is not the leader of {request.job_id} epoch {request.epoch}")
             return (await shard.leader.complete(request)).to_proto()

@@ -159,6 +159,8 @@ class Shard:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # Streams that are told of the end one by one still know the shard; its memory is free now.
+        self.bundles = {}
 
     async def drain(self) -> None:
         """Wait until a checkpoint that is being written is reported."""
@@ -407,9 +409,9 @@ class Shard:
     async def copy(self, job_id: str, epoch: int, bundle: int, version: int, holds: bool) -> Copy | None:
         """Wait until a bundle is published at `version`; what a worker gets that `holds` the version before, or does
         not. None when the bundle has moved on. Raises StaleEpochError."""
-        state = self.bundles[bundle]
         while True:
             self.check_epoch(job_id, epoch)
+            state = self.bundles[bundle]
             if state.published_version == version:
                 break
             if state.published_version > version:

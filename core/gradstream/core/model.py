@@ -182,6 +182,18 @@ def _initialize(model: nn.Module, module: nn.Module) -> None:
     model._init_weights(module)  # type: ignore[operator]
 
 
+def initialize_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Move a model that was built on the meta device to `device`: what it computes from its config (rotary frequencies)
+    is computed there, its parameters are left undefined."""
+    import torch
+
+    model.to_empty(device=torch.device(device))
+    with _GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
+        for module in model.modules():
+            if any(True for _ in module.buffers(recurse=False)):
+                model._init_weights(module)  # type: ignore[operator]
+
+
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any values with a stable text form."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()

@@ -1,0 +1,141 @@
+"""A pipeline stage as a module: the whole model of transformers with the parts of other stages taken out.
+
+The model's own forward pass runs on every stage, so masks, rotary embeddings and whatever else a family computes on the
+way are its own. Layers of other stages pass on what they are given; where a stage begins, what it received takes the
+place of what the model computed so far.
+
+Shape legend: B samples, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradstream.core.errors import ConfigError
+from gradstream.core.model import build, forward_units, initialize_buffers
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is never cut: the embedding, one layer, or the final norm and head. `units` are indices of forward units."""
+
+    name: str
+    units: tuple[int, ...]
+
+
+def parts_of(model: nn.Module) -> list[Part]:
+    """The parts of a decoder, in forward order. Raises ConfigError for a model that cannot be taken apart like this."""
+    units = forward_units(model)
+    names = [name for name, _ in units]
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    layers = [
+        index for index, name in enumerate(names) if any(name == f"{path}.{name.rsplit('.', 1)[-1]}" for path in lists)
+    ]
+    # A list inside a layer is part of that layer.
+    if not layers or layers != list(range(layers[0], layers[-1] + 1)):
+        raise ConfigError("model.config: the model's layers are not one list, so it cannot be cut into pipeline stages")
+    before, after = tuple(range(layers[0])), tuple(range(layers[-1] + 1, len(names)))
+    for name, unit in units[: layers[0]]:
+        # Some families define their final norm up there: by its place alone nobody can tell when it is used.
+        if _has_parameters(unit) and not isinstance(unit, nn.Embedding):
+            raise ConfigError(
+                f"model.config: '{name}' lies before the layers and is no embedding, so the model cannot be cut into "
+                f"pipeline stages; use stages: 1"
+            )
+    return [Part("embedding", before), *(Part(names[index], (index,)) for index in layers), Part("head", after)]
+
+
+class StageModule(nn.Module):
+    """Parts `parts` (a range over `parts_of`) of a model, on a device, with weights yet to be filled in.
+
+    Parameters of the other parts do not exist. Names are those of the whole model.
+    """
+
+    def __init__(self, model_config: Mapping[str, Any], parts: range, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.model = build(model_config, "meta")
+        every = parts_of(self.model)
+        if not parts or parts.start < 0 or parts.stop > len(every) or parts.step != 1:
+            raise ConfigError(
+                f"stage of parts {parts.start} to {parts.stop - 1}: the model has parts 0 to {len(every) - 1}"
+            )
+        self.first, self.last = parts.start == 0, parts.stop == len(every)
+        units = [unit for _, unit in forward_units(self.model)]
+        kept = {unit for part in every[parts.start : parts.stop] for unit in part.units}
+        entry = None
+        for number, part in enumerate(every):
+            for unit in part.units:
+                if unit in kept:
+                    if not self.first and entry is None and _has_parameters(units[unit]):
+                        entry = units[unit]
+                elif _has_parameters(units[unit]):
+                    self._replace(units[unit], _Nothing() if number == 0 else _PassedOn(units[unit]))
+        self._received: torch.Tensor | None = None
+        if entry is not None:
+            entry.register_forward_pre_hook(self._take, with_kwargs=True)
+        initialize_buffers(self.model, device)
+        if self.first and self.last:
+            self.model.tie_weights()  # type: ignore[operator]  # moving a model separates what it shares
+
+    def forward(self, received: torch.Tensor) -> torch.Tensor:
+        """The first stage takes token ids, (B, T), the others activations, (B, T, D). The last one gives logits,
+        (B, T, V), the others activations."""
+        model: Any = self.model if self.last else self.model.base_model
+        if self.first:
+            output = model(input_ids=received, use_cache=False)
+        else:
+            self._received = received
+            output = model(inputs_embeds=received, use_cache=False)
+        result: torch.Tensor = output.logits if self.last else output.last_hidden_state
+        return result
+
+    def _take(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        received, self._received = self._received, None
+        if "hidden_states" in keywords:
+            return arguments, {**keywords, "hidden_states": received}
+        return (received, *arguments[1:]), keywords
+
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
+        for module in list(self.model.modules()):
+            for name, child in list(module.named_children()):
+                if child is old:
+                    setattr(module, name, new)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+class _Nothing(nn.Module):
+    """In place of an embedding: what is added to the received activations, which replace the sum anyway."""
+
+    def forward(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros((1, 1, 1), device=ids.device)
+
+
+class _PassedOn(nn.Module):
+    """In place of a layer or norm of another stage. It keeps the plain attributes that a model's loop may look at."""
+
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        plain = {key: value for key, value in vars(original).items() if isinstance(value, (str, int, float))}
+        self.__dict__.update({key: value for key, value in plain.items() if key not in self.__dict__})
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def stage_tensors(module: StageModule, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The stage's parameters by the names that the whole model's tensors have, `names`; a tied tensor, which several
+    modules share, by its first name wherever it is."""
+    tied: Mapping[str, str] = getattr(module.model, "all_tied_weights_keys", None) or {}
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in module.model.named_parameters(remove_duplicate=False):
+        first = name if name in names else tied.get(name, name)
+        found.setdefault(first, parameter)
+    return found

@@ -1,0 +1,142 @@
+"""Stages of many families: the same bits as the whole model, forward and backward."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gradstream.core.errors import ConfigError
+from gradstream.core.model import build, initial_weights
+from gradstream.core.stage_module import StageModule, parts_of, stage_tensors
+
+NUM_LAYERS = 4
+COMMON: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**COMMON, "model_type": "llama"},
+    "llama-tied": {**COMMON, "model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {**COMMON, "model_type": "mistral", "sliding_window": 8},
+    "qwen2": {**COMMON, "model_type": "qwen2"},
+    "qwen3": {**COMMON, "model_type": "qwen3", "head_dim": 8},
+    "gemma": {**COMMON, "model_type": "gemma", "head_dim": 8},
+    # Layers of two kinds in turn, which look back 8 tokens or all of them.
+    "gemma3_text": {
+        **COMMON,
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "olmo2": {**COMMON, "model_type": "olmo2"},
+    "phi": {**COMMON, "model_type": "phi", "num_key_value_heads": 4},
+    "gpt_neox": {**COMMON, "model_type": "gpt_neox"},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 61,
+        "n_embd": 32,
+        "n_layer": NUM_LAYERS,
+        "n_head": 4,
+        "n_positions": 32,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+}
+CUTS = {
+    "whole": [0, NUM_LAYERS + 2],
+    "halves": [0, 3, NUM_LAYERS + 2],
+    "every part": list(range(NUM_LAYERS + 3)),
+}
+
+
+def filled(module: nn.Module, parameters: dict[str, nn.Parameter], weights: dict[str, torch.Tensor]) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    return module.train()
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_have_the_bits_of_the_whole_model(family: str, cut: str) -> None:
+    config = FAMILIES[family]
+    weights = dict(initial_weights(config, seed=3))
+    whole = build(config)
+    filled(whole, dict(whole.named_parameters()), weights)
+    ids_BT = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(1))
+    wanted_BTV = whole(input_ids=ids_BT, use_cache=False).logits
+    wanted_BTV.float().square().sum().backward()
+
+    stages = [StageModule(config, range(begin, end)) for begin, end in pairwise(CUTS[cut])]
+    tensors = [stage_tensors(stage, list(weights)) for stage in stages]
+    for stage, parameters in zip(stages, tensors, strict=True):
+        filled(stage, parameters, weights)
+    # Each stage computes on its own: activations forward, their gradients back.
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    received = ids_BT
+    for stage in stages:
+        inputs.append(received)
+        outputs.append(stage(received))
+        received = outputs[-1].detach().requires_grad_()
+    assert torch.equal(outputs[-1], wanted_BTV)
+    outputs[-1].float().square().sum().backward()
+    for output, after in zip(reversed(outputs[:-1]), reversed(inputs[1:]), strict=True):
+        output.backward(after.grad)
+
+    found: dict[str, torch.Tensor] = {}
+    for parameters in tensors:
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, name
+            found[name] = found[name] + parameter.grad if name in found else parameter.grad
+    assert set(found) == set(weights)
+    tied = [name for name in weights if sum(name in parameters for parameters in tensors) > 1]
+    for name, parameter in whole.named_parameters():
+        assert parameter.grad is not None
+        if name in tied:  # a sum of two, which the whole model adds in its own order
+            torch.testing.assert_close(found[name], parameter.grad)
+        else:
+            assert torch.equal(found[name], parameter.grad), name
+
+
+def test_a_stage_has_no_parameters_but_its_own() -> None:
+    config = FAMILIES["llama"]
+    whole = build(config, "meta")
+    parts = parts_of(whole)
+    assert [part.name for part in parts] == ["embedding", *(f"model.layers.{i}" for i in range(NUM_LAYERS)), "head"]
+    stages = [StageModule(config, range(number, number + 1)) for number in range(len(parts))]
+    names = [{name.removeprefix("model.") for name, _ in stage.named_parameters()} for stage in stages]
+    assert set.union(*names) == {name for name, _ in whole.named_parameters()}
+    assert sum(map(len, names)) == len(set.union(*names))
+    assert names[0] == {"model.embed_tokens.weight"}
+    assert names[-1] == {"model.norm.weight", "lm_head.weight"}
+
+
+def test_a_family_whose_parts_are_not_in_order_is_refused() -> None:
+    config = {**COMMON, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32}
+    with pytest.raises(
+        ConfigError, match=r"'model.decoder.final_layer_norm' lies before the layers and is no embedding"
+    ):
+        parts_of(build(config, "meta"))
+
+
+@pytest.mark.parametrize("parts", [range(0), range(3, 8), range(-1, 2)])
+def test_parts_that_do_not_exist(parts: range) -> None:
+    with pytest.raises(ConfigError, match="the model has parts 0 to 5"):
+        StageModule(FAMILIES["llama"], parts)

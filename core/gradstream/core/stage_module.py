@@ -9,7 +9,7 @@ Shape legend: B samples, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,6 @@ class StageModule(nn.Module):
         if entry is not None:
             entry.register_forward_pre_hook(self._take, with_kwargs=True)
         initialize_buffers(self.model, device)
-        if self.first and self.last:
-            self.model.tie_weights()  # type: ignore[operator]  # moving a model separates what it shares
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
         """The first stage takes token ids, (B, T), the others activations, (B, T, D). The last one gives logits,
@@ -130,12 +128,15 @@ class _PassedOn(nn.Module):
         return hidden_states
 
 
-def stage_tensors(module: StageModule, names: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The stage's parameters by the names that the whole model's tensors have, `names`; a tied tensor, which several
-    modules share, by its first name wherever it is."""
+def stage_tensors(module: StageModule, names: Collection[str]) -> dict[tuple[str, int], nn.Parameter]:
+    """The stage's parameters by (tensor, part), where `names` are the whole model's tensors.
+
+    A tied tensor has two parts, its use as an embedding and that as a head, whose gradients add up apart from each
+    other: whether one stage has both or two have one each must make no difference. So a stage with both has it twice.
+    """
     tied: Mapping[str, str] = getattr(module.model, "all_tied_weights_keys", None) or {}
-    found: dict[str, nn.Parameter] = {}
-    for name, parameter in module.model.named_parameters(remove_duplicate=False):
-        first = name if name in names else tied.get(name, name)
-        found.setdefault(first, parameter)
+    found: dict[tuple[str, int], nn.Parameter] = {}
+    for name, parameter in module.model.named_parameters():
+        key = (name, 0) if name in names else (tied[name], 1)
+        found[key] = parameter
     return found

@@ -1,0 +1,157 @@
+"""Every schedule gives the gradients of the same microbatches run one after the other in one process, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gradstream.core.model import initial_weights
+from gradstream.core.schedules import SCHEDULES, Action, Schedule, make_schedule, needs, unavailable, validate
+from gradstream.core.stage_module import StageModule, stage_tensors
+from gradstream.worker.stage import StageRunner
+
+NUM_LAYERS = 6
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "vocab_size": 61,
+    "n_embd": 32,
+    "n_layer": NUM_LAYERS,
+    "n_head": 4,
+    "n_positions": 32,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+MODELS = {"llama": LLAMA, "gpt2-tied": GPT2}
+NUM_MICROBATCHES = 4
+EXISTING = [
+    (name, num_workers, num_chunks)
+    for name in SCHEDULES
+    for num_workers in (1, 2, 3, 4)
+    for num_chunks in (1, 2)
+    if not unavailable(name, num_workers, NUM_MICROBATCHES, num_chunks)
+]
+
+Gradients = dict[tuple[str, int], torch.Tensor]
+
+
+class Pipeline:
+    """All workers of a pipeline in this process, with messages in a dictionary."""
+
+    def __init__(self, config: dict[str, Any], schedule: Schedule):
+        self.schedule = schedule
+        self.weights = dict(initial_weights(config, seed=3))
+        self.tokens = torch.randint(0, 61, (NUM_MICROBATCHES, 2, 13), generator=torch.Generator().manual_seed(1))
+        num_parts, num_stages = NUM_LAYERS + 2, schedule.num_stages
+        bounds = [num_parts * stage // num_stages for stage in range(num_stages + 1)]
+        self.stages = [StageModule(config, range(bounds[stage], bounds[stage + 1])) for stage in range(num_stages)]
+        for stage in self.stages:
+            stage.train()
+            for (name, _), parameter in stage_tensors(stage, self.weights).items():
+                parameter.data.copy_(self.weights[name])
+        self.runners = [
+            StageRunner(
+                {stage: self.stages[stage] for stage in range(worker, num_stages, schedule.num_workers)},
+                num_stages,
+                self.loss_sum,
+            )
+            for worker in range(schedule.num_workers)
+        ]
+
+    def loss_sum(self, logits_BTV: torch.Tensor, microbatch: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1), self.tokens[microbatch, :, 1:].flatten(), reduction="sum"
+        )
+
+    def run(self, most_actions: int = 10**9) -> None:
+        """Go round the workers; each computes as far as it can, but not more than `most_actions` in all."""
+        split = self.schedule.name == "zero-bubble"
+        done: set[Action] = set()
+        messages: dict[Action, torch.Tensor | None] = {}
+        places = [0] * self.schedule.num_workers
+        while sum(places) < min(most_actions, sum(map(len, self.schedule.rows))):
+            for worker, row in enumerate(self.schedule.rows):
+                if places[worker] == len(row):
+                    continue
+                action = row[places[worker]]
+                needed = needs(action, self.schedule.num_stages, split)
+                if not done.issuperset(needed):
+                    continue
+                received = [messages.pop(item) for item in needed if item.stage != action.stage]
+                first = action.stage == 0 and action.op == "F"
+                given = self.tokens[action.microbatch, :, :-1] if first else next(iter(received), None)
+                messages[action] = self.runners[worker].run(action, given)
+                done.add(action)
+                places[worker] += 1
+
+    def gradients(self) -> Gradients:
+        found: Gradients = {}
+        for stage in self.stages:
+            for key, parameter in stage_tensors(stage, self.weights).items():
+                assert parameter.grad is not None, key
+                assert key not in found
+                found[key] = parameter.grad
+        return found
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Gradients, dict[int, float]]:
+    """A model's config, and what one process makes of its microbatches in turn: gradients and losses."""
+    config = MODELS[request.param]
+    alone = Pipeline(config, make_schedule("1f1b", 1, NUM_MICROBATCHES))
+    losses = {}
+    for microbatch in range(NUM_MICROBATCHES):
+        loss = alone.loss_sum(alone.stages[0](alone.tokens[microbatch, :, :-1]), microbatch)
+        loss.backward()
+        losses[microbatch] = float(loss.detach())
+    return config, alone.gradients(), losses
+
+
+def assert_same(found: Gradients, expected: Gradients) -> None:
+    assert set(found) == set(expected)
+    for key, gradient in expected.items():
+        assert torch.equal(found[key], gradient), key
+
+
+@pytest.mark.parametrize(("name", "num_workers", "num_chunks"), EXISTING)
+def test_gradients_are_those_of_one_process(
+    name: str, num_workers: int, num_chunks: int, model: tuple[dict[str, Any], Gradients, dict[int, float]]
+) -> None:
+    config, expected, losses = model
+    schedule = make_schedule(name, num_workers, NUM_MICROBATCHES, num_chunks)
+    pipeline = Pipeline(config, schedule)
+    pipeline.run()
+    assert_same(pipeline.gradients(), expected)
+    assert pipeline.runners[-1].losses == losses
+    # What the validator says of activations is what is held.
+    assert tuple(runner.most_live for runner in pipeline.runners) == validate(schedule).live_activations
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zero-bubble"])
+def test_an_abandoned_try_leaves_nothing(name: str, model: tuple[dict[str, Any], Gradients, dict[int, float]]) -> None:
+    config, expected, losses = model
+    pipeline = Pipeline(config, make_schedule(name, 2, NUM_MICROBATCHES))
+    for most_actions in (1, 7, 12):
+        pipeline.run(most_actions)
+        for runner in pipeline.runners:
+            runner.abandon()
+    pipeline.run()
+    assert_same(pipeline.gradients(), expected)
+    assert pipeline.runners[-1].losses == losses

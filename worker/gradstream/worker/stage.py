@@ -1,0 +1,93 @@
+"""One worker's stages of a pipeline: computes the actions of a schedule, one at a time.
+
+What neighbours are to get is returned, what they sent is given in: how it travels is not known here. Gradients add up
+in the parameters' `grad`, microbatch after microbatch in the order of the schedule's row, which is that of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from gradstream.core.schedules import Action, Op
+from gradstream.core.stage_module import StageModule
+
+
+@dataclass
+class _Live:
+    """One microbatch on one stage between its forward and its last backward pass."""
+
+    received: torch.Tensor
+    result: torch.Tensor  # activations, or the loss
+    gradient: torch.Tensor | None = None
+    weight_groups: list[dict[str, Any]] = field(default_factory=list)
+
+
+class StageRunner:
+    """`stages` by their index among `num_stages`; `loss_sum(logits, microbatch)` is the last stage's loss."""
+
+    def __init__(
+        self,
+        stages: Mapping[int, StageModule],
+        num_stages: int,
+        loss_sum: Callable[[torch.Tensor, int], torch.Tensor],
+    ):
+        self._stages = stages
+        self._last = num_stages - 1
+        self._loss_sum = loss_sum
+        self._live: dict[tuple[int, int], _Live] = {}
+        self.losses: dict[int, float] = {}
+        self.most_live = 0
+
+    def run(self, action: Action, received: torch.Tensor | None) -> torch.Tensor | None:
+        """Compute an action; return what the neighbour needs of it, if any.
+
+        A forward pass is given token ids (first stage) or the activations of the stage before, and gives its own; a
+        backward pass is given the gradient of what this stage gave, and gives that of what it received. The last stage
+        gives no activations, the first no gradient, and they are given none.
+        """
+        if action.op is Op.FORWARD:
+            return self._forward(action, received)
+        key = (action.stage, action.microbatch)
+        if action.op is Op.BACKWARD_INPUT:
+            return self._backward_input(action, self._live[key], received)
+        live = self._live.pop(key)
+        if action.op is Op.BACKWARD_WEIGHT and action.stage:
+            stage_backward_weight(self._stages[action.stage].parameters(), live.weight_groups)
+            return None
+        live.result.backward(received if action.op is Op.BACKWARD else live.gradient)  # type: ignore[no-untyped-call]
+        return live.received.grad
+
+    def abandon(self) -> None:
+        """Forget every microbatch under way, and what it has added."""
+        self._live.clear()
+        self.losses.clear()
+        for stage in self._stages.values():
+            stage.zero_grad(set_to_none=True)
+
+    def _forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor | None:
+        assert received is not None
+        if action.stage:
+            received = received.detach().requires_grad_()
+        result = self._stages[action.stage](received)
+        if action.stage == self._last:
+            result = self._loss_sum(result, action.microbatch)
+            self.losses[action.microbatch] = float(result.detach())
+        elif result._is_view():
+            result = result.clone()  # a view cannot be cut off its graph in place, which frees what is done with
+        self._live[action.stage, action.microbatch] = _Live(received, result)
+        self.most_live = max(self.most_live, len(self._live))
+        return None if action.stage == self._last else result.detach()
+
+    def _backward_input(self, action: Action, live: _Live, received: torch.Tensor | None) -> torch.Tensor | None:
+        if not action.stage:  # token ids have no gradient: all of the pass is that of the weights
+            live.gradient = received
+            return None
+        gradients = None if received is None else [received]
+        weights = self._stages[action.stage].parameters()
+        _, live.weight_groups = stage_backward_input([live.result], gradients, [live.received], weights)
+        return live.received.grad

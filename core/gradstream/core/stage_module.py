@@ -1,4 +1,4 @@
-"""A pipeline stage as a module: the whole model of transformers with the parts of other stages taken out.
+"""A pipeline stage as a module: the whole model of transformers with the sections of other stages taken out.
 
 The model's own forward pass runs on every stage, so masks, rotary embeddings and whatever else a family computes on the
 way are its own. Layers of other stages pass on what they are given; where a stage begins, what it received takes the
@@ -21,22 +21,22 @@ from gradstream.core.model import build, forward_units, initialize_buffers
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """What is never cut: the embedding, one layer, or the final norm and head. `units` are indices of forward units."""
 
     name: str
     units: tuple[int, ...]
 
 
-def parts_of(model: nn.Module) -> list[Part]:
-    """The parts of a decoder, in forward order. Raises ConfigError for a model that cannot be taken apart like this."""
+def sections_of(model: nn.Module) -> list[Section]:
+    """The sections of a decoder, in forward order. Raises ConfigError for a model that cannot be taken apart so."""
     units = forward_units(model)
     names = [name for name, _ in units]
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     layers = [
         index for index, name in enumerate(names) if any(name == f"{path}.{name.rsplit('.', 1)[-1]}" for path in lists)
     ]
-    # A list inside a layer is part of that layer.
+    # A list inside a layer belongs to that layer.
     if not layers or layers != list(range(layers[0], layers[-1] + 1)):
         raise ConfigError("model.config: the model's layers are not one list, so it cannot be cut into pipeline stages")
     before, after = tuple(range(layers[0])), tuple(range(layers[-1] + 1, len(names)))
@@ -47,29 +47,34 @@ def parts_of(model: nn.Module) -> list[Part]:
                 f"model.config: '{name}' lies before the layers and is no embedding, so the model cannot be cut into "
                 f"pipeline stages; use stages: 1"
             )
-    return [Part("embedding", before), *(Part(names[index], (index,)) for index in layers), Part("head", after)]
+    return [
+        Section("embedding", before),
+        *(Section(names[index], (index,)) for index in layers),
+        Section("head", after),
+    ]
 
 
 class StageModule(nn.Module):
-    """Parts `parts` (a range over `parts_of`) of a model, on a device, with weights yet to be filled in.
+    """Sections `sections` (a range over `sections_of`) of a model, on a device, with weights yet to be filled in.
 
-    Parameters of the other parts do not exist. Names are those of the whole model.
+    Parameters of the other sections do not exist. Names are those of the whole model.
     """
 
-    def __init__(self, model_config: Mapping[str, Any], parts: range, device: torch.device | str = "cpu"):
+    def __init__(self, model_config: Mapping[str, Any], sections: range, device: torch.device | str = "cpu"):
         super().__init__()
         self.model = build(model_config, "meta")
-        every = parts_of(self.model)
-        if not parts or parts.start < 0 or parts.stop > len(every) or parts.step != 1:
+        every = sections_of(self.model)
+        if not sections or sections.start < 0 or sections.stop > len(every) or sections.step != 1:
             raise ConfigError(
-                f"stage of parts {parts.start} to {parts.stop - 1}: the model has parts 0 to {len(every) - 1}"
+                f"stage of sections {sections.start} to {sections.stop - 1}: "
+                f"the model has sections 0 to {len(every) - 1}"
             )
-        self.first, self.last = parts.start == 0, parts.stop == len(every)
+        self.first, self.last = sections.start == 0, sections.stop == len(every)
         units = [unit for _, unit in forward_units(self.model)]
-        kept = {unit for part in every[parts.start : parts.stop] for unit in part.units}
+        kept = {unit for section in every[sections.start : sections.stop] for unit in section.units}
         entry = None
-        for number, part in enumerate(every):
-            for unit in part.units:
+        for number, section in enumerate(every):
+            for unit in section.units:
                 if unit in kept:
                     if not self.first and entry is None and _has_parameters(units[unit]):
                         entry = units[unit]

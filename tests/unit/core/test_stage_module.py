@@ -11,7 +11,7 @@ from torch import nn
 
 from gradstream.core.errors import ConfigError
 from gradstream.core.model import build, initial_weights
-from gradstream.core.stage_module import StageModule, parts_of, stage_tensors
+from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
 
 NUM_LAYERS = 4
 COMMON: dict[str, Any] = {
@@ -61,7 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 CUTS = {
     "whole": [0, NUM_LAYERS + 2],
     "halves": [0, 3, NUM_LAYERS + 2],
-    "every part": list(range(NUM_LAYERS + 3)),
+    "every section": list(range(NUM_LAYERS + 3)),
 }
 
 
@@ -116,9 +116,13 @@ def test_stages_have_the_bits_of_the_whole_model(family: str, cut: str) -> None:
 def test_a_stage_has_no_parameters_but_its_own() -> None:
     config = FAMILIES["llama"]
     whole = build(config, "meta")
-    parts = parts_of(whole)
-    assert [part.name for part in parts] == ["embedding", *(f"model.layers.{i}" for i in range(NUM_LAYERS)), "head"]
-    stages = [StageModule(config, range(number, number + 1)) for number in range(len(parts))]
+    sections = sections_of(whole)
+    assert [section.name for section in sections] == [
+        "embedding",
+        *(f"model.layers.{i}" for i in range(NUM_LAYERS)),
+        "head",
+    ]
+    stages = [StageModule(config, range(number, number + 1)) for number in range(len(sections))]
     names = [{name.removeprefix("model.") for name, _ in stage.named_parameters()} for stage in stages]
     assert set.union(*names) == {name for name, _ in whole.named_parameters()}
     assert sum(map(len, names)) == len(set.union(*names))
@@ -126,15 +130,15 @@ def test_a_stage_has_no_parameters_but_its_own() -> None:
     assert names[-1] == {"model.norm.weight", "lm_head.weight"}
 
 
-def test_a_family_whose_parts_are_not_in_order_is_refused() -> None:
+def test_a_family_whose_sections_are_not_in_order_is_refused() -> None:
     config = {**COMMON, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32}
     with pytest.raises(
         ConfigError, match=r"'model.decoder.final_layer_norm' lies before the layers and is no embedding"
     ):
-        parts_of(build(config, "meta"))
+        sections_of(build(config, "meta"))
 
 
-@pytest.mark.parametrize("parts", [range(0), range(3, 8), range(-1, 2)])
-def test_parts_that_do_not_exist(parts: range) -> None:
-    with pytest.raises(ConfigError, match="the model has parts 0 to 5"):
-        StageModule(FAMILIES["llama"], parts)
+@pytest.mark.parametrize("sections", [range(0), range(3, 8), range(-1, 2)])
+def test_sections_that_do_not_exist(sections: range) -> None:
+    with pytest.raises(ConfigError, match="the model has sections 0 to 5"):
+        StageModule(FAMILIES["llama"], sections)

@@ -59,8 +59,8 @@ class Pipeline:
         self.schedule = schedule
         self.weights = dict(initial_weights(config, seed=3))
         self.tokens = torch.randint(0, 61, (NUM_MICROBATCHES, 2, 13), generator=torch.Generator().manual_seed(1))
-        num_parts, num_stages = NUM_LAYERS + 2, schedule.num_stages
-        bounds = [num_parts * stage // num_stages for stage in range(num_stages + 1)]
+        num_sections, num_stages = NUM_LAYERS + 2, schedule.num_stages
+        bounds = [num_sections * stage // num_stages for stage in range(num_stages + 1)]
         self.stages = [StageModule(config, range(bounds[stage], bounds[stage + 1])) for stage in range(num_stages)]
         for stage in self.stages:
             stage.train()

@@ -66,7 +66,7 @@ def build(model_config: Mapping[str, Any], device: str = "cpu") -> nn.Module:
     config = load_config(model_config)
     try:
         with torch.device(device):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(f"model.config cannot be built: {' '.join(str(error).split())[:300]}") from None
     return model

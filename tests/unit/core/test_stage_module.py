@@ -33,6 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**COMMON, "model_type": "qwen2"},
     "qwen3": {**COMMON, "model_type": "qwen3", "head_dim": 8},
     "gemma": {**COMMON, "model_type": "gemma", "head_dim": 8},
+    "gemma2": {**COMMON, "model_type": "gemma2", "head_dim": 8, "sliding_window": 8},
     # Layers of two kinds in turn, which look back 8 tokens or all of them.
     "gemma3_text": {
         **COMMON,

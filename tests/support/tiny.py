@@ -55,6 +55,9 @@ GPT2: dict[str, Any] = {
     "eos_token_id": 0,
 }
 
+NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+"""For GPT-2, where every pass must be the same."""
+
 
 def tiny_recipe(data: Path, run_root: Path, **sections: Any) -> Recipe:
     """A recipe that trains in seconds; keyword arguments replace keys of sections, or whole values."""

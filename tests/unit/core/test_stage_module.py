@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny import GPT2, NO_DROPOUT
 from torch import nn
 
 from gradstream.core.errors import ConfigError
@@ -45,19 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {**COMMON, "model_type": "olmo2"},
     "phi": {**COMMON, "model_type": "phi", "num_key_value_heads": 4},
     "gpt_neox": {**COMMON, "model_type": "gpt_neox"},
-    "gpt2": {
-        "model_type": "gpt2",
-        "vocab_size": 61,
-        "n_embd": 32,
-        "n_layer": NUM_LAYERS,
-        "n_head": 4,
-        "n_positions": 32,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    },
+    "gpt2": {**GPT2, **NO_DROPOUT, "n_layer": NUM_LAYERS},
 }
 CUTS = {
     "whole": [0, NUM_LAYERS + 2],

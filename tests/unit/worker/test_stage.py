@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny import GPT2, LLAMA, NO_DROPOUT, VOCAB_SIZE
 from torch import nn
 
 from gradstream.core.model import initial_weights
@@ -14,32 +15,10 @@ from gradstream.core.stage_module import StageModule, stage_tensors
 from gradstream.worker.stage import StageRunner
 
 NUM_LAYERS = 6
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {**LLAMA, "num_hidden_layers": NUM_LAYERS, "num_key_value_heads": 1},
+    "gpt2-tied": {**GPT2, **NO_DROPOUT, "n_layer": NUM_LAYERS},
 }
-GPT2: dict[str, Any] = {
-    "model_type": "gpt2",
-    "vocab_size": 61,
-    "n_embd": 32,
-    "n_layer": NUM_LAYERS,
-    "n_head": 4,
-    "n_positions": 32,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-MODELS = {"llama": LLAMA, "gpt2-tied": GPT2}
 NUM_MICROBATCHES = 4
 EXISTING = [
     (name, num_workers, num_chunks)
@@ -58,7 +37,9 @@ class Pipeline:
     def __init__(self, config: dict[str, Any], schedule: Schedule):
         self.schedule = schedule
         self.weights = dict(initial_weights(config, seed=3))
-        self.tokens = torch.randint(0, 61, (NUM_MICROBATCHES, 2, 13), generator=torch.Generator().manual_seed(1))
+        self.tokens = torch.randint(
+            0, VOCAB_SIZE, (NUM_MICROBATCHES, 2, 13), generator=torch.Generator().manual_seed(1)
+        )
         num_sections, num_stages = NUM_LAYERS + 2, schedule.num_stages
         bounds = [num_sections * stage // num_stages for stage in range(num_stages + 1)]
         self.stages = [StageModule(config, range(bounds[stage], bounds[stage + 1])) for stage in range(num_stages)]

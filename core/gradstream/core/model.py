@@ -14,6 +14,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gradstream.core.errors import ConfigError, nearest
@@ -93,6 +94,29 @@ def forward_units(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     walk("", model)
     return units
+
+
+class UnitDraws:
+    """What a forward pass draws (dropout): the generator is seeded before each forward unit, from `key` and its name.
+
+    So what a unit draws does not depend on which units the same process ran before it: a model gives the same bits
+    however it is cut into stages. Set `key` before each pass, also before a backward one, which may compute again.
+    """
+
+    def __init__(self, model: nn.Module, seed: int):
+        self.key: tuple[object, ...] = ()
+        self._seed = seed
+        for name, unit in forward_units(model):
+            unit.register_forward_pre_hook(partial(self._begin, name))
+
+    def _begin(self, name: str, *_: object) -> None:
+        import torch
+
+        seed = derive_seed(self._seed, *self.key, name)
+        # torch.manual_seed does the same, and notes down where it was called from, at ten times the cost.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(seed)
 
 
 def inventory(model_config: Mapping[str, Any]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from support.micro import MICRO_LLAMA, micro_plan
 from torch import nn
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.model import build, derive_seed, initial_weights, inventory
+from gradstream.core.model import build, derive_seed, forward_units, initial_weights, inventory
 from gradstream.worker.compute import AbandonedError, SlotComputer, SlotTotals, pick_device
 
 MODEL = MICRO_LLAMA
@@ -76,9 +76,15 @@ def plain_autograd(model_config: dict[str, Any], slot: int, microbatch: int) -> 
     model = build(model_config)
     load(model, model_config)
     model.train()
+    under_way = [0]
+
+    def begin(name: str) -> None:  # what a unit draws depends on its name and the microbatch alone
+        torch.manual_seed(derive_seed(0, "step", 2, slot, under_way[0], name))
+
+    for name, unit in forward_units(model):
+        unit.register_forward_pre_hook(lambda *_, name=name: begin(name))
     loss_sum = 0.0
-    for number, piece in enumerate(torch.from_numpy(TOKENS).split(microbatch)):
-        torch.manual_seed(derive_seed(0, "step", 2, slot, number))
+    for under_way[0], piece in enumerate(torch.from_numpy(TOKENS).split(microbatch)):
         logits_BTV = model(input_ids=piece[:, :-1], use_cache=False).logits
         loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), piece[:, 1:].flatten(), reduction="sum")
         loss.backward()

@@ -9,7 +9,7 @@ import torch
 from support.tiny import GPT2, LLAMA, NO_DROPOUT, VOCAB_SIZE
 from torch import nn
 
-from gradstream.core.model import initial_weights
+from gradstream.core.model import UnitDraws, initial_weights
 from gradstream.core.schedules import SCHEDULES, Action, Schedule, make_schedule, needs, unavailable, validate
 from gradstream.core.stage_module import StageModule, stage_tensors
 from gradstream.worker.stage import StageRunner
@@ -18,6 +18,7 @@ NUM_LAYERS = 6
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA, "num_hidden_layers": NUM_LAYERS, "num_key_value_heads": 1},
     "gpt2-tied": {**GPT2, **NO_DROPOUT, "n_layer": NUM_LAYERS},
+    "gpt2-dropout": {**GPT2, "n_layer": NUM_LAYERS},
 }
 NUM_MICROBATCHES = 4
 EXISTING = [
@@ -47,14 +48,20 @@ class Pipeline:
             stage.train()
             for (name, _), parameter in stage_tensors(stage, self.weights).items():
                 parameter.data.copy_(self.weights[name])
+        self.draws = [UnitDraws(stage.model, seed=5) for stage in self.stages]
         self.runners = [
             StageRunner(
                 {stage: self.stages[stage] for stage in range(worker, num_stages, schedule.num_workers)},
                 num_stages,
                 self.loss_sum,
+                self.begin,
             )
             for worker in range(schedule.num_workers)
         ]
+
+    def begin(self, microbatch: int) -> None:
+        for draws in self.draws:
+            draws.key = (microbatch,)
 
     def loss_sum(self, logits_BTV: torch.Tensor, microbatch: int) -> torch.Tensor:
         return nn.functional.cross_entropy(
@@ -99,6 +106,7 @@ def model(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Gradients, di
     alone = Pipeline(config, make_schedule("1f1b", 1, NUM_MICROBATCHES))
     losses = {}
     for microbatch in range(NUM_MICROBATCHES):
+        alone.begin(microbatch)
         loss = alone.loss_sum(alone.stages[0](alone.tokens[microbatch, :, :-1]), microbatch)
         loss.backward()
         losses[microbatch] = float(loss.detach())

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
-from gradstream.core.model import build, derive_seed
+from gradstream.core.model import UnitDraws, build
 from gradstream.core.plan import Plan
 
 Tokens = npt.NDArray[np.int64]
@@ -62,7 +62,7 @@ class SlotComputer:
         self.device = device
         self.model = build(plan.model_config).to(device)
         self._training = plan.recipe.training
-        self._seed = plan.recipe.seed
+        self._draws = UnitDraws(self.model, plan.recipe.seed)
         self.parameters = _parameters_of(plan, self.model)
         self._emit: Callable[[int, torch.Tensor], None] | None = None
         if plan.recipe.training.recompute:
@@ -97,8 +97,8 @@ class SlotComputer:
             for number, piece in enumerate(pieces):
                 if not wanted():
                     raise AbandonedError
-                # Dropout and whatever else draws numbers: the same for a slot whoever computes it.
-                torch.manual_seed(derive_seed(self._seed, "step", step, slot, number))
+                # The same for a slot whoever computes it.
+                self._draws.key = ("step", step, slot, number)
                 loss = self._loss_sum(piece)
                 losses.append(float(loss.detach()))
                 if number == len(pieces) - 1:

@@ -28,17 +28,22 @@ class _Live:
 
 
 class StageRunner:
-    """`stages` by their index among `num_stages`; `loss_sum(logits, microbatch)` is the last stage's loss."""
+    """`stages` by their index among `num_stages`; `loss_sum(logits, microbatch)` is the last stage's loss.
+
+    `begin(microbatch)` is called before each action: it seeds what the passes of a microbatch draw.
+    """
 
     def __init__(
         self,
         stages: Mapping[int, StageModule],
         num_stages: int,
         loss_sum: Callable[[torch.Tensor, int], torch.Tensor],
+        begin: Callable[[int], None],
     ):
         self._stages = stages
         self._last = num_stages - 1
         self._loss_sum = loss_sum
+        self._begin = begin
         self._live: dict[tuple[int, int], _Live] = {}
         self.losses: dict[int, float] = {}
         self.most_live = 0
@@ -50,6 +55,7 @@ class StageRunner:
         backward pass is given the gradient of what this stage gave, and gives that of what it received. The last stage
         gives no activations, the first no gradient, and they are given none.
         """
+        self._begin(action.microbatch)
         if action.op is Op.FORWARD:
             return self._forward(action, received)
         key = (action.stage, action.microbatch)

@@ -32,7 +32,9 @@ class Forked:
 
     def __init__(self, arguments: Sequence[str], log: Path, directory: Path, environment: Mapping[str, str]):
         _start_fork_server()
-        self._process = _FORKS.Process(target=_run, args=(list(arguments), log, directory, dict(environment)))
+        self._process = _FORKS.Process(
+            target=_run, args=(list(arguments), log, directory, dict(environment)), daemon=True
+        )
         self._process.start()
 
     @property

@@ -11,7 +11,7 @@ A payload of int8 and int4 is all scales, then all quotients; a short last block
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,25 @@ FP32, BF16, INT8, INT4, HADAMARD = range(5)
 """Kinds: what is done to a fragment."""
 
 
-def addresses_of(tensors: Iterable[torch.Tensor]) -> I64:
-    """The addresses of tensors in the CPU's memory, which the caller keeps."""
+def addresses_of(tensors: Sequence[torch.Tensor], elements_F: I64) -> I64:
+    """The addresses of tensors in the CPU's memory, which the caller keeps.
+
+    Raises ValueError for tensors that are not contiguous fp32 of so many elements: the kernels would write past them.
+    """
+    for tensor, elements in zip(tensors, elements_F.tolist(), strict=True):
+        if tensor.dtype is not torch.float32 or tensor.numel() != elements or not tensor.is_contiguous():
+            raise ValueError(
+                f"a kernel needs {elements} contiguous fp32 elements, not {tensor.numel()} of {tensor.dtype}"
+            )
     return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
 
 
 def address_of(array: npt.NDArray[Any]) -> int:
-    """The address of an array, which the caller keeps."""
-    return int(array.__array_interface__["data"][0])
+    """The address of a contiguous array, which the caller keeps. Raises ValueError where kernels cannot read."""
+    address = int(array.__array_interface__["data"][0])
+    if address % 4 or not array.flags.c_contiguous:
+        raise ValueError("a kernel needs a contiguous array that begins at a multiple of 4 bytes")
+    return address
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -209,26 +220,40 @@ def decode(kinds_F: I64, elements_F: I64, keys_F: I64, payloads_F: I64, outs_F: 
 
 
 @kernel
-def encode_delta(kinds_F: I64, elements_F: I64, keys_F: I64, values_F: I64, helds_F: I64, payloads_F: I64) -> None:
-    """Write the payloads of values - held and add them to held: where it can be, in one pass over memory."""
+def _in_one_pass(kind: int, elements: int) -> bool:
+    return kind in (INT8, INT4) and elements % BLOCK == 0
+
+
+@kernel
+def encode_delta(kinds_F: I64, elements_F: I64, keys_F: I64, values_F: I64, helds_F: I64, payloads_F: I64) -> int:
+    """Write the payloads of values - held and add them to held: where it can be, in one pass over memory. Returns the
+    size of its scratch memory, in elements."""
+    most = 0
+    for f in range(len(kinds_F)):
+        if not _in_one_pass(kinds_F[f], elements_F[f]):
+            most = max(most, elements_F[f])
+    scratch_N = np.empty(most, np.float32)
     for f in range(len(kinds_F)):
         kind, elements, payload = kinds_F[f], elements_F[f], payloads_F[f]
-        full, rest = elements // BLOCK, elements % BLOCK
+        full = elements // BLOCK
         values_BE = carray(_pointer(values_F[f]), (full, BLOCK), np.float32)
         held_BE = carray(_pointer(helds_F[f]), (full, BLOCK), np.float32)
         scales_B = carray(_pointer(payload), full, np.float32)
-        if kind == INT8 and not rest:
+        one_pass = _in_one_pass(kind, elements)
+        if one_pass and kind == INT8:
             body_BE = carray(_pointer(payload + 4 * full), (full, BLOCK), np.int8)
             kernels.int8_encode_delta(values_BE, held_BE, scales_B, body_BE)
-        elif kind == INT4 and not rest:
+        elif one_pass:
             body_BH = carray(_pointer(payload + 4 * full), (full, BLOCK // 2), np.uint8)
             kernels.int4_encode_delta(values_BE, held_BE, scales_B, body_BH)
         else:
             values_N = carray(_pointer(values_F[f]), elements, np.float32)
             held_N = carray(_pointer(helds_F[f]), elements, np.float32)
-            difference_N = values_N - held_N
-            _encode_one(kind, elements, keys_F[f], difference_N.ctypes.data, payload)
+            scratch_N[:elements] = values_N - held_N
+            _encode_one(kind, elements, keys_F[f], scratch_N.ctypes.data, payload)
             _decode_one(kind, elements, keys_F[f], payload, helds_F[f], True)
+    # Used once more, so that it is not freed while only its address is known.
+    return len(scratch_N)
 
 
 @kernel

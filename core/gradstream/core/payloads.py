@@ -69,7 +69,7 @@ class BundleCodec:
                 for codec, fragment, slice_N in zip(self.codecs, self.bundle.fragments, values, strict=True)
             ]
         payload, payloads = self._allocate()
-        dense_kernels.encode(*self._call(version), addresses_of(values), address_of(payload) + self._offsets_F)
+        dense_kernels.encode(*self._call(version), self._at(values), address_of(payload) + self._offsets_F)
         return payloads
 
     def encode_with(self, values: Sequence[torch.Tensor], states: dict[int, State], version: int) -> list[Payload]:
@@ -99,7 +99,7 @@ class BundleCodec:
             ]
         payload, payloads = self._allocate()
         into_F = address_of(payload) + self._offsets_F
-        dense_kernels.encode_delta(*self._call(version), addresses_of(values), addresses_of(held), into_F)
+        dense_kernels.encode_delta(*self._call(version), self._at(values), self._at(held), into_F)
         return payloads
 
     def decode(self, payloads: Sequence[Payload], out: Sequence[torch.Tensor], version: int) -> None:
@@ -124,6 +124,9 @@ class BundleCodec:
         """Whether the kernels can take all fragments at once."""
         return self._dense and tensors[0].device.type == "cpu"
 
+    def _at(self, tensors: Sequence[torch.Tensor]) -> I64:
+        return addresses_of(tensors, self._elements_F)
+
     def _call(self, version: int) -> tuple[I64, I64, I64]:
         """Kinds, elements and keys of a call."""
         if not self._keyed:
@@ -144,7 +147,7 @@ class BundleCodec:
     ) -> None:
         self.check_sizes([len(payload) for payload in payloads], sum(map(len, payloads)))
         from_F = np.array([address_of(payload) for payload in payloads], dtype=np.int64)
-        dense_kernels.decode(*self._call(version), from_F, addresses_of(out), add)
+        dense_kernels.decode(*self._call(version), from_F, self._at(out), add)
 
 
 class CodecBook:

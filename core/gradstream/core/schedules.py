@@ -371,20 +371,26 @@ def choose_schedule(
     Between equals the one that holds less wins. Raises ConfigError when none fits.
     """
     tried: list[tuple[float, int, int, Schedule]] = []
-    too_large = []
+    too_large: dict[str, int] = {}  # with the worker that lacks most
+    reasons = []
     for order, name in enumerate(SCHEDULES):
-        if unavailable(name, num_workers, num_microbatches, num_chunks):
+        reason = unavailable(name, num_workers, num_microbatches, num_chunks)
+        if reason:
+            reasons.append(reason)
             continue
         schedule = make_schedule(name, num_workers, num_microbatches, num_chunks)
         live = validate(schedule).live_activations
-        if any(held > most for held, most in zip(live, most_live, strict=True)):
-            too_large.append(name)
+        lacking = [max(0, held - most) for held, most in zip(live, most_live, strict=True)]
+        if any(lacking):
+            too_large[name] = lacking.index(max(lacking))
             continue
         # To the microsecond, so that rounding does not decide.
         makespan = round(simulate(schedule, costs).makespan, 6)
         tried.append((makespan, max(live), order, schedule))
+    if not tried and not too_large:
+        raise ConfigError(reasons[-1])
     if not tried:
-        worker = min(range(num_workers), key=lambda number: most_live[number])
+        worker = too_large.get("1f1b", next(iter(too_large.values())))
         raise ConfigError(
             f"no schedule fits: worker {worker} holds the activations of {most_live[worker]} microbatches; use smaller "
             f"microbatches, recomputation or more workers"

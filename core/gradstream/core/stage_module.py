@@ -87,7 +87,7 @@ class StageModule(nn.Module):
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
         """The first stage takes token ids, (B, T), the others activations, (B, T, D). The last one gives logits,
-        (B, T, V), the others activations."""
+        (B, T, V), the others activations. Raises ConfigError for a family of which this cannot be made."""
         model: Any = self.model if self.last else self.model.base_model
         if self.first:
             output = model(input_ids=received, use_cache=False)
@@ -95,6 +95,12 @@ class StageModule(nn.Module):
             self._received = received
             output = model(inputs_embeds=received, use_cache=False)
         result: torch.Tensor = output.logits if self.last else output.last_hidden_state
+        if result.shape[:2] != received.shape[:2]:
+            # Its loop takes something else from a layer than the hidden states that `_PassedOn` gives.
+            raise ConfigError(
+                f"model.config: {type(self.model).__name__} cannot be cut into pipeline stages: a stage turned "
+                f"{tuple(received.shape[:2])} tokens into {tuple(result.shape[:2])}; use stages: 1"
+            )
         return result
 
     def _take(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

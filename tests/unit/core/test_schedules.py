@@ -274,6 +274,11 @@ def test_the_choice_is_the_fastest_that_fits() -> None:
         choose_schedule(4, 8, costs, [4, 3, 2, 0])
 
 
+def test_no_choice_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="9 microbatches cannot go in 2 equal rounds"):
+        choose_schedule(4, 9, Costs([COMPUTE] * 8), [99] * 4, num_chunks=2)
+
+
 def test_between_equals_the_choice_holds_less() -> None:
     costs = Costs([{Op.FORWARD: 1.0, Op.BACKWARD: 2.0, Op.BACKWARD_INPUT: 2.0, Op.BACKWARD_WEIGHT: 0.0}] * 2)
     schedule, _ = choose_schedule(2, 4, costs, [4, 4])

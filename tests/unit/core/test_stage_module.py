@@ -128,6 +128,21 @@ def test_a_family_whose_sections_are_not_in_order_is_refused() -> None:
         sections_of(build(config, "meta"))
 
 
+def test_a_family_that_takes_its_layers_results_apart_is_refused() -> None:
+    config = {
+        "model_type": "gpt_neo",
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global"], 2]],
+        "max_position_embeddings": 32,
+    }
+    stage = StageModule(config, range(2))
+    with pytest.raises(ConfigError, match=r"GPTNeoForCausalLM cannot be cut .* turned \(2, 8\) tokens into \(1, 8\)"):
+        stage(torch.zeros(2, 8, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("sections", [range(0), range(3, 8), range(-1, 2)])
 def test_sections_that_do_not_exist(sections: range) -> None:
     with pytest.raises(ConfigError, match="the model has sections 0 to 5"):

@@ -123,6 +123,7 @@ class JobRun:
             await asyncio.to_thread(self._compute_thread.shutdown, True, cancel_futures=True)
             if hasattr(self, "_installer"):
                 self._installer.close()
+            if hasattr(self, "_computer"):
                 self._computer.close()
             self._pusher.close()
             for reader in self._readers.values():

@@ -83,7 +83,7 @@ class StageRunner:
         if action.stage == self._last:
             result = self._loss_sum(result, action.microbatch)
             self.losses[action.microbatch] = float(result.detach())
-        elif result._is_view():
+        if result._is_view():
             result = result.clone()  # a view cannot be cut off its graph in place, which frees what is done with
         self._live[action.stage, action.microbatch] = _Live(received, result)
         self.most_live = max(self.most_live, len(self._live))

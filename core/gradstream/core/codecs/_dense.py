@@ -34,7 +34,8 @@ class DenseCodec(Codec):
         if values.device.type != "cpu":
             return _device.to_host(self.encode_by_torch(values.view(-1), seed))
         payload = np.empty(self.encoded_bytes((values.numel(),)), dtype=np.uint8)
-        dense_kernels.encode(*self._call(values, seed), addresses_of([values]), _address(payload))
+        call = self._call(values, seed)
+        dense_kernels.encode(*call, addresses_of([values], call[1]), _address(payload))
         return payload
 
     def encode_delta(self, values: torch.Tensor, held: torch.Tensor, seed: int = 0) -> Payload:
@@ -42,7 +43,8 @@ class DenseCodec(Codec):
             return super().encode_delta(values, held, seed)
         payload = np.empty(self.encoded_bytes((values.numel(),)), dtype=np.uint8)
         call = self._call(values, seed)
-        dense_kernels.encode_delta(*call, addresses_of([values]), addresses_of([held]), _address(payload))
+        addresses = addresses_of([values], call[1]), addresses_of([held], call[1])
+        dense_kernels.encode_delta(*call, *addresses, _address(payload))
         return payload
 
     def decode(self, payload: Payload, out: torch.Tensor, seed: int = 0) -> None:
@@ -54,7 +56,8 @@ class DenseCodec(Codec):
     def _decode(self, payload: Payload, out: torch.Tensor, seed: int, add: bool) -> None:
         self.check_size(payload.nbytes, tuple(out.shape))
         if out.device.type == "cpu":
-            dense_kernels.decode(*self._call(out, seed), _address(payload), addresses_of([out]), add)
+            call = self._call(out, seed)
+            dense_kernels.decode(*call, _address(payload), addresses_of([out], call[1]), add)
             return
         values_N = self.decode_by_torch(_device.from_host(payload, out.device), out.numel(), seed)
         out.view(-1).add_(values_N) if add else out.view(-1).copy_(values_N)

@@ -76,7 +76,8 @@ class BundleState:
         if slot == self._num_slots - 1:
             # In fp64 and in a fixed order, fragment by fragment: the same whatever a bundle holds.
             norms_F = np.empty(len(self._sums))
-            dense_kernels.squared_norms(self._elements_F, dense_kernels.addresses_of(self._sums), norms_F)
+            addresses_F = dense_kernels.addresses_of(self._sums, self._elements_F)
+            dense_kernels.squared_norms(self._elements_F, addresses_F, norms_F)
             self.squared_norms = norms_F.tolist()
 
     # -- commit ----------------------------------------------------------------------------------------------------

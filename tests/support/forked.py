@@ -32,6 +32,7 @@ class Forked:
 
     def __init__(self, arguments: Sequence[str], log: Path, directory: Path, environment: Mapping[str, str]):
         _start_fork_server()
+        # A daemon is ended, not waited for, when the tests are interrupted.
         self._process = _FORKS.Process(
             target=_run, args=(list(arguments), log, directory, dict(environment)), daemon=True
         )

@@ -10,7 +10,7 @@ import torch
 
 from gradstream.core import dense_kernels
 from gradstream.core.bundles import Bundle, codec_for
-from gradstream.core.codecs import Codec, DenseCodec, Int4Hadamard, Payload, ResidualCodec, State, codec_named
+from gradstream.core.codecs import Codec, DenseCodec, Payload, ResidualCodec, State, codec_named
 from gradstream.core.dense_kernels import I64, address_of, addresses_of
 from gradstream.core.errors import ProtocolError
 from gradstream.core.fragments import Tensor
@@ -39,16 +39,12 @@ class BundleCodec:
         self.most_bytes = sum(self._sizes)
         """The most bytes that a payload can have."""
         self._offsets = [0, *accumulate(self._sizes)][:-1]
+        self._dense_codecs = [codec for codec in self.codecs if isinstance(codec, DenseCodec)]
         # Where a payload would begin at an odd address the kernels are given copies, one by one.
-        self._dense = all(isinstance(codec, DenseCodec) for codec in self.codecs) and not any(
-            offset % 4 for offset in self._offsets
-        )
-        self._keyed = any(isinstance(codec, Int4Hadamard) for codec in self.codecs)
-        kinds = [codec.kind for codec in self.codecs if isinstance(codec, DenseCodec)]
-        self._kinds_F = np.array(kinds, dtype=np.int64)
+        self._dense = len(self._dense_codecs) == len(self.codecs) and not any(offset % 4 for offset in self._offsets)
+        self._kinds_F = np.array([codec.kind for codec in self._dense_codecs], dtype=np.int64)
         self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
         self._offsets_F = np.array(self._offsets, dtype=np.int64)
-        self._no_keys_F = np.zeros(len(kinds), dtype=np.int64)
 
     def check_sizes(self, fragment_bytes: Sequence[int], payload_bytes: int) -> None:
         """Raise ProtocolError for announced sizes that no payload has; before anything is allocated for it."""
@@ -129,11 +125,9 @@ class BundleCodec:
 
     def _call(self, version: int) -> tuple[I64, I64, I64]:
         """Kinds, elements and keys of a call."""
-        if not self._keyed:
-            return self._kinds_F, self._elements_F, self._no_keys_F
         keys = [
-            codec.key(seed_of(version, fragment.index)) if isinstance(codec, DenseCodec) else 0
-            for codec, fragment in zip(self.codecs, self.bundle.fragments, strict=True)
+            codec.key(seed_of(version, fragment.index))
+            for codec, fragment in zip(self._dense_codecs, self.bundle.fragments, strict=True)
         ]
         return self._kinds_F, self._elements_F, np.array(keys, dtype=np.int64)
 

@@ -24,6 +24,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from itertools import islice
 
 from gradstream.core.errors import ConfigError
@@ -77,6 +78,22 @@ class Schedule:
     def worker_of(self, stage: int) -> int:
         """The worker that has a stage."""
         return stage % self.num_workers
+
+    @cached_property
+    def split(self) -> bool:
+        """Whether backward passes are in two parts."""
+        return any(action.op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT) for row in self.rows for action in row)
+
+    def needs(self, action: Action) -> list[Action]:
+        """The actions whose results an action uses."""
+        stage, microbatch = action.stage, action.microbatch
+        backward = Op.BACKWARD_INPUT if self.split else Op.BACKWARD
+        if action.op is Op.FORWARD:
+            return [Action(stage - 1, Op.FORWARD, microbatch)] if stage else []
+        if action.op is Op.BACKWARD_WEIGHT:
+            return [Action(stage, Op.BACKWARD_INPUT, microbatch)]
+        own = Action(stage, Op.FORWARD, microbatch)
+        return [own] if stage == self.num_stages - 1 else [own, Action(stage + 1, backward, microbatch)]
 
     def to_csv(self) -> str:
         """A line a worker, as torch.distributed.pipelining loads it ("compute_only")."""
@@ -182,19 +199,7 @@ def _passes(
                 yield Action(chunk * num_workers + worker, op, microbatch)
 
 
-# --- what an action needs ---------------------------------------------------------------------------------------------
-
-
-def needs(action: Action, num_stages: int, split: bool) -> list[Action]:
-    """The actions whose results an action uses. With `split` backwards are in two parts."""
-    stage, microbatch = action.stage, action.microbatch
-    backward = Op.BACKWARD_INPUT if split else Op.BACKWARD
-    if action.op is Op.FORWARD:
-        return [Action(stage - 1, Op.FORWARD, microbatch)] if stage else []
-    if action.op is Op.BACKWARD_WEIGHT:
-        return [Action(stage, Op.BACKWARD_INPUT, microbatch)]
-    own = Action(stage, Op.FORWARD, microbatch)
-    return [own] if stage == num_stages - 1 else [own, Action(stage + 1, backward, microbatch)]
+# --- validity ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,8 +216,7 @@ def validate(schedule: Schedule) -> Bounds:
     """Check that a table computes every microbatch on every stage once, each stage on its own worker, and can be run to
     its end. Raises ConfigError with the first action that is wrong."""
     rows, num_stages = schedule.rows, schedule.num_stages
-    split = any(action.op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT) for row in rows for action in row)
-    ops = [Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT] if split else [Op.FORWARD, Op.BACKWARD]
+    ops = [Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT] if schedule.split else [Op.FORWARD, Op.BACKWARD]
     missing = {
         Action(stage, op, microbatch)
         for stage in range(num_stages)
@@ -228,31 +232,27 @@ def validate(schedule: Schedule) -> Bounds:
             missing.remove(action)
     if missing:
         raise ConfigError(f"schedule: {min(missing)} is missing")
-    for worker, stuck in enumerate(_run(schedule, split)):
-        if stuck is not None:
-            waits = [str(item) for item in needs(stuck, num_stages, split)]
-            raise ConfigError(f"schedule: worker {worker} waits for ever at {stuck}, which needs {' and '.join(waits)}")
-    live = tuple(_most_live(row, split) for row in rows)
-    waiting = tuple(_most_waiting(schedule, worker, split) for worker in range(schedule.num_workers))
+    places = [0] * schedule.num_workers
+    _advance(schedule, set(), places, list(map(len, rows)))
+    for worker, (row, place) in enumerate(zip(rows, places, strict=True)):
+        if place < len(row):
+            waits = " and ".join(map(str, schedule.needs(row[place])))
+            raise ConfigError(f"schedule: worker {worker} waits for ever at {row[place]}, which needs {waits}")
+    live = tuple(_most_live(row, schedule.split) for row in rows)
+    waiting = tuple(_most_waiting(schedule, worker) for worker in range(schedule.num_workers))
     return Bounds(live, waiting)
 
 
-def _run(schedule: Schedule, split: bool) -> list[Action | None]:
-    """Run every row as far as it goes; the action at which each is stuck."""
-    done: set[Action] = set()
-    places = [0] * schedule.num_workers
+def _advance(schedule: Schedule, done: set[Action], places: list[int], limits: Sequence[int]) -> None:
+    """Run every row from its place as far as it goes, or to its limit."""
     moved = True
     while moved:
         moved = False
         for worker, row in enumerate(schedule.rows):
-            while places[worker] < len(row):
-                action = row[places[worker]]
-                if not done.issuperset(needs(action, schedule.num_stages, split)):
-                    break
-                done.add(action)
+            while places[worker] < limits[worker] and done.issuperset(schedule.needs(row[places[worker]])):
+                done.add(row[places[worker]])
                 places[worker] += 1
                 moved = True
-    return [row[place] if place < len(row) else None for row, place in zip(schedule.rows, places, strict=True)]
 
 
 def _most_live(row: Row, split: bool) -> int:
@@ -264,30 +264,24 @@ def _most_live(row: Row, split: bool) -> int:
     return most
 
 
-def _most_waiting(schedule: Schedule, worker: int, split: bool) -> int:
+def _most_waiting(schedule: Schedule, worker: int) -> int:
     """Messages that wait at a worker when all others run ahead as far as they can without it."""
     row = schedule.rows[worker]
-    needed: dict[Action, int] = {}  # a neighbour's action and where in this row it is used
-    for place, action in enumerate(row):
-        for item in needs(action, schedule.num_stages, split):
-            if schedule.worker_of(item.stage) != worker:
-                needed[item] = place
+    # Neighbours' actions, and where in this row they are used.
+    needed = {
+        item: place
+        for place, action in enumerate(row)
+        for item in schedule.needs(action)
+        if schedule.worker_of(item.stage) != worker
+    }
     done: set[Action] = set()
     places = [0] * schedule.num_workers
+    limits = list(map(len, schedule.rows))
     most = 0
     for held in range(len(row) + 1):
         # This worker has done `held` of its actions, and stands still; the others go on until they need it.
-        moved = True
-        while moved:
-            moved = False
-            for other, other_row in enumerate(schedule.rows):
-                limit = held if other == worker else len(other_row)
-                while places[other] < limit and done.issuperset(
-                    needs(other_row[places[other]], schedule.num_stages, split)
-                ):
-                    done.add(other_row[places[other]])
-                    places[other] += 1
-                    moved = True
+        limits[worker] = held
+        _advance(schedule, done, places, limits)
         most = max(most, sum(item in done and place >= held for item, place in needed.items()))
     return most
 
@@ -325,7 +319,6 @@ class Simulation:
 
 def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     """Run a valid table with each worker in its own order, each action as soon as what it needs is there."""
-    split = any(action.op is Op.BACKWARD_INPUT for row in schedule.rows for action in row)
     ends: dict[Action, float] = {}
     begins: list[list[float]] = [[] for _ in schedule.rows]
     free = [0.0] * schedule.num_workers
@@ -335,7 +328,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
         for worker, row in enumerate(schedule.rows):
             while len(begins[worker]) < len(row):
                 action = row[len(begins[worker])]
-                needed = needs(action, schedule.num_stages, split)
+                needed = schedule.needs(action)
                 if any(item not in ends for item in needed):
                     break
                 arrivals = [

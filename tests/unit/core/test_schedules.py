@@ -23,7 +23,6 @@ from gradstream.core.schedules import (
     choose_schedule,
     ideal_bubble,
     make_schedule,
-    needs,
     parse_csv,
     simulate,
     unavailable,
@@ -210,7 +209,6 @@ def test_nothing_begins_before_what_it_needs(
     compute = [{op: data.draw(seconds) for op in Op} for _ in range(schedule.num_stages)]
     costs = Costs(compute, latency)
     found = simulate(schedule, costs)
-    split = schedule.name == "zero-bubble"
     ends = {
         action: (worker, begin + costs.of(action))
         for worker, row in enumerate(schedule.rows)
@@ -221,7 +219,7 @@ def test_nothing_begins_before_what_it_needs(
         for action, begin in zip(row, found.begins[worker], strict=True):
             assert begin >= free
             free = begin + costs.of(action)
-            for item in needs(action, schedule.num_stages, split):
+            for item in schedule.needs(action):
                 other, end = ends[item]
                 assert begin >= end + (latency if other != worker else 0.0)
         assert free <= found.makespan

@@ -10,7 +10,7 @@ from support.tiny import GPT2, LLAMA, NO_DROPOUT, VOCAB_SIZE
 from torch import nn
 
 from gradstream.core.model import UnitDraws, initial_weights
-from gradstream.core.schedules import SCHEDULES, Action, Schedule, make_schedule, needs, unavailable, validate
+from gradstream.core.schedules import SCHEDULES, Action, Schedule, make_schedule, unavailable, validate
 from gradstream.core.stage_module import StageModule, stage_tensors
 from gradstream.worker.stage import StageRunner
 
@@ -70,7 +70,6 @@ class Pipeline:
 
     def run(self, most_actions: int = 10**9) -> None:
         """Go round the workers; each computes as far as it can, but not more than `most_actions` in all."""
-        split = self.schedule.name == "zero-bubble"
         done: set[Action] = set()
         messages: dict[Action, torch.Tensor | None] = {}
         places = [0] * self.schedule.num_workers
@@ -79,7 +78,7 @@ class Pipeline:
                 if places[worker] == len(row):
                     continue
                 action = row[places[worker]]
-                needed = needs(action, self.schedule.num_stages, split)
+                needed = self.schedule.needs(action)
                 if not done.issuperset(needed):
                     continue
                 received = [messages.pop(item) for item in needed if item.stage != action.stage]

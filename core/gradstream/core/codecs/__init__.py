@@ -40,7 +40,6 @@ __all__ = [
     "CODEC_NAMES",
     "Codec",
     "DenseCodec",
-    "Int4Hadamard",
     "Payload",
     "PlaneCodec",
     "ResidualCodec",

@@ -170,8 +170,7 @@ class Shard:
     # -- push ------------------------------------------------------------------------------------------------------
 
     def check(self, header: pb.ContributionHeader) -> None:
-        """Check a header against the plan before anything is allocated for it. Raises ProtocolError."""
-        self.check_epoch(header.job_id, header.epoch)
+        """Check a header of this epoch against the plan before anything is allocated for it. Raises ProtocolError."""
         state = self.bundles.get(header.bundle)
         if state is None:
             raise ProtocolError(f"bundle {header.bundle} is not held by server {self.index}")
@@ -204,7 +203,6 @@ class Shard:
 
     def offer(self, header: pb.ContributionHeader, payload: Payload) -> pb.PushResult.ValueType:
         """Take a checked and verified contribution, once. Raises ProtocolError."""
-        self.check_epoch(header.job_id, header.epoch)
         state = self.bundles[header.bundle]
         if header.step < self.version:
             self.num_dropped += 1

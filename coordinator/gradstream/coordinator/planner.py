@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradstream.core.bundles import RESIDUAL_CODECS, codec_for, first_push_codec
-from gradstream.core.config import OptimizerConfig, Recipe
+from gradstream.core.bundles import codec_for, first_push_codec
+from gradstream.core.config import RESIDUAL_CODECS, OptimizerConfig, Recipe
 from gradstream.core.data import Manifest, SlotSampler
 from gradstream.core.downlink import downlink
 from gradstream.core.encoded_size import encoded_bytes

@@ -11,17 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from gradstream.core.config import CodecConfig
+from gradstream.core.config import RESIDUAL_CODECS, CodecConfig
 from gradstream.core.fragments import Fragment, TensorKind
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Fragments of server `server` that travel together; `index` is the bundle's place in the plan."""
+    """Fragments of server `server` that travel together; `index` is the bundle's place in the plan.
+
+    Each slot contributes `num_parts` times: 2 where the tensors are tied across two pipeline stages.
+    """
 
     index: int
     server: int
     fragments: tuple[Fragment, ...]
+    num_parts: int = 1
 
     @cached_property
     def num_elements(self) -> int:
@@ -37,29 +41,37 @@ class Bundle:
         return tuple(bounds)
 
 
-def bundle(fragments: Sequence[Fragment], placement: Sequence[int], most_elements: int) -> list[Bundle]:
-    """Bundle the fragments of each server, in forward order: at most `most_elements`, unless it is a single fragment.
+@dataclass(frozen=True)
+class Use:
+    """Where a tensor is used: by which pipeline stage first, and in how many parts its gradient comes."""
+
+    stage: int = 0
+    num_parts: int = 1
+
+
+def bundle(
+    fragments: Sequence[Fragment], placement: Sequence[int], most_elements: int, uses: Sequence[Use] = ()
+) -> list[Bundle]:
+    """Bundle the fragments of each server, in forward order: at most `most_elements`, unless it is a single fragment,
+    and of tensors of one use alone; `uses` has that of each tensor, or is empty where all are used alike.
 
     Bundles are numbered by their first fragment.
     """
-    groups: list[tuple[int, list[Fragment]]] = []
-    open_groups: dict[int, tuple[int, list[Fragment]]] = {}
+    groups: list[tuple[int, Use, list[Fragment]]] = []
+    open_groups: dict[tuple[int, Use], tuple[int, list[Fragment]]] = {}
     for fragment in fragments:
-        server = placement[fragment.index]
-        elements, group = open_groups.get(server, (0, []))
+        server, use = placement[fragment.index], uses[fragment.tensor] if uses else Use()
+        elements, group = open_groups.get((server, use), (0, []))
         if not group or elements + fragment.num_elements > most_elements:
             elements, group = 0, []
-            groups.append((server, group))
+            groups.append((server, use, group))
         group.append(fragment)
-        open_groups[server] = (elements + fragment.num_elements, group)
-    return [Bundle(index, server, tuple(group)) for index, (server, group) in enumerate(groups)]
+        open_groups[server, use] = (elements + fragment.num_elements, group)
+    return [Bundle(index, server, tuple(group), use.num_parts) for index, (server, use, group) in enumerate(groups)]
 
 
 LOSSLESS_ENOUGH = frozenset({"fp32", "bf16", "fp32-zstd", "bf16-zstd"})
 """Codecs that every kind of tensor may have."""
-
-RESIDUAL_CODECS = frozenset({"topk", "sign", "powersgd"})
-"""Codecs that keep what they could not send."""
 
 
 def keeps_residuals(codec: CodecConfig) -> bool:

@@ -24,6 +24,10 @@ NonNegative = Annotated[int, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+RESIDUAL_CODECS = frozenset({"topk", "sign", "powersgd"})
+"""Codecs that keep what they could not send."""
+
+
 class Section(BaseModel):
     """Base of every part of a recipe: frozen, and strict about unknown keys.
 
@@ -173,6 +177,33 @@ class CheckpointConfig(Section):
     keep: Positive = Field(default=3, description="how many of the newest to keep")
 
 
+class PipelineConfig(Section):
+    """How the model is cut into stages that workers compute one after the other.
+
+    Of it only whether `stages` is 1, and `activations`, shape the trajectory: with more stages, or auto, a tied
+    embedding's gradient comes in two parts.
+    """
+
+    stages: Positive | Literal["auto"] = Field(
+        default=1, description="pipeline stages of a replica; auto: as few as fit the workers' memory"
+    )
+    chunks: Positive = Field(default=1, description="stages that each worker has, for interleaved schedules")
+    schedule: Literal["auto", "gpipe", "1f1b", "eager-1f1b", "interleaved-1f1b", "zero-bubble"] = Field(
+        default="auto", description="in what order workers compute microbatches; auto: the fastest that fits"
+    )
+    activations: Literal["fp32", "bf16", "int8"] = Field(
+        default="fp32", description="what travels between stages; with fp32 a cut changes no bit"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> PipelineConfig:
+        if self.stages != "auto" and self.stages % self.chunks:
+            raise ValueError(
+                f"stages {self.stages} is not divisible by chunks {self.chunks}; every worker has as many stages"
+            )
+        return self
+
+
 class ClusterConfig(Section):
     """What the job needs of the cluster.
 
@@ -199,6 +230,7 @@ class Recipe(Section):
     data: DataConfig
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
@@ -218,6 +250,11 @@ class Recipe(Section):
             raise ValueError(
                 f"data.prepare.num_shards {prepare.num_shards} is not divisible by training.num_slots "
                 f"{self.training.num_slots}; every slot draws from its own group of data shards"
+            )
+        if self.pipeline.stages != 1 and self.codec.push in RESIDUAL_CODECS:
+            raise ValueError(
+                f"codec.push {self.codec.push} keeps a residual for each slot, which pipeline stages cannot share; "
+                f"use codec.push=int8 or pipeline.stages=1"
             )
         if self.validation.num_samples % self.training.num_slots:
             raise ValueError(

@@ -20,14 +20,19 @@ BLOCK_ELEMENTS = 256  # of int8: a fragment that starts on a block has the same 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of the model's inventory. `unit` is the index of the forward unit that needs it; `kind` is what it is
-    to the model."""
+    """One tensor of the model's inventory. `unit` is the index of the first forward unit that needs it, `last_unit`
+    that of the last, which is another one for a tied tensor; `kind` is what it is to the model."""
 
     name: str
     shape: tuple[int, ...]
     decay: bool
     unit: int
     kind: TensorKind = "matrix"
+    last_unit: int = -1
+
+    def __post_init__(self) -> None:
+        if self.last_unit < 0:
+            object.__setattr__(self, "last_unit", self.unit)
 
     @property
     def num_elements(self) -> int:

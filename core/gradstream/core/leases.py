@@ -1,8 +1,87 @@
-"""Slot leases: which worker computes which slot. A pure function that returns (decision, reason)."""
+"""Leases: which workers form a replica, and which worker computes which slot. Pure functions that return (decision,
+reason)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A chain of workers, by node id in the order of the stages. `number` is that of the lease table that formed it: a
+    chain that loses a member is no more, whoever takes that one's place."""
+
+    number: int
+    workers: tuple[str, ...]
+
+
+def form_replicas(
+    replicas: Sequence[Replica], workers: Sequence[str], size: int, number: int, fits: Callable[[str, int], bool]
+) -> tuple[list[Replica], str]:
+    """Make as many chains of `size` live workers as there can be; return (replicas, reason).
+
+    Chains whose members all live stay. Of the others those that have most members left are filled up, with free workers
+    and then with members of the rest; a member keeps its place where it can, since with the place go the weights that
+    it has. `workers` are the live ones, oldest first; `fits(worker, place)` says whether a worker's memory holds the
+    stages of a place; `number` is that of the new lease table.
+    """
+    live = set(workers)
+    intact = [replica for replica in replicas if live.issuperset(replica.workers)]
+    broken = [replica for replica in replicas if not live.issuperset(replica.workers)]
+    broken.sort(key=lambda replica: -len(live.intersection(replica.workers)))
+    busy = {worker for replica in intact for worker in replica.workers}
+    last_place = {worker: place for replica in broken for place, worker in enumerate(replica.workers)}
+    free = [worker for worker in workers if worker not in busy]
+    formed: list[Replica] = []
+    rest = list(broken)
+    while len(free) >= size:
+        old = rest.pop(0).workers if rest else ()
+        kept = {place: worker for place, worker in enumerate(old) if worker in free}
+        # Members of chains that are next to be filled up go last.
+        wanted = {worker: order for order, replica in enumerate(rest) for worker in replica.workers}
+        spare = sorted(
+            (worker for worker in free if worker not in kept.values()),
+            key=lambda worker: -wanted.get(worker, len(rest)),
+        )
+        chain = _fill(kept, spare, size, last_place, fits)
+        if chain is None:
+            if not old:
+                break
+            continue  # as many as can be, but not this one: its members are free for the others
+        formed.append(Replica(number, chain))
+        free = [worker for worker in free if worker not in chain]
+    idle = f"; {len(free)} more stay idle" if free else ""
+    if not formed and not intact:
+        missing = size - len(free)
+        lack = f"{missing} more worker{'s' * (missing != 1)} needed" if missing > 0 else "their memory is too small"
+        return [], f"no replica: {len(free)} of {size} workers, {lack}"
+    kinds = [
+        f"{len(found)} {verb}"
+        for found, verb in ((intact, "stay" if len(intact) > 1 else "stays"), (formed, "formed"))
+        if found
+    ]
+    return [*intact, *formed], f"replicas of {size} workers: {', '.join(kinds)}{idle}"
+
+
+def _fill(
+    kept: dict[int, str], spare: list[str], size: int, last_place: dict[str, int], fits: Callable[[str, int], bool]
+) -> tuple[str, ...] | None:
+    """A chain of `kept` members and spare ones, earlier ones first; None when no spare one fits an open place."""
+    chain, left = dict(kept), list(spare)
+    open_places = [place for place in range(size) if place not in chain]
+    # The places that fewest can take come first.
+    for place in sorted(open_places, key=lambda place: sum(fits(worker, place) for worker in left)):
+        able = [worker for worker in left if fits(worker, place)]
+        if not able:
+            return None
+        # One that has these weights; else one that has none; else whoever is there.
+        chosen = min(
+            able, key=lambda worker: (last_place.get(worker, -1) not in (place, -1), last_place.get(worker) != place)
+        )
+        chain[place] = chosen
+        left.remove(chosen)
+    return tuple(chain[place] for place in range(size))
 
 
 def assign_slots(holders: Sequence[str], workers: Sequence[str]) -> tuple[list[str], str]:

@@ -14,6 +14,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import astuple
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -130,10 +131,12 @@ def inventory(model_config: Mapping[str, Any]) -> list[Tensor]:
 def _inventory(model: nn.Module) -> list[Tensor]:
     from torch import nn
 
-    owner: dict[int, int] = {}
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
     for index, (_, unit) in enumerate(forward_units(model)):
         for parameter in unit.parameters():
-            owner.setdefault(id(parameter), index)
+            first.setdefault(id(parameter), index)
+            last[id(parameter)] = index
     tables = {
         id(parameter)
         for module in model.modules()
@@ -148,7 +151,14 @@ def _inventory(model: nn.Module) -> list[Tensor]:
 
     # A parameter outside every unit is needed from the start.
     tensors = [
-        Tensor(name, tuple(parameter.shape), parameter.dim() >= 2, owner.get(id(parameter), 0), kind(parameter))
+        Tensor(
+            name,
+            tuple(parameter.shape),
+            parameter.dim() >= 2,
+            first.get(id(parameter), 0),
+            kind(parameter),
+            last.get(id(parameter), 0),
+        )
         for name, parameter in model.named_parameters()
     ]
     return sorted(tensors, key=lambda tensor: tensor.unit)
@@ -228,7 +238,7 @@ def _main() -> None:
     """`python -m gradstream.core.model`: config.json on stdin, its inventory on stdout, both JSON."""
     try:
         model = build(json.load(sys.stdin), "meta")
-        tensors = [(tensor.name, tensor.shape, tensor.decay, tensor.unit, tensor.kind) for tensor in _inventory(model)]
+        tensors = [astuple(tensor) for tensor in _inventory(model)]
         answer: dict[str, Any] = {"tensors": tensors, "architecture": type(model).__name__}
     except ConfigError as error:
         answer = {"error": str(error)}

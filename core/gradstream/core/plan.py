@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from gradstream.core.bundles import Bundle, bundle
+from gradstream.core.bundles import Bundle, Use, bundle
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import Manifest, parse_manifest
 from gradstream.core.errors import ProtocolError
@@ -38,7 +39,12 @@ class Server:
 
 @dataclass(frozen=True)
 class Plan:
-    """One epoch's plan. The fragments follow from the tensors and `fragment_elements`."""
+    """One epoch's plan. The fragments follow from the tensors and `fragment_elements`.
+
+    Pipeline stage s has the forward units before `stage_ends[s]` that no stage before it has. Worker w of a replica has
+    stages w, w + P, ..., `num_chunks` in all, where P is the number of its workers. No `stage_ends`: one stage with
+    everything.
+    """
 
     job_id: str
     epoch: int
@@ -53,6 +59,9 @@ class Plan:
     start_version: int
     checkpoint_path: str
     checkpoint_root: str
+    stage_ends: tuple[int, ...] = ()
+    num_chunks: int = 1
+    schedule: str = ""
 
     @cached_property
     def fragments(self) -> tuple[Fragment, ...]:
@@ -62,7 +71,45 @@ class Plan:
     @cached_property
     def bundles(self) -> tuple[Bundle, ...]:
         """All bundles, in forward order."""
-        return tuple(bundle(self.fragments, self.placement, self.fragment_elements))
+        uses = [Use(self.stage_of(tensor.unit), self.num_parts(tensor)) for tensor in self.tensors]
+        return tuple(bundle(self.fragments, self.placement, self.fragment_elements, uses))
+
+    @property
+    def has_pipeline(self) -> bool:
+        """Whether the job's gradients are those of stages, be it of a single one."""
+        return bool(self.stage_ends)
+
+    @property
+    def num_stages(self) -> int:
+        return max(1, len(self.stage_ends))
+
+    @property
+    def replica_size(self) -> int:
+        """Workers of a replica."""
+        return self.num_stages // self.num_chunks
+
+    def stage_of(self, unit: int) -> int:
+        """The stage that has a forward unit."""
+        return bisect_right(self.stage_ends, unit) if self.stage_ends else 0
+
+    def num_parts(self, tensor: Tensor) -> int:
+        """In how many parts a slot's gradient of a tensor comes. A tied one has two wherever it may be used by two
+        stages, also when it is used by one: how many there are must make no difference."""
+        return 2 if self.has_pipeline and tensor.last_unit != tensor.unit else 1
+
+    def stages_of_worker(self, worker: int) -> list[int]:
+        """The stages of worker number `worker` of a replica."""
+        return list(range(worker, self.num_stages, self.replica_size))
+
+    def uses_of_worker(self, worker: int) -> list[tuple[int, int]]:
+        """The (tensor, part) of which worker number `worker` of a replica computes gradients, in forward order."""
+        stages = set(self.stages_of_worker(worker))
+        return [
+            (number, part)
+            for number, tensor in enumerate(self.tensors)
+            for part, unit in enumerate((tensor.unit, tensor.last_unit)[: self.num_parts(tensor)])
+            if self.stage_of(unit) in stages
+        ]
 
     @property
     def architecture(self) -> str:
@@ -108,6 +155,7 @@ class Plan:
                     decay=tensor.decay,
                     unit=tensor.unit,
                     kind=_KINDS[tensor.kind],
+                    last_unit=tensor.last_unit,
                 )
                 for tensor in self.tensors
             ],
@@ -121,6 +169,9 @@ class Plan:
             start_version=self.start_version,
             checkpoint_path=self.checkpoint_path,
             checkpoint_root=self.checkpoint_root,
+            stage_ends=self.stage_ends,
+            num_chunks=self.num_chunks,
+            schedule=self.schedule,
         )
 
     @classmethod
@@ -140,7 +191,13 @@ class Plan:
             start_version=message.start_version,
             checkpoint_path=message.checkpoint_path,
             checkpoint_root=message.checkpoint_root,
+            stage_ends=tuple(message.stage_ends),
+            num_chunks=message.num_chunks or 1,
+            schedule=message.schedule,
         )
+        ends = plan.stage_ends
+        if plan.num_stages % plan.num_chunks or sorted(set(ends)) != list(ends):
+            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} has stages that cannot be: {list(ends)}")
         if not plan.fragment_elements or len(plan.placement) != len(plan.fragments):
             raise ProtocolError(
                 f"plan {plan.job_id}/{plan.epoch} places {len(plan.placement)} fragments but has {len(plan.fragments)}"
@@ -154,4 +211,4 @@ def _tensor(message: plan_pb2.Tensor) -> Tensor:
     kind = _KINDS_ON_WIRE.get(message.kind)
     if kind is None:
         raise ProtocolError(f"tensor '{message.name}' of the plan has an unknown kind {message.kind}")
-    return Tensor(message.name, tuple(message.shape), message.decay, message.unit, kind)
+    return Tensor(message.name, tuple(message.shape), message.decay, message.unit, kind, message.last_unit)

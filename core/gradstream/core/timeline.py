@@ -30,11 +30,17 @@ class SpanKind(StrEnum):
     SEND = "send"
     RECEIVE = "receive"
     DECODE = "decode"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    BACKWARD_INPUT = "backward input"
+    BACKWARD_WEIGHT = "backward weight"
 
 
 _COMMUNICATION = (SpanKind.SEND, SpanKind.RECEIVE)
 _WIRE = {kind: coordinator_pb2.SpanKind.Value(f"SPAN_KIND_{kind.name}") for kind in SpanKind}
 _KINDS = {number: kind for kind, number in _WIRE.items()}
+PASSES = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)
+"""What a worker of a pipeline does with a microbatch."""
 # The tracks of a worker from top to bottom.
 _TRACKS = tuple(SpanKind)
 
@@ -42,7 +48,8 @@ _TRACKS = tuple(SpanKind)
 class Span(NamedTuple):
     """Something that a worker did.
 
-    `item` is the bundle, for what is done to one; `num_bytes` counts payload.
+    `item` is the bundle, for what is done to one; `num_bytes` counts payload. `stage` and `microbatch` say which pass
+    of a pipeline it is.
     """
 
     kind: SpanKind
@@ -51,6 +58,8 @@ class Span(NamedTuple):
     slot: int | None = None
     item: int | None = None
     num_bytes: int = 0
+    stage: int | None = None
+    microbatch: int | None = None
 
     def to_proto(self) -> coordinator_pb2.Span:
         """The span as a message."""
@@ -61,6 +70,8 @@ class Span(NamedTuple):
             slot=self.slot,
             item=self.item,
             num_bytes=self.num_bytes,
+            stage=self.stage,
+            microbatch=self.microbatch,
         )
 
 
@@ -96,6 +107,8 @@ class Timeline:
                     span.slot if span.HasField("slot") else None,
                     span.item if span.HasField("item") else None,
                     span.num_bytes,
+                    span.stage if span.HasField("stage") else None,
+                    span.microbatch if span.HasField("microbatch") else None,
                 )
                 for span in message.spans
                 if span.kind in _KINDS

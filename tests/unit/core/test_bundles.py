@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 from gradstream.core.bundles import (
     LOSSLESS_ENOUGH,
-    RESIDUAL_CODECS,
     Bundle,
     bundle,
     codec_for,
     first_push_codec,
 )
 from gradstream.core.codecs import CODEC_NAMES, ResidualCodec, State, codec_named
-from gradstream.core.config import CodecConfig
+from gradstream.core.config import RESIDUAL_CODECS, CodecConfig
 from gradstream.core.downlink import downlink
 from gradstream.core.encoded_size import encoded_bytes
 from gradstream.core.errors import ProtocolError

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.leases import assign_slots
+from gradstream.core.leases import Replica, assign_slots, form_replicas
 
 WORKERS = ["a", "b", "c", "d", "e"]
 holders = st.lists(st.sampled_from(["", *WORKERS, "gone"]), max_size=24)
@@ -59,3 +59,48 @@ def test_without_workers_every_slot_is_free(holders: list[str]) -> None:
 )
 def test_examples_with_their_reasons(holders: list[str], workers: list[str], expected: list[str], reason: str) -> None:
     assert assign_slots(holders, workers) == (expected, reason)
+
+
+def anyone(worker: str, place: int) -> bool:
+    return True
+
+
+CHAINS = st.lists(st.sampled_from(WORKERS), unique=True, max_size=len(WORKERS))
+
+
+@given(before=CHAINS, workers=live, size=st.integers(1, 3))
+def test_replicas_are_as_many_as_can_be_and_whole_ones_stay(before: list[str], workers: list[str], size: int) -> None:
+    replicas = [Replica(1, tuple(before[at : at + size])) for at in range(0, len(before) - size + 1, size)]
+    found, reason = form_replicas(replicas, workers, size, 2, anyone)
+    assert len(found) == len(workers) // size
+    members = [worker for replica in found for worker in replica.workers]
+    assert len(set(members)) == len(members) and set(members) <= set(workers)
+    assert all(len(replica.workers) == size for replica in found)
+    for replica in replicas:
+        assert (replica in found) == set(workers).issuperset(replica.workers)
+    assert form_replicas(found, workers, size, 3, anyone)[0] == found
+    assert reason
+
+
+def test_a_survivor_keeps_its_place_and_a_spare_worker_takes_the_open_one() -> None:
+    found, reason = form_replicas([Replica(1, ("a", "b")), Replica(1, ("c", "d"))], ["b", "c", "d", "e"], 2, 2, anyone)
+    assert found == [Replica(1, ("c", "d")), Replica(2, ("e", "b"))]
+    assert reason == "replicas of 2 workers: 1 stays, 1 formed"
+    # Without a spare one the survivors of two chains make one.
+    found, reason = form_replicas([Replica(1, ("a", "b")), Replica(1, ("c", "d"))], ["b", "c"], 2, 2, anyone)
+    assert found == [Replica(2, ("c", "b"))]
+    found, reason = form_replicas([Replica(1, ("a", "b")), Replica(1, ("c", "d"))], ["b", "c", "e"], 2, 2, anyone)
+    assert found == [Replica(2, ("e", "b"))] or found == [Replica(2, ("c", "b"))]
+    assert reason == "replicas of 2 workers: 1 formed; 1 more stay idle"
+    assert form_replicas([], ["a"], 3, 2, anyone) == ([], "no replica: 1 of 3 workers, 2 more workers needed")
+
+
+def test_a_small_worker_gets_the_place_that_fits_it() -> None:
+    def fits(worker: str, place: int) -> bool:
+        return place == 1 or worker != "small"
+
+    assert form_replicas([], ["small", "a"], 2, 1, fits)[0] == [Replica(1, ("a", "small"))]
+    assert form_replicas([], ["small", "tiny"], 2, 1, lambda worker, place: place == 1) == (
+        [],
+        "no replica: 2 of 2 workers, their memory is too small",
+    )

@@ -335,7 +335,7 @@ def works(cluster: Cluster, runner: asyncio.Runner) -> bool:
 def test_wrong_headers_are_refused_with_nothing_consumed() -> None:
     with attacked() as (runner, cluster):
         runner.run(cluster.push([(0, 1), (2, 1)]))
-        runner.run(until(lambda: cluster.shards[0].bundles[1].next_slot == 1))
+        runner.run(until(lambda: cluster.shards[0].bundles[1].next_turn == 1))
         before = runner.run(cluster.status())
 
         @few

@@ -89,7 +89,7 @@ def test_threads_lose_nothing_to_each_other_or_to_take() -> None:
         while not all(future.done() for future in futures):
             taken += timeline.take()
     taken += timeline.take()
-    assert sorted((slot, item) for _, _, _, slot, item, _ in taken) == [
+    assert sorted((slot, item) for _, _, _, slot, item, *_ in taken) == [
         (thread, number) for thread in range(num_threads) for number in range(num_spans)
     ]
 

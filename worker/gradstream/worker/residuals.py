@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from gradstream.core import files
-from gradstream.core.bundles import RESIDUAL_CODECS, keeps_residuals
+from gradstream.core.bundles import keeps_residuals
 from gradstream.core.checkpoint import (
     MANIFEST_NAME,
     CheckpointManifest,
@@ -27,6 +27,7 @@ from gradstream.core.checkpoint import (
     read_manifest,
 )
 from gradstream.core.codecs import Payload, State
+from gradstream.core.config import RESIDUAL_CODECS
 from gradstream.core.errors import CheckpointError
 from gradstream.core.log import get_logger
 from gradstream.core.payloads import BundleCodec

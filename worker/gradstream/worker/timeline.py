@@ -18,7 +18,7 @@ from gradstream.proto.v1 import parameter_server_pb2 as pb
 clock_ns = time.perf_counter_ns
 """The clock of `begin_ns` and `end_ns`: never set back, in nanoseconds."""
 
-RawSpan = tuple[SpanKind, int, int, int | None, int | None, int]
+RawSpan = tuple[SpanKind, int, int, int | None, int | None, int, int | None, int | None]
 """A span as it is recorded: the fields of Span, but with begin and end in nanoseconds of `clock_ns`."""
 
 
@@ -39,10 +39,12 @@ class Timeline:
         slot: int | None = None,
         item: int | None = None,
         num_bytes: int = 0,
+        stage: int | None = None,
+        microbatch: int | None = None,
     ) -> None:
         """Record a span by its two times on `clock_ns`. After the first MAX_SPANS of a version nothing is recorded."""
         if len(self._spans) < MAX_SPANS:
-            self._spans.append((kind, begin_ns, end_ns, slot, item, num_bytes))
+            self._spans.append((kind, begin_ns, end_ns, slot, item, num_bytes, stage, microbatch))
 
     @contextmanager
     def span(
@@ -90,10 +92,10 @@ class Timeline:
     ) -> coordinator_pb2.ReportTimelineRequest:
         """The report of what was taken. A few milliseconds of work, best done in a thread."""
         spans = []
-        for kind, begin_ns, end_ns, slot, item, num_bytes in taken[:MAX_SPANS]:
+        for kind, begin_ns, end_ns, slot, item, num_bytes, stage, microbatch in taken[:MAX_SPANS]:
             # Both times rounded alike, so that what touched still touches.
             begin_us, end_us = (self._epoch_ns + begin_ns) // 1000, (self._epoch_ns + end_ns) // 1000
-            spans.append(Span(kind, begin_us, end_us - begin_us, slot, item, num_bytes))
+            spans.append(Span(kind, begin_us, end_us - begin_us, slot, item, num_bytes, stage, microbatch))
         communication_us, hidden_us = hidden(spans)
         return coordinator_pb2.ReportTimelineRequest(
             job_id=job_id,

@@ -66,6 +66,14 @@ class _SpanKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpanKind.Val
     """A fragment's weights being decoded into the model."""
     SPAN_KIND_VALIDATE: _SpanKind.ValueType  # 7
     """A validation pass."""
+    SPAN_KIND_FORWARD: _SpanKind.ValueType  # 8
+    """A microbatch's forward pass on a pipeline stage."""
+    SPAN_KIND_BACKWARD: _SpanKind.ValueType  # 9
+    """Its whole backward pass."""
+    SPAN_KIND_BACKWARD_INPUT: _SpanKind.ValueType  # 10
+    """The part of its backward pass that the stage before waits for."""
+    SPAN_KIND_BACKWARD_WEIGHT: _SpanKind.ValueType  # 11
+    """The other part, of the weights' gradients."""
 
 class SpanKind(_SpanKind, metaclass=_SpanKindEnumTypeWrapper):
     """What a span of a timeline shows."""
@@ -86,6 +94,14 @@ SPAN_KIND_DECODE: SpanKind.ValueType  # 6
 """A fragment's weights being decoded into the model."""
 SPAN_KIND_VALIDATE: SpanKind.ValueType  # 7
 """A validation pass."""
+SPAN_KIND_FORWARD: SpanKind.ValueType  # 8
+"""A microbatch's forward pass on a pipeline stage."""
+SPAN_KIND_BACKWARD: SpanKind.ValueType  # 9
+"""Its whole backward pass."""
+SPAN_KIND_BACKWARD_INPUT: SpanKind.ValueType  # 10
+"""The part of its backward pass that the stage before waits for."""
+SPAN_KIND_BACKWARD_WEIGHT: SpanKind.ValueType  # 11
+"""The other part, of the weights' gradients."""
 Global___SpanKind: _TypeAlias = SpanKind  # noqa: Y015
 
 @_typing.final
@@ -137,7 +153,7 @@ class RegisterRequest(_message.Message):
     name: _builtins.str
     """Name for people, unique among live nodes of its kind."""
     address: _builtins.str
-    """host:port where it listens; empty for workers, which only call."""
+    """host:port where it listens: a server for workers and servers, a worker for its neighbours in a pipeline."""
     memory_bytes: _builtins.int
     """Bytes of memory that jobs may use on it."""
     device: _builtins.str
@@ -772,6 +788,8 @@ class Span(_message.Message):
     SLOT_FIELD_NUMBER: _builtins.int
     ITEM_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    MICROBATCH_FIELD_NUMBER: _builtins.int
     kind: Global___SpanKind.ValueType
     """What."""
     begin_unix_us: _builtins.int
@@ -784,6 +802,10 @@ class Span(_message.Message):
     """The fragment, for send, receive and decode; the tensor, for encode."""
     num_bytes: _builtins.int
     """Payload bytes, where there are any."""
+    stage: _builtins.int
+    """The stage, for a microbatch's passes."""
+    microbatch: _builtins.int
+    """The microbatch in its slot, for its passes."""
     def __init__(
         self,
         *,
@@ -793,19 +815,29 @@ class Span(_message.Message):
         slot: _builtins.int | None = ...,
         item: _builtins.int | None = ...,
         num_bytes: _builtins.int = ...,
+        stage: _builtins.int | None = ...,
+        microbatch: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_item", b"_item", "_slot", b"_slot", "item", b"item", "slot", b"slot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_item", b"_item", "_microbatch", b"_microbatch", "_slot", b"_slot", "_stage", b"_stage", "item", b"item", "microbatch", b"microbatch", "slot", b"slot", "stage", b"stage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_item", b"_item", "_slot", b"_slot", "begin_unix_us", b"begin_unix_us", "duration_us", b"duration_us", "item", b"item", "kind", b"kind", "num_bytes", b"num_bytes", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_item", b"_item", "_microbatch", b"_microbatch", "_slot", b"_slot", "_stage", b"_stage", "begin_unix_us", b"begin_unix_us", "duration_us", b"duration_us", "item", b"item", "kind", b"kind", "microbatch", b"microbatch", "num_bytes", b"num_bytes", "slot", b"slot", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__item: _TypeAlias = _typing.Literal["item"]  # noqa: Y015
     _WhichOneofArgType__item: _TypeAlias = _typing.Literal["_item", b"_item"]  # noqa: Y015
+    _WhichOneofReturnType__microbatch: _TypeAlias = _typing.Literal["microbatch"]  # noqa: Y015
+    _WhichOneofArgType__microbatch: _TypeAlias = _typing.Literal["_microbatch", b"_microbatch"]  # noqa: Y015
     _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
     _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
+    _WhichOneofReturnType__stage: _TypeAlias = _typing.Literal["stage"]  # noqa: Y015
+    _WhichOneofArgType__stage: _TypeAlias = _typing.Literal["_stage", b"_stage"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__item) -> _WhichOneofReturnType__item | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__microbatch) -> _WhichOneofReturnType__microbatch | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__slot) -> _WhichOneofReturnType__slot | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stage) -> _WhichOneofReturnType__stage | None: ...
 
 Global___Span: _TypeAlias = Span  # noqa: Y015
 

@@ -79,7 +79,7 @@ class ContributionHeader(_message.Message):
     bundle: _builtins.int
     """Index of the bundle in the plan: neighbouring fragments of one server that travel together."""
     part: _builtins.int
-    """0, or 1 for the second use of a tensor tied across two stages."""
+    """0, or 1 for the use as a head of a tensor that is also the embedding, in jobs with a pipeline."""
     codec: _plan_pb2.Codec.ValueType
     """The codec of the step's contributions; from it and a tensor's kind follows the codec of each fragment."""
     payload_bytes: _builtins.int

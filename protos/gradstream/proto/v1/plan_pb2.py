@@ -24,23 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1egradstream/proto/v1/plan.proto\x12\x13gradstream.proto.v1\"q\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x64\x65\x63\x61y\x18\x03 \x01(\x08\x12\x0c\n\x04unit\x18\x04 \x01(\r\x12-\n\x04kind\x18\x05 \x01(\x0e\x32\x1f.gradstream.proto.v1.TensorKind\"<\n\nPlanServer\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\xd8\x02\n\x04Plan\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0brecipe_json\x18\x03 \x01(\t\x12\x19\n\x11model_config_json\x18\x04 \x01(\t\x12\x1a\n\x12\x64\x61ta_manifest_json\x18\x05 \x01(\t\x12,\n\x07tensors\x18\x06 \x03(\x0b\x32\x1b.gradstream.proto.v1.Tensor\x12\x19\n\x11\x66ragment_elements\x18\x07 \x01(\x04\x12\x11\n\tplacement\x18\x08 \x03(\r\x12\x30\n\x07servers\x18\t \x03(\x0b\x32\x1f.gradstream.proto.v1.PlanServer\x12\x0e\n\x06leader\x18\n \x01(\r\x12\x15\n\rstart_version\x18\x0b \x01(\x04\x12\x17\n\x0f\x63heckpoint_path\x18\x0c \x01(\t\x12\x17\n\x0f\x63heckpoint_root\x18\r \x01(\t\"\\\n\nLeaseTable\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0f\n\x07holders\x18\x04 \x03(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t*\xd5\x01\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x0e\n\nCODEC_FP32\x10\x01\x12\x0e\n\nCODEC_BF16\x10\x02\x12\x0e\n\nCODEC_INT8\x10\x03\x12\x0e\n\nCODEC_INT4\x10\x04\x12\x17\n\x13\x43ODEC_INT4_HADAMARD\x10\x05\x12\x13\n\x0f\x43ODEC_FP32_ZSTD\x10\x06\x12\x13\n\x0f\x43ODEC_BF16_ZSTD\x10\x07\x12\x0e\n\nCODEC_TOPK\x10\x08\x12\x0e\n\nCODEC_SIGN\x10\t\x12\x12\n\x0e\x43ODEC_POWERSGD\x10\n*t\n\nTensorKind\x12\x1b\n\x17TENSOR_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12TENSOR_KIND_MATRIX\x10\x01\x12\x19\n\x15TENSOR_KIND_EMBEDDING\x10\x02\x12\x16\n\x12TENSOR_KIND_VECTOR\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1egradstream/proto/v1/plan.proto\x12\x13gradstream.proto.v1\"\x84\x01\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\r\n\x05\x64\x65\x63\x61y\x18\x03 \x01(\x08\x12\x0c\n\x04unit\x18\x04 \x01(\r\x12-\n\x04kind\x18\x05 \x01(\x0e\x32\x1f.gradstream.proto.v1.TensorKind\x12\x11\n\tlast_unit\x18\x06 \x01(\r\"<\n\nPlanServer\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\x92\x03\n\x04Plan\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0brecipe_json\x18\x03 \x01(\t\x12\x19\n\x11model_config_json\x18\x04 \x01(\t\x12\x1a\n\x12\x64\x61ta_manifest_json\x18\x05 \x01(\t\x12,\n\x07tensors\x18\x06 \x03(\x0b\x32\x1b.gradstream.proto.v1.Tensor\x12\x19\n\x11\x66ragment_elements\x18\x07 \x01(\x04\x12\x11\n\tplacement\x18\x08 \x03(\r\x12\x30\n\x07servers\x18\t \x03(\x0b\x32\x1f.gradstream.proto.v1.PlanServer\x12\x0e\n\x06leader\x18\n \x01(\r\x12\x15\n\rstart_version\x18\x0b \x01(\x04\x12\x17\n\x0f\x63heckpoint_path\x18\x0c \x01(\t\x12\x17\n\x0f\x63heckpoint_root\x18\r \x01(\t\x12\x12\n\nstage_ends\x18\x0e \x03(\r\x12\x12\n\nnum_chunks\x18\x0f \x01(\r\x12\x10\n\x08schedule\x18\x10 \x01(\t\"@\n\x0ePipelineWorker\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"O\n\x07Replica\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x34\n\x07workers\x18\x02 \x03(\x0b\x32#.gradstream.proto.v1.PipelineWorker\"\x8c\x01\n\nLeaseTable\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0f\n\x07holders\x18\x04 \x03(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12.\n\x08replicas\x18\x06 \x03(\x0b\x32\x1c.gradstream.proto.v1.Replica*\xd5\x01\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x0e\n\nCODEC_FP32\x10\x01\x12\x0e\n\nCODEC_BF16\x10\x02\x12\x0e\n\nCODEC_INT8\x10\x03\x12\x0e\n\nCODEC_INT4\x10\x04\x12\x17\n\x13\x43ODEC_INT4_HADAMARD\x10\x05\x12\x13\n\x0f\x43ODEC_FP32_ZSTD\x10\x06\x12\x13\n\x0f\x43ODEC_BF16_ZSTD\x10\x07\x12\x0e\n\nCODEC_TOPK\x10\x08\x12\x0e\n\nCODEC_SIGN\x10\t\x12\x12\n\x0e\x43ODEC_POWERSGD\x10\n*t\n\nTensorKind\x12\x1b\n\x17TENSOR_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12TENSOR_KIND_MATRIX\x10\x01\x12\x19\n\x15TENSOR_KIND_EMBEDDING\x10\x02\x12\x16\n\x12TENSOR_KIND_VECTOR\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradstream.proto.v1.plan_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CODEC']._serialized_start=674
-  _globals['_CODEC']._serialized_end=887
-  _globals['_TENSORKIND']._serialized_start=889
-  _globals['_TENSORKIND']._serialized_end=1005
-  _globals['_TENSOR']._serialized_start=55
-  _globals['_TENSOR']._serialized_end=168
-  _globals['_PLANSERVER']._serialized_start=170
-  _globals['_PLANSERVER']._serialized_end=230
-  _globals['_PLAN']._serialized_start=233
-  _globals['_PLAN']._serialized_end=577
-  _globals['_LEASETABLE']._serialized_start=579
-  _globals['_LEASETABLE']._serialized_end=671
+  _globals['_CODEC']._serialized_start=948
+  _globals['_CODEC']._serialized_end=1161
+  _globals['_TENSORKIND']._serialized_start=1163
+  _globals['_TENSORKIND']._serialized_end=1279
+  _globals['_TENSOR']._serialized_start=56
+  _globals['_TENSOR']._serialized_end=188
+  _globals['_PLANSERVER']._serialized_start=190
+  _globals['_PLANSERVER']._serialized_end=250
+  _globals['_PLAN']._serialized_start=253
+  _globals['_PLAN']._serialized_end=655
+  _globals['_PIPELINEWORKER']._serialized_start=657
+  _globals['_PIPELINEWORKER']._serialized_end=721
+  _globals['_REPLICA']._serialized_start=723
+  _globals['_REPLICA']._serialized_end=802
+  _globals['_LEASETABLE']._serialized_start=805
+  _globals['_LEASETABLE']._serialized_end=945
 # @@protoc_insertion_point(module_scope)

@@ -116,14 +116,17 @@ class Tensor(_message.Message):
     DECAY_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    LAST_UNIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that the Hugging Face state dict gives it."""
     decay: _builtins.bool
     """Whether weight decay applies (matrices yes; norms, biases and other 1-D tensors no)."""
     unit: _builtins.int
-    """Index of the forward unit (embedding, decoder layer, final norm, head) that needs it, counted from 0."""
+    """Index of the forward unit (embedding, decoder layer, final norm, head) that needs it first, counted from 0."""
     kind: Global___TensorKind.ValueType
     """What it is to the model."""
+    last_unit: _builtins.int
+    """Index of the last forward unit that needs it: another one than the first for a tied tensor."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its dimensions; the product is its number of elements."""
@@ -136,10 +139,11 @@ class Tensor(_message.Message):
         decay: _builtins.bool = ...,
         unit: _builtins.int = ...,
         kind: Global___TensorKind.ValueType = ...,
+        last_unit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decay", b"decay", "kind", b"kind", "name", b"name", "shape", b"shape", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decay", b"decay", "kind", b"kind", "last_unit", b"last_unit", "name", b"name", "shape", b"shape", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -196,6 +200,9 @@ class Plan(_message.Message):
     START_VERSION_FIELD_NUMBER: _builtins.int
     CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     CHECKPOINT_ROOT_FIELD_NUMBER: _builtins.int
+    STAGE_ENDS_FIELD_NUMBER: _builtins.int
+    NUM_CHUNKS_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job this plan belongs to."""
     epoch: _builtins.int
@@ -216,6 +223,10 @@ class Plan(_message.Message):
     """Directory of the checkpoint to load; empty to initialize the weights from the seed."""
     checkpoint_root: _builtins.str
     """Directory under which the servers write checkpoints."""
+    num_chunks: _builtins.int
+    """Stages that each worker of a replica has; worker w has stages w, w + P, ... where P is the number of its workers."""
+    schedule: _builtins.str
+    """The schedule by which a replica's workers compute their microbatches (gradstream.core.schedules)."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """The model's inventory in forward order."""
@@ -227,6 +238,10 @@ class Plan(_message.Message):
     @_builtins.property
     def servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanServer]:
         """The servers; each holds at least one fragment."""
+
+    @_builtins.property
+    def stage_ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each pipeline stage, the first forward unit after it. One stage: no pipeline."""
 
     def __init__(
         self,
@@ -244,14 +259,75 @@ class Plan(_message.Message):
         start_version: _builtins.int = ...,
         checkpoint_path: _builtins.str = ...,
         checkpoint_root: _builtins.str = ...,
+        stage_ends: _abc.Iterable[_builtins.int] | None = ...,
+        num_chunks: _builtins.int = ...,
+        schedule: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "checkpoint_root", b"checkpoint_root", "data_manifest_json", b"data_manifest_json", "epoch", b"epoch", "fragment_elements", b"fragment_elements", "job_id", b"job_id", "leader", b"leader", "model_config_json", b"model_config_json", "placement", b"placement", "recipe_json", b"recipe_json", "servers", b"servers", "start_version", b"start_version", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "checkpoint_root", b"checkpoint_root", "data_manifest_json", b"data_manifest_json", "epoch", b"epoch", "fragment_elements", b"fragment_elements", "job_id", b"job_id", "leader", b"leader", "model_config_json", b"model_config_json", "num_chunks", b"num_chunks", "placement", b"placement", "recipe_json", b"recipe_json", "schedule", b"schedule", "servers", b"servers", "stage_ends", b"stage_ends", "start_version", b"start_version", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class PipelineWorker(_message.Message):
+    """A worker as a lease table names it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """The identity that the coordinator gave it when it registered."""
+    name: _builtins.str
+    """The name a person knows it by."""
+    address: _builtins.str
+    """host:port where it listens for its neighbours in a pipeline."""
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "name", b"name", "node_id", b"node_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PipelineWorker: _TypeAlias = PipelineWorker  # noqa: Y015
+
+@_typing.final
+class Replica(_message.Message):
+    """One chain of workers that together have all stages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """The number of the lease table that first had it. A chain that loses a member is another replica."""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PipelineWorker]:
+        """In the order of the stages."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        workers: _abc.Iterable[Global___PipelineWorker] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
 class LeaseTable(_message.Message):
@@ -264,6 +340,7 @@ class LeaseTable(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     HOLDERS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job the leases belong to."""
     epoch: _builtins.int
@@ -274,7 +351,13 @@ class LeaseTable(_message.Message):
     """Why the table is what it is, for people."""
     @_builtins.property
     def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """For each slot, the node_id of the worker that holds it; empty while nobody does."""
+        """For each slot, the node_id of the worker that holds it, in a pipeline the first one of its replica; empty while
+        nobody does.
+        """
+
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
+        """The replicas of a job with a pipeline."""
 
     def __init__(
         self,
@@ -284,10 +367,11 @@ class LeaseTable(_message.Message):
         number: _builtins.int = ...,
         holders: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
+        replicas: _abc.Iterable[Global___Replica] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "holders", b"holders", "job_id", b"job_id", "number", b"number", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "holders", b"holders", "job_id", b"job_id", "number", b"number", "reason", b"reason", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

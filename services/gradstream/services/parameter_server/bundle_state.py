@@ -29,18 +29,19 @@ State = dict[str, npt.NDArray[np.float32]]
 
 
 class BundleState:
-    """The state of one bundle. Contributions are added in slot order."""
+    """The state of one bundle. Contributions are added in turn: in slot order, of a slot part by part."""
 
     def __init__(self, bundle: Bundle, tensors: Sequence[Tensor], recipe: Recipe, form: Downlink, book: CodecBook):
         self.bundle = bundle
         self.published_version = -1
-        self.next_slot = 0
+        self.next_turn = 0
         self.adding = False
         self.early: dict[int, list[Payload]] = {}
+        """Contributions that wait, by their turn."""
         self.squared_norms = [0.0] * len(bundle.fragments)
         self._tensors = [tensors[fragment.tensor] for fragment in bundle.fragments]
         self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
-        self._num_slots = recipe.training.num_slots
+        self._num_turns = recipe.training.num_slots * bundle.num_parts
         self._weights_N = torch.zeros(bundle.num_elements)
         self._sum_N = torch.zeros(bundle.num_elements)
         self._weights = slices(self._weights_N, bundle)
@@ -53,27 +54,35 @@ class BundleState:
 
     # -- accumulation ----------------------------------------------------------------------------------------------
 
-    def has(self, slot: int) -> bool:
-        """Whether the slot's contribution to the current step was taken."""
-        return slot < self.next_slot or slot in self.early
+    def turn(self, slot: int, part: int) -> int:
+        """The place of a contribution in the order in which they are added."""
+        return slot * self.bundle.num_parts + part
+
+    def has(self, turn: int) -> bool:
+        """Whether this contribution to the current step was taken."""
+        return turn < self.next_turn or turn in self.early
+
+    def has_slot(self, slot: int) -> bool:
+        """Whether all parts of a slot's contribution to the current step were taken."""
+        return all(self.has(self.turn(slot, part)) for part in range(self.bundle.num_parts))
 
     @property
     def complete(self) -> bool:
-        """Whether every slot's contribution is in the sum."""
-        return self.next_slot == self._num_slots
+        """Whether every contribution is in the sum."""
+        return self.next_turn == self._num_turns
 
     @property
     def ready_to_add(self) -> bool:
         """Whether the contribution whose turn it is has arrived and nothing is being added."""
-        return not self.adding and self.next_slot in self.early
+        return not self.adding and self.next_turn in self.early
 
-    def add_next(self, codec: BundleCodec, payloads: Sequence[Payload], step: int, slot: int) -> None:
-        """Add slot `slot`'s contribution to the sum; worker thread. After the last one, take the squared norms."""
-        if slot == 0:
+    def add_next(self, codec: BundleCodec, payloads: Sequence[Payload], step: int, turn: int) -> None:
+        """Add a contribution to the sum; worker thread. After the last one, take the squared norms."""
+        if turn == 0:
             codec.decode(payloads, self._sums, step)
         else:
             codec.decode_add(payloads, self._sums, step)
-        if slot == self._num_slots - 1:
+        if turn == self._num_turns - 1:
             # In fp64 and in a fixed order, fragment by fragment: the same whatever a bundle holds.
             norms_F = np.empty(len(self._sums))
             addresses_F = dense_kernels.addresses_of(self._sums, self._elements_F)
@@ -95,7 +104,7 @@ class BundleState:
     def begin_step(self, version: int) -> None:
         """Let workers have `version`, and be ready for that step's contributions."""
         self.published_version = version
-        self.next_slot = 0
+        self.next_turn = 0
         self.early.clear()
 
     def delta(self) -> Copy | None:

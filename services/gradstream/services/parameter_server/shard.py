@@ -177,8 +177,8 @@ class Shard:
         what = f"contribution to bundle {header.bundle} from slot {header.slot} of step {header.step}"
         if header.slot >= self.plan.num_slots:
             raise ProtocolError(f"{what}: the job has {self.plan.num_slots} slots")
-        if header.part != 0:
-            raise ProtocolError(f"{what}: part {header.part}, but the tensor has one part")
+        if header.part >= state.bundle.num_parts:
+            raise ProtocolError(f"{what}: part {header.part}, but its tensors have {state.bundle.num_parts}")
         if header.step >= self.plan.num_steps:
             raise ProtocolError(f"{what}: the job has {self.plan.num_steps} steps")
         if header.step > self.version:
@@ -207,7 +207,8 @@ class Shard:
         if header.step < self.version:
             self.num_dropped += 1
             return pb.PUSH_RESULT_STALE
-        if state.has(header.slot):
+        turn = state.turn(header.slot, header.part)
+        if state.has(turn):
             self.num_dropped += 1
             return pb.PUSH_RESULT_DUPLICATE
         totals = SlotTotals(header.slot_tokens, header.slot_samples, header.slot_loss_sum)
@@ -225,7 +226,7 @@ class Shard:
             raise ProtocolError(
                 f"slot {header.slot} of step {header.step}: {totals} differs from {known} of an earlier contribution"
             )
-        state.early[header.slot] = split(payload, header.fragment_bytes)
+        state.early[turn] = split(payload, header.fragment_bytes)
         self._step_bytes += payload.nbytes
         self.received_bytes += payload.nbytes
         self._add_if_ready(state)
@@ -238,12 +239,12 @@ class Shard:
 
     async def _add(self, state: BundleState) -> None:
         codec = self._book.of(state.bundle, self.push_codec.name)
-        while state.next_slot in state.early:
-            slot = state.next_slot
-            await self._run(state.add_next, codec, state.early[slot], self.version, slot)
+        while state.next_turn in state.early:
+            turn = state.next_turn
+            await self._run(state.add_next, codec, state.early[turn], self.version, turn)
             # Only now: until it is added, a second copy must find it.
-            state.next_slot += 1
-            del state.early[slot]
+            state.next_turn += 1
+            del state.early[turn]
         state.adding = False
         if state.complete:
             self._num_complete += 1
@@ -436,7 +437,7 @@ class Shard:
         if self.version < 0 or self.version >= self.plan.num_steps:
             return []
         states = self.bundles.values()
-        return [slot for slot in range(self.plan.num_slots) if not all(state.has(slot) for state in states)]
+        return [slot for slot in range(self.plan.num_slots) if not all(state.has_slot(slot) for state in states)]
 
     def activity(self) -> coordinator_pb2.Activity:
         """What the shard does, for heartbeats."""

@@ -126,7 +126,7 @@ def main() -> None:
 
 def compare(case: Case, data: Path, temporary: Path, codecs: list[str] | None, with_ddp: bool) -> list[Result]:
     """Run both sides on one network; one result a codec pair, and one for DDP's own fp16 hook."""
-    with network_of(case) as network:
+    with network_of(case.network, case.num_workers) as network:
         rivals = {}
         if with_ddp:
             rivals["ddp"] = run_ddp(case, recipe_of(case, data, temporary, "fp32/fp32"), network, temporary, False)
@@ -164,10 +164,10 @@ def say(case: Case, name: str, timing: Timing) -> None:
     )
 
 
-def network_of(case: Case) -> Network:
-    if case.network == "loopback":
+def network_of(name: str, num_machines: int) -> Network:
+    if name == "loopback":
         return Loopback()
-    return Namespaces(case.num_workers, {"1gbit": 1000, "100mbit": 100}[case.network])
+    return Namespaces(num_machines, {"1gbit": 1000, "100mbit": 100}[name])
 
 
 def recipe_of(case: Case, data: Path, temporary: Path, pair: str) -> Recipe:
@@ -230,27 +230,10 @@ def run_ddp(case: Case, recipe: Recipe, network: Network, temporary: Path, fp16:
 
 
 def run_gradstream(case: Case, recipe: Recipe, network: Network, temporary: Path) -> Timing:
-    with tempfile.TemporaryDirectory(dir=temporary) as directory, ExitStack() as stack:
-        root = Path(directory)
-
-        def serve(machine: int | None, role: str, *arguments: str) -> Path:
-            ready = root / f"{role}-{machine}.ready"
-            prefix = [] if machine is None else network.prefix(machine)
-            command = [*prefix, sys.executable, "-m", "gradstream.coordinator.cli", "serve", role, *arguments]
-            stack.enter_context(process([*command, "--ready-file", str(ready)], {}, log=root / f"{role}-{machine}.log"))
-            return ready
-
-        ready = serve(None, "coordinator", "--listen", f"{network.coordinator}:0", "--state", str(root / "state"))
-        address = await_file(ready)
-        waiting = []
-        for machine in range(case.num_workers):
-            common = ["--coordinator", address, "--memory", "8GiB"]
-            listen = ["--listen", f"{network.address(machine)}:0"]
-            waiting.append(serve(machine, "parameter-server", "--name", f"server-{machine}", *listen, *common))
-            cache = ["--cache", str(root / "cache")]
-            waiting.append(serve(machine, "worker", "--name", f"worker-{machine}", "--device", "cpu", *cache, *common))
-        for path in waiting:
-            await_file(path)
+    with (
+        tempfile.TemporaryDirectory(dir=temporary) as directory,
+        cluster(network, case.num_workers, Path(directory)) as address,
+    ):
         steps: list[Step] = []
         begin = end = 0.0
         with Client(address) as client:
@@ -269,6 +252,35 @@ def run_gradstream(case: Case, recipe: Recipe, network: Network, temporary: Path
     times = [step.time.timestamp() for step in steps]
     timed = [after - before for before, after in pairwise(times)][case.num_warm_steps - 1 :]
     return Timing(statistics.median(timed), (end - begin) / len(timed), steps[-1].loss, job.codecs)
+
+
+@contextmanager
+def cluster(network: Network, num_machines: int, root: Path) -> Iterator[str]:
+    """A coordinator, and a server and a worker on each machine, up and running until the block ends; its address.
+
+    Under `root`: the coordinator's state in `state`, and what each process logs.
+    """
+    with ExitStack() as stack:
+
+        def serve(machine: int | None, role: str, *arguments: str) -> Path:
+            ready = root / f"{role}-{machine}.ready"
+            prefix = [] if machine is None else network.prefix(machine)
+            command = [*prefix, sys.executable, "-m", "gradstream.coordinator.cli", "serve", role, *arguments]
+            stack.enter_context(process([*command, "--ready-file", str(ready)], {}, log=root / f"{role}-{machine}.log"))
+            return ready
+
+        ready = serve(None, "coordinator", "--listen", f"{network.coordinator}:0", "--state", str(root / "state"))
+        address = await_file(ready)
+        waiting = []
+        for machine in range(num_machines):
+            common = ["--coordinator", address, "--memory", "8GiB"]
+            listen = ["--listen", f"{network.address(machine)}:0"]
+            waiting.append(serve(machine, "parameter-server", "--name", f"server-{machine}", *listen, *common))
+            cache = ["--cache", str(root / "cache")]
+            waiting.append(serve(machine, "worker", "--name", f"worker-{machine}", "--device", "cpu", *cache, *common))
+        for path in waiting:
+            await_file(path)
+        yield address
 
 
 @contextmanager

@@ -474,7 +474,7 @@ def test_node_of_another_version(cluster: Cluster, monkeypatch: pytest.MonkeyPat
     assert caught.value.details() == expected
     # The node itself ends with that line; it does not knock for ever.
     monkeypatch.setattr("gradstream.core.session.__version__", "0.0.0")
-    identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, "old", "", 0, "cpu")
+    identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, "old", "127.0.0.1:1", 0, "cpu")
 
     async def register() -> None:
         async def ignore(_: coordinator_pb2.SessionResponse) -> None: ...

@@ -34,6 +34,7 @@ def micro_plan(model: dict[str, Any] = MICRO_LLAMA, codec: dict[str, Any] | None
         | training,
         "codec": codec or {},
         "data": {"path": "data"},
+        "validation": {"num_samples": 8},
     }
     data = {"token_dtype": "uint16", "vocab_size": 64, "end_of_text_id": 0, "tokenizer_sha256": "0" * 64, "shards": []}
     tensors = inventory(model)

@@ -3,6 +3,7 @@
 # ruff: noqa: E402, F401
 import asyncio
 import os
+import time
 
 import numpy
 
@@ -39,6 +40,10 @@ async def take_inventories() -> None:
 
 asyncio.run(take_inventories())
 
-# A fork takes along only the thread that forks: what others held would be held for ever.
+# A fork takes along only the thread that forks: what others held would be held for ever. One that has ended may be
+# listed for a moment more.
+_DEADLINE = time.monotonic() + 10
+while num_threads() > _NUM_BEFORE and time.monotonic() < _DEADLINE:
+    time.sleep(0.02)
 if num_threads() > _NUM_BEFORE:
     raise SystemExit("error: an import has started a thread; this process cannot be forked")

@@ -155,6 +155,32 @@ class ServerMemory(_Value):
 
 
 @dataclass(frozen=True, slots=True)
+class Pipeline(_Value):
+    """A job's pipeline: `num_workers` of a replica have `num_stages` stages between them.
+
+    `bubble` is the share of the workers' time in which they waited over the last versions, `ideal_bubble` what GPipe
+    and 1F1B would have with stages that all take equally long; None before the first was measured.
+    """
+
+    num_stages: int
+    num_workers: int
+    schedule: str
+    bubble: float | None
+    ideal_bubble: float | None
+
+    @classmethod
+    def from_proto(cls, message: jobs_pb2.Pipeline) -> Pipeline:
+        """The value that a message describes."""
+        return cls(
+            num_stages=message.num_stages,
+            num_workers=message.num_workers,
+            schedule=message.schedule,
+            bubble=message.bubble if message.HasField("bubble") else None,
+            ideal_bubble=message.ideal_bubble if message.HasField("ideal_bubble") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Job(_Value):
     """A job: its state, its progress and what it waits for."""
 
@@ -184,9 +210,11 @@ class Job(_Value):
     slot_holders: tuple[str, ...]
     decisions: tuple[str, ...]
     hidden_share: float | None
-    codecs: str
     """Share of the time with something being sent or received during which the worker computed as well."""
+    codecs: str
     server_memory: tuple[ServerMemory, ...]
+    pipeline: Pipeline | None
+    """None for a job without a pipeline, and before its plan."""
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.Job) -> Job:
@@ -226,6 +254,7 @@ class Job(_Value):
             hidden_share=message.hidden_share if message.HasField("hidden_share") else None,
             codecs=message.codecs,
             server_memory=tuple(ServerMemory.from_proto(memory) for memory in message.server_memory),
+            pipeline=Pipeline.from_proto(message.pipeline) if message.HasField("pipeline") else None,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gradstream.coordinator.planner import ServerBytes, server_bytes
@@ -12,6 +12,7 @@ from gradstream.coordinator.state import JobRecord, State, StepTotals
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import Manifest, parse_manifest
 from gradstream.core.fragments import Tensor
+from gradstream.core.leases import Replica
 from gradstream.core.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
@@ -86,6 +87,8 @@ class ActiveJob:
     holders: list[str] = field(default_factory=list)
     # Who held each slot last under this plan; a resting job's slots have no holders.
     last_holders: list[str] = field(default_factory=list)
+    # The chains of a job with a pipeline.
+    replicas: list[Replica] = field(default_factory=list)
     lease_number: int = 0
     lease_reason: str = ""
     # Servers of the plan that are away, and until when (our clock) they are waited for.
@@ -123,6 +126,10 @@ class ActiveJob:
             active.lease_number = table.number
             if active.plan is not None and table.epoch == record.epoch and len(table.holders) == len(active.holders):
                 active.take_holders(list(table.holders))
+                active.replicas = [
+                    Replica(replica.number, tuple(worker.node_id for worker in replica.workers))
+                    for replica in table.replicas
+                ]
                 active.lease_reason = table.reason
         return active
 
@@ -141,6 +148,7 @@ class ActiveJob:
         self.residuals.clear()
         self.fresh_from.clear()
         self.last_holders = [""] * len(self.holders)
+        self.replicas = []
 
     def take_holders(self, holders: list[str]) -> None:
         """Make these the slots' holders."""
@@ -183,12 +191,22 @@ class ActiveJob:
             self.halted_version is not None and self.record.desired != "run"
         )
 
-    def lease_table(self) -> plan_pb2.LeaseTable:
-        """The table as workers get it."""
+    @property
+    def members(self) -> list[str]:
+        """The workers that the lease table names."""
+        chained = [worker for replica in self.replicas for worker in replica.workers]
+        return list(dict.fromkeys([*chained, *filter(None, self.holders)]))
+
+    def lease_table(self, worker_of: Callable[[str], plan_pb2.PipelineWorker]) -> plan_pb2.LeaseTable:
+        """The table as workers get it; `worker_of` describes the worker with a node id."""
         return plan_pb2.LeaseTable(
             job_id=self.job_id,
             epoch=self.record.epoch,
             number=self.lease_number,
             holders=self.holders,
             reason=self.lease_reason,
+            replicas=[
+                plan_pb2.Replica(number=replica.number, workers=map(worker_of, replica.workers))
+                for replica in self.replicas
+            ],
         )

@@ -13,11 +13,12 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from gradstream.coordinator import checkpoints, planner, scheduler
 from gradstream.coordinator.active import ActiveJob
-from gradstream.coordinator.inventory import take_inventory
+from gradstream.coordinator.inventory import take_inventory, take_profile
 from gradstream.coordinator.membership import SERVER, WORKER, Membership, NodeEntry
 from gradstream.coordinator.notify import Notifier
 from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
@@ -25,6 +26,7 @@ from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
 from gradstream.coordinator.timelines import Timelines
 from gradstream.core.errors import ConfigError, GradstreamError, PlanError, UnreachableError, one_line
+from gradstream.core.leases import form_replicas
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
@@ -152,7 +154,7 @@ class Controller:
                     self.ask_to_halt(active)
         self.reconcile()
         if node.kind == WORKER and self.active is active and active is not None and active.state in (RUNNING, PAUSED):
-            self._hub.send(node, coordinator_pb2.SessionResponse(leases=active.lease_table()))
+            self._hub.send(node, coordinator_pb2.SessionResponse(leases=active.lease_table(self._pipeline_worker)))
         return session
 
     def heartbeat(self, session: Session, activity: coordinator_pb2.Activity) -> bool:
@@ -295,6 +297,9 @@ class Controller:
                 found = await take_inventory(active.recipe.model.config)
                 active.tensors = list(found.tensors)
                 active.architecture = found.architecture
+            profiles = None
+            if active.recipe.pipeline.stages != 1:
+                profiles = await take_profile(active.recipe.model.config, active.recipe.training)
             plan, reasons = await asyncio.to_thread(
                 planner.make_plan,
                 record.job_id,
@@ -307,6 +312,7 @@ class Controller:
                 record.epoch + 1,
                 start,
                 root,
+                profiles,
             )
             wanted = self.active is active and active.state == PLANNING and active.record.desired == "run"
             # A server that died meanwhile must not be planned with; the next look starts over.
@@ -428,7 +434,8 @@ class Controller:
         """The live workers with memory enough for the active job, oldest first."""
         if active.plan is None:
             return self.members.present(WORKER)
-        need = planner.worker_bytes(active.recipe, active.plan.num_parameters)
+        plan = active.plan
+        need = min(planner.stage_need(plan, place) for place in range(plan.replica_size))
         return [node for node in self.members.present(WORKER) if planner.fits(node.memory_bytes, need)]
 
     def _expected_holders(self, active: ActiveJob) -> list[str]:
@@ -439,7 +446,7 @@ class Controller:
         """
         waiting = self.clock() < active.expect_holders_until
         expected = []
-        for holder in filter(None, active.holders):
+        for holder in active.members:
             node = self.members.get(holder)
             if (waiting and node is None) or (node is not None and node.alive and not node.present):
                 expected.append(holder)
@@ -453,20 +460,39 @@ class Controller:
         workers = [node.node_id for node in self.workers(active)]
         workers = list(dict.fromkeys([*self._expected_holders(active), *workers]))
         names = {node_id: self.members.name_of(node_id) for node_id in workers}
-        holders, reason = scheduler.lease_slots(active.holders, workers, active.resting, names)
-        if holders == active.holders and not force:
+        plan, replicas, formed = active.plan, active.replicas, ""
+        if plan is not None and plan.has_pipeline:
+            replicas, formed = form_replicas(
+                replicas, workers, plan.replica_size, active.lease_number + 1, partial(self._fits, plan)
+            )
+            names = {chain.workers[0]: " → ".join(map(self.members.name_of, chain.workers)) for chain in replicas}
+            workers = [chain.workers[0] for chain in replicas]
+        holders, reason = scheduler.lease_slots(active.holders, workers, active.resting, names, formed)
+        if holders == active.holders and replicas == active.replicas and not force:
             return
+        active.replicas = replicas
         active.take_holders(holders)
         active.lease_reason = reason
         active.lease_number += 1
         active.progress_at = now
-        table = active.lease_table()
+        table = active.lease_table(self._pipeline_worker)
         decisions = {**active.record.decisions, "leases": reason}
         self.update(active, leases=table.SerializeToString(), decisions=decisions)
         self.event(active.job_id, "leases", reason.removeprefix("leases: "))
         for node in self.members.present(WORKER):
             self._send_plan(node, active)
             self._hub.send(node, coordinator_pb2.SessionResponse(leases=table))
+
+    def _fits(self, plan: Plan, worker: str, place: int) -> bool:
+        """Whether a worker's memory holds what a place of a replica needs; one that is about to come back did."""
+        node = self.members.get(worker)
+        return node is None or planner.fits(node.memory_bytes, planner.stage_need(plan, place))
+
+    def _pipeline_worker(self, node_id: str) -> plan_pb2.PipelineWorker:
+        """A worker as its neighbours know it."""
+        node = self.members.get(node_id)
+        address = node.address if node is not None else ""
+        return plan_pb2.PipelineWorker(node_id=node_id, name=self.members.name_of(node_id), address=address)
 
     def publish_leases_again(self, active: ActiveJob) -> None:
         """Send the same leases under a higher number, to workers that a halt put to rest."""

@@ -1,4 +1,4 @@
-"""The model inventory, taken in a child process.
+"""The model's inventory and the profile of its sections, taken in a child process.
 
 Importing transformers holds the interpreter for seconds; in the coordinator's own process that stalls heartbeats (7
 to 19 s were seen). A child also gives back its memory, and cannot take the coordinator down with it.
@@ -14,8 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gradstream.core import profile
+from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
 from gradstream.core.fragments import Tensor
+from gradstream.core.profile import SectionProfile, Workload
 
 TIMEOUT_SECONDS = 300.0
 MAX_CACHED = 32
@@ -29,43 +32,59 @@ class Inventory:
     architecture: str
 
 
-_cache: dict[str, Inventory] = {}
+_inventories: dict[str, Inventory] = {}
+_profiles: dict[str, list[SectionProfile]] = {}
 
 
 async def take_inventory(model_config: Mapping[str, Any]) -> Inventory:
     """The inventory of a config.json's contents. Raises ConfigError when transformers cannot build it."""
     key = json.dumps(model_config, sort_keys=True)
-    if key not in _cache:
-        found = await _ask_child(key)
-        while len(_cache) >= MAX_CACHED:
-            _cache.pop(next(iter(_cache)))
-        _cache[key] = found
-    return _cache[key]
+    if key not in _inventories:
+        answer = await _ask_child("gradstream.core.model", key, "built")
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        tensors = tuple(Tensor(name, tuple(shape), *rest) for name, shape, *rest in answer["tensors"])
+        _keep(_inventories, key, Inventory(tensors, answer["architecture"]))
+    return _inventories[key]
 
 
-async def _ask_child(model_config_json: str) -> Inventory:
+async def take_profile(model_config: Mapping[str, Any], training: TrainingConfig) -> list[SectionProfile]:
+    """What each section of a model costs on this machine; the same again for as long as this process lives.
+
+    Raises ConfigError when transformers cannot build the model, or when it cannot be cut into sections.
+    """
+    key = profile.question(model_config, Workload.of(training))
+    if key not in _profiles:
+        _keep(_profiles, key, profile.parse_answer(await _ask_child("gradstream.core.profile", key, "profiled")))
+    return _profiles[key]
+
+
+def _keep(cache: dict[str, Any], key: str, found: Any) -> None:
+    while len(cache) >= MAX_CACHED:
+        cache.pop(next(iter(cache)))
+    cache[key] = found
+
+
+async def _ask_child(module: str, question: str, done: str) -> dict[str, Any]:
     # subprocess in a thread, not asyncio's: under uvloop that forks, and a fork beside gRPC's threads crashed 7 of 120
     # children (see docs/decisions.md).
     try:
         child = await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-m", "gradstream.core.model"],
-            input=model_config_json.encode(),
+            [sys.executable, "-m", module],
+            input=question.encode(),
             capture_output=True,
             timeout=TIMEOUT_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(
-            f"model.config: no model was built within {TIMEOUT_SECONDS:.0f} s; is it far too large?"
+            f"model.config: no model was {done} within {TIMEOUT_SECONDS:.0f} s; is it far too large?"
         ) from None
     try:
-        answer = json.loads(child.stdout)
+        answer: dict[str, Any] = json.loads(child.stdout)
     except ValueError:
         last = child.stderr.decode(errors="replace").strip().rsplit("\n", 1)[-1]
-        cause = last or f"the process that builds it ended with status {child.returncode}"
-        raise ConfigError(f"model.config: the model cannot be built ({cause})") from None
-    if "error" in answer:
-        raise ConfigError(answer["error"])
-    tensors = tuple(Tensor(name, tuple(shape), *rest) for name, shape, *rest in answer["tensors"])
-    return Inventory(tensors, answer["architecture"])
+        cause = last or f"the process that does it ended with status {child.returncode}"
+        raise ConfigError(f"model.config: the model cannot be {done} ({cause})") from None
+    return answer

@@ -8,31 +8,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradstream.core.bundles import codec_for, first_push_codec
-from gradstream.core.config import RESIDUAL_CODECS, OptimizerConfig, Recipe
+from gradstream.coordinator.needs import (
+    NodeOffer,
+    ServerBytes,
+    fits,
+    human_bytes,
+    server_bytes,
+    stage_need,
+    worker_bytes,
+)
+from gradstream.coordinator.pipeline_planner import LATENCY_SECONDS, plan_pipeline
+from gradstream.core.config import OptimizerConfig, Recipe
 from gradstream.core.data import Manifest, SlotSampler
-from gradstream.core.downlink import downlink
-from gradstream.core.encoded_size import encoded_bytes
 from gradstream.core.errors import ConfigError, DataError, PlanError
 from gradstream.core.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut
 from gradstream.core.placement import place
 from gradstream.core.plan import Plan, Server
+from gradstream.core.profile import SectionProfile
 from gradstream.core.rpc import MAX_MESSAGE_BYTES
 
-# fp32 arrays that an optimizer keeps beside the weights.
-NUM_MOMENTS = {"adamw": 2, "sgd": 1}
+__all__ = [
+    "CheckpointAt",
+    "NodeOffer",
+    "ServerBytes",
+    "check_data",
+    "fits",
+    "human_bytes",
+    "make_plan",
+    "server_bytes",
+    "stage_need",
+    "worker_bytes",
+]
+
 # A plan travels in one message; its envelope needs a little too.
 MAX_PLAN_BYTES = MAX_MESSAGE_BYTES - (64 << 10)
-
-
-@dataclass(frozen=True, slots=True)
-class NodeOffer:
-    """A node as the planner sees it. `memory_bytes` 0 means that it did not say."""
-
-    node_id: str
-    name: str
-    address: str
-    memory_bytes: int
+_NO_DATA = Manifest(token_dtype="uint32", vocab_size=1, end_of_text_id=0, tokenizer_sha256="0" * 64, shards=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +56,7 @@ class CheckpointAt:
 def make_plan(
     job_id: str,
     recipe: Recipe,
-    manifest: Manifest,
+    manifest: Manifest | None,
     tensors: Sequence[Tensor],
     architecture: str,
     servers: Sequence[NodeOffer],
@@ -54,13 +64,20 @@ def make_plan(
     epoch: int,
     checkpoint: CheckpointAt | None,
     checkpoint_root: str,
+    profiles: Sequence[SectionProfile] | None = None,
+    latency_seconds: float = LATENCY_SECONDS,
 ) -> tuple[Plan, dict[str, str]]:
     """Make the plan of an epoch on all the servers offered; return it with its reasons by subject.
 
-    Raises DataError when the data does not fit the model, ConfigError when the model is empty, PlanError when a
-    server's memory, or that of every worker, is too small.
+    `profiles` are those of the model's sections, wanted unless `pipeline.stages` is 1; `latency_seconds` is that of a
+    message between two workers of a pipeline. Without a manifest the data is not checked, and the plan not fit to run.
+
+    Raises DataError when the data does not fit the model, ConfigError when the model is empty or its pipeline cannot
+    be, PlanError when a server's memory, or that of every worker, is too small, or the workers are too few for a
+    replica.
     """
-    check_data(recipe, manifest)
+    if manifest is not None:
+        check_data(recipe, manifest)
     fragment_elements = max(1, recipe.cluster.fragment_bytes // BYTES_PER_ELEMENT)
     fragments = cut(tensors, fragment_elements)
     if not fragments:
@@ -71,14 +88,22 @@ def make_plan(
     chosen = sorted(servers, key=lambda server: server.name)[: len(fragments)]
     placement, placement_reason = place(fragments, tensors, len(chosen))
     memory_reason = _check_server_memory(recipe, fragments, placement, chosen, tensors)
-    worker_need = worker_bytes(recipe, sum(tensor.num_elements for tensor in tensors))
-    _check_worker_memory(worker_need, workers)
+    reasons: dict[str, str] = {}
+    pipeline = None
+    if recipe.pipeline.stages == 1:
+        worker_need = worker_bytes(recipe, sum(tensor.num_elements for tensor in tensors))
+        _check_worker_memory(worker_need, workers)
+        memory_reason += f"; a worker needs {human_bytes(worker_need)} and its activations"
+    else:
+        if profiles is None:
+            raise ConfigError("pipeline.stages other than 1 needs the profile of the model's sections")
+        pipeline, reasons = plan_pipeline(recipe, tensors, profiles, workers, latency_seconds)
     plan = Plan(
         job_id=job_id,
         epoch=epoch,
         recipe=recipe,
         model_config={**recipe.model.config, "architectures": [architecture]},
-        data_manifest=manifest,
+        data_manifest=manifest if manifest is not None else _NO_DATA,
         tensors=tuple(tensors),
         fragment_elements=fragment_elements,
         placement=tuple(placement),
@@ -87,6 +112,10 @@ def make_plan(
         start_version=checkpoint.version if checkpoint else 0,
         checkpoint_path=checkpoint.path if checkpoint else "",
         checkpoint_root=checkpoint_root,
+        stage_ends=pipeline.stage_ends if pipeline is not None else (),
+        num_chunks=pipeline.num_chunks if pipeline is not None else 1,
+        schedule=pipeline.schedule if pipeline is not None else "",
+        worker_bytes=pipeline.worker_bytes if pipeline is not None else (),
     )
     plan_bytes = plan.to_proto().ByteSize()
     if plan_bytes > MAX_PLAN_BYTES:
@@ -101,8 +130,9 @@ def make_plan(
         "servers": f"servers: all {len(chosen)} that were live ({names}), led by {chosen[0].name}"
         + (f"; {idle} more stay idle, as there are only {len(fragments)} fragments" if idle else ""),
         "placement": f"placement: {placement_reason}",
-        "memory": f"memory: {memory_reason}; a worker needs {human_bytes(worker_need)} and its activations",
+        "memory": f"memory: {memory_reason}",
         "start": f"start: {start}",
+        **reasons,
     }
     return plan, reasons
 
@@ -129,72 +159,6 @@ def check_data(recipe: Recipe, manifest: Manifest) -> None:
     for split in splits:
         for slot in range(training.num_slots):
             SlotSampler(manifest, split, slot, training.num_slots, training.sequence_length, recipe.seed)
-
-
-@dataclass(frozen=True, slots=True)
-class ServerBytes:
-    """Memory that a server needs for its fragments, in bytes."""
-
-    # Held all the time: master copy, moments, accumulator and the published copies, encoded or as workers hold them.
-    state: int
-    # On top while a checkpoint is written: a copy of what is saved, and the same once more as the file's bytes.
-    checkpoint: int
-    # On top for a version that a newcomer pulls, where the others pull differences: the whole copy for it.
-    newcomer: int
-    # Most that contributions can take which wait for their turn.
-    early: int
-
-    @property
-    def most(self) -> int:
-        """All of it at once."""
-        return self.state + self.checkpoint + self.newcomer + self.early
-
-
-def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequence[Tensor]) -> ServerBytes:
-    """What a server with these fragments needs."""
-
-    def encoded(codec: str, embedding: str) -> int:
-        return sum(
-            encoded_bytes(codec_for(tensors[fragment.tensor].kind, codec, embedding), fragment.shape)
-            for fragment in fragments
-        )
-
-    array = BYTES_PER_ELEMENT * sum(fragment.num_elements for fragment in fragments)
-    form, embedding = downlink(recipe.codec.pull), recipe.codec.embedding
-    whole = encoded(form.full, embedding)
-    saved = (1 + NUM_MOMENTS[recipe.optimizer.kind] + form.keeps_copy) * array
-    if form.delta is None:
-        copies, newcomer = whole, 0
-    else:
-        copies, newcomer = (array if form.keeps_copy else whole), whole
-        copies += encoded(form.delta, form.delta)
-    state = (2 + NUM_MOMENTS[recipe.optimizer.kind]) * array + copies
-    early = recipe.training.num_slots * encoded(first_push_codec(recipe.codec), embedding)
-    return ServerBytes(state, 2 * saved, newcomer, early)
-
-
-def worker_bytes(recipe: Recipe, num_parameters: int) -> int:
-    """Bytes that a worker needs beside its activations, should it hold every slot.
-
-    Weights, the gradients of the slot under way and of the one being encoded, the slots' encoded gradients until they
-    are acknowledged, the next version's weights as they arrive, and each slot's residual where the codec keeps one.
-    """
-    push, pull = first_push_codec(recipe.codec), downlink(recipe.codec.pull).full
-    slot = encoded_bytes(push, (num_parameters,))
-    if push in RESIDUAL_CODECS:
-        # Its residual at the version, and the one that the step leaves behind.
-        slot += 2 * BYTES_PER_ELEMENT * num_parameters
-    arriving = encoded_bytes(pull, (num_parameters,))
-    return 3 * BYTES_PER_ELEMENT * num_parameters + recipe.training.num_slots * slot + arriving
-
-
-def human_bytes(count: float) -> str:
-    """A size for people, in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB" if count < 1024 else f"{count / 1024:.1f} TiB"
 
 
 def _check_server_memory(
@@ -239,11 +203,6 @@ def _check_worker_memory(need: int, workers: Sequence[NodeOffer]) -> None:
         f"{human_bytes(best.memory_bytes)} ({human_bytes(need - best.memory_bytes)} missing), and no other offers "
         f"more; start a worker with more memory, then `gradstream resume`; or submit a smaller model"
     )
-
-
-def fits(memory_bytes: int, need: int) -> bool:
-    """Whether a node's memory is enough; one that did not say how much it has is believed to have enough."""
-    return not memory_bytes or memory_bytes >= need
 
 
 def _at_least(count: int) -> str:

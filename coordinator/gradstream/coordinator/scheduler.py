@@ -32,13 +32,14 @@ def next_job(jobs: Iterable[JobRecord]) -> JobRecord | None:
 def missing_nodes(recipe: Recipe, num_servers: int, num_workers: int, need_workers: bool) -> list[tuple[str, str]]:
     """What a plan still lacks, as (what, whom); empty when it can be made.
 
-    A job that goes on after the loss of a server does not wait for workers: they come and go.
+    A job that goes on after the loss of a server does not wait for workers: they come and go. One with a pipeline
+    begins when there are workers for a replica.
     """
     missing = []
     wanted = recipe.cluster.min_servers
     if num_servers < wanted:
         missing.append((f"{_count(wanted, 'parameter server')}, {_are(num_servers)}", "a parameter server to register"))
-    wanted = recipe.cluster.min_workers
+    wanted = max(recipe.cluster.min_workers, recipe.pipeline.least_workers)
     if need_workers and num_workers < wanted:
         missing.append((f"{_count(wanted, 'worker')}, {_are(num_workers)}", "a worker to register"))
     return missing
@@ -122,14 +123,20 @@ def judge_end(
 
 
 def lease_slots(
-    holders: Sequence[str], workers: Sequence[str], resting: bool, names: Mapping[str, str]
+    holders: Sequence[str], workers: Sequence[str], resting: bool, names: Mapping[str, str], formed: str = ""
 ) -> tuple[list[str], str]:
-    """Who computes which slot. `workers` are node ids, oldest first; a resting job's slots are all free."""
+    """Who computes which slot. `workers` are node ids, oldest first; a resting job's slots are all free.
+
+    In a job with a pipeline they are the replicas' first workers, `names` those of all members, and `formed` says how
+    the replicas came about.
+    """
     if resting:
         return [""] * len(holders), "leases: none, the job rests"
     assigned, reason = assign_slots(holders, workers)
     if not workers:
-        return assigned, f"leases: none, {reason}"
+        return assigned, f"leases: none, {formed or reason}"
+    if formed:
+        reason = f"{formed}; {reason}"
     shares: dict[str, list[str]] = {}
     for slot, holder in enumerate(assigned):
         shares.setdefault(holder, []).append(str(slot))

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from gradstream.coordinator.controller import Controller
-from gradstream.coordinator.membership import SERVER, WORKER
+from gradstream.coordinator.membership import KIND_WORDS, SERVER, WORKER
 from gradstream.coordinator.reports import Reports
 from gradstream.coordinator.sessions import Session as NodeStream
 from gradstream.coordinator.state import JobRecord
@@ -193,10 +193,10 @@ def check_registration(request: coordinator_pb2.RegisterRequest) -> None:
         )
     if not 1 <= len(request.incarnation) <= 64:
         raise ProtocolError("a registration must carry the incarnation of its process")
-    if request.kind == SERVER and not _ADDRESS.match(request.address):
+    if not _ADDRESS.match(request.address):
         raise ConfigError(
-            f"parameter server {request.name} gave the address '{request.address[:100]}', which is not host:port; "
-            f"listen on the one that workers can reach (--listen)"
+            f"{KIND_WORDS[request.kind]} {request.name} gave the address '{request.address[:100]}', which is not "
+            f"host:port; listen on the one that workers can reach (--listen)"
         )
     if request.memory_bytes >= 2**63:
         raise ProtocolError("a registration's memory_bytes is too large to be true")

@@ -15,7 +15,7 @@ import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -24,7 +24,8 @@ from google.protobuf.message import DecodeError
 from gradstream.coordinator.state import JobRecord
 from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.log import get_logger
-from gradstream.core.timeline import MAX_SPANS
+from gradstream.core.pipeline_timeline import Bubble, Run, measure, runs
+from gradstream.core.timeline import MAX_SPANS, PASSES, Timeline
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 NUM_VERSIONS = 64
@@ -33,6 +34,9 @@ SEGMENT_BYTES = 4 << 20
 MAX_PENDING_BYTES = 16 << 20
 MAX_WORKERS = 1024
 MAX_JOBS = 16
+# Versions whose timelines still come in, and passes that are kept of each until they have come.
+NUM_OPEN_VERSIONS = 2
+MAX_OPEN_PASSES = 1 << 16
 # Microseconds that JSON's readers still take for whole numbers.
 _MAX_US = 1 << 53
 _RECORD = struct.Struct("<II")
@@ -93,15 +97,49 @@ class _Window:
         self.hidden_us -= entry[1]
 
 
+class _Pipeline:
+    """The bubble over the last versions.
+
+    It takes the timelines of all workers of a replica, which come one by one. A version is measured when others have
+    begun after it, and a timeline that is later still, or beyond MAX_OPEN_PASSES, leaves its replica out.
+    """
+
+    def __init__(self) -> None:
+        self.bubble: Bubble | None = None
+        self._open: OrderedDict[tuple[int, int], list[Timeline]] = OrderedDict()
+        self._measured: deque[list[Run]] = deque(maxlen=NUM_VERSIONS)
+        # Epoch, and its number of stages as far as timelines have shown them.
+        self._num_stages = (0, 0)
+
+    def add(self, record: jobs_pb2.GetTimelineResponse) -> None:
+        """Take the passes of a timeline, if it has any."""
+        if not any(span.HasField("stage") for span in record.timeline.spans):
+            return
+        timeline = Timeline.from_proto(record.worker, record.timeline)
+        timeline = replace(timeline, spans=tuple(span for span in timeline.spans if span.kind in PASSES))
+        timelines = self._open.setdefault((timeline.epoch, timeline.version), [])
+        if sum(len(other.spans) for other in timelines) + len(timeline.spans) <= MAX_OPEN_PASSES:
+            timelines.append(timeline)
+        num_stages = 1 + max((span.stage or 0 for span in timeline.spans), default=0)
+        self._num_stages = max(self._num_stages, (timeline.epoch, num_stages))
+        if len(self._open) > NUM_OPEN_VERSIONS:
+            (epoch, _), whole = self._open.popitem(last=False)
+            self._measured.append(runs(whole, self._num_stages[1] if epoch == self._num_stages[0] else 0))
+            self.bubble = measure([run for found in self._measured for run in found])
+
+
 class TimelineFiles:
-    """The timelines of one job. Blocking; one thread at a time, but for `share`."""
+    """The timelines of one job. Blocking; one thread at a time, but for `share` and `bubble`."""
 
     def __init__(self, directory: Path):
         self.share: float | None = None
         """Hidden communication as a share of all over the timelines kept; None while there is none."""
+        self.bubble: Bubble | None = None
+        """Share of their time in which a pipeline's workers waited; None while there is none."""
         self._directory = directory
         self._segments: list[_Segment] | None = None
         self._window = _Window()
+        self._pipeline = _Pipeline()
         self._appending = False
         self._complained = False
 
@@ -155,6 +193,8 @@ class TimelineFiles:
         window, timeline = self._window, record.timeline
         window.add(record.worker, timeline.communication_us, timeline.hidden_us)
         self.share = window.hidden_us / window.communication_us if window.communication_us else None
+        self._pipeline.add(record)
+        self.bubble = self._pipeline.bubble
 
     @staticmethod
     def _drop_old(segments: list[_Segment]) -> None:
@@ -196,6 +236,11 @@ class Timelines:
         """Share of the job's communication that compute hid, if it was loaded and there is one."""
         files = self._jobs.get(job_id)
         return files.share if files is not None else None
+
+    def bubble(self, job_id: str) -> Bubble | None:
+        """Share of their time in which the workers of the job's pipeline waited, if it was loaded and there is one."""
+        files = self._jobs.get(job_id)
+        return files.bubble if files is not None else None
 
     async def load(self, record: JobRecord) -> None:
         """Read what is on disk of a job, unless that was done."""

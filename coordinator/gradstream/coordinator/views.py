@@ -62,6 +62,9 @@ class Views:
         hidden_share = self._controller.timelines.share(record.job_id)
         if hidden_share is not None:
             message.hidden_share = hidden_share
+        plan = active.plan_message if active is not None else self._last_plan(record, recipe)
+        if plan is not None and plan.stage_ends:
+            message.pipeline.CopyFrom(self._pipeline(record.job_id, plan))
         validations = self._state.validations(record.job_id)
         if validations:
             message.initial_validation_loss = validations[0].loss
@@ -70,6 +73,27 @@ class Views:
             self._add_live(message, active)
         elif record.state == QUEUED:
             message.waits.append(self._turn(record))
+        return message
+
+    def _last_plan(self, record: JobRecord, recipe: Recipe) -> plan_pb2.Plan | None:
+        """The plan under which a job with a pipeline ran last."""
+        # That of one without would be read for nothing, for every job of a list.
+        stored = self._state.load_plan(record.job_id, record.epoch) if recipe.pipeline.stages != 1 else None
+        return plan_pb2.Plan.FromString(stored) if stored is not None else None
+
+    def _pipeline(self, job_id: str, plan: plan_pb2.Plan) -> jobs_pb2.Pipeline:
+        """A plan's pipeline and its bubble, measured and ideal.
+
+        The ideal is that of the runs measured: how many microbatches they had follows from the slots that a replica
+        held then, which may be others than it holds now, or none.
+        """
+        num_stages = len(plan.stage_ends)
+        message = jobs_pb2.Pipeline(
+            num_stages=num_stages, num_workers=num_stages // max(1, plan.num_chunks), schedule=plan.schedule
+        )
+        bubble = self._controller.timelines.bubble(job_id)
+        if bubble is not None:
+            message.bubble, message.ideal_bubble = bubble
         return message
 
     def _add_live(self, message: jobs_pb2.Job, active: ActiveJob) -> None:

@@ -7,7 +7,7 @@ bundle depends on the placement, but no bit of a result depends on it: codecs, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +26,10 @@ class Bundle:
     server: int
     fragments: tuple[Fragment, ...]
     num_parts: int = 1
+
+    def is_of(self, tensors: Collection[int]) -> bool:
+        """Whether it has fragments of these tensors: all of its tensors are used alike."""
+        return self.fragments[0].tensor in tensors
 
     @cached_property
     def num_elements(self) -> int:

@@ -195,6 +195,11 @@ class PipelineConfig(Section):
         default="fp32", description="what travels between stages; with fp32 a cut changes no bit"
     )
 
+    @property
+    def least_workers(self) -> int:
+        """Workers without which there is no replica."""
+        return 1 if self.stages == "auto" else self.stages // self.chunks
+
     @model_validator(mode="after")
     def _whole(self) -> PipelineConfig:
         if self.stages != "auto" and self.stages % self.chunks:

@@ -38,6 +38,11 @@ class Tensor:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether two units use it."""
+        return self.last_unit != self.unit
+
 
 @dataclass(frozen=True, slots=True)
 class Fragment:

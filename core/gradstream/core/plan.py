@@ -42,8 +42,8 @@ class Plan:
     """One epoch's plan. The fragments follow from the tensors and `fragment_elements`.
 
     Pipeline stage s has the forward units before `stage_ends[s]` that no stage before it has. Worker w of a replica has
-    stages w, w + P, ..., `num_chunks` in all, where P is the number of its workers. No `stage_ends`: one stage with
-    everything.
+    stages w, w + P, ..., `num_chunks` in all, where P is the number of its workers, and needs `worker_bytes[w]` of
+    memory. No `stage_ends`: one stage with everything, and no `worker_bytes`.
     """
 
     job_id: str
@@ -62,6 +62,7 @@ class Plan:
     stage_ends: tuple[int, ...] = ()
     num_chunks: int = 1
     schedule: str = ""
+    worker_bytes: tuple[int, ...] = ()
 
     @cached_property
     def fragments(self) -> tuple[Fragment, ...]:
@@ -95,7 +96,7 @@ class Plan:
     def num_parts(self, tensor: Tensor) -> int:
         """In how many parts a slot's gradient of a tensor comes. A tied one has two wherever it may be used by two
         stages, also when it is used by one: how many there are must make no difference."""
-        return 2 if self.has_pipeline and tensor.last_unit != tensor.unit else 1
+        return 2 if self.has_pipeline and tensor.is_tied else 1
 
     def stages_of_worker(self, worker: int) -> list[int]:
         """The stages of worker number `worker` of a replica."""
@@ -172,6 +173,7 @@ class Plan:
             stage_ends=self.stage_ends,
             num_chunks=self.num_chunks,
             schedule=self.schedule,
+            worker_bytes=self.worker_bytes,
         )
 
     @classmethod
@@ -194,10 +196,16 @@ class Plan:
             stage_ends=tuple(message.stage_ends),
             num_chunks=message.num_chunks or 1,
             schedule=message.schedule,
+            worker_bytes=tuple(message.worker_bytes),
         )
         ends = plan.stage_ends
         if plan.num_stages % plan.num_chunks or sorted(set(ends)) != list(ends):
             raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} has stages that cannot be: {list(ends)}")
+        if plan.worker_bytes and len(plan.worker_bytes) != plan.replica_size:
+            raise ProtocolError(
+                f"plan {plan.job_id}/{plan.epoch} says what {len(plan.worker_bytes)} workers need, but a replica has "
+                f"{plan.replica_size}"
+            )
         if not plan.fragment_elements or len(plan.placement) != len(plan.fragments):
             raise ProtocolError(
                 f"plan {plan.job_id}/{plan.epoch} places {len(plan.placement)} fragments but has {len(plan.fragments)}"

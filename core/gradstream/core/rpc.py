@@ -76,6 +76,12 @@ def listen(server: grpc.aio.Server, address: str) -> int:
     return port
 
 
+def advertised_host(listen_address: str) -> str:
+    """The host that others can reach a server by: the one it listens on, or this machine's name for a wildcard."""
+    host = listen_address.rpartition(":")[0]
+    return socket.gethostname() if host in ("", "0.0.0.0", "[::]", "*") else host
+
+
 def _check_free(address: str) -> None:
     """Raise ConfigError that says why one cannot listen there: gRPC says it only in a log line of its own."""
     host, _, port = address.rpartition(":")

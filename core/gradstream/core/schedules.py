@@ -21,7 +21,7 @@ backwards that are left. They differ in how many forwards come first, and in whe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -84,6 +84,11 @@ class Schedule:
         """Whether backward passes are in two parts."""
         return any(action.op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT) for row in self.rows for action in row)
 
+    @property
+    def last_op(self) -> Op:
+        """The op after which a microbatch's activations are given up."""
+        return Op.BACKWARD_WEIGHT if self.split else Op.BACKWARD
+
     def needs(self, action: Action) -> list[Action]:
         """The actions whose results an action uses."""
         stage, microbatch = action.stage, action.microbatch
@@ -128,6 +133,20 @@ def unavailable(name: str, num_workers: int, num_microbatches: int, num_chunks: 
             f"{num_chunks} chunks of {num_workers} workers; use a multiple of {num_workers}"
         )
     return ""
+
+
+def most_slots(name: str, num_workers: int, per_slot: int, num_chunks: int, num_slots: int) -> int:
+    """How many of `num_slots` slots with `per_slot` microbatches each one table can take one after the other."""
+    if not name:
+        return 1
+    return next(
+        (
+            count
+            for count in range(num_slots, 1, -1)
+            if not unavailable(name, num_workers, count * per_slot, num_chunks)
+        ),
+        1,
+    )
 
 
 def parse_csv(text: str, name: str = "custom") -> Schedule:
@@ -238,7 +257,7 @@ def validate(schedule: Schedule) -> Bounds:
         if place < len(row):
             waits = " and ".join(map(str, schedule.needs(row[place])))
             raise ConfigError(f"schedule: worker {worker} waits for ever at {row[place]}, which needs {waits}")
-    live = tuple(_most_live(row, schedule.split) for row in rows)
+    live = live_activations(schedule)
     waiting = tuple(_most_waiting(schedule, worker) for worker in range(schedule.num_workers))
     return Bounds(live, waiting)
 
@@ -255,8 +274,12 @@ def _advance(schedule: Schedule, done: set[Action], places: list[int], limits: S
                 moved = True
 
 
-def _most_live(row: Row, split: bool) -> int:
-    last = Op.BACKWARD_WEIGHT if split else Op.BACKWARD
+def live_activations(schedule: Schedule) -> tuple[int, ...]:
+    """By worker, the largest number of (stage, microbatch) whose activations it holds at once."""
+    return tuple(_most_live(row, schedule.last_op) for row in schedule.rows)
+
+
+def _most_live(row: Row, last: Op) -> int:
     live = most = 0
     for action in row:
         live += (action.op is Op.FORWARD) - (action.op is last)
@@ -357,22 +380,27 @@ def choose_schedule(
     costs: Costs,
     most_live: Sequence[int],
     num_chunks: int = 1,
+    other_runs: Collection[int] = (),
 ) -> tuple[Schedule, str]:
     """The fastest schedule of which every worker can hold the activations, and why.
 
     `costs` has the stages of all chunks; `most_live[worker]` is how many microbatches of one stage its memory holds.
+    The schedule must exist and fit for runs of `other_runs` microbatches too, which a replica may come to compute.
     Between equals the one that holds less wins. Raises ConfigError when none fits.
     """
+    runs = sorted({num_microbatches, *other_runs})
     tried: list[tuple[float, int, int, Schedule]] = []
     too_large: dict[str, int] = {}  # with the worker that lacks most
     reasons = []
     for order, name in enumerate(SCHEDULES):
-        reason = unavailable(name, num_workers, num_microbatches, num_chunks)
+        reason = next(filter(None, (unavailable(name, num_workers, run, num_chunks) for run in runs)), "")
         if reason:
             reasons.append(reason)
             continue
         schedule = make_schedule(name, num_workers, num_microbatches, num_chunks)
-        live = validate(schedule).live_activations
+        # Not by `validate`, which takes long for many microbatches: made tables are valid.
+        made = [make_schedule(name, num_workers, run, num_chunks) for run in runs]
+        live = tuple(map(max, zip(*map(live_activations, made), strict=True)))
         lacking = [max(0, held - most) for held, most in zip(live, most_live, strict=True)]
         if any(lacking):
             too_large[name] = lacking.index(max(lacking))

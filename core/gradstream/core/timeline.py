@@ -1,7 +1,8 @@
 """Timelines: what a worker did and when, how much of its communication compute hid, and Chrome's trace format.
 
 Pure functions over spans. A span's kind says what happened (`SpanKind`). Times are Unix microseconds of the worker's
-own clock: those of one worker compare exactly, those of several as well as their clocks agree.
+own clock: those of one worker compare exactly, those of several as well as their clocks agree. How long the workers of
+a pipeline wait is in `core/pipeline_timeline`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from gradstream.core.schedules import Op
 from gradstream.proto.v1 import coordinator_pb2
 
 MAX_SPANS = 4096
@@ -41,8 +43,14 @@ _WIRE = {kind: coordinator_pb2.SpanKind.Value(f"SPAN_KIND_{kind.name}") for kind
 _KINDS = {number: kind for kind, number in _WIRE.items()}
 PASSES = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)
 """What a worker of a pipeline does with a microbatch."""
-# The tracks of a worker from top to bottom.
-_TRACKS = tuple(SpanKind)
+OPS = {SpanKind[op.name]: op for op in Op}
+"""The passes as schedules call them."""
+# The tracks of a worker from top to bottom. All passes are in one, as a worker computes one after the other.
+_TRACKS: tuple[tuple[str, tuple[SpanKind, ...]], ...] = (
+    (str(SpanKind.COMPUTE), (SpanKind.COMPUTE,)),
+    ("passes", PASSES),
+    *((str(kind), (kind,)) for kind in SpanKind if kind not in (SpanKind.COMPUTE, *PASSES)),
+)
 
 
 class Span(NamedTuple):
@@ -147,28 +155,36 @@ def hidden(spans: Iterable[Span]) -> tuple[int, int]:
 def chrome_trace(timelines: Sequence[Timeline]) -> dict[str, Any]:
     """The timelines as Chrome's trace event format (JSON object form), which Perfetto and chrome://tracing open.
 
-    One process a worker; below it a thread that shows the versions and one for each kind of span. Spans of a kind that
-    overlap get as many threads ("send", "send 2", ...) as are under way at once, since events of one thread must nest.
-    Timestamps are microseconds from the earliest span.
+    One process a worker; below it a thread that shows the versions and one for each kind of span, with one for all
+    passes of a pipeline. Spans of a kind that overlap get as many threads ("send", "send 2", ...) as are under way at
+    once, since events of one thread must nest. A pass is called as in schedules: "1F3" is the forward pass of
+    microbatch 3 on stage 1. Arrows (flow events) lead from it to what waits for it on the next stage. Timestamps are
+    microseconds from the earliest span.
     """
     origin_us = min((span.begin_us for timeline in timelines for span in timeline.spans), default=0)
     events: list[dict[str, Any]] = []
+    passes: list[_Placed] = []
     workers = sorted({timeline.worker for timeline in timelines})
     for process, worker in enumerate(workers, start=1):
         own = [timeline for timeline in timelines if timeline.worker == worker and timeline.spans]
         own.sort(key=lambda timeline: min(span.begin_us for span in timeline.spans))
         events.append(_name("process", process, 0, worker))
         events += _version_events(process, own, origin_us)
-        for number, kind in enumerate(_TRACKS, start=1):
-            found = [(span, timeline) for timeline in own for span in timeline.spans if span.kind is kind]
+        for number, (name, kinds) in enumerate(_TRACKS, start=1):
+            found = [(span, timeline) for timeline in own for span in timeline.spans if span.kind in kinds]
             found.sort(key=lambda pair: (pair[0].begin_us, pair[0].duration_us))
             lanes = _lanes([span for span, _ in found])
             for lane in range(max(lanes, default=-1) + 1):
                 events.append(
-                    _name("thread", process, number * _NUM_LANES + lane, f"{kind} {lane + 1}" if lane else str(kind))
+                    _name("thread", process, number * _NUM_LANES + lane, f"{name} {lane + 1}" if lane else name)
                 )
             for (span, timeline), lane in zip(found, lanes, strict=True):
-                events.append(_span_event(process, number * _NUM_LANES + lane, span, timeline, origin_us))
+                thread = number * _NUM_LANES + lane
+                events.append(_span_event(process, thread, span, timeline, origin_us))
+                if kinds is PASSES:
+                    passes.append(_Placed(process, thread, span, timeline))
+    # After all spans: a flow event belongs to the span before it that is around its time.
+    events += _flow_events(passes, origin_us)
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"origin_unix_us": origin_us}}
 
 
@@ -244,6 +260,10 @@ def _span_event(process: int, thread: int, span: Span, timeline: Timeline, origi
         arguments["bundle"] = span.item
     if span.num_bytes:
         arguments["bytes"] = span.num_bytes
+    if span.stage is not None:
+        arguments["stage"] = span.stage
+    if span.microbatch is not None:
+        arguments["microbatch"] = span.microbatch
     return {
         "ph": "X",
         "cat": str(span.kind),
@@ -257,6 +277,45 @@ def _span_event(process: int, thread: int, span: Span, timeline: Timeline, origi
 
 
 def _title(span: Span) -> str:
+    if span.kind in OPS and span.stage is not None and span.microbatch is not None:
+        return f"{span.stage}{OPS[span.kind]}{span.microbatch}"
     if span.item is not None:
         return f"{span.kind} {span.item}"
     return str(span.kind) if span.slot is None else f"{span.kind} slot {span.slot}"
+
+
+class _Placed(NamedTuple):
+    """A pass and where a trace shows it."""
+
+    process: int
+    thread: int
+    span: Span
+    timeline: Timeline
+
+
+def _flow_events(passes: Sequence[_Placed], origin_us: int) -> list[dict[str, Any]]:
+    """Arrows from each forward pass to that of the next stage, and from each backward pass to that of the stage before.
+
+    Where a pass was computed again, after a worker was lost, the last of each kind counts.
+    """
+    steps = {SpanKind.FORWARD: 1, SpanKind.BACKWARD: -1, SpanKind.BACKWARD_INPUT: -1}
+    found: dict[tuple[int, ...], _Placed] = {}
+    for placed in sorted(passes, key=lambda placed: placed.span.begin_us):
+        span, timeline = placed.span, placed.timeline
+        if span.kind in steps and span.slot is not None and span.stage is not None and span.microbatch is not None:
+            step = steps[span.kind]
+            found[timeline.epoch, timeline.version, span.slot, span.microbatch, step, span.stage] = placed
+    events: list[dict[str, Any]] = []
+    for number, (key, target) in enumerate(found.items(), start=1):
+        step, stage = key[-2:]
+        source = found.get((*key[:-1], stage - step))
+        if source is None:
+            continue
+        common = {"cat": "flow", "name": "activations" if step == 1 else "gradients", "id": number}
+        # Its last microsecond: at its end the next span may have begun already.
+        out_us = source.span.begin_us + max(0, source.span.duration_us - 1) - origin_us
+        in_us = target.span.begin_us - origin_us
+        events.append({"ph": "s", **common, "pid": source.process, "tid": source.thread, "ts": out_us})
+        # To the span around this time, not to the next one to begin.
+        events.append({"ph": "f", "bp": "e", **common, "pid": target.process, "tid": target.thread, "ts": in_us})
+    return events

@@ -21,6 +21,7 @@ import numpy as np
 from gradstream.core.codecs import Payload
 from gradstream.core.errors import ProtocolError
 from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.proto.v1 import worker_pb2
 
 PIECE_BYTES = 2 << 20
 ALIGNMENT_BYTES = 8
@@ -31,6 +32,7 @@ _PAYLOAD_TAG = 0x7A  # field 15, length-delimited
 # length take a byte more, some length is skipped, and the one 8 bytes from it does instead.
 _PADDINGS = (b"", *(bytes([_PADDING_TAG, zeros]) + bytes(zeros) for zeros in range(1, 18)))
 _SERVICE = "gradstream.proto.v1.ParameterServerService"
+_WORKER_SERVICE = "gradstream.proto.v1.WorkerService"
 
 _NOTHING: Payload = np.empty(0, dtype=np.uint8)
 
@@ -187,6 +189,19 @@ class ParameterServerStub:
             pb.GetServerStatusRequest.SerializeToString,
             pb.GetServerStatusResponse.FromString,
         )
+
+
+class WorkerStub:
+    """Client side of WorkerService: a stream of raw bytes."""
+
+    def __init__(self, channel: grpc.aio.Channel):
+        self.Stream = channel.stream_stream(f"/{_WORKER_SERVICE}/Stream", None, worker_pb2.StageResponse.FromString)
+
+
+def add_worker(servicer: Any, server: grpc.aio.Server) -> None:
+    """Register a servicer whose Stream takes raw bytes."""
+    handler = grpc.stream_stream_rpc_method_handler(servicer.Stream, None, worker_pb2.StageResponse.SerializeToString)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_WORKER_SERVICE, {"Stream": handler}),))
 
 
 def add_parameter_server(servicer: Any, server: grpc.aio.Server) -> None:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 from canned_jobs import CannedJobs, canned_job, canned_node
+from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
 from gradstream.coordinator.cli import _output as out
 from gradstream.coordinator.cli import main
 from gradstream.coordinator.cli._app import COMMANDS
 from gradstream.coordinator.cli._options import parse_size
 from gradstream.core.errors import ConfigError
+from gradstream.core.schedules import make_schedule
 from gradstream.proto.v1 import jobs_pb2
 
 ROOT = Path(__file__).parents[3]
@@ -176,6 +178,7 @@ def test_status_names_waits_decisions_and_holders(address: str, capsys: pytest.C
         "1.2 k tokens/s, up 3.0 MiB/s, down 2.0 MiB/s, ETA 2 min 05 s",
         "4.5000 nats a token (at the start 8.0000)",
         "communication hidden by compute: 63 %",
+        "4 stages on 4 workers, schedule 1f1b, bubble 21 % (ideal 20 %)",
         "server-0: holds 36.0 MiB for 2.0 M parameters, 18.87 B each (predicted 19.00); "
         "contributions that wait: 1.0 MiB of at most 8.0 MiB",
     ):
@@ -270,6 +273,56 @@ def test_trace(
         assert message in captured.err
         assert captured.err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory", "other.json", "tiny-1-trace.json"]
+
+
+def test_status_of_a_job_without_pipeline_and_of_one_not_yet_measured(
+    jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs.jobs = [canned_job(pipeline=None)]
+    assert main(["status", "tiny-1", "-c", address]) == 0
+    assert "pipeline" not in capsys.readouterr().out
+    jobs.jobs = [canned_job(pipeline=jobs_pb2.Pipeline(num_stages=1, num_workers=1, schedule="gpipe"))]
+    assert main(["status", "tiny-1", "-c", address]) == 0
+    assert "1 stage on 1 worker, schedule gpipe\n" in re.sub(" +\n", "\n", capsys.readouterr().out)
+
+
+def test_gantt(
+    jobs: CannedJobs,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    schedule = make_schedule("1f1b", 4, 12)
+    found = [
+        timeline_message(timeline)
+        for version in (7, 8)
+        for timeline in simulated_timelines(schedule, stage_costs(schedule, latency_us=50), version=version)
+    ]
+    # Of version 8 one timeline has not come yet.
+    jobs.timelines = found[:-1]
+    assert main(["trace", "-c", address, "--gantt", "tiny.png"]) == 0
+    assert capsys.readouterr().out == "tiny.png: version 7 of tiny-1 by 4 workers, bubble 21 % (ideal 20 %)\n"
+    assert Path("tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert not Path("tiny-1-trace.json").exists()
+    jobs.timelines = found
+    assert main(["trace", "-c", address, "--gantt", "tiny.png", "-o", "tiny.json"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["tiny.png", "tiny.json"]
+    assert "1F11" in [event["name"] for event in json.loads(Path("tiny.json").read_text())["traceEvents"]]
+    # What cannot be done is said in one line, and leaves nothing behind.
+    for timelines, job, path, code, message in [
+        (found, canned_job(), "nowhere/x.png", 2, "nowhere/x.png cannot be written (No such file or directory)"),
+        (found, canned_job(pipeline=None), "x.png", 2, "job tiny-1 has no pipeline to draw; leave out --gantt"),
+        (found[:3], canned_job(), "x.png", 3, "no version of job tiny-1 yet of which the passes of all stages"),
+    ]:
+        jobs.timelines, jobs.jobs = timelines, [job]
+        assert main(["trace", "-c", address, "--gantt", path]) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.json", "tiny.png"]
 
 
 def test_unreachable_coordinator(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,7 @@ def canned_job(job_id: str = "tiny-1", **changes: Any) -> jobs_pb2.Job:
         "slot_holders": ["worker-0", "", "worker-0", "worker-1"],
         "decisions": ["placement: balanced [2 servers]"],
         "hidden_share": 0.634,
+        "pipeline": jobs_pb2.Pipeline(num_stages=4, num_workers=4, schedule="1f1b", bubble=0.2125, ideal_bubble=3 / 15),
         "server_memory": [
             jobs_pb2.ServerMemory(
                 name="server-0",

@@ -28,6 +28,7 @@ from gradstream.client import (
     JobState,
     LogLine,
     NodeKind,
+    Pipeline,
     ProtocolError,
     ServerMemory,
     Span,
@@ -67,6 +68,7 @@ def test_public_names_are_pinned() -> None:
         "LogLine",
         "Node",
         "NodeKind",
+        "Pipeline",
         "PlanError",
         "ProtocolError",
         "Recipe",
@@ -116,6 +118,8 @@ def test_job_is_typed(address: str) -> None:
     assert job.hidden_share == pytest.approx(0.634)
     assert job.server_memory == (ServerMemory("server-0", 2_000_000, 36 << 20, 38_000_000, 1 << 20, 8 << 20),)
     document = json.loads(json.dumps(job.to_dict(), allow_nan=False))
+    assert job.pipeline == Pipeline(4, 4, "1f1b", 0.2125, 0.2)
+    assert document["pipeline"]["ideal_bubble"] == pytest.approx(0.2)
     assert document["server_memory"][0]["early_bytes"] == 1 << 20
     assert document["state"] == "running"
     assert document["eta_seconds"] == 125
@@ -128,7 +132,7 @@ def test_absent_values_are_none(jobs: CannedJobs, address: str) -> None:
     with Client(address) as client:
         (job,) = client.jobs()
     assert (job.loss, job.validation_loss, job.eta, job.submitted) == (None, None, None, None)
-    assert (job.hidden_share, job.server_memory) == (None, ())
+    assert (job.hidden_share, job.server_memory, job.pipeline) == (None, (), None)
     assert job.state is JobState.UNSPECIFIED
 
 

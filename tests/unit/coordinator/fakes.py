@@ -103,8 +103,7 @@ class FakeNode:
     """A node whose directives can be awaited. It takes up plans and remembers them as real ones do."""
 
     def __init__(self, address: str, kind: coordinator_pb2.NodeKind.ValueType, name: str, memory_bytes: int = 1 << 30):
-        listen = "127.0.0.1:1" if kind == SERVER else ""
-        self.identity = NodeIdentity(kind, name, listen, memory_bytes, "cpu")
+        self.identity = NodeIdentity(kind, name, "127.0.0.1:1", memory_bytes, "cpu")
         self.directives: list[coordinator_pb2.SessionResponse] = []
         self.holds: dict[str, int] = {}
         self.activity = coordinator_pb2.Activity()

@@ -193,7 +193,9 @@ async def test_a_worker_that_leaves_gives_its_slots_up(cluster: Cluster) -> None
 async def test_a_worker_without_heartbeats_loses_its_lease(cluster: Cluster) -> None:
     job_id = await cluster.submit()
     await cluster.running(job_id, workers=1)
-    register = coordinator_pb2.RegisterRequest(kind=WORKER, name="mute", version="0.1.0", incarnation="x")
+    register = coordinator_pb2.RegisterRequest(
+        kind=WORKER, name="mute", address="127.0.0.1:1", version="0.1.0", incarnation="x"
+    )
     node_id = (await cluster.stub.Register(register)).node_id
     call = cluster.stub.Session()
     await call.write(coordinator_pb2.SessionRequest(node_id=node_id))
@@ -412,7 +414,9 @@ async def test_old_checkpoints_are_removed_and_the_last_is_exported(cluster: Clu
 
 async def test_log_lines_come_to_the_jobs_history(cluster: Cluster) -> None:
     job_id = await cluster.submit()
-    register = coordinator_pb2.RegisterRequest(kind=WORKER, name="w", version="0.1.0", incarnation="x")
+    register = coordinator_pb2.RegisterRequest(
+        kind=WORKER, name="w", address="127.0.0.1:1", version="0.1.0", incarnation="x"
+    )
     node_id = (await cluster.stub.Register(register)).node_id
     call = cluster.stub.Session()
     line = coordinator_pb2.LogLine(unix_ms=1, level="info", text="hello")

@@ -9,13 +9,17 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
 from gradstream.coordinator import timelines
 from gradstream.coordinator.timelines import NUM_VERSIONS, TimelineFiles, check_timeline
+from gradstream.coordinator.views import Views
+from gradstream.core.config import PipelineConfig
 from gradstream.core.errors import ProtocolError
 from gradstream.core.rpc import error_from_rpc
+from gradstream.core.schedules import ideal_bubble, make_schedule, simulate
 from gradstream.core.timeline import MAX_SPANS
-from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 
 def report(version: int = 0, num_spans: int = 2, **more: Any) -> coordinator_pb2.ReportTimelineRequest:
@@ -114,6 +118,107 @@ def test_a_disk_that_refuses_costs_timelines_and_nothing_else(tmp_path: Path) ->
     (tmp_path / "timeline").unlink()
     files.append(entry(1))
     assert kept(tmp_path / "timeline") == [("worker-0", 1)]
+
+
+# --- the bubble of a pipeline -----------------------------------------------------------------------------------------
+
+
+def run_of(version: int, epoch: int = 1, num_workers: int = 4) -> list[jobs_pb2.GetTimelineResponse]:
+    """The timelines of a replica that took 8 microbatches of two slots through its stages."""
+    schedule = make_schedule("1f1b", num_workers, 8)
+    found = simulated_timelines(schedule, stage_costs(schedule, latency_us=100), (0, 1), version=version, epoch=epoch)
+    return [timeline_message(timeline) for timeline in found]
+
+
+def bubble_of(num_workers: int = 4) -> float:
+    schedule = make_schedule("1f1b", num_workers, 8)
+    return simulate(schedule, stage_costs(schedule, latency_us=100)).bubble
+
+
+def test_bubble_is_that_of_the_last_versions_that_are_whole(tmp_path: Path) -> None:
+    files = TimelineFiles(tmp_path / "timeline")
+    for version in range(6):
+        for record in run_of(version):
+            # Of version 1 the last worker's timeline is lost: without it nothing can be said of the run.
+            if (record.worker, version) != ("worker-3", 1):
+                files.append(record)
+        assert (files.bubble is not None) == (version >= timelines.NUM_OPEN_VERSIONS)
+    assert files.bubble is not None
+    assert files.bubble.measured == pytest.approx(bubble_of(), abs=1e-3)
+    assert files.bubble.ideal == pytest.approx(ideal_bubble(4, 8))
+    # One started anew says the same.
+    again = TimelineFiles(tmp_path / "timeline")
+    again.load()
+    assert again.bubble == files.bubble
+    # Another epoch may have another number of stages.
+    for version in range(2, 2 + 2 * NUM_VERSIONS):
+        for record in run_of(version, epoch=2, num_workers=2):
+            files.append(record)
+    assert files.bubble.measured == pytest.approx(bubble_of(2), abs=1e-3)
+    assert files.bubble.ideal == pytest.approx(ideal_bubble(2, 8))
+
+
+def test_timelines_that_cross_each_other_count(tmp_path: Path) -> None:
+    files = TimelineFiles(tmp_path / "timeline")
+    records = [run_of(version) for version in range(4)]
+    for version in range(3):
+        late = records[version - 1][-1:] if version else []
+        for record in (*records[version][:1], *late, *records[version][1:-1]):
+            files.append(record)
+    assert files.bubble is not None
+    assert files.bubble.measured == pytest.approx(bubble_of(), abs=1e-3)
+
+
+def test_passes_of_a_version_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timelines, "MAX_OPEN_PASSES", 4 * 16)
+    files = TimelineFiles(tmp_path / "timeline")
+    crowd = [entry(0, f"worker-{number}") for number in range(4, 40)]
+    for record in crowd:
+        record.CopyFrom(jobs_pb2.GetTimelineResponse(worker=record.worker, timeline=run_of(1)[0].timeline))
+    for record in (*run_of(0), *run_of(1)[:1], *crowd, *run_of(1)[1:], *run_of(2)):
+        files.append(record)
+        held = [sum(len(kept.spans) for kept in open_) for open_ in files._pipeline._open.values()]
+        assert max(held) <= 4 * 16
+    assert files.bubble is not None
+    assert files.bubble.measured == pytest.approx(bubble_of(), abs=1e-3)
+    before = files.bubble
+    # Version 1 is beyond the bound: it is not measured, and nothing else is harmed.
+    for record in (*run_of(3), *run_of(4)):
+        files.append(record)
+    assert files.bubble == before
+
+
+async def test_a_pipeline_is_shown_with_its_bubble(cluster: Any) -> None:
+    job_id = await cluster.submit(num_steps=10)
+    await cluster.running(job_id)
+    assert not (await cluster.job(job_id)).HasField("pipeline")
+    active = cluster.coordinator.controller.active
+    plan = plan_pb2.Plan()
+    plan.CopyFrom(active.plan_message)
+    plan.stage_ends.extend([1, 2, 3, 4])
+    plan.num_chunks, plan.schedule = 2, "interleaved-1f1b"
+    active.plan_message = plan
+    shown = (await cluster.job(job_id)).pipeline
+    assert (shown.num_stages, shown.num_workers, shown.schedule) == (4, 2, "interleaved-1f1b")
+    assert not shown.HasField("bubble")
+    assert not shown.HasField("ideal_bubble")
+    schedule = make_schedule("interleaved-1f1b", 2, 8, 2)
+    for version in range(3):
+        for timeline in simulated_timelines(schedule, stage_costs(schedule), (0, 1), version=version):
+            message = timeline_message(timeline)
+            cluster.coordinator.controller.timelines.take(active.record, message.worker, message.timeline)
+    assert len(await collected(cluster, job_id)) == 6
+    shown = (await cluster.job(job_id)).pipeline
+    assert shown.bubble == pytest.approx(simulate(schedule, stage_costs(schedule)).bubble)
+    assert shown.ideal_bubble == pytest.approx(ideal_bubble(2, 8))
+    # A job that has ended is shown as it ran last.
+    record = cluster.coordinator._state.get_job(job_id)
+    recipe = active.recipe.model_copy(update={"pipeline": PipelineConfig(stages=4, chunks=2)})
+    views = Views(cluster.coordinator.controller)
+    cluster.coordinator._state.save_job(record, plan=plan.SerializeToString())
+    assert views._last_plan(record, recipe) == plan
+    assert views._last_plan(record, active.recipe) is None
+    assert views._pipeline(job_id, plan) == shown
 
 
 # --- what a node says -------------------------------------------------------------------------------------------------

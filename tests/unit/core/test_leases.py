@@ -74,7 +74,8 @@ def test_replicas_are_as_many_as_can_be_and_whole_ones_stay(before: list[str], w
     found, reason = form_replicas(replicas, workers, size, 2, anyone)
     assert len(found) == len(workers) // size
     members = [worker for replica in found for worker in replica.workers]
-    assert len(set(members)) == len(members) and set(members) <= set(workers)
+    assert len(set(members)) == len(members)
+    assert set(members) <= set(workers)
     assert all(len(replica.workers) == size for replica in found)
     for replica in replicas:
         assert (replica in found) == set(workers).issuperset(replica.workers)

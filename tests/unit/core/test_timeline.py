@@ -7,10 +7,13 @@ import json
 from collections import defaultdict
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.pipelines import simulated_timelines, stage_costs
 
-from gradstream.core.timeline import Span, SpanKind, Timeline, chrome_trace, hidden
+from gradstream.core.schedules import make_schedule
+from gradstream.core.timeline import PASSES, Span, SpanKind, Timeline, chrome_trace, hidden
 from gradstream.proto.v1 import coordinator_pb2
 
 SPANS = st.lists(
@@ -22,6 +25,8 @@ SPANS = st.lists(
         slot=st.none() | st.integers(0, 3),
         item=st.none() | st.integers(0, 9),
         num_bytes=st.integers(0, 100),
+        stage=st.none() | st.integers(0, 3),
+        microbatch=st.none() | st.integers(0, 3),
     ),
     max_size=30,
 )
@@ -63,7 +68,7 @@ def test_trace_shows_every_span_once_and_none_over_another(parts: list[tuple[lis
             processes[event["pid"]] = event["args"]["name"]
         elif event["ph"] == "M":
             assert names.setdefault((event["pid"], event["tid"]), event["args"]["name"]) == event["args"]["name"]
-        else:
+        elif event["ph"] not in ("s", "f"):
             assert event["ph"] == "X"
             threads[event["pid"], event["tid"]].append(event)
     # Every thread and process with an event has a name, and no two processes share one.
@@ -102,8 +107,71 @@ def test_lanes_are_named_after_their_kind() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["1f1b", "zero-bubble"])
+def test_passes_are_in_one_track_with_arrows_from_stage_to_stage(name: str) -> None:
+    schedule = make_schedule(name, 3, 4)
+    timelines = simulated_timelines(schedule, stage_costs(schedule, latency_us=10), slots=(2, 5))
+    events = chrome_trace(timelines)["traceEvents"]
+    threads = {
+        (event["pid"], event["tid"]): event["args"]["name"] for event in events if event["name"] == "thread_name"
+    }
+    passes = [event for event in events if event.get("cat") in PASSES]
+    assert {threads[event["pid"], event["tid"]] for event in passes} == {"passes"}
+    # Named as the schedule names them, though microbatches count within their slot.
+    for process, row in enumerate(schedule.rows, start=1):
+        shown = [event["name"] for event in passes if event["pid"] == process]
+        assert shown == [f"{action.stage}{action.op}{action.microbatch % 2}" for action in row]
+    assert passes[0]["args"] == {"version": 0, "slot": 2, "stage": 0, "microbatch": 0}
+
+    # --- arrows: each from within one pass to the beginning of the one that waited for it
+    arrows: dict[int, dict[str, Any]] = defaultdict(dict)
+    for event in events:
+        if event["ph"] in ("s", "f"):
+            arrows[event["id"]][event["ph"]] = event
+    found = []
+    for ends in arrows.values():
+        assert {(end["cat"], end["name"]) for end in ends.values()} == {("flow", ends["s"]["name"])}
+        assert ends["f"]["bp"] == "e"
+        around = [
+            [
+                event
+                for event in passes
+                if (event["pid"], event["tid"]) == (end["pid"], end["tid"])
+                and event["ts"] <= end["ts"] < event["ts"] + event["dur"]
+            ]
+            for end in (ends["s"], ends["f"])
+        ]
+        assert [len(events) for events in around] == [1, 1]
+        assert ends["f"]["ts"] == around[1][0]["ts"]
+        assert around[0][0]["args"]["slot"] == around[1][0]["args"]["slot"]
+        found.append((ends["s"]["name"], around[0][0]["name"], around[1][0]["name"]))
+    back = "I" if schedule.split else "B"
+    assert sorted(found) == sorted(
+        arrow
+        for microbatch in (0, 1)
+        for stage in (0, 1)
+        for arrow in (
+            ("activations", f"{stage}F{microbatch}", f"{stage + 1}F{microbatch}"),
+            ("gradients", f"{stage + 1}{back}{microbatch}", f"{stage}{back}{microbatch}"),
+        )
+        for _ in (2, 5)
+    )
+
+
+def test_what_is_computed_again_has_one_arrow() -> None:
+    first = [Span(SpanKind.FORWARD, at, 5, slot=0, stage=0, microbatch=0) for at in (0, 20)]
+    second = [Span(SpanKind.FORWARD, 30, 5, slot=0, stage=1, microbatch=0)]
+    events = chrome_trace([timeline(first), timeline(second, "worker-1"), timeline(second, "worker-2", version=1)])
+    ends = [(event["ph"], event["pid"], event["ts"]) for event in events["traceEvents"] if event["ph"] in ("s", "f")]
+    assert ends == [("s", 1, 24), ("f", 2, 30)]
+
+
 def test_message_and_back() -> None:
-    spans = [Span(SpanKind.SEND, 5, 6, slot=0, item=0, num_bytes=9), Span(SpanKind.WAIT, 1, 2)]
+    spans = [
+        Span(SpanKind.SEND, 5, 6, slot=0, item=0, num_bytes=9),
+        Span(SpanKind.WAIT, 1, 2),
+        Span(SpanKind.BACKWARD_WEIGHT, 7, 2, slot=1, stage=0, microbatch=3),
+    ]
     message = coordinator_pb2.ReportTimelineRequest(
         job_id="tiny-1", epoch=1, version=0, spans=[span.to_proto() for span in spans], communication_us=6, hidden_us=0
     )

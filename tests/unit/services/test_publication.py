@@ -98,7 +98,9 @@ class Worker:
         with torch.no_grad():
             for parameter in self.parameters:
                 parameter.fill_(torch.nan)  # what is not overwritten is seen
-        self.installer = WeightInstaller(plan, self.model, self.parameters, Timeline())
+        self.installer = WeightInstaller(
+            plan, [self.model], {(number, 0): found for number, found in enumerate(self.parameters)}, Timeline()
+        )
 
     def take(self, version: int, arrivals: list[Arrival]) -> None:
         inbox = Inbox(version, "bf16")

@@ -1,6 +1,6 @@
 """One slot's gradient: that of plain autograd to the last bit, each tensor once, last layers first."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 
 from gradstream.core.errors import ConfigError
 from gradstream.core.model import build, derive_seed, forward_units, initial_weights, inventory
-from gradstream.worker.compute import AbandonedError, SlotComputer, SlotTotals, pick_device
+from gradstream.worker.compute import AbandonedError, Alone, SlotComputer, SlotTotals, Try, pick_device
 
 MODEL = MICRO_LLAMA
 
@@ -56,18 +56,38 @@ class Emitted:
         self.gradients: dict[int, torch.Tensor] = {}
         self.totals: set[SlotTotals] = set()
 
-    def __call__(self, tensor: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
+    def __call__(self, tensor: int, part: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
+        assert part == 0
         assert tensor not in self.gradients, "each tensor once"
         self.order.append(tensor)
         self.gradients[tensor] = gradient
         self.totals.add(totals)
 
 
+def run_slot(
+    computer: SlotComputer,
+    step: int,
+    slot: int,
+    tokens: np.ndarray[Any, np.dtype[np.int64]],
+    emitted: Emitted,
+    wanted: Callable[[], bool],
+) -> SlotTotals:
+    computer.run(Try(0, step, (slot,)), {slot: tokens}, lambda _: emitted, wanted, Alone())
+    (totals,) = emitted.totals
+    return totals
+
+
+def evaluate(computer: SlotComputer, wanted: Callable[[], bool] = lambda: True) -> tuple[float, int]:
+    found = computer.evaluate(Try(0, 0, (0,), True), TOKENS, wanted, Alone())
+    assert found is not None
+    return found
+
+
 def run(model: dict[str, Any], slot: int = 1, **training: Any) -> tuple[Emitted, SlotTotals, SlotComputer]:
     computer = SlotComputer(micro_plan(model, **training), CPU)
     load(computer.model, model)
     emitted = Emitted()
-    totals = computer.run_slot(2, slot, TOKENS, emitted, lambda: True)
+    totals = run_slot(computer, 2, slot, TOKENS, emitted, lambda: True)
     return emitted, totals, computer
 
 
@@ -130,10 +150,10 @@ def test_recompute_gives_the_same_bits(model: dict[str, Any]) -> None:
 
 def test_a_slot_is_the_same_whatever_was_computed_before() -> None:
     first, _, computer = run(GPT2)
-    computer.run_slot(0, 0, TOKENS[::-1], Emitted(), lambda: True)
-    computer.evaluate(TOKENS, lambda: True)
+    run_slot(computer, 0, 0, TOKENS[::-1], Emitted(), lambda: True)
+    evaluate(computer)
     again = Emitted()
-    computer.run_slot(2, 1, TOKENS, again, lambda: True)
+    run_slot(computer, 2, 1, TOKENS, again, lambda: True)
     assert all(torch.equal(first.gradients[number], again.gradients[number]) for number in first.gradients)
     other, _, _ = run(GPT2, slot=0)
     assert not torch.equal(first.gradients[0], other.gradients[0]), "another slot draws another dropout"
@@ -146,11 +166,11 @@ def test_a_parameter_without_a_path_to_the_loss_gets_zeros() -> None:
     layer = computer.model.get_submodule("model.layers.1.mlp")
     layer.register_forward_hook(lambda module, inputs, output: output.detach())
     emitted = Emitted()
-    totals = computer.run_slot(0, 0, TOKENS, emitted, lambda: True)
+    totals = run_slot(computer, 0, 0, TOKENS, emitted, lambda: True)
     names = [tensor.name for tensor in inventory(MODEL)]
     assert sorted(emitted.gradients) == list(range(len(names)))
     for number, name in enumerate(names):
-        assert emitted.gradients[number].shape == computer.parameters[number].shape
+        assert emitted.gradients[number].shape == computer.parameters[number, 0].shape
         cut_off = "layers.1.mlp" in name or "layers.1.post_attention_layernorm" in name
         assert bool(emitted.gradients[number].any()) != cut_off, name
     assert emitted.totals == {totals}
@@ -164,12 +184,12 @@ def test_an_abandoned_slot_stops_and_leaves_no_gradient(answers: int) -> None:
     left = iter([True] * answers)
     emitted = Emitted()
     with pytest.raises(AbandonedError):
-        computer.run_slot(0, 0, TOKENS, emitted, lambda: next(left, False))
+        run_slot(computer, 0, 0, TOKENS, emitted, lambda: next(left, False))
     assert len(emitted.order) == max(0, answers - 2), "two microbatches ask first"
     assert all(parameter.grad is None for parameter in computer.model.parameters())
     # The next slot is not disturbed by what was left behind.
     after = Emitted()
-    computer.run_slot(2, 1, TOKENS, after, lambda: True)
+    run_slot(computer, 2, 1, TOKENS, after, lambda: True)
     expected, _, _ = run(MODEL)
     assert all(torch.equal(after.gradients[number], expected.gradients[number]) for number in after.gradients)
 
@@ -177,7 +197,7 @@ def test_an_abandoned_slot_stops_and_leaves_no_gradient(answers: int) -> None:
 def test_evaluation_is_the_mean_loss_without_dropout_and_can_be_abandoned() -> None:
     computer = SlotComputer(micro_plan(GPT2, microbatch=2), CPU)
     load(computer.model, GPT2)
-    loss_sum, num_tokens = computer.evaluate(TOKENS, lambda: True)
+    loss_sum, num_tokens = evaluate(computer)
     model = build(GPT2).eval()
     load(model, GPT2)
     tokens = torch.from_numpy(TOKENS)
@@ -186,9 +206,9 @@ def test_evaluation_is_the_mean_loss_without_dropout_and_can_be_abandoned() -> N
     whole = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     assert num_tokens == 32
     assert loss_sum == pytest.approx(float(whole), rel=1e-5)
-    assert computer.evaluate(TOKENS, lambda: True) == (loss_sum, num_tokens)
+    assert evaluate(computer) == (loss_sum, num_tokens)
     with pytest.raises(AbandonedError):
-        computer.evaluate(TOKENS, lambda: False)
+        evaluate(computer, lambda: False)
 
 
 def test_bf16_is_near_fp32_and_its_gradients_are_fp32() -> None:

@@ -59,7 +59,9 @@ class Bench:
         by_name = dict(self.model.named_parameters())
         self.parameters = [by_name[tensor.name] for tensor in self.plan.tensors]
         self.passed = [threading.Event() for _ in forward_units(self.model)]
-        self.installer = WeightInstaller(self.plan, self.model, self.parameters, self.timeline)
+        self.installer = WeightInstaller(
+            self.plan, [self.model], {(number, 0): found for number, found in enumerate(self.parameters)}, self.timeline
+        )
         # After the installer's: called when the gate is open.
         for event, (_, unit) in zip(self.passed, forward_units(self.model), strict=True):
             unit.register_forward_pre_hook(lambda *_, event=event: event.set())

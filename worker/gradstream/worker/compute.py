@@ -1,4 +1,7 @@
-"""The model on its device: one slot's forward and backward passes, and validation.
+"""The stages that a worker has, on its device: the passes of one or several slots, and validation.
+
+A worker of a job without a pipeline has one stage, the whole model. What is computed in which order is a row of a
+schedule; what neighbours send and get goes through an `Exchange`.
 
 Shape legend: B samples, T target tokens a sample, V vocabulary.
 """
@@ -6,9 +9,11 @@ Shape legend: B samples, T target tokens a sample, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +25,11 @@ from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
 from gradstream.core.model import UnitDraws, build
 from gradstream.core.plan import Plan
+from gradstream.core.schedules import Action, Op, Row, Schedule, make_schedule
+from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.timeline import SpanKind
+from gradstream.worker.stage import StageRunner
+from gradstream.worker.timeline import Timeline, clock_ns
 
 Tokens = npt.NDArray[np.int64]
 
@@ -37,7 +47,44 @@ class SlotTotals:
     loss_sum: float
 
 
-Emit = Callable[[int, torch.Tensor, SlotTotals], None]
+@dataclass(frozen=True)
+class Try:
+    """Slots that are computed one after the other without a pause, at one version; `number` rises with each try of a
+    replica. A validation pass has one slot and no backward."""
+
+    number: int
+    version: int
+    slots: tuple[int, ...]
+    validate: bool = False
+
+
+Emit = Callable[[int, int, torch.Tensor, SlotTotals], None]
+"""Called with (tensor, part, gradient, totals); the gradient is given away."""
+
+
+class Exchange(Protocol):
+    """How a try's activations and gradients reach the neighbours; called from the compute thread."""
+
+    def receive(self, action: Action) -> tuple[torch.Tensor, float]:
+        """What `action` needs of a neighbour, and for a backward pass the microbatch's loss. Waits; raises
+        AbandonedError when it will not come."""
+
+    def send(self, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
+        """Give what `action` has computed to the neighbour that needs it."""
+
+
+class Alone:
+    """The exchange of a worker that is its own neighbour."""
+
+    def __init__(self) -> None:
+        self._given: dict[tuple[int, int, bool], tuple[torch.Tensor, float]] = {}
+
+    def receive(self, action: Action) -> tuple[torch.Tensor, float]:
+        forward = action.op is Op.FORWARD
+        return self._given.pop((action.stage + (-1 if forward else 1), action.microbatch, forward))
+
+    def send(self, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
+        self._given[action.stage, action.microbatch, action.op is Op.FORWARD] = (tensor, loss_sum)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -55,24 +102,85 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
-class SlotComputer:
-    """Holds the model. Its methods run in the worker's compute thread, one at a time."""
+@lru_cache(maxsize=64)
+def schedule_of(name: str, num_workers: int, num_microbatches: int, num_chunks: int) -> Schedule:
+    """The table of a training run; without a pipeline each microbatch's two passes follow each other."""
+    return make_schedule(name or "1f1b", num_workers, num_microbatches, num_chunks)
 
-    def __init__(self, plan: Plan, device: torch.device):
+
+@lru_cache(maxsize=64)
+def forward_schedule(num_workers: int, num_microbatches: int, num_chunks: int) -> Schedule:
+    """The table of a validation pass: all microbatches through a worker's first stage, then through its next."""
+    rows = tuple(
+        tuple(
+            Action(chunk * num_workers + worker, Op.FORWARD, microbatch)
+            for chunk in range(num_chunks)
+            for microbatch in range(num_microbatches)
+        )
+        for worker in range(num_workers)
+    )
+    return Schedule("forward", num_microbatches, num_chunks, rows)
+
+
+def num_microbatches(plan: Plan, validate: bool) -> int:
+    """Microbatches of a slot."""
+    recipe = plan.recipe
+    if validate:
+        return -(-recipe.validation.num_samples // recipe.training.num_slots // recipe.training.microbatch)
+    return recipe.training.slot_batch // recipe.training.microbatch
+
+
+def schedule_for(plan: Plan, attempt: Try) -> Schedule:
+    """The table by which all workers of a replica compute a try."""
+    count = len(attempt.slots) * num_microbatches(plan, attempt.validate)
+    if attempt.validate:
+        return forward_schedule(plan.replica_size, count, plan.num_chunks)
+    return schedule_of(plan.schedule, plan.replica_size, count, plan.num_chunks)
+
+
+class SlotComputer:
+    """Holds the stages of worker number `worker` of a replica. Its methods run in the worker's compute thread, one at a
+    time. `parameters` are by (tensor, part) of the plan."""
+
+    def __init__(self, plan: Plan, device: torch.device, worker: int = 0, timeline: Timeline | None = None):
         self.device = device
-        self.model = build(plan.model_config).to(device)
+        self.plan = plan
+        self.worker = worker
+        self.models: list[nn.Module] = []
+        self.parameters: dict[tuple[int, int], nn.Parameter] = {}
+        self._timeline = timeline or Timeline()
         self._training = plan.recipe.training
-        self._draws = UnitDraws(self.model, plan.recipe.seed)
-        self.parameters = _parameters_of(plan, self.model)
-        self._emit: Callable[[int, torch.Tensor], None] | None = None
-        if plan.recipe.training.recompute:
-            self.model.activation_checkpointing_enable(  # type: ignore[operator]
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
+        self._stages: dict[int, _Stage] = {}
+        self._uses_of_stage: dict[int, list[tuple[int, int]]] = {}
+        for stage in plan.stages_of_worker(worker):
+            module = self._build(stage)
+            model = module.model if isinstance(module, StageModule) else module
+            if self._training.recompute:
+                model.activation_checkpointing_enable(  # type: ignore[operator]
+                    activation_checkpointing_kwargs={"use_reentrant": False}
+                )
+            self.models.append(model)
+            self._stages[stage] = _Stage(module, self._training, device)
+        self.hidden_size = int(self.models[0].config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
+        self._draws = [UnitDraws(model, plan.recipe.seed) for model in self.models]
+        self._targets: dict[int, torch.Tensor] = {}
+        self._runner = StageRunner(self._stages, plan.num_stages, self._loss_sum, self._begin)
+        self._emit: Callable[[tuple[int, int], torch.Tensor], None] | None = None
+        self._key: Callable[[int], tuple[object, ...]] = lambda microbatch: ()
         self._hooks: list[RemovableHandle] = [
-            parameter.register_post_accumulate_grad_hook(self._hook(number))  # type: ignore[no-untyped-call]
-            for number, parameter in enumerate(self.parameters)
+            parameter.register_post_accumulate_grad_hook(self._hook(use))  # type: ignore[no-untyped-call]
+            for use, parameter in self.parameters.items()
         ]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of a worker with one stage."""
+        return self.models[0]
+
+    @property
+    def most_live(self) -> int:
+        """The largest number of (stage, microbatch) whose activations were held at once."""
+        return self._runner.most_live
 
     def close(self) -> None:
         """Let go of the model: its hooks lead back to this object on a way that Python's garbage collector cannot
@@ -80,73 +188,228 @@ class SlotComputer:
         for hook in self._hooks:
             hook.remove()
 
-    def run_slot(self, step: int, slot: int, tokens: Tokens, emit: Emit, wanted: Callable[[], bool]) -> SlotTotals:
-        """Compute one slot's gradient at the weights in place.
+    def run(
+        self,
+        attempt: Try,
+        tokens: Mapping[int, Tokens],
+        begin_slot: Callable[[int], Emit],
+        wanted: Callable[[], bool],
+        exchange: Exchange,
+    ) -> None:
+        """Compute this worker's part of a try's gradients at the weights in place.
 
-        `tokens` has shape (B, T + 1). `emit(tensor, gradient, totals)` is called from inside the last backward pass
-        as soon as a tensor's gradient, summed over the slot's target tokens, is final: last layers first. The
-        gradient is given away. Raises AbandonedError when `wanted()` turns false.
+        `tokens[slot]` has shape (B, T + 1); only workers with the first or the last stage need them.
+        `begin_slot(slot)`, called before the first backward pass of a slot, gives the function that is called from
+        inside its last ones as soon as a tensor's gradient, summed over the slot's target tokens, is final: last layers
+        first. Raises AbandonedError when `wanted()` turns false.
         """
-        self.model.train()
-        microbatch = self._training.microbatch
-        pieces = [tokens[begin : begin + microbatch] for begin in range(0, len(tokens), microbatch)]
-        num_tokens = len(tokens) * (tokens.shape[1] - 1)
-        losses: list[float] = []
-        emitted: set[int] = set()
+        training, slots = self._training, attempt.slots
+        schedule = schedule_for(self.plan, attempt)
+        row = schedule.rows[self.worker]
+        per_slot = schedule.num_microbatches // len(slots)
+        inputs = self._split(slots, tokens)
+        # The same for a slot whoever computes it.
+        self._key = lambda number: ("step", attempt.version, slots[number // per_slot], number % per_slot)
+        for stage in self._stages.values():
+            stage.train()
+        emits: dict[int, Emit] = {}
+        finals = _last_backwards(row, per_slot)
+        num_tokens = training.slot_batch * training.sequence_length
+        losses = self._runner.losses
         try:
-            for number, piece in enumerate(pieces):
-                if not wanted():
+            for action in row:
+                if action.op is Op.FORWARD and not wanted():
                     raise AbandonedError
-                # The same for a slot whoever computes it.
-                self._draws.key = ("step", step, slot, number)
-                loss = self._loss_sum(piece)
-                losses.append(float(loss.detach()))
-                if number == len(pieces) - 1:
-                    totals = SlotTotals(num_tokens, len(tokens), math.fsum(losses))
+                number = action.microbatch // per_slot
+                slot, emitted = slots[number], set[tuple[int, int]]()
+                if action.op is not Op.FORWARD and number not in emits:
+                    emits[number] = begin_slot(slot)
+                received = self._receive(action, inputs, exchange, losses)
+                if action in finals:
+                    own = range(number * per_slot, (number + 1) * per_slot)
+                    totals = SlotTotals(
+                        num_tokens, training.slot_batch, math.fsum(losses[microbatch] for microbatch in own)
+                    )
 
-                    def on_final(tensor: int, gradient: torch.Tensor, totals: SlotTotals = totals) -> None:
+                    def on_final(
+                        use: tuple[int, int],
+                        gradient: torch.Tensor,
+                        emitted: set[tuple[int, int]] = emitted,
+                        emit: Emit = emits[number],
+                        totals: SlotTotals = totals,
+                    ) -> None:
                         if not wanted():
                             raise AbandonedError
-                        emitted.add(tensor)
-                        emit(tensor, gradient, totals)
+                        emitted.add(use)
+                        emit(*use, gradient, totals)
 
                     self._emit = on_final
-                loss.backward()  # type: ignore[no-untyped-call]
+                self._pass(action, received, slot, per_slot, exchange, losses)
+                if self._emit is not None:
+                    self._emit_rest(action.stage, emitted)
+                    self._emit = None
         finally:
             self._emit = None
-            for parameter in self.parameters:
-                parameter.grad = None
-        for tensor, parameter in enumerate(self.parameters):
-            if tensor not in emitted:  # no path from the loss to it: its gradient is zero, and the step waits for it
-                emit(tensor, torch.zeros_like(parameter), totals)
-        return totals
+            self._runner.abandon()
+            self._targets.clear()
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tokens, wanted: Callable[[], bool]) -> tuple[float, int]:
-        """Sum of the loss over the target tokens, in nats, and their number. Raises AbandonedError."""
-        self.model.eval()
-        losses: list[float] = []
-        for begin in range(0, len(tokens), self._training.microbatch):
-            if not wanted():
-                raise AbandonedError
-            losses.append(float(self._loss_sum(tokens[begin : begin + self._training.microbatch])))
-        return math.fsum(losses), len(tokens) * (tokens.shape[1] - 1)
+    def evaluate(
+        self, attempt: Try, tokens: Tokens | None, wanted: Callable[[], bool], exchange: Exchange
+    ) -> tuple[float, int] | None:
+        """On the worker with the last stage, the sum of the loss over the slot's target tokens, in nats, and their
+        number. Raises AbandonedError."""
+        schedule = schedule_for(self.plan, attempt)
+        inputs = self._split(attempt.slots, {} if tokens is None else {attempt.slots[0]: tokens})
+        self._key = lambda number: ()
+        for stage in self._stages.values():
+            stage.eval()
+        losses: dict[int, float] = {}
+        try:
+            for action in schedule.rows[self.worker]:
+                if not wanted():
+                    raise AbandonedError
+                received = self._receive(action, inputs, exchange, losses)
+                assert received is not None
+                result = self._stages[action.stage](received)
+                if action.stage == self.plan.num_stages - 1:
+                    losses[action.microbatch] = float(self._loss_sum(result, action.microbatch))
+                else:
+                    exchange.send(action, result, 0.0)
+        finally:
+            self._targets.clear()
+        if tokens is None or not losses:
+            return None
+        return math.fsum(losses.values()), len(tokens) * (tokens.shape[1] - 1)
 
-    def _loss_sum(self, tokens: Tokens) -> torch.Tensor:
-        tokens_BT = torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device)
-        with autocast(self._training, self.device):
-            logits_BTV = self.model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
-        return nn.functional.cross_entropy(
-            logits_BTV.float().flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="sum"
-        )
+    # -- passes ----------------------------------------------------------------------------------------------------
 
-    def _hook(self, number: int) -> Callable[[torch.Tensor], None]:
+    def _receive(
+        self, action: Action, inputs: Sequence[torch.Tensor], exchange: Exchange, losses: dict[int, float]
+    ) -> torch.Tensor | None:
+        if action.op is Op.BACKWARD_WEIGHT:
+            return None
+        if action.op is Op.FORWARD:
+            if not action.stage:
+                return inputs[action.microbatch]
+            return exchange.receive(action)[0].to(self.device)
+        if action.stage == self.plan.num_stages - 1:
+            return None
+        received, losses[action.microbatch] = exchange.receive(action)
+        return received.to(self.device)
+
+    def _pass(
+        self,
+        action: Action,
+        received: torch.Tensor | None,
+        slot: int,
+        per_slot: int,
+        exchange: Exchange,
+        losses: Mapping[int, float],
+    ) -> None:
+        begin_ns = clock_ns()
+        result = self._runner.run(action, received)
+        if self.plan.has_pipeline:
+            self._timeline.add(
+                _SPANS[action.op],
+                begin_ns,
+                clock_ns(),
+                slot,
+                stage=action.stage,
+                microbatch=action.microbatch % per_slot,
+            )
+        if result is None or action.op is Op.BACKWARD_WEIGHT or (action.op is not Op.FORWARD and not action.stage):
+            return
+        exchange.send(action, result, 0.0 if action.op is Op.FORWARD else losses[action.microbatch])
+
+    def _emit_rest(self, stage: int, emitted: set[tuple[int, int]]) -> None:
+        """Give away the gradients of a stage that no hook saw: those of a split backward pass, and zeros for what has
+        no path from the loss to it, as the step waits for it."""
+        assert self._emit is not None
+        for use in reversed(self._uses_of_stage[stage]):
+            if use not in emitted:
+                parameter = self.parameters[use]
+                gradient, parameter.grad = parameter.grad, None
+                self._emit(use, torch.zeros_like(parameter) if gradient is None else gradient)
+
+    def _hook(self, use: tuple[int, int]) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
             if self._emit is not None and parameter.grad is not None:
                 gradient, parameter.grad = parameter.grad, None
-                self._emit(number, gradient)
+                self._emit(use, gradient)
 
         return hook
+
+    def _begin(self, microbatch: int) -> None:
+        key = self._key(microbatch)
+        for draws in self._draws:
+            draws.key = key
+
+    def _split(self, slots: Sequence[int], tokens: Mapping[int, Tokens]) -> list[torch.Tensor]:
+        """The microbatches' inputs, in the order of the slots; their targets are kept for the loss."""
+        inputs: list[torch.Tensor] = []
+        for slot in slots:
+            if slot not in tokens:
+                continue
+            for begin in range(0, len(tokens[slot]), self._training.microbatch):
+                piece = tokens[slot][begin : begin + self._training.microbatch]
+                tokens_BT = torch.from_numpy(np.ascontiguousarray(piece)).to(self.device)
+                self._targets[len(inputs)] = tokens_BT[:, 1:]
+                inputs.append(tokens_BT[:, :-1])
+        return inputs
+
+    def _loss_sum(self, logits_BTV: torch.Tensor, microbatch: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(
+            logits_BTV.float().flatten(0, 1), self._targets[microbatch].flatten(), reduction="sum"
+        )
+
+    # -- model -----------------------------------------------------------------------------------------------------
+
+    def _build(self, stage: int) -> nn.Module:
+        """The module of a stage; its parameters are entered under their tensors. Raises ConfigError when they are not
+        the plan's."""
+        plan = self.plan
+        uses = [use for use in plan.uses_of_worker(self.worker) if plan.stage_of(_unit(plan, use)) == stage]
+        self._uses_of_stage[stage] = uses
+        module: nn.Module
+        if plan.has_pipeline:
+            module = StageModule(plan.model_config, _sections(plan, stage), self.device)
+            names = {tensor.name for tensor in plan.tensors}
+            found = stage_tensors(module, names)  # type: ignore[arg-type]
+        else:
+            module = build(plan.model_config).to(self.device)
+            found = {(name, 0): parameter for name, parameter in module.named_parameters()}
+        for use in uses:
+            tensor = plan.tensors[use[0]]
+            parameter = found.get((tensor.name, use[1]))
+            if parameter is None or tuple(parameter.shape) != tensor.shape:
+                raise ConfigError(
+                    f"the plan's tensor '{tensor.name}' is not in this worker's model; "
+                    f"install the same transformers version on every machine"
+                )
+            self.parameters[use] = parameter
+            if use[1] and (use[0], 0) in self.parameters:
+                parameter.data = self.parameters[use[0], 0].data  # both parts here: one copy of the weights
+        return module
+
+
+class _Stage(nn.Module):
+    """A stage's module, or the whole model, under the recipe's precision: activations or token ids in, activations or
+    logits out."""
+
+    def __init__(self, module: nn.Module, training: TrainingConfig, device: torch.device):
+        super().__init__()
+        self.module = module
+        self._training = training
+        self._device = device
+
+    def forward(self, received: torch.Tensor) -> torch.Tensor:
+        with autocast(self._training, self._device):
+            if isinstance(self.module, StageModule):
+                result: torch.Tensor = self.module(received)
+            else:
+                result = self.module(input_ids=received, use_cache=False).logits
+        return result
 
 
 @contextmanager
@@ -156,13 +419,36 @@ def autocast(training: TrainingConfig, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _parameters_of(plan: Plan, model: nn.Module) -> list[nn.Parameter]:
-    """The model's parameters in the order of the plan's tensors. Raises ConfigError when they differ."""
-    by_name = dict(model.named_parameters())
-    for tensor in plan.tensors:
-        if tensor.name not in by_name or tuple(by_name[tensor.name].shape) != tensor.shape:
-            raise ConfigError(
-                f"the plan's tensor '{tensor.name}' is not in this worker's model; "
-                f"install the same transformers version on every machine"
-            )
-    return [by_name[tensor.name] for tensor in plan.tensors]
+_SPANS = {
+    Op.FORWARD: SpanKind.FORWARD,
+    Op.BACKWARD: SpanKind.BACKWARD,
+    Op.BACKWARD_INPUT: SpanKind.BACKWARD_INPUT,
+    Op.BACKWARD_WEIGHT: SpanKind.BACKWARD_WEIGHT,
+}
+
+
+def _last_backwards(row: Row, per_slot: int) -> set[Action]:
+    """The actions after which the gradients of a stage and slot are final."""
+    last: dict[tuple[int, int], Action] = {}
+    for action in row:
+        if action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
+            last[action.stage, action.microbatch // per_slot] = action
+    return set(last.values())
+
+
+def _unit(plan: Plan, use: tuple[int, int]) -> int:
+    tensor = plan.tensors[use[0]]
+    return tensor.last_unit if use[1] else tensor.unit
+
+
+def _sections(plan: Plan, stage: int) -> range:
+    """The sections of a stage. Raises ConfigError where the plan's cut is not between sections."""
+    begin, end = (0, *plan.stage_ends)[stage], plan.stage_ends[stage]
+    sections = sections_of(build(plan.model_config, "meta"))
+    own = [number for number, section in enumerate(sections) if section.units and begin <= section.units[0] < end]
+    if not own or sections[own[0]].units[0] != begin or sections[own[-1]].units[-1] != end - 1:
+        raise ConfigError(
+            f"the plan's stage {stage} has units {begin} to {end - 1}, which are not whole sections of this worker's "
+            f"model; install the same transformers version on every machine"
+        )
+    return range(own[0], own[-1] + 1)

@@ -4,6 +4,7 @@ GRADSTREAM_FAULTS holds faults separated by ";", each `KIND@key=value,…`:
 
     kill@step=3,slot=1                  SIGKILL of this worker before it computes slot 1 of step 3
     kill@step=3,slot=1,acknowledged=5   SIGKILL once servers have acknowledged 5 contributions of that slot
+    kill@step=3,slot=1,sent=2           SIGKILL once this worker has given 2 tensors of that slot to its neighbours
     nan@step=4[,slot=1]                 the gradients of that step (and slot) are NaN
 """
 
@@ -26,6 +27,7 @@ class Fault:
     step: int
     slot: int | None = None
     acknowledged: int | None = None
+    sent: int | None = None
 
     def matches(self, step: int, slot: int) -> bool:
         """Whether the fault is for this step and slot."""
@@ -53,11 +55,23 @@ class Faults:
     def __init__(self, text: str | None = None):
         self._faults = parse_faults(os.environ.get(VARIABLE, "") if text is None else text)
         self._acknowledged: dict[tuple[int, int], int] = {}
+        self._sent: dict[tuple[int, int], int] = {}
 
     def before_slot(self, step: int, slot: int) -> None:
         """Called before a slot is computed."""
-        if any(f.kind == "kill" and f.acknowledged is None and f.matches(step, slot) for f in self._faults):
+        if any(f.kind == "kill" and f.acknowledged is f.sent is None and f.matches(step, slot) for f in self._faults):
             _kill()
+
+    def sent(self, step: int, slot: int) -> None:
+        """Called when a tensor is about to go to a neighbour."""
+        if not self._faults:
+            return
+        if any(
+            f.kind == "kill" and f.sent == self._sent.get((step, slot), 0) and f.matches(step, slot)
+            for f in self._faults
+        ):
+            _kill()
+        self._sent[step, slot] = self._sent.get((step, slot), 0) + 1
 
     def acknowledged(self, step: int, slot: int) -> None:
         """Called when a server has acknowledged a contribution."""

@@ -1,5 +1,8 @@
 """A worker's part of one job under one plan: pull a version, compute the slots it holds, push, and again.
 
+In a pipeline it is the replica that holds the slots, and the worker has a place in it. The first worker begins tries of
+them, the others follow.
+
     install version t ── compute my slots of step t ── wait for version t + 1, or for more slots
           ▲                                                        │
           └────────────────────────────────────────────────────────┘
@@ -28,16 +31,27 @@ from gradstream.core.errors import UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
+from gradstream.core.schedules import most_slots
 from gradstream.core.session import NodeSession
 from gradstream.core.timeline import SpanKind
 from gradstream.core.wire import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2
-from gradstream.worker.compute import AbandonedError, SlotComputer
+from gradstream.worker.compute import (
+    AbandonedError,
+    Alone,
+    Exchange,
+    SlotComputer,
+    Tokens,
+    Try,
+    num_microbatches,
+)
 from gradstream.worker.data import SlotReader, Split
 from gradstream.worker.faults import Faults
+from gradstream.worker.neighbours import FORWARD, Neighbours, Place
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Pusher
 from gradstream.worker.residuals import ResidualKeeper
+from gradstream.worker.servicer import WorkerServicer
 from gradstream.worker.timeline import RawSpan, Timeline, measure
 from gradstream.worker.weights import Inbox, WeightInstaller
 
@@ -62,8 +76,19 @@ class Leases:
 class JobRun:
     """See the module's docstring. `run` ends only by an error or by being cancelled."""
 
-    def __init__(self, plan: Plan, session: NodeSession, device: torch.device, cache_directory: Path, faults: Faults):
+    def __init__(
+        self,
+        plan: Plan,
+        session: NodeSession,
+        device: torch.device,
+        cache_directory: Path,
+        faults: Faults,
+        servicer: WorkerServicer,
+        place: Place | None = None,
+    ):
+        """`place` is that in a replica, None in a job without a pipeline."""
         self.plan = plan
+        self.place = place
         self.version = -1
         self._session = session
         self._device = device
@@ -74,8 +99,14 @@ class JobRun:
         stubs = [ParameterServerStub(channel) for channel in self._channels]
         self._timeline = Timeline()
         self._timeline_report: asyncio.Task[None] | None = None
-        self._pusher = Pusher(plan, stubs, faults, self._timeline)
-        self._puller = Puller(plan, stubs, self._timeline)
+        self._servicer = servicer
+        self.worker = place.index if place is not None else 0
+        self._neighbours: Neighbours | None = None
+        self._replica_number = 0  # of the neighbours
+        self._again = False  # whether a try was abandoned after this worker, the first one, was done with it
+        self._neighbours_failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pusher = Pusher(plan, stubs, faults, self._timeline, self.worker)
+        self._puller = Puller(plan, stubs, self._timeline, self.worker)
         self._keeper = ResidualKeeper(plan, session, self._pusher.residuals, self._pusher.encode_thread)
         self._leases = Leases(0, [])
         self._last_slots: list[int] = []  # of the last table that gave this worker any
@@ -91,11 +122,20 @@ class JobRun:
 
     # -- directives ------------------------------------------------------------------------------------------------
 
-    def take_leases(self, number: int, holders: Sequence[str]) -> None:
-        """Take a new lease table, if it is newer than the one in hand."""
+    def take_leases(self, number: int, holders: Sequence[str], place: Place | None = None) -> None:
+        """Take a new lease table, if it is newer than the one in hand. In a pipeline, `place` is this worker's by that
+        table, with the stages that it has already; None when it has none."""
         if number <= self._leases.number:
             return
-        mine = [slot for slot, holder in enumerate(holders) if holder == self._session.node_id]
+        holder_id = self._session.node_id
+        if self.plan.has_pipeline:
+            self.place = place
+            if self._neighbours is not None and (
+                place is None or place.replica.number != self._neighbours.place.replica.number
+            ):
+                self._neighbours.void()
+            holder_id = place.replica.workers[0].node_id if place is not None else ""
+        mine = [slot for slot, holder in enumerate(holders) if holder and holder == holder_id]
         if mine != self._leases.slots:
             log.info("holds slots", job=self.plan.job_id, slots=mine or "none", table=number)
         self._leases = Leases(number, mine)
@@ -112,6 +152,7 @@ class JobRun:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pusher.run())
                 group.create_task(self._walk())
+                group.create_task(self._watch_neighbours())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
@@ -120,6 +161,7 @@ class JobRun:
                 self._timeline_report.cancel()
             self._keeper.close()
             await self._puller.stop()
+            await self._meet(None)
             await asyncio.to_thread(self._compute_thread.shutdown, True, cancel_futures=True)
             if hasattr(self, "_installer"):
                 self._installer.close()
@@ -133,13 +175,43 @@ class JobRun:
 
     def _load(self) -> None:
         torch.set_num_threads(self.plan.recipe.training.num_threads)
-        self._computer = SlotComputer(self.plan, self._device)
+        self._computer = SlotComputer(self.plan, self._device, self.worker, self._timeline)
         self._installer = WeightInstaller(
             self.plan,
-            self._computer.model,
+            self._computer.models,
             self._computer.parameters,
             self._timeline,
         )
+
+    async def _watch_neighbours(self) -> None:
+        await self._neighbours_failed
+
+    async def _meet(self, place: Place | None) -> None:
+        """Let these be the neighbours: those that were are none any more."""
+        if self._neighbours is not None:
+            self._servicer.set(None)
+            neighbours, self._neighbours = self._neighbours, None
+            await neighbours.close()
+        self._replica_number = place.replica.number if place is not None else 0
+        if place is not None and self.plan.replica_size > 1:
+            self._neighbours = Neighbours(
+                self.plan,
+                place,
+                self._computer.hidden_size,
+                self._faults,
+                self._timeline,
+                self._fail,
+                self._compute_again,
+            )
+            self._servicer.set(self._neighbours)
+
+    def _compute_again(self) -> None:
+        self._again = True
+        self._leases_changed.set()
+
+    def _fail(self, error: Exception) -> None:
+        if not self._neighbours_failed.done():
+            self._neighbours_failed.set_exception(error)
 
     async def _walk(self) -> None:
         upcoming: asyncio.Task[Inbox] | None = None
@@ -187,6 +259,8 @@ class JobRun:
         finally:
             await _cancelled(upcoming)
             await self._puller.stop()
+        if self.place is None:
+            await self._meet(None)
         if not self._leases.slots:
             await self._wait("slots from the coordinator", self._next_leases())
 
@@ -205,52 +279,146 @@ class JobRun:
         self._pusher.use_codec(inbox.push_codec)
         await self._hear_of(inbox)
         self._installer.install(inbox)
-        done: set[int] = set()
+        done: set[tuple[int, bool]] = set()  # (slot, whether it was the validation pass)
+        upcoming.add_done_callback(lambda _: self._wake())
         while not upcoming.done():
-            todo = [slot for slot in self._leases.slots if slot not in done]
+            place = self.place
             if not self._leases.slots:
                 return False
-            if not todo:
-                await self._wait_for_next(version, upcoming)
-                continue
-            slot = todo[0]
-            await self._wait(f"the residual of slot {slot}", self._keeper.load(version, slot))
-            self._keeper.take_up(version, [slot])
+            if place is not None and place.replica.number != self._replica_number:
+                # What another chain has computed may be lost with one of its members.
+                done.clear()
+                await self._meet(place)
+            if place is None or place.is_first:
+                if self._again:
+                    done.clear()
+                    self._again = False
+                attempt = await self._next_work(version, done)
+                if attempt is None:
+                    await self._wait_for_next(version, upcoming)
+                    continue
+            else:
+                attempt = await self._follow(version, upcoming)
+                if attempt is None:
+                    continue
             try:
-                await self._slot(version, slot, lambda: not (upcoming.done() or self._superseded))
+                await self._run_try(attempt, upcoming)
             except AbandonedError:
                 if upcoming.done():
                     break
-                return False
-            done.add(slot)
+                if inbox.failed or self._superseded:
+                    if self._neighbours is not None:
+                        self._neighbours.abandon(attempt, "the weights that it pulled broke off")
+                    return False
+                continue
+            done.update((slot, attempt.validate) for slot in attempt.slots)
         return True
 
-    async def _slot(self, version: int, slot: int, wanted: Callable[[], bool]) -> None:
+    async def _next_work(self, version: int, done: set[tuple[int, bool]]) -> Try | None:
+        """What is to be computed next at a version; None when all of it is done."""
         recipe = self.plan.recipe
-        if validates(recipe, version):
-            self._enter("validating")
-            reader = await self._reader("validation", slot)
-            count = recipe.validation.num_samples // recipe.training.num_slots
-            loss_sum, num_tokens = await self._compute(lambda: self._validate_slot(reader, slot, count, wanted))
-            self._report_validation(version, slot, loss_sum, num_tokens)
-        if version < recipe.training.num_steps:
-            self._enter("computing")
-            reader = await self._reader("train", slot)
-            await self._compute(lambda: self._train_slot(reader, version, slot, wanted))
+        for slot in self._leases.slots:
+            if validates(recipe, version) and (slot, True) not in done:
+                return await self._new_try(version, (slot,), True)
+            if version < recipe.training.num_steps and (slot, False) not in done:
+                return await self._new_try(version, self._together(version, slot, done), False)
+        return None
 
-    def _train_slot(self, reader: SlotReader, step: int, slot: int, wanted: Callable[[], bool]) -> None:
-        self._faults.before_slot(step, slot)
-        self._pusher.begin_slot()
-        tokens = reader.batch(step, self.plan.recipe.training.slot_batch)
-        with self._timeline.computing(SpanKind.COMPUTE, slot):
-            self._computer.run_slot(step, slot, tokens, self._pusher.submit(step, slot), wanted)
+    def _together(self, version: int, first: int, done: set[tuple[int, bool]]) -> tuple[int, ...]:
+        """The slots that are computed in one go: in a pipeline, so that it is filled once and not for each."""
+        slots = [first]
+        if self.plan.replica_size > 1 and not validates(self.plan.recipe, version):
+            slots += [slot for slot in self._leases.slots if slot > first and (slot, False) not in done]
+        per_slot = num_microbatches(self.plan, False)
+        count = most_slots(self.plan.schedule, self.plan.replica_size, per_slot, self.plan.num_chunks, len(slots))
+        return tuple(slots[:count])
 
-    def _validate_slot(
-        self, reader: SlotReader, slot: int, count: int, wanted: Callable[[], bool]
-    ) -> tuple[float, int]:
-        tokens = reader.validation_batch(count)
-        with self._timeline.computing(SpanKind.VALIDATE, slot):
-            return self._computer.evaluate(tokens, wanted)
+    async def _new_try(self, version: int, slots: tuple[int, ...], validate: bool) -> Try:
+        if self._neighbours is not None:
+            flushed = self._neighbours.begin(version, slots, validate)
+            return await self._wait(f"{self._neighbours.links[FORWARD].title} to take what it was sent", flushed)
+        return Try(0, version, slots, validate)
+
+    async def _follow(self, version: int, upcoming: asyncio.Task[Inbox]) -> Try | None:
+        """The next try of this version that the first worker begins; None when something else has happened."""
+        assert self._neighbours is not None
+        assert self.place is not None
+        waiting_for = f"work at version {version} from {self.place.title(0)}"
+        if version >= self.plan.num_steps:
+            waiting_for = "the end of the job"
+        neighbours = self._neighbours
+        leases = asyncio.ensure_future(self._next_leases())
+        coming = asyncio.ensure_future(neighbours.next_try())
+        try:
+            with self._timeline.span(SpanKind.WAIT):
+                await self._wait(
+                    waiting_for, asyncio.wait([coming, upcoming, leases], return_when=asyncio.FIRST_COMPLETED)
+                )
+                if coming.done() and coming.result().version > version:
+                    # It is there when this worker has that version, too.
+                    waiting_for = f"version {coming.result().version}"
+                    await self._wait(waiting_for, asyncio.wait([upcoming, leases], return_when=asyncio.FIRST_COMPLETED))
+        finally:
+            leases.cancel()
+            coming.cancel()
+        if not coming.done() or coming.result().version > version:
+            return None
+        attempt = coming.result()
+        neighbours.took(attempt)
+        return attempt if attempt.version == version and neighbours.is_valid(attempt) else None
+
+    async def _run_try(self, attempt: Try, upcoming: asyncio.Task[Inbox]) -> None:
+        """Compute this worker's part of a try. Raises AbandonedError."""
+        version, neighbours = attempt.version, self._neighbours
+        split: Split = "validation" if attempt.validate else "train"
+        stages = self.plan.stages_of_worker(self.worker)
+        reads = 0 in stages or self.plan.num_stages - 1 in stages
+        readers = {slot: await self._reader(split, slot) for slot in attempt.slots if reads}
+        for slot in attempt.slots:
+            await self._wait(f"the residual of slot {slot}", self._keeper.load(version, slot))
+        self._keeper.take_up(version, list(attempt.slots))
+
+        def wanted() -> bool:
+            valid = neighbours is None or neighbours.is_valid(attempt)
+            return valid and not (upcoming.done() or self._superseded)
+
+        exchange: Exchange = Alone()
+        if neighbours is not None:
+            neighbours.run(attempt, wanted)
+            exchange = neighbours
+        self._enter("validating" if attempt.validate else "computing")
+        if not attempt.validate:
+            await self._compute(lambda: self._train(readers, attempt, wanted, exchange))
+            return
+        slot = attempt.slots[0]
+        found = await self._compute(lambda: self._validate(readers.get(slot), attempt, wanted, exchange))
+        if found is not None:
+            self._report_validation(version, slot, *found)
+
+    def _train(
+        self, readers: dict[int, SlotReader], attempt: Try, wanted: Callable[[], bool], exchange: Exchange
+    ) -> None:
+        step = attempt.version
+        batch = self.plan.recipe.training.slot_batch
+        for slot in attempt.slots:
+            self._faults.before_slot(step, slot)
+        tokens = {slot: reader.batch(step, batch) for slot, reader in readers.items()}
+        with self._timeline.computing(SpanKind.COMPUTE, attempt.slots[0]):
+            self._computer.run(attempt, tokens, partial(self._pusher.submit, step), wanted, exchange)
+
+    def _validate(
+        self, reader: SlotReader | None, attempt: Try, wanted: Callable[[], bool], exchange: Exchange
+    ) -> tuple[float, int] | None:
+        recipe = self.plan.recipe
+        tokens: Tokens | None = None
+        if reader is not None:
+            tokens = reader.validation_batch(recipe.validation.num_samples // recipe.training.num_slots)
+        with self._timeline.computing(SpanKind.VALIDATE, attempt.slots[0]):
+            return self._computer.evaluate(attempt, tokens, wanted, exchange)
+
+    def _wake(self) -> None:
+        if self._neighbours is not None:
+            self._neighbours.wake()
 
     async def _wait_for_next(self, version: int, upcoming: asyncio.Task[Inbox]) -> None:
         if version >= self.plan.num_steps:
@@ -340,11 +508,18 @@ class JobRun:
 
     def activity(self) -> coordinator_pb2.Activity:
         """What the worker does, for heartbeats."""
-        broken = [stream for stream in self._pusher.streams if stream.unreachable_since is not None]
+        links = list(self._neighbours.links.values()) if self._neighbours is not None else []
+        broken = [
+            (title, since)
+            for title, since in (
+                *((stream.server.title, stream.unreachable_since) for stream in self._pusher.streams),
+                *((link.title, link.unreachable_since) for link in links),
+            )
+            if since is not None
+        ]
         waiting_for, since = self._waiting_for, self._since
         if broken:
-            waiting_for = f"{broken[0].server.title} to answer"
-            since = broken[0].unreachable_since or since
+            waiting_for, since = f"{broken[0][0]} to answer", broken[0][1]
         return coordinator_pb2.Activity(
             job_id=self.plan.job_id,
             phase="waiting" if waiting_for else self._phase,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -12,14 +13,19 @@ import torch
 
 from gradstream.core import log as logging
 from gradstream.core import memory
+from gradstream.core.errors import ProtocolError
 from gradstream.core.model import preload
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
+from gradstream.core.rpc import advertised_host, listen, new_server
 from gradstream.core.session import NodeIdentity, NodeSession
-from gradstream.proto.v1 import coordinator_pb2
+from gradstream.core.wire import add_worker
+from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.worker.compute import pick_device
 from gradstream.worker.faults import Faults
 from gradstream.worker.job import JobRun
+from gradstream.worker.neighbours import Place
+from gradstream.worker.servicer import WorkerServicer
 
 log = logging.get_logger()
 
@@ -40,6 +46,8 @@ class Worker:
         self._device = device
         self._cache_directory = cache_directory
         self._faults = faults
+        self.servicer = WorkerServicer()
+        self._plan: Plan | None = None
         self._job: JobRun | None = None
         self._task: asyncio.Task[None] | None = None
         self._process = psutil.Process()
@@ -55,20 +63,40 @@ class Worker:
         kind = directive.WhichOneof("directive")
         if kind == "plan":
             plan = Plan.from_proto(directive.plan)
-            held = self._job
-            if held is not None and (held.plan.job_id, held.plan.epoch) == (plan.job_id, plan.epoch):
+            held = self._plan
+            if held is not None and (held.job_id, held.epoch) == (plan.job_id, plan.epoch):
                 return
             await self._drop()
             log.info("takes part in a job", job=plan.job_id, epoch=plan.epoch, device=str(self._device))
-            self._job = JobRun(plan, self.session, self._device, self._cache_directory, self._faults)
-            self._task = asyncio.create_task(self._run_job(self._job))
-        elif kind == "leases" and self._job is not None:
-            table, plan = directive.leases, self._job.plan
+            self._plan = plan
+            if not plan.has_pipeline:
+                self._begin(plan, None)
+        elif kind == "leases" and self._plan is not None:
+            table, plan = directive.leases, self._plan
             if (table.job_id, table.epoch) == (plan.job_id, plan.epoch):
-                self._job.take_leases(table.number, table.holders)
-        elif kind == "release" and self._job is not None and self._job.plan.job_id == directive.release.job_id:
+                await self._take_leases(plan, table)
+        elif kind == "release" and self._plan is not None and self._plan.job_id == directive.release.job_id:
             log.info("the job was released", job=directive.release.job_id, reason=directive.release.reason)
             await self._drop()
+
+    async def _take_leases(self, plan: Plan, table: plan_pb2.LeaseTable) -> None:
+        place = place_in(table.replicas, self.session.node_id)
+        if place is not None:
+            if len(place.replica.workers) != plan.replica_size:
+                raise ProtocolError(f"lease table {table.number} has a replica of {len(place.replica.workers)} workers")
+            if self._job is not None and self._job.worker != place.index:
+                # Other stages: nothing of what it holds is of use.
+                await self._drop()
+                self._plan = plan
+            if self._job is None:
+                log.info("takes a place in a replica", job=plan.job_id, place=place.index, table=place.replica.number)
+                self._begin(plan, place)
+        if self._job is not None:
+            self._job.take_leases(table.number, table.holders, place)
+
+    def _begin(self, plan: Plan, place: Place | None) -> None:
+        self._job = JobRun(plan, self.session, self._device, self._cache_directory, self._faults, self.servicer, place)
+        self._task = asyncio.create_task(self._run_job(self._job))
 
     async def _run_job(self, job: JobRun) -> None:
         try:
@@ -84,6 +112,7 @@ class Worker:
         if self._job is not None:
             self._job = None
             memory.give_back()
+        self._plan = None
 
     def _activity(self) -> coordinator_pb2.Activity:
         activity = coordinator_pb2.Activity(phase="idle") if self._job is None else self._job.activity()
@@ -91,27 +120,52 @@ class Worker:
         return activity
 
     def _held(self) -> list[coordinator_pb2.HeldJob]:
-        if self._job is None:
+        plan = self._plan
+        if plan is None:
             return []
-        plan = self._job.plan
-        return [coordinator_pb2.HeldJob(job_id=plan.job_id, epoch=plan.epoch, version=max(0, self._job.version))]
+        version = max(0, self._job.version) if self._job is not None else 0
+        return [coordinator_pb2.HeldJob(job_id=plan.job_id, epoch=plan.epoch, version=version)]
 
 
 async def serve(
-    coordinator: str, name: str, cache_directory: Path, memory_bytes: int, device: str, ready_file: Path | None
+    coordinator: str,
+    name: str,
+    listen_address: str,
+    cache_directory: Path,
+    memory_bytes: int,
+    device: str,
+    ready_file: Path | None,
 ) -> None:
     """Run a worker until SIGTERM or SIGINT. Raises GradstreamError when it cannot start or is refused."""
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
+    # Before the imports that take seconds: a port that is taken is told at once.
+    server = new_server()
+    port = listen(server, listen_address)
     preload()
     memory.settle()
     picked = pick_device(device)
     described = f"{picked} ({torch.cuda.get_device_name(picked)})" if picked.type == "cuda" else str(picked)
-    identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, "", memory_bytes, described)
+    address = f"{advertised_host(listen_address)}:{port}"
+    identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, address, memory_bytes, described)
     node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer)
+    add_worker(node.servicer, server)
+    await server.start()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.session.leave)
     if ready_file is not None:
         write_ready_file(ready_file, name)
-    await node.run()
+    try:
+        await node.run()
+    finally:
+        await server.stop(grace=1.0)
+
+
+def place_in(replicas: Sequence[plan_pb2.Replica], node_id: str) -> Place | None:
+    """A worker's place in a lease table."""
+    for replica in replicas:
+        for index, member in enumerate(replica.workers):
+            if member.node_id == node_id:
+                return Place(replica, index)
+    return None

@@ -139,17 +139,20 @@ class ServerPull:
 
 
 class Puller:
-    """Pulls whole versions of the model."""
+    """Pulls whole versions of what worker number `worker` of a replica needs of the model."""
 
-    def __init__(self, plan: Plan, stubs: list[ParameterServerStub], timeline: Timeline):
+    def __init__(self, plan: Plan, stubs: list[ParameterServerStub], timeline: Timeline, worker: int = 0):
         book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
         self._plan = plan
         self._timeline = timeline
         # By server, once a plan: a pull is made a version.
-        self._targets = [
-            (server, {bundle.index: bundle for bundle in plan.bundles_of(index)}, stub, book)
+        needed = {tensor for tensor, _ in plan.uses_of_worker(worker)}
+        targets = [
+            (server, {bundle.index: bundle for bundle in plan.bundles_of(index) if bundle.is_of(needed)}, stub, book)
             for index, (server, stub) in enumerate(zip(plan.servers, stubs, strict=True))
         ]
+        # A server that holds nothing of a stage knows of nothing that its worker waits for.
+        self._targets = [target for target in targets if target[1]]
         self._receiving: asyncio.Task[None] | None = None
         self.received_bytes = 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from gradstream.core.rpc import Backoff, error_from_rpc, refused_for_good
 from gradstream.core.timeline import SpanKind
 from gradstream.core.wire import ParameterServerStub, checksum, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.worker.compute import SlotTotals
+from gradstream.worker.compute import Emit, SlotTotals
 from gradstream.worker.faults import Faults
 from gradstream.worker.residuals import SlotResiduals
 from gradstream.worker.timeline import Timeline, clock_ns
@@ -156,9 +156,14 @@ def _acknowledges(response: pb.PushResponse, header: pb.ContributionHeader) -> b
 
 
 class Pusher:
-    """Gathers gradients into bundles, encodes these in a thread of its own and hands them to the servers' streams."""
+    """Gathers gradients into bundles, encodes these in a thread of its own and hands them to the servers' streams.
 
-    def __init__(self, plan: Plan, stubs: list[ParameterServerStub], faults: Faults, timeline: Timeline):
+    They are the bundles of which worker number `worker` of a replica has the gradients.
+    """
+
+    def __init__(
+        self, plan: Plan, stubs: list[ParameterServerStub], faults: Faults, timeline: Timeline, worker: int = 0
+    ):
         self.streams = [
             PushStream(server, stub, faults, timeline) for server, stub in zip(plan.servers, stubs, strict=True)
         ]
@@ -168,12 +173,17 @@ class Pusher:
         self._book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
         self._codec = first_push_codec(plan.recipe.codec)
         self.residuals = SlotResiduals(plan)
-        self._bundles_of: dict[int, list[Bundle]] = {}
-        self._needs: dict[int, set[int]] = {}
+        self._bundles_of: dict[tuple[int, int], list[Bundle]] = {}
+        self._needs: dict[tuple[int, int], set[int]] = {}
+        """The tensors of a (bundle, part)."""
+        uses = set(plan.uses_of_worker(worker))
         for bundle in plan.bundles:
-            self._needs[bundle.index] = {fragment.tensor for fragment in bundle.fragments}
-            for tensor in self._needs[bundle.index]:
-                self._bundles_of.setdefault(tensor, []).append(bundle)
+            tensors = {fragment.tensor for fragment in bundle.fragments}
+            for part in range(bundle.num_parts):
+                if uses.issuperset((tensor, part) for tensor in tensors):
+                    self._needs[bundle.index, part] = tensors
+                    for tensor in tensors:
+                        self._bundles_of.setdefault((tensor, part), []).append(bundle)
         self._loop = asyncio.get_running_loop()
         # One thread keeps the order of the backward pass, and leaves the cores to it.
         self.encode_thread = ThreadPoolExecutor(1, "encode")
@@ -189,36 +199,37 @@ class Pusher:
         """The codec of the contributions from the next slot on, as the servers have named it."""
         self._codec = codec
 
-    def begin_slot(self) -> None:
-        """Wait, in the compute thread, until at most one slot is being encoded: gradients of at most two are held."""
+    def submit(self, step: int, slot: int) -> Emit:
+        """What a slot's gradients are given to; called in the compute thread.
+
+        Waits until at most one slot is being encoded: gradients of at most two are held.
+        """
         while len(self._encoding) > 1:
             for future in self._encoding.popleft():
                 future.result()
-        self._encoding.append([])
-
-    def submit(self, step: int, slot: int) -> Callable[[int, torch.Tensor, SlotTotals], None]:
-        """The `emit` of SlotComputer.run_slot for one slot; called in the compute thread."""
-        missing = {bundle: set(tensors) for bundle, tensors in self._needs.items()}
-        num_bundles = {tensor: len(bundles) for tensor, bundles in self._bundles_of.items()}
-        gradients: dict[int, torch.Tensor] = {}
+        encoding: list[Future[None]] = []
+        self._encoding.append(encoding)
+        missing = {key: set(tensors) for key, tensors in self._needs.items()}
+        num_bundles = {use: len(bundles) for use, bundles in self._bundles_of.items()}
+        gradients: dict[tuple[int, int], torch.Tensor] = {}
         codec = self._codec
 
-        def emit(tensor: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
+        def emit(tensor: int, part: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
             if self._faults.spoils(step, slot):
                 gradient.fill_(float("nan"))
-            gradients[tensor] = gradient
-            for bundle in self._bundles_of[tensor]:
-                missing[bundle.index].discard(tensor)
-                if missing[bundle.index]:
+            gradients[tensor, part] = gradient
+            for bundle in self._bundles_of[tensor, part]:
+                missing[bundle.index, part].discard(tensor)
+                if missing[bundle.index, part]:
                     continue
-                needed = {index: gradients[index] for index in self._needs[bundle.index]}
-                self._encoding[-1].append(
-                    self.encode_thread.submit(self._encode, codec, step, slot, bundle, needed, totals)
+                needed = {index: gradients[index, part] for index in self._needs[bundle.index, part]}
+                encoding.append(
+                    self.encode_thread.submit(self._encode, codec, step, slot, bundle, part, needed, totals)
                 )
                 for index in needed:  # a gradient lives until its last bundle is encoded
-                    num_bundles[index] -= 1
-                    if not num_bundles[index]:
-                        del gradients[index]
+                    num_bundles[index, part] -= 1
+                    if not num_bundles[index, part]:
+                        del gradients[index, part]
 
         return emit
 
@@ -232,6 +243,7 @@ class Pusher:
         step: int,
         slot: int,
         bundle: Bundle,
+        part: int,
         gradients: dict[int, torch.Tensor],
         totals: SlotTotals,
     ) -> None:
@@ -249,6 +261,7 @@ class Pusher:
             step=step,
             slot=slot,
             bundle=bundle.index,
+            part=part,
             codec=codec.codec.wire,
             fragment_bytes=[len(payload) for payload in payloads],
             payload_bytes=num_bytes,

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from gradstream.core.schedules import Action, Op
-from gradstream.core.stage_module import StageModule
 
 
 @dataclass
@@ -28,14 +28,15 @@ class _Live:
 
 
 class StageRunner:
-    """`stages` by their index among `num_stages`; `loss_sum(logits, microbatch)` is the last stage's loss.
+    """`stages` (StageModule, or a whole model that gives logits) by their index among `num_stages`;
+    `loss_sum(logits, microbatch)` is the last stage's loss.
 
     `begin(microbatch)` is called before each action: it seeds what the passes of a microbatch draw.
     """
 
     def __init__(
         self,
-        stages: Mapping[int, StageModule],
+        stages: Mapping[int, nn.Module],
         num_stages: int,
         loss_sum: Callable[[torch.Tensor, int], torch.Tensor],
         begin: Callable[[int], None],

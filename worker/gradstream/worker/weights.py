@@ -8,7 +8,7 @@ parameters as it arrives, and the forward pass of a unit waits for that unit's b
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -78,11 +78,20 @@ class Inbox:
 class WeightInstaller:
     """Decodes bundles into the parameters and gates the forward pass."""
 
-    def __init__(self, plan: Plan, model: nn.Module, parameters: Sequence[nn.Parameter], timeline: Timeline):
+    def __init__(
+        self,
+        plan: Plan,
+        models: Sequence[nn.Module],
+        parameters: Mapping[tuple[int, int], nn.Parameter],
+        timeline: Timeline,
+    ):
+        """`models` are the worker's stages, `parameters` theirs by (tensor, part) of the plan; two parts of one tensor
+        share their memory."""
         self._pull = plan.recipe.codec.pull
         self._book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
         self._timeline = timeline
-        self._parameters = parameters
+        self._parameters = {tensor: parameter for (tensor, _), parameter in sorted(parameters.items(), reverse=True)}
+        self._number = {id(parameter): tensor for (tensor, _), parameter in parameters.items()}
         self._bundles = plan.bundles
         self._executor = ThreadPoolExecutor(1, "decode")
         self._condition = threading.Condition()
@@ -91,10 +100,11 @@ class WeightInstaller:
         self._held: dict[int, int] = {}  # version of each bundle in place
         self._missing: dict[int, int] = {}
         self._needed: dict[int, int] = {}
-        for bundle in plan.bundles:
-            for fragment in bundle.fragments:
+        for fragment in plan.fragments:
+            if fragment.tensor in self._parameters:
                 self._needed[fragment.tensor] = self._needed.get(fragment.tensor, 0) + 1
-        self._gate(model)
+        for model in models:
+            self._gate(model)
 
     def install(self, inbox: Inbox) -> None:
         """Begin to put a version in place; the compute thread must be idle. What was in place is overwritten."""
@@ -115,7 +125,7 @@ class WeightInstaller:
 
     def wait_all(self) -> None:
         """Wait until the whole version is in place. Raises AbandonedError when it will not be."""
-        self._wait(range(len(self._parameters)))
+        self._wait(list(self._parameters))
 
     def close(self) -> None:
         """Stop decoding."""
@@ -187,7 +197,7 @@ class WeightInstaller:
 
     def _gate(self, model: nn.Module) -> None:
         """Hook every forward unit, and every module above the units for parameters of its own."""
-        number = {id(parameter): index for index, parameter in enumerate(self._parameters)}
+        number = self._number
         covered: set[int] = set()
         for _, unit in forward_units(model):
             inside = {id(module) for module in unit.modules()}

@@ -26,6 +26,7 @@ EPILOG = (
 COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("dev", "dev", "dev", "Train a recipe here: start a cluster on this machine, run the job, show the result."),
     ("submit", "jobs", "submit", "Submit a recipe to a cluster."),
+    ("plan", "plan", "plan", "Tell what a recipe will take before anything starts: cut, memory, bytes, time."),
     ("ls", "jobs", "ls", "List jobs, newest first."),
     ("status", "jobs", "status", "Show the cluster and a job: progress, decisions, what it waits for and since when."),
     ("logs", "jobs", "logs", "Show the log lines of a job's nodes."),

@@ -60,6 +60,16 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_bit_rate(text: str) -> float:
+    """Bits a second that a rate like 1Gb/s, 100Mb/s or 2.5g stands for. Raises ConfigError for anything else."""
+    from gradstream.core.errors import ConfigError
+
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:b(?:it)?(?:/s|ps)?)?\s*", text.lower())
+    if match is None or (rate := float(match[1]) * _UNITS[match[2]]) <= 0:
+        raise ConfigError(f"'{text}' is not a link's speed; write it in bits a second, like 1Gb/s or 100Mb/s")
+    return rate
+
+
 def open_client(coordinator: str | None) -> Client:
     """A client for the --coordinator option."""
     from gradstream.client import Client

@@ -122,6 +122,11 @@ def format_count(count: float) -> str:
     return f"{count:.1f} T"
 
 
+def format_share(share: float) -> str:
+    """42 %."""
+    return f"{100 * share:.0f} %"
+
+
 def format_duration(duration: timedelta | float | None) -> str:
     """42 s, 3 min 05 s, 2 h 07 min; - for None."""
     if duration is None:

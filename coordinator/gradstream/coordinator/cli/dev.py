@@ -34,14 +34,21 @@ if TYPE_CHECKING:
 
 SAMPLE_TOKENS = 120
 MEMORY_SHARE = 0.8
+DEFAULT_NODES = 2
 QUIET_EVENTS = ("step", "validation", "log")
 
 
 def dev(
     recipe: RecipeArgument,
     overrides: OverrideOption = None,
-    servers: Annotated[int, typer.Option("--servers", min=1, help="Parameter servers to start.")] = 2,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Workers to start.")] = 2,
+    servers: Annotated[
+        int | None,
+        typer.Option("--servers", min=1, help="Parameter servers to start.", show_default="2, or what the recipe asks"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Workers to start.", show_default="2, or what the recipe asks"),
+    ] = None,
     run_root: Annotated[
         Path | None, typer.Option("--run-root", metavar="DIR", help="Where the job's directory is made.")
     ] = None,
@@ -61,9 +68,17 @@ def dev(
     loaded = load_recipe(find_recipe(recipe), overrides or ())
     if run_root is not None:
         loaded = loaded.model_copy(update={"run_root": str(run_root.expanduser().absolute())})
+    cluster, replica = loaded.cluster, loaded.pipeline.least_workers
+    servers = servers if servers is not None else max(DEFAULT_NODES, cluster.min_servers)
+    workers = workers if workers is not None else max(DEFAULT_NODES, cluster.min_workers, replica)
+    if workers < replica:
+        raise ConfigError(
+            f"--workers {workers} is fewer than the {replica} that pipeline.stages={loaded.pipeline.stages} needs; "
+            f"start more or set -s pipeline.stages=auto"
+        )
     for what, have, need in (
-        ("servers", servers, loaded.cluster.min_servers),
-        ("workers", workers, loaded.cluster.min_workers),
+        ("servers", servers, cluster.min_servers),
+        ("workers", workers, cluster.min_workers),
     ):
         if have < need:
             raise ConfigError(

@@ -20,7 +20,7 @@ from gradstream.coordinator.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from gradstream.client import Client, Job, Node, ServerMemory
+    from gradstream.client import Client, Job, Node, Pipeline, ServerMemory
 
 
 def submit(
@@ -186,7 +186,9 @@ def job_view(job: Job, nodes: list[Node]) -> Any:
     if job.codecs:
         row("codecs", job.codecs)
     if job.hidden_share is not None:
-        row("overlap", f"communication hidden by compute: {100 * job.hidden_share:.0f} %")
+        row("overlap", f"communication hidden by compute: {out.format_share(job.hidden_share)}")
+    if job.pipeline is not None:
+        row("pipeline", pipeline_text(job.pipeline))
     for index, memory in enumerate(job.server_memory):
         row("memory" if index == 0 else "", memory_text(memory))
     row("submitted", out.format_time(job.submitted) + (f", ended {out.format_time(job.ended)}" if job.ended else ""))
@@ -211,6 +213,18 @@ def job_view(job: Job, nodes: list[Node]) -> Any:
         if not waits:
             row("waits for", "nothing")
     return table
+
+
+def pipeline_text(pipeline: Pipeline) -> str:
+    """A job's pipeline on one line."""
+    stages = f"{pipeline.num_stages} stage{'s' * (pipeline.num_stages != 1)}"
+    workers = f"{pipeline.num_workers} worker{'s' * (pipeline.num_workers != 1)}"
+    waits = ""
+    if pipeline.bubble is not None:
+        waits = f", bubble {out.format_share(pipeline.bubble)}"
+        if pipeline.ideal_bubble is not None:
+            waits += f" (ideal {out.format_share(pipeline.ideal_bubble)})"
+    return f"{stages} on {workers}, schedule {pipeline.schedule}{waits}"
 
 
 def memory_text(memory: ServerMemory) -> str:

@@ -192,6 +192,7 @@ def server_processes(
 def worker(
     coordinator: NodeCoordinatorOption = "127.0.0.1:7000",
     name: NameOption = None,
+    listen: ListenOption = "127.0.0.1:0",
     cache: Annotated[Path, typer.Option("--cache", metavar="DIR", help="Directory for copies of data shards.")] = Path(
         "~/.cache/gradstream"
     ),
@@ -201,13 +202,18 @@ def worker(
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
 ) -> None:
-    """Run a worker: computes the gradients of the slots that it holds."""
+    """Run a worker: computes the gradients of the slots that it holds.
+
+    In a job with a pipeline other workers must reach the address that it listens on.
+    """
     _prepare(log_level, die_with_parent)
+    check_address(listen, "--listen")
     check_address(coordinator, "--coordinator")
     _run(
         "gradstream.worker.loop",
         coordinator,
         check_name(name or default_name()),
+        listen,
         cache.expanduser().absolute(),
         memory_bytes(memory),
         str(device),

@@ -1,14 +1,18 @@
-"""`gradstream trace`: a job's timeline as a file for Perfetto or chrome://tracing."""
+"""`gradstream trace`: a job's timeline as a file for Perfetto or chrome://tracing, and its pipeline as a picture."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradstream.coordinator.cli import _output as out
 from gradstream.coordinator.cli._options import CoordinatorOption, NewestJobArgument, open_client
+
+if TYPE_CHECKING:
+    from gradstream.client import Pipeline, Timeline
 
 
 def trace(
@@ -17,28 +21,67 @@ def trace(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default="JOB-trace.json"),
     ] = None,
+    gantt: Annotated[
+        Path | None,
+        typer.Option(
+            "--gantt",
+            metavar="FILE.png",
+            help="Draw the last whole version of a job with a pipeline instead; with -o, as well.",
+        ),
+    ] = None,
     coordinator: CoordinatorOption = None,
 ) -> None:
     """Write what a job's workers did over its last versions as a Chrome trace: compute, wait, send, receive and so on.
 
     Open it in https://ui.perfetto.dev or in chrome://tracing. Each worker is a process; overlapping transfers lie side
-    by side.
+    by side, and arrows lead from stage to stage of a pipeline.
     """
-    from gradstream.core import files
-    from gradstream.core.errors import ConfigError
-    from gradstream.core.timeline import chrome_trace
-
     with open_client(coordinator) as client:
         timelines = client.timeline(job_id)
-    path = output if output is not None else Path(f"{timelines[0].job_id}-trace.json")
+        pipeline = client.job(timelines[0].job_id).pipeline if gantt is not None else None
+    if gantt is not None:
+        _write_gantt(gantt, timelines, pipeline)
+    if gantt is None or output is not None:
+        _write_trace(output if output is not None else Path(f"{timelines[0].job_id}-trace.json"), timelines)
+
+
+def _write_trace(path: Path, timelines: list[Timeline]) -> None:
+    from gradstream.core.timeline import chrome_trace
+
     text = json.dumps(chrome_trace(timelines), allow_nan=False, separators=(",", ":"))
-    try:
-        files.write_atomic(str(path.expanduser().absolute()), lambda stream: stream.write(text.encode()))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another file with -o") from None
+    _write(path, text.encode(), "-o")
     num_versions = len({(timeline.epoch, timeline.version) for timeline in timelines})
     num_workers = len({timeline.worker for timeline in timelines})
     print(
         f"{path}: {num_versions} version{'s' * (num_versions != 1)} of {timelines[0].job_id} by {num_workers} "
         f"worker{'s' * (num_workers != 1)}; open it in https://ui.perfetto.dev or chrome://tracing"
     )
+
+
+def _write_gantt(path: Path, timelines: list[Timeline], pipeline: Pipeline | None) -> None:
+    from gradstream.coordinator.cli import _gantt
+    from gradstream.core.errors import ConfigError, DataError
+    from gradstream.core.pipeline_timeline import measure, newest, runs
+
+    job_id = timelines[0].job_id
+    if pipeline is None:
+        raise ConfigError(f"job {job_id} has no pipeline to draw; leave out --gantt for a trace of it")
+    found = newest(runs(timelines, pipeline.num_stages))
+    bubble = measure(found)
+    if bubble is None:
+        raise DataError(f"there is no version of job {job_id} yet of which the passes of all stages are known")
+    version = found[0].version
+    shares = f"bubble {out.format_share(bubble.measured)} (ideal {out.format_share(bubble.ideal)})"
+    _write(path, _gantt.draw(found, f"{job_id}, version {version}: {pipeline.schedule}, {shares}"), "--gantt")
+    num_workers = len({worker for run in found for worker in run.workers})
+    print(f"{path}: version {version} of {job_id} by {num_workers} worker{'s' * (num_workers != 1)}, {shares}")
+
+
+def _write(path: Path, content: bytes, option: str) -> None:
+    from gradstream.core import files
+    from gradstream.core.errors import ConfigError
+
+    try:
+        files.write_atomic(str(path.expanduser().absolute()), lambda stream: stream.write(content))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another file with {option}") from None

@@ -128,6 +128,7 @@ class Job(_message.Message):
     HIDDEN_SHARE_FIELD_NUMBER: _builtins.int
     SERVER_MEMORY_FIELD_NUMBER: _builtins.int
     CODECS_FIELD_NUMBER: _builtins.int
+    PIPELINE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Identity: the recipe's name and a number."""
     name: _builtins.str
@@ -194,6 +195,10 @@ class Job(_message.Message):
     def server_memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerMemory]:
         """What each server holds against what the plan predicted."""
 
+    @_builtins.property
+    def pipeline(self) -> Global___Pipeline:
+        """Its stages and how much of their time workers wait; absent for a job without a pipeline and before its plan."""
+
     def __init__(
         self,
         *,
@@ -225,10 +230,11 @@ class Job(_message.Message):
         hidden_share: _builtins.float | None = ...,
         server_memory: _abc.Iterable[Global___ServerMemory] | None = ...,
         codecs: _builtins.str = ...,
+        pipeline: Global___Pipeline | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_validation_loss", b"_validation_loss", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "loss", b"loss", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_validation_loss", b"_validation_loss", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "loss", b"loss", "pipeline", b"pipeline", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_validation_loss", b"_validation_loss", "codecs", b"codecs", "decisions", b"decisions", "ended_unix_ms", b"ended_unix_ms", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "job_id", b"job_id", "loss", b"loss", "name", b"name", "num_parameters", b"num_parameters", "num_samples", b"num_samples", "num_skipped", b"num_skipped", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "reason", b"reason", "recipe_json", b"recipe_json", "run_directory", b"run_directory", "server_memory", b"server_memory", "slot_holders", b"slot_holders", "state", b"state", "submitted_unix_ms", b"submitted_unix_ms", "tokens_per_second", b"tokens_per_second", "validation_loss", b"validation_loss", "version", b"version", "waits", b"waits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_validation_loss", b"_validation_loss", "codecs", b"codecs", "decisions", b"decisions", "ended_unix_ms", b"ended_unix_ms", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "job_id", b"job_id", "loss", b"loss", "name", b"name", "num_parameters", b"num_parameters", "num_samples", b"num_samples", "num_skipped", b"num_skipped", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pipeline", b"pipeline", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "reason", b"reason", "recipe_json", b"recipe_json", "run_directory", b"run_directory", "server_memory", b"server_memory", "slot_holders", b"slot_holders", "state", b"state", "submitted_unix_ms", b"submitted_unix_ms", "tokens_per_second", b"tokens_per_second", "validation_loss", b"validation_loss", "version", b"version", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eta_seconds: _TypeAlias = _typing.Literal["eta_seconds"]  # noqa: Y015
     _WhichOneofArgType__eta_seconds: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds"]  # noqa: Y015
@@ -252,6 +258,55 @@ class Job(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_loss) -> _WhichOneofReturnType__validation_loss | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class Pipeline(_message.Message):
+    """A job's pipeline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_STAGES_FIELD_NUMBER: _builtins.int
+    NUM_WORKERS_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    BUBBLE_FIELD_NUMBER: _builtins.int
+    IDEAL_BUBBLE_FIELD_NUMBER: _builtins.int
+    num_stages: _builtins.int
+    """Stages of the model."""
+    num_workers: _builtins.int
+    """Workers of a replica."""
+    schedule: _builtins.str
+    """The order in which workers compute microbatches."""
+    bubble: _builtins.float
+    """Share of the workers' time between the first and the last pass of a run in which they waited, over the last
+    versions; absent before it was measured.
+    """
+    ideal_bubble: _builtins.float
+    """What it would have been with as many microbatches a run, were all stages equally long and the schedule GPipe or
+    1F1B; absent as long.
+    """
+    def __init__(
+        self,
+        *,
+        num_stages: _builtins.int = ...,
+        num_workers: _builtins.int = ...,
+        schedule: _builtins.str = ...,
+        bubble: _builtins.float | None = ...,
+        ideal_bubble: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_ideal_bubble", b"_ideal_bubble", "bubble", b"bubble", "ideal_bubble", b"ideal_bubble"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_ideal_bubble", b"_ideal_bubble", "bubble", b"bubble", "ideal_bubble", b"ideal_bubble", "num_stages", b"num_stages", "num_workers", b"num_workers", "schedule", b"schedule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bubble: _TypeAlias = _typing.Literal["bubble"]  # noqa: Y015
+    _WhichOneofArgType__bubble: _TypeAlias = _typing.Literal["_bubble", b"_bubble"]  # noqa: Y015
+    _WhichOneofReturnType__ideal_bubble: _TypeAlias = _typing.Literal["ideal_bubble"]  # noqa: Y015
+    _WhichOneofArgType__ideal_bubble: _TypeAlias = _typing.Literal["_ideal_bubble", b"_ideal_bubble"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bubble) -> _WhichOneofReturnType__bubble | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ideal_bubble) -> _WhichOneofReturnType__ideal_bubble | None: ...
+
+Global___Pipeline: _TypeAlias = Pipeline  # noqa: Y015
 
 @_typing.final
 class ServerMemory(_message.Message):

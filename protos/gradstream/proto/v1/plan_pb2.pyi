@@ -203,6 +203,7 @@ class Plan(_message.Message):
     STAGE_ENDS_FIELD_NUMBER: _builtins.int
     NUM_CHUNKS_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
+    WORKER_BYTES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job this plan belongs to."""
     epoch: _builtins.int
@@ -243,6 +244,12 @@ class Plan(_message.Message):
     def stage_ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """For each pipeline stage, the first forward unit after it. One stage: no pipeline."""
 
+    @_builtins.property
+    def worker_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Bytes that the worker in each place of a replica needs, should the replica hold every slot. No pipeline: empty, what
+        a worker needs follows from the tensors and the recipe.
+        """
+
     def __init__(
         self,
         *,
@@ -262,10 +269,11 @@ class Plan(_message.Message):
         stage_ends: _abc.Iterable[_builtins.int] | None = ...,
         num_chunks: _builtins.int = ...,
         schedule: _builtins.str = ...,
+        worker_bytes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "checkpoint_root", b"checkpoint_root", "data_manifest_json", b"data_manifest_json", "epoch", b"epoch", "fragment_elements", b"fragment_elements", "job_id", b"job_id", "leader", b"leader", "model_config_json", b"model_config_json", "num_chunks", b"num_chunks", "placement", b"placement", "recipe_json", b"recipe_json", "schedule", b"schedule", "servers", b"servers", "stage_ends", b"stage_ends", "start_version", b"start_version", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "checkpoint_root", b"checkpoint_root", "data_manifest_json", b"data_manifest_json", "epoch", b"epoch", "fragment_elements", b"fragment_elements", "job_id", b"job_id", "leader", b"leader", "model_config_json", b"model_config_json", "num_chunks", b"num_chunks", "placement", b"placement", "recipe_json", b"recipe_json", "schedule", b"schedule", "servers", b"servers", "stage_ends", b"stage_ends", "start_version", b"start_version", "tensors", b"tensors", "worker_bytes", b"worker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

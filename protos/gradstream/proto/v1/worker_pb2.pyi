@@ -84,8 +84,8 @@ Global___StageHello: _TypeAlias = StageHello  # noqa: Y015
 
 @_typing.final
 class StageTry(_message.Message):
-    """The first worker of a replica begins a try: all slots in it are computed from their first microbatch, and whatever
-    belongs to an earlier try is void. Each worker passes it on to the next.
+    """The first worker of a replica begins a try: all slots in it are computed from their first microbatch. Each worker
+    passes it on to the next.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -94,12 +94,15 @@ class StageTry(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     VALIDATE_FIELD_NUMBER: _builtins.int
+    VOID_BEFORE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Rises by one with each try of the replica."""
     version: _builtins.int
     """The version of the weights, which is also the step."""
     validate: _builtins.bool
     """True: a validation pass, which has no backward."""
+    void_before: _builtins.int
+    """Tries with lower numbers are void: whatever belongs to them is dropped. Those from here on are computed in turn."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The slots, one after the other. In one with a validation pass only one."""
@@ -111,10 +114,11 @@ class StageTry(_message.Message):
         version: _builtins.int = ...,
         slots: _abc.Iterable[_builtins.int] | None = ...,
         validate: _builtins.bool = ...,
+        void_before: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "slots", b"slots", "validate", b"validate", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "slots", b"slots", "validate", b"validate", "version", b"version", "void_before", b"void_before"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -192,7 +196,7 @@ Global___StageTensor: _TypeAlias = StageTensor  # noqa: Y015
 
 @_typing.final
 class StageHeader(_message.Message):
-    """The first bytes of each message but those that go on with a payload. Exactly one of the four is set."""
+    """The first bytes of each message but those that go on with a payload."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -236,11 +240,13 @@ class StageHeader(_message.Message):
         crc32c: _builtins.int = ...,
         padding: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "begin", b"begin", "hello", b"hello", "tensor", b"tensor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "begin", b"begin", "content", b"content", "hello", b"hello", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "begin", b"begin", "crc32c", b"crc32c", "hello", b"hello", "padding", b"padding", "payload_bytes", b"payload_bytes", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "begin", b"begin", "content", b"content", "crc32c", b"crc32c", "hello", b"hello", "padding", b"padding", "payload_bytes", b"payload_bytes", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "begin", "abandon", "tensor"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
 Global___StageHeader: _TypeAlias = StageHeader  # noqa: Y015
 

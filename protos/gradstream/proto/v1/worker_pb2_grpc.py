@@ -47,7 +47,9 @@ class WorkerServiceServicer(object):
     """
 
     def Stream(self, request_iterator, context):
-        """A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
+        """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
         of the schedule. StageRequest is framed by hand (gradstream.core.wire); the bytes equal protobuf's own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -34,7 +34,9 @@ class WorkerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WorkerServiceAsyncStub: ...
     Stream: _grpc.StreamStreamMultiCallable[_worker_pb2.StageRequest, _worker_pb2.StageResponse]
-    """A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
+    """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
     of the schedule. StageRequest is framed by hand (gradstream.core.wire); the bytes equal protobuf's own.
     """
 
@@ -44,7 +46,9 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Stream: _aio.StreamStreamMultiCallable[_worker_pb2.StageRequest, _worker_pb2.StageResponse]  # type: ignore[assignment]
-    """A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
+    """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
     of the schedule. StageRequest is framed by hand (gradstream.core.wire); the bytes equal protobuf's own.
     """
 
@@ -57,7 +61,9 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_worker_pb2.StageRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.StageResponse], _abc.AsyncIterator[_worker_pb2.StageResponse]]:
-        """A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
+        """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
         of the schedule. StageRequest is framed by hand (gradstream.core.wire); the bytes equal protobuf's own.
         """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from gradstream.core.ready import write_ready_file
 from gradstream.core.rpc import (
     UNARY_TIMEOUT_SECONDS,
     Backoff,
+    advertised_host,
     error_from_rpc,
     listen,
     new_server,
@@ -196,7 +196,7 @@ async def serve(
     model.preload()
     optimizer.preload()
     memory.settle()
-    address = f"{_advertised(listen_address)}:{port}"
+    address = f"{advertised_host(listen_address)}:{port}"
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, address, memory_bytes, "cpu")
     node = ParameterServer(coordinator, identity, log_buffer, num_threads or max(2, min(8, os.cpu_count() or 2)))
     add_parameter_server(node.servicer, server)
@@ -223,9 +223,3 @@ async def serve(
         health_task.cancel()
         await health_servicer.enter_graceful_shutdown()
         await server.stop(grace=1.0)
-
-
-def _advertised(listen_address: str) -> str:
-    """The host that others can reach this server by: the one it listens on, or this machine's name for a wildcard."""
-    host = listen_address.rpartition(":")[0]
-    return socket.gethostname() if host in ("", "0.0.0.0", "[::]", "*") else host

@@ -1,0 +1,60 @@
+"""Invariant 1 reaches over stages: the final bits do not depend on how many stages a model is cut into, by which
+schedule they are run, or on how many replicas there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cluster import Cluster
+from support.tiny import GPT2, LLAMA, tiny_recipe
+
+SCHEDULES = ["gpipe", "eager-1f1b", "zero-bubble"]
+
+
+def start(cluster: Cluster, num_workers: int, num_servers: int = 2) -> None:
+    cluster.start_coordinator()
+    cluster.start_servers(*(f"server-{number}" for number in range(num_servers)))
+    cluster.start_workers(*(f"worker-{number}" for number in range(num_workers)))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_same_bits_for_any_number_of_stages_and_replicas(
+    model: str, cluster: Cluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    """GPT-2 has tied embeddings, whose gradient comes in two parts, and dropout."""
+    config = {"llama": {**LLAMA, "num_hidden_layers": 3}, "gpt2": {**GPT2, "n_layer": 3}}[model]
+    digests: dict[str, str] = {}
+    losses: dict[str, float | None] = {}
+
+    def train(name: str, num_workers: int, **pipeline: Any) -> None:
+        recipe = tiny_recipe(
+            tiny_data,
+            tmp_path / "runs",
+            name=f"{model}-{name}",
+            model={"config": config},
+            codec={"push": "int8", "pull": "delta-int8"},
+            pipeline=pipeline,
+            cluster={"min_workers": num_workers},
+        )
+        job = cluster.client.submit(recipe)
+        losses[name] = cluster.finish(job.job_id, 60.0).loss
+        digests[name] = cluster.final_digest(job.job_id)
+
+    start(cluster, 1)
+    train("one", 1, stages="auto")
+    if model == "llama":
+        train("none", 1, stages=1)
+    cluster.start_workers("worker-1")
+    train("two", 2, stages=2)
+    for schedule in SCHEDULES:
+        train(schedule, 2, stages=2, schedule=schedule)
+    train("interleaved", 2, stages=4, chunks=2, schedule="interleaved-1f1b")
+    cluster.start_workers("worker-2")
+    train("three", 3, stages=3)
+    cluster.start_workers("worker-3")
+    train("two-by-two", 4, stages=2)
+    assert len(set(digests.values())) == 1, digests
+    assert len(set(losses.values())) == 1, losses

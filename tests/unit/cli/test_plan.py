@@ -1,0 +1,206 @@
+"""`gradstream plan`: with a live cluster's nodes or with ones that need not exist."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from canned_jobs import CannedJobs, canned_node
+from support.tiny import LLAMA
+
+from gradstream.coordinator.cli import main
+from gradstream.coordinator.cli._options import find_recipe, parse_bit_rate
+from gradstream.coordinator.inventory import Inventory
+from gradstream.core.config import Recipe, load_recipe
+from gradstream.core.errors import ConfigError
+from gradstream.core.model import inventory
+from gradstream.core.profile import SectionProfile, Workload, profile_sections
+from gradstream.proto.v1 import coordinator_pb2
+
+NEEDLESS = ["--workers", "4", "--servers", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GRADSTREAM_COORDINATOR", "GRADSTREAM_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.yaml"
+    tree = {
+        "name": "tiny",
+        "model": {"config": LLAMA},
+        "training": {"num_steps": 1, "num_slots": 4, "global_batch": 8, "microbatch": 1, "sequence_length": 32},
+        "data": {"path": str(tmp_path / "nowhere")},
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is looked at in this process: a child takes seconds to import what is imported here."""
+
+    async def look(recipe: Recipe) -> tuple[Inventory, list[SectionProfile]]:
+        config = recipe.model.config
+        found = Inventory(tuple(inventory(config)), "LlamaForCausalLM")
+        return found, profile_sections(config, Workload.of(recipe.training))
+
+    monkeypatch.setattr(importlib.import_module("gradstream.coordinator.cli.plan"), "_look_at_model", look)
+
+
+def test_a_plan_for_people(recipe: str, here: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe, "pipeline.stages=2", "-s", "pipeline.schedule=1f1b", *NEEDLESS]) == 0
+    captured = capsys.readouterr()
+    for part in (
+        "parameters on 2 servers, 4 workers",
+        "embedding to model.layers.",
+        "worker in place 1  worker-2, worker-3",
+        "parameter server   server-1",
+        "push         worker in place 0  server-0",
+        "activations  stage 0            stage 1",
+        "a step takes about ",
+        "for 4 microbatches a replica, ",
+        "of it idle in the pipeline; push ",
+        "stages: 2, in 2 replicas of 2 workers, cut after ",
+        "schedule: 1f1b as pipeline.schedule says",
+    ):
+        assert part in captured.out, part
+    assert captured.err.startswith("warning: data.path ")
+    assert "holds no data set yet, so the data was not checked" in captured.err
+
+
+def test_a_plan_without_a_pipeline(recipe: str, here: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe, "--workers", "2", "--link", "100Mb/s", "-o", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_replicas"], len(found["servers"]), found["bubble"]) == (2, 1, pytest.approx(0))
+    assert found["link_bits_per_second"] == 1e8
+    assert [stage["sections"][0] for stage in found["stages"]] == ["embedding"]
+    assert set(found["reasons"]) == {"servers", "placement", "memory", "start"}
+
+
+def test_a_live_cluster_is_asked(
+    recipe: str, here: None, jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = coordinator_pb2.NODE_KIND_PARAMETER_SERVER
+    jobs.nodes = [
+        canned_node("server-0", kind=server),
+        canned_node("worker-0"),
+        canned_node("worker-1"),
+        canned_node("worker-2", alive=False),
+    ]
+    assert main(["plan", recipe, "pipeline.stages=2", "-c", address, "-o", "json"]) == 0
+    places = json.loads(capsys.readouterr().out)["places"]
+    assert [(place["workers"], place["offered_bytes"]) for place in places] == [
+        (["worker-0"], 1 << 30),
+        (["worker-1"], 1 << 30),
+    ]
+    jobs.nodes = jobs.nodes[1:]
+    assert main(["plan", recipe, "-c", address]) == 5
+    assert "no parameter server is live" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([*NEEDLESS, "trainin.x=1"], 2, "did you mean 'training'?"),
+        ([*NEEDLESS, "seed"], 2, "override 'seed' is not of the form key.sub=value"),
+        ([*NEEDLESS, "--link", "fast"], 2, "'fast' is not a link's speed; write it in bits a second, like 1Gb/s"),
+        ([*NEEDLESS, "--memory", "much"], 2, "'much' is not a size"),
+        (["--memory", "1GiB"], 2, "say how many with --workers and --servers"),
+        ([*NEEDLESS, "pipeline.stages=9"], 5, "pipeline.stages 9 needs 9 workers, 4 are live"),
+        ([*NEEDLESS, "pipeline.stages=3", "pipeline.chunks=2"], 2, "stages 3 is not divisible by chunks 2"),
+        (["--workers", "5", "pipeline.stages=5"], 2, "pipeline.stages 5 is more than the model's 4 sections"),
+        ([*NEEDLESS, "--memory", "1MiB", "pipeline.stages=2"], 5, " missing); "),
+    ],
+)
+def test_errors_are_one_line(
+    recipe: str, here: None, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", recipe, *arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if not line.startswith("warning: data.path")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_without_a_coordinator(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    assert main(["plan", recipe, "-c", address]) == 7
+    error = capsys.readouterr().err
+    assert error.endswith("or plan for a cluster that need not exist: --workers 4 --servers 2\n")
+    assert error.count("\n") == 1
+
+
+def test_a_family_that_cannot_be_cut(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In child processes, as it really is: whole it can be planned, without times; in stages it cannot."""
+    tree: dict[str, Any] = yaml.safe_load(Path(recipe).read_text())
+    opt = {"model_type": "opt", "vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    tree["model"]["config"] = {**opt, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+    Path(recipe).write_text(yaml.safe_dump(tree))
+    assert main(["plan", recipe, *NEEDLESS]) == 0
+    captured = capsys.readouterr()
+    assert "a step takes" not in captured.out
+    assert "warning: times are not known: model.config: 'model.decoder.final_layer_norm' lies before" in captured.err
+    assert main(["plan", recipe, *NEEDLESS, "pipeline.stages=2"]) == 2
+    assert "so the model cannot be cut into pipeline stages; use stages: 1" in capsys.readouterr().err
+
+
+def test_the_demo_in_stages_asks_for_four_workers() -> None:
+    recipe = load_recipe(find_recipe("stdlib-gpt-pipeline"))
+    assert (recipe.name, recipe.pipeline.stages, recipe.cluster.min_workers) == ("stdlib-gpt-pipeline", 2, 4)
+    assert recipe.model == load_recipe(find_recipe("stdlib-gpt")).model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "started"),
+    [
+        (["stdlib-gpt"], (2, 2)),
+        (["stdlib-gpt-pipeline"], (2, 4)),
+        (["stdlib-gpt", "-s", "pipeline.stages=3", "-s", "cluster.min_servers=3"], (3, 3)),
+        (["stdlib-gpt-pipeline", "--workers", "6", "--servers", "2"], (2, 6)),
+    ],
+)
+def test_dev_starts_what_the_recipe_asks_for(
+    arguments: list[str], started: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("gradstream.coordinator.cli.dev")
+    found: list[tuple[int, int]] = []
+
+    class Run:
+        job = exported = None
+
+        def __init__(self, recipe: Recipe, servers: int, workers: int, keep: bool):
+            found.append((servers, workers))
+
+        async def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr(module, "prepare_data", lambda recipe: None)
+    monkeypatch.setattr(module, "_Run", Run)
+    assert main(["dev", *arguments]) == 0
+    assert found == [started]
+
+
+def test_dev_refuses_fewer_workers_than_a_replica_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dev", "stdlib-gpt", "-s", "pipeline.stages=3", "--workers", "2"]) == 2
+    assert "--workers 2 is fewer than the 3 that pipeline.stages=3 needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("1Gb/s", 1e9), ("100Mb/s", 1e8), ("2.5g", 2.5e9), ("10Gbit/s", 1e10), ("5 kbps", 5e3)]
+)
+def test_link_speeds(text: str, rate: float) -> None:
+    assert parse_bit_rate(text) == rate
+    with pytest.raises(ConfigError, match="is not a link's speed"):
+        parse_bit_rate(text + "x")

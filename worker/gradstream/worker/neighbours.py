@@ -1,0 +1,525 @@
+"""A worker's neighbours in a pipeline: activations and gradients to them and from them, over one stream a neighbour and
+direction.
+
+The first worker of a replica begins tries, and each passes them on to the next. They are computed in turn; what belongs
+to an abandoned one is dropped, so nothing of it is ever used. Which tensors a try brings, and in which order,
+follows from its schedule: whatever else comes is refused before a byte is allocated for it.
+
+A tensor that was sent stays with the sender until the neighbour has it. After a break what is missing goes again, and
+what came twice is dropped.
+
+`Neighbours.receive` and `send` run in the compute thread; all else on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from gradstream.core.codecs import Payload, codec_named
+from gradstream.core.errors import ProtocolError, StaleEpochError
+from gradstream.core.log import get_logger
+from gradstream.core.plan import Plan
+from gradstream.core.schedules import Action, Op, Schedule, make_schedule, validate
+from gradstream.core.wire import checksum
+from gradstream.proto.v1 import plan_pb2
+from gradstream.proto.v1 import worker_pb2 as pb
+from gradstream.worker.compute import AbandonedError, Try, schedule_for
+from gradstream.worker.faults import Faults
+from gradstream.worker.links import Link, Outgoing
+from gradstream.worker.timeline import Timeline
+
+log = get_logger()
+
+FORWARD, BACKWARD = pb.DIRECTION_FORWARD, pb.DIRECTION_BACKWARD
+WORDS = {FORWARD: "activation", BACKWARD: "gradient"}
+Key = tuple[int, int]
+"""(stage that computed it, microbatch counted over the try's slots)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A worker's place in a replica: the replica as the lease table has it, and the index among its workers."""
+
+    replica: plan_pb2.Replica
+    index: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it begins tries."""
+        return self.index == 0
+
+    def title(self, index: int) -> str:
+        """A member for people."""
+        member = self.replica.workers[index]
+        return f"worker {member.name} at {member.address} (place {index} of its replica)"
+
+
+@lru_cache(maxsize=64)
+def sequence(schedule: Schedule, sender: int, receiver: int, direction: pb.Direction.ValueType) -> tuple[Key, ...]:
+    """The tensors that one worker sends another in a direction, in the order in which it computes them."""
+    found = []
+    for action in schedule.rows[sender]:
+        if action.op is Op.FORWARD:
+            to, there = action.stage + 1, FORWARD
+        elif action.op in (Op.BACKWARD, Op.BACKWARD_INPUT):
+            to, there = action.stage - 1, BACKWARD
+        else:
+            continue
+        if there == direction and 0 <= to < schedule.num_stages and schedule.worker_of(to) == receiver:
+            found.append((action.stage, action.microbatch))
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)
+def window_of(schedule: Schedule, worker: int) -> int:
+    """Tensors that may wait at a worker. With the validator's bound no sender ever has to hold back what is needed."""
+    if schedule.name in ("forward", "gpipe"):
+        return schedule.num_microbatches * schedule.num_chunks
+    # Beyond these it is the same for any number of microbatches.
+    most = 8 * schedule.num_workers * schedule.num_chunks
+    if schedule.num_microbatches > most:
+        schedule = make_schedule(schedule.name, schedule.num_workers, most, schedule.num_chunks)
+    return max(2, validate(schedule).waiting_messages[worker])
+
+
+@dataclass
+class _Expected:
+    """The tensors that one try brings, in their order, and how many have come."""
+
+    attempt: Try
+    order: tuple[Key, ...]
+    places: dict[Key, int]
+    num_arrived: int = 0
+
+
+class Inbound:
+    """What one neighbour sends in one direction."""
+
+    def __init__(self, title: str, direction: pb.Direction.ValueType):
+        self.title = title
+        self.direction = direction
+        self.arrived: dict[tuple[int, Key], tuple[torch.Tensor, float]] = {}  # by try number
+        self.num_taken = 0  # messages of the stream that is open
+        self.changed = asyncio.Event()  # the neighbour shall be told of it
+        self.stream = 0  # the number of the stream that is open; an older one of it counts no more
+        self.received_bytes = 0
+        self._expected: deque[_Expected] = deque()
+        self._most_waiting = 0
+        self._posted: deque[torch.Tensor] = deque()
+
+    def begin(self, attempt: Try, order: tuple[Key, ...], window: int, posted: Sequence[torch.Tensor]) -> None:
+        """One more try: these tensors will come, in this order, after those of the tries before. `posted` are buffers
+        to decode into."""
+        while self._expected and self._expected[0].num_arrived == len(self._expected[0].order):
+            self._expected.popleft()
+        self._expected.append(_Expected(attempt, order, {key: place for place, key in enumerate(order)}))
+        self._most_waiting = window
+        self._posted = deque(posted)
+        self.changed.set()
+
+    def forget_before(self, number: int) -> None:
+        """Tries with lower numbers are void."""
+        self._expected = deque(expected for expected in self._expected if expected.attempt.number >= number)
+        self.arrived = {key: value for key, value in self.arrived.items() if key[0] >= number}
+
+    @property
+    def window(self) -> int:
+        """Tensors that may come before one is used."""
+        return max(0, self._most_waiting - len(self.arrived))
+
+    def expect(self, number: int, key: Key, what: str) -> Try | None:
+        """The try of a tensor if it is the next one to come; None for one that came already or is of a try that is
+        over. Raises ProtocolError for any other."""
+        for expected in self._expected:
+            if expected.attempt.number == number:
+                place = expected.places.get(key)
+                if place is None:
+                    raise ProtocolError(f"{what}: this worker gets no such {WORDS[self.direction]} from it in this try")
+                if place < expected.num_arrived:
+                    return None
+                if place > expected.num_arrived:
+                    self._out_of_order(expected, what)
+                if not self.window:
+                    raise ProtocolError(f"{what}: {self._most_waiting} tensors wait here already")
+                return expected.attempt
+            if expected.attempt.number < number and expected.num_arrived < len(expected.order):
+                self._out_of_order(expected, what)
+        return None
+
+    def _out_of_order(self, expected: _Expected, what: str) -> NoReturn:
+        stage, microbatch = expected.order[expected.num_arrived]
+        number = expected.attempt.number
+        raise ProtocolError(
+            f"{what}: out of order, that of microbatch {microbatch} from stage {stage} of try {number} comes first"
+        )
+
+    def buffer(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A posted buffer, or a new one where microbatches differ in shape."""
+        if self._posted and tuple(self._posted[0].shape) == shape:
+            return self._posted.popleft()
+        return torch.empty(shape)
+
+    def take(self, number: int, key: Key, tensor: torch.Tensor, loss_sum: float) -> bool:
+        """A tensor that was expected is here; False when its try has become void meanwhile."""
+        for expected in self._expected:
+            if expected.attempt.number == number:
+                self.arrived[number, key] = (tensor, loss_sum)
+                expected.num_arrived += 1
+                return True
+        return False
+
+
+class Neighbours:
+    """The neighbours of one worker in one place, and the try that is under way: the `Exchange` of a SlotComputer.
+
+    `on_error` is called with what makes going on impossible; on the first worker, `on_void` when another one has
+    abandoned a try.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        place: Place,
+        hidden_size: int,
+        faults: Faults,
+        timeline: Timeline,
+        on_error: Callable[[Exception], None],
+        on_void: Callable[[], None],
+    ):
+        self.plan, self.place = plan, place
+        self.latest: Try | None = None
+        self.inbounds: dict[pb.Direction.ValueType, Inbound] = {}
+        self.links: dict[pb.Direction.ValueType, Link] = {}
+        self._hidden_size = hidden_size
+        self._faults = faults
+        self._on_void = on_void
+        self._timeline = timeline
+        self._codec = codec_named(plan.recipe.pipeline.activations)
+        self._loop = asyncio.get_running_loop()
+        self._condition = threading.Condition()
+        self._running: Try | None = None
+        self._wanted: Callable[[], bool] = lambda: True
+        self._void_before = 0
+        self._upcoming: deque[Try] = deque()
+        self._changed = asyncio.Event()
+        # Sends and receives are encoded and decoded here, off the compute thread and off the event loop.
+        self._thread = ThreadPoolExecutor(1, "neighbours")
+        size, index, chunks = plan.replica_size, place.index, plan.num_chunks > 1
+        # Activations go up the ring, gradients down; between the last worker and the first only with several chunks.
+        for direction, step in ((FORWARD, 1), (BACKWARD, -1)):
+            after, before = (index + step) % size, (index - step) % size
+            wraps_out, wraps_in = index + step != after, index - step != before
+            if chunks or not wraps_out:
+                hello = pb.StageHello(
+                    job_id=plan.job_id,
+                    epoch=plan.epoch,
+                    table=place.replica.number,
+                    worker=index,
+                    direction=direction,
+                )
+                self.links[direction] = Link(place.title(after), place.replica.workers[after].address, hello)
+            if chunks or not wraps_in:
+                self.inbounds[direction] = Inbound(place.title(before), direction)
+        self._tasks = [asyncio.create_task(self._keep(link, on_error)) for link in self.links.values()]
+
+    async def close(self) -> None:
+        """End all streams; whoever waits gets AbandonedError."""
+        self.void()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for inbound in self.inbounds.values():
+            inbound.changed.set()
+        for link in self.links.values():
+            await link.close()
+        await asyncio.to_thread(self._thread.shutdown, True, cancel_futures=True)
+
+    @staticmethod
+    async def _keep(link: Link, on_error: Callable[[Exception], None]) -> None:
+        try:
+            await link.run()
+        except Exception as error:
+            on_error(error)
+
+    # -- tries -----------------------------------------------------------------------------------------------------
+
+    async def begin(self, version: int, slots: tuple[int, ...], validate: bool) -> Try:
+        """On the first worker: begin a try, and tell the others. Waits until what this one has sent before is under
+        way: the neighbours' credit bounds how far it runs ahead of them."""
+        await self.links[FORWARD].flush()
+        number = self.latest.number + 1 if self.latest is not None else 1
+        attempt = Try(number, version, slots, validate)
+        self._take_up(attempt, self._void_before)
+        return attempt
+
+    async def next_try(self) -> Try:
+        """On the others: wait for the next try."""
+        while not self._upcoming:
+            self._changed.clear()
+            await self._changed.wait()
+        return self._upcoming[0]
+
+    def took(self, attempt: Try) -> None:
+        """A try that `next_try` gave is no longer to come."""
+        if self._upcoming and self._upcoming[0] is attempt:
+            self._upcoming.popleft()
+
+    def is_valid(self, attempt: Try) -> bool:
+        """Whether a try has not been abandoned."""
+        return attempt.number >= self._void_before
+
+    def abandon(self, attempt: Try, reason: str) -> None:
+        """This worker cannot go on with a try: the first one shall begin another."""
+        log.info("a try is abandoned", number=attempt.number, step=attempt.version, reason=reason)
+        if self.place.is_first:
+            self.void()
+        else:
+            header = pb.StageHeader(abandon=pb.StageAbandon(number=attempt.number, reason=reason))
+            self.links[BACKWARD].put(Outgoing(header, []))
+
+    def void(self) -> None:
+        """Nothing of the tries that have begun is wanted any more."""
+        if self.latest is not None:
+            self._forget_before(self.latest.number + 1)
+        self.wake()
+
+    def wake(self) -> None:
+        """Make the compute thread look whether it is wanted."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def _forget_before(self, number: int) -> None:
+        with self._condition:
+            self._void_before = max(self._void_before, number)
+            for inbound in self.inbounds.values():
+                inbound.forget_before(number)
+            self._condition.notify_all()
+        for link in self.links.values():
+            link.forget_before(number)
+        self._upcoming = deque(attempt for attempt in self._upcoming if attempt.number >= number)
+
+    def _take_up(self, attempt: Try, void_before: int) -> None:
+        schedule = schedule_for(self.plan, attempt)
+        size, index = self.plan.replica_size, self.place.index
+        orders = {
+            direction: sequence(schedule, (index + (-1 if direction == FORWARD else 1)) % size, index, direction)
+            for direction in self.inbounds
+        }
+        window = window_of(schedule, index)
+        # Tensors of fp32 are used where they arrived.
+        shape = self._shape(attempt, 0)
+        count = 0 if self._codec.name == "fp32" else window
+        posted = [[torch.empty(shape) for _ in range(min(count, len(order)))] for order in orders.values()]
+        self._forget_before(void_before)
+        with self._condition:
+            self.latest = attempt
+            for inbound, buffers in zip(self.inbounds.values(), posted, strict=True):
+                inbound.begin(attempt, orders[inbound.direction], window, buffers)
+        if index + 1 < size:
+            begin = pb.StageTry(
+                number=attempt.number,
+                version=attempt.version,
+                slots=attempt.slots,
+                validate=attempt.validate,
+                void_before=void_before,
+            )
+            self.links[FORWARD].put(Outgoing(pb.StageHeader(begin=begin), []))
+        if not self.place.is_first:
+            self._upcoming.append(attempt)
+        self._changed.set()
+
+    def _shape(self, attempt: Try, microbatch: int) -> tuple[int, int, int]:
+        """Samples, tokens and hidden size of a microbatch's activations."""
+        training, validation = self.plan.recipe.training, self.plan.recipe.validation
+        samples = validation.num_samples // training.num_slots if attempt.validate else training.slot_batch
+        per_slot = -(-samples // training.microbatch)
+        left = samples - microbatch % per_slot * training.microbatch
+        return min(training.microbatch, left), training.sequence_length, self._hidden_size
+
+    # -- the compute thread's side ---------------------------------------------------------------------------------
+
+    def run(self, attempt: Try, wanted: Callable[[], bool]) -> None:
+        """From now on `receive` and `send` are those of this try."""
+        self._running, self._wanted = attempt, wanted
+
+    def receive(self, action: Action) -> tuple[torch.Tensor, float]:
+        """See `Exchange`."""
+        attempt = self._running
+        assert attempt is not None
+        forward = action.op is Op.FORWARD
+        inbound = self.inbounds[FORWARD if forward else BACKWARD]
+        key = (attempt.number, (action.stage + (-1 if forward else 1), action.microbatch))
+        with self._condition:
+            if not self._is_here(inbound, key):
+                with self._timeline.waiting():
+                    while not self._is_here(inbound, key):
+                        self._condition.wait()
+            tensor, loss_sum = inbound.arrived.pop(key)
+        self._loop.call_soon_threadsafe(inbound.changed.set)
+        return tensor, loss_sum
+
+    def _is_here(self, inbound: Inbound, key: tuple[int, Key]) -> bool:
+        """Whether a tensor has arrived; the condition must be held. Raises AbandonedError."""
+        if key[0] < self._void_before or not self._wanted():
+            raise AbandonedError
+        return key in inbound.arrived
+
+    def send(self, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
+        """See `Exchange`."""
+        attempt = self._running
+        assert attempt is not None
+        schedule = schedule_for(self.plan, attempt)
+        slot = attempt.slots[action.microbatch // (schedule.num_microbatches // len(attempt.slots))]
+        self._faults.sent(attempt.version, slot)
+        self._thread.submit(self._encode, attempt, action, tensor, loss_sum)
+
+    def _encode(self, attempt: Try, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
+        flat = tensor.detach().float().contiguous().reshape(-1)
+        payload = self._codec.encode(flat)
+        header = pb.StageHeader(
+            tensor=pb.StageTensor(
+                try_number=attempt.number,
+                stage=action.stage,
+                microbatch=action.microbatch,
+                shape=tensor.shape,
+                codec=self._codec.wire,
+                loss_sum=loss_sum,
+            ),
+            payload_bytes=len(payload),
+            crc32c=checksum(payload),
+        )
+        link = self.links[FORWARD if action.op is Op.FORWARD else BACKWARD]
+        self._loop.call_soon_threadsafe(self._put, link, attempt, Outgoing(header, [payload]))
+
+    def _put(self, link: Link, attempt: Try, message: Outgoing) -> None:
+        if self.is_valid(attempt):
+            link.put(message)
+
+    # -- what neighbours say ---------------------------------------------------------------------------------------
+
+    def check(self, inbound: Inbound, header: pb.StageHeader) -> bool:
+        """Check a message's header before anything is allocated for it; whether its payload is to be used. Raises
+        ProtocolError that names the neighbour."""
+        kind = header.WhichOneof("content")
+        forward = inbound.direction == FORWARD
+        if kind == "begin":
+            if not forward or self.place.is_first:
+                raise ProtocolError(f"{inbound.title}: a try that it may not begin")
+            self._check_try(inbound, header.begin)
+        elif kind == "abandon":
+            if forward or self.place.index + 1 == self.plan.replica_size:
+                raise ProtocolError(f"{inbound.title}: it abandons a try towards the wrong side")
+        elif kind != "tensor":
+            raise ProtocolError(f"{inbound.title}: a message without content")
+        if kind != "tensor":
+            if header.payload_bytes:
+                raise ProtocolError(f"{inbound.title}: {header.payload_bytes} bytes with a message that has none")
+            return False
+        return self._check_tensor(inbound, header)
+
+    def _check_try(self, inbound: Inbound, begin: pb.StageTry) -> None:
+        training = self.plan.recipe.training
+        what = f"{inbound.title}: try {begin.number}"
+        last = training.num_steps + begin.validate
+        slots = list(begin.slots)
+        if begin.version >= last:
+            raise ProtocolError(f"{what}: version {begin.version}, but the job has {training.num_steps} steps")
+        if not slots or max(slots) >= training.num_slots or len(set(slots)) < len(slots):
+            raise ProtocolError(f"{what}: slots {slots}, but the job has {training.num_slots}")
+        if begin.validate and len(slots) != 1:
+            raise ProtocolError(f"{what}: a validation pass of {len(slots)} slots")
+
+    def _check_tensor(self, inbound: Inbound, header: pb.StageHeader) -> bool:
+        tensor, latest = header.tensor, self.latest
+        what = (
+            f"{inbound.title}, {WORDS[inbound.direction]} of microbatch {tensor.microbatch} from stage {tensor.stage} "
+            f"of try {tensor.try_number}"
+        )
+        if latest is None or tensor.try_number > latest.number:
+            raise ProtocolError(f"{what}: that try has not begun here")
+        if tensor.codec != self._codec.wire:
+            name = plan_pb2.Codec.Name(tensor.codec) if tensor.codec in plan_pb2.Codec.values() else tensor.codec
+            raise ProtocolError(f"{what}: codec {name}, but the recipe says activations: {self._codec.name}")
+        attempt = inbound.expect(tensor.try_number, (tensor.stage, tensor.microbatch), what)
+        # One that is going to be dropped must be no larger than a tensor can be.
+        shape = self._shape(attempt or latest, tensor.microbatch if attempt is not None else 0)
+        if attempt is None and header.payload_bytes <= self._codec.encoded_bytes((math.prod(shape),)):
+            return False
+        if tuple(tensor.shape) != shape:
+            raise ProtocolError(f"{what}: shape {list(tensor.shape)}, but it is {list(shape)} here")
+        try:
+            self._codec.check_size(header.payload_bytes, (math.prod(shape),))
+        except ProtocolError as error:
+            raise ProtocolError(f"{what}: {error}") from None
+        return attempt is not None
+
+    async def take(self, inbound: Inbound, header: pb.StageHeader, payload: Payload) -> None:
+        """Act on a checked message that is whole. Raises ProtocolError."""
+        kind = header.WhichOneof("content")
+        if kind == "begin":
+            begin = header.begin
+            if self.latest is None or begin.number > self.latest.number:
+                attempt = Try(begin.number, begin.version, tuple(begin.slots), begin.validate)
+                self._take_up(attempt, begin.void_before)
+        elif kind == "abandon":
+            self._heard_abandon(inbound, header.abandon)
+        elif kind == "tensor":
+            await self._take_tensor(inbound, header, payload)
+
+    def _heard_abandon(self, inbound: Inbound, abandon: pb.StageAbandon) -> None:
+        if self.latest is None or not self._void_before <= abandon.number <= self.latest.number:
+            return
+        log.info("a try was abandoned", number=abandon.number, by=inbound.title, reason=abandon.reason)
+        if self.place.is_first:
+            self.void()
+            self._on_void()
+        else:
+            self.links[BACKWARD].put(Outgoing(pb.StageHeader(abandon=abandon), []))
+
+    async def _take_tensor(self, inbound: Inbound, header: pb.StageHeader, payload: Payload) -> None:
+        tensor = header.tensor
+        found = checksum(payload)
+        if found != header.crc32c:
+            raise ProtocolError(
+                f"{inbound.title}, {WORDS[inbound.direction]} of microbatch {tensor.microbatch} from stage "
+                f"{tensor.stage}: checksum {found:08x} is not the announced {header.crc32c:08x}; "
+                f"the bytes changed on the way"
+            )
+        shape = tuple(tensor.shape)
+        if self._codec.name == "fp32":
+            values = torch.from_numpy(payload.view(np.float32)).view(shape)
+        else:
+            values = inbound.buffer(shape)
+            await self._loop.run_in_executor(self._thread, self._codec.decode, payload, values.view(-1))
+        with self._condition:
+            if inbound.take(tensor.try_number, (tensor.stage, tensor.microbatch), values, tensor.loss_sum):
+                inbound.received_bytes += len(payload)
+                self._condition.notify_all()
+
+
+def check_hello(neighbours: Neighbours, hello: pb.StageHello) -> Inbound:
+    """Whose stream it is. Raises ProtocolError when its sender is no neighbour, StaleEpochError when it was one."""
+    plan, place = neighbours.plan, neighbours.place
+    if (hello.job_id, hello.epoch, hello.table) != (plan.job_id, plan.epoch, place.replica.number):
+        raise StaleEpochError(
+            f"replica {hello.table} of {hello.job_id} epoch {hello.epoch} is not in force here: this worker is in "
+            f"replica {place.replica.number} of {plan.job_id} epoch {plan.epoch}"
+        )
+    inbound = neighbours.inbounds.get(hello.direction)
+    step = 1 if hello.direction == FORWARD else -1
+    if inbound is None or (hello.worker + step) % plan.replica_size != place.index:
+        raise ProtocolError(
+            f"a stream from place {hello.worker} of the replica is not for place {place.index}; only neighbours stream"
+        )
+    return inbound

@@ -277,7 +277,8 @@ def cluster(network: Network, num_machines: int, root: Path) -> Iterator[str]:
             listen = ["--listen", f"{network.address(machine)}:0"]
             waiting.append(serve(machine, "parameter-server", "--name", f"server-{machine}", *listen, *common))
             cache = ["--cache", str(root / "cache")]
-            waiting.append(serve(machine, "worker", "--name", f"worker-{machine}", "--device", "cpu", *cache, *common))
+            named = ["--name", f"worker-{machine}", "--device", "cpu"]
+            waiting.append(serve(machine, "worker", *named, *listen, *cache, *common))
         for path in waiting:
             await_file(path)
         yield address

@@ -170,7 +170,9 @@ class Views:
             return [*waits, ("to be resumed", "`gradstream resume`")] if active.record.desired == "pause" else waits
         free = [slot for slot, holder in enumerate(active.holders) if not holder and not active.resting]
         if free:
-            waits.append((f"a worker for slots {scheduler.joined(free)}", "a worker to register"))
+            lacking = active.lease_reason.partition("no replica: ")[2]
+            whom = f"a replica for slots {scheduler.joined(free)} ({lacking})" if lacking else ""
+            waits.append((whom or f"a worker for slots {scheduler.joined(free)}", "a worker to register"))
         leader = active.plan.servers[active.plan.leader].name
         done = active.version >= active.num_steps
         if active.record.desired != "run" and not active.resting and not done:

@@ -103,6 +103,15 @@ class _Expected:
     num_arrived: int = 0
 
 
+class InboundStream:
+    """A stream that a neighbour has opened."""
+
+    def __init__(self) -> None:
+        self.num_taken = 0
+        self.changed = asyncio.Event()
+        """The neighbour shall be told how far it may go."""
+
+
 class Inbound:
     """What one neighbour sends in one direction."""
 
@@ -110,9 +119,7 @@ class Inbound:
         self.title = title
         self.direction = direction
         self.arrived: dict[tuple[int, Key], tuple[torch.Tensor, float]] = {}  # by try number
-        self.num_taken = 0  # messages of the stream that is open
-        self.changed = asyncio.Event()  # the neighbour shall be told of it
-        self.stream = 0  # the number of the stream that is open; an older one of it counts no more
+        self.stream: InboundStream | None = None  # the one opened last; an older one counts no more
         self.received_bytes = 0
         self._expected: deque[_Expected] = deque()
         self._most_waiting = 0
@@ -126,7 +133,18 @@ class Inbound:
         self._expected.append(_Expected(attempt, order, {key: place for place, key in enumerate(order)}))
         self._most_waiting = window
         self._posted = deque(posted)
-        self.changed.set()
+        self.tell()
+
+    def open(self) -> InboundStream:
+        """The neighbour has opened a stream; one that it had before is over."""
+        self.tell()
+        self.stream = InboundStream()
+        return self.stream
+
+    def tell(self) -> None:
+        """Tell the neighbour how far it may go."""
+        if self.stream is not None:
+            self.stream.changed.set()
 
     def forget_before(self, number: int) -> None:
         """Tries with lower numbers are void."""
@@ -240,7 +258,7 @@ class Neighbours:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for inbound in self.inbounds.values():
-            inbound.changed.set()
+            inbound.tell()
         for link in self.links.values():
             await link.close()
         await asyncio.to_thread(self._thread.shutdown, True, cancel_futures=True)
@@ -366,7 +384,7 @@ class Neighbours:
                     while not self._is_here(inbound, key):
                         self._condition.wait()
             tensor, loss_sum = inbound.arrived.pop(key)
-        self._loop.call_soon_threadsafe(inbound.changed.set)
+        self._loop.call_soon_threadsafe(inbound.tell)
         return tensor, loss_sum
 
     def _is_here(self, inbound: Inbound, key: tuple[int, Key]) -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from gradstream.core.errors import ProtocolError, StaleEpochError, UnreachableError
+from gradstream.core.errors import ProtocolError, StaleEpochError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.rpc import answering
 from gradstream.core.wire import Assembler, parse
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.neighbours import Inbound, Neighbours, check_hello
+from gradstream.worker.neighbours import Inbound, InboundStream, Neighbours, check_hello
 
 log = get_logger()
 
@@ -45,33 +45,46 @@ class WorkerServicer:
             hello = await _hello(messages)
             neighbours = await self._await(hello)
             inbound = check_hello(neighbours, hello)
-            inbound.stream += 1
-            inbound.num_taken = 0
-            reader = asyncio.create_task(self._read(messages, neighbours, inbound, inbound.stream))
-            reader.add_done_callback(lambda _: inbound.changed.set())
+            stream = inbound.open()
+            reader = asyncio.create_task(self._read_from(messages, neighbours, inbound, stream))
+            reader.add_done_callback(lambda _: stream.changed.set())
             try:
                 while True:
-                    inbound.changed.clear()
-                    yield pb.StageResponse(num_taken=inbound.num_taken, window=inbound.window)
-                    await inbound.changed.wait()
+                    stream.changed.clear()
+                    yield pb.StageResponse(num_taken=stream.num_taken, window=inbound.window)
+                    await stream.changed.wait()
                     if reader.done():
                         reader.result()
                         return
                     if self._neighbours is not neighbours:
                         raise StaleEpochError("the replica was formed anew; take up the lease table that made it")
+                    if inbound.stream is not stream:
+                        raise StaleEpochError(f"{inbound.title} has opened another stream since")
             finally:
-                if not reader.done() and self._neighbours is neighbours:
+                if not reader.done() and self._neighbours is neighbours and inbound.stream is stream:
                     log.warning("a neighbour's stream broke", neighbour=inbound.title)
                 reader.cancel()
 
+    async def _read_from(
+        self, messages: AsyncIterator[bytes], neighbours: Neighbours, inbound: Inbound, stream: InboundStream
+    ) -> None:
+        """`_read`, with errors that name the neighbour."""
+        try:
+            await self._read(messages, neighbours, inbound, stream)
+        except ProtocolError as error:
+            log.error("a neighbour broke the protocol", neighbour=inbound.title, cause=one_line(error))
+            if inbound.title in str(error):
+                raise
+            raise ProtocolError(f"{inbound.title}: {error}") from None
+
     async def _read(
-        self, messages: AsyncIterator[bytes], neighbours: Neighbours, inbound: Inbound, stream: int
+        self, messages: AsyncIterator[bytes], neighbours: Neighbours, inbound: Inbound, stream: InboundStream
     ) -> None:
         assembler: Assembler[pb.StageHeader] = Assembler()
         wanted = False
         while (message := await anext(messages, None)) is not None:
-            if inbound.stream != stream:
-                raise StaleEpochError(f"{inbound.title} has opened another stream since")
+            if inbound.stream is not stream:
+                return
             encoded, piece = parse(message)
             if encoded is not None:
                 header = _header(encoded)
@@ -83,8 +96,8 @@ class WorkerServicer:
             header, payload = whole
             if wanted or not header.HasField("tensor"):
                 await neighbours.take(inbound, header, payload)
-            inbound.num_taken += 1
-            inbound.changed.set()
+            stream.num_taken += 1
+            stream.changed.set()
 
     async def _await(self, hello: pb.StageHello) -> Neighbours:
         """The neighbours that a stream is for; the sender may have heard of them before this worker has."""

@@ -1,0 +1,362 @@
+"""Neighbours over real gRPC: what a neighbour may send is known beforehand, and nothing else is used."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc.aio
+import numpy as np
+import pytest
+import torch
+from support.micro import MICRO_LLAMA, micro_plan
+
+from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError
+from gradstream.core.plan import Plan
+from gradstream.core.rpc import error_from_rpc, listen, new_server, open_channel
+from gradstream.core.schedules import Action, Op
+from gradstream.core.wire import WorkerStub, add_worker, checksum, frame, frames
+from gradstream.proto.v1 import plan_pb2
+from gradstream.proto.v1 import worker_pb2 as pb
+from gradstream.worker.compute import AbandonedError
+from gradstream.worker.faults import Faults
+from gradstream.worker.neighbours import BACKWARD, FORWARD, Neighbours, Place
+from gradstream.worker.servicer import WorkerServicer
+from gradstream.worker.timeline import Timeline
+
+BOUND_SECONDS = 20.0
+SHAPE = (2, 8, 16)  # samples, tokens, hidden size of the micro model
+SLOTS = (0, 1)  # of two microbatches each
+
+
+def plan_of(activations: str = "fp32", num_stages: int = 2) -> Plan:
+    """The micro model in stages: embedding and layers first, the last one with the head."""
+    plan = micro_plan(MICRO_LLAMA)
+    pipeline = plan.recipe.pipeline.model_copy(update={"stages": num_stages, "activations": activations})
+    recipe = plan.recipe.model_copy(update={"pipeline": pipeline})
+    ends = {2: (2, 6), 3: (2, 3, 6)}[num_stages]
+    return dataclasses.replace(plan, recipe=recipe, stage_ends=ends, schedule="1f1b")
+
+
+class Node:
+    """One worker's neighbours, with a real server in front of them."""
+
+    def __init__(self) -> None:
+        self.servicer = WorkerServicer()
+        self.server = new_server()
+        self.address = f"127.0.0.1:{listen(self.server, '127.0.0.1:0')}"
+        self.neighbours: Neighbours
+        self.errors: list[Exception] = []
+        self.voids = 0
+        add_worker(self.servicer, self.server)
+
+    def meet(self, plan: Plan, place: Place) -> None:
+        def void() -> None:
+            self.voids += 1
+
+        self.neighbours = Neighbours(plan, place, SHAPE[2], Faults(""), Timeline(), self.errors.append, void)
+        self.servicer.set(self.neighbours)
+
+
+class Chain:
+    """All workers of a replica."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.nodes = [Node() for _ in range(plan.replica_size)]
+        self.thread = ThreadPoolExecutor(plan.replica_size)
+
+    async def form(self, number: int = 1) -> None:
+        workers = [
+            plan_pb2.PipelineWorker(node_id=f"w{index}.1", name=f"w{index}", address=node.address)
+            for index, node in enumerate(self.nodes)
+        ]
+        replica = plan_pb2.Replica(number=number, workers=workers)
+        for index, node in enumerate(self.nodes):
+            node.meet(self.plan, Place(replica, index))
+
+    async def compute(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """Run a compute thread's call."""
+        future = asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
+        return await asyncio.wait_for(future, BOUND_SECONDS)
+
+
+@pytest.fixture
+async def make_chain() -> AsyncIterator[Callable[..., Awaitable[Chain]]]:
+    made: list[Chain] = []
+
+    async def make(activations: str = "fp32", num_stages: int = 2) -> Chain:
+        chain = Chain(plan_of(activations, num_stages))
+        made.append(chain)
+        for node in chain.nodes:
+            await node.server.start()
+        await chain.form()
+        return chain
+
+    yield make
+    for chain in made:
+        for node in chain.nodes:
+            await node.neighbours.close()
+            await node.server.stop(None)
+        chain.thread.shutdown()
+
+
+MakeChain = Callable[..., Awaitable[Chain]]
+
+
+def activation(microbatch: int) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(microbatch))
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    async with asyncio.timeout(BOUND_SECONDS):
+        while not condition():  # noqa: ASYNC110 - it changes in several tasks and threads
+            await asyncio.sleep(0.01)
+    assert condition(), what
+
+
+# --- what neighbours do for each other --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("activations", "error"), [("fp32", 0.0), ("bf16", 2**-8), ("int8", 2**-6)])
+async def test_tensors_and_losses_arrive(make_chain: MakeChain, activations: str, error: float) -> None:
+    chain = await make_chain(activations)
+    first, second = (node.neighbours for node in chain.nodes)
+    attempt = await first.begin(2, SLOTS, False)
+    followed = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
+    assert followed == attempt
+    first.run(attempt, lambda: True)
+    second.run(followed, lambda: True)
+    for microbatch in range(2):
+        first.send(Action(0, Op.FORWARD, microbatch), activation(microbatch), 0.0)
+        received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, microbatch))
+        assert received.shape == SHAPE
+        sent = activation(microbatch)
+        assert float((received - sent).abs().max()) <= error * float(sent.abs().max())
+        second.send(Action(1, Op.BACKWARD, microbatch), -sent, 1.5 + microbatch)
+        gradient, loss_sum = await chain.compute(first.receive, Action(0, Op.BACKWARD, microbatch))
+        assert loss_sum == 1.5 + microbatch
+        assert float((gradient + sent).abs().max()) <= error * float(sent.abs().max())
+    assert not chain.nodes[0].errors
+    assert not chain.nodes[1].errors
+
+
+async def test_a_try_goes_down_the_whole_chain_and_an_abandon_up(make_chain: MakeChain) -> None:
+    chain = await make_chain(num_stages=3)
+    first, _, third = (node.neighbours for node in chain.nodes)
+    attempt = await first.begin(0, SLOTS, False)
+    followed = await asyncio.wait_for(third.next_try(), BOUND_SECONDS)
+    assert followed.number == attempt.number
+    third.abandon(followed, "its weights broke off")
+    await until(lambda: chain.nodes[0].voids == 1, "the first worker to hear of it")
+    assert not first.is_valid(attempt)
+    again = await first.begin(0, SLOTS, False)
+    assert again.number > attempt.number
+    await until(lambda: not third.is_valid(attempt), "the last one to hear of the next try")
+    third.took(followed)
+    assert (await third.next_try()).number == again.number
+
+
+async def test_nothing_of_an_abandoned_try_is_used(make_chain: MakeChain) -> None:
+    chain = await make_chain()
+    first, second = (node.neighbours for node in chain.nodes)
+    attempt = await first.begin(0, SLOTS, False)
+    first.run(attempt, lambda: True)
+    first.send(Action(0, Op.FORWARD, 0), torch.full(SHAPE, 7.0), 0.0)
+    inbound = second.inbounds[FORWARD]
+    await until(lambda: bool(inbound.arrived), "the tensor to arrive")
+    first.void()
+    again = await first.begin(0, SLOTS, False)
+    first.run(again, lambda: True)
+    first.send(Action(0, Op.FORWARD, 0), torch.full(SHAPE, 9.0), 0.0)
+    await until(lambda: again.number in {number for number, _ in inbound.arrived}, "the second one to arrive")
+    assert {number for number, _ in inbound.arrived} == {again.number}
+    followed = await second.next_try()
+    assert followed.number == again.number
+    second.run(followed, lambda: True)
+    received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, 0))
+    assert torch.equal(received, torch.full(SHAPE, 9.0))
+
+
+async def test_a_waiting_worker_is_told_that_its_try_is_void(make_chain: MakeChain) -> None:
+    chain = await make_chain()
+    first = chain.nodes[0].neighbours
+    attempt = await first.begin(0, SLOTS, False)
+    first.run(attempt, lambda: True)
+    waiting = asyncio.ensure_future(chain.compute(first.receive, Action(0, Op.BACKWARD, 0)))
+    first.void()
+    with pytest.raises(AbandonedError):
+        await waiting
+    first.run(await first.begin(0, SLOTS, False), lambda: False)
+    with pytest.raises(AbandonedError):
+        await chain.compute(first.receive, Action(0, Op.BACKWARD, 0))
+
+
+async def test_after_a_break_what_is_missing_comes_again_and_nothing_twice(make_chain: MakeChain) -> None:
+    chain = await make_chain()
+    first, second = chain.nodes[0].neighbours, chain.nodes[1]
+    attempt = await first.begin(0, SLOTS, False)
+    first.run(attempt, lambda: True)
+    first.send(Action(0, Op.FORWARD, 0), activation(0), 0.0)
+    inbound = second.neighbours.inbounds[FORWARD]
+    await until(lambda: bool(inbound.arrived), "the tensor to arrive")
+    await second.server.stop(None)
+    second.server = new_server()
+    add_worker(second.servicer, second.server)
+    await until(lambda: first.links[FORWARD].unreachable_since is not None, "the break to be seen")
+    assert "worker w1 at" in first.links[FORWARD].title
+    first.send(Action(0, Op.FORWARD, 1), activation(1), 0.0)
+    assert listen(second.server, second.address)
+    await second.server.start()
+    second.neighbours.run(await second.neighbours.next_try(), lambda: True)
+    for microbatch in range(2):
+        received, _ = await chain.compute(second.neighbours.receive, Action(1, Op.FORWARD, microbatch))
+        assert torch.equal(received, activation(microbatch))
+    await until(lambda: first.links[FORWARD].unreachable_since is None, "the neighbour to answer again")
+    assert not inbound.arrived
+
+
+async def test_credit_bounds_what_waits(make_chain: MakeChain) -> None:
+    chain = await make_chain()
+    first, second = (node.neighbours for node in chain.nodes)
+    attempt = await first.begin(0, SLOTS, False)
+    first.run(attempt, lambda: True)
+    inbound = second.inbounds[FORWARD]
+    for microbatch in range(4):  # more than 1f1b ever sends ahead
+        first.send(Action(0, Op.FORWARD, microbatch), activation(microbatch), 0.0)
+    await until(lambda: len(inbound.arrived) == 2 and not inbound.window, "the window to be full")
+    second.run(await second.next_try(), lambda: True)
+    for microbatch in range(4):
+        received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, microbatch))
+        assert torch.equal(received, activation(microbatch))
+        assert len(inbound.arrived) <= 2
+    assert not chain.nodes[0].errors
+
+
+# --- what a neighbour must not do -------------------------------------------------------------------------------------
+
+
+def hello(**changes: Any) -> pb.StageHello:
+    fields = {"job_id": "job", "epoch": 1, "table": 1, "worker": 0, "direction": FORWARD, **changes}
+    return pb.StageHello(**fields)
+
+
+def tensor_messages(
+    values: torch.Tensor | None = None, crc32c: int | None = None, num_bytes: int | None = None, **changes: Any
+) -> list[bytes]:
+    payload = (activation(0) if values is None else values).numpy().view(np.uint8).reshape(-1)
+    fields = {"try_number": 1, "stage": 0, "microbatch": 0, "shape": SHAPE, "codec": plan_pb2.CODEC_FP32, **changes}
+    header = pb.StageHeader(
+        tensor=pb.StageTensor(**fields),
+        payload_bytes=len(payload) if num_bytes is None else num_bytes,
+        crc32c=checksum(payload) if crc32c is None else crc32c,
+    )
+    return list(frames(header, [payload]))
+
+
+def message(**content: Any) -> bytes:
+    return frame(pb.StageHeader(**content).SerializeToString())
+
+
+async def answer(node: Node, messages: list[bytes], opening: pb.StageHello | None = None) -> GradstreamError:
+    """What a stream of these messages, after a hello, is refused with."""
+    channel = open_channel(node.address)
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield message(hello=opening or hello())
+        for item in messages:
+            yield item
+        await asyncio.sleep(BOUND_SECONDS)
+
+    try:
+        async with asyncio.timeout(BOUND_SECONDS):
+            async for _ in WorkerStub(channel).Stream(stream()):
+                pass
+    except grpc.aio.AioRpcError as error:
+        return error_from_rpc(error, "the worker")
+    finally:
+        await channel.close(None)
+    raise AssertionError("the stream was not refused")
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        pytest.param(tensor_messages(shape=(2, 8, 17)), r"shape \[2, 8, 17\], but it is \[2, 8, 16\] here", id="shape"),
+        pytest.param(tensor_messages(shape=()), r"shape \[\], but", id="no-shape"),
+        pytest.param(tensor_messages(codec=plan_pb2.CODEC_BF16), "codec CODEC_BF16, but the recipe", id="dtype"),
+        pytest.param(tensor_messages(codec=99), "codec 99, but the recipe", id="unknown-dtype"),
+        pytest.param(tensor_messages(microbatch=1), "out of order, that of microbatch 0 from stage 0", id="order"),
+        pytest.param(tensor_messages(microbatch=4), "gets no such activation", id="microbatch"),
+        pytest.param(tensor_messages(stage=1), "gets no such activation", id="stage"),
+        pytest.param(tensor_messages(try_number=2), "that try has not begun here", id="try"),
+        pytest.param(tensor_messages(crc32c=1), "checksum .* is not the announced 00000001", id="checksum"),
+        pytest.param(tensor_messages(num_bytes=5), "fp32 payload of 5 bytes where 256 elements take 1024", id="size"),
+        pytest.param(tensor_messages(num_bytes=1 << 40), "fp32 payload of 1099511627776 bytes", id="huge"),
+        pytest.param([message(abandon=pb.StageAbandon(number=1))], "towards the wrong side", id="abandon"),
+        pytest.param([message()], "a message without content", id="empty"),
+        pytest.param([message(hello=hello())], "a message without content", id="second-hello"),
+        pytest.param([b"\x22\x01x"], "unexpected field", id="garbage"),
+        pytest.param([frame(b"\xff\xff\xff")], "not a valid message", id="no-protobuf"),
+        pytest.param(
+            [message(begin=pb.StageTry(number=9, version=99, slots=[0]))], "version 99, but the job", id="version"
+        ),
+        pytest.param([message(begin=pb.StageTry(number=9, slots=[0, 0]))], r"slots \[0, 0\]", id="slots"),
+        pytest.param([message(begin=pb.StageTry(number=9, slots=[2]))], r"slots \[2\]", id="slot"),
+        pytest.param([message(begin=pb.StageTry(number=9))], r"slots \[\]", id="no-slots"),
+        pytest.param(
+            [message(begin=pb.StageTry(number=9, slots=[0, 1], validate=True))], "validation pass of 2", id="validate"
+        ),
+    ],
+)
+async def test_what_breaks_the_protocol_is_refused_by_name_and_nothing_is_used(
+    make_chain: MakeChain, messages: list[bytes], words: str
+) -> None:
+    chain = await make_chain()
+    first, second = (node.neighbours for node in chain.nodes)
+    await first.begin(0, SLOTS, False)
+    attempt = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
+    with pytest.raises(ProtocolError, match=words) as caught:
+        raise await answer(chain.nodes[1], messages)
+    assert "worker w0 at 127.0.0.1:" in str(caught.value)
+    assert not second.inbounds[FORWARD].arrived
+    assert second.is_valid(attempt)
+    # The neighbour itself goes on as if nothing had been.
+    first.run(first.latest, lambda: True)  # type: ignore[arg-type]
+    first.send(Action(0, Op.FORWARD, 0), activation(0), 0.0)
+    second.run(attempt, lambda: True)
+    received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, 0))
+    assert torch.equal(received, activation(0))
+
+
+@pytest.mark.parametrize(
+    ("opening", "error", "words"),
+    [
+        pytest.param(hello(worker=1), ProtocolError, "only neighbours stream", id="not-a-neighbour"),
+        pytest.param(hello(direction=BACKWARD), ProtocolError, "only neighbours stream", id="direction"),
+        pytest.param(hello(epoch=0), StaleEpochError, "not in force here", id="epoch"),
+        pytest.param(hello(table=0), StaleEpochError, "replica 0 of job epoch 1 is not in force", id="table"),
+    ],
+)
+async def test_a_stream_from_elsewhere_is_refused(
+    make_chain: MakeChain, opening: pb.StageHello, error: type[GradstreamError], words: str
+) -> None:
+    chain = await make_chain()
+    with pytest.raises(error, match=words):
+        raise await answer(chain.nodes[1], [], opening)
+
+
+async def test_streams_of_a_replica_that_was_formed_anew_end(make_chain: MakeChain) -> None:
+    chain = await make_chain()
+    second = chain.nodes[1]
+    refused = asyncio.ensure_future(answer(second, [], hello()))
+    await until(lambda: second.neighbours.inbounds[FORWARD].stream is not None, "the stream to be open")
+    old = [node.neighbours for node in chain.nodes]
+    await chain.form(number=2)
+    with pytest.raises(StaleEpochError, match="formed anew"):
+        raise await refused
+    for neighbours in old:
+        await neighbours.close()

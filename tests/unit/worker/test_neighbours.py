@@ -352,11 +352,13 @@ async def test_a_stream_from_elsewhere_is_refused(
 async def test_streams_of_a_replica_that_was_formed_anew_end(make_chain: MakeChain) -> None:
     chain = await make_chain()
     second = chain.nodes[1]
-    refused = asyncio.ensure_future(answer(second, [], hello()))
-    await until(lambda: second.neighbours.inbounds[FORWARD].stream is not None, "the stream to be open")
     old = [node.neighbours for node in chain.nodes]
+    await old[0].close()  # its own stream would take this one's place
+    before = old[1].inbounds[FORWARD].stream
+    refused = asyncio.ensure_future(answer(second, [], hello()))
+    await until(lambda: old[1].inbounds[FORWARD].stream is not before, "the stream to be open")
     await chain.form(number=2)
     with pytest.raises(StaleEpochError, match="formed anew"):
         raise await refused
-    for neighbours in old:
-        await neighbours.close()
+    await old[1].close()
+    assert not old[0].is_valid(await chain.nodes[0].neighbours.begin(0, SLOTS, False))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -39,7 +42,7 @@ class Pipeline:
         self.schedule = schedule
         self.weights = dict(initial_weights(config, seed=3))
         self.tokens = torch.randint(
-            0, VOCAB_SIZE, (NUM_MICROBATCHES, 2, 13), generator=torch.Generator().manual_seed(1)
+            0, VOCAB_SIZE, (schedule.num_microbatches, 2, 13), generator=torch.Generator().manual_seed(1)
         )
         num_sections, num_stages = NUM_LAYERS + 2, schedule.num_stages
         bounds = [num_sections * stage // num_stages for stage in range(num_stages + 1)]
@@ -48,6 +51,7 @@ class Pipeline:
             stage.train()
             for (name, _), parameter in stage_tensors(stage, self.weights).items():
                 parameter.data.copy_(self.weights[name])
+        self.watching: Callable[[int], AbstractContextManager[object]] = lambda worker: nullcontext()
         self.draws = [UnitDraws(stage.model, seed=5) for stage in self.stages]
         self.runners = [
             StageRunner(
@@ -83,8 +87,9 @@ class Pipeline:
                     continue
                 received = [messages.pop(item) for item in needed if item.stage != action.stage]
                 first = action.stage == 0 and action.op == "F"
-                given = self.tokens[action.microbatch, :, :-1] if first else next(iter(received), None)
-                messages[action] = self.runners[worker].run(action, given)
+                given = self.tokens[action.microbatch, :, :-1].contiguous() if first else next(iter(received), None)
+                with self.watching(worker):
+                    messages[action] = self.runners[worker].run(action, given)
                 done.add(action)
                 places[worker] += 1
 
@@ -143,3 +148,68 @@ def test_an_abandoned_try_leaves_nothing(name: str, model: tuple[dict[str, Any],
     pipeline.run()
     assert_same(pipeline.gradients(), expected)
     assert pipeline.runners[-1].losses == losses
+
+
+class SavedBytes:
+    """Bytes that autograd keeps between forward and backward passes, by worker: now and at most.
+
+    A storage counts once however many views of it are kept; parameters, which are there anyway, do not.
+    """
+
+    def __init__(self, pipeline: Pipeline):
+        self.most = [0] * len(pipeline.runners)
+        self._parameters = {
+            parameter.untyped_storage().data_ptr() for stage in pipeline.stages for parameter in stage.parameters()
+        }
+        self._kept: list[Counter[int]] = [Counter() for _ in pipeline.runners]
+        self._sizes: dict[int, int] = {}
+
+    def watching(self, worker: int) -> AbstractContextManager[object]:
+        kept = self._kept[worker]
+
+        def pack(tensor: torch.Tensor) -> Held:
+            storage = tensor.untyped_storage()
+            key = storage.data_ptr()
+            if key not in self._parameters:
+                kept[key] += 1
+                self._sizes[key] = storage.nbytes()
+                self.most[worker] = max(self.most[worker], sum(self._sizes[found] for found in kept))
+            return Held(tensor, kept)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor)
+
+
+class Held:
+    """A tensor that autograd keeps; when the graph lets go of it, so does the count."""
+
+    def __init__(self, tensor: torch.Tensor, kept: Counter[int]):
+        self.tensor = tensor
+        self._kept = kept
+
+    def __del__(self) -> None:
+        key = self.tensor.untyped_storage().data_ptr()
+        self._kept[key] -= 1
+        if self._kept[key] <= 0:
+            del self._kept[key]
+
+
+@pytest.mark.parametrize("name", ["1f1b", "eager-1f1b", "gpipe"])
+def test_memory_of_activations_stays_within_the_bound(name: str) -> None:
+    """Measured, as bytes: what a worker keeps is at most the bound's microbatches times what one of them takes."""
+    num_workers, num_microbatches = 4, 12
+    alone = Pipeline(MODELS["llama"], make_schedule(name, num_workers, 1))
+    one = SavedBytes(alone)
+    alone.watching = one.watching
+    alone.run()
+    schedule = make_schedule(name, num_workers, num_microbatches)
+    pipeline = Pipeline(MODELS["llama"], schedule)
+    measured = SavedBytes(pipeline)
+    pipeline.watching = measured.watching
+    pipeline.run()
+    bounds = validate(schedule).live_activations
+    for worker, (bound, most, each) in enumerate(zip(bounds, measured.most, one.most, strict=True)):
+        assert each > 0
+        # What does not belong to a microbatch, such as a mask, counts in each of `each` and once here.
+        assert (bound - 1) * each < most <= bound * each, (worker, bound, most / each)
+    if name == "1f1b":
+        assert bounds == (4, 3, 2, 1)

@@ -133,7 +133,7 @@ class JobRun:
             if self._neighbours is not None and (
                 place is None or place.replica.number != self._neighbours.place.replica.number
             ):
-                self._neighbours.void()
+                self._neighbours.end()
             holder_id = place.replica.workers[0].node_id if place is not None else ""
         mine = [slot for slot, holder in enumerate(holders) if holder and holder == holder_id]
         if mine != self._leases.slots:
@@ -304,6 +304,8 @@ class JobRun:
             try:
                 await self._run_try(attempt, upcoming)
             except AbandonedError:
+                if self._neighbours is not None and place is not None and place.is_first:
+                    self._neighbours.void()
                 if upcoming.done():
                     break
                 if inbox.failed or self._superseded:

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -122,6 +121,7 @@ class Inbound:
         self.stream: InboundStream | None = None  # the one opened last; an older one counts no more
         self.received_bytes = 0
         self._expected: deque[_Expected] = deque()
+        self._newest = 0  # try of which a tensor has come: the neighbour is done with those before it
         self._most_waiting = 0
         self._posted: deque[torch.Tensor] = deque()
 
@@ -159,28 +159,20 @@ class Inbound:
     def expect(self, number: int, key: Key, what: str) -> Try | None:
         """The try of a tensor if it is the next one to come; None for one that came already or is of a try that is
         over. Raises ProtocolError for any other."""
-        for expected in self._expected:
-            if expected.attempt.number == number:
-                place = expected.places.get(key)
-                if place is None:
-                    raise ProtocolError(f"{what}: this worker gets no such {WORDS[self.direction]} from it in this try")
-                if place < expected.num_arrived:
-                    return None
-                if place > expected.num_arrived:
-                    self._out_of_order(expected, what)
-                if not self.window:
-                    raise ProtocolError(f"{what}: {self._most_waiting} tensors wait here already")
-                return expected.attempt
-            if expected.attempt.number < number and expected.num_arrived < len(expected.order):
-                self._out_of_order(expected, what)
-        return None
-
-    def _out_of_order(self, expected: _Expected, what: str) -> NoReturn:
-        stage, microbatch = expected.order[expected.num_arrived]
-        number = expected.attempt.number
-        raise ProtocolError(
-            f"{what}: out of order, that of microbatch {microbatch} from stage {stage} of try {number} comes first"
-        )
+        expected = next((found for found in self._expected if found.attempt.number == number), None)
+        if expected is None or number < self._newest:
+            return None
+        place = expected.places.get(key)
+        if place is None:
+            raise ProtocolError(f"{what}: this worker gets no such {WORDS[self.direction]} from it in this try")
+        if place < expected.num_arrived:
+            return None
+        if place > expected.num_arrived:
+            stage, microbatch = expected.order[expected.num_arrived]
+            raise ProtocolError(f"{what}: out of order, that of microbatch {microbatch} from stage {stage} comes first")
+        if not self.window:
+            raise ProtocolError(f"{what}: {self._most_waiting} tensors wait here already")
+        return expected.attempt
 
     def buffer(self, shape: tuple[int, ...]) -> torch.Tensor:
         """A posted buffer, or a new one where microbatches differ in shape."""
@@ -193,6 +185,7 @@ class Inbound:
         for expected in self._expected:
             if expected.attempt.number == number:
                 self.arrived[number, key] = (tensor, loss_sum)
+                self._newest = number
                 expected.num_arrived += 1
                 return True
         return False
@@ -229,6 +222,7 @@ class Neighbours:
         self._running: Try | None = None
         self._wanted: Callable[[], bool] = lambda: True
         self._void_before = 0
+        self._ended = False
         self._upcoming: deque[Try] = deque()
         self._changed = asyncio.Event()
         # Sends and receives are encoded and decoded here, off the compute thread and off the event loop.
@@ -253,7 +247,7 @@ class Neighbours:
 
     async def close(self) -> None:
         """End all streams; whoever waits gets AbandonedError."""
-        self.void()
+        self.end()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -295,7 +289,7 @@ class Neighbours:
 
     def is_valid(self, attempt: Try) -> bool:
         """Whether a try has not been abandoned."""
-        return attempt.number >= self._void_before
+        return not self._ended and attempt.number >= self._void_before
 
     def abandon(self, attempt: Try, reason: str) -> None:
         """This worker cannot go on with a try: the first one shall begin another."""
@@ -311,6 +305,11 @@ class Neighbours:
         if self.latest is not None:
             self._forget_before(self.latest.number + 1)
         self.wake()
+
+    def end(self) -> None:
+        """They are neighbours no more: no try is valid, nor will be."""
+        self._ended = True
+        self.void()
 
     def wake(self) -> None:
         """Make the compute thread look whether it is wanted."""
@@ -368,8 +367,13 @@ class Neighbours:
     # -- the compute thread's side ---------------------------------------------------------------------------------
 
     def run(self, attempt: Try, wanted: Callable[[], bool]) -> None:
-        """From now on `receive` and `send` are those of this try."""
-        self._running, self._wanted = attempt, wanted
+        """From now on `receive` and `send` are those of this try; earlier ones are over here."""
+        with self._condition:
+            self._running, self._wanted = attempt, wanted
+            for inbound in self.inbounds.values():
+                inbound.forget_before(attempt.number)
+        for inbound in self.inbounds.values():
+            inbound.tell()
 
     def receive(self, action: Action) -> tuple[torch.Tensor, float]:
         """See `Exchange`."""
@@ -389,7 +393,7 @@ class Neighbours:
 
     def _is_here(self, inbound: Inbound, key: tuple[int, Key]) -> bool:
         """Whether a tensor has arrived; the condition must be held. Raises AbandonedError."""
-        if key[0] < self._void_before or not self._wanted():
+        if self._ended or key[0] < self._void_before or not self._wanted():
             raise AbandonedError
         return key in inbound.arrived
 

@@ -35,7 +35,9 @@ class WorkerServicer:
 
     def set(self, neighbours: Neighbours | None) -> None:
         """From now on these are this worker's neighbours. Streams of others end."""
-        self._neighbours = neighbours
+        before, self._neighbours = self._neighbours, neighbours
+        for inbound in before.inbounds.values() if before is not None else ():
+            inbound.tell()
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -97,7 +99,8 @@ class WorkerServicer:
             if wanted or not header.HasField("tensor"):
                 await neighbours.take(inbound, header, payload)
             stream.num_taken += 1
-            stream.changed.set()
+            if not wanted:
+                stream.changed.set()  # else it is told with the room that using the tensor gives back
 
     async def _await(self, hello: pb.StageHello) -> Neighbours:
         """The neighbours that a stream is for; the sender may have heard of them before this worker has."""

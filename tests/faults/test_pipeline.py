@@ -123,3 +123,15 @@ def test_a_pipeline_rests_and_goes_on_and_outlives_its_coordinator(
     cluster.client.resume(job.job_id)
     cluster.finish(job.job_id)
     assert cluster.final_digest(job.job_id) == reference
+
+
+@pytest.mark.timeout(300)
+def test_a_job_without_a_whole_replica_can_be_stopped(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    cluster.start_coordinator()
+    cluster.start_servers("server-0")
+    start(cluster, 2, {"worker-1": "kill@step=2,slot=0,sent=1"})
+    job = cluster.client.submit(recipe_of(tiny_data, tmp_path / "runs", "stopped", 2))
+    assert cluster.wait_dead("worker-1") == -9
+    cluster.wait_for(job.job_id, lambda job: any("a replica for slots" in w.what for w in job.waits), "lack a worker")
+    cluster.client.stop(job.job_id)
+    assert cluster.wait_job(job.job_id).state == "stopped"

@@ -307,6 +307,7 @@ class Node(_Value):
     activity: Activity
     memory_bytes: int
     device: str
+    flops_per_second: float
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.Node) -> Node:
@@ -321,6 +322,7 @@ class Node(_Value):
             activity=Activity.from_proto(message.activity),
             memory_bytes=message.memory_bytes,
             device=message.device,
+            flops_per_second=message.flops_per_second,
         )
 
 

@@ -76,6 +76,8 @@ class Controller:
         self.active: ActiveJob | None = None
         # Versions of the active job that an export reads: retention leaves them alone.
         self.exporting: list[tuple[str, int]] = []
+        # Where the workers of a stored lease table listened, by node id.
+        self._addresses: dict[str, str] = {}
         # Called at the end of each reconcile with the active job, for what others derive from it.
         self.after_reconcile: list[Callable[[ActiveJob], None]] = []
         self._closing = False
@@ -90,6 +92,8 @@ class Controller:
         for record in self.state.list_jobs():
             if record.state in (PLANNING, RUNNING) or (record.state == PAUSED and record.plan_held):
                 self.active = active = ActiveJob.load(record, self.state)
+                table = plan_pb2.LeaseTable.FromString(record.leases)
+                self._addresses = {w.node_id: w.address for replica in table.replicas for w in replica.workers}
                 active.checkpoints.update(
                     await asyncio.to_thread(checkpoints.versions_on_disk, checkpoints.root_of(record.run_directory))
                 )
@@ -453,7 +457,12 @@ class Controller:
         return expected
 
     def _any_worker(self, active: ActiveJob) -> bool:
-        return bool(self.workers(active) or self._expected_holders(active))
+        """Whether slots can be computed: in a pipeline that takes a whole replica."""
+        workers = {node.node_id for node in self.workers(active)} | set(self._expected_holders(active))
+        plan = active.plan
+        if plan is None or not plan.has_pipeline:
+            return bool(workers)
+        return bool(form_replicas(active.replicas, sorted(workers), plan.replica_size, 0, partial(self._fits, plan))[0])
 
     def _lease(self, active: ActiveJob, now: float, force: bool = False) -> None:
         """Bring the lease table in line with the live workers, and publish it when it changes."""
@@ -491,7 +500,8 @@ class Controller:
     def _pipeline_worker(self, node_id: str) -> plan_pb2.PipelineWorker:
         """A worker as its neighbours know it."""
         node = self.members.get(node_id)
-        address = node.address if node is not None else ""
+        # One that has not come back since this process was started anew is where it was: it is the same process.
+        address = node.address if node is not None else self._addresses.get(node_id, "")
         return plan_pb2.PipelineWorker(node_id=node_id, name=self.members.name_of(node_id), address=address)
 
     def publish_leases_again(self, active: ActiveJob) -> None:
@@ -563,4 +573,7 @@ class Controller:
 
 
 def _offers(nodes: Iterable[NodeEntry]) -> list[planner.NodeOffer]:
-    return [planner.NodeOffer(node.node_id, node.name, node.address, node.memory_bytes) for node in nodes]
+    return [
+        planner.NodeOffer(node.node_id, node.name, node.address, node.memory_bytes, node.flops_per_second)
+        for node in nodes
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 from gradstream.coordinator.needs import NodeOffer, fits, server_bytes, stage_need
 from gradstream.coordinator.pipeline_planner import (
     LATENCY_SECONDS,
+    group_speeds,
     group_workers,
     num_microbatches,
     num_parameters,
@@ -114,7 +115,8 @@ def forecast(
 
     Left out: encoding and decoding, the servers' own work, commits and checkpoints, messages between stages that share
     a link with push and pull, what messages carry besides tensors, variable-length codecs' gain, `codec: auto` beyond
-    its first choice, other processors than that on which the profile was taken, and nodes that share a machine.
+    its first choice, how the fastest worker compares to the processor on which the profile was taken, and nodes that
+    share a machine.
     """
     size = plan.replica_size
     groups = _groups(plan, workers)
@@ -130,7 +132,7 @@ def forecast(
     compute = bubble = exposed = step = None
     if profiles:
         late = latency_seconds + max(messages, default=0) / per_second
-        costs = stage_costs(_cut(plan, profiles), profiles, late)
+        costs = stage_costs(_cut(plan, profiles), profiles, late, group_speeds(groups))
         schedule = make_schedule(plan.schedule or "1f1b", size, microbatches, plan.num_chunks)
         simulation = simulate(schedule, costs)
         compute, bubble = simulation.makespan, max(0.0, simulation.bubble)

@@ -42,6 +42,7 @@ class NodeEntry:
     order: int
     last_heartbeat: float
     last_heartbeat_unix_ms: int
+    flops_per_second: float = 0.0
     alive: bool = True
     # Number of the open stream; 0 without one.
     session: int = 0
@@ -126,6 +127,7 @@ class Membership:
             node.returning = node.alive
         node.alive = True
         node.address, node.memory_bytes, node.device = request.address, request.memory_bytes, request.device
+        node.flops_per_second = request.flops_per_second
         node.last_heartbeat, node.last_heartbeat_unix_ms = now, unix_ms
         node.holds = {held.job_id: held.epoch for held in request.held}
         return node, replaced

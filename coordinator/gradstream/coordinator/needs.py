@@ -18,12 +18,14 @@ NUM_MOMENTS = {"adamw": 2, "sgd": 1}
 
 @dataclass(frozen=True, slots=True)
 class NodeOffer:
-    """A node as the planner sees it. `memory_bytes` 0 means that it did not say."""
+    """A node as the planner sees it. `memory_bytes` 0 means that it did not say, `flops_per_second` 0 that it did not
+    measure."""
 
     node_id: str
     name: str
     address: str
     memory_bytes: int
+    flops_per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from gradstream.core.schedules import (
 from gradstream.core.stages import SectionCost, StageCut, StageOffer, cut_stages
 
 LATENCY_SECONDS = 0.0005
+NO_DIFFERENCE = 0.2
 _NO_LIMIT = 1 << 62
 
 Groups = Sequence[Sequence[NodeOffer]]
@@ -116,10 +117,21 @@ def group_workers(workers: Sequence[NodeOffer], size: int, num_replicas: int) ->
 
     Early stages hold more activations, the last one has the head: either may need most.
     """
-    largest = sorted(workers, key=lambda worker: (-(worker.memory_bytes or _NO_LIMIT), worker.name))
+    largest = sorted(
+        workers, key=lambda worker: (-(worker.memory_bytes or _NO_LIMIT), -worker.flops_per_second, worker.name)
+    )
     groups = [largest[place * num_replicas : (place + 1) * num_replicas] for place in range(size)]
-    least = [_memory(group) for group in groups]
+    least = [(_memory(group), speed) for group, speed in zip(groups, group_speeds(groups), strict=True)]
     return [groups] if least == least[::-1] else [groups, groups[::-1]]
+
+
+def group_speeds(groups: Groups) -> list[float]:
+    """For each place the speed of its slowest worker beside the fastest of all. Speeds are measured in a moment on
+    machines that do other things too: less than a fifth is no difference."""
+    measured = [worker.flops_per_second for group in groups for worker in group if worker.flops_per_second]
+    fastest = max(measured, default=0.0)
+    speeds = [min((w.flops_per_second or fastest) / fastest for w in group) if fastest else 1.0 for group in groups]
+    return [1.0 if speed > 1 - NO_DIFFERENCE else speed for speed in speeds]
 
 
 def num_microbatches(training: TrainingConfig, num_replicas: int) -> int:
@@ -127,21 +139,23 @@ def num_microbatches(training: TrainingConfig, num_replicas: int) -> int:
     return -(-training.num_slots // num_replicas) * (training.slot_batch // training.microbatch)
 
 
-def stage_costs(cut: Sequence[range], profiles: Sequence[SectionProfile], latency_seconds: float) -> Costs:
-    """Seconds of each op on each stage. The first stage gives no gradient away: all of its backward pass is that of the
-    weights."""
+def stage_costs(
+    cut: Sequence[range], profiles: Sequence[SectionProfile], latency_seconds: float, speeds: Sequence[float]
+) -> Costs:
+    """Seconds of each op on each stage, whose worker has the speed of its place. The first stage gives no gradient
+    away: all of its backward pass is that of the weights."""
     compute = []
     for stage, sections in enumerate(cut):
         found = [profiles[section] for section in sections]
         backward = sum(profile.backward_seconds for profile in found)
-        compute.append(
-            {
-                Op.FORWARD: sum(profile.forward_seconds for profile in found),
-                Op.BACKWARD: backward,
-                Op.BACKWARD_INPUT: sum(profile.backward_input_seconds for profile in found) if stage else 0.0,
-                Op.BACKWARD_WEIGHT: sum(profile.backward_weight_seconds for profile in found) if stage else backward,
-            }
-        )
+        seconds = {
+            Op.FORWARD: sum(profile.forward_seconds for profile in found),
+            Op.BACKWARD: backward,
+            Op.BACKWARD_INPUT: sum(profile.backward_input_seconds for profile in found) if stage else 0.0,
+            Op.BACKWARD_WEIGHT: sum(profile.backward_weight_seconds for profile in found) if stage else backward,
+        }
+        speed = speeds[stage % len(speeds)]
+        compute.append({op: value / speed for op, value in seconds.items()})
     return Costs(compute, latency_seconds)
 
 
@@ -212,7 +226,8 @@ def _fit(
     lives = {name: _stage_live(name, size, runs, chunks) for name in names}
     lean = min(names, key=lambda name: sum(lives[name]))
     cut, cut_reason = _cut(costs, profiles, groups, chunks, lives[lean])
-    stage_cost = stage_costs(cut.sections, profiles, latency_seconds)
+    speeds = group_speeds(groups)
+    stage_cost = stage_costs(cut.sections, profiles, latency_seconds, speeds)
     # 2. The schedule.
     if config.schedule == "auto":
         rooms = [_room(place, size, cut, costs, profiles, groups) for place in range(size)]
@@ -241,7 +256,9 @@ def _fit(
         "stages": f"stages: {len(cut.ends)}{per_worker}{auto}, in {_count(num_replicas, 'replica')} of "
         f"{_count(size, 'worker')}"
         + (f", cut after {cuts}" if cuts else "")
-        + f"; {cut_reason}; a worker needs {', '.join(map(human_bytes, needs))} by its place"
+        + f"; {cut_reason}"
+        + (f"; speeds by place {', '.join(f'{speed:.2g}' for speed in speeds)}" if min(speeds) < 1 else "")
+        + f"; a worker needs {', '.join(map(human_bytes, needs))} by its place"
         + (f"; times of {len(estimated)} of {len(profiles)} sections are estimates" if estimated else ""),
         "schedule": f"schedule: {schedule_reason} for {_count(now, 'microbatch')} a run",
     }
@@ -260,13 +277,14 @@ def _cut(
     working = max(profile.working_bytes for profile in profiles)
     notes = [f"{human_bytes(working)} are kept back to recompute a layer"] * bool(working)
     notes += [f"each of a worker's {chunks} stages is offered an equal share"] * (chunks > 1)
+    speeds = group_speeds(groups)
     offers = []
     for stage in range(len(groups) * chunks):
         group = groups[stage % len(groups)]
         memory = _memory(group)
         smallest = min(group, key=lambda worker: worker.memory_bytes or _NO_LIMIT)
         offered = 0 if memory == _NO_LIMIT else max(1, (memory - working) // chunks)
-        offers.append(StageOffer(smallest.name, 1.0, offered, live[stage]))
+        offers.append(StageOffer(smallest.name, speeds[stage % len(groups)], offered, live[stage]))
     try:
         return cut_stages(costs, offers)
     except ConfigError as error:

@@ -246,6 +246,7 @@ class Views:
                 activity=node.activity,
                 memory_bytes=node.memory_bytes,
                 device=node.device,
+                flops_per_second=node.flops_per_second,
             )
             for node in self._controller.members.all()
         ]

@@ -33,6 +33,7 @@ class NodeIdentity:
     address: str
     memory_bytes: int
     device: str
+    flops_per_second: float = 0.0
     incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
@@ -146,6 +147,7 @@ class NodeSession:
                 address=identity.address,
                 memory_bytes=identity.memory_bytes,
                 device=identity.device,
+                flops_per_second=identity.flops_per_second,
                 version=__version__,
                 held=self._held(),
                 incarnation=identity.incarnation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,21 @@ def test_equal_layers_are_cut_in_the_middle(tmp_path: Path) -> None:
     )
     assert reasons["schedule"].startswith("schedule: 1f1b as pipeline.schedule says, it takes ")
     assert reasons["schedule"].endswith(" for 8 microbatches a run")
+
+
+def test_a_slow_worker_gets_a_smaller_stage(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, schedule="1f1b")
+
+    def cut(*flops: float) -> tuple[int, str]:
+        offers = [replace(offer, flops_per_second=speed) for offer, speed in zip(workers(0, 0), flops, strict=True)]
+        made, reasons = planned(recipe, offers)
+        return min(made.stage_ends[0] - 1, NUM_LAYERS + 1 - made.stage_ends[0]), reasons["stages"]
+
+    layers, reason = cut(3e10, 1e10)
+    assert layers == 2, "a third of what the other one has"
+    assert "speeds by place 1, 0.33" in reason or "speeds by place 0.33, 1" in reason
+    assert cut(1e10, 0.9e10)[0] == NUM_LAYERS / 2, "what a moment's measurement cannot tell makes no difference"
+    assert cut(1e10, 0.0)[0] == NUM_LAYERS / 2, "one that did not measure counts as fast"
 
 
 def test_the_table_counts_in_both_of_its_sections(tmp_path: Path) -> None:

@@ -32,11 +32,13 @@ SHAPE = (2, 8, 16)  # samples, tokens, hidden size of the micro model
 SLOTS = (0, 1)  # of two microbatches each
 
 
-def plan_of(activations: str = "fp32", num_stages: int = 2) -> Plan:
-    """The micro model in stages: embedding and layers first, the last one with the head."""
+def plan_of(activations: str = "fp32", num_stages: int = 2, num_samples: int = 8) -> Plan:
+    """The micro model in stages: embedding and layers first, the last one with the head. `num_samples` are those of a
+    validation pass."""
     plan = micro_plan(MICRO_LLAMA)
     pipeline = plan.recipe.pipeline.model_copy(update={"stages": num_stages, "activations": activations})
-    recipe = plan.recipe.model_copy(update={"pipeline": pipeline})
+    validation = plan.recipe.validation.model_copy(update={"num_samples": num_samples})
+    recipe = plan.recipe.model_copy(update={"pipeline": pipeline, "validation": validation})
     ends = {2: (2, 6), 3: (2, 3, 6)}[num_stages]
     return dataclasses.replace(plan, recipe=recipe, stage_ends=ends, schedule="1f1b")
 
@@ -88,8 +90,8 @@ class Chain:
 async def make_chain() -> AsyncIterator[Callable[..., Awaitable[Chain]]]:
     made: list[Chain] = []
 
-    async def make(activations: str = "fp32", num_stages: int = 2) -> Chain:
-        chain = Chain(plan_of(activations, num_stages))
+    async def make(**changes: Any) -> Chain:
+        chain = Chain(plan_of(**changes))
         made.append(chain)
         for node in chain.nodes:
             await node.server.start()
@@ -123,7 +125,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 @pytest.mark.parametrize(("activations", "error"), [("fp32", 0.0), ("bf16", 2**-8), ("int8", 2**-6)])
 async def test_tensors_and_losses_arrive(make_chain: MakeChain, activations: str, error: float) -> None:
-    chain = await make_chain(activations)
+    chain = await make_chain(activations=activations)
     first, second = (node.neighbours for node in chain.nodes)
     attempt = await first.begin(2, SLOTS, False)
     followed = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
@@ -310,6 +312,7 @@ async def answer(node: Node, messages: list[bytes], opening: pb.StageHello | Non
         pytest.param(
             [message(begin=pb.StageTry(number=9, slots=[0, 1], validate=True))], "validation pass of 2", id="validate"
         ),
+        pytest.param([message(begin=pb.StageTry(number=9, slots=[0], void_before=10))], "makes itself void", id="void"),
     ],
 )
 async def test_what_breaks_the_protocol_is_refused_by_name_and_nothing_is_used(
@@ -361,4 +364,71 @@ async def test_streams_of_a_replica_that_was_formed_anew_end(make_chain: MakeCha
     with pytest.raises(StaleEpochError, match="formed anew"):
         raise await refused
     await old[1].close()
-    assert not old[0].is_valid(await chain.nodes[0].neighbours.begin(0, SLOTS, False))
+    # The new replica starts from nothing.
+    first, now = (node.neighbours for node in chain.nodes)
+    attempt = await first.begin(0, SLOTS, False)
+    assert (await asyncio.wait_for(now.next_try(), BOUND_SECONDS)).number == attempt.number == 1
+    assert not old[1].inbounds[FORWARD].arrived
+
+
+async def test_tensors_under_way_when_the_next_try_begins_are_taken(make_chain: MakeChain) -> None:
+    """A validation pass has more room than training; what was sent by that stays welcome."""
+    chain = await make_chain(num_samples=16)  # eight, four microbatches, a slot
+    first, second = (node.neighbours for node in chain.nodes)
+    validation = await first.begin(0, (0,), True)
+    first.run(validation, lambda: True)
+    for microbatch in range(4):
+        first.send(Action(0, Op.FORWARD, microbatch), activation(microbatch), 0.0)
+    training = await first.begin(0, SLOTS, False)
+    first.run(training, lambda: True)
+    first.send(Action(0, Op.FORWARD, 0), activation(9), 0.0)
+    followed = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
+    second.took(followed)
+    assert followed.validate
+    second.run(followed, lambda: True)
+    for microbatch in range(4):
+        received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, microbatch))
+        assert torch.equal(received, activation(microbatch))
+    followed = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
+    assert followed.number == training.number
+    second.run(followed, lambda: True)
+    received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, 0))
+    assert torch.equal(received, activation(9))
+    assert not chain.nodes[0].errors
+
+
+async def test_a_late_tensor_of_a_void_try_may_be_larger_than_those_of_the_next(make_chain: MakeChain) -> None:
+    chain = await make_chain(num_samples=2)  # one sample a slot: half of a training microbatch
+    first, second = (node.neighbours for node in chain.nodes)
+    attempt = await first.begin(0, SLOTS, False)
+    followed = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
+    second.run(followed, lambda: True)
+    first.void()
+    again = await first.begin(1, (0,), True)
+    assert first.latest == again
+    second.send(Action(1, Op.BACKWARD, 0), activation(0), 1.0)  # it has not heard yet, or just now
+    await until(lambda: not second.is_valid(attempt), "the second one to hear of the next try")
+    await until(lambda: second.links[BACKWARD].empty, "what it sent to be taken")
+    assert not first.inbounds[BACKWARD].arrived
+    assert not chain.nodes[1].errors
+
+
+async def test_a_tensor_that_cannot_be_encoded_is_an_error_and_not_a_silence(make_chain: MakeChain) -> None:
+    chain = await make_chain()
+    first = chain.nodes[0].neighbours
+    first.run(await first.begin(0, SLOTS, False), lambda: True)
+    first.send(Action(0, Op.FORWARD, 0), torch.empty(SHAPE, device="meta"), 0.0)
+    await until(lambda: bool(chain.nodes[0].errors), "the error to be told")
+
+
+async def test_tries_do_not_pile_up(make_chain: MakeChain) -> None:
+    second = (await make_chain()).nodes[1].neighbours
+    inbound = second.inbounds[FORWARD]
+    for number in range(1, 66):
+        header = pb.StageHeader(begin=pb.StageTry(number=number, slots=[0]))
+        if number == 65:
+            with pytest.raises(ProtocolError, match=r"worker w0 at .*: try 65: 64 tries wait here already"):
+                second.check(inbound, header)
+            break
+        assert not second.check(inbound, header)
+        await second.take(inbound, header, np.empty(0, np.uint8))

@@ -177,11 +177,6 @@ class SlotComputer:
         """The model of a worker with one stage."""
         return self.models[0]
 
-    @property
-    def most_live(self) -> int:
-        """The largest number of (stage, microbatch) whose activations were held at once."""
-        return self._runner.most_live
-
     def close(self) -> None:
         """Let go of the model: its hooks lead back to this object on a way that Python's garbage collector cannot
         see, so that neither would ever be freed."""

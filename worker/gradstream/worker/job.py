@@ -190,8 +190,8 @@ class JobRun:
         """Let these be the neighbours: those that were are none any more."""
         if self._neighbours is not None:
             self._servicer.set(None)
-            neighbours, self._neighbours = self._neighbours, None
-            await neighbours.close()
+            await self._neighbours.close()
+            self._neighbours = None
         self._replica_number = place.replica.number if place is not None else 0
         if place is not None and self.plan.replica_size > 1:
             self._neighbours = Neighbours(
@@ -259,7 +259,7 @@ class JobRun:
         finally:
             await _cancelled(upcoming)
             await self._puller.stop()
-        if self.place is None:
+        if self.place is None or self.place.replica.number != self._replica_number:
             await self._meet(None)
         if not self._leases.slots:
             await self._wait("slots from the coordinator", self._next_leases())
@@ -289,6 +289,7 @@ class JobRun:
                 # What another chain has computed may be lost with one of its members.
                 done.clear()
                 await self._meet(place)
+                continue  # another table may have come meanwhile
             if place is None or place.is_first:
                 if self._again:
                     done.clear()
@@ -520,6 +521,9 @@ class JobRun:
             if since is not None
         ]
         waiting_for, since = self._waiting_for, self._since
+        neighbour = self._neighbours.waiting if self._neighbours is not None else None
+        if neighbour is not None:
+            waiting_for, since = neighbour
         if broken:
             waiting_for, since = f"{broken[0][0]} to answer", broken[0][1]
         return coordinator_pb2.Activity(
@@ -528,8 +532,10 @@ class JobRun:
             step=max(0, self.version),
             waiting_for=waiting_for,
             waiting_since_unix_ms=int(since * 1000) if waiting_for else 0,
-            sent_bytes=sum(stream.sent_bytes for stream in self._pusher.streams),
-            received_bytes=self._puller.received_bytes,
+            sent_bytes=sum(stream.sent_bytes for stream in self._pusher.streams)
+            + sum(link.sent_bytes for link in links),
+            received_bytes=self._puller.received_bytes
+            + (self._neighbours.received_bytes if self._neighbours is not None else 0),
         )
 
     def _enter(self, phase: str) -> None:

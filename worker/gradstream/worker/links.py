@@ -43,8 +43,9 @@ class Link:
         self.unreachable_since: float | None = None
         self.sent_bytes = 0
         self._hello = hello
-        self._channel = open_channel(address)
-        self._stub = WorkerStub(self._channel)
+        channel = open_channel(address)
+        self._channel: grpc.aio.Channel | None = channel
+        self._stub = WorkerStub(channel)
         self._waiting: deque[Outgoing] = deque()
         self._under_way: deque[Outgoing] = deque()
         self._num_taken = 0  # of this stream
@@ -58,6 +59,11 @@ class Link:
         """Queue a message. There are at most those of one try."""
         self._waiting.append(message)
         self._changed.set()
+
+    @property
+    def empty(self) -> bool:
+        """Whether the neighbour has taken everything."""
+        return not self._waiting and not self._under_way
 
     def forget_before(self, number: int) -> None:
         """Drop what belongs to earlier tries and was not sent yet."""
@@ -89,8 +95,10 @@ class Link:
             await asyncio.sleep(backoff.next())
 
     async def close(self) -> None:
-        """Close the channel; `run` must have ended."""
-        await self._channel.close(None)
+        """Close the channel; `run` must have ended. A second time does nothing."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close(None)
 
     async def _stream(self, backoff: Backoff) -> None:
         self._num_taken = self._num_sent = self._window = 0

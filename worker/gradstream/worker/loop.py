@@ -19,6 +19,7 @@ from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
 from gradstream.core.rpc import advertised_host, listen, new_server
 from gradstream.core.session import NodeIdentity, NodeSession
+from gradstream.core.speed import measure_flops
 from gradstream.core.wire import add_worker
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.worker.compute import pick_device
@@ -147,7 +148,8 @@ async def serve(
     picked = pick_device(device)
     described = f"{picked} ({torch.cuda.get_device_name(picked)})" if picked.type == "cuda" else str(picked)
     address = f"{advertised_host(listen_address)}:{port}"
-    identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, address, memory_bytes, described)
+    flops = await asyncio.to_thread(measure_flops, picked)
+    identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, address, memory_bytes, described, flops)
     node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer)
     add_worker(node.servicer, server)
     await server.start()

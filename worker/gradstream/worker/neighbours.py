@@ -16,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from gradstream.core.codecs import Payload, codec_named
-from gradstream.core.errors import ProtocolError, StaleEpochError
+from gradstream.core.errors import ConfigError, ProtocolError, StaleEpochError
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
 from gradstream.core.schedules import Action, Op, Schedule, make_schedule, validate
@@ -41,6 +42,9 @@ from gradstream.worker.timeline import Timeline
 log = get_logger()
 
 FORWARD, BACKWARD = pb.DIRECTION_FORWARD, pb.DIRECTION_BACKWARD
+MOST_REASON_CHARACTERS = 300
+MOST_UPCOMING_TRIES = 64
+"""Beyond its neighbour's credit the first worker begins a try or two; void ones do not count."""
 WORDS = {FORWARD: "activation", BACKWARD: "gradient"}
 Key = tuple[int, int]
 """(stage that computed it, microbatch counted over the try's slots)."""
@@ -119,7 +123,6 @@ class Inbound:
         self.direction = direction
         self.arrived: dict[tuple[int, Key], tuple[torch.Tensor, float]] = {}  # by try number
         self.stream: InboundStream | None = None  # the one opened last; an older one counts no more
-        self.received_bytes = 0
         self._expected: deque[_Expected] = deque()
         self._newest = 0  # try of which a tensor has come: the neighbour is done with those before it
         self._most_waiting = 0
@@ -131,7 +134,8 @@ class Inbound:
         while self._expected and self._expected[0].num_arrived == len(self._expected[0].order):
             self._expected.popleft()
         self._expected.append(_Expected(attempt, order, {key: place for place, key in enumerate(order)}))
-        self._most_waiting = window
+        # Never less than was granted before: tensors may be under way by that.
+        self._most_waiting = max(self._most_waiting, window)
         self._posted = deque(posted)
         self.tell()
 
@@ -183,7 +187,7 @@ class Inbound:
     def take(self, number: int, key: Key, tensor: torch.Tensor, loss_sum: float) -> bool:
         """A tensor that was expected is here; False when its try has become void meanwhile."""
         for expected in self._expected:
-            if expected.attempt.number == number:
+            if expected.attempt.number == number and expected.places.get(key) == expected.num_arrived:
                 self.arrived[number, key] = (tensor, loss_sum)
                 self._newest = number
                 expected.num_arrived += 1
@@ -212,8 +216,13 @@ class Neighbours:
         self.latest: Try | None = None
         self.inbounds: dict[pb.Direction.ValueType, Inbound] = {}
         self.links: dict[pb.Direction.ValueType, Link] = {}
+        self.waiting: tuple[str, float] | None = None
+        """What the compute thread waits for, and since when in Unix seconds."""
         self._hidden_size = hidden_size
+        self.received_bytes = 0
+        self._largest = (plan.recipe.training.microbatch, plan.recipe.training.sequence_length, hidden_size)
         self._faults = faults
+        self._on_error = on_error
         self._on_void = on_void
         self._timeline = timeline
         self._codec = codec_named(plan.recipe.pipeline.activations)
@@ -223,6 +232,7 @@ class Neighbours:
         self._wanted: Callable[[], bool] = lambda: True
         self._void_before = 0
         self._ended = False
+        self._abandoned = 0  # the highest try that was told to be
         self._upcoming: deque[Try] = deque()
         self._changed = asyncio.Event()
         # Sends and receives are encoded and decoded here, off the compute thread and off the event loop.
@@ -243,7 +253,7 @@ class Neighbours:
                 self.links[direction] = Link(place.title(after), place.replica.workers[after].address, hello)
             if chunks or not wraps_in:
                 self.inbounds[direction] = Inbound(place.title(before), direction)
-        self._tasks = [asyncio.create_task(self._keep(link, on_error)) for link in self.links.values()]
+        self._tasks = [asyncio.create_task(self._keep(link)) for link in self.links.values()]
 
     async def close(self) -> None:
         """End all streams; whoever waits gets AbandonedError."""
@@ -257,18 +267,18 @@ class Neighbours:
             await link.close()
         await asyncio.to_thread(self._thread.shutdown, True, cancel_futures=True)
 
-    @staticmethod
-    async def _keep(link: Link, on_error: Callable[[Exception], None]) -> None:
+    async def _keep(self, link: Link) -> None:
         try:
             await link.run()
         except Exception as error:
-            on_error(error)
+            self._on_error(error)
 
     # -- tries -----------------------------------------------------------------------------------------------------
 
     async def begin(self, version: int, slots: tuple[int, ...], validate: bool) -> Try:
         """On the first worker: begin a try, and tell the others. Waits until what this one has sent before is under
         way: the neighbours' credit bounds how far it runs ahead of them."""
+        await self._loop.run_in_executor(self._thread, lambda: None)  # what is being encoded comes first
         await self.links[FORWARD].flush()
         number = self.latest.number + 1 if self.latest is not None else 1
         attempt = Try(number, version, slots, validate)
@@ -384,9 +394,13 @@ class Neighbours:
         key = (attempt.number, (action.stage + (-1 if forward else 1), action.microbatch))
         with self._condition:
             if not self._is_here(inbound, key):
-                with self._timeline.waiting():
-                    while not self._is_here(inbound, key):
-                        self._condition.wait()
+                self.waiting = (f"the next {WORDS[inbound.direction]} from {inbound.title}", time.time())
+                try:
+                    with self._timeline.waiting():
+                        while not self._is_here(inbound, key):
+                            self._condition.wait()
+                finally:
+                    self.waiting = None
             tensor, loss_sum = inbound.arrived.pop(key)
         self._loop.call_soon_threadsafe(inbound.tell)
         return tensor, loss_sum
@@ -404,7 +418,13 @@ class Neighbours:
         schedule = schedule_for(self.plan, attempt)
         slot = attempt.slots[action.microbatch // (schedule.num_microbatches // len(attempt.slots))]
         self._faults.sent(attempt.version, slot)
-        self._thread.submit(self._encode, attempt, action, tensor, loss_sum)
+        self._thread.submit(self._encode, attempt, action, tensor, loss_sum).add_done_callback(self._told)
+
+    def _told(self, encoding: Future[None]) -> None:
+        """An error of the thread that encodes must not leave the neighbour waiting."""
+        error = None if encoding.cancelled() else encoding.exception()
+        if isinstance(error, Exception):
+            self._loop.call_soon_threadsafe(self._on_error, error)
 
     def _encode(self, attempt: Try, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
         flat = tensor.detach().float().contiguous().reshape(-1)
@@ -461,6 +481,14 @@ class Neighbours:
             raise ProtocolError(f"{what}: slots {slots}, but the job has {training.num_slots}")
         if begin.validate and len(slots) != 1:
             raise ProtocolError(f"{what}: a validation pass of {len(slots)} slots")
+        if begin.void_before > begin.number:
+            raise ProtocolError(f"{what}: it makes itself void")
+        if len(self._upcoming) >= MOST_UPCOMING_TRIES:
+            raise ProtocolError(f"{what}: {MOST_UPCOMING_TRIES} tries wait here already")
+        try:
+            schedule_for(self.plan, Try(begin.number, begin.version, tuple(slots), begin.validate))
+        except ConfigError as error:
+            raise ProtocolError(f"{what}: {error}") from None
 
     def _check_tensor(self, inbound: Inbound, header: pb.StageHeader) -> bool:
         tensor, latest = header.tensor, self.latest
@@ -474,17 +502,20 @@ class Neighbours:
             name = plan_pb2.Codec.Name(tensor.codec) if tensor.codec in plan_pb2.Codec.values() else tensor.codec
             raise ProtocolError(f"{what}: codec {name}, but the recipe says activations: {self._codec.name}")
         attempt = inbound.expect(tensor.try_number, (tensor.stage, tensor.microbatch), what)
-        # One that is going to be dropped must be no larger than a tensor can be.
-        shape = self._shape(attempt or latest, tensor.microbatch if attempt is not None else 0)
-        if attempt is None and header.payload_bytes <= self._codec.encoded_bytes((math.prod(shape),)):
+        if attempt is None:
+            # It is going to be dropped, but must be no larger than a tensor can be.
+            most = self._codec.encoded_bytes((math.prod(self._largest),))
+            if header.payload_bytes > most:
+                raise ProtocolError(f"{what}: {header.payload_bytes} bytes, more than the {most} of any microbatch")
             return False
+        shape = self._shape(attempt, tensor.microbatch)
         if tuple(tensor.shape) != shape:
             raise ProtocolError(f"{what}: shape {list(tensor.shape)}, but it is {list(shape)} here")
         try:
             self._codec.check_size(header.payload_bytes, (math.prod(shape),))
         except ProtocolError as error:
             raise ProtocolError(f"{what}: {error}") from None
-        return attempt is not None
+        return True
 
     async def take(self, inbound: Inbound, header: pb.StageHeader, payload: Payload) -> None:
         """Act on a checked message that is whole. Raises ProtocolError."""
@@ -502,12 +533,15 @@ class Neighbours:
     def _heard_abandon(self, inbound: Inbound, abandon: pb.StageAbandon) -> None:
         if self.latest is None or not self._void_before <= abandon.number <= self.latest.number:
             return
-        log.info("a try was abandoned", number=abandon.number, by=inbound.title, reason=abandon.reason)
+        reason = " ".join(abandon.reason[:MOST_REASON_CHARACTERS].split())
+        log.info("a try was abandoned", number=abandon.number, by=inbound.title, reason=reason)
         if self.place.is_first:
             self.void()
             self._on_void()
-        else:
-            self.links[BACKWARD].put(Outgoing(pb.StageHeader(abandon=abandon), []))
+        elif abandon.number > self._abandoned:
+            self._abandoned = abandon.number
+            told = pb.StageAbandon(number=abandon.number, reason=abandon.reason[:MOST_REASON_CHARACTERS])
+            self.links[BACKWARD].put(Outgoing(pb.StageHeader(abandon=told), []))
 
     async def _take_tensor(self, inbound: Inbound, header: pb.StageHeader, payload: Payload) -> None:
         tensor = header.tensor
@@ -526,7 +560,7 @@ class Neighbours:
             await self._loop.run_in_executor(self._thread, self._codec.decode, payload, values.view(-1))
         with self._condition:
             if inbound.take(tensor.try_number, (tensor.stage, tensor.microbatch), values, tensor.loss_sum):
-                inbound.received_bytes += len(payload)
+                self.received_bytes += len(payload)
                 self._condition.notify_all()
 
 

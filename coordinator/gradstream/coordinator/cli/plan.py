@@ -122,7 +122,11 @@ def live_nodes(coordinator: str | None) -> tuple[list[NodeOffer], list[NodeOffer
             f"{one_line(error)}; or plan for a cluster that need not exist: --workers 4 --servers 2"
         ) from None
     servers, workers = (
-        [NodeOffer(node.node_id, node.name, node.address, node.memory_bytes) for node in nodes if node.kind == kind]
+        [
+            NodeOffer(node.node_id, node.name, node.address, node.memory_bytes, node.flops_per_second)
+            for node in nodes
+            if node.kind == kind
+        ]
         for kind in (NodeKind.PARAMETER_SERVER, NodeKind.WORKER)
     )
     return servers, workers

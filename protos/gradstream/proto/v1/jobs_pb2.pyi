@@ -365,6 +365,7 @@ class Node(_message.Message):
     ACTIVITY_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_SECOND_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Identity given at registration."""
     name: _builtins.str
@@ -372,7 +373,7 @@ class Node(_message.Message):
     kind: _coordinator_pb2.NodeKind.ValueType
     """Parameter server or worker."""
     address: _builtins.str
-    """host:port where it listens; empty for workers."""
+    """host:port where it listens."""
     alive: _builtins.bool
     """Whether its lease stands."""
     last_heartbeat_unix_ms: _builtins.int
@@ -381,6 +382,8 @@ class Node(_message.Message):
     """Bytes of memory that jobs may use on it."""
     device: _builtins.str
     """Processor it computes on."""
+    flops_per_second: _builtins.float
+    """A worker's measured speed, RegisterRequest.flops_per_second."""
     @_builtins.property
     def activity(self) -> _coordinator_pb2.Activity:
         """What it does."""
@@ -397,10 +400,11 @@ class Node(_message.Message):
         activity: _coordinator_pb2.Activity | None = ...,
         memory_bytes: _builtins.int = ...,
         device: _builtins.str = ...,
+        flops_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "address", b"address", "alive", b"alive", "device", b"device", "kind", b"kind", "last_heartbeat_unix_ms", b"last_heartbeat_unix_ms", "memory_bytes", b"memory_bytes", "name", b"name", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "address", b"address", "alive", b"alive", "device", b"device", "flops_per_second", b"flops_per_second", "kind", b"kind", "last_heartbeat_unix_ms", b"last_heartbeat_unix_ms", "memory_bytes", b"memory_bytes", "name", b"name", "node_id", b"node_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

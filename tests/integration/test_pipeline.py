@@ -3,6 +3,7 @@ schedule they are run, or on how many replicas there are."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ def test_same_bits_for_any_number_of_stages_and_replicas(
     digests: dict[str, str] = {}
     losses: dict[str, float | None] = {}
 
-    def train(name: str, num_workers: int, **pipeline: Any) -> None:
+    def train(name: str, num_workers: int, recompute: bool = False, **pipeline: Any) -> None:
         recipe = tiny_recipe(
             tiny_data,
             tmp_path / "runs",
             name=f"{model}-{name}",
             model={"config": config},
+            training={"recompute": recompute},
             codec={"push": "int8", "pull": "delta-int8"},
             pipeline=pipeline,
             cluster={"min_workers": num_workers},
@@ -51,6 +53,7 @@ def test_same_bits_for_any_number_of_stages_and_replicas(
     train("two", 2, stages=2)
     for schedule in SCHEDULES:
         train(schedule, 2, stages=2, schedule=schedule)
+    train("recomputed", 2, recompute=True, stages=2, schedule="1f1b")
     train("interleaved", 2, stages=4, chunks=2, schedule="interleaved-1f1b")
     cluster.start_workers("worker-2")
     train("three", 3, stages=3)
@@ -58,3 +61,30 @@ def test_same_bits_for_any_number_of_stages_and_replicas(
     train("two-by-two", 4, stages=2)
     assert len(set(digests.values())) == 1, digests
     assert len(set(losses.values())) == 1, losses
+
+
+def test_a_stage_that_fits_no_worker_is_refused_before_anything_starts(
+    cluster: Cluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    cluster.start_coordinator()
+    cluster.start_servers("server-0")
+    cluster.start_workers("small-0", "small-1", memory="300KiB")
+    job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", pipeline={"stages": 2}))
+    failed = cluster.wait_job(job.job_id)
+    assert failed.state == "failed"
+    needs = r"worker small-\d needs [\d,]+ bytes for stage \d .* but offers [\d,]+ \([\d,]+ missing\)"
+    assert re.search(needs, failed.reason), failed.reason
+    assert failed.epoch == 0, "there never was a plan"
+
+
+@pytest.mark.parametrize("activations", ["bf16", "int8"])
+def test_coarser_activations_train_as_well(activations: str, cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    start(cluster, 2, num_servers=1)
+    found = []
+    for kind in ("fp32", activations):
+        recipe = tiny_recipe(tiny_data, tmp_path / "runs", pipeline={"stages": 2, "activations": kind})
+        found.append(cluster.finish(cluster.client.submit(recipe).job_id, 60.0))
+    exact, coarse = (job.validation_loss for job in found)
+    assert exact is not None
+    assert coarse is not None
+    assert 0 < abs(exact - coarse) < 0.01

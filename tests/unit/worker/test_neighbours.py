@@ -23,7 +23,8 @@ from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
 from gradstream.worker.compute import AbandonedError
 from gradstream.worker.faults import Faults
-from gradstream.worker.neighbours import BACKWARD, FORWARD, Neighbours, Place
+from gradstream.worker.inbound import BACKWARD, FORWARD
+from gradstream.worker.neighbours import Neighbours, Place
 from gradstream.worker.servicer import WorkerServicer
 from gradstream.worker.timeline import Timeline
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +27,10 @@ import torch
 
 from gradstream.core.bundles import is_tuned
 from gradstream.core.config import Recipe
-from gradstream.core.errors import UnreachableError, one_line
+from gradstream.core.errors import one_line
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
-from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
+from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, error_from_rpc, open_channel
 from gradstream.core.schedules import most_slots
 from gradstream.core.session import NodeSession
 from gradstream.core.timeline import SpanKind
@@ -47,9 +47,11 @@ from gradstream.worker.compute import (
 )
 from gradstream.worker.data import SlotReader, Split
 from gradstream.worker.faults import Faults
-from gradstream.worker.neighbours import FORWARD, Neighbours, Place
+from gradstream.worker.inbound import FORWARD
+from gradstream.worker.neighbours import Neighbours, Place
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Pusher
+from gradstream.worker.readers import Readers
 from gradstream.worker.residuals import ResidualKeeper
 from gradstream.worker.servicer import WorkerServicer
 from gradstream.worker.timeline import RawSpan, Timeline, measure
@@ -92,7 +94,6 @@ class JobRun:
         self.version = -1
         self._session = session
         self._device = device
-        self._cache_directory = cache_directory
         self._faults = faults
         self._compute_thread = ThreadPoolExecutor(1, "compute")
         self._channels: list[grpc.aio.Channel] = [open_channel(server.address) for server in plan.servers]
@@ -112,7 +113,7 @@ class JobRun:
         self._last_slots: list[int] = []  # of the last table that gave this worker any
         self._unsettled = False  # whether it was given slots since it last told what residuals it has
         self._leases_changed = asyncio.Event()
-        self._readers: dict[tuple[Split, int], SlotReader] = {}
+        self._readers = Readers(plan, session, cache_directory)
         self._computer: SlotComputer
         self._installer: WeightInstaller
         self._superseded = False
@@ -168,8 +169,7 @@ class JobRun:
             if hasattr(self, "_computer"):
                 self._computer.close()
             self._pusher.close()
-            for reader in self._readers.values():
-                reader.close()
+            self._readers.close()
             for channel in self._channels:
                 await channel.close(None)
 
@@ -376,7 +376,10 @@ class JobRun:
         split: Split = "validation" if attempt.validate else "train"
         stages = self.plan.stages_of_worker(self.worker)
         reads = 0 in stages or self.plan.num_stages - 1 in stages
-        readers = {slot: await self._reader(split, slot) for slot in attempt.slots if reads}
+        readers = {}
+        for slot in attempt.slots if reads else ():
+            coming = self._readers.get(split, slot)
+            readers[slot] = await self._wait(f"the {split} data shards of slot {slot}", coming)
         for slot in attempt.slots:
             await self._wait(f"the residual of slot {slot}", self._keeper.load(version, slot))
         self._keeper.take_up(version, list(attempt.slots))
@@ -435,48 +438,7 @@ class JobRun:
         finally:
             leases.cancel()
 
-    # -- data ------------------------------------------------------------------------------------------------------
-
-    async def _reader(self, split: Split, slot: int) -> SlotReader:
-        key: tuple[Split, int] = (split, slot)
-        if key not in self._readers:
-            recipe = self.plan.recipe
-            reader = SlotReader(
-                manifest=self.plan.data_manifest,
-                path=recipe.data.path,
-                cache_directory=str(self._cache_directory),
-                slot=slot,
-                num_slots=recipe.training.num_slots,
-                sequence_length=recipe.training.sequence_length,
-                seed=recipe.seed,
-                split=split,
-                fetch=self._fetch,
-            )
-            await self._wait(f"the {split} data shards of slot {slot}", reader.prepare())
-            self._readers[key] = reader
-        return self._readers[key]
-
-    async def _fetch(self, file: str) -> AsyncIterator[bytes]:
-        """The bytes of a file of the data set, from the coordinator; while it is away, asked for again without end."""
-        request = coordinator_pb2.FetchDataShardRequest(job_id=self.plan.job_id, file=file)
-        num_taken = 0
-        backoff = Backoff()
-        while True:
-            # After a break it comes from its beginning again; the hash over the whole tells if it has changed.
-            num_again = num_taken
-            try:
-                async for piece in self._session.stub.FetchDataShard(request):
-                    backoff.reset()
-                    fresh = piece.payload[num_again:]
-                    num_again -= len(piece.payload) - len(fresh)
-                    num_taken += len(fresh)
-                    yield fresh
-                return
-            except grpc.aio.AioRpcError as rpc_error:
-                error = error_from_rpc(rpc_error, self._session.peer)
-                if not isinstance(error, UnreachableError):
-                    raise error from None
-            await asyncio.sleep(backoff.next())
+    # -- reports ---------------------------------------------------------------------------------------------------
 
     def _report_validation(self, version: int, slot: int, loss_sum: float, num_tokens: int) -> None:
         report = coordinator_pb2.ReportValidationRequest(

@@ -14,7 +14,8 @@ from gradstream.core.log import get_logger
 from gradstream.core.rpc import answering
 from gradstream.core.wire import Assembler, parse
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.neighbours import Inbound, InboundStream, Neighbours, check_hello
+from gradstream.worker.inbound import Inbound, InboundStream
+from gradstream.worker.neighbours import Neighbours, check_hello
 
 log = get_logger()
 

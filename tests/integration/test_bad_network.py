@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 import pytest
 
 from gradstream.core.errors import ConfigError, DataError
 from gradstream.core.rpc import answering, listen, new_server, open_channel
+from gradstream.core.session import NodeSession
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
-from gradstream.worker.job import JobRun
+from gradstream.worker.readers import Readers
 
 CONTENT = bytes(range(256)) * 40
 
@@ -48,8 +50,9 @@ async def fetched(coordinator: BreakingCoordinator, file: str) -> bytes:
         async with open_channel(address) as channel:
             stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
             session = SimpleNamespace(stub=stub, peer=f"coordinator {address}")
-            run: Any = SimpleNamespace(plan=SimpleNamespace(job_id="tiny-1"), _session=session)
-            return b"".join([piece async for piece in JobRun._fetch(run, file)])
+            plan: Any = SimpleNamespace(job_id="tiny-1")
+            readers = Readers(plan, cast(NodeSession, session), Path())
+            return b"".join([piece async for piece in readers.fetch(file)])
     finally:
         await server.stop(None)
 

@@ -188,12 +188,27 @@ class Pusher:
         # One thread keeps the order of the backward pass, and leaves the cores to it.
         self.encode_thread = ThreadPoolExecutor(1, "encode")
         self._encoding: deque[list[Future[None]]] = deque()
+        self._failed: asyncio.Future[None] = self._loop.create_future()
 
     async def run(self) -> None:
-        """Keep all streams open. Raises ProtocolError when a server refuses a contribution for good."""
+        """Keep all streams open. Raises ProtocolError when a server refuses a contribution for good, and whatever keeps
+        one from being encoded: a step would wait for it for ever."""
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_encoding())
             for stream in self.streams:
                 group.create_task(stream.run())
+
+    async def _watch_encoding(self) -> None:
+        await self._failed
+
+    def _encoded(self, future: Future[None]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
 
     def use_codec(self, codec: str) -> None:
         """The codec of the contributions from the next slot on, as the servers have named it."""
@@ -223,9 +238,9 @@ class Pusher:
                 if missing[bundle.index, part]:
                     continue
                 needed = {index: gradients[index, part] for index in self._needs[bundle.index, part]}
-                encoding.append(
-                    self.encode_thread.submit(self._encode, codec, step, slot, bundle, part, needed, totals)
-                )
+                future = self.encode_thread.submit(self._encode, codec, step, slot, bundle, part, needed, totals)
+                future.add_done_callback(self._encoded)
+                encoding.append(future)
                 for index in needed:  # a gradient lives until its last bundle is encoded
                     num_bundles[index, part] -= 1
                     if not num_bundles[index, part]:

@@ -39,7 +39,7 @@ class Readers:
                 sequence_length=recipe.training.sequence_length,
                 seed=recipe.seed,
                 split=split,
-                fetch=self._fetch,
+                fetch=self.fetch,
             )
             await reader.prepare()
             self._made[key] = reader
@@ -50,7 +50,7 @@ class Readers:
         for reader in self._made.values():
             reader.close()
 
-    async def _fetch(self, file: str) -> AsyncIterator[bytes]:
+    async def fetch(self, file: str) -> AsyncIterator[bytes]:
         """The bytes of a file of the data set, from the coordinator; while it is away, asked for again without end."""
         request = coordinator_pb2.FetchDataShardRequest(job_id=self._plan.job_id, file=file)
         num_taken = 0

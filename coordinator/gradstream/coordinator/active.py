@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gradstream.coordinator.planner import ServerBytes, server_bytes
+from gradstream.coordinator.needs import ServerBytes, server_bytes
 from gradstream.coordinator.state import JobRecord, State, StepTotals
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import Manifest, parse_manifest
@@ -89,6 +89,8 @@ class ActiveJob:
     last_holders: list[str] = field(default_factory=list)
     # The chains of a job with a pipeline.
     replicas: list[Replica] = field(default_factory=list)
+    # Where the workers of a stored lease table listen, by node id: they may not have come back yet.
+    addresses: dict[str, str] = field(default_factory=dict)
     lease_number: int = 0
     lease_reason: str = ""
     # Servers of the plan that are away, and until when (our clock) they are waited for.
@@ -124,6 +126,7 @@ class ActiveJob:
         if record.leases:
             table = plan_pb2.LeaseTable.FromString(record.leases)
             active.lease_number = table.number
+            active.addresses = {w.node_id: w.address for replica in table.replicas for w in replica.workers}
             if active.plan is not None and table.epoch == record.epoch and len(table.holders) == len(active.holders):
                 active.take_holders(list(table.holders))
                 active.replicas = [

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from gradstream.coordinator import checkpoints, planner, scheduler
+from gradstream.coordinator import checkpoints, needs, planner, scheduler
 from gradstream.coordinator.active import ActiveJob
 from gradstream.coordinator.inventory import take_inventory, take_profile
 from gradstream.coordinator.membership import SERVER, WORKER, Membership, NodeEntry
@@ -26,7 +26,7 @@ from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
 from gradstream.coordinator.timelines import Timelines
 from gradstream.core.errors import ConfigError, GradstreamError, PlanError, UnreachableError, one_line
-from gradstream.core.leases import form_replicas
+from gradstream.core.leases import Replica, form_replicas
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
@@ -76,8 +76,6 @@ class Controller:
         self.active: ActiveJob | None = None
         # Versions of the active job that an export reads: retention leaves them alone.
         self.exporting: list[tuple[str, int]] = []
-        # Where the workers of a stored lease table listened, by node id.
-        self._addresses: dict[str, str] = {}
         # Called at the end of each reconcile with the active job, for what others derive from it.
         self.after_reconcile: list[Callable[[ActiveJob], None]] = []
         self._closing = False
@@ -92,8 +90,6 @@ class Controller:
         for record in self.state.list_jobs():
             if record.state in (PLANNING, RUNNING) or (record.state == PAUSED and record.plan_held):
                 self.active = active = ActiveJob.load(record, self.state)
-                table = plan_pb2.LeaseTable.FromString(record.leases)
-                self._addresses = {w.node_id: w.address for replica in table.replicas for w in replica.workers}
                 active.checkpoints.update(
                     await asyncio.to_thread(checkpoints.versions_on_disk, checkpoints.root_of(record.run_directory))
                 )
@@ -158,7 +154,7 @@ class Controller:
                     self.ask_to_halt(active)
         self.reconcile()
         if node.kind == WORKER and self.active is active and active is not None and active.state in (RUNNING, PAUSED):
-            self._hub.send(node, coordinator_pb2.SessionResponse(leases=active.lease_table(self._pipeline_worker)))
+            self._hub.send(node, coordinator_pb2.SessionResponse(leases=self._lease_table(active)))
         return session
 
     def heartbeat(self, session: Session, activity: coordinator_pb2.Activity) -> bool:
@@ -182,7 +178,7 @@ class Controller:
     def _warn_if_small(self, node: NodeEntry, active: ActiveJob) -> None:
         if node not in self.workers(active):
             self._note_node(
-                f"{node.title} offers {planner.human_bytes(node.memory_bytes)}, too little for this model: no slots"
+                f"{node.title} offers {needs.human_bytes(node.memory_bytes)}, too little for this model: no slots"
             )
 
     def _note_node(self, message: str) -> None:
@@ -439,8 +435,8 @@ class Controller:
         if active.plan is None:
             return self.members.present(WORKER)
         plan = active.plan
-        need = min(planner.stage_need(plan, place) for place in range(plan.replica_size))
-        return [node for node in self.members.present(WORKER) if planner.fits(node.memory_bytes, need)]
+        need = min(needs.stage_need(plan, place) for place in range(plan.replica_size))
+        return [node for node in self.members.present(WORKER) if needs.fits(node.memory_bytes, need)]
 
     def _expected_holders(self, active: ActiveJob) -> list[str]:
         """Holders that count although they cannot be spoken to.
@@ -458,22 +454,27 @@ class Controller:
 
     def _any_worker(self, active: ActiveJob) -> bool:
         """Whether slots can be computed: in a pipeline that takes a whole replica."""
-        workers = {node.node_id for node in self.workers(active)} | set(self._expected_holders(active))
         plan = active.plan
-        if plan is None or not plan.has_pipeline:
-            return bool(workers)
-        return bool(form_replicas(active.replicas, sorted(workers), plan.replica_size, 0, partial(self._fits, plan))[0])
+        workers = self._candidates(active)
+        return bool(self._form(active, plan, workers)[0] if plan is not None and plan.has_pipeline else workers)
+
+    def _candidates(self, active: ActiveJob) -> list[str]:
+        """The workers that may hold slots, expected ones first."""
+        return list(dict.fromkeys([*self._expected_holders(active), *(node.node_id for node in self.workers(active))]))
+
+    def _form(self, active: ActiveJob, plan: Plan, workers: list[str]) -> tuple[list[Replica], str]:
+        """The replicas that the next lease table would have, and why."""
+        return form_replicas(
+            active.replicas, workers, plan.replica_size, active.lease_number + 1, partial(self._fits, plan)
+        )
 
     def _lease(self, active: ActiveJob, now: float, force: bool = False) -> None:
         """Bring the lease table in line with the live workers, and publish it when it changes."""
-        workers = [node.node_id for node in self.workers(active)]
-        workers = list(dict.fromkeys([*self._expected_holders(active), *workers]))
+        workers = self._candidates(active)
         names = {node_id: self.members.name_of(node_id) for node_id in workers}
         plan, replicas, formed = active.plan, active.replicas, ""
         if plan is not None and plan.has_pipeline:
-            replicas, formed = form_replicas(
-                replicas, workers, plan.replica_size, active.lease_number + 1, partial(self._fits, plan)
-            )
+            replicas, formed = self._form(active, plan, workers)
             names = {chain.workers[0]: " → ".join(map(self.members.name_of, chain.workers)) for chain in replicas}
             workers = [chain.workers[0] for chain in replicas]
         holders, reason = scheduler.lease_slots(active.holders, workers, active.resting, names, formed)
@@ -484,7 +485,7 @@ class Controller:
         active.lease_reason = reason
         active.lease_number += 1
         active.progress_at = now
-        table = active.lease_table(self._pipeline_worker)
+        table = self._lease_table(active)
         decisions = {**active.record.decisions, "leases": reason}
         self.update(active, leases=table.SerializeToString(), decisions=decisions)
         self.event(active.job_id, "leases", reason.removeprefix("leases: "))
@@ -495,14 +496,18 @@ class Controller:
     def _fits(self, plan: Plan, worker: str, place: int) -> bool:
         """Whether a worker's memory holds what a place of a replica needs; one that is about to come back did."""
         node = self.members.get(worker)
-        return node is None or planner.fits(node.memory_bytes, planner.stage_need(plan, place))
+        return node is None or needs.fits(node.memory_bytes, needs.stage_need(plan, place))
 
-    def _pipeline_worker(self, node_id: str) -> plan_pb2.PipelineWorker:
-        """A worker as its neighbours know it."""
-        node = self.members.get(node_id)
-        # One that has not come back since this process was started anew is where it was: it is the same process.
-        address = node.address if node is not None else self._addresses.get(node_id, "")
-        return plan_pb2.PipelineWorker(node_id=node_id, name=self.members.name_of(node_id), address=address)
+    def _lease_table(self, active: ActiveJob) -> plan_pb2.LeaseTable:
+        """The table as workers get it."""
+
+        def described(node_id: str) -> plan_pb2.PipelineWorker:
+            node = self.members.get(node_id)
+            # One that has not come back since this process was started anew is where it was: it is the same process.
+            address = node.address if node is not None else active.addresses.get(node_id, "")
+            return plan_pb2.PipelineWorker(node_id=node_id, name=self.members.name_of(node_id), address=address)
+
+        return active.lease_table(described)
 
     def publish_leases_again(self, active: ActiveJob) -> None:
         """Send the same leases under a higher number, to workers that a halt put to rest."""
@@ -572,8 +577,8 @@ class Controller:
         self.notifier.append(job_id, [jobs_pb2.WatchJobResponse(event=event)])
 
 
-def _offers(nodes: Iterable[NodeEntry]) -> list[planner.NodeOffer]:
+def _offers(nodes: Iterable[NodeEntry]) -> list[needs.NodeOffer]:
     return [
-        planner.NodeOffer(node.node_id, node.name, node.address, node.memory_bytes, node.flops_per_second)
+        needs.NodeOffer(node.node_id, node.name, node.address, node.memory_bytes, node.flops_per_second)
         for node in nodes
     ]

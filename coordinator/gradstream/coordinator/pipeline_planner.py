@@ -40,13 +40,14 @@ Groups = Sequence[Sequence[NodeOffer]]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a plan says of its pipeline: see Plan. `groups` are the workers by place that it was made for."""
+    """What a plan says of its pipeline (see Plan), by default that there is none. `groups` are the workers by place
+    that it was made for."""
 
-    stage_ends: tuple[int, ...]
-    num_chunks: int
-    schedule: str
-    worker_bytes: tuple[int, ...]
-    groups: tuple[tuple[NodeOffer, ...], ...]
+    stage_ends: tuple[int, ...] = ()
+    num_chunks: int = 1
+    schedule: str = ""
+    worker_bytes: tuple[int, ...] = ()
+    groups: tuple[tuple[NodeOffer, ...], ...] = ()
 
 
 def plan_pipeline(

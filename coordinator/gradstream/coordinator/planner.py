@@ -8,16 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradstream.coordinator.needs import (
-    NodeOffer,
-    ServerBytes,
-    fits,
-    human_bytes,
-    server_bytes,
-    stage_need,
-    worker_bytes,
-)
-from gradstream.coordinator.pipeline_planner import LATENCY_SECONDS, plan_pipeline
+from gradstream.coordinator.needs import NodeOffer, fits, human_bytes, server_bytes, worker_bytes
+from gradstream.coordinator.pipeline_planner import LATENCY_SECONDS, Pipeline, plan_pipeline
 from gradstream.core.config import OptimizerConfig, Recipe
 from gradstream.core.data import Manifest, SlotSampler
 from gradstream.core.errors import ConfigError, DataError, PlanError
@@ -26,19 +18,6 @@ from gradstream.core.placement import place
 from gradstream.core.plan import Plan, Server
 from gradstream.core.profile import SectionProfile
 from gradstream.core.rpc import MAX_MESSAGE_BYTES
-
-__all__ = [
-    "CheckpointAt",
-    "NodeOffer",
-    "ServerBytes",
-    "check_data",
-    "fits",
-    "human_bytes",
-    "make_plan",
-    "server_bytes",
-    "stage_need",
-    "worker_bytes",
-]
 
 # A plan travels in one message; its envelope needs a little too.
 MAX_PLAN_BYTES = MAX_MESSAGE_BYTES - (64 << 10)
@@ -89,7 +68,7 @@ def make_plan(
     placement, placement_reason = place(fragments, tensors, len(chosen))
     memory_reason = _check_server_memory(recipe, fragments, placement, chosen, tensors)
     reasons: dict[str, str] = {}
-    pipeline = None
+    pipeline = Pipeline()
     if recipe.pipeline.stages == 1:
         worker_need = worker_bytes(recipe, sum(tensor.num_elements for tensor in tensors))
         _check_worker_memory(worker_need, workers)
@@ -112,10 +91,10 @@ def make_plan(
         start_version=checkpoint.version if checkpoint else 0,
         checkpoint_path=checkpoint.path if checkpoint else "",
         checkpoint_root=checkpoint_root,
-        stage_ends=pipeline.stage_ends if pipeline is not None else (),
-        num_chunks=pipeline.num_chunks if pipeline is not None else 1,
-        schedule=pipeline.schedule if pipeline is not None else "",
-        worker_bytes=pipeline.worker_bytes if pipeline is not None else (),
+        stage_ends=pipeline.stage_ends,
+        num_chunks=pipeline.num_chunks,
+        schedule=pipeline.schedule,
+        worker_bytes=pipeline.worker_bytes,
     )
     plan_bytes = plan.to_proto().ByteSize()
     if plan_bytes > MAX_PLAN_BYTES:

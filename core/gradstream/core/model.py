@@ -74,6 +74,12 @@ def build(model_config: Mapping[str, Any], device: str = "cpu") -> nn.Module:
     return model
 
 
+def hidden_size(model: nn.Module) -> int:
+    """Elements a token of what layers pass on to each other."""
+    config: Any = model.config
+    return int(config.get_text_config().hidden_size)
+
+
 def forward_units(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The forward units with their names, in the order of definition, which for decoders is the order of use."""
     from torch import nn

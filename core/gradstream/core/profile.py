@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError, one_line
+from gradstream.core.model import hidden_size
+from gradstream.core.speed import matrix_flops
 
 if TYPE_CHECKING:
     import torch
@@ -125,19 +127,10 @@ def profile_sections(model_config: Mapping[str, Any], workload: Workload) -> lis
 # --- estimates --------------------------------------------------------------------------------------------------------
 
 
-def _hidden_size(model: nn.Module) -> int:
-    config: Any = model.config
-    return int(config.get_text_config().hidden_size)
-
-
 def _flops_per_second(workload: Workload) -> float:
     """What a matrix product of middling size reaches here."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _autocast(workload):
-        matrix = torch.randn(_MATRIX, _MATRIX)
-        seconds = min(_seconds(lambda: matrix @ matrix) for _ in range(3))
-    return 2 * _MATRIX**3 / seconds
+    with _autocast(workload):
+        return matrix_flops("cpu", _MATRIX, 3)
 
 
 def _estimate(
@@ -157,7 +150,7 @@ def _estimate(
     first = 0 in section.units
     parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
     matrices = [p for p in parameters if p.dim() > 1 and not (first and id(p) in tables)]
-    hidden, tokens = _hidden_size(model), workload.num_tokens
+    hidden, tokens = hidden_size(model), workload.num_tokens
     operations = 2 * tokens * sum(p.numel() for p in matrices)
     kept = sum(sum(p.shape[-2:]) for p in matrices)
     if inner:
@@ -220,7 +213,7 @@ def _measure(
                     parameter.fill_(1.0)
         config: Any = stage.model.config
         targets_BT = torch.randint(0, config.get_text_config().vocab_size, size)
-        received = targets_BT if stage.first else torch.randn(*size, _hidden_size(stage.model))
+        received = targets_BT if stage.first else torch.randn(*size, hidden_size(stage.model))
 
         def forward() -> tuple[torch.Tensor, torch.Tensor]:
             given = received if stage.first else received.detach().requires_grad_()

@@ -20,15 +20,22 @@ def measure_flops(device: torch.device) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
-        left_NN = torch.ones(size, size, device=device)
-        best = float("inf")
-        for _ in range(NUM_TRIES):
-            begin = time.perf_counter()
-            _ = left_NN @ left_NN
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - begin)
+        return matrix_flops(device, GPU_SIZE if device.type == "cuda" else CPU_SIZE, NUM_TRIES)
     finally:
         torch.set_num_threads(threads)
+
+
+def matrix_flops(device: torch.device | str, size: int, num_tries: int) -> float:
+    """Operations a second of the product of two square matrices, under the threads and autocast in force."""
+    import torch
+
+    left_NN = torch.ones(size, size, device=device)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(num_tries):
+            begin = time.perf_counter()
+            _ = left_NN @ left_NN
+            if left_NN.is_cuda:
+                torch.cuda.synchronize(left_NN.device)
+            best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best

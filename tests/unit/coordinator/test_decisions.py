@@ -8,15 +8,8 @@ import pytest
 from coordinator_fakes import make_manifest, make_recipe
 
 from gradstream.coordinator.active import Pace, WaitClock
-from gradstream.coordinator.planner import (
-    CheckpointAt,
-    NodeOffer,
-    ServerBytes,
-    check_data,
-    human_bytes,
-    make_plan,
-    server_bytes,
-)
+from gradstream.coordinator.needs import NodeOffer, ServerBytes, human_bytes, server_bytes
+from gradstream.coordinator.planner import CheckpointAt, check_data, make_plan
 from gradstream.coordinator.scheduler import (
     Ending,
     ServerSight,

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
-from gradstream.core.model import UnitDraws, build
+from gradstream.core.model import UnitDraws, build, hidden_size
 from gradstream.core.plan import Plan
 from gradstream.core.schedules import Action, Op, Row, Schedule, make_schedule
 from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
@@ -122,12 +122,15 @@ def forward_schedule(num_workers: int, num_microbatches: int, num_chunks: int) -
     return Schedule("forward", num_microbatches, num_chunks, rows)
 
 
+def num_samples(plan: Plan, validate: bool) -> int:
+    """Samples of a slot."""
+    training = plan.recipe.training
+    return plan.recipe.validation.num_samples // training.num_slots if validate else training.slot_batch
+
+
 def num_microbatches(plan: Plan, validate: bool) -> int:
-    """Microbatches of a slot."""
-    recipe = plan.recipe
-    if validate:
-        return -(-recipe.validation.num_samples // recipe.training.num_slots // recipe.training.microbatch)
-    return recipe.training.slot_batch // recipe.training.microbatch
+    """Microbatches of a slot; the last one of a validation pass may have fewer samples."""
+    return -(-num_samples(plan, validate) // plan.recipe.training.microbatch)
 
 
 def schedule_for(plan: Plan, attempt: Try) -> Schedule:
@@ -161,7 +164,7 @@ class SlotComputer:
                 )
             self.models.append(model)
             self._stages[stage] = _Stage(module, self._training, device)
-        self.hidden_size = int(self.models[0].config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
+        self.hidden_size = hidden_size(self.models[0])
         self._draws = [UnitDraws(model, plan.recipe.seed) for model in self.models]
         self._targets: dict[int, torch.Tensor] = {}
         self._runner = StageRunner(self._stages, plan.num_stages, self._loss_sum, self._begin)

@@ -44,6 +44,7 @@ from gradstream.worker.compute import (
     Tokens,
     Try,
     num_microbatches,
+    num_samples,
 )
 from gradstream.worker.data import SlotReader, Split
 from gradstream.worker.faults import Faults
@@ -415,10 +416,9 @@ class JobRun:
     def _validate(
         self, reader: SlotReader | None, attempt: Try, wanted: Callable[[], bool], exchange: Exchange
     ) -> tuple[float, int] | None:
-        recipe = self.plan.recipe
         tokens: Tokens | None = None
         if reader is not None:
-            tokens = reader.validation_batch(recipe.validation.num_samples // recipe.training.num_slots)
+            tokens = reader.validation_batch(num_samples(self.plan, True))
         with self._timeline.computing(SpanKind.VALIDATE, attempt.slots[0]):
             return self._computer.evaluate(attempt, tokens, wanted, exchange)
 

@@ -33,7 +33,7 @@ from gradstream.core.schedules import Action, Op
 from gradstream.core.wire import checksum
 from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.compute import AbandonedError, Try, schedule_for
+from gradstream.worker.compute import AbandonedError, Try, num_microbatches, num_samples, schedule_for
 from gradstream.worker.faults import Faults
 from gradstream.worker.inbound import BACKWARD, FORWARD, WORDS, Inbound, Key, sequence, window_of
 from gradstream.worker.links import Link, Outgoing
@@ -171,7 +171,7 @@ class Neighbours:
         return not self._ended and attempt.number >= self._void_before
 
     def abandon(self, attempt: Try, reason: str) -> None:
-        """This worker cannot go on with a try: the first one shall begin another."""
+        """This worker cannot go on with a try: on the first one all are void, else it is asked to begin another."""
         log.info("a try is abandoned", number=attempt.number, step=attempt.version, reason=reason)
         if self.place.is_first:
             self.void()
@@ -237,10 +237,9 @@ class Neighbours:
 
     def _shape(self, attempt: Try, microbatch: int) -> tuple[int, int, int]:
         """Samples, tokens and hidden size of a microbatch's activations."""
-        training, validation = self.plan.recipe.training, self.plan.recipe.validation
-        samples = validation.num_samples // training.num_slots if attempt.validate else training.slot_batch
-        per_slot = -(-samples // training.microbatch)
-        left = samples - microbatch % per_slot * training.microbatch
+        training = self.plan.recipe.training
+        before = microbatch % num_microbatches(self.plan, attempt.validate) * training.microbatch
+        left = num_samples(self.plan, attempt.validate) - before
         return min(training.microbatch, left), training.sequence_length, self._hidden_size
 
     # -- the compute thread's side ---------------------------------------------------------------------------------

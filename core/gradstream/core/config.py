@@ -15,26 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from gradstream.core.errors import ConfigError, nearest
+from gradstream.core.finetuning import FineTuning
+from gradstream.core.section import NonNegative, Positive, Section
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 RESIDUAL_CODECS = frozenset({"topk", "sign", "powersgd"})
 """Codecs that keep what they could not send."""
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: frozen, and strict about unknown keys.
-
-    Infinities and NaN are refused: JSON, in which a recipe travels, has no word for them.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -237,6 +228,7 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     pipeline: PipelineConfig = PipelineConfig()
     cluster: ClusterConfig = ClusterConfig()
+    finetuning: FineTuning | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -275,6 +267,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Relative paths in the recipe are made absolute against the current directory, except model.config and base, which
     are relative to the file that names them. Raises ConfigError with one line.
     """
+    return absolute_paths(parse_recipe(load_tree(path, overrides), origin=str(path)))
+
+
+def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """A recipe file with its bases merged and overrides applied, not yet validated. Raises ConfigError."""
     tree = _load_tree(Path(path), seen=())
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -285,7 +282,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         except yaml.YAMLError:
             value = text
         _set(tree, key.strip().split("."), value, override)
-    return absolute_paths(parse_recipe(tree, origin=str(path)))
+    return tree
 
 
 def parse_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> Recipe:
@@ -297,7 +294,7 @@ def parse_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> Recip
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_explain(error)}") from None
+        raise ConfigError(f"{origin}: {explain(error, Recipe)}") from None
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
@@ -306,20 +303,21 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     if data.prepare is not None:
         prepare = data.prepare.model_copy(
             update={
-                "sources": [_absolute(source) for source in data.prepare.sources],
-                "tokenizer": _absolute(data.prepare.tokenizer) if data.prepare.tokenizer else None,
+                "sources": [absolute_path(source) for source in data.prepare.sources],
+                "tokenizer": absolute_path(data.prepare.tokenizer) if data.prepare.tokenizer else None,
             }
         )
         data = data.model_copy(update={"prepare": prepare})
-    data = data.model_copy(update={"path": _absolute(data.path)})
-    return recipe.model_copy(update={"run_root": _absolute(recipe.run_root), "data": data})
+    data = data.model_copy(update={"path": absolute_path(data.path)})
+    return recipe.model_copy(update={"run_root": absolute_path(recipe.run_root), "data": data})
 
 
 def _is_url(path: str) -> bool:
     return re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]*:", path) is not None
 
 
-def _absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
+    """A local path made absolute; a URL, or anything with a scheme, as it is."""
     return path if _is_url(path) else str(Path(path).expanduser().absolute())
 
 
@@ -374,13 +372,13 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> No
     tree[keys[-1]] = value
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem as one line, with the nearest key where a key is unknown."""
+def explain(error: ValidationError, recipe: type[Section]) -> str:
+    """The first problem of a `recipe` as one line, with the nearest key where a key is unknown."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":
-        section: Any = Recipe
+        section: Any = recipe
         for part in problem["loc"][:-1]:
             annotation = section.model_fields[str(part)].annotation
             section = next(

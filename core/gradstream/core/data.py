@@ -7,6 +7,11 @@ A data set is a directory with `manifest.json`, `tokenizer.json`, token data sha
 A sample is a window of `sequence_length + 1` tokens: the first `sequence_length` are the input, the last
 `sequence_length` the targets. Windows of a shard do not overlap in their targets: window w starts at token
 w * sequence_length. What does not fill a window at a shard's end is left out.
+
+A data set of examples for fine-tuning has the layout "rows" instead: a sample is a row of fixed length T with one or
+more whole examples in it. A row of the file is three times T little-endian uint32: the input tokens; for each the
+target after it, or NO_TARGET where none counts; and the number of the example that it belongs to, from 1 on, 0 for
+padding. No token may see one of another example. Every row has at least one target.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gradstream.core.errors import DataError
 
@@ -29,6 +34,10 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+NO_TARGET = 0xFFFFFFFF
+"""In a row, in place of a target that does not count."""
+ROW_PLANES = 3
+"""Numbers that a row has for each of its tokens: input, target, example."""
 
 
 class DataShard(BaseModel):
@@ -63,6 +72,33 @@ class Manifest(BaseModel):
     tokenizer_sha256: Digest
     shards: tuple[DataShard, ...]
     sources: tuple[str, ...] = ()
+    layout: Literal["windows", "rows"] = "windows"
+    row_length: Count = 0
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> Manifest:
+        rows = self.layout == "rows"
+        if rows != bool(self.row_length) or (rows and self.token_dtype != "uint32"):
+            raise ValueError("layout rows has a row_length and token_dtype uint32, layout windows no row_length")
+        if rows and any(shard.num_tokens % self.row_length for shard in self.shards):
+            raise ValueError(f"a shard's tokens are not whole rows of {self.row_length}")
+        return self
+
+    def num_samples(self, shard: DataShard, sequence_length: int) -> int:
+        """Samples of `sequence_length` in a shard. Raises DataError for rows of another length."""
+        if self.layout == "windows":
+            return shard.num_samples(sequence_length)
+        if sequence_length != self.row_length:
+            raise DataError(
+                f"the data set's rows have {self.row_length} tokens, training.sequence_length is {sequence_length}; "
+                f"prepare the examples again"
+            )
+        return shard.num_tokens // self.row_length
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Size of a shard's file."""
+        each = {"uint16": 2, "uint32": 4}[self.token_dtype]
+        return num_tokens * each * (ROW_PLANES if self.layout == "rows" else 1)
 
     def split(self, name: str) -> list[DataShard]:
         """The data shards of one split, in order."""
@@ -108,7 +144,7 @@ class SlotSampler:
         self._files: list[str] = []
         self._starts: list[int] = [0]
         for shard in slot_group(manifest, split, slot, num_slots):
-            samples = shard.num_samples(sequence_length)
+            samples = manifest.num_samples(shard, sequence_length)
             if samples:
                 self._files.append(shard.file)
                 self._starts.append(self._starts[-1] + samples)

@@ -1,0 +1,146 @@
+"""Fine-tuning recipes: what a person writes. The fine-tuning service makes a `Recipe` of it, once base and data are
+known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from gradstream.core.config import (
+    ClusterConfig,
+    CodecConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    ScheduleConfig,
+    absolute_path,
+    explain,
+    load_tree,
+)
+from gradstream.core.errors import ConfigError
+from gradstream.core.finetuning import LoraConfig
+from gradstream.core.section import NonNegative, Positive, Section
+
+LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
+"""By method, where the recipe gives none. LoRA wants about ten times the rate of full fine-tuning (Biderman et al.,
+"LoRA Learns Less and Forgets Less", 2024)."""
+
+
+class ExamplesConfig(Section):
+    """The task's data: JSONL or Parquet rows, or plain text."""
+
+    path: str = Field(description="a file on any fsspec path: .jsonl, .parquet or text")
+    validation_path: str | None = Field(default=None, description="held-out rows; a share of `path` when absent")
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of rows held out, by their content")
+    format: Literal["auto", "prompt-completion", "chat", "text"] = Field(
+        default="auto", description="auto: by the fields of the first row"
+    )
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    messages_field: str = "messages"
+    text_field: str = "text"
+    bad_rows: Literal["fail", "skip"] = Field(default="fail", description="what happens when a row cannot be used")
+    too_long: Literal["fail", "skip", "truncate"] = Field(
+        default="fail", description="what happens to an example longer than training.sequence_length"
+    )
+    packing: bool = Field(default=True, description="several examples in a row; none sees another")
+
+
+class FineTuningTraining(Section):
+    """The batch. Of num_steps and num_epochs one is given."""
+
+    num_steps: Positive | None = Field(default=None, description="optimizer updates")
+    num_epochs: float | None = Field(default=None, gt=0, description="passes over the rows; 3 when neither is given")
+    num_slots: Positive = Field(default=2, description="fixed parts of the global batch")
+    global_batch: Positive = Field(default=16, description="rows a step, over all slots")
+    microbatch: Positive = Field(default=4, description="rows that go through the model at once")
+    sequence_length: Positive = Field(default=256, description="tokens a row")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: bool = False
+    num_threads: Positive = 1
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> FineTuningTraining:
+        if self.num_steps is not None and self.num_epochs is not None:
+            raise ValueError("training.num_steps and training.num_epochs say the same; give one of them")
+        return self
+
+
+class FineTuningOptimizer(OptimizerConfig):
+    """As for pretraining, with other defaults."""
+
+    learning_rate: float | None = Field(default=None, gt=0, description="by method: lora 2e-4, full 2e-5")  # type: ignore[assignment]
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class FineTuningValidation(Section):
+    """Validation passes, each with a checkpoint: the best one is the result."""
+
+    interval_steps: Positive | None = Field(default=None, description="a tenth of the job when absent")
+    patience: NonNegative = Field(default=0, description="passes without a new best after which the job ends; 0: never")
+    num_exact_match: NonNegative = Field(
+        default=32, description="held-out prompts completed before and after, to count exact matches"
+    )
+
+
+class FineTuningRecipe(Section):
+    """A whole fine-tuning recipe."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="of the job and of its adapter")
+    description: str = ""
+    seed: NonNegative = 0
+    run_root: str = "runs"
+    base_model: str = Field(
+        description="a Hugging Face directory, a checkpoint's directory, job:ID (its newest one) or job:ID@VERSION"
+    )
+    method: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    held: Literal["fp32", "bf16", "int8"] = "bf16"
+    data: ExamplesConfig
+    training: FineTuningTraining = FineTuningTraining()
+    optimizer: FineTuningOptimizer = FineTuningOptimizer()
+    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup_steps=0, min_ratio=0.1)
+    codec: CodecConfig | None = Field(
+        default=None, description="by method: lora fp32 and fp32 (it is kilobytes), full int8 and delta-int8"
+    )
+    validation: FineTuningValidation = FineTuningValidation()
+    pipeline: PipelineConfig = PipelineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def load_finetuning_recipe(path: str | Path, overrides: Iterable[str] = ()) -> FineTuningRecipe:
+    """Read a fine-tuning recipe with its bases (`base: other.yaml`), apply `key.sub=value` overrides and validate.
+
+    Relative local paths are made absolute against the current directory. Raises ConfigError with one line.
+    """
+    return absolute_finetuning_paths(parse_finetuning_recipe(load_tree(path, overrides), origin=str(path)))
+
+
+def parse_finetuning_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> FineTuningRecipe:
+    """Validate a fine-tuning recipe given as a mapping or as JSON. Raises ConfigError with one line."""
+    try:
+        if isinstance(tree, str):
+            return FineTuningRecipe.model_validate_json(tree)
+        return FineTuningRecipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {explain(error, FineTuningRecipe)}") from None
+
+
+def absolute_finetuning_paths(recipe: FineTuningRecipe) -> FineTuningRecipe:
+    """The recipe with local relative paths made absolute; `job:ID` stays."""
+    data = recipe.data.model_copy(
+        update={
+            "path": absolute_path(recipe.data.path),
+            "validation_path": absolute_path(recipe.data.validation_path) if recipe.data.validation_path else None,
+        }
+    )
+    return recipe.model_copy(
+        update={
+            "run_root": absolute_path(recipe.run_root),
+            "base_model": absolute_path(recipe.base_model),
+            "data": data,
+        }
+    )

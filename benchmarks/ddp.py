@@ -62,7 +62,7 @@ def main() -> None:
     asyncio.run(reader.prepare())
     for step in range(training.num_steps):
         began = time.perf_counter()
-        tokens_BT = torch.from_numpy(reader.batch(step, training.slot_batch))
+        tokens_BT = torch.from_numpy(reader.batch(step, training.slot_batch).tokens)
         logits_BTV = parallel(input_ids=tokens_BT[:, :-1], use_cache=False).logits
         loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]

@@ -82,9 +82,9 @@ def _samples(recipe: Recipe, manifest: Manifest, split: Split, stack: ExitStack)
 
     def read(step: int) -> torch.Tensor:
         if split == "train":
-            parts = [reader.batch(step, recipe.training.slot_batch) for reader in readers]
+            parts = [reader.batch(step, recipe.training.slot_batch).tokens for reader in readers]
         else:
-            parts = [reader.validation_batch(recipe.validation.num_samples // num_slots) for reader in readers]
+            parts = [reader.validation_batch(recipe.validation.num_samples // num_slots).tokens for reader in readers]
         return torch.from_numpy(np.concatenate(parts))
 
     return read

@@ -252,7 +252,7 @@ def main() -> None:
     for step in range(training.num_steps):
         # Steps follow each other at once, so the time from end to end holds all that a step takes.
         began = ended
-        loss, norm = rank.step(step, torch.from_numpy(reader.batch(step, training.slot_batch)))
+        loss, norm = rank.step(step, torch.from_numpy(reader.batch(step, training.slot_batch).tokens))
         ended = time.perf_counter()
         passes.append(rank.take_passes())
         if rank.last:

@@ -23,7 +23,8 @@ _FORKS.set_forkserver_preload(["support.preloaded"])
 def _start_fork_server() -> None:
     # Python 3.11's does not get the path of the process that starts it, and says nothing of imports that fail.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         forkserver.ensure_running()
 
 

@@ -76,6 +76,7 @@ def test_gradstream_is_a_namespace_package() -> None:
         "gradstream.core.data",
         "gradstream.core.model",
         "gradstream.core.checkpoint",
+        "gradstream.core.base_model",
         "gradstream.coordinator.cli",
     ],
 )

@@ -11,7 +11,7 @@ from gradstream.coordinator.needs import ServerBytes, server_bytes
 from gradstream.coordinator.state import JobRecord, State, StepTotals
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import Manifest, parse_manifest
-from gradstream.core.fragments import Tensor
+from gradstream.core.early_stopping import best_version, stops_early
 from gradstream.core.leases import Replica
 from gradstream.core.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
@@ -70,8 +70,6 @@ class ActiveJob:
     need_workers: bool = True
     plan: Plan | None = None
     plan_message: plan_pb2.Plan | None = None
-    tensors: list[Tensor] | None = None
-    architecture: str = ""
     totals: StepTotals = field(default_factory=StepTotals)
     pace: Pace = field(default_factory=Pace)
     # The version at which the leader answered a request to halt. A step that was under way may still come after it.
@@ -83,7 +81,8 @@ class ActiveJob:
     residuals: dict[int, dict[int, coordinator_pb2.ReportResidualRequest]] = field(default_factory=dict)
     # The last version at which a worker took a slot over without a residual.
     fresh_from: dict[int, int] = field(default_factory=dict)
-    validated: set[int] = field(default_factory=set)
+    # Loss of each complete validation pass, by version.
+    validations: dict[int, float] = field(default_factory=dict)
     holders: list[str] = field(default_factory=list)
     # Who held each slot last under this plan; a resting job's slots have no holders.
     last_holders: list[str] = field(default_factory=list)
@@ -115,7 +114,7 @@ class ActiveJob:
         active.holders = [""] * active.recipe.training.num_slots
         active.last_holders = list(active.holders)
         active.totals = state.step_totals(record.job_id, record.epoch, record.start_version)
-        active.validated = {validation.version for validation in state.validations(record.job_id)}
+        active.take_validations(state)
         stored = state.load_plan(record.job_id, record.epoch) if record.plan_held else None
         if stored is not None:
             active.take_plan(plan_pb2.Plan.FromString(stored))
@@ -140,8 +139,6 @@ class ActiveJob:
         """Make a plan the current one."""
         self.plan_message = message
         self.plan = plan if plan is not None else Plan.from_proto(message)
-        self.tensors = list(self.plan.tensors)
-        self.architecture = self.plan.architecture
         self.predicted_bytes = [
             server_bytes(self.recipe, self.plan.fragments_of(index), self.plan.tensors)
             for index in range(len(self.plan.servers))
@@ -152,6 +149,10 @@ class ActiveJob:
         self.fresh_from.clear()
         self.last_holders = [""] * len(self.holders)
         self.replicas = []
+
+    def take_validations(self, state: State) -> None:
+        """Note which validation passes are complete."""
+        self.validations = {done.version: done.loss for done in state.validations(self.job_id)}
 
     def take_holders(self, holders: list[str]) -> None:
         """Make these the slots' holders."""
@@ -185,7 +186,19 @@ class ActiveJob:
     @property
     def fully_validated(self) -> bool:
         """Whether no validation pass is missing at the end."""
-        return not self.recipe.validation.interval_steps or self.num_steps in self.validated
+        return not self.recipe.validation.interval_steps or self.num_steps in self.validations
+
+    @property
+    def early_ending(self) -> tuple[int | None, str]:
+        """The version to end with although steps are left, and why; (None, "") to go on."""
+        tuning = self.recipe.finetuning
+        best, reason = stops_early(self.validations, tuning.patience if tuning is not None else 0)
+        return (best, reason) if best in self.checkpoints else (None, "")
+
+    @property
+    def best_version(self) -> int | None:
+        """The version that is a fine-tuning's result as it stands; None for another job."""
+        return best_version(self.validations, self.checkpoints) if self.recipe.finetuning is not None else None
 
     @property
     def resting(self) -> bool:

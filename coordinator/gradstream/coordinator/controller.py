@@ -10,6 +10,7 @@ queued → planning → running ⇄ paused → finished | failed | stopped; a lo
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
 from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
 from gradstream.coordinator.timelines import Timelines
+from gradstream.core.checkpoint import directory_of
 from gradstream.core.errors import ConfigError, GradstreamError, PlanError, UnreachableError, one_line
 from gradstream.core.leases import Replica, form_replicas
 from gradstream.core.log import get_logger
@@ -293,26 +295,26 @@ class Controller:
         root = checkpoints.root_of(record.run_directory)
         try:
             start, versions = await asyncio.to_thread(checkpoints.newest, root)
-            if active.tensors is None:
-                found = await take_inventory(active.recipe.model.config)
-                active.tensors = list(found.tensors)
-                active.architecture = found.architecture
+            recipe = active.recipe
+            lora = recipe.finetuning.lora if recipe.finetuning is not None else None
+            model = await take_inventory(recipe.model.config, lora)
             profiles = None
-            if active.recipe.pipeline.stages != 1:
-                profiles = await take_profile(active.recipe.model.config, active.recipe.training)
+            if recipe.pipeline.stages != 1:
+                profiles = await take_profile(recipe.model.config, recipe.training, lora)
             plan, reasons = await asyncio.to_thread(
                 planner.make_plan,
                 record.job_id,
-                active.recipe,
+                recipe,
                 active.manifest,
-                active.tensors,
-                active.architecture,
+                model.tensors,
+                model.architecture,
                 _offers(servers),
                 _offers(workers),
                 record.epoch + 1,
                 start,
                 root,
                 profiles,
+                num_frozen_parameters=model.num_frozen_parameters,
             )
             wanted = self.active is active and active.state == PLANNING and active.record.desired == "run"
             # A server that died meanwhile must not be planned with; the next look starts over.
@@ -422,6 +424,7 @@ class Controller:
             checkpoints=active.checkpoints,
             validated=active.fully_validated,
             any_worker=self._any_worker(active),
+            early=active.early_ending[1],
         )
         if ending is Ending.FINISH:
             self.end(active, FINISHED, reason)
@@ -429,6 +432,20 @@ class Controller:
             self.end(active, STOPPED, reason)
         elif ending is Ending.PAUSE:
             self.set_state(active, PAUSED, reason)
+
+    def pinned_versions(self, active: ActiveJob) -> set[int]:
+        """The versions of the active job whose checkpoints stay, however old: those that an export reads, the best one
+        of a fine-tuning, and those that a fine-tuning job has as its base."""
+        pinned = {number for job_id, number in self.exporting if job_id == active.job_id}
+        if active.best_version is not None:
+            pinned.add(active.best_version)
+        root = checkpoints.root_of(active.record.run_directory)
+        by_directory = {directory_of(root, version): version for version in active.checkpoints}
+        for record in self.state.list_jobs():
+            base = base_of(record.recipe_json)
+            if base in by_directory:
+                pinned.add(by_directory[base])
+        return pinned
 
     def workers(self, active: ActiveJob) -> list[NodeEntry]:
         """The live workers with memory enough for the active job, oldest first."""
@@ -575,6 +592,12 @@ class Controller:
         log.info(message, job=job_id, kind=kind)
         event = jobs_pb2.Event(unix_ms=unix_ms(), kind=kind, message=message)
         self.notifier.append(job_id, [jobs_pb2.WatchJobResponse(event=event)])
+
+
+def base_of(recipe_json: str) -> str | None:
+    """The directory of the base that a stored recipe starts from; None for one that starts from a seed."""
+    tuning = json.loads(recipe_json).get("finetuning")
+    return tuning["base"]["path"] if tuning else None
 
 
 def _offers(nodes: Iterable[NodeEntry]) -> list[needs.NodeOffer]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -18,11 +17,13 @@ from typing import Literal
 
 from gradstream.coordinator.data import tokenizer as tokenization
 from gradstream.coordinator.data.inspection import DataSummary, SplitSummary, inspect, load_manifest, verify
-from gradstream.coordinator.data.output import Output, Split, SplitWriter
-from gradstream.coordinator.data.sources import Corpus, list_files
+from gradstream.coordinator.data.output import SplitWriter
+from gradstream.coordinator.data.sources import Corpus
 from gradstream.core.config import PrepareConfig
 from gradstream.core.data import Manifest
+from gradstream.core.data_output import Output, Split
 from gradstream.core.errors import DataError
+from gradstream.core.sources import list_files, without_password
 
 __all__ = [
     "DataSummary",
@@ -113,7 +114,7 @@ def prepare(
                 "tokenizer_file": TOKENIZER_FILE,
                 "tokenizer_sha256": tokenizer_sha256,
                 "shards": tuple(shard for writer in writers.values() for shard in writer.close()),
-                "sources": tuple(_without_password(source) for source in options.sources),
+                "sources": tuple(without_password(source) for source in options.sources),
             }
         )
         output.publish(manifest)
@@ -169,8 +170,3 @@ def _num_processes(wanted: int | None, num_bytes: int) -> int:
     if wanted is None:
         return cores if num_bytes > SERIAL_BYTES else 1
     return max(1, min(wanted, cores))
-
-
-def _without_password(source: str) -> str:
-    """A source for the manifest, which anyone may read: without user and password of a URL."""
-    return re.sub(r"(?<=://)[^/@]*@", "", source)

@@ -17,6 +17,7 @@ from typing import Any
 from gradstream.core import profile
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
+from gradstream.core.finetuning import LoraConfig
 from gradstream.core.fragments import Tensor
 from gradstream.core.profile import SectionProfile, Workload
 
@@ -26,34 +27,40 @@ MAX_CACHED = 32
 
 @dataclass(frozen=True)
 class Inventory:
-    """A model's tensors in forward order, and the name of its transformers class."""
+    """A model's trained tensors in forward order, the name of its transformers class, and how many parameters are
+    frozen."""
 
     tensors: tuple[Tensor, ...]
     architecture: str
+    num_frozen_parameters: int
 
 
 _inventories: dict[str, Inventory] = {}
 _profiles: dict[str, list[SectionProfile]] = {}
 
 
-async def take_inventory(model_config: Mapping[str, Any]) -> Inventory:
-    """The inventory of a config.json's contents. Raises ConfigError when transformers cannot build it."""
-    key = json.dumps(model_config, sort_keys=True)
+async def take_inventory(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -> Inventory:
+    """The inventory of a config.json's contents, with adapters those are what is trained. Raises ConfigError when
+    transformers cannot build it."""
+    asked = {"config": model_config, "lora": lora.model_dump(mode="json") if lora is not None else None}
+    key = json.dumps(asked, sort_keys=True)
     if key not in _inventories:
         answer = await _ask_child("gradstream.core.model", key, "built")
         if "error" in answer:
             raise ConfigError(answer["error"])
         tensors = tuple(Tensor(name, tuple(shape), *rest) for name, shape, *rest in answer["tensors"])
-        _keep(_inventories, key, Inventory(tensors, answer["architecture"]))
+        _keep(_inventories, key, Inventory(tensors, answer["architecture"], answer["num_frozen_parameters"]))
     return _inventories[key]
 
 
-async def take_profile(model_config: Mapping[str, Any], training: TrainingConfig) -> list[SectionProfile]:
+async def take_profile(
+    model_config: Mapping[str, Any], training: TrainingConfig, lora: LoraConfig | None = None
+) -> list[SectionProfile]:
     """What each section of a model costs on this machine; the same again for as long as this process lives.
 
     Raises ConfigError when transformers cannot build the model, or when it cannot be cut into sections.
     """
-    key = profile.question(model_config, Workload.of(training))
+    key = profile.question(model_config, Workload.of(training), lora)
     if key not in _profiles:
         _keep(_profiles, key, profile.parse_answer(await _ask_child("gradstream.core.profile", key, "profiled")))
     return _profiles[key]

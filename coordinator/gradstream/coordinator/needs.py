@@ -77,8 +77,14 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
     return ServerBytes(state, 2 * saved, newcomer, early)
 
 
-def worker_bytes(recipe: Recipe, num_parameters: int) -> int:
+HELD_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+"""Of an element of a frozen base, by how it is held."""
+
+
+def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int = 0) -> int:
     """Bytes that a worker needs beside its activations, should it hold every slot.
+
+    A frozen base it holds in few bytes. Of what is trained, `num_parameters`:
 
     Weights, the gradients of the slot under way and of the one being encoded, the slots' encoded gradients until they
     are acknowledged, the next version's weights as they arrive, and each slot's residual where the codec keeps one.
@@ -89,7 +95,10 @@ def worker_bytes(recipe: Recipe, num_parameters: int) -> int:
         # Its residual at the version, and the one that the step leaves behind.
         slot += 2 * BYTES_PER_ELEMENT * num_parameters
     arriving = encoded_bytes(pull, (num_parameters,))
-    return 3 * BYTES_PER_ELEMENT * num_parameters + recipe.training.num_slots * slot + arriving
+    frozen = 0
+    if recipe.finetuning is not None:
+        frozen = num_frozen_parameters * HELD_BYTES[recipe.finetuning.held]
+    return frozen + 3 * BYTES_PER_ELEMENT * num_parameters + recipe.training.num_slots * slot + arriving
 
 
 def stage_need(plan: Plan, place: int = 0) -> int:

@@ -96,15 +96,18 @@ def plan_pipeline(
 
 def section_costs(recipe: Recipe, tensors: Sequence[Tensor], profiles: Sequence[SectionProfile]) -> list[SectionCost]:
     """The sections as the cut needs them. A tied tensor counts in both of its sections."""
-    return [
-        SectionCost(
-            profile.name,
-            profile.forward_seconds + profile.backward_seconds,
-            worker_bytes(recipe, num_parameters(tensors, profile.units)),
-            profile.activation_bytes,
+    costs = []
+    for profile in profiles:
+        trained = num_parameters(tensors, profile.units)
+        costs.append(
+            SectionCost(
+                profile.name,
+                profile.forward_seconds + profile.backward_seconds,
+                worker_bytes(recipe, trained, max(0, profile.num_parameters - trained)),
+                profile.activation_bytes,
+            )
         )
-        for profile in profiles
-    ]
+    return costs
 
 
 def num_parameters(tensors: Iterable[Tensor], units: Iterable[int]) -> int:

@@ -45,11 +45,13 @@ def make_plan(
     checkpoint_root: str,
     profiles: Sequence[SectionProfile] | None = None,
     latency_seconds: float = LATENCY_SECONDS,
+    num_frozen_parameters: int = 0,
 ) -> tuple[Plan, dict[str, str]]:
     """Make the plan of an epoch on all the servers offered; return it with its reasons by subject.
 
     `profiles` are those of the model's sections, wanted unless `pipeline.stages` is 1; `latency_seconds` is that of a
-    message between two workers of a pipeline. Without a manifest the data is not checked, and the plan not fit to run.
+    message between two workers of a pipeline; `num_frozen_parameters` are beside `tensors`, which are trained. Without
+    a manifest the data is not checked, and the plan not fit to run.
 
     Raises DataError when the data does not fit the model, ConfigError when the model is empty or its pipeline cannot
     be, PlanError when a server's memory, or that of every worker, is too small, or the workers are too few for a
@@ -70,8 +72,10 @@ def make_plan(
     reasons: dict[str, str] = {}
     pipeline = Pipeline()
     if recipe.pipeline.stages == 1:
-        worker_need = worker_bytes(recipe, sum(tensor.num_elements for tensor in tensors))
+        worker_need = worker_bytes(recipe, sum(tensor.num_elements for tensor in tensors), num_frozen_parameters)
         _check_worker_memory(worker_need, workers)
+        if num_frozen_parameters:
+            pipeline = Pipeline(worker_bytes=(worker_need,))  # it does not follow from the tensors
         memory_reason += f"; a worker needs {human_bytes(worker_need)} and its activations"
     else:
         if profiles is None:
@@ -104,7 +108,7 @@ def make_plan(
         )
     idle = len(servers) - len(chosen)
     names = ", ".join(server.name for server in chosen)
-    start = f"from the checkpoint of version {checkpoint.version}" if checkpoint else "from the seed"
+    start = f"from the checkpoint of version {checkpoint.version}" if checkpoint else f"from {plan.source}"
     reasons = {
         "servers": f"servers: all {len(chosen)} that were live ({names}), led by {chosen[0].name}"
         + (f"; {idle} more stay idle, as there are only {len(fragments)} fragments" if idle else ""),

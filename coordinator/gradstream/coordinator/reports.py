@@ -121,7 +121,7 @@ class Reports:
         self._state.record_validation_part(report)
         self._complete_validation(record.job_id, report.version, recipe.training.num_slots)
         if active is not None:
-            active.validated = {validation.version for validation in self._state.validations(record.job_id)}
+            active.take_validations(self._state)
             active.progress_at = self._controller.clock()
             self._controller.reconcile()
 
@@ -221,7 +221,7 @@ class Reports:
                 active.residuals.pop(version, None)
                 active.progress_at = self._controller.clock()
             active.checkpoints.add(version)
-            pinned = [number for job_id, number in self._controller.exporting if job_id == record.job_id]
+            pinned = self._controller.pinned_versions(active)
             removed, left = await asyncio.to_thread(checkpoints.remove_old, root, active.recipe.checkpoint.keep, pinned)
             active.checkpoints.intersection_update(left)
             if removed:

@@ -97,12 +97,15 @@ def judge_end(
     checkpoints: Collection[int],
     validated: bool,
     any_worker: bool,
+    early: str = "",
 ) -> tuple[Ending, str]:
     """Decide whether a job with a plan rests, ends or goes on.
 
     `halted_version` is where the leader answered a request to halt, if it did; `validated` says that the last
-    validation pass is complete or none is wanted.
+    validation pass is complete or none is wanted; `early` why a fine-tuning is to end before its last step.
     """
+    if early:
+        return Ending.FINISH, f"ended early at version {version}: {early}"
     done = version >= num_steps
     if done and version in checkpoints and validated:
         return Ending.FINISH, f"all {num_steps} steps are done"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from bisect import bisect_right
@@ -340,23 +339,20 @@ def export_huggingface(directory: str, destination: Path) -> None:
     config.json, model.safetensors (several with an index above 4 GiB), tokenizer.json, tokenizer_config.json. Raises
     CheckpointError for a damaged checkpoint and when `destination` is not empty.
     """
-    import shutil
-    import tempfile
+    with files.whole_directory(destination) as temporary:
+        write_huggingface(directory, temporary)
 
-    if destination.exists() and any(destination.iterdir()):
-        raise CheckpointError(f"{destination} is not empty; choose another directory or remove it")
+
+def write_huggingface(directory: str, destination: Path) -> None:
+    """Write a checkpoint's weights, config and tokenizer into a directory that is there. Raises CheckpointError."""
     reader = CheckpointReader(directory)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        _export_weights(reader, temporary)
-        _export_config(reader, temporary)
-        if destination.exists():
-            destination.rmdir()
-        temporary.chmod(0o755)
-        os.replace(temporary, destination)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if (reader.manifest.recipe.get("finetuning") or {}).get("method") == "lora":
+        raise CheckpointError(
+            f"{directory} holds adapters, not a whole model; export it with `gradstream finetune export`"
+        )
+    _export_weights(reader, destination)
+    write_config(reader, destination)
+    write_tokenizer(reader, destination)
 
 
 def _export_weights(reader: CheckpointReader, destination: Path) -> None:
@@ -386,11 +382,17 @@ def _export_weights(reader: CheckpointReader, destination: Path) -> None:
         (destination / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _export_config(reader: CheckpointReader, destination: Path) -> None:
+def write_config(reader: CheckpointReader, destination: Path) -> None:
+    """Write a checkpoint's config.json as a Hugging Face directory has it."""
+    # A model that began from a base has the base's dtype in its config, in which transformers would load it.
+    config = {key: value for key, value in reader.manifest.architecture.items() if key != "torch_dtype"}
+    (destination / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1))
+
+
+def write_tokenizer(reader: CheckpointReader, destination: Path) -> None:
+    """Write a checkpoint's tokenizer.json and tokenizer_config.json as a Hugging Face directory has them. Raises
+    CheckpointError when the tokenizer cannot be read."""
     manifest = reader.manifest
-    config = dict(manifest.architecture)
-    config.setdefault("dtype", "float32")
-    (destination / "config.json").write_text(json.dumps(config, indent=1))
     path = files.join(reader.directory, TOKENIZER_NAME)
     try:
         tokenizer = files.read_bytes(path)
@@ -406,7 +408,9 @@ def _export_config(reader: CheckpointReader, destination: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end_of_text,
         "eos_token": end_of_text,
-        "model_max_length": config.get("max_position_embeddings", config.get("n_positions", 1024)),
+        "model_max_length": manifest.architecture.get(
+            "max_position_embeddings", manifest.architecture.get("n_positions", 1024)
+        ),
         "clean_up_tokenization_spaces": False,
     }
     (destination / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1))

@@ -6,10 +6,15 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
+
+from gradstream.core.errors import CheckpointError
 
 PIECE_BYTES = 1 << 20
 
@@ -96,6 +101,29 @@ def write_atomic(path: str, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextlib.contextmanager
+def whole_directory(destination: Path) -> Iterator[Path]:
+    """A local directory to fill, which becomes `destination` when the body is done, and never was when it fails.
+
+    Raises CheckpointError when `destination` is not empty or cannot be written.
+    """
+    try:
+        if destination.exists() and any(destination.iterdir()):
+            raise CheckpointError(f"{destination} is not empty; choose another directory or remove it")
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+        try:
+            yield temporary
+            if destination.exists():
+                destination.rmdir()
+            temporary.chmod(0o755)
+            os.replace(temporary, destination)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{destination} cannot be written ({error}); choose another directory") from None
 
 
 def remove(path: str) -> None:

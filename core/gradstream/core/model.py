@@ -19,7 +19,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gradstream.core.errors import ConfigError, nearest
+from gradstream.core.finetuning import LoraConfig
 from gradstream.core.fragments import Tensor, TensorKind
+from gradstream.core.lora import add_adapters, initial_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -59,9 +61,9 @@ def load_config(model_config: Mapping[str, Any]) -> Any:
         raise ConfigError(f"model.config is not a valid {model_type} config: {' '.join(str(error).split())}") from None
 
 
-def build(model_config: Mapping[str, Any], device: str = "cpu") -> nn.Module:
-    """Build the causal language model on `device` ("meta" for its shapes alone). Raises ConfigError when it cannot
-    be."""
+def build(model_config: Mapping[str, Any], device: str = "cpu", lora: LoraConfig | None = None) -> nn.Module:
+    """Build the causal language model on `device` ("meta" for its shapes alone), with adapters as `lora` says: then
+    they alone require gradients. Raises ConfigError when it cannot be."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -71,6 +73,8 @@ def build(model_config: Mapping[str, Any], device: str = "cpu") -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(f"model.config cannot be built: {' '.join(str(error).split())[:300]}") from None
+    if lora is not None:
+        add_adapters(model, lora)
     return model
 
 
@@ -126,12 +130,13 @@ class UnitDraws:
             torch.cuda.manual_seed_all(seed)
 
 
-def inventory(model_config: Mapping[str, Any]) -> list[Tensor]:
-    """The model's tensors in forward order, found on the meta device. Tied tensors appear once, under their first name.
+def inventory(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -> list[Tensor]:
+    """The model's trained tensors in forward order, found on the meta device: all, or those of its adapters. Tied
+    tensors appear once, under their first name.
 
     Weight decay applies to tensors of two or more dimensions: not to norms and biases.
     """
-    return _inventory(build(model_config, "meta"))
+    return _inventory(build(model_config, "meta", lora))
 
 
 def _inventory(model: nn.Module) -> list[Tensor]:
@@ -166,21 +171,27 @@ def _inventory(model: nn.Module) -> list[Tensor]:
             last.get(id(parameter), 0),
         )
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     ]
     return sorted(tensors, key=lambda tensor: tensor.unit)
 
 
 def initial_weights(
-    model_config: Mapping[str, Any], seed: int, wanted: set[str] | None = None
+    model_config: Mapping[str, Any], seed: int, wanted: set[str] | None = None, lora: LoraConfig | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, fp32 tensor) of the initial weights of every wanted tensor (all when None).
+    """Yield (name, fp32 tensor) of the initial weights of every wanted trained tensor (all when None).
 
-    The model's own initialization is run one forward unit at a time, each with a generator seeded by (seed, unit), so
-    the values do not depend on who asks for which part, and no process ever holds more than one unit beside what it
-    keeps.
+    Adapters are drawn one tensor at a time, by (seed, tensor). Otherwise the model's own initialization is run one
+    forward unit at a time, each with a generator seeded by (seed, unit), so the values do not depend on who asks for
+    which part, and no process ever holds more than one unit beside what it keeps.
     """
     import torch
 
+    if lora is not None:
+        for tensor in inventory(model_config, lora):
+            if wanted is None or tensor.name in wanted:
+                yield tensor.name, initial_adapter(tensor.name, tensor.shape, derive_seed(seed, "init", tensor.name))
+        return
     model = build(model_config, "meta")
     seen: set[str] = set()
     # One parameter can have several names (tied); named_parameters, as the inventory, gives the first alone.
@@ -224,10 +235,16 @@ def _initialize(model: nn.Module, module: nn.Module) -> None:
 
 def initialize_buffers(model: nn.Module, device: torch.device | str) -> None:
     """Move a model that was built on the meta device to `device`: what it computes from its config (rotary frequencies)
-    is computed there, its parameters are left undefined."""
+    is computed there, its trained parameters are left undefined. Frozen ones stay where they are: they come from a
+    base."""
     import torch
+    from torch import nn
 
-    model.to_empty(device=torch.device(device))
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        return tensor if frozen else torch.empty_like(tensor, device=device)
+
+    model._apply(moved)  # type: ignore[no-untyped-call]  # as nn.Module.to_empty, which knows no exceptions
     with _GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
         for module in model.modules():
             if any(True for _ in module.buffers(recurse=False)):
@@ -241,11 +258,18 @@ def derive_seed(*parts: object) -> int:
 
 
 def _main() -> None:
-    """`python -m gradstream.core.model`: config.json on stdin, its inventory on stdout, both JSON."""
+    """`python -m gradstream.core.model`: config.json and adapters on stdin, the inventory on stdout, both JSON."""
     try:
-        model = build(json.load(sys.stdin), "meta")
+        asked = json.load(sys.stdin)
+        lora = LoraConfig.model_validate(asked["lora"]) if asked["lora"] else None
+        model = build(asked["config"], "meta", lora)
         tensors = [astuple(tensor) for tensor in _inventory(model)]
-        answer: dict[str, Any] = {"tensors": tensors, "architecture": type(model).__name__}
+        num_frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+        answer: dict[str, Any] = {
+            "tensors": tensors,
+            "architecture": type(model).__name__,
+            "num_frozen_parameters": num_frozen,
+        }
     except ConfigError as error:
         answer = {"error": str(error)}
     json.dump(answer, sys.stdout)

@@ -12,6 +12,7 @@ from gradstream.core.bundles import Bundle, Use, bundle
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import Manifest, parse_manifest
 from gradstream.core.errors import ProtocolError
+from gradstream.core.finetuning import LoraConfig
 from gradstream.core.fragments import Fragment, Tensor, TensorKind, cut
 from gradstream.proto.v1 import plan_pb2
 
@@ -111,6 +112,19 @@ class Plan:
             for part, unit in enumerate((tensor.unit, tensor.last_unit)[: self.num_parts(tensor)])
             if self.stage_of(unit) in stages
         ]
+
+    @property
+    def source(self) -> str:
+        """Where the servers' first weights come from, for people."""
+        tuning = self.recipe.finetuning
+        if self.checkpoint_path:
+            return self.checkpoint_path
+        return tuning.base.title if tuning is not None and tuning.lora is None else f"seed {self.recipe.seed}"
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters, when they alone are trained."""
+        return self.recipe.finetuning.lora if self.recipe.finetuning is not None else None
 
     @property
     def architecture(self) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError, one_line
+from gradstream.core.finetuning import LoraConfig
 from gradstream.core.model import hidden_size
 from gradstream.core.speed import matrix_flops
 
@@ -87,15 +88,18 @@ class SectionProfile:
     measured: bool
 
 
-def profile_sections(model_config: Mapping[str, Any], workload: Workload) -> list[SectionProfile]:
-    """The profile of every section, in forward order, with as many threads as torch is set to.
+def profile_sections(
+    model_config: Mapping[str, Any], workload: Workload, lora: LoraConfig | None = None
+) -> list[SectionProfile]:
+    """The profile of every section, in forward order, with as many threads as torch is set to. With adapters all else
+    is frozen, and its gradients are not computed.
 
     Raises ConfigError for a model that cannot be built, or not be cut into pipeline stages.
     """
     from gradstream.core.model import build, forward_units
     from gradstream.core.stage_module import sections_of
 
-    model = build(model_config, "meta")
+    model = build(model_config, "meta", lora)
     units = [unit for _, unit in forward_units(model)]
     sections = sections_of(model)
     rate = _flops_per_second(workload)
@@ -110,7 +114,7 @@ def profile_sections(model_config: Mapping[str, Any], workload: Workload) -> lis
             found = _estimate(model, section, modules, workload, rate, inner)
             if _is_measurable(found):
                 try:
-                    found = _measure(model_config, index, found, workload)
+                    found = _measure(model_config, index, found, workload, lora)
                 except ConfigError:
                     raise
                 except Exception as error:  # a family's own code, given what it was not made for
@@ -158,6 +162,7 @@ def _estimate(
     if matrices:
         kept += 2 * hidden  # the inputs of norms
     forward = operations / flops_per_second
+    frozen = not any(p.requires_grad for p in matrices if p.numel() == max(m.numel() for m in matrices))
     # In two parts, a pass that computes again does so for each parameter's gradient.
     weight_passes = 2 if first else 1 + len(parameters) if inner and workload.recompute else 1
     activation_bytes, input_bytes = 4 * tokens * kept, (8 if first else 4 * hidden) * tokens
@@ -168,9 +173,9 @@ def _estimate(
         units=section.units,
         num_parameters=sum(p.numel() for p in parameters),
         forward_seconds=forward,
-        backward_seconds=(3 if again else 2) * forward,
+        backward_seconds=((3 if again else 2) - frozen) * forward,
         backward_input_seconds=0.0 if first else (2 if again else 1) * forward,
-        backward_weight_seconds=weight_passes * forward,
+        backward_weight_seconds=0.0 if frozen and not first else weight_passes * forward,
         activation_bytes=input_bytes if again else max(input_bytes, activation_bytes),
         working_bytes=activation_bytes if again else 0,
         output_elements=tokens * columns,
@@ -194,14 +199,24 @@ def _is_measurable(estimate: SectionProfile) -> bool:
 
 
 def _measure(
-    model_config: Mapping[str, Any], index: int, estimate: SectionProfile, workload: Workload
+    model_config: Mapping[str, Any],
+    index: int,
+    estimate: SectionProfile,
+    workload: Workload,
+    lora: LoraConfig | None,
 ) -> SectionProfile:
     """The estimate with everything replaced that can be measured on a stage of this section alone."""
     import torch
 
     from gradstream.core.stage_module import StageModule
 
-    stage = StageModule(model_config, range(index, index + 1)).train()
+    stage = StageModule(model_config, range(index, index + 1), "cpu", lora).train()
+    for module in stage.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:  # frozen: on a worker it comes from the base
+                setattr(
+                    module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+                )
     size = (workload.microbatch, workload.sequence_length)
     with torch.random.fork_rng(devices=[]):
         with torch.no_grad():
@@ -287,6 +302,8 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
         begin = time.perf_counter()
         _, result = forward()
         forward_seconds = time.perf_counter() - begin
+        if not result.requires_grad:
+            return forward_seconds, 0.0, 0.0, 0.0  # a first section without an adapter
         gradient = None if stage.last else torch.ones_like(result)
         backward_seconds = _seconds(lambda: result.backward(gradient))  # type: ignore[no-untyped-call]
         if stage.first:
@@ -294,9 +311,10 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
         received, result = forward()
         begin = time.perf_counter()
         gradients = None if gradient is None else [gradient]
-        _, groups = stage_backward_input([result], gradients, [received], stage.parameters())
+        trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        _, groups = stage_backward_input([result], gradients, [received], iter(trained))
         input_seconds = time.perf_counter() - begin
-        weight_seconds = _seconds(lambda: stage_backward_weight(stage.parameters(), groups))
+        weight_seconds = _seconds(lambda: stage_backward_weight(iter(trained), groups))
         return forward_seconds, backward_seconds, input_seconds, weight_seconds
 
     run()  # warms up; from here on there are gradients to add to
@@ -323,9 +341,10 @@ def _autocast(workload: Workload) -> torch.autocast:
 # --- the child process ------------------------------------------------------------------------------------------------
 
 
-def question(model_config: Mapping[str, Any], workload: Workload) -> str:
+def question(model_config: Mapping[str, Any], workload: Workload, lora: LoraConfig | None = None) -> str:
     """What `python -m gradstream.core.profile` reads: the same text for the same profile."""
-    return json.dumps({"model_config": model_config, "workload": asdict(workload)}, sort_keys=True)
+    adapters = lora.model_dump(mode="json") if lora is not None else None
+    return json.dumps({"model_config": model_config, "workload": asdict(workload), "lora": adapters}, sort_keys=True)
 
 
 def parse_answer(answer: Mapping[str, Any]) -> list[SectionProfile]:
@@ -344,7 +363,9 @@ def _main() -> None:
     workload = Workload(**asked["workload"])
     torch.set_num_threads(workload.num_threads)
     try:
-        answer: dict[str, Any] = {"sections": list(map(asdict, profile_sections(asked["model_config"], workload)))}
+        lora = LoraConfig.model_validate(asked["lora"]) if asked["lora"] else None
+        sections = profile_sections(asked["model_config"], workload, lora)
+        answer: dict[str, Any] = {"sections": list(map(asdict, sections))}
     except ConfigError as error:
         answer = {"error": str(error)}
     json.dump(answer, sys.stdout)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gradstream.core.errors import ConfigError
+from gradstream.core.finetuning import LoraConfig
 from gradstream.core.model import build, forward_units, initialize_buffers
 
 
@@ -55,14 +56,21 @@ def sections_of(model: nn.Module) -> list[Section]:
 
 
 class StageModule(nn.Module):
-    """Sections `sections` (a range over `sections_of`) of a model, on a device, with weights yet to be filled in.
+    """Sections `sections` (a range over `sections_of`) of a model, on a device, with weights yet to be filled in; with
+    adapters, frozen ones stay on the meta device.
 
     Parameters of the other sections do not exist. Names are those of the whole model.
     """
 
-    def __init__(self, model_config: Mapping[str, Any], sections: range, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        model_config: Mapping[str, Any],
+        sections: range,
+        device: torch.device | str = "cpu",
+        lora: LoraConfig | None = None,
+    ):
         super().__init__()
-        self.model = build(model_config, "meta")
+        self.model = build(model_config, "meta", lora)
         every = sections_of(self.model)
         if not sections or sections.start < 0 or sections.stop > len(every) or sections.step != 1:
             raise ConfigError(
@@ -85,15 +93,16 @@ class StageModule(nn.Module):
             entry.register_forward_pre_hook(self._take, with_kwargs=True)
         initialize_buffers(self.model, device)
 
-    def forward(self, received: torch.Tensor) -> torch.Tensor:
+    def forward(self, received: torch.Tensor, **layout: torch.Tensor) -> torch.Tensor:
         """The first stage takes token ids, (B, T), the others activations, (B, T, D). The last one gives logits,
-        (B, T, V), the others activations. Raises ConfigError for a family of which this cannot be made."""
+        (B, T, V), the others activations. `layout` is what else the model's forward pass is told: position_ids and
+        attention_mask. Raises ConfigError for a family of which this cannot be made."""
         model: Any = self.model if self.last else self.model.base_model
         if self.first:
-            output = model(input_ids=received, use_cache=False)
+            output = model(input_ids=received, use_cache=False, **layout)
         else:
             self._received = received
-            output = model(inputs_embeds=received, use_cache=False)
+            output = model(inputs_embeds=received, use_cache=False, **layout)
         result: torch.Tensor = output.logits if self.last else output.last_hidden_state
         if result.shape[:2] != received.shape[:2]:
             # Its loop takes something else from a layer than the hidden states that `_PassedOn` gives.
@@ -140,7 +149,7 @@ class _PassedOn(nn.Module):
 
 
 def stage_tensors(module: StageModule, names: Collection[str]) -> dict[tuple[str, int], nn.Parameter]:
-    """The stage's parameters by (tensor, part), where `names` are the whole model's tensors.
+    """The stage's trained parameters by (tensor, part), where `names` are the whole model's tensors.
 
     A tied tensor has two parts, its use as an embedding and that as a head, whose gradients add up apart from each
     other: whether one stage has both or two have one each must make no difference. So a stage with both has it twice.
@@ -148,6 +157,8 @@ def stage_tensors(module: StageModule, names: Collection[str]) -> dict[tuple[str
     tied: Mapping[str, str] = getattr(module.model, "all_tied_weights_keys", None) or {}
     found: dict[tuple[str, int], nn.Parameter] = {}
     for name, parameter in module.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         key = (name, 0) if name in names else (tied[name], 1)
         found[key] = parameter
     return found

@@ -50,7 +50,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def look(recipe: Recipe) -> tuple[Inventory, list[SectionProfile]]:
         config = recipe.model.config
-        found = Inventory(tuple(inventory(config)), "LlamaForCausalLM")
+        found = Inventory(tuple(inventory(config)), "LlamaForCausalLM", 0)
         return found, profile_sections(config, Workload.of(recipe.training))
 
     monkeypatch.setattr(importlib.import_module("gradstream.coordinator.cli.plan"), "_look_at_model", look)

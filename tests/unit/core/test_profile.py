@@ -58,9 +58,9 @@ def test_layers_of_equal_shapes_are_measured_once(monkeypatch: pytest.MonkeyPatc
     measured: list[int] = []
     measure = profile._measure
 
-    def counted(config: Any, index: int, estimate: SectionProfile, workload: Workload) -> SectionProfile:
+    def counted(config: Any, index: int, estimate: SectionProfile, workload: Workload, lora: None) -> SectionProfile:
         measured.append(index)
-        return measure(config, index, estimate, workload)
+        return measure(config, index, estimate, workload, lora)
 
     monkeypatch.setattr(profile, "_measure", counted)
     found = of({**LLAMA, "num_hidden_layers": 5})

@@ -293,8 +293,8 @@ def _rows(tmp_path: Path, count: int) -> Path:
 
 
 def test_the_tokenizer_sample_is_bounded(tmp_path: Path) -> None:
-    from gradstream.coordinator.data.sources import list_files
     from gradstream.coordinator.data.tokenizer import _sample
+    from gradstream.core.sources import list_files
 
     (tmp_path / "in").mkdir()
     for name in "abc":

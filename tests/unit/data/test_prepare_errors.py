@@ -179,7 +179,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    from gradstream.coordinator.data.output import HashingFile, Output
+    from gradstream.core.data_output import HashingFile, Output
 
     with (
         pytest.raises(DataError, match=r"No space left on device.*; free some space or choose another path"),

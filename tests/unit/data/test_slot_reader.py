@@ -79,7 +79,7 @@ async def test_batches_are_the_windows_the_sampler_names(tmp_path: Path, dtype: 
     sampler = SlotSampler(manifest, "train", 1, 2, LENGTH, 3)
     assert slot.num_samples == sampler.num_samples
     for step in (0, 1, 50):
-        batch = slot.batch(step, 4)
+        batch = slot.batch(step, 4).tokens
         assert batch.shape == (4, LENGTH + 1)
         assert batch.dtype == np.int64
         for row, address in zip(batch, sampler.samples(step, 4), strict=True):
@@ -96,7 +96,7 @@ async def test_an_epoch_has_every_target_once(tmp_path: Path) -> None:
     for slot in range(2):
         one = reader(manifest, tmp_path / "set", tmp_path / "cache", slot=slot)
         await one.prepare()
-        targets += [one.batch(step, 1)[0, 1:] for step in range(one.num_samples)]
+        targets += [one.batch(step, 1).targets[0] for step in range(one.num_samples)]
         one.close()
     expected = []
     for shard in manifest.split("train"):
@@ -111,7 +111,7 @@ async def test_validation_is_in_stored_order(tmp_path: Path) -> None:
     slot = reader(manifest, tmp_path / "set", tmp_path / "cache", split="validation")
     await slot.prepare()
     tokens = np.fromfile(tmp_path / "set" / "validation-00001.tokens", "<u2")
-    np.testing.assert_array_equal(slot.validation_batch(2)[1], tokens[LENGTH : 2 * LENGTH + 1])
+    np.testing.assert_array_equal(slot.validation_batch(2).tokens[1], tokens[LENGTH : 2 * LENGTH + 1])
     assert len(slot.validation_batch(10_000)) == slot.num_samples
     slot.close()
 
@@ -120,9 +120,9 @@ async def test_reading_in_threads_gives_the_same(tmp_path: Path) -> None:
     slot = reader(make_data(tmp_path / "set"), tmp_path / "set", tmp_path / "cache")
     await slot.prepare()
     with ThreadPoolExecutor(4) as pool:
-        batches = list(pool.map(lambda step: slot.batch(step, 3), range(40)))
+        batches = list(pool.map(lambda step: slot.batch(step, 3).tokens, range(40)))
     for step, batch in enumerate(batches):
-        np.testing.assert_array_equal(batch, slot.batch(step, 3))
+        np.testing.assert_array_equal(batch, slot.batch(step, 3).tokens)
     slot.close()
 
 
@@ -180,7 +180,7 @@ async def test_fetched_when_the_path_cannot_be_seen_and_then_cached(tmp_path: Pa
     assert coordinator.asked == ["train-00001.tokens", "train-00003.tokens"]  # the slot's own and no others
     here = reader(manifest, tmp_path / "set", tmp_path / "unused")
     await here.prepare()
-    np.testing.assert_array_equal(slot.batch(7, 4), here.batch(7, 4))
+    np.testing.assert_array_equal(slot.batch(7, 4).tokens, here.batch(7, 4).tokens)
     assert sorted(os.listdir(tmp_path / "cache")) == sorted(
         f"{shard.sha256}.tokens" for shard in manifest.split("train")[1::2]
     )
@@ -218,7 +218,7 @@ async def test_a_damaged_cache_is_fetched_again(tmp_path: Path) -> None:
     slot = reader(manifest, "/nowhere", tmp_path / "cache", fetch=coordinator.fetch)
     await slot.prepare()
     assert len(coordinator.asked) == 4
-    assert slot.batch(0, 2).shape == (2, LENGTH + 1)
+    assert slot.batch(0, 2).tokens.shape == (2, LENGTH + 1)
 
 
 @pytest.mark.parametrize(

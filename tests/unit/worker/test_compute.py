@@ -12,6 +12,7 @@ from torch import nn
 from gradstream.core.errors import ConfigError
 from gradstream.core.model import build, derive_seed, forward_units, initial_weights, inventory
 from gradstream.worker.compute import AbandonedError, Alone, SlotComputer, SlotTotals, Try, pick_device
+from gradstream.worker.data import Batch
 
 MODEL = MICRO_LLAMA
 
@@ -72,13 +73,15 @@ def run_slot(
     emitted: Emitted,
     wanted: Callable[[], bool],
 ) -> SlotTotals:
-    computer.run(Try(0, step, (slot,)), {slot: tokens}, lambda _: emitted, wanted, Alone())
+    computer.run(
+        Try(0, step, (slot,)), {slot: Batch(tokens[:, :-1], tokens[:, 1:])}, lambda _: emitted, wanted, Alone()
+    )
     (totals,) = emitted.totals
     return totals
 
 
 def evaluate(computer: SlotComputer, wanted: Callable[[], bool] = lambda: True) -> tuple[float, int]:
-    found = computer.evaluate(Try(0, 0, (0,), True), TOKENS, wanted, Alone())
+    found = computer.evaluate(Try(0, 0, (0,), True), Batch(TOKENS[:, :-1], TOKENS[:, 1:]), wanted, Alone())
     assert found is not None
     return found
 

@@ -16,22 +16,22 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
-from gradstream.core.model import UnitDraws, build, hidden_size
+from gradstream.core.model import UnitDraws, build, hidden_size, initialize_buffers
 from gradstream.core.plan import Plan
 from gradstream.core.schedules import Action, Op, Row, Schedule, make_schedule
 from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
 from gradstream.core.timeline import SpanKind
+from gradstream.worker.data import Batch
+from gradstream.worker.frozen import STORE
+from gradstream.worker.packing import layout_of
 from gradstream.worker.stage import StageRunner
 from gradstream.worker.timeline import Timeline, clock_ns
-
-Tokens = npt.NDArray[np.int64]
 
 
 class AbandonedError(Exception):
@@ -151,6 +151,7 @@ class SlotComputer:
         self.worker = worker
         self.models: list[nn.Module] = []
         self.parameters: dict[tuple[int, int], nn.Parameter] = {}
+        self.frozen_bytes = 0
         self._timeline = timeline or Timeline()
         self._training = plan.recipe.training
         self._stages: dict[int, _Stage] = {}
@@ -167,6 +168,7 @@ class SlotComputer:
         self.hidden_size = hidden_size(self.models[0])
         self._draws = [UnitDraws(model, plan.recipe.seed) for model in self.models]
         self._targets: dict[int, torch.Tensor] = {}
+        self._layouts: dict[int, dict[str, torch.Tensor]] = {}
         self._runner = StageRunner(self._stages, plan.num_stages, self._loss_sum, self._begin)
         self._emit: Callable[[tuple[int, int], torch.Tensor], None] | None = None
         self._key: Callable[[int], tuple[object, ...]] = lambda microbatch: ()
@@ -189,14 +191,14 @@ class SlotComputer:
     def run(
         self,
         attempt: Try,
-        tokens: Mapping[int, Tokens],
+        batches: Mapping[int, Batch],
         begin_slot: Callable[[int], Emit],
         wanted: Callable[[], bool],
         exchange: Exchange,
     ) -> None:
         """Compute this worker's part of a try's gradients at the weights in place.
 
-        `tokens[slot]` has shape (B, T + 1); only workers with the first or the last stage need them.
+        Without packed rows only workers with the first or the last stage need `batches`, which are by slot.
         `begin_slot(slot)`, called before the first backward pass of a slot, gives the function that is called from
         inside its last ones as soon as a tensor's gradient, summed over the slot's target tokens, is final: last layers
         first. Raises AbandonedError when `wanted()` turns false.
@@ -205,14 +207,13 @@ class SlotComputer:
         schedule = schedule_for(self.plan, attempt)
         row = schedule.rows[self.worker]
         per_slot = schedule.num_microbatches // len(slots)
-        inputs = self._split(slots, tokens)
+        inputs = self._split(slots, batches)
         # The same for a slot whoever computes it.
         self._key = lambda number: ("step", attempt.version, slots[number // per_slot], number % per_slot)
         for stage in self._stages.values():
             stage.train()
         emits: dict[int, Emit] = {}
         finals = _last_backwards(row, per_slot)
-        num_tokens = training.slot_batch * training.sequence_length
         losses = self._runner.losses
         try:
             for action in row:
@@ -226,7 +227,11 @@ class SlotComputer:
                 if action in finals:
                     own = range(number * per_slot, (number + 1) * per_slot)
                     totals = SlotTotals(
-                        num_tokens, training.slot_batch, math.fsum(losses[microbatch] for microbatch in own)
+                        batches[slot].num_targets
+                        if slot in batches
+                        else training.slot_batch * training.sequence_length,
+                        training.slot_batch,
+                        math.fsum(losses[microbatch] for microbatch in own),
                     )
 
                     def on_final(
@@ -249,16 +254,16 @@ class SlotComputer:
         finally:
             self._emit = None
             self._runner.abandon()
-            self._targets.clear()
+            self._forget()
 
     @torch.no_grad()
     def evaluate(
-        self, attempt: Try, tokens: Tokens | None, wanted: Callable[[], bool], exchange: Exchange
+        self, attempt: Try, batch: Batch | None, wanted: Callable[[], bool], exchange: Exchange
     ) -> tuple[float, int] | None:
         """On the worker with the last stage, the sum of the loss over the slot's target tokens, in nats, and their
         number. Raises AbandonedError."""
         schedule = schedule_for(self.plan, attempt)
-        inputs = self._split(attempt.slots, {} if tokens is None else {attempt.slots[0]: tokens})
+        inputs = self._split(attempt.slots, {} if batch is None else {attempt.slots[0]: batch})
         self._key = lambda number: ()
         for stage in self._stages.values():
             stage.eval()
@@ -269,16 +274,17 @@ class SlotComputer:
                     raise AbandonedError
                 received = self._receive(action, inputs, exchange, losses)
                 assert received is not None
+                self._begin(action.microbatch)
                 result = self._stages[action.stage](received)
                 if action.stage == self.plan.num_stages - 1:
                     losses[action.microbatch] = float(self._loss_sum(result, action.microbatch))
                 else:
                     exchange.send(action, result, 0.0)
         finally:
-            self._targets.clear()
-        if tokens is None or not losses:
+            self._forget()
+        if batch is None or not losses:
             return None
-        return math.fsum(losses.values()), len(tokens) * (tokens.shape[1] - 1)
+        return math.fsum(losses.values()), batch.num_targets
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -342,18 +348,27 @@ class SlotComputer:
         key = self._key(microbatch)
         for draws in self._draws:
             draws.key = key
+        for stage in self._stages.values():
+            stage.layout = self._layouts.get(microbatch, {})
 
-    def _split(self, slots: Sequence[int], tokens: Mapping[int, Tokens]) -> list[torch.Tensor]:
-        """The microbatches' inputs, in the order of the slots; their targets are kept for the loss."""
+    def _forget(self) -> None:
+        self._targets.clear()
+        self._layouts.clear()
+
+    def _split(self, slots: Sequence[int], batches: Mapping[int, Batch]) -> list[torch.Tensor]:
+        """The microbatches' inputs, in the order of the slots; their targets and layouts are kept for the passes."""
         inputs: list[torch.Tensor] = []
         for slot in slots:
-            if slot not in tokens:
+            if slot not in batches:
                 continue
-            for begin in range(0, len(tokens[slot]), self._training.microbatch):
-                piece = tokens[slot][begin : begin + self._training.microbatch]
-                tokens_BT = torch.from_numpy(np.ascontiguousarray(piece)).to(self.device)
-                self._targets[len(inputs)] = tokens_BT[:, 1:]
-                inputs.append(tokens_BT[:, :-1])
+            for begin in range(0, len(batches[slot]), self._training.microbatch):
+                piece = batches[slot].piece(begin, begin + self._training.microbatch)
+                number = len(inputs)
+                self._targets[number] = torch.from_numpy(np.ascontiguousarray(piece.targets)).to(self.device)
+                if piece.examples is not None:
+                    layout = layout_of(piece.examples)
+                    self._layouts[number] = {key: tensor.to(self.device) for key, tensor in layout.items()}
+                inputs.append(torch.from_numpy(np.ascontiguousarray(piece.inputs)).to(self.device))
         return inputs
 
     def _loss_sum(self, logits_BTV: torch.Tensor, microbatch: int) -> torch.Tensor:
@@ -371,12 +386,20 @@ class SlotComputer:
         self._uses_of_stage[stage] = uses
         module: nn.Module
         if plan.has_pipeline:
-            module = StageModule(plan.model_config, _sections(plan, stage), self.device)
+            module = StageModule(plan.model_config, _sections(plan, stage), self.device, plan.lora)
             names = {tensor.name for tensor in plan.tensors}
             found = stage_tensors(module, names)  # type: ignore[arg-type]
         else:
-            module = build(plan.model_config).to(self.device)
+            if plan.lora is None:
+                module = build(plan.model_config).to(self.device)
+            else:
+                module = build(plan.model_config, "meta", plan.lora)
+                initialize_buffers(module, self.device)
             found = {(name, 0): parameter for name, parameter in module.named_parameters()}
+        tuning = plan.recipe.finetuning
+        if tuning is not None and plan.lora is not None:
+            model = module.model if isinstance(module, StageModule) else module
+            self.frozen_bytes += STORE.fill(model, tuning.base, tuning.held, self.device)
         for use in uses:
             tensor = plan.tensors[use[0]]
             parameter = found.get((tensor.name, use[1]))
@@ -400,13 +423,15 @@ class _Stage(nn.Module):
         self.module = module
         self._training = training
         self._device = device
+        self.layout: Mapping[str, torch.Tensor] = {}
+        """What the passes of the microbatch at hand are told of it besides its tokens."""
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
         with autocast(self._training, self._device):
             if isinstance(self.module, StageModule):
-                result: torch.Tensor = self.module(received)
+                result: torch.Tensor = self.module(received, **self.layout)
             else:
-                result = self.module(input_ids=received, use_cache=False).logits
+                result = self.module(input_ids=received, use_cache=False, **self.layout).logits
         return result
 
 
@@ -442,7 +467,7 @@ def _unit(plan: Plan, use: tuple[int, int]) -> int:
 def _sections(plan: Plan, stage: int) -> range:
     """The sections of a stage. Raises ConfigError where the plan's cut is not between sections."""
     begin, end = (0, *plan.stage_ends)[stage], plan.stage_ends[stage]
-    sections = sections_of(build(plan.model_config, "meta"))
+    sections = sections_of(build(plan.model_config, "meta", plan.lora))
     own = [number for number, section in enumerate(sections) if section.units and begin <= section.units[0] < end]
     if not own or sections[own[0]].units[0] != begin or sections[own[-1]].units[-1] != end - 1:
         raise ConfigError(

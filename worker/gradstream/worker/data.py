@@ -14,17 +14,58 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from gradstream.core.data import DataShard, Manifest, SampleAddress, SlotSampler, slot_group
+from gradstream.core.data import (
+    NO_TARGET,
+    ROW_PLANES,
+    DataShard,
+    Manifest,
+    SampleAddress,
+    SlotSampler,
+    slot_group,
+)
 from gradstream.core.errors import DataError, GradstreamError, one_line
 
 Split = Literal["train", "validation"]
 Fetch = Callable[[str], AsyncIterator[bytes]]
 BLOCK_BYTES = 1 << 20
+
+
+IGNORED = -100
+"""In a batch, in place of a target that does not count: torch's default for a loss."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples: token ids to read and the targets after them, both (B, T). `examples`, of the same shape, numbers those
+    that a sample was packed from; None where a sample is one piece."""
+
+    inputs: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    examples: npt.NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """Windows as they lie in their shard, (B, T + 1): the input tokens and the last target."""
+        return np.concatenate([self.inputs, self.targets[:, -1:]], axis=1)
+
+    @property
+    def num_targets(self) -> int:
+        """Target tokens that count."""
+        return int((self.targets != IGNORED).sum())
+
+    def piece(self, begin: int, end: int) -> Batch:
+        """Samples [begin, end)."""
+        examples = None if self.examples is None else self.examples[begin:end]
+        return Batch(self.inputs[begin:end], self.targets[begin:end], examples)
 
 
 class SlotReader:
@@ -53,6 +94,7 @@ class SlotReader:
         self._sampler = SlotSampler(manifest, split, slot, num_slots, sequence_length, seed)
         self._dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
         self._vocab_size = manifest.vocab_size
+        self._rows = manifest.layout == "rows"
         self._sequence_length = sequence_length
         self._path = path
         self._cache_directory = cache_directory
@@ -60,7 +102,7 @@ class SlotReader:
         used = set(self._sampler.files)
         self._shards = [shard for shard in slot_group(manifest, split, slot, num_slots) if shard.file in used]
         for shard in self._shards:
-            if shard.num_bytes != shard.num_tokens * self._dtype.itemsize:
+            if shard.num_bytes != manifest.num_bytes(shard.num_tokens):
                 raise DataError(
                     f"the manifest gives data shard {shard.file} {shard.num_bytes} bytes for {shard.num_tokens} tokens "
                     f"of {manifest.token_dtype}; prepare the data again"
@@ -82,15 +124,15 @@ class SlotReader:
                 path = await self._locate(shard)
                 self._descriptors[shard.file] = await asyncio.to_thread(_open, path, shard)
 
-    def batch(self, step: int, count: int) -> npt.NDArray[np.int64]:
-        """The slot's `count` samples of step `step`: token ids of shape (count, sequence_length + 1).
+    def batch(self, step: int, count: int) -> Batch:
+        """The slot's `count` samples of step `step`.
 
         Raises DataError when a data shard has become unreadable or holds an id outside the vocabulary.
         """
         return self._read(self._sampler.samples(step, count))
 
-    def validation_batch(self, count: int) -> npt.NDArray[np.int64]:
-        """The first `count` samples in stored order, or all if there are fewer: (n, sequence_length + 1).
+    def validation_batch(self, count: int) -> Batch:
+        """The first `count` samples in stored order, or all if there are fewer.
 
         Raises DataError as `batch` does.
         """
@@ -101,14 +143,31 @@ class SlotReader:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def _read(self, addresses: list[SampleAddress]) -> npt.NDArray[np.int64]:
+    def _read(self, addresses: list[SampleAddress]) -> Batch:
         if len(self._descriptors) < len(self._shards):
             raise RuntimeError("SlotReader.prepare() has not been awaited")
-        tokens = np.empty((len(addresses), self._sequence_length + 1), np.int64)
-        size = tokens.shape[1] * self._dtype.itemsize
+        if not self._rows:
+            # Windows overlap by the token that is the last target of one and the first input of the next.
+            tokens = self._read_at(addresses, self._sequence_length, self._sequence_length + 1)
+            self._check_vocabulary(addresses, tokens)
+            return Batch(tokens[:, :-1], tokens[:, 1:])
+        width = ROW_PLANES * self._sequence_length
+        rows = self._read_at(addresses, width, width).reshape(len(addresses), ROW_PLANES, self._sequence_length)
+        inputs, targets, examples = rows[:, 0], rows[:, 1], rows[:, 2]
+        targets = np.where(targets == NO_TARGET, IGNORED, targets)
+        self._check_vocabulary(addresses, inputs)
+        self._check_vocabulary(addresses, targets)
+        if not (targets != IGNORED).any(axis=1).all():
+            raise DataError(f"data shard {addresses[0].file} has a row without a target; prepare the examples again")
+        return Batch(inputs, targets, examples)
+
+    def _read_at(self, addresses: list[SampleAddress], stride: int, width: int) -> npt.NDArray[np.int64]:
+        """Samples of `width` numbers, of which one begins every `stride`: (samples, width)."""
+        tokens = np.empty((len(addresses), width), np.int64)
+        size = width * self._dtype.itemsize
         for row, address in enumerate(addresses):
             # pread, not a memory map: if the file shrinks under us this is an error to show, where a map is a SIGBUS.
-            begin = address.window * self._sequence_length
+            begin = address.window * stride
             try:
                 raw = os.pread(self._descriptors[address.file], size, begin * self._dtype.itemsize)
             except OSError as error:
@@ -117,17 +176,22 @@ class SlotReader:
                 ) from None
             if len(raw) != size:
                 raise DataError(
-                    f"data shard {address.file} ends before token {begin + tokens.shape[1]}, it was truncated while in "
+                    f"data shard {address.file} ends before token {begin + width}, it was truncated while in "
                     f"use; prepare the data again or restore the file"
                 )
             tokens[row] = np.frombuffer(raw, self._dtype)
-            largest = int(tokens[row].max())
-            if largest >= self._vocab_size:
-                raise DataError(
-                    f"data shard {address.file} holds token id {largest} near token {begin}, outside the vocabulary of "
-                    f"{self._vocab_size}; prepare the data again with the model's tokenizer"
-                )
         return tokens
+
+    def _check_vocabulary(self, addresses: list[SampleAddress], tokens: npt.NDArray[np.int64]) -> None:
+        largest = tokens.max(axis=1)
+        if (largest >= self._vocab_size).any():
+            row = int(largest.argmax())
+            address = addresses[row]
+            raise DataError(
+                f"data shard {address.file} holds token id {largest[row]} near token "
+                f"{address.window * self._sequence_length}, outside the vocabulary of {self._vocab_size}; prepare the "
+                f"data again with the model's tokenizer"
+            )
 
     async def _locate(self, shard: DataShard) -> str:
         """A verified local file with the shard's content."""

@@ -41,7 +41,6 @@ from gradstream.worker.compute import (
     Alone,
     Exchange,
     SlotComputer,
-    Tokens,
     Try,
     num_microbatches,
     num_samples,
@@ -376,7 +375,9 @@ class JobRun:
         version, neighbours = attempt.version, self._neighbours
         split: Split = "validation" if attempt.validate else "train"
         stages = self.plan.stages_of_worker(self.worker)
-        reads = 0 in stages or self.plan.num_stages - 1 in stages
+        # A stage in the middle needs to know of packed rows which tokens may see which.
+        packed = self.plan.data_manifest.layout == "rows"
+        reads = packed or 0 in stages or self.plan.num_stages - 1 in stages
         readers = {}
         for slot in attempt.slots if reads else ():
             coming = self._readers.get(split, slot)
@@ -409,18 +410,16 @@ class JobRun:
         batch = self.plan.recipe.training.slot_batch
         for slot in attempt.slots:
             self._faults.before_slot(step, slot)
-        tokens = {slot: reader.batch(step, batch) for slot, reader in readers.items()}
+        batches = {slot: reader.batch(step, batch) for slot, reader in readers.items()}
         with self._timeline.computing(SpanKind.COMPUTE, attempt.slots[0]):
-            self._computer.run(attempt, tokens, partial(self._pusher.submit, step), wanted, exchange)
+            self._computer.run(attempt, batches, partial(self._pusher.submit, step), wanted, exchange)
 
     def _validate(
         self, reader: SlotReader | None, attempt: Try, wanted: Callable[[], bool], exchange: Exchange
     ) -> tuple[float, int] | None:
-        tokens: Tokens | None = None
-        if reader is not None:
-            tokens = reader.validation_batch(num_samples(self.plan, True))
+        batch = None if reader is None else reader.validation_batch(num_samples(self.plan, True))
         with self._timeline.computing(SpanKind.VALIDATE, attempt.slots[0]):
-            return self._computer.evaluate(attempt, tokens, wanted, exchange)
+            return self._computer.evaluate(attempt, batch, wanted, exchange)
 
     def _wake(self) -> None:
         if self._neighbours is not None:

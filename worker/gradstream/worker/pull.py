@@ -151,8 +151,9 @@ class Puller:
             (server, {bundle.index: bundle for bundle in plan.bundles_of(index) if bundle.is_of(needed)}, stub, book)
             for index, (server, stub) in enumerate(zip(plan.servers, stubs, strict=True))
         ]
-        # A server that holds nothing of a stage knows of nothing that its worker waits for.
-        self._targets = [target for target in targets if target[1]]
+        # A server that holds nothing of a stage knows of nothing that its worker waits for. A stage without anything
+        # that is trained still has to hear of versions.
+        self._targets = [target for target in targets if target[1]] or [targets[plan.leader]]
         self._receiving: asyncio.Task[None] | None = None
         self.received_bytes = 0
 

@@ -6,7 +6,7 @@ in the parameters' `grad`, microbatch after microbatch in the order of the sched
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,10 +64,15 @@ class StageRunner:
             return self._backward_input(action, self._live[key], received)
         live = self._live.pop(key)
         if action.op is Op.BACKWARD_WEIGHT and action.stage:
-            stage_backward_weight(self._stages[action.stage].parameters(), live.weight_groups)
+            stage_backward_weight(self._trained(action.stage), live.weight_groups)
             return None
+        if not live.result.requires_grad:
+            return None  # a first stage without an adapter: nobody wants its gradient
         live.result.backward(received if action.op is Op.BACKWARD else live.gradient)  # type: ignore[no-untyped-call]
         return live.received.grad
+
+    def _trained(self, stage: int) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self._stages[stage].parameters() if parameter.requires_grad)
 
     def abandon(self) -> None:
         """Forget every microbatch under way, and what it has added."""
@@ -95,6 +100,6 @@ class StageRunner:
             live.gradient = received
             return None
         gradients = None if received is None else [received]
-        weights = self._stages[action.stage].parameters()
+        weights = self._trained(action.stage)
         _, live.weight_groups = stage_backward_input([live.result], gradients, [live.received], weights)
         return live.received.grad

@@ -202,10 +202,11 @@ class WeightInstaller:
         for _, unit in forward_units(model):
             inside = {id(module) for module in unit.modules()}
             covered |= inside
-            self._hook(unit, [number[id(parameter)] for parameter in unit.parameters()])
+            self._hook(unit, [number[id(parameter)] for parameter in unit.parameters() if id(parameter) in number])
         for module in model.modules():
             if id(module) not in covered:
-                self._hook(module, [number[id(parameter)] for parameter in module.parameters(recurse=False)])
+                own = [number[id(p)] for p in module.parameters(recurse=False) if id(p) in number]
+                self._hook(module, own)
 
     def _hook(self, module: nn.Module, tensors: list[int]) -> None:
         if tensors:

@@ -92,6 +92,7 @@ def plan(
         None,
         "",
         profiles,
+        num_frozen_parameters=found.num_frozen_parameters,
     )
     told = forecast(made, reasons, profiles, server_offers, worker_offers, bits_per_second)
     if output is OutputFormat.json:
@@ -145,9 +146,10 @@ async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SectionProfile
     from gradstream.coordinator.inventory import take_inventory, take_profile
     from gradstream.core.errors import ConfigError, one_line
 
-    found = await take_inventory(recipe.model.config)
+    lora = recipe.finetuning.lora if recipe.finetuning is not None else None
+    found = await take_inventory(recipe.model.config, lora)
     try:
-        return found, await take_profile(recipe.model.config, recipe.training)
+        return found, await take_profile(recipe.model.config, recipe.training, lora)
     except ConfigError as error:
         if recipe.pipeline.stages != 1:
             raise

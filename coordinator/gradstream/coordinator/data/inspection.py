@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gradstream.coordinator.data.sources import open_filesystem
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.errors import DataError, one_line
+from gradstream.core.sources import open_filesystem
 
 BLOCK_BYTES = 1 << 20
 SAMPLE_TOKENS = 64

@@ -1,136 +1,19 @@
-"""Sources: from paths, globs, directories and `stdlib:` to a stream of documents.
-
-A document is a text file, or a row of a JSONL or Parquet file. Files of a source come in sorted order, sources in the
-order given, and a file that two sources name comes once: the number of a document depends on the input alone.
-"""
+"""From the files of the sources to a stream of documents: a document is a text file, or a row of a JSONL or Parquet
+file."""
 
 from __future__ import annotations
 
 import codecs
-import json
-import os
-import sysconfig
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from gradstream.core.errors import ConfigError, DataError, GradstreamError, nearest, one_line
+from gradstream.core.errors import DataError, GradstreamError, nearest, one_line
+from gradstream.core.sources import PARQUET_ROWS, BadLine, SourceFile, jsonl_rows
 
-STDLIB = "stdlib:"
-# Not the library itself: tests, what pip installed, and byte code.
-STDLIB_SKIPPED = frozenset(
-    # The last two are character tables and one long string, not code.
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
-)
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 PROBE_BYTES = 8192
-PARQUET_ROWS = 512
 
 
 class NotTextError(Exception):
     """A file that is not UTF-8 text; it is skipped and counted, never shown to people."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One file to read: `name` is for people, `num_bytes` its stored (maybe compressed) size."""
-
-    name: str
-    filesystem: Any
-    path: str
-    num_bytes: int
-
-    @property
-    def _stem_and_compression(self) -> tuple[str, str | None]:
-        stem, suffix = os.path.splitext(self.path.lower())
-        return (stem, COMPRESSIONS[suffix]) if suffix in COMPRESSIONS else (self.path.lower(), None)
-
-    @property
-    def compression(self) -> str | None:
-        """The fsspec compression that the name tells."""
-        return self._stem_and_compression[1]
-
-    @property
-    def kind(self) -> str:
-        """ "jsonl", "parquet" or "text", by the name."""
-        suffix = os.path.splitext(self._stem_and_compression[0])[1]
-        return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}.get(suffix, "text")
-
-
-def open_filesystem(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path inside it. Raises ConfigError when there is none."""
-    from fsspec.core import url_to_fs
-
-    try:
-        filesystem, inner = url_to_fs(os.path.expanduser(path))
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{path}: this kind of path cannot be opened ({one_line(error)})") from None
-    return filesystem, str(inner)
-
-
-def is_local(filesystem: Any) -> bool:
-    """Whether paths of an fsspec file system are paths of this machine."""
-    from fsspec.implementations.local import LocalFileSystem
-
-    return isinstance(filesystem, LocalFileSystem)
-
-
-def list_files(sources: Iterable[str]) -> list[SourceFile]:
-    """All files that `sources` name, in the order in which they are read.
-
-    Directories are walked without hidden files; a glob takes the files it matches (`**` descends).
-    Raises ConfigError when a source names no file.
-    """
-    found: dict[tuple[str, str], SourceFile] = {}
-    for source in sources:
-        files = list(_stdlib_files() if source == STDLIB else _files_of(source))
-        if not files:
-            raise ConfigError(f"source '{source}' matches no file; correct the path or remove it")
-        for file in files:
-            found.setdefault((str(file.filesystem.protocol), file.path), file)
-    return list(found.values())
-
-
-def _files_of(source: str) -> Iterator[SourceFile]:
-    filesystem, path = open_filesystem(source)
-    try:
-        if filesystem.isdir(path):
-            listing = filesystem.find(path, detail=True)
-        elif filesystem.exists(path):
-            listing = {path: filesystem.info(path)}
-        elif any(character in path for character in "*?["):
-            listing = filesystem.glob(path, detail=True)
-        else:
-            listing = {}
-    except Exception as error:  # every fsspec backend raises its own kind
-        raise ConfigError(
-            f"source '{source}' cannot be listed ({one_line(error)}); check the path and the rights"
-        ) from None
-    local = is_local(filesystem)
-    root = path.rstrip("/") + "/"
-    for name in sorted(listing):
-        info = listing[name]
-        if info.get("type") in ("directory", "other"):
-            continue
-        if any(part.startswith(".") for part in name.removeprefix(root).split("/")) and name != path:
-            continue
-        label = name if local else str(filesystem.unstrip_protocol(name))
-        yield SourceFile(label, filesystem, name, int(info.get("size") or 0))
-
-
-def _stdlib_files() -> Iterator[SourceFile]:
-    from fsspec.implementations.local import LocalFileSystem
-
-    root = Path(sysconfig.get_path("stdlib"))
-    paths: list[tuple[str, Path]] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in STDLIB_SKIPPED]
-        paths += [((Path(folder) / name).relative_to(root).as_posix(), Path(folder) / name) for name in files]
-    filesystem = LocalFileSystem()
-    for _, path in sorted(paths):
-        if path.suffix == ".py" and path.is_file():
-            yield SourceFile(str(path), filesystem, str(path), path.stat().st_size)
 
 
 def read_documents(file: SourceFile, text_field: str, limit: int | None = None) -> Iterator[str]:
@@ -170,24 +53,13 @@ def _read_text(file: SourceFile, limit: int | None) -> str:
 
 
 def _jsonl_rows(file: SourceFile, text_field: str) -> Iterator[str]:
-    with file.filesystem.open(file.path, "rb", compression=file.compression) as handle:
-        for number, line in enumerate(handle, 1):
-            where = f"{file.name}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise DataError(f"{where}: not UTF-8; convert the file or leave it out") from None
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({one_line(error)}); correct or remove the line") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: not a JSON object; every line must be an object with '{text_field}'")
-            if text_field not in row:
-                raise DataError(_no_field(where, text_field, list(row)))
-            yield _text_value(row[text_field], where, text_field)
+    for number, row in jsonl_rows(file):
+        where = f"{file.name}:{number}"
+        if isinstance(row, BadLine):
+            raise DataError(f"{where}: {row.reason}; {row.cure}")
+        if text_field not in row:
+            raise DataError(_no_field(where, text_field, list(row)))
+        yield _text_value(row[text_field], where, text_field)
 
 
 def _parquet_rows(file: SourceFile, text_field: str) -> Iterator[str]:

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from gradstream.coordinator.data.sources import NotTextError, SourceFile, open_filesystem, read_documents
+from gradstream.coordinator.data.sources import NotTextError, read_documents
 from gradstream.core.errors import ConfigError, DataError, one_line
+from gradstream.core.sources import SourceFile, open_filesystem
 
 END_OF_TEXT = "<|endoftext|>"
 # What known model families end a document with, the most telling first.

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from gradstream.core import dense_kernels
+from gradstream.core.base_model import BaseReader
 from gradstream.core.bundles import Bundle
 from gradstream.core.checkpoint import COPY, WEIGHT, CheckpointReader
 from gradstream.core.codecs import Payload
@@ -135,6 +136,12 @@ class BundleState:
         """Take the initial weights of fragment `number` of the bundle from the whole tensor."""
         fragment = self.bundle.fragments[number]
         self._weights[number].copy_(tensor.reshape(-1)[fragment.begin : fragment.end])
+
+    def take_base(self, reader: BaseReader) -> None:
+        """Take the initial weights from a pretrained model, slice by slice. Raises CheckpointError."""
+        for number, (fragment, tensor) in enumerate(zip(self.bundle.fragments, self._tensors, strict=True)):
+            slice_N = reader.read(tensor.name, fragment.begin, fragment.end)
+            self._weights[number].copy_(torch.from_numpy(slice_N))
 
     def load(self, reader: CheckpointReader) -> None:
         """Take weights, optimizer state and the workers' copy from a checkpoint. Raises CheckpointError."""

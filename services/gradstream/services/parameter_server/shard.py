@@ -18,6 +18,7 @@ from itertools import chain
 from typing import TypeVar
 
 from gradstream.core import files
+from gradstream.core.base_model import BaseReader
 from gradstream.core.bundles import first_push_codec, is_tuned
 from gradstream.core.checkpoint import CheckpointReader, State, directory_of, write_shard
 from gradstream.core.codecs import Payload, codec_named, codec_on_wire
@@ -128,7 +129,7 @@ class Shard:
             epoch=self.plan.epoch,
             version=self.version,
             bundles=len(self.bundles),
-            source=self.plan.checkpoint_path or f"seed {self.plan.recipe.seed}",
+            source=self.plan.source,
         )
 
     def _load(self) -> None:
@@ -138,12 +139,16 @@ class Shard:
             for state in self.bundles.values():
                 state.load(reader)
             self._consecutive_skips = reader.manifest.progress.get("consecutive_skips", 0)
+        elif (tuning := plan.recipe.finetuning) is not None and plan.lora is None:
+            base = BaseReader(tuning.base)
+            for state in self.bundles.values():
+                state.take_base(base)
         else:
             wanted: dict[str, list[tuple[BundleState, int]]] = {}
             for state in self.bundles.values():
                 for number, fragment in enumerate(state.bundle.fragments):
                     wanted.setdefault(plan.tensors[fragment.tensor].name, []).append((state, number))
-            for name, tensor in initial_weights(plan.model_config, plan.recipe.seed, set(wanted)):
+            for name, tensor in initial_weights(plan.model_config, plan.recipe.seed, set(wanted), plan.lora):
                 for state, number in wanted[name]:
                     state.initialize(number, tensor)
         for state in self.bundles.values():

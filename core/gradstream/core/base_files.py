@@ -1,0 +1,152 @@
+"""Files of a base, wherever they lie: hashed once a process, copied once when they are not on a disk here, and read as
+safetensors.
+
+What is known of a file is known of it as it was: by size, time of change and place on disk. Another file under the same
+name is hashed, and copied, again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from gradstream.core import files
+from gradstream.core.errors import CheckpointError, ConfigError
+
+SPARE_BYTES = 256 << 20
+"""What a copy of a remote file leaves free on the disk of temporary files."""
+MAX_SMALL_FILE_BYTES = 256 << 20
+"""Largest file beside the weights that is read: tokenizers and configs."""
+
+_lock = threading.RLock()
+_digests: dict[str, tuple[object, str]] = {}
+_copies: dict[str, tuple[object, str]] = {}
+_directory: tempfile.TemporaryDirectory[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """A file's content in short."""
+
+    num_bytes: int
+    sha256: str
+
+
+def digest(path: str) -> Digest:
+    """Size and hash of a file; it is read only when it has changed since this process last asked. Raises
+    CheckpointError when it cannot be read."""
+    with _lock:
+        try:
+            state, num_bytes = _state(path)
+            known = _digests.get(path)
+            if known is None or known[0] != state:
+                if files.is_local(path):
+                    _digests[path] = (state, files.sha256(path))
+                else:
+                    _copy(path, state, num_bytes)
+            return Digest(num_bytes, _digests[path][1])
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error})") from None
+
+
+def local_path(path: str) -> str:
+    """Where this process can map the file: its own path, or that of a copy which lasts as long as the process. Raises
+    CheckpointError."""
+    if files.is_local(path):
+        return files.file_system(path)[1]
+    with _lock:
+        try:
+            state, num_bytes = _state(path)
+            known = _copies.get(path)
+            if known is None or known[0] != state:
+                _copy(path, state, num_bytes)
+            return _copies[path][1]
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error})") from None
+
+
+def read_small(directory: str, name: str) -> bytes:
+    """A file beside the weights. Raises CheckpointError when it cannot be read, ConfigError when it is too large."""
+    path = files.join(directory, name)
+    try:
+        fs, inner = files.file_system(path)
+        if fs.size(inner) > MAX_SMALL_FILE_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_SMALL_FILE_BYTES >> 20} MiB: it is not what its name says")
+        return files.read_bytes(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+
+
+def read_json(directory: str, name: str) -> dict[str, Any]:
+    """A JSON object beside the weights. Raises as `read_small`, and ConfigError when it is none."""
+    try:
+        value = json.loads(read_small(directory, name))
+    except ValueError as error:
+        raise ConfigError(f"{files.join(directory, name)} is not JSON ({error}); get the file again") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{files.join(directory, name)} is not a JSON object; get the file again")
+    return value
+
+
+def open_safetensors(path: str) -> Any:
+    """A safetensors file, mapped into memory, with its tensors as torch's. Raises CheckpointError for any other
+    file."""
+    from safetensors import SafetensorError, safe_open
+
+    local = local_path(path)
+    try:
+        return safe_open(local, framework="pt")
+    except (SafetensorError, OSError) as error:
+        detail = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({detail}); get the file again from where it came from"
+        ) from None
+
+
+def _state(path: str) -> tuple[object, int]:
+    """What changes when the file does, and its size in bytes."""
+    fs, inner = files.file_system(path)
+    if files.is_local(path):
+        status = os.stat(inner)
+        # The time of change cannot be set back, unlike that of modification.
+        return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino), status.st_size
+    fs.invalidate_cache()
+    info = fs.info(inner)
+    return str(sorted(info.items(), key=lambda item: item[0])), int(info["size"])
+
+
+def _copy(path: str, state: object, num_bytes: int) -> None:
+    """Copy and hash a remote file in one pass; an older copy of it goes."""
+    global _directory
+    if _directory is None:
+        _directory = tempfile.TemporaryDirectory(prefix="gradstream-base-", ignore_cleanup_errors=True)
+    stale = _copies.pop(path, None)
+    if stale is not None:
+        os.unlink(stale[1])
+    free = shutil.disk_usage(_directory.name).free
+    if free < num_bytes + SPARE_BYTES:
+        raise CheckpointError(
+            f"{path} has {num_bytes} bytes, and {_directory.name}, where it would be copied to, has {free} free; "
+            f"set TMPDIR to a larger disk"
+        )
+    sha256 = hashlib.sha256()
+    handle, local = tempfile.mkstemp(suffix=".safetensors", dir=_directory.name)
+    copied = 0
+    with os.fdopen(handle, "wb") as stream:
+        for piece in files.pieces(path):
+            copied += len(piece)
+            if copied > num_bytes:
+                break  # it grew: never more than the disk was asked for
+            sha256.update(piece)
+            stream.write(piece)
+    if copied != num_bytes:
+        os.unlink(local)
+        raise CheckpointError(f"{path} changed while it was read; try again when nobody writes to it")
+    _digests[path] = (state, sha256.hexdigest())
+    _copies[path] = (state, local)

@@ -1,0 +1,81 @@
+"""Invariant 1 for fine-tuning: the bits of the adapters depend on nothing but recipe, seed, base and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cluster import Cluster
+from support.finetuning import tuning_recipe, write_base, write_rows
+from support.tiny import GPT2, LLAMA
+
+from gradstream.client import Event, Validation
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_same_bits_on_any_number_of_workers_servers_and_stages(model: str, cluster: Cluster, tmp_path: Path) -> None:
+    """GPT-2 has a tied embedding, dropout of its own and linear modules the other way round."""
+    config = {"llama": {**LLAMA, "num_hidden_layers": 3}, "gpt2": {**GPT2, "n_layer": 3}}[model]
+    base, data = write_base(tmp_path / "base", config), write_rows(tmp_path / "data")
+    digests: dict[str, str] = {}
+
+    def tune(name: str, num_workers: int, num_servers: int = 1, **pipeline: Any) -> None:
+        recipe = tuning_recipe(
+            base,
+            data,
+            tmp_path / "runs",
+            name=f"{model}-{name}",
+            codec={"push": "bf16", "pull": "delta-int8"},
+            finetuning={"held": "int8", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "rslora": True}},
+            training={"recompute": name == "recomputed"},
+            pipeline=pipeline,
+            cluster={"min_workers": num_workers, "min_servers": num_servers},
+        )
+        job = cluster.client.submit(recipe)
+        cluster.finish(job.job_id, 60.0)
+        digests[name] = cluster.final_digest(job.job_id)
+
+    cluster.start_coordinator()
+    cluster.start_servers("server-0")
+    cluster.start_workers("worker-0")
+    tune("one", 1)
+    cluster.start_workers("worker-1")
+    cluster.start_servers("server-1", "server-2")
+    tune("two-on-three", 2, 3)
+    tune("stages", 2, 3, stages=2)
+    tune("zero-bubble", 2, 3, stages=2, schedule="zero-bubble")
+    tune("recomputed", 2, 3, stages=2, schedule="1f1b")
+    cluster.start_workers("worker-2", "worker-3")
+    tune("four-stages", 4, 3, stages=4)
+    assert len(set(digests.values())) == 1, digests
+
+
+def test_the_best_version_is_kept_and_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    """A rate so high that the loss only gets worse: the job ends after its patience, the best version is still there
+    although only one checkpoint is kept."""
+    base, data = write_base(tmp_path / "base"), write_rows(tmp_path / "data")
+    recipe = tuning_recipe(
+        base,
+        data,
+        tmp_path / "runs",
+        training={"num_steps": 40},
+        optimizer={"learning_rate": 0.3},
+        checkpoint={"keep": 1},
+        finetuning={"patience": 3},
+    )
+    cluster.start_coordinator()
+    cluster.start_servers("server-0")
+    cluster.start_workers("worker-0")
+    job = cluster.finish(cluster.client.submit(recipe).job_id, 60.0)
+    assert "ended early at version" in job.reason
+    assert job.version < 40
+    items = list(cluster.client.watch(job.job_id, follow=False))
+    events = [item.message for item in items if isinstance(item, Event)]
+    losses = {item.version: item.loss for item in items if isinstance(item, Validation)}
+    best = min((loss, version) for version, loss in losses.items() if version)[1]
+    versions = [checkpoint.version for checkpoint in cluster.client.checkpoints(job.job_id)]
+    assert best in versions
+    assert len(versions) <= 3, "the best one, the newest, and one that may have been under way"
+    assert any("removed version" in event for event in events)

@@ -68,6 +68,8 @@ class Case:
     @property
     def name(self) -> str:
         name = f"{self.network}_{self.schedule}_{self.model}"
+        if self.num_microbatches != Case.num_microbatches:
+            name += f"_m{self.num_microbatches}"
         return name if self.activations == "fp32" else f"{name}_{self.activations}"
 
     @property
@@ -85,6 +87,8 @@ CASES = [
     Case("loopback", "1f1b", "10m"),
     Case("1gbit", "1f1b", "10m"),
     Case("1gbit", "1f1b", "10m", "bf16"),
+    # What happens once a version, commit and pull, weighs less the longer the version is.
+    Case("loopback", "1f1b", "10m", num_microbatches=32, num_steps=9, num_warm_steps=3),
     Case("loopback", "1f1b", "10m-untied"),
     Case("loopback", "gpipe", "10m"),
     Case("loopback", "interleaved-1f1b", "10m", num_chunks=2),

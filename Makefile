@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format protos lock clean
+.PHONY: help install demo demo-finetune test check format protos lock clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 22
@@ -22,6 +22,12 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: $(STAMP)  ## Train a 10 M parameter GPT on this machine: 1 coordinator, 2 parameter servers, 2 workers.
 	$(BIN)/gradstream dev recipes/stdlib-gpt.yaml
+
+demo-finetune: $(STAMP)  ## Teach the demo's model a task with LoRA (trains the model first if it is not there).
+	$(BIN)/python examples/statement_kinds.py data/statement-kinds.jsonl
+	@ls runs/stdlib-gpt-*/checkpoints/step-*/manifest.json >/dev/null 2>&1 || $(BIN)/gradstream dev recipes/stdlib-gpt.yaml
+	$(BIN)/gradstream finetune dev recipes/stdlib-finetune.yaml \
+	  -s base_model="$$(ls -t runs/stdlib-gpt-*/checkpoints/step-*/manifest.json | head -1 | xargs dirname)"
 
 test: $(STAMP)  ## Run all tests.
 	$(BIN)/python -m pytest

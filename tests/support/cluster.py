@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradstream.client import Client, Job
+from gradstream.client import Client, FineTuningClient, Job
 from support.forked import Forked
 
 START_SECONDS = 180.0
@@ -25,7 +25,9 @@ class Cluster:
         self.directory = directory
         self.processes: dict[str, subprocess.Popen[bytes] | Forked] = {}
         self.address = "127.0.0.1:0"
+        self.fine_tuning_address = "127.0.0.1:0"
         self._client: Client | None = None
+        self._fine_tuning_client: FineTuningClient | None = None
 
     @property
     def client(self) -> Client:
@@ -33,6 +35,13 @@ class Cluster:
         if self._client is None:
             self._client = Client(self.address)
         return self._client
+
+    @property
+    def fine_tuning_client(self) -> FineTuningClient:
+        """A client of the running fine-tuning service."""
+        if self._fine_tuning_client is None:
+            self._fine_tuning_client = FineTuningClient(self.fine_tuning_address)
+        return self._fine_tuning_client
 
     # -- starting --------------------------------------------------------------------------------------------------
 
@@ -77,6 +86,13 @@ class Cluster:
         }
         for name, path in ready.items():
             self._await_ready(name, path)
+
+    def start_fine_tuning(self, memory: str = "1GiB") -> None:
+        """Start the fine-tuning service; a second start takes the first one's port and state."""
+        arguments = ["--coordinator", self.address, "--listen", self.fine_tuning_address, "--memory", memory]
+        state = ["--state", str(self.directory / "fine-tuning"), "--device", "cpu"]
+        ready = self._launch("fine-tuning", ["fine-tuning", *arguments, *state])
+        self.fine_tuning_address = self._await_ready("fine-tuning", ready)
 
     def _launch(self, name: str, arguments: list[str], environment: dict[str, str] | None = None) -> Path:
         ready = self._ready_file(name)
@@ -127,9 +143,10 @@ class Cluster:
 
     def close(self) -> None:
         """End every process."""
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        for client in (self._client, self._fine_tuning_client):
+            if client is not None:
+                client.close()
+        self._client = self._fine_tuning_client = None
         for process in self.processes.values():
             process.kill()
         for process in self.processes.values():

@@ -1,4 +1,4 @@
-"""The Python client of a gradstream coordinator.
+"""The Python client of a gradstream cluster.
 
     from gradstream.client import Client
 
@@ -6,21 +6,36 @@
         job = client.submit("recipes/stdlib-gpt.yaml")
         client.wait(job.job_id)
 
-Importing it loads neither torch nor transformers.
+FineTuningClient is that of a fine-tuning service. Importing it loads neither torch nor transformers.
 """
 
 from gradstream.client._async_client import AsyncClient, default_address
+from gradstream.client._async_fine_tuning_client import AsyncFineTuningClient, default_fine_tuning_address
 from gradstream.client._client import Client
 from gradstream.client._errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    FineTuningFailedError,
     GradstreamError,
     JobFailedError,
     PlanError,
     ProtocolError,
     StaleEpochError,
     UnreachableError,
+)
+from gradstream.client._fine_tuning_client import FineTuningClient
+from gradstream.client._fine_tuning_types import (
+    Evaluation,
+    ExamplesPreview,
+    ExamplesReport,
+    FineTuning,
+    FineTuningState,
+    FineTuningWatchItem,
+    GeneratedText,
+    RenderedExample,
+    RenderedPiece,
+    Sample,
 )
 from gradstream.client._types import (
     Activity,
@@ -40,18 +55,30 @@ from gradstream.client._types import (
     WatchItem,
 )
 from gradstream.core.config import Recipe, load_recipe
+from gradstream.core.finetuning_recipe import FineTuningRecipe, load_finetuning_recipe
 from gradstream.core.timeline import Span, SpanKind, Timeline, chrome_trace
 
 __all__ = [
     "Activity",
     "AsyncClient",
+    "AsyncFineTuningClient",
     "Checkpoint",
     "CheckpointError",
     "Client",
     "ConfigError",
     "DataError",
+    "Evaluation",
     "Event",
+    "ExamplesPreview",
+    "ExamplesReport",
     "ExportProgress",
+    "FineTuning",
+    "FineTuningClient",
+    "FineTuningFailedError",
+    "FineTuningRecipe",
+    "FineTuningState",
+    "FineTuningWatchItem",
+    "GeneratedText",
     "GradstreamError",
     "Job",
     "JobFailedError",
@@ -63,6 +90,9 @@ __all__ = [
     "PlanError",
     "ProtocolError",
     "Recipe",
+    "RenderedExample",
+    "RenderedPiece",
+    "Sample",
     "ServerMemory",
     "Span",
     "SpanKind",
@@ -75,5 +105,7 @@ __all__ = [
     "WatchItem",
     "chrome_trace",
     "default_address",
+    "default_fine_tuning_address",
+    "load_finetuning_recipe",
     "load_recipe",
 ]

@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
-import grpc
 import grpc.aio
 
+from gradstream.client._connection import Connection, Peer
 from gradstream.client._errors import JobFailedError
 from gradstream.client._export import ExportWriter
 from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, WatchItem, watch_item
 from gradstream.core.config import Recipe, absolute_paths, load_recipe, parse_recipe
-from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError
-from gradstream.core.rpc import Backoff, error_from_rpc, open_channel
+from gradstream.core.errors import ConfigError, UnreachableError
+from gradstream.core.rpc import Backoff
 from gradstream.core.timeline import Timeline
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
-T = TypeVar("T")
-
-DEFAULT_ADDRESS = "127.0.0.1:7000"
-ADDRESS_VARIABLE = "GRADSTREAM_COORDINATOR"
-# A little more than the longest pause between two tries of a channel (gradstream.core.rpc).
-RECONNECT_SECONDS = 3.5
+COORDINATOR = Peer(
+    "coordinator", "127.0.0.1:7000", "gradstream serve coordinator", "GRADSTREAM_COORDINATOR", "--coordinator"
+)
 
 
 def default_address() -> str:
     """The coordinator's address from the environment's GRADSTREAM_COORDINATOR, else 127.0.0.1:7000."""
-    return os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+    return os.environ.get(COORDINATOR.variable) or COORDINATOR.default_address
 
 
 class AsyncClient:
@@ -58,13 +54,14 @@ class AsyncClient:
         connect_timeout_seconds: float = 5.0,
         call_timeout_seconds: float = 60.0,
     ):
-        self.address = address or default_address()
-        if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}", self.address):
-            raise ConfigError(f"'{self.address}' is not an address of the form host:port, like {DEFAULT_ADDRESS}")
-        self._connect_timeout_seconds = connect_timeout_seconds
-        self._call_timeout_seconds = call_timeout_seconds
-        self._channel: grpc.aio.Channel | None = None
-        self._unreachable_since: datetime | None = None
+        self._connection = Connection(
+            COORDINATOR,
+            address or default_address(),
+            jobs_pb2_grpc.JobsServiceStub,
+            connect_timeout_seconds,
+            call_timeout_seconds,
+        )
+        self.address = self._connection.address
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -76,14 +73,12 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End all calls and close the connection."""
-        if self._channel is not None:
-            channel, self._channel = self._channel, None
-            await channel.close(None)
+        await self._connection.close()
 
     @property
     def unreachable_since(self) -> datetime | None:
         """Since when (local time) every try to reach the coordinator has failed; None when the last one succeeded."""
-        return self._unreachable_since
+        return self._connection.unreachable_since
 
     # ---- Jobs ------------------------------------------------------------------------------------------------------
 
@@ -103,19 +98,19 @@ class AsyncClient:
         else:
             resolved = absolute_paths(recipe if isinstance(recipe, Recipe) else parse_recipe(recipe))
         request = jobs_pb2.SubmitJobRequest(recipe_json=resolved.model_dump_json())
-        response = await self._call(lambda stub, timeout: stub.SubmitJob(request, timeout=timeout))
+        response = await self._connection.call(lambda stub, timeout: stub.SubmitJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 
     async def jobs(self) -> list[Job]:
         """All jobs, newest first."""
         request = jobs_pb2.ListJobsRequest()
-        response = await self._call(lambda stub, timeout: stub.ListJobs(request, timeout=timeout))
+        response = await self._connection.call(lambda stub, timeout: stub.ListJobs(request, timeout=timeout))
         return [Job.from_proto(job) for job in response.jobs]
 
     async def job(self, job_id: str | None = None) -> Job:
         """One job; the newest when no id is given. Raises ConfigError when there is none."""
         request = jobs_pb2.GetJobRequest(job_id=job_id or "")
-        response = await self._call(lambda stub, timeout: stub.GetJob(request, timeout=timeout))
+        response = await self._connection.call(lambda stub, timeout: stub.GetJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 
     async def watch(
@@ -134,9 +129,9 @@ class AsyncClient:
             try:
                 # 1. All that the coordinator has, and with follow all that it will have.
                 request = jobs_pb2.WatchJobRequest(job_id=job_id, after_cursor=cursor, follow=follow)
-                stub = await self._connect()
+                stub = await self._connection.connect()
                 async for message in stub.WatchJob(request):
-                    self._unreachable_since = None
+                    self._connection.unreachable_since = None
                     backoff.reset()
                     if message.cursor <= cursor:
                         continue
@@ -148,7 +143,7 @@ class AsyncClient:
                 if not follow or (await self.job(job_id)).state.ended:
                     return
             except grpc.aio.AioRpcError as rpc_error:
-                error = self._error(rpc_error)
+                error = self._connection.error(rpc_error)
                 if not follow or not isinstance(error, UnreachableError):
                     raise error from None
             except UnreachableError:
@@ -191,19 +186,19 @@ class AsyncClient:
     async def pause(self, job_id: str) -> Job:
         """Pause a job at its next step boundary, with a checkpoint. Returns before it rests."""
         request = jobs_pb2.PauseJobRequest(job_id=job_id)
-        response = await self._call(lambda stub, timeout: stub.PauseJob(request, timeout=timeout))
+        response = await self._connection.call(lambda stub, timeout: stub.PauseJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 
     async def resume(self, job_id: str) -> Job:
         """Go on with a paused job; start a stopped or failed one again from its last checkpoint."""
         request = jobs_pb2.ResumeJobRequest(job_id=job_id)
-        response = await self._call(lambda stub, timeout: stub.ResumeJob(request, timeout=timeout))
+        response = await self._connection.call(lambda stub, timeout: stub.ResumeJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 
     async def stop(self, job_id: str, now: bool = False) -> Job:
         """End a job at its next step boundary with a checkpoint or, with `now`, at once and without one."""
         request = jobs_pb2.StopJobRequest(job_id=job_id, now=now)
-        response = await self._call(lambda stub, timeout: stub.StopJob(request, timeout=timeout))
+        response = await self._connection.call(lambda stub, timeout: stub.StopJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 
     async def timeline(self, job_id: str | None = None) -> list[Timeline]:
@@ -211,19 +206,19 @@ class AsyncClient:
 
         Raises DataError when no worker has sent a timeline yet, and UnreachableError when the connection broke.
         """
-        stub = await self._connect()
+        stub = await self._connection.connect()
         try:
             call = stub.GetTimeline(jobs_pb2.GetTimelineRequest(job_id=job_id or ""))
             return [Timeline.from_proto(message.worker, message.timeline) async for message in call]
         except grpc.aio.AioRpcError as rpc_error:
-            raise self._error(rpc_error) from None
+            raise self._connection.error(rpc_error) from None
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
     async def checkpoints(self, job_id: str | None = None) -> list[Checkpoint]:
         """A job's checkpoints, oldest first."""
         request = jobs_pb2.ListCheckpointsRequest(job_id=job_id or "")
-        response = await self._call(lambda stub, timeout: stub.ListCheckpoints(request, timeout=timeout))
+        response = await self._connection.call(lambda stub, timeout: stub.ListCheckpoints(request, timeout=timeout))
         return [Checkpoint.from_proto(checkpoint) for checkpoint in response.checkpoints]
 
     async def export(
@@ -244,14 +239,14 @@ class AsyncClient:
         request = jobs_pb2.ExportCheckpointRequest(job_id=job_id or "", version=version)
         writer = await asyncio.to_thread(ExportWriter, directory)
         try:
-            stub = await self._connect()
+            stub = await self._connection.connect()
             async for piece in stub.ExportCheckpoint(request):
                 progress = await asyncio.to_thread(writer.write, piece)
                 if on_progress is not None:
                     on_progress(progress)
             return await asyncio.to_thread(writer.finish)
         except grpc.aio.AioRpcError as rpc_error:
-            raise self._error(rpc_error) from None
+            raise self._connection.error(rpc_error) from None
         finally:
             await asyncio.to_thread(writer.discard)
 
@@ -260,63 +255,5 @@ class AsyncClient:
     async def nodes(self) -> list[Node]:
         """The nodes of the cluster: live ones first, then by kind and name."""
         request = jobs_pb2.ListNodesRequest()
-        response = await self._call(lambda stub, timeout: stub.ListNodes(request, timeout=timeout))
+        response = await self._connection.call(lambda stub, timeout: stub.ListNodes(request, timeout=timeout))
         return [Node.from_proto(node) for node in response.nodes]
-
-    # ---- The connection --------------------------------------------------------------------------------------------
-
-    async def _connect(self) -> jobs_pb2_grpc.JobsServiceAsyncStub:
-        """The stub of a channel that is connected, or that has just failed to and will say why."""
-        if self._channel is None:
-            self._channel = open_channel(self.address)
-        channel = self._channel
-        state = channel.get_state(try_to_connect=True)
-        # A channel that has failed before is waited for until its next try, so that the old answer does not count.
-        failed_before = state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
-        try:
-            async with asyncio.timeout(min(RECONNECT_SECONDS if failed_before else 60, self._connect_timeout_seconds)):
-                while state is not grpc.ChannelConnectivity.READY:
-                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and not failed_before:
-                        break
-                    if state is grpc.ChannelConnectivity.SHUTDOWN:
-                        raise GradstreamError("the client is closed; make a new one")
-                    await channel.wait_for_state_change(state)
-                    failed_before = False
-                    state = channel.get_state(try_to_connect=True)
-        except TimeoutError:
-            if not failed_before:
-                raise self._unreachable(f"no answer within {self._connect_timeout_seconds:g} s") from None
-        return jobs_pb2_grpc.JobsServiceStub(channel)
-
-    async def _call(self, call: Callable[[jobs_pb2_grpc.JobsServiceAsyncStub, float], Any]) -> Any:
-        stub = await self._connect()
-        try:
-            response = await call(stub, self._call_timeout_seconds)
-        except grpc.aio.AioRpcError as rpc_error:
-            raise self._error(rpc_error) from None
-        self._unreachable_since = None
-        return response
-
-    def _error(self, rpc_error: grpc.aio.AioRpcError) -> GradstreamError:
-        error = error_from_rpc(rpc_error, f"coordinator {self.address}")
-        if isinstance(error, UnreachableError) and rpc_error.code() in (
-            grpc.StatusCode.UNAVAILABLE,
-            grpc.StatusCode.CANCELLED,
-        ):
-            # gRPC's own text names every layer; the last one is the cause.
-            details = " ".join((rpc_error.details() or "").split())
-            return self._unreachable(details.rpartition(": ")[2].rstrip("]") or "connection lost")
-        if not isinstance(error, UnreachableError):
-            self._unreachable_since = None
-        return error
-
-    def _unreachable(self, cause: str) -> UnreachableError:
-        since = ""
-        if self._unreachable_since is None:
-            self._unreachable_since = datetime.now().astimezone()
-        else:
-            since = f" since {self._unreachable_since:%H:%M:%S}"
-        return UnreachableError(
-            f"coordinator {self.address} does not answer{since} ({cause}); start it with "
-            f"`gradstream serve coordinator`, or name another address ({ADDRESS_VARIABLE}, --coordinator)"
-        )

@@ -8,11 +8,13 @@ GradstreamError
 ├── ProtocolError          the coordinator's answer breaks the protocol
 │   └── StaleEpochError    a peer speaks of a plan that has been replaced
 ├── UnreachableError       the coordinator does not answer
-└── JobFailedError         the job that was waited for failed
+├── JobFailedError         the job that was waited for failed
+└── FineTuningFailedError  the fine-tuning that was waited for failed
 """
 
 from __future__ import annotations
 
+from gradstream.client._fine_tuning_types import FineTuning
 from gradstream.client._types import Job
 from gradstream.core.errors import (
     CheckpointError,
@@ -29,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "FineTuningFailedError",
     "GradstreamError",
     "JobFailedError",
     "PlanError",
@@ -47,3 +50,14 @@ class JobFailedError(GradstreamError):
         self.job = job
         self.reason = job.reason or "no reason given"
         super().__init__(f"job {job.job_id} failed at step {job.version} of {job.num_steps}: {self.reason}")
+
+
+class FineTuningFailedError(GradstreamError):
+    """The fine-tuning that was waited for failed. `reason` says why, `fine_tuning` is its last state."""
+
+    exit_code = 8
+
+    def __init__(self, fine_tuning: FineTuning):
+        self.fine_tuning = fine_tuning
+        self.reason = fine_tuning.reason or "no reason given"
+        super().__init__(f"{fine_tuning.name} failed: {self.reason}")

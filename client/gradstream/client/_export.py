@@ -1,6 +1,6 @@
 """Writes the files of an export as they arrive: into a directory beside the wanted one, renamed when all is there.
 
-The coordinator's bytes are not trusted: a file's name must be a plain name, the pieces must come in a row, and their
+A service's bytes are not trusted: a file's name must be a plain name, the pieces must come in a row, and their
 sizes must add up to what was announced.
 """
 
@@ -11,18 +11,25 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from gradstream.client._types import ExportProgress
 from gradstream.core.errors import CheckpointError, ConfigError, ProtocolError
-from gradstream.proto.v1 import jobs_pb2
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 MAX_FILES = 10_000
 
 
+class Piece(Protocol):
+    """What ExportCheckpoint and ExportFineTuning answer with."""
+
+    file: str
+    file_bytes: int
+    payload: bytes
+
+
 class ExportWriter:
-    """Takes the responses of ExportCheckpoint. Use `write` for each, then `finish`; `discard` when anything failed."""
+    """Takes the pieces of an export. Use `write` for each, then `finish`; `discard` when anything failed."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory).expanduser().absolute()
@@ -46,7 +53,7 @@ class ExportWriter:
         self._received_bytes = 0
         self._total_bytes = 0
 
-    def write(self, piece: jobs_pb2.ExportCheckpointResponse) -> ExportProgress:
+    def write(self, piece: Piece) -> ExportProgress:
         """Write one piece. Raises ProtocolError when it does not fit, CheckpointError when the disk refuses it."""
         try:
             if piece.file != self._name or self._file is None:
@@ -73,7 +80,7 @@ class ExportWriter:
         try:
             self._finish_file()
             if not self._seen:
-                raise ProtocolError("the export has no files; does the job have a checkpoint?")
+                raise ProtocolError("the export has no files; is there a checkpoint?")
             self._temporary.chmod(0o777 & ~_umask())
             os.rename(self._temporary, self.directory)
         except OSError as error:
@@ -87,7 +94,7 @@ class ExportWriter:
             self._file = None
         shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _start_file(self, piece: jobs_pb2.ExportCheckpointResponse) -> None:
+    def _start_file(self, piece: Piece) -> None:
         if not _PLAIN_NAME.fullmatch(piece.file):
             raise ProtocolError(f"the export names a file {piece.file[:80]!r}, which is not a plain file name")
         if piece.file in self._seen or len(self._seen) >= MAX_FILES:

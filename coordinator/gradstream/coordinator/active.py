@@ -196,9 +196,12 @@ class ActiveJob:
         return (best, reason) if best in self.checkpoints else (None, "")
 
     @property
-    def best_version(self) -> int | None:
-        """The version that is a fine-tuning's result as it stands; None for another job."""
-        return best_version(self.validations, self.checkpoints) if self.recipe.finetuning is not None else None
+    def candidates(self) -> set[int]:
+        """The checkpoints that may be a fine-tuning's result: the best one so far, and those not yet validated."""
+        if self.recipe.finetuning is None:
+            return set()
+        best = best_version(self.validations, self.checkpoints)
+        return (self.checkpoints - self.validations.keys()) | ({best} if best is not None else set())
 
     @property
     def resting(self) -> bool:

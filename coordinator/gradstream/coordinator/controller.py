@@ -436,9 +436,7 @@ class Controller:
     def pinned_versions(self, active: ActiveJob) -> set[int]:
         """The versions of the active job whose checkpoints stay, however old: those that an export reads, the best one
         of a fine-tuning, and those that a fine-tuning job has as its base."""
-        pinned = {number for job_id, number in self.exporting if job_id == active.job_id}
-        if active.best_version is not None:
-            pinned.add(active.best_version)
+        pinned = {number for job_id, number in self.exporting if job_id == active.job_id} | active.candidates
         root = checkpoints.root_of(active.record.run_directory)
         by_directory = {directory_of(root, version): version for version in active.checkpoints}
         for record in self.state.list_jobs():

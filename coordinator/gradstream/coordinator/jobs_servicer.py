@@ -23,7 +23,6 @@ from gradstream.core.errors import CheckpointError, ConfigError, DataError, near
 from gradstream.core.rpc import answering
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
-PIECE_BYTES = 1 << 20
 MAX_EXPORTS = 2
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -204,17 +203,7 @@ async def _export(directory: str) -> AsyncIterator[jobs_pb2.ExportCheckpointResp
     try:
         target = Path(temporary.name) / "model"
         await asyncio.to_thread(export_huggingface, directory, target)
-        for path in sorted(target.iterdir()):
-            size = path.stat().st_size
-            stream = await asyncio.to_thread(path.open, "rb")
-            try:
-                sent = False
-                while (piece := await asyncio.to_thread(stream.read, PIECE_BYTES)) or not sent:
-                    yield jobs_pb2.ExportCheckpointResponse(file=path.name, file_bytes=size, payload=piece)
-                    sent = True
-                    if not piece:
-                        break
-            finally:
-                stream.close()
+        async for file, file_bytes, payload in files.directory_pieces(target):
+            yield jobs_pb2.ExportCheckpointResponse(file=file, file_bytes=file_bytes, payload=payload)
     finally:
         await asyncio.to_thread(temporary.cleanup)

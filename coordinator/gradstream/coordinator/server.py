@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import signal
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,8 +18,9 @@ from gradstream.coordinator.servicer import CoordinatorServicer
 from gradstream.coordinator.sqlite_state import SqliteState
 from gradstream.coordinator.views import Views
 from gradstream.core import __version__, rpc
-from gradstream.core.errors import ConfigError, GradstreamError, one_line
+from gradstream.core.errors import GradstreamError, one_line
 from gradstream.core.log import get_logger
+from gradstream.core.state_lock import lock_directory
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
 HEALTH_CHECK_SECONDS = 5.0
@@ -43,7 +42,7 @@ class Coordinator:
 
     async def start(self) -> None:
         """Take up the state and serve. Raises ConfigError when the state or the address is taken or unusable."""
-        self._lock = _lock(self._state_dir)
+        self._lock = lock_directory(self._state_dir, "coordinator")
         try:
             self._state = SqliteState(self._state_dir)
             self.controller = Controller(self._state, self._timing)
@@ -133,29 +132,6 @@ def _add_reflection(server: grpc.aio.Server) -> None:
     from grpc_reflection.v1alpha import reflection
 
     reflection.enable_server_reflection([*_service_names(), reflection.SERVICE_NAME], server)
-
-
-def _lock(state_dir: Path) -> IO[str]:
-    """Hold the state directory for this process; the system lets go of it whatever ends the process."""
-    path = state_dir / "lock"
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a+")
-    except OSError as error:
-        raise ConfigError(f"the state directory {state_dir} cannot be written ({error}); choose another") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        raise ConfigError(
-            f"another coordinator (process {holder}) holds the state directory {state_dir}; stop it or choose another"
-        ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    return lock
 
 
 def _write_atomic(path: Path, text: str) -> None:

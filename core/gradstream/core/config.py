@@ -267,7 +267,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Relative paths in the recipe are made absolute against the current directory, except model.config and base, which
     are relative to the file that names them. Raises ConfigError with one line.
     """
-    return absolute_paths(parse_recipe(load_tree(path, overrides), origin=str(path)))
+    tree = load_tree(path, overrides)
+    if "base_model" in tree:
+        raise ConfigError(f"{path} is a fine-tuning recipe; use `gradstream finetune create` or `finetune dev`")
+    return absolute_paths(parse_recipe(tree, origin=str(path)))
 
 
 def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:

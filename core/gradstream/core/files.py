@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,6 +66,23 @@ def pieces(path: str) -> Iterator[bytes]:
     with fs.open(inner, "rb") as stream:
         while piece := stream.read(PIECE_BYTES):
             yield piece
+
+
+async def directory_pieces(directory: Path) -> AsyncIterator[tuple[str, int, bytes]]:
+    """The files of a local directory, in order of their names, as (name, bytes of the whole file, a piece of 1 MiB).
+
+    An empty file has one empty piece.
+    """
+    for path in sorted(directory.iterdir()):
+        num_bytes = path.stat().st_size
+        stream = await asyncio.to_thread(path.open, "rb")
+        try:
+            piece = await asyncio.to_thread(stream.read, PIECE_BYTES)
+            yield path.name, num_bytes, piece
+            while piece and (piece := await asyncio.to_thread(stream.read, PIECE_BYTES)):
+                yield path.name, num_bytes, piece
+        finally:
+            stream.close()
 
 
 def sha256(path: str) -> str:

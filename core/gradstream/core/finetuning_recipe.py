@@ -14,9 +14,11 @@ from gradstream.core.config import (
     CodecConfig,
     OptimizerConfig,
     PipelineConfig,
+    Recipe,
     ScheduleConfig,
     absolute_path,
     explain,
+    load_recipe,
     load_tree,
 )
 from gradstream.core.errors import ConfigError
@@ -109,6 +111,13 @@ class FineTuningRecipe(Section):
     validation: FineTuningValidation = FineTuningValidation()
     pipeline: PipelineConfig = PipelineConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+
+def load_any_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe | FineTuningRecipe:
+    """Read a recipe of either kind: one with a `base_model` is a fine-tuning's. Raises ConfigError with one line."""
+    overrides = list(overrides)
+    is_finetuning = "base_model" in load_tree(path, overrides)
+    return load_finetuning_recipe(path, overrides) if is_finetuning else load_recipe(path, overrides)
 
 
 def load_finetuning_recipe(path: str | Path, overrides: Iterable[str] = ()) -> FineTuningRecipe:

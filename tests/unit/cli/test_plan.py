@@ -180,7 +180,7 @@ def test_dev_starts_what_the_recipe_asks_for(
     class Run:
         job = exported = None
 
-        def __init__(self, recipe: Recipe, servers: int, workers: int, keep: bool):
+        def __init__(self, recipe: Recipe, servers: int, workers: int, keep: bool, fine_tuning: bool):
             found.append((servers, workers))
 
         async def run(self) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from gradstream.core import rpc
@@ -220,16 +220,22 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
         return jobs_pb2.ListNodesResponse(nodes=self.nodes)
 
 
+def serving(servicer: CannedJobs, listen: str = "127.0.0.1:0") -> AbstractContextManager[str]:
+    """Serve `servicer`. See serving_by."""
+    return serving_by(lambda server: jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server), listen)
+
+
 @contextmanager
-def serving(servicer: CannedJobs, listen: str = "127.0.0.1:0") -> Iterator[str]:
-    """Serve, on a free port unless told otherwise, in an event loop on a thread; yield the address."""
+def serving_by(add: Callable[[Any], None], listen: str = "127.0.0.1:0") -> Iterator[str]:
+    """Serve what `add` adds to a server, on a free port unless told otherwise, in an event loop on a thread; yield the
+    address."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
     async def start() -> tuple[Any, int]:
         server = rpc.new_server()
-        jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server)
+        add(server)
         port = rpc.listen(server, listen)
         await server.start()
         return server, port

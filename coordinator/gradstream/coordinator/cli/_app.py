@@ -19,7 +19,8 @@ import typer.main
 EPILOG = (
     "Exit codes: 0 done, 1 other error, 2 wrong recipe, option or path, 3 data, 4 checkpoint, 5 no plan possible, "
     "6 protocol, 7 coordinator unreachable, 8 the job failed, 130 Ctrl-C. "
-    "GRADSTREAM_COORDINATOR sets the coordinator's address, GRADSTREAM_DEBUG=1 shows stack traces."
+    "GRADSTREAM_COORDINATOR sets the coordinator's address, GRADSTREAM_FINE_TUNING the fine-tuning service's, "
+    "GRADSTREAM_DEBUG=1 shows stack traces."
 )
 
 # Name, module below gradstream.coordinator.cli, attribute (a function, or a typer.Typer for a group), one line of help.
@@ -37,10 +38,11 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("resume", "jobs", "resume", "Go on with a paused job, or start a stopped or failed one again."),
     ("stop", "jobs", "stop", "End a job at its next step boundary, or at once."),
     ("ckpt", "ckpt", "app", "Checkpoints: list and export."),
+    ("finetune", "finetune", "app", "Fine-tune a pretrained model: create, watch, generate, compare, export."),
     ("generate", "generate", "generate", "Continue a prompt with a job's model or an exported directory."),
     ("recipes", "recipes", "app", "Recipes: list, show and validate."),
     ("data", "data", "data_app", "Data sets: prepare and inspect."),
-    ("serve", "serve", "app", "Run one role of a cluster: coordinator, parameter-server or worker."),
+    ("serve", "serve", "app", "Run one role of a cluster: coordinator, parameter-server, worker or fine-tuning."),
     ("doctor", "doctor", "doctor", "Check this machine and the way to the coordinator."),
 )
 

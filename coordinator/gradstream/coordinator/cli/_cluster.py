@@ -40,7 +40,8 @@ class _Member:
 class LocalCluster:
     """Starts the processes and watches over them. `failed` is set to a ClusterError when one cannot be kept up.
 
-    `directory` takes state, caches and, until `move_logs`, logs. `command` is what `serve …` arguments are added to.
+    `directory` takes state, caches and, until `move_logs`, logs. With `fine_tuning` there is a fine-tuning service too,
+    with its state in `directory / "fine-tuning"`. `command` is what `serve …` arguments are added to.
     """
 
     def __init__(
@@ -51,14 +52,17 @@ class LocalCluster:
         memory_bytes: int,
         on_news: Callable[[str], None],
         command: Sequence[str] = COMMAND,
+        fine_tuning: bool = False,
     ):
         self.directory = directory
         self.logs = directory / "logs"
         self.address = ""
+        self.fine_tuning_address = ""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._num_servers = num_servers
         self._num_workers = num_workers
         self._memory_bytes = memory_bytes
+        self._fine_tuning = fine_tuning
         self._command = list(command)
         self.on_news = on_news
         self._members: list[_Member] = []
@@ -102,10 +106,15 @@ class LocalCluster:
             name = f"worker-{index}"
             cache = ["--cache", str(self.directory / "cache" / name)]
             self._members.append(_Member(name, ["worker", "--name", name, *cache, *common]))
+        if self._fine_tuning:
+            place = ["--listen", "127.0.0.1:0", "--state", str(self.directory / "fine-tuning")]
+            self._members.append(_Member("fine-tuning", ["fine-tuning", *place, *common]))
         for member in self._members[1:]:
             await self._spawn(member)
-        for member in self._members[1:]:
-            await self._ready(member)
+        addresses = [await self._ready(member) for member in self._members[1:]]
+        if self._fine_tuning:
+            # One that is started again must be where its clients look for it.
+            self.fine_tuning_address = self._members[-1].arguments[2] = addresses[-1]
         # 3. From here on, deaths are healed.
         self._watchers = [asyncio.create_task(self._watch(member)) for member in self._members]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from gradstream.client import Client
+    from gradstream.client import Client, FineTuningClient
 
 
 class OutputFormat(StrEnum):
@@ -31,6 +31,16 @@ CoordinatorOption = Annotated[
         help="The coordinator's address.",
     ),
 ]
+ServiceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--service",
+        envvar="GRADSTREAM_FINE_TUNING",
+        metavar="HOST:PORT",
+        show_default="127.0.0.1:7001",
+        help="The fine-tuning service's address.",
+    ),
+]
 OutputOption = Annotated[
     OutputFormat,
     typer.Option("--output", "-o", help="table for people, json for programs (stdout holds nothing else)."),
@@ -41,6 +51,11 @@ OverrideOption = Annotated[
 ]
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one of `gradstream recipes ls`.")
+]
+FineTuningArgument = Annotated[str, typer.Argument(metavar="NAME", help="The fine-tuning's name.")]
+NewestFineTuningArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", help="The fine-tuning's name; the newest when left out.", show_default=False),
 ]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 NewestJobArgument = Annotated[
@@ -75,6 +90,13 @@ def open_client(coordinator: str | None) -> Client:
     from gradstream.client import Client
 
     return Client(coordinator)
+
+
+def open_fine_tuning_client(service: str | None) -> FineTuningClient:
+    """A client for the --service option."""
+    from gradstream.client import FineTuningClient
+
+    return FineTuningClient(service)
 
 
 def recipe_directories() -> list[Path]:

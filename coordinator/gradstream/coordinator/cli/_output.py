@@ -20,6 +20,10 @@ STATE_STYLES = {
     "finished": "bold green",
     "failed": "bold red",
     "stopped": "yellow",
+    "preparing": "cyan",
+    "training": "green",
+    "evaluating": "green",
+    "cancelled": "yellow",
 }
 LEVEL_STYLES = {"debug": "dim", "info": "green", "warning": "yellow", "error": "bold red", "critical": "bold red"}
 _NODE_STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bright_blue")
@@ -71,7 +75,7 @@ def styled(text: str, style: str | None) -> Any:
 
 
 def state_text(state: str) -> Any:
-    """A job's state in its colour."""
+    """The state of a job or a fine-tuning in its colour."""
     return styled(state, STATE_STYLES.get(state))
 
 

@@ -53,6 +53,9 @@ def dev(
         Path | None, typer.Option("--run-root", metavar="DIR", help="Where the job's directory is made.")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the cluster up after the job, until Ctrl-C.")] = False,
+    fine_tuning: Annotated[
+        bool, typer.Option("--fine-tuning", help="With --keep: start a fine-tuning service too.")
+    ] = False,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="What the sample at the end continues.", show_default=False)
     ] = None,
@@ -85,8 +88,10 @@ def dev(
                 f"--{what} {have} is fewer than the recipe's cluster.min_{what} {need}; "
                 f"start more or set -s cluster.min_{what}={have}"
             )
+    if fine_tuning and not keep:
+        raise ConfigError("--fine-tuning is of use only as long as the cluster stays up; add --keep")
     prepare_data(loaded)
-    run = _Run(loaded, servers, workers, keep)
+    run = _Run(loaded, servers, workers, keep, fine_tuning)
     code = asyncio.run(run.run())
     if run.job is None or run.exported is None:
         return code
@@ -149,6 +154,7 @@ class _Run:
     num_servers: int
     num_workers: int
     keep: bool
+    fine_tuning: bool = False
     job: Job | None = None
     exported: Path | None = None
     training: dict[int, float] = field(default_factory=dict)
@@ -174,7 +180,12 @@ class _Run:
         out.say(f"starting a coordinator, {self.num_servers} parameter servers and {self.num_workers} workers")
         try:
             cluster = LocalCluster(
-                directory, self.num_servers, self.num_workers, self._memory_bytes(), on_news=out.warn
+                directory,
+                self.num_servers,
+                self.num_workers,
+                self._memory_bytes(),
+                on_news=out.warn,
+                fine_tuning=self.fine_tuning,
             )
             async with cluster:
                 code = await self._run_job(cluster)
@@ -188,7 +199,9 @@ class _Run:
     def _memory_bytes(self) -> int:
         import psutil
 
-        return int(psutil.virtual_memory().total * MEMORY_SHARE / (self.num_servers + self.num_workers))
+        return int(
+            psutil.virtual_memory().total * MEMORY_SHARE / (self.num_servers + self.num_workers + self.fine_tuning)
+        )
 
     async def _run_job(self, cluster: LocalCluster) -> int:
         from gradstream.client import AsyncClient, JobFailedError
@@ -237,6 +250,8 @@ class _Run:
             # 4. Stay, if wanted.
             if self.keep:
                 out.say(f"the cluster stays up at {cluster.address} until Ctrl-C")
+                if self.fine_tuning:
+                    out.say(f"fine-tune with it: gradstream finetune create --service {cluster.fine_tuning_address}")
                 self._client = None
                 self._interrupted.clear()
                 await self._interrupted.wait()
@@ -289,9 +304,10 @@ class _Run:
     def _clean_up(self, directory: Path) -> None:
         """Keep the coordinator's state and the logs with the job's files; remove the rest."""
         if self.job is not None:
-            kept = Path(self.job.run_directory) / "state"
-            if (directory / "state").is_dir() and not kept.exists():
-                os.replace(directory / "state", kept)
+            for name in ("state", "fine-tuning"):
+                kept = Path(self.job.run_directory) / name
+                if (directory / name).is_dir() and not kept.exists():
+                    os.replace(directory / name, kept)
             shutil.rmtree(directory, ignore_errors=True)
         elif self.interrupts or self._terminated:
             shutil.rmtree(directory, ignore_errors=True)

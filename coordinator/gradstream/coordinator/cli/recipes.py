@@ -23,13 +23,13 @@ app = group("Recipes: list, show and validate.")
 @app.command()
 def ls(output: OutputOption = OutputFormat.table) -> None:
     """List the recipes that come along."""
-    from gradstream.core.config import load_recipe
     from gradstream.core.errors import GradstreamError, one_line
+    from gradstream.core.finetuning_recipe import load_any_recipe
 
     rows = []
     for name, path in bundled_recipes().items():
         try:
-            description = load_recipe(path).description
+            description = load_any_recipe(path).description
         except GradstreamError as error:
             description = f"broken: {one_line(error)}"
         rows.append({"name": name, "description": description, "path": str(path)})
@@ -54,9 +54,9 @@ def show(
     if not resolved and not overrides and output is OutputFormat.table:
         print(path.read_text(encoding="utf-8"), end="")
         return
-    from gradstream.core.config import load_recipe
+    from gradstream.core.finetuning_recipe import load_any_recipe
 
-    tree = load_recipe(path, overrides or ()).model_dump(mode="json")
+    tree = load_any_recipe(path, overrides or ()).model_dump(mode="json")
     if output is OutputFormat.json:
         out.print_json(tree)
         return
@@ -70,10 +70,17 @@ def validate(
     recipe: RecipeArgument, overrides: OverrideOption = None, output: OutputOption = OutputFormat.table
 ) -> None:
     """Check a recipe; exit code 2 and one line when it is wrong."""
-    from gradstream.core.config import load_recipe
+    from gradstream.core.finetuning_recipe import FineTuningRecipe, load_any_recipe
 
     path = find_recipe(recipe)
-    loaded = load_recipe(path, overrides or ())
+    loaded = load_any_recipe(path, overrides or ())
+    if isinstance(loaded, FineTuningRecipe):
+        if output is OutputFormat.json:
+            out.print_json({"valid": True, "name": loaded.name, "path": str(path)})
+            return
+        print(f"{loaded.name} is valid: {loaded.method} on {loaded.base_model}, examples in {loaded.data.path}")
+        out.hint(f"run it here: gradstream finetune dev {recipe}; with a service: gradstream finetune create {recipe}")
+        return
     training = loaded.training
     tokens = training.num_steps * training.global_batch * training.sequence_length
     if output is OutputFormat.json:

@@ -23,9 +23,11 @@ from gradstream.coordinator.cli._options import parse_size
 if TYPE_CHECKING:
     from gradstream.coordinator.cli._processes import Child
 
-app = group("Run one role of a cluster: coordinator, parameter-server or worker.")
+app = group("Run one role of a cluster: coordinator, parameter-server, worker or fine-tuning.")
 
 DEFAULT_MEMORY_SHARE = 0.8
+# It is mostly on a machine that others work on too.
+FINE_TUNING_MEMORY_SHARE = 0.4
 MAX_PROCESSES = 64
 
 
@@ -39,7 +41,7 @@ class LogLevel(StrEnum):
 
 
 class Device(StrEnum):
-    """What a worker computes on."""
+    """What a role computes on."""
 
     auto = "auto"
     cpu = "cpu"
@@ -221,6 +223,46 @@ def worker(
     )
 
 
+@app.command("fine-tuning")
+def fine_tuning(
+    coordinator: NodeCoordinatorOption = "127.0.0.1:7000",
+    listen: ListenOption = "127.0.0.1:7001",
+    state: Annotated[
+        Path,
+        typer.Option("--state", metavar="DIR", help="Directory of the durable state and of the prepared examples."),
+    ] = Path("~/.local/state/gradstream-fine-tuning"),
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Memory for the models that generate, like 4GiB.",
+            show_default="40 % of the machine's",
+        ),
+    ] = None,
+    device: Annotated[Device, typer.Option("--device", help="auto takes a GPU if there is one.")] = Device.auto,
+    ready_file: ReadyFileOption = None,
+    log_level: LogLevelOption = LogLevel.info,
+    die_with_parent: ParentOption = None,
+) -> None:
+    """Run the fine-tuning service: prepares examples, submits jobs, evaluates, generates, exports.
+
+    Coordinator, servers and workers must see its state directory and the bases under the same paths.
+    """
+    _prepare(log_level, die_with_parent)
+    check_address(listen, "--listen")
+    check_address(coordinator, "--coordinator")
+    _run(
+        "gradstream.services.fine_tuning.server",
+        coordinator,
+        listen,
+        state.expanduser().absolute(),
+        str(device),
+        memory_bytes(memory, FINE_TUNING_MEMORY_SHARE),
+        ready_file,
+    )
+
+
 def default_name() -> str:
     """host-pid, which no two live nodes of a cluster share."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname().split('.')[0] or 'node'}-{os.getpid()}")
@@ -245,13 +287,13 @@ def check_address(address: str, option: str) -> str:
     return address
 
 
-def memory_bytes(memory: str | None) -> int:
-    """Bytes that the --memory option gives to jobs: 80 % of the machine's memory when it is left out."""
+def memory_bytes(memory: str | None, share: float = DEFAULT_MEMORY_SHARE) -> int:
+    """Bytes that the --memory option gives to jobs: a share of the machine's memory when it is left out."""
     if memory is not None:
         return parse_size(memory)
     import psutil
 
-    return int(psutil.virtual_memory().total * DEFAULT_MEMORY_SHARE)
+    return int(psutil.virtual_memory().total * share)
 
 
 def _prepare(log_level: LogLevel, parent: int | None) -> None:

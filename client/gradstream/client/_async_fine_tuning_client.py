@@ -1,0 +1,344 @@
+"""The asyncio client of a fine-tuning service."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import grpc.aio
+
+from gradstream.client._connection import Connection, Peer
+from gradstream.client._errors import FineTuningFailedError
+from gradstream.client._export import ExportWriter
+from gradstream.client._fine_tuning_types import (
+    ExamplesPreview,
+    FineTuning,
+    FineTuningState,
+    FineTuningWatchItem,
+    GeneratedText,
+)
+from gradstream.client._types import ExportProgress, watch_item
+from gradstream.core.config import absolute_path
+from gradstream.core.errors import ConfigError, UnreachableError
+from gradstream.core.finetuning_recipe import (
+    FineTuningRecipe,
+    absolute_finetuning_paths,
+    load_finetuning_recipe,
+    parse_finetuning_recipe,
+)
+from gradstream.core.rpc import Backoff
+from gradstream.proto.v1 import fine_tuning_pb2 as pb
+from gradstream.proto.v1 import fine_tuning_pb2_grpc
+
+PIECE_BYTES = 1 << 20
+FINE_TUNING = Peer(
+    "fine-tuning service",
+    "127.0.0.1:7001",
+    "gradstream serve fine-tuning",
+    "GRADSTREAM_FINE_TUNING",
+    "--service",
+)
+
+AnyRecipe = FineTuningRecipe | str | Path | Mapping[str, Any]
+
+
+def default_fine_tuning_address() -> str:
+    """The fine-tuning service's address from the environment's GRADSTREAM_FINE_TUNING, else 127.0.0.1:7001."""
+    return os.environ.get(FINE_TUNING.variable) or FINE_TUNING.default_address
+
+
+class AsyncFineTuningClient:
+    """Talks to a fine-tuning service.
+
+        async with AsyncFineTuningClient("10.0.0.1:7001") as client:
+            made = await client.create("my-task.yaml")
+            await client.wait(made.name)
+            async for piece in client.generate(made.name, "def add("):
+                print(piece.text, end="")
+
+    `address` is host:port; None takes the environment's GRADSTREAM_FINE_TUNING, else 127.0.0.1:7001. Nothing is sent
+    before the first call, which raises UnreachableError after at most `connect_timeout_seconds` when nobody answers.
+    `call_timeout_seconds` bounds each unary call after that. A name of None means the newest fine-tuning.
+
+    Must be made, used and closed in one event loop.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        connect_timeout_seconds: float = 5.0,
+        call_timeout_seconds: float = 60.0,
+    ):
+        self._connection = Connection(
+            FINE_TUNING,
+            address or default_fine_tuning_address(),
+            fine_tuning_pb2_grpc.FineTuningServiceStub,
+            connect_timeout_seconds,
+            call_timeout_seconds,
+        )
+        self.address = self._connection.address
+
+    async def __aenter__(self) -> AsyncFineTuningClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End all calls and close the connection."""
+        await self._connection.close()
+
+    @property
+    def unreachable_since(self) -> datetime | None:
+        """Since when (local time) every try to reach the service has failed; None when the last one succeeded."""
+        return self._connection.unreachable_since
+
+    # ---- Examples --------------------------------------------------------------------------------------------------
+
+    async def upload(self, path: str | Path) -> str:
+        """Send a file of examples; return its path as the service sees it, for `data.path` of a recipe.
+
+        Raises ConfigError when the file cannot be read, DataError when it is too large.
+        """
+        path = Path(path).expanduser()
+
+        async def pieces() -> AsyncIterator[pb.UploadExamplesRequest]:
+            stream = await asyncio.to_thread(path.open, "rb")
+            with stream:
+                payload = await asyncio.to_thread(stream.read, PIECE_BYTES)
+                yield pb.UploadExamplesRequest(file=path.name, payload=payload)
+                while payload := await asyncio.to_thread(stream.read, PIECE_BYTES):
+                    yield pb.UploadExamplesRequest(payload=payload)
+
+        try:
+            await asyncio.to_thread(lambda: path.open("rb").close())
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}); correct the path") from None
+        stub = await self._connection.connect()
+        try:
+            response = await stub.UploadExamples(pieces())
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._connection.error(rpc_error) from None
+        return response.path
+
+    async def preview(self, recipe: AnyRecipe, overrides: Iterable[str] = (), num_examples: int = 3) -> ExamplesPreview:
+        """The first examples as they would be trained on, and what would become of all rows. Keeps nothing.
+
+        Raises ConfigError when the recipe or its base is wrong, DataError when the examples are.
+        """
+        resolved = await _resolve(recipe, overrides)
+        request = pb.PreviewExamplesRequest(recipe_json=resolved.model_dump_json(), num_examples=num_examples)
+        # It reads all rows, and the base before them: no deadline that fits one file would fit another.
+        response = await self._connection.call(lambda stub, _: stub.PreviewExamples(request))
+        return ExamplesPreview.from_proto(response)
+
+    # ---- Fine-tunings ----------------------------------------------------------------------------------------------
+
+    async def create(self, recipe: AnyRecipe, overrides: Iterable[str] = ()) -> FineTuning:
+        """Begin a fine-tuning. It is preparing its data when this returns; `wait` waits for its end.
+
+        `recipe` is a FineTuningRecipe, the path of a recipe file, or a mapping; `overrides` are `key.sub=value` strings
+        and go with a path only. Relative paths in it are made absolute against the current directory.
+
+        Raises ConfigError when the recipe is wrong or its name taken, DataError when its data is not to be found.
+        """
+        resolved = await _resolve(recipe, overrides)
+        request = pb.CreateFineTuningRequest(recipe_json=resolved.model_dump_json())
+        response = await self._connection.call(lambda stub, timeout: stub.CreateFineTuning(request, timeout=timeout))
+        return FineTuning.from_proto(response.fine_tuning)
+
+    async def list(self) -> list[FineTuning]:
+        """All fine-tunings, newest first."""
+        request = pb.ListFineTuningsRequest()
+        response = await self._connection.call(lambda stub, timeout: stub.ListFineTunings(request, timeout=timeout))
+        return [FineTuning.from_proto(message) for message in response.fine_tunings]
+
+    async def get(self, name: str | None = None) -> FineTuning:
+        """One fine-tuning. Raises ConfigError when there is none of that name."""
+        request = pb.GetFineTuningRequest(name=name or "")
+        response = await self._connection.call(lambda stub, timeout: stub.GetFineTuning(request, timeout=timeout))
+        return FineTuning.from_proto(response.fine_tuning)
+
+    async def watch(self, name: str | None = None) -> AsyncIterator[FineTuningWatchItem]:
+        """The fine-tuning whenever it has changed, and its job's history, until it has ended.
+
+        Survives a service that goes away for a while (`unreachable_since` tells): items of the history come once, the
+        fine-tuning again. The first call raises UnreachableError like any other.
+        """
+        name = (await self.get(name)).name
+        cursor = 0
+        backoff = Backoff()
+        while True:
+            ended = False
+            try:
+                stub = await self._connection.connect()
+                async for message in stub.WatchFineTuning(pb.WatchFineTuningRequest(name=name)):
+                    self._connection.unreachable_since = None
+                    backoff.reset()
+                    if message.HasField("fine_tuning"):
+                        fine_tuning = FineTuning.from_proto(message.fine_tuning)
+                        ended = fine_tuning.state.ended
+                        yield fine_tuning
+                    elif message.job.cursor > cursor:
+                        cursor = message.job.cursor
+                        item = watch_item(message.job)
+                        if item is not None:
+                            yield item
+                # A service that shuts down may end a stream in good order too.
+                if ended:
+                    return
+            except grpc.aio.AioRpcError as rpc_error:
+                error = self._connection.error(rpc_error)
+                if not isinstance(error, UnreachableError):
+                    raise error from None
+            except UnreachableError:
+                pass
+            await asyncio.sleep(backoff.next())
+
+    async def wait(
+        self,
+        name: str | None = None,
+        on_progress: Callable[[FineTuning], None] | None = None,
+        *,
+        until: Callable[[FineTuning], bool] | None = None,
+        poll_seconds: float = 1.0,
+    ) -> FineTuning:
+        """Wait until a fine-tuning has ended, or `until` holds; return its last state.
+
+        `on_progress` is called with it about every `poll_seconds`. A cancelled one is returned like a finished one.
+        Survives a service that goes away for a while. Raises FineTuningFailedError when it failed.
+        """
+        fine_tuning = await self.get(name)
+        name = fine_tuning.name
+        backoff = Backoff()
+        while True:
+            if on_progress is not None:
+                on_progress(fine_tuning)
+            if fine_tuning.state is FineTuningState.FAILED:
+                raise FineTuningFailedError(fine_tuning)
+            if fine_tuning.state.ended or (until is not None and until(fine_tuning)):
+                return fine_tuning
+            await asyncio.sleep(poll_seconds)
+            while True:
+                try:
+                    fine_tuning = await self.get(name)
+                    backoff.reset()
+                    break
+                except UnreachableError:
+                    await asyncio.sleep(backoff.next())
+
+    async def pause(self, name: str) -> FineTuning:
+        """Pause the job at its next step boundary. Returns before it rests."""
+        request = pb.PauseFineTuningRequest(name=name)
+        response = await self._connection.call(lambda stub, timeout: stub.PauseFineTuning(request, timeout=timeout))
+        return FineTuning.from_proto(response.fine_tuning)
+
+    async def resume(self, name: str) -> FineTuning:
+        """Go on with a paused, failed or cancelled one."""
+        request = pb.ResumeFineTuningRequest(name=name)
+        response = await self._connection.call(lambda stub, timeout: stub.ResumeFineTuning(request, timeout=timeout))
+        return FineTuning.from_proto(response.fine_tuning)
+
+    async def cancel(self, name: str) -> FineTuning:
+        """End it at once; its checkpoints stay."""
+        request = pb.CancelFineTuningRequest(name=name)
+        response = await self._connection.call(lambda stub, timeout: stub.CancelFineTuning(request, timeout=timeout))
+        return FineTuning.from_proto(response.fine_tuning)
+
+    # ---- Results ---------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        name: str | None = None,
+        prompt: str | Sequence[Mapping[str, str]] = "",
+        *,
+        base: bool | str = False,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Iterable[str] = (),
+    ) -> AsyncIterator[GeneratedText]:
+        """What a fine-tuning's best version continues `prompt` with, piece by piece as it is generated.
+
+        `prompt` is a text, or a conversation of {"role": …, "content": …} for the tokenizer's chat template. With
+        `base=True` the fine-tuning's base generates; `base="PATH"` names a base by itself, with no name. At temperature
+        0 the likeliest token is taken each time. Ends before the first of the texts `stop`. Leaving the iterator ends
+        the generation.
+
+        Raises ConfigError for an unknown name or a prompt that is too long, CheckpointError when there is no version
+        yet.
+        """
+        request = pb.GenerateRequest(
+            name=name or "",
+            use_base=base is True,
+            base=absolute_path(base) if isinstance(base, str) else "",
+            prompt=prompt if isinstance(prompt, str) else "",
+            messages=[]
+            if isinstance(prompt, str)
+            else [pb.ChatMessage(role=message["role"], content=message["content"]) for message in prompt],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+        )
+        stub = await self._connection.connect()
+        call = stub.Generate(request)
+        try:
+            async for message in call:
+                yield GeneratedText.from_proto(message)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._connection.error(rpc_error) from None
+        finally:
+            call.cancel()
+
+    async def export(
+        self,
+        name: str | None,
+        directory: str | Path,
+        *,
+        kind: Literal["adapter", "merged"] | None = None,
+        version: int | None = None,
+        on_progress: Callable[[ExportProgress], None] | None = None,
+    ) -> Path:
+        """Write a result (the best version, or `version`) as a directory; return its path.
+
+        An adapter's is peft's, a merged one a Hugging Face model's; without `kind` lora gives its adapter and full the
+        model. `directory` must not exist or be empty, and never holds a part of an export.
+
+        Raises ConfigError when the directory is not empty or there is nothing of the kind, CheckpointError when there
+        is no such version, ProtocolError when what came is not what was announced.
+        """
+        kinds = {None: pb.EXPORT_KIND_UNSPECIFIED, "adapter": pb.EXPORT_KIND_ADAPTER, "merged": pb.EXPORT_KIND_MERGED}
+        request = pb.ExportFineTuningRequest(name=name or "", kind=kinds[kind], version=version)
+        writer = await asyncio.to_thread(ExportWriter, directory)
+        try:
+            stub = await self._connection.connect()
+            async for piece in stub.ExportFineTuning(request):
+                progress = await asyncio.to_thread(writer.write, piece)
+                if on_progress is not None:
+                    on_progress(progress)
+            return await asyncio.to_thread(writer.finish)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._connection.error(rpc_error) from None
+        finally:
+            await asyncio.to_thread(writer.discard)
+
+
+async def _resolve(recipe: AnyRecipe, overrides: Iterable[str]) -> FineTuningRecipe:
+    overrides = tuple(overrides)
+    if isinstance(recipe, str | Path):
+        return await asyncio.to_thread(load_finetuning_recipe, recipe, overrides)
+    if overrides:
+        raise ConfigError("overrides go with the path of a recipe; change the mapping or the FineTuningRecipe instead")
+    parsed = recipe if isinstance(recipe, FineTuningRecipe) else parse_finetuning_recipe(recipe)
+    return absolute_finetuning_paths(parsed)

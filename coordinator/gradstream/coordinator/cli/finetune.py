@@ -1,0 +1,372 @@
+"""`gradstream finetune`: fine-tune a pretrained model and use what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli._app import group
+from gradstream.coordinator.cli._options import (
+    FineTuningArgument,
+    NewestFineTuningArgument,
+    OutputFormat,
+    OutputOption,
+    OverrideOption,
+    RecipeArgument,
+    ServiceOption,
+    find_recipe,
+    open_fine_tuning_client,
+)
+from gradstream.coordinator.cli.finetune_dev import dev
+
+if TYPE_CHECKING:
+    from gradstream.client import FineTuning, FineTuningClient, FineTuningRecipe, GeneratedText
+
+app = group(
+    "Fine-tune a pretrained model: dev, create, ls, status, watch, pause, resume, cancel, generate, compare, export."
+)
+
+app.command()(dev)
+
+SHOWN_SAMPLES = 3
+
+MaxNewTokensOption = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", min=1, help="Most tokens to add.", show_default="128, or what there is room for"),
+]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1, help="Sample from the likeliest share p.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text.")]
+StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text before which to end; may be repeated.")]
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="The prompt is a user's message, rendered by the base's chat template.")
+]
+
+
+# ---- Making one ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def create(
+    recipe: RecipeArgument,
+    overrides: OverrideOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show examples as they would be trained on, and begin nothing.")
+    ] = False,
+    num_examples: Annotated[int, typer.Option("-n", min=1, max=100, help="With --dry-run: how many examples.")] = 3,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Send the files of examples; the service need not see them.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show its progress until it ends.")] = False,
+    service: ServiceOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Begin a fine-tuning. Prints its name once its job is submitted."""
+    from gradstream.core.finetuning_recipe import load_finetuning_recipe
+
+    asked = load_finetuning_recipe(find_recipe(recipe), overrides or ())
+    with open_fine_tuning_client(service) as client:
+        if upload:
+            asked = _uploaded(client, asked)
+        if dry_run:
+            preview = client.preview(asked, (), num_examples)
+            if output is OutputFormat.json:
+                out.print_json(preview.to_dict())
+                return
+            from gradstream.coordinator.cli._fine_tuning_views import print_preview
+
+            print_preview(preview)
+            out.hint(f"begin: gradstream finetune create {recipe}")
+            return
+        made = client.create(asked)
+        made = _follow(client, made, output, lambda now: not wait and now.state != "preparing")
+    _print_one(made, output)
+    if made.state == "finished":
+        out.hint(f"look: gradstream finetune compare {made.name}", f"take it: gradstream finetune export {made.name}")
+    else:
+        out.hint(f"watch it: gradstream finetune watch {made.name}, gradstream finetune status {made.name}")
+
+
+def _uploaded(client: FineTuningClient, asked: FineTuningRecipe) -> FineTuningRecipe:
+    """The recipe with its files of examples sent, and named as the service has them."""
+    paths = {"path": client.upload(asked.data.path)}
+    if asked.data.validation_path is not None:
+        paths["validation_path"] = client.upload(asked.data.validation_path)
+    for path in paths.values():
+        out.say(f"sent {Path(path).name}")
+    return asked.model_copy(update={"data": asked.data.model_copy(update=paths)})
+
+
+def _follow(
+    client: FineTuningClient, made: FineTuning, output: OutputFormat, enough: Callable[[FineTuning], bool]
+) -> FineTuning:
+    """Show progress until it has ended or `enough` holds. Raises FineTuningFailedError."""
+    from gradstream.client import FineTuningFailedError
+    from gradstream.coordinator.cli._fine_tuning_views import FollowReporter
+    from gradstream.coordinator.cli._progress import ProgressView
+
+    try:
+        with ProgressView() as view:
+            return client.wait(made.name, FollowReporter(view), until=enough, poll_seconds=0.5)
+    except FineTuningFailedError as error:
+        if output is OutputFormat.json:
+            out.print_json(error.fine_tuning.to_dict())
+        raise
+    except KeyboardInterrupt:
+        out.say(f"\ndetached; {made.name} goes on. Cancel it with: gradstream finetune cancel {made.name}")
+        return client.get(made.name)
+
+
+# ---- Looking at them -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def ls(service: ServiceOption = None, output: OutputOption = OutputFormat.table) -> None:
+    """List fine-tunings, newest first."""
+    with open_fine_tuning_client(service) as client:
+        fine_tunings = client.list()
+    if output is OutputFormat.json:
+        out.print_json([each.to_dict() for each in fine_tunings])
+        return
+    if not fine_tunings:
+        out.say("no fine-tunings yet")
+        out.hint("create one: gradstream finetune create RECIPE")
+        return
+    from gradstream.coordinator.cli._fine_tuning_views import fine_tunings_table
+
+    out.console().print(fine_tunings_table(fine_tunings))
+    out.hint(f"more about one: gradstream finetune status {fine_tunings[0].name}")
+
+
+@app.command()
+def status(
+    name: NewestFineTuningArgument = None,
+    service: ServiceOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Show a fine-tuning: its job, its examples, how good base and result are."""
+    with open_fine_tuning_client(service) as client:
+        found = client.get(name)
+    if output is OutputFormat.json:
+        out.print_json(found.to_dict())
+        return
+    from gradstream.coordinator.cli._fine_tuning_views import fine_tuning_view
+
+    out.console().print(fine_tuning_view(found))
+
+
+@app.command()
+def watch(
+    name: NewestFineTuningArgument = None,
+    service: ServiceOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Show what happens to a fine-tuning until it ends: states, validation losses, checkpoints, events.
+
+    With -o json, one object a line, steps too.
+    """
+    from gradstream.client import FineTuning, FineTuningFailedError
+
+    last: FineTuning | None = None
+    with open_fine_tuning_client(service) as client:
+        try:
+            name = client.get(name).name
+            for item in client.watch(name):
+                if isinstance(item, FineTuning):
+                    last = item
+                _show(item, output)
+        except KeyboardInterrupt:
+            out.say(f"\ndetached; {name} goes on. Look again with: gradstream finetune watch {name}")
+            return
+    if last is not None and last.state == "failed":
+        raise FineTuningFailedError(last)
+
+
+def _show(item: Any, output: OutputFormat) -> None:
+    from rich.text import Text
+
+    from gradstream.client import Checkpoint, Event, FineTuning, Validation
+
+    if output is OutputFormat.json:
+        out.print_json_line(
+            {"type": "fine-tuning", **item.to_dict()} if isinstance(item, FineTuning) else item.to_dict()
+        )
+        return
+    if isinstance(item, FineTuning):
+        line = Text.assemble(f"{item.name} ", out.state_text(item.state), f": {item.reason}" if item.reason else "")
+    elif isinstance(item, Validation):
+        line = Text(f"validation loss {out.format_loss(item.loss)} at version {item.version}")
+    elif isinstance(item, Checkpoint):
+        line = Text(f"checkpoint of version {item.version}, {out.format_bytes(item.num_bytes)}", style="dim")
+    elif isinstance(item, Event) and item.kind not in ("step", "validation", "checkpoint"):
+        line = Text.assemble((f"{out.format_time(item.time)} {item.kind}: ", "cyan"), item.message)
+    else:
+        return
+    out.console().print(line, soft_wrap=True)
+
+
+# ---- Steering them ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def pause(name: FineTuningArgument, service: ServiceOption = None, output: OutputOption = OutputFormat.table) -> None:
+    """Pause a fine-tuning's job at its next step boundary."""
+    with open_fine_tuning_client(service) as client:
+        _print_one(client.pause(name), output)
+    out.hint(f"go on with: gradstream finetune resume {name}")
+
+
+@app.command()
+def resume(name: FineTuningArgument, service: ServiceOption = None, output: OutputOption = OutputFormat.table) -> None:
+    """Go on with a paused, failed or cancelled fine-tuning."""
+    with open_fine_tuning_client(service) as client:
+        _print_one(client.resume(name), output)
+    out.hint(f"watch it: gradstream finetune watch {name}")
+
+
+@app.command()
+def cancel(name: FineTuningArgument, service: ServiceOption = None, output: OutputOption = OutputFormat.table) -> None:
+    """End a fine-tuning at once; its checkpoints stay."""
+    with open_fine_tuning_client(service) as client:
+        _print_one(client.cancel(name), output)
+    out.hint(f"start it again: gradstream finetune resume {name}")
+
+
+def _print_one(each: FineTuning, output: OutputFormat) -> None:
+    if output is OutputFormat.json:
+        out.print_json(each.to_dict())
+    else:
+        job = f", job {each.job.job_id} {each.job.state}" if each.job is not None else ""
+        print(f"{each.name} {each.state}{job}" + (f": {each.reason}" if each.reason else ""))
+
+
+# ---- Using them ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    name: FineTuningArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    base: Annotated[bool, typer.Option("--base", help="The base generates, without what was learnt.")] = False,
+    chat: ChatOption = False,
+    max_new_tokens: MaxNewTokensOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    service: ServiceOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Continue a prompt with a fine-tuning's best version. The text appears as it is generated."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens or 0,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or [],
+    }
+    pieces: list[GeneratedText] = []
+    with open_fine_tuning_client(service) as client:
+        for piece in client.generate(name, _prompt(prompt, chat), base=base, **settings):
+            pieces.append(piece)
+            if output is OutputFormat.table:
+                print(piece.text, end="", flush=True)
+    last = pieces[-1] if pieces else None
+    if output is OutputFormat.json:
+        out.print_json(
+            {
+                "name": name,
+                "base": base,
+                "prompt": prompt,
+                "text": "".join(piece.text for piece in pieces),
+                "num_tokens": last.num_tokens if last else 0,
+                "finish_reason": last.finish_reason if last else "",
+                **settings,
+            }
+        )
+    else:
+        print()
+    if last is not None and last.finish_reason == "length":
+        out.hint(f"it ended at {last.num_tokens} tokens; more with --max-new-tokens")
+
+
+@app.command()
+def compare(
+    name: FineTuningArgument,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Text to continue; may be repeated. Left out: held-out prompts."),
+    ] = None,
+    num_samples: Annotated[int, typer.Option("-n", min=1, help="How many held-out prompts.")] = SHOWN_SAMPLES,
+    chat: ChatOption = False,
+    max_new_tokens: MaxNewTokensOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    stop: StopOption = None,
+    service: ServiceOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Show what the base and what the fine-tuning's best version say, beside each other."""
+    from gradstream.coordinator.cli._fine_tuning_views import Comparison, held_out, print_comparisons
+
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens or 0,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or [],
+    }
+    with open_fine_tuning_client(service) as client:
+        found = client.get(name)
+        if prompts:
+
+            def said(prompt: str, base: bool) -> str:
+                pieces = client.generate(name, _prompt(prompt, chat), base=base, **settings)
+                return "".join(piece.text for piece in pieces)
+
+            comparisons = [
+                Comparison(prompt, None, base=said(prompt, True), result=said(prompt, False)) for prompt in prompts
+            ]
+        else:
+            comparisons = held_out(found)[:num_samples]
+    if output is OutputFormat.json:
+        out.print_json(
+            {
+                "name": found.name,
+                "before": found.before.to_dict() if found.before else None,
+                "after": found.after.to_dict() if found.after else None,
+                "comparisons": [comparison.to_dict() for comparison in comparisons],
+            }
+        )
+        return
+    print_comparisons(found, comparisons)
+
+
+@app.command()
+def export(
+    name: FineTuningArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty directory.")],
+    merged: Annotated[bool, typer.Option("--merged", help="A whole model, the adapter merged into the base.")] = False,
+    version: Annotated[int | None, typer.Option("--version", min=0, help="Which one; the best by default.")] = None,
+    service: ServiceOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Write a result as a directory: peft's adapter, or a Hugging Face model."""
+    from gradstream.coordinator.cli.ckpt import ExportReporter
+
+    with open_fine_tuning_client(service) as client:
+        path = client.export(name, to, kind="merged" if merged else None, version=version, on_progress=ExportReporter())
+    if output is OutputFormat.json:
+        files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+        out.print_json({"directory": str(path), "files": files})
+    else:
+        print(path)
+
+
+def _prompt(prompt: str, chat: bool) -> Any:
+    return [{"role": "user", "content": prompt}] if chat else prompt

@@ -1,0 +1,125 @@
+"""`gradstream finetune dev`: a fine-tuning from start to end on this machine.
+
+Phases: start a cluster with a fine-tuning service, create the fine-tuning, follow it to its end, export the result,
+stop the cluster, show base and result beside each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli._options import (
+    OutputFormat,
+    OutputOption,
+    OverrideOption,
+    RecipeArgument,
+    find_recipe,
+)
+
+if TYPE_CHECKING:
+    from gradstream.client import FineTuning
+    from gradstream.core.finetuning_recipe import FineTuningRecipe
+
+MEMORY_SHARE = 0.8
+SHOWN_SAMPLES = 5
+
+
+def dev(
+    recipe: RecipeArgument,
+    overrides: OverrideOption = None,
+    servers: Annotated[int, typer.Option("--servers", min=1, help="Parameter servers to start.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Workers to start.")] = 2,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Fine-tune here: start a cluster and a service on this machine, run the recipe, show what was learnt.
+
+    Ctrl-C ends everything; checkpoints stay in the job's directory.
+    """
+    from gradstream.core.errors import ConfigError
+    from gradstream.core.finetuning_recipe import load_finetuning_recipe
+
+    asked = load_finetuning_recipe(find_recipe(recipe), overrides or ())
+    if asked.base_model.startswith("job:"):
+        raise ConfigError(
+            f"base_model {asked.base_model} is a job of another cluster; give a checkpoint's directory, such as "
+            f"runs/JOB/checkpoints/step-00000100, or a Hugging Face directory"
+        )
+    for what, have, need in (
+        ("servers", servers, asked.cluster.min_servers),
+        ("workers", workers, max(asked.cluster.min_workers, asked.pipeline.least_workers)),
+    ):
+        if have < need:
+            raise ConfigError(f"--{what} {have} is fewer than the {need} that the recipe needs; start more")
+    run = asyncio.run(_run(asked, servers, workers))
+    if output is OutputFormat.json:
+        out.print_json({**run.made.to_dict(), "adapter": str(run.exported)})
+        return
+    from gradstream.coordinator.cli._fine_tuning_views import held_out, print_comparisons
+
+    print_comparisons(run.made, held_out(run.made)[:SHOWN_SAMPLES])
+    print()
+    print(f"result: {run.exported}")
+
+
+@dataclass(frozen=True)
+class _Done:
+    made: FineTuning
+    exported: Path
+
+
+async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
+    """Run it to its end. Raises FineTuningFailedError, and whatever keeps it from running."""
+    import psutil
+
+    from gradstream.client import AsyncFineTuningClient
+    from gradstream.coordinator.cli._cluster import LocalCluster
+    from gradstream.coordinator.cli._fine_tuning_views import FollowReporter
+    from gradstream.coordinator.cli._progress import ProgressView
+
+    directory = Path(asked.run_root) / f".dev-{os.getpid()}"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    memory = int(psutil.virtual_memory().total * MEMORY_SHARE / (servers + workers + 1))
+    out.say(f"starting a cluster: parameter servers {servers}, workers {workers}, and a fine-tuning service")
+    run_directory: Path | None = None
+    try:
+        async with (
+            LocalCluster(directory, servers, workers, memory, on_news=out.warn, fine_tuning=True) as cluster,
+            AsyncFineTuningClient(cluster.fine_tuning_address) as client,
+        ):
+            # 1. Create it, and follow it to its end.
+            made = await client.create(asked)
+            with ProgressView() as view:
+                cluster.on_news = view.say
+                reporter = FollowReporter(view)
+                waiter = asyncio.ensure_future(client.wait(made.name, reporter, poll_seconds=0.5))
+                try:
+                    futures: set[asyncio.Future[object]] = {waiter, cluster.failed}  # type: ignore[arg-type]
+                    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+                    if not waiter.done():
+                        cluster.failed.result()
+                    made = waiter.result()
+                finally:
+                    waiter.cancel()
+                    cluster.on_news = out.warn
+            # 2. Take what came of it.
+            assert made.job is not None
+            run_directory = Path(made.job.run_directory)
+            exported = await client.export(made.name, run_directory / "export")
+            return _Done(made, exported)
+    finally:
+        if run_directory is not None:
+            for name in ("state", "fine-tuning", "logs"):
+                if (directory / name).is_dir() and not (run_directory / name).exists():
+                    os.replace(directory / name, run_directory / name)
+            shutil.rmtree(directory, ignore_errors=True)
+        else:
+            out.say(f"logs and state are in {directory}")

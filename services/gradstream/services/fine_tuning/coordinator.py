@@ -1,0 +1,126 @@
+"""The coordinator as the fine-tuning service uses it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime
+from typing import Any, TypeVar
+
+import grpc.aio
+
+from gradstream.core.config import Recipe, parse_recipe
+from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
+from gradstream.core.log import get_logger
+from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
+from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
+from gradstream.services.fine_tuning.lifecycle import ENDED_JOBS
+
+T = TypeVar("T")
+
+log = get_logger()
+
+
+class Jobs:
+    """Jobs of a coordinator. Methods raise the coordinator's error, UnreachableError when it does not answer."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self._channel = open_channel(address)
+        self._stub: jobs_pb2_grpc.JobsServiceAsyncStub = jobs_pb2_grpc.JobsServiceStub(self._channel)
+
+    async def close(self) -> None:
+        """End all calls."""
+        await self._channel.close(None)
+
+    async def check(self) -> None:
+        """Raise UnreachableError when the coordinator does not answer."""
+        await self._call(self._stub.ListNodes, jobs_pb2.ListNodesRequest())
+
+    async def submit(self, recipe: Recipe) -> jobs_pb2.Job:
+        """Queue a job."""
+        request = jobs_pb2.SubmitJobRequest(recipe_json=recipe.model_dump_json())
+        return (await self._call(self._stub.SubmitJob, request)).job
+
+    async def all(self) -> list[jobs_pb2.Job]:
+        """All jobs, newest first."""
+        return list((await self._call(self._stub.ListJobs, jobs_pb2.ListJobsRequest())).jobs)
+
+    async def find(self, recipe: Recipe) -> jobs_pb2.Job | None:
+        """The job of exactly this recipe, if it was submitted."""
+        for job in await self.all():
+            try:
+                if job.name == recipe.name and parse_recipe(job.recipe_json) == recipe:
+                    return job
+            except ConfigError:
+                continue
+        return None
+
+    async def get(self, job_id: str) -> jobs_pb2.Job:
+        """One job."""
+        return (await self._call(self._stub.GetJob, jobs_pb2.GetJobRequest(job_id=job_id))).job
+
+    async def pause(self, job_id: str) -> jobs_pb2.Job:
+        """Pause at the next step boundary."""
+        return (await self._call(self._stub.PauseJob, jobs_pb2.PauseJobRequest(job_id=job_id))).job
+
+    async def resume(self, job_id: str) -> jobs_pb2.Job:
+        """Go on."""
+        return (await self._call(self._stub.ResumeJob, jobs_pb2.ResumeJobRequest(job_id=job_id))).job
+
+    async def stop(self, job_id: str) -> jobs_pb2.Job:
+        """End at once."""
+        return (await self._call(self._stub.StopJob, jobs_pb2.StopJobRequest(job_id=job_id, now=True))).job
+
+    async def checkpoints(self, job_id: str) -> list[jobs_pb2.Checkpoint]:
+        """A job's checkpoints, oldest first."""
+        request = jobs_pb2.ListCheckpointsRequest(job_id=job_id)
+        return list((await self._call(self._stub.ListCheckpoints, request)).checkpoints)
+
+    async def watch(self, job_id: str) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        """A job's history from its beginning, each item once, until it has ended; waits for a coordinator that is
+        away."""
+        cursor = 0
+        backoff = Backoff()
+        while True:
+            try:
+                request = jobs_pb2.WatchJobRequest(job_id=job_id, after_cursor=cursor, follow=True)
+                async for item in self._stub.WatchJob(request):
+                    backoff.reset()
+                    if item.cursor > cursor:
+                        cursor = item.cursor
+                        yield item
+                # A coordinator that shuts down may end a stream in good order too.
+                if (await self.get(job_id)).state in ENDED_JOBS:
+                    return
+            except grpc.aio.AioRpcError as rpc_error:
+                error = self._error(rpc_error)
+                if not isinstance(error, UnreachableError):
+                    raise error from None
+            except UnreachableError:
+                pass
+            await asyncio.sleep(backoff.next())
+
+    async def patiently(self, call: Callable[[], Awaitable[T]], on_wait: Callable[[str], object]) -> T:
+        """The result of `call`, which is made again for as long as the coordinator does not answer; `on_wait` is told
+        for whom one waits, and since when."""
+        backoff = Backoff()
+        since = ""
+        while True:
+            try:
+                return await call()
+            except UnreachableError as error:
+                if not since:
+                    since = f"{datetime.now().astimezone():%H:%M:%S}"
+                    log.warning("the coordinator does not answer", cause=one_line(error))
+                on_wait(f"waits for coordinator {self.address}, which does not answer, since {since}")
+            await asyncio.sleep(backoff.next())
+
+    async def _call(self, method: Callable[..., Awaitable[T]], request: Any) -> T:
+        try:
+            return await method(request, timeout=UNARY_TIMEOUT_SECONDS)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._error(rpc_error) from None
+
+    def _error(self, rpc_error: grpc.aio.AioRpcError) -> GradstreamError:
+        return error_from_rpc(rpc_error, f"coordinator {self.address}")

@@ -1,0 +1,112 @@
+"""A task's data: where it is, and the rows made of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any, BinaryIO
+
+from gradstream.core import base_model, files, model
+from gradstream.core.errors import DataError, ProtocolError
+from gradstream.core.finetuning import Base
+from gradstream.core.finetuning_recipe import ExamplesConfig, FineTuningRecipe
+from gradstream.proto.v1 import fine_tuning_pb2
+from gradstream.services.fine_tuning.examples import Prepared, prepare_examples
+from gradstream.services.fine_tuning.store import Store
+
+MAX_UPLOAD_BYTES = 2 << 30
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def check_data(config: ExamplesConfig) -> None:
+    """Raise DataError when a file of examples is not where the service can see it."""
+    for path in filter(None, (config.path, config.validation_path)):
+        try:
+            fs, inner = files.file_system(path)
+            found = fs.isfile(inner)
+        except (OSError, ValueError, ImportError) as error:
+            raise DataError(f"data {path} cannot be looked at ({' '.join(str(error).split())})") from None
+        if not found:
+            raise DataError(
+                f"there is no file {path} where the fine-tuning service can see it; correct data.path, or send the "
+                f"file with --upload"
+            )
+
+
+def prepare(asked: FineTuningRecipe, base: Base, config: dict[str, Any], directory: str) -> tuple[Prepared, int]:
+    """Make the rows in `directory`, which must not exist; return them and the number of parameters to train.
+
+    Raises ConfigError or DataError with one line.
+    """
+    # First what needs no data: a target module that matches nothing is told at once.
+    tensors = model.inventory(config, asked.lora if asked.method == "lora" else None)
+    prepared = prepare_examples(
+        asked.data,
+        base_model.load_tokenizer(base),
+        asked.training.sequence_length,
+        asked.training.num_slots,
+        directory,
+        asked.seed,
+    )
+    return prepared, sum(tensor.num_elements for tensor in tensors)
+
+
+class Upload:
+    """A file of examples as it arrives. Use `write` for each piece, then `finish`; `discard` in any case."""
+
+    def __init__(self, store: Store, file: str):
+        """Raises ProtocolError when the name is not a plain one."""
+        if not _FILE_NAME.fullmatch(file):
+            raise ProtocolError(f"the file name {file[:80]!r} is not a plain one; rename the file")
+        self._store = store
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+        self._path = store.temporary / f"upload-{secrets.token_hex(8)}"
+        self._stream: BinaryIO = self._path.open("xb")
+
+    def write(self, payload: bytes) -> None:
+        """Add a piece. Raises DataError when the file is too large or the disk full."""
+        self._num_bytes += len(payload)
+        if self._num_bytes > MAX_UPLOAD_BYTES:
+            raise DataError(
+                f"{self._file} is larger than the {MAX_UPLOAD_BYTES >> 30} GiB that may be sent; put it where the "
+                f"service can see it and name its path"
+            )
+        self._digest.update(payload)
+        try:
+            self._stream.write(payload)
+        except OSError as error:
+            raise DataError(f"{self._file} cannot be stored ({error.strerror}); free disk space") from None
+
+    def finish(self) -> tuple[str, str]:
+        """Put the file into place; return its path and sha256."""
+        sha256 = self._digest.hexdigest()
+        path = self._store.uploads / f"{sha256}-{self._file}"
+        self._stream.close()
+        self._path.replace(path)
+        return str(path), sha256
+
+    def discard(self) -> None:
+        """Remove what arrived, unless it is in place."""
+        self._stream.close()
+        self._path.unlink(missing_ok=True)
+
+
+async def receive(store: Store, messages: AsyncIterator[fine_tuning_pb2.UploadExamplesRequest]) -> tuple[str, str]:
+    """Store a file that arrives in pieces; return its path and sha256. Raises ProtocolError or DataError."""
+    upload: Upload | None = None
+    try:
+        async for message in messages:
+            if upload is None:
+                upload = Upload(store, message.file)
+            await asyncio.to_thread(upload.write, message.payload)
+        if upload is None:
+            raise ProtocolError("no file was sent")
+        return await asyncio.to_thread(upload.finish)
+    finally:
+        if upload is not None:
+            upload.discard()

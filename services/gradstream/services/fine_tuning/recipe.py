@@ -1,0 +1,129 @@
+"""From what a person asks to what the coordinator runs: a pure function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from gradstream.core.config import (
+    CheckpointConfig,
+    CodecConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainingConfig,
+    ValidationConfig,
+    parse_recipe,
+)
+from gradstream.core.data import Manifest, slot_group
+from gradstream.core.errors import DataError
+from gradstream.core.finetuning import Base, FineTuning
+from gradstream.core.finetuning_recipe import LEARNING_RATES, FineTuningRecipe
+
+DEFAULT_EPOCHS = 3.0
+VALIDATION_PASSES = 10
+KEPT_CHECKPOINTS = 3
+CODECS = {
+    "lora": CodecConfig(push="fp32", pull="fp32"),
+    "full": CodecConfig(push="int8", pull="delta-int8"),
+}
+"""By method, where the recipe gives none: adapters are kilobytes, so nothing is gained by rounding them."""
+
+
+def make_recipe(
+    asked: FineTuningRecipe, base: Base, model_config: Mapping[str, Any], manifest: Manifest, data_path: str
+) -> Recipe:
+    """The recipe of the job. `manifest` is that of the rows in `data_path`, `model_config` the base's config.json.
+
+    Raises DataError when the rows are too few for the slots, ConfigError when the recipe does not fit the base.
+    """
+    slots, length = asked.training.num_slots, asked.training.sequence_length
+    num_rows = sum(_rows_by_slot(asked, manifest, "train"))
+    num_steps = count_steps(asked, num_rows)
+    num_validation = slots * min(_rows_by_slot(asked, manifest, "validation"))
+    if manifest.row_length != length:
+        raise DataError(f"the rows in {data_path} have {manifest.row_length} tokens, not {length}; prepare them again")
+    return _assemble(asked, base, model_config, data_path, num_steps, num_validation)
+
+
+def check_recipe(asked: FineTuningRecipe, base: Base | None, model_config: Mapping[str, Any]) -> None:
+    """Find what is wrong with a recipe before its data is prepared. Raises ConfigError."""
+    if base is None:
+        _training(asked, 1)
+    else:
+        _assemble(asked, base, model_config, "data", 1, asked.training.num_slots)
+
+
+def count_steps(asked: FineTuningRecipe, num_rows: int) -> int:
+    """Optimizer updates that the recipe asks for, given the rows of the training split."""
+    if asked.training.num_steps is not None:
+        return asked.training.num_steps
+    epochs = asked.training.num_epochs if asked.training.num_epochs is not None else DEFAULT_EPOCHS
+    return max(1, math.ceil(num_rows * epochs / asked.training.global_batch))
+
+
+def _rows_by_slot(asked: FineTuningRecipe, manifest: Manifest, split: str) -> list[int]:
+    """Rows that each slot draws from. Raises DataError when a slot has none."""
+    slots = asked.training.num_slots
+    rows = [
+        sum(shard.num_tokens // manifest.row_length for shard in slot_group(manifest, split, slot, slots))
+        for slot in range(slots)
+    ]
+    if min(rows) == 0:
+        more = (
+            "give more examples"
+            if split == "train"
+            else "give more examples, raise data.validation_fraction or name a data.validation_path"
+        )
+        what = "to train on" if split == "train" else "held out"
+        raise DataError(
+            f"the examples {what} make {sum(rows)} rows of {manifest.row_length} tokens, which do not give each of "
+            f"{slots} slots one; {more}, or lower training.num_slots or training.sequence_length"
+        )
+    return rows
+
+
+def _assemble(
+    asked: FineTuningRecipe,
+    base: Base,
+    model_config: Mapping[str, Any],
+    data_path: str,
+    num_steps: int,
+    num_validation: int,
+) -> Recipe:
+    interval = asked.validation.interval_steps or max(1, num_steps // VALIDATION_PASSES)
+    optimizer = asked.optimizer.model_dump()
+    optimizer["learning_rate"] = asked.optimizer.learning_rate or LEARNING_RATES[asked.method]
+    sections = {
+        "model": ModelConfig(config=dict(model_config)),
+        "training": _training(asked, num_steps),
+        "optimizer": OptimizerConfig(**optimizer),
+        "schedule": asked.schedule,
+        "codec": asked.codec or CODECS[asked.method],
+        "data": DataConfig(path=data_path),
+        "validation": ValidationConfig(interval_steps=interval, num_samples=num_validation),
+        # The coordinator keeps the best one besides.
+        "checkpoint": CheckpointConfig(interval_steps=interval, keep=KEPT_CHECKPOINTS),
+        "pipeline": asked.pipeline,
+        "cluster": asked.cluster,
+        "finetuning": FineTuning(
+            base=base,
+            method=asked.method,
+            lora=asked.lora if asked.method == "lora" else None,
+            held=asked.held,
+            patience=asked.validation.patience,
+        ),
+    }
+    tree = {name: section.model_dump() for name, section in sections.items()}
+    head = asked.model_dump(include={"name", "description", "seed", "run_root"})
+    return parse_recipe({**head, **tree}, origin="the fine-tuning recipe")
+
+
+def _training(asked: FineTuningRecipe, num_steps: int) -> TrainingConfig:
+    """Raises ConfigError when the batch cannot be divided."""
+    tree = asked.training.model_dump(exclude={"num_epochs"}) | {"num_steps": num_steps}
+    shape = {"name": asked.name, "model": {"config": {}}, "training": tree, "data": {"path": "data"}}
+    shape["validation"] = {"num_samples": asked.training.num_slots}
+    return parse_recipe(shape, origin="the fine-tuning recipe").training

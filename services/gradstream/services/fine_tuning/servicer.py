@@ -1,0 +1,213 @@
+"""FineTuningService: decode, call, encode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from typing import Any, TypeAlias
+
+import grpc.aio
+
+from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
+from gradstream.core.finetuning_recipe import FineTuningRecipe, absolute_finetuning_paths, parse_finetuning_recipe
+from gradstream.core.rpc import answering
+from gradstream.proto.v1 import fine_tuning_pb2 as pb
+from gradstream.proto.v1 import fine_tuning_pb2_grpc, jobs_pb2
+from gradstream.services.fine_tuning import views
+from gradstream.services.fine_tuning.bases import find_base, resolve_base
+from gradstream.services.fine_tuning.coordinator import Jobs
+from gradstream.services.fine_tuning.examples import preview
+from gradstream.services.fine_tuning.exporting import Exports
+from gradstream.services.fine_tuning.jobs import FineTunings
+from gradstream.services.fine_tuning.preparation import check_data, receive
+from gradstream.services.fine_tuning.recipe import check_recipe
+from gradstream.services.fine_tuning.serving import Serving
+from gradstream.services.fine_tuning.store import Record
+from gradstream.services.fine_tuning.threads import in_thread
+
+MAX_PREVIEWED = 100
+MAX_PREVIEWS = 2
+WATCHED_ITEMS = 64
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_Items: TypeAlias = asyncio.Queue[pb.WatchFineTuningResponse | Exception | None]
+
+
+class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
+    """What people's programs call."""
+
+    def __init__(self, fine_tunings: FineTunings, jobs: Jobs, serving: Serving):
+        self._fine_tunings = fine_tunings
+        self._jobs = jobs
+        self._serving = serving
+        self._exports = Exports(fine_tunings)
+        # Each reads a whole file of examples.
+        self._previews = asyncio.Semaphore(MAX_PREVIEWS)
+
+    # -- examples --------------------------------------------------------------------------------------------------
+
+    async def UploadExamples(
+        self, messages: AsyncIterator[pb.UploadExamplesRequest], context: Context
+    ) -> pb.UploadExamplesResponse:
+        async with answering(context):
+            path, sha256 = await receive(self._fine_tunings.store, messages)
+            return pb.UploadExamplesResponse(path=path, sha256=sha256)
+        raise AssertionError("abort has raised")
+
+    async def PreviewExamples(self, request: pb.PreviewExamplesRequest, context: Context) -> pb.PreviewExamplesResponse:
+        async with answering(context), self._previews:
+            asked = _recipe(request.recipe_json)
+            await asyncio.to_thread(check_data, asked.data)
+            path, title = await resolve_base(self._jobs, asked.base_model)
+            base, config = await in_thread(find_base, path, title)
+            check_recipe(asked, base, config)
+            tokenizer, _ = await self._serving.tokenizer(base)
+            count = min(request.num_examples, MAX_PREVIEWED)
+            training = asked.training
+            return await in_thread(preview, asked.data, tokenizer, training.sequence_length, count, training.num_slots)
+        raise AssertionError("abort has raised")
+
+    # -- fine-tunings ----------------------------------------------------------------------------------------------
+
+    async def CreateFineTuning(
+        self, request: pb.CreateFineTuningRequest, context: Context
+    ) -> pb.CreateFineTuningResponse:
+        async with answering(context):
+            record = await self._fine_tunings.create(_recipe(request.recipe_json))
+            return pb.CreateFineTuningResponse(fine_tuning=await self._view(record))
+        raise AssertionError("abort has raised")
+
+    async def ListFineTunings(self, request: pb.ListFineTuningsRequest, context: Context) -> pb.ListFineTuningsResponse:
+        async with answering(context):
+            jobs: dict[str, jobs_pb2.Job] = {}
+            with suppress(UnreachableError):
+                jobs = {job.job_id: job for job in await self._jobs.all()}
+            for job in jobs.values():
+                # The recipe that a person wrote is there; a list of both may be more than a message can hold.
+                job.ClearField("recipe_json")
+            return pb.ListFineTuningsResponse(
+                fine_tunings=[
+                    views.fine_tuning(record, jobs.get(record.job_id), self._fine_tunings.pushed_bytes(record))
+                    for record in self._fine_tunings.store.all()
+                ]
+            )
+        raise AssertionError("abort has raised")
+
+    async def GetFineTuning(self, request: pb.GetFineTuningRequest, context: Context) -> pb.GetFineTuningResponse:
+        async with answering(context):
+            return pb.GetFineTuningResponse(fine_tuning=await self._view(self._fine_tunings.find(request.name)))
+        raise AssertionError("abort has raised")
+
+    async def WatchFineTuning(
+        self, request: pb.WatchFineTuningRequest, context: Context
+    ) -> AsyncIterator[pb.WatchFineTuningResponse]:
+        async with answering(context):
+            name = self._fine_tunings.find(request.name).name
+            items: _Items = asyncio.Queue(WATCHED_ITEMS)
+            watcher = asyncio.create_task(self._watch(name, items))
+            try:
+                while (item := await items.get()) is not None:
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+            finally:
+                watcher.cancel()
+
+    async def _watch(self, name: str, items: _Items) -> None:
+        """Put the fine-tuning as it changes and its job's history into `items`; None at the end."""
+        history: asyncio.Task[None] | None = None
+
+        async def follow_job(job_id: str) -> None:
+            async for item in self._jobs.watch(job_id):
+                await items.put(pb.WatchFineTuningResponse(job=item))
+
+        try:
+            told = None
+            async for record in self._fine_tunings.follow(name):
+                news = record.model_dump(include={"state", "reason", "job_id", "before", "after", "best_version"})
+                if news != told:
+                    told = news
+                    await items.put(pb.WatchFineTuningResponse(fine_tuning=await self._view(record)))
+                if record.job_id and history is None:
+                    history = asyncio.create_task(follow_job(record.job_id))
+            if history is not None:
+                # One that was cancelled while its job could not be reached has a history without an end.
+                await asyncio.wait({history}, timeout=5)
+            await items.put(None)
+        except Exception as error:
+            # Whoever waits for the next item must not wait for ever.
+            await items.put(error)
+        finally:
+            if history is not None:
+                history.cancel()
+
+    async def PauseFineTuning(self, request: pb.PauseFineTuningRequest, context: Context) -> pb.PauseFineTuningResponse:
+        async with answering(context):
+            record = await self._fine_tunings.pause(request.name)
+            return pb.PauseFineTuningResponse(fine_tuning=await self._view(record))
+        raise AssertionError("abort has raised")
+
+    async def ResumeFineTuning(
+        self, request: pb.ResumeFineTuningRequest, context: Context
+    ) -> pb.ResumeFineTuningResponse:
+        async with answering(context):
+            record = await self._fine_tunings.resume(request.name)
+            return pb.ResumeFineTuningResponse(fine_tuning=await self._view(record))
+        raise AssertionError("abort has raised")
+
+    async def CancelFineTuning(
+        self, request: pb.CancelFineTuningRequest, context: Context
+    ) -> pb.CancelFineTuningResponse:
+        async with answering(context):
+            record = await self._fine_tunings.cancel(request.name)
+            return pb.CancelFineTuningResponse(fine_tuning=await self._view(record))
+        raise AssertionError("abort has raised")
+
+    # -- results ---------------------------------------------------------------------------------------------------
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        async with answering(context):
+            if request.name and request.base:
+                raise ConfigError("give the name of a fine-tuning or a base, not both")
+            checkpoint = None
+            if request.base:
+                path, title = await resolve_base(self._jobs, request.base)
+                base, _ = await in_thread(find_base, path, title)
+            else:
+                record = self._fine_tunings.find(request.name)
+                if record.base is None:
+                    raise ConfigError(f"{record.name} is {record.state}: {record.reason}; its base is not known yet")
+                base = record.base
+                if not request.use_base:
+                    _, checkpoint = self._fine_tunings.checkpoint(record.name)
+            async with aclosing(self._serving.generate(base, checkpoint, request)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def ExportFineTuning(
+        self, request: pb.ExportFineTuningRequest, context: Context
+    ) -> AsyncIterator[pb.ExportFineTuningResponse]:
+        async with answering(context):
+            version = request.version if request.HasField("version") else None
+            async for file, file_bytes, payload in self._exports.pieces(request.name, request.kind, version):
+                yield pb.ExportFineTuningResponse(file=file, file_bytes=file_bytes, payload=payload)
+
+    async def _view(self, record: Record) -> pb.FineTuning:
+        job = None
+        if record.job_id:
+            try:
+                job = await self._jobs.get(record.job_id)
+            except UnreachableError:
+                # It hides nothing of what is known here.
+                record = record.changed(reason=f"{record.reason}; coordinator {self._jobs.address} does not answer")
+            except GradstreamError as error:
+                record = record.changed(reason=f"{record.reason}; {one_line(error)}")
+        return views.fine_tuning(record, job, self._fine_tunings.pushed_bytes(record))
+
+
+def _recipe(recipe_json: str) -> FineTuningRecipe:
+    asked = parse_finetuning_recipe(recipe_json)
+    if absolute_finetuning_paths(asked) != asked:
+        raise ConfigError("the recipe holds relative paths; make them absolute, as the client does")
+    return asked

@@ -1,0 +1,136 @@
+"""A coordinator that really answers, from canned jobs, and the fine-tuning service's parts on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from gradstream.core import rpc
+from gradstream.core.config import Recipe, parse_recipe
+from gradstream.core.errors import ConfigError
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
+from gradstream.services.fine_tuning.coordinator import Jobs
+from gradstream.services.fine_tuning.jobs import FineTunings
+from gradstream.services.fine_tuning.serving import Serving
+from gradstream.services.fine_tuning.store import Store
+
+
+class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
+    """A coordinator whose jobs end when `end` says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[jobs_pb2.Job] = []
+        self.submitted = 0
+        self.resumed = 0
+        self.ended = asyncio.Event()
+        self.lose_answers = 0
+        self.checkpoints = [jobs_pb2.Checkpoint(version=version, path=f"/runs/{version}") for version in (4, 8)]
+
+    def add(self, recipe: Recipe, state: str = "RUNNING") -> jobs_pb2.Job:
+        job = jobs_pb2.Job(
+            job_id=f"{recipe.name}-{len(self.jobs) + 1}",
+            name=recipe.name,
+            state=f"JOB_STATE_{state}",  # type: ignore[arg-type]
+            recipe_json=recipe.model_dump_json(),
+        )
+        self.jobs.append(job)
+        return job
+
+    def end(self, state: str = "FINISHED") -> None:
+        for job in self.jobs:
+            job.state = getattr(jobs_pb2, f"JOB_STATE_{state}")
+        self.ended.set()
+
+    def _find(self, job_id: str) -> jobs_pb2.Job:
+        for job in self.jobs:
+            if job.job_id == job_id:
+                return job
+        raise ConfigError(f"there is no job '{job_id}'")
+
+    async def SubmitJob(self, request: Any, context: Any) -> jobs_pb2.SubmitJobResponse:
+        self.submitted += 1
+        job = self.add(parse_recipe(request.recipe_json))
+        if self.lose_answers:
+            self.lose_answers -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+        return jobs_pb2.SubmitJobResponse(job=job)
+
+    async def ListJobs(self, request: Any, context: Any) -> jobs_pb2.ListJobsResponse:
+        return jobs_pb2.ListJobsResponse(jobs=self.jobs)
+
+    async def GetJob(self, request: Any, context: Any) -> jobs_pb2.GetJobResponse:
+        async with rpc.answering(context):
+            return jobs_pb2.GetJobResponse(job=self._find(request.job_id))
+        raise AssertionError
+
+    async def StopJob(self, request: Any, context: Any) -> jobs_pb2.StopJobResponse:
+        async with rpc.answering(context):
+            job = self._find(request.job_id)
+            job.state = jobs_pb2.JOB_STATE_STOPPED
+            self.ended.set()
+            return jobs_pb2.StopJobResponse(job=job)
+        raise AssertionError
+
+    async def ResumeJob(self, request: Any, context: Any) -> jobs_pb2.ResumeJobResponse:
+        async with rpc.answering(context):
+            job = self._find(request.job_id)
+            job.state = jobs_pb2.JOB_STATE_RUNNING
+            self.resumed += 1
+            self.ended.clear()
+            return jobs_pb2.ResumeJobResponse(job=job)
+        raise AssertionError
+
+    async def ListCheckpoints(self, request: Any, context: Any) -> jobs_pb2.ListCheckpointsResponse:
+        async with rpc.answering(context):
+            self._find(request.job_id)
+            return jobs_pb2.ListCheckpointsResponse(checkpoints=self.checkpoints)
+        raise AssertionError
+
+    async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        history = [
+            jobs_pb2.WatchJobResponse(validation=jobs_pb2.Validation(version=0, loss=3.0)),
+            jobs_pb2.WatchJobResponse(step=coordinator_pb2.ReportStepRequest(step=3, pushed_bytes=640)),
+            jobs_pb2.WatchJobResponse(validation=jobs_pb2.Validation(version=4, loss=1.5)),
+            jobs_pb2.WatchJobResponse(checkpoint=jobs_pb2.Checkpoint(version=4, path="/runs/4")),
+            jobs_pb2.WatchJobResponse(validation=jobs_pb2.Validation(version=8, loss=float("nan"))),
+        ]
+        for cursor, item in enumerate(history, 1):
+            item.cursor = cursor
+            if cursor > request.after_cursor:
+                yield item
+        await self.ended.wait()
+
+
+@asynccontextmanager
+async def jobs_of(coordinator: CannedCoordinator) -> AsyncIterator[Jobs]:
+    """The coordinator as the fine-tuning service uses it."""
+    server = rpc.new_server()
+    jobs_pb2_grpc.add_JobsServiceServicer_to_server(coordinator, server)
+    port = rpc.listen(server, "127.0.0.1:0")
+    await server.start()
+    jobs = Jobs(f"127.0.0.1:{port}")
+    try:
+        yield jobs
+    finally:
+        await jobs.close()
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def service(coordinator: CannedCoordinator, directory: Path) -> AsyncIterator[FineTunings]:
+    """The fine-tunings of a service that has just started on `directory`."""
+    async with jobs_of(coordinator) as jobs:
+        store, serving = Store(directory), Serving("cpu", 1 << 30)
+        fine_tunings = FineTunings(store, jobs, serving)
+        fine_tunings.start()
+        try:
+            yield fine_tunings
+        finally:
+            await fine_tunings.close()
+            await serving.close()
+            store.close()

@@ -1,0 +1,194 @@
+"""`gradstream finetune` against a service with canned answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from canned_fine_tunings import CannedFineTunings, canned_fine_tuning, serving_fine_tunings
+from rich.text import Text
+
+from gradstream.client import RenderedExample, RenderedPiece
+from gradstream.coordinator.cli import main
+from gradstream.coordinator.cli._fine_tuning_views import TARGET_STYLE, example_text
+from gradstream.proto.v1 import fine_tuning_pb2 as pb
+
+
+@pytest.fixture
+def service() -> CannedFineTunings:
+    """What the service answers; tests change it."""
+    return CannedFineTunings()
+
+
+@pytest.fixture(autouse=True)
+def _address(service: CannedFineTunings, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with serving_fine_tunings(service) as address:
+        monkeypatch.setenv("GRADSTREAM_FINE_TUNING", address)
+        yield
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe whose file of examples is there."""
+    (tmp_path / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    path = tmp_path / "recipe.yaml"
+    tree = {"name": "made", "base_model": "/models/tiny", "data": {"path": str(tmp_path / "task.jsonl")}}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ls"],
+        ["status"],
+        ["status", "task"],
+        ["pause", "task"],
+        ["resume", "task"],
+        ["cancel", "task"],
+        ["compare", "task"],
+        ["compare", "task", "-p", "def", "-p", "class"],
+        ["generate", "task", "-p", "def"],
+    ],
+)
+def test_json_is_one_document(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", *arguments, "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_create(service: CannedFineTunings, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "create", str(recipe), "-s", "lora.rank=4"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "made training, job made-1 finished: as job made-1\n"
+    assert "made training: as job made-1" in captured.err
+    assert json.loads(service.requests[0].recipe_json)["lora"]["rank"] == 4
+
+
+def test_create_of_what_fails(service: CannedFineTunings, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    service.created = canned_fine_tuning("made", state=pb.FINE_TUNING_STATE_FAILED, reason="no row can be used")
+    assert main(["finetune", "create", str(recipe)]) == 8
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1] == "error: made failed: no row can be used"
+    assert main(["finetune", "create", str(recipe), "-s", "data.path=/not/there"]) == 3
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_create_sends_files(service: CannedFineTunings, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "create", str(recipe), "--upload", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "made"
+    assert service.uploaded == b'{"prompt": "a", "completion": "b"}\n'
+    assert json.loads(service.requests[0].recipe_json)["data"]["path"] == "/state/uploads/task.jsonl"
+
+
+def test_dry_run_marks_targets(service: CannedFineTunings, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "create", str(recipe), "--dry-run", "-n", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "task.jsonl:1: 12 tokens, 5 of them targets" in text
+    # As they are, brackets too; there are no colours here.
+    assert "def add(a, [b]):⟦return a + b⟧" in text
+    assert (
+        "10 rows of prompt-completion: 6 to train on, 2 held out, 1 bad, 1 too long; 1.2 k target tokens in 3 rows"
+    ) in text
+    assert "bad: task.jsonl:4: the completion is empty" in text
+    assert [type(request).__name__ for request in service.requests] == ["PreviewExamplesRequest"]
+
+
+def test_targets_are_coloured_on_a_terminal() -> None:
+    pieces = (RenderedPiece("def", False), RenderedPiece(" pass", True))
+    text = example_text(RenderedExample("task.jsonl:1", pieces, 3, 2), colours=True)
+    assert isinstance(text, Text)
+    assert text.plain == "def pass"
+    assert [(span.start, span.end, span.style) for span in text.spans] == [(3, 8, TARGET_STYLE)]
+
+
+def test_status_says_how_good_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "status"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "finished: version 12 is the best",
+        "tiny-llama (sha256 abababababababab)",
+        "lora, 36.9 k parameters trained",
+        "validation loss 3.2500 nats a token, perplexity 2.500, 0 of 2 exact",
+        "validation loss 0.5000 nats a token, perplexity 2.500, 1 of 2 exact",
+        "288.0 KiB a step over all workers",
+    ):
+        assert part in text, part
+
+
+def test_ls(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "ls"]) == 0
+    assert "tiny-llama" in capsys.readouterr().out
+    service.fine_tunings = []
+    assert main(["finetune", "ls"]) == 0
+    assert "no fine-tunings yet" in capsys.readouterr().err
+
+
+def test_watch(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "watch"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "task training"
+    assert "validation loss 4.0000 at version 1" in lines
+    assert lines[-1] == "task finished: version 12 is the best"
+    assert main(["finetune", "watch", "task", "-o", "json"]) == 0
+    kinds = [json.loads(line)["type"] for line in capsys.readouterr().out.splitlines()]
+    assert kinds == ["fine-tuning", "event", "step", "validation", "log", "checkpoint", "fine-tuning"]
+    service.fine_tunings = [canned_fine_tuning(state=pb.FINE_TUNING_STATE_FAILED, reason="no memory")]
+    assert main(["finetune", "watch"]) == 8
+    assert "error: task failed: no memory" in capsys.readouterr().err
+
+
+def test_generate(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "generate", "task", "--prompt", "def", "--stop", "x", "--temperature", "0.5"]) == 0
+    assert capsys.readouterr().out == "return a + b\n"
+    assert list(service.requests[0].stop) == ["x"]
+    assert main(["finetune", "generate", "task", "--prompt", "hello", "--base", "--chat", "-o", "json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["text"], said["num_tokens"], said["finish_reason"]) == ("x x", 2, "end-of-text")
+    assert service.requests[1].messages[0].content == "hello"
+    assert main(["finetune", "generate", "task", "--prompt", "too long"]) == 2
+    assert "64 positions" in capsys.readouterr().err
+
+
+def test_compare(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "compare", "task"]) == 0
+    text = capsys.readouterr().out
+    for part in ("def add(a, [b]):", "expected  return a + b", "base      x x x", "task      return a + b", "0.5000"):
+        assert part in text, part
+    assert main(["finetune", "compare", "task", "-p", "def", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["comparisons"] == [
+        {"prompt": "def", "expected": None, "base": "x x", "result": "return a + b"}
+    ]
+    service.fine_tunings = [canned_fine_tuning(after=None, state=pb.FINE_TUNING_STATE_TRAINING)]
+    assert main(["finetune", "compare", "task"]) == 2
+    assert "not evaluated yet; wait for its end, or compare with --prompt" in capsys.readouterr().err
+
+
+def test_export(tmp_path: Path, service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "export", "task", "--to", str(tmp_path / "out"), "--merged", "-o", "json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert files == {"README.md": 4, "adapter_model.safetensors": 6}
+    assert service.requests[0].kind == pb.EXPORT_KIND_MERGED
+    assert main(["finetune", "export", "task", "--to", str(tmp_path / "other"), "--version", "3"]) == 4
+    assert "no checkpoint of version 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetune", "create", "nothing/like/it.yaml"], "no such recipe"),
+        (["finetune", "status", "other"], "no fine-tuning 'other'"),
+        (["finetune", "ls", "--service", "nonsense"], "host:port, like 127.0.0.1:7001"),
+        (["serve", "fine-tuning", "--listen", "7001"], "host:port"),
+        (["dev", "stdlib-gpt", "--fine-tuning"], "add --keep"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1

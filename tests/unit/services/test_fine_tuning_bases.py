@@ -1,0 +1,119 @@
+"""What a recipe calls its base, and files of examples that are sent."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from support.canned_coordinator import CannedCoordinator, jobs_of
+from support.tiny import LLAMA
+
+from gradstream.core.config import parse_recipe
+from gradstream.core.errors import CheckpointError, ConfigError, DataError, ProtocolError
+from gradstream.core.finetuning_recipe import ExamplesConfig
+from gradstream.proto.v1 import jobs_pb2
+from gradstream.proto.v1.fine_tuning_pb2 import UploadExamplesRequest
+from gradstream.services.fine_tuning import preparation
+from gradstream.services.fine_tuning.bases import keep_base, resolve_base
+from gradstream.services.fine_tuning.preparation import check_data, receive
+from gradstream.services.fine_tuning.store import Store
+
+RECIPE = parse_recipe(
+    {
+        "name": "pretrained",
+        "model": {"config": LLAMA},
+        "training": {"num_steps": 8, "num_slots": 1, "global_batch": 1, "microbatch": 1, "sequence_length": 8},
+        "data": {"path": "/data"},
+    }
+)
+
+
+async def test_a_path_is_itself() -> None:
+    async with jobs_of(CannedCoordinator()) as jobs:
+        assert await resolve_base(jobs, "/models/tiny") == ("/models/tiny", "/models/tiny")
+        assert await resolve_base(jobs, "s3://models/tiny") == ("s3://models/tiny", "s3://models/tiny")
+
+
+async def test_a_job_is_its_newest_checkpoint() -> None:
+    coordinator = CannedCoordinator()
+    coordinator.add(RECIPE)
+    async with jobs_of(coordinator) as jobs:
+        assert await resolve_base(jobs, "job:pretrained-1") == ("/runs/8", "job:pretrained-1@8")
+        assert await resolve_base(jobs, "job:pretrained-1@4") == ("/runs/4", "job:pretrained-1@4")
+        with pytest.raises(CheckpointError, match="no checkpoint of version 5; there are versions 4, 8"):
+            await resolve_base(jobs, "job:pretrained-1@5")
+        with pytest.raises(ConfigError, match="there is no job 'other'"):
+            await resolve_base(jobs, "job:other")
+        with pytest.raises(ConfigError, match="not of the form job:ID or job:ID@VERSION"):
+            await resolve_base(jobs, "job:pretrained-1@newest")
+        coordinator.checkpoints = []
+        with pytest.raises(CheckpointError, match="has no checkpoint yet; wait for its first one"):
+            await resolve_base(jobs, "job:pretrained-1")
+
+
+async def test_a_jobs_checkpoint_is_kept_when_the_job_removes_it(tmp_path: Path) -> None:
+    coordinator = CannedCoordinator()
+    coordinator.add(RECIPE)
+    source = tmp_path / "step-00000008"
+    source.mkdir()
+    (source / "manifest.json").write_text("{}")
+    coordinator.checkpoints = [jobs_pb2.Checkpoint(version=8, path=str(source))]
+    async with jobs_of(coordinator) as jobs:
+        kept = await keep_base(jobs, "job:pretrained-1", tmp_path / "base")
+        assert kept == (str(tmp_path / "base"), "job:pretrained-1@8")
+        # It takes no more room.
+        assert (tmp_path / "base" / "manifest.json").stat().st_nlink == 2
+        (source / "manifest.json").unlink()
+        source.rmdir()
+        assert (tmp_path / "base" / "manifest.json").read_text() == "{}"
+        with pytest.raises(CheckpointError, match="removed faster than they can be kept"):
+            await keep_base(jobs, "job:pretrained-1", tmp_path / "base")
+
+
+async def pieces(*requests: UploadExamplesRequest) -> AsyncIterator[UploadExamplesRequest]:
+    for request in requests:
+        yield request
+
+
+async def test_a_file_is_stored_under_its_hash(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    parts = [UploadExamplesRequest(file="task.jsonl", payload=b"ab"), UploadExamplesRequest(payload=b"c")]
+    path, sha256 = await receive(store, pieces(*parts))
+    assert sha256 == hashlib.sha256(b"abc").hexdigest()
+    assert Path(path) == tmp_path / "uploads" / f"{sha256}-task.jsonl"
+    assert Path(path).read_bytes() == b"abc"
+    # The same file again is the same file.
+    assert await receive(store, pieces(*parts)) == (path, sha256)
+    assert len(list(store.uploads.iterdir())) == 1
+    assert list(store.temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "../task.jsonl", "a/b", ".hidden", "x" * 200, "a\0b"])
+async def test_a_files_name_is_not_trusted(name: str, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(ProtocolError, match="not a plain one"):
+        await receive(store, pieces(UploadExamplesRequest(file=name, payload=b"x")))
+    assert list(store.uploads.iterdir()) == list(store.temporary.iterdir()) == []
+
+
+async def test_a_files_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "MAX_UPLOAD_BYTES", 5)
+    store = Store(tmp_path)
+    parts = [UploadExamplesRequest(file="task.jsonl", payload=b"abc")] * 2
+    with pytest.raises(DataError, match=r"task\.jsonl is larger than"):
+        await receive(store, pieces(*parts))
+    with pytest.raises(ProtocolError, match="no file was sent"):
+        await receive(store, pieces())
+    assert list(store.uploads.iterdir()) == list(store.temporary.iterdir()) == []
+
+
+def test_data_that_the_service_does_not_see(tmp_path: Path) -> None:
+    there = tmp_path / "task.jsonl"
+    there.write_text("{}")
+    check_data(ExamplesConfig(path=str(there)))
+    with pytest.raises(DataError, match="send the file with --upload"):
+        check_data(ExamplesConfig(path=str(there), validation_path=str(tmp_path / "other.jsonl")))
+    with pytest.raises(DataError, match="cannot be looked at"):
+        check_data(ExamplesConfig(path="nothing-like-it://x/y.jsonl"))

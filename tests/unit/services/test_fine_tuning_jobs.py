@@ -1,0 +1,189 @@
+"""The life of a fine-tuning against a coordinator that really answers, from canned jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.canned_coordinator import CannedCoordinator, service
+from support.tiny import LLAMA
+
+from gradstream.core.config import parse_recipe
+from gradstream.core.errors import CheckpointError, ConfigError
+from gradstream.core.finetuning import Base
+from gradstream.core.finetuning_recipe import parse_finetuning_recipe
+from gradstream.proto.v1 import jobs_pb2
+from gradstream.services.fine_tuning.coordinator import Jobs
+from gradstream.services.fine_tuning.jobs import FineTunings
+from gradstream.services.fine_tuning.serving import Serving
+from gradstream.services.fine_tuning.store import Record, Store
+
+BASE = Base(kind="huggingface", path="/models/tiny", title="tiny", files=(), sha256="ab" * 32)
+ASKED = parse_finetuning_recipe(
+    {
+        "name": "task",
+        "base_model": "/models/tiny",
+        "data": {"path": "/data/task.jsonl"},
+        "validation": {"num_exact_match": 0},
+    }
+)
+RECIPE = parse_recipe(
+    {
+        "name": "task",
+        "model": {"config": LLAMA},
+        "training": {"num_steps": 8, "num_slots": 1, "global_batch": 1, "microbatch": 1, "sequence_length": 8},
+        "data": {"path": "/state/fine-tunings/task/data-1"},
+        "validation": {"num_samples": 1},
+    }
+)
+
+
+def note(directory: Path, **changes: Any) -> None:
+    """Leave a record as a service that was killed has left it."""
+    store = Store(directory)
+    record = Record(name="task", created_unix_ms=1, recipe_json=ASKED.model_dump_json(), base=BASE)
+    store.create(record.changed(job_recipe_json=RECIPE.model_dump_json(), **changes))
+    store.close()
+
+
+async def until(fine_tunings: FineTunings, state: str, best_version: int | None = None) -> Record:
+    """The record once it is in a state and has a best version, if one is given."""
+    async with asyncio.timeout(20):
+        async for record in fine_tunings.follow("task"):
+            if record.state == state and best_version in (None, record.best_version):
+                return record
+    raise AssertionError(f"it ended: {fine_tunings.find('task')}")
+
+
+async def test_submitted_followed_and_finished(tmp_path: Path) -> None:
+    coordinator = CannedCoordinator()
+    note(tmp_path)
+    async with service(coordinator, tmp_path) as fine_tunings:
+        record = await until(fine_tunings, "training", best_version=4)
+        # What is not finite is no loss to be compared.
+        assert record.losses == {0: 3.0, 4: 1.5}
+        assert fine_tunings.pushed_bytes(record) == 640
+        assert fine_tunings.checkpoint("task") == (4, "/runs/4")
+        with pytest.raises(CheckpointError, match="no checkpoint of version 9; there are: 4"):
+            fine_tunings.checkpoint("task", 9)
+        coordinator.end()
+        record = await until(fine_tunings, "finished")
+    assert record.checkpoints == {4: "/runs/4", 8: "/runs/8"}
+    assert record.best_version == 4
+    assert coordinator.submitted == 1
+
+
+async def test_submitted_once_though_the_service_died_before_it_noted_so(tmp_path: Path) -> None:
+    coordinator = CannedCoordinator()
+    # One of another recipe is not it.
+    coordinator.add(RECIPE.model_copy(update={"seed": 1}))
+    mine = coordinator.add(RECIPE)
+    note(tmp_path)
+    async with service(coordinator, tmp_path) as fine_tunings:
+        assert (await until(fine_tunings, "training")).job_id == mine.job_id
+    assert coordinator.submitted == 0
+
+
+async def test_submitted_once_though_the_answer_was_lost(tmp_path: Path) -> None:
+    coordinator = CannedCoordinator()
+    coordinator.lose_answers = 1
+    note(tmp_path)
+    async with service(coordinator, tmp_path) as fine_tunings:
+        await until(fine_tunings, "training")
+    assert coordinator.submitted == 1
+
+
+async def test_the_next_service_goes_on(tmp_path: Path) -> None:
+    coordinator = CannedCoordinator()
+    note(tmp_path)
+    async with service(coordinator, tmp_path) as fine_tunings:
+        await until(fine_tunings, "training", best_version=4)
+    coordinator.end()
+    async with service(coordinator, tmp_path) as fine_tunings:
+        assert (await until(fine_tunings, "finished")).best_version == 4
+    assert coordinator.submitted == 1
+
+
+async def test_cancelled_and_resumed(tmp_path: Path) -> None:
+    coordinator = CannedCoordinator()
+    note(tmp_path)
+    async with service(coordinator, tmp_path) as fine_tunings:
+        await until(fine_tunings, "training", best_version=4)
+        record = await fine_tunings.cancel("task")
+        assert (record.state, record.reason) == ("cancelled", "cancelled while training")
+        assert coordinator.jobs[0].state == jobs_pb2.JOB_STATE_STOPPED
+        with pytest.raises(ConfigError, match="task is already cancelled"):
+            await fine_tunings.cancel("task")
+        assert (await fine_tunings.resume("task")).state == "training"
+        coordinator.end()
+        await until(fine_tunings, "finished")
+        with pytest.raises(ConfigError, match="task is finished; there is nothing to resume"):
+            await fine_tunings.resume("task")
+    assert (coordinator.submitted, coordinator.resumed) == (1, 1)
+
+
+async def test_cancelled_though_nobody_knows_whether_it_was_submitted(tmp_path: Path) -> None:
+    coordinator = CannedCoordinator()
+    job = coordinator.add(RECIPE)
+    note(tmp_path, state="failed")
+    async with service(coordinator, tmp_path) as fine_tunings:
+        # As it is between the note of the recipe and that of the job.
+        fine_tunings.store.save(fine_tunings.find("task").changed(state="preparing"))
+        record = await fine_tunings.cancel("task")
+    assert record.job_id == job.job_id
+    assert job.state == jobs_pb2.JOB_STATE_STOPPED
+
+
+@pytest.mark.parametrize(
+    ("job_state", "state", "reason"),
+    [("FAILED", "failed", "job task-1 failed"), ("STOPPED", "cancelled", "job task-1")],
+)
+async def test_the_jobs_end_is_its_own(job_state: str, state: str, reason: str, tmp_path: Path) -> None:
+    coordinator = CannedCoordinator()
+    note(tmp_path)
+    async with service(coordinator, tmp_path) as fine_tunings:
+        await until(fine_tunings, "training")
+        coordinator.end(job_state)
+        assert reason in (await until(fine_tunings, state)).reason
+
+
+async def test_a_name_is_taken_once_there_was_a_job(tmp_path: Path) -> None:
+    data = tmp_path / "task.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    asked = ASKED.model_copy(update={"data": ASKED.data.model_copy(update={"path": str(data)})})
+    note(tmp_path / "state", state="cancelled")
+    async with service(CannedCoordinator(), tmp_path / "state") as fine_tunings:
+        with pytest.raises(ConfigError, match="'task' already, which is cancelled; choose another name, or go on"):
+            await fine_tunings.create(asked)
+        # One that failed before it had a job gives way: its base is not there.
+        fine_tunings.store.save(fine_tunings.find("task").changed(state="failed", job_recipe_json=""))
+        for _ in range(2):
+            await fine_tunings.create(asked)
+            record = await until(fine_tunings, "failed")
+            assert "/models/tiny" in record.reason
+        with pytest.raises(ConfigError, match="there is no fine-tuning 'tusk'; did you mean 'task'"):
+            await fine_tunings.pause("tusk")
+        with pytest.raises(ConfigError, match="task is failed; it can be paused only while its job trains"):
+            await fine_tunings.pause("task")
+
+
+async def test_a_coordinator_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    """The record says for whom it waits, and since when; jobs that trained are not forgotten."""
+    note(tmp_path)
+    store, jobs, serving = Store(tmp_path), Jobs("127.0.0.1:9"), Serving("cpu", 1 << 30)
+    fine_tunings = FineTunings(store, jobs, serving)
+    fine_tunings.start()
+    try:
+        async with asyncio.timeout(20):
+            async for record in fine_tunings.follow("task"):
+                if "does not answer" in record.reason:
+                    break
+        assert record.state == "preparing"
+        assert record.reason.startswith("waits for coordinator 127.0.0.1:9, which does not answer, since ")
+    finally:
+        await fine_tunings.close()
+        await serving.close()
+        await jobs.close()
+        store.close()

@@ -1,0 +1,127 @@
+"""From a fine-tuning recipe to the job's: a pure function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.tiny import LLAMA
+
+from gradstream.core.config import CodecConfig
+from gradstream.core.data import DataShard, Manifest
+from gradstream.core.errors import ConfigError, DataError
+from gradstream.core.finetuning import Base
+from gradstream.core.finetuning_recipe import FineTuningRecipe, parse_finetuning_recipe
+from gradstream.services.fine_tuning.recipe import check_recipe, count_steps, make_recipe
+
+LENGTH = 16
+BASE = Base(kind="huggingface", path="/models/tiny", title="tiny", files=(), sha256="ab" * 32)
+
+
+def asked(**sections: Any) -> FineTuningRecipe:
+    """A recipe of two slots of four rows; keyword arguments replace keys of sections, or whole values."""
+    tree: dict[str, Any] = {
+        "name": "task",
+        "base_model": "/models/tiny",
+        "data": {"path": "/data/task.jsonl"},
+        "training": {"num_slots": 2, "global_batch": 8, "microbatch": 4, "sequence_length": LENGTH},
+    }
+    for key, value in sections.items():
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+    return parse_finetuning_recipe(tree)
+
+
+def rows(train: list[int], validation: list[int], length: int = LENGTH) -> Manifest:
+    """A data set with so many rows in each data shard."""
+    shards = tuple(
+        DataShard(
+            file=f"{split}-{index}.rows",
+            index_file=f"{split}-{index}.index",
+            split=split,  # type: ignore[arg-type]
+            num_tokens=count * length,
+            num_documents=count,
+            num_bytes=count * length * 12,
+            sha256="0" * 64,
+            index_sha256="0" * 64,
+        )
+        for split, counts in (("train", train), ("validation", validation))
+        for index, count in enumerate(counts)
+    )
+    return Manifest(
+        token_dtype="uint32",
+        vocab_size=320,
+        end_of_text_id=0,
+        tokenizer_sha256="0" * 64,
+        shards=shards,
+        layout="rows",
+        row_length=length,
+    )
+
+
+def test_a_job_of_adapters() -> None:
+    made = make_recipe(asked(), BASE, LLAMA, rows([50, 51], [7, 9]), "/state/task/data-1")
+    assert (made.name, made.data.path, made.model.config) == ("task", "/state/task/data-1", LLAMA)
+    # 3 epochs of 101 rows, 8 a step.
+    assert made.training.num_steps == 38
+    assert made.optimizer.learning_rate == 2e-4
+    assert made.codec == CodecConfig(push="fp32", pull="fp32")
+    # As many as every slot has, evenly.
+    assert made.validation.num_samples == 14
+    assert made.validation.interval_steps == made.checkpoint.interval_steps == 3
+    # None of the passes' checkpoints is removed: 0, 3, …, 36, 38.
+    assert made.checkpoint.keep == 3
+    assert made.finetuning is not None
+    assert made.finetuning.base == BASE
+    assert made.finetuning.lora == asked().lora
+    assert made.finetuning.held == "bf16"
+
+
+def test_a_job_of_the_whole_model() -> None:
+    recipe = asked(method="full", validation={"interval_steps": 5, "patience": 2}, optimizer={"betas": [0.8, 0.9]})
+    made = make_recipe(recipe, BASE, LLAMA, rows([50, 51], [7, 9]), "/state/task/data-1")
+    assert made.optimizer.learning_rate == 2e-5
+    assert made.optimizer.betas == (0.8, 0.9)
+    assert made.optimizer.weight_decay == 0.0
+    assert made.codec == CodecConfig(push="int8", pull="delta-int8")
+    assert made.validation.interval_steps == made.checkpoint.interval_steps == 5
+    assert made.finetuning is not None
+    assert made.finetuning.lora is None
+    assert made.finetuning.patience == 2
+
+
+def test_what_is_given_stays() -> None:
+    codec = {"push": "bf16", "pull": "fp32"}
+    recipe = asked(codec=codec, optimizer={"learning_rate": 1e-3}, training={"num_steps": 7}, seed=9, run_root="/runs")
+    made = make_recipe(recipe, BASE, LLAMA, rows([50, 51], [7, 9]), "/data")
+    assert made.codec == CodecConfig(push="bf16", pull="fp32")
+    assert (made.optimizer.learning_rate, made.training.num_steps, made.seed, made.run_root) == (1e-3, 7, 9, "/runs")
+    assert made.validation.interval_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("training", "num_rows", "steps"),
+    [({}, 8, 3), ({}, 9, 4), ({"num_epochs": 0.5}, 8, 1), ({"num_epochs": 2}, 17, 5), ({"num_steps": 40}, 8, 40)],
+)
+def test_epochs_are_rounded_up(training: dict[str, Any], num_rows: int, steps: int) -> None:
+    assert count_steps(asked(training=training), num_rows) == steps
+
+
+def test_too_few_rows_for_the_slots() -> None:
+    with pytest.raises(DataError, match=r"held out make 5 rows .* each of 2 slots one; .*validation_fraction"):
+        make_recipe(asked(), BASE, LLAMA, rows([4, 4], [5, 0]), "/data")
+    with pytest.raises(DataError, match=r"to train on make 4 rows .*lower training.num_slots"):
+        make_recipe(asked(), BASE, LLAMA, rows([4, 0], [5, 1]), "/data")
+
+
+def test_rows_of_another_length() -> None:
+    with pytest.raises(DataError, match="have 8 tokens, not 16; prepare them again"):
+        make_recipe(asked(), BASE, LLAMA, rows([4, 4], [2, 2], length=8), "/data")
+
+
+def test_what_is_wrong_is_told_before_the_data_is_prepared() -> None:
+    with pytest.raises(ConfigError, match="not divisible by microbatch 3"):
+        check_recipe(asked(training={"microbatch": 3}), None, {})
+    long = asked(training={"sequence_length": 65})
+    check_recipe(long, None, {})
+    with pytest.raises(ConfigError, match="longer than the model's 64 positions"):
+        check_recipe(long, BASE, LLAMA)

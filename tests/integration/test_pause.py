@@ -1,4 +1,4 @@
-"""Pausing, stopping and resuming a real job: ordinary transitions that change no bit."""
+"""Pausing, stopping, resuming and checkpointing a real job: ordinary transitions that change no bit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from support.tiny import tiny_recipe
 
 from gradstream.client import Job
 from gradstream.core.config import Recipe
+from gradstream.core.errors import ConfigError
 
 
 def submit_and_reach(cluster: Cluster, recipe: Recipe, step: int) -> Job:
@@ -44,6 +45,16 @@ def test_pause_and_stop_change_no_bit(cluster: Cluster, tiny_data: Path, tmp_pat
     finished = cluster.finish(job.job_id)
     assert finished.epoch == 1, "a pause keeps the servers' state; nothing is loaded again"
     assert cluster.final_digest(job.job_id) == reference
+
+    job = submit_and_reach(cluster, recipe, 5)
+    made = cluster.client.checkpoint(job.job_id)
+    assert 5 < made.version < 24
+    finished = cluster.finish(job.job_id)
+    assert finished.epoch == 1
+    assert [checkpoint.version for checkpoint in cluster.client.checkpoints(job.job_id)] == [made.version, 24]
+    assert cluster.final_digest(job.job_id) == reference
+    with pytest.raises(ConfigError, match="is finished; only a running job can be asked for a checkpoint"):
+        cluster.client.checkpoint(job.job_id)
 
     job = submit_and_reach(cluster, recipe, 5)
     cluster.client.stop(job.job_id)

@@ -68,6 +68,14 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
             return jobs_pb2.GetJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
+    async def CheckpointJob(self, request: Any, context: Any) -> jobs_pb2.CheckpointJobResponse:
+        """The current version of every running job is 8."""
+        async with rpc.answering(context):
+            if not self.checkpoints:
+                raise ConfigError(f"job {self._find(request.job_id).job_id} is queued")
+            return jobs_pb2.CheckpointJobResponse(checkpoint=self.checkpoints[-1])
+        raise AssertionError
+
     async def StopJob(self, request: Any, context: Any) -> jobs_pb2.StopJobResponse:
         async with rpc.answering(context):
             job = self._find(request.job_id)

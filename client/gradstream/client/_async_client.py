@@ -215,6 +215,15 @@ class AsyncClient:
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
+    async def checkpoint(self, job_id: str | None = None) -> Checkpoint:
+        """Have a running job write a checkpoint at its next step boundary, and wait until it is there.
+
+        Raises ConfigError when the job does not run.
+        """
+        request = jobs_pb2.CheckpointJobRequest(job_id=job_id or "")
+        response = await self._connection.call(lambda stub, timeout: stub.CheckpointJob(request, timeout=timeout))
+        return Checkpoint.from_proto(response.checkpoint)
+
     async def checkpoints(self, job_id: str | None = None) -> list[Checkpoint]:
         """A job's checkpoints, oldest first."""
         request = jobs_pb2.ListCheckpointsRequest(job_id=job_id or "")

@@ -102,6 +102,10 @@ class Client:
         """What the workers did and when, over the last versions of a job. See AsyncClient.timeline."""
         return self._thread.run(self._client.timeline(job_id))
 
+    def checkpoint(self, job_id: str | None = None) -> Checkpoint:
+        """Have a running job write a checkpoint now. See AsyncClient.checkpoint."""
+        return self._thread.run(self._client.checkpoint(job_id))
+
     def checkpoints(self, job_id: str | None = None) -> list[Checkpoint]:
         """A job's checkpoints, oldest first."""
         return self._thread.run(self._client.checkpoints(job_id))

@@ -10,7 +10,6 @@ queued → planning → running ⇄ paused → finished | failed | stopped; a lo
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -26,7 +25,6 @@ from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
 from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
 from gradstream.coordinator.timelines import Timelines
-from gradstream.core.checkpoint import directory_of
 from gradstream.core.errors import ConfigError, GradstreamError, PlanError, UnreachableError, one_line
 from gradstream.core.leases import Replica, form_replicas
 from gradstream.core.log import get_logger
@@ -434,16 +432,9 @@ class Controller:
             self.set_state(active, PAUSED, reason)
 
     def pinned_versions(self, active: ActiveJob) -> set[int]:
-        """The versions of the active job whose checkpoints stay, however old: those that an export reads, the best one
-        of a fine-tuning, and those that a fine-tuning job has as its base."""
-        pinned = {number for job_id, number in self.exporting if job_id == active.job_id} | active.candidates
-        root = checkpoints.root_of(active.record.run_directory)
-        by_directory = {directory_of(root, version): version for version in active.checkpoints}
-        for record in self.state.list_jobs():
-            base = base_of(record.recipe_json)
-            if base in by_directory:
-                pinned.add(by_directory[base])
-        return pinned
+        """The versions of the active job whose checkpoints stay, however old: those that an export reads, and those
+        that may be a fine-tuning's result."""
+        return {number for job_id, number in self.exporting if job_id == active.job_id} | active.candidates
 
     def workers(self, active: ActiveJob) -> list[NodeEntry]:
         """The live workers with memory enough for the active job, oldest first."""
@@ -530,7 +521,12 @@ class Controller:
 
     def ask_to_halt(self, active: ActiveJob) -> None:
         """Tell the leader, if it is here, of a pause or stop that it has not answered yet."""
-        if active.plan is None or active.state != RUNNING or active.record.desired == "run" or active.resting:
+        if active.record.desired != "run":
+            self.ask_for_boundary(active)
+
+    def ask_for_boundary(self, active: ActiveJob) -> None:
+        """Ask the leader, if it is here and the job runs, for a checkpoint at its next commit."""
+        if active.plan is None or active.state != RUNNING or active.resting:
             return
         leader = self.members.get(active.plan.servers[active.plan.leader].node_id)
         if leader is not None and leader.present and self._any_worker(active):
@@ -590,12 +586,6 @@ class Controller:
         log.info(message, job=job_id, kind=kind)
         event = jobs_pb2.Event(unix_ms=unix_ms(), kind=kind, message=message)
         self.notifier.append(job_id, [jobs_pb2.WatchJobResponse(event=event)])
-
-
-def base_of(recipe_json: str) -> str | None:
-    """The directory of the base that a stored recipe starts from; None for one that starts from a seed."""
-    tuning = json.loads(recipe_json).get("finetuning")
-    return tuning["base"]["path"] if tuning else None
 
 
 def _offers(nodes: Iterable[NodeEntry]) -> list[needs.NodeOffer]:

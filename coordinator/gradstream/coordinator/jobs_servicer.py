@@ -105,6 +105,25 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             return jobs_pb2.StopJobResponse(job=self._views.job(self._find(request.job_id)))
         raise AssertionError("abort has raised")
 
+    async def CheckpointJob(
+        self, request: jobs_pb2.CheckpointJobRequest, context: Context
+    ) -> jobs_pb2.CheckpointJobResponse:
+        async with answering(context):
+            record = self._find(request.job_id)
+            version = self._orders.checkpoint(record)
+            root = checkpoints.root_of(record.run_directory)
+            while True:
+                # Taken before looking, so that what comes in between is not slept through.
+                change = self._controller.notifier.change(record.job_id)
+                listing = await asyncio.to_thread(checkpoints.listing, root)
+                if listing and listing[-1].version > version:
+                    return jobs_pb2.CheckpointJobResponse(checkpoint=listing[-1])
+                state = self._find(record.job_id).state
+                if state in scheduler.ENDED:
+                    raise CheckpointError(f"job {record.job_id} {scheduler.STATE_WORDS[state]} before its next step")
+                await change.wait()
+        raise AssertionError("abort has raised")
+
     async def ListCheckpoints(
         self, request: jobs_pb2.ListCheckpointsRequest, context: Context
     ) -> jobs_pb2.ListCheckpointsResponse:

@@ -29,13 +29,17 @@ class Notifier:
         if event is not None:
             event.set()
 
+    def change(self, job_id: str) -> asyncio.Event:
+        """Set when the job's history or state next changes."""
+        return self._changes.setdefault(job_id, asyncio.Event())
+
     async def follow(
         self, job_id: str, after_cursor: int, is_over: Callable[[], bool]
     ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
         """The items after a cursor, until all were sent and `is_over` says that no more will come."""
         while True:
             # Taken before reading, so that what is added in between is not slept through.
-            change = self._changes.setdefault(job_id, asyncio.Event())
+            change = self.change(job_id)
             over = is_over()
             page = self._state.read_history(job_id, after_cursor, PAGE_ITEMS)
             for item in page:

@@ -52,6 +52,18 @@ class Orders:
             self._controller.end(active, STOPPED, f"stopped at once at version {active.version}")
         self._controller.reconcile()
 
+    def checkpoint(self, record: JobRecord) -> int:
+        """Have a checkpoint written at the next boundary; return the version that it will be later than. Raises
+        ConfigError when the job does not run."""
+        active = self._active_of(record)
+        if active is None or active.state != RUNNING or active.record.desired != "run":
+            raise ConfigError(
+                f"job {record.job_id} is {scheduler.STATE_WORDS[record.state]}; only a running job can be asked for a "
+                f"checkpoint"
+            )
+        self._controller.ask_for_boundary(active)
+        return active.version
+
     def resume(self, record: JobRecord) -> None:
         """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished."""
         if record.state == FINISHED:

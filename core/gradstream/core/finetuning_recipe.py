@@ -96,7 +96,7 @@ class FineTuningRecipe(Section):
     seed: NonNegative = 0
     run_root: str = "runs"
     base_model: str = Field(
-        description="a Hugging Face directory, a checkpoint's directory, job:ID (its newest one) or job:ID@VERSION"
+        description="a Hugging Face directory, a checkpoint's directory, job:ID (its current version) or job:ID@VERSION"
     )
     method: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
@@ -105,9 +105,7 @@ class FineTuningRecipe(Section):
     training: FineTuningTraining = FineTuningTraining()
     optimizer: FineTuningOptimizer = FineTuningOptimizer()
     schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup_steps=0, min_ratio=0.1)
-    codec: CodecConfig | None = Field(
-        default=None, description="by method: lora fp32 and fp32 (it is kilobytes), full int8 and delta-int8"
-    )
+    codec: CodecConfig = CodecConfig()
     validation: FineTuningValidation = FineTuningValidation()
     pipeline: PipelineConfig = PipelineConfig()
     cluster: ClusterConfig = ClusterConfig()

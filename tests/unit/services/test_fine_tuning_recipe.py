@@ -64,7 +64,7 @@ def test_a_job_of_adapters() -> None:
     # 3 epochs of 101 rows, 8 a step.
     assert made.training.num_steps == 38
     assert made.optimizer.learning_rate == 2e-4
-    assert made.codec == CodecConfig(push="fp32", pull="fp32")
+    assert made.codec == CodecConfig()
     # As many as every slot has, evenly.
     assert made.validation.num_samples == 14
     assert made.validation.interval_steps == made.checkpoint.interval_steps == 3

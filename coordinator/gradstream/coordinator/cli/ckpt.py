@@ -23,7 +23,7 @@ from gradstream.coordinator.cli._options import (
 if TYPE_CHECKING:
     from gradstream.client import ExportProgress
 
-app = group("Checkpoints: list and export.")
+app = group("Checkpoints: list, write and export.")
 
 
 @app.command()
@@ -49,6 +49,22 @@ def ls(
         ],
     )
     out.hint(f"export the last: gradstream ckpt export {job_id or 'JOB'} DIRECTORY")
+
+
+@app.command()
+def now(
+    job_id: NewestJobArgument = None,
+    coordinator: CoordinatorOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Have a running job write a checkpoint at its next step; it goes on meanwhile."""
+    with open_client(coordinator) as client:
+        made = client.checkpoint(job_id)
+    if output is OutputFormat.json:
+        out.print_json({k: v for k, v in made.to_dict().items() if k not in ("type", "cursor")})
+        return
+    print(made.path)
+    out.hint(f"version {made.version}, {out.format_bytes(made.num_bytes)}")
 
 
 @app.command()

@@ -386,7 +386,7 @@ class SessionResponse(_message.Message):
 
     @_builtins.property
     def boundary(self) -> Global___BoundaryRequest:
-        """To the leader: the job pauses or stops at the next commit, which writes a checkpoint."""
+        """To the leader: the next commit writes a checkpoint, at which the job pauses or stops if that was asked for."""
 
     def __init__(
         self,
@@ -434,7 +434,7 @@ Global___ReleaseJob: _TypeAlias = ReleaseJob  # noqa: Y015
 
 @_typing.final
 class BoundaryRequest(_message.Message):
-    """Asks the leader to checkpoint at the next commit and to say in its report that the job halts there."""
+    """Asks the leader to checkpoint at the next commit and to say in its report that it was asked."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -70,6 +70,11 @@ class JobsServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobResponse.FromString,
                 _registered_method=True)
+        self.CheckpointJob = channel.unary_unary(
+                '/gradstream.proto.v1.JobsService/CheckpointJob',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckpointJobResponse.FromString,
+                _registered_method=True)
         self.ListCheckpoints = channel.unary_unary(
                 '/gradstream.proto.v1.JobsService/ListCheckpoints',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ListCheckpointsRequest.SerializeToString,
@@ -146,6 +151,13 @@ class JobsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckpointJob(self, request, context):
+        """Writes a checkpoint at a running job's next step boundary; answers when it is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListCheckpoints(self, request, context):
         """A job's checkpoints, oldest first.
         """
@@ -211,6 +223,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.StopJob,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobResponse.SerializeToString,
+            ),
+            'CheckpointJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckpointJob,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckpointJobResponse.SerializeToString,
             ),
             'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCheckpoints,
@@ -423,6 +440,33 @@ class JobsService(object):
             '/gradstream.proto.v1.JobsService/StopJob',
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckpointJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.JobsService/CheckpointJob',
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckpointJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

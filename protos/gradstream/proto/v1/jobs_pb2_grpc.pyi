@@ -49,6 +49,8 @@ class JobsServiceStub:
     """Goes on with a paused job; a stopped or failed one starts again from its last checkpoint."""
     StopJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.StopJobRequest, _jobs_pb2.StopJobResponse]
     """Ends a job at the next step boundary with a checkpoint, or at once without one."""
+    CheckpointJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CheckpointJobRequest, _jobs_pb2.CheckpointJobResponse]
+    """Writes a checkpoint at a running job's next step boundary; answers when it is there."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListCheckpointsRequest, _jobs_pb2.ListCheckpointsResponse]
     """A job's checkpoints, oldest first."""
     ExportCheckpoint: _grpc.UnaryStreamMultiCallable[_jobs_pb2.ExportCheckpointRequest, _jobs_pb2.ExportCheckpointResponse]
@@ -79,6 +81,8 @@ class JobsServiceAsyncStub(JobsServiceStub):
     """Goes on with a paused job; a stopped or failed one starts again from its last checkpoint."""
     StopJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.StopJobRequest, _jobs_pb2.StopJobResponse]  # type: ignore[assignment]
     """Ends a job at the next step boundary with a checkpoint, or at once without one."""
+    CheckpointJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CheckpointJobRequest, _jobs_pb2.CheckpointJobResponse]  # type: ignore[assignment]
+    """Writes a checkpoint at a running job's next step boundary; answers when it is there."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListCheckpointsRequest, _jobs_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """A job's checkpoints, oldest first."""
     ExportCheckpoint: _aio.UnaryStreamMultiCallable[_jobs_pb2.ExportCheckpointRequest, _jobs_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
@@ -148,6 +152,14 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.StopJobResponse, _abc.Awaitable[_jobs_pb2.StopJobResponse]]:
         """Ends a job at the next step boundary with a checkpoint, or at once without one."""
+
+    @_abc_1.abstractmethod
+    def CheckpointJob(
+        self,
+        request: _jobs_pb2.CheckpointJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.CheckpointJobResponse, _abc.Awaitable[_jobs_pb2.CheckpointJobResponse]]:
+        """Writes a checkpoint at a running job's next step boundary; answers when it is there."""
 
     @_abc_1.abstractmethod
     def ListCheckpoints(

@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def find_base(path: str, title: str) -> tuple[Base, dict[str, Any]]:
 
 
 async def resolve_base(jobs: Jobs, base_model: str) -> tuple[str, str]:
-    """Directory and title of what a recipe calls its base: a path, `job:ID` or `job:ID@VERSION`.
+    """Directory and title of what a recipe calls its base: a path, `job:ID@VERSION`, or `job:ID`, which is a running
+    job's current version, and the last one of any other.
 
     Raises ConfigError for a job that there is not, CheckpointError for one without that checkpoint.
     """
@@ -55,6 +57,10 @@ async def resolve_base(jobs: Jobs, base_model: str) -> tuple[str, str]:
     match = _JOB.fullmatch(base_model)
     if match is None:
         raise ConfigError(f"base_model '{base_model}' is not of the form job:ID or job:ID@VERSION")
+    if match[2] is None and (await jobs.get(match[1])).state == jobs_pb2.JOB_STATE_RUNNING:
+        # It may rest, or end, by the time that it is asked; then its last checkpoint is the newest there is.
+        with suppress(ConfigError, CheckpointError):
+            await jobs.checkpoint(match[1])
     checkpoint = _choose(match[1], await jobs.checkpoints(match[1]), match[2])
     return checkpoint.path, f"job:{match[1]}@{checkpoint.version}"
 

@@ -72,6 +72,10 @@ class Jobs:
         """End at once."""
         return (await self._call(self._stub.StopJob, jobs_pb2.StopJobRequest(job_id=job_id, now=True))).job
 
+    async def checkpoint(self, job_id: str) -> None:
+        """Have a running job write a checkpoint now. Raises ConfigError when it does not run."""
+        await self._call(self._stub.CheckpointJob, jobs_pb2.CheckpointJobRequest(job_id=job_id))
+
     async def checkpoints(self, job_id: str) -> list[jobs_pb2.Checkpoint]:
         """A job's checkpoints, oldest first."""
         request = jobs_pb2.ListCheckpointsRequest(job_id=job_id)

@@ -8,7 +8,6 @@ from typing import Any
 
 from gradstream.core.config import (
     CheckpointConfig,
-    CodecConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -25,11 +24,6 @@ from gradstream.core.finetuning_recipe import LEARNING_RATES, FineTuningRecipe
 DEFAULT_EPOCHS = 3.0
 VALIDATION_PASSES = 10
 KEPT_CHECKPOINTS = 3
-CODECS = {
-    "lora": CodecConfig(push="fp32", pull="fp32"),
-    "full": CodecConfig(push="int8", pull="delta-int8"),
-}
-"""By method, where the recipe gives none: adapters are kilobytes, so nothing is gained by rounding them."""
 
 
 def make_recipe(
@@ -101,7 +95,7 @@ def _assemble(
         "training": _training(asked, num_steps),
         "optimizer": OptimizerConfig(**optimizer),
         "schedule": asked.schedule,
-        "codec": asked.codec or CODECS[asked.method],
+        "codec": asked.codec,
         "data": DataConfig(path=data_path),
         "validation": ValidationConfig(interval_steps=interval, num_samples=num_validation),
         # The coordinator keeps the best one besides.

@@ -99,6 +99,18 @@ def test_jobs_share_the_base(tmp_path: Path) -> None:
     assert len(store._matrices) == 16
 
 
+def test_what_no_stage_has_any_more_is_let_go(tmp_path: Path) -> None:
+    store = BaseStore()
+    filled(write_base(tmp_path / "base"), LLAMA, "bf16", store)
+    whole = store.num_bytes
+    layer = {name for name in [*store._matrices, *store._vectors] if name.startswith("model.layers.0.")}
+    store.keep(layer)
+    assert {*store._matrices, *store._vectors} == layer
+    assert 0 < store.num_bytes < whole / 2
+    store.keep(set())
+    assert store.num_bytes == 0
+
+
 def test_a_tied_head_holds_nothing_of_its_own(tmp_path: Path) -> None:
     model = filled(write_base(tmp_path / "base", TIED), TIED, "int8")
     held = [module for module in model.modules() if isinstance(module, (HeldLinear, HeldEmbedding))]

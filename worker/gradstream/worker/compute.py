@@ -151,11 +151,11 @@ class SlotComputer:
         self.worker = worker
         self.models: list[nn.Module] = []
         self.parameters: dict[tuple[int, int], nn.Parameter] = {}
-        self.frozen_bytes = 0
         self._timeline = timeline or Timeline()
         self._training = plan.recipe.training
         self._stages: dict[int, _Stage] = {}
         self._uses_of_stage: dict[int, list[tuple[int, int]]] = {}
+        self._held: set[str] = set()  # tensors of the frozen base
         for stage in plan.stages_of_worker(worker):
             module = self._build(stage)
             model = module.model if isinstance(module, StageModule) else module
@@ -165,6 +165,7 @@ class SlotComputer:
                 )
             self.models.append(model)
             self._stages[stage] = _Stage(module, self._training, device)
+        STORE.keep(self._held)
         self.hidden_size = hidden_size(self.models[0])
         self._draws = [UnitDraws(model, plan.recipe.seed) for model in self.models]
         self._targets: dict[int, torch.Tensor] = {}
@@ -399,7 +400,7 @@ class SlotComputer:
         tuning = plan.recipe.finetuning
         if tuning is not None and plan.lora is not None:
             model = module.model if isinstance(module, StageModule) else module
-            self.frozen_bytes += STORE.fill(model, tuning.base, tuning.held, self.device)
+            self._held |= STORE.fill(model, tuning.base, tuning.held, self.device)
         for use in uses:
             tensor = plan.tensors[use[0]]
             parameter = found.get((tensor.name, use[1]))

@@ -10,7 +10,7 @@ Shape legend: K inputs, N outputs, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,8 +120,22 @@ class BaseStore:
         self._matrices: dict[str, HeldMatrix] = {}
         self._vectors: dict[str, torch.Tensor] = {}
 
-    def fill(self, model: nn.Module, base: Base, held: Held, device: torch.device) -> int:
-        """Give a model's frozen parameters, which are on the meta device, their values; return their bytes.
+    def keep(self, names: Set[str]) -> None:
+        """Let go of all tensors but these: of a base that nobody asks for any more, and of stages that this worker has
+        no more."""
+        with self._lock:
+            self._matrices = {name: matrix for name, matrix in self._matrices.items() if name in names}
+            self._vectors = {name: vector for name, vector in self._vectors.items() if name in names}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are held."""
+        matrices = sum(matrix.num_bytes for matrix in self._matrices.values())
+        return matrices + sum(vector.nbytes for vector in self._vectors.values())
+
+    def fill(self, model: nn.Module, base: Base, held: Held, device: torch.device) -> set[str]:
+        """Give a model's frozen parameters, which are on the meta device, their values; return the names of the base's
+        tensors that it has.
 
         Tensors that an earlier job left here are used again. Raises CheckpointError when the base cannot be read or is
         not the one that the job was made with, ConfigError when the model has a tensor that it has not.
@@ -154,10 +168,7 @@ class BaseStore:
                     self._vectors[name] = reader.tensor(name).float().to(device)
                 return self._vectors[name]
 
-            used = _replace_frozen(model, source, matrix, vector)
-            # Of stages that this worker has no more.
-            num_bytes = sum(self._matrices[name].num_bytes for name in used if name in self._matrices)
-            return num_bytes + sum(self._vectors[name].nbytes for name in used if name in self._vectors)
+            return _replace_frozen(model, source, matrix, vector)
 
 
 def _replace_frozen(

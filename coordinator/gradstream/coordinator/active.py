@@ -197,11 +197,15 @@ class ActiveJob:
 
     @property
     def candidates(self) -> set[int]:
-        """The checkpoints that may be a fine-tuning's result: the best one so far, and those not yet validated."""
+        """The checkpoints that may be a fine-tuning's result: the best one so far, and those yet to be validated.
+
+        A checkpoint that a pause has made is mostly not among them: its version never gets a loss.
+        """
         if self.recipe.finetuning is None:
             return set()
         best = best_version(self.validations, self.checkpoints)
-        return (self.checkpoints - self.validations.keys()) | ({best} if best is not None else set())
+        awaited = {version for version in self.checkpoints - self.validations.keys() if self.recipe.validates(version)}
+        return awaited | ({best} if best is not None else set())
 
     @property
     def resting(self) -> bool:

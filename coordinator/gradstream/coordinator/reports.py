@@ -108,11 +108,8 @@ class Reports:
         """A slot's part of a validation pass. Raises ProtocolError when there is no such pass or part."""
         record, active = self._job(report.job_id, report.epoch)
         recipe = self._recipe(record, active)
-        interval, num_steps = recipe.validation.interval_steps, recipe.training.num_steps
-        expected = (
-            interval and report.version <= num_steps and not (report.version % interval and report.version != num_steps)
-        )
-        if not expected or report.slot >= recipe.training.num_slots or not report.num_tokens:
+        expected = recipe.validates(report.version) and report.slot < recipe.training.num_slots
+        if not expected or not report.num_tokens:
             raise ProtocolError(
                 f"job {report.job_id} has no validation of version {report.version} with a slot {report.slot} "
                 f"of {report.num_tokens} tokens"

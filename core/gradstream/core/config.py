@@ -260,6 +260,11 @@ class Recipe(Section):
             )
         return self
 
+    def validates(self, version: int) -> bool:
+        """Whether a validation pass is made at this version: the first, the last, and every interval."""
+        interval, num_steps = self.validation.interval_steps, self.training.num_steps
+        return interval > 0 and version <= num_steps and (version % interval == 0 or version == num_steps)
+
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file with its bases, apply `key.sub=value` overrides and validate.

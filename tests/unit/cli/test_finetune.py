@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from canned_fine_tunings import CannedFineTunings, canned_fine_tuning, serving_fine_tunings
+from canned_jobs import canned_job
 from rich.text import Text
 
 from gradstream.client import RenderedExample, RenderedPiece
@@ -119,6 +120,23 @@ def test_status_says_how_good_it_is(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in text, part
 
 
+def test_status_before_the_first_validation_pass_of_a_version(
+    service: CannedFineTunings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base's loss is not shown as that of what was learnt, though steps are done."""
+    job = canned_job("task-1", version=7, initial_validation_loss=3.25, validation_loss=3.25)
+    running = {"state": pb.FINE_TUNING_STATE_TRAINING, "before": None, "after": None, "job": job}
+    service.fine_tunings = [canned_fine_tuning(best_version=None, **running)]
+    assert main(["finetune", "status"]) == 0
+    before, after = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("before", "after")))
+    assert "validation loss 3.2500 nats a token" in before
+    assert "not evaluated yet" in after
+    job.validation_loss = 2.5
+    service.fine_tunings = [canned_fine_tuning(best_version=6, **running)]
+    assert main(["finetune", "status"]) == 0
+    assert "validation loss 2.5000 nats a token" in capsys.readouterr().out
+
+
 def test_ls(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "ls"]) == 0
     assert "tiny-llama" in capsys.readouterr().out
@@ -136,6 +154,10 @@ def test_watch(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -
     assert main(["finetune", "watch", "task", "-o", "json"]) == 0
     kinds = [json.loads(line)["type"] for line in capsys.readouterr().out.splitlines()]
     assert kinds == ["fine-tuning", "event", "step", "validation", "log", "checkpoint", "fine-tuning"]
+    # The same state and reason again, as after each new best version, are no new line.
+    service.break_watch_after = [2]
+    assert main(["finetune", "watch", "task"]) == 0
+    assert capsys.readouterr().out.splitlines().count("task training") == 1
     service.fine_tunings = [canned_fine_tuning(state=pb.FINE_TUNING_STATE_FAILED, reason="no memory")]
     assert main(["finetune", "watch"]) == 8
     assert "error: task failed: no memory" in capsys.readouterr().err
@@ -165,6 +187,15 @@ def test_compare(service: CannedFineTunings, capsys: pytest.CaptureFixture[str])
     service.fine_tunings = [canned_fine_tuning(after=None, state=pb.FINE_TUNING_STATE_TRAINING)]
     assert main(["finetune", "compare", "task"]) == 2
     assert "not evaluated yet; wait for its end, or compare with --prompt" in capsys.readouterr().err
+    service.fine_tunings = [canned_fine_tuning(after=None, state=pb.FINE_TUNING_STATE_CANCELLED)]
+    assert main(["finetune", "compare", "task"]) == 2
+    assert "not evaluated yet; go on with it: gradstream finetune resume, or compare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seed", 2**64), ("--max-new-tokens", 2**32)])
+def test_numbers_that_no_message_can_hold(option: str, value: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "generate", "task", "-p", "x", option, str(value)]) == 2
+    assert f"Invalid value for '{option}'" in capsys.readouterr().err
 
 
 def test_export(tmp_path: Path, service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,12 +153,14 @@ async def test_a_name_is_taken_once_there_was_a_job(tmp_path: Path) -> None:
     data = tmp_path / "task.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     asked = ASKED.model_copy(update={"data": ASKED.data.model_copy(update={"path": str(data)})})
-    note(tmp_path / "state", state="cancelled")
+    note(tmp_path / "state", state="cancelled", job_id="task-1")
     async with service(CannedCoordinator(), tmp_path / "state") as fine_tunings:
         with pytest.raises(ConfigError, match="'task' already, which is cancelled; choose another name, or go on"):
             await fine_tunings.create(asked)
-        # One that failed before it had a job gives way: its base is not there.
-        fine_tunings.store.save(fine_tunings.find("task").changed(state="failed", job_recipe_json=""))
+        with pytest.raises(CheckpointError, match=r"task is cancelled and has no checkpoint .*; go on with it: "):
+            fine_tunings.checkpoint("task")
+        # One whose job was refused gives way, and so does one that failed before: its base is not there.
+        fine_tunings.store.save(fine_tunings.find("task").changed(state="failed", job_id=""))
         for _ in range(2):
             await fine_tunings.create(asked)
             record = await until(fine_tunings, "failed")

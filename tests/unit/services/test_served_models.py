@@ -204,6 +204,28 @@ def test_bf16_holds_half_and_tied_weights_stay_tied(bases: MemoryBases) -> None:
     assert Batch(half).join(PROMPTS, ["one", NO_ADAPTER, "one", "one"]).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_held_is_no_view_of_what_was_read(bases: MemoryBases, dtype: torch.dtype) -> None:
+    """What was read may be a mapped file, which changes under whoever looks at it."""
+    base = bases.add("base", random_model(CONFIGS["gpt2"]))
+    tensors = bases.open(base)
+    read: list[torch.Tensor] = []
+
+    class Kept:
+        config = tensors.config
+        names = tensors.names
+
+        def tensor(self, name: str) -> torch.Tensor:
+            read.append(tensors.tensor(name).to(dtype))
+            return read[-1]
+
+    resident = ResidentBase(Kept(), dtype, CPU)
+    before = last_logits(resident.model, PROMPTS[0])
+    for tensor in read:
+        tensor.zero_()
+    assert torch.equal(last_logits(resident.model, PROMPTS[0]), before)
+
+
 def test_what_cannot_be_loaded_fails_alone(bases: MemoryBases) -> None:
     models = bases.served(ResidentLimits(bases_bytes=200_000))
     bare = with_adapters(bases, models, "good")

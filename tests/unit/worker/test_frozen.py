@@ -149,6 +149,22 @@ def test_a_base_that_has_changed_is_refused(tmp_path: Path) -> None:
         BaseStore().fill(model, base, "bf16", CPU)
 
 
+@pytest.mark.parametrize("held", ["fp32", "bf16"])
+def test_a_base_that_is_written_to_while_it_is_held(held: Held, tmp_path: Path) -> None:
+    """What is held is no view of the file, also where it is held as the file has it."""
+    directory = write_base(tmp_path / "base", dtype={"fp32": "float32", "bf16": "bfloat16"}[held])
+    base, _ = find_base(str(directory))
+    store = BaseStore()
+    store.fill(build(LLAMA, "meta", LORA), base, held, CPU)
+    before = digest(store)
+    weights = directory / "model.safetensors"
+    size = weights.stat().st_size
+    with weights.open("r+b") as stream:  # in place: another file of that name would leave the mapped one alone
+        stream.seek(size // 4)
+        stream.write(bytes(size // 2))
+    assert digest(store) == before
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +191,7 @@ def test_first_values_depend_on_seed_and_name_alone() -> None:
     ("config", "targets", "message"),
     [
         (LLAMA, ["q_prj"], "'q_prj' matches no module of the model; those that can have an adapter are q_proj, k_proj"),
+        (LLAMA, [], "lora.target_modules is empty, so nothing would be trained; those that can have an adapter"),
         (LLAMA, ["embed_tokens"], "'embed_tokens' is not a linear module"),
         (TIED, ["q_proj", "lm_head"], "'lm_head' shares its weight with the embedding"),
     ],

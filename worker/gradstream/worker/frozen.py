@@ -38,9 +38,14 @@ class HeldMatrix:
 
     @classmethod
     def of(cls, matrix: torch.Tensor, held: Held) -> HeldMatrix:
-        """Hold a matrix. It is rounded to nearest."""
+        """Hold a copy of a matrix, rounded to nearest.
+
+        A copy even where nothing is rounded: the matrix may be a view of a mapped file, and who writes to that file
+        would change the base of a job that trains, or end its worker with a SIGBUS.
+        """
         if held != "int8":
-            return cls(matrix.to(torch.float32 if held == "fp32" else torch.bfloat16).contiguous())
+            dtype = torch.float32 if held == "fp32" else torch.bfloat16
+            return cls(matrix.to(dtype, copy=True, memory_format=torch.contiguous_format))
         matrix = matrix.float()
         scales = matrix.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
         return cls(torch.round(matrix / scales).to(torch.int8), scales)
@@ -165,7 +170,7 @@ class BaseStore:
 
             def vector(name: str) -> torch.Tensor:
                 if name not in self._vectors:
-                    self._vectors[name] = reader.tensor(name).float().to(device)
+                    self._vectors[name] = reader.tensor(name).to(device, torch.float32, copy=True)
                 return self._vectors[name]
 
             return _replace_frozen(model, source, matrix, vector)

@@ -26,7 +26,6 @@ import grpc.aio
 import torch
 
 from gradstream.core.bundles import is_tuned
-from gradstream.core.config import Recipe
 from gradstream.core.errors import one_line
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
@@ -59,12 +58,6 @@ from gradstream.worker.weights import Inbox, WeightInstaller
 
 log = get_logger()
 T = TypeVar("T")
-
-
-def validates(recipe: Recipe, version: int) -> bool:
-    """Whether a validation pass is made at this version: the first, the last, and every interval."""
-    interval = recipe.validation.interval_steps
-    return interval > 0 and (version % interval == 0 or version == recipe.training.num_steps)
 
 
 @dataclass(frozen=True)
@@ -321,7 +314,7 @@ class JobRun:
         """What is to be computed next at a version; None when all of it is done."""
         recipe = self.plan.recipe
         for slot in self._leases.slots:
-            if validates(recipe, version) and (slot, True) not in done:
+            if recipe.validates(version) and (slot, True) not in done:
                 return await self._new_try(version, (slot,), True)
             if version < recipe.training.num_steps and (slot, False) not in done:
                 return await self._new_try(version, self._together(version, slot, done), False)
@@ -330,7 +323,7 @@ class JobRun:
     def _together(self, version: int, first: int, done: set[tuple[int, bool]]) -> tuple[int, ...]:
         """The slots that are computed in one go: in a pipeline, so that it is filled once and not for each."""
         slots = [first]
-        if self.plan.replica_size > 1 and not validates(self.plan.recipe, version):
+        if self.plan.replica_size > 1 and not self.plan.recipe.validates(version):
             slots += [slot for slot in self._leases.slots if slot > first and (slot, False) not in done]
         per_slot = num_microbatches(self.plan, False)
         count = most_slots(self.plan.schedule, self.plan.replica_size, per_slot, self.plan.num_chunks, len(slots))

@@ -171,9 +171,9 @@ def held_out(found: FineTuning) -> list[Comparison]:
     from gradstream.core.errors import ConfigError
 
     if found.before is None or found.after is None:
-        raise ConfigError(
-            f"{found.name} is {found.state} and not evaluated yet; wait for its end, or compare with --prompt"
-        )
+        ended = found.state in ("failed", "cancelled")
+        cure = "go on with it: gradstream finetune resume" if ended else "wait for its end"
+        raise ConfigError(f"{found.name} is {found.state} and not evaluated yet; {cure}, or compare with --prompt")
     base = {sample.prompt: sample.generated for sample in found.before.samples}
     samples = [sample for sample in found.after.samples if sample.prompt in base]
     if not samples:
@@ -222,5 +222,5 @@ def _first_loss(each: FineTuning) -> float | None:
 def _last_loss(each: FineTuning) -> float | None:
     if each.after is not None:
         return each.after.loss
-    # The job's last pass is that of the base until there is a second one.
-    return each.job.validation_loss if each.job is not None and each.job.version else None
+    # The job's last pass is that of the base until there is a second one, however many steps are done.
+    return each.job.validation_loss if each.job is not None and each.best_version is not None else None

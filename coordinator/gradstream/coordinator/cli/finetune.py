@@ -36,11 +36,17 @@ SHOWN_SAMPLES = 3
 
 MaxNewTokensOption = Annotated[
     int | None,
-    typer.Option("--max-new-tokens", min=1, help="Most tokens to add.", show_default="128, or what there is room for"),
+    typer.Option(
+        "--max-new-tokens",
+        min=1,
+        max=2**32 - 1,
+        help="Most tokens to add.",
+        show_default="128, or what there is room for",
+    ),
 ]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1, help="Sample from the likeliest share p.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**64 - 1, help="Same seed, same text.")]
 StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text before which to end; may be repeated.")]
 ChatOption = Annotated[
     bool, typer.Option("--chat", help="The prompt is a user's message, rendered by the base's chat template.")
@@ -177,7 +183,11 @@ def watch(
             name = client.get(name).name
             for item in client.watch(name):
                 if isinstance(item, FineTuning):
+                    # A new best version is news too, but none that a line here would show.
+                    same = last is not None and (last.state, last.reason) == (item.state, item.reason)
                     last = item
+                    if same and output is not OutputFormat.json:
+                        continue
                 _show(item, output)
         except KeyboardInterrupt:
             out.say(f"\ndetached; {name} goes on. Look again with: gradstream finetune watch {name}")

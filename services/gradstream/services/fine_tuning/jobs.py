@@ -88,7 +88,7 @@ class FineTunings:
         async with self._lock(asked.name):
             old = self.store.get(asked.name)
             # One that ended before it had a job has made nothing that could be lost.
-            if old is not None and not (old.has_ended and not old.job_recipe_json):
+            if old is not None and not (old.has_ended and not old.job_id):
                 again = ", or go on with it: gradstream finetune resume" if old.state in ("failed", "cancelled") else ""
                 raise ConfigError(
                     f"there is a fine-tuning '{asked.name}' already, which is {old.state}; choose another name{again}"
@@ -169,8 +169,9 @@ class FineTunings:
         record = self.find(name)
         wanted = version if version is not None else record.best_version
         if wanted is None:
+            cure = "go on with it: gradstream finetune resume" if record.has_ended else "wait for the first"
             raise CheckpointError(
-                f"{record.name} is {record.state} and has no checkpoint with a validation loss yet; wait for the first"
+                f"{record.name} is {record.state} and has no checkpoint with a validation loss yet; {cure}"
             )
         if wanted not in record.checkpoints:
             known = ", ".join(map(str, record.checkpoints)) or "none yet"

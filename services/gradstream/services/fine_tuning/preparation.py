@@ -23,16 +23,19 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 def check_data(config: ExamplesConfig) -> None:
     """Raise DataError when a file of examples is not where the service can see it."""
-    for path in filter(None, (config.path, config.validation_path)):
+    for key, path in (("path", config.path), ("validation_path", config.validation_path)):
+        if path is None:
+            continue
         try:
             fs, inner = files.file_system(path)
             found = fs.isfile(inner)
         except (OSError, ValueError, ImportError) as error:
-            raise DataError(f"data {path} cannot be looked at ({' '.join(str(error).split())})") from None
+            cause = " ".join(str(error).split())
+            raise DataError(f"data.{key} {path} cannot be looked at ({cause}); correct it") from None
         if not found:
             raise DataError(
-                f"there is no file {path} where the fine-tuning service can see it; correct data.path, or send the "
-                f"file with --upload"
+                f"there is no file {path} where the fine-tuning service can see it; correct data.{key}, or send "
+                f"the file with --upload"
             )
 
 

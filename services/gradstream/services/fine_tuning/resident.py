@@ -147,7 +147,8 @@ def load_model(tensors: BaseTensors, dtype: torch.dtype, device: torch.device) -
             raise CheckpointError(
                 f"the base's tensor '{name}' has shape {tuple(fresh.shape)} and its config.json says {tuple(shape)}"
             )
-        parameter = nn.Parameter(fresh.to(device=device, dtype=dtype), requires_grad=False)
+        # A copy: what a mapped file holds changes with the file.
+        parameter = nn.Parameter(fresh.to(device=device, dtype=dtype, copy=True), requires_grad=False)
         for alias in names:
             _set_parameter(model, alias, parameter)
     return model.eval()

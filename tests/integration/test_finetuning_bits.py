@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from support.cluster import Cluster
-from support.finetuning import tuning_recipe, write_base, write_rows
+from support.finetuning import random_rows, tuning_recipe, write_base, write_rows
 from support.tiny import GPT2, LLAMA
 
 from gradstream.client import Event, Validation
+from gradstream.core.data import NO_TARGET
 
 
 @pytest.mark.timeout(600)
@@ -18,7 +19,9 @@ from gradstream.client import Event, Validation
 def test_same_bits_on_any_number_of_workers_servers_and_stages(model: str, cluster: Cluster, tmp_path: Path) -> None:
     """GPT-2 has a tied embedding, dropout of its own and linear modules the other way round."""
     config = {"llama": {**LLAMA, "num_hidden_layers": 3}, "gpt2": {**GPT2, "n_layer": 3}}[model]
-    base, data = write_base(tmp_path / "base", config), write_rows(tmp_path / "data")
+    # Held-out rows that the slots cannot share evenly: all of them count nevertheless.
+    base, data = write_base(tmp_path / "base", config), write_rows(tmp_path / "data", num_validation=7)
+    num_targets = sum(int((rows[1] != NO_TARGET).sum()) for rows in random_rows(7, seed=2))
     digests: dict[str, str] = {}
 
     def tune(name: str, num_workers: int, num_servers: int = 1, **pipeline: Any) -> None:
@@ -36,6 +39,8 @@ def test_same_bits_on_any_number_of_workers_servers_and_stages(model: str, clust
         job = cluster.client.submit(recipe)
         cluster.finish(job.job_id, 60.0)
         digests[name] = cluster.final_digest(job.job_id)
+        items = cluster.client.watch(job.job_id, follow=False)
+        assert {item.num_tokens for item in items if isinstance(item, Validation)} == {num_targets}
 
     cluster.start_coordinator()
     cluster.start_servers("server-0")

@@ -36,7 +36,26 @@ def micro_plan(model: dict[str, Any] = MICRO_LLAMA, codec: dict[str, Any] | None
         "data": {"path": "data"},
         "validation": {"num_samples": 8},
     }
-    data = {"token_dtype": "uint16", "vocab_size": 64, "end_of_text_id": 0, "tokenizer_sha256": "0" * 64, "shards": []}
+    held_out = [
+        {
+            "file": f"validation-{number}.tokens",
+            "index_file": f"validation-{number}.index",
+            "split": "validation",
+            "num_tokens": 1000,
+            "num_documents": 1,
+            "num_bytes": 2000,
+            "sha256": "0" * 64,
+            "index_sha256": "0" * 64,
+        }
+        for number in range(4)
+    ]
+    data = {
+        "token_dtype": "uint16",
+        "vocab_size": 64,
+        "end_of_text_id": 0,
+        "tokenizer_sha256": "0" * 64,
+        "shards": held_out,
+    }
     tensors = inventory(model)
     return Plan(
         job_id="job",

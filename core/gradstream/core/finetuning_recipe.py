@@ -3,6 +3,7 @@ known."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from gradstream.core.errors import ConfigError
 from gradstream.core.finetuning import LoraConfig
 from gradstream.core.section import NonNegative, Positive, Section
 
+DEFAULT_EPOCHS = 3.0
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
 """By method, where the recipe gives none. LoRA wants about ten times the rate of full fine-tuning (Biderman et al.,
 "LoRA Learns Less and Forgets Less", 2024)."""
@@ -68,6 +70,13 @@ class FineTuningTraining(Section):
         if self.num_steps is not None and self.num_epochs is not None:
             raise ValueError("training.num_steps and training.num_epochs say the same; give one of them")
         return self
+
+    def count_steps(self, num_rows: int) -> int:
+        """Optimizer updates, given the rows of the training split."""
+        if self.num_steps is not None:
+            return self.num_steps
+        epochs = self.num_epochs if self.num_epochs is not None else DEFAULT_EPOCHS
+        return max(1, math.ceil(num_rows * epochs / self.global_batch))
 
 
 class FineTuningOptimizer(OptimizerConfig):

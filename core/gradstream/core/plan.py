@@ -10,7 +10,7 @@ from typing import Any
 
 from gradstream.core.bundles import Bundle, Use, bundle
 from gradstream.core.config import Recipe, parse_recipe
-from gradstream.core.data import Manifest, parse_manifest
+from gradstream.core.data import Manifest, parse_manifest, slot_group
 from gradstream.core.errors import ProtocolError
 from gradstream.core.finetuning import LoraConfig
 from gradstream.core.fragments import Fragment, Tensor, TensorKind, cut
@@ -75,6 +75,18 @@ class Plan:
         """All bundles, in forward order."""
         uses = [Use(self.stage_of(tensor.unit), self.num_parts(tensor)) for tensor in self.tensors]
         return tuple(bundle(self.fragments, self.placement, self.fragment_elements, uses))
+
+    @cached_property
+    def held_out_samples(self) -> tuple[int, ...]:
+        """Samples that each slot has of the validation split."""
+        manifest, length = self.data_manifest, self.recipe.training.sequence_length
+        return tuple(
+            sum(
+                manifest.num_samples(shard, length)
+                for shard in slot_group(manifest, "validation", slot, self.num_slots)
+            )
+            for slot in range(self.num_slots)
+        )
 
     @property
     def has_pipeline(self) -> bool:

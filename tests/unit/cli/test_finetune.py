@@ -186,10 +186,10 @@ def test_compare(service: CannedFineTunings, capsys: pytest.CaptureFixture[str])
     ]
     service.fine_tunings = [canned_fine_tuning(after=None, state=pb.FINE_TUNING_STATE_TRAINING)]
     assert main(["finetune", "compare", "task"]) == 2
-    assert "not evaluated yet; wait for its end, or compare with --prompt" in capsys.readouterr().err
+    assert "has no result yet; wait for its end, or compare with --prompt" in capsys.readouterr().err
     service.fine_tunings = [canned_fine_tuning(after=None, state=pb.FINE_TUNING_STATE_CANCELLED)]
     assert main(["finetune", "compare", "task"]) == 2
-    assert "not evaluated yet; go on with it: gradstream finetune resume, or compare" in capsys.readouterr().err
+    assert "has no result yet; go on with it: gradstream finetune resume, or compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--seed", 2**64), ("--max-new-tokens", 2**32)])

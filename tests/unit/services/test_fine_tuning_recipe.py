@@ -12,7 +12,7 @@ from gradstream.core.data import DataShard, Manifest
 from gradstream.core.errors import ConfigError, DataError
 from gradstream.core.finetuning import Base
 from gradstream.core.finetuning_recipe import FineTuningRecipe, parse_finetuning_recipe
-from gradstream.services.fine_tuning.recipe import check_recipe, count_steps, make_recipe
+from gradstream.services.fine_tuning.recipe import check_recipe, make_recipe
 
 LENGTH = 16
 BASE = Base(kind="huggingface", path="/models/tiny", title="tiny", files=(), sha256="ab" * 32)
@@ -65,8 +65,8 @@ def test_a_job_of_adapters() -> None:
     assert made.training.num_steps == 38
     assert made.optimizer.learning_rate == 2e-4
     assert made.codec == CodecConfig()
-    # As many as every slot has, evenly.
-    assert made.validation.num_samples == 14
+    # As many as the slot with most has, of each.
+    assert made.validation.num_samples == 18
     assert made.validation.interval_steps == made.checkpoint.interval_steps == 3
     # None of the passes' checkpoints is removed: 0, 3, …, 36, 38.
     assert made.checkpoint.keep == 3
@@ -103,7 +103,7 @@ def test_what_is_given_stays() -> None:
     [({}, 8, 3), ({}, 9, 4), ({"num_epochs": 0.5}, 8, 1), ({"num_epochs": 2}, 17, 5), ({"num_steps": 40}, 8, 40)],
 )
 def test_epochs_are_rounded_up(training: dict[str, Any], num_rows: int, steps: int) -> None:
-    assert count_steps(asked(training=training), num_rows) == steps
+    assert asked(training=training).training.count_steps(num_rows) == steps
 
 
 def test_too_few_rows_for_the_slots() -> None:

@@ -122,20 +122,21 @@ def forward_schedule(num_workers: int, num_microbatches: int, num_chunks: int) -
     return Schedule("forward", num_microbatches, num_chunks, rows)
 
 
-def num_samples(plan: Plan, validate: bool) -> int:
-    """Samples of a slot."""
-    training = plan.recipe.training
-    return plan.recipe.validation.num_samples // training.num_slots if validate else training.slot_batch
+def num_samples(plan: Plan, attempt: Try) -> int:
+    """Samples of each of a try's slots: in a validation pass all that its slot has, where the recipe asks for more."""
+    if not attempt.validate:
+        return plan.recipe.training.slot_batch
+    return min(plan.recipe.validation.num_samples // plan.num_slots, plan.held_out_samples[attempt.slots[0]])
 
 
-def num_microbatches(plan: Plan, validate: bool) -> int:
-    """Microbatches of a slot; the last one of a validation pass may have fewer samples."""
-    return -(-num_samples(plan, validate) // plan.recipe.training.microbatch)
+def num_microbatches(plan: Plan, attempt: Try) -> int:
+    """Microbatches of each of a try's slots; the last one of a validation pass may have fewer samples."""
+    return -(-num_samples(plan, attempt) // plan.recipe.training.microbatch)
 
 
 def schedule_for(plan: Plan, attempt: Try) -> Schedule:
     """The table by which all workers of a replica compute a try."""
-    count = len(attempt.slots) * num_microbatches(plan, attempt.validate)
+    count = len(attempt.slots) * num_microbatches(plan, attempt)
     if attempt.validate:
         return forward_schedule(plan.replica_size, count, plan.num_chunks)
     return schedule_of(plan.schedule, plan.replica_size, count, plan.num_chunks)

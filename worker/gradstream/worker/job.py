@@ -325,7 +325,7 @@ class JobRun:
         slots = [first]
         if self.plan.replica_size > 1 and not self.plan.recipe.validates(version):
             slots += [slot for slot in self._leases.slots if slot > first and (slot, False) not in done]
-        per_slot = num_microbatches(self.plan, False)
+        per_slot = num_microbatches(self.plan, Try(0, version, (first,)))
         count = most_slots(self.plan.schedule, self.plan.replica_size, per_slot, self.plan.num_chunks, len(slots))
         return tuple(slots[:count])
 
@@ -410,7 +410,7 @@ class JobRun:
     def _validate(
         self, reader: SlotReader | None, attempt: Try, wanted: Callable[[], bool], exchange: Exchange
     ) -> tuple[float, int] | None:
-        batch = None if reader is None else reader.validation_batch(num_samples(self.plan, True))
+        batch = None if reader is None else reader.validation_batch(num_samples(self.plan, attempt))
         with self._timeline.computing(SpanKind.VALIDATE, attempt.slots[0]):
             return self._computer.evaluate(attempt, batch, wanted, exchange)
 

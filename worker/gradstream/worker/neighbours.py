@@ -238,8 +238,8 @@ class Neighbours:
     def _shape(self, attempt: Try, microbatch: int) -> tuple[int, int, int]:
         """Samples, tokens and hidden size of a microbatch's activations."""
         training = self.plan.recipe.training
-        before = microbatch % num_microbatches(self.plan, attempt.validate) * training.microbatch
-        left = num_samples(self.plan, attempt.validate) - before
+        before = microbatch % num_microbatches(self.plan, attempt) * training.microbatch
+        left = num_samples(self.plan, attempt) - before
         return min(training.microbatch, left), training.sequence_length, self._hidden_size
 
     # -- the compute thread's side ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import typer.main
 
 EPILOG = (
     "Exit codes: 0 done, 1 other error, 2 wrong recipe, option or path, 3 data, 4 checkpoint, 5 no plan possible, "
-    "6 protocol, 7 coordinator unreachable, 8 the job failed, 130 Ctrl-C. "
+    "6 protocol, 7 coordinator or fine-tuning service unreachable, 8 the job or fine-tuning failed, 130 Ctrl-C. "
     "GRADSTREAM_COORDINATOR sets the coordinator's address, GRADSTREAM_FINE_TUNING the fine-tuning service's, "
     "GRADSTREAM_DEBUG=1 shows stack traces."
 )
@@ -76,6 +76,16 @@ class LazyGroup(typer.core.TyperGroup):
             formatter.write_dl([(name, text) for name, _, _, text in COMMANDS])
 
 
+class WholeHelpGroup(typer.core.TyperGroup):
+    """A group whose list of commands has the first sentence of each in full, wrapped; click's own cuts it off."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The table of commands."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(1000)) for name, command in commands if command])
+
+
 def _make_command(name: str, target: typer.Typer | Callable[..., Any]) -> Any:
     if not isinstance(target, typer.Typer):
         single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
@@ -90,7 +100,12 @@ def _make_command(name: str, target: typer.Typer | Callable[..., Any]) -> Any:
 def group(text: str) -> typer.Typer:
     """A group of commands with the settings that all have."""
     made = typer.Typer(
-        help=text, no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False
+        cls=WholeHelpGroup,
+        help=text,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        add_completion=False,
+        pretty_exceptions_enable=False,
     )
     # A callback makes it a group even when it has one command.
     made.callback()(lambda: None)

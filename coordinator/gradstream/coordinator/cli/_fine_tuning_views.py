@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli import _output as out
@@ -11,6 +12,9 @@ from gradstream.coordinator.cli import _output as out
 if TYPE_CHECKING:
     from gradstream.client import Evaluation, ExamplesPreview, ExamplesReport, FineTuning, RenderedExample
     from gradstream.coordinator.cli._progress import ProgressView
+    from gradstream.core.finetuning_recipe import FineTuningTraining
+
+FEW_STEPS = 20
 
 TARGET_STYLE = "bold green"
 # Where there are no colours: marks that hardly any text has.
@@ -56,7 +60,7 @@ def fine_tunings_table(fine_tunings: Sequence[FineTuning]) -> Any:
                 each.name,
                 out.state_text(each.state),
                 each.method,
-                each.base,
+                short_base(each.base),
                 f"{each.job.version}/{each.job.num_steps}" if each.job is not None else "-",
                 out.format_loss(_first_loss(each)),
                 out.format_loss(_last_loss(each)),
@@ -67,6 +71,14 @@ def fine_tunings_table(fine_tunings: Sequence[FineTuning]) -> Any:
             for each in fine_tunings
         ],
     )
+
+
+def short_base(base: str) -> str:
+    """A base as a table has room for: a checkpoint as JOB@STEP, another directory by its name, job:ID as it is."""
+    path = PurePosixPath(base)
+    if path.parent.name == "checkpoints" and path.name.startswith("step-"):
+        return f"{path.parent.parent.name}@{path.name.removeprefix('step-').lstrip('0') or '0'}"
+    return path.name if path.is_absolute() else base
 
 
 def fine_tuning_view(each: FineTuning) -> Any:
@@ -147,8 +159,15 @@ def example_text(example: RenderedExample, colours: bool) -> Any:
     return text
 
 
-def print_preview(preview: ExamplesPreview) -> None:
-    """Examples as they would be trained on, and what would become of all rows."""
+def steps_text(training: FineTuningTraining, report: ExamplesReport) -> str:
+    """How many steps the rows make, on one line."""
+    steps = training.count_steps(report.num_packed_rows)
+    few = "; few: raise training.num_epochs, or lower global_batch and sequence_length" if steps < FEW_STEPS else ""
+    return f"{steps} steps of {training.global_batch} rows{few}"
+
+
+def print_preview(preview: ExamplesPreview, training: FineTuningTraining) -> None:
+    """Examples as they would be trained on, what would become of all rows, and how many steps they make."""
     from rich.text import Text
 
     console = out.console()
@@ -162,6 +181,7 @@ def print_preview(preview: ExamplesPreview) -> None:
         console.print(example_text(example, colours), soft_wrap=True)
     console.print()
     console.print(Text(report_text(preview.report)), soft_wrap=True)
+    console.print(Text(steps_text(training, preview.report)), soft_wrap=True)
     for line in preview.report.bad_rows:
         console.print(Text(f"bad: {line}", style="yellow"), soft_wrap=True)
 
@@ -173,7 +193,7 @@ def held_out(found: FineTuning) -> list[Comparison]:
     if found.before is None or found.after is None:
         ended = found.state in ("failed", "cancelled")
         cure = "go on with it: gradstream finetune resume" if ended else "wait for its end"
-        raise ConfigError(f"{found.name} is {found.state} and not evaluated yet; {cure}, or compare with --prompt")
+        raise ConfigError(f"{found.name} is {found.state} and has no result yet; {cure}, or compare with --prompt")
     base = {sample.prompt: sample.generated for sample in found.before.samples}
     samples = [sample for sample in found.after.samples if sample.prompt in base]
     if not samples:

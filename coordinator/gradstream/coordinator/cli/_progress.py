@@ -51,7 +51,7 @@ class ProgressView:
 
     def update(self, job: Job) -> None:
         """Show the job's state."""
-        place, facts = "  ".join(progress_place(job)), "  ".join(progress_facts(job))
+        place, facts, wait = "  ".join(progress_place(job)), "  ".join(progress_facts(job)), progress_wait(job)
         if self._live is not None:
             from rich.console import Group
             from rich.text import Text
@@ -63,10 +63,11 @@ class ProgressView:
                 completed=job.version,
                 place=place,
             )
-            # Two lines: one alone is cut off on a terminal of 80 columns.
-            self._live.update(Group(self._progress, Text(f"  {facts}", no_wrap=True, overflow="ellipsis")))
+            # Two lines, or three: one alone is cut off on a terminal of 80 columns.
+            lines = [Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in (facts, wait) if line]
+            self._live.update(Group(self._progress, *lines))
             return
-        text = "  ".join(filter(None, (f"{job.job_id} {job.state}", place, facts)))
+        text = "  ".join(filter(None, (f"{job.job_id} {job.state}", place, facts, wait)))
         now = time.monotonic()
         if text != self._last_text and (now - self._last_line >= LINE_INTERVAL_SECONDS or job.state.ended):
             self._last_line, self._last_text = now, text
@@ -89,7 +90,7 @@ def progress_place(job: Job) -> list[str]:
 
 
 def progress_facts(job: Job) -> list[str]:
-    """Losses and rates; while nothing moves, what the job waits for."""
+    """Losses and rates."""
     parts = []
     if job.loss is not None:
         parts.append(f"loss {job.loss:.3f}")
@@ -99,7 +100,12 @@ def progress_facts(job: Job) -> list[str]:
         parts.append(f"{out.format_count(job.tokens_per_second)} tokens/s")
         parts.append(f"up {out.format_rate(job.push_bytes_per_second)}")
         parts.append(f"down {out.format_rate(job.pull_bytes_per_second)}")
-    if job.waits and not job.state.ended:
-        wait = job.waits[0]
-        parts.append(f"waits for {wait.what} from {wait.whom} {out.format_since(wait.since)}".strip())
     return parts
+
+
+def progress_wait(job: Job) -> str:
+    """What the job waits for, while nothing moves."""
+    if not job.waits or job.state.ended:
+        return ""
+    wait = job.waits[0]
+    return f"waits for {wait.what} from {wait.whom} {out.format_since(wait.since)}".strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from gradstream.client import FineTuning, FineTuningClient, FineTuningRecipe, GeneratedText
 
 app = group(
-    "Fine-tune a pretrained model: dev, create, ls, status, watch, pause, resume, cancel, generate, compare, export."
+    "Fine-tune a pretrained model. dev does it all on this machine; the others ask a service that `gradstream serve "
+    "fine-tuning` runs."
 )
 
 app.command()(dev)
@@ -47,7 +49,9 @@ MaxNewTokensOption = Annotated[
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")]
 TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1, help="Sample from the likeliest share p.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**64 - 1, help="Same seed, same text.")]
-StopOption = Annotated[list[str] | None, typer.Option("--stop", help="Text before which to end; may be repeated.")]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text before which to end; may be repeated.")
+]
 ChatOption = Annotated[
     bool, typer.Option("--chat", help="The prompt is a user's message, rendered by the base's chat template.")
 ]
@@ -85,14 +89,19 @@ def create(
                 return
             from gradstream.coordinator.cli._fine_tuning_views import print_preview
 
-            print_preview(preview)
-            out.hint(f"begin: gradstream finetune create {recipe}")
+            print_preview(preview, asked.training)
+            again = [recipe, *(word for each in overrides or () for word in ("-s", each)), *(["--upload"] * upload)]
+            out.hint(f"begin: gradstream finetune create {shlex.join(again)}")
             return
         made = client.create(asked)
         made = _follow(client, made, output, lambda now: not wait and now.state != "preparing")
     _print_one(made, output)
     if made.state == "finished":
-        out.hint(f"look: gradstream finetune compare {made.name}", f"take it: gradstream finetune export {made.name}")
+        out.hint(
+            f"look: gradstream finetune compare {made.name}",
+            f"use it: gradstream finetune generate {made.name} --prompt TEXT",
+            f"take it: gradstream finetune export {made.name} --to DIR",
+        )
     else:
         out.hint(f"watch it: gradstream finetune watch {made.name}, gradstream finetune status {made.name}")
 
@@ -260,7 +269,7 @@ def _print_one(each: FineTuning, output: OutputFormat) -> None:
 @app.command()
 def generate(
     name: FineTuningArgument,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")],
     base: Annotated[bool, typer.Option("--base", help="The base generates, without what was learnt.")] = False,
     chat: ChatOption = False,
     max_new_tokens: MaxNewTokensOption = None,
@@ -281,10 +290,15 @@ def generate(
     }
     pieces: list[GeneratedText] = []
     with open_fine_tuning_client(service) as client:
-        for piece in client.generate(name, _prompt(prompt, chat), base=base, **settings):
-            pieces.append(piece)
-            if output is OutputFormat.table:
-                print(piece.text, end="", flush=True)
+        try:
+            for piece in client.generate(name, _prompt(prompt, chat), base=base, **settings):
+                pieces.append(piece)
+                if output is OutputFormat.table:
+                    print(piece.text, end="", flush=True)
+        except KeyboardInterrupt:
+            if pieces and output is OutputFormat.table:
+                print()
+            raise
     last = pieces[-1] if pieces else None
     if output is OutputFormat.json:
         out.print_json(
@@ -309,7 +323,9 @@ def compare(
     name: FineTuningArgument,
     prompts: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", help="Text to continue; may be repeated. Left out: held-out prompts."),
+        typer.Option(
+            "--prompt", "-p", metavar="TEXT", help="Text to continue; may be repeated. Left out: held-out prompts."
+        ),
     ] = None,
     num_samples: Annotated[int, typer.Option("-n", min=1, help="How many held-out prompts.")] = SHOWN_SAMPLES,
     chat: ChatOption = False,

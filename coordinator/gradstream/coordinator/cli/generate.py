@@ -66,6 +66,11 @@ def generate_text(
     """
     from gradstream.core.errors import CheckpointError, ConfigError, one_line
 
+    if (directory / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{directory} is an adapter; generate with `gradstream finetune generate`, or write a whole model with "
+            f"`gradstream finetune export --merged`"
+        )
     for name in ("config.json", "tokenizer.json"):
         if not (directory / name).is_file():
             raise ConfigError(f"{directory} has no {name}; name a directory that `gradstream ckpt export` wrote")

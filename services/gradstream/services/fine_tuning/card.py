@@ -85,7 +85,13 @@ def _what(facts: CardFacts, adapter: bool) -> str:
         if adapter
         else "`AutoModelForCausalLM.from_pretrained(directory)`"
     )
-    return f"{what}, by {how} with gradstream: version {facts.version} of the job's weights. Load it with {load}."
+    card = f"{what}, by {how} with gradstream: version {facts.version} of the job's weights. Load it with {load}."
+    if adapter and facts.base.kind == "checkpoint":
+        card += (
+            " The base is a checkpoint, which transformers does not read: `base` is what `gradstream ckpt export` "
+            "makes of it. Or let `gradstream finetune export --merged` write a whole model."
+        )
+    return card
 
 
 def _figures(facts: CardFacts) -> str:

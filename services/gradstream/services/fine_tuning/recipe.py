@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,6 @@ from gradstream.core.errors import DataError
 from gradstream.core.finetuning import Base, FineTuning
 from gradstream.core.finetuning_recipe import LEARNING_RATES, FineTuningRecipe
 
-DEFAULT_EPOCHS = 3.0
 VALIDATION_PASSES = 10
 KEPT_CHECKPOINTS = 3
 
@@ -35,8 +33,9 @@ def make_recipe(
     """
     slots, length = asked.training.num_slots, asked.training.sequence_length
     num_rows = sum(_rows_by_slot(asked, manifest, "train"))
-    num_steps = count_steps(asked, num_rows)
-    num_validation = slots * min(_rows_by_slot(asked, manifest, "validation"))
+    num_steps = asked.training.count_steps(num_rows)
+    # All of them: a slot with fewer rows than another gives what it has.
+    num_validation = slots * max(_rows_by_slot(asked, manifest, "validation"))
     if manifest.row_length != length:
         raise DataError(f"the rows in {data_path} have {manifest.row_length} tokens, not {length}; prepare them again")
     return _assemble(asked, base, model_config, data_path, num_steps, num_validation)
@@ -48,14 +47,6 @@ def check_recipe(asked: FineTuningRecipe, base: Base | None, model_config: Mappi
         _training(asked, 1)
     else:
         _assemble(asked, base, model_config, "data", 1, asked.training.num_slots)
-
-
-def count_steps(asked: FineTuningRecipe, num_rows: int) -> int:
-    """Optimizer updates that the recipe asks for, given the rows of the training split."""
-    if asked.training.num_steps is not None:
-        return asked.training.num_steps
-    epochs = asked.training.num_epochs if asked.training.num_epochs is not None else DEFAULT_EPOCHS
-    return max(1, math.ceil(num_rows * epochs / asked.training.global_batch))
 
 
 def _rows_by_slot(asked: FineTuningRecipe, manifest: Manifest, split: str) -> list[int]:

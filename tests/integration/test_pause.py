@@ -66,3 +66,6 @@ def test_pause_and_stop_change_no_bit(cluster: Cluster, tiny_data: Path, tmp_pat
     assert finished.epoch == 2
     assert cluster.final_digest(job.job_id) == reference
     assert finished.num_tokens == 24 * 8 * 32
+    # Nothing was left over that would frighten whoever reads the logs.
+    for server in ("server-0", "server-1"):
+        assert "never retrieved" not in cluster.log(server)

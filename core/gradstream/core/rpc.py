@@ -6,6 +6,7 @@ metadata names the error's class, and `error_from_rpc` on the other side makes t
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import random
 import socket
@@ -59,8 +60,18 @@ def open_channel(address: str) -> grpc.aio.Channel:
 
 
 def new_server() -> grpc.aio.Server:
-    """A server without services or port yet."""
+    """A server without services or port yet, in the running event loop."""
+    asyncio.get_running_loop().set_exception_handler(_on_forgotten_error)
     return grpc.aio.server(options=SERVER_OPTIONS)
+
+
+def _on_forgotten_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Keep a trace off the log that means nothing: when a peer cancels a stream, gRPC closes its iterator even while it
+    runs, which Python refuses. The iterator ends by itself."""
+    error = context.get("exception")
+    if isinstance(error, RuntimeError) and "asynchronous generator is already running" in str(error):
+        return
+    loop.default_exception_handler(context)
 
 
 def listen(server: grpc.aio.Server, address: str) -> int:

@@ -25,6 +25,7 @@ from gradstream.core.log import get_logger
 from gradstream.core.lora import frozen_name
 
 Held = Literal["fp32", "bf16", "int8"]
+ROWS_AT_ONCE = 2048
 
 log = get_logger()
 
@@ -46,9 +47,15 @@ class HeldMatrix:
         if held != "int8":
             dtype = torch.float32 if held == "fp32" else torch.bfloat16
             return cls(matrix.to(dtype, copy=True, memory_format=torch.contiguous_format))
-        matrix = matrix.float()
-        scales = matrix.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        return cls(torch.round(matrix / scales).to(torch.int8), scales)
+        values = torch.empty(matrix.shape, dtype=torch.int8)
+        scales = torch.empty((len(matrix), 1))
+        # Some rows at a time: as fp32 an embedding takes more than all that is held of it.
+        for begin in range(0, len(matrix), ROWS_AT_ONCE):
+            rows = slice(begin, begin + ROWS_AT_ONCE)
+            part = matrix[rows].float()
+            scales[rows] = part.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+            values[rows] = torch.round(part / scales[rows])
+        return cls(values, scales)
 
     def to(self, device: torch.device) -> HeldMatrix:
         """The same on a device."""

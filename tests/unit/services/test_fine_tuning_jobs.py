@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 from support.canned_coordinator import CannedCoordinator, service
 from support.tiny import LLAMA
 
@@ -15,6 +16,7 @@ from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import Base
 from gradstream.core.finetuning_recipe import parse_finetuning_recipe
 from gradstream.proto.v1 import jobs_pb2
+from gradstream.services.fine_tuning import jobs
 from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.jobs import FineTunings
 from gradstream.services.fine_tuning.serving import Serving
@@ -122,6 +124,27 @@ async def test_cancelled_and_resumed(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="task is finished; there is nothing to resume"):
             await fine_tunings.resume("task")
     assert (coordinator.submitted, coordinator.resumed) == (1, 1)
+
+
+async def test_a_record_that_cannot_be_written_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "RETRY_SECONDS", 0.01)
+    coordinator = CannedCoordinator()
+    note(tmp_path)
+    async with service(coordinator, tmp_path) as fine_tunings:
+        await until(fine_tunings, "training", best_version=4)
+        directory = fine_tunings.store.directory("task")
+        away = directory.rename(tmp_path / "away")
+        with capture_logs() as lines:
+            coordinator.end("FAILED")
+            async with asyncio.timeout(20):
+                # A log line has no event to wait for.
+                while not any("record cannot be written" in line["event"] for line in lines):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        assert fine_tunings.find("task").state == "training"
+        away.rename(directory)
+        assert (await until(fine_tunings, "failed")).reason
 
 
 async def test_cancelled_though_nobody_knows_whether_it_was_submitted(tmp_path: Path) -> None:

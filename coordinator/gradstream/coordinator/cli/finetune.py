@@ -281,13 +281,7 @@ def generate(
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Continue a prompt with a fine-tuning's best version. The text appears as it is generated."""
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens or 0,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "stop": stop or [],
-    }
+    settings = _settings(max_new_tokens, temperature, top_p, seed, stop)
     pieces: list[GeneratedText] = []
     with open_fine_tuning_client(service) as client:
         try:
@@ -340,13 +334,7 @@ def compare(
     """Show what the base and what the fine-tuning's best version say, beside each other."""
     from gradstream.coordinator.cli._fine_tuning_views import Comparison, held_out, print_comparisons
 
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens or 0,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "stop": stop or [],
-    }
+    settings = _settings(max_new_tokens, temperature, top_p, seed, stop)
     with open_fine_tuning_client(service) as client:
         found = client.get(name)
         if prompts:
@@ -396,3 +384,15 @@ def export(
 
 def _prompt(prompt: str, chat: bool) -> Any:
     return [{"role": "user", "content": prompt}] if chat else prompt
+
+
+def _settings(
+    max_new_tokens: int | None, temperature: float, top_p: float, seed: int, stop: list[str] | None
+) -> dict[str, Any]:
+    return {
+        "max_new_tokens": max_new_tokens or 0,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or [],
+    }

@@ -32,6 +32,8 @@ from gradstream.services.fine_tuning.threads import in_thread
 
 T = TypeVar("T")
 
+RETRY_SECONDS = 5.0
+
 log = get_logger()
 
 
@@ -147,6 +149,8 @@ class FineTunings:
                 # It may just have ended.
                 with suppress(ConfigError):
                     await self._jobs.stop(job_id)
+            if self.find(name).has_ended:
+                return self.find(name)
             for tasks in (self._drivers, self._before):
                 if name in tasks:
                     tasks.pop(name).cancel()
@@ -198,13 +202,23 @@ class FineTunings:
         try:
             while (phase := next_phase(self.find(name))) is not Phase.NOTHING:
                 await phases[phase](name)
-        except GradstreamError as error:
-            self._note(name, state="failed", reason=one_line(error))
+        except (GradstreamError, OSError) as error:
+            await self._fail(name, one_line(error))
         except Exception as error:
             log.exception("failed", fine_tuning=name)
-            self._note(name, state="failed", reason=f"{next_phase(self.find(name)).value}: {one_line(error)}")
+            await self._fail(name, f"{next_phase(self.find(name)).value}: {one_line(error)}")
         record = self.find(name)
         log.info(record.state, fine_tuning=name, reason=record.reason)
+
+    async def _fail(self, name: str, reason: str) -> None:
+        """Note a failure, as soon as there is room on the disk to note it."""
+        while True:
+            try:
+                self._note(name, state="failed", reason=reason)
+                return
+            except OSError as error:
+                log.error("a record cannot be written; trying again", fine_tuning=name, cause=one_line(error))
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _prepare(self, name: str) -> None:
         asked = parse_finetuning_recipe(self.find(name).recipe_json)

@@ -27,6 +27,9 @@ from gradstream.core.finetuning import LoraConfig
 from gradstream.core.section import NonNegative, Positive, Section
 
 DEFAULT_EPOCHS = 3.0
+FEW_STEPS = 20
+"""So few teach a model next to nothing."""
+MORE_STEPS = "raise training.num_epochs, or lower training.global_batch or training.sequence_length"
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
 """By method, where the recipe gives none. LoRA wants about ten times the rate of full fine-tuning (Biderman et al.,
 "LoRA Learns Less and Forgets Less", 2024)."""

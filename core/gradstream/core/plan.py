@@ -131,7 +131,10 @@ class Plan:
         tuning = self.recipe.finetuning
         if self.checkpoint_path:
             return self.checkpoint_path
-        return tuning.base.title if tuning is not None and tuning.lora is None else f"seed {self.recipe.seed}"
+        seed = f"seed {self.recipe.seed}"
+        if tuning is None:
+            return seed
+        return tuning.base.title if tuning.lora is None else f"{tuning.base.title}, its adapters from {seed}"
 
     @property
     def lora(self) -> LoraConfig | None:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from gradstream.coordinator.cli._progress import ProgressView
     from gradstream.core.finetuning_recipe import FineTuningTraining
 
-FEW_STEPS = 20
-
 TARGET_STYLE = "bold green"
 # Where there are no colours: marks that hardly any text has.
 TARGET_MARKS = ("⟦", "⟧")
@@ -161,8 +159,10 @@ def example_text(example: RenderedExample, colours: bool) -> Any:
 
 def steps_text(training: FineTuningTraining, report: ExamplesReport) -> str:
     """How many steps the rows make, on one line."""
+    from gradstream.core.finetuning_recipe import FEW_STEPS, MORE_STEPS
+
     steps = training.count_steps(report.num_packed_rows)
-    few = "; few: raise training.num_epochs, or lower global_batch and sequence_length" if steps < FEW_STEPS else ""
+    few = f"; few: {MORE_STEPS}" if steps < FEW_STEPS else ""
     return f"{steps} steps of {training.global_batch} rows{few}"
 
 

@@ -17,7 +17,7 @@ from google.protobuf.json_format import MessageToDict
 
 from gradstream.core.config import parse_recipe
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError, nearest, one_line
-from gradstream.core.finetuning_recipe import FineTuningRecipe, parse_finetuning_recipe
+from gradstream.core.finetuning_recipe import FEW_STEPS, MORE_STEPS, FineTuningRecipe, parse_finetuning_recipe
 from gradstream.core.log import get_logger
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.fine_tuning.bases import find_base, keep_base
@@ -257,7 +257,9 @@ class FineTunings:
             # The lock keeps a request to cancel from coming between submission and note.
             async with self._lock(name):
                 job = await self._jobs.find(recipe) or await self._jobs.submit(recipe)
-                self._note(name, job_id=job.job_id, state="training", reason=f"as job {job.job_id}")
+                steps = recipe.training.num_steps
+                few = f"; {steps} steps are few: {MORE_STEPS}" if steps < FEW_STEPS else ""
+                self._note(name, job_id=job.job_id, state="training", reason=f"as job {job.job_id}{few}")
 
         await self._patiently(name, submit)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from support.cluster import running
+from support.cluster import Cluster, running
 from support.finetuning import ROW_LENGTH, tuning_recipe, write_base, write_rows
 from support.tiny import GPT2, LLAMA, NO_DROPOUT
 from transformers import AutoModelForCausalLM
@@ -78,10 +79,22 @@ def train_reference(recipe: Recipe, base: Path, data: Path) -> list[float]:
     return losses
 
 
+@pytest.fixture(scope="module")
+def two_of_each(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster with two servers and two workers."""
+    with running(tmp_path_factory.mktemp("cluster")) as cluster:
+        cluster.start_coordinator()
+        cluster.start_servers("server-0", "server-1")
+        cluster.start_workers("worker-0", "worker-1")
+        yield cluster
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("config", [LLAMA, {**GPT2, **NO_DROPOUT}], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_losses_equal_those_of_one_process(tmp_path: Path, config: dict[str, Any], method: str) -> None:
+def test_losses_equal_those_of_one_process(
+    two_of_each: Cluster, tmp_path: Path, config: dict[str, Any], method: str
+) -> None:
     base, data = write_base(tmp_path / "base", config), write_rows(tmp_path / "data")
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     tuning = {} if method == "lora" else {"method": "full", "lora": None}
@@ -97,13 +110,9 @@ def test_losses_equal_those_of_one_process(tmp_path: Path, config: dict[str, Any
         finetuning=tuning,
         cluster={"min_workers": 2, "min_servers": 2},
     )
-    with running(tmp_path / "cluster") as cluster:
-        cluster.start_coordinator()
-        cluster.start_servers("server-0", "server-1")
-        cluster.start_workers("worker-0", "worker-1")
-        job = cluster.client.submit(recipe)
-        cluster.finish(job.job_id)
-        items = list(cluster.client.watch(job.job_id, follow=False))
+    job = two_of_each.client.submit(recipe)
+    two_of_each.finish(job.job_id)
+    items = list(two_of_each.client.watch(job.job_id, follow=False))
     losses = {item.step: item.loss for item in items if isinstance(item, Step)}
     expected = train_reference(recipe, base, data)
     assert sorted(losses) == list(range(NUM_STEPS))

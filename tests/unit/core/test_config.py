@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gradstream.core.config import Recipe, load_recipe, parse_recipe
 from gradstream.core.errors import ConfigError
+from gradstream.core.finetuning_recipe import FineTuningRecipe, load_any_recipe
 
 TREE: dict[str, Any] = {
     "name": "tiny",
@@ -234,5 +235,10 @@ def test_binary_files_and_directories_are_no_recipes(tmp_path: Path) -> None:
 def test_the_recipes_that_come_along_are_valid() -> None:
     paths = sorted((Path(__file__).parents[3] / "recipes").glob("**/*.yaml"))
     assert paths
-    for path in paths:
-        assert isinstance(load_recipe(path), Recipe), path
+    kinds = {type(load_any_recipe(path)) for path in paths}
+    assert kinds == {Recipe, FineTuningRecipe}
+
+
+def test_a_fine_tuning_recipe_is_told_from_others() -> None:
+    with pytest.raises(ConfigError, match="is a fine-tuning recipe; use `gradstream finetune create`"):
+        load_recipe(Path(__file__).parents[3] / "recipes" / "stdlib-finetune.yaml")

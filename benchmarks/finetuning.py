@@ -11,6 +11,7 @@ processes share counts once) of all processes of a side, at its highest.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -26,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from network import Loopback
 from report import Result, at_most, report, result
-from step import await_file, process
+from step import cluster, process
 
 from gradstream.client import Client, Step
 from gradstream.core.base_model import find_base, load_tokenizer
@@ -50,6 +53,7 @@ MODEL: dict[str, Any] = {
     "eos_token_id": 0,
 }
 ROW_LENGTH, NUM_SLOTS, NUM_STEPS, NUM_WARM_STEPS = 128, 4, 5, 1
+NUM_WORKERS = 2
 MOST_BYTES = 8 << 30
 
 
@@ -164,7 +168,7 @@ def recipe_of(base: Path, data: Path, temporary: Path, held: str) -> Recipe:
             "data": {"path": str(data)},
             "validation": {"interval_steps": 0},
             "checkpoint": {"interval_steps": 0},
-            "cluster": {"min_workers": 2},
+            "cluster": {"min_workers": NUM_WORKERS},
             "finetuning": {
                 "base": found.model_dump(mode="json"),
                 "method": "lora",
@@ -180,37 +184,17 @@ def recipe_of(base: Path, data: Path, temporary: Path, held: str) -> Recipe:
 
 def measure_cluster(recipe: Recipe, temporary: Path) -> tuple[float, int, float, float]:
     """(seconds a step, most bytes, last loss, bytes pushed a step)."""
-    with tempfile.TemporaryDirectory(dir=temporary) as directory, highest_memory() as most:
-        root = Path(directory)
-        command = [sys.executable, "-m", "gradstream.coordinator.cli", "serve"]
-
-        @contextmanager
-        def serve(role: str, name: str, *more: str) -> Iterator[Path]:
-            ready = root / f"{name}.ready"
-            with process([*command, role, *more, "--ready-file", str(ready)], {}, log=root / f"{name}.log"):
-                yield ready
-
-        from contextlib import ExitStack
-
-        with ExitStack() as stack:
-            ready = stack.enter_context(
-                serve("coordinator", "coordinator", "--listen", "127.0.0.1:0", "--state", str(root / "state"))
-            )
-            address = await_file(ready)
-            common = ["--coordinator", address, "--listen", "127.0.0.1:0", "--memory", "4GiB"]
-            waiting = [stack.enter_context(serve("parameter-server", "server-0", "--name", "server-0", *common))]
-            for number in range(2):
-                name = f"worker-{number}"
-                more = ["--name", name, "--device", "cpu", "--cache", str(root / "cache"), *common]
-                waiting.append(stack.enter_context(serve("worker", name, *more)))
-            for path in waiting:
-                await_file(path)
-            with Client(address) as client:
-                job = client.submit(recipe)
-                steps = [item for item in client.watch(job.job_id) if isinstance(item, Step)]
-                job = client.job(job.job_id)
-            if len(steps) < NUM_STEPS:
-                raise SystemExit(f"error: the job {job.state} after {len(steps)} steps: {job.reason}")
+    with (
+        tempfile.TemporaryDirectory(dir=temporary) as directory,
+        highest_memory() as most,
+        cluster(Loopback(), NUM_WORKERS, Path(directory), num_servers=1) as address,
+        Client(address) as client,
+    ):
+        job = client.submit(recipe)
+        steps = [item for item in client.watch(job.job_id) if isinstance(item, Step)]
+        job = client.job(job.job_id)
+        if len(steps) < NUM_STEPS:
+            raise SystemExit(f"error: the job {job.state} after {len(steps)} steps: {job.reason}")
     times = [step.time.timestamp() for step in steps]
     timed = [after - before for before, after in pairwise(times)][NUM_WARM_STEPS - 1 :]
     return statistics.median(timed), most[0], steps[-1].loss, steps[-1].pushed_bytes
@@ -234,8 +218,6 @@ def measure_peft(recipe: Recipe, temporary: Path) -> tuple[float, int, float]:
 
 def run_peft(recipe: Recipe) -> None:
     """The rival's process: a line of JSON a step."""
-    import time
-
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -263,8 +245,6 @@ def run_peft(recipe: Recipe) -> None:
         SlotReader(manifest, recipe.data.path, "", slot, training.num_slots, training.sequence_length, recipe.seed)
         for slot in range(training.num_slots)
     ]
-    import asyncio
-
     for reader in readers:
         asyncio.run(reader.prepare())
     for step in range(training.num_steps):

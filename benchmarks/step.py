@@ -255,8 +255,9 @@ def run_gradstream(case: Case, recipe: Recipe, network: Network, temporary: Path
 
 
 @contextmanager
-def cluster(network: Network, num_machines: int, root: Path) -> Iterator[str]:
-    """A coordinator, and a server and a worker on each machine, up and running until the block ends; its address.
+def cluster(network: Network, num_machines: int, root: Path, num_servers: int | None = None) -> Iterator[str]:
+    """A coordinator, a worker on each machine, and a server on each or on the first `num_servers`, up and running until
+    the block ends; its address.
 
     Under `root`: the coordinator's state in `state`, and what each process logs.
     """
@@ -275,7 +276,8 @@ def cluster(network: Network, num_machines: int, root: Path) -> Iterator[str]:
         for machine in range(num_machines):
             common = ["--coordinator", address, "--memory", "8GiB"]
             listen = ["--listen", f"{network.address(machine)}:0"]
-            waiting.append(serve(machine, "parameter-server", "--name", f"server-{machine}", *listen, *common))
+            if num_servers is None or machine < num_servers:
+                waiting.append(serve(machine, "parameter-server", "--name", f"server-{machine}", *listen, *common))
             cache = ["--cache", str(root / "cache")]
             named = ["--name", f"worker-{machine}", "--device", "cpu"]
             waiting.append(serve(machine, "worker", *named, *listen, *cache, *common))

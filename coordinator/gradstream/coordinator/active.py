@@ -189,11 +189,11 @@ class ActiveJob:
         return not self.recipe.validation.interval_steps or self.num_steps in self.validations
 
     @property
-    def early_ending(self) -> tuple[int | None, str]:
-        """The version to end with although steps are left, and why; (None, "") to go on."""
+    def early_ending(self) -> str:
+        """Why the job ends although steps are left; "" to go on. It waits for the checkpoint of its result."""
         tuning = self.recipe.finetuning
         best, reason = stops_early(self.validations, tuning.patience if tuning is not None else 0)
-        return (best, reason) if best in self.checkpoints else (None, "")
+        return reason if best in self.checkpoints else ""
 
     @property
     def candidates(self) -> set[int]:

@@ -294,11 +294,10 @@ class Controller:
         try:
             start, versions = await asyncio.to_thread(checkpoints.newest, root)
             recipe = active.recipe
-            lora = recipe.finetuning.lora if recipe.finetuning is not None else None
-            model = await take_inventory(recipe.model.config, lora)
+            model = await take_inventory(recipe.model.config, recipe.lora)
             profiles = None
             if recipe.pipeline.stages != 1:
-                profiles = await take_profile(recipe.model.config, recipe.training, lora)
+                profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora)
             plan, reasons = await asyncio.to_thread(
                 planner.make_plan,
                 record.job_id,
@@ -422,7 +421,7 @@ class Controller:
             checkpoints=active.checkpoints,
             validated=active.fully_validated,
             any_worker=self._any_worker(active),
-            early=active.early_ending[1],
+            early=active.early_ending,
         )
         if ending is Ending.FINISH:
             self.end(active, FINISHED, reason)

@@ -115,8 +115,9 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             while True:
                 # Taken before looking, so that what comes in between is not slept through.
                 change = self._controller.notifier.change(record.job_id)
-                listing = await asyncio.to_thread(checkpoints.listing, root)
-                if listing and listing[-1].version > version:
+                versions = await asyncio.to_thread(checkpoints.versions_on_disk, root)
+                if versions and versions[-1] > version:
+                    listing = await asyncio.to_thread(checkpoints.listing, root)
                     return jobs_pb2.CheckpointJobResponse(checkpoint=listing[-1])
                 state = self._find(record.job_id).state
                 if state in scheduler.ENDED:

@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from gradstream.core.errors import ConfigError, nearest
-from gradstream.core.finetuning import FineTuning
+from gradstream.core.finetuning import FineTuning, LoraConfig
 from gradstream.core.section import NonNegative, Positive, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -259,6 +259,11 @@ class Recipe(Section):
                 f"{self.training.num_slots}"
             )
         return self
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters, when they alone are trained."""
+        return self.finetuning.lora if self.finetuning is not None else None
 
     def validates(self, version: int) -> bool:
         """Whether a validation pass is made at this version: the first, the last, and every interval."""

@@ -120,6 +120,14 @@ def slot_group(manifest: Manifest, split: str, slot: int, num_slots: int) -> lis
     return manifest.split(split)[slot::num_slots]
 
 
+def samples_by_slot(manifest: Manifest, split: str, num_slots: int, sequence_length: int) -> list[int]:
+    """Samples that each slot has of a split."""
+    return [
+        sum(manifest.num_samples(shard, sequence_length) for shard in slot_group(manifest, split, slot, num_slots))
+        for slot in range(num_slots)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class SampleAddress:
     """Where a sample lies: window `window` of data shard `file`."""

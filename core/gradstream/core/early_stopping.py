@@ -25,13 +25,15 @@ def stops_early(losses: Mapping[int, float], patience: int) -> tuple[int | None,
     Passes count in the order of their versions, and those after the one that ends the job do not: the result does not
     depend on how far the job had got by the time that somebody looked.
     """
+    if not patience:
+        return None, ""
     best, since = math.inf, 0
-    seen: dict[int, float] = {}
+    found: tuple[float, int] | None = None  # the best one after a step
     for version, loss in sorted(losses.items()):
-        seen[version] = loss
         since = 0 if loss < best else since + 1
         best = min(best, loss)
-        found = best_version(seen)
-        if patience and since >= patience and found is not None:
-            return found, f"the validation loss was not below {best:.4f} in {since} passes up to version {version}"
+        if version > 0 and math.isfinite(loss) and (found is None or loss < found[0]):
+            found = (loss, version)
+        if since >= patience and found is not None:
+            return found[1], f"the validation loss was not below {best:.4f} in {since} passes up to version {version}"
     return None, ""

@@ -128,11 +128,6 @@ def adapted_module(name: str) -> str | None:
     return None
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a tensor is an adapter's."""
-    return adapted_module(name) is not None
-
-
 def factors(module: str) -> tuple[str, str]:
     """The names of the A and B of a module's adapter."""
     return module + _IN, module + _OUT

@@ -10,7 +10,7 @@ from typing import Any
 
 from gradstream.core.bundles import Bundle, Use, bundle
 from gradstream.core.config import Recipe, parse_recipe
-from gradstream.core.data import Manifest, parse_manifest, slot_group
+from gradstream.core.data import Manifest, parse_manifest, samples_by_slot
 from gradstream.core.errors import ProtocolError
 from gradstream.core.finetuning import LoraConfig
 from gradstream.core.fragments import Fragment, Tensor, TensorKind, cut
@@ -79,14 +79,8 @@ class Plan:
     @cached_property
     def held_out_samples(self) -> tuple[int, ...]:
         """Samples that each slot has of the validation split."""
-        manifest, length = self.data_manifest, self.recipe.training.sequence_length
-        return tuple(
-            sum(
-                manifest.num_samples(shard, length)
-                for shard in slot_group(manifest, "validation", slot, self.num_slots)
-            )
-            for slot in range(self.num_slots)
-        )
+        length = self.recipe.training.sequence_length
+        return tuple(samples_by_slot(self.data_manifest, "validation", self.num_slots, length))
 
     @property
     def has_pipeline(self) -> bool:
@@ -139,7 +133,7 @@ class Plan:
     @property
     def lora(self) -> LoraConfig | None:
         """The adapters, when they alone are trained."""
-        return self.recipe.finetuning.lora if self.recipe.finetuning is not None else None
+        return self.recipe.lora
 
     @property
     def architecture(self) -> str:

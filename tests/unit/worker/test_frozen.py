@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from gradstream.core.base_model import find_base
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import LoraConfig
-from gradstream.core.lora import adapted_module, frozen_name, is_adapter
+from gradstream.core.lora import adapted_module, frozen_name
 from gradstream.core.model import build, initial_weights, initialize_buffers, inventory
 from gradstream.worker.frozen import BaseStore, Held, HeldEmbedding, HeldLinear, HeldMatrix
 
@@ -76,7 +76,7 @@ def test_training_changes_the_adapters_alone(tmp_path: Path) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert digest(store) == before
-    assert all(is_adapter(name) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert all(adapted_module(name) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def test_jobs_share_the_base(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_base_that_is_written_to_while_it_is_held(held: Held, tmp_path: Path) 
 
 def test_what_is_trained_are_the_adapters() -> None:
     tensors = inventory(LLAMA, LORA)
-    assert all(is_adapter(tensor.name) for tensor in tensors)
+    assert all(adapted_module(tensor.name) for tensor in tensors)
     assert len(tensors) == 2 * 7 * LLAMA["num_hidden_layers"]
     assert {tensor.unit for tensor in tensors} == {1, 2}
     assert adapted_module(tensors[0].name) == "model.layers.0.self_attn.q_proj"

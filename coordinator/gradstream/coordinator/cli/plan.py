@@ -146,10 +146,9 @@ async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SectionProfile
     from gradstream.coordinator.inventory import take_inventory, take_profile
     from gradstream.core.errors import ConfigError, one_line
 
-    lora = recipe.finetuning.lora if recipe.finetuning is not None else None
-    found = await take_inventory(recipe.model.config, lora)
+    found = await take_inventory(recipe.model.config, recipe.lora)
     try:
-        return found, await take_profile(recipe.model.config, recipe.training, lora)
+        return found, await take_profile(recipe.model.config, recipe.training, recipe.lora)
     except ConfigError as error:
         if recipe.pipeline.stages != 1:
             raise

@@ -15,7 +15,7 @@ from gradstream.core.config import (
     ValidationConfig,
     parse_recipe,
 )
-from gradstream.core.data import Manifest, slot_group
+from gradstream.core.data import Manifest, samples_by_slot
 from gradstream.core.errors import DataError
 from gradstream.core.finetuning import Base, FineTuning
 from gradstream.core.finetuning_recipe import LEARNING_RATES, FineTuningRecipe
@@ -52,10 +52,7 @@ def check_recipe(asked: FineTuningRecipe, base: Base | None, model_config: Mappi
 def _rows_by_slot(asked: FineTuningRecipe, manifest: Manifest, split: str) -> list[int]:
     """Rows that each slot draws from. Raises DataError when a slot has none."""
     slots = asked.training.num_slots
-    rows = [
-        sum(shard.num_tokens // manifest.row_length for shard in slot_group(manifest, split, slot, slots))
-        for slot in range(slots)
-    ]
+    rows = samples_by_slot(manifest, split, slots, manifest.row_length)
     if min(rows) == 0:
         more = (
             "give more examples"

@@ -131,7 +131,17 @@ async def answering(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterato
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> GradstreamError:
-    """The error for people that a failed call stands for. `peer` says whom was called ("coordinator 10.0.0.1:7000")."""
+    """The error for people that a failed call stands for. `peer` says whom was called ("coordinator 10.0.0.1:7000").
+
+    Raises CancelledError when this task was cancelled: gRPC drops that where a call fails at the same moment, and a
+    task that tries again until it is cancelled would never end.
+    """
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop here
+        task = None
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
     details = " ".join((error.details() or "").split())
     metadata: Any = error.trailing_metadata() or ()
     name = next((value for key, value in metadata if key == ERROR_CLASS_KEY), None)

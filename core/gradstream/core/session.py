@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from gradstream.core import __version__
-from gradstream.core.errors import ConfigError, GradstreamError, ProtocolError, one_line
+from gradstream.core.errors import ConfigError, GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.log import LogBuffer, get_logger
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -108,12 +108,9 @@ class NodeSession:
                 await send()
                 return
             except grpc.aio.AioRpcError as rpc_error:
-                if rpc_error.code() not in (
-                    grpc.StatusCode.UNAVAILABLE,
-                    grpc.StatusCode.DEADLINE_EXCEEDED,
-                    grpc.StatusCode.CANCELLED,
-                ):
-                    raise error_from_rpc(rpc_error, self.peer) from None
+                error = error_from_rpc(rpc_error, self.peer)
+                if not isinstance(error, UnreachableError):
+                    raise error from None
             await asyncio.sleep(backoff.next())
 
     async def report_failure(self, job_id: str, epoch: int, error: BaseException) -> None:

@@ -23,7 +23,7 @@ from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2,
 
 SERVER = coordinator_pb2.NODE_KIND_PARAMETER_SERVER
 WORKER = coordinator_pb2.NODE_KIND_WORKER
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 60.0
 TIMING = Timing(
     heartbeat_seconds=0.1,
     lease_seconds=1.0,
@@ -167,9 +167,10 @@ class FakeNode:
         await self.session._channel.close()
 
     async def reconnect(self, address: str) -> None:
-        """The same process finds the coordinator again."""
+        """The same process finds the coordinator again, and is registered there."""
         await self.kill()
         self._connect(address)
+        await asyncio.wait_for(self.session.registered.wait(), PATIENCE_SECONDS)
 
 
 class Cluster:
@@ -257,6 +258,13 @@ async def report_validation(node: FakeNode, job_id: str, version: int, epoch: in
 
 async def report_checkpoint(node: FakeNode, version: int) -> None:
     """Write and report real files for every server of the plan."""
+    for report in write_checkpoint(node, version):
+        await node.stub.ReportCheckpoint(report)
+
+
+def write_checkpoint(node: FakeNode, version: int) -> list[coordinator_pb2.ReportCheckpointRequest]:
+    """Write real files for every server of the plan; return the reports of them."""
+    reports = []
     plan = node.plan
     assert plan is not None
     directory = checkpoint.directory_of(plan.checkpoint_root, version)
@@ -266,7 +274,7 @@ async def report_checkpoint(node: FakeNode, version: int) -> None:
             for fragment in plan.fragments_of(server)
         ]
         entry, digests = checkpoint.write_shard(directory, f"server-{server}.safetensors", plan.tensors, shard)
-        await node.stub.ReportCheckpoint(
+        reports.append(
             coordinator_pb2.ReportCheckpointRequest(
                 job_id=plan.job_id,
                 epoch=plan.epoch,
@@ -281,3 +289,4 @@ async def report_checkpoint(node: FakeNode, version: int) -> None:
                 ],
             )
         )
+    return reports

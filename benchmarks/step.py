@@ -266,7 +266,8 @@ def cluster(network: Network, num_machines: int, root: Path, num_servers: int | 
         def serve(machine: int | None, role: str, *arguments: str) -> Path:
             ready = root / f"{role}-{machine}.ready"
             prefix = [] if machine is None else network.prefix(machine)
-            command = [*prefix, sys.executable, "-m", "gradstream.coordinator.cli", "serve", role, *arguments]
+            command = [*prefix, sys.executable, "-m", "gradstream.coordinator.cli", "serve", role, "--insecure"]
+            command += arguments
             stack.enter_context(process([*command, "--ready-file", str(ready)], {}, log=root / f"{role}-{machine}.log"))
             return ready
 

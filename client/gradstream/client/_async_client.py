@@ -16,6 +16,7 @@ from gradstream.client._connection import Connection, Peer
 from gradstream.client._errors import JobFailedError
 from gradstream.client._export import ExportWriter
 from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, WatchItem, watch_item
+from gradstream.core import access
 from gradstream.core.config import Recipe, absolute_paths, load_recipe, parse_recipe
 from gradstream.core.errors import ConfigError, UnreachableError
 from gradstream.core.rpc import Backoff
@@ -23,7 +24,12 @@ from gradstream.core.timeline import Timeline
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
 COORDINATOR = Peer(
-    "coordinator", "127.0.0.1:7000", "gradstream serve coordinator", "GRADSTREAM_COORDINATOR", "--coordinator"
+    "coordinator",
+    "127.0.0.1:7000",
+    "gradstream serve coordinator",
+    "GRADSTREAM_COORDINATOR",
+    "--coordinator",
+    access.COORDINATOR,
 )
 
 
@@ -42,7 +48,9 @@ class AsyncClient:
 
     `address` is host:port; None takes the environment's GRADSTREAM_COORDINATOR, else 127.0.0.1:7000. Nothing is sent
     before the first call, which raises UnreachableError after at most `connect_timeout_seconds` when nobody answers.
-    `call_timeout_seconds` bounds each unary call after that. A job_id of None (or "") means the newest job.
+    `call_timeout_seconds` bounds each unary call after that. `credentials` is a directory; None takes the environment's
+    GRADSTREAM_CREDENTIALS, else those of `gradstream login` for the address, else talks in the clear.
+    A job_id of None (or "") means the newest job.
 
     Must be made, used and closed in one event loop.
     """
@@ -53,6 +61,7 @@ class AsyncClient:
         *,
         connect_timeout_seconds: float = 5.0,
         call_timeout_seconds: float = 60.0,
+        credentials: str | Path | None = None,
     ):
         self._connection = Connection(
             COORDINATOR,
@@ -60,6 +69,7 @@ class AsyncClient:
             jobs_pb2_grpc.JobsServiceStub,
             connect_timeout_seconds,
             call_timeout_seconds,
+            credentials,
         )
         self.address = self._connection.address
 

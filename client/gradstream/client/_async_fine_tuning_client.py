@@ -23,6 +23,7 @@ from gradstream.client._fine_tuning_types import (
     GeneratedText,
 )
 from gradstream.client._types import ExportProgress, watch_item
+from gradstream.core import access
 from gradstream.core.config import absolute_path
 from gradstream.core.errors import ConfigError, UnreachableError
 from gradstream.core.finetuning_recipe import (
@@ -42,6 +43,7 @@ FINE_TUNING = Peer(
     "gradstream serve fine-tuning",
     "GRADSTREAM_FINE_TUNING",
     "--service",
+    access.FINE_TUNING,
 )
 
 AnyRecipe = FineTuningRecipe | str | Path | Mapping[str, Any]
@@ -63,7 +65,9 @@ class AsyncFineTuningClient:
 
     `address` is host:port; None takes the environment's GRADSTREAM_FINE_TUNING, else 127.0.0.1:7001. Nothing is sent
     before the first call, which raises UnreachableError after at most `connect_timeout_seconds` when nobody answers.
-    `call_timeout_seconds` bounds each unary call after that. A name of None means the newest fine-tuning.
+    `call_timeout_seconds` bounds each unary call after that. `credentials` is a directory; None takes the environment's
+    GRADSTREAM_CREDENTIALS, else those of `gradstream login` for the address, else talks in the clear.
+    A name of None means the newest fine-tuning.
 
     Must be made, used and closed in one event loop.
     """
@@ -74,6 +78,7 @@ class AsyncFineTuningClient:
         *,
         connect_timeout_seconds: float = 5.0,
         call_timeout_seconds: float = 60.0,
+        credentials: str | Path | None = None,
     ):
         self._connection = Connection(
             FINE_TUNING,
@@ -81,6 +86,7 @@ class AsyncFineTuningClient:
             fine_tuning_pb2_grpc.FineTuningServiceStub,
             connect_timeout_seconds,
             call_timeout_seconds,
+            credentials,
         )
         self.address = self._connection.address
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grpc
 import grpc.aio
 
+from gradstream.core.credentials import stored_for
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError
 from gradstream.core.rpc import ERROR_CLASS_KEY, error_from_rpc, open_channel
+from gradstream.core.transport import Transport
 
 Stub = TypeVar("Stub")
 
@@ -34,12 +38,21 @@ class Peer:
     """The environment's variable that holds its address."""
     option: str
     """The command line's option for its address."""
+    role: str
+    """The one that its certificate must be of."""
+
+
+def find_credentials(address: str, given: str | Path | None = None) -> Path | None:
+    """The directory of the credentials for an address: those given, else the environment's GRADSTREAM_CREDENTIALS, else
+    those that `gradstream login` stored for it. None: in the clear."""
+    named = given or os.environ.get("GRADSTREAM_CREDENTIALS")
+    return Path(named).expanduser() if named else stored_for(address)
 
 
 class Connection(Generic[Stub]):
     """A channel and its stub. Must be made, used and closed in one event loop.
 
-    Raises ConfigError when `address` is not host:port.
+    Raises ConfigError when `address` is not host:port, CredentialsError when the credentials cannot be used.
     """
 
     def __init__(
@@ -49,10 +62,12 @@ class Connection(Generic[Stub]):
         make_stub: Callable[[grpc.aio.Channel], Stub],
         connect_timeout_seconds: float,
         call_timeout_seconds: float,
+        credentials: str | Path | None = None,
     ):
         if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}", address):
             raise ConfigError(f"'{address}' is not an address of the form host:port, like {peer.default_address}")
         self.address = address
+        self.transport = Transport(find_credentials(address, credentials))
         self.unreachable_since: datetime | None = None
         """Since when (local time) every try has failed; None when the last one succeeded."""
         self._peer = peer
@@ -70,7 +85,7 @@ class Connection(Generic[Stub]):
     async def connect(self) -> Stub:
         """The stub of a channel that is connected, or that has just failed to and will say why."""
         if self._channel is None:
-            self._channel = open_channel(self.address)
+            self._channel = open_channel(self.address, self._peer.role, self.transport)
         channel = self._channel
         state = channel.get_state(try_to_connect=True)
         # A channel that has failed before is waited for until its next try, so that the old answer does not count.

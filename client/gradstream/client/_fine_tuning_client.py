@@ -31,10 +31,14 @@ class FineTuningClient:
         *,
         connect_timeout_seconds: float = 5.0,
         call_timeout_seconds: float = 60.0,
+        credentials: str | Path | None = None,
     ):
         # Raises on a bad address before there is a thread to stop.
         self._client = AsyncFineTuningClient(
-            address, connect_timeout_seconds=connect_timeout_seconds, call_timeout_seconds=call_timeout_seconds
+            address,
+            connect_timeout_seconds=connect_timeout_seconds,
+            call_timeout_seconds=call_timeout_seconds,
+            credentials=credentials,
         )
         self._thread = LoopThread()
 

@@ -25,6 +25,7 @@ from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
 from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
 from gradstream.coordinator.timelines import Timelines
+from gradstream.core.access import by_caller
 from gradstream.core.errors import ConfigError, GradstreamError, PlanError, UnreachableError, one_line
 from gradstream.core.leases import Replica, form_replicas
 from gradstream.core.log import get_logger
@@ -197,7 +198,7 @@ class Controller:
         """Queue a new job."""
         self.state.create_job(record)
         self._queue_changed = True
-        self.event(record.job_id, "submitted", f"submitted; files in {record.run_directory}")
+        self.event(record.job_id, "submitted", f"submitted{by_caller()}; files in {record.run_directory}")
         self.reconcile()
 
     def fail(self, job_id: str, reason: str) -> None:

@@ -6,6 +6,7 @@ from gradstream.coordinator import scheduler
 from gradstream.coordinator.active import ActiveJob
 from gradstream.coordinator.controller import FAILED, FINISHED, PAUSED, QUEUED, RUNNING, STOPPED, Controller, unix_ms
 from gradstream.coordinator.state import JobRecord
+from gradstream.core.access import by_caller
 from gradstream.core.errors import ConfigError
 
 
@@ -25,11 +26,11 @@ class Orders:
         if active is None:
             if record.state == QUEUED:
                 self._controller.save(record, state=PAUSED, desired="pause", reason="paused before it had begun")
-                self._controller.event(record.job_id, "state", "paused while queued")
+                self._controller.event(record.job_id, "state", f"paused while queued{by_caller()}")
             return
         if active.record.desired != "pause" and active.state != PAUSED:
             self._controller.update(active, desired="pause")
-            self._controller.event(record.job_id, "state", "a pause was asked for")
+            self._controller.event(record.job_id, "state", f"a pause was asked for{by_caller()}")
             self._controller.ask_to_halt(active)
         self._controller.reconcile()
 
@@ -42,11 +43,11 @@ class Orders:
             self._controller.save(
                 record, state=STOPPED, desired="stop", reason="stopped before its turn", ended_unix_ms=unix_ms()
             )
-            self._controller.event(record.job_id, "state", "stopped before its turn")
+            self._controller.event(record.job_id, "state", f"stopped before its turn{by_caller()}")
             return
         if active.record.desired != "stop":
             self._controller.update(active, desired="stop")
-            self._controller.event(record.job_id, "state", "a stop was asked for")
+            self._controller.event(record.job_id, "state", f"a stop was asked for{by_caller()}")
             self._controller.ask_to_halt(active)
         if now:
             self._controller.end(active, STOPPED, f"stopped at once at version {active.version}")
@@ -73,14 +74,14 @@ class Orders:
             active.halted_version = None
             if active.record.desired != "run" or active.state == PAUSED:
                 self._controller.update(active, desired="run")
-                self._controller.event(record.job_id, "state", "resumed")
+                self._controller.event(record.job_id, "state", f"resumed{by_caller()}")
             if active.state == PAUSED:
                 self._controller.set_state(active, RUNNING, "resumed")
         elif record.state in (PAUSED, STOPPED, FAILED):
             rank = min([job.rank for job in self._controller.state.list_jobs()], default=0) - 1
             self._controller.save(record, state=QUEUED, desired="run", reason="resumed", rank=rank, ended_unix_ms=0)
             self._controller.event(
-                record.job_id, "state", "resumed: first in the queue, goes on from its last checkpoint"
+                record.job_id, "state", f"resumed{by_caller()}: first in the queue, goes on from its last checkpoint"
             )
         self._controller.reconcile()
 

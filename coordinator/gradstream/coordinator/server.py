@@ -18,13 +18,18 @@ from gradstream.coordinator.servicer import CoordinatorServicer
 from gradstream.coordinator.sqlite_state import SqliteState
 from gradstream.coordinator.views import Views
 from gradstream.core import __version__, rpc
+from gradstream.core.audit import AuditLog
 from gradstream.core.errors import GradstreamError, one_line
+from gradstream.core.guard import Guard
 from gradstream.core.log import get_logger
 from gradstream.core.state_lock import lock_directory
+from gradstream.core.token_sources import FileTokens
+from gradstream.core.transport import PLAIN, Transport
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
 HEALTH_CHECK_SECONDS = 5.0
 STOP_GRACE_SECONDS = 1.0
+TOKENS_NAME = "tokens.json"
 
 log = get_logger()
 
@@ -32,10 +37,20 @@ log = get_logger()
 class Coordinator:
     """A coordinator that is started and stopped. One at a time on a state directory."""
 
-    def __init__(self, listen: str, state_dir: Path, timing: Timing | None = None):
+    def __init__(
+        self,
+        listen: str,
+        state_dir: Path,
+        timing: Timing | None = None,
+        transport: Transport = PLAIN,
+        tokens: Path | None = None,
+    ):
+        """`tokens` is the file of the table of tokens, needed when `transport` is secure."""
         self._listen = listen
         self._state_dir = state_dir
         self._timing = timing
+        self._transport = transport
+        self._tokens_path = tokens
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
@@ -48,20 +63,28 @@ class Coordinator:
             self.controller = Controller(self._state, self._timing)
             reports = Reports(self.controller)
             views = Views(self.controller)
-            self._server = rpc.new_server()
+            tokens, guards = None, []
+            if self._transport.is_secure:
+                assert self._tokens_path is not None
+                tokens = FileTokens(self._tokens_path)
+                guards.append(Guard(tokens, AuditLog(self._state_dir).note))
+                self._tasks.append(asyncio.create_task(guards[0].run()))
+            self._server = rpc.new_server(*guards)
             coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
-                CoordinatorServicer(self.controller, reports), self._server
+                CoordinatorServicer(self.controller, reports, tokens), self._server
             )
             jobs_pb2_grpc.add_JobsServiceServicer_to_server(JobsServicer(self.controller, views), self._server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
             if os.environ.get("GRADSTREAM_REFLECTION") == "1":
                 _add_reflection(self._server)
-            port = rpc.listen(self._server, self._listen)
+            port = rpc.listen(self._server, self._listen, self._transport)
             self.address = f"{self._listen.rpartition(':')[0]}:{port}"
             await self.controller.start()
             await self._check_health()
             await self._server.start()
         except BaseException:
+            for task in self._tasks:
+                task.cancel()
             self._lock.close()
             raise
         self._tasks.append(asyncio.create_task(self._watch_health()))
@@ -97,9 +120,19 @@ class Coordinator:
             await self._health.set(service, status)
 
 
-async def serve(listen: str, state_dir: Path, ready_file: Path | None = None, timing: Timing | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once nodes can register."""
-    coordinator = Coordinator(listen, state_dir, timing)
+async def serve(
+    listen: str,
+    state_dir: Path,
+    ready_file: Path | None = None,
+    timing: Timing | None = None,
+    credentials: Path | None = None,
+    tokens: Path | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once nodes can register; `credentials` is
+    the directory of the coordinator's own, `tokens` the table of tokens, by default tokens.json in that directory."""
+    if credentials is not None and tokens is None:
+        tokens = credentials / TOKENS_NAME
+    coordinator = Coordinator(listen, state_dir, timing, Transport(credentials), tokens)
     await coordinator.start()
     try:
         log.info("coordinator ready", address=coordinator.address, state=str(state_dir), version=__version__)

@@ -16,15 +16,18 @@ from gradstream.coordinator.membership import KIND_WORDS, SERVER, WORKER
 from gradstream.coordinator.reports import Reports
 from gradstream.coordinator.sessions import Session as NodeStream
 from gradstream.coordinator.state import JobRecord
-from gradstream.core import __version__, files
+from gradstream.core import __version__, access, files
 from gradstream.core.config import parse_recipe
 from gradstream.core.data import parse_manifest
-from gradstream.core.errors import ConfigError, DataError, GradstreamError, ProtocolError
+from gradstream.core.errors import AccessError, ConfigError, DataError, GradstreamError, ProtocolError
 from gradstream.core.rpc import ERROR_CLASS_KEY, answering
+from gradstream.core.token_sources import FileTokens
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 PIECE_BYTES = 1 << 20
 FIRST_MESSAGE_SECONDS = 10.0
+TOKENS_SECONDS = 1.0
+"""How long others may not know of a change of the table of tokens."""
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
 _ADDRESS = re.compile(r"^[^\s]{1,255}:\d{1,5}$")
 
@@ -34,15 +37,18 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """What nodes call."""
 
-    def __init__(self, controller: Controller, reports: Reports):
+    def __init__(self, controller: Controller, reports: Reports, tokens: FileTokens | None = None):
+        """`tokens` is what the coordinator tells others of; None where nobody is asked for one."""
         self._controller = controller
         self._reports = reports
+        self._tokens = tokens
 
     async def Register(
         self, request: coordinator_pb2.RegisterRequest, context: Context
     ) -> coordinator_pb2.RegisterResponse:
         async with answering(context):
             check_registration(request)
+            check_role(request.kind)
             node = self._controller.register(request)
             timing = self._controller.timing
             return coordinator_pb2.RegisterResponse(
@@ -58,6 +64,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             first = await asyncio.wait_for(anext(request_iterator), FIRST_MESSAGE_SECONDS)
         except (StopAsyncIteration, TimeoutError):
             return
+        async with answering(context):
+            known = self._controller.members.get(first.node_id)
+            if known is not None:
+                check_role(known.kind)
         session = self._controller.open_session(first.node_id)
         if session is None:
             # No error class: the node shall register again, not give up.
@@ -173,6 +183,19 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                     f"data shard {path} cannot be read ({error}); restore it or prepare the data again"
                 ) from None
 
+    async def WatchTokens(
+        self, request: coordinator_pb2.WatchTokensRequest, context: Context
+    ) -> AsyncIterator[coordinator_pb2.WatchTokensResponse]:
+        if self._tokens is None:
+            return
+        sent = None
+        while True:
+            table = self._tokens.table
+            if table is not sent:
+                sent = table
+                yield coordinator_pb2.WatchTokensResponse(table_json=table.serialize())
+            await asyncio.sleep(TOKENS_SECONDS)
+
 
 # Why a stream ended whose node said good-bye.
 _LEFT = "it left"
@@ -202,6 +225,16 @@ def check_registration(request: coordinator_pb2.RegisterRequest) -> None:
         raise ProtocolError("a registration's memory_bytes is too large to be true")
     if not 0 <= request.flops_per_second < 1e18:
         raise ProtocolError("a registration's flops_per_second cannot be true")
+
+
+def check_role(kind: coordinator_pb2.NodeKind.ValueType) -> None:
+    """Raises AccessError when the caller's credentials are not those of this kind of node."""
+    caller = access.caller.get()
+    role = access.SERVER if kind == SERVER else access.WORKER
+    if caller is not None and caller.role != role:
+        raise AccessError(
+            f"credentials of a {caller.role} cannot be used by a {KIND_WORDS[kind]}; start it with those of a {role}"
+        )
 
 
 def data_file(record: JobRecord, file: str) -> str:

@@ -7,6 +7,9 @@
     ├── PlanError              no plan can be made with the nodes at hand
     ├── ProtocolError          a peer's message breaks the protocol
     │   └── StaleEpochError    a peer speaks of a plan that has been replaced
+    ├── AccessError            credentials do not allow what was asked
+    │   └── CredentialsError   credentials are missing, expired, revoked or another cluster's
+    ├── BusyError              a caller asks for more at once than it may
     └── UnreachableError       a peer does not answer
 
 A message is one line that names the cause and the cure. `exit_code` is what the CLI ends with.
@@ -66,6 +69,25 @@ class StaleEpochError(ProtocolError):
     """A peer speaks of a plan that has been replaced."""
 
     status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class AccessError(GradstreamError):
+    """The caller's credentials do not allow what was asked."""
+
+    exit_code = 9
+    status = grpc.StatusCode.PERMISSION_DENIED
+
+
+class CredentialsError(AccessError):
+    """Credentials are missing, damaged, expired, revoked or another cluster's."""
+
+    status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class BusyError(GradstreamError):
+    """A caller asks for more at once than it may; later it may."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class UnreachableError(GradstreamError):

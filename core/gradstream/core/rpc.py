@@ -13,13 +13,14 @@ import socket
 import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
 from gradstream.core import errors
 from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError, UnreachableError
+from gradstream.core.transport import PLAIN, Transport
 
 ERROR_CLASS_KEY = "gradstream-error"
 MAX_MESSAGE_BYTES = 4 << 20
@@ -54,15 +55,15 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to `address` (host:port)."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(address: str, role: str = "", transport: Transport = PLAIN) -> grpc.aio.Channel:
+    """A channel to the peer at `address` (host:port). With credentials it must have the role in its certificate."""
+    return transport.channel(address, role, CHANNEL_OPTIONS)
 
 
-def new_server() -> grpc.aio.Server:
+def new_server(*interceptors: grpc.aio.ServerInterceptor[Any, Any]) -> grpc.aio.Server:
     """A server without services or port yet, in the running event loop."""
     asyncio.get_running_loop().set_exception_handler(_on_forgotten_error)
-    return grpc.aio.server(options=SERVER_OPTIONS)
+    return grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
 
 
 def _on_forgotten_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -74,12 +75,12 @@ def _on_forgotten_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]
     loop.default_exception_handler(context)
 
 
-def listen(server: grpc.aio.Server, address: str) -> int:
+def listen(server: grpc.aio.Server, address: str, transport: Transport = PLAIN) -> int:
     """Bind `server` to `address` (host:port, port 0 for a free one); return the port. Raises ConfigError when it is
     taken or not this machine's."""
     _check_free(address)
     try:
-        port: int = server.add_insecure_port(address)
+        port = transport.add_port(server, address)
     except RuntimeError:
         port = 0
     if not port:
@@ -126,8 +127,14 @@ async def answering(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterato
     except GradstreamError as error:
         # What was refused must not stay, in frames that the traceback holds, until a garbage collection finds it.
         traceback.clear_frames(error.__traceback__)
-        context.set_trailing_metadata(((ERROR_CLASS_KEY, type(error).__name__),))
-        await context.abort(error.status, errors.one_line(error))
+        await abort(context, error)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: GradstreamError) -> NoReturn:
+    """End a call with the status that `error_from_rpc` makes the same error of."""
+    context.set_trailing_metadata(((ERROR_CLASS_KEY, type(error).__name__),))
+    await context.abort(error.status, errors.one_line(error))
+    raise AssertionError("abort has raised")
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> GradstreamError:

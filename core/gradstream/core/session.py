@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from gradstream.core import __version__
-from gradstream.core.errors import ConfigError, GradstreamError, ProtocolError, UnreachableError, one_line
+from gradstream.core.access import COORDINATOR
+from gradstream.core.errors import AccessError, ConfigError, GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.log import LogBuffer, get_logger
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
+from gradstream.core.transport import PLAIN, Transport
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 log = get_logger()
@@ -52,6 +54,7 @@ class NodeSession:
         held: Callable[[], list[coordinator_pb2.HeldJob]],
         on_directive: Callable[[coordinator_pb2.SessionResponse], Awaitable[None]],
         log_buffer: LogBuffer | None = None,
+        transport: Transport = PLAIN,
     ):
         self.coordinator_address = coordinator_address
         self.identity = identity
@@ -66,8 +69,9 @@ class NodeSession:
         self._wake = asyncio.Event()
         self._leaving = False
         self._reports: set[asyncio.Future[None]] = set()
-        self._channel = open_channel(coordinator_address)
-        self.stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
+        self.transport = transport
+        self.channel = open_channel(coordinator_address, COORDINATOR, transport)
+        self.stub = coordinator_pb2_grpc.CoordinatorServiceStub(self.channel)
 
     @property
     def peer(self) -> str:
@@ -93,12 +97,15 @@ class NodeSession:
                 error = error_from_rpc(rpc_error, self.peer)
                 if isinstance(error, ConfigError | ProtocolError):
                     raise error from None
+                # A node that was let in before waits for credentials that are valid again, as after a rotation.
+                if isinstance(error, AccessError) and not self.registered.is_set():
+                    raise error from None
                 if self.unreachable_since is None:
                     self.unreachable_since = time.time()
                     log.warning("lost the coordinator, trying again until it is back", cause=one_line(error))
             if not self._leaving:
                 await asyncio.sleep(backoff.next())
-        await self._channel.close(None)
+        await self.channel.close(None)
 
     async def report(self, send: Callable[[], Awaitable[object]]) -> None:
         """Send a report until the coordinator has taken it. Raises its error when it refuses for good."""

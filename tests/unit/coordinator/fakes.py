@@ -164,7 +164,7 @@ class FakeNode:
         self.task.cancel()
         with suppress(asyncio.CancelledError):
             await self.task
-        await self.session._channel.close()
+        await self.session.channel.close()
 
     async def reconnect(self, address: str) -> None:
         """The same process finds the coordinator again, and is registered there."""

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import grpc.aio
 import torch
 
+from gradstream.core.access import SERVER
 from gradstream.core.bundles import is_tuned
 from gradstream.core.errors import one_line
 from gradstream.core.log import get_logger
@@ -89,7 +90,9 @@ class JobRun:
         self._device = device
         self._faults = faults
         self._compute_thread = ThreadPoolExecutor(1, "compute")
-        self._channels: list[grpc.aio.Channel] = [open_channel(server.address) for server in plan.servers]
+        self._channels: list[grpc.aio.Channel] = [
+            open_channel(server.address, SERVER, session.transport) for server in plan.servers
+        ]
         stubs = [ParameterServerStub(channel) for channel in self._channels]
         self._timeline = Timeline()
         self._timeline_report: asyncio.Task[None] | None = None
@@ -195,6 +198,7 @@ class JobRun:
                 self._timeline,
                 self._fail,
                 self._compute_again,
+                self._session.transport,
             )
             self._servicer.set(self._neighbours)
 

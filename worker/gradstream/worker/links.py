@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import grpc.aio
 
+from gradstream.core.access import WORKER
 from gradstream.core.codecs import Payload
 from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.rpc import Backoff, error_from_rpc, open_channel, refused_for_good
+from gradstream.core.transport import PLAIN, Transport
 from gradstream.core.wire import WorkerStub, frame, frames
 from gradstream.proto.v1 import worker_pb2 as pb
 
@@ -38,12 +40,12 @@ class Outgoing:
 class Link:
     """Delivers messages to one neighbour in one direction, in order, each until the neighbour has taken it."""
 
-    def __init__(self, title: str, address: str, hello: pb.StageHello):
+    def __init__(self, title: str, address: str, hello: pb.StageHello, transport: Transport = PLAIN):
         self.title = title
         self.unreachable_since: float | None = None
         self.sent_bytes = 0
         self._hello = hello
-        channel = open_channel(address)
+        channel = open_channel(address, WORKER, transport)
         self._channel: grpc.aio.Channel | None = channel
         self._stub = WorkerStub(channel)
         self._waiting: deque[Outgoing] = deque()

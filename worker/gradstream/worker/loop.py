@@ -17,9 +17,10 @@ from gradstream.core.errors import ProtocolError
 from gradstream.core.model import preload
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
-from gradstream.core.rpc import advertised_host, listen, new_server
 from gradstream.core.session import NodeIdentity, NodeSession
 from gradstream.core.speed import measure_flops
+from gradstream.core.token_sources import FollowingServer
+from gradstream.core.transport import Transport
 from gradstream.core.wire import add_worker
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.worker.compute import pick_device
@@ -42,8 +43,11 @@ class Worker:
         cache_directory: Path,
         faults: Faults,
         log_buffer: logging.LogBuffer,
+        transport: Transport,
     ):
-        self.session = NodeSession(coordinator, identity, self._activity, self._held, self._on_directive, log_buffer)
+        self.session = NodeSession(
+            coordinator, identity, self._activity, self._held, self._on_directive, log_buffer, transport
+        )
         self._device = device
         self._cache_directory = cache_directory
         self._faults = faults
@@ -136,32 +140,34 @@ async def serve(
     memory_bytes: int,
     device: str,
     ready_file: Path | None,
+    credentials: Path | None = None,
 ) -> None:
-    """Run a worker until SIGTERM or SIGINT. Raises GradstreamError when it cannot start or is refused."""
+    """Run a worker until SIGTERM or SIGINT; `credentials` is the directory of its own. Raises GradstreamError when it
+    cannot start or is refused."""
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
     # Before the imports that take seconds: a port that is taken is told at once.
-    server = new_server()
-    port = listen(server, listen_address)
+    transport = Transport(credentials)
+    door = FollowingServer(transport, listen_address)
     preload()
     memory.settle()
     picked = pick_device(device)
     described = f"{picked} ({torch.cuda.get_device_name(picked)})" if picked.type == "cuda" else str(picked)
-    address = f"{advertised_host(listen_address)}:{port}"
     flops = await asyncio.to_thread(measure_flops, picked)
-    identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, address, memory_bytes, described, flops)
-    node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer)
-    add_worker(node.servicer, server)
-    await server.start()
+    identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, door.address, memory_bytes, described, flops)
+    node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer, transport)
+    add_worker(node.servicer, door.server)
+    await door.server.start()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.session.leave)
     if ready_file is not None:
         write_ready_file(ready_file, name)
     try:
-        await node.run()
+        async with door.following(node.session.channel, node.session.peer):
+            await node.run()
     finally:
-        await server.stop(grace=1.0)
+        await door.server.stop(grace=1.0)
 
 
 def place_in(replicas: Sequence[plan_pb2.Replica], node_id: str) -> Place | None:

@@ -30,6 +30,7 @@ from gradstream.core.errors import ConfigError, ProtocolError, StaleEpochError
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
 from gradstream.core.schedules import Action, Op
+from gradstream.core.transport import PLAIN, Transport
 from gradstream.core.wire import checksum
 from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
@@ -80,6 +81,7 @@ class Neighbours:
         timeline: Timeline,
         on_error: Callable[[Exception], None],
         on_void: Callable[[], None],
+        transport: Transport = PLAIN,
     ):
         self.plan, self.place = plan, place
         self.latest: Try | None = None
@@ -119,7 +121,7 @@ class Neighbours:
                     worker=index,
                     direction=direction,
                 )
-                self.links[direction] = Link(place.title(after), place.replica.workers[after].address, hello)
+                self.links[direction] = Link(place.title(after), place.replica.workers[after].address, hello, transport)
             if chunks or not wraps_in:
                 self.inbounds[direction] = Inbound(place.title(before), direction)
         self._tasks = [asyncio.create_task(self._keep(link)) for link in self.links.values()]

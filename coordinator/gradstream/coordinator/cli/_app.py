@@ -18,9 +18,9 @@ import typer.main
 
 EPILOG = (
     "Exit codes: 0 done, 1 other error, 2 wrong recipe, option or path, 3 data, 4 checkpoint, 5 no plan possible, "
-    "6 protocol, 7 coordinator or fine-tuning service unreachable, 8 the job or fine-tuning failed, 130 Ctrl-C. "
+    "6 protocol, 7 coordinator or fine-tuning service unreachable, 8 the job or fine-tuning failed, 9 credentials, 130 Ctrl-C. "
     "GRADSTREAM_COORDINATOR sets the coordinator's address, GRADSTREAM_FINE_TUNING the fine-tuning service's, "
-    "GRADSTREAM_DEBUG=1 shows stack traces."
+    "GRADSTREAM_CREDENTIALS names a directory of credentials, GRADSTREAM_DEBUG=1 shows stack traces."
 )
 
 # Name, module below gradstream.coordinator.cli, attribute (a function, or a typer.Typer for a group), one line of help.
@@ -137,6 +137,8 @@ def _root(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (sys.argv[1:] when None); return the exit code."""
+    # gRPC writes its own lines about what is reported here in words; it reads this when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Not by class: which click typer carries, its own or the installed one, depends on its version.
     try:
         result = typer.main.get_command(app).main(

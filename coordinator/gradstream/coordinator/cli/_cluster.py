@@ -10,12 +10,15 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from gradstream.coordinator.cli._processes import COMMAND, ending
+from gradstream.core.access import ADMIN, COORDINATOR, FINE_TUNING, SERVER, WORKER
+from gradstream.core.authority import Authority
+from gradstream.core.credentials import store_for
 from gradstream.core.errors import GradstreamError
 
 READY_TIMEOUT_SECONDS = 120.0
@@ -23,6 +26,9 @@ STOP_SECONDS = 10.0
 RESTART_PAUSE_SECONDS = 1.0
 MAX_RESTARTS = 5
 _POLL_SECONDS = 0.05
+THROW_AWAY_DAYS = 30
+"""How long the credentials of a local cluster last: longer than anybody keeps one up."""
+ROLES = (COORDINATOR, SERVER, WORKER, FINE_TUNING, ADMIN)
 
 
 class ClusterError(GradstreamError):
@@ -58,6 +64,9 @@ class LocalCluster:
         self.logs = directory / "logs"
         self.address = ""
         self.fine_tuning_address = ""
+        self.credentials = directory / "credentials" / ADMIN
+        """Those with which people use this cluster."""
+        self._stored: list[Path] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._num_servers = num_servers
         self._num_workers = num_workers
@@ -88,9 +97,18 @@ class LocalCluster:
 
     async def _start(self) -> None:
         self.logs.mkdir(parents=True)
+        await asyncio.to_thread(make_credentials, self.directory / "credentials", ROLES)
         # 1. The coordinator, on a port that is free.
         coordinator = _Member(
-            "coordinator", ["coordinator", "--listen", "127.0.0.1:0", "--state", str(self.directory / "state")]
+            "coordinator",
+            [
+                "coordinator",
+                "--listen",
+                "127.0.0.1:0",
+                "--state",
+                str(self.directory / "state"),
+                *self._credentials_of(COORDINATOR),
+            ],
         )
         self._members.append(coordinator)
         await self._spawn(coordinator)
@@ -101,25 +119,37 @@ class LocalCluster:
         common = ["--coordinator", self.address, "--memory", str(self._memory_bytes)]
         for index in range(self._num_servers):
             name = f"server-{index}"
-            self._members.append(_Member(name, ["parameter-server", "--name", name, *common]))
+            self._members.append(
+                _Member(name, ["parameter-server", "--name", name, *common, *self._credentials_of(SERVER)])
+            )
         for index in range(self._num_workers):
             name = f"worker-{index}"
             cache = ["--cache", str(self.directory / "cache" / name)]
-            self._members.append(_Member(name, ["worker", "--name", name, *cache, *common]))
+            self._members.append(
+                _Member(name, ["worker", "--name", name, *cache, *common, *self._credentials_of(WORKER)])
+            )
         if self._fine_tuning:
             place = ["--listen", "127.0.0.1:0", "--state", str(self.directory / "fine-tuning")]
-            self._members.append(_Member("fine-tuning", ["fine-tuning", *place, *common]))
+            self._members.append(
+                _Member("fine-tuning", ["fine-tuning", *place, *common, *self._credentials_of(FINE_TUNING)])
+            )
         for member in self._members[1:]:
             await self._spawn(member)
         addresses = [await self._ready(member) for member in self._members[1:]]
         if self._fine_tuning:
             # One that is started again must be where its clients look for it.
             self.fine_tuning_address = self._members[-1].arguments[2] = addresses[-1]
+        self._store(self.address)
+        if self._fine_tuning:
+            self._store(self.fine_tuning_address)
         # 3. From here on, deaths are healed.
         self._watchers = [asyncio.create_task(self._watch(member)) for member in self._members]
 
     async def stop(self) -> None:
         """End every process: SIGTERM, then SIGKILL after 10 s. Workers and servers first, the coordinator last."""
+        for link in self._stored:
+            link.unlink(missing_ok=True)
+        self._stored = []
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -161,6 +191,22 @@ class LocalCluster:
                 # Ctrl-C on the terminal is for this process alone, which then says what shall happen.
                 start_new_session=True,
             )
+
+    def _credentials_of(self, role: str) -> list[str]:
+        return ["--credentials", str(self.directory / "credentials" / role)]
+
+    def _store(self, address: str) -> None:
+        """Have commands on this machine find the credentials, for as long as the cluster is there."""
+        link = store_for(address)
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if link.is_symlink():  # of a cluster that was killed
+                link.unlink()
+            link.symlink_to(self.credentials.absolute())
+        except OSError as error:
+            self.on_news(f"other terminals need GRADSTREAM_CREDENTIALS={self.credentials} ({error.strerror}: {link})")
+        else:
+            self._stored.append(link)
 
     def _ready_file(self, member: _Member) -> Path:
         return self.directory / f"{member.name}.ready"
@@ -214,6 +260,13 @@ class LocalCluster:
         # Also what the process may have started and left.
         _signal_group(process.pid, signal.SIGKILL)
         await process.wait()
+
+
+def make_credentials(directory: Path, roles: Iterable[str]) -> None:
+    """Make an authority and credentials of each role, in `directory / role`."""
+    with Authority.init(directory / "authority", directory / COORDINATOR / "tokens.json") as authority:
+        for role in roles:
+            authority.issue(role, role, THROW_AWAY_DAYS, directory / role)
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

@@ -207,7 +207,7 @@ class _Run:
         from gradstream.client import AsyncClient, JobFailedError
         from gradstream.coordinator.cli._progress import ProgressView
 
-        async with AsyncClient(cluster.address) as client:
+        async with AsyncClient(cluster.address, credentials=cluster.credentials) as client:
             self._client = client
             # 1. Submit.
             job = self.job = await client.submit(self.recipe)

@@ -97,7 +97,7 @@ async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
     try:
         async with (
             LocalCluster(directory, servers, workers, memory, on_news=out.warn, fine_tuning=True) as cluster,
-            AsyncFineTuningClient(cluster.fine_tuning_address) as client,
+            AsyncFineTuningClient(cluster.fine_tuning_address, credentials=cluster.credentials) as client,
         ):
             # 1. Create it, and follow it to its end.
             made = await client.create(asked)

@@ -93,6 +93,19 @@ ReadyFileOption = Annotated[
     typer.Option("--ready-file", metavar="PATH", help="Written when the role is up: its address, or a worker's name."),
 ]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="How much to log.")]
+CredentialsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--credentials",
+        envvar="GRADSTREAM_CREDENTIALS",
+        metavar="DIR",
+        help="Directory of this role's credentials; without them all is in the clear.",
+        show_default=False,
+    ),
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Serve in the clear, without credentials, also beyond this machine.")
+]
 ParentOption = Annotated[
     int | None, typer.Option("--die-with-parent", metavar="PID", hidden=True, help="End when process PID ends.")
 ]
@@ -104,6 +117,17 @@ def coordinator(
     state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Directory of the durable state.")] = Path(
         "~/.local/state/gradstream"
     ),
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokens",
+            metavar="PATH",
+            help="The table of tokens that the authority keeps.",
+            show_default="tokens.json beside the credentials",
+        ),
+    ] = None,
+    credentials: CredentialsOption = None,
+    insecure: InsecureOption = False,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
@@ -111,6 +135,7 @@ def coordinator(
     """Run the coordinator: membership, plans, leases, jobs."""
     _prepare(log_level, die_with_parent)
     check_address(listen, "--listen")
+    check_exposure(listen, credentials, insecure)
     state_dir = state.expanduser().absolute()
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
@@ -118,7 +143,7 @@ def coordinator(
         from gradstream.core.errors import ConfigError
 
         raise ConfigError(f"--state {state_dir} cannot be made ({error.strerror}); choose another directory") from None
-    _run("gradstream.coordinator.server", listen, state_dir, ready_file)
+    _run("gradstream.coordinator.server", listen, state_dir, ready_file, None, credentials, tokens)
 
 
 @app.command("parameter-server")
@@ -129,6 +154,8 @@ def parameter_server(
     memory: MemoryOption = None,
     threads: ThreadsOption = None,
     processes: ProcessesOption = 1,
+    credentials: CredentialsOption = None,
+    insecure: InsecureOption = False,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
@@ -139,12 +166,14 @@ def parameter_server(
     """
     _prepare(log_level, die_with_parent)
     check_address(listen, "--listen")
+    check_exposure(listen, credentials, insecure)
     check_address(coordinator, "--coordinator")
     name = check_name(name or default_name())
     if processes > 1:
-        children = server_processes(
-            coordinator, name, listen, memory_bytes(memory), threads, processes, ["--log-level", str(log_level)]
-        )
+        options = ["--log-level", str(log_level)]
+        options += ["--credentials", str(credentials)] if credentials is not None else []
+        options += ["--insecure"] if insecure else []
+        children = server_processes(coordinator, name, listen, memory_bytes(memory), threads, processes, options)
         from gradstream.coordinator.cli._processes import run_children
 
         run_until_done(run_children(children, ready_file))
@@ -157,6 +186,7 @@ def parameter_server(
         memory_bytes(memory),
         ready_file,
         threads,
+        credentials,
     )
 
 
@@ -200,6 +230,8 @@ def worker(
     ),
     memory: MemoryOption = None,
     device: Annotated[Device, typer.Option("--device", help="auto takes a GPU if there is one.")] = Device.auto,
+    credentials: CredentialsOption = None,
+    insecure: InsecureOption = False,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
@@ -210,6 +242,7 @@ def worker(
     """
     _prepare(log_level, die_with_parent)
     check_address(listen, "--listen")
+    check_exposure(listen, credentials, insecure)
     check_address(coordinator, "--coordinator")
     _run(
         "gradstream.worker.loop",
@@ -220,6 +253,7 @@ def worker(
         memory_bytes(memory),
         str(device),
         ready_file,
+        credentials,
     )
 
 
@@ -241,6 +275,8 @@ def fine_tuning(
         ),
     ] = None,
     device: Annotated[Device, typer.Option("--device", help="auto takes a GPU if there is one.")] = Device.auto,
+    credentials: CredentialsOption = None,
+    insecure: InsecureOption = False,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
@@ -251,6 +287,7 @@ def fine_tuning(
     """
     _prepare(log_level, die_with_parent)
     check_address(listen, "--listen")
+    check_exposure(listen, credentials, insecure)
     check_address(coordinator, "--coordinator")
     _run(
         "gradstream.services.fine_tuning.server",
@@ -260,6 +297,7 @@ def fine_tuning(
         str(device),
         memory_bytes(memory, FINE_TUNING_MEMORY_SHARE),
         ready_file,
+        credentials,
     )
 
 
@@ -285,6 +323,26 @@ def check_address(address: str, option: str) -> str:
 
         raise ConfigError(f"{option} '{address}' is not of the form host:port, like 127.0.0.1:7000")
     return address
+
+
+def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> None:
+    """Raises ConfigError when a role would serve whoever can reach this machine, and nobody has said that it may."""
+    import ipaddress
+
+    from gradstream.core.errors import ConfigError
+
+    if credentials is not None and insecure:
+        raise ConfigError("--credentials and --insecure contradict each other; leave one out")
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if credentials is None and not insecure and not is_loopback:
+        raise ConfigError(
+            f"--listen {listen} is open to other machines, and there are no credentials; name some with --credentials "
+            f"(`gradstream certs init` makes them), or say --insecure on a network where you trust everybody"
+        )
 
 
 def memory_bytes(memory: str | None, share: float = DEFAULT_MEMORY_SHARE) -> int:

@@ -80,6 +80,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.FetchDataShardRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.FetchDataShardResponse.FromString,
                 _registered_method=True)
+        self.WatchTokens = channel.unary_stream(
+                '/gradstream.proto.v1.CoordinatorService/WatchTokens',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.WatchTokensRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.WatchTokensResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer(object):
@@ -152,6 +157,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchTokens(self, request, context):
+        """The table of tokens, whenever it changes: every service checks tokens by itself. Ends only with the coordinator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -199,6 +211,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.FetchDataShard,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.FetchDataShardRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.FetchDataShardResponse.SerializeToString,
+            ),
+            'WatchTokens': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTokens,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.WatchTokensRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.WatchTokensResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -445,6 +462,33 @@ class CoordinatorService(object):
             '/gradstream.proto.v1.CoordinatorService/FetchDataShard',
             gradstream_dot_proto_dot_v1_dot_coordinator__pb2.FetchDataShardRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_coordinator__pb2.FetchDataShardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gradstream.proto.v1.CoordinatorService/WatchTokens',
+            gradstream_dot_proto_dot_v1_dot_coordinator__pb2.WatchTokensRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_coordinator__pb2.WatchTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,8 @@ class CoordinatorServiceStub:
     """A node cannot go on with a job for a reason that trying again would not change; the job fails with this reason."""
     FetchDataShard: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.FetchDataShardRequest, _coordinator_pb2.FetchDataShardResponse]
     """Sends one data shard of a job, for workers that cannot see the data's path."""
+    WatchTokens: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchTokensRequest, _coordinator_pb2.WatchTokensResponse]
+    """The table of tokens, whenever it changes: every service checks tokens by itself. Ends only with the coordinator."""
 
 @_typing.type_check_only
 class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
@@ -87,6 +89,8 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     """A node cannot go on with a job for a reason that trying again would not change; the job fails with this reason."""
     FetchDataShard: _aio.UnaryStreamMultiCallable[_coordinator_pb2.FetchDataShardRequest, _coordinator_pb2.FetchDataShardResponse]  # type: ignore[assignment]
     """Sends one data shard of a job, for workers that cannot see the data's path."""
+    WatchTokens: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchTokensRequest, _coordinator_pb2.WatchTokensResponse]  # type: ignore[assignment]
+    """The table of tokens, whenever it changes: every service checks tokens by itself. Ends only with the coordinator."""
 
 class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Membership, plans, leases and reports. None of it is in the path of a step: steps go on while it is away."""
@@ -168,5 +172,13 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_coordinator_pb2.FetchDataShardResponse], _abc.AsyncIterator[_coordinator_pb2.FetchDataShardResponse]]:
         """Sends one data shard of a job, for workers that cannot see the data's path."""
+
+    @_abc_1.abstractmethod
+    def WatchTokens(
+        self,
+        request: _coordinator_pb2.WatchTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_coordinator_pb2.WatchTokensResponse], _abc.AsyncIterator[_coordinator_pb2.WatchTokensResponse]]:
+        """The table of tokens, whenever it changes: every service checks tokens by itself. Ends only with the coordinator."""
 
 def add_CoordinatorServiceServicer_to_server(servicer: CoordinatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,40 +22,49 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from gradstream.proto.v1 import access_pb2 as gradstream_dot_proto_dot_v1_dot_access__pb2
 from gradstream.proto.v1 import plan_pb2 as gradstream_dot_proto_dot_v1_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*gradstream/proto/v1/parameter_server.proto\x12\x13gradstream.proto.v1\x1a\x1egradstream/proto/v1/plan.proto\"\xaa\x02\n\x12\x43ontributionHeader\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04slot\x18\x04 \x01(\r\x12\x0e\n\x06\x62undle\x18\x05 \x01(\r\x12\x0c\n\x04part\x18\x06 \x01(\r\x12)\n\x05\x63odec\x18\x07 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\x12\x16\n\x0e\x66ragment_bytes\x18\x08 \x03(\x04\x12\x15\n\rpayload_bytes\x18\t \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\n \x01(\x07\x12\x13\n\x0bslot_tokens\x18\x0b \x01(\x04\x12\x14\n\x0cslot_samples\x18\x0c \x01(\r\x12\x15\n\rslot_loss_sum\x18\r \x01(\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\"W\n\x0bPushRequest\x12\x37\n\x06header\x18\x01 \x01(\x0b\x32\'.gradstream.proto.v1.ContributionHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\x8f\x01\n\x0cPushResponse\x12\x14\n\x0cwindow_bytes\x18\x01 \x01(\x04\x12/\n\x06result\x18\x02 \x01(\x0e\x32\x1f.gradstream.proto.v1.PushResult\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04slot\x18\x04 \x01(\r\x12\x0e\n\x06\x62undle\x18\x05 \x01(\r\x12\x0c\n\x04part\x18\x06 \x01(\r\"\xb6\x01\n\x0bPullRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bmin_version\x18\x03 \x01(\x04\x12\x0f\n\x07\x62undles\x18\x04 \x03(\r\x12\x19\n\x0cheld_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x36\n\x08measured\x18\x06 \x01(\x0b\x32$.gradstream.proto.v1.LinkMeasurementB\x0f\n\r_held_version\"h\n\x0fLinkMeasurement\x12\x17\n\x0f\x63ompute_seconds\x18\x01 \x01(\x01\x12\x1d\n\x15push_bytes_per_second\x18\x02 \x01(\x01\x12\x1d\n\x15pull_bytes_per_second\x18\x03 \x01(\x01\"\xfe\x01\n\rWeightsHeader\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x02 \x01(\r\x12)\n\x05\x63odec\x18\x03 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x05 \x01(\x07\x12\r\n\x05\x64\x65lta\x18\x06 \x01(\x08\x12.\n\npush_codec\x18\x07 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\x12\x16\n\x0e\x66ragment_bytes\x18\x08 \x03(\x04\x12\x12\n\ncheckpoint\x18\t \x01(\x08\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\"S\n\x0cPullResponse\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32\".gradstream.proto.v1.WeightsHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\x93\x01\n\x13\x43ompleteStepRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06server\x18\x04 \x01(\r\x12\x15\n\rsquared_norms\x18\x05 \x03(\x01\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\x12\x14\n\x0cpushed_bytes\x18\x07 \x01(\x04\"\xe9\x01\n\x14\x43ompleteStepResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04skip\x18\x02 \x01(\x08\x12\x12\n\nclip_scale\x18\x03 \x01(\x01\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x12\n\ncheckpoint\x18\x05 \x01(\x08\x12\x19\n\x11\x63onsecutive_skips\x18\x06 \x01(\r\x12.\n\npush_codec\x18\x07 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\x12.\n\npull_codec\x18\x08 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\"(\n\x16GetServerStatusRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xbe\x01\n\x17GetServerStatusResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x15\n\rnum_fragments\x18\x03 \x01(\r\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x65\x61rly_bytes\x18\x06 \x01(\x04\x12\x15\n\rmissing_slots\x18\x07 \x03(\r\x12\x13\n\x0bnum_dropped\x18\x08 \x01(\x04*u\n\nPushResult\x12\x1b\n\x17PUSH_RESULT_UNSPECIFIED\x10\x00\x12\x18\n\x14PUSH_RESULT_ACCEPTED\x10\x01\x12\x19\n\x15PUSH_RESULT_DUPLICATE\x10\x02\x12\x15\n\x11PUSH_RESULT_STALE\x10\x03\x32\x8b\x03\n\x16ParameterServerService\x12O\n\x04Push\x12 .gradstream.proto.v1.PushRequest\x1a!.gradstream.proto.v1.PushResponse(\x01\x30\x01\x12M\n\x04Pull\x12 .gradstream.proto.v1.PullRequest\x1a!.gradstream.proto.v1.PullResponse0\x01\x12\x63\n\x0c\x43ompleteStep\x12(.gradstream.proto.v1.CompleteStepRequest\x1a).gradstream.proto.v1.CompleteStepResponse\x12l\n\x0fGetServerStatus\x12+.gradstream.proto.v1.GetServerStatusRequest\x1a,.gradstream.proto.v1.GetServerStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*gradstream/proto/v1/parameter_server.proto\x12\x13gradstream.proto.v1\x1a gradstream/proto/v1/access.proto\x1a\x1egradstream/proto/v1/plan.proto\"\xaa\x02\n\x12\x43ontributionHeader\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04slot\x18\x04 \x01(\r\x12\x0e\n\x06\x62undle\x18\x05 \x01(\r\x12\x0c\n\x04part\x18\x06 \x01(\r\x12)\n\x05\x63odec\x18\x07 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\x12\x16\n\x0e\x66ragment_bytes\x18\x08 \x03(\x04\x12\x15\n\rpayload_bytes\x18\t \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\n \x01(\x07\x12\x13\n\x0bslot_tokens\x18\x0b \x01(\x04\x12\x14\n\x0cslot_samples\x18\x0c \x01(\r\x12\x15\n\rslot_loss_sum\x18\r \x01(\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\"W\n\x0bPushRequest\x12\x37\n\x06header\x18\x01 \x01(\x0b\x32\'.gradstream.proto.v1.ContributionHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\x8f\x01\n\x0cPushResponse\x12\x14\n\x0cwindow_bytes\x18\x01 \x01(\x04\x12/\n\x06result\x18\x02 \x01(\x0e\x32\x1f.gradstream.proto.v1.PushResult\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04slot\x18\x04 \x01(\r\x12\x0e\n\x06\x62undle\x18\x05 \x01(\r\x12\x0c\n\x04part\x18\x06 \x01(\r\"\xb6\x01\n\x0bPullRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bmin_version\x18\x03 \x01(\x04\x12\x0f\n\x07\x62undles\x18\x04 \x03(\r\x12\x19\n\x0cheld_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x36\n\x08measured\x18\x06 \x01(\x0b\x32$.gradstream.proto.v1.LinkMeasurementB\x0f\n\r_held_version\"h\n\x0fLinkMeasurement\x12\x17\n\x0f\x63ompute_seconds\x18\x01 \x01(\x01\x12\x1d\n\x15push_bytes_per_second\x18\x02 \x01(\x01\x12\x1d\n\x15pull_bytes_per_second\x18\x03 \x01(\x01\"\xfe\x01\n\rWeightsHeader\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x02 \x01(\r\x12)\n\x05\x63odec\x18\x03 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x05 \x01(\x07\x12\r\n\x05\x64\x65lta\x18\x06 \x01(\x08\x12.\n\npush_codec\x18\x07 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\x12\x16\n\x0e\x66ragment_bytes\x18\x08 \x03(\x04\x12\x12\n\ncheckpoint\x18\t \x01(\x08\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\"S\n\x0cPullResponse\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32\".gradstream.proto.v1.WeightsHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\x93\x01\n\x13\x43ompleteStepRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06server\x18\x04 \x01(\r\x12\x15\n\rsquared_norms\x18\x05 \x03(\x01\x12\x12\n\nnum_tokens\x18\x06 \x01(\x04\x12\x14\n\x0cpushed_bytes\x18\x07 \x01(\x04\"\xe9\x01\n\x14\x43ompleteStepResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04skip\x18\x02 \x01(\x08\x12\x12\n\nclip_scale\x18\x03 \x01(\x01\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x12\n\ncheckpoint\x18\x05 \x01(\x08\x12\x19\n\x11\x63onsecutive_skips\x18\x06 \x01(\r\x12.\n\npush_codec\x18\x07 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\x12.\n\npull_codec\x18\x08 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\"(\n\x16GetServerStatusRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xbe\x01\n\x17GetServerStatusResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x15\n\rnum_fragments\x18\x03 \x01(\r\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x65\x61rly_bytes\x18\x06 \x01(\x04\x12\x15\n\rmissing_slots\x18\x07 \x03(\r\x12\x13\n\x0bnum_dropped\x18\x08 \x01(\x04*u\n\nPushResult\x12\x1b\n\x17PUSH_RESULT_UNSPECIFIED\x10\x00\x12\x18\n\x14PUSH_RESULT_ACCEPTED\x10\x01\x12\x19\n\x15PUSH_RESULT_DUPLICATE\x10\x02\x12\x15\n\x11PUSH_RESULT_STALE\x10\x03\x32\xb1\x03\n\x16ParameterServerService\x12X\n\x04Push\x12 .gradstream.proto.v1.PushRequest\x1a!.gradstream.proto.v1.PushResponse\"\x07\xda\xd8\x18\x03\n\x01\x04(\x01\x30\x01\x12V\n\x04Pull\x12 .gradstream.proto.v1.PullRequest\x1a!.gradstream.proto.v1.PullResponse\"\x07\xda\xd8\x18\x03\n\x01\x04\x30\x01\x12l\n\x0c\x43ompleteStep\x12(.gradstream.proto.v1.CompleteStepRequest\x1a).gradstream.proto.v1.CompleteStepResponse\"\x07\xda\xd8\x18\x03\n\x01\x05\x12w\n\x0fGetServerStatus\x12+.gradstream.proto.v1.GetServerStatusRequest\x1a,.gradstream.proto.v1.GetServerStatusResponse\"\t\xda\xd8\x18\x05\n\x03\x01\x04\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gradstream.proto.v1.parameter_server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUSHRESULT']._serialized_start=1889
-  _globals['_PUSHRESULT']._serialized_end=2006
-  _globals['_CONTRIBUTIONHEADER']._serialized_start=100
-  _globals['_CONTRIBUTIONHEADER']._serialized_end=398
-  _globals['_PUSHREQUEST']._serialized_start=400
-  _globals['_PUSHREQUEST']._serialized_end=487
-  _globals['_PUSHRESPONSE']._serialized_start=490
-  _globals['_PUSHRESPONSE']._serialized_end=633
-  _globals['_PULLREQUEST']._serialized_start=636
-  _globals['_PULLREQUEST']._serialized_end=818
-  _globals['_LINKMEASUREMENT']._serialized_start=820
-  _globals['_LINKMEASUREMENT']._serialized_end=924
-  _globals['_WEIGHTSHEADER']._serialized_start=927
-  _globals['_WEIGHTSHEADER']._serialized_end=1181
-  _globals['_PULLRESPONSE']._serialized_start=1183
-  _globals['_PULLRESPONSE']._serialized_end=1266
-  _globals['_COMPLETESTEPREQUEST']._serialized_start=1269
-  _globals['_COMPLETESTEPREQUEST']._serialized_end=1416
-  _globals['_COMPLETESTEPRESPONSE']._serialized_start=1419
-  _globals['_COMPLETESTEPRESPONSE']._serialized_end=1652
-  _globals['_GETSERVERSTATUSREQUEST']._serialized_start=1654
-  _globals['_GETSERVERSTATUSREQUEST']._serialized_end=1694
-  _globals['_GETSERVERSTATUSRESPONSE']._serialized_start=1697
-  _globals['_GETSERVERSTATUSRESPONSE']._serialized_end=1887
-  _globals['_PARAMETERSERVERSERVICE']._serialized_start=2009
-  _globals['_PARAMETERSERVERSERVICE']._serialized_end=2404
+  _globals['_PARAMETERSERVERSERVICE'].methods_by_name['Push']._loaded_options = None
+  _globals['_PARAMETERSERVERSERVICE'].methods_by_name['Push']._serialized_options = b'\332\330\030\003\n\001\004'
+  _globals['_PARAMETERSERVERSERVICE'].methods_by_name['Pull']._loaded_options = None
+  _globals['_PARAMETERSERVERSERVICE'].methods_by_name['Pull']._serialized_options = b'\332\330\030\003\n\001\004'
+  _globals['_PARAMETERSERVERSERVICE'].methods_by_name['CompleteStep']._loaded_options = None
+  _globals['_PARAMETERSERVERSERVICE'].methods_by_name['CompleteStep']._serialized_options = b'\332\330\030\003\n\001\005'
+  _globals['_PARAMETERSERVERSERVICE'].methods_by_name['GetServerStatus']._loaded_options = None
+  _globals['_PARAMETERSERVERSERVICE'].methods_by_name['GetServerStatus']._serialized_options = b'\332\330\030\005\n\003\001\004\005'
+  _globals['_PUSHRESULT']._serialized_start=1923
+  _globals['_PUSHRESULT']._serialized_end=2040
+  _globals['_CONTRIBUTIONHEADER']._serialized_start=134
+  _globals['_CONTRIBUTIONHEADER']._serialized_end=432
+  _globals['_PUSHREQUEST']._serialized_start=434
+  _globals['_PUSHREQUEST']._serialized_end=521
+  _globals['_PUSHRESPONSE']._serialized_start=524
+  _globals['_PUSHRESPONSE']._serialized_end=667
+  _globals['_PULLREQUEST']._serialized_start=670
+  _globals['_PULLREQUEST']._serialized_end=852
+  _globals['_LINKMEASUREMENT']._serialized_start=854
+  _globals['_LINKMEASUREMENT']._serialized_end=958
+  _globals['_WEIGHTSHEADER']._serialized_start=961
+  _globals['_WEIGHTSHEADER']._serialized_end=1215
+  _globals['_PULLRESPONSE']._serialized_start=1217
+  _globals['_PULLRESPONSE']._serialized_end=1300
+  _globals['_COMPLETESTEPREQUEST']._serialized_start=1303
+  _globals['_COMPLETESTEPREQUEST']._serialized_end=1450
+  _globals['_COMPLETESTEPRESPONSE']._serialized_start=1453
+  _globals['_COMPLETESTEPRESPONSE']._serialized_end=1686
+  _globals['_GETSERVERSTATUSREQUEST']._serialized_start=1688
+  _globals['_GETSERVERSTATUSREQUEST']._serialized_end=1728
+  _globals['_GETSERVERSTATUSRESPONSE']._serialized_start=1731
+  _globals['_GETSERVERSTATUSRESPONSE']._serialized_end=1921
+  _globals['_PARAMETERSERVERSERVICE']._serialized_start=2043
+  _globals['_PARAMETERSERVERSERVICE']._serialized_end=2476
 # @@protoc_insertion_point(module_scope)

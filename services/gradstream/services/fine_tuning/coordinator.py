@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
+from gradstream.core.access import COORDINATOR
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
+from gradstream.core.transport import PLAIN, Transport
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 from gradstream.services.fine_tuning.lifecycle import ENDED_JOBS
 
@@ -24,14 +26,14 @@ log = get_logger()
 class Jobs:
     """Jobs of a coordinator. Methods raise the coordinator's error, UnreachableError when it does not answer."""
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, transport: Transport = PLAIN):
         self.address = address
-        self._channel = open_channel(address)
-        self._stub: jobs_pb2_grpc.JobsServiceAsyncStub = jobs_pb2_grpc.JobsServiceStub(self._channel)
+        self.channel = open_channel(address, COORDINATOR, transport)
+        self._stub: jobs_pb2_grpc.JobsServiceAsyncStub = jobs_pb2_grpc.JobsServiceStub(self.channel)
 
     async def close(self) -> None:
         """End all calls."""
-        await self._channel.close(None)
+        await self.channel.close(None)
 
     async def check(self) -> None:
         """Raise UnreachableError when the coordinator does not answer."""

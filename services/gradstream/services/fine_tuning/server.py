@@ -13,9 +13,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import __version__, files
 from gradstream.core import log as logging
+from gradstream.core.audit import AuditLog
 from gradstream.core.errors import GradstreamError, UnreachableError, one_line
 from gradstream.core.ready import write_ready_file
-from gradstream.core.rpc import advertised_host, listen, new_server
+from gradstream.core.token_sources import FollowingServer
+from gradstream.core.transport import Transport
 from gradstream.proto.v1 import fine_tuning_pb2, fine_tuning_pb2_grpc
 from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.jobs import FineTunings
@@ -37,19 +39,22 @@ async def serve(
     device: str,
     memory_bytes: int,
     ready_file: Path | None = None,
+    credentials: Path | None = None,
 ) -> None:
-    """Run a fine-tuning service until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once it listens.
+    """Run a fine-tuning service until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once it listens;
+    `credentials` is the directory of its own.
 
     Raises ConfigError when address, device or state directory cannot be used.
     """
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"))
     async with AsyncExitStack() as stack:
         # 1. What may be refused.
-        server = new_server()
-        address = f"{advertised_host(listen_address)}:{listen(server, listen_address)}"
+        transport = Transport(credentials)
+        door = FollowingServer(transport, listen_address, AuditLog(state_directory).note)
+        server, address = door.server, door.address
         store = Store(state_directory)
         stack.callback(store.close)
-        jobs = Jobs(coordinator)
+        jobs = Jobs(coordinator, transport)
         stack.push_async_callback(jobs.close)
         serving = Serving(device, memory_bytes)
         stack.push_async_callback(serving.close)
@@ -63,6 +68,7 @@ async def serve(
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         for service in ("", HEALTH_SERVICE):
             await health_servicer.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await stack.enter_async_context(door.following(jobs.channel, f"coordinator {coordinator}"))
         await server.start()
         stack.push_async_callback(server.stop, STOP_GRACE_SECONDS)
         fine_tunings.start()

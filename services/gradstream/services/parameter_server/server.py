@@ -17,20 +17,20 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import log as logging
 from gradstream.core import memory, model
+from gradstream.core.access import SERVER
 from gradstream.core.errors import StaleEpochError, one_line
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
 from gradstream.core.rpc import (
     UNARY_TIMEOUT_SECONDS,
     Backoff,
-    advertised_host,
     error_from_rpc,
-    listen,
-    new_server,
     open_channel,
     refused_for_good,
 )
 from gradstream.core.session import NodeIdentity, NodeSession
+from gradstream.core.token_sources import FollowingServer
+from gradstream.core.transport import PLAIN, Transport
 from gradstream.core.wire import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
@@ -48,12 +48,21 @@ HEALTH_SERVICE = "gradstream.proto.v1.ParameterServerService"
 class ParameterServer:
     """Holds the current shard and carries out the coordinator's directives."""
 
-    def __init__(self, coordinator: str, identity: NodeIdentity, log_buffer: logging.LogBuffer, num_threads: int):
+    def __init__(
+        self,
+        coordinator: str,
+        identity: NodeIdentity,
+        log_buffer: logging.LogBuffer,
+        num_threads: int,
+        transport: Transport = PLAIN,
+    ):
         # Reductions (the squared norms) must not depend on the machine's number of cores.
         torch.set_num_threads(1)
         self.shard: Shard | None = None
         self.servicer = ParameterServerServicer(lambda: self.shard)
-        self.session = NodeSession(coordinator, identity, self._activity, self._held, self._on_directive, log_buffer)
+        self.session = NodeSession(
+            coordinator, identity, self._activity, self._held, self._on_directive, log_buffer, transport
+        )
         self._executor = ThreadPoolExecutor(num_threads, "tensor")
         self._step_reports: asyncio.Queue[coordinator_pb2.ReportStepRequest] = asyncio.Queue(MAX_UNREPORTED_STEPS)
         self._loading: asyncio.Task[None] | None = None
@@ -137,7 +146,7 @@ class ParameterServer:
             raise StaleEpochError("the shard was dropped")
         leader = shard.plan.servers[shard.plan.leader]
         if self._leader_channel is None:
-            self._leader_channel = open_channel(leader.address)
+            self._leader_channel = open_channel(leader.address, SERVER, self.session.transport)
         stub = ParameterServerStub(self._leader_channel)
         backoff = Backoff()
         while True:
@@ -183,26 +192,28 @@ async def serve(
     memory_bytes: int,
     ready_file: Path | None,
     num_threads: int | None = None,
+    credentials: Path | None = None,
 ) -> None:
-    """Run a parameter server until SIGTERM or SIGINT. Raises GradstreamError when it cannot start or is refused.
+    """Run a parameter server until SIGTERM or SIGINT; `credentials` is the directory of its own. Raises GradstreamError
+    when it cannot start or is refused.
 
     `num_threads` threads do the arithmetic; None takes the machine's cores, at least 2 and at most 8.
     """
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
     # Before the imports that take seconds: a port that is taken is told at once.
-    server = new_server()
-    port = listen(server, listen_address)
+    transport = Transport(credentials)
+    door = FollowingServer(transport, listen_address)
     model.preload()
     optimizer.preload()
     memory.settle()
-    address = f"{advertised_host(listen_address)}:{port}"
-    identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, address, memory_bytes, "cpu")
-    node = ParameterServer(coordinator, identity, log_buffer, num_threads or max(2, min(8, os.cpu_count() or 2)))
-    add_parameter_server(node.servicer, server)
+    identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, door.address, memory_bytes, "cpu")
+    num_threads = num_threads or max(2, min(8, os.cpu_count() or 2))
+    node = ParameterServer(coordinator, identity, log_buffer, num_threads, transport)
+    add_parameter_server(node.servicer, door.server)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    await server.start()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, door.server)
+    await door.server.start()
     await health_servicer.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def tell_health() -> None:
@@ -214,12 +225,13 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.session.leave)
-    log.info("parameter server listens", address=address, name=name)
+    log.info("parameter server listens", address=door.address, name=name)
     if ready_file is not None:
-        write_ready_file(ready_file, address)
+        write_ready_file(ready_file, door.address)
     try:
-        await node.run()
+        async with door.following(node.session.channel, node.session.peer):
+            await node.run()
     finally:
         health_task.cancel()
         await health_servicer.enter_graceful_shutdown()
-        await server.stop(grace=1.0)
+        await door.server.stop(grace=1.0)

@@ -1,0 +1,54 @@
+"""Small JSON documents of which nothing is trusted: a size limit, one object, no key twice, types that are checked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from gradstream.core.errors import ConfigError
+
+
+def parse_object(data: bytes | str, most_bytes: int, what: str) -> dict[str, Any]:
+    """The object that `data` is. `what` names it in messages ("the bundle", a path).
+
+    Raises ConfigError for anything else; a message never quotes `data`, which may hold secrets.
+    """
+    if len(data) > most_bytes:
+        raise ConfigError(f"{what} has more than {most_bytes} bytes; that is not what it should be")
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        found = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{what} is damaged: no JSON at line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError):
+        # Not UTF-8, a number of thousands of digits, NaN, a key twice, brackets nested thousands deep.
+        raise ConfigError(f"{what} is damaged: no JSON as gradstream writes it") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{what} is damaged: not a JSON object")
+    return found
+
+
+def exact_keys(found: dict[str, Any], keys: dict[str, tuple[type, ...]], what: str) -> dict[str, Any]:
+    """`found`, if it has these keys and no others, each of one of its types; a bool is no int.
+
+    Raises ConfigError.
+    """
+    for key, types in keys.items():
+        if key not in found:
+            raise ConfigError(f"{what} is damaged: it has no '{key}'")
+        if type(found[key]) not in types:
+            raise ConfigError(f"{what} is damaged: '{key}' is a {type(found[key]).__name__}")
+    if len(found) != len(keys):
+        raise ConfigError(f"{what} is damaged: it has keys that gradstream does not know; was it made by a newer one?")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a key twice")
+    return made
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")

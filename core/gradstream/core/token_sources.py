@@ -1,0 +1,121 @@
+"""Where a server has its table of tokens from: the coordinator from a file, all others from the coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc.aio
+
+from gradstream.core.errors import CredentialsError, GradstreamError, one_line
+from gradstream.core.guard import Guard, Note
+from gradstream.core.log import get_logger
+from gradstream.core.rpc import Backoff, advertised_host, error_from_rpc, listen, new_server
+from gradstream.core.tokens import TokenTable
+from gradstream.core.transport import Transport
+from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+log = get_logger()
+
+LOOK_SECONDS = 1.0
+"""How long a change of the file may go unnoticed."""
+
+
+class FileTokens:
+    """The table in a file, which the authority replaces. Raises CredentialsError when there is none that can be read;
+    later on a table that cannot be read leaves the one before in force."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.text = b""
+        self._looked_at = 0.0
+        self._table = self._read()
+
+    @property
+    def table(self) -> TokenTable:
+        """The table in the file, not older than a second."""
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_SECONDS:
+            try:
+                if _mark(self.path) != self._mark:
+                    self._table = self._read()
+                    log.info("took up a new table of tokens", tokens=len(self._table.tokens))
+            except (OSError, GradstreamError) as error:
+                log.warning("the new table of tokens cannot be used, keeping the old one", cause=one_line(error))
+            self._looked_at = now
+        return self._table
+
+    def _read(self) -> TokenTable:
+        try:
+            self._mark = _mark(self.path)
+            text = self.path.read_bytes()
+        except OSError as error:
+            raise CredentialsError(
+                f"the table of tokens {self.path} cannot be read ({error.strerror}); `gradstream certs init` makes it, "
+                f"and --tokens names it"
+            ) from None
+        table = TokenTable.parse(text)
+        self.text = text
+        return table
+
+
+class FollowedTokens:
+    """The table that the coordinator sends; the last one stays in force while the coordinator is away."""
+
+    def __init__(self) -> None:
+        self.table: TokenTable | None = None
+
+    async def follow(self, channel: grpc.aio.Channel, peer: str) -> None:
+        """Take each table that comes, for as long as this runs."""
+        stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+        backoff = Backoff()
+        told = ""
+        while True:
+            try:
+                async for response in stub.WatchTokens(coordinator_pb2.WatchTokensRequest()):
+                    self.table = TokenTable.parse(response.table_json)
+                    backoff.reset()
+                    told = ""
+            except grpc.aio.AioRpcError as rpc_error:
+                error: GradstreamError = error_from_rpc(rpc_error, peer)
+                if one_line(error) != told:
+                    told = one_line(error)
+                    log.warning("no table of tokens comes, trying again until one does", cause=told)
+            except GradstreamError as error:
+                log.warning("the coordinator sent a table of tokens that cannot be read", cause=one_line(error))
+            await asyncio.sleep(backoff.next())
+
+
+class FollowingServer:
+    """A gRPC server whose guard follows the coordinator's table. In the clear it has no guard."""
+
+    def __init__(self, transport: Transport, listen_address: str, note: Note | None = None):
+        """Bind it; `note` is told what is audited. Raises ConfigError when the address is taken or not this
+        machine's."""
+        self._tokens = FollowedTokens()
+        self._guard = Guard(self._tokens, note) if transport.is_secure else None
+        self.server = new_server(*([self._guard] if self._guard is not None else []))
+        self.port = listen(self.server, listen_address, transport)
+        self.address = f"{advertised_host(listen_address)}:{self.port}"
+        """Where others reach it."""
+
+    @asynccontextmanager
+    async def following(self, channel: grpc.aio.Channel, peer: str) -> AsyncIterator[None]:
+        """While inside: the table follows that of the coordinator, `channel`, and calls of revoked tokens end."""
+        tasks = []
+        if self._guard is not None:
+            tasks = [asyncio.create_task(self._tokens.follow(channel, peer)), asyncio.create_task(self._guard.run())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _mark(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino

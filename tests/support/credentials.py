@@ -1,0 +1,16 @@
+"""Credentials of a cluster that a test makes up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from gradstream.core.authority import Authority
+
+
+def make_credentials(directory: Path, roles: Iterable[str]) -> None:
+    """An authority in `directory / authority` and credentials of each role in `directory / role`; the table of tokens
+    is where the coordinator looks for it."""
+    with Authority.init(directory / "authority", directory / "coordinator" / "tokens.json") as authority:
+        for role in roles:
+            authority.issue(role, role, directory=directory / role)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,19 @@ import psutil
 import torch
 import uvloop
 
+from gradstream.core.access import SERVER
 from gradstream.core.bundles import Bundle
 from gradstream.core.codecs import Payload
 from gradstream.core.config import parse_recipe
 from gradstream.core.data import parse_manifest
 from gradstream.core.fragments import cut
+from gradstream.core.guard import Guard
 from gradstream.core.model import inventory
 from gradstream.core.payloads import BundleCodec, split
 from gradstream.core.plan import Plan, Server
 from gradstream.core.rpc import listen, new_server, open_channel
+from gradstream.core.token_sources import FileTokens
+from gradstream.core.transport import Transport
 from gradstream.core.wire import (
     Assembler,
     ParameterServerStub,
@@ -187,12 +192,12 @@ class Child:
             self.process.join()
 
 
-def _answer_commands(pipe: Connection, actor_class: type[Any]) -> Coroutine[Any, Any, None]:
+def _answer_commands(pipe: Connection, make_actor: Callable[[], Any]) -> Coroutine[Any, Any, None]:
     """Run methods of an actor as the pipe names them, until it is closed."""
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        actor = actor_class()
+        actor = make_actor()
         commands: asyncio.Queue[tuple[Any, ...] | None] = asyncio.Queue()
 
         def readable() -> None:
@@ -220,22 +225,26 @@ def _answer_commands(pipe: Connection, actor_class: type[Any]) -> Coroutine[Any,
 
 
 class ServerActor:
-    """Commands of a server's process."""
+    """Commands of a server's process; `credentials` holds a directory for each role, None is in the clear."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: Path | None = None) -> None:
         # As in gradstream.services.parameter_server.server.
         torch.set_num_threads(1)
         self.shard: Shard | None = None
         self.failures: list[Exception] = []
         self._executor = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "tensor")
-        self._server = new_server()
+        self._transport = Transport(credentials and credentials / "server")
+        guards = []
+        if credentials is not None:
+            guards.append(Guard(FileTokens(credentials / "coordinator" / "tokens.json")))
+        self._server = new_server(*guards)
         self._port = 0
 
     async def start(self) -> None:
         add_parameter_server(ParameterServerServicer(lambda: self.shard), self._server)
         handlers = {"Push": grpc.stream_unary_rpc_method_handler(_count_bytes, None, None)}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE_SERVICE, handlers),))
-        self._port = listen(self._server, "127.0.0.1:0")
+        self._port = listen(self._server, "127.0.0.1:0", self._transport)
         await self._server.start()
 
     async def stop(self) -> None:
@@ -262,7 +271,7 @@ class ServerActor:
         """Wait until every bundle's sum holds so many slots; return when."""
         shard = self.shard
         assert shard is not None
-        while any(state.next_slot < num_slots for state in shard.bundles.values()):
+        while any(state.next_turn < state.turn(num_slots, 0) for state in shard.bundles.values()):
             if self.failures:
                 raise self.failures[0]
             await asyncio.sleep(0.0005)
@@ -301,9 +310,9 @@ async def _count_bytes(messages: AsyncIterator[bytes], context: Any) -> bytes:
     return num_bytes.to_bytes(8, "little")
 
 
-def run_server(pipe: Connection) -> None:
+def run_server(pipe: Connection, credentials: Path | None = None) -> None:
     """A server's process."""
-    uvloop.run(_answer_commands(pipe, ServerActor))
+    uvloop.run(_answer_commands(pipe, partial(ServerActor, credentials)))
 
 
 # -- senders -----------------------------------------------------------------------------------------------------------
@@ -312,7 +321,8 @@ def run_server(pipe: Connection) -> None:
 class SenderActor:
     """Commands of a process that pushes and pulls, over any number of streams, each on a channel of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: Path | None = None) -> None:
+        self._transport = Transport(credentials and credentials / "worker")
         self._stubs: list[ParameterServerStub] = []
         self._channels: list[grpc.aio.Channel] = []
         self._parameters: list[list[torch.Tensor]] = []
@@ -334,7 +344,7 @@ class SenderActor:
         self._parameters = []
         self._payloads = payloads_of(plan)
         self._checksums = [checksum(payload) for payload in self._payloads]
-        self._channels = [open_channel(address) for _ in range(num_streams)]
+        self._channels = [open_channel(address, SERVER, self._transport) for _ in range(num_streams)]
         self._stubs = [ParameterServerStub(channel) for channel in self._channels]
         await asyncio.gather(*(channel.channel_ready() for channel in self._channels))
 
@@ -417,7 +427,7 @@ class SenderActor:
         return began, time.monotonic()
 
 
-def run_sender(pipe: Connection) -> None:
+def run_sender(pipe: Connection, credentials: Path | None = None) -> None:
     """A sender's process."""
     torch.set_num_threads(1)
-    uvloop.run(_answer_commands(pipe, SenderActor))
+    uvloop.run(_answer_commands(pipe, partial(SenderActor, credentials)))

@@ -4,7 +4,7 @@ raw TCP loopback copy of the same bytes.
 The server and each sender are processes of their own (standalone.py), the rival is `sendall` and `recv_into` between
 two processes with calls of the same size. In every round each of them moves the same bytes once, in turns; the median
 of the rounds' ratios is reported. A push is over when every contribution is in the sum, a pull when it is decoded.
-Beside them, what gRPC alone makes of messages that are built before and dropped after.
+Beside them, what gRPC alone makes of messages that are built before and dropped after, and what TLS costs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import socket
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from pathlib import Path
 from report import Result, report, result
 from standalone import Child, make_plan, payloads_of, run_sender, run_server
 
+from gradstream.core.authority import Authority
 from gradstream.core.wire import PIECE_BYTES
 
 PIECES_BYTES = [
@@ -88,14 +90,15 @@ def _receive(pipe: Connection, most_bytes: int) -> None:
 class Bench:
     """A server, its senders and the rival."""
 
-    def __init__(self, stack: ExitStack, codec: str, num_senders: int):
+    def __init__(self, stack: ExitStack, codec: str, num_senders: int, credentials: Path | None = None):
         self.plan = make_plan(codec, NUM_SLOTS)
         self.num_bytes = sum(payload.nbytes for payload in payloads_of(self.plan))
         self.raw = RawTcp(self.num_bytes)
         stack.callback(self.raw.close)
-        self._server = Child(run_server, "server")
+        self._server = Child(partial(run_server, credentials=credentials), "server")
         stack.callback(self._server.close)
-        self._senders = [Child(run_sender, f"sender-{number}") for number in range(num_senders)]
+        sender = partial(run_sender, credentials=credentials)
+        self._senders = [Child(sender, f"sender-{number}") for number in range(num_senders)]
         for sender in self._senders:
             stack.callback(sender.close)
         self.use(codec)
@@ -171,9 +174,35 @@ def main() -> None:
             push = partial(bench.push, 1, PIECE_BYTES)
             results.append(bench.compare(f"push_{codec}_1_sender_{name}", TARGET, PIECE_BYTES, push))
             results.append(bench.compare(f"pull_{codec}_{name}", TARGET, PIECE_BYTES, bench.pull))
+    with ExitStack() as stack:
+        results += _compare_tls(stack, Path(stack.enter_context(tempfile.TemporaryDirectory())))
     if options.png:
         _draw(by_piece, options.png)
     report("transport", results)
+
+
+def _compare_tls(stack: ExitStack, directory: Path) -> list[Result]:
+    """What TLS and the tokens cost: the same path with credentials against the one in the clear, in turns."""
+    with Authority.init(directory / "authority", directory / "coordinator" / "tokens.json") as authority:
+        for role in ("server", "worker"):
+            authority.issue(role, role, directory=directory / role)
+    clear, secure = Bench(stack, "fp32", 1), Bench(stack, "fp32", 1, directory)
+    results = []
+    for codec in ("fp32", "int8"):
+        for bench in (clear, secure):
+            bench.use(codec)
+        for path in ("push", "pull"):
+            ratios, speeds = [], []
+            for number in range(NUM_ROUNDS + 1):
+                seconds = [bench.push(1, PIECE_BYTES) if path == "push" else bench.pull() for bench in (clear, secure)]
+                if number:  # the first one warms up
+                    ratios.append(seconds[0] / seconds[1])
+                    speeds.append(secure.num_bytes / seconds[1] / 1e9)
+            ratio = statistics.median(ratios)
+            detail = f"{statistics.median(speeds):.2f} GB/s; ratios {min(ratios):.2f} to {max(ratios):.2f}"
+            print(f"{path}_{codec}_tls: {ratio:.3f} of the same in the clear ({detail})", flush=True)
+            results.append(result(f"{path}_{codec}_tls_to_clear", ratio, 0.0, detail))
+    return results
 
 
 def _draw(by_piece: list[Result], path: Path) -> None:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gradstream.client import Client, FineTuningClient, Job
+from gradstream.core.tokens import ROLES
+from support.credentials import make_credentials
 from support.forked import Forked
 
 START_SECONDS = 180.0
@@ -21,8 +23,12 @@ ENVIRONMENT = {"GRADSTREAM_DEBUG": "1"}
 class Cluster:
     """Starts, kills and counts the processes of one cluster. Everything lies under `directory`."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, secure: bool = False):
         self.directory = directory
+        self.credentials = directory / "credentials" if secure else None
+        """A directory of credentials for each role, and the authority; None in the clear."""
+        if self.credentials is not None:
+            make_credentials(self.credentials, ROLES)
         self.processes: dict[str, subprocess.Popen[bytes] | Forked] = {}
         self.address = "127.0.0.1:0"
         self.fine_tuning_address = "127.0.0.1:0"
@@ -33,14 +39,15 @@ class Cluster:
     def client(self) -> Client:
         """A client of the running coordinator."""
         if self._client is None:
-            self._client = Client(self.address)
+            self._client = Client(self.address, credentials=self.credentials and self.credentials / "admin")
         return self._client
 
     @property
     def fine_tuning_client(self) -> FineTuningClient:
         """A client of the running fine-tuning service."""
         if self._fine_tuning_client is None:
-            self._fine_tuning_client = FineTuningClient(self.fine_tuning_address)
+            credentials = self.credentials and self.credentials / "admin"
+            self._fine_tuning_client = FineTuningClient(self.fine_tuning_address, credentials=credentials)
         return self._fine_tuning_client
 
     # -- starting --------------------------------------------------------------------------------------------------
@@ -97,6 +104,8 @@ class Cluster:
     def _launch(self, name: str, arguments: list[str], environment: dict[str, str] | None = None) -> Path:
         ready = self._ready_file(name)
         serve = ["serve", *arguments, "--ready-file", str(ready)]
+        if self.credentials is not None:
+            serve += ["--credentials", str(self.credentials / arguments[0].removeprefix("parameter-"))]
         log = self.directory / f"{name}.log"
         self.processes[name] = Forked(serve, log, self.directory, {**ENVIRONMENT, **(environment or {})})
         return ready
@@ -201,10 +210,10 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float)
 
 
 @contextmanager
-def running(directory: Path) -> Iterator[Cluster]:
-    """A cluster that leaves no process behind."""
+def running(directory: Path, secure: bool = False) -> Iterator[Cluster]:
+    """A cluster that leaves no process behind; with credentials, or in the clear."""
     directory.mkdir(parents=True, exist_ok=True)
-    cluster = Cluster(directory)
+    cluster = Cluster(directory, secure)
     try:
         yield cluster
     finally:

@@ -88,26 +88,28 @@ class Authority:
 
         `tokens` is where the token table shall be, `tokens.json` in the directory by default.
         """
+        directory = Path(os.path.abspath(directory))
         with contextlib.suppress(OSError):  # which the lock says
             make_private_directory(directory)
         lock = lock_directory(directory, "`gradstream certs`")
         try:
             record = read_record(directory)
             if record is not None:
-                if tokens is not None and directory / record.tokens != tokens.absolute():
+                if tokens is not None and directory / record.tokens != Path(os.path.abspath(tokens)):
                     raise ConfigError(
                         f"the authority in {directory} keeps its tokens in {directory / record.tokens} and not in "
                         f"{tokens}; leave --tokens out, or move the file and change its place in {RECORD_NAME}"
                     )
             else:
                 cluster = make_ca(directory, clock())
-                record = Record(cluster, TOKENS_NAME if tokens is None else str(tokens.absolute()))
+                record = Record(cluster, TOKENS_NAME if tokens is None else os.path.abspath(tokens))
             path = directory / record.tokens
             if not os.path.exists(path):
                 # Without their entries, the tokens that were issued before let nobody in any more.
                 write_table(path, TokenTable(record.cluster))
             authority = cls(directory, record, clock, lock)
-            authority._write_record(record)
+            if not os.path.exists(directory / RECORD_NAME):
+                authority._write_record(record)  # last: with it the authority is whole
             return authority
         except BaseException:
             lock.close()
@@ -117,6 +119,7 @@ class Authority:
     def open(cls, directory: Path, clock: Callable[[], float] = time.time, read_only: bool = False) -> Authority:
         """Open the authority that is in a directory; `read_only` does so beside another process, and without its lock
         nothing may be changed."""
+        directory = Path(os.path.abspath(directory))
         if not os.path.isdir(directory) or (record := read_record(directory)) is None:
             raise ConfigError(f"there is no authority in {directory}; `gradstream certs init {directory}` makes one")
         lock = None if read_only else lock_directory(directory, "`gradstream certs`")
@@ -141,6 +144,16 @@ class Authority:
     def ca_expires_at(self) -> int:
         """The unix second at which the CA that signs expires."""
         return self._cas.expires_at
+
+    @property
+    def is_rotating(self) -> bool:
+        """Whether a rotation of the CA is under way."""
+        return bool(self._cas.others)
+
+    def awaited(self) -> list[Token]:
+        """The good tokens whose credentials must be renewed before a rotation of the CA can end."""
+        found = (self._table.find(token_id) for token_id in self._record.awaited)
+        return [token for token in found if token is not None and token.is_good(self._clock())]
 
     def tokens(self) -> tuple[Token, ...]:
         """All tokens that are known, oldest first."""
@@ -203,7 +216,7 @@ class Authority:
                 f"{self.cluster}; remove its files, or choose another directory"
             )
         if found_role != role:
-            raise ConfigError(f"{directory} holds a credential of a {found_role}, not of a {role}; choose another")
+            raise ConfigError(f"{directory} holds a credential of role {found_role}, not {role}; choose another")
         entry, problem = self._entry_of(found)
         if entry is not None:
             action, reason = upkeep(entry, found.ca == self._cas.trusted, self._clock())
@@ -217,13 +230,15 @@ class Authority:
         self._issue(role, name, default_days(role) * DAY_SECONDS, directory)
         return "issued", problem
 
-    def refresh_ca(self, directory: Path) -> None:
-        """Write the CA certificates that are trusted now into a credential directory."""
+    def refresh_ca(self, directory: Path) -> Credentials:
+        """Write the CA certificates that are trusted now into a credential directory; return what it holds then."""
         found = store.read(directory)
         entry, problem = self._entry_of(found)
         if entry is None:
             raise ConfigError(problem)
-        store.save(directory, dataclasses.replace(found, ca=self._cas.trusted))
+        made = dataclasses.replace(found, ca=self._cas.trusted)
+        store.save(directory, made)
+        return made
 
     def revoke(self, name_or_id: str) -> list[Token]:
         """Revoke a token by its id, or all of a name; return those that were good until now."""
@@ -244,7 +259,7 @@ class Authority:
         """Make a new CA, which signs from now on; the old one stays trusted until `finish_ca_rotation`."""
         from gradstream.core import certificates
 
-        if self._cas.others:
+        if self.is_rotating:
             raise ConfigError(
                 f"a rotation of the CA is under way in {self.directory}; when all credentials are renewed, end it with "
                 f"`gradstream certs rotate --ca --finish`"
@@ -266,19 +281,14 @@ class Authority:
 
         Raises ConfigError, with their names, while good credentials have not been renewed since `rotate_ca`.
         """
-        now = self._clock()
-        if not self._cas.others:
+        if not self.is_rotating:
             raise ConfigError(f"no rotation of the CA is under way in {self.directory}; begin one with --ca alone")
-        waiting = [
-            f"{token.holder} ({token.id})"
-            for token_id in self._record.awaited
-            if (token := self._table.find(token_id)) is not None and token.is_good(now)
-        ]
+        waiting = [f"{token.holder} ({token.id})" for token in self.awaited()]
         if waiting:
             more = f" and {len(waiting) - 5} more" if len(waiting) > 5 else ""
             raise ConfigError(
                 f"not renewed since the CA was rotated: {', '.join(waiting[:5])}{more}; renew them with "
-                f"`gradstream certs rotate DIR`, have their holders log in with new ones, or revoke them"
+                f"`gradstream certs rotate DIR`, or issue new ones to people and revoke these"
             )
         write_private(self.directory, {"ca.pem": self._cas.signing.certificate})
         self._cas = read_cas(self.directory, self.cluster)
@@ -315,7 +325,7 @@ class Authority:
         """The signing CA signed by the one before it, while both are trusted."""
         from gradstream.core import certificates
 
-        if not self._cas.others:
+        if not self.is_rotating:
             return b""
         crossed = read_pem(self.directory, CROSS_NAME)
         # It is another CA's when a rotation was cut short before the new key was in place.

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.private_files import read_private, readable_by_others, write_private
+from gradstream.core.private_files import read_together, readable_by_others, write_private
 from gradstream.core.strict_json import exact_keys, parse_object
 from gradstream.core.tokens import token_ids
 
@@ -31,9 +30,6 @@ _WRITE_ORDER = ("ca.pem", "token", "key.pem", "cert.pem")
 _SECRET_FILES = ("key.pem", "token")
 MAX_FILE_BYTES = 64 << 10
 MAX_BUNDLE_BYTES = 4 * MAX_FILE_BYTES
-# Of a directory that is being replaced one may see a part of each; that lasts for microseconds.
-_READ_TRIES = 3
-_READ_PAUSE_SECONDS = 0.02
 
 _BUNDLE_KEYS: dict[str, tuple[type, ...]] = {
     "gradstream_credentials": (int,),
@@ -107,16 +103,9 @@ def load(directory: Path | str, now: float) -> Credentials:
     Raises ConfigError, on one line, when the directory or a file of it is missing, unreadable or damaged, when the
     files do not belong together, and when the certificate is not valid now.
     """
-    for remaining in reversed(range(_READ_TRIES)):
-        try:
-            found = read(directory)
-            verify(found, now)
-            return found
-        except ConfigError:
-            if not remaining:
-                raise
-            time.sleep(_READ_PAUSE_SECONDS)
-    raise AssertionError
+    found = read(directory)
+    verify(found, now)
+    return found
 
 
 def read(directory: Path | str) -> Credentials:
@@ -125,12 +114,10 @@ def read(directory: Path | str) -> Credentials:
     Raises ConfigError.
     """
     place = _path(directory)
-    contents: dict[str, bytes] = {}
-    for name in FILES:
-        try:
-            contents[name] = read_private(place / name, MAX_FILE_BYTES)
-        except FileNotFoundError:
-            raise ConfigError(_missing(place, name)) from None
+    try:
+        contents = read_together(place, FILES, MAX_FILE_BYTES)
+    except FileNotFoundError as error:
+        raise ConfigError(_missing(place, error.filename)) from None
     exposed = [name for name in _SECRET_FILES if readable_by_others(place / name)]
     secret = " and ".join(exposed)
     warnings = (f"others than its owner may read {secret} in {place}; chmod 600 it",) if exposed else ()

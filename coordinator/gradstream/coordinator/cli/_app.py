@@ -18,7 +18,8 @@ import typer.main
 
 EPILOG = (
     "Exit codes: 0 done, 1 other error, 2 wrong recipe, option or path, 3 data, 4 checkpoint, 5 no plan possible, "
-    "6 protocol, 7 coordinator or fine-tuning service unreachable, 8 the job or fine-tuning failed, 9 credentials, 130 Ctrl-C. "
+    "6 protocol, 7 coordinator or fine-tuning service unreachable, 8 the job or fine-tuning failed, 9 credentials, "
+    "130 Ctrl-C. "
     "GRADSTREAM_COORDINATOR sets the coordinator's address, GRADSTREAM_FINE_TUNING the fine-tuning service's, "
     "GRADSTREAM_CREDENTIALS names a directory of credentials, GRADSTREAM_DEBUG=1 shows stack traces."
 )

@@ -1,5 +1,5 @@
-"""A cluster with credentials, of real processes: the same bits as in the clear, credentials that change while a job runs,
-and one line for everybody who is not let in."""
+"""A cluster with credentials, of real processes: the same bits as in the clear, credentials that change while a job
+runs, and one line for everybody who is not let in."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def test_the_bits_are_those_without_credentials_also_while_all_of_them_are_repla
         digest = clear.final_digest(job.job_id)
     # Two stages: workers stream to each other.
     pipeline = {"stages": 2, "schedule": "1f1b"}
-    recipe = tiny_recipe(
-        tiny_data, tmp_path / "runs", training=training, pipeline=pipeline, cluster={"min_workers": 2}
-    )
+    recipe = tiny_recipe(tiny_data, tmp_path / "runs", training=training, pipeline=pipeline, cluster={"min_workers": 2})
     job = secure.client.submit(recipe)
     secure.wait_for(job.job_id, lambda found: found.version >= 2, "train")
     assert secure.credentials is not None
@@ -177,7 +175,7 @@ def answers(client: Client) -> str:
     [
         ("parameter-server", "worker", "credentials of a worker cannot be used by a parameter server"),
         ("worker", "server", "credentials of a server cannot be used by a worker"),
-        ("worker", "submitter", "Register is for workers, servers, and these credentials are of a submitter"),
+        ("worker", "submitter", "Register is for workers and servers, and these credentials are of a submitter"),
         ("worker", None, "gradstream certs issue"),
     ],
 )
@@ -215,13 +213,15 @@ def test_who_did_what_is_kept(secure: Cluster, tiny_data: Path, tmp_path: Path) 
     assert about[-2]["outcome"] == "ok"
     assert about[-1]["outcome"].startswith("refused: StopJob is for submitters")
     assert [event["call"] for event in events if event["caller"] == "admin (admin)"].count("SubmitJob") >= 1
-    history = [item for item in secure.client.watch(job.job_id, follow=False)]
+    history = list(secure.client.watch(job.job_id, follow=False))
     assert any("submitted by admin (admin)" in str(item) for item in history)
 
 
 def test_a_coordinator_without_its_table_does_not_start(secure: Cluster, tmp_path: Path) -> None:
     directory = copied(secure, "coordinator", tmp_path / "coordinator")
     (directory / "tokens.json").unlink()
-    result = gradstream(secure, directory, "serve", "coordinator", "--listen", "127.0.0.1:0", "--state", str(tmp_path / "s"))
+    result = gradstream(
+        secure, directory, "serve", "coordinator", "--listen", "127.0.0.1:0", "--state", str(tmp_path / "s")
+    )
     assert result.returncode == ACCESS
     assert "the table of tokens" in result.stderr.splitlines()[-1]

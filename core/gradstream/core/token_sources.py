@@ -57,7 +57,7 @@ class FileTokens:
                 f"the table of tokens {self.path} cannot be read ({error.strerror}); `gradstream certs init` makes it, "
                 f"and --tokens names it"
             ) from None
-        table = TokenTable.parse(text)
+        table = TokenTable.parse(text, f"the table of tokens {self.path}")
         self.text = text
         return table
 

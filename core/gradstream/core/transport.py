@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from gradstream.core.credentials import Credentials, fingerprint, load
-from gradstream.core.errors import GradstreamError, one_line
+from gradstream.core.errors import ConfigError, CredentialsError, GradstreamError, one_line
 
 DOMAIN = "gradstream"
 LOOK_SECONDS = 1.0
@@ -45,7 +45,10 @@ class Transport:
         self._looked_at = 0.0
         if directory is not None:
             self._fingerprint = fingerprint(directory)
-            self._credentials = load(directory, clock())
+            try:
+                self._credentials = load(directory, clock())
+            except ConfigError as error:
+                raise CredentialsError(str(error)) from None
 
     @property
     def is_secure(self) -> bool:

@@ -44,6 +44,9 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("recipes", "recipes", "app", "Recipes: list, show and validate."),
     ("data", "data", "data_app", "Data sets: prepare and inspect."),
     ("serve", "serve", "app", "Run one role of a cluster: coordinator, parameter-server, worker or fine-tuning."),
+    ("certs", "certs", "app", "Credentials of a cluster: make, issue, renew and revoke them."),
+    ("login", "login", "login", "Store a credential for the addresses that you call."),
+    ("logout", "login", "logout", "Remove the credentials stored for addresses."),
     ("doctor", "doctor", "doctor", "Check this machine and the way to the coordinator."),
 )
 

@@ -1,0 +1,324 @@
+"""`gradstream certs`: make a cluster's authority, and issue, renew and revoke credentials with it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli._app import group
+from gradstream.coordinator.cli._options import OutputFormat, OutputOption
+
+if TYPE_CHECKING:
+    from gradstream.core.authority import Authority
+    from gradstream.core.credentials import Credentials
+    from gradstream.core.tokens import Token
+
+app = group("Credentials of a cluster: issue, renew and revoke certificates and tokens.")
+
+# By then certificates would be cut short by the CA's end.
+CA_WARNING_SECONDS = 400 * 86_400
+SOON_SECONDS = 30 * 86_400
+
+AuthorityOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--authority",
+        envvar="GRADSTREAM_AUTHORITY",
+        metavar="DIR",
+        show_default=False,
+        help="The authority's directory, which `gradstream certs init` made.",
+    ),
+]
+DaysOption = Annotated[
+    int | None,
+    typer.Option("--days", metavar="N", min=1, help="How long it is good.", show_default="people 90, services 365"),
+]
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The authority's directory. Keep it safe.")],
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokens", metavar="PATH", show_default="DIR/tokens.json", help="Where the coordinator finds the tokens."
+        ),
+    ] = None,
+    issue: Annotated[
+        list[str] | None,
+        typer.Option("--issue", metavar="ROLE=DIR", help="A credential directory that shall be there; repeatable."),
+    ] = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Make the authority of a cluster, and first credentials.
+
+    Nothing that is there and good is changed, so it may run before every start: what is missing is made, and
+    credentials that expire within 30 days are renewed.
+    """
+    from gradstream.core.authority import Authority
+
+    wanted = [_parse_issue(item, directory) for item in issue or []]
+    with Authority.init(_path(directory), None if tokens is None else _path(tokens)) as authority:
+        rows = []
+        for role, place in wanted:
+            action, reason = authority.ensure(role, role, place)
+            rows.append({"role": role, "directory": str(place), "action": action, "reason": reason})
+        _warn_of_ca(authority)
+    where = {"directory": str(authority.directory), "tokens": str(authority.tokens_path)}
+    if output is OutputFormat.json:
+        out.print_json({"cluster": authority.cluster, **where, "credentials": rows})
+        return
+    print(f"cluster {authority.cluster}: authority in {where['directory']}, tokens in {where['tokens']}")
+    if rows:
+        out.print_table(["ROLE", "CREDENTIAL", "DIRECTORY", "WHY"], [_cells(row) for row in rows])
+    else:
+        out.hint(f"first credential: gradstream certs issue admin --name NAME --authority {where['directory']}")
+
+
+@app.command()
+def issue(
+    role: Annotated[
+        str,
+        typer.Argument(
+            metavar="ROLE", help="viewer, submitter or admin; worker, server, coordinator or fine-tuning for services."
+        ),
+    ],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Whose it is.")],
+    authority: AuthorityOption = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", show_default=False, help="Write a credential directory, not a bundle."),
+    ] = None,
+    days: DaysOption = None,
+) -> None:
+    """Issue a credential: as a bundle on stdout, for `gradstream login`, or as a directory."""
+    with _open(authority) as opened:
+        made = opened.issue(role, name, days, None if directory is None else _path(directory))
+        _warn_of_ca(opened)
+    if directory is None:
+        _print_bundle(made)
+        return
+    print(made.source)
+    out.hint(f"{role} '{name}', good until {out.format_time(_time(made.expires_at))}")
+
+
+@app.command()
+def show(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A credential directory.")],
+) -> None:
+    """Print a credential directory as a bundle, for `gradstream login`.
+
+    When it is not good: exit code 2, and one line that says why.
+    """
+    from gradstream.core.credentials import load
+
+    found = load(_path(directory), time.time())
+    for warning in found.warnings:
+        out.warn(warning)
+    _print_bundle(found)
+
+
+@app.command()
+def ls(authority: AuthorityOption = None, output: OutputOption = OutputFormat.table) -> None:
+    """List the tokens that were issued, oldest first.
+
+    Those that expired or were revoked are forgotten after 30 days.
+    """
+    now = time.time()
+    with _open(authority, read_only=True) as opened:
+        tokens = opened.tokens()
+        _warn_of_ca(opened)
+    if output is OutputFormat.json:
+        out.print_json([_token_dict(token, now) for token in tokens])
+        return
+    if not tokens:
+        out.say("no tokens yet; `gradstream certs issue ROLE --name NAME` makes one")
+        return
+    out.print_table(
+        ["ID", "ROLE", "NAME", "ISSUED", "EXPIRES", "STATE"],
+        [
+            (
+                token.id,
+                token.role,
+                token.name,
+                out.format_time(_time(token.issued_at)),
+                out.format_time(_time(token.expires_at)),
+                _state_text(token, now),
+            )
+            for token in tokens
+        ],
+    )
+
+
+@app.command()
+def revoke(
+    name_or_id: Annotated[
+        str, typer.Argument(metavar="NAME_OR_ID", help="A token's id, or a name for all its tokens.")
+    ],
+    authority: AuthorityOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Revoke a token, or all tokens of a name.
+
+    Services refuse it as soon as they have read the new token table.
+    """
+    with _open(authority) as opened:
+        revoked = opened.revoke(name_or_id)
+    if output is OutputFormat.json:
+        out.print_json([_token_dict(token, time.time()) for token in revoked])
+        return
+    for token in revoked:
+        print(f"revoked token {token.id} of {token.holder}")
+    if not revoked:
+        out.say(f"no token of '{name_or_id}' was good any more")
+
+
+@app.command()
+def rotate(
+    directories: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", show_default=False, help="Credential directories to renew."),
+    ] = None,
+    authority: AuthorityOption = None,
+    ca: Annotated[
+        bool, typer.Option("--ca", help="Make a new CA first; the old one stays trusted until --finish.")
+    ] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="With --ca: drop the old CA, once all credentials are renewed.")
+    ] = False,
+    days: Annotated[
+        int | None, typer.Option("--days", metavar="N", min=1, help="How long they are good.", show_default="as before")
+    ] = None,
+    grace_minutes: Annotated[
+        int, typer.Option("--grace-minutes", metavar="N", min=0, help="How long the tokens before stay good.")
+    ] = 60,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Renew credential directories in place: a new certificate and token each.
+
+    Services take them up by themselves; the tokens before stay good for --grace-minutes.
+    """
+    from gradstream.core.errors import ConfigError
+
+    if finish and not ca:
+        raise ConfigError("--finish ends a rotation of the CA; add --ca")
+    if not directories and not ca:
+        raise ConfigError("nothing to renew; name credential directories, or add --ca for a new CA")
+    now = time.time()
+    rows: list[dict[str, Any]] = []
+    with _open(authority) as opened:
+        if ca and finish:
+            opened.finish_ca_rotation()
+        elif ca:
+            opened.rotate_ca()
+        for directory in map(_path, directories or []):
+            made = opened.refresh_ca(directory) if finish else opened.renew(directory, grace_minutes * 60, days)
+            rows.append({"directory": str(directory), "role": made.role, "name": made.name, **_until(made)})
+        waiting = opened.awaited()
+        if not ca:
+            _warn_of_ca(opened)
+    if output is OutputFormat.json:
+        out.print_json({"credentials": rows, "awaited": [_token_dict(token, now) for token in waiting]})
+        return
+    for row in rows:
+        done = "trusts the new CA alone" if finish else "renewed, good"
+        until = out.format_time(datetime.fromisoformat(row["expires_at"]))
+        print(f"{row['directory']}: {row['role']} '{row['name']}' {done} until {until}")
+    if ca and finish:
+        out.say("the old CA is dropped")
+    elif waiting:
+        holders = ", ".join(f"{token.holder} ({token.id})" for token in waiting)
+        out.say(f"before `gradstream certs rotate --ca --finish`, renew or revoke: {holders}")
+    elif ca or opened.is_rotating:
+        out.say("all credentials are of the new CA; end the rotation with `gradstream certs rotate --ca --finish`")
+
+
+def _open(directory: Path | None, read_only: bool = False) -> Authority:
+    from gradstream.core.authority import Authority
+    from gradstream.core.errors import ConfigError
+
+    if directory is None:
+        raise ConfigError("which authority? add --authority DIR, or set GRADSTREAM_AUTHORITY")
+    return Authority.open(_path(directory), read_only=read_only)
+
+
+def _path(path: Path) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _parse_issue(item: str, authority: Path) -> tuple[str, Path]:
+    """(role, directory) of a ROLE=DIR."""
+    from gradstream.core.errors import ConfigError, nearest
+    from gradstream.core.tokens import ROLES
+
+    role, equals, directory = item.partition("=")
+    if not equals or not directory:
+        raise ConfigError(f"--issue '{item}' is not of the form ROLE=DIR, like admin=credentials/admin")
+    if role not in ROLES:
+        raise ConfigError(f"--issue '{item}': no such role{nearest(role, ROLES) or '; roles are ' + ', '.join(ROLES)}")
+    if _path(Path(directory)) == _path(authority):
+        raise ConfigError(f"--issue '{item}' is the authority's own directory; give each credential its own")
+    return role, _path(Path(directory))
+
+
+def _print_bundle(credentials: Credentials) -> None:
+    from gradstream.core.credentials import to_bundle
+
+    print(to_bundle(credentials))
+    if sys.stdout.isatty():
+        out.warn(
+            f"this is the secret of {credentials.role} '{credentials.name}'; better pipe it: | gradstream login ADDRESS"
+        )
+
+
+def _warn_of_ca(authority: Authority) -> None:
+    if authority.ca_expires_at - time.time() < CA_WARNING_SECONDS:
+        expires = out.format_time(_time(authority.ca_expires_at))
+        out.warn(f"the CA expires on {expires}, and no credential outlives it; renew it: gradstream certs rotate --ca")
+
+
+def _until(credentials: Credentials) -> dict[str, str]:
+    return {"expires_at": _time(credentials.expires_at).isoformat()}
+
+
+def _time(seconds: int) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _state(token: Token, now: float) -> str:
+    if token.revoked_at is not None:
+        return "revoked"
+    return "good" if token.is_good(now) else "expired"
+
+
+def _state_text(token: Token, now: float) -> Any:
+    state = _state(token, now)
+    if state == "revoked":
+        return out.styled(f"revoked {out.format_time(_time(token.revoked_at or 0))}", "red")
+    if state == "expired":
+        return out.styled("expired", "yellow")
+    left = token.expires_at - now
+    return out.styled(f"good, {out.format_duration(left)} left", "green" if left > SOON_SECONDS else "yellow")
+
+
+def _token_dict(token: Token, now: float) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "role": token.role,
+        "name": token.name,
+        "issued_at": _time(token.issued_at).isoformat(),
+        "expires_at": _time(token.expires_at).isoformat(),
+        "revoked_at": None if token.revoked_at is None else _time(token.revoked_at).isoformat(),
+        "state": _state(token, now),
+    }
+
+
+def _cells(row: dict[str, str]) -> tuple[str, str, str, str]:
+    return row["role"], row["action"], row["directory"], row["reason"]

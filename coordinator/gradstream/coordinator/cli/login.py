@@ -1,0 +1,94 @@
+"""`gradstream login` and `gradstream logout`: credentials for the addresses that this user's commands call."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradstream.coordinator.cli import _output as out
+
+AddressesArgument = Annotated[
+    list[str], typer.Argument(metavar="ADDRESS", help="HOST:PORT of the coordinator or the fine-tuning service.")
+]
+
+
+def login(addresses: AddressesArgument) -> None:
+    """Store the credential whose bundle comes on stdin, for commands and clients that call these addresses.
+
+    A bundle comes from `gradstream certs issue` or `gradstream certs show`.
+    """
+    from gradstream.core import credentials
+    from gradstream.core.errors import ConfigError
+    from gradstream.core.tokens import SERVICE_ROLES
+
+    places = [(address, credentials.store_for(address)) for address in addresses]
+    bundle = _read_bundle(credentials.MAX_BUNDLE_BYTES)
+    if not bundle.strip():
+        raise ConfigError(
+            "no bundle came on stdin; pipe one: gradstream certs show DIR | gradstream login "
+            f"{addresses[0]} (if you did, what made it has failed)"
+        )
+    found = credentials.from_bundle(bundle, time.time(), "the bundle on stdin")
+    if found.role in SERVICE_ROLES:
+        raise ConfigError(
+            f"the bundle on stdin is a {found.role}'s, and login is for people; issue one to yourself: "
+            f"`gradstream certs issue submitter --name NAME`"
+        )
+    for _, place in places:
+        credentials.save(place, found)
+    until = out.format_time(datetime.fromtimestamp(found.expires_at, UTC))
+    for address, _ in places:
+        print(f"logged in to {address} as {found.role} '{found.name}' of cluster {found.cluster}, until {until}")
+
+
+def logout(addresses: AddressesArgument) -> None:
+    """Remove the credentials that are stored for these addresses.
+
+    The token itself stays good: `gradstream certs revoke` ends it.
+    """
+    from gradstream.core import credentials
+    from gradstream.core.errors import ConfigError
+
+    places = [(address, credentials.store_for(address)) for address in addresses]
+    for address, place in places:
+        if not os.path.isdir(place):
+            raise ConfigError(f"no credentials are stored for {address}{_stored(place.parent)}")
+    for address, place in places:
+        try:
+            shutil.rmtree(place)
+        except FileNotFoundError:
+            pass  # named twice
+        except OSError as error:
+            raise ConfigError(f"{place} cannot be removed ({error.strerror}); remove it yourself") from None
+        print(f"logged out of {address}")
+
+
+def _stored(directory: Path) -> str:
+    """What is stored, as the end of a message."""
+    try:
+        names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
+    except OSError:
+        names = []
+    shown = ", ".join(":".join(name.rsplit("_", 1)) for name in names[:5])
+    return f"; there are some for {shown}" if names else "; there are none at all"
+
+
+def _read_bundle(most_bytes: int) -> bytes:
+    stdin = sys.stdin.buffer
+    if not sys.stdin.isatty():
+        return stdin.read(most_bytes + 1)
+    out.say("paste the bundle, or pipe one: gradstream certs show DIR | gradstream login ADDRESS")
+    text = b""
+    # A bundle is one JSON object, on one line: nobody should have to know of Ctrl-D.
+    while len(text) <= most_bytes and (line := stdin.readline(most_bytes)):
+        text += line
+        if text.strip().endswith(b"}"):
+            break
+    return text

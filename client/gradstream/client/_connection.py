@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Any, Generic, TypeVar
 import grpc
 import grpc.aio
 
-from gradstream.core.credentials import stored_for
-from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError
+from gradstream.core.credentials import find_credentials
+from gradstream.core.errors import ConfigError, CredentialsError, GradstreamError, UnreachableError
+from gradstream.core.reach import why_unreachable
 from gradstream.core.rpc import ERROR_CLASS_KEY, error_from_rpc, open_channel
 from gradstream.core.transport import Transport
 
@@ -40,13 +40,6 @@ class Peer:
     """The command line's option for its address."""
     role: str
     """The one that its certificate must be of."""
-
-
-def find_credentials(address: str, given: str | Path | None = None) -> Path | None:
-    """The directory of the credentials for an address: those given, else the environment's GRADSTREAM_CREDENTIALS, else
-    those that `gradstream login` stored for it. None: in the clear."""
-    named = given or os.environ.get("GRADSTREAM_CREDENTIALS")
-    return Path(named).expanduser() if named else stored_for(address)
 
 
 class Connection(Generic[Stub]):
@@ -94,6 +87,7 @@ class Connection(Generic[Stub]):
             async with asyncio.timeout(min(RECONNECT_SECONDS if failed_before else 60, self._connect_timeout_seconds)):
                 while state is not grpc.ChannelConnectivity.READY:
                     if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and not failed_before:
+                        await self._check_credentials()
                         break
                     if state is grpc.ChannelConnectivity.SHUTDOWN:
                         raise GradstreamError("the client is closed; make a new one")
@@ -114,6 +108,12 @@ class Connection(Generic[Stub]):
             raise self.error(rpc_error) from None
         self.unreachable_since = None
         return response
+
+    async def _check_credentials(self) -> None:
+        """Raise CredentialsError when they are why one cannot connect."""
+        error = await why_unreachable(self.address, self._peer.role, self.transport)
+        if error is not None:
+            raise CredentialsError(f"{self._peer.title} {error}")
 
     def error(self, rpc_error: grpc.aio.AioRpcError) -> GradstreamError:
         """The error for people that a failed call stands for."""

@@ -162,6 +162,10 @@ class Controller:
         """Renew a node's lease; False when the stream counts no more."""
         return self.members.heartbeat(session.node_id, session.number, activity, self.clock(), unix_ms())
 
+    def note_vitals(self, session: Session, vitals: coordinator_pb2.Vitals) -> None:
+        """Keep what a node tells of itself."""
+        self.members.note_vitals(session.node_id, vitals)
+
     def close_session(self, session: Session, why: str) -> None:
         """A stream has ended; its node is dead at once unless it has another by now."""
         self._hub.close(session, why)

@@ -169,7 +169,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                 )
 
     async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Context) -> jobs_pb2.ListNodesResponse:
-        return jobs_pb2.ListNodesResponse(nodes=self._views.nodes())
+        return jobs_pb2.ListNodesResponse(nodes=self._views.nodes(), refused=self._views.refused_nodes())
 
     def _find(self, job_id: str) -> JobRecord:
         """The job, the newest for an empty id. Raises ConfigError that suggests the nearest."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from gradstream.core.errors import ConfigError
-from gradstream.proto.v1 import coordinator_pb2
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 SERVER = coordinator_pb2.NODE_KIND_PARAMETER_SERVER
 WORKER = coordinator_pb2.NODE_KIND_WORKER
@@ -21,6 +21,8 @@ KIND_WORDS = {SERVER: "parameter server", WORKER: "worker"}
 
 MAX_DEAD_NODES = 64
 MAX_REPLACED = 1024
+MAX_REFUSED = 64
+MAX_PATH_CHARACTERS = 4096
 NUM_RATE_SAMPLES = 20
 
 
@@ -51,6 +53,8 @@ class NodeEntry:
     # Jobs whose state it holds, with the epoch: as told at registration, then as told by us.
     holds: dict[str, int] = field(default_factory=dict)
     activity: coordinator_pb2.Activity = field(default_factory=coordinator_pb2.Activity)
+    # What it last told of itself; None when nothing.
+    vitals: coordinator_pb2.Vitals | None = None
     # (clock, job, bytes sent) of the last heartbeats, for rates.
     sent: deque[tuple[float, str, int]] = field(default_factory=lambda: deque(maxlen=NUM_RATE_SAMPLES))
 
@@ -83,6 +87,7 @@ class Membership:
         self._sessions = 0
         # Processes whose name another one took. Were they let in again, the two would take turns for ever.
         self._replaced: OrderedDict[str, None] = OrderedDict()
+        self._refused: OrderedDict[tuple[int, str], jobs_pb2.RefusedNode] = OrderedDict()
 
     def register(
         self, request: coordinator_pb2.RegisterRequest, now: float, unix_ms: int
@@ -130,7 +135,20 @@ class Membership:
         node.flops_per_second = request.flops_per_second
         node.last_heartbeat, node.last_heartbeat_unix_ms = now, unix_ms
         node.holds = {held.job_id: held.epoch for held in request.held}
+        self._refused.pop((request.kind, request.name), None)
         return node, replaced
+
+    def refuse(self, request: coordinator_pb2.RegisterRequest, reason: str, unix_ms: int) -> None:
+        """Remember a node that was not let in, for people who wonder where it is."""
+        key = (request.kind, request.name)
+        self._refused.pop(key, None)
+        self._refused[key] = jobs_pb2.RefusedNode(name=request.name, kind=request.kind, reason=reason, unix_ms=unix_ms)
+        while len(self._refused) > MAX_REFUSED:
+            self._refused.popitem(last=False)
+
+    def refused(self) -> list[jobs_pb2.RefusedNode]:
+        """Those not let in and not registered since, the newest first."""
+        return list(reversed(self._refused.values()))
 
     def open_session(self, node_id: str) -> NodeEntry | None:
         """Note a new stream of a live node; an older one of it counts no more. None when it is not registered."""
@@ -152,6 +170,12 @@ class Membership:
         node.activity = activity
         node.sent.append((now, activity.job_id, activity.sent_bytes))
         return True
+
+    def note_vitals(self, node_id: str, vitals: coordinator_pb2.Vitals) -> None:
+        """Keep what a node tells of itself."""
+        node = self._nodes.get(node_id)
+        if node is not None and len(vitals.machine.disk_directory) <= MAX_PATH_CHARACTERS:
+            node.vitals = vitals
 
     def close_session(self, node_id: str, session: int) -> NodeEntry | None:
         """A stream ended. The node that died of it, or None when the stream counted no more."""

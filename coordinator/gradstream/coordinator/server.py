@@ -17,7 +17,7 @@ from gradstream.coordinator.reports import Reports
 from gradstream.coordinator.servicer import CoordinatorServicer
 from gradstream.coordinator.sqlite_state import SqliteState
 from gradstream.coordinator.views import Views
-from gradstream.core import __version__, rpc
+from gradstream.core import __version__, access, probe, rpc
 from gradstream.core.audit import AuditLog
 from gradstream.core.errors import GradstreamError, one_line
 from gradstream.core.guard import Guard
@@ -25,7 +25,7 @@ from gradstream.core.log import get_logger
 from gradstream.core.state_lock import lock_directory
 from gradstream.core.token_sources import FileTokens
 from gradstream.core.transport import PLAIN, Transport
-from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc, probe_pb2
 
 HEALTH_CHECK_SECONDS = 5.0
 STOP_GRACE_SECONDS = 1.0
@@ -74,6 +74,7 @@ class Coordinator:
                 CoordinatorServicer(self.controller, reports, tokens), self._server
             )
             jobs_pb2_grpc.add_JobsServiceServicer_to_server(JobsServicer(self.controller, views), self._server)
+            probe.add_probe(self._server, access.COORDINATOR, lambda: self._state_dir)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
             if os.environ.get("GRADSTREAM_REFLECTION") == "1":
                 _add_reflection(self._server)
@@ -158,6 +159,7 @@ def _service_names() -> list[str]:
     return [
         coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name,
         jobs_pb2.DESCRIPTOR.services_by_name["JobsService"].full_name,
+        probe_pb2.DESCRIPTOR.services_by_name["ProbeService"].full_name,
     ]
 
 

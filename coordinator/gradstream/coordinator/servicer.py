@@ -11,7 +11,7 @@ import fsspec
 import grpc
 import grpc.aio
 
-from gradstream.coordinator.controller import Controller
+from gradstream.coordinator.controller import Controller, unix_ms
 from gradstream.coordinator.membership import KIND_WORDS, SERVER, WORKER
 from gradstream.coordinator.reports import Reports
 from gradstream.coordinator.sessions import Session as NodeStream
@@ -19,7 +19,7 @@ from gradstream.coordinator.state import JobRecord
 from gradstream.core import __version__, access, files
 from gradstream.core.config import parse_recipe
 from gradstream.core.data import parse_manifest
-from gradstream.core.errors import AccessError, ConfigError, DataError, GradstreamError, ProtocolError
+from gradstream.core.errors import AccessError, ConfigError, DataError, GradstreamError, ProtocolError, one_line
 from gradstream.core.rpc import ERROR_CLASS_KEY, answering
 from gradstream.core.token_sources import FileTokens
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -47,14 +47,23 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self, request: coordinator_pb2.RegisterRequest, context: Context
     ) -> coordinator_pb2.RegisterResponse:
         async with answering(context):
-            check_registration(request)
-            check_role(request.kind)
-            node = self._controller.register(request)
+            try:
+                check_registration(request)
+                check_role(request.kind)
+                node = self._controller.register(request)
+            except GradstreamError as error:
+                self._refuse(request, error)
+                raise
             timing = self._controller.timing
             return coordinator_pb2.RegisterResponse(
                 node_id=node.node_id, heartbeat_seconds=timing.heartbeat_seconds, lease_seconds=timing.lease_seconds
             )
         raise AssertionError("abort has raised")
+
+    def _refuse(self, request: coordinator_pb2.RegisterRequest, error: GradstreamError) -> None:
+        """Remember a node that was refused, if it has a name that can be shown."""
+        if request.kind in KIND_WORDS and _NAME.match(request.name):
+            self._controller.members.refuse(request, one_line(error), unix_ms())
 
     async def Session(
         self, request_iterator: AsyncIterator[coordinator_pb2.SessionRequest], context: Context
@@ -102,6 +111,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 if not self._controller.heartbeat(session, message.activity):
                     why = "this stream counts no more"
                     break
+                if message.HasField("vitals"):
+                    self._controller.note_vitals(session, message.vitals)
                 if message.log:
                     self._log(session, message)
                 if message.leaving:

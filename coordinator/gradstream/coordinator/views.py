@@ -247,9 +247,14 @@ class Views:
                 memory_bytes=node.memory_bytes,
                 device=node.device,
                 flops_per_second=node.flops_per_second,
+                vitals=node.vitals,
             )
             for node in self._controller.members.all()
         ]
+
+    def refused_nodes(self) -> list[jobs_pb2.RefusedNode]:
+        """Nodes that were not let in."""
+        return self._controller.members.refused()
 
 
 def codecs_line(codec: CodecConfig, last: coordinator_pb2.ReportStepRequest) -> str:

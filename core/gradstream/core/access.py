@@ -20,11 +20,13 @@ from gradstream.proto.v1 import (
     fine_tuning_pb2,
     jobs_pb2,
     parameter_server_pb2,
+    probe_pb2,
     worker_pb2,
 )
 
 FILES: tuple[FileDescriptor, ...] = tuple(
-    module.DESCRIPTOR for module in (coordinator_pb2, fine_tuning_pb2, jobs_pb2, parameter_server_pb2, worker_pb2)
+    module.DESCRIPTOR
+    for module in (coordinator_pb2, fine_tuning_pb2, jobs_pb2, parameter_server_pb2, probe_pb2, worker_pb2)
 )
 """The protos that have services."""
 

@@ -208,6 +208,13 @@ def stored_for(address: str, environment: Mapping[str, str] = os.environ) -> Pat
     return directory if os.path.isdir(directory) else None
 
 
+def find_credentials(address: str, given: str | Path | None = None) -> Path | None:
+    """The directory of the credentials for an address: those given, else the environment's GRADSTREAM_CREDENTIALS, else
+    those that `gradstream login` stored for it. None: in the clear."""
+    named = given or os.environ.get("GRADSTREAM_CREDENTIALS")
+    return Path(named).expanduser() if named else stored_for(address)
+
+
 def store_directory(environment: Mapping[str, str] = os.environ) -> Path:
     """Where `gradstream login` keeps credentials: below $XDG_CONFIG_HOME, else below ~/.config."""
     configured = environment.get("XDG_CONFIG_HOME", "")

@@ -19,8 +19,11 @@ from gradstream.core import __version__
 from gradstream.core.access import COORDINATOR
 from gradstream.core.errors import AccessError, ConfigError, GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.log import LogBuffer, get_logger
+from gradstream.core.machine import DiskDirectory
+from gradstream.core.reach import why_unreachable
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
 from gradstream.core.transport import PLAIN, Transport
+from gradstream.core.vitals import VitalsWatch
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 log = get_logger()
@@ -37,6 +40,8 @@ class NodeIdentity:
     device: str
     flops_per_second: float = 0.0
     incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
+    disk_directory: DiskDirectory = lambda: None
+    """Where it writes, for `gradstream doctor`."""
 
 
 class NodeSession:
@@ -72,6 +77,7 @@ class NodeSession:
         self.transport = transport
         self.channel = open_channel(coordinator_address, COORDINATOR, transport)
         self.stub = coordinator_pb2_grpc.CoordinatorServiceStub(self.channel)
+        self._vitals = VitalsWatch(self.channel, identity.disk_directory)
 
     @property
     def peer(self) -> str:
@@ -89,12 +95,23 @@ class NodeSession:
 
     async def run(self) -> None:
         """Register and heartbeat until `leave`. Raises the coordinator's error when it refuses this node for good."""
+        vitals = asyncio.create_task(self._vitals.run())
+        try:
+            await self._stay_registered()
+        finally:
+            vitals.cancel()
+        await self.channel.close(None)
+
+    async def _stay_registered(self) -> None:
         backoff = Backoff()
         while not self._leaving:
             try:
                 await self._register_and_heartbeat(backoff)
             except grpc.aio.AioRpcError as rpc_error:
                 error = error_from_rpc(rpc_error, self.peer)
+                if self.unreachable_since is None and isinstance(error, UnreachableError):
+                    found = await why_unreachable(self.coordinator_address, COORDINATOR, self.transport)
+                    error = found or error
                 if isinstance(error, ConfigError | ProtocolError):
                     raise error from None
                 # A node that was let in before waits for credentials that are valid again, as after a rotation.
@@ -105,7 +122,6 @@ class NodeSession:
                     log.warning("lost the coordinator, trying again until it is back", cause=one_line(error))
             if not self._leaving:
                 await asyncio.sleep(backoff.next())
-        await self.channel.close(None)
 
     async def report(self, send: Callable[[], Awaitable[object]]) -> None:
         """Send a report until the coordinator has taken it. Raises its error when it refuses for good."""
@@ -178,6 +194,7 @@ class NodeSession:
                 activity=self._activity(),
                 log=self._log_buffer.take() if self._log_buffer is not None else [],
                 leaving=leaving,
+                vitals=self._vitals.latest,
             )
             if leaving:
                 return

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from gradstream.core import rpc
+from gradstream.core import access, probe, rpc
 from gradstream.core.errors import CheckpointError, ConfigError, DataError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
 
@@ -222,7 +222,12 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
 
 def serving(servicer: CannedJobs, listen: str = "127.0.0.1:0") -> AbstractContextManager[str]:
     """Serve `servicer`. See serving_by."""
-    return serving_by(lambda server: jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server), listen)
+
+    def add(server: Any) -> None:
+        jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server)
+        probe.add_probe(server, access.COORDINATOR)
+
+    return serving_by(add, listen)
 
 
 @contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gradstream.coordinator.membership import MAX_DEAD_NODES, SERVER, WORKER, Membership, NodeEntry
+from gradstream.coordinator.membership import MAX_DEAD_NODES, MAX_REFUSED, SERVER, WORKER, Membership, NodeEntry
 from gradstream.core.errors import ConfigError
-from gradstream.proto.v1 import coordinator_pb2
+from gradstream.proto.v1 import coordinator_pb2, probe_pb2
 
 IDLE = coordinator_pb2.Activity()
 
@@ -124,3 +124,26 @@ def test_the_rate_of_sent_bytes() -> None:
         members.heartbeat(node.node_id, node.session, activity, float(second), 0)
     assert node.sent_bytes_per_second("a") == 100
     assert node.sent_bytes_per_second("b") == 0
+
+
+def test_refused_nodes_are_remembered_until_they_come_in() -> None:
+    members = Membership()
+    for number in range(MAX_REFUSED + 1):
+        members.refuse(request(name=f"w-{number}"), "too old", number)
+    members.refuse(request(name="w-1"), "still too old", 1000)
+    refused = members.refused()
+    assert len(refused) == MAX_REFUSED
+    assert (refused[0].name, refused[0].reason, refused[0].unix_ms) == ("w-1", "still too old", 1000)
+    assert (refused[1].name, refused[-1].name) == (f"w-{MAX_REFUSED}", "w-2")
+    members.register(request(name="w-1"), 0, 0)
+    assert "w-1" not in [node.name for node in members.refused()]
+
+
+def test_what_a_node_tells_of_itself_is_kept_if_it_is_of_a_sensible_size() -> None:
+    members = Membership()
+    node = join(members, 0)
+    sensible = coordinator_pb2.Vitals(machine=probe_pb2.Machine(disk_directory="/state"), clock_ahead_ms=-3)
+    members.note_vitals(node.node_id, sensible)
+    members.note_vitals(node.node_id, coordinator_pb2.Vitals(machine=probe_pb2.Machine(disk_directory="x" * 5000)))
+    members.note_vitals("nobody", sensible)
+    assert node.vitals == sensible

@@ -12,7 +12,8 @@ import psutil
 import torch
 
 from gradstream.core import log as logging
-from gradstream.core import memory
+from gradstream.core import memory, probe
+from gradstream.core.access import WORKER
 from gradstream.core.errors import ProtocolError
 from gradstream.core.model import preload
 from gradstream.core.plan import Plan
@@ -155,8 +156,10 @@ async def serve(
     described = f"{picked} ({torch.cuda.get_device_name(picked)})" if picked.type == "cuda" else str(picked)
     flops = await asyncio.to_thread(measure_flops, picked)
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, door.address, memory_bytes, described, flops)
+    identity.disk_directory = lambda: cache_directory
     node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer, transport)
     add_worker(node.servicer, door.server)
+    probe.add_probe(door.server, WORKER, identity.disk_directory)
     await door.server.start()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -47,7 +47,7 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("certs", "certs", "app", "Credentials of a cluster: make, issue, renew and revoke them."),
     ("login", "login", "login", "Store a credential for the addresses that you call."),
     ("logout", "login", "logout", "Remove the credentials stored for addresses."),
-    ("doctor", "doctor", "doctor", "Check this machine and the way to the coordinator."),
+    ("doctor", "doctor", "doctor", "Check this machine and a cluster: what is wrong, and how to mend it."),
 )
 
 

@@ -41,6 +41,16 @@ ServiceOption = Annotated[
         help="The fine-tuning service's address.",
     ),
 ]
+CredentialsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--credentials",
+        envvar="GRADSTREAM_CREDENTIALS",
+        metavar="DIR",
+        help="Directory with the credentials to show.",
+        show_default="those of `gradstream login`, else in the clear",
+    ),
+]
 OutputOption = Annotated[
     OutputFormat,
     typer.Option("--output", "-o", help="table for people, json for programs (stdout holds nothing else)."),

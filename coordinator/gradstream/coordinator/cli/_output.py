@@ -117,6 +117,16 @@ def format_rate(bytes_per_second: float) -> str:
     return f"{format_bytes(bytes_per_second)}/s"
 
 
+def format_bit_rate(bytes_per_second: float) -> str:
+    """94 Mb/s: as links are sold."""
+    bits = 8 * bytes_per_second
+    for unit in ("b/s", "kb/s", "Mb/s"):
+        if bits < 999.5:
+            return f"{bits:.3g} {unit}"
+        bits /= 1000
+    return f"{bits:.3g} Gb/s"
+
+
 def format_count(count: float) -> str:
     """12.3 M."""
     for unit in ("", " k", " M", " G"):

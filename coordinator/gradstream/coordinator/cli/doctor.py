@@ -1,4 +1,7 @@
-"""`gradstream doctor`: is this machine fit, and does the coordinator answer?"""
+"""`gradstream doctor`: is this machine fit, and is the cluster?
+
+A cluster is looked at in two steps: `_doctor_gather` finds the facts, `_doctor_diagnosis` concludes from them.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,47 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._options import CoordinatorOption, OutputFormat, OutputOption
+from gradstream.coordinator.cli._checks import Check
+from gradstream.coordinator.cli._options import CoordinatorOption, CredentialsOption, OutputFormat, OutputOption
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MIN_MEMORY_BYTES = 2 << 30
 MIN_DISK_BYTES = 5 << 30
+NAME_WIDTH = 22
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
+FineTuningOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fine-tuning",
+        "--service",
+        envvar="GRADSTREAM_FINE_TUNING",
+        metavar="HOST:PORT",
+        help="The fine-tuning service's address.",
+        show_default="not looked at",
+    ),
+]
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """The result of one check. `cure` says what to do unless the result is ok."""
 
-    name: str
-    result: Literal["ok", "warn", "fail"]
-    message: str
-    cure: str = ""
+def doctor(
+    coordinator: CoordinatorOption = None,
+    fine_tuning: FineTuningOption = None,
+    credentials: CredentialsOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> int:
+    """Check this machine and, where an address is given, the cluster: what is wrong, and how to mend it.
 
-
-def doctor(coordinator: CoordinatorOption = None, output: OutputOption = OutputFormat.table) -> int:
-    """Check this machine and, if an address is given, the way to the coordinator. Exit code 1 when a check fails."""
+    Exit code 1 when a check fails.
+    """
     checks: list[Check] = []
     tests: list[Callable[[], list[Check]]] = [
         check_python,
@@ -39,26 +59,40 @@ def doctor(coordinator: CoordinatorOption = None, output: OutputOption = OutputF
         check_memory,
         lambda: check_disk(Path.cwd()),
         check_loopback,
-        lambda: check_coordinator(coordinator),
+        lambda: check_cluster(coordinator, fine_tuning, credentials),
     ]
     console = out.console()
     for test in tests:
         for check in _guarded(test):
             checks.append(check)
             if output is OutputFormat.table:
-                from rich.text import Text
-
-                cure = f"; {check.cure}" if check.cure else ""
-                line = Text.assemble(
-                    (f"{check.result:<5}", _STYLES[check.result]), (f"{check.name:<22}", "bold"), check.message, cure
-                )
-                console.print(line, soft_wrap=True)
+                _print(console, check)
     failed = any(check.result == "fail" for check in checks)
     if output is OutputFormat.json:
         out.print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
     elif not failed:
         out.hint("train something here: gradstream dev stdlib-gpt")
     return 1 if failed else 0
+
+
+def _print(console: Console, check: Check) -> None:
+    """One line; on a terminal that is narrower, what follows is indented."""
+    from rich.table import Table
+    from rich.text import Text
+
+    message = Text(check.message)
+    if check.cure:
+        message.append("; ").append(check.cure, style="" if check.result == "ok" else "cyan")
+    if not console.is_terminal:
+        line = Text.assemble(f"{check.result:<5}", f"{check.name:<{NAME_WIDTH}}", " " * (len(check.name) >= NAME_WIDTH))
+        console.print(line.append(message), soft_wrap=True)
+        return
+    row = Table.grid(expand=False)
+    row.add_column(width=5)
+    row.add_column(width=min(NAME_WIDTH, console.width // 4))
+    row.add_column(overflow="fold")
+    row.add_row(Text(check.result, _STYLES[check.result]), Text(check.name, "bold"), message)
+    console.print(row)
 
 
 def _guarded(test: Callable[[], list[Check]]) -> list[Check]:
@@ -192,20 +226,19 @@ def check_loopback() -> list[Check]:
     return [Check("grpc loopback", "ok", f"1 MiB there and back in {1000 * seconds:.1f} ms ({out.format_rate(rate)})")]
 
 
-def check_coordinator(address: str | None) -> list[Check]:
-    """The coordinator answers, and its nodes are alive."""
-    if address is None:
-        return [Check("coordinator", "ok", "not asked; -c HOST:PORT checks one")]
-    from gradstream.client import Client
-    from gradstream.core.errors import GradstreamError, one_line
+def check_cluster(coordinator: str | None, fine_tuning: str | None, credentials: Path | None) -> list[Check]:
+    """The services at these addresses, the nodes that the coordinator knows, and the links to all of them."""
+    if coordinator is None and fine_tuning is None and credentials is None:
+        return [Check("coordinator", "ok", "not asked; -c HOST:PORT checks a cluster")]
+    import asyncio
 
-    try:
-        with Client(address) as client:
-            nodes = client.nodes()
-    except GradstreamError as error:
-        return [Check("coordinator", "fail", one_line(error))]
-    alive = sum(node.alive for node in nodes)
-    message = f"{address} answers; {alive} of {len(nodes)} nodes are alive"
-    if not alive:
-        return [Check("coordinator", "warn", message, "start `gradstream serve parameter-server` and `… worker`")]
-    return [Check("coordinator", "ok", message)]
+    from gradstream.coordinator.cli._doctor_diagnosis import diagnose
+    from gradstream.coordinator.cli._doctor_gather import Targets, gather
+    from gradstream.core.credentials import find_credentials
+
+    address = coordinator or fine_tuning
+    directory = find_credentials(address, credentials) if address else credentials
+    targets = Targets(coordinator, fine_tuning, directory)
+    with out.console(stderr=True).status("looking at the cluster") as status:
+        facts = asyncio.run(gather(targets, lambda what: status.update(f"looking at {what}")))
+    return diagnose(facts)

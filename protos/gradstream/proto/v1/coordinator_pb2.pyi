@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from gradstream.proto.v1 import plan_pb2 as _plan_pb2
+from gradstream.proto.v1 import probe_pb2 as _probe_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -334,6 +335,7 @@ class SessionRequest(_message.Message):
     ACTIVITY_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    VITALS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """The identity from RegisterResponse."""
     leaving: _builtins.bool
@@ -346,6 +348,10 @@ class SessionRequest(_message.Message):
     def log(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogLine]:
         """Log lines since the last heartbeat, oldest first; at most 200, older ones are dropped."""
 
+    @_builtins.property
+    def vitals(self) -> Global___Vitals:
+        """What the node last measured of itself; absent before it has."""
+
     def __init__(
         self,
         *,
@@ -353,14 +359,51 @@ class SessionRequest(_message.Message):
         activity: Global___Activity | None = ...,
         log: _abc.Iterable[Global___LogLine] | None = ...,
         leaving: _builtins.bool = ...,
+        vitals: Global___Vitals | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "vitals", b"vitals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "leaving", b"leaving", "log", b"log", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "leaving", b"leaving", "log", b"log", "node_id", b"node_id", "vitals", b"vitals"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
+
+@_typing.final
+class Vitals(_message.Message):
+    """How a node is off, for `gradstream doctor`: measured by the node itself, every some seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MACHINE_FIELD_NUMBER: _builtins.int
+    LINKED_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_MICROSECONDS_FIELD_NUMBER: _builtins.int
+    CLOCK_AHEAD_MS_FIELD_NUMBER: _builtins.int
+    linked: _builtins.bool
+    """Whether the two below were measured: not while the coordinator does not answer ProbeService."""
+    round_trip_microseconds: _builtins.int
+    """Microseconds that a small call to the coordinator and back takes: the least of a few."""
+    clock_ahead_ms: _builtins.int
+    """Milliseconds by which the node's clock is ahead of the coordinator's."""
+    @_builtins.property
+    def machine(self) -> _probe_pb2.Machine:
+        """Its machine."""
+
+    def __init__(
+        self,
+        *,
+        machine: _probe_pb2.Machine | None = ...,
+        linked: _builtins.bool = ...,
+        round_trip_microseconds: _builtins.int = ...,
+        clock_ahead_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_ahead_ms", b"clock_ahead_ms", "linked", b"linked", "machine", b"machine", "round_trip_microseconds", b"round_trip_microseconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Vitals: _TypeAlias = Vitals  # noqa: Y015
 
 @_typing.final
 class SessionResponse(_message.Message):

@@ -366,6 +366,7 @@ class Node(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     FLOPS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    VITALS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Identity given at registration."""
     name: _builtins.str
@@ -388,6 +389,10 @@ class Node(_message.Message):
     def activity(self) -> _coordinator_pb2.Activity:
         """What it does."""
 
+    @_builtins.property
+    def vitals(self) -> _coordinator_pb2.Vitals:
+        """What it last told of its machine, its clock and its link to the coordinator; absent when it has told nothing."""
+
     def __init__(
         self,
         *,
@@ -401,14 +406,49 @@ class Node(_message.Message):
         memory_bytes: _builtins.int = ...,
         device: _builtins.str = ...,
         flops_per_second: _builtins.float = ...,
+        vitals: _coordinator_pb2.Vitals | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "vitals", b"vitals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "address", b"address", "alive", b"alive", "device", b"device", "flops_per_second", b"flops_per_second", "kind", b"kind", "last_heartbeat_unix_ms", b"last_heartbeat_unix_ms", "memory_bytes", b"memory_bytes", "name", b"name", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "address", b"address", "alive", b"alive", "device", b"device", "flops_per_second", b"flops_per_second", "kind", b"kind", "last_heartbeat_unix_ms", b"last_heartbeat_unix_ms", "memory_bytes", b"memory_bytes", "name", b"name", "node_id", b"node_id", "vitals", b"vitals"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Node: _TypeAlias = Node  # noqa: Y015
+
+@_typing.final
+class RefusedNode(_message.Message):
+    """A node that wanted to register and was refused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    UNIX_MS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    kind: _coordinator_pb2.NodeKind.ValueType
+    """Parameter server or worker."""
+    reason: _builtins.str
+    """One line for people: why, and what to do."""
+    unix_ms: _builtins.int
+    """Unix time in milliseconds of its last try."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: _coordinator_pb2.NodeKind.ValueType = ...,
+        reason: _builtins.str = ...,
+        unix_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "name", b"name", "reason", b"reason", "unix_ms", b"unix_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefusedNode: _TypeAlias = RefusedNode  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
@@ -1119,18 +1159,24 @@ class ListNodesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NODES_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]:
         """Live ones first, then by kind and name."""
+
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedNode]:
+        """Those refused since the coordinator began and not registered since; the newest try first, at most 64."""
 
     def __init__(
         self,
         *,
         nodes: _abc.Iterable[Global___Node] | None = ...,
+        refused: _abc.Iterable[Global___RefusedNode] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

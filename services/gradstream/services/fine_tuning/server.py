@@ -11,7 +11,7 @@ from typing import Any
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from gradstream.core import __version__, files
+from gradstream.core import __version__, access, files, probe
 from gradstream.core import log as logging
 from gradstream.core.audit import AuditLog
 from gradstream.core.errors import GradstreamError, UnreachableError, one_line
@@ -64,6 +64,7 @@ async def serve(
         fine_tuning_pb2_grpc.add_FineTuningServiceServicer_to_server(
             FineTuningServicer(fine_tunings, jobs, serving), server
         )
+        probe.add_probe(server, access.FINE_TUNING, lambda: state_directory)
         health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         for service in ("", HEALTH_SERVICE):

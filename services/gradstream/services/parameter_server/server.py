@@ -16,7 +16,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import log as logging
-from gradstream.core import memory, model
+from gradstream.core import memory, model, probe
 from gradstream.core.access import SERVER
 from gradstream.core.errors import StaleEpochError, one_line
 from gradstream.core.plan import Plan
@@ -68,6 +68,12 @@ class ParameterServer:
         self._loading: asyncio.Task[None] | None = None
         self._leader_channel: grpc.aio.Channel | None = None
         self._process = psutil.Process()
+
+    @property
+    def checkpoint_directory(self) -> Path | None:
+        """Where it writes at the moment; None without a job, or where that is no directory of this machine."""
+        root = "" if self.shard is None else self.shard.plan.checkpoint_root
+        return Path(root) if root.startswith("/") else None
 
     async def run(self) -> None:
         """Serve until the session is left. Raises the coordinator's error when it refuses this node."""
@@ -208,9 +214,11 @@ async def serve(
     optimizer.preload()
     memory.settle()
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, door.address, memory_bytes, "cpu")
+    identity.disk_directory = lambda: node.checkpoint_directory
     num_threads = num_threads or max(2, min(8, os.cpu_count() or 2))
     node = ParameterServer(coordinator, identity, log_buffer, num_threads, transport)
     add_parameter_server(node.servicer, door.server)
+    probe.add_probe(door.server, SERVER, identity.disk_directory)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, door.server)
     await door.server.start()

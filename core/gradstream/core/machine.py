@@ -1,0 +1,133 @@
+"""What a machine has left: memory (of the container, where it has less than the machine) and disk."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradstream.proto.v1 import probe_pb2
+
+CGROUP = Path("/sys/fs/cgroup")
+READ_SECONDS = 1.0
+"""How long a disk may take to answer, and for how long an answer is good."""
+
+DiskDirectory = Callable[[], Path | None]
+"""Says where a service writes at the moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is left, in bytes. `free_disk_bytes` is None where nothing is written, or the disk does not tell."""
+
+    total_memory_bytes: int
+    available_memory_bytes: int
+    free_disk_bytes: int | None = None
+    disk_directory: str = ""
+
+    def to_proto(self) -> probe_pb2.Machine:
+        """As it is sent."""
+        return probe_pb2.Machine(
+            total_memory_bytes=self.total_memory_bytes,
+            available_memory_bytes=self.available_memory_bytes,
+            free_disk_bytes=self.free_disk_bytes,
+            disk_directory=self.disk_directory,
+        )
+
+    @classmethod
+    def from_proto(cls, message: probe_pb2.Machine) -> Machine:
+        """As it came."""
+        return cls(
+            total_memory_bytes=message.total_memory_bytes,
+            available_memory_bytes=message.available_memory_bytes,
+            free_disk_bytes=message.free_disk_bytes if message.HasField("free_disk_bytes") else None,
+            disk_directory=message.disk_directory,
+        )
+
+
+def read_memory(cgroup: Path = CGROUP) -> tuple[int, int]:
+    """(total, available) bytes of memory that this process may use. `cgroup` is where the kernel tells its limits."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, available = int(memory.total), int(memory.available)
+    for limit_file, used_file, stat_file, cache_key in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        limit, used = _number(cgroup / limit_file), _number(cgroup / used_file)
+        if limit is None or used is None or limit >= total:
+            continue
+        # Copies of files that the kernel drops when memory is wanted.
+        used -= min(used, _stat(cgroup / stat_file, cache_key))
+        return limit, max(0, min(available, limit - used))
+    return total, available
+
+
+def free_disk_bytes(directory: Path) -> int | None:
+    """Bytes free on the disk of a directory, which need not be there yet; None when that cannot be told. May block."""
+    try:
+        place = directory.absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
+def read_machine(directory: Path | None) -> Machine:
+    """What this machine has left. May block as long as the directory's disk does."""
+    total, available = read_memory()
+    free = None if directory is None else free_disk_bytes(directory)
+    return Machine(total, available, free, "" if free is None else str(directory))
+
+
+class MachineReader:
+    """Reads without holding up the event loop: a disk that hangs costs the answer about the disk, and one thread."""
+
+    def __init__(self, directory: DiskDirectory, clock: Callable[[], float] = time.monotonic):
+        self._directory = directory
+        self._clock = clock
+        self._reading: asyncio.Future[Machine] | None = None
+        self._last: tuple[float, Machine] | None = None
+
+    async def read(self) -> Machine:
+        """What is left, at most `READ_SECONDS` old, after at most as long.
+
+        Of a disk that took longer to answer it is what it answered to an earlier question.
+        """
+        if self._last is not None and self._clock() - self._last[0] < READ_SECONDS:
+            return self._last[1]
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(asyncio.to_thread(read_machine, self._directory()))
+        reading = self._reading
+        done, _ = await asyncio.wait({reading}, timeout=READ_SECONDS)
+        if not done:
+            return Machine(*read_memory())
+        if self._reading is reading:
+            self._reading = None
+        found = reading.result()
+        self._last = (self._clock(), found)
+        return found
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        # No such limit, or "max".
+        return None
+
+
+def _stat(path: Path, key: str) -> int:
+    try:
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == key:
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return 0

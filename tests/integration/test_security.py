@@ -109,7 +109,7 @@ def test_people_are_told_what_their_credentials_are_not_good_for(secure: Cluster
     assert gradstream(secure, of_role(secure, "viewer"), "ls").returncode == 0
     for role, command, words in (
         ("viewer", ("stop", "tiny-1"), "StopJob is for submitters and above, and these credentials are of a viewer"),
-        ("worker", ("ls",), "ListJobs is for viewers and above, and these credentials are of a worker"),
+        ("worker", ("events", "tiny-1"), "WatchJob is for viewers and above, and these credentials are of a worker"),
         ("server", ("submit", "stdlib-gpt"), "SubmitJob is for submitters and above"),
     ):
         assert words in refused(secure, of_role(secure, role), *command)
@@ -176,7 +176,7 @@ def answers(client: Client) -> str:
         ("parameter-server", "worker", "credentials of a worker cannot be used by a parameter server"),
         ("worker", "server", "credentials of a server cannot be used by a worker"),
         ("worker", "submitter", "Register is for workers and servers, and these credentials are of a submitter"),
-        ("worker", None, "gradstream certs issue"),
+        ("worker", None, "wants TLS, and no credentials were given for it; name them with --credentials DIR"),
     ],
 )
 def test_a_node_cannot_be_what_its_credentials_are_not_of(

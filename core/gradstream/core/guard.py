@@ -42,6 +42,9 @@ class TokenSource(Protocol):
     def table(self) -> TokenTable | None:
         """The newest; None as long as there is none."""
 
+    def refresh(self) -> None:
+        """Look at once whether there is a newer one, where that can be told: a token may be newer than the table."""
+
 
 @dataclass(frozen=True)
 class AuditEvent:
@@ -159,6 +162,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
     async def _admitted(self, method: str, request: Any, context: Context) -> AsyncIterator[None]:
         text = token_of(context)
         token, error = decide(method, text, role_of(context), self._tokens.table, self._clock())
+        if token is None:
+            self._tokens.refresh()
+            token, error = decide(method, text, role_of(context), self._tokens.table, self._clock())
         host = context.peer().rpartition(":")[0]
         caller = Caller(token.name, token.role, host) if token is not None else None
         meter = self._meter(token, host) if token is not None else None

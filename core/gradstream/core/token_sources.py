@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,8 @@ log = get_logger()
 
 LOOK_SECONDS = 1.0
 """How long a change of the file may go unnoticed."""
+LEAST_LOOK_SECONDS = 0.05
+"""Those who knock with tokens that nobody knows do not make it look more often."""
 
 
 class FileTokens:
@@ -48,6 +51,11 @@ class FileTokens:
             self._looked_at = now
         return self._table
 
+    def refresh(self) -> None:
+        """Look at the file now, if the last look is not from just now."""
+        if time.monotonic() - self._looked_at >= LEAST_LOOK_SECONDS:
+            self._looked_at = -math.inf
+
     def _read(self) -> TokenTable:
         try:
             self._mark = _mark(self.path)
@@ -67,6 +75,9 @@ class FollowedTokens:
 
     def __init__(self) -> None:
         self.table: TokenTable | None = None
+
+    def refresh(self) -> None:
+        """The coordinator tells by itself."""
 
     async def follow(self, channel: grpc.aio.Channel, peer: str) -> None:
         """Take each table that comes, for as long as this runs."""

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-finetune test check format protos lock clean
+.PHONY: help install demo demo-finetune test wheels test-compose check format protos lock clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 22
@@ -31,6 +31,12 @@ demo-finetune: $(STAMP)  ## Teach the demo's model a task with LoRA (trains the 
 
 test: $(STAMP)  ## Run all tests.
 	$(BIN)/python -m pytest
+
+wheels: $(STAMP)  ## Fill deploy/wheels, so that images are built without a network.
+	$(BIN)/python deploy/engine.py deploy/wheels
+
+test-compose: $(STAMP)  ## Test the docker-compose cluster for real (BASE_IMAGE=an image or debian, WHEELS=no: from the index).
+	$(BIN)/python deploy/test_compose.py --base-image $(or $(BASE_IMAGE),debian) $(if $(filter no,$(WHEELS)),--no-wheels) $(ARGS)
 
 check: $(STAMP)  ## Lint, types, protos.
 	$(BIN)/ruff check .

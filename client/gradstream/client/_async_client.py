@@ -107,7 +107,7 @@ class AsyncClient:
             raise ConfigError("overrides go with the path of a recipe; change the mapping or the Recipe instead")
         else:
             resolved = absolute_paths(recipe if isinstance(recipe, Recipe) else parse_recipe(recipe))
-        request = jobs_pb2.SubmitJobRequest(recipe_json=resolved.model_dump_json())
+        request = jobs_pb2.SubmitJobRequest(recipe_json=resolved.model_dump_json(), directory=os.getcwd())
         response = await self._connection.call(lambda stub, timeout: stub.SubmitJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 

@@ -141,7 +141,9 @@ class AsyncFineTuningClient:
         Raises ConfigError when the recipe or its base is wrong, DataError when the examples are.
         """
         resolved = await _resolve(recipe, overrides)
-        request = pb.PreviewExamplesRequest(recipe_json=resolved.model_dump_json(), num_examples=num_examples)
+        request = pb.PreviewExamplesRequest(
+            recipe_json=resolved.model_dump_json(), num_examples=num_examples, directory=os.getcwd()
+        )
         # It reads all rows, and the base before them: no deadline that fits one file would fit another.
         response = await self._connection.call(lambda stub, _: stub.PreviewExamples(request))
         return ExamplesPreview.from_proto(response)
@@ -157,7 +159,7 @@ class AsyncFineTuningClient:
         Raises ConfigError when the recipe is wrong or its name taken, DataError when its data is not to be found.
         """
         resolved = await _resolve(recipe, overrides)
-        request = pb.CreateFineTuningRequest(recipe_json=resolved.model_dump_json())
+        request = pb.CreateFineTuningRequest(recipe_json=resolved.model_dump_json(), directory=os.getcwd())
         response = await self._connection.call(lambda stub, timeout: stub.CreateFineTuning(request, timeout=timeout))
         return FineTuning.from_proto(response.fine_tuning)
 

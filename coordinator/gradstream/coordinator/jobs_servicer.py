@@ -20,6 +20,7 @@ from gradstream.core.checkpoint import directory_of, export_huggingface
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, nearest
+from gradstream.core.roots import moved_recipe
 from gradstream.core.rpc import answering
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
@@ -31,17 +32,18 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     """Jobs, their history and the cluster's state."""
 
-    def __init__(self, controller: Controller, views: Views):
+    def __init__(self, controller: Controller, views: Views, root: str = ""):
         self._controller = controller
         self._state = controller.state
         self._views = views
+        self._root = root
         self._orders = Orders(controller)
         # Each export holds a whole model on disk.
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
 
     async def SubmitJob(self, request: jobs_pb2.SubmitJobRequest, context: Context) -> jobs_pb2.SubmitJobResponse:
         async with answering(context):
-            recipe = parse_recipe(request.recipe_json)
+            recipe = moved_recipe(parse_recipe(request.recipe_json), request.directory, self._root)
             manifest = await asyncio.to_thread(read_data_manifest, recipe)
             await asyncio.to_thread(planner.check_data, recipe, manifest)
             jobs = self._state.list_jobs()

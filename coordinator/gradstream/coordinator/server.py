@@ -42,6 +42,7 @@ class Coordinator:
         listen: str,
         state_dir: Path,
         timing: Timing | None = None,
+        root: str = "",
         transport: Transport = PLAIN,
         tokens: Path | None = None,
     ):
@@ -49,6 +50,7 @@ class Coordinator:
         self._listen = listen
         self._state_dir = state_dir
         self._timing = timing
+        self._root = root
         self._transport = transport
         self._tokens_path = tokens
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -73,7 +75,9 @@ class Coordinator:
             coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
                 CoordinatorServicer(self.controller, reports, tokens), self._server
             )
-            jobs_pb2_grpc.add_JobsServiceServicer_to_server(JobsServicer(self.controller, views), self._server)
+            jobs_pb2_grpc.add_JobsServiceServicer_to_server(
+                JobsServicer(self.controller, views, self._root), self._server
+            )
             probe.add_probe(self._server, access.COORDINATOR, lambda: self._state_dir)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
             if os.environ.get("GRADSTREAM_REFLECTION") == "1":
@@ -126,14 +130,18 @@ async def serve(
     state_dir: Path,
     ready_file: Path | None = None,
     timing: Timing | None = None,
+    root: str = "",
     credentials: Path | None = None,
     tokens: Path | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once nodes can register; `credentials` is
-    the directory of the coordinator's own, `tokens` the table of tokens, by default tokens.json in that directory."""
+    """Serve until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once nodes can register.
+
+    `root`: directory that stands for the one in which a recipe is submitted (gradstream.core.roots); empty: none.
+    `credentials` is the directory of the coordinator's own, `tokens` the table of tokens, by default tokens.json there.
+    """
     if credentials is not None and tokens is None:
         tokens = credentials / TOKENS_NAME
-    coordinator = Coordinator(listen, state_dir, timing, Transport(credentials), tokens)
+    coordinator = Coordinator(listen, state_dir, timing, root, Transport(credentials), tokens)
     await coordinator.start()
     try:
         log.info("coordinator ready", address=coordinator.address, state=str(state_dir), version=__version__)

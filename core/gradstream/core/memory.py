@@ -1,12 +1,31 @@
-"""A process's memory: given back when a job's model or shard is dropped, instead of whenever it happens to be."""
+"""A process's memory: how much there is; given back when a job's model or shard is dropped, instead of whenever it
+happens to be."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
+
+# Where a container finds its own limit: control groups of version 2 and of version 1.
+LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def available_bytes(limit_files: Sequence[Path] = LIMIT_FILES) -> int:
+    """The machine's memory, or the limit of the container that this process runs in where that is less."""
+    import psutil
+
+    total: int = psutil.virtual_memory().total
+    for path in limit_files:
+        try:
+            total = min(total, int(path.read_text()))
+        except (OSError, ValueError):
+            # No such file, or "max".
+            continue
+    return total
 
 
 def settle() -> None:

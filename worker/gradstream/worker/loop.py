@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import log as logging
 from gradstream.core import memory, probe
@@ -160,7 +161,17 @@ async def serve(
     node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer, transport)
     add_worker(node.servicer, door.server)
     probe.add_probe(door.server, WORKER, identity.disk_directory)
+    health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, door.server)
     await door.server.start()
+    await health_servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def tell_health() -> None:
+        # Only a worker that the coordinator has accepted can be of use.
+        await node.session.registered.wait()
+        await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    health_task = asyncio.create_task(tell_health())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.session.leave)
@@ -170,6 +181,8 @@ async def serve(
         async with door.following(node.session.channel, node.session.peer):
             await node.run()
     finally:
+        health_task.cancel()
+        await health_servicer.enter_graceful_shutdown()
         await door.server.stop(grace=1.0)
 
 

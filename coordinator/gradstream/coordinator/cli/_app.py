@@ -47,6 +47,7 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("certs", "certs", "app", "Credentials of a cluster: make, issue, renew and revoke them."),
     ("login", "login", "login", "Store a credential for the addresses that you call."),
     ("logout", "login", "logout", "Remove the credentials stored for addresses."),
+    ("health", "health", "health", "Ask a service whether it serves; for health checks of containers."),
     ("doctor", "doctor", "doctor", "Check this machine and a cluster: what is wrong, and how to mend it."),
 )
 

@@ -88,6 +88,15 @@ ProcessesOption = Annotated[
         "--memory is shared evenly.",
     ),
 ]
+RootOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        help="Stands for the directory in which people submit: what a recipe has below it is here below DIR.",
+        show_default="paths stay as they are",
+    ),
+]
 ReadyFileOption = Annotated[
     Path | None,
     typer.Option("--ready-file", metavar="PATH", help="Written when the role is up: its address, or a worker's name."),
@@ -117,6 +126,7 @@ def coordinator(
     state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Directory of the durable state.")] = Path(
         "~/.local/state/gradstream"
     ),
+    root: RootOption = None,
     tokens: Annotated[
         Path | None,
         typer.Option(
@@ -143,7 +153,9 @@ def coordinator(
         from gradstream.core.errors import ConfigError
 
         raise ConfigError(f"--state {state_dir} cannot be made ({error.strerror}); choose another directory") from None
-    _run("gradstream.coordinator.server", listen, state_dir, ready_file, None, credentials, tokens)
+    _run(
+        "gradstream.coordinator.server", listen, state_dir, ready_file, None, root_directory(root), credentials, tokens
+    )
 
 
 @app.command("parameter-server")
@@ -265,6 +277,7 @@ def fine_tuning(
         Path,
         typer.Option("--state", metavar="DIR", help="Directory of the durable state and of the prepared examples."),
     ] = Path("~/.local/state/gradstream-fine-tuning"),
+    root: RootOption = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -297,8 +310,14 @@ def fine_tuning(
         str(device),
         memory_bytes(memory, FINE_TUNING_MEMORY_SHARE),
         ready_file,
+        root_directory(root),
         credentials,
     )
+
+
+def root_directory(root: Path | None) -> str:
+    """The --root option as an absolute path; empty without one."""
+    return str(root.expanduser().absolute()) if root is not None else ""
 
 
 def default_name() -> str:
@@ -346,12 +365,12 @@ def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> Non
 
 
 def memory_bytes(memory: str | None, share: float = DEFAULT_MEMORY_SHARE) -> int:
-    """Bytes that the --memory option gives to jobs: a share of the machine's memory when it is left out."""
+    """Bytes that the --memory option gives to jobs: a share of the machine's, or container's, when it is left out."""
     if memory is not None:
         return parse_size(memory)
-    import psutil
+    from gradstream.core.memory import available_bytes
 
-    return int(psutil.virtual_memory().total * share)
+    return int(available_bytes() * share)
 
 
 def _prepare(log_level: LogLevel, parent: int | None) -> None:

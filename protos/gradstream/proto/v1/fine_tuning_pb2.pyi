@@ -417,19 +417,23 @@ class PreviewExamplesRequest(_message.Message):
 
     RECIPE_JSON_FIELD_NUMBER: _builtins.int
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
     recipe_json: _builtins.str
     """The fine-tuning recipe as JSON."""
     num_examples: _builtins.int
     """How many to show."""
+    directory: _builtins.str
+    """As in SubmitJobRequest, for the service's root."""
     def __init__(
         self,
         *,
         recipe_json: _builtins.str = ...,
         num_examples: _builtins.int = ...,
+        directory: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_examples", b"num_examples", "recipe_json", b"recipe_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "num_examples", b"num_examples", "recipe_json", b"recipe_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -534,16 +538,20 @@ class CreateFineTuningRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECIPE_JSON_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
     recipe_json: _builtins.str
     """The fine-tuning recipe as JSON (gradstream.core.finetuning_recipe.FineTuningRecipe); paths in it are absolute or URLs."""
+    directory: _builtins.str
+    """As in SubmitJobRequest, for the service's root."""
     def __init__(
         self,
         *,
         recipe_json: _builtins.str = ...,
+        directory: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["recipe_json", b"recipe_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "recipe_json", b"recipe_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -583,16 +583,22 @@ class SubmitJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECIPE_JSON_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
     recipe_json: _builtins.str
     """The resolved recipe as JSON; paths in it are absolute or fsspec URLs."""
+    directory: _builtins.str
+    """The directory that relative paths were made absolute against. A coordinator with a root looks for what is below the
+    one below the other. Empty: paths stay as they are.
+    """
     def __init__(
         self,
         *,
         recipe_json: _builtins.str = ...,
+        directory: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["recipe_json", b"recipe_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "recipe_json", b"recipe_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,10 +39,13 @@ async def serve(
     device: str,
     memory_bytes: int,
     ready_file: Path | None = None,
+    root: str = "",
     credentials: Path | None = None,
 ) -> None:
     """Run a fine-tuning service until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once it listens;
     `credentials` is the directory of its own.
+
+    `root`: directory that stands for the one in which a recipe is submitted (gradstream.core.roots); empty: none.
 
     Raises ConfigError when address, device or state directory cannot be used.
     """
@@ -62,7 +65,7 @@ async def serve(
         stack.push_async_callback(fine_tunings.close)
         # 2. Serve.
         fine_tuning_pb2_grpc.add_FineTuningServiceServicer_to_server(
-            FineTuningServicer(fine_tunings, jobs, serving), server
+            FineTuningServicer(fine_tunings, jobs, serving, root), server
         )
         probe.add_probe(server, access.FINE_TUNING, lambda: state_directory)
         health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]

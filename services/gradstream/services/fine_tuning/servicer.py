@@ -11,6 +11,7 @@ import grpc.aio
 
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.finetuning_recipe import FineTuningRecipe, absolute_finetuning_paths, parse_finetuning_recipe
+from gradstream.core.roots import moved_finetuning_recipe
 from gradstream.core.rpc import answering
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc, jobs_pb2
@@ -37,10 +38,11 @@ _Items: TypeAlias = asyncio.Queue[pb.WatchFineTuningResponse | Exception | None]
 class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
     """What people's programs call."""
 
-    def __init__(self, fine_tunings: FineTunings, jobs: Jobs, serving: Serving):
+    def __init__(self, fine_tunings: FineTunings, jobs: Jobs, serving: Serving, root: str = ""):
         self._fine_tunings = fine_tunings
         self._jobs = jobs
         self._serving = serving
+        self._root = root
         self._exports = Exports(fine_tunings)
         # Each reads a whole file of examples.
         self._previews = asyncio.Semaphore(MAX_PREVIEWS)
@@ -57,7 +59,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
 
     async def PreviewExamples(self, request: pb.PreviewExamplesRequest, context: Context) -> pb.PreviewExamplesResponse:
         async with answering(context), self._previews:
-            asked = _recipe(request.recipe_json)
+            asked = self._recipe(request)
             await asyncio.to_thread(check_data, asked.data)
             path, title = await resolve_base(self._jobs, asked.base_model)
             base, config = await in_thread(find_base, path, title)
@@ -74,7 +76,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self, request: pb.CreateFineTuningRequest, context: Context
     ) -> pb.CreateFineTuningResponse:
         async with answering(context):
-            record = await self._fine_tunings.create(_recipe(request.recipe_json))
+            record = await self._fine_tunings.create(self._recipe(request))
             return pb.CreateFineTuningResponse(fine_tuning=await self._view(record))
         raise AssertionError("abort has raised")
 
@@ -205,9 +207,8 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
                 record = record.changed(reason=f"{record.reason}; {one_line(error)}")
         return views.fine_tuning(record, job, self._fine_tunings.pushed_bytes(record))
 
-
-def _recipe(recipe_json: str) -> FineTuningRecipe:
-    asked = parse_finetuning_recipe(recipe_json)
-    if absolute_finetuning_paths(asked) != asked:
-        raise ConfigError("the recipe holds relative paths; make them absolute, as the client does")
-    return asked
+    def _recipe(self, request: pb.CreateFineTuningRequest | pb.PreviewExamplesRequest) -> FineTuningRecipe:
+        asked = parse_finetuning_recipe(request.recipe_json)
+        if absolute_finetuning_paths(asked) != asked:
+            raise ConfigError("the recipe holds relative paths; make them absolute, as the client does")
+        return moved_finetuning_recipe(asked, request.directory, self._root)

@@ -222,12 +222,14 @@ async def serve(
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, door.server)
     await door.server.start()
-    await health_servicer.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+    for service in ("", HEALTH_SERVICE):
+        await health_servicer.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def tell_health() -> None:
         # Only a server that the coordinator has accepted can be of use. Losing the coordinator later stops no step.
         await node.session.registered.wait()
-        await health_servicer.set(HEALTH_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        for service in ("", HEALTH_SERVICE):
+            await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     health_task = asyncio.create_task(tell_health())
     loop = asyncio.get_running_loop()

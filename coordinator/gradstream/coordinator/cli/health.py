@@ -1,0 +1,43 @@
+"""`gradstream health`: does a service serve? For scripts; containers ask with `python -m gradstream.core.health`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from gradstream.coordinator.cli._options import CredentialsOption, OutputFormat, OutputOption
+from gradstream.coordinator.cli._output import print_json
+
+
+class Role(StrEnum):
+    """What listens."""
+
+    coordinator = "coordinator"
+    server = "server"
+    worker = "worker"
+    fine_tuning = "fine-tuning"
+
+
+def health(
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="HOST:PORT of any service.")] = "127.0.0.1:7000",
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="How long to wait.")] = 4.0,
+    role: Annotated[
+        Role, typer.Option("--role", help="What it must be by its certificate; without credentials of no matter.")
+    ] = Role.coordinator,
+    credentials: CredentialsOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> int:
+    """Ask a service whether it serves. Exit code 0 when it does, 1 when it says no, 7 when it does not answer."""
+    from gradstream.coordinator.cli.serve import check_address
+    from gradstream.core.credentials import find_credentials
+    from gradstream.core.health import ask
+
+    directory = find_credentials(check_address(address, "ADDRESS"), credentials)
+    answer = ask(address, role, directory, timeout)
+    if output is OutputFormat.json:
+        print_json({"address": address, "status": answer})
+    else:
+        print(answer)
+    return 0 if answer == "SERVING" else 1

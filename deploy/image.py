@@ -1,0 +1,80 @@
+"""What the Dockerfile asks of Python: which packages an image gets, and what of them it can do without.
+
+python3 image.py requirements PYPROJECT light|all    the project's requirements, one a line; light: what the command
+                                                     line needs to talk to a cluster and to make credentials
+python3 image.py pip-settings WHEELS PLACE           a pip.conf: nothing is downloaded when WHEELS, which pip finds as
+                                                     PLACE, holds wheels
+python3 image.py shrink VENV                         removes tests and headers from a virtual environment
+"""
+
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+HEAVY = (
+    "google-crc32c",
+    "jinja2",
+    "matplotlib",
+    "numba",
+    "numpy",
+    "peft",
+    "pyarrow",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "uvloop",
+    "zstandard",
+)
+TORCH_NEEDS_NOT = ("include", "share", "test")
+TORCH_KEPT_PROGRAMS = ("torch_shm_manager",)
+
+
+def requirements(pyproject: Path, which: str) -> list[str]:
+    """Requirements of the project; `which` is light or all."""
+    found: list[str] = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+    if which == "all":
+        return found
+    return [each for each in found if not each.lower().startswith(HEAVY)]
+
+
+def pip_settings(wheels: Path, place: str) -> str:
+    """The contents of a pip.conf; `place` is where `wheels` will be."""
+    if not any(wheels.glob("*.whl")):
+        return "[global]\n"
+    return f"[global]\nno-index = true\nfind-links = {place}\n"
+
+
+def superfluous(venv: Path) -> Iterator[Path]:
+    """Directories and files that no service uses."""
+    for packages in venv.glob("lib/python3.*/site-packages"):
+        torch = packages / "torch"
+        yield from (torch / name for name in TORCH_NEEDS_NOT)
+        yield from (each for each in torch.glob("bin/*") if each.name not in TORCH_KEPT_PROGRAMS)
+        yield from torch.glob("lib/*.a")
+        yield packages / "pyarrow" / "include"
+        yield packages / "numpy" / "_core" / "include"
+        for name in ("numba", "numpy", "pyarrow", "sympy", "matplotlib", "networkx", "psutil", "mpmath"):
+            yield from (packages / name).rglob("tests")
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["requirements", pyproject, ("light" | "all") as which]:
+            print("\n".join(requirements(Path(pyproject), which)))
+        case ["pip-settings", wheels, place]:
+            print(pip_settings(Path(wheels), place), end="")
+        case ["shrink", venv]:
+            for path in list(superfluous(Path(venv))):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

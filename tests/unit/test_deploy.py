@@ -1,0 +1,109 @@
+"""What deploy/ promises and can be seen without an engine; `make test-compose` is the test with real containers."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE = ROOT / "deploy" / "compose.yaml"
+ONE_SHOT = "credentials"
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    return dict(yaml.safe_load(COMPOSE.read_text())["services"])
+
+
+def volumes(service: dict[str, Any]) -> dict[str, str]:
+    """Volume's name (a variable's default) by where it is mounted."""
+    found = {}
+    for entry in service["volumes"]:
+        name, target = re.sub(r"\$\{\w+:-(\w+)\}", r"\1", entry).split(":")[:2]
+        found[target] = name
+    return found
+
+
+def test_all_variables_are_documented_with_their_defaults() -> None:
+    head, _, body = COMPOSE.read_text().partition("\nx-build:")
+    used = dict(re.findall(r"\$\{(\w+)(?::?-([^}]*))?\}", body))
+    assert used
+    for name, default in used.items():
+        assert name in head, name
+        if default and "://" not in default:
+            assert f"{name}={default}" in head, (name, default)
+    documented = set(re.findall(r"\b(GRADSTREAM_[A-Z_]+|BASE_IMAGE|TORCH_INDEX_GPU|TORCH_INDEX|TORCH)\b", head))
+    assert documented <= set(used)
+
+
+def test_only_the_one_shot_sees_the_authority_and_each_service_its_own_credentials(services: dict[str, Any]) -> None:
+    seen: dict[str, list[str]] = {}
+    for name, service in services.items():
+        if name == ONE_SHOT:
+            assert service["network_mode"] == "none"
+            continue
+        mounted = volumes(service)
+        assert "authority" not in mounted.values(), name
+        own = [volume for volume in mounted.values() if volume.endswith("-credentials")]
+        assert own == [mounted["/credentials"]], name
+        seen.setdefault(own[0], []).append(name)
+    assert sorted(seen.values()) == [
+        ["cli"],
+        ["coordinator"],
+        ["fine-tuning"],
+        ["parameter-server"],
+        ["worker", "worker-gpu"],
+    ]
+    assert set(seen) <= set(volumes(services[ONE_SHOT]).values())
+
+
+def test_every_volume_is_declared(services: dict[str, Any]) -> None:
+    declared = set(yaml.safe_load(COMPOSE.read_text())["volumes"])
+    assert {volume for service in services.values() for volume in volumes(service).values()} == declared
+
+
+def test_services_are_confined(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert "privileged" not in service
+        for port in service.get("ports", []):
+            assert port.startswith("${GRADSTREAM_BIND:-127.0.0.1}:"), name
+
+
+def test_services_start_after_the_coordinator_is_healthy(services: dict[str, Any]) -> None:
+    assert services["coordinator"]["depends_on"] == {ONE_SHOT: {"condition": "service_completed_successfully"}}
+    for name in ("parameter-server", "worker", "worker-gpu", "fine-tuning"):
+        assert services[name]["depends_on"] == {"coordinator": {"condition": "service_healthy"}}
+        assert services[name]["mem_limit"]
+        assert services[name]["stop_grace_period"]
+        assert services[name]["restart"] == "unless-stopped"
+
+
+def test_the_image_of_the_command_line_has_no_torch() -> None:
+    spec = importlib.util.spec_from_file_location("deploy_image", ROOT / "deploy" / "image.py")
+    assert spec is not None
+    assert spec.loader is not None
+    image = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(image)
+    everything = image.requirements(ROOT / "pyproject.toml", "all")
+    light = image.requirements(ROOT / "pyproject.toml", "light")
+    assert set(light) < set(everything)
+    for name in image.HEAVY:
+        assert any(each.lower().startswith(name) for each in everything), f"{name} is no requirement any more"
+        assert not any(each.lower().startswith(name) for each in light)
+
+
+def test_the_dockerfile_runs_nothing_as_root_and_names_every_service() -> None:
+    text = (ROOT / "deploy" / "Dockerfile").read_text()
+    runtime = text[text.index("AS runtime") :]
+    assert re.findall(r"^USER (.*)$", runtime, re.MULTILINE) == ["10001:10001"]
+    for target in ("coordinator", "parameter-server", "worker", "fine-tuning"):
+        assert re.search(rf"^FROM service AS {target}\nEXPOSE \d+\nHEALTHCHECK ", runtime, re.MULTILINE), target
+    assert "RUN --mount" not in text

@@ -26,7 +26,7 @@ from typing import Any
 from engine import ROOT, CannotRunError, Docker, base_image, compose_command, engine, fill_wheels, run, say
 
 from gradstream.core.authority import Authority
-from gradstream.core.credentials import from_bundle, save
+from gradstream.core.credentials import from_pack, save
 
 TARGETS = ("credentials", "coordinator", "parameter-server", "worker", "fine-tuning")
 SERVICES = ("coordinator", "parameter-server", "worker", "fine-tuning")
@@ -225,8 +225,8 @@ def check_bad_input(cluster: Cluster) -> None:
     project = cluster.project
     # 1. At the command line: a role that is too small, a token that was taken back, another cluster's.
     for role, name in (("viewer", "vera"), ("submitter", "sam")):
-        bundle = cluster.compose("run", "--rm", "-T", "credentials", "issue", role, "--name", name)
-        made = from_bundle(bundle, time.time())
+        pack = cluster.compose("run", "--rm", "-T", "credentials", "issue", role, "--name", name)
+        made = from_pack(pack, time.time())
         save(cluster.directory / name, made)
     assert cluster.refusal("status", credentials=cluster.directory / "vera") == ""
     line = cluster.refusal("submit", RECIPE, credentials=cluster.directory / "vera")
@@ -287,8 +287,8 @@ def walk(cluster: Cluster, steps: Steps) -> None:
     with steps.step("login: one command; nothing is answered without it"):
         refused = cluster.refusal("status")
         assert "wants TLS, and no credentials were given" in refused, refused
-        bundle = cluster.compose("run", "--rm", "-T", "credentials", "show", "/credentials/admin")
-        say("      " + cluster.cli("login", *cluster.addresses, stdin=bundle).strip().splitlines()[0])
+        pack = cluster.compose("run", "--rm", "-T", "credentials", "show", "/credentials/admin")
+        say("      " + cluster.cli("login", *cluster.addresses, stdin=pack).strip().splitlines()[0])
     with steps.step("what is wrong is told in one line where one looks"):
         check_bad_input(cluster)
     with steps.step("data: prepared in a container, where the cluster sees it"):

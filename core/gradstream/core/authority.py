@@ -310,7 +310,7 @@ class Authority:
         while self._table.find(token_id) is not None:
             text, token_id = new_token(self.cluster)
         cert, key = certificates.new_leaf(self._cas.signing, self.cluster, role, name, now, expires_at)
-        made = Credentials(self._cas.trusted, cert + self._cross(), key, text, str(directory or "the bundle"))
+        made = Credentials(self._cas.trusted, cert + self._cross(), key, text, str(directory or "the pack"))
         # The table first: nobody may hold a token that services do not know.
         self._write_table(self._table.updated([Token(token_id, digest(text), role, name, int(now), expires_at)], now))
         if directory is not None:

@@ -1,6 +1,6 @@
 """Credentials: what a person or a service shows that it is who it says, and knows others by.
 
-A *credential directory* holds `ca.pem`, `cert.pem`, `key.pem` and `token`; a *bundle* is the same as one line of JSON,
+A *credential directory* holds `ca.pem`, `cert.pem`, `key.pem` and `token`; a *pack* is the same as one line of JSON,
 for pipes. The authority (`authority.py`) issues them.
 """
 
@@ -29,9 +29,9 @@ FILES = ("ca.pem", "cert.pem", "key.pem", "token")
 _WRITE_ORDER = ("ca.pem", "token", "key.pem", "cert.pem")
 _SECRET_FILES = ("key.pem", "token")
 MAX_FILE_BYTES = 64 << 10
-MAX_BUNDLE_BYTES = 4 * MAX_FILE_BYTES
+MAX_PACK_BYTES = 4 * MAX_FILE_BYTES
 
-_BUNDLE_KEYS: dict[str, tuple[type, ...]] = {
+_PACK_KEYS: dict[str, tuple[type, ...]] = {
     "gradstream_credentials": (int,),
     "ca": (str,),
     "cert": (str,),
@@ -153,8 +153,8 @@ def save(directory: Path | str, credentials: Credentials) -> None:
     write_private(_path(directory), {name: contents[name] for name in _WRITE_ORDER})
 
 
-def to_bundle(credentials: Credentials) -> str:
-    """The bundle, one line of JSON."""
+def to_pack(credentials: Credentials) -> str:
+    """The pack, one line of JSON."""
     return json.dumps(
         {
             "gradstream_credentials": 1,
@@ -166,12 +166,12 @@ def to_bundle(credentials: Credentials) -> str:
     )
 
 
-def from_bundle(bundle: bytes | str, now: float, source: str = "the bundle") -> Credentials:
-    """The credentials that a bundle holds, if they hold at `now` (unix seconds). Raises ConfigError, on one line."""
-    document = parse_object(bundle, MAX_BUNDLE_BYTES, source)
+def from_pack(pack: bytes | str, now: float, source: str = "the pack") -> Credentials:
+    """The credentials that a pack holds, if they hold at `now` (unix seconds). Raises ConfigError, on one line."""
+    document = parse_object(pack, MAX_PACK_BYTES, source)
     if document.get("gradstream_credentials") != 1 and "gradstream_credentials" in document:
         raise ConfigError(f"{source} has a form that this version does not know; update gradstream")
-    parts = exact_keys(document, _BUNDLE_KEYS, source)
+    parts = exact_keys(document, _PACK_KEYS, source)
     ca, cert, key = (parts[name].encode("utf-8", errors="replace") for name in ("ca", "cert", "key"))
     made = _made(ca, cert, key, parts["token"], source, ())
     verify(made, now)

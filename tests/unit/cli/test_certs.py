@@ -16,7 +16,7 @@ import pytest
 
 from gradstream.coordinator.cli import main
 from gradstream.core.authority import Authority
-from gradstream.core.credentials import from_bundle, load, stored_for, to_bundle
+from gradstream.core.credentials import from_pack, load, stored_for, to_pack
 
 GRADSTREAM = [sys.executable, "-m", "gradstream.coordinator.cli"]
 DAY = 86_400
@@ -64,7 +64,7 @@ def refused(arguments: list[str], capsys: Capture) -> str:
 
 
 def issue(capsys: Capture, role: str = "admin", name: str = "anna") -> str:
-    """A bundle."""
+    """A pack."""
     capsys.readouterr()
     assert main(["certs", "issue", role, "--name", name]) == 0
     return capsys.readouterr().out
@@ -102,8 +102,8 @@ def test_init_renews_what_expires_soon(authority: Path, tmp_path: Path, capsys: 
     assert load(tmp_path / "w", time.time()).name == "w"
 
 
-def test_issue_prints_a_bundle_and_nothing_else(authority: Path, capsys: Capture) -> None:
-    found = from_bundle(issue(capsys), time.time())
+def test_issue_prints_a_pack_and_nothing_else(authority: Path, capsys: Capture) -> None:
+    found = from_pack(issue(capsys), time.time())
     assert (found.role, found.name) == ("admin", "anna")
     assert capsys.readouterr().err == ""
 
@@ -115,7 +115,7 @@ def test_issue_to_a_directory_and_show(authority: Path, tmp_path: Path, capsys: 
     assert capsys.readouterr().out == f"{place}\n"
     assert main(["certs", "show", str(place)]) == 0
     captured = capsys.readouterr()
-    assert captured.out.rstrip("\n") == to_bundle(load(place, time.time()))
+    assert captured.out.rstrip("\n") == to_pack(load(place, time.time()))
     assert captured.err == ""
     (place / "key.pem").chmod(0o644)
     assert main(["certs", "show", str(place)]) == 0
@@ -129,7 +129,7 @@ def test_ls_shows_all_tokens_and_no_secret(authority: Path, capsys: Capture) -> 
     assert main(["certs", "ls"]) == 0
     assert "no tokens yet" in capsys.readouterr().err
     assert run_json(["certs", "ls"], capsys) == []
-    bundle = json.loads(issue(capsys))
+    pack = json.loads(issue(capsys))
     with Authority.open(authority, lambda: time.time() - 2 * DAY) as opened:
         opened.issue("viewer", "late", days=1)
         opened.issue("worker", "w")
@@ -145,8 +145,8 @@ def test_ls_shows_all_tokens_and_no_secret(authority: Path, capsys: Capture) -> 
     assert set(rows[0]) == {"id", "role", "name", "issued_at", "expires_at", "revoked_at", "state"}
     assert main(["certs", "ls"]) == 0
     text = capsys.readouterr().out
-    assert bundle["token"].split("_")[2] in text
-    assert bundle["token"].split("_", 3)[3] not in text
+    assert pack["token"].split("_")[2] in text
+    assert pack["token"].split("_", 3)[3] not in text
     assert "good, 89 d 23 h left" in text
     assert "revoked " in text
 
@@ -267,21 +267,21 @@ def test_what_the_authority_refuses_is_one_line(
 
 
 def test_login_and_logout(authority: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    bundle = issue(capsys)
+    pack = issue(capsys)
     addresses = ["10.0.0.1:7000", "localhost:7001"]
-    give(monkeypatch, bundle)
+    give(monkeypatch, pack)
     assert main(["login", *addresses]) == 0
     captured = capsys.readouterr()
-    cluster = json.loads(bundle)["token"].split("_")[1]
+    cluster = json.loads(pack)["token"].split("_")[1]
     assert captured.out.startswith(f"logged in to 10.0.0.1:7000 as admin 'anna' of cluster {cluster}, until ")
     assert captured.out.count("\n") == 2
     assert captured.err == ""
     for address in (*addresses, "127.0.0.1:7001"):
         place = stored_for(address)
         assert place is not None
-        assert to_bundle(load(place, time.time())) == bundle.rstrip("\n")
+        assert to_pack(load(place, time.time())) == pack.rstrip("\n")
         assert place.stat().st_mode & 0o777 == 0o700
-    # Another bundle takes the place of the first.
+    # Another pack takes the place of the first.
     second = issue(capsys, "viewer", "bert")
     give(monkeypatch, second)
     assert main(["login", addresses[0]]) == 0
@@ -299,33 +299,33 @@ def test_login_and_logout(authority: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_a_login_is_whole_or_not_at_all(authority: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    bundle = issue(capsys)
-    document = json.loads(bundle)
+    pack = issue(capsys)
+    document = json.loads(pack)
     with Authority.open(authority, lambda: time.time() - 9 * DAY) as opened:
-        expired = to_bundle(opened.issue("viewer", "late", days=1))
+        expired = to_pack(opened.issue("viewer", "late", days=1))
     worker = issue(capsys, "worker", "w")
     cases: list[tuple[str | bytes, str]] = [
-        ("", "no bundle came on stdin; pipe one: gradstream certs show DIR | gradstream login h:1"),
-        ("\n", "no bundle came on stdin"),
-        ("hello", "the bundle on stdin is damaged: no JSON at line 1, column 1"),
-        (b"\xff\xfe", "the bundle on stdin is damaged"),
-        (bundle[:500], "the bundle on stdin is damaged"),
-        ("x" * 300_000, "the bundle on stdin has more than 262144 bytes"),
-        (json.dumps({**document, "key": document["cert"]}), "key.pem in the bundle on stdin is not a private key"),
-        (json.dumps({**document, "token": "x"}), "the token in the bundle on stdin is malformed"),
+        ("", "no pack came on stdin; pipe one: gradstream certs show DIR | gradstream login h:1"),
+        ("\n", "no pack came on stdin"),
+        ("hello", "the pack on stdin is damaged: no JSON at line 1, column 1"),
+        (b"\xff\xfe", "the pack on stdin is damaged"),
+        (pack[:500], "the pack on stdin is damaged"),
+        ("x" * 300_000, "the pack on stdin has more than 262144 bytes"),
+        (json.dumps({**document, "key": document["cert"]}), "key.pem in the pack on stdin is not a private key"),
+        (json.dumps({**document, "token": "x"}), "the token in the pack on stdin is malformed"),
         (json.dumps({**document, "ca": json.loads(worker)["cert"]}), "is not signed by the CA"),
-        (expired, "the certificate of viewer 'late' in the bundle on stdin expired on"),
-        (worker, "the bundle on stdin is a worker's, and login is for people"),
+        (expired, "the certificate of viewer 'late' in the pack on stdin expired on"),
+        (worker, "the pack on stdin is a worker's, and login is for people"),
     ]
     for text, message in cases:
         give(monkeypatch, text)
         assert message in refused(["login", "h:1"], capsys)
-    give(monkeypatch, bundle)
+    give(monkeypatch, pack)
     assert "'nonsense' is not an address" in refused(["login", "h:1", "nonsense"], capsys)
     assert stored_for("h:1") is None
 
 
-def test_a_bundle_goes_through_a_pipe(authority: Path, tmp_path: Path) -> None:
+def test_a_pack_goes_through_a_pipe(authority: Path, tmp_path: Path) -> None:
     pipe = f"{' '.join(GRADSTREAM)} certs issue viewer --name anna | {' '.join(GRADSTREAM)} login 127.0.0.1:7000"
     result = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, timeout=60, check=False)
     assert result.stdout.startswith("logged in to 127.0.0.1:7000 as viewer 'anna'")
@@ -335,14 +335,14 @@ def test_a_bundle_goes_through_a_pipe(authority: Path, tmp_path: Path) -> None:
     result = subprocess.run(["bash", "-c", broken], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2
     assert sorted(line.split()[:3] for line in result.stderr.splitlines()) == [
-        ["error:", "no", "bundle"],
+        ["error:", "no", "pack"],
         ["error:", "there", "is"],
     ]
 
 
-def test_a_bundle_can_be_pasted(authority: Path, capsys: Capture) -> None:
-    """On a terminal: the command says what it waits for, and goes on when the bundle is whole, without Ctrl-D."""
-    bundle = issue(capsys)
+def test_a_pack_can_be_pasted(authority: Path, capsys: Capture) -> None:
+    """On a terminal: the command says what it waits for, and goes on when the pack is whole, without Ctrl-D."""
+    pack = issue(capsys)
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [*GRADSTREAM, "login", "127.0.0.1:7000"],
@@ -353,8 +353,8 @@ def test_a_bundle_can_be_pasted(authority: Path, capsys: Capture) -> None:
     ) as process:
         os.close(theirs)
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("paste the bundle, or pipe one: ")
-        os.write(ours, bundle.encode())
+        assert process.stderr.readline().startswith("paste the pack, or pipe one: ")
+        os.write(ours, pack.encode())
         out, err = process.communicate(timeout=60)
         os.close(ours)
     assert (process.returncode, err) == (0, "")

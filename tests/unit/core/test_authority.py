@@ -489,7 +489,7 @@ def test_peers_know_each_other_by_ca_and_role(tmp_path: Path) -> None:
 
 
 def test_a_rotation_of_the_ca_has_no_moment_in_which_peers_refuse_each_other(tmp_path: Path) -> None:
-    """Who has been renewed, who has not yet, and a person with a bundle from before: each accepts each."""
+    """Who has been renewed, who has not yet, and a person with a pack from before: each accepts each."""
     names = [tmp_path / "server", tmp_path / "worker"]
     with Authority.init(tmp_path / "authority") as authority:
         old = [authority.issue(path.name, "x", directory=path) for path in names]

@@ -1,4 +1,4 @@
-"""Credentials: everything that can be wrong with a directory or a bundle is one line with its cure."""
+"""Credentials: everything that can be wrong with a directory or a pack is one line with its cure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from gradstream.core import credentials
 from gradstream.core.authority import Authority
-from gradstream.core.credentials import Credentials, from_bundle, load, save, to_bundle
+from gradstream.core.credentials import Credentials, from_pack, load, save, to_pack
 from gradstream.core.errors import ConfigError, one_line
 from gradstream.core.tokens import new_token, utc
 
@@ -162,20 +162,20 @@ def test_what_is_not_a_token(directory: Path, content: bytes) -> None:
 
 def test_parts_of_two_credentials(made: Credentials, other: Credentials) -> None:
     def parts(**changes: Any) -> str:
-        return refusal(lambda: from_bundle(to_bundle(dataclasses.replace(made, **changes)), NOW))
+        return refusal(lambda: from_pack(to_pack(dataclasses.replace(made, **changes)), NOW))
 
     assert parts(key=other.key) == (
-        "key.pem in the bundle is not the key of cert.pem; copy both again from where they were issued"
+        "key.pem in the pack is not the key of cert.pem; copy both again from where they were issued"
     )
-    assert parts(ca=other.ca).startswith("cert.pem in the bundle is not signed by the CA in ca.pem; copy all files")
+    assert parts(ca=other.ca).startswith("cert.pem in the pack is not signed by the CA in ca.pem; copy all files")
     assert parts(token=other.token) == (
-        f"the token in the bundle is of cluster {other.cluster} and its certificate of cluster {made.cluster}; "
+        f"the token in the pack is of cluster {other.cluster} and its certificate of cluster {made.cluster}; "
         f"copy all files of one credential"
     )
     # A CA's name is not enough to pass for it.
     assert "not signed" in parts(cert=other.cert, key=other.key)
     # The CA's own certificate is nobody's credential.
-    assert "cert.pem in the bundle was not made by `gradstream certs`" in parts(cert=made.ca)
+    assert "cert.pem in the pack was not made by `gradstream certs`" in parts(cert=made.ca)
 
 
 def test_a_certificate_beyond_its_time(made: Credentials, directory: Path) -> None:
@@ -195,9 +195,9 @@ def test_a_certificate_beyond_its_time(made: Credentials, directory: Path) -> No
 
 def test_a_persons_certificate_beyond_its_time(tmp_path: Path) -> None:
     with authority(tmp_path) as opened:
-        bundle = to_bundle(opened.issue("admin", "anna", days=1))
-    text = refusal(lambda: from_bundle(bundle, NOW + 2 * DAY))
-    assert f"admin 'anna' in the bundle expired on {utc(NOW + DAY)}" in text
+        pack = to_pack(opened.issue("admin", "anna", days=1))
+    text = refusal(lambda: from_pack(pack, NOW + 2 * DAY))
+    assert f"admin 'anna' in the pack expired on {utc(NOW + DAY)}" in text
     assert "have a new one issued: `gradstream certs issue admin --name anna`" in text
 
 
@@ -207,8 +207,8 @@ def test_a_ca_beyond_its_time(tmp_path: Path) -> None:
     ca = certificates.new_ca("0a1b2c3d", NOW, DAY)
     cert, key = certificates.new_leaf(ca, "0a1b2c3d", "worker", "w", NOW, NOW + 9 * DAY)
     short = Credentials(ca.certificate, cert, key, new_token("0a1b2c3d")[0], "x")
-    text = refusal(lambda: from_bundle(to_bundle(short), NOW + 2 * DAY))
-    assert f"the CA certificate in the bundle expired on {utc(NOW + DAY)}" in text
+    text = refusal(lambda: from_pack(to_pack(short), NOW + 2 * DAY))
+    assert f"the CA certificate in the pack expired on {utc(NOW + DAY)}" in text
     assert "certs rotate --ca" in text
 
 
@@ -221,44 +221,44 @@ def test_a_certificate_that_was_made_elsewhere(role: str, name: str, cluster: st
     ca = certificates.new_ca(cluster, NOW, DAY)
     cert, key = certificates.new_leaf(ca, cluster, role, name, NOW, NOW + DAY)
     foreign = Credentials(ca.certificate, cert, key, new_token("0a1b2c3d")[0], "x")
-    text = refusal(lambda: from_bundle(to_bundle(foreign), NOW))
-    assert text == "cert.pem in the bundle was not made by `gradstream certs`; credentials are issued by it alone"
+    text = refusal(lambda: from_pack(to_pack(foreign), NOW))
+    assert text == "cert.pem in the pack was not made by `gradstream certs`; credentials are issued by it alone"
     assert "was not made by" in refusal(lambda: foreign.role)
 
 
-def test_a_bundle_holds_the_same(made: Credentials) -> None:
-    bundle = to_bundle(made)
-    assert bundle.isprintable()
-    assert len(bundle) < 4096, "a terminal takes no longer line"
-    assert dataclasses.replace(from_bundle(f"{bundle}\r\n".encode(), NOW), source=made.source) == made
+def test_a_pack_holds_the_same(made: Credentials) -> None:
+    pack = to_pack(made)
+    assert pack.isprintable()
+    assert len(pack) < 4096, "a terminal takes no longer line"
+    assert dataclasses.replace(from_pack(f"{pack}\r\n".encode(), NOW), source=made.source) == made
 
 
-def test_what_is_not_a_bundle(made: Credentials) -> None:
-    whole = json.loads(to_bundle(made))
+def test_what_is_not_a_pack(made: Credentials) -> None:
+    whole = json.loads(to_pack(made))
 
-    def bundle(**changes: Any) -> str:
-        return refusal(lambda: from_bundle(json.dumps({**whole, **changes}), NOW))
+    def pack(**changes: Any) -> str:
+        return refusal(lambda: from_pack(json.dumps({**whole, **changes}), NOW))
 
-    assert bundle(gradstream_credentials=2).endswith("update gradstream")
-    assert bundle(gradstream_credentials=True) == "the bundle is damaged: 'gradstream_credentials' is a bool"
-    assert bundle(key=None) == "the bundle is damaged: 'key' is a NoneType"
-    assert "keys that gradstream does not know" in bundle(more="")
-    assert "is not a certificate in PEM form" in bundle(cert="\ud800")
-    assert "the token in the bundle is malformed" in bundle(token="x")
+    assert pack(gradstream_credentials=2).endswith("update gradstream")
+    assert pack(gradstream_credentials=True) == "the pack is damaged: 'gradstream_credentials' is a bool"
+    assert pack(key=None) == "the pack is damaged: 'key' is a NoneType"
+    assert "keys that gradstream does not know" in pack(more="")
+    assert "is not a certificate in PEM form" in pack(cert="\ud800")
+    assert "the token in the pack is malformed" in pack(token="x")
     for name in whole:
         lacking = json.dumps({key: value for key, value in whole.items() if key != name})
-        assert refusal(lambda text=lacking: from_bundle(text, NOW)) == f"the bundle is damaged: it has no '{name}'"
-    assert "no JSON at line 1" in refusal(lambda: from_bundle("", NOW))
-    assert "no JSON at line 1" in refusal(lambda: from_bundle(to_bundle(made)[:-9], NOW))
-    assert "not a JSON object" in refusal(lambda: from_bundle("[1]", NOW))
-    assert "more than 262144 bytes" in refusal(lambda: from_bundle(" " * 300_000, NOW))
+        assert refusal(lambda text=lacking: from_pack(text, NOW)) == f"the pack is damaged: it has no '{name}'"
+    assert "no JSON at line 1" in refusal(lambda: from_pack("", NOW))
+    assert "no JSON at line 1" in refusal(lambda: from_pack(to_pack(made)[:-9], NOW))
+    assert "not a JSON object" in refusal(lambda: from_pack("[1]", NOW))
+    assert "more than 262144 bytes" in refusal(lambda: from_pack(" " * 300_000, NOW))
 
 
-def accepted_or_refused(bundle: bytes | str) -> None:
-    """Nothing but a ConfigError on one line, which quotes no secret, comes of a bundle that is not good."""
+def accepted_or_refused(pack: bytes | str) -> None:
+    """Nothing but a ConfigError on one line, which quotes no secret, comes of a pack that is not good."""
     message = ""
     try:
-        from_bundle(bundle, NOW)
+        from_pack(pack, NOW)
     except ConfigError as error:
         message = str(error)
     assert message == " ".join(message.split())
@@ -277,16 +277,16 @@ PART = st.text(max_size=30) | st.none() | st.integers() | st.sampled_from([pem.d
         optional={"ca": PART, "cert": PART, "key": PART, "token": PART, "other": PART},
     ).map(json.dumps)
 )
-def test_no_bytes_break_the_bundles_parser(bundle: bytes | str) -> None:
-    accepted_or_refused(bundle)
+def test_no_bytes_break_the_packs_parser(pack: bytes | str) -> None:
+    accepted_or_refused(pack)
 
 
 @settings(deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(["ca", "cert", "key"]))
-def test_no_altered_certificate_breaks_the_bundles_parser(made: Credentials, seed: int, name: str) -> None:
+def test_no_altered_certificate_breaks_the_packs_parser(made: Credentials, seed: int, name: str) -> None:
     """Damage inside the base64, which a checksum would find and PEM has none."""
     chance = random.Random(seed)
-    document = json.loads(to_bundle(made))
+    document = json.loads(to_pack(made))
     first, *lines, last = document[name].strip().split("\n")
     der = bytearray(base64.b64decode("".join(lines)))
     for _ in range(chance.randint(1, 3)):

@@ -94,16 +94,16 @@ def issue(
     authority: AuthorityOption = None,
     directory: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", show_default=False, help="Write a credential directory, not a bundle."),
+        typer.Option("--out", metavar="DIR", show_default=False, help="Write a credential directory, not a pack."),
     ] = None,
     days: DaysOption = None,
 ) -> None:
-    """Issue a credential: as a bundle on stdout, for `gradstream login`, or as a directory."""
+    """Issue a credential: as a pack on stdout, for `gradstream login`, or as a directory."""
     with _open(authority) as opened:
         made = opened.issue(role, name, days, None if directory is None else _path(directory))
         _warn_of_ca(opened)
     if directory is None:
-        _print_bundle(made)
+        _print_pack(made)
         return
     print(made.source)
     out.hint(f"{role} '{name}', good until {out.format_time(_time(made.expires_at))}")
@@ -113,7 +113,7 @@ def issue(
 def show(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A credential directory.")],
 ) -> None:
-    """Print a credential directory as a bundle, for `gradstream login`.
+    """Print a credential directory as a pack, for `gradstream login`.
 
     When it is not good: exit code 2, and one line that says why.
     """
@@ -122,7 +122,7 @@ def show(
     found = load(_path(directory), time.time())
     for warning in found.warnings:
         out.warn(warning)
-    _print_bundle(found)
+    _print_pack(found)
 
 
 @app.command()
@@ -268,10 +268,10 @@ def _parse_issue(item: str, authority: Path) -> tuple[str, Path]:
     return role, _path(Path(directory))
 
 
-def _print_bundle(credentials: Credentials) -> None:
-    from gradstream.core.credentials import to_bundle
+def _print_pack(credentials: Credentials) -> None:
+    from gradstream.core.credentials import to_pack
 
-    print(to_bundle(credentials))
+    print(to_pack(credentials))
     if sys.stdout.isatty():
         out.warn(
             f"this is the secret of {credentials.role} '{credentials.name}'; better pipe it: | gradstream login ADDRESS"

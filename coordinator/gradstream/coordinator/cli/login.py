@@ -20,25 +20,25 @@ AddressesArgument = Annotated[
 
 
 def login(addresses: AddressesArgument) -> None:
-    """Store the credential whose bundle comes on stdin, for commands and clients that call these addresses.
+    """Store the credential whose pack comes on stdin, for commands and clients that call these addresses.
 
-    A bundle comes from `gradstream certs issue` or `gradstream certs show`.
+    A pack comes from `gradstream certs issue` or `gradstream certs show`.
     """
     from gradstream.core import credentials
     from gradstream.core.errors import ConfigError
     from gradstream.core.tokens import SERVICE_ROLES
 
     places = [(address, credentials.store_for(address)) for address in addresses]
-    bundle = _read_bundle(credentials.MAX_BUNDLE_BYTES)
-    if not bundle.strip():
+    pack = _read_pack(credentials.MAX_PACK_BYTES)
+    if not pack.strip():
         raise ConfigError(
-            "no bundle came on stdin; pipe one: gradstream certs show DIR | gradstream login "
+            "no pack came on stdin; pipe one: gradstream certs show DIR | gradstream login "
             f"{addresses[0]} (if you did, what made it has failed)"
         )
-    found = credentials.from_bundle(bundle, time.time(), "the bundle on stdin")
+    found = credentials.from_pack(pack, time.time(), "the pack on stdin")
     if found.role in SERVICE_ROLES:
         raise ConfigError(
-            f"the bundle on stdin is a {found.role}'s, and login is for people; issue one to yourself: "
+            f"the pack on stdin is a {found.role}'s, and login is for people; issue one to yourself: "
             f"`gradstream certs issue submitter --name NAME`"
         )
     for _, place in places:
@@ -80,13 +80,13 @@ def _stored(directory: Path) -> str:
     return f"; there are some for {shown}" if names else "; there are none at all"
 
 
-def _read_bundle(most_bytes: int) -> bytes:
+def _read_pack(most_bytes: int) -> bytes:
     stdin = sys.stdin.buffer
     if not sys.stdin.isatty():
         return stdin.read(most_bytes + 1)
-    out.say("paste the bundle, or pipe one: gradstream certs show DIR | gradstream login ADDRESS")
+    out.say("paste the pack, or pipe one: gradstream certs show DIR | gradstream login ADDRESS")
     text = b""
-    # A bundle is one JSON object, on one line: nobody should have to know of Ctrl-D.
+    # A pack is one JSON object, on one line: nobody should have to know of Ctrl-D.
     while len(text) <= most_bytes and (line := stdin.readline(most_bytes)):
         text += line
         if text.strip().endswith(b"}"):

@@ -174,7 +174,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
                 error = BusyError(busy)
         if error is not None or meter is None:
             assert error is not None
-            self._tell(method, caller, host, request, f"refused: {error}")
+            # That there is no table yet is nobody's fault, and health checks ask every few seconds.
+            if not isinstance(error, UnreachableError):
+                self._tell(method, caller, host, request, f"refused: {error}")
             await abort(context, error)
         task = asyncio.current_task()
         assert task is not None

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-finetune test wheels test-compose check format protos lock clean
+.PHONY: help install demo demo-finetune test fuzz wheels test-compose check format protos lock clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 22
@@ -31,6 +31,13 @@ demo-finetune: $(STAMP)  ## Teach the demo's model a task with LoRA (trains the 
 
 test: $(STAMP)  ## Run all tests.
 	$(BIN)/python -m pytest
+
+fuzz: $(STAMP)  ## Fuzz the parsers long: EXAMPLES=100000, or TARGET=wire SECONDS=600 by atheris.
+ifdef TARGET
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(TARGET) $(or $(SECONDS),600)
+else
+	GRADSTREAM_FUZZ_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest tests/fuzz --timeout 0
+endif
 
 wheels: $(STAMP)  ## Fill deploy/wheels, so that images are built without a network.
 	$(BIN)/python deploy/engine.py deploy/wheels

@@ -142,7 +142,7 @@ class Cluster:
         self._executor.shutdown()
 
     async def _ask_leader(self, report: pb.CompleteStepRequest) -> Decision:
-        return Decision.from_proto(await self.stubs[self.plan.leader].CompleteStep(report))
+        return Decision.from_proto(await self.stubs[self.plan.leader].CompleteStep(report), report.step)
 
     async def _take_step(self, report: coordinator_pb2.ReportStepRequest) -> None:
         self.reports.append(report)

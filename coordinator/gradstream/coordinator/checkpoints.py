@@ -14,7 +14,7 @@ from gradstream.core import checkpoint, files
 from gradstream.core.errors import CheckpointError
 from gradstream.proto.v1 import jobs_pb2
 
-_DIRECTORY = re.compile(r"^step-(\d{8,})$")
+_DIRECTORY = re.compile(r"step-([0-9]{8,})")
 
 
 def root_of(run_directory: str) -> str:
@@ -26,7 +26,7 @@ def versions_on_disk(root: str) -> list[int]:
     """Versions with a manifest, readable or not, oldest first."""
     found = []
     for name in files.list_names(root):
-        match = _DIRECTORY.match(name)
+        match = _DIRECTORY.fullmatch(name)
         if match and checkpoint.MANIFEST_NAME in files.list_names(files.join(root, name)):
             found.append(int(match[1]))
     return sorted(found)

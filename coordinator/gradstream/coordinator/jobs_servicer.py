@@ -17,14 +17,16 @@ from gradstream.coordinator.state import JobRecord
 from gradstream.coordinator.views import Views
 from gradstream.core import files
 from gradstream.core.checkpoint import directory_of, export_huggingface
-from gradstream.core.config import Recipe, parse_recipe
+from gradstream.core.config import Recipe, absolute_path, parse_recipe
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, nearest
+from gradstream.core.paths import AllowedPaths
 from gradstream.core.roots import moved_recipe
-from gradstream.core.rpc import answering
+from gradstream.core.rpc import MAX_MESSAGE_BYTES, answering
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
 MAX_EXPORTS = 2
+MAX_LIST_BYTES = MAX_MESSAGE_BYTES - (256 << 10)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -38,12 +40,14 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self._views = views
         self._root = root
         self._orders = Orders(controller)
+        self._allowed = AllowedPaths.of_environment()
         # Each export holds a whole model on disk.
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
 
     async def SubmitJob(self, request: jobs_pb2.SubmitJobRequest, context: Context) -> jobs_pb2.SubmitJobResponse:
         async with answering(context):
             recipe = moved_recipe(parse_recipe(request.recipe_json), request.directory, self._root)
+            check_paths(recipe, self._allowed)
             manifest = await asyncio.to_thread(read_data_manifest, recipe)
             await asyncio.to_thread(planner.check_data, recipe, manifest)
             jobs = self._state.list_jobs()
@@ -63,12 +67,20 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         raise AssertionError("abort has raised")
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
-        jobs = []
+        response = jobs_pb2.ListJobsResponse()
+        num_bytes = 0
         for record in reversed(self._state.list_jobs()):
-            jobs.append(self._views.job(record))
+            job = self._views.job(record)
+            # All are in one message: where it fills, the oldest come without their recipes, or not at all.
+            if num_bytes + job.ByteSize() > MAX_LIST_BYTES // 2:
+                job.ClearField("recipe_json")
+            num_bytes += job.ByteSize()
+            if num_bytes > MAX_LIST_BYTES:
+                break
+            response.jobs.append(job)
             # A long list must not hold up heartbeats.
             await asyncio.sleep(0)
-        return jobs_pb2.ListJobsResponse(jobs=jobs)
+        return response
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
         async with answering(context):
@@ -187,6 +199,14 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         raise ConfigError(f"there is no job '{job_id[:100]}'{known}")
 
 
+def check_paths(recipe: Recipe, allowed: AllowedPaths) -> None:
+    """Raise ConfigError for a recipe with a path that leads where this cluster's must not."""
+    allowed.check("run_root", recipe.run_root)
+    allowed.check("data.path", recipe.data.path)
+    if recipe.finetuning is not None:
+        allowed.check("finetuning.base.path", recipe.finetuning.base.path)
+
+
 def read_data_manifest(recipe: Recipe) -> Manifest:
     """The manifest of the recipe's data set. Raises DataError with the command that makes it."""
     path = files.join(recipe.data.path, MANIFEST_NAME)
@@ -206,7 +226,7 @@ def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
     number = 1
     while True:
         job_id = f"{recipe.name}-{number}"
-        directory = Path(recipe.run_root).expanduser().absolute() / job_id
+        directory = Path(absolute_path(recipe.run_root)) / job_id
         number += 1
         if job_id in taken:
             continue
@@ -214,7 +234,7 @@ def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
             directory.mkdir(parents=True)
         except FileExistsError:
             continue
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"run_root {recipe.run_root} cannot be written ({error}); choose another") from None
         return job_id, directory
 

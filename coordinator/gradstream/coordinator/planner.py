@@ -13,7 +13,7 @@ from gradstream.coordinator.pipeline_planner import LATENCY_SECONDS, Pipeline, p
 from gradstream.core.config import OptimizerConfig, Recipe
 from gradstream.core.data import Manifest, SlotSampler
 from gradstream.core.errors import ConfigError, DataError, PlanError
-from gradstream.core.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut
+from gradstream.core.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut, num_fragments
 from gradstream.core.placement import place
 from gradstream.core.plan import Plan, Server
 from gradstream.core.profile import SectionProfile
@@ -60,6 +60,12 @@ def make_plan(
     if manifest is not None:
         check_data(recipe, manifest)
     fragment_elements = max(1, recipe.cluster.fragment_bytes // BYTES_PER_ELEMENT)
+    count = num_fragments(tensors, fragment_elements)
+    if count > MAX_PLAN_BYTES:  # at a byte each; so many are not even cut
+        raise PlanError(
+            f"the model would be cut into {count} fragments, more than the plan's {human_bytes(MAX_PLAN_BYTES)} can "
+            f"place; raise cluster.fragment_bytes (now {recipe.cluster.fragment_bytes}) or submit a smaller model"
+        )
     fragments = cut(tensors, fragment_elements)
     if not fragments:
         raise ConfigError("the model has no parameters; check model.config")
@@ -123,7 +129,9 @@ def make_plan(
 def check_data(recipe: Recipe, manifest: Manifest) -> None:
     """What can be said of a recipe and its data without a cluster. Raises DataError with one line."""
     config = recipe.model.config
-    vocab_size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    text_config = config.get("text_config")
+    inner = text_config.get("vocab_size") if isinstance(text_config, dict) else None
+    vocab_size = config.get("vocab_size", inner)
     if isinstance(vocab_size, int) and vocab_size < manifest.vocab_size:
         raise DataError(
             f"vocabulary mismatch: the data set {recipe.data.path} has {manifest.vocab_size} tokens, the model's "

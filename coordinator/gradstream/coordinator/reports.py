@@ -26,8 +26,8 @@ from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 MAX_LINE_CHARACTERS = 2000
-_FILE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
-_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 log = get_logger()
 
@@ -144,8 +144,9 @@ class Reports:
         if (
             report.server >= len(active.plan.servers)
             or not record.start_version <= report.version <= active.num_steps
-            or not _FILE_NAME.match(report.file)
-            or not _SHA256.match(report.sha256)
+            or not _FILE_NAME.fullmatch(report.file)
+            or not _SHA256.fullmatch(report.sha256)
+            or report.num_bytes >= 2**63
             or any(len(digest.sha256) != 32 for digest in report.fragments)
         ):
             raise ProtocolError(

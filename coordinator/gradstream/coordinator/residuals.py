@@ -16,8 +16,8 @@ from gradstream.core.checkpoint import ResidualEntry
 from gradstream.core.errors import ProtocolError
 from gradstream.proto.v1 import coordinator_pb2
 
-_FILE_NAME = re.compile(r"^epoch-\d{4,20}-residual-slot-\d{3,10}-[A-Za-z0-9._-]{1,100}\.safetensors$")
-_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+_FILE_NAME = re.compile(r"epoch-\d{4,20}-residual-slot-\d{3,10}-[A-Za-z0-9._-]{1,100}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,6 @@ def check_residual(report: coordinator_pb2.ReportResidualRequest, active: Active
         or not active.record.start_version < report.version <= active.num_steps
     ):
         raise ProtocolError(f"{what} does not fit the plan")
-    sound = _FILE_NAME.match(report.file) and _SHA256.match(report.sha256) and report.num_bytes < 2**63
+    sound = _FILE_NAME.fullmatch(report.file) and _SHA256.fullmatch(report.sha256) and report.num_bytes < 2**63
     if report.file and not sound:
         raise ProtocolError(f"{what}: file name, size or sha256 cannot be right")

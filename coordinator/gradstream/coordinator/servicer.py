@@ -28,8 +28,8 @@ PIECE_BYTES = 1 << 20
 FIRST_MESSAGE_SECONDS = 10.0
 TOKENS_SECONDS = 1.0
 """How long others may not know of a change of the table of tokens."""
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-_ADDRESS = re.compile(r"^[^\s]{1,255}:\d{1,5}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_ADDRESS = re.compile(r"[!-~]{1,255}:[0-9]{1,5}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -221,13 +221,13 @@ def check_registration(request: coordinator_pb2.RegisterRequest) -> None:
         )
     if request.kind not in (SERVER, WORKER):
         raise ProtocolError("a registration must say whether the node is a parameter server or a worker")
-    if not _NAME.match(request.name):
+    if not _NAME.fullmatch(request.name):
         raise ConfigError(
             f"'{request.name[:63]}' is not a node name; use letters, digits, '.', '_' and '-' (at most 63)"
         )
     if not 1 <= len(request.incarnation) <= 64:
         raise ProtocolError("a registration must carry the incarnation of its process")
-    if not _ADDRESS.match(request.address):
+    if not _ADDRESS.fullmatch(request.address):
         raise ConfigError(
             f"{KIND_WORDS[request.kind]} {request.name} gave the address '{request.address[:100]}', which is not "
             f"host:port; listen on the one that workers can reach (--listen)"

@@ -7,6 +7,7 @@ people read, may lose its last moments when the power fails (`NORMAL`). Neither 
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -245,7 +246,9 @@ class SqliteState(State):
 
     def record_validation_part(self, report: coordinator_pb2.ReportValidationRequest) -> bool:
         with self._transaction(durable=True) as db:
-            row = (report.job_id, report.epoch, report.version, report.slot, report.loss_sum, report.num_tokens)
+            # SQLite takes NaN for NULL, which the column refuses.
+            loss_sum = "nan" if math.isnan(report.loss_sum) else report.loss_sum
+            row = (report.job_id, report.epoch, report.version, report.slot, loss_sum, report.num_tokens)
             return bool(db.execute("INSERT OR IGNORE INTO validation_parts VALUES (?, ?, ?, ?, ?, ?)", row).rowcount)
 
     def validation_parts(self, job_id: str, version: int) -> dict[int, tuple[float, int]]:
@@ -255,7 +258,7 @@ class SqliteState(State):
             (job_id, version),
         )
         # The earliest epoch's part is the last of its slot and stays: parts of two epochs are the same anyway.
-        return {slot: (loss_sum, num_tokens) for slot, loss_sum, num_tokens in rows}
+        return {slot: (float(loss_sum), num_tokens) for slot, loss_sum, num_tokens in rows}
 
     def record_validation(self, job_id: str, validation: jobs_pb2.Validation) -> bool:
         with self._transaction(durable=True) as db:

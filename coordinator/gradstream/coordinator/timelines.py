@@ -148,7 +148,7 @@ class TimelineFiles:
         if self._segments is not None:
             return
         self._segments = []
-        for path in sorted(self._directory.glob("*.records")):
+        for path in self._paths():
             segment = _Segment(path)
             for _, record in _records(path):
                 segment.num_records[record.worker] += 1
@@ -184,10 +184,14 @@ class TimelineFiles:
     def index(self) -> list[tuple[Path, int]]:
         """File and offset of the last timelines of each worker, in the order in which they came."""
         kept: dict[str, deque[tuple[Path, int]]] = {}
-        for path in sorted(self._directory.glob("*.records")):
+        for path in self._paths():
             for offset, record in _records(path):
                 kept.setdefault(record.worker, deque(maxlen=NUM_VERSIONS)).append((path, offset))
         return sorted(place for places in kept.values() for place in places)
+
+    def _paths(self) -> list[Path]:
+        """The segments on disk, in order; what others put beside them does not count."""
+        return sorted(path for path in self._directory.glob("*.records") if path.stem.isdecimal())
 
     def _add(self, record: jobs_pb2.GetTimelineResponse) -> None:
         window, timeline = self._window, record.timeline

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradstream.core import files
-from gradstream.core.errors import CheckpointError, ConfigError
+from gradstream.core.errors import CheckpointError, ConfigError, one_line
 
 SPARE_BYTES = 256 << 20
 """What a copy of a remote file leaves free on the disk of temporary files."""
@@ -87,8 +87,10 @@ def read_json(directory: str, name: str) -> dict[str, Any]:
     """A JSON object beside the weights. Raises as `read_small`, and ConfigError when it is none."""
     try:
         value = json.loads(read_small(directory, name))
-    except ValueError as error:
-        raise ConfigError(f"{files.join(directory, name)} is not JSON ({error}); get the file again") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{files.join(directory, name)} is not JSON ({one_line(error)}); get the file again"
+        ) from None
     if not isinstance(value, dict):
         raise ConfigError(f"{files.join(directory, name)} is not a JSON object; get the file again")
     return value

@@ -197,7 +197,7 @@ def _find_huggingface(path: str, title: str, names: Sequence[str]) -> tuple[Base
 
 def _find_checkpoint(path: str, title: str) -> tuple[Base, dict[str, Any]]:
     manifest = read_manifest(path)
-    if (manifest.recipe.get("finetuning") or {}).get("method") == "lora":
+    if manifest.finetuning is not None and manifest.finetuning.method == "lora":
         raise ConfigError(
             f"{path} is an adapter's checkpoint and has no whole model; export it merged and start from that directory"
         )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from gradstream.core import checkpoint, files
 from gradstream.core.base_files import read_json, read_small
-from gradstream.core.checkpoint import TOKENIZER_NAME, CheckpointReader, read_manifest
-from gradstream.core.errors import ConfigError, GradstreamError
+from gradstream.core.checkpoint import TOKENIZER_NAME, CheckpointReader, added_token, read_manifest
+from gradstream.core.errors import ConfigError, GradstreamError, one_line
 from gradstream.core.finetuning import Base
 from gradstream.core.log import get_logger
 
@@ -50,7 +50,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest id."""
-    return 1 + max(map(int, tokenizer.get_vocab().values()))
+    return 1 + max(map(int, tokenizer.get_vocab().values()), default=-1)
 
 
 def write_tokenizer(base: Base, destination: Path) -> None:
@@ -78,15 +78,12 @@ def write_chat_template(checkpoint_directory: str, destination: Path) -> None:
 
 def _of_checkpoint(directory: str) -> PreTrainedTokenizerBase:
     manifest = read_manifest(directory)
-    tokens = read_json(directory, TOKENIZER_NAME).get("added_tokens", [])
-    end_of_text = next((token["content"] for token in tokens if token["id"] == manifest.end_of_text_id), None)
+    end_of_text = added_token(read_json(directory, TOKENIZER_NAME), manifest.end_of_text_id)
     settings: dict[str, Any] = {"bos_token": end_of_text, "eos_token": end_of_text}
     template = None
-    finetuning = manifest.recipe.get("finetuning")
-    if finetuning:
-        origin = Base.model_validate(finetuning["base"])
+    if manifest.finetuning is not None:
         try:
-            template = load_tokenizer(origin).chat_template
+            template = load_tokenizer(manifest.finetuning.base).chat_template
         except GradstreamError as error:
             get_logger().warning("the chat template of the base is not there", checkpoint=directory, reason=str(error))
     return _tokenizer(directory, settings, template)
@@ -113,24 +110,38 @@ def _chat_template(directory: str, settings: dict[str, Any]) -> Any:
     if TEMPLATE_NAME in files.list_names(directory):
         return read_small(directory, TEMPLATE_NAME).decode("utf-8", errors="replace")
     template = settings.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
-    return template
+    entries = template if isinstance(template, list) else [{"name": "", "template": template}]
+    if template is not None and not all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+        for entry in entries
+    ):
+        raise ConfigError(
+            f"the chat_template in {files.join(directory, TOKENIZER_CONFIG_NAME)} is neither a text nor a list of "
+            f"named ones; get the file again"
+        )
+    return {entry["name"]: entry["template"] for entry in entries} if isinstance(template, list) else template
 
 
 def _tokenizer(directory: str, settings: dict[str, Any], chat_template: Any) -> PreTrainedTokenizerBase:
+    if TOKENIZER_NAME not in files.list_names(directory):
+        raise ConfigError(_no_tokenizer(directory))
+    content = read_small(directory, TOKENIZER_NAME)
+    try:
+        return _assembled(content, settings, chat_template, directory)
+    except GradstreamError:
+        raise
+    except Exception as error:  # tokenizers and transformers raise whatever a wrong value leads to
+        raise ConfigError(
+            f"{files.join(directory, TOKENIZER_NAME)} cannot be used ({one_line(error)[:200]}); get the file again, "
+            f"and {TOKENIZER_CONFIG_NAME} too"
+        ) from None
+
+
+def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, directory: str) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    if TOKENIZER_NAME not in files.list_names(directory):
-        raise ConfigError(_no_tokenizer(directory))
-    try:
-        backend = Tokenizer.from_str(read_small(directory, TOKENIZER_NAME).decode())
-    except Exception as error:  # the tokenizers library raises bare exceptions
-        detail = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{files.join(directory, TOKENIZER_NAME)} cannot be used ({detail}); get the file again"
-        ) from None
+    backend = Tokenizer.from_str(content.decode())
     special: dict[str, Any] = {}
     for kind in SPECIAL_TOKENS:
         value = settings.get(kind)

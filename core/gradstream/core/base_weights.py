@@ -159,6 +159,9 @@ def read_index(directory: str) -> dict[str, str] | None:
     path = files.join(directory, INDEX_NAME)
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise ConfigError(f"{path} has no weight_map; get the file again")
+    elsewhere = next((file for file in index.values() if "/" in file), None)
+    if elsewhere is not None:
+        raise ConfigError(f"{path} names {elsewhere}, which is not beside it; get the file again")
     return index
 
 

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gradstream.core import files
-from gradstream.core.data import Digest, FileName
-from gradstream.core.errors import CheckpointError
-from gradstream.core.fragments import Fragment, Tensor, cut
+from gradstream.core.data import Count, Digest, FileName
+from gradstream.core.errors import CheckpointError, one_line
+from gradstream.core.finetuning import FineTuning
+from gradstream.core.fragments import Fragment, Tensor, cut, num_fragments
 from gradstream.proto.v1 import coordinator_pb2
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ TOKENIZER_NAME = "tokenizer.json"
 WEIGHT = "weight"
 COPY = "copy"  # of the weights as workers hold them, where they pull differences
 EXPORT_FILE_BYTES = 4 << 30
-_DIRECTORY = re.compile(r"^step-(\d{8,})$")
+_DIRECTORY = re.compile(r"step-([0-9]{8,})")
 
 
 class TensorEntry(BaseModel):
@@ -49,9 +50,9 @@ class TensorEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     decay: bool
-    unit: int
+    unit: Count
 
     def tensor(self) -> Tensor:
         return Tensor(self.name, self.shape, self.decay, self.unit)
@@ -63,14 +64,14 @@ class FileEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: FileName
-    num_bytes: Annotated[int, Field(ge=0)]
+    num_bytes: Count
     sha256: Digest
 
 
 class ResidualEntry(FileEntry):
     """One slot's residual (gradstream.core.residual_files)."""
 
-    slot: Annotated[int, Field(ge=0)]
+    slot: Count
 
 
 class CheckpointManifest(BaseModel):
@@ -80,14 +81,14 @@ class CheckpointManifest(BaseModel):
 
     format_version: Literal[1] = 1
     job_id: str
-    epoch: int
-    version: int
-    unix_ms: int
+    epoch: Count
+    version: Count
+    unix_ms: Count
     recipe: dict[str, Any]
     architecture: dict[str, Any]
-    end_of_text_id: int
+    end_of_text_id: Count
     tensors: tuple[TensorEntry, ...]
-    fragment_elements: Annotated[int, Field(gt=0)]
+    fragment_elements: Annotated[Count, Field(gt=0)]
     placement: tuple[int, ...]
     files: tuple[FileEntry, ...]
     state_sha256: Digest
@@ -102,6 +103,18 @@ class CheckpointManifest(BaseModel):
     def fragments(self) -> list[Fragment]:
         """The fragments as they were cut when this was written."""
         return cut([entry.tensor() for entry in self.tensors], self.fragment_elements)
+
+    @property
+    def finetuning(self) -> FineTuning | None:
+        """What the recipe says of fine-tuning. Raises CheckpointError when that makes no sense."""
+        section = self.recipe.get("finetuning")
+        try:
+            return FineTuning.model_validate(section) if section else None
+        except ValidationError as error:
+            raise CheckpointError(
+                f"the checkpoint of job {self.job_id} has a recipe whose fine-tuning cannot be "
+                f"({error.errors()[0]['msg']}); take another checkpoint"
+            ) from None
 
 
 def directory_of(root: str, version: int) -> str:
@@ -211,13 +224,18 @@ def read_manifest(directory: str) -> CheckpointManifest:
     except FileNotFoundError:
         raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST_NAME}") from None
     except (ValidationError, OSError) as error:
-        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else one_line(error)
         raise CheckpointError(
             f"checkpoint manifest {path} is damaged ({detail}); restore it, "
             f"or remove {directory} to go back to an older one"
         ) from None
+    tensors = [entry.tensor() for entry in manifest.tensors]
     known = range(len(manifest.files))
-    if len(manifest.placement) != len(manifest.fragments()) or not all(file in known for file in manifest.placement):
+    if (
+        len(manifest.placement) != num_fragments(tensors, manifest.fragment_elements)
+        or not all(file in known for file in manifest.placement)
+        or len({tensor.name for tensor in tensors}) < len(tensors)
+    ):
         raise CheckpointError(
             f"checkpoint manifest {path} contradicts itself; restore it, "
             f"or remove {directory} to go back to an older one"
@@ -230,7 +248,7 @@ def list_checkpoints(root: str) -> list[CheckpointManifest]:
     found = []
     for name in files.list_names(root):
         directory = files.join(root, name)
-        if _DIRECTORY.match(name) and MANIFEST_NAME in files.list_names(directory):
+        if _DIRECTORY.fullmatch(name) and MANIFEST_NAME in files.list_names(directory):
             found.append(read_manifest(directory))
     return sorted(found, key=lambda manifest: manifest.version)
 
@@ -272,26 +290,27 @@ class CheckpointReader:
         import numpy as np
 
         self.shape(tensor)
+        pieces = self._fragments.get(self._numbers[tensor], [])
+        first = bisect_right([piece.begin for piece in pieces], begin) - 1
+        # Nothing is allocated before the files are known to have it all.
+        found = [(piece, self._slice(kind, piece, piece.num_elements)) for piece in pieces[first:] if piece.begin < end]
         out = np.empty(end - begin, dtype=np.float32)
-        pieces = self._fragments[self._numbers[tensor]]
-        at = bisect_right([piece.begin for piece in pieces], begin) - 1
-        while begin < end:
-            piece = pieces[at]
-            stop = min(end, piece.end)
-            source = self._slice(self.manifest.placement[piece.index], f"{kind}/{slice_name(self._tensors, piece)}")
-            out[len(out) - (end - begin) : len(out) - (end - stop)] = source[begin - piece.begin : stop - piece.begin]
-            begin, at = stop, at + 1
+        for piece, source in found:
+            start, stop = max(begin, piece.begin), min(end, piece.end)
+            out[start - begin : stop - begin] = source[start - piece.begin : stop - piece.begin]
         return out
 
     def scalar(self, kind: str, tensor: str, begin: int) -> npt.NDArray[np.float32]:
         """The one-element array that the fragment holding element `begin` keeps under `kind`."""
         pieces = self._fragments[self._numbers[tensor]]
         piece = pieces[bisect_right([piece.begin for piece in pieces], begin) - 1]
-        return self._slice(self.manifest.placement[piece.index], f"{kind}/{slice_name(self._tensors, piece)}")[:]  # type: ignore[no-any-return]
+        return self._slice(kind, piece, 1)[:]  # type: ignore[no-any-return]
 
-    def _slice(self, number: int, key: str) -> Any:
+    def _slice(self, kind: str, piece: Fragment, num_elements: int) -> Any:
+        """What a file has of a fragment, fp32 and of so many elements, to be read in slices."""
         from safetensors import SafetensorError, safe_open
 
+        number, key = self.manifest.placement[piece.index], f"{kind}/{slice_name(self._tensors, piece)}"
         entry = self.manifest.files[number]
         path = files.join(self.directory, entry.file)
         if number not in self._open_files:
@@ -301,11 +320,17 @@ class CheckpointReader:
             except SafetensorError as error:
                 raise CheckpointError(f"checkpoint file {path} cannot be read ({error})") from None
         try:
-            return self._open_files[number].get_slice(key)
+            found = self._open_files[number].get_slice(key)
         except SafetensorError:
             raise CheckpointError(
                 f"checkpoint file {path} has no '{key}'; it was written with another optimizer than the recipe's"
             ) from None
+        if found.get_dtype() != "F32" or list(found.get_shape()) != [num_elements]:
+            raise CheckpointError(
+                f"checkpoint file {path}: '{key}' is {found.get_dtype()} of shape {found.get_shape()}, and the "
+                f"manifest says fp32 of [{num_elements}]; they do not belong together"
+            )
+        return found
 
 
 def verified_file(directory: str, entry: FileEntry) -> str:
@@ -346,7 +371,8 @@ def export_huggingface(directory: str, destination: Path) -> None:
 def write_huggingface(directory: str, destination: Path) -> None:
     """Write a checkpoint's weights, config and tokenizer into a directory that is there. Raises CheckpointError."""
     reader = CheckpointReader(directory)
-    if (reader.manifest.recipe.get("finetuning") or {}).get("method") == "lora":
+    finetuning = reader.manifest.finetuning
+    if finetuning is not None and finetuning.method == "lora":
         raise CheckpointError(
             f"{directory} holds adapters, not a whole model; export it with `gradstream finetune export`"
         )
@@ -397,13 +423,12 @@ def write_tokenizer(reader: CheckpointReader, destination: Path) -> None:
     try:
         tokenizer = files.read_bytes(path)
         vocabulary = json.loads(tokenizer)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's tokenizer {path} cannot be read ({error}); restore the file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the checkpoint's tokenizer {path} cannot be read ({one_line(error)}); restore the file"
+        ) from None
     (destination / TOKENIZER_NAME).write_bytes(tokenizer)
-    end_of_text = next(
-        (token["content"] for token in vocabulary.get("added_tokens", []) if token["id"] == manifest.end_of_text_id),
-        None,
-    )
+    end_of_text = added_token(vocabulary, manifest.end_of_text_id)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end_of_text,
@@ -414,6 +439,15 @@ def write_tokenizer(reader: CheckpointReader, destination: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (destination / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1))
+
+
+def added_token(vocabulary: Any, token_id: int) -> str | None:
+    """The text that the contents of a tokenizer.json give a token beside those of its model; None if it has none."""
+    tokens = vocabulary.get("added_tokens") if isinstance(vocabulary, dict) else None
+    for token in tokens if isinstance(tokens, list) else []:
+        if isinstance(token, dict) and token.get("id") == token_id and isinstance(token.get("content"), str):
+            return str(token["content"])
+    return None
 
 
 def slice_name(tensors: Sequence[Tensor], fragment: Fragment) -> str:

@@ -12,16 +12,23 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
 
-from gradstream.core.errors import ConfigError, nearest
+from gradstream.core.errors import ConfigError, nearest, one_line
 from gradstream.core.finetuning import FineTuning, LoraConfig
 from gradstream.core.section import NonNegative, Positive, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+S = TypeVar("S", bound=Section)
+
+MAX_RECIPE_CHARACTERS = 1 << 20
+"""As JSON. A list of jobs with their recipes is one message."""
+MAX_VALUES = 100_000
+"""Of a recipe file, with what its YAML aliases stand for written out."""
 
 
 RESIDUAL_CODECS = frozenset({"topk", "sign", "powersgd"})
@@ -32,6 +39,16 @@ class ModelConfig(Section):
     """Which model: the contents of a Hugging Face config.json, written out or by path."""
 
     config: dict[str, Any] = Field(description="a Hugging Face config.json as a mapping, or its path")
+
+    @field_validator("config")
+    @classmethod
+    def _is_json(cls, config: dict[str, Any]) -> dict[str, Any]:
+        try:
+            # UTF-8 too: pydantic would write half of a surrogate pair in a key as another one.
+            json.dumps(config, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"model.config holds what JSON has no word for ({error})") from None
+        return config
 
 
 class TrainingConfig(Section):
@@ -291,7 +308,7 @@ def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
         if not separator or not key:
             raise ConfigError(f"override '{override}' is not of the form key.sub=value")
         try:
-            value = yaml.safe_load(text)
+            value = _parse_yaml(text, f"override '{override}'")
         except yaml.YAMLError:
             value = text
         _set(tree, key.strip().split("."), value, override)
@@ -300,14 +317,26 @@ def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
 
 def parse_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping or as JSON. Raises ConfigError with one line."""
+    return validated(Recipe, tree, origin)
+
+
+def validated(kind: type[S], tree: Mapping[str, Any] | str, origin: str) -> S:
+    """A section of kind `kind` given as a mapping or as JSON, which can be written as JSON again. Raises ConfigError
+    with one line."""
+    if isinstance(tree, str) and len(tree) > MAX_RECIPE_CHARACTERS:
+        raise ConfigError(f"{origin}: it has more than the {MAX_RECIPE_CHARACTERS >> 10} KiB that a recipe may have")
     try:
         data = json.loads(tree) if isinstance(tree, str) else tree
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{origin}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: not JSON ({one_line(error)})") from None
     try:
-        return Recipe.model_validate(data)
+        section = kind.model_validate(data)
+        section.model_dump_json()
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {explain(error, Recipe)}") from None
+        raise ConfigError(f"{origin}: {explain(error, kind)}") from None
+    except PydanticSerializationError as error:
+        raise ConfigError(f"{origin}: it cannot be written as JSON ({one_line(error)}); correct that text") from None
+    return section
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
@@ -330,16 +359,24 @@ def _is_url(path: str) -> bool:
 
 
 def absolute_path(path: str) -> str:
-    """A local path made absolute; a URL, or anything with a scheme, as it is."""
-    return path if _is_url(path) else str(Path(path).expanduser().absolute())
+    """A local path made absolute; a URL, or anything with a scheme, as it is. Raises ConfigError for what no path can
+    be."""
+    if _is_url(path):
+        return path
+    if "\0" in path:
+        raise ConfigError(f"'{path}' is not a path: it holds a zero byte")
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:
+        raise ConfigError(f"'{path}' cannot be found ({one_line(error)}); write the path out") from None
 
 
 def _load_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    resolved = path.expanduser().resolve()
+    resolved = Path(absolute_path(str(path))).resolve()
     if resolved in seen:
         raise ConfigError(f"{path}: 'base' leads back to this file; remove one of the 'base' lines")
     try:
-        tree = yaml.safe_load(resolved.read_text(encoding="utf-8"))
+        tree = _parse_yaml(resolved.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe; `gradstream recipes ls` lists the ones that come along") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -357,11 +394,29 @@ def _load_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_load_tree(resolved.parent / str(base), (*seen, resolved)), tree)
 
 
-def _load_model_config(path: Path) -> dict[str, Any]:
-    path = path / "config.json" if path.is_dir() else path
+def _parse_yaml(text: str, origin: str) -> Any:
+    """The value of a YAML text. Raises ConfigError for one that is too deep or, with its aliases written out, too
+    large; yaml.YAMLError for what is no YAML."""
     try:
+        value = yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(f"{origin}: lists and mappings are nested too deeply") from None
+    except (TypeError, ValueError, AttributeError) as error:  # as of a date that there is not, or a list as a key
+        raise ConfigError(f"{origin}: not YAML ({one_line(error)})") from None
+    left = [value]
+    for _ in range(MAX_VALUES):
+        if not left:
+            return value
+        item = left.pop()
+        left += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+    raise ConfigError(f"{origin}: with its aliases written out it has more than {MAX_VALUES} values")
+
+
+def _load_model_config(path: Path) -> dict[str, Any]:
+    try:
+        path = path / "config.json" if path.is_dir() else path
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model.config: {path} is not a readable config.json ({error})") from None
     if not isinstance(config, dict):
         raise ConfigError(f"model.config: {path} does not hold a JSON object")
@@ -393,7 +448,9 @@ def explain(error: ValidationError, recipe: type[Section]) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = recipe
         for part in problem["loc"][:-1]:
-            annotation = section.model_fields[str(part)].annotation
+            if part not in section.model_fields:
+                continue  # a place in a list
+            annotation = section.model_fields[part].annotation
             section = next(
                 (
                     a

@@ -25,15 +25,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gradstream.core.errors import DataError
+from gradstream.core.errors import DataError, one_line
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # A name, never a path: it comes from a file and is joined to a directory.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+MAX_SHARDS = 1 << 16
 NO_TARGET = 0xFFFFFFFF
 """In a row, in place of a target that does not count."""
 ROW_PLANES = 3
@@ -70,7 +71,7 @@ class Manifest(BaseModel):
     end_of_text_id: Count
     tokenizer_file: FileName = "tokenizer.json"
     tokenizer_sha256: Digest
-    shards: tuple[DataShard, ...]
+    shards: Annotated[tuple[DataShard, ...], Field(max_length=MAX_SHARDS)]
     sources: tuple[str, ...] = ()
     layout: Literal["windows", "rows"] = "windows"
     row_length: Count = 0
@@ -82,6 +83,9 @@ class Manifest(BaseModel):
             raise ValueError("layout rows has a row_length and token_dtype uint32, layout windows no row_length")
         if rows and any(shard.num_tokens % self.row_length for shard in self.shards):
             raise ValueError(f"a shard's tokens are not whole rows of {self.row_length}")
+        names = [name for shard in self.shards for name in (shard.file, shard.index_file)]
+        if len(set(names)) < len(names):
+            raise ValueError("two data shards have a file of one name")
         return self
 
     def num_samples(self, shard: DataShard, sequence_length: int) -> int:
@@ -108,10 +112,12 @@ class Manifest(BaseModel):
 def parse_manifest(text: str | bytes | Mapping[str, Any], origin: str = MANIFEST_NAME) -> Manifest:
     """Validate a manifest. Raises DataError with one line."""
     try:
-        return Manifest.model_validate(json.loads(text) if isinstance(text, str | bytes) else text)
-    except (ValueError, ValidationError) as error:
+        manifest = Manifest.model_validate(json.loads(text) if isinstance(text, str | bytes) else text)
+        manifest.model_dump_json()  # it travels as JSON, which half of a surrogate pair cannot
+        return manifest
+    except (ValueError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
-        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else one_line(error)
         raise DataError(f"{origin} is not a valid data manifest ({what}); prepare the data again") from None
 
 

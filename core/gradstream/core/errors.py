@@ -19,15 +19,24 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 
 import grpc
 
+MAX_MESSAGE_CHARACTERS = 2000
+MAX_COMPARED_CHARACTERS = 100
+MAX_COMPARED = 1000
+"""Candidates among which the nearest is looked for."""
+
 
 class GradstreamError(Exception):
-    """An error with a message for people. `str(error)` is one line."""
+    """An error with a message for people. `str(error)` is one plain line, whatever a peer or a file put into it."""
 
     exit_code = 1
     status = grpc.StatusCode.INTERNAL
+
+    def __init__(self, message: str = ""):
+        super().__init__(plain_line(message))
 
 
 class ConfigError(GradstreamError):
@@ -99,13 +108,31 @@ class UnreachableError(GradstreamError):
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the candidate nearest to `word`, or "" when none is near."""
-    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    if len(word) > MAX_COMPARED_CHARACTERS:
+        return ""  # no typing error, and comparing would take long
+    known = [other for other in islice(candidates, MAX_COMPARED) if len(other) <= 2 * MAX_COMPARED_CHARACTERS]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def one_line(error: BaseException) -> str:
     """The error's message on one line, for people: no stack trace, and the type's name only where it says more."""
-    text = " ".join(str(error).split())
+    text = str(error)
     if isinstance(error, GradstreamError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return plain_line(text)
+    return plain_line(f"{type(error).__name__}: {text}") if text.strip() else type(error).__name__
+
+
+def plain_line(text: str) -> str:
+    """`text` on one line: without control characters and half surrogate pairs, which a terminal or protobuf would trip
+    over, and short enough for gRPC, which drops a status of more than 8 KiB. Of a longer one the middle is left out.
+    """
+    if len(text) > 4 * MAX_MESSAGE_CHARACTERS:
+        text = f"{text[: 2 * MAX_MESSAGE_CHARACTERS]} {text[-2 * MAX_MESSAGE_CHARACTERS :]}"
+    line = " ".join(text.split())
+    if not line.isprintable():
+        line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+    # gRPC writes what is no ASCII as three characters a byte.
+    num_foreign = 0 if line.isascii() else sum(not character.isascii() for character in line)
+    most = MAX_MESSAGE_CHARACTERS if num_foreign <= MAX_MESSAGE_CHARACTERS // 8 else MAX_MESSAGE_CHARACTERS // 4
+    return line if len(line) <= most else f"{line[: most * 2 // 3]} … {line[3 - most // 3 :]}"

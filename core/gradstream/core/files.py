@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -18,6 +19,8 @@ import fsspec
 from gradstream.core.errors import CheckpointError
 
 PIECE_BYTES = 1 << 20
+MAX_READ_BYTES = 1 << 30
+"""Of a file that is read as a whole: manifests, tokenizers."""
 
 
 def file_system(path: str) -> tuple[Any, str]:
@@ -53,11 +56,13 @@ def list_names(directory: str) -> list[str]:
 
 
 def read_bytes(path: str) -> bytes:
-    """A whole file. Raises FileNotFoundError or OSError."""
+    """A whole file. Raises FileNotFoundError, or OSError, also for one of more than MAX_READ_BYTES."""
     fs, inner = file_system(path)
     with fs.open(inner, "rb") as stream:
-        data: bytes = stream.read()
-        return data
+        data: bytes = stream.read(MAX_READ_BYTES + 1)
+    if len(data) > MAX_READ_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_READ_BYTES >> 20} MiB")
+    return data
 
 
 def pieces(path: str) -> Iterator[bytes]:

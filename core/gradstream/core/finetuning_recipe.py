@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from gradstream.core.config import (
     ClusterConfig,
@@ -18,11 +18,10 @@ from gradstream.core.config import (
     Recipe,
     ScheduleConfig,
     absolute_path,
-    explain,
     load_recipe,
     load_tree,
+    validated,
 )
-from gradstream.core.errors import ConfigError
 from gradstream.core.finetuning import LoraConfig
 from gradstream.core.section import NonNegative, Positive, Section
 
@@ -140,12 +139,7 @@ def load_finetuning_recipe(path: str | Path, overrides: Iterable[str] = ()) -> F
 
 def parse_finetuning_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> FineTuningRecipe:
     """Validate a fine-tuning recipe given as a mapping or as JSON. Raises ConfigError with one line."""
-    try:
-        if isinstance(tree, str):
-            return FineTuningRecipe.model_validate_json(tree)
-        return FineTuningRecipe.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{origin}: {explain(error, FineTuningRecipe)}") from None
+    return validated(FineTuningRecipe, tree, origin)
 
 
 def absolute_finetuning_paths(recipe: FineTuningRecipe) -> FineTuningRecipe:

@@ -72,6 +72,24 @@ class Fragment:
         return self.num_elements * BYTES_PER_ELEMENT
 
 
+def num_fragments(tensors: Sequence[Tensor], fragment_elements: int) -> int:
+    """How many fragments `cut` makes, without making them: of foreign sizes it may be more than memory holds."""
+    return sum(_num_pieces(tensor, fragment_elements) for tensor in tensors)
+
+
+def _block(tensor: Tensor, fragment_elements: int) -> int:
+    """What a tensor's cuts fall on multiples of."""
+    row = max(1, tensor.shape[-1]) if len(tensor.shape) > 1 else 1
+    block = math.lcm(BLOCK_ELEMENTS, row)
+    return block if block <= fragment_elements else BLOCK_ELEMENTS
+
+
+def _num_pieces(tensor: Tensor, fragment_elements: int) -> int:
+    block = _block(tensor, fragment_elements)
+    num_blocks, most_blocks = -(-tensor.num_elements // block), max(1, fragment_elements // block)
+    return -(-num_blocks // most_blocks)
+
+
 def cut(tensors: Sequence[Tensor], fragment_elements: int) -> list[Fragment]:
     """Cut every tensor into fragments of at most `fragment_elements`, in forward order.
 
@@ -82,13 +100,10 @@ def cut(tensors: Sequence[Tensor], fragment_elements: int) -> list[Fragment]:
     fragments: list[Fragment] = []
     for number, tensor in enumerate(tensors):
         row = max(1, tensor.shape[-1]) if len(tensor.shape) > 1 else 1
-        block = math.lcm(BLOCK_ELEMENTS, row)
-        if block > fragment_elements:
-            block = BLOCK_ELEMENTS
+        block = _block(tensor, fragment_elements)
         columns = row if row > 1 and block % row == 0 else 0
-        most_blocks = max(1, fragment_elements // block)
         blocks = -(-tensor.num_elements // block)
-        pieces = -(-blocks // most_blocks)
+        pieces = _num_pieces(tensor, fragment_elements)
         begin = 0
         for piece in range(pieces):
             end = min(tensor.num_elements, blocks * (piece + 1) // pieces * block)

@@ -18,7 +18,7 @@ from dataclasses import astuple
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gradstream.core.errors import ConfigError, nearest
+from gradstream.core.errors import ConfigError, nearest, one_line
 from gradstream.core.finetuning import LoraConfig
 from gradstream.core.fragments import Tensor, TensorKind
 from gradstream.core.lora import add_adapters, initial_adapter
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+MAX_LAYERS = 1024
 # transformers draws from the process's one generator. A shard that was dropped while it loaded may still be drawing in
 # its thread when the next one begins.
 _GENERATOR_LOCK = threading.Lock()
@@ -49,6 +50,7 @@ def load_config(model_config: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     fields = dict(model_config)
+    _refuse_foreign_code(fields)
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         raise ConfigError(
@@ -56,9 +58,22 @@ def load_config(model_config: Mapping[str, Any]) -> Any:
             f"{nearest(str(model_type), CONFIG_MAPPING_NAMES)}"
         )
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        config = AutoConfig.for_model(model_type, **fields)
+        num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     except Exception as error:  # the config classes of transformers raise whatever a wrong value leads to
-        raise ConfigError(f"model.config is not a valid {model_type} config: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"model.config is not a valid {model_type} config: {one_line(error)}") from None
+    if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
+        raise ConfigError(f"model.config has {num_layers} layers; at most {MAX_LAYERS} can be built")
+    return config
+
+
+def _refuse_foreign_code(fields: dict[str, Any]) -> None:
+    """Raise ConfigError for a config that names code to be fetched; leave out what names some beside transformers' own
+    class, which is used instead."""
+    fields.pop("auto_map", None)
+    for key, value in fields.items():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise ConfigError(f"model.config.{key} names code from elsewhere, which is never run; remove it")
 
 
 def build(model_config: Mapping[str, Any], device: str = "cpu", lora: LoraConfig | None = None) -> nn.Module:
@@ -70,9 +85,9 @@ def build(model_config: Mapping[str, Any], device: str = "cpu", lora: LoraConfig
     config = load_config(model_config)
     try:
         with torch.device(device):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        raise ConfigError(f"model.config cannot be built: {' '.join(str(error).split())[:300]}") from None
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # as of the config classes
+        raise ConfigError(f"model.config cannot be built: {one_line(error)[:300]}") from None
     if lora is not None:
         add_adapters(model, lora)
     return model

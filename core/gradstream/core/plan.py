@@ -11,9 +11,9 @@ from typing import Any
 from gradstream.core.bundles import Bundle, Use, bundle
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import Manifest, parse_manifest, samples_by_slot
-from gradstream.core.errors import ProtocolError
+from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.finetuning import LoraConfig
-from gradstream.core.fragments import Fragment, Tensor, TensorKind, cut
+from gradstream.core.fragments import Fragment, Tensor, TensorKind, cut, num_fragments
 from gradstream.proto.v1 import plan_pb2
 
 _KINDS: dict[TensorKind, plan_pb2.TensorKind.ValueType] = {
@@ -201,12 +201,19 @@ class Plan:
 
     @classmethod
     def from_proto(cls, message: plan_pb2.Plan) -> Plan:
-        """Check and decode a plan. Raises ProtocolError when it contradicts itself."""
+        """Check and decode a plan. Raises ProtocolError when it contradicts itself, ConfigError and DataError for what
+        is wrong with its recipe and its data manifest."""
+        try:
+            model_config = json.loads(message.model_config_json)
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(
+                f"plan {message.job_id}/{message.epoch} has a model config that is not JSON ({one_line(error)})"
+            ) from None
         plan = cls(
             job_id=message.job_id,
             epoch=message.epoch,
             recipe=parse_recipe(message.recipe_json),
-            model_config=json.loads(message.model_config_json),
+            model_config=model_config,
             data_manifest=parse_manifest(message.data_manifest_json),
             tensors=tuple(_tensor(t) for t in message.tensors),
             fragment_elements=message.fragment_elements,
@@ -229,9 +236,12 @@ class Plan:
                 f"plan {plan.job_id}/{plan.epoch} says what {len(plan.worker_bytes)} workers need, but a replica has "
                 f"{plan.replica_size}"
             )
-        if not plan.fragment_elements or len(plan.placement) != len(plan.fragments):
+        if not isinstance(model_config, dict):
+            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} has a model config that is no JSON object")
+        count = num_fragments(plan.tensors, plan.fragment_elements)
+        if not plan.fragment_elements or len(plan.placement) != count:
             raise ProtocolError(
-                f"plan {plan.job_id}/{plan.epoch} places {len(plan.placement)} fragments but has {len(plan.fragments)}"
+                f"plan {plan.job_id}/{plan.epoch} places {len(plan.placement)} fragments but has {count}"
             )
         if not plan.servers or max(plan.placement, default=0) >= len(plan.servers) or plan.leader >= len(plan.servers):
             raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} names a server that it does not list")

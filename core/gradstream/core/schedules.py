@@ -55,7 +55,9 @@ Row = tuple[Action, ...]
 """The actions of one worker, in order."""
 
 SCHEDULES = ("gpipe", "1f1b", "eager-1f1b", "interleaved-1f1b", "zero-bubble")
-_ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
+_ACTION = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
+MAX_MISSING = 100_000
+"""Actions that a table may lack to be told the first of them."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,12 @@ def validate(schedule: Schedule) -> Bounds:
     its end. Raises ConfigError with the first action that is wrong."""
     rows, num_stages = schedule.rows, schedule.num_stages
     ops = [Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT] if schedule.split else [Op.FORWARD, Op.BACKWARD]
+    expected, found = num_stages * schedule.num_microbatches * len(ops), sum(map(len, rows))
+    if expected > found + MAX_MISSING:  # by a number that means nothing: the rest is not even listed
+        raise ConfigError(
+            f"schedule: {found} actions, where {num_stages} stages and {schedule.num_microbatches} microbatches need "
+            f"{expected}"
+        )
     missing = {
         Action(stage, op, microbatch)
         for stage in range(num_stages)

@@ -88,21 +88,21 @@ def parse(message: bytes) -> tuple[memoryview | None, memoryview]:
     """Split a message into (header or None, piece of payload), as views. Raises ProtocolError."""
     view = memoryview(message)
     header: memoryview | None = None
-    payload = view[:0]
+    payload: memoryview | None = None
     at = 0
     while at < len(view):
         tag = view[at]
         length, at = _read_varint(view, at + 1)
         if at + length > len(view):
             raise ProtocolError("message cut short: a field is longer than the message")
-        if tag == _HEADER_TAG and header is None and not len(payload):
+        if tag == _HEADER_TAG and header is None and payload is None:
             header = view[at : at + length]
-        elif tag == _PAYLOAD_TAG and not len(payload):
+        elif tag == _PAYLOAD_TAG and payload is None:
             payload = view[at : at + length]
         else:
             raise ProtocolError(f"message with an unexpected field (tag byte {tag})")
         at += length
-    return header, payload
+    return header, view[:0] if payload is None else payload
 
 
 class Assembler(Generic[H]):

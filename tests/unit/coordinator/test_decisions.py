@@ -54,6 +54,19 @@ def test_a_plan_is_balanced_and_reads_back(recipe: Recipe) -> None:
     assert set(reasons) == {"servers", "placement", "memory", "start"}
 
 
+def test_a_model_of_too_many_fragments_is_refused_before_it_is_cut(recipe: Recipe) -> None:
+    huge = [Tensor("embedding", (10**9, 10**6), True, 0)]
+    with pytest.raises(PlanError, match=r"raise cluster\.fragment_bytes"):
+        make_plan("j", recipe, make_manifest(), huge, "LlamaForCausalLM", offers(1), [], 1, None, "/c")
+
+
+@pytest.mark.parametrize("text_config", [[1], "x", 3, {}, {"vocab_size": "x"}, None])
+def test_a_model_config_of_odd_parts_is_no_error_of_the_data(recipe: Recipe, text_config: object) -> None:
+    config = {key: value for key, value in recipe.model.config.items() if key != "vocab_size"}
+    model = recipe.model.model_copy(update={"config": config | {"text_config": text_config}})
+    check_data(recipe.model_copy(update={"model": model}), make_manifest())
+
+
 def test_a_plan_does_not_depend_on_the_order_of_servers(recipe: Recipe) -> None:
     assert plan(recipe, offers(3))[0] == plan(recipe, offers(3)[::-1])[0]
 

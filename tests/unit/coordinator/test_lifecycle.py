@@ -531,3 +531,39 @@ async def test_serve_writes_the_ready_file_is_healthy_and_stops_on_sigterm(tmp_p
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(task, 10)
     assert not ready.exists()
+
+
+async def test_a_list_of_large_jobs_is_one_message(cluster: Cluster) -> None:
+    """All that fit: of the oldest without their recipes, which one can ask for by their ids."""
+    recipe = make_recipe(cluster.directory).model_copy(update={"description": "x" * 900_000})
+    for _ in range(6):
+        await cluster.jobs.SubmitJob(jobs_pb2.SubmitJobRequest(recipe_json=recipe.model_dump_json()))
+    listed = (await cluster.jobs.ListJobs(jobs_pb2.ListJobsRequest())).jobs
+    assert [job.job_id for job in listed] == [f"tiny-{number}" for number in range(6, 0, -1)]
+    assert [bool(job.recipe_json) for job in listed] == [True, True, False, False, False, False]
+    assert (await cluster.job("tiny-1")).recipe_json
+
+
+async def test_a_recipe_that_is_too_large_is_refused(cluster: Cluster) -> None:
+    recipe = make_recipe(cluster.directory).model_copy(update={"description": "x" * 2_000_000})
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.jobs.SubmitJob(jobs_pb2.SubmitJobRequest(recipe_json=recipe.model_dump_json()))
+    assert "more than the 1024 KiB" in str(of_rpc(caught))
+
+
+async def test_paths_of_a_recipe_lie_where_the_cluster_allows(
+    tmp_path: Path, transformers_imported: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADSTREAM_PATHS", f"{tmp_path}/data,{tmp_path}/runs")
+    cluster = Cluster(tmp_path)
+    await cluster.start()
+    try:
+        await cluster.submit()
+        for change in ({"run_root": str(tmp_path / "state")}, {"run_root": f"{tmp_path}/runs/../state"}):
+            recipe = make_recipe(tmp_path).model_copy(update=change)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await cluster.jobs.SubmitJob(jobs_pb2.SubmitJobRequest(recipe_json=recipe.model_dump_json()))
+            assert isinstance(of_rpc(caught), ConfigError)
+            assert str(of_rpc(caught)).startswith("run_root ")
+    finally:
+        await cluster.stop()

@@ -109,6 +109,13 @@ def test_a_record_cut_short_costs_only_itself(tmp_path: Path) -> None:
     assert [version for _, version in kept(directory)] == [3, 4]
 
 
+def test_what_others_put_beside_the_segments_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "notes.records").write_bytes(b"not ours")
+    TimelineFiles(tmp_path).append(entry(0))
+    TimelineFiles(tmp_path).append(entry(1))
+    assert kept(tmp_path) == [("worker-0", 0), ("worker-0", 1)]
+
+
 def test_a_disk_that_refuses_costs_timelines_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "timeline").write_text("in the way")
     files = TimelineFiles(tmp_path / "timeline")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from support.canned_coordinator import CannedCoordinator, jobs_of
 from support.tiny import LLAMA
 
 from gradstream.core.config import parse_recipe
-from gradstream.core.errors import CheckpointError, ConfigError, DataError, ProtocolError
+from gradstream.core.errors import CheckpointError, ConfigError, DataError, ProtocolError, UnreachableError
 from gradstream.core.finetuning_recipe import ExamplesConfig
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.proto.v1.fine_tuning_pb2 import UploadExamplesRequest
@@ -106,6 +107,26 @@ async def test_a_files_size_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
         await receive(store, pieces(*parts))
     with pytest.raises(ProtocolError, match="no file was sent"):
         await receive(store, pieces())
+    assert list(store.uploads.iterdir()) == list(store.temporary.iterdir()) == []
+
+
+async def test_uploads_leave_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "SPARE_BYTES", 1 << 60)
+    store = Store(tmp_path)
+    with pytest.raises(DataError, match="the disk is nearly full"):
+        await receive(store, pieces(UploadExamplesRequest(file="task.jsonl", payload=b"abc")))
+    assert list(store.uploads.iterdir()) == list(store.temporary.iterdir()) == []
+
+
+async def test_an_upload_that_stands_still_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stalled() -> AsyncIterator[UploadExamplesRequest]:
+        yield UploadExamplesRequest(file="task.jsonl", payload=b"abc")
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(preparation, "IDLE_SECONDS", 0.05)
+    store = Store(tmp_path)
+    with pytest.raises(UnreachableError, match="nothing of the file came"):
+        await receive(store, stalled())
     assert list(store.uploads.iterdir()) == list(store.temporary.iterdir()) == []
 
 

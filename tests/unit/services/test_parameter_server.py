@@ -36,10 +36,11 @@ from gradstream.core.model import initial_weights
 from gradstream.core.payloads import seed_of
 from gradstream.core.plan import Plan
 from gradstream.core.rpc import error_from_rpc
-from gradstream.core.wire import frames
+from gradstream.core.wire import Assembler, frame, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.proto.v1 import plan_pb2
 from gradstream.services.parameter_server.optimizer import learning_rate
+from gradstream.services.parameter_server.servicer import ParameterServerServicer
 
 REFUSED = grpc.StatusCode.INVALID_ARGUMENT
 EXACT = ["fp32", "bf16", "int8", "int4", "int4-hadamard", "bf16-zstd"]
@@ -357,6 +358,17 @@ def test_wrong_headers_are_refused_with_nothing_consumed() -> None:
             assert runner.run(cluster.status()) == before
 
         check()
+
+
+async def test_a_header_counts_among_what_is_half_sent() -> None:
+    """It stays as long as its contribution, and padding may make it as large as a message."""
+    async with serving(make_plan(1)) as cluster:
+        servicer = ParameterServerServicer(lambda: cluster.shards[0])
+        header, (payload,) = cluster.contribution(0, 0)
+        header.padding = bytes(1 << 20)
+        with servicer._streams.admit("ipv4:10.0.0.1:5") as stream:
+            servicer._take(frame(header.SerializeToString(), payload[:-1]), Assembler(), stream)
+            assert stream.half_sent_bytes >= (1 << 20) + len(payload)
 
 
 def test_every_field_of_the_header_is_attacked() -> None:

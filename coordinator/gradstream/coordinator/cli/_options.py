@@ -80,9 +80,10 @@ def parse_size(text: str) -> int:
     from gradstream.core.errors import ConfigError
 
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if match is None or match[2] not in _UNITS or (size := int(float(match[1]) * _UNITS[match[2]])) <= 0:
+    size = float(match[1]) * _UNITS.get(match[2], 0) if match is not None else 0.0
+    if not 1 <= size < 2**63:
         raise ConfigError(f"'{text}' is not a size; write it like 4GiB, 500MB or 4096")
-    return size
+    return int(size)
 
 
 def parse_bit_rate(text: str) -> float:
@@ -90,7 +91,8 @@ def parse_bit_rate(text: str) -> float:
     from gradstream.core.errors import ConfigError
 
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:b(?:it)?(?:/s|ps)?)?\s*", text.lower())
-    if match is None or (rate := float(match[1]) * _UNITS[match[2]]) <= 0:
+    rate = float(match[1]) * _UNITS[match[2]] if match is not None else 0.0
+    if not 0 < rate < 1e18:
         raise ConfigError(f"'{text}' is not a link's speed; write it in bits a second, like 1Gb/s or 100Mb/s")
     return rate
 

@@ -17,7 +17,7 @@ from google.protobuf import json_format
 from gradstream.core import files
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.data_output import Output, Split
-from gradstream.core.errors import ConfigError, DataError, one_line
+from gradstream.core.errors import ConfigError, DataError, one_line, plain_line
 from gradstream.core.finetuning_recipe import ExamplesConfig
 from gradstream.core.sources import SourceFile, list_files, without_password
 from gradstream.proto.v1 import fine_tuning_pb2
@@ -101,7 +101,7 @@ def load_prepared(directory: str) -> Prepared:
         json_format.Parse(_read(directory, REPORT_FILE), report)
         lines = [json.loads(line) for line in _read(directory, PROMPTS_FILE).splitlines()]
         prompts = tuple(Prompt(tuple(map(int, ids)), str(text), str(expected)) for ids, text, expected in lines)
-    except (ValueError, TypeError, json_format.ParseError) as error:
+    except (ValueError, TypeError, ArithmeticError, RecursionError, json_format.ParseError) as error:
         raise DataError(f"the examples in {directory} are corrupt ({one_line(error)}); prepare them again") from None
     return Prepared(manifest, report, prompts)
 
@@ -194,7 +194,7 @@ def _collect(config: ExamplesConfig, tokenizer: Any, row_length: int) -> _Collec
             except BadRowError as error:
                 collected.num_bad += 1
                 if len(collected.bad_rows) < SHOWN_BAD_ROWS:
-                    collected.bad_rows.append(f"{row.origin}: {error}")
+                    collected.bad_rows.append(plain_line(f"{row.origin}: {error}"))
     if not collected.num_rows:
         raise DataError(f"{config.path} has no rows; give a file with examples")
     return collected

@@ -72,10 +72,10 @@ def export_merged(checkpoint_directory: str, destination: Path, card: str) -> No
 
 
 def _finetuning(directory: str, reader: CheckpointReader) -> FineTuning:
-    section = reader.manifest.recipe.get("finetuning")
-    if not section:
+    finetuning = reader.manifest.finetuning
+    if finetuning is None:
         raise ConfigError(f"checkpoint {directory} is not of a fine-tuning; `gradstream ckpt export` exports it")
-    return FineTuning.model_validate(section)
+    return finetuning
 
 
 class _Adapter:

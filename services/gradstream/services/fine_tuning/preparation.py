@@ -6,11 +6,12 @@ import asyncio
 import hashlib
 import re
 import secrets
+import shutil
 from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
 
 from gradstream.core import base_model, files, model
-from gradstream.core.errors import DataError, ProtocolError
+from gradstream.core.errors import DataError, ProtocolError, UnreachableError
 from gradstream.core.finetuning import Base
 from gradstream.core.finetuning_recipe import ExamplesConfig, FineTuningRecipe
 from gradstream.proto.v1 import fine_tuning_pb2
@@ -18,6 +19,9 @@ from gradstream.services.fine_tuning.examples import Prepared, prepare_examples
 from gradstream.services.fine_tuning.store import Store
 
 MAX_UPLOAD_BYTES = 2 << 30
+SPARE_BYTES = 1 << 30
+"""What uploads leave free on their disk."""
+IDLE_SECONDS = 60.0
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -73,6 +77,8 @@ class Upload:
 
     def write(self, payload: bytes) -> None:
         """Add a piece. Raises DataError when the file is too large or the disk full."""
+        if shutil.disk_usage(self._store.uploads).free < SPARE_BYTES + len(payload):
+            raise DataError(f"{self._file} cannot be stored (the disk is nearly full); free disk space")
         self._num_bytes += len(payload)
         if self._num_bytes > MAX_UPLOAD_BYTES:
             raise DataError(
@@ -99,11 +105,22 @@ class Upload:
         self._path.unlink(missing_ok=True)
 
 
+async def _next(
+    messages: AsyncIterator[fine_tuning_pb2.UploadExamplesRequest],
+) -> fine_tuning_pb2.UploadExamplesRequest | None:
+    """The next piece; None at the end. Raises UnreachableError when none comes: others wait for the place."""
+    try:
+        async with asyncio.timeout(IDLE_SECONDS):
+            return await anext(messages, None)
+    except TimeoutError:
+        raise UnreachableError(f"nothing of the file came for {IDLE_SECONDS:.0f} s; send it again") from None
+
+
 async def receive(store: Store, messages: AsyncIterator[fine_tuning_pb2.UploadExamplesRequest]) -> tuple[str, str]:
     """Store a file that arrives in pieces; return its path and sha256. Raises ProtocolError or DataError."""
     upload: Upload | None = None
     try:
-        async for message in messages:
+        while (message := await _next(messages)) is not None:
             if upload is None:
                 upload = Upload(store, message.file)
             await asyncio.to_thread(upload.write, message.payload)

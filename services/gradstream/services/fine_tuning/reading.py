@@ -6,18 +6,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradstream.core.errors import ConfigError, DataError, GradstreamError, nearest, one_line
+from gradstream.core.errors import ConfigError, DataError, GradstreamError, nearest, one_line, plain_line
 from gradstream.core.finetuning_recipe import ExamplesConfig
-from gradstream.core.sources import PARQUET_ROWS, BadLine, SourceFile, jsonl_rows
+from gradstream.core.sources import PARQUET_ROWS, BadLine, SourceFile, jsonl_rows, read_unpacked
 
 Format = Literal["prompt-completion", "chat", "text"]
 SHOWN_FIELDS = 8
+MAX_FILE_BYTES = 4 << 30
+"""Of a file that is compressed, once it is unpacked: examples are in memory all at once, and a small file can unpack to
+any size."""
 # Files that hold rows, but not one a line: taken for text, a model would learn their syntax.
 NOT_TEXT = {".json": "write one JSON object a line, as .jsonl", ".csv": "convert it to .jsonl or .parquet"}
 
 
 class BadRowError(Exception):
-    """A row that cannot be used; its message is the reason, for people."""
+    """A row that cannot be used; its message is the reason, for people: one plain line, whatever the row holds."""
+
+    def __init__(self, reason: str):
+        super().__init__(plain_line(reason))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +103,7 @@ def resolve_format(config: ExamplesConfig, file: SourceFile, row: Row) -> Format
 
 def listed(fields: Sequence[str]) -> str:
     """The first names of fields, for people."""
-    shown = ", ".join(shortened(field) for field in fields[:SHOWN_FIELDS])
+    shown = ", ".join(shortened(str(field)) for field in fields[:SHOWN_FIELDS])
     return (shown + (", …" if len(fields) > SHOWN_FIELDS else "")) or "none"
 
 
@@ -123,7 +129,7 @@ def checked_text(text: str, what: str) -> str:
 
 
 def _jsonl(file: SourceFile) -> Iterator[Row]:
-    for number, row in jsonl_rows(file):
+    for number, row in jsonl_rows(file, MAX_FILE_BYTES):
         origin = f"{file.name}:{number}"
         yield Row(origin, {}, reason=row.reason) if isinstance(row, BadLine) else Row(origin, row, tuple(row))
 
@@ -136,16 +142,18 @@ def _parquet(file: SourceFile, fields: Sequence[str]) -> Iterator[Row]:
         names = tuple(table.schema_arrow.names)
         # With none of them, one column still counts the rows.
         columns = [name for name in names if name in fields] or list(names[:1])
-        number = 0
+        number = num_bytes = 0
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+            num_bytes += batch.nbytes
+            if num_bytes > MAX_FILE_BYTES:
+                raise DataError(f"{file.name} unpacks to more than {MAX_FILE_BYTES >> 20} MiB; split it")
             for values in batch.to_pylist():
                 number += 1
                 yield Row(f"{file.name}:{number}", values, names)
 
 
 def _text(file: SourceFile, text_field: str) -> Iterator[Row]:
-    with file.filesystem.open(file.path, "rb", compression=file.compression) as handle:
-        content: bytes = handle.read()
+    content = read_unpacked(file, MAX_FILE_BYTES)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -11,8 +11,9 @@ import grpc.aio
 
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.finetuning_recipe import FineTuningRecipe, absolute_finetuning_paths, parse_finetuning_recipe
+from gradstream.core.paths import AllowedPaths
 from gradstream.core.roots import moved_finetuning_recipe
-from gradstream.core.rpc import answering
+from gradstream.core.rpc import MAX_MESSAGE_BYTES, answering
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc, jobs_pb2
 from gradstream.services.fine_tuning import views
@@ -29,7 +30,9 @@ from gradstream.services.fine_tuning.threads import in_thread
 
 MAX_PREVIEWED = 100
 MAX_PREVIEWS = 2
+MAX_UPLOADS = 4
 WATCHED_ITEMS = 64
+MAX_LIST_BYTES = MAX_MESSAGE_BYTES - (256 << 10)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _Items: TypeAlias = asyncio.Queue[pb.WatchFineTuningResponse | Exception | None]
@@ -46,13 +49,15 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self._exports = Exports(fine_tunings)
         # Each reads a whole file of examples.
         self._previews = asyncio.Semaphore(MAX_PREVIEWS)
+        self._uploads = asyncio.Semaphore(MAX_UPLOADS)
+        self._allowed = AllowedPaths.of_environment(str(fine_tunings.store.uploads))
 
     # -- examples --------------------------------------------------------------------------------------------------
 
     async def UploadExamples(
         self, messages: AsyncIterator[pb.UploadExamplesRequest], context: Context
     ) -> pb.UploadExamplesResponse:
-        async with answering(context):
+        async with answering(context), self._uploads:
             path, sha256 = await receive(self._fine_tunings.store, messages)
             return pb.UploadExamplesResponse(path=path, sha256=sha256)
         raise AssertionError("abort has raised")
@@ -88,12 +93,19 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             for job in jobs.values():
                 # The recipe that a person wrote is there; a list of both may be more than a message can hold.
                 job.ClearField("recipe_json")
-            return pb.ListFineTuningsResponse(
-                fine_tunings=[
-                    views.fine_tuning(record, jobs.get(record.job_id), self._fine_tunings.pushed_bytes(record))
-                    for record in self._fine_tunings.store.all()
-                ]
-            )
+            response = pb.ListFineTuningsResponse()
+            num_bytes = 0
+            for record in self._fine_tunings.store.all():
+                view = views.fine_tuning(record, jobs.get(record.job_id), self._fine_tunings.pushed_bytes(record))
+                if num_bytes + view.ByteSize() > MAX_LIST_BYTES // 2:
+                    # Where the message fills, the oldest come in short, or not at all.
+                    for field in ("recipe_json", "examples", "before", "after", "job"):
+                        view.ClearField(field)
+                num_bytes += view.ByteSize()
+                if num_bytes > MAX_LIST_BYTES:
+                    break
+                response.fine_tunings.append(view)
+            return response
         raise AssertionError("abort has raised")
 
     async def GetFineTuning(self, request: pb.GetFineTuningRequest, context: Context) -> pb.GetFineTuningResponse:
@@ -174,6 +186,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
                 raise ConfigError("give the name of a fine-tuning or a base, not both")
             checkpoint = None
             if request.base:
+                self._check_base(request.base)
                 path, title = await resolve_base(self._jobs, request.base)
                 base, _ = await in_thread(find_base, path, title)
             else:
@@ -195,6 +208,22 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             async for file, file_bytes, payload in self._exports.pieces(request.name, request.kind, version):
                 yield pb.ExportFineTuningResponse(file=file, file_bytes=file_bytes, payload=payload)
 
+    def _recipe(self, request: pb.CreateFineTuningRequest | pb.PreviewExamplesRequest) -> FineTuningRecipe:
+        """A recipe as it was sent, with its paths as they are here. Raises ConfigError."""
+        asked = parse_finetuning_recipe(request.recipe_json)
+        if absolute_finetuning_paths(asked) != asked:
+            raise ConfigError("the recipe holds relative paths; make them absolute, as the client does")
+        asked = moved_finetuning_recipe(asked, request.directory, self._root)
+        self._allowed.check("run_root", asked.run_root)
+        self._allowed.check("data.path", asked.data.path)
+        self._allowed.check("data.validation_path", asked.data.validation_path)
+        self._check_base(asked.base_model)
+        return asked
+
+    def _check_base(self, base: str) -> None:
+        if not base.startswith("job:"):
+            self._allowed.check("base_model", base)
+
     async def _view(self, record: Record) -> pb.FineTuning:
         job = None
         if record.job_id:
@@ -206,9 +235,3 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             except GradstreamError as error:
                 record = record.changed(reason=f"{record.reason}; {one_line(error)}")
         return views.fine_tuning(record, job, self._fine_tunings.pushed_bytes(record))
-
-    def _recipe(self, request: pb.CreateFineTuningRequest | pb.PreviewExamplesRequest) -> FineTuningRecipe:
-        asked = parse_finetuning_recipe(request.recipe_json)
-        if absolute_finetuning_paths(asked) != asked:
-            raise ConfigError("the recipe holds relative paths; make them absolute, as the client does")
-        return moved_finetuning_recipe(asked, request.directory, self._root)

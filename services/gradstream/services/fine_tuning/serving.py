@@ -14,7 +14,7 @@ import torch
 from gradstream.core.base_model import BaseReader, load_tokenizer
 from gradstream.core.checkpoint import WEIGHT, CheckpointReader, read_manifest
 from gradstream.core.errors import CheckpointError, ConfigError
-from gradstream.core.finetuning import Base, FineTuning
+from gradstream.core.finetuning import Base
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.bases import find_base
 from gradstream.services.fine_tuning.encoding import Encoder
@@ -142,10 +142,9 @@ class Serving:
         return name
 
     def _add_checkpoint(self, directory: str) -> None:
-        section = read_manifest(directory).recipe.get("finetuning")
-        if not section:
+        finetuning = read_manifest(directory).finetuning
+        if finetuning is None:
             raise CheckpointError(f"checkpoint {directory} is not of a fine-tuning; name it as a base instead")
-        finetuning = FineTuning.model_validate(section)
         if finetuning.lora is None:
             self._models.add_base(directory, find_base(directory, directory)[0])
         else:

@@ -30,8 +30,14 @@ class Decision:
     pull_codec: plan_pb2.Codec.ValueType = plan_pb2.CODEC_UNSPECIFIED
 
     @classmethod
-    def from_proto(cls, answer: pb.CompleteStepResponse) -> Decision:
-        """The decision as another server learns it; norm, loss and bytes are the leader's to report."""
+    def from_proto(cls, answer: pb.CompleteStepResponse, step: int) -> Decision:
+        """The decision on `step` as another server learns it; norm, loss and bytes are the leader's to report. Raises
+        ProtocolError for one that no leader makes."""
+        if answer.step != step or not answer.num_tokens or not 0 <= answer.clip_scale <= 1:
+            raise ProtocolError(
+                f"the leader decided on step {answer.step} of {answer.num_tokens} tokens with a scale of "
+                f"{answer.clip_scale:g}, when it was asked for step {step}"
+            )
         return cls(
             step=answer.step,
             skip=answer.skip,
@@ -76,7 +82,10 @@ def decide_commit(
     pushed_bytes = sum(report.pushed_bytes for report in reports.values())
     squared = [value for report in reports.values() for value in report.squared_norms]
     finite = all(map(math.isfinite, squared)) and math.isfinite(loss_sum)
-    grad_norm = math.sqrt(math.fsum(squared)) / num_tokens if finite else math.nan
+    try:
+        grad_norm = math.sqrt(math.fsum(squared)) / num_tokens if finite else math.nan
+    except OverflowError:  # of finite norms the sum may not be
+        finite, grad_norm = False, math.nan
     loss = loss_sum / num_tokens
     base = Decision(step, False, 1.0, num_tokens, grad_norm, loss, pushed_bytes, 0)
     if not finite:
@@ -120,6 +129,8 @@ class Leader:
             raise ProtocolError(
                 f"server {report.server} counted {report.num_tokens} tokens in step {report.step}, others did not"
             )
+        if any(norm < 0 for norm in report.squared_norms):
+            raise ProtocolError(f"server {report.server} reports a squared norm below 0 for step {report.step}")
         self._reports[report.server] = report
         pending = self._pending
         if len(self._reports) == self._num_servers:

@@ -166,7 +166,7 @@ class ParameterServer:
                 # The leader may not have taken up the plan yet, or be gone: the coordinator will say.
                 log.debug("the leader does not answer", cause=one_line(error))
             await asyncio.sleep(backoff.next())
-        return Decision.from_proto(answer)
+        return Decision.from_proto(answer, report.step)
 
     async def _report_steps(self) -> None:
         while True:

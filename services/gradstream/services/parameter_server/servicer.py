@@ -67,7 +67,8 @@ class ParameterServerServicer:
             header = _header(encoded)
             self._shard(header.job_id, header.epoch).check(header)
             assembler.begin(header)
-            stream.begin(header.payload_bytes)
+            # With its header, which stays as long as the contribution and may be as large as a message.
+            stream.begin(len(encoded) + header.payload_bytes)
         whole = assembler.add(piece)
         if whole is None:
             return None

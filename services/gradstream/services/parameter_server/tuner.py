@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from gradstream.core import autocodec
 from gradstream.core.autocodec import AutoState, Speeds
 from gradstream.core.bundles import codec_for
 from gradstream.core.encoded_size import encoded_bytes
 from gradstream.core.plan import Plan
 from gradstream.proto.v1 import parameter_server_pb2 as pb
+
+MOST_MEASURED = 4096
+"""Connections whose measurements of a step are kept."""
 
 
 class Tuner:
@@ -44,8 +49,11 @@ class Tuner:
         return self._state.reason
 
     def measured(self, peer: str, measurement: pb.LinkMeasurement) -> None:
-        """Take what the worker behind `peer` saw over its last step."""
-        self._measured[peer] = measurement
+        """Take what the worker behind `peer` saw over its last step, if it saw something of everything."""
+        seen = (measurement.compute_seconds, measurement.push_bytes_per_second, measurement.pull_bytes_per_second)
+        room = len(self._measured) < MOST_MEASURED or peer in self._measured
+        if room and all(math.isfinite(value) and value > 0 for value in seen):
+            self._measured[peer] = measurement
 
     def committed(self, now: float) -> None:
         """A step was committed at `now`, in seconds of a steady clock; the next one's codec is decided."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
-DOMAIN = ".gradstream"
+from gradstream.core.tokens import DNS_SUFFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +41,6 @@ def read_der(der: bytes) -> CertificateFacts:
     return _facts(x509.load_der_x509_certificate(der))
 
 
-def utc(seconds: float) -> str:
-    """A time for people who may be elsewhere: 2026-11-22 17:51 UTC."""
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
-
-
 def _facts(certificate: Any) -> CertificateFacts:
     from cryptography import x509
     from cryptography.x509.oid import NameOID
@@ -63,7 +57,7 @@ def _facts(certificate: Any) -> CertificateFacts:
     return CertificateFacts(
         name=first(certificate.subject, NameOID.COMMON_NAME),
         cluster=first(certificate.subject, NameOID.ORGANIZATION_NAME),
-        role=next((host.removesuffix(DOMAIN) for host in hosts if host.endswith(DOMAIN)), ""),
+        role=next((host.removesuffix(DNS_SUFFIX) for host in hosts if host.endswith(DNS_SUFFIX)), ""),
         issuer=first(certificate.issuer, NameOID.COMMON_NAME),
         issuer_cluster=first(certificate.issuer, NameOID.ORGANIZATION_NAME),
         not_before=certificate.not_valid_before_utc.timestamp(),

@@ -18,13 +18,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.tokens import PEOPLE_ROLES, ROLES, is_cluster_id, is_name, renewal, utc
+from gradstream.core.tokens import DNS_SUFFIX, PEOPLE_ROLES, ROLES, is_cluster_id, is_name, renewal, utc
 
 SKEW_SECONDS = 3600
 """So long before it was made is a certificate valid, for machines whose clocks are behind."""
 MAX_CERTIFICATES = 8
 """In one file: a rotation has two, the old and the new."""
-DNS_SUFFIX = ".gradstream"
 
 
 @dataclass(frozen=True)

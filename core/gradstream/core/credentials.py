@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from gradstream.core.errors import ConfigError
 from gradstream.core.private_files import read_together, readable_by_others, write_private
 from gradstream.core.strict_json import exact_keys, parse_object
-from gradstream.core.tokens import token_ids
+from gradstream.core.tokens import DNS_SUFFIX, token_ids
 
 if TYPE_CHECKING:
     from gradstream.core.certificates import Certificate
@@ -94,7 +94,7 @@ class Credentials:
 
 def dns_name(role: str) -> str:
     """The name that the certificates of a role have, which callers ask for in the place of a host's."""
-    return f"{role}.gradstream"
+    return role + DNS_SUFFIX
 
 
 def load(directory: Path | str, now: float) -> Credentials:

@@ -19,12 +19,13 @@ import grpc.aio
 
 from gradstream.core import access
 from gradstream.core.access import Caller
+from gradstream.core.credentials import dns_name
 from gradstream.core.errors import AccessError, BusyError, CredentialsError, GradstreamError, UnreachableError
 from gradstream.core.limits import PERSON_LIMIT, SERVICE_LIMIT, Meter
 from gradstream.core.log import get_logger
 from gradstream.core.rpc import abort
 from gradstream.core.tokens import PEOPLE_ROLES, ROLES, Token, TokenTable, check
-from gradstream.core.transport import AUTHORIZATION, BEARER, DOMAIN
+from gradstream.core.transport import AUTHORIZATION, BEARER
 
 log = get_logger()
 
@@ -236,8 +237,5 @@ def token_of(context: Context) -> str:
 def role_of(context: Context) -> str:
     """The role in the caller's certificate; empty when it has none."""
     names = context.auth_context().get("x509_subject_alternative_name", ())
-    for name in names:
-        role, _, domain = name.decode(errors="replace").partition(".")
-        if domain == DOMAIN and role in ROLES:
-            return str(role)
-    return ""
+    shown = {name.decode(errors="replace") for name in names}
+    return next((role for role in ROLES if dns_name(role) in shown), "")

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from gradstream.core.certificate_facts import CertificateFacts, read_certificates, read_der, utc
+from gradstream.core.certificate_facts import CertificateFacts, read_certificates, read_der
+from gradstream.core.tokens import utc
 
 TIMEOUT_SECONDS = 3.0
 ANSWER_SECONDS = 1.0

@@ -25,6 +25,8 @@ PEOPLE_ROLES = ("viewer", "submitter", "admin")
 """What people may be, each with all that those before it may do."""
 SERVICE_ROLES = ("worker", "server", "coordinator", "fine-tuning")
 ROLES = (*PEOPLE_ROLES, *SERVICE_ROLES)
+DNS_SUFFIX = ".gradstream"
+"""Of the one DNS name in a certificate, ROLE.gradstream."""
 
 MAX_TOKENS = 8192
 MAX_TABLE_BYTES = 3 << 20

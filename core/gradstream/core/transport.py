@@ -16,21 +16,15 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from gradstream.core.credentials import Credentials, fingerprint, load
+from gradstream.core.credentials import Credentials, dns_name, fingerprint, load
 from gradstream.core.errors import ConfigError, CredentialsError, GradstreamError, one_line
 
-DOMAIN = "gradstream"
 LOOK_SECONDS = 1.0
 """How long changed credentials may go unnoticed."""
 AUTHORIZATION = "authorization"
 BEARER = "Bearer "
 
 Options = Sequence[tuple[str, Any]]
-
-
-def server_name(role: str) -> str:
-    """The DNS name in the certificates of a role."""
-    return f"{role}.{DOMAIN}"
 
 
 class Transport:
@@ -80,7 +74,7 @@ class Transport:
         """A channel to the peer of this role at `address` (host:port)."""
         if not self.is_secure:
             return grpc.aio.insecure_channel(address, options=options)
-        return _SecureChannel(self, address, [*options, ("grpc.ssl_target_name_override", server_name(role))])
+        return _SecureChannel(self, address, [*options, ("grpc.ssl_target_name_override", dns_name(role))])
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Have a server listen at `address`; return the port. Raises RuntimeError when it cannot."""

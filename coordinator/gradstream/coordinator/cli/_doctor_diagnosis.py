@@ -16,11 +16,12 @@ from gradstream.coordinator.cli._doctor_facts import (
     ServiceFacts,
 )
 from gradstream.core.access import SERVER, WORKER
-from gradstream.core.certificate_facts import CertificateFacts, utc
+from gradstream.core.certificate_facts import CertificateFacts
 from gradstream.core.encoded_size import encoded_bytes
 from gradstream.core.machine import Machine
 from gradstream.core.probe import TITLES, RoundTrip
 from gradstream.core.tls_diagnosis import Cause
+from gradstream.core.tokens import utc
 
 EXPIRES_SOON_SECONDS = 30 * 86_400
 SKEW_WARN_SECONDS, SKEW_FAIL_SECONDS = 1.0, 30.0

@@ -26,7 +26,7 @@ class Limit:
 
 # A worker has a stream or two to each server, and its reports; a host may have many workers.
 SERVICE_LIMIT = Limit(calls=512, calls_per_second=2000.0, burst=8000)
-PERSON_LIMIT = Limit(calls=64, calls_per_second=50.0, burst=200)
+PERSON_LIMIT = Limit(calls=64, calls_per_second=200.0, burst=800)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from gradstream.core.access import COORDINATOR
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.log import get_logger
+from gradstream.core.reach import why_unreachable
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
 from gradstream.core.transport import PLAIN, Transport
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
@@ -28,6 +29,7 @@ class Jobs:
 
     def __init__(self, address: str, transport: Transport = PLAIN):
         self.address = address
+        self._transport = transport
         self.channel = open_channel(address, COORDINATOR, transport)
         self._stub: jobs_pb2_grpc.JobsServiceAsyncStub = jobs_pb2_grpc.JobsServiceStub(self.channel)
 
@@ -36,8 +38,11 @@ class Jobs:
         await self.channel.close(None)
 
     async def check(self) -> None:
-        """Raise UnreachableError when the coordinator does not answer."""
-        await self._call(self._stub.ListNodes, jobs_pb2.ListNodesRequest())
+        """Raise UnreachableError when the coordinator does not answer, CredentialsError when they are why."""
+        try:
+            await self._call(self._stub.ListNodes, jobs_pb2.ListNodesRequest())
+        except UnreachableError as error:
+            raise await why_unreachable(self.address, COORDINATOR, self._transport) or error from None
 
     async def submit(self, recipe: Recipe) -> jobs_pb2.Job:
         """Queue a job."""

@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from gradstream.core import __version__, access, files, probe
 from gradstream.core import log as logging
 from gradstream.core.audit import AuditLog
-from gradstream.core.errors import GradstreamError, UnreachableError, one_line
+from gradstream.core.errors import AccessError, GradstreamError, UnreachableError, one_line
 from gradstream.core.ready import write_ready_file
 from gradstream.core.token_sources import FollowingServer
 from gradstream.core.transport import Transport
@@ -124,6 +124,6 @@ async def _ailment(store: Store, jobs: Jobs) -> str:
         return f"the state directory cannot be written ({error})"
     try:
         await jobs.check()
-    except UnreachableError as error:
+    except (UnreachableError, AccessError) as error:
         return one_line(error)
     return ""

@@ -252,8 +252,9 @@ def check_bad_input(cluster: Cluster) -> None:
     assert "runs gradstream 0.0.1, the coordinator" in line, line
     own = ["-v", f"{project}_coordinator-credentials:/credentials:ro", "-e", "GRADSTREAM_CREDENTIALS=/credentials"]
     line = cluster.last_line("coordinator", *own, "-v", f"{project}_state:/var/lib/gradstream:ro")
-    assert "/var/lib/gradstream" in line, line
-    say(f"      {line}")
+    assert "the state directory /var/lib/gradstream cannot be written" in line, line
+    line = cluster.last_line("worker", *common, "-v", worker, "-v", f"{project}_worker-cache:/var/cache/gradstream:ro")
+    assert "--cache /var/cache/gradstream cannot be written" in line, line
 
 
 def examples(path: Path) -> None:

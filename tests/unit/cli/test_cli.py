@@ -107,6 +107,7 @@ def test_unknown_recipe_key_suggests(capsys: pytest.CaptureFixture[str]) -> None
         (["serve", "coordinator", "--listen", "7000"], "host:port"),
         (["serve", "coordinator", "--listen", "0.0.0.0:7000"], "say --insecure on a network where you trust"),
         (["serve", "worker", "--listen", "[::]:0"], "is open to other machines, and there are no credentials"),
+        (["serve", "worker", "--cache", "/dev/null/x"], "--cache /dev/null/x cannot be written"),
         (["serve", "worker", "--insecure", "--credentials", "."], "contradict each other"),
         (["serve", "coordinator", "--state", "/dev/null/x"], "cannot be made"),
         (["generate", "./nowhere"], "no such directory"),

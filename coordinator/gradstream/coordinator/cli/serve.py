@@ -261,7 +261,7 @@ def worker(
         coordinator,
         check_name(name or default_name()),
         listen,
-        cache.expanduser().absolute(),
+        writable_directory(cache, "--cache"),
         memory_bytes(memory),
         str(device),
         ready_file,
@@ -342,6 +342,23 @@ def check_address(address: str, option: str) -> str:
 
         raise ConfigError(f"{option} '{address}' is not of the form host:port, like 127.0.0.1:7000")
     return address
+
+
+def writable_directory(directory: Path, option: str) -> Path:
+    """`directory` as an absolute path, made if it is not there. Raises ConfigError when it cannot be written."""
+    import tempfile
+
+    from gradstream.core.errors import ConfigError
+
+    found = directory.expanduser().absolute()
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=found):
+            return found
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {found} cannot be written ({error.strerror}); make it writable for this user or choose another"
+        ) from None
 
 
 def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> None:

@@ -109,7 +109,7 @@ def test_people_are_told_what_their_credentials_are_not_good_for(secure: Cluster
     assert gradstream(secure, of_role(secure, "viewer"), "ls").returncode == 0
     for role, command, words in (
         ("viewer", ("stop", "tiny-1"), "StopJob is for submitters and above, and these credentials are of a viewer"),
-        ("worker", ("events", "tiny-1"), "WatchJob is for viewers and above, and these credentials are of a worker"),
+        ("worker", ("events", "tiny-1"), "GetJob is for viewers and above, and these credentials are of a worker"),
         ("server", ("submit", "stdlib-gpt"), "SubmitJob is for submitters and above"),
     ):
         assert words in refused(secure, of_role(secure, role), *command)

@@ -62,7 +62,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     def _refuse(self, request: coordinator_pb2.RegisterRequest, error: GradstreamError) -> None:
         """Remember a node that was refused, if it has a name that can be shown."""
-        if request.kind in KIND_WORDS and _NAME.match(request.name):
+        if request.kind in KIND_WORDS and _NAME.fullmatch(request.name):
             self._controller.members.refuse(request, one_line(error), unix_ms())
 
     async def Session(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from hypothesis import settings
 from support.cluster import Cluster, running
 from support.tiny import prepare_tiny_data
 
-# A first call compiles kernels and a busy machine pauses: how long an example takes says nothing about it.
-settings.register_profile("gradstream", deadline=None, print_blob=True)
+# A first call compiles kernels and a busy machine pauses: how long an example takes says nothing about it. The same
+# examples each time, so that a run that fails fails again; `make fuzz` looks for new ones.
+settings.register_profile(
+    "gradstream", deadline=None, print_blob=True, derandomize="GRADSTREAM_FUZZ_EXAMPLES" not in os.environ
+)
 settings.load_profile("gradstream")
 
 

@@ -190,6 +190,15 @@ def test_a_node_cannot_be_what_its_credentials_are_not_of(
     assert role not in [node.name for node in secure.client.nodes()]
 
 
+def test_a_node_of_another_cluster_is_told_which_ca_it_meets(secure: Cluster, tmp_path: Path) -> None:
+    make_credentials(tmp_path / "other", ["worker"])
+    command = ("serve", "worker", "--coordinator", secure.address, "--memory", "1GiB")
+    result = gradstream(secure, tmp_path / "other" / "worker", *command)
+    assert result.returncode == ACCESS, result
+    assert "Traceback" not in result.stderr
+    assert "CA" in result.stderr.splitlines()[-1], result
+
+
 def test_a_worker_with_an_expired_certificate_says_so(secure: Cluster, tmp_path: Path) -> None:
     with authority_of(secure, lambda: time.time() - 400 * DAY_SECONDS) as authority:
         authority.issue("worker", "old", 1, tmp_path / "old")

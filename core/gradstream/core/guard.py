@@ -139,14 +139,19 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
 
     def _guard(self, handler: Any, method: str) -> Any:
         """The same handler behind the door."""
+        rule = access.rule_of(method)
+        audited = rule is not None and rule.audited
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
         async def answer(request: Any, context: Context) -> Any:
-            async with self._admitted(method, request, context):
+            async with self._admitted(method, audited, request, context):
                 return await behaviour(request, context)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._admitted(method, request, context), aclosing(behaviour(request, context)) as responses:
+            async with (
+                self._admitted(method, audited, request, context),
+                aclosing(behaviour(request, context)) as responses,
+            ):
                 async for response in responses:
                     yield response
 
@@ -160,7 +165,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         )
 
     @asynccontextmanager
-    async def _admitted(self, method: str, request: Any, context: Context) -> AsyncIterator[None]:
+    async def _admitted(self, method: str, audited: bool, request: Any, context: Context) -> AsyncIterator[None]:
         text = token_of(context)
         token, error = decide(method, text, role_of(context), self._tokens.table, self._clock())
         if token is None:
@@ -168,13 +173,11 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
             token, error = decide(method, text, role_of(context), self._tokens.table, self._clock())
         host = context.peer().rpartition(":")[0]
         caller = Caller(token.name, token.role, host) if token is not None else None
-        meter = self._meter(token, host) if token is not None else None
-        if error is None and meter is not None:
+        if token is not None and error is None:
+            meter = self._meter(token, host)
             busy = meter.enter(time.monotonic())
-            if busy:
-                error = BusyError(busy)
-        if error is not None or meter is None:
-            assert error is not None
+            error = BusyError(busy) if busy else None
+        if error is not None:
             # That there is no table yet is nobody's fault, and health checks ask every few seconds.
             if not isinstance(error, UnreachableError):
                 self._tell(method, caller, host, request, f"refused: {error}")
@@ -184,8 +187,6 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         call = _Call(text, task)
         self._calls.add(call)
         access.caller.set(caller)
-        rule = access.rule_of(method)
-        audited = rule is not None and rule.audited
         try:
             yield
         except asyncio.CancelledError:

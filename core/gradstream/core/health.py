@@ -14,6 +14,7 @@ from typing import Literal
 import grpc
 
 from gradstream.core.errors import CredentialsError, ProtocolError, UnreachableError
+from gradstream.core.tokens import DNS_SUFFIX
 
 Answer = Literal["SERVING", "NOT_SERVING"]
 
@@ -59,7 +60,7 @@ def _open(address: str, role: str, directory: Path | None) -> tuple[grpc.Channel
             f"the credentials in {directory} cannot be read ({error.filename}: {error.strerror}); `gradstream certs "
             f"issue` makes some"
         ) from None
-    options.append(("grpc.ssl_target_name_override", f"{role}.gradstream"))
+    options.append(("grpc.ssl_target_name_override", role + DNS_SUFFIX))
     channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options=options)
     return channel, (("authorization", f"Bearer {token.decode('ascii', errors='replace').strip()}"),)
 

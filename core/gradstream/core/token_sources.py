@@ -33,7 +33,6 @@ class FileTokens:
 
     def __init__(self, path: Path):
         self.path = path
-        self.text = b""
         self._looked_at = 0.0
         self._table = self._read()
 
@@ -65,9 +64,7 @@ class FileTokens:
                 f"the table of tokens {self.path} cannot be read ({error.strerror}); `gradstream certs init` makes it, "
                 f"and --tokens names it"
             ) from None
-        table = TokenTable.parse(text, f"the table of tokens {self.path}")
-        self.text = text
-        return table
+        return TokenTable.parse(text, f"the table of tokens {self.path}")
 
 
 class FollowedTokens:

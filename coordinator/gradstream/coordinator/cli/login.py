@@ -62,7 +62,10 @@ def logout(addresses: AddressesArgument) -> None:
             raise ConfigError(f"no credentials are stored for {address}{_stored(place.parent)}")
     for address, place in places:
         try:
-            shutil.rmtree(place)
+            if place.is_symlink():  # of a local cluster, whose credentials are its own
+                place.unlink()
+            else:
+                shutil.rmtree(place)
         except FileNotFoundError:
             pass  # named twice
         except OSError as error:

@@ -22,9 +22,12 @@ from gradstream.coordinator.cli._processes import COMMAND
 from gradstream.core.authority import Authority
 from gradstream.core.errors import GradstreamError
 from gradstream.core.tokens import ROLES, TokenTable
+from gradstream.core.transport import LOOK_SECONDS
 
 ACCESS = 9
 NUM_STEPS = 24
+GRACE_SECONDS = 3 * LOOK_SECONDS
+"""Long enough for all callers to look at their credentials, short enough to be over before the job is."""
 DAY_SECONDS = 86_400
 
 
@@ -95,7 +98,7 @@ def test_the_bits_are_those_without_credentials_also_while_all_of_them_are_repla
     with authority_of(secure) as authority:
         authority.rotate_ca()
         for role in ROLES:
-            authority.renew(of_role(secure, role), grace_seconds=1.0)
+            authority.renew(of_role(secure, role), grace_seconds=GRACE_SECONDS)
         authority.finish_ca_rotation()
     assert all((of_role(secure, role) / "cert.pem").read_bytes() != before[role] for role in ROLES)
     # Who comes now meets the new certificates alone; who was there goes on.

@@ -182,7 +182,8 @@ class Authority:
 
     def renew(self, directory: Path, grace_seconds: float = GRACE_SECONDS, days: int | None = None) -> Credentials:
         """Replace the credential in a directory by one of the same role and name, good for `days`, or for as long as
-        the one before. Its token stays good for `grace_seconds`, for those that have not read the new one yet."""
+        the one before. Its token stays good for `grace_seconds`, for those that have not read the new one yet: callers
+        look once in `transport.LOOK_SECONDS`, and are refused when the token ends before they do."""
         _check_days(days)
         found = store.read(directory)
         entry, problem = self._entry_of(found)

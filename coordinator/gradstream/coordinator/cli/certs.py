@@ -197,7 +197,13 @@ def rotate(
         int | None, typer.Option("--days", metavar="N", min=1, help="How long they are good.", show_default="as before")
     ] = None,
     grace_minutes: Annotated[
-        int, typer.Option("--grace-minutes", metavar="N", min=0, help="How long the tokens before stay good.")
+        int,
+        typer.Option(
+            "--grace-minutes",
+            metavar="N",
+            min=0,
+            help="How long the tokens before stay good; with 0, who has not read the new ones yet is refused.",
+        ),
     ] = 60,
     output: OutputOption = OutputFormat.table,
 ) -> None:

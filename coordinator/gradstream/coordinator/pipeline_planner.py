@@ -31,7 +31,7 @@ from gradstream.core.schedules import (
 from gradstream.core.stages import SectionCost, StageCut, StageOffer, cut_stages
 
 LATENCY_SECONDS = 0.0005
-NO_DIFFERENCE = 0.2
+NO_DIFFERENCE = 0.25
 _NO_LIMIT = 1 << 62
 
 Groups = Sequence[Sequence[NodeOffer]]
@@ -131,7 +131,7 @@ def group_workers(workers: Sequence[NodeOffer], size: int, num_replicas: int) ->
 
 def group_speeds(groups: Groups) -> list[float]:
     """For each place the speed of its slowest worker beside the fastest of all. Speeds are measured in a moment on
-    machines that do other things too: less than a fifth is no difference."""
+    machines that do other things too: less than a quarter is no difference."""
     measured = [worker.flops_per_second for group in groups for worker in group if worker.flops_per_second]
     fastest = max(measured, default=0.0)
     speeds = [min((w.flops_per_second or fastest) / fastest for w in group) if fastest else 1.0 for group in groups]

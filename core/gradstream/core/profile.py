@@ -296,7 +296,10 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
     The first stage has no gradient to give away, so its pass has one part alone, that of the weights.
     """
     import torch
-    from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+    from gradstream.core.weight_gradients import WeightGradients, add
+
+    weight_gradients = WeightGradients(stage)
 
     def run() -> tuple[float, float, float, float]:
         begin = time.perf_counter()
@@ -308,13 +311,10 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
         backward_seconds = _seconds(lambda: result.backward(gradient))  # type: ignore[no-untyped-call]
         if stage.first:
             return forward_seconds, backward_seconds, 0.0, backward_seconds
-        received, result = forward()
-        begin = time.perf_counter()
-        gradients = None if gradient is None else [gradient]
-        trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
-        _, groups = stage_backward_input([result], gradients, [received], iter(trained))
-        input_seconds = time.perf_counter() - begin
-        weight_seconds = _seconds(lambda: stage_backward_weight(iter(trained), groups))
+        _, result = forward()
+        with weight_gradients.putting_off() as put_off:
+            input_seconds = _seconds(lambda: result.backward(gradient))  # type: ignore[no-untyped-call]
+        weight_seconds = _seconds(lambda: [add(product) for product in put_off])
         return forward_seconds, backward_seconds, input_seconds, weight_seconds
 
     run()  # warms up; from here on there are gradients to add to

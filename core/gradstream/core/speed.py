@@ -10,29 +10,34 @@ if TYPE_CHECKING:
 
 CPU_SIZE, GPU_SIZE = 384, 4096
 NUM_TRIES = 7
+PAUSE_SECONDS = 0.03
+"""Between tries: one moment of what else the machine does shall not slow down them all."""
 
 
 def measure_flops(device: torch.device) -> float:
     """fp32 operations a second of a matrix product on `device`, with one thread on a CPU: the best of a few, as
-    whatever else the machine does only slows it down. Takes some tens of milliseconds."""
+    whatever else the machine does only slows it down. Takes a fifth of a second."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return matrix_flops(device, GPU_SIZE if device.type == "cuda" else CPU_SIZE, NUM_TRIES)
+        return matrix_flops(device, GPU_SIZE if device.type == "cuda" else CPU_SIZE, NUM_TRIES, PAUSE_SECONDS)
     finally:
         torch.set_num_threads(threads)
 
 
-def matrix_flops(device: torch.device | str, size: int, num_tries: int) -> float:
-    """Operations a second of the product of two square matrices, under the threads and autocast in force."""
+def matrix_flops(device: torch.device | str, size: int, num_tries: int, pause_seconds: float = 0.0) -> float:
+    """Operations a second of the product of two square matrices, under the threads and autocast in force: the best of
+    several tries, `pause_seconds` apart."""
     import torch
 
     left_NN = torch.ones(size, size, device=device)
     best = float("inf")
     with torch.no_grad():
-        for _ in range(num_tries):
+        for number in range(num_tries):
+            if number:
+                time.sleep(pause_seconds)
             begin = time.perf_counter()
             _ = left_NN @ left_NN
             if left_NN.is_cuda:

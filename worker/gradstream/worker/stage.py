@@ -2,19 +2,21 @@
 
 What neighbours are to get is returned, what they sent is given in: how it travels is not known here. Gradients add up
 in the parameters' `grad`, microbatch after microbatch in the order of the schedule's row, which is that of one process.
+
+A backward pass in two parts puts off the products of linear layers' weights; what else is trained (norms, biases,
+embeddings) takes next to no time and is done with the first part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from gradstream.core.schedules import Action, Op
+from gradstream.core.weight_gradients import WeightGradients, WeightProduct, add
 
 
 @dataclass
@@ -24,7 +26,7 @@ class _Live:
     received: torch.Tensor
     result: torch.Tensor  # activations, or the loss
     gradient: torch.Tensor | None = None
-    weight_groups: list[dict[str, Any]] = field(default_factory=list)
+    put_off: list[WeightProduct] = field(default_factory=list)
 
 
 class StageRunner:
@@ -42,6 +44,7 @@ class StageRunner:
         begin: Callable[[int], None],
     ):
         self._stages = stages
+        self._gradients = {index: WeightGradients(stage) for index, stage in stages.items()}
         self._last = num_stages - 1
         self._loss_sum = loss_sum
         self._begin = begin
@@ -64,15 +67,13 @@ class StageRunner:
             return self._backward_input(action, self._live[key], received)
         live = self._live.pop(key)
         if action.op is Op.BACKWARD_WEIGHT and action.stage:
-            stage_backward_weight(self._trained(action.stage), live.weight_groups)
+            for product in live.put_off:
+                add(product)
             return None
         if not live.result.requires_grad:
             return None  # a first stage without an adapter: nobody wants its gradient
         live.result.backward(received if action.op is Op.BACKWARD else live.gradient)  # type: ignore[no-untyped-call]
         return live.received.grad
-
-    def _trained(self, stage: int) -> Iterator[nn.Parameter]:
-        return (parameter for parameter in self._stages[stage].parameters() if parameter.requires_grad)
 
     def abandon(self) -> None:
         """Forget every microbatch under way, and what it has added."""
@@ -99,7 +100,6 @@ class StageRunner:
         if not action.stage:  # token ids have no gradient: all of the pass is that of the weights
             live.gradient = received
             return None
-        gradients = None if received is None else [received]
-        weights = self._trained(action.stage)
-        _, live.weight_groups = stage_backward_input([live.result], gradients, [live.received], weights)
+        with self._gradients[action.stage].putting_off() as live.put_off:
+            live.result.backward(received)  # type: ignore[no-untyped-call]
         return live.received.grad

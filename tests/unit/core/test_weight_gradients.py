@@ -1,0 +1,135 @@
+"""Weight gradients that are added where they are made have the bits of autograd's, and its hooks are called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gradstream.core.weight_gradients import MOST_ROWS_IN_PLACE, WeightGradients, add
+
+NUM_MICROBATCHES = 3
+
+
+class Net(nn.Module):
+    """Linear layers with and without bias, a Conv1D, and a head that shares the table's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(50, 48)
+        self.first = nn.Linear(48, 80)
+        self.second = Conv1D(96, 80)
+        self.third = nn.Linear(96, 48, bias=False)
+        self.norm = nn.LayerNorm(48)
+        self.head = nn.Linear(48, 50, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.second(torch.relu(self.first(self.table(tokens)))))
+        result: torch.Tensor = self.head(self.norm(self.third(hidden)))
+        return result
+
+
+def microbatches(num_tokens: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 50, (1, num_tokens), generator=generator) for _ in range(NUM_MICROBATCHES)]
+
+
+def loss(net: nn.Module, tokens: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is torch.bfloat16):
+        logits = net(tokens)
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="sum")
+
+
+def gradients_of(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 2, 33, MOST_ROWS_IN_PLACE, MOST_ROWS_IN_PLACE + 100])
+def test_the_bits_are_those_of_autograd(num_tokens: int, precision: torch.dtype, split: bool) -> None:
+    net, plain = Net(), Net()
+    gradients = WeightGradients(net)
+    put_off = []
+    for tokens in microbatches(num_tokens):
+        loss(plain, tokens, precision).backward()
+        if split:
+            with gradients.putting_off() as found:
+                loss(net, tokens, precision).backward()
+            put_off.append(found)
+        else:
+            loss(net, tokens, precision).backward()
+    if split:
+        assert net.first.weight.grad is None
+        assert net.norm.weight.grad is not None
+    for found in put_off:
+        assert {id(product.weight) for product in found} == {
+            id(layer.weight) for layer in (net.first, net.second, net.third)
+        }
+        for product in found:
+            add(product)
+    assert_same(gradients_of(net), gradients_of(plain))
+
+
+def test_hooks_are_called_when_a_sum_is_whole() -> None:
+    net, plain = Net(), Net()
+    WeightGradients(net)
+    called: dict[str, torch.Tensor] = {}
+
+    def listen(name: str, parameter: nn.Parameter) -> None:
+        def hook(weight: torch.Tensor) -> None:
+            assert weight.grad is not None
+            assert name not in called
+            called[name] = weight.grad.clone()
+
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    for name, parameter in net.named_parameters():
+        listen(name, parameter)
+    for tokens in microbatches(33):
+        called.clear()
+        loss(net, tokens, torch.float32).backward()
+        loss(plain, tokens, torch.float32).backward()
+        assert_same(called, gradients_of(plain))
+
+
+def test_a_layer_that_is_called_twice() -> None:
+    """No supported family has one in its stages, but a whole model may be anything."""
+    net, plain = nn.Linear(8, 8), nn.Linear(8, 8)
+    plain.load_state_dict(net.state_dict())
+    WeightGradients(net)
+    calls = []
+    net.weight.register_post_accumulate_grad_hook(lambda weight: calls.append(weight.grad.clone()))  # type: ignore
+    received = torch.randn(5, 8)
+    for _ in range(2):
+        net(torch.tanh(net(received))).sum().backward()
+        plain(torch.tanh(plain(received))).sum().backward()
+    assert len(calls) == 2
+    assert plain.weight.grad is not None
+    torch.testing.assert_close(calls[-1], plain.weight.grad)
+
+
+def test_what_is_frozen_gets_none() -> None:
+    net = Net()
+    net.first.weight.requires_grad_(False)
+    WeightGradients(net)
+    loss(net, microbatches(7)[0], torch.float32).backward()
+    assert net.first.weight.grad is None
+    assert net.first.bias.grad is not None
+    assert net.second.weight.grad is not None
+    with torch.no_grad():
+        assert not net(microbatches(7)[0]).requires_grad

@@ -113,7 +113,9 @@ class _Product(torch.autograd.Function):
         device = received.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else received.dtype
         values, matrix = received.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(values, weight)
+        ctx.save_for_backward(values)
+        # Not saved with them: activation checkpointing would give back a copy, whose `grad` nobody looks at.
+        ctx.weight = weight
         ctx.received_dtype, ctx.inputs_first, ctx.gradients = received.dtype, inputs_first, gradients
         if not inputs_first:
             return nn.functional.linear(values, matrix, bias if bias is None else bias.to(dtype))
@@ -123,7 +125,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        values, weight = ctx.saved_tensors
+        (values,), weight = ctx.saved_tensors, ctx.weight
         values_NI, gradient_NO = values.reshape(-1, values.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         of_received = of_bias = None
         if ctx.needs_input_grad[0]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from types import TracebackType
 
 
@@ -85,6 +86,17 @@ class Namespaces:
             shape = ["root", "tbf", "rate", f"{self._megabits}mbit", "burst", "256kb", "latency", "100ms"]
             _run(["tc", "qdisc", "add", "dev", outside, *shape])
             _run(["tc", "-n", inside, "qdisc", "add", "dev", "eth0", *shape])
+        if self._num_machines > 1:
+            self._check()
+
+    def _check(self) -> None:
+        """Docker, for one, has the kernel drop what goes from machine to machine over a bridge that is not its own."""
+        command = [*self.prefix(0), sys.executable, "-c", _REACH, self.address(1)]
+        if subprocess.run(command, capture_output=True).returncode:
+            raise SystemExit(
+                "error: the machines do not reach each other, as this machine's firewall drops what it forwards; "
+                "let it pass: `iptables -I FORWARD -i gs+ -j ACCEPT`"
+            )
 
     def address(self, machine: int) -> str:
         """The address of machine number `machine`."""
@@ -105,6 +117,16 @@ class Namespaces:
 
     def _namespace(self, machine: int) -> str:
         return f"{self._id}m{machine}"
+
+
+# A refused connection is an answer too.
+_REACH = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], 9), 3)
+except ConnectionRefusedError:
+    pass
+"""
 
 
 def _ip(*arguments: str, check: bool = True) -> None:

@@ -297,7 +297,7 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
     """
     import torch
 
-    from gradstream.core.weight_gradients import WeightGradients, add
+    from gradstream.core.weight_gradients import WeightGradients
 
     weight_gradients = WeightGradients(stage)
 
@@ -311,10 +311,11 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
         backward_seconds = _seconds(lambda: result.backward(gradient))  # type: ignore[no-untyped-call]
         if stage.first:
             return forward_seconds, backward_seconds, 0.0, backward_seconds
-        _, result = forward()
-        with weight_gradients.putting_off() as put_off:
-            input_seconds = _seconds(lambda: result.backward(gradient))  # type: ignore[no-untyped-call]
-        weight_seconds = _seconds(lambda: [add(product) for product in put_off])
+        received, result = forward()
+        begin = time.perf_counter()
+        _, weight_part = weight_gradients.backward_input(result, gradient, received)
+        input_seconds = time.perf_counter() - begin
+        weight_seconds = _seconds(weight_part.add)
         return forward_seconds, backward_seconds, input_seconds, weight_seconds
 
     run()  # warms up; from here on there are gradients to add to

@@ -12,8 +12,6 @@ Shape legend: N tokens, I inputs and O outputs of a layer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +34,25 @@ class WeightProduct:
     """Of shapes N × rows and N × columns of the weight: the gradient is the transposed left times the right."""
 
 
+@dataclass(frozen=True)
+class WeightPart:
+    """What the first part of a backward pass has left to its second: no gradient of a parameter was touched so far."""
+
+    products: list[WeightProduct]
+    others: list[tuple[nn.Parameter, torch.Tensor]]
+    """Gradients of what is not a linear layer's weight (norms, biases, embeddings), which take next to no time."""
+
+    def add(self) -> None:
+        """Add the gradients to those of the microbatches before, in each parameter's `grad`."""
+        for product in self.products:
+            _add(product)
+        for parameter, gradient in self.others:
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad.add_(gradient)
+
+
 class WeightGradients:
     """Adds up the gradients of a module's linear layers, those of nn.Linear and of GPT-2's Conv1D.
 
@@ -46,31 +63,38 @@ class WeightGradients:
     def __init__(self, module: nn.Module):
         self._put_off: list[WeightProduct] | None = None
         users = Counter(id(parameter) for inner in module.modules() for parameter in inner.parameters(recurse=False))
+        own: set[int] = set()
         for layer in module.modules():
             if type(layer) in (nn.Linear, Conv1D) and users[id(layer.weight)] == 1:
                 layer.forward = _Forward(self, layer)  # type: ignore[method-assign]
+                own.add(id(layer.weight))
+        self._others = [parameter for parameter in module.parameters() if id(parameter) not in own]
 
-    @contextmanager
-    def putting_off(self) -> Iterator[list[WeightProduct]]:
-        """A backward pass inside leaves the products of weights out, and in the list."""
-        found: list[WeightProduct] = []
-        self._put_off = found
+    def backward_input(
+        self, result: torch.Tensor, gradient: torch.Tensor | None, received: torch.Tensor
+    ) -> tuple[torch.Tensor, WeightPart]:
+        """The first part of a backward pass, from the gradient of `result` (None: of a scalar, the loss) to that of
+        `received`, and what is left for the second. No hooks are called, in either part."""
+        others = [parameter for parameter in self._others if parameter.requires_grad]
+        products: list[WeightProduct] = []
+        self._put_off = products
         try:
-            yield found
+            of_received, *found = torch.autograd.grad([result], [received, *others], [gradient], allow_unused=True)
         finally:
             self._put_off = None
+        pairs = zip(others, found, strict=True)
+        return of_received, WeightPart(products, [(other, each) for other, each in pairs if each is not None])
 
     def take(self, product: WeightProduct) -> None:
         """Called in a layer's backward pass."""
         if self._put_off is not None:
             self._put_off.append(product)
         else:
-            add(product)
+            _add(product)
 
 
 @torch.no_grad()
-def add(product: WeightProduct) -> None:
-    """Make a product and add it to its weight's `grad`."""
+def _add(product: WeightProduct) -> None:
     weight, left, right = product.weight, product.left.t(), product.right
     if weight.grad is None:
         weight.grad = left.mm(right).to(weight.dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gradstream.core.weight_gradients import MOST_ROWS_IN_PLACE, WeightGradients, add
+from gradstream.core.weight_gradients import MOST_ROWS_IN_PLACE, WeightGradients
 
 NUM_MICROBATCHES = 3
 
@@ -26,8 +26,8 @@ class Net(nn.Module):
         self.head = nn.Linear(48, 50, bias=False)
         self.head.weight = self.table.weight
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.second(torch.relu(self.first(self.table(tokens)))))
+    def forward(self, tokens: torch.Tensor, received: torch.Tensor | float = 0.0) -> torch.Tensor:
+        hidden = torch.tanh(self.second(torch.relu(self.first(self.table(tokens) + received))))
         result: torch.Tensor = self.head(self.norm(self.third(hidden)))
         return result
 
@@ -37,9 +37,11 @@ def microbatches(num_tokens: int) -> list[torch.Tensor]:
     return [torch.randint(0, 50, (1, num_tokens), generator=generator) for _ in range(NUM_MICROBATCHES)]
 
 
-def loss(net: nn.Module, tokens: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+def loss(
+    net: nn.Module, tokens: torch.Tensor, precision: torch.dtype, received: torch.Tensor | float = 0.0
+) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is torch.bfloat16):
-        logits = net(tokens)
+        logits = net(tokens, received)
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="sum")
 
 
@@ -66,22 +68,26 @@ def test_the_bits_are_those_of_autograd(num_tokens: int, precision: torch.dtype,
     gradients = WeightGradients(net)
     put_off = []
     for tokens in microbatches(num_tokens):
-        loss(plain, tokens, precision).backward()
+        expected = torch.zeros(num_tokens, 48, requires_grad=True)
+        loss(plain, tokens, precision, expected).backward()
+        received = torch.zeros(num_tokens, 48, requires_grad=True)
+        result = loss(net, tokens, precision, received)
         if split:
-            with gradients.putting_off() as found:
-                loss(net, tokens, precision).backward()
-            put_off.append(found)
+            found, weight_part = gradients.backward_input(result, None, received)
+            put_off.append(weight_part)
         else:
-            loss(net, tokens, precision).backward()
+            result.backward()
+            assert received.grad is not None
+            found = received.grad
+        assert expected.grad is not None
+        assert torch.equal(found, expected.grad)
     if split:
-        assert net.first.weight.grad is None
-        assert net.norm.weight.grad is not None
-    for found in put_off:
-        assert {id(product.weight) for product in found} == {
+        assert not gradients_of(net)
+    for weight_part in put_off:
+        assert {id(product.weight) for product in weight_part.products} == {
             id(layer.weight) for layer in (net.first, net.second, net.third)
         }
-        for product in found:
-            add(product)
+        weight_part.add()
     assert_same(gradients_of(net), gradients_of(plain))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from gradstream.core.model import UnitDraws, initial_weights
 from gradstream.core.schedules import SCHEDULES, Action, Schedule, make_schedule, unavailable, validate
 from gradstream.core.stage_module import StageModule, stage_tensors
+from gradstream.worker.compute import last_backwards
 from gradstream.worker.stage import StageRunner
 
 NUM_LAYERS = 6
@@ -52,6 +53,7 @@ class Pipeline:
             for (name, _), parameter in stage_tensors(stage, self.weights).items():
                 parameter.data.copy_(self.weights[name])
         self.watching: Callable[[int], AbstractContextManager[object]] = lambda worker: nullcontext()
+        self.done_with: Callable[[int, Action], None] = lambda worker, action: None
         self.draws = [UnitDraws(stage.model, seed=5) for stage in self.stages]
         self.runners = [
             StageRunner(
@@ -90,17 +92,25 @@ class Pipeline:
                 given = self.tokens[action.microbatch, :, :-1].contiguous() if first else next(iter(received), None)
                 with self.watching(worker):
                     messages[action] = self.runners[worker].run(action, given)
+                self.done_with(worker, action)
                 done.add(action)
                 places[worker] += 1
 
     def gradients(self) -> Gradients:
         found: Gradients = {}
         for stage in self.stages:
-            for key, parameter in stage_tensors(stage, self.weights).items():
-                assert parameter.grad is not None, key
-                assert key not in found
-                found[key] = parameter.grad
+            of_stage = gradients_of(stage, self.weights)
+            assert not found.keys() & of_stage.keys()
+            found |= of_stage
         return found
+
+
+def gradients_of(stage: StageModule, names: Collection[str]) -> Gradients:
+    found: Gradients = {}
+    for key, parameter in stage_tensors(stage, names).items():
+        assert parameter.grad is not None, key
+        found[key] = parameter.grad
+    return found
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -135,6 +145,38 @@ def test_gradients_are_those_of_one_process(
     assert pipeline.runners[-1].losses == losses
     # What the validator says of activations is what is held.
     assert tuple(runner.most_live for runner in pipeline.runners) == validate(schedule).live_activations
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zero-bubble"])
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_gradients_of_one_slot_have_nothing_of_the_next(
+    name: str, num_workers: int, model: tuple[dict[str, Any], Gradients, dict[int, float]]
+) -> None:
+    """Two slots of two microbatches in one row: a slot's gradients are taken when it is through, by which time passes
+    of the next one may have begun."""
+    config = model[0]
+    alone = Pipeline(config, make_schedule("1f1b", 1, NUM_MICROBATCHES))
+    expected = []
+    for slot in range(2):
+        for microbatch in (2 * slot, 2 * slot + 1):
+            alone.begin(microbatch)
+            alone.loss_sum(alone.stages[0](alone.tokens[microbatch, :, :-1]), microbatch).backward()
+        expected.append(alone.gradients())
+        alone.stages[0].zero_grad()
+    pipeline = Pipeline(config, make_schedule(name, num_workers, NUM_MICROBATCHES))
+    taken: list[Gradients] = [{}, {}]
+    lasts = [last_backwards(row, 2) for row in pipeline.schedule.rows]
+
+    def take(worker: int, action: Action) -> None:
+        if action in lasts[worker]:
+            stage = pipeline.stages[action.stage]
+            taken[action.microbatch // 2] |= gradients_of(stage, pipeline.weights)
+            stage.zero_grad()
+
+    pipeline.done_with = take
+    pipeline.run()
+    for slot in range(2):
+        assert_same(taken[slot], expected[slot])
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zero-bubble"])

@@ -215,7 +215,7 @@ class SlotComputer:
         for stage in self._stages.values():
             stage.train()
         emits: dict[int, Emit] = {}
-        finals = _last_backwards(row, per_slot)
+        finals = last_backwards(row, per_slot)
         losses = self._runner.losses
         try:
             for action in row:
@@ -452,7 +452,7 @@ _SPANS = {
 }
 
 
-def _last_backwards(row: Row, per_slot: int) -> set[Action]:
+def last_backwards(row: Row, per_slot: int) -> set[Action]:
     """The actions after which the gradients of a stage and slot are final."""
     last: dict[tuple[int, int], Action] = {}
     for action in row:

@@ -2,21 +2,18 @@
 
 What neighbours are to get is returned, what they sent is given in: how it travels is not known here. Gradients add up
 in the parameters' `grad`, microbatch after microbatch in the order of the schedule's row, which is that of one process.
-
-A backward pass in two parts puts off the products of linear layers' weights; what else is trained (norms, biases,
-embeddings) takes next to no time and is done with the first part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from gradstream.core.schedules import Action, Op
-from gradstream.core.weight_gradients import WeightGradients, WeightProduct, add
+from gradstream.core.weight_gradients import WeightGradients, WeightPart
 
 
 @dataclass
@@ -26,7 +23,7 @@ class _Live:
     received: torch.Tensor
     result: torch.Tensor  # activations, or the loss
     gradient: torch.Tensor | None = None
-    put_off: list[WeightProduct] = field(default_factory=list)
+    weight_part: WeightPart | None = None
 
 
 class StageRunner:
@@ -67,8 +64,8 @@ class StageRunner:
             return self._backward_input(action, self._live[key], received)
         live = self._live.pop(key)
         if action.op is Op.BACKWARD_WEIGHT and action.stage:
-            for product in live.put_off:
-                add(product)
+            assert live.weight_part is not None
+            live.weight_part.add()
             return None
         if not live.result.requires_grad:
             return None  # a first stage without an adapter: nobody wants its gradient
@@ -100,6 +97,6 @@ class StageRunner:
         if not action.stage:  # token ids have no gradient: all of the pass is that of the weights
             live.gradient = received
             return None
-        with self._gradients[action.stage].putting_off() as live.put_off:
-            live.result.backward(received)  # type: ignore[no-untyped-call]
-        return live.received.grad
+        gradients = self._gradients[action.stage]
+        gradient, live.weight_part = gradients.backward_input(live.result, received, live.received)
+        return gradient

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -31,6 +32,16 @@ def available_bytes(limit_files: Sequence[Path] = LIMIT_FILES) -> int:
 def settle() -> None:
     """Leave what is imported by now out of later garbage collections: a million objects that stay anyway."""
     gc.freeze()
+
+
+def use_huge_pages() -> None:
+    """Have torch ask Linux for huge pages for its tensors; to be called before torch is imported.
+
+    The C library returns a large tensor's pages when it is freed, and the kernel clears new ones for the next: with
+    pages of 4 KiB that is a good part of what a worker does that makes the same tensors for each microbatch. Who sets
+    torch's THP_MEM_ALLOC_ENABLE keeps what they set.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def give_back() -> None:

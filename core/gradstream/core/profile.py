@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from gradstream.core import memory
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError, one_line
 from gradstream.core.finetuning import LoraConfig
@@ -163,8 +164,6 @@ def _estimate(
         kept += 2 * hidden  # the inputs of norms
     forward = operations / flops_per_second
     frozen = not any(p.requires_grad for p in matrices if p.numel() == max(m.numel() for m in matrices))
-    # In two parts, a pass that computes again does so for each parameter's gradient.
-    weight_passes = 2 if first else 1 + len(parameters) if inner and workload.recompute else 1
     activation_bytes, input_bytes = 4 * tokens * kept, (8 if first else 4 * hidden) * tokens
     again = inner and workload.recompute
     columns = _outputs(matrices, hidden, first or inner)
@@ -175,7 +174,7 @@ def _estimate(
         forward_seconds=forward,
         backward_seconds=((3 if again else 2) - frozen) * forward,
         backward_input_seconds=0.0 if first else (2 if again else 1) * forward,
-        backward_weight_seconds=0.0 if frozen and not first else weight_passes * forward,
+        backward_weight_seconds=0.0 if frozen and not first else (2 if first else 1) * forward,
         activation_bytes=input_bytes if again else max(input_bytes, activation_bytes),
         working_bytes=activation_bytes if again else 0,
         output_elements=tokens * columns,
@@ -358,6 +357,7 @@ def parse_answer(answer: Mapping[str, Any]) -> list[SectionProfile]:
 def _main() -> None:
     """`python -m gradstream.core.profile`: a model and a workload on stdin, the sections' profiles on stdout, both
     JSON."""
+    memory.use_huge_pages()  # as workers do
     import torch
 
     asked = json.load(sys.stdin)

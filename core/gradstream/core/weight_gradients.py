@@ -1,10 +1,10 @@
-"""Weight gradients of linear layers, added up by the very product that makes them.
+"""Weight gradients of linear and embedding layers, added up where they are made.
 
-autograd makes each microbatch's weight gradient as a tensor of its own and then adds it to `grad`: where a microbatch
-has few tokens for the size of a layer, that takes as long as a pass. Megatron-LM's layers add in place for that reason
-("gradient accumulation fusion"). A layer that has its own backward pass can also put its weight's product off until
-there is time for it: the split backward pass of zero-bubble schedules (Qi et al., "Zero Bubble Pipeline Parallelism",
-2023).
+autograd makes each microbatch's weight gradient as a tensor of its own, for an embedding one of mostly zeros, and then
+adds it to `grad`: where a microbatch has few tokens for the size of a layer, that takes as long as a pass. The layers
+of Megatron-LM add in place for that reason ("gradient accumulation fusion"). A layer that has its own backward pass can
+also put its weight's gradient off until there is time for it: the split backward pass of zero-bubble schedules (Qi et
+al., "Zero Bubble Pipeline Parallelism", 2023).
 
 Shape legend: N tokens, I inputs and O outputs of a layer.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -26,100 +26,145 @@ so many rows before it touches the sum, so up to here both have the same bits, a
 
 @dataclass(frozen=True)
 class WeightProduct:
-    """A weight's gradient of one microbatch, as the product that it is."""
+    """A matrix's gradient of one microbatch, as the product that it is."""
 
     weight: nn.Parameter
     left: torch.Tensor
     right: torch.Tensor
     """Of shapes N × rows and N × columns of the weight: the gradient is the transposed left times the right."""
 
+    @torch.no_grad()
+    def add(self) -> None:
+        """Make the gradient and add it to the weight's `grad`."""
+        weight, left, right = self.weight, self.left.t(), self.right
+        if weight.grad is None:
+            weight.grad = left.mm(right).to(weight.dtype)
+        elif weight.dtype == right.dtype and 1 < len(right) <= MOST_ROWS_IN_PLACE:
+            weight.grad.addmm_(left, right)
+        else:
+            weight.grad.add_(left.mm(right))
+
+
+@dataclass(frozen=True)
+class WeightRows:
+    """An embedding's gradient of one microbatch: that of the rows which were looked up."""
+
+    weight: nn.Parameter
+    indices: torch.Tensor
+    rows: torch.Tensor
+    """One for each index, which may be there several times."""
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add up the rows of each index, and those sums to the weight's `grad`."""
+        found, places = torch.unique(self.indices, return_inverse=True)
+        sums = torch.ops.aten.embedding_dense_backward(self.rows, places, len(found), -1, False)
+        if self.weight.grad is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        self.weight.grad.index_add_(0, found, sums)
+
+
+WeightGradient = WeightProduct | WeightRows
+
 
 @dataclass(frozen=True)
 class WeightPart:
     """What the first part of a backward pass has left to its second: no gradient of a parameter was touched so far."""
 
-    products: list[WeightProduct]
+    put_off: list[WeightGradient]
     others: list[tuple[nn.Parameter, torch.Tensor]]
-    """Gradients of what is not a linear layer's weight (norms, biases, embeddings), which take next to no time."""
+    """Gradients of norms and biases, which take next to no time, and of what several layers share."""
 
     def add(self) -> None:
         """Add the gradients to those of the microbatches before, in each parameter's `grad`."""
-        for product in self.products:
-            _add(product)
-        for parameter, gradient in self.others:
+        for gradient in self.put_off:
+            gradient.add()
+        for parameter, made in self.others:
             if parameter.grad is None:
-                parameter.grad = gradient.clone()
+                parameter.grad = made.clone()
             else:
-                parameter.grad.add_(gradient)
+                parameter.grad.add_(made)
 
 
 class WeightGradients:
-    """Adds up the gradients of a module's linear layers, those of nn.Linear and of GPT-2's Conv1D.
+    """Adds up the gradients of a module's nn.Linear, nn.Embedding and Conv1D (GPT-2's linear layer).
 
     From here on `backward()` leaves their sum in `grad` as before, and calls the hooks that wait for it
     (`register_post_accumulate_grad_hook`). A weight that several layers share is left to autograd.
     """
 
     def __init__(self, module: nn.Module):
-        self._put_off: list[WeightProduct] | None = None
+        self._put_off: list[WeightGradient] | None = None
         users = Counter(id(parameter) for inner in module.modules() for parameter in inner.parameters(recurse=False))
-        own: set[int] = set()
         for layer in module.modules():
-            if type(layer) in (nn.Linear, Conv1D) and users[id(layer.weight)] == 1:
+            if _is_known(layer) and users[id(layer.weight)] == 1:
                 layer.forward = _Forward(self, layer)  # type: ignore[method-assign]
-                own.add(id(layer.weight))
-        self._others = [parameter for parameter in module.parameters() if id(parameter) not in own]
+        self._parameters = list(module.parameters())
 
     def backward_input(
         self, result: torch.Tensor, gradient: torch.Tensor | None, received: torch.Tensor
     ) -> tuple[torch.Tensor, WeightPart]:
         """The first part of a backward pass, from the gradient of `result` (None: of a scalar, the loss) to that of
         `received`, and what is left for the second. No hooks are called, in either part."""
-        others = [parameter for parameter in self._others if parameter.requires_grad]
-        products: list[WeightProduct] = []
-        self._put_off = products
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._put_off = put_off = list[WeightGradient]()
         try:
-            of_received, *found = torch.autograd.grad([result], [received, *others], [gradient], allow_unused=True)
+            of_received, *made = torch.autograd.grad([result], [received, *trained], [gradient], allow_unused=True)
         finally:
             self._put_off = None
-        pairs = zip(others, found, strict=True)
-        return of_received, WeightPart(products, [(other, each) for other, each in pairs if each is not None])
+        # What is put off is None here.
+        others = [pair for pair in zip(trained, made, strict=True) if pair[1] is not None]
+        return of_received, WeightPart(put_off, others)
 
-    def take(self, product: WeightProduct) -> None:
+    def take(self, gradient: WeightGradient) -> None:
         """Called in a layer's backward pass."""
         if self._put_off is not None:
-            self._put_off.append(product)
+            self._put_off.append(gradient)
         else:
-            _add(product)
+            gradient.add()
 
 
-@torch.no_grad()
-def _add(product: WeightProduct) -> None:
-    weight, left, right = product.weight, product.left.t(), product.right
-    if weight.grad is None:
-        weight.grad = left.mm(right).to(weight.dtype)
-    elif weight.dtype == right.dtype and 1 < len(right) <= MOST_ROWS_IN_PLACE:
-        weight.grad.addmm_(left, right)
-    else:
-        weight.grad.add_(left.mm(right))
+def _is_known(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding | Conv1D]:
+    if type(layer) is nn.Embedding:
+        return (layer.padding_idx, layer.max_norm, layer.scale_grad_by_freq, layer.sparse) == (None, None, False, False)
+    return type(layer) in (nn.Linear, Conv1D)
 
 
 class _Forward:
     """A layer's `forward`."""
 
-    def __init__(self, gradients: WeightGradients, layer: nn.Linear | Conv1D):
+    def __init__(self, gradients: WeightGradients, layer: nn.Linear | nn.Embedding | Conv1D):
         self._gradients = gradients
         self._layer = layer
 
     def __call__(self, received: torch.Tensor) -> torch.Tensor:
         layer = self._layer
         if not (torch.is_grad_enabled() and layer.weight.requires_grad):
-            result: torch.Tensor = type(layer).forward(layer, received)
-            return result
-        result = _Product.apply(  # type: ignore[no-untyped-call]
-            received, layer.weight, layer.bias, isinstance(layer, Conv1D), self._gradients
-        )
+            result = type(layer).forward(layer, received)  # type: ignore[arg-type]
+        elif isinstance(layer, nn.Embedding):
+            result = _Lookup.apply(received, layer.weight, self._gradients)  # type: ignore[no-untyped-call]
+        else:
+            result = _Product.apply(  # type: ignore[no-untyped-call]
+                received, layer.weight, layer.bias, isinstance(layer, Conv1D), self._gradients
+            )
+        assert isinstance(result, torch.Tensor)
         return result
+
+
+class _Lookup(torch.autograd.Function):
+    """What an embedding does."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: torch.Tensor, weight: nn.Parameter, gradients: WeightGradients) -> torch.Tensor:
+        ctx.save_for_backward(indices)
+        ctx.weight, ctx.gradients = weight, gradients  # not saved, as in _Product
+        return nn.functional.embedding(indices, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        (indices,) = ctx.saved_tensors
+        ctx.gradients.take(WeightRows(ctx.weight, indices, gradient))
+        return None, None, None
 
 
 class _Product(torch.autograd.Function):

@@ -13,12 +13,13 @@ NUM_MICROBATCHES = 3
 
 
 class Net(nn.Module):
-    """Linear layers with and without bias, a Conv1D, and a head that shares the table's weight."""
+    """Linear layers with and without bias, a Conv1D, a table of positions, and a head that shares the words' table."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.table = nn.Embedding(50, 48)
+        self.positions = nn.Embedding(2 * MOST_ROWS_IN_PLACE, 48)
         self.first = nn.Linear(48, 80)
         self.second = Conv1D(96, 80)
         self.third = nn.Linear(96, 48, bias=False)
@@ -27,7 +28,9 @@ class Net(nn.Module):
         self.head.weight = self.table.weight
 
     def forward(self, tokens: torch.Tensor, received: torch.Tensor | float = 0.0) -> torch.Tensor:
-        hidden = torch.tanh(self.second(torch.relu(self.first(self.table(tokens) + received))))
+        places = torch.arange(tokens.shape[1]) // 2  # each twice
+        hidden = self.table(tokens) + self.positions(places) + received
+        hidden = torch.tanh(self.second(torch.relu(self.first(hidden))))
         result: torch.Tensor = self.head(self.norm(self.third(hidden)))
         return result
 
@@ -84,8 +87,8 @@ def test_the_bits_are_those_of_autograd(num_tokens: int, precision: torch.dtype,
     if split:
         assert not gradients_of(net)
     for weight_part in put_off:
-        assert {id(product.weight) for product in weight_part.products} == {
-            id(layer.weight) for layer in (net.first, net.second, net.third)
+        assert {id(gradient.weight) for gradient in weight_part.put_off} == {
+            id(layer.weight) for layer in (net.positions, net.first, net.second, net.third)
         }
         weight_part.add()
     assert_same(gradients_of(net), gradients_of(plain))

@@ -415,6 +415,9 @@ def die_with_parent(parent: int) -> None:
 
 
 def _run(module: str, *arguments: Any) -> None:
+    from gradstream.core.memory import use_huge_pages
+
+    use_huge_pages()
     serve = importlib.import_module(module).serve
     run_until_done(serve(*arguments))
 

@@ -20,6 +20,7 @@ from gradstream.core.fragments import Tensor
 from gradstream.core.profile import SectionProfile
 from gradstream.core.schedules import (
     SCHEDULES,
+    SPLIT,
     Costs,
     Op,
     Schedule,
@@ -97,6 +98,8 @@ def plan_pipeline(
 
 def section_costs(recipe: Recipe, tensors: Sequence[Tensor], profiles: Sequence[SectionProfile]) -> list[SectionCost]:
     """The sections as the cut needs them. A tied tensor counts in both of its sections."""
+    # Between the parts of a backward pass lies what was computed again for the first.
+    keeps = recipe.training.recompute and recipe.pipeline.schedule in SPLIT
     costs = []
     for profile in profiles:
         trained = num_parameters(tensors, profile.units)
@@ -105,7 +108,7 @@ def section_costs(recipe: Recipe, tensors: Sequence[Tensor], profiles: Sequence[
                 profile.name,
                 profile.forward_seconds + profile.backward_seconds,
                 worker_bytes(recipe, trained, max(0, profile.num_parameters - trained)),
-                profile.activation_bytes,
+                profile.activation_bytes + keeps * profile.working_bytes,
             )
         )
     return costs
@@ -132,7 +135,7 @@ def group_workers(workers: Sequence[NodeOffer], size: int, num_replicas: int) ->
 
 def group_speeds(groups: Groups) -> list[float]:
     """For each place the speed of its slowest worker beside the fastest of all. Speeds are measured in a moment on
-    machines that do other things too: less than a quarter is no difference."""
+    machines that do other things too: less than NO_DIFFERENCE is none."""
     measured = [worker.flops_per_second for group in groups for worker in group if worker.flops_per_second]
     fastest = max(measured, default=0.0)
     speeds = [min((w.flops_per_second or fastest) / fastest for w in group) if fastest else 1.0 for group in groups]
@@ -219,7 +222,9 @@ def _fit(
     config, training = recipe.pipeline, recipe.training
     size, num_replicas, chunks = len(groups), len(groups[0]), config.chunks
     now, runs = num_microbatches(training, num_replicas), _runs(training)
-    names: tuple[str, ...] = SCHEDULES if config.schedule == "auto" else (config.schedule,)
+    names: tuple[str, ...] = (config.schedule,)
+    if config.schedule == "auto":
+        names = tuple(name for name in SCHEDULES if not (training.recompute and name in SPLIT))
     lacks = {name: next(filter(None, (unavailable(name, size, run, chunks) for run in runs)), "") for name in names}
     names = tuple(name for name in names if not lacks[name])
     if not names:
@@ -237,9 +242,11 @@ def _fit(
     if config.schedule == "auto":
         rooms = [_room(place, size, cut, costs, profiles, groups) for place in range(size)]
         try:
-            schedule, schedule_reason = choose_schedule(size, now, stage_cost, rooms, chunks, runs)
+            schedule, schedule_reason = choose_schedule(size, now, stage_cost, rooms, chunks, runs, names)
         except ConfigError as error:
             raise PlanError(str(error)) from None
+        if training.recompute:
+            schedule_reason += f"; {' and '.join(SPLIT)} would keep what is recomputed"
     else:
         schedule = make_schedule(config.schedule, size, now, chunks)
         seconds = simulate(schedule, stage_cost).makespan

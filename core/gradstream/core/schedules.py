@@ -55,6 +55,8 @@ Row = tuple[Action, ...]
 """The actions of one worker, in order."""
 
 SCHEDULES = ("gpipe", "1f1b", "eager-1f1b", "interleaved-1f1b", "zero-bubble")
+SPLIT = ("zero-bubble",)
+"""Schedules whose backward pass has two parts."""
 _ACTION = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 MAX_MISSING = 100_000
 """Actions that a table may lack to be told the first of them."""
@@ -389,8 +391,9 @@ def choose_schedule(
     most_live: Sequence[int],
     num_chunks: int = 1,
     other_runs: Collection[int] = (),
+    names: Collection[str] = SCHEDULES,
 ) -> tuple[Schedule, str]:
-    """The fastest schedule of which every worker can hold the activations, and why.
+    """The fastest schedule, of those named, of which every worker can hold the activations, and why.
 
     `costs` has the stages of all chunks; `most_live[worker]` is how many microbatches of one stage its memory holds.
     The schedule must exist and fit for runs of `other_runs` microbatches too, which a replica may come to compute.
@@ -400,7 +403,7 @@ def choose_schedule(
     tried: list[tuple[float, int, int, Schedule]] = []
     too_large: dict[str, int] = {}  # with the worker that lacks most
     reasons = []
-    for order, name in enumerate(SCHEDULES):
+    for order, name in enumerate(names):
         reason = next(filter(None, (unavailable(name, num_workers, run, num_chunks) for run in runs)), "")
         if reason:
             reasons.append(reason)

@@ -22,6 +22,7 @@ from gradstream.core.errors import ConfigError, PlanError, ProtocolError
 from gradstream.core.fragments import Tensor
 from gradstream.core.plan import Plan
 from gradstream.core.profile import SectionProfile
+from gradstream.core.schedules import SPLIT
 from gradstream.proto.v1 import jobs_pb2
 
 # An embedding, eight layers and a head that has the embedding's table: 16 k parameters each.
@@ -237,6 +238,19 @@ def test_recomputation_needs_one_layer_more(tmp_path: Path) -> None:
     assert planned(recipe, workers(room, room))[0].worker_bytes == plain
     with pytest.raises(PlanError, match=r"missing.*; 777 B are kept back to recompute a layer"):
         planned(recipe, workers(plain[1], plain[1]), profiles(working_bytes=777))
+
+
+def test_a_split_backward_pass_keeps_what_is_recomputed(tmp_path: Path) -> None:
+    once = [
+        planned(recipe_of(tmp_path, {"recompute": recompute}, schedule="zero-bubble"), workers(0, 0), profiles(**more))
+        for recompute, more in ((False, {}), (True, {"working_bytes": 777}))
+    ]
+    plain, more = (pipeline.worker_bytes for pipeline, _ in once)
+    # For each of 5 sections and 2 microbatches under way, and once more for a layer that computes.
+    assert [b - a for a, b in zip(plain, more, strict=True)] == [777 * (2 * 5 + 1)] * 2
+    free, reasons = planned(recipe_of(tmp_path, {"recompute": True}), workers(0, 0), profiles(working_bytes=777))
+    assert free.schedule not in SPLIT
+    assert "; zero-bubble would keep what is recomputed" in reasons["schedule"]
 
 
 def test_auto_schedules_by_time_and_memory(tmp_path: Path) -> None:

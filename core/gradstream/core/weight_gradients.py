@@ -12,6 +12,7 @@ Shape legend: N tokens, I inputs and O outputs of a layer.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -20,51 +21,43 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 MOST_ROWS_IN_PLACE = 384
-"""With more tokens than this the product is made first and added then, as autograd does it. MKL adds the products of
-so many rows before it touches the sum, so up to here both have the same bits, and beyond there is little to gain."""
+"""With more tokens than this the product is made first and added then, as autograd does it: there is little to gain.
+A BLAS may add the products of some hundred rows (192 on Zen 3) before it touches the sum; up to there both ways have
+the same bits, beyond they round differently. Which way is taken depends on the recipe alone."""
+
+Add = Callable[..., None]
+"""Adds the gradient of a weight, its first argument, to the weight's `grad`: add_product or add_rows."""
 
 
 @dataclass(frozen=True)
-class WeightProduct:
-    """A matrix's gradient of one microbatch, as the product that it is."""
+class WeightGradient:
+    """A layer's gradient of one microbatch that was put off: `add(weight, *tensors)` makes it and adds it."""
 
+    add: Add
     weight: nn.Parameter
-    left: torch.Tensor
-    right: torch.Tensor
-    """Of shapes N × rows and N × columns of the weight: the gradient is the transposed left times the right."""
-
-    @torch.no_grad()
-    def add(self) -> None:
-        """Make the gradient and add it to the weight's `grad`."""
-        weight, left, right = self.weight, self.left.t(), self.right
-        if weight.grad is None:
-            weight.grad = left.mm(right).to(weight.dtype)
-        elif weight.dtype == right.dtype and 1 < len(right) <= MOST_ROWS_IN_PLACE:
-            weight.grad.addmm_(left, right)
-        else:
-            weight.grad.add_(left.mm(right))
+    tensors: tuple[torch.Tensor, ...]
 
 
-@dataclass(frozen=True)
-class WeightRows:
-    """An embedding's gradient of one microbatch: that of the rows which were looked up."""
-
-    weight: nn.Parameter
-    indices: torch.Tensor
-    rows: torch.Tensor
-    """One for each index, which may be there several times."""
-
-    @torch.no_grad()
-    def add(self) -> None:
-        """Add up the rows of each index, and those sums to the weight's `grad`."""
-        found, places = torch.unique(self.indices, return_inverse=True)
-        sums = torch.ops.aten.embedding_dense_backward(self.rows, places, len(found), -1, False)
-        if self.weight.grad is None:
-            self.weight.grad = torch.zeros_like(self.weight)
-        self.weight.grad.index_add_(0, found, sums)
+def add_product(weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add a matrix's gradient to the weight's `grad`: the transposed left, N × rows of the weight, times the right,
+    N × columns."""
+    total = weight.grad
+    if total is None:
+        weight.grad = left.t().mm(right).to(weight.dtype)
+    elif total.dtype is right.dtype and 1 < right.shape[0] <= MOST_ROWS_IN_PLACE:
+        total.addmm_(left.t(), right)
+    else:
+        total.add_(left.t().mm(right))
 
 
-WeightGradient = WeightProduct | WeightRows
+def add_rows(weight: nn.Parameter, indices: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add an embedding's gradient to the weight's `grad`: that of the rows that were looked up, one for each index,
+    which may be there several times."""
+    found, places = torch.unique(indices, return_inverse=True)
+    sums = torch.ops.aten.embedding_dense_backward(rows, places, len(found), -1, False)
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    weight.grad.index_add_(0, found, sums)
 
 
 @dataclass(frozen=True)
@@ -75,10 +68,11 @@ class WeightPart:
     others: list[tuple[nn.Parameter, torch.Tensor]]
     """Gradients of norms and biases, which take next to no time, and of what several layers share."""
 
+    @torch.no_grad()
     def add(self) -> None:
         """Add the gradients to those of the microbatches before, in each parameter's `grad`."""
         for gradient in self.put_off:
-            gradient.add()
+            gradient.add(gradient.weight, *gradient.tensors)
         for parameter, made in self.others:
             if parameter.grad is None:
                 parameter.grad = made.clone()
@@ -116,12 +110,12 @@ class WeightGradients:
         others = [pair for pair in zip(trained, made, strict=True) if pair[1] is not None]
         return of_received, WeightPart(put_off, others)
 
-    def take(self, gradient: WeightGradient) -> None:
-        """Called in a layer's backward pass."""
-        if self._put_off is not None:
-            self._put_off.append(gradient)
+    def take(self, add: Add, weight: nn.Parameter, *tensors: torch.Tensor) -> None:
+        """Called in a layer's backward pass: `add(weight, *tensors)` adds the weight's gradient, now or later."""
+        if self._put_off is None:
+            add(weight, *tensors)
         else:
-            gradient.add()
+            self._put_off.append(WeightGradient(add, weight, tensors))
 
 
 def _is_known(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding | Conv1D]:
@@ -131,23 +125,25 @@ def _is_known(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding | Conv1D]:
 
 
 class _Forward:
-    """A layer's `forward`."""
+    """A layer's `forward`. It runs for each layer of each microbatch, and so does all that it calls: what would change
+    nothing (a cast, an object for a product that is made at once) is left out."""
 
     def __init__(self, gradients: WeightGradients, layer: nn.Linear | nn.Embedding | Conv1D):
-        self._gradients = gradients
+        self.gradients = gradients
+        self.inputs_first = isinstance(layer, Conv1D)
         self._layer = layer
+        self._is_lookup = isinstance(layer, nn.Embedding)
 
     def __call__(self, received: torch.Tensor) -> torch.Tensor:
         layer = self._layer
-        if not (torch.is_grad_enabled() and layer.weight.requires_grad):
+        weight = layer.weight
+        result: torch.Tensor
+        if not (weight.requires_grad and torch.is_grad_enabled()):
             result = type(layer).forward(layer, received)  # type: ignore[arg-type]
-        elif isinstance(layer, nn.Embedding):
-            result = _Lookup.apply(received, layer.weight, self._gradients)  # type: ignore[no-untyped-call]
+        elif self._is_lookup:
+            result = _Lookup.apply(received, weight, self.gradients)  # type: ignore[no-untyped-call]
         else:
-            result = _Product.apply(  # type: ignore[no-untyped-call]
-                received, layer.weight, layer.bias, isinstance(layer, Conv1D), self._gradients
-            )
-        assert isinstance(result, torch.Tensor)
+            result = _Product.apply(received, weight, layer.bias, self)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -163,47 +159,47 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         (indices,) = ctx.saved_tensors
-        ctx.gradients.take(WeightRows(ctx.weight, indices, gradient))
+        ctx.gradients.take(add_rows, ctx.weight, indices, gradient)
         return None, None, None
 
 
 class _Product(torch.autograd.Function):
-    """What a linear layer computes, in autocast's type where that is on; `inputs_first` when the weight is I × O."""
+    """What a linear layer computes, in autocast's type where that is on."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        received: torch.Tensor,
-        weight: nn.Parameter,
-        bias: torch.Tensor | None,
-        inputs_first: bool,
-        gradients: WeightGradients,
+        ctx: Any, received: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None, layer: _Forward
     ) -> torch.Tensor:
-        device = received.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else received.dtype
-        values, matrix = received.to(dtype), weight.to(dtype)
+        dtype, device = received.dtype, received.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        values = received if received.dtype is dtype else received.to(dtype)
+        matrix: torch.Tensor = weight if weight.dtype is dtype else weight.to(dtype)
+        if bias is not None and bias.dtype is not dtype:
+            bias = bias.to(dtype)
         ctx.save_for_backward(values)
         # Not saved with them: activation checkpointing would give back a copy, whose `grad` nobody looks at.
-        ctx.weight = weight
-        ctx.received_dtype, ctx.inputs_first, ctx.gradients = received.dtype, inputs_first, gradients
-        if not inputs_first:
-            return nn.functional.linear(values, matrix, bias if bias is None else bias.to(dtype))
+        ctx.context = weight, layer, received.dtype
+        if not layer.inputs_first:
+            return nn.functional.linear(values, matrix, bias)
         assert bias is not None
-        result_NO = torch.addmm(bias.to(dtype), values.reshape(-1, values.shape[-1]), matrix)
+        result_NO = torch.addmm(bias, values.reshape(-1, values.shape[-1]), matrix)
         return result_NO.view(*values.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        (values,), weight = ctx.saved_tensors, ctx.weight
-        values_NI, gradient_NO = values.reshape(-1, values.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        of_received = of_bias = None
-        if ctx.needs_input_grad[0]:
-            matrix = weight.to(values.dtype)
-            of_received = gradient_NO.mm(matrix.t() if ctx.inputs_first else matrix).view(values.shape)
-            of_received = of_received.to(ctx.received_dtype)
-        if ctx.needs_input_grad[1]:
-            pair = (values_NI, gradient_NO) if ctx.inputs_first else (gradient_NO, values_NI)
-            ctx.gradients.take(WeightProduct(weight, *pair))
-        if ctx.needs_input_grad[2]:
-            of_bias = gradient_NO.sum(0)
-        return of_received, None, of_bias, None, None
+        (values,) = ctx.saved_tensors
+        weight, layer, received_dtype = ctx.context
+        for_received, for_weight, for_bias, _ = ctx.needs_input_grad
+        shape = values.shape
+        values_NI, gradient_NO = values.reshape(-1, shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        of_received = None
+        if for_received:
+            matrix = weight if weight.dtype is values.dtype else weight.to(values.dtype)
+            of_received = gradient_NO.mm(matrix.t() if layer.inputs_first else matrix).view(shape)
+            if received_dtype is not of_received.dtype:
+                of_received = of_received.to(received_dtype)
+        if for_weight:
+            left, right = (values_NI, gradient_NO) if layer.inputs_first else (gradient_NO, values_NI)
+            layer.gradients.take(add_product, weight, left, right)
+        return of_received, None, gradient_NO.sum(0) if for_bias else None, None

@@ -47,6 +47,10 @@ MOST_UPCOMING_TRIES = 64
 """Beyond its neighbour's credit the first worker begins a try or two; void ones do not count."""
 
 
+MOST_ELEMENTS_AT_ONCE = 1 << 18
+"""Up to so many are encoded by the thread that has computed them: on a busy machine waking another takes longer."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A worker's place in a replica: the replica as the lease table has it, and the index among its workers."""
@@ -106,7 +110,7 @@ class Neighbours:
         self._abandoned = 0  # the highest try that was told to be
         self._upcoming: deque[Try] = deque()
         self._changed = asyncio.Event()
-        # Sends and receives are encoded and decoded here, off the compute thread and off the event loop.
+        # What is large is encoded, and whatever comes decoded, off the compute thread and off the event loop.
         self._thread = ThreadPoolExecutor(1, "neighbours")
         size, index, chunks = plan.replica_size, place.index, plan.num_chunks > 1
         # Activations go up the ring, gradients down; between the last worker and the first only with several chunks.
@@ -288,6 +292,10 @@ class Neighbours:
         schedule = schedule_for(self.plan, attempt)
         slot = attempt.slots[action.microbatch // (schedule.num_microbatches // len(attempt.slots))]
         self._faults.sent(attempt.version, slot)
+        # By the largest of all, so that a worker's tensors take one way and stay in order.
+        if tensor.device.type == "cpu" and math.prod(self._largest) <= MOST_ELEMENTS_AT_ONCE:
+            self._encode(attempt, action, tensor, loss_sum)
+            return
         self._thread.submit(self._encode, attempt, action, tensor, loss_sum).add_done_callback(self._told)
 
     def _told(self, encoding: Future[None]) -> None:
@@ -298,7 +306,8 @@ class Neighbours:
 
     def _encode(self, attempt: Try, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
         flat = tensor.detach().float().contiguous().reshape(-1)
-        payload = self._codec.encode(flat)
+        in_place = self._codec.name == "fp32" and flat.device.type == "cpu"
+        payload: Payload = flat.numpy().view(np.uint8) if in_place else self._codec.encode(flat)
         header = pb.StageHeader(
             tensor=pb.StageTensor(
                 try_number=attempt.number,

@@ -3,7 +3,8 @@
 Same model, cut, schedule, microbatches, initial weights, samples, optimizer and clipping; one thread a worker, and what
 travels between stages is of the same type. Each machine runs one worker and one parameter server, the coordinator a
 machine of its own. The cut is that of gradstream's plan. torch runs a schedule of its own and, as a second rival, its
-runtime with gradstream's table of it; the ratio is to the faster one. A step's time is the median over the timed steps,
+runtime with gradstream's table of it; the ratio is to the faster one. The sides take turns, twice each, since a
+machine's speed may change while one of them runs; a step's time is the median over the timed steps of both turns, each
 after a warm-up.
 
 The bubble is the share of the workers' time between the first and the last pass of a step in which they compute no
@@ -45,6 +46,7 @@ from gradstream.core.timeline import PASSES, union
 from gradstream.proto.v1 import plan_pb2
 
 NUM_WORKERS = 2
+NUM_ROUNDS = 2
 TARGET = 1.0
 MAX_LOSS_DIFFERENCE = 0.01
 """Nats by which the first losses may differ; beyond it the two sides do not train the same."""
@@ -105,13 +107,30 @@ PIPELINE_MODELS: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Timing:
-    """What one side did."""
+    """What one side did in one turn or, as `together` makes it, in several: each timed step's seconds, the machines'
+    bytes a step, the first and the last loss, and each step's bubble."""
 
-    step_seconds: float
+    seconds: Sequence[float]
     step_bytes: float
     first_loss: float
     loss: float
-    bubble: float
+    bubbles: Sequence[float]
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def bubble(self) -> float:
+        return statistics.median(self.bubbles)
+
+
+def together(turns: Sequence[Timing]) -> Timing:
+    """All timed steps of a side's turns as one. The losses of all are the same."""
+    seconds = [value for turn in turns for value in turn.seconds]
+    bubbles = [value for turn in turns for value in turn.bubbles]
+    step_bytes = statistics.fmean(turn.step_bytes for turn in turns)
+    return Timing(seconds, step_bytes, turns[0].first_loss, turns[0].loss, bubbles)
 
 
 def main() -> None:
@@ -138,20 +157,25 @@ def main() -> None:
 
 
 def compare(case: Case, recipe: Recipe, temporary: Path, with_gradstream: bool, with_torch: bool) -> list[Result]:
-    """Run both sides on one network: the ratio of their throughputs, and the bubble of each."""
+    """Run both sides in turns on one network: the ratio of their throughputs, and the bubble of each."""
     ideal = ideal_bubble(case)
-    rivals = {}
-    results = []
+    turns: dict[str, list[Timing]] = defaultdict(list)
     with network_of(case.network, NUM_WORKERS) as network:
-        ours, stage_ends = None, balanced_ends(recipe)
-        if with_gradstream:
-            ours, stage_ends = run_gradstream(case, recipe, network, temporary)
-            say(case, "gradstream", ours)
-        if with_torch:
-            for name, use_table in case.rivals.items():
-                rivals[name] = run_torch(case, recipe, stage_ends, network, temporary, use_table)
-                say(case, name, rivals[name])
-    best = min(rivals.values(), key=lambda timing: timing.step_seconds, default=None)
+        stage_ends = balanced_ends(recipe)
+        for _ in range(NUM_ROUNDS):
+            if with_gradstream:
+                timing, stage_ends = run_gradstream(case, recipe, network, temporary)
+                turns["gradstream"].append(timing)
+                say(case, "gradstream", timing)
+            for name, use_table in case.rivals.items() if with_torch else ():
+                timing = run_torch(case, recipe, stage_ends, network, temporary, use_table)
+                turns[name].append(timing)
+                say(case, name, timing)
+    sides = {name: together(timings) for name, timings in turns.items()}
+    ours = sides.get("gradstream")
+    rivals = [side for name, side in sides.items() if name != "gradstream"]
+    results = []
+    best = min(rivals, key=lambda timing: timing.step_seconds, default=None)
     if ours is not None and best is not None:
         check_same(case, ours, best)
         results.append(
@@ -165,10 +189,9 @@ def compare(case: Case, recipe: Recipe, temporary: Path, with_gradstream: bool, 
                 f"loss {ours.loss:.4f} / {best.loss:.4f}",
             )
         )
-    for name, timing in {"gradstream": ours, **rivals}.items():
-        if timing is not None:
-            detail = f"ideal {ideal:.3f}, {timing.step_seconds * 1e3:.0f} ms a step, stages end at {list(stage_ends)}"
-            results.append(result(f"bubble_{name}_{case.name}", timing.bubble, 0.0, detail))
+    for name, side in sides.items():
+        detail = f"ideal {ideal:.3f}, {side.step_seconds * 1e3:.0f} ms a step, stages end at {list(stage_ends)}"
+        results.append(result(f"bubble_{name}_{case.name}", side.bubble, 0.0, detail))
     return results
 
 
@@ -278,8 +301,8 @@ def bubble(workers: Sequence[Iterable[Span]]) -> float:
     return 1 - busy / (len(passes) * whole)
 
 
-def gradstream_bubble(timelines: Iterable[Timeline], num_warm_steps: int) -> float:
-    """The median of the bubbles of the timed versions, of those of which every worker has sent a timeline."""
+def gradstream_bubbles(timelines: Iterable[Timeline], num_warm_steps: int) -> list[float]:
+    """The bubbles of the timed versions, of those of which every worker has sent a timeline."""
     versions: dict[tuple[int, int], list[Timeline]] = defaultdict(list)
     for timeline in timelines:
         if timeline.version >= num_warm_steps and any(span.kind in PASSES for span in timeline.spans):
@@ -287,13 +310,13 @@ def gradstream_bubble(timelines: Iterable[Timeline], num_warm_steps: int) -> flo
     whole = [found for found in versions.values() if len(found) == NUM_WORKERS]
     if not whole:
         raise SystemExit("error: of no version both workers have sent a timeline with passes")
-    return statistics.median(bubble([timeline.spans for timeline in found]) for found in whole)
+    return [bubble([timeline.spans for timeline in found]) for found in whole]
 
 
-def torch_bubble(ranks: Sequence[Path], num_warm_steps: int) -> float:
-    """The median of the bubbles of the timed steps, from the files that the ranks have written."""
+def torch_bubbles(ranks: Sequence[Path], num_warm_steps: int) -> list[float]:
+    """The bubbles of the timed steps, from the files that the ranks have written."""
     by_rank = [json.loads(path.read_text(encoding="utf-8"))[num_warm_steps:] for path in ranks]
-    return statistics.median(
+    return [
         bubble(
             [
                 [
@@ -304,7 +327,7 @@ def torch_bubble(ranks: Sequence[Path], num_warm_steps: int) -> float:
             ]
         )
         for step in zip(*by_rank, strict=True)
-    )
+    ]
 
 
 # --- the two sides ----------------------------------------------------------------------------------------------------
@@ -341,11 +364,11 @@ def run_torch(
             raise SystemExit(f"error: torch ended after {len(steps)} of {case.num_steps} steps")
     timed = [step["seconds"] for step in steps[case.num_warm_steps :]]
     return Timing(
-        statistics.median(timed),
+        timed,
         (end - begin) / len(timed),
         steps[0]["loss"],
         steps[-1]["loss"],
-        torch_bubble(passes, case.num_warm_steps),
+        torch_bubbles(passes, case.num_warm_steps),
     )
 
 
@@ -373,11 +396,11 @@ def run_gradstream(case: Case, recipe: Recipe, network: Network, temporary: Path
     times = [step.time.timestamp() for step in steps]
     timed = [after - before for before, after in pairwise(times)][case.num_warm_steps - 1 :]
     return Timing(
-        statistics.median(timed),
+        timed,
         (end - begin) / len(timed),
         steps[0].loss,
         steps[-1].loss,
-        gradstream_bubble(timelines, case.num_warm_steps),
+        gradstream_bubbles(timelines, case.num_warm_steps),
     ), stage_ends
 
 

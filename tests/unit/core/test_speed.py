@@ -1,8 +1,10 @@
 """A device's speed is a number that a machine can have, and taking it leaves torch's threads alone."""
 
+from itertools import count
+
 import torch
 
-from gradstream.core.speed import measure_flops
+from gradstream.core.speed import matrix_flops, measure_flops
 
 
 def test_a_cpu_has_a_speed() -> None:
@@ -10,3 +12,8 @@ def test_a_cpu_has_a_speed() -> None:
     flops = measure_flops(torch.device("cpu"))
     assert 1e8 < flops < 1e13
     assert torch.get_num_threads() == before
+
+
+def test_the_clock_that_is_given_counts() -> None:
+    ticks = map(float, count())
+    assert matrix_flops("cpu", 8, 3, clock=lambda: next(ticks)) == 2 * 8**3

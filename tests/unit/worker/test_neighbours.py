@@ -21,6 +21,7 @@ from gradstream.core.schedules import Action, Op
 from gradstream.core.wire import WorkerStub, add_worker, checksum, frame, frames
 from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
+from gradstream.worker import neighbours
 from gradstream.worker.compute import AbandonedError
 from gradstream.worker.faults import Faults
 from gradstream.worker.inbound import BACKWARD, FORWARD
@@ -124,8 +125,12 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 # --- what neighbours do for each other --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("most_at_once", [neighbours.MOST_ELEMENTS_AT_ONCE, 0])
 @pytest.mark.parametrize(("activations", "error"), [("fp32", 0.0), ("bf16", 2**-8), ("int8", 2**-6)])
-async def test_tensors_and_losses_arrive(make_chain: MakeChain, activations: str, error: float) -> None:
+async def test_tensors_and_losses_arrive(
+    make_chain: MakeChain, activations: str, error: float, most_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "MOST_ELEMENTS_AT_ONCE", most_at_once)
     chain = await make_chain(activations=activations)
     first, second = (node.neighbours for node in chain.nodes)
     attempt = await first.begin(2, SLOTS, False)

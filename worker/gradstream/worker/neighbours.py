@@ -45,8 +45,6 @@ log = get_logger()
 MOST_REASON_CHARACTERS = 300
 MOST_UPCOMING_TRIES = 64
 """Beyond its neighbour's credit the first worker begins a try or two; void ones do not count."""
-
-
 MOST_ELEMENTS_AT_ONCE = 1 << 18
 """Up to so many are encoded by the thread that has computed them: on a busy machine waking another takes longer."""
 

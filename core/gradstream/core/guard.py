@@ -68,9 +68,22 @@ Note = Callable[[AuditEvent], None]
 
 @dataclass(eq=False)
 class _Call:
+    """A call that is under way."""
+
     token_text: str
     task: asyncio.Task[Any]
     refusal: str = ""
+    is_sending: bool = False
+    """Whether gRPC has a response of it in hand."""
+
+    def end(self, refusal: str) -> None:
+        """End it with a refusal that the caller gets to hear: at once, or when the response in hand has been sent.
+
+        A task that is cancelled while gRPC sends for it ends without a status, and its caller would wait for ever.
+        """
+        self.refusal = refusal
+        if not self.is_sending:
+            self.task.cancel()
 
 
 def decide(
@@ -122,8 +135,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
                 token, reason = check(call.token_text, table, now) if table is not None else (None, "")
                 verdicts[call.token_text] = "" if token is not None else reason
             if verdicts[call.token_text] and not call.refusal:
-                call.refusal = verdicts[call.token_text]
-                call.task.cancel()
+                call.end(verdicts[call.token_text])
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -149,11 +161,15 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             async with (
-                self._admitted(method, audited, request, context),
+                self._admitted(method, audited, request, context) as call,
                 aclosing(behaviour(request, context)) as responses,
             ):
                 async for response in responses:
+                    call.is_sending = True
                     yield response
+                    call.is_sending = False
+                    if call.refusal:
+                        raise asyncio.CancelledError
 
         requests = "stream" if handler.request_streaming else "unary"
         responses = "stream" if handler.response_streaming else "unary"
@@ -165,7 +181,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         )
 
     @asynccontextmanager
-    async def _admitted(self, method: str, audited: bool, request: Any, context: Context) -> AsyncIterator[None]:
+    async def _admitted(self, method: str, audited: bool, request: Any, context: Context) -> AsyncIterator[_Call]:
         text = token_of(context)
         token, error = decide(method, text, role_of(context), self._tokens.table, self._clock())
         if token is None:
@@ -188,7 +204,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         self._calls.add(call)
         access.caller.set(caller)
         try:
-            yield
+            yield call
         except asyncio.CancelledError:
             if audited:
                 self._tell(method, caller, host, request, call.refusal or "broken off")

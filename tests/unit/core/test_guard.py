@@ -23,6 +23,7 @@ from gradstream.core.transport import Transport
 
 BOUND_SECONDS = 20.0
 FOREVER = "/gradstream.proto.v1.CoordinatorService/WatchTokens"
+MUCH = "/gradstream.proto.v1.ParameterServerService/Pull"
 
 
 class Tokens:
@@ -61,6 +62,9 @@ class Door:
                     await asyncio.Event().wait()
                 finally:
                     self.ended.set()
+            while method.name == MUCH.rpartition("/")[2]:
+                # Waits for nothing but gRPC's sending.
+                yield bytes(1 << 20)
 
         async def answer(request: Any, context: Any) -> bytes:
             return str(access.caller.get()).encode()
@@ -199,20 +203,20 @@ async def test_a_server_without_a_table_asks_to_try_again(door: Door) -> None:
             await make_call(channel, "/gradstream.proto.v1.JobsService/ListJobs")
 
 
+def revoke_the_worker(door: Door) -> None:
+    table = door.tokens.table
+    assert table is not None
+    tokens = [dataclasses.replace(token, revoked_at=1) if token.role == "worker" else token for token in table.tokens]
+    door.tokens.table = dataclasses.replace(table, tokens=tuple(tokens))
+    door.guard.end_revoked()
+
+
 async def test_a_stream_ends_when_its_token_is_revoked(door: Door) -> None:
-    assert door.tokens.table is not None
     async with door.channel("worker") as channel, door.channel("server") as other:
         streams = [each.unary_stream(FOREVER)(b"") for each in (channel, other)]
         for stream in streams:
             assert b"(" in await stream.read()
-        door.tokens.table = dataclasses.replace(
-            door.tokens.table,
-            tokens=tuple(
-                dataclasses.replace(token, revoked_at=1) if token.role == "worker" else token
-                for token in door.tokens.table.tokens
-            ),
-        )
-        door.guard.end_revoked()
+        revoke_the_worker(door)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async with asyncio.timeout(BOUND_SECONDS):
                 await streams[0].read()
@@ -223,6 +227,18 @@ async def test_a_stream_ends_when_its_token_is_revoked(door: Door) -> None:
         with pytest.raises(CredentialsError, match="was revoked on"):
             await make_call(channel, FOREVER)
         streams[1].cancel()
+
+
+async def test_a_stream_in_the_middle_of_a_response_ends_with_the_reason(door: Door) -> None:
+    async with door.channel("worker") as channel:
+        stream = channel.unary_stream(MUCH)(b"")
+        await stream.read()
+        revoke_the_worker(door)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async with asyncio.timeout(BOUND_SECONDS):
+                while True:
+                    await stream.read()
+        assert "of worker 'worker' was revoked on" in str(caught.value.details())
 
 
 async def test_what_is_audited_is_noted_with_its_end(door: Door) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,41 @@ class Transport:
         return int(server.add_secure_port(address, secure))
 
 
+class _Connection:
+    """A gRPC channel with the credentials of one time."""
+
+    def __init__(self, address: str, credentials: Credentials, options: Options):
+        self.credentials = credentials
+        secure = grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.cert)
+        self.channel: grpc.aio.Channel = grpc.aio.secure_channel(address, secure, options=options)
+        self._num_calls = 0
+        self._is_replaced = False
+        self._closing: asyncio.Future[None] | None = None
+
+    def begin(self, call: Any) -> None:
+        """A call begins on it."""
+        self._num_calls += 1
+        call.add_done_callback(self._ended)
+
+    def replace(self) -> None:
+        """No call begins on it any more: it is closed when the last one has ended."""
+        self._is_replaced = True
+        self._close_if_idle()
+
+    def _ended(self, call: Any) -> None:
+        self._num_calls -= 1
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        # Closing a channel with calls under way would look to these as if their own tasks were cancelled.
+        if self._is_replaced and not self._num_calls and self._closing is None:
+            self._closing = asyncio.ensure_future(self.channel.close(None))
+
+
 class _SecureChannel(grpc.aio.Channel):
     """A channel that adds the token to each call, and connects anew once the credentials have changed.
 
-    A call that is under way stays on the connection that it began on; that one is closed at the next change.
+    A call that is under way stays on the connection that it began on.
     """
 
     def __init__(self, transport: Transport, address: str, options: Options):
@@ -113,29 +145,22 @@ class _SecureChannel(grpc.aio.Channel):
         self._address = address
         self._options = options
         self._closed = False
-        self._previous: grpc.aio.Channel | None = None
-        self._open(transport.credentials())
+        self._replaced: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self._connection = _Connection(address, transport.credentials(), options)
 
-    def _open(self, credentials: Credentials) -> None:
-        self._credentials = credentials
-        secure = grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.cert)
-        self._channel: grpc.aio.Channel = grpc.aio.secure_channel(self._address, secure, options=self._options)
-
-    def current(self) -> tuple[grpc.aio.Channel, str]:
-        """The channel for a call that begins now, and the token."""
+    def current(self) -> _Connection:
+        """The connection for a call that begins now."""
         credentials = self._transport.credentials()
-        if credentials is not self._credentials and not self._closed:
-            if self._previous is not None:
-                self._closing = asyncio.ensure_future(self._previous.close(None))
-            self._previous = self._channel
-            self._open(credentials)
-        return self._channel, credentials.token
+        if credentials is not self._connection.credentials and not self._closed:
+            self._replaced.add(self._connection)
+            self._connection.replace()
+            self._connection = _Connection(self._address, credentials, self._options)
+        return self._connection
 
     async def close(self, grace: float | None = None) -> None:
         self._closed = True
-        for channel in (self._previous, self._channel):
-            if channel is not None:
-                await channel.close(grace)
+        for connection in (*self._replaced, self._connection):
+            await connection.channel.close(grace)
 
     async def __aenter__(self) -> _SecureChannel:
         return self
@@ -144,13 +169,13 @@ class _SecureChannel(grpc.aio.Channel):
         await self.close(None)
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
-        return self.current()[0].get_state(try_to_connect)
+        return self.current().channel.get_state(try_to_connect)
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
-        await self._channel.wait_for_state_change(last_observed_state)
+        await self._connection.channel.wait_for_state_change(last_observed_state)
 
     async def channel_ready(self) -> None:
-        await self.current()[0].channel_ready()
+        await self.current().channel.channel_ready()
 
     def unary_unary(self, *arguments: Any, **options: Any) -> Any:
         return _Method(self, "unary_unary", arguments, options)
@@ -173,15 +198,18 @@ class _Method:
         self._kind = kind
         self._arguments = arguments
         self._options = options
-        self._channel: grpc.aio.Channel | None = None
+        self._connection: _Connection | None = None
         self._method: Callable[..., Any]
 
     def __call__(self, *arguments: Any, metadata: Sequence[tuple[str, str]] | None = None, **options: Any) -> Any:
-        channel, token = self._owner.current()
-        if channel is not self._channel:
-            self._channel = channel
-            self._method = getattr(channel, self._kind)(*self._arguments, **self._options)
-        return self._method(*arguments, metadata=((AUTHORIZATION, BEARER + token), *(metadata or ())), **options)
+        connection = self._owner.current()
+        if connection is not self._connection:
+            self._connection = connection
+            self._method = getattr(connection.channel, self._kind)(*self._arguments, **self._options)
+        token = (AUTHORIZATION, BEARER + connection.credentials.token)
+        call = self._method(*arguments, metadata=(token, *(metadata or ())), **options)
+        connection.begin(call)
+        return call
 
 
 PLAIN = Transport(None)

@@ -233,11 +233,14 @@ async def test_a_stream_in_the_middle_of_a_response_ends_with_the_reason(door: D
     async with door.channel("worker") as channel:
         stream = channel.unary_stream(MUCH)(b"")
         await stream.read()
+
+        async def read_on() -> None:
+            while True:
+                await stream.read()
+
         revoke_the_worker(door)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async with asyncio.timeout(BOUND_SECONDS):
-                while True:
-                    await stream.read()
+            await asyncio.wait_for(read_on(), BOUND_SECONDS)
         assert "of worker 'worker' was revoked on" in str(caught.value.details())
 
 

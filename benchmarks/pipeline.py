@@ -161,14 +161,15 @@ def compare(case: Case, recipe: Recipe, temporary: Path, with_gradstream: bool, 
     ideal = ideal_bubble(case)
     turns: dict[str, list[Timing]] = defaultdict(list)
     with network_of(case.network, NUM_WORKERS) as network:
-        stage_ends = balanced_ends(recipe)
+        cuts = [balanced_ends(recipe)] if not with_gradstream else []
         for _ in range(NUM_ROUNDS):
             if with_gradstream:
                 timing, stage_ends = run_gradstream(case, recipe, network, temporary)
+                cuts.append(stage_ends)  # of each turn: speeds are measured anew
                 turns["gradstream"].append(timing)
                 say(case, "gradstream", timing)
             for name, use_table in case.rivals.items() if with_torch else ():
-                timing = run_torch(case, recipe, stage_ends, network, temporary, use_table)
+                timing = run_torch(case, recipe, cuts[-1], network, temporary, use_table)
                 turns[name].append(timing)
                 say(case, name, timing)
     sides = {name: together(timings) for name, timings in turns.items()}
@@ -190,7 +191,8 @@ def compare(case: Case, recipe: Recipe, temporary: Path, with_gradstream: bool, 
             )
         )
     for name, side in sides.items():
-        detail = f"ideal {ideal:.3f}, {side.step_seconds * 1e3:.0f} ms a step, stages end at {list(stage_ends)}"
+        ends = " and ".join(str(list(stage_ends)) for stage_ends in dict.fromkeys(cuts))
+        detail = f"ideal {ideal:.3f}, {side.step_seconds * 1e3:.0f} ms a step, stages end at {ends}"
         results.append(result(f"bubble_{name}_{case.name}", side.bubble, 0.0, detail))
     return results
 

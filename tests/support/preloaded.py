@@ -4,6 +4,7 @@
 import asyncio
 import os
 import time
+from pathlib import Path
 
 import numpy
 
@@ -24,21 +25,20 @@ import gradstream.coordinator.server
 import gradstream.services.parameter_server.server
 import gradstream.worker.job
 import gradstream.worker.loop
-from gradstream.coordinator.inventory import take_inventory
+from gradstream.coordinator.inventory import take_inventory, take_profile
 from gradstream.core import model
-from gradstream.services.parameter_server import optimizer
-from support.tiny import GPT2, LLAMA
+from support.tiny import GPT2, LLAMA, tiny_recipe
 
 model.preload()
-optimizer.preload()
 
 
-async def take_inventories() -> None:
+async def look_at_models() -> None:
     """A coordinator has a child process import transformers for each new model: here once for those of most tests."""
-    await asyncio.gather(take_inventory(LLAMA), take_inventory(GPT2))
+    recipe = tiny_recipe(Path("data"), Path("runs"))
+    await asyncio.gather(take_profile(LLAMA, recipe.training), take_inventory(GPT2))
 
 
-asyncio.run(take_inventories())
+asyncio.run(look_at_models())
 
 # A fork takes along only the thread that forks: what others held would be held for ever. One that has ended may be
 # listed for a moment more.

@@ -299,10 +299,10 @@ class Controller:
         try:
             start, versions = await asyncio.to_thread(checkpoints.newest, root)
             recipe = active.recipe
-            model = await take_inventory(recipe.model.config, recipe.lora)
             profiles = None
             if recipe.pipeline.stages != 1:
                 profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora)
+            model = await take_inventory(recipe.model.config, recipe.lora)
             plan, reasons = await asyncio.to_thread(
                 planner.make_plan,
                 record.job_id,

@@ -42,28 +42,41 @@ _profiles: dict[str, list[SectionProfile]] = {}
 async def take_inventory(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -> Inventory:
     """The inventory of a config.json's contents, with adapters those are what is trained. Raises ConfigError when
     transformers cannot build it."""
-    asked = {"config": model_config, "lora": lora.model_dump(mode="json") if lora is not None else None}
-    key = json.dumps(asked, sort_keys=True)
+    key = _question(model_config, lora)
     if key not in _inventories:
         answer = await _ask_child("gradstream.core.model", key, "built")
         if "error" in answer:
             raise ConfigError(answer["error"])
-        tensors = tuple(Tensor(name, tuple(shape), *rest) for name, shape, *rest in answer["tensors"])
-        _keep(_inventories, key, Inventory(tensors, answer["architecture"], answer["num_frozen_parameters"]))
+        _keep(_inventories, key, _parse(answer))
     return _inventories[key]
 
 
 async def take_profile(
     model_config: Mapping[str, Any], training: TrainingConfig, lora: LoraConfig | None = None
 ) -> list[SectionProfile]:
-    """What each section of a model costs on this machine; the same again for as long as this process lives.
+    """What each section of a model costs on this machine; the same again for as long as this process lives. The child
+    that measures tells the inventory as well: `take_inventory` needs none of its own after it.
 
     Raises ConfigError when transformers cannot build the model, or when it cannot be cut into sections.
     """
     key = profile.question(model_config, Workload.of(training), lora)
     if key not in _profiles:
-        _keep(_profiles, key, profile.parse_answer(await _ask_child("gradstream.core.profile", key, "profiled")))
+        answer = await _ask_child("gradstream.core.profile", key, "profiled")
+        found = profile.parse_answer(answer)
+        _keep(_inventories, _question(model_config, lora), _parse(answer["inventory"]))
+        _keep(_profiles, key, found)
     return _profiles[key]
+
+
+def _question(model_config: Mapping[str, Any], lora: LoraConfig | None) -> str:
+    """What `python -m gradstream.core.model` reads: the same text for the same inventory."""
+    adapters = lora.model_dump(mode="json") if lora is not None else None
+    return json.dumps({"config": model_config, "lora": adapters}, sort_keys=True)
+
+
+def _parse(answer: Mapping[str, Any]) -> Inventory:
+    tensors = tuple(Tensor(name, tuple(shape), *rest) for name, shape, *rest in answer["tensors"])
+    return Inventory(tensors, answer["architecture"], answer["num_frozen_parameters"])
 
 
 def _keep(cache: dict[str, Any], key: str, found: Any) -> None:

@@ -272,19 +272,24 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def describe(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -> dict[str, Any]:
+    """The inventory as JSON has it: what a child process tells the coordinator of a model. Raises ConfigError."""
+    model = build(model_config, "meta", lora)
+    return {
+        "tensors": [astuple(tensor) for tensor in _inventory(model)],
+        "architecture": type(model).__name__,
+        "num_frozen_parameters": sum(
+            parameter.numel() for parameter in model.parameters() if not parameter.requires_grad
+        ),
+    }
+
+
 def _main() -> None:
     """`python -m gradstream.core.model`: config.json and adapters on stdin, the inventory on stdout, both JSON."""
     try:
         asked = json.load(sys.stdin)
         lora = LoraConfig.model_validate(asked["lora"]) if asked["lora"] else None
-        model = build(asked["config"], "meta", lora)
-        tensors = [astuple(tensor) for tensor in _inventory(model)]
-        num_frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-        answer: dict[str, Any] = {
-            "tensors": tensors,
-            "architecture": type(model).__name__,
-            "num_frozen_parameters": num_frozen,
-        }
+        answer = describe(asked["config"], lora)
     except ConfigError as error:
         answer = {"error": str(error)}
     json.dump(answer, sys.stdout)

@@ -20,7 +20,7 @@ from gradstream.core import memory
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError, one_line
 from gradstream.core.finetuning import LoraConfig
-from gradstream.core.model import hidden_size
+from gradstream.core.model import describe, hidden_size
 from gradstream.core.speed import matrix_flops
 
 if TYPE_CHECKING:
@@ -355,8 +355,8 @@ def parse_answer(answer: Mapping[str, Any]) -> list[SectionProfile]:
 
 
 def _main() -> None:
-    """`python -m gradstream.core.profile`: a model and a workload on stdin, the sections' profiles on stdout, both
-    JSON."""
+    """`python -m gradstream.core.profile`: a model and a workload on stdin, the sections' profiles and the model's
+    inventory on stdout, both JSON."""
     memory.use_huge_pages()  # as workers do
     import torch
 
@@ -366,7 +366,10 @@ def _main() -> None:
     try:
         lora = LoraConfig.model_validate(asked["lora"]) if asked["lora"] else None
         sections = profile_sections(asked["model_config"], workload, lora)
-        answer: dict[str, Any] = {"sections": list(map(asdict, sections))}
+        answer: dict[str, Any] = {
+            "sections": list(map(asdict, sections)),
+            "inventory": describe(asked["model_config"], lora),
+        }
     except ConfigError as error:
         answer = {"error": str(error)}
     json.dump(answer, sys.stdout)

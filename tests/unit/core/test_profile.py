@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from support.tiny import GPT2, LLAMA
 
-from gradstream.coordinator.inventory import take_profile
+from gradstream.coordinator import inventory
+from gradstream.coordinator.inventory import take_inventory, take_profile
 from gradstream.core import profile
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
@@ -108,8 +109,10 @@ def test_a_family_that_cannot_be_cut_is_refused() -> None:
         of(config)
 
 
-async def test_a_child_process_measures_once() -> None:
+async def test_a_child_process_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
     training = TrainingConfig(num_steps=1, num_slots=2, global_batch=4, microbatch=2, sequence_length=32)
+    expected = await take_inventory(LLAMA)
+    monkeypatch.setattr(inventory, "_inventories", {})
     found = await take_profile(LLAMA, training)
     assert [(section.name, section.units) for section in found] == [
         (section.name, section.units) for section in of(LLAMA)
@@ -117,6 +120,9 @@ async def test_a_child_process_measures_once() -> None:
     assert await take_profile(LLAMA, training) is found
     with pytest.raises(ConfigError, match=r"model.config.model_type 'lama' is not known"):
         await take_profile({**LLAMA, "model_type": "lama"}, training)
+    # It has told the inventory too: no other child is asked for it.
+    monkeypatch.setattr(inventory, "_ask_child", None)
+    assert await take_inventory(LLAMA) == expected
 
 
 def test_it_is_imported_without_torch() -> None:

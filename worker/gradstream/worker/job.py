@@ -469,29 +469,23 @@ class JobRun:
 
     def activity(self) -> coordinator_pb2.Activity:
         """What the worker does, for heartbeats."""
-        links = list(self._neighbours.links.values()) if self._neighbours is not None else []
-        broken = [
-            (title, since)
-            for title, since in (
-                *((stream.server.title, stream.unreachable_since) for stream in self._pusher.streams),
-                *((link.title, link.unreachable_since) for link in links),
-            )
-            if since is not None
-        ]
+        links = self._neighbours.links.values() if self._neighbours is not None else ()
+        outbounds = [*self._pusher.streams, *links]
         waiting_for, since = self._waiting_for, self._since
-        neighbour = self._neighbours.waiting if self._neighbours is not None else None
+        neighbour = self._neighbours.waiting if self._neighbours is not None else None  # the compute thread's
         if neighbour is not None:
             waiting_for, since = neighbour
-        if broken:
-            waiting_for, since = f"{broken[0][0]} to answer", broken[0][1]
+        for outbound in outbounds:
+            if outbound.unreachable_since is not None:
+                waiting_for, since = f"{outbound.title} to answer", outbound.unreachable_since
+                break
         return coordinator_pb2.Activity(
             job_id=self.plan.job_id,
             phase="waiting" if waiting_for else self._phase,
             step=max(0, self.version),
             waiting_for=waiting_for,
             waiting_since_unix_ms=int(since * 1000) if waiting_for else 0,
-            sent_bytes=sum(stream.sent_bytes for stream in self._pusher.streams)
-            + sum(link.sent_bytes for link in links),
+            sent_bytes=sum(outbound.sent_bytes for outbound in outbounds),
             received_bytes=self._puller.received_bytes
             + (self._neighbours.received_bytes if self._neighbours is not None else 0),
         )

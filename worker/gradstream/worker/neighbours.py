@@ -99,6 +99,7 @@ class Neighbours:
         self._on_void = on_void
         self._timeline = timeline
         self._codec = codec_named(plan.recipe.pipeline.activations)
+        self._is_raw = self._codec.name == "fp32"  # sent from where they lie, used where they arrive
         self._loop = asyncio.get_running_loop()
         self._condition = threading.Condition()
         self._running: Try | None = None
@@ -217,9 +218,8 @@ class Neighbours:
             for direction in self.inbounds
         }
         window = window_of(schedule, index)
-        # Tensors of fp32 are used where they arrived.
         shape = self._shape(attempt, 0)
-        count = 0 if self._codec.name == "fp32" else window
+        count = 0 if self._is_raw else window
         posted = [[torch.empty(shape) for _ in range(min(count, len(order)))] for order in orders.values()]
         self._forget_before(void_before)
         with self._condition:
@@ -304,7 +304,7 @@ class Neighbours:
 
     def _encode(self, attempt: Try, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
         flat = tensor.detach().float().contiguous().reshape(-1)
-        in_place = self._codec.name == "fp32" and flat.device.type == "cpu"
+        in_place = self._is_raw and flat.device.type == "cpu"
         payload: Payload = flat.numpy().view(np.uint8) if in_place else self._codec.encode(flat)
         header = pb.StageHeader(
             tensor=pb.StageTensor(
@@ -430,7 +430,7 @@ class Neighbours:
                 f"the bytes changed on the way"
             )
         shape = tuple(tensor.shape)
-        if self._codec.name == "fp32":
+        if self._is_raw:
             values = torch.from_numpy(payload.view(np.float32)).view(shape)
         else:
             values = inbound.buffer(shape)

@@ -6,31 +6,26 @@ Everything here but `Pusher.submit` runs on the event loop.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import grpc.aio
 import torch
 
 from gradstream.core.bundles import Bundle, first_push_codec
 from gradstream.core.codecs import Payload
-from gradstream.core.errors import ProtocolError, one_line
-from gradstream.core.log import get_logger
+from gradstream.core.errors import ProtocolError
 from gradstream.core.payloads import CodecBook
 from gradstream.core.plan import Plan, Server
-from gradstream.core.rpc import Backoff, error_from_rpc, refused_for_good
 from gradstream.core.timeline import SpanKind
 from gradstream.core.wire import ParameterServerStub, checksum, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.compute import Emit, SlotTotals
 from gradstream.worker.faults import Faults
+from gradstream.worker.outbound import Call, Outbound
 from gradstream.worker.residuals import SlotResiduals
 from gradstream.worker.timeline import Timeline, clock_ns
-
-log = get_logger()
 
 DEFAULT_WINDOW_BYTES = 4 << 20
 """Bytes that may be under way before the server has named its window."""
@@ -44,109 +39,61 @@ class Contribution:
     payloads: list[Payload]
 
 
-class PushStream:
-    """Delivers contributions to one server, in order, until each is acknowledged."""
+class PushStream(Outbound[Contribution]):
+    """The contributions to one server: at most those of the worker's slots of one step."""
+
+    kind = "a parameter server"
 
     def __init__(self, server: Server, stub: ParameterServerStub, faults: Faults, timeline: Timeline):
-        self.server = server
-        self.unreachable_since: float | None = None
-        self.sent_bytes = 0
+        super().__init__(server.title)
+        self._server = server
         self._stub = stub
         self._faults = faults
         self._timeline = timeline
-        self._waiting: deque[Contribution] = deque()
-        self._under_way: deque[Contribution] = deque()
         self._begun_ns: deque[int] = deque()  # of those under way
         self._under_way_bytes = 0
         self._window_bytes = DEFAULT_WINDOW_BYTES
-        self._changed = asyncio.Event()
-        self._num_streams = 0
-
-    def put(self, contribution: Contribution) -> None:
-        """Queue a contribution. The queue holds at most the worker's slots of one step."""
-        self._waiting.append(contribution)
-        self._changed.set()
 
     def forget_before(self, step: int) -> None:
         """Drop what belongs to committed steps and was not sent yet."""
         self._waiting = deque(c for c in self._waiting if c.header.step >= step)
 
-    @property
-    def empty(self) -> bool:
-        """Whether everything was acknowledged."""
-        return not self._waiting and not self._under_way
+    # -- Outbound --------------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Keep a stream open. Raises ProtocolError when the server refuses a contribution for good."""
-        backoff = Backoff()
-        while True:
-            while not self._waiting:
-                self._changed.clear()
-                await self._changed.wait()
-            try:
-                await self._stream(backoff)
-            except grpc.aio.AioRpcError as rpc_error:
-                error = error_from_rpc(rpc_error, self.server.title)
-                if refused_for_good(error):
-                    raise error from None
-                if self.unreachable_since is None:
-                    self.unreachable_since = time.time()
-                    log.warning("push stream broke, trying again", server=self.server.name, cause=one_line(error))
-            # Exactly what was not acknowledged goes again; the server drops what it has.
-            self._waiting.extendleft(reversed(self._under_way))
-            self._under_way.clear()
-            self._begun_ns.clear()
-            self._under_way_bytes = 0
-            await asyncio.sleep(backoff.next())
+    async def _wanted(self) -> None:
+        while not self._waiting:
+            self._changed.clear()
+            await self._changed.wait()
 
-    async def _stream(self, backoff: Backoff) -> None:
-        call = self._stub.Push(self._messages(self._num_streams))
-        try:
-            async for response in call:
-                self._window_bytes = response.window_bytes
-                self.unreachable_since = None
-                backoff.reset()
-                if response.result == pb.PUSH_RESULT_UNSPECIFIED:
-                    self._changed.set()
-                    continue
-                if not self._under_way or not _acknowledges(response, self._under_way[0].header):
-                    raise ProtocolError(f"server {self.server.name} acknowledged a contribution that was not sent")
-                contribution = self._under_way.popleft()
-                header, num_bytes = contribution.header, contribution.header.payload_bytes
-                self._under_way_bytes -= num_bytes
-                self._timeline.add(
-                    SpanKind.SEND, self._begun_ns.popleft(), clock_ns(), header.slot, header.bundle, num_bytes
-                )
-                self._changed.set()
-                self._faults.acknowledged(response.step, response.slot)
-        finally:
-            call.cancel()
-            # gRPC leaves the iterator of a call that broke suspended; it must not take what the next stream shall send.
-            self._num_streams += 1
-            self._changed.set()
+    def _begin(self) -> Iterable[bytes]:
+        self._begun_ns.clear()
+        self._under_way_bytes = 0
+        return ()
 
-    def _may_send(self) -> bool:
-        """Whether there is something to send that fits the window; what is larger than the window goes alone."""
-        if not self._waiting:
-            return False
-        return not self._under_way or (
-            self._under_way_bytes + self._waiting[0].header.payload_bytes <= self._window_bytes
-        )
+    def _open(self, messages: AsyncIterator[bytes]) -> Call:
+        return self._stub.Push(messages)
 
-    async def _messages(self, number: int) -> AsyncIterator[bytes]:
-        while True:
-            while number == self._num_streams and not self._may_send():
-                self._changed.clear()
-                await self._changed.wait()
-            if number != self._num_streams:
-                return
-            contribution = self._waiting.popleft()
-            self._under_way.append(contribution)
-            self._begun_ns.append(clock_ns())
-            self._under_way_bytes += contribution.header.payload_bytes
-            self.sent_bytes += contribution.header.payload_bytes
-            for message in frames(contribution.header, contribution.payloads):
-                yield message
+    def _heard(self, response: pb.PushResponse) -> None:
+        self._window_bytes = response.window_bytes
+        if response.result == pb.PUSH_RESULT_UNSPECIFIED:
+            return
+        if not self._under_way or not _acknowledges(response, self._under_way[0].header):
+            raise ProtocolError(f"server {self._server.name} acknowledged a contribution that was not sent")
+        header = self._under_way.popleft().header
+        num_bytes = header.payload_bytes
+        self._under_way_bytes -= num_bytes
+        self._timeline.add(SpanKind.SEND, self._begun_ns.popleft(), clock_ns(), header.slot, header.bundle, num_bytes)
+        self._faults.acknowledged(response.step, response.slot)
+
+    def _may_send(self, message: Contribution) -> bool:
+        # What is larger than the window goes alone.
+        return not self._under_way or (self._under_way_bytes + message.header.payload_bytes <= self._window_bytes)
+
+    def _send(self, message: Contribution) -> Iterable[bytes]:
+        self._begun_ns.append(clock_ns())
+        self._under_way_bytes += message.header.payload_bytes
+        self.sent_bytes += message.header.payload_bytes
+        return frames(message.header, message.payloads)
 
 
 def _acknowledges(response: pb.PushResponse, header: pb.ContributionHeader) -> bool:

@@ -146,15 +146,18 @@ async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SectionProfile
     from gradstream.coordinator.inventory import take_inventory, take_profile
     from gradstream.core.errors import ConfigError, one_line
 
-    found = await take_inventory(recipe.model.config, recipe.lora)
+    profiles, unknown = None, ""
     try:
-        return found, await take_profile(recipe.model.config, recipe.training, recipe.lora)
+        profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora)
     except ConfigError as error:
         if recipe.pipeline.stages != 1:
             raise
         # A model that cannot be cut can be trained whole.
-        out.warn(f"times are not known: {one_line(error)}")
-        return found, None
+        unknown = one_line(error)
+    found = await take_inventory(recipe.model.config, recipe.lora)
+    if unknown:
+        out.warn(f"times are not known: {unknown}")
+    return found, profiles
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

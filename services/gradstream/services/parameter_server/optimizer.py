@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from gradstream.core.config import OptimizerConfig, ScheduleConfig
 
@@ -34,16 +36,13 @@ def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedul
     return peak
 
 
-def preload() -> None:
-    """Make one optimizer and throw it away: torch's first one imports its compiler, which takes seconds."""
-    BundleOptimizer([torch.zeros(1)], [torch.zeros(1)], [False], OptimizerConfig()).step(0.0)
-
-
 class BundleOptimizer:
     """torch's own AdamW or SGD, fused, over a bundle's fragments: `weights` are updated by `gradients`, in place.
 
-    An optimizer a bundle, not one for all: each bundle can then be updated, in any thread, as soon as its turn comes.
-    Its state is a handful of flat arrays a fragment, which a checkpoint can name.
+    One for each bundle, not one for all: each bundle can then be updated, in any thread, as soon as its turn comes. Its
+    state is a handful of flat arrays a fragment, which a checkpoint can name. torch's functions, not its optimizer
+    classes: the first of these imports torch's compiler (1.5 s, 67 MB), for which a server that goes on from a
+    checkpoint has no other use.
     """
 
     def __init__(
@@ -54,64 +53,89 @@ class BundleOptimizer:
         config: OptimizerConfig,
     ):
         self._weights = weights
-        self._kind = config.kind
-        for weights_N, gradient_N in zip(weights, gradients, strict=True):
-            weights_N.grad = gradient_N
-        groups: list[dict[str, Any]] = []
-        for decay, weight_decay in ((True, config.weight_decay), (False, 0.0)):
-            members = [weights_N for weights_N, has in zip(weights, decays, strict=True) if has is decay]
-            if members:
-                groups.append({"params": members, "weight_decay": weight_decay})
-        self._optimizer: torch.optim.Optimizer
-        if config.kind == "adamw":
-            self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-        else:
-            self._optimizer = torch.optim.SGD(
-                groups,
-                lr=0.0,
-                momentum=config.momentum,
-                nesterov=config.nesterov and config.momentum > 0,
-                fused=True,
-            )
+        self._gradients = gradients
+        self._config = config
+        # Zeros, or None before a first step that sets what it finds missing: torch's SGD does, its AdamW does not.
+        self._states: list[dict[str, Any]] = [self._initial(weights_N) for weights_N in weights]
+        self._groups = [
+            (weight_decay, members)
+            for has, weight_decay in ((True, config.weight_decay), (False, 0.0))
+            if (members := [number for number, decay in enumerate(decays) if decay is has])
+        ]
+
+    def _initial(self, weights_N: torch.Tensor) -> dict[str, Any]:
+        if self._config.kind == "sgd":
+            return {"momentum_buffer": None}
+        zeros = {name: torch.zeros_like(weights_N) for name in ("exp_avg", "exp_avg_sq")}
+        return {**zeros, STEP_COUNT: torch.zeros(())}
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Update the weights in place with learning rate `rate`."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        config = self._config
+        for weight_decay, members in self._groups:
+            weights = [self._weights[number] for number in members]
+            gradients = [self._gradients[number] for number in members]
+            states = [self._states[number] for number in members]
+            if config.kind == "adamw":
+                beta1, beta2 = config.betas
+                averages, squares, counts = ([state[name] for state in states] for name in self.names())
+                adamw(
+                    weights,
+                    gradients,
+                    averages,
+                    squares,
+                    [],
+                    counts,
+                    fused=True,
+                    amsgrad=False,
+                    beta1=beta1,
+                    beta2=beta2,
+                    lr=rate,
+                    weight_decay=weight_decay,
+                    eps=config.eps,
+                    maximize=False,
+                )
+                continue
+            buffers = [state["momentum_buffer"] for state in states]
+            sgd(
+                weights,
+                gradients,
+                buffers,
+                fused=True,
+                weight_decay=weight_decay,
+                momentum=config.momentum,
+                lr=rate,
+                dampening=0.0,
+                nesterov=config.nesterov and config.momentum > 0,
+                maximize=False,
+            )
+            for state, buffer in zip(states, buffers, strict=True):
+                state["momentum_buffer"] = buffer
 
     def state(self) -> list[dict[str, npt.NDArray[np.float32]]]:
         """For each fragment the optimizer's arrays by name, aliasing its memory; all fp32. Zeros before the first
         step."""
         return [
-            {name: tensor.numpy().reshape(-1) for name, tensor in self._tensors(weights_N).items()}
-            for weights_N in self._weights
+            {
+                name: (torch.zeros_like(weights_N) if tensor is None else tensor).numpy().reshape(-1)
+                for name, tensor in state.items()
+            }
+            for weights_N, state in zip(self._weights, self._states, strict=True)
         ]
 
     def names(self) -> list[str]:
         """The names of the arrays in `state`."""
-        return ["exp_avg", "exp_avg_sq", STEP_COUNT] if self._kind == "adamw" else ["momentum_buffer"]
+        return ["exp_avg", "exp_avg_sq", STEP_COUNT] if self._config.kind == "adamw" else ["momentum_buffer"]
 
     def load(self, states: Sequence[dict[str, npt.NDArray[np.float32]]]) -> None:
         """Put arrays as given by `state` in place of the optimizer's."""
-        for weights_N, arrays in zip(self._weights, states, strict=True):
-            state = {name: torch.from_numpy(arrays[name].copy()) for name in self.names()}
-            if STEP_COUNT in state:
-                state[STEP_COUNT] = state[STEP_COUNT].reshape(())
-            self._optimizer.state[weights_N] = state
-
-    def _tensors(self, weights_N: torch.Tensor) -> dict[str, torch.Tensor]:
-        state = self._optimizer.state[weights_N]
-        tensors: dict[str, torch.Tensor] = {}
-        for name in self.names():
-            value = state.get(name)
-            if value is None:  # torch makes the state at the first step; before it, it stands for zeros
-                value = torch.zeros(()) if name == STEP_COUNT else torch.zeros_like(weights_N)
-            tensors[name] = value
-        return tensors
+        for state, arrays in zip(self._states, states, strict=True):
+            for name in self.names():
+                tensor = torch.from_numpy(arrays[name].copy())
+                state[name] = tensor.reshape(()) if name == STEP_COUNT else tensor
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the optimizer's arrays."""
-        return (8 if self._kind == "adamw" else 4) * sum(weights_N.numel() for weights_N in self._weights)
+        return (8 if self._config.kind == "adamw" else 4) * sum(weights_N.numel() for weights_N in self._weights)

@@ -34,7 +34,6 @@ from gradstream.core.transport import PLAIN, Transport
 from gradstream.core.wire import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.services.parameter_server import optimizer
 from gradstream.services.parameter_server.leader import Decision
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 from gradstream.services.parameter_server.shard import Shard
@@ -211,7 +210,6 @@ async def serve(
     transport = Transport(credentials)
     door = FollowingServer(transport, listen_address)
     model.preload()
-    optimizer.preload()
     memory.settle()
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, door.address, memory_bytes, "cpu")
     identity.disk_directory = lambda: node.checkpoint_directory

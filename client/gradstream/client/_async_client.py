@@ -19,7 +19,7 @@ from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, Watc
 from gradstream.core import access
 from gradstream.core.config import Recipe, absolute_paths, load_recipe, parse_recipe
 from gradstream.core.errors import ConfigError, UnreachableError
-from gradstream.core.rpc import Backoff
+from gradstream.core.rpc import Backoff, ending
 from gradstream.core.timeline import Timeline
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
@@ -140,15 +140,16 @@ class AsyncClient:
                 # 1. All that the coordinator has, and with follow all that it will have.
                 request = jobs_pb2.WatchJobRequest(job_id=job_id, after_cursor=cursor, follow=follow)
                 stub = await self._connection.connect()
-                async for message in stub.WatchJob(request):
-                    self._connection.unreachable_since = None
-                    backoff.reset()
-                    if message.cursor <= cursor:
-                        continue
-                    cursor = message.cursor
-                    item = watch_item(message)
-                    if item is not None:
-                        yield item
+                with ending(stub.WatchJob(request)) as messages:
+                    async for message in messages:
+                        self._connection.unreachable_since = None
+                        backoff.reset()
+                        if message.cursor <= cursor:
+                            continue
+                        cursor = message.cursor
+                        item = watch_item(message)
+                        if item is not None:
+                            yield item
                 # 2. The stream ended in good order. A coordinator that shuts down may do that too.
                 if not follow or (await self.job(job_id)).state.ended:
                     return
@@ -259,10 +260,11 @@ class AsyncClient:
         writer = await asyncio.to_thread(ExportWriter, directory)
         try:
             stub = await self._connection.connect()
-            async for piece in stub.ExportCheckpoint(request):
-                progress = await asyncio.to_thread(writer.write, piece)
-                if on_progress is not None:
-                    on_progress(progress)
+            with ending(stub.ExportCheckpoint(request)) as pieces:
+                async for piece in pieces:
+                    progress = await asyncio.to_thread(writer.write, piece)
+                    if on_progress is not None:
+                        on_progress(progress)
             return await asyncio.to_thread(writer.finish)
         except grpc.aio.AioRpcError as rpc_error:
             raise self._connection.error(rpc_error) from None

@@ -32,7 +32,7 @@ from gradstream.core.finetuning_recipe import (
     load_finetuning_recipe,
     parse_finetuning_recipe,
 )
-from gradstream.core.rpc import Backoff
+from gradstream.core.rpc import Backoff, ending
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc
 
@@ -188,18 +188,19 @@ class AsyncFineTuningClient:
             ended = False
             try:
                 stub = await self._connection.connect()
-                async for message in stub.WatchFineTuning(pb.WatchFineTuningRequest(name=name)):
-                    self._connection.unreachable_since = None
-                    backoff.reset()
-                    if message.HasField("fine_tuning"):
-                        fine_tuning = FineTuning.from_proto(message.fine_tuning)
-                        ended = fine_tuning.state.ended
-                        yield fine_tuning
-                    elif message.job.cursor > cursor:
-                        cursor = message.job.cursor
-                        item = watch_item(message.job)
-                        if item is not None:
-                            yield item
+                with ending(stub.WatchFineTuning(pb.WatchFineTuningRequest(name=name))) as messages:
+                    async for message in messages:
+                        self._connection.unreachable_since = None
+                        backoff.reset()
+                        if message.HasField("fine_tuning"):
+                            fine_tuning = FineTuning.from_proto(message.fine_tuning)
+                            ended = fine_tuning.state.ended
+                            yield fine_tuning
+                        elif message.job.cursor > cursor:
+                            cursor = message.job.cursor
+                            item = watch_item(message.job)
+                            if item is not None:
+                                yield item
                 # A service that shuts down may end a stream in good order too.
                 if ended:
                     return
@@ -331,10 +332,11 @@ class AsyncFineTuningClient:
         writer = await asyncio.to_thread(ExportWriter, directory)
         try:
             stub = await self._connection.connect()
-            async for piece in stub.ExportFineTuning(request):
-                progress = await asyncio.to_thread(writer.write, piece)
-                if on_progress is not None:
-                    on_progress(progress)
+            with ending(stub.ExportFineTuning(request)) as pieces:
+                async for piece in pieces:
+                    progress = await asyncio.to_thread(writer.write, piece)
+                    if on_progress is not None:
+                        on_progress(progress)
             return await asyncio.to_thread(writer.finish)
         except grpc.aio.AioRpcError as rpc_error:
             raise self._connection.error(rpc_error) from None

@@ -301,6 +301,7 @@ class Controller:
             recipe = active.recipe
             profiles = None
             if recipe.pipeline.stages != 1:
+                # Before the inventory, which comes with it.
                 profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora)
             model = await take_inventory(recipe.model.config, recipe.lora)
             plan, reasons = await asyncio.to_thread(

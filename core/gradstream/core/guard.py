@@ -31,6 +31,8 @@ log = get_logger()
 
 LOOK_SECONDS = 1.0
 """How long a call may go on after its token has expired or was revoked."""
+SENDING_SECONDS = 30.0
+"""How long the response that is being sent then may take."""
 MAX_IDLE_METERS = 1024
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -73,16 +75,20 @@ class _Call:
     token_text: str
     task: asyncio.Task[Any]
     refusal: str = ""
+    refused_at: float = 0.0
     is_sending: bool = False
     """Whether gRPC has a response of it in hand."""
 
-    def end(self, refusal: str) -> None:
+    def end(self, refusal: str, now: float) -> None:
         """End it with a refusal that the caller gets to hear: at once, or when the response in hand has been sent.
 
-        A task that is cancelled while gRPC sends for it ends without a status, and its caller would wait for ever.
+        Where gRPC's sending is cancelled the caller may get no status, and wait for ever. One that has not taken the
+        response after `SENDING_SECONDS` does not listen anyway.
         """
-        self.refusal = refusal
-        if not self.is_sending:
+        is_new = not self.refusal
+        if is_new:
+            self.refusal, self.refused_at = refusal, now
+        if now - self.refused_at >= SENDING_SECONDS if self.is_sending else is_new:
             self.task.cancel()
 
 
@@ -134,8 +140,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
             if call.token_text not in verdicts:
                 token, reason = check(call.token_text, table, now) if table is not None else (None, "")
                 verdicts[call.token_text] = "" if token is not None else reason
-            if verdicts[call.token_text] and not call.refusal:
-                call.end(verdicts[call.token_text])
+            if verdicts[call.token_text]:
+                call.end(verdicts[call.token_text], now)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -159,15 +165,18 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
             async with self._admitted(method, audited, request, context):
                 return await behaviour(request, context)
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        async def stream(request: Any, context: Context) -> None:
             async with (
                 self._admitted(method, audited, request, context) as call,
                 aclosing(behaviour(request, context)) as responses,
             ):
                 async for response in responses:
                     call.is_sending = True
-                    yield response
-                    call.is_sending = False
+                    try:
+                        # Not yielded: while gRPC sends what was, a task that is cancelled ends outside of this code.
+                        await context.write(response)
+                    finally:
+                        call.is_sending = False
                     if call.refusal:
                         raise asyncio.CancelledError
 

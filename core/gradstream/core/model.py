@@ -41,7 +41,8 @@ def preload() -> None:
     from gradstream.core import kernels
 
     kernels.preload()
-    from transformers import AutoModelForCausalLM  # noqa: F401
+    # The masks import torch's compiler, as every decoder does.
+    from transformers import AutoModelForCausalLM, masking_utils  # noqa: F401
 
 
 def load_config(model_config: Mapping[str, Any]) -> Any:

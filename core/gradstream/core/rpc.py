@@ -11,9 +11,9 @@ import errno
 import random
 import socket
 import traceback
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
@@ -21,6 +21,8 @@ import grpc.aio
 from gradstream.core import errors
 from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError, UnreachableError
 from gradstream.core.transport import PLAIN, Transport
+
+C = TypeVar("C", bound=grpc.aio.Call)
 
 ERROR_CLASS_KEY = "gradstream-error"
 MAX_MESSAGE_BYTES = 4 << 20
@@ -164,6 +166,16 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> GradstreamError:
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolError(f"{peer} does not offer this call; do both sides run the same gradstream version?")
     return GradstreamError(f"{peer}: {error.code().name.lower().replace('_', ' ')}: {details}")
+
+
+@contextmanager
+def ending(call: C) -> Iterator[C]:
+    """A call whose responses are read inside, ended when they are left: one that nobody reads any more and nobody has
+    cancelled stays open, and its connection with it."""
+    try:
+        yield call
+    finally:
+        call.cancel()
 
 
 def refused_for_good(error: GradstreamError) -> bool:

@@ -21,7 +21,7 @@ from gradstream.core.errors import AccessError, ConfigError, GradstreamError, Pr
 from gradstream.core.log import LogBuffer, get_logger
 from gradstream.core.machine import DiskDirectory
 from gradstream.core.reach import why_unreachable
-from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
+from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, ending, error_from_rpc, open_channel
 from gradstream.core.transport import PLAIN, Transport
 from gradstream.core.vitals import VitalsWatch
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -182,9 +182,9 @@ class NodeSession:
             log.info("registered", coordinator=self.coordinator_address, node_id=self.node_id)
         self.unreachable_since = None
         backoff.reset()
-        call = self.stub.Session(self._heartbeats(response.heartbeat_seconds))
-        async for directive in call:
-            await self._on_directive(directive)
+        with ending(self.stub.Session(self._heartbeats(response.heartbeat_seconds))) as directives:
+            async for directive in directives:
+                await self._on_directive(directive)
 
     async def _heartbeats(self, interval_seconds: float) -> AsyncIterator[coordinator_pb2.SessionRequest]:
         while True:

@@ -14,7 +14,7 @@ import grpc.aio
 from gradstream.core.errors import CredentialsError, GradstreamError, one_line
 from gradstream.core.guard import Guard, Note
 from gradstream.core.log import get_logger
-from gradstream.core.rpc import Backoff, advertised_host, error_from_rpc, listen, new_server
+from gradstream.core.rpc import Backoff, advertised_host, ending, error_from_rpc, listen, new_server
 from gradstream.core.tokens import TokenTable
 from gradstream.core.transport import Transport
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -83,10 +83,11 @@ class FollowedTokens:
         told = ""
         while True:
             try:
-                async for response in stub.WatchTokens(coordinator_pb2.WatchTokensRequest()):
-                    self.table = TokenTable.parse(response.table_json)
-                    backoff.reset()
-                    told = ""
+                with ending(stub.WatchTokens(coordinator_pb2.WatchTokensRequest())) as responses:
+                    async for response in responses:
+                        self.table = TokenTable.parse(response.table_json)
+                        backoff.reset()
+                        told = ""
             except grpc.aio.AioRpcError as rpc_error:
                 error: GradstreamError = error_from_rpc(rpc_error, peer)
                 if one_line(error) != told:

@@ -110,13 +110,13 @@ class _Connection:
         self.credentials = credentials
         secure = grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.cert)
         self.channel: grpc.aio.Channel = grpc.aio.secure_channel(address, secure, options=options)
-        self._num_calls = 0
+        self._calls: set[Any] = set()
         self._is_replaced = False
         self._closing: asyncio.Future[None] | None = None
 
     def begin(self, call: Any) -> None:
         """A call begins on it."""
-        self._num_calls += 1
+        self._calls.add(call)
         call.add_done_callback(self._ended)
 
     def replace(self) -> None:
@@ -125,12 +125,12 @@ class _Connection:
         self._close_if_idle()
 
     def _ended(self, call: Any) -> None:
-        self._num_calls -= 1
+        self._calls.discard(call)  # gRPC may tell of one end twice
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:
         # Closing a channel with calls under way would look to these as if their own tasks were cancelled.
-        if self._is_replaced and not self._num_calls and self._closing is None:
+        if self._is_replaced and not self._calls and self._closing is None:
             self._closing = asyncio.ensure_future(self.channel.close(None))
 
 
@@ -152,9 +152,9 @@ class _SecureChannel(grpc.aio.Channel):
         """The connection for a call that begins now."""
         credentials = self._transport.credentials()
         if credentials is not self._connection.credentials and not self._closed:
-            self._replaced.add(self._connection)
-            self._connection.replace()
-            self._connection = _Connection(self._address, credentials, self._options)
+            replaced, self._connection = self._connection, _Connection(self._address, credentials, self._options)
+            self._replaced.add(replaced)
+            replaced.replace()
         return self._connection
 
     async def close(self, grace: float | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from support.credentials import make_credentials
 
 from gradstream.core import access
 from gradstream.core.errors import AccessError, BusyError, CredentialsError, GradstreamError, UnreachableError
-from gradstream.core.guard import AuditEvent, Guard
+from gradstream.core.guard import SENDING_SECONDS, AuditEvent, Guard
 from gradstream.core.limits import Limit, Meter
 from gradstream.core.rpc import error_from_rpc, listen, new_server, open_channel
 from gradstream.core.tokens import ROLES, TokenTable
@@ -43,7 +44,8 @@ class Door:
         self.directory = directory
         self.tokens = Tokens(TokenTable.parse((directory / "coordinator" / "tokens.json").read_bytes()))
         self.events: list[AuditEvent] = []
-        self.guard = Guard(self.tokens, self.events.append)
+        self.later = 0.0  # seconds by which the guard's clock is ahead
+        self.guard = Guard(self.tokens, self.events.append, lambda: time.time() + self.later)
         self.server = new_server(self.guard)
         self.ended = asyncio.Event()
         for file in access.FILES:
@@ -62,9 +64,12 @@ class Door:
                     await asyncio.Event().wait()
                 finally:
                     self.ended.set()
-            while method.name == MUCH.rpartition("/")[2]:
-                # Waits for nothing but gRPC's sending.
-                yield bytes(1 << 20)
+            if method.name == MUCH.rpartition("/")[2]:
+                try:
+                    while True:
+                        yield bytes(1 << 20)  # waits for nothing but gRPC's sending
+                finally:
+                    self.ended.set()
 
         async def answer(request: Any, context: Any) -> bytes:
             return str(access.caller.get()).encode()
@@ -242,6 +247,18 @@ async def test_a_stream_in_the_middle_of_a_response_ends_with_the_reason(door: D
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await asyncio.wait_for(read_on(), BOUND_SECONDS)
         assert "of worker 'worker' was revoked on" in str(caught.value.details())
+
+
+async def test_a_caller_that_does_not_read_is_not_waited_for(door: Door) -> None:
+    async with door.channel("worker") as channel:
+        stream = channel.unary_stream(MUCH)(b"")
+        for _ in range(2):
+            await stream.read()
+        revoke_the_worker(door)
+        door.later = SENDING_SECONDS
+        door.guard.end_revoked()
+        await asyncio.wait_for(door.ended.wait(), BOUND_SECONDS)
+        stream.cancel()
 
 
 async def test_what_is_audited_is_noted_with_its_end(door: Door) -> None:

@@ -112,7 +112,8 @@ def test_a_family_that_cannot_be_cut_is_refused() -> None:
 async def test_a_child_process_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
     training = TrainingConfig(num_steps=1, num_slots=2, global_batch=4, microbatch=2, sequence_length=32)
     expected = await take_inventory(LLAMA)
-    monkeypatch.setattr(inventory, "_inventories", {})
+    for cache in ("_inventories", "_profiles"):
+        monkeypatch.setattr(inventory, cache, {})
     found = await take_profile(LLAMA, training)
     assert [(section.name, section.units) for section in found] == [
         (section.name, section.units) for section in of(LLAMA)

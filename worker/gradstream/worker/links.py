@@ -89,7 +89,7 @@ class Link(Outbound[Outgoing]):
             return True
         return sum(other.header.HasField("tensor") for other in self._under_way) < self._window
 
-    def _send(self, message: Outgoing) -> Iterable[bytes]:
+    def _sending(self, message: Outgoing) -> Iterable[bytes]:
         self._flushed.set()
         self._num_sent += 1
         self.sent_bytes += message.header.payload_bytes

@@ -59,7 +59,7 @@ class Outbound(ABC, Generic[M]):
         """Keep a stream open. Raises ProtocolError when the peer refuses a message for good."""
         backoff = Backoff()
         while True:
-            await self._wanted()
+            await self._until_wanted()
             try:
                 await self._stream(backoff)
             except grpc.aio.AioRpcError as rpc_error:
@@ -68,7 +68,9 @@ class Outbound(ABC, Generic[M]):
                     raise error from None
                 if self.unreachable_since is None:
                     self.unreachable_since = time.time()
-                    log.warning(f"{self.kind} does not answer, trying again", peer=self.title, cause=one_line(error))
+                    log.warning(
+                        f"the stream to {self.kind} broke, trying again", peer=self.title, cause=one_line(error)
+                    )
             # Exactly what was not taken goes again; the peer drops what it has.
             self._waiting.extendleft(reversed(self._under_way))
             self._under_way.clear()
@@ -80,7 +82,7 @@ class Outbound(ABC, Generic[M]):
             async for response in call:
                 if self.unreachable_since is not None:
                     self.unreachable_since = None
-                    log.info(f"{self.kind} answers again", peer=self.title)
+                    log.info(f"the stream to {self.kind} is back", peer=self.title)
                 backoff.reset()
                 self._heard(response)
                 self._changed.set()
@@ -101,12 +103,12 @@ class Outbound(ABC, Generic[M]):
                 return
             message = self._waiting.popleft()
             self._under_way.append(message)
-            for piece in self._send(message):
+            for piece in self._sending(message):
                 yield piece
 
     # -- of the subclass -------------------------------------------------------------------------------------------
 
-    async def _wanted(self) -> None:
+    async def _until_wanted(self) -> None:
         """Wait until there is a use for a stream."""
 
     @abstractmethod
@@ -126,5 +128,5 @@ class Outbound(ABC, Generic[M]):
         """Whether the peer has room for the next message."""
 
     @abstractmethod
-    def _send(self, message: M) -> Iterable[bytes]:
+    def _sending(self, message: M) -> Iterable[bytes]:
         """Note that a message, in `_under_way` by now, is on its way; return its frames."""

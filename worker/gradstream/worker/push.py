@@ -60,7 +60,7 @@ class PushStream(Outbound[Contribution]):
 
     # -- Outbound --------------------------------------------------------------------------------------------------
 
-    async def _wanted(self) -> None:
+    async def _until_wanted(self) -> None:
         while not self._waiting:
             self._changed.clear()
             await self._changed.wait()
@@ -89,7 +89,7 @@ class PushStream(Outbound[Contribution]):
         # What is larger than the window goes alone.
         return not self._under_way or (self._under_way_bytes + message.header.payload_bytes <= self._window_bytes)
 
-    def _send(self, message: Contribution) -> Iterable[bytes]:
+    def _sending(self, message: Contribution) -> Iterable[bytes]:
         self._begun_ns.append(clock_ns())
         self._under_way_bytes += message.header.payload_bytes
         self.sent_bytes += message.header.payload_bytes

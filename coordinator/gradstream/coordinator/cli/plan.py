@@ -146,17 +146,18 @@ async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SectionProfile
     from gradstream.coordinator.inventory import take_inventory, take_profile
     from gradstream.core.errors import ConfigError, one_line
 
-    profiles, unknown = None, ""
+    profiles, why_unknown = None, ""
     try:
+        # Before the inventory, which comes with it.
         profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora)
     except ConfigError as error:
         if recipe.pipeline.stages != 1:
             raise
         # A model that cannot be cut can be trained whole.
-        unknown = one_line(error)
+        why_unknown = one_line(error)
     found = await take_inventory(recipe.model.config, recipe.lora)
-    if unknown:
-        out.warn(f"times are not known: {unknown}")
+    if why_unknown:
+        out.warn(f"times are not known: {why_unknown}")
     return found, profiles
 
 

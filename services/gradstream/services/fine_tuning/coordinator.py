@@ -14,7 +14,7 @@ from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.reach import why_unreachable
-from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, error_from_rpc, open_channel
+from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, ending, error_from_rpc, open_channel
 from gradstream.core.transport import PLAIN, Transport
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 from gradstream.services.fine_tuning.lifecycle import ENDED_JOBS
@@ -96,11 +96,12 @@ class Jobs:
         while True:
             try:
                 request = jobs_pb2.WatchJobRequest(job_id=job_id, after_cursor=cursor, follow=True)
-                async for item in self._stub.WatchJob(request):
-                    backoff.reset()
-                    if item.cursor > cursor:
-                        cursor = item.cursor
-                        yield item
+                with ending(self._stub.WatchJob(request)) as items:
+                    async for item in items:
+                        backoff.reset()
+                        if item.cursor > cursor:
+                            cursor = item.cursor
+                            yield item
                 # A coordinator that shuts down may end a stream in good order too.
                 if (await self.get(job_id)).state in ENDED_JOBS:
                     return

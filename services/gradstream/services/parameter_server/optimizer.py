@@ -41,8 +41,7 @@ class BundleOptimizer:
 
     One for each bundle, not one for all: each bundle can then be updated, in any thread, as soon as its turn comes. Its
     state is a handful of flat arrays a fragment, which a checkpoint can name. torch's functions, not its optimizer
-    classes: the first of these imports torch's compiler (1.5 s, 67 MB), for which a server that goes on from a
-    checkpoint has no other use.
+    objects: these look through all of their state at every step.
     """
 
     def __init__(
@@ -56,7 +55,9 @@ class BundleOptimizer:
         self._gradients = gradients
         self._config = config
         # Zeros, or None before a first step that sets what it finds missing: torch's SGD does, its AdamW does not.
-        self._states: list[dict[str, Any]] = [self._initial(weights_N) for weights_N in weights]
+        self._states: list[dict[str, Any]] = [
+            self._initial(weights_N) for weights_N, _, _ in zip(weights, gradients, decays, strict=True)
+        ]
         self._groups = [
             (weight_decay, members)
             for has, weight_decay in ((True, config.weight_decay), (False, 0.0))
@@ -67,7 +68,7 @@ class BundleOptimizer:
         if self._config.kind == "sgd":
             return {"momentum_buffer": None}
         zeros = {name: torch.zeros_like(weights_N) for name in ("exp_avg", "exp_avg_sq")}
-        return {**zeros, STEP_COUNT: torch.zeros(())}
+        return {**zeros, STEP_COUNT: torch.zeros((), dtype=torch.float32)}
 
     @torch.no_grad()
     def step(self, rate: float) -> None:

@@ -219,8 +219,8 @@ class AsyncClient:
         """
         stub = await self._connection.connect()
         try:
-            call = stub.GetTimeline(jobs_pb2.GetTimelineRequest(job_id=job_id or ""))
-            return [Timeline.from_proto(message.worker, message.timeline) async for message in call]
+            with ending(stub.GetTimeline(jobs_pb2.GetTimelineRequest(job_id=job_id or ""))) as messages:
+                return [Timeline.from_proto(message.worker, message.timeline) async for message in messages]
         except grpc.aio.AioRpcError as rpc_error:
             raise self._connection.error(rpc_error) from None
 

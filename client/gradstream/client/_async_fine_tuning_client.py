@@ -301,14 +301,12 @@ class AsyncFineTuningClient:
             stop=stop,
         )
         stub = await self._connection.connect()
-        call = stub.Generate(request)
         try:
-            async for message in call:
-                yield GeneratedText.from_proto(message)
+            with ending(stub.Generate(request)) as messages:
+                async for message in messages:
+                    yield GeneratedText.from_proto(message)
         except grpc.aio.AioRpcError as rpc_error:
             raise self._connection.error(rpc_error) from None
-        finally:
-            call.cancel()
 
     async def export(
         self,

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import grpc.aio
 
@@ -20,14 +20,7 @@ from gradstream.core.rpc import Backoff, error_from_rpc, refused_for_good
 
 log = get_logger()
 M = TypeVar("M")
-
-
-class Call(Protocol):
-    """The call of a stream, as gRPC makes it."""
-
-    def __aiter__(self) -> AsyncIterator[Any]: ...
-
-    def cancel(self) -> bool: ...
+Call: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
 
 
 class Outbound(ABC, Generic[M]):

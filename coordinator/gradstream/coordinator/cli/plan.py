@@ -146,7 +146,6 @@ async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SectionProfile
     from gradstream.coordinator.inventory import take_inventory, take_profile
     from gradstream.core.errors import ConfigError, one_line
 
-    profiles, why_unknown = None, ""
     try:
         # Before the inventory, which comes with it.
         profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora)
@@ -154,11 +153,10 @@ async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SectionProfile
         if recipe.pipeline.stages != 1:
             raise
         # A model that cannot be cut can be trained whole.
-        why_unknown = one_line(error)
-    found = await take_inventory(recipe.model.config, recipe.lora)
-    if why_unknown:
-        out.warn(f"times are not known: {why_unknown}")
-    return found, profiles
+        found = await take_inventory(recipe.model.config, recipe.lora)
+        out.warn(f"times are not known: {one_line(error)}")
+        return found, None
+    return await take_inventory(recipe.model.config, recipe.lora), profiles
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

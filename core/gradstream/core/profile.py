@@ -298,9 +298,10 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
 
     from gradstream.core.weight_gradients import WeightGradients
 
-    weight_gradients = WeightGradients(stage)
+    weight_gradients = WeightGradients(stage, split=False)
 
     def run() -> tuple[float, float, float, float]:
+        weight_gradients.split = False
         begin = time.perf_counter()
         _, result = forward()
         forward_seconds = time.perf_counter() - begin
@@ -310,6 +311,7 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
         backward_seconds = _seconds(lambda: result.backward(gradient))  # type: ignore[no-untyped-call]
         if stage.first:
             return forward_seconds, backward_seconds, 0.0, backward_seconds
+        weight_gradients.split = True
         received, result = forward()
         begin = time.perf_counter()
         _, weight_part = weight_gradients.backward_input(result, gradient, received)

@@ -4,7 +4,7 @@ autograd makes each microbatch's weight gradient as a tensor of its own, for an 
 adds it to `grad`: where a microbatch has few tokens for the size of a layer, that takes as long as a pass. The layers
 of Megatron-LM add in place for that reason ("gradient accumulation fusion"). A layer that has its own backward pass can
 also put its weight's gradient off until there is time for it: the split backward pass of zero-bubble schedules (Qi et
-al., "Zero Bubble Pipeline Parallelism", 2023).
+al., "Zero Bubble Pipeline Parallelism", 2023). Small linear layers are left to autograd unless that is wanted.
 
 Shape legend: N tokens, I inputs and O outputs of a layer.
 """
@@ -25,6 +25,10 @@ MOST_ROWS_IN_PLACE = 384
 A BLAS may add the products of some hundred rows (192 on Zen 3) before it touches the sum; up to there both ways have
 the same bits, beyond they round differently. Which way is taken depends on the recipe alone."""
 
+FEWEST_ELEMENTS_IN_PLACE = 1 << 18
+"""A matrix with fewer elements than this is left to autograd, which makes the product first: one pass over them more
+takes less time than what a layer of ours costs in Python."""
+
 Add = Callable[..., None]
 """Adds the gradient of a weight, its first argument, to the weight's `grad`: add_product or add_rows."""
 
@@ -44,7 +48,7 @@ def add_product(weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor) -
     total = weight.grad
     if total is None:
         weight.grad = left.t().mm(right).to(weight.dtype)
-    elif total.dtype is right.dtype and 1 < right.shape[0] <= MOST_ROWS_IN_PLACE:
+    elif _is_large(weight) and total.dtype is right.dtype and 1 < right.shape[0] <= MOST_ROWS_IN_PLACE:
         total.addmm_(left.t(), right)
     else:
         total.add_(left.t().mm(right))
@@ -84,10 +88,12 @@ class WeightGradients:
     """Adds up the gradients of a module's nn.Linear, nn.Embedding and Conv1D (GPT-2's linear layer).
 
     From here on `backward()` leaves their sum in `grad` as before, and calls the hooks that wait for it
-    (`register_post_accumulate_grad_hook`). A weight that several layers share is left to autograd.
+    (`register_post_accumulate_grad_hook`). A weight that several layers share is left to autograd. While `split` is
+    set, forward passes are such that their backward pass can come in two parts.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, split: bool):
+        self.split = split
         self._put_off: list[WeightGradient] | None = None
         users = Counter(id(parameter) for inner in module.modules() for parameter in inner.parameters(recurse=False))
         for layer in module.modules():
@@ -99,7 +105,8 @@ class WeightGradients:
         self, result: torch.Tensor, gradient: torch.Tensor | None, received: torch.Tensor
     ) -> tuple[torch.Tensor, WeightPart]:
         """The first part of a backward pass, from the gradient of `result` (None: of a scalar, the loss) to that of
-        `received`, and what is left for the second. No hooks are called, in either part."""
+        `received`, and what is left for the second. The forward pass was made while `split` was set. No hooks are
+        called, in either part."""
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         self._put_off = put_off = list[WeightGradient]()
         try:
@@ -118,6 +125,10 @@ class WeightGradients:
             self._put_off.append(WeightGradient(add, weight, tensors))
 
 
+def _is_large(weight: torch.Tensor) -> bool:
+    return weight.numel() >= FEWEST_ELEMENTS_IN_PLACE
+
+
 def _is_known(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding | Conv1D]:
     if type(layer) is nn.Embedding:
         return (layer.padding_idx, layer.max_norm, layer.scale_grad_by_freq, layer.sparse) == (None, None, False, False)
@@ -133,12 +144,14 @@ class _Forward:
         self.inputs_first = isinstance(layer, Conv1D)
         self._layer = layer
         self._is_lookup = isinstance(layer, nn.Embedding)
+        self._only_split = not self._is_lookup and not _is_large(layer.weight)
 
     def __call__(self, received: torch.Tensor) -> torch.Tensor:
         layer = self._layer
         weight = layer.weight
         result: torch.Tensor
-        if not (weight.requires_grad and torch.is_grad_enabled()):
+        as_it_is = self._only_split and not self.gradients.split
+        if as_it_is or not (weight.requires_grad and torch.is_grad_enabled()):
             result = type(layer).forward(layer, received)  # type: ignore[arg-type]
         elif self._is_lookup:
             result = _Lookup.apply(received, weight, self.gradients)  # type: ignore[no-untyped-call]

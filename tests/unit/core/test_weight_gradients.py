@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from gradstream.core import weight_gradients
 from gradstream.core.weight_gradients import MOST_ROWS_IN_PLACE, WeightGradients
 
 NUM_MICROBATCHES = 3
@@ -16,7 +17,8 @@ bits may be others than those of products that are added in place, which are the
 
 
 class Net(nn.Module):
-    """Linear layers with and without bias, a Conv1D, a table of positions, and a head that shares the words' table."""
+    """Linear layers with and without bias, a Conv1D, a table of positions, and a head that shares the words' table.
+    The first layer is a small one here, the second and third are large."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,8 +64,8 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def add_in_place(net: Net) -> dict[str, torch.Tensor]:
-    """The gradients of the net's matrices as its backward passes from here on make them, every product but the first
-    added to the sum by one addmm_."""
+    """The gradients of the net's large matrices as its backward passes from here on make them, every product but the
+    first added to the sum by one addmm_."""
     sums: dict[str, torch.Tensor] = {}
 
     def listen(name: str, layer: nn.Module) -> None:
@@ -82,7 +84,7 @@ def add_in_place(net: Net) -> dict[str, torch.Tensor]:
 
         layer.register_forward_hook(hook)
 
-    for name in ("first", "second", "third"):
+    for name in ("second", "third"):
         listen(f"{name}.weight", getattr(net, name))
     return sums
 
@@ -92,12 +94,20 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def small_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers large enough for the real bound would take seconds a microbatch."""
+    net = Net()
+    monkeypatch.setattr(weight_gradients, "FEWEST_ELEMENTS_IN_PLACE", net.third.weight.numel())
+    assert net.first.weight.numel() < net.third.weight.numel() < net.second.weight.numel()
+
+
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 2, 33, MOST_SURE_ROWS, MOST_ROWS_IN_PLACE, MOST_ROWS_IN_PLACE + 100])
 def test_the_bits_are_those_of_autograd(num_tokens: int, precision: torch.dtype, split: bool) -> None:
     net, plain = Net(), Net()
-    gradients = WeightGradients(net)
+    gradients = WeightGradients(net, split)
     rounds_apart = precision is torch.float32 and MOST_SURE_ROWS < num_tokens <= MOST_ROWS_IN_PLACE
     in_place = add_in_place(plain) if rounds_apart else {}
     put_off = []
@@ -130,7 +140,7 @@ def test_the_bits_are_those_of_autograd(num_tokens: int, precision: torch.dtype,
 
 def test_hooks_are_called_when_a_sum_is_whole() -> None:
     net, plain = Net(), Net()
-    WeightGradients(net)
+    WeightGradients(net, split=False)
     called: dict[str, torch.Tensor] = {}
 
     def listen(name: str, parameter: nn.Parameter) -> None:
@@ -152,12 +162,12 @@ def test_hooks_are_called_when_a_sum_is_whole() -> None:
 
 def test_a_layer_that_is_called_twice() -> None:
     """No supported family has one in its stages, but a whole model may be anything."""
-    net, plain = nn.Linear(8, 8), nn.Linear(8, 8)
+    net, plain = nn.Linear(96, 96), nn.Linear(96, 96)
     plain.load_state_dict(net.state_dict())
-    WeightGradients(net)
+    WeightGradients(net, split=False)
     calls = []
     net.weight.register_post_accumulate_grad_hook(lambda weight: calls.append(weight.grad.clone()))  # type: ignore
-    received = torch.randn(5, 8)
+    received = torch.randn(5, 96)
     for _ in range(2):
         net(torch.tanh(net(received))).sum().backward()
         plain(torch.tanh(plain(received))).sum().backward()
@@ -166,13 +176,30 @@ def test_a_layer_that_is_called_twice() -> None:
     torch.testing.assert_close(calls[-1], plain.weight.grad)
 
 
-def test_what_is_frozen_gets_none() -> None:
+def test_small_matrices_are_left_to_autograd_unless_passes_come_in_two_parts() -> None:
     net = Net()
-    net.first.weight.requires_grad_(False)
-    WeightGradients(net)
+    gradients = WeightGradients(net, split=False)
+
+    def made_by(layer: nn.Module, num_inputs: int) -> str:
+        result: torch.Tensor = layer(torch.randn(3, num_inputs))
+        assert result.grad_fn is not None
+        return result.grad_fn.name()
+
+    assert made_by(net.first, 48) == "AddmmBackward0"
+    assert made_by(net.second, 80) == made_by(net.third, 96) == "_ProductBackward"
+    gradients.split = True
+    assert made_by(net.first, 48) == "_ProductBackward"
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_what_is_frozen_gets_none(name: str) -> None:
+    net = Net()
+    frozen = getattr(net, name)
+    frozen.weight.requires_grad_(False)
+    WeightGradients(net, split=False)
     loss(net, microbatches(7)[0], torch.float32).backward()
-    assert net.first.weight.grad is None
-    assert net.first.bias.grad is not None
-    assert net.second.weight.grad is not None
+    assert frozen.weight.grad is None
+    assert frozen.bias.grad is not None
+    assert net.third.weight.grad is not None
     with torch.no_grad():
         assert not net(microbatches(7)[0]).requires_grad

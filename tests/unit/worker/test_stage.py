@@ -61,6 +61,7 @@ class Pipeline:
                 num_stages,
                 self.loss_sum,
                 self.begin,
+                schedule.split,
             )
             for worker in range(schedule.num_workers)
         ]

@@ -24,7 +24,7 @@ from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
 from gradstream.core.model import UnitDraws, build, hidden_size, initialize_buffers
 from gradstream.core.plan import Plan
-from gradstream.core.schedules import Action, Op, Row, Schedule, make_schedule
+from gradstream.core.schedules import SPLIT, Action, Op, Row, Schedule, make_schedule
 from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
 from gradstream.core.timeline import SpanKind
 from gradstream.worker.data import Batch
@@ -171,7 +171,9 @@ class SlotComputer:
         self._draws = [UnitDraws(model, plan.recipe.seed) for model in self.models]
         self._targets: dict[int, torch.Tensor] = {}
         self._layouts: dict[int, dict[str, torch.Tensor]] = {}
-        self._runner = StageRunner(self._stages, plan.num_stages, self._loss_sum, self._begin)
+        self._runner = StageRunner(
+            self._stages, plan.num_stages, self._loss_sum, self._begin, split=plan.schedule in SPLIT
+        )
         self._emit: Callable[[tuple[int, int], torch.Tensor], None] | None = None
         self._key: Callable[[int], tuple[object, ...]] = lambda microbatch: ()
         self._hooks: list[RemovableHandle] = [

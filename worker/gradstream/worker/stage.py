@@ -30,7 +30,8 @@ class StageRunner:
     """`stages` (StageModule, or a whole model that gives logits) by their index among `num_stages`;
     `loss_sum(logits, microbatch)` is the last stage's loss.
 
-    `begin(microbatch)` is called before each action: it seeds what the passes of a microbatch draw.
+    `begin(microbatch)` is called before each action: it seeds what the passes of a microbatch draw. `split`: backward
+    passes are going to come in two parts.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class StageRunner:
         num_stages: int,
         loss_sum: Callable[[torch.Tensor, int], torch.Tensor],
         begin: Callable[[int], None],
+        split: bool,
     ):
         self._stages = stages
-        self._gradients = {index: WeightGradients(stage) for index, stage in stages.items()}
+        self._gradients = {index: WeightGradients(stage, split) for index, stage in stages.items()}
         self._last = num_stages - 1
         self._loss_sum = loss_sum
         self._begin = begin

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
+from typing import overload
 
 import numpy as np
 import torch
@@ -14,6 +16,39 @@ from gradstream.core.codecs import Codec, DenseCodec, Payload, ResidualCodec, St
 from gradstream.core.dense_kernels import I64, address_of, addresses_of
 from gradstream.core.errors import ProtocolError
 from gradstream.core.fragments import Tensor
+
+
+class Slices(Sequence[torch.Tensor]):
+    """Each fragment of a bundle as a flat view of memory that stays where it is: made once, with what the kernels need.
+
+    A view costs as much as the arithmetic over thousands of elements, and torch lets go of the interpreter's lock for
+    each, which may not come back soon on a machine with more to do than cores.
+    """
+
+    def __init__(self, bundle: Bundle, views: Sequence[torch.Tensor]):
+        self.bundle = bundle
+        self._views = list(views)
+
+    @cached_property
+    def addresses_F(self) -> I64:
+        """Where they lie in the CPU's memory."""
+        elements_F = np.array([fragment.num_elements for fragment in self.bundle.fragments], dtype=np.int64)
+        return addresses_of(self._views, elements_F)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        return self._views[index]
+
+
+def slices(flat_N: torch.Tensor, bundle: Bundle) -> Slices:
+    """The fragments of a bundle in a flat tensor of all its elements."""
+    return Slices(bundle, [flat_N[begin:end] for begin, end in bundle.bounds])
 
 
 def seed_of(version: int, fragment: int) -> int:
@@ -121,6 +156,8 @@ class BundleCodec:
         return self._dense and tensors[0].device.type == "cpu"
 
     def _at(self, tensors: Sequence[torch.Tensor]) -> I64:
+        if isinstance(tensors, Slices) and tensors.bundle is self.bundle:
+            return tensors.addresses_F
         return addresses_of(tensors, self._elements_F)
 
     def _call(self, version: int) -> tuple[I64, I64, I64]:
@@ -176,8 +213,3 @@ def split(payload: Payload, fragment_bytes: Sequence[int]) -> list[Payload]:
         pieces.append(piece.copy() if begin % 4 else piece)
         begin += size
     return pieces
-
-
-def slices(flat_N: torch.Tensor, bundle: Bundle) -> list[torch.Tensor]:
-    """Views of each fragment of a bundle in a flat tensor of all its elements."""
-    return [flat_N[begin:end] for begin, end in bundle.bounds]

@@ -21,7 +21,7 @@ from gradstream.core.codecs import Payload, PlaneCodec, codec_on_wire
 from gradstream.core.downlink import downlink
 from gradstream.core.errors import ProtocolError
 from gradstream.core.model import forward_units
-from gradstream.core.payloads import BundleCodec, CodecBook, split
+from gradstream.core.payloads import BundleCodec, CodecBook, Slices, split
 from gradstream.core.plan import Plan
 from gradstream.core.timeline import SpanKind
 from gradstream.proto.v1 import parameter_server_pb2 as pb
@@ -93,6 +93,7 @@ class WeightInstaller:
         self._parameters = {tensor: parameter for (tensor, _), parameter in sorted(parameters.items(), reverse=True)}
         self._number = {id(parameter): tensor for (tensor, _), parameter in parameters.items()}
         self._bundles = plan.bundles
+        self._slices: dict[int, Slices] = {}  # of the parameters, by bundle
         self._executor = ThreadPoolExecutor(1, "decode")
         self._condition = threading.Condition()
         self._inbox: Inbox | None = None
@@ -159,10 +160,15 @@ class WeightInstaller:
         header = arrival.header
         codec = pulled_codec(self._book, bundle, self._pull, header)
         payloads = split(arrival.payload, header.fragment_bytes)
-        slices = [
-            self._parameters[fragment.tensor].data.view(-1)[fragment.begin : fragment.end]
-            for fragment in bundle.fragments
-        ]
+        slices = self._slices.get(bundle.index)
+        if slices is None:
+            slices = self._slices[bundle.index] = Slices(
+                bundle,
+                [
+                    self._parameters[fragment.tensor].data.view(-1)[fragment.begin : fragment.end]
+                    for fragment in bundle.fragments
+                ],
+            )
         form = downlink(self._pull)
         if header.delta and form.xor:
             full = self._book.of(bundle, form.full)

@@ -86,8 +86,7 @@ class BundleState:
         if turn == self._num_turns - 1:
             # In fp64 and in a fixed order, fragment by fragment: the same whatever a bundle holds.
             norms_F = np.empty(len(self._sums))
-            addresses_F = dense_kernels.addresses_of(self._sums, self._elements_F)
-            dense_kernels.squared_norms(self._elements_F, addresses_F, norms_F)
+            dense_kernels.squared_norms(self._elements_F, self._sums.addresses_F, norms_F)
             self.squared_norms = norms_F.tolist()
 
     # -- commit ----------------------------------------------------------------------------------------------------
@@ -146,7 +145,8 @@ class BundleState:
     def load(self, reader: CheckpointReader) -> None:
         """Take weights, optimizer state and the workers' copy from a checkpoint. Raises CheckpointError."""
         saved_N = self._publisher.saved()
-        copies = slices(torch.empty_like(saved_N), self.bundle) if saved_N is not None else []
+        copy_N = None if saved_N is None else torch.empty_like(saved_N)
+        copies = [] if copy_N is None else slices(copy_N, self.bundle)
         states: list[State] = []
         for number, (fragment, tensor) in enumerate(zip(self.bundle.fragments, self._tensors, strict=True)):
             name, begin, end = tensor.name, fragment.begin, fragment.end
@@ -163,8 +163,8 @@ class BundleState:
             if copies:
                 copies[number].copy_(torch.from_numpy(reader.read(COPY, name, begin, end)))
         self._optimizer.load(states)
-        if copies:
-            self._publisher.restore(torch.cat(copies))
+        if copy_N is not None:
+            self._publisher.restore(copy_N)
 
     @property
     def state_bytes(self) -> int:

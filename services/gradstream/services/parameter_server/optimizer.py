@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,18 @@ def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedul
     return peak
 
 
+@dataclass(frozen=True)
+class _Group:
+    """The fragments of a bundle that have one weight decay, and their optimizer's arrays: for each name one a fragment.
+    torch wants lists of each, which are made once."""
+
+    weight_decay: float
+    members: list[int]
+    weights: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+    arrays: dict[str, list[Any]]
+
+
 class BundleOptimizer:
     """torch's own AdamW or SGD, fused, over a bundle's fragments: `weights` are updated by `gradients`, in place.
 
@@ -52,78 +65,73 @@ class BundleOptimizer:
         config: OptimizerConfig,
     ):
         self._weights = weights
-        self._gradients = gradients
         self._config = config
-        # Zeros, or None before a first step that sets what it finds missing: torch's SGD does, its AdamW does not.
-        self._states: list[dict[str, Any]] = [
-            self._initial(weights_N) for weights_N, _, _ in zip(weights, gradients, decays, strict=True)
-        ]
         self._groups = [
-            (weight_decay, members)
+            _Group(
+                weight_decay,
+                members,
+                [weights[number] for number in members],
+                [gradients[number] for number in members],
+                self._initial([weights[number] for number in members]),
+            )
             for has, weight_decay in ((True, config.weight_decay), (False, 0.0))
             if (members := [number for number, decay in enumerate(decays) if decay is has])
         ]
 
-    def _initial(self, weights_N: torch.Tensor) -> dict[str, Any]:
+    def _initial(self, weights: list[torch.Tensor]) -> dict[str, list[Any]]:
+        """Zeros, or None before a first step that sets what it finds missing: torch's SGD does, its AdamW does not."""
         if self._config.kind == "sgd":
-            return {"momentum_buffer": None}
-        zeros = {name: torch.zeros_like(weights_N) for name in ("exp_avg", "exp_avg_sq")}
-        return {**zeros, STEP_COUNT: torch.zeros((), dtype=torch.float32)}
+            return {"momentum_buffer": [None] * len(weights)}
+        zeros = {name: [torch.zeros_like(weights_N) for weights_N in weights] for name in ("exp_avg", "exp_avg_sq")}
+        return {**zeros, STEP_COUNT: [torch.zeros((), dtype=torch.float32) for _ in weights]}
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Update the weights in place with learning rate `rate`."""
         config = self._config
-        for weight_decay, members in self._groups:
-            weights = [self._weights[number] for number in members]
-            gradients = [self._gradients[number] for number in members]
-            states = [self._states[number] for number in members]
+        for group in self._groups:
             if config.kind == "adamw":
                 beta1, beta2 = config.betas
-                averages, squares, counts = ([state[name] for state in states] for name in self.names())
                 adamw(
-                    weights,
-                    gradients,
-                    averages,
-                    squares,
+                    group.weights,
+                    group.gradients,
+                    group.arrays["exp_avg"],
+                    group.arrays["exp_avg_sq"],
                     [],
-                    counts,
+                    group.arrays[STEP_COUNT],
                     fused=True,
                     amsgrad=False,
                     beta1=beta1,
                     beta2=beta2,
                     lr=rate,
-                    weight_decay=weight_decay,
+                    weight_decay=group.weight_decay,
                     eps=config.eps,
                     maximize=False,
                 )
                 continue
-            buffers = [state["momentum_buffer"] for state in states]
             sgd(
-                weights,
-                gradients,
-                buffers,
+                group.weights,
+                group.gradients,
+                group.arrays["momentum_buffer"],
                 fused=True,
-                weight_decay=weight_decay,
+                weight_decay=group.weight_decay,
                 momentum=config.momentum,
                 lr=rate,
                 dampening=0.0,
                 nesterov=config.nesterov and config.momentum > 0,
                 maximize=False,
             )
-            for state, buffer in zip(states, buffers, strict=True):
-                state["momentum_buffer"] = buffer
 
     def state(self) -> list[dict[str, npt.NDArray[np.float32]]]:
         """For each fragment the optimizer's arrays by name, aliasing its memory; all fp32. Zeros before the first
         step."""
-        return [
-            {
-                name: (torch.zeros_like(weights_N) if tensor is None else tensor).numpy().reshape(-1)
-                for name, tensor in state.items()
-            }
-            for weights_N, state in zip(self._weights, self._states, strict=True)
-        ]
+        states: list[dict[str, npt.NDArray[np.float32]]] = [{} for _ in self._weights]
+        for group in self._groups:
+            for name, tensors in group.arrays.items():
+                for number, tensor in zip(group.members, tensors, strict=True):
+                    held = torch.zeros_like(self._weights[number]) if tensor is None else tensor
+                    states[number][name] = held.numpy().reshape(-1)
+        return states
 
     def names(self) -> list[str]:
         """The names of the arrays in `state`."""
@@ -131,10 +139,11 @@ class BundleOptimizer:
 
     def load(self, states: Sequence[dict[str, npt.NDArray[np.float32]]]) -> None:
         """Put arrays as given by `state` in place of the optimizer's."""
-        for state, arrays in zip(self._states, states, strict=True):
-            for name in self.names():
-                tensor = torch.from_numpy(arrays[name].copy())
-                state[name] = tensor.reshape(()) if name == STEP_COUNT else tensor
+        for group in self._groups:
+            for name, tensors in group.arrays.items():
+                for place, number in enumerate(group.members):
+                    tensor = torch.from_numpy(states[number][name].copy())
+                    tensors[place] = tensor.reshape(()) if name == STEP_COUNT else tensor
 
     @property
     def state_bytes(self) -> int:

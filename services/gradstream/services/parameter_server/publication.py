@@ -52,6 +52,7 @@ class Publisher(ABC):
     def __init__(self, bundle: Bundle, weights_N: torch.Tensor):
         self._bundle = bundle
         self._weights_N = weights_N
+        self._weights = slices(weights_N, bundle)
         self._full: Copy | None = None
 
     @abstractmethod
@@ -84,7 +85,7 @@ class WholePublisher(Publisher):
         self._codec = codec
 
     def publish(self, version: int, codec: str) -> None:
-        payloads = self._codec.encode(slices(self._weights_N, self._bundle), version)
+        payloads = self._codec.encode(self._weights, version)
         self._full = frame_copy(version, self._codec, payloads, delta=False)
 
     def full(self) -> Copy:
@@ -104,6 +105,7 @@ class DeltaPublisher(Publisher):
         self._book = book
         self._keyframe_versions = keyframe_versions
         self._copy_N = torch.zeros_like(weights_N)
+        self._copies = slices(self._copy_N, bundle)
         self._restored = False
         self._version = -1
 
@@ -118,14 +120,13 @@ class DeltaPublisher(Publisher):
             self._copy_N.copy_(self._weights_N)
         else:
             bundle_codec = self._book.delta(self._bundle, codec)
-            weights, copies = slices(self._weights_N, self._bundle), slices(self._copy_N, self._bundle)
-            payloads = bundle_codec.encode_delta(weights, copies, version)
+            payloads = bundle_codec.encode_delta(self._weights, self._copies, version)
             self.delta = frame_copy(version, bundle_codec, payloads, delta=True)
 
     def full(self) -> Copy:
         if self._full is None:
             codec = self._book.of(self._bundle, "fp32")
-            payloads = codec.encode(slices(self._copy_N, self._bundle), self._version)
+            payloads = codec.encode(self._copies, self._version)
             self._full = frame_copy(self._version, codec, payloads, delta=False)
         return self._full
 
@@ -152,7 +153,7 @@ class XorPublisher(Publisher):
         self._version = -1
 
     def publish(self, version: int, codec: str) -> None:
-        payloads = self._full_codec.encode(slices(self._weights_N, self._bundle), version)
+        payloads = self._full_codec.encode(self._weights, version)
         held, self._held = self._held, payloads
         self._full = self.delta = None
         self._version = version

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import carray, types, uint32
-from numba.extending import intrinsic
+from numba import carray, uint32
 
 from gradstream.core import kernels
 from gradstream.core.encoded_size import BLOCK
-from gradstream.core.kernels import BF16_BLOCK, kernel
+from gradstream.core.kernels import BF16_BLOCK, kernel, pointer
 
 I64 = npt.NDArray[np.int64]
 
@@ -51,14 +50,6 @@ def address_of(array: npt.NDArray[Any]) -> int:
     return address
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typing_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
-
-
 @kernel
 def _num_blocks(elements: int) -> int:
     return (elements + BLOCK - 1) // BLOCK
@@ -67,33 +58,33 @@ def _num_blocks(elements: int) -> int:
 @kernel
 def _encode_int8(elements: int, values: int, payload: int) -> None:
     full, rest = elements // BLOCK, elements % BLOCK
-    scales_B = carray(_pointer(payload), _num_blocks(elements), np.float32)
+    scales_B = carray(pointer(payload), _num_blocks(elements), np.float32)
     body = payload + 4 * _num_blocks(elements)
     kernels.int8_encode(
-        carray(_pointer(values), (full, BLOCK), np.float32),
-        carray(_pointer(values), (full, BLOCK), np.int32),
+        carray(pointer(values), (full, BLOCK), np.float32),
+        carray(pointer(values), (full, BLOCK), np.int32),
         scales_B[:full],
-        carray(_pointer(body), (full, BLOCK), np.int8),
+        carray(pointer(body), (full, BLOCK), np.int8),
     )
     if rest:
         last_1E, quotients_1E = np.zeros((1, BLOCK), np.float32), np.empty((1, BLOCK), np.int8)
-        last_1E[0, :rest] = carray(_pointer(values), elements, np.float32)[full * BLOCK :]
+        last_1E[0, :rest] = carray(pointer(values), elements, np.float32)[full * BLOCK :]
         kernels.int8_encode(last_1E, last_1E.view(np.int32), scales_B[full:], quotients_1E)
-        carray(_pointer(body), elements, np.int8)[full * BLOCK :] = quotients_1E[0, :rest]
+        carray(pointer(body), elements, np.int8)[full * BLOCK :] = quotients_1E[0, :rest]
 
 
 @kernel
 def _decode_int8(elements: int, payload: int, out: int, add: bool) -> None:
     full = elements // BLOCK
-    scales_B = carray(_pointer(payload), _num_blocks(elements), np.float32)
+    scales_B = carray(pointer(payload), _num_blocks(elements), np.float32)
     body = payload + 4 * _num_blocks(elements)
-    quotients_BE = carray(_pointer(body), (full, BLOCK), np.int8)
-    out_BE = carray(_pointer(out), (full, BLOCK), np.float32)
+    quotients_BE = carray(pointer(body), (full, BLOCK), np.int8)
+    out_BE = carray(pointer(out), (full, BLOCK), np.float32)
     if add:
         kernels.int8_decode_add(scales_B[:full], quotients_BE, out_BE)
     else:
         kernels.int8_decode(scales_B[:full], quotients_BE, out_BE)
-    quotients_N, out_N = carray(_pointer(body), elements, np.int8), carray(_pointer(out), elements, np.float32)
+    quotients_N, out_N = carray(pointer(body), elements, np.int8), carray(pointer(out), elements, np.float32)
     for i in range(full * BLOCK, elements):
         value = np.float32(quotients_N[i]) * scales_B[full]
         out_N[i] = out_N[i] + value if add else value
@@ -102,29 +93,29 @@ def _decode_int8(elements: int, payload: int, out: int, add: bool) -> None:
 @kernel
 def _encode_int4(elements: int, values: int, payload: int, key: int, rotated: bool) -> None:
     full, rest = elements // BLOCK, elements % BLOCK
-    scales_B = carray(_pointer(payload), _num_blocks(elements), np.float32)
+    scales_B = carray(pointer(payload), _num_blocks(elements), np.float32)
     body = payload + 4 * _num_blocks(elements)
-    values_BE = carray(_pointer(values), (full, BLOCK), np.float32)
-    packed_BH = carray(_pointer(body), (full, BLOCK // 2), np.uint8)
+    values_BE = carray(pointer(values), (full, BLOCK), np.float32)
+    packed_BH = carray(pointer(body), (full, BLOCK // 2), np.uint8)
     if rotated:
         kernels.hadamard_encode(values_BE, scales_B[:full], packed_BH, key)
     else:
         kernels.int4_encode(values_BE, scales_B[:full], packed_BH)
     if rest:
         last_1E, packed_1H = np.zeros((1, BLOCK), np.float32), np.empty((1, BLOCK // 2), np.uint8)
-        last_1E[0, :rest] = carray(_pointer(values), elements, np.float32)[full * BLOCK :]
+        last_1E[0, :rest] = carray(pointer(values), elements, np.float32)[full * BLOCK :]
         kernels.int4_encode(last_1E, scales_B[full:], packed_1H)
         num_bytes = (rest + 1) // 2
-        carray(_pointer(body + full * BLOCK // 2), num_bytes, np.uint8)[:] = packed_1H[0, :num_bytes]
+        carray(pointer(body + full * BLOCK // 2), num_bytes, np.uint8)[:] = packed_1H[0, :num_bytes]
 
 
 @kernel
 def _decode_int4(elements: int, payload: int, out: int, key: int, rotated: bool, add: bool) -> None:
     full, rest = elements // BLOCK, elements % BLOCK
-    scales_B = carray(_pointer(payload), _num_blocks(elements), np.float32)
+    scales_B = carray(pointer(payload), _num_blocks(elements), np.float32)
     body = payload + 4 * _num_blocks(elements)
-    packed_BH = carray(_pointer(body), (full, BLOCK // 2), np.uint8)
-    out_BE = carray(_pointer(out), (full, BLOCK), np.float32)
+    packed_BH = carray(pointer(body), (full, BLOCK // 2), np.uint8)
+    out_BE = carray(pointer(out), (full, BLOCK), np.float32)
     if rotated:
         kernels.hadamard_decode(scales_B[:full], packed_BH, out_BE, key, add)
     elif add:
@@ -134,9 +125,9 @@ def _decode_int4(elements: int, payload: int, out: int, key: int, rotated: bool,
     if rest:
         packed_1H, last_1E = np.zeros((1, BLOCK // 2), np.uint8), np.empty((1, BLOCK), np.float32)
         num_bytes = (rest + 1) // 2
-        packed_1H[0, :num_bytes] = carray(_pointer(body + full * BLOCK // 2), num_bytes, np.uint8)
+        packed_1H[0, :num_bytes] = carray(pointer(body + full * BLOCK // 2), num_bytes, np.uint8)
         kernels.int4_decode(scales_B[full:], packed_1H, last_1E)
-        out_N = carray(_pointer(out), elements, np.float32)
+        out_N = carray(pointer(out), elements, np.float32)
         for i in range(rest):
             value = last_1E[0, i]
             out_N[full * BLOCK + i] = out_N[full * BLOCK + i] + value if add else value
@@ -144,8 +135,8 @@ def _decode_int4(elements: int, payload: int, out: int, key: int, rotated: bool,
 
 @kernel
 def _encode_bf16(elements: int, values: int, payload: int) -> None:
-    bits_N = carray(_pointer(values), elements, np.uint32)
-    halves_N = carray(_pointer(payload), elements, np.uint16)
+    bits_N = carray(pointer(values), elements, np.uint32)
+    halves_N = carray(pointer(payload), elements, np.uint16)
     for i in range(elements):
         bits = bits_N[i]
         # Half of the last place that stays, or one less where that place is even: ties go to even.
@@ -156,17 +147,17 @@ def _encode_bf16(elements: int, values: int, payload: int) -> None:
 
 @kernel
 def _decode_bf16(elements: int, payload: int, out: int, add: bool) -> None:
-    halves_N = carray(_pointer(payload), elements, np.uint16)
+    halves_N = carray(pointer(payload), elements, np.uint16)
     if not add:
-        bits_N = carray(_pointer(out), elements, np.uint32)
+        bits_N = carray(pointer(out), elements, np.uint32)
         for i in range(elements):
             bits_N[i] = uint32(halves_N[i]) << uint32(16)
         return
     full = elements // BF16_BLOCK
     kernels.bf16_decode_add(
-        carray(_pointer(payload), (full, BF16_BLOCK), np.uint16), carray(_pointer(out), (full, BF16_BLOCK), np.float32)
+        carray(pointer(payload), (full, BF16_BLOCK), np.uint16), carray(pointer(out), (full, BF16_BLOCK), np.float32)
     )
-    out_N = carray(_pointer(out), elements, np.float32)
+    out_N = carray(pointer(out), elements, np.float32)
     bits = np.empty(1, np.uint32)
     value = bits.view(np.float32)
     for i in range(full * BF16_BLOCK, elements):
@@ -176,7 +167,7 @@ def _decode_bf16(elements: int, payload: int, out: int, add: bool) -> None:
 
 @kernel
 def _copy(elements: int, source: int, target: int, add: bool) -> None:
-    source_N, target_N = carray(_pointer(source), elements, np.float32), carray(_pointer(target), elements, np.float32)
+    source_N, target_N = carray(pointer(source), elements, np.float32), carray(pointer(target), elements, np.float32)
     for i in range(elements):
         target_N[i] = target_N[i] + source_N[i] if add else source_N[i]
 
@@ -236,19 +227,19 @@ def encode_delta(kinds_F: I64, elements_F: I64, keys_F: I64, values_F: I64, held
     for f in range(len(kinds_F)):
         kind, elements, payload = kinds_F[f], elements_F[f], payloads_F[f]
         full = elements // BLOCK
-        values_BE = carray(_pointer(values_F[f]), (full, BLOCK), np.float32)
-        held_BE = carray(_pointer(helds_F[f]), (full, BLOCK), np.float32)
-        scales_B = carray(_pointer(payload), full, np.float32)
+        values_BE = carray(pointer(values_F[f]), (full, BLOCK), np.float32)
+        held_BE = carray(pointer(helds_F[f]), (full, BLOCK), np.float32)
+        scales_B = carray(pointer(payload), full, np.float32)
         one_pass = _in_one_pass(kind, elements)
         if one_pass and kind == INT8:
-            body_BE = carray(_pointer(payload + 4 * full), (full, BLOCK), np.int8)
+            body_BE = carray(pointer(payload + 4 * full), (full, BLOCK), np.int8)
             kernels.int8_encode_delta(values_BE, held_BE, scales_B, body_BE)
         elif one_pass:
-            body_BH = carray(_pointer(payload + 4 * full), (full, BLOCK // 2), np.uint8)
+            body_BH = carray(pointer(payload + 4 * full), (full, BLOCK // 2), np.uint8)
             kernels.int4_encode_delta(values_BE, held_BE, scales_B, body_BH)
         else:
-            values_N = carray(_pointer(values_F[f]), elements, np.float32)
-            held_N = carray(_pointer(helds_F[f]), elements, np.float32)
+            values_N = carray(pointer(values_F[f]), elements, np.float32)
+            held_N = carray(pointer(helds_F[f]), elements, np.float32)
             scratch_N[:elements] = values_N - held_N
             _encode_one(kind, elements, keys_F[f], scratch_N.ctypes.data, payload)
             _decode_one(kind, elements, keys_F[f], payload, helds_F[f], True)
@@ -260,7 +251,7 @@ def encode_delta(kinds_F: I64, elements_F: I64, keys_F: I64, values_F: I64, held
 def squared_norms(elements_F: I64, values_F: I64, norms_F: npt.NDArray[np.float64]) -> None:
     """`kernels.squared_norm` of each fragment."""
     for f in range(len(elements_F)):
-        norms_F[f] = kernels.squared_norm(carray(_pointer(values_F[f]), elements_F[f], np.float32))
+        norms_F[f] = kernels.squared_norm(carray(pointer(values_F[f]), elements_F[f], np.float32))
 
 
 def preload() -> None:

@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from numba import int32, njit, uint32
+from numba import int32, njit, types, uint32
+from numba.extending import intrinsic
 
 from gradstream.core.encoded_size import BLOCK
 
@@ -35,6 +36,16 @@ _SIGN_BIT = 0x80000000
 def kernel(function: F) -> F:
     """Compile without the interpreter's lock, without fast-math, and keep the result on disk."""
     return cast(F, njit(nogil=True, cache=True, fastmath=False, error_model="numpy", boundscheck=False)(function))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(typing_context: Any, address: Any) -> Any:
+    """An address as a kernel's `carray` wants it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
 
 
 @kernel
@@ -328,8 +339,8 @@ def squared_norm(values_N: F32) -> float:
 
 
 def preload() -> None:
-    """Compile every kernel, also of dense_kernels and residual_kernels, or load it from the cache."""
-    from gradstream.core import dense_kernels, residual_kernels
+    """Compile every kernel, also of the other modules, or load it from the cache."""
+    from gradstream.core import dense_kernels, layer_kernels, residual_kernels
 
     values_BE = np.ones((1, BLOCK), np.float32)
     scales_B, quotients_BE = np.empty(1, np.float32), np.empty((1, BLOCK), np.int8)
@@ -351,6 +362,7 @@ def preload() -> None:
         split_planes(words_N, planes_PN)
         join_planes(planes_PN, words_N)
     dense_kernels.preload()
+    layer_kernels.preload()
     residual_kernels.preload()
 
 

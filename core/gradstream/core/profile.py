@@ -207,9 +207,11 @@ def _measure(
     """The estimate with everything replaced that can be measured on a stage of this section alone."""
     import torch
 
+    from gradstream.core.fused_layers import cross_entropy_sum, fuse
     from gradstream.core.stage_module import StageModule
 
     stage = StageModule(model_config, range(index, index + 1), "cpu", lora).train()
+    fuse(stage)
     for module in stage.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:  # frozen: on a worker it comes from the base
@@ -235,7 +237,7 @@ def _measure(
                 result = stage(given)
             if stage.last:
                 logits_NV = result.float().flatten(0, 1)
-                result = torch.nn.functional.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
+                result = cross_entropy_sum(logits_NV, targets_BT.flatten())
             # A view cannot be cut off its graph in place, as a backward pass in two parts does.
             return given, result.clone() if result._is_view() else result
 

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
+from gradstream.core.fused_layers import cross_entropy_sum
 from gradstream.core.model import UnitDraws, build, hidden_size, initialize_buffers
 from gradstream.core.plan import Plan
 from gradstream.core.schedules import SPLIT, Action, Op, Row, Schedule, make_schedule
@@ -376,9 +377,7 @@ class SlotComputer:
         return inputs
 
     def _loss_sum(self, logits_BTV: torch.Tensor, microbatch: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(
-            logits_BTV.float().flatten(0, 1), self._targets[microbatch].flatten(), reduction="sum"
-        )
+        return cross_entropy_sum(logits_BTV.float().flatten(0, 1), self._targets[microbatch].flatten())
 
     # -- model -----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gradstream.core.fused_layers import fuse
 from gradstream.core.schedules import Action, Op
 from gradstream.core.weight_gradients import WeightGradients, WeightPart
 
@@ -43,6 +44,8 @@ class StageRunner:
         split: bool,
     ):
         self._stages = stages
+        for stage in stages.values():
+            fuse(stage)
         self._gradients = {index: WeightGradients(stage, split) for index, stage in stages.items()}
         self._last = num_stages - 1
         self._loss_sum = loss_sum

@@ -52,11 +52,10 @@ def cross_entropy_sum(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch
 
 def _is_ours(*tensors: torch.Tensor) -> bool:
     """Whether the kernels compute this faster: they take one thread, and numbers that torch would not cast."""
-    return (
-        all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
-        and torch.get_num_threads() == 1
-        and not torch.is_autocast_enabled("cpu")
-    )
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            return False
+    return torch.get_num_threads() == 1 and not torch.is_autocast_enabled("cpu")
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -113,11 +112,13 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, _: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        scales = values.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
         result = torch.empty_like(values)
+        layer_kernels.squares(values.numel(), values.data_ptr(), result.data_ptr())
+        scales = result.sum(-1, keepdim=True)
         layer_kernels.norm(
             scales.numel(),
             values.shape[-1],
+            eps,
             values.data_ptr(),
             scales.data_ptr(),
             weight.data_ptr(),

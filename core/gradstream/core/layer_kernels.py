@@ -16,15 +16,23 @@ from gradstream.core.kernels import kernel, pointer
 
 
 @kernel
-def norm(tokens: int, size: int, values: int, scales: int, weight: int, out: int) -> None:
-    """out = weight · (value · scale of its token)."""
-    values_ND, out_ND = (
-        carray(pointer(values), (tokens, size), np.float32),
-        carray(pointer(out), (tokens, size), np.float32),
-    )
+def squares(elements: int, values: int, out: int) -> None:
+    """out = value²."""
+    values_N, out_N = carray(pointer(values), elements, np.float32), carray(pointer(out), elements, np.float32)
+    for n in range(elements):
+        out_N[n] = values_N[n] * values_N[n]
+
+
+@kernel
+def norm(tokens: int, size: int, eps: float, values: int, scales: int, weight: int, out: int) -> None:
+    """out = weight · (value · scale of its token). The scale, 1 / √(mean square + ε), takes the place of the sum of
+    squares."""
+    values_ND = carray(pointer(values), (tokens, size), np.float32)
     scales_N, weight_D = carray(pointer(scales), tokens, np.float32), carray(pointer(weight), size, np.float32)
+    out_ND = carray(pointer(out), (tokens, size), np.float32)
     for n in range(tokens):
-        scale = scales_N[n]
+        scale = np.float32(1.0) / np.sqrt(scales_N[n] / np.float32(size) + np.float32(eps))
+        scales_N[n] = scale
         for d in range(size):
             out_ND[n, d] = weight_D[d] * (values_ND[n, d] * scale)
 
@@ -113,7 +121,8 @@ def preload() -> None:
     """Compile every kernel, or load it from the cache."""
     array = np.ones(2, np.float32)
     at = int(array.ctypes.data)
-    norm(1, 1, at, at, at, at)
+    squares(1, at, at)
+    norm(1, 1, 1e-5, at, at, at, at)
     norm_products(1, 1, at, at, at, at, at, at)
     norm_backward(1, 1, at, at, at, at, at, at, at)
     rotate((1, 1, 1, 2), at, (2, 2, 2), at, at, (2, 2), at, (2, 2, 2), False)

@@ -88,7 +88,7 @@ def kernels_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("norm", "norm_products", "norm_backward", "rotate"):
+    for name in ("squares", "norm", "norm_products", "norm_backward", "rotate"):
         monkeypatch.setattr(layer_kernels, name, listen(name, getattr(layer_kernels, name)))
     return called
 

@@ -162,6 +162,41 @@ def test_double_precision_takes_the_models_own_way() -> None:
     assert_same(passes(model), expected)
 
 
+class OddRMSNorm(nn.Module):
+    """A norm with what few have: a shift, a bias, a gate."""
+
+    def __init__(self, shift: float = 0.0, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(24))
+        self.bias = nn.Parameter(torch.zeros(24)) if bias else None
+        self.shift = shift
+        self.variance_epsilon = 1e-5
+
+    def forward(self, values: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        values = values if gate is None else values * gate
+        values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        result: torch.Tensor = (self.shift + self.weight) * values
+        return result if self.bias is None else result + self.bias
+
+
+@pytest.mark.parametrize("norm", [OddRMSNorm(shift=1.0), OddRMSNorm(bias=True)])
+def test_a_norm_that_computes_something_else_is_left_alone(norm: nn.Module) -> None:
+    fuse(norm)
+    assert not taken(norm)
+
+
+def test_what_a_norm_is_given_besides_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, values, gate = OddRMSNorm(), torch.randn(5, 24), torch.randn(5, 24)
+    expected = norm(values, gate), norm(values, gate=gate), norm(values=values)
+    fuse(norm)
+    assert taken(norm) == [norm]
+    for found, own in zip((norm(values, gate), norm(values, gate=gate), norm(values=values)), expected, strict=True):
+        assert torch.equal(found, own)
+    called = kernels_called(monkeypatch)
+    assert torch.equal(norm(values), expected[2])
+    assert called == ["squares", "norm"]
+
+
 def test_no_random_number_is_drawn() -> None:
     state = torch.get_rng_state()
     fuse(build(FAMILIES["qwen3"], "meta"))

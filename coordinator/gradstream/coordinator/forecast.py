@@ -132,7 +132,8 @@ def forecast(
     compute = bubble = exposed = step = None
     if profiles:
         late = latency_seconds + max(messages, default=0) / per_second
-        costs = stage_costs(_cut(plan, profiles), profiles, late, group_speeds(groups))
+        recompute = plan.recipe.training.recompute
+        costs = stage_costs(_cut(plan, profiles), profiles, late, group_speeds(groups), recompute)
         schedule = make_schedule(plan.schedule or "1f1b", size, microbatches, plan.num_chunks)
         simulation = simulate(schedule, costs)
         compute, bubble = simulation.makespan, max(0.0, simulation.bubble)

@@ -148,10 +148,15 @@ def num_microbatches(training: TrainingConfig, num_replicas: int) -> int:
 
 
 def stage_costs(
-    cut: Sequence[range], profiles: Sequence[SectionProfile], latency_seconds: float, speeds: Sequence[float]
+    cut: Sequence[range],
+    profiles: Sequence[SectionProfile],
+    latency_seconds: float,
+    speeds: Sequence[float],
+    recompute: bool,
 ) -> Costs:
     """Seconds of each op on each stage, whose worker has the speed of its place. The first stage gives no gradient
-    away: all of its backward pass is that of the weights."""
+    away: all of its backward pass is that of the weights. The others give theirs away before they make those of the
+    weights, unless they recompute."""
     compute = []
     for stage, sections in enumerate(cut):
         found = [profiles[section] for section in sections]
@@ -164,7 +169,7 @@ def stage_costs(
         }
         speed = speeds[stage % len(speeds)]
         compute.append({op: value / speed for op, value in seconds.items()})
-    return Costs(compute, latency_seconds)
+    return Costs(compute, latency_seconds, input_first=not recompute)
 
 
 def sections_of_stages(stage_ends: Sequence[int], profiles: Sequence[SectionProfile]) -> list[range]:
@@ -237,7 +242,7 @@ def _fit(
     lean = min(names, key=lambda name: sum(lives[name]))
     cut, cut_reason = _cut(costs, profiles, groups, chunks, lives[lean])
     speeds = group_speeds(groups)
-    stage_cost = stage_costs(cut.sections, profiles, latency_seconds, speeds)
+    stage_cost = stage_costs(cut.sections, profiles, latency_seconds, speeds, training.recompute)
     # 2. The schedule.
     if config.schedule == "auto":
         rooms = [_room(place, size, cut, costs, profiles, groups) for place in range(size)]

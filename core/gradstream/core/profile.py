@@ -318,7 +318,7 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
         begin = time.perf_counter()
         _, weight_part = weight_gradients.backward_input(result, gradient, received)
         input_seconds = time.perf_counter() - begin
-        weight_seconds = _seconds(weight_part.add)
+        weight_seconds = _seconds(lambda: weight_part.add(lambda parameter: None))
         return forward_seconds, backward_seconds, input_seconds, weight_seconds
 
     run()  # warms up; from here on there are gradients to add to

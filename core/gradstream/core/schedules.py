@@ -325,10 +325,12 @@ def _most_waiting(schedule: Schedule, worker: int) -> int:
 @dataclass(frozen=True)
 class Costs:
     """Seconds: of each op on each stage, `compute[stage][op]`, and of a message between two workers, `latency`. A full
-    backward may be given as its two parts, and a split one by halves of the full one."""
+    backward may be given as its two parts, and a split one by halves of the full one. `input_first`: also a full one
+    makes the gradient of the inputs first, and gives it away before it makes those of the weights."""
 
     compute: Sequence[Mapping[Op, float]]
     latency: float = 0.0
+    input_first: bool = False
 
     def of(self, action: Action) -> float:
         """Seconds of an action."""
@@ -338,6 +340,13 @@ class Costs:
         if action.op is Op.BACKWARD:
             return seconds[Op.BACKWARD_INPUT] + seconds[Op.BACKWARD_WEIGHT]
         return seconds[Op.BACKWARD] / 2
+
+    def until_given(self, action: Action) -> float:
+        """Seconds from an action's begin until others can have what it gives."""
+        if action.op is not Op.BACKWARD or not self.input_first:
+            return self.of(action)
+        parts = [self.of(Action(action.stage, op, 0)) for op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)]
+        return self.of(action) * parts[0] / sum(parts) if any(parts) else 0.0
 
 
 @dataclass(frozen=True)
@@ -352,7 +361,7 @@ class Simulation:
 
 def simulate(schedule: Schedule, costs: Costs) -> Simulation:
     """Run a valid table with each worker in its own order, each action as soon as what it needs is there."""
-    ends: dict[Action, float] = {}
+    given: dict[Action, float] = {}
     begins: list[list[float]] = [[] for _ in schedule.rows]
     free = [0.0] * schedule.num_workers
     left = sum(map(len, schedule.rows))
@@ -362,14 +371,16 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
             while len(begins[worker]) < len(row):
                 action = row[len(begins[worker])]
                 needed = schedule.needs(action)
-                if any(item not in ends for item in needed):
+                if any(item not in given for item in needed):
                     break
                 arrivals = [
-                    ends[item] + (costs.latency if schedule.worker_of(item.stage) != worker else 0.0) for item in needed
+                    given[item] + (costs.latency if schedule.worker_of(item.stage) != worker else 0.0)
+                    for item in needed
                 ]
                 begin = max([free[worker], *arrivals])
                 begins[worker].append(begin)
-                free[worker] = ends[action] = begin + costs.of(action)
+                free[worker] = begin + costs.of(action)
+                given[action] = begin + costs.until_given(action)
                 left -= 1
         if left == before:
             raise ConfigError("schedule: the table cannot be run to its end; validate it first")

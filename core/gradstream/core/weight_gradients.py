@@ -73,15 +73,18 @@ class WeightPart:
     """Gradients of norms and biases, which take next to no time, and of what several layers share."""
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Add the gradients to those of the microbatches before, in each parameter's `grad`."""
-        for gradient in self.put_off:
-            gradient.add(gradient.weight, *gradient.tensors)
+    def add(self, on_added: Callable[[nn.Parameter], None]) -> None:
+        """Add the gradients to those of the microbatches before, in each parameter's `grad`, last layers first, and
+        call `on_added(parameter)` after each."""
         for parameter, made in self.others:
             if parameter.grad is None:
                 parameter.grad = made.clone()
             else:
                 parameter.grad.add_(made)
+            on_added(parameter)
+        for gradient in self.put_off:
+            gradient.add(gradient.weight, *gradient.tensors)
+            on_added(gradient.weight)
 
 
 class WeightGradients:
@@ -105,8 +108,8 @@ class WeightGradients:
         self, result: torch.Tensor, gradient: torch.Tensor | None, received: torch.Tensor
     ) -> tuple[torch.Tensor, WeightPart]:
         """The first part of a backward pass, from the gradient of `result` (None: of a scalar, the loss) to that of
-        `received`, and what is left for the second. The forward pass was made while `split` was set. No hooks are
-        called, in either part."""
+        `received`, and what is left for the second. The forward pass was made while `split` was set. autograd's hooks
+        are not called, in either part."""
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         self._put_off = put_off = list[WeightGradient]()
         try:

@@ -200,17 +200,17 @@ def test_schedules_that_do_not_exist(arguments: tuple[str, int, int, int], reaso
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-@given(shape=shapes(), latency=st.floats(0.0, 2.0), data=st.data())
+@given(shape=shapes(), latency=st.floats(0.0, 2.0), input_first=st.booleans(), data=st.data())
 def test_nothing_begins_before_what_it_needs(
-    shape: tuple[str, int, int, int], latency: float, data: st.DataObject
+    shape: tuple[str, int, int, int], latency: float, input_first: bool, data: st.DataObject
 ) -> None:
     schedule = make_schedule(*shape)
     seconds = st.floats(0.01, 3.0)
     compute = [{op: data.draw(seconds) for op in Op} for _ in range(schedule.num_stages)]
-    costs = Costs(compute, latency)
+    costs = Costs(compute, latency, input_first)
     found = simulate(schedule, costs)
     ends = {
-        action: (worker, begin + costs.of(action))
+        action: (worker, begin + costs.until_given(action))
         for worker, row in enumerate(schedule.rows)
         for action, begin in zip(row, found.begins[worker], strict=True)
     }
@@ -242,6 +242,22 @@ def test_bubbles_of_stages_that_take_equally_long(num_workers: int, num_microbat
     if num_microbatches >= num_workers > 1:
         # P - 1 of F + I - W instead of F + B: a third of it where all three take equally long (Qi et al. 2024).
         assert bubble == pytest.approx((num_workers - 1) / (3 * num_microbatches + num_workers - 1))
+
+
+@given(num_workers=st.integers(2, 6), num_microbatches=st.integers(1, 16))
+def test_gradients_that_are_given_before_the_weights_shorten_the_bubble(
+    num_workers: int, num_microbatches: int
+) -> None:
+    """The pipeline empties by the time of an input gradient a stage, instead of a whole backward pass."""
+    for name in ("gpipe", "1f1b", "eager-1f1b"):
+        schedule = make_schedule(name, num_workers, num_microbatches)
+        found = simulate(schedule, Costs([COMPUTE] * num_workers, input_first=True))
+        busy, waits = 3 * num_microbatches, 2 * (num_workers - 1)
+        assert found.makespan == pytest.approx(busy + waits)
+        assert found.bubble == pytest.approx(waits / (busy + waits))
+    split = make_schedule("zero-bubble", num_workers, num_microbatches)
+    with_it, without = (simulate(split, Costs([COMPUTE] * num_workers, input_first=first)) for first in (True, False))
+    assert with_it == without
 
 
 def test_chunks_shorten_the_bubble_and_early_forwards_hide_latency() -> None:

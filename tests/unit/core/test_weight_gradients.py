@@ -131,7 +131,10 @@ def test_the_bits_are_those_of_autograd(num_tokens: int, precision: torch.dtype,
         assert {id(gradient.weight) for gradient in weight_part.put_off} == {
             id(layer.weight) for layer in (net.positions, net.first, net.second, net.third)
         }
-        weight_part.add()
+        added: list[nn.Parameter] = []
+        weight_part.add(added.append)
+        assert {id(parameter) for parameter in added} == {id(parameter) for parameter in net.parameters()}
+        assert len(added) == len(list(net.parameters()))
     expected_sums = gradients_of(plain)
     for name, gradient in in_place.items():
         torch.testing.assert_close(gradient, expected_sums[name])

@@ -13,7 +13,7 @@ from support.tiny import GPT2, LLAMA, NO_DROPOUT, VOCAB_SIZE
 from torch import nn
 
 from gradstream.core.model import UnitDraws, initial_weights
-from gradstream.core.schedules import SCHEDULES, Action, Schedule, make_schedule, unavailable, validate
+from gradstream.core.schedules import SCHEDULES, SPLIT, Action, Schedule, make_schedule, unavailable, validate
 from gradstream.core.stage_module import StageModule, stage_tensors
 from gradstream.worker.compute import last_backwards
 from gradstream.worker.stage import StageRunner
@@ -37,9 +37,9 @@ Gradients = dict[tuple[str, int], torch.Tensor]
 
 
 class Pipeline:
-    """All workers of a pipeline in this process, with messages in a dictionary."""
+    """All workers of a pipeline in this process, with messages in a dictionary. `split`: see StageRunner."""
 
-    def __init__(self, config: dict[str, Any], schedule: Schedule):
+    def __init__(self, config: dict[str, Any], schedule: Schedule, split: bool = True):
         self.schedule = schedule
         self.weights = dict(initial_weights(config, seed=3))
         self.tokens = torch.randint(
@@ -53,6 +53,7 @@ class Pipeline:
             for (name, _), parameter in stage_tensors(stage, self.weights).items():
                 parameter.data.copy_(self.weights[name])
         self.watching: Callable[[int], AbstractContextManager[object]] = lambda worker: nullcontext()
+        self.sent: Callable[[int], None] = lambda worker: None
         self.done_with: Callable[[int, Action], None] = lambda worker, action: None
         self.draws = [UnitDraws(stage.model, seed=5) for stage in self.stages]
         self.runners = [
@@ -61,7 +62,7 @@ class Pipeline:
                 num_stages,
                 self.loss_sum,
                 self.begin,
-                schedule.split,
+                split,
             )
             for worker in range(schedule.num_workers)
         ]
@@ -93,6 +94,8 @@ class Pipeline:
                 given = self.tokens[action.microbatch, :, :-1].contiguous() if first else next(iter(received), None)
                 with self.watching(worker):
                     messages[action] = self.runners[worker].run(action, given)
+                    self.sent(worker)
+                    self.runners[worker].finish()
                 self.done_with(worker, action)
                 done.add(action)
                 places[worker] += 1
@@ -134,13 +137,17 @@ def assert_same(found: Gradients, expected: Gradients) -> None:
         assert torch.equal(found[key], gradient), key
 
 
-@pytest.mark.parametrize(("name", "num_workers", "num_chunks"), EXISTING)
+@pytest.mark.parametrize(
+    ("name", "num_workers", "num_chunks", "split"),
+    [(*case, True) for case in EXISTING]
+    + [(*case, False) for case in EXISTING if case[1] == 2 and case[0] not in SPLIT],
+)
 def test_gradients_are_those_of_one_process(
-    name: str, num_workers: int, num_chunks: int, model: tuple[dict[str, Any], Gradients, dict[int, float]]
+    name: str, num_workers: int, num_chunks: int, split: bool, model: tuple[dict[str, Any], Gradients, dict[int, float]]
 ) -> None:
     config, expected, losses = model
     schedule = make_schedule(name, num_workers, NUM_MICROBATCHES, num_chunks)
-    pipeline = Pipeline(config, schedule)
+    pipeline = Pipeline(config, schedule, split)
     pipeline.run()
     assert_same(pipeline.gradients(), expected)
     assert pipeline.runners[-1].losses == losses
@@ -191,6 +198,33 @@ def test_an_abandoned_try_leaves_nothing(name: str, model: tuple[dict[str, Any],
     pipeline.run()
     assert_same(pipeline.gradients(), expected)
     assert pipeline.runners[-1].losses == losses
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_neighbours_gradient_is_there_before_those_of_the_weights(name: str) -> None:
+    """And what is kept until these are made is no more than what the forward pass kept."""
+    pipeline = Pipeline(MODELS[name], make_schedule("1f1b", 3, 1))
+    saved = SavedBytes(pipeline)
+    pipeline.watching = saved.watching
+    kept: dict[int, int] = {}
+
+    def sent(worker: int) -> None:
+        rest = pipeline.runners[worker]._rest
+        if rest is None:
+            return
+        parameters = list(pipeline.stages[worker].parameters())
+        assert all(parameter.grad is None for parameter in parameters)
+        tensors = [made for _, made in rest.others] + [tensor for one in rest.put_off for tensor in one.tensors]
+        sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        kept[worker] = sum(sizes.values())
+
+    pipeline.sent = sent
+    pipeline.run()
+    assert set(kept) == {1, 2}, "the first stage has nobody to give a gradient to"
+    for worker, size in kept.items():
+        assert 0 < size <= saved.most[worker], worker
+    for stage in pipeline.stages:
+        assert all(parameter.grad is not None for parameter in stage.parameters())
 
 
 class SavedBytes:

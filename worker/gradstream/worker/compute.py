@@ -172,14 +172,15 @@ class SlotComputer:
         self._draws = [UnitDraws(model, plan.recipe.seed) for model in self.models]
         self._targets: dict[int, torch.Tensor] = {}
         self._layouts: dict[int, dict[str, torch.Tensor]] = {}
-        self._runner = StageRunner(
-            self._stages, plan.num_stages, self._loss_sum, self._begin, split=plan.schedule in SPLIT
-        )
+        # What is computed again for the first part of a backward pass would have to be kept for the second.
+        split = plan.schedule in SPLIT or (plan.has_pipeline and not self._training.recompute)
+        self._runner = StageRunner(self._stages, plan.num_stages, self._loss_sum, self._begin, split, self._on_added)
+        self._use_of = {id(parameter): use for use, parameter in self.parameters.items()}
         self._emit: Callable[[tuple[int, int], torch.Tensor], None] | None = None
         self._key: Callable[[int], tuple[object, ...]] = lambda microbatch: ()
         self._hooks: list[RemovableHandle] = [
-            parameter.register_post_accumulate_grad_hook(self._hook(use))  # type: ignore[no-untyped-call]
-            for use, parameter in self.parameters.items()
+            parameter.register_post_accumulate_grad_hook(self._on_added)  # type: ignore[no-untyped-call]
+            for parameter in self.parameters.values()
         ]
 
     @property
@@ -318,22 +319,23 @@ class SlotComputer:
     ) -> None:
         begin_ns = clock_ns()
         result = self._runner.run(action, received)
+        end_ns = clock_ns()
+        if result is not None and (action.op is Op.FORWARD or action.stage):
+            exchange.send(action, result, 0.0 if action.op is Op.FORWARD else losses[action.microbatch])
+        if self._runner.finish():
+            end_ns = clock_ns()
         if self.plan.has_pipeline:
             self._timeline.add(
                 _SPANS[action.op],
                 begin_ns,
-                clock_ns(),
+                end_ns,
                 slot,
                 stage=action.stage,
                 microbatch=action.microbatch % per_slot,
             )
-        if result is None or action.op is Op.BACKWARD_WEIGHT or (action.op is not Op.FORWARD and not action.stage):
-            return
-        exchange.send(action, result, 0.0 if action.op is Op.FORWARD else losses[action.microbatch])
 
     def _emit_rest(self, stage: int, emitted: set[tuple[int, int]]) -> None:
-        """Give away the gradients of a stage that no hook saw: those of a split backward pass, and zeros for what has
-        no path from the loss to it, as the step waits for it."""
+        """Give away zeros for what has no path from the loss to it, as the step waits for it."""
         assert self._emit is not None
         for use in reversed(self._uses_of_stage[stage]):
             if use not in emitted:
@@ -341,13 +343,11 @@ class SlotComputer:
                 gradient, parameter.grad = parameter.grad, None
                 self._emit(use, torch.zeros_like(parameter) if gradient is None else gradient)
 
-    def _hook(self, use: tuple[int, int]) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
-            if self._emit is not None and parameter.grad is not None:
-                gradient, parameter.grad = parameter.grad, None
-                self._emit(use, gradient)
-
-        return hook
+    def _on_added(self, parameter: torch.Tensor) -> None:
+        """A gradient was added up; in the last backward pass of a slot it is final."""
+        if self._emit is not None and parameter.grad is not None:
+            gradient, parameter.grad = parameter.grad, None
+            self._emit(self._use_of[id(parameter)], gradient)
 
     def _begin(self, microbatch: int) -> None:
         key = self._key(microbatch)

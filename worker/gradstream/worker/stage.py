@@ -32,7 +32,9 @@ class StageRunner:
     `loss_sum(logits, microbatch)` is the last stage's loss.
 
     `begin(microbatch)` is called before each action: it seeds what the passes of a microbatch draw. `split`: backward
-    passes are going to come in two parts.
+    passes of all stages but the first come in two parts, also where the schedule has them in one: the neighbour gets
+    its gradient before those of the weights are made. Then `on_added(parameter)` is called whenever one of these has
+    been added to its `grad`; for passes in one part autograd has hooks.
     """
 
     def __init__(
@@ -42,11 +44,15 @@ class StageRunner:
         loss_sum: Callable[[torch.Tensor, int], torch.Tensor],
         begin: Callable[[int], None],
         split: bool,
+        on_added: Callable[[nn.Parameter], None] = lambda parameter: None,
     ):
         self._stages = stages
         for stage in stages.values():
             fuse(stage)
-        self._gradients = {index: WeightGradients(stage, split) for index, stage in stages.items()}
+        self._gradients = {index: WeightGradients(stage, split and index > 0) for index, stage in stages.items()}
+        self._split = split
+        self._on_added = on_added
+        self._rest: WeightPart | None = None
         self._last = num_stages - 1
         self._loss_sum = loss_sum
         self._begin = begin
@@ -60,6 +66,8 @@ class StageRunner:
         A forward pass is given token ids (first stage) or the activations of the stage before, and gives its own; a
         backward pass is given the gradient of what this stage gave, and gives that of what it received. The last stage
         gives no activations, the first no gradient, and they are given none.
+
+        A full backward pass that has given its gradient may not be over yet: `finish` follows every action.
         """
         self._begin(action.microbatch)
         if action.op is Op.FORWARD:
@@ -69,16 +77,29 @@ class StageRunner:
             return self._backward_input(action, self._live[key], received)
         live = self._live.pop(key)
         if action.op is Op.BACKWARD_WEIGHT and action.stage:
-            assert live.weight_part is not None
-            live.weight_part.add()
+            self._rest = live.weight_part
             return None
+        if action.op is Op.BACKWARD and action.stage and self._split:
+            gradient = self._backward_input(action, live, received)
+            self._rest = live.weight_part
+            return gradient
         if not live.result.requires_grad:
             return None  # a first stage without an adapter: nobody wants its gradient
         live.result.backward(received if action.op is Op.BACKWARD else live.gradient)  # type: ignore[no-untyped-call]
         return live.received.grad
 
+    def finish(self) -> bool:
+        """Compute what is left of the last action, now that the neighbour has what it waits for; whether there was
+        anything."""
+        rest, self._rest = self._rest, None
+        if rest is None:
+            return False
+        rest.add(self._on_added)
+        return True
+
     def abandon(self) -> None:
         """Forget every microbatch under way, and what it has added."""
+        self._rest = None
         self._live.clear()
         self.losses.clear()
         for stage in self._stages.values():

@@ -283,8 +283,8 @@ def balanced_ends(recipe: Recipe) -> tuple[int, ...]:
 
 
 def ideal_bubble(case: Case) -> float:
-    """That of equal stages between which nothing takes time, where a backward pass takes as long as two forward ones.
-    For gpipe and 1f1b it is (P - 1) / (M + P - 1)."""
+    """That of equal stages between which nothing takes time, where a backward pass takes as long as two forward ones
+    and gives nothing away before its end, as in torch. For gpipe and 1f1b it is (P - 1) / (M + P - 1)."""
     schedule = make_schedule(case.schedule, NUM_WORKERS, case.num_microbatches, case.num_chunks)
     costs = {Op.FORWARD: 1.0, Op.BACKWARD: 2.0, Op.BACKWARD_INPUT: 1.0, Op.BACKWARD_WEIGHT: 1.0}
     return simulate(schedule, Costs([costs] * schedule.num_stages)).bubble

@@ -161,11 +161,19 @@ def stage_costs(
     for stage, sections in enumerate(cut):
         found = [profiles[section] for section in sections]
         backward = sum(profile.backward_seconds for profile in found)
+        parts = 0.0, backward
+        if stage:
+            parts = (
+                sum(profile.backward_input_seconds for profile in found),
+                sum(profile.backward_weight_seconds for profile in found),
+            )
+            if not recompute:
+                backward = sum(parts)
         seconds = {
             Op.FORWARD: sum(profile.forward_seconds for profile in found),
             Op.BACKWARD: backward,
-            Op.BACKWARD_INPUT: sum(profile.backward_input_seconds for profile in found) if stage else 0.0,
-            Op.BACKWARD_WEIGHT: sum(profile.backward_weight_seconds for profile in found) if stage else backward,
+            Op.BACKWARD_INPUT: parts[0],
+            Op.BACKWARD_WEIGHT: parts[1],
         }
         speed = speeds[stage % len(speeds)]
         compute.append({op: value / speed for op, value in seconds.items()})

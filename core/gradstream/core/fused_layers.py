@@ -31,6 +31,8 @@ LOSS_ROWS = 32
 def fuse(module: nn.Module) -> None:
     """Let a model's norms and attentions compute by the functions below, where these give the same bits."""
     for layer in module.modules():
+        if "forward" in vars(layer):
+            continue  # somebody else's
         eps = getattr(layer, "variance_epsilon", None)
         if type(layer).__name__.endswith("RMSNorm") and isinstance(eps, float) and _is_norm(layer, eps):
             layer.forward = _NormForward(layer, eps)  # type: ignore[method-assign]
@@ -93,7 +95,7 @@ class _NormForward:
         layer = self._layer
         if len(arguments) == 1 and not named:
             (values,), weight = arguments, layer.weight
-            if _is_ours(values, weight) and values.is_contiguous():  # type: ignore[arg-type]
+            if _is_ours(values, weight) and values.is_contiguous() and values.shape[-1:] == weight.shape:  # type: ignore[arg-type]
                 return _norm(values, weight, self._eps)  # type: ignore[arg-type]
         return type(layer).forward(layer, *arguments, **named)
 
@@ -148,10 +150,11 @@ class _Norm(torch.autograd.Function):
 
 def _is_norm(layer: nn.Module, eps: float) -> bool:
     """Whether `_norm` gives the bits of a layer, whatever its weight is."""
-    if [name for name, _ in layer.named_parameters()] != ["weight"]:
+    parameters = dict(layer.named_parameters())
+    if set(parameters) != {"weight"} or parameters["weight"].dim() != 1:
         return False
     twin = copy.copy(layer)  # a flat one: of its own it has only the weight
-    size = layer.get_parameter("weight").numel()
+    size = len(parameters["weight"])
 
     def own(values: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         vars(twin)["_parameters"] = {"weight": weight}
@@ -206,6 +209,8 @@ def _rotated(values_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ba
 
 
 def _can_rotate(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    if not queries.dim() == keys.dim() == 4:
+        return False
     samples, _, tokens, size = queries.shape
     return (
         _is_ours(queries, keys, cos, sin)
@@ -232,12 +237,11 @@ def _rotary_forward(forward: Any) -> FunctionType | None:
     if not _agree(lambda q, k: own(q, k, cos, sin), lambda q, k: _Rotary.apply(q, k, cos, sin), queries, keys):  # type: ignore[no-untyped-call]
         return None
 
-    def rotary(
-        queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any, **named: Any
-    ) -> Any:
-        if others or named or not _can_rotate(queries, keys, cos, sin):
-            return own(queries, keys, cos, sin, *others, **named)
-        return _Rotary.apply(queries, keys, cos, sin)  # type: ignore[no-untyped-call]
+    def rotary(*arguments: Any, **named: Any) -> Any:
+        plain = len(arguments) == 4 and not named and all(isinstance(argument, torch.Tensor) for argument in arguments)
+        if plain and _can_rotate(*arguments):
+            return _Rotary.apply(*arguments)  # type: ignore[no-untyped-call]
+        return own(*arguments, **named)
 
     # The same code with other names around it, so that nobody else's model changes.
     names = {**forward.__globals__, ROTARY: rotary}
@@ -269,8 +273,8 @@ def _agree(own: Function, ours: Function, *inputs: torch.Tensor) -> bool:
 
     try:
         expected = run(own)
-    except (TypeError, ValueError, RuntimeError):
-        return False  # it is a function of something else
+    except Exception:  # any family's own code, which may be a function of something else
+        return False
     return all(
         torch.equal(one, other) and one.stride() == other.stride()
         for one, other in zip(expected, run(ours), strict=True)

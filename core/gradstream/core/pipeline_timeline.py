@@ -70,7 +70,7 @@ class Run:
 
 class Bubble(NamedTuple):
     """Shares of the workers' time in which they wait: the one measured, and the one that GPipe and 1F1B would have with
-    the same microbatches if all stages took equally long. Schedules that do better than these two can be below it."""
+    the same microbatches if all stages took equally long and passes were indivisible, which can be more."""
 
     measured: float
     ideal: float

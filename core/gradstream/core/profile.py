@@ -4,7 +4,7 @@ Sections are measured one at a time, layers of equal shapes once, so a model of 
 never more memory than its largest section. What is too large to be measured here is estimated from its matrices.
 
 Left out: what a stage does once however many sections it has (masks, positions), which each section's time contains;
-the gradients that a backward pass in two parts keeps between them; other processors than this machine's.
+what zero-bubble keeps between the parts of a backward pass; other processors than this machine's.
 """
 
 from __future__ import annotations
@@ -238,8 +238,7 @@ def _measure(
             if stage.last:
                 logits_NV = result.float().flatten(0, 1)
                 result = cross_entropy_sum(logits_NV, targets_BT.flatten())
-            # A view cannot be cut off its graph in place, as a backward pass in two parts does.
-            return given, result.clone() if result._is_view() else result
+            return given, result
 
         activation_bytes, working_bytes = _kept_bytes(stage, forward, workload.recompute and not stage.first)
         seconds = _time_passes(stage, forward)
@@ -318,7 +317,7 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
         begin = time.perf_counter()
         _, weight_part = weight_gradients.backward_input(result, gradient, received)
         input_seconds = time.perf_counter() - begin
-        weight_seconds = _seconds(lambda: weight_part.add(lambda parameter: None))
+        weight_seconds = _seconds(weight_part.add)
         return forward_seconds, backward_seconds, input_seconds, weight_seconds
 
     run()  # warms up; from here on there are gradients to add to

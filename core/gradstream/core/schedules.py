@@ -343,10 +343,9 @@ class Costs:
 
     def until_given(self, action: Action) -> float:
         """Seconds from an action's begin until others can have what it gives."""
-        if action.op is not Op.BACKWARD or not self.input_first:
-            return self.of(action)
-        parts = [self.of(Action(action.stage, op, 0)) for op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)]
-        return self.of(action) * parts[0] / sum(parts) if any(parts) else 0.0
+        if self.input_first and action.op is Op.BACKWARD:
+            action = Action(action.stage, Op.BACKWARD_INPUT, action.microbatch)
+        return self.of(action)
 
 
 @dataclass(frozen=True)
@@ -391,7 +390,8 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
 
 
 def ideal_bubble(num_workers: int, num_microbatches: int) -> float:
-    """The share of time that GPipe and 1F1B wait when all stages take equally long: (P - 1) / (M + P - 1)."""
+    """The share of time that GPipe and 1F1B wait when all stages take equally long and give what the neighbour needs at
+    the end of a pass: (P - 1) / (M + P - 1)."""
     return (num_workers - 1) / (num_microbatches + num_workers - 1)
 
 

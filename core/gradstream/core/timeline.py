@@ -312,9 +312,10 @@ def _flow_events(passes: Sequence[_Placed], origin_us: int) -> list[dict[str, An
         if source is None:
             continue
         common = {"cat": "flow", "name": "activations" if step == 1 else "gradients", "id": number}
-        # Its last microsecond: at its end the next span may have begun already.
-        out_us = source.span.begin_us + max(0, source.span.duration_us - 1) - origin_us
         in_us = target.span.begin_us - origin_us
+        begin_us = source.span.begin_us - origin_us
+        # Its last microsecond, as at its end the next span may have begun; a gradient may have left earlier.
+        out_us = max(begin_us, min(begin_us + source.span.duration_us - 1, in_us))
         events.append({"ph": "s", **common, "pid": source.process, "tid": source.thread, "ts": out_us})
         # To the span around this time, not to the next one to begin.
         events.append({"ph": "f", "bp": "e", **common, "pid": target.process, "tid": target.thread, "ts": in_us})

@@ -12,12 +12,14 @@ Shape legend: N tokens, I inputs and O outputs of a layer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 MOST_ROWS_IN_PLACE = 384
@@ -26,8 +28,8 @@ A BLAS may add the products of some hundred rows (192 on Zen 3) before it touche
 the same bits, beyond they round differently. Which way is taken depends on the recipe alone."""
 
 FEWEST_ELEMENTS_IN_PLACE = 1 << 18
-"""A matrix with fewer elements than this is left to autograd, which makes the product first: one pass over them more
-takes less time than what a layer of ours costs in Python."""
+"""Where backward passes come in one part, a matrix with fewer elements than this is left to autograd, which makes the
+product first: one pass over them more takes less time than what a layer of ours costs in Python."""
 
 Add = Callable[..., None]
 """Adds the gradient of a weight, its first argument, to the weight's `grad`: add_product or add_rows."""
@@ -64,27 +66,43 @@ def add_rows(weight: nn.Parameter, indices: torch.Tensor, rows: torch.Tensor) ->
     weight.grad.index_add_(0, found, sums)
 
 
+OnAdded = Callable[[nn.Parameter], None]
+
+
 @dataclass(frozen=True)
 class WeightPart:
-    """What the first part of a backward pass has left to its second: no gradient of a parameter was touched so far."""
+    """What the first part of a backward pass has left to its second, last layers first. It is added once."""
 
     put_off: list[WeightGradient]
     others: list[tuple[nn.Parameter, torch.Tensor]]
-    """Gradients of norms and biases, which take next to no time, and of what several layers share."""
+    """Gradients that are made already: of what is no layer's own matrix, such as norms and biases."""
+    on_added: OnAdded
 
     @torch.no_grad()
-    def add(self, on_added: Callable[[nn.Parameter], None]) -> None:
-        """Add the gradients to those of the microbatches before, in each parameter's `grad`, last layers first, and
-        call `on_added(parameter)` after each."""
-        for parameter, made in self.others:
+    def add(self) -> None:
+        """Add the gradients to those of the microbatches before, in each parameter's `grad`, and call `on_added` for
+        each parameter when it has all of its own. What they are made from is let go meanwhile."""
+        left = Counter(id(parameter) for parameter, _ in self.others)
+        left.update(id(gradient.weight) for gradient in self.put_off)
+
+        def added(parameter: nn.Parameter) -> None:
+            left[id(parameter)] -= 1
+            if not left[id(parameter)]:
+                self.on_added(parameter)
+
+        for pieces in (self.others, self.put_off):
+            pieces.reverse()  # to take them from the end
+        while self.others:
+            parameter, made = self.others.pop()
             if parameter.grad is None:
                 parameter.grad = made.clone()
             else:
                 parameter.grad.add_(made)
-            on_added(parameter)
-        for gradient in self.put_off:
+            added(parameter)
+        while self.put_off:
+            gradient = self.put_off.pop()
             gradient.add(gradient.weight, *gradient.tensors)
-            on_added(gradient.weight)
+            added(gradient.weight)
 
 
 class WeightGradients:
@@ -92,33 +110,67 @@ class WeightGradients:
 
     From here on `backward()` leaves their sum in `grad` as before, and calls the hooks that wait for it
     (`register_post_accumulate_grad_hook`). A weight that several layers share is left to autograd. While `split` is
-    set, forward passes are such that their backward pass can come in two parts.
+    set, forward passes are such that their backward pass can come in two parts. `on_added(parameter)` is called
+    whenever a backward pass, whole or in parts, has added all of a parameter's gradient.
     """
 
-    def __init__(self, module: nn.Module, split: bool):
+    def __init__(self, module: nn.Module, split: bool, on_added: OnAdded = lambda parameter: None):
         self.split = split
+        self._on_added = on_added
         self._put_off: list[WeightGradient] | None = None
         users = Counter(id(parameter) for inner in module.modules() for parameter in inner.parameters(recurse=False))
         for layer in module.modules():
             if _is_known(layer) and users[id(layer.weight)] == 1:
                 layer.forward = _Forward(self, layer)  # type: ignore[method-assign]
         self._parameters = list(module.parameters())
+        self._hooks: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(self._on_accumulated)  # type: ignore[no-untyped-call]
+            for parameter in self._parameters
+            if parameter.requires_grad
+        ]
+
+    def close(self) -> None:
+        """Call `on_added` no more. Python's garbage collector cannot see the way by which the hooks lead back to this
+        object, so that neither it nor what it calls would ever be freed."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def backward_until_given(
+        self, result: torch.Tensor, gradient: torch.Tensor | None, received: torch.Tensor
+    ) -> tuple[torch.Tensor, WeightPart]:
+        """A backward pass that puts its matrices' gradients off: from the gradient of `result` (None: of a scalar, the
+        loss) to that of `received`, and what is left. All other gradients are added already, as autograd makes them.
+        The forward pass was made while `split` was set."""
+        with self._putting_off() as put_off:
+            result.backward(gradient)  # type: ignore[no-untyped-call]
+        of_received, received.grad = received.grad, None
+        assert of_received is not None
+        return of_received, WeightPart(put_off, [], self._on_added)
 
     def backward_input(
         self, result: torch.Tensor, gradient: torch.Tensor | None, received: torch.Tensor
     ) -> tuple[torch.Tensor, WeightPart]:
-        """The first part of a backward pass, from the gradient of `result` (None: of a scalar, the loss) to that of
-        `received`, and what is left for the second. The forward pass was made while `split` was set. autograd's hooks
-        are not called, in either part."""
+        """The first part of a backward pass whose second may come after other passes: as `backward_until_given`, but
+        no gradient of a parameter is touched, and those that are not put off are held until then."""
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+        with self._putting_off() as put_off:
+            of_received, *made = torch.autograd.grad([result], [received, *trained], [gradient], allow_unused=True)
+        # What is put off is None here.
+        others = [pair for pair in zip(reversed(trained), reversed(made), strict=True) if pair[1] is not None]
+        return of_received, WeightPart(put_off, others, self._on_added)
+
+    @contextmanager
+    def _putting_off(self) -> Iterator[list[WeightGradient]]:
         self._put_off = put_off = list[WeightGradient]()
         try:
-            of_received, *made = torch.autograd.grad([result], [received, *trained], [gradient], allow_unused=True)
+            yield put_off
         finally:
             self._put_off = None
-        # What is put off is None here.
-        others = [pair for pair in zip(trained, made, strict=True) if pair[1] is not None]
-        return of_received, WeightPart(put_off, others)
+
+    def _on_accumulated(self, parameter: nn.Parameter) -> None:
+        """autograd is through with a parameter; with what was put off it has nothing to do."""
+        if not any(gradient.weight is parameter for gradient in self._put_off or ()):
+            self._on_added(parameter)
 
     def take(self, add: Add, weight: nn.Parameter, *tensors: torch.Tensor) -> None:
         """Called in a layer's backward pass: `add(weight, *tensors)` adds the weight's gradient, now or later."""

@@ -321,10 +321,11 @@ def test_a_forecast_of_a_pipeline(tmp_path: Path) -> None:
     assert (found.num_replicas, found.num_microbatches, found.schedule) == (2, 8, "gpipe")
     assert [stage.sections for stage in found.stages][1] == (*(f"layers.{n}" for n in range(4, 8)), "head")
     assert [(place.place, place.workers) for place in found.places] == [(0, ("w-0", "w-1")), (1, ("w-2", "w-3"))]
-    # 8 microbatches of 12.03 s through 2 stages of equal length. To fill and empty the pipeline takes another, but for
-    # the weights' half of a backward pass of 8.02 s, which nobody waits for.
-    assert found.compute_seconds == pytest.approx(9 * 12.03 - 4.01)
-    assert found.bubble == pytest.approx(1 - 8 * 12.03 / (9 * 12.03 - 4.01), abs=1e-3)
+    # 8 microbatches through 2 stages of 4.01 s forward. A backward pass takes 8.02 s in one part (first stage) and
+    # 2 x 4.411 s in two; for the second part of the last one nobody waits.
+    seconds = 9 * 4.01 + (2 * 8 - 1) * 4.411 + 8.02
+    assert found.compute_seconds == pytest.approx(seconds)
+    assert found.bubble == pytest.approx(1 - 8 * (2 * 4.01 + 8.02 + 8.822) / (2 * seconds), abs=1e-3)
     whole = told(recipe_of(tmp_path, {"recompute": True}, schedule="gpipe"), workers(0, 0, 0, 0), num_servers=1)
     assert whole.compute_seconds == pytest.approx(9 * 12.03)
     assert whole.bubble == pytest.approx(1 / 9, abs=1e-3)

@@ -22,6 +22,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**WIDTH, "model_type": "gemma2"},  # norms whose weights begin at zero
     "cohere": {**WIDTH, "model_type": "cohere"},  # rotates neighbours instead of halves
     "glm": {**WIDTH, "model_type": "glm", "pad_token_id": 0},  # rotates half of each head
+    "stablelm": {**WIDTH, "model_type": "stablelm"},  # rotates a slice of each head
     "gpt2": {**GPT2, **NO_DROPOUT},
 }
 TAKEN = {
@@ -32,6 +33,7 @@ TAKEN = {
     "gemma2": {"Gemma2Attention"},
     "cohere": set(),
     "glm": {"GlmRMSNorm"},
+    "stablelm": {"StableLmAttention"},
     "gpt2": set(),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -58,10 +60,12 @@ def taken(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if "forward" in vars(module)]
 
 
-def passes(model: Any, precision: torch.dtype = torch.float32, **layout: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits of two samples and all gradients."""
+def passes(
+    model: Any, precision: torch.dtype = torch.float32, size: tuple[int, int] = (2, 13), **layout: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Logits of some samples and all gradients."""
     model.zero_grad()
-    tokens_BT = torch.randint(0, VOCAB_SIZE, (2, 13), generator=torch.Generator().manual_seed(2))
+    tokens_BT = torch.randint(0, VOCAB_SIZE, size, generator=torch.Generator().manual_seed(2))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is torch.bfloat16):
         logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False, **layout).logits
     cross_entropy_sum(logits_BTV.float().flatten(0, 1), tokens_BT[:, 1:].flatten()).backward()
@@ -100,6 +104,8 @@ def test_logits_and_gradients_are_those_of_the_models_own_code(family: str) -> N
     fuse(model)
     assert {type(module).__name__ for module in taken(model)} == TAKEN[family]
     assert_same(passes(model), expected)
+    for size in ((1, 13), (3, 2), (1, 2)):  # of samples, and of tokens and the one to predict
+        assert_same(passes(model, size=size), passes(made(family), size=size))
     # Nobody else's model has changed.
     assert not taken(made(family))
     assert_same(passes(made(family)), expected)
@@ -132,7 +138,7 @@ def test_recomputed_passes() -> None:
     assert_same(passes(model), expected)
 
 
-def test_frozen_weights_have_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_weights_have_no_gradient() -> None:
     model = made("llama")
     fuse(model)
     every = passes(model)
@@ -181,6 +187,32 @@ class OddRMSNorm(nn.Module):
 
 @pytest.mark.parametrize("norm", [OddRMSNorm(shift=1.0), OddRMSNorm(bias=True)])
 def test_a_norm_that_computes_something_else_is_left_alone(norm: nn.Module) -> None:
+    fuse(norm)
+    assert not taken(norm)
+
+
+def test_a_norm_is_given_what_its_weight_does_not_fit() -> None:
+    """The model's own code says what is wrong; a kernel would read what lies behind the weight."""
+    norm = OddRMSNorm()
+    fuse(norm)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        norm(torch.randn(5, 48))
+
+
+class HeadsRMSNorm(nn.Module):
+    """A norm whose weight has more than one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8))
+        self.variance_epsilon = 1e-5
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.weight * values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def test_a_norm_with_a_weight_of_two_dimensions_is_left_alone() -> None:
+    norm = HeadsRMSNorm()
     fuse(norm)
     assert not taken(norm)
 

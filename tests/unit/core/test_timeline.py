@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,10 +108,11 @@ def test_lanes_are_named_after_their_kind() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zero-bubble"])
-def test_passes_are_in_one_track_with_arrows_from_stage_to_stage(name: str) -> None:
+@pytest.mark.parametrize(("name", "input_first"), [("1f1b", False), ("1f1b", True), ("zero-bubble", True)])
+def test_passes_are_in_one_track_with_arrows_from_stage_to_stage(name: str, input_first: bool) -> None:
     schedule = make_schedule(name, 3, 4)
-    timelines = simulated_timelines(schedule, stage_costs(schedule, latency_us=10), slots=(2, 5))
+    costs = replace(stage_costs(schedule, latency_us=10), input_first=input_first)
+    timelines = simulated_timelines(schedule, costs, slots=(2, 5))
     events = chrome_trace(timelines)["traceEvents"]
     threads = {
         (event["pid"], event["tid"]): event["args"]["name"] for event in events if event["name"] == "thread_name"
@@ -142,6 +144,7 @@ def test_passes_are_in_one_track_with_arrows_from_stage_to_stage(name: str) -> N
             for end in (ends["s"], ends["f"])
         ]
         assert [len(events) for events in around] == [1, 1]
+        assert ends["s"]["ts"] <= ends["f"]["ts"], "a gradient may leave in the middle of its pass"
         assert ends["f"]["ts"] == around[1][0]["ts"]
         assert around[0][0]["args"]["slot"] == around[1][0]["args"]["slot"]
         found.append((ends["s"]["name"], around[0][0]["name"], around[1][0]["name"]))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradstream.core import weight_gradients
-from gradstream.core.weight_gradients import MOST_ROWS_IN_PLACE, WeightGradients
+from gradstream.core.weight_gradients import MOST_ROWS_IN_PLACE, WeightGradients, WeightPart
 
 NUM_MICROBATCHES = 3
 MOST_SURE_ROWS = 128
@@ -90,8 +93,11 @@ def add_in_place(net: Net) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -102,39 +108,47 @@ def small_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     assert net.first.weight.numel() < net.third.weight.numel() < net.second.weight.numel()
 
 
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("way", ["whole", "until given", "in parts"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 2, 33, MOST_SURE_ROWS, MOST_ROWS_IN_PLACE, MOST_ROWS_IN_PLACE + 100])
-def test_the_bits_are_those_of_autograd(num_tokens: int, precision: torch.dtype, split: bool) -> None:
+def test_the_bits_are_those_of_autograd(num_tokens: int, precision: torch.dtype, way: str) -> None:
     net, plain = Net(), Net()
-    gradients = WeightGradients(net, split)
+    added: Counter[int] = Counter()
+    once = Counter(id(parameter) for parameter in net.parameters())
+    gradients = WeightGradients(net, way != "whole", lambda parameter: added.update([id(parameter)]))
+    layers_put_off = {id(layer.weight) for layer in (net.positions, net.first, net.second, net.third)}
     rounds_apart = precision is torch.float32 and MOST_SURE_ROWS < num_tokens <= MOST_ROWS_IN_PLACE
     in_place = add_in_place(plain) if rounds_apart else {}
-    put_off = []
+    later: list[WeightPart] = []
     for tokens in microbatches(num_tokens):
         expected = torch.zeros(num_tokens, 48, requires_grad=True)
         loss(plain, tokens, precision, expected).backward()
         received = torch.zeros(num_tokens, 48, requires_grad=True)
         result = loss(net, tokens, precision, received)
-        if split:
-            found, weight_part = gradients.backward_input(result, None, received)
-            put_off.append(weight_part)
-        else:
+        added.clear()
+        if way == "whole":
             result.backward()
             assert received.grad is not None
             found = received.grad
+        else:
+            first_part = gradients.backward_until_given if way == "until given" else gradients.backward_input
+            found, weight_part = first_part(result, None, received)
+            assert {id(gradient.weight) for gradient in weight_part.put_off} == layers_put_off
+            if way == "until given":
+                assert set(added) == set(once) - layers_put_off
+                weight_part.add()
+            else:
+                assert not added
+                later.append(weight_part)
         assert expected.grad is not None
         assert torch.equal(found, expected.grad)
-    if split:
+        assert added == (Counter() if way == "in parts" else once)
+    if way == "in parts":
         assert not gradients_of(net)
-    for weight_part in put_off:
-        assert {id(gradient.weight) for gradient in weight_part.put_off} == {
-            id(layer.weight) for layer in (net.positions, net.first, net.second, net.third)
-        }
-        added: list[nn.Parameter] = []
-        weight_part.add(added.append)
-        assert {id(parameter) for parameter in added} == {id(parameter) for parameter in net.parameters()}
-        assert len(added) == len(list(net.parameters()))
+    for weight_part in later:
+        added.clear()
+        weight_part.add()
+        assert added == once
     expected_sums = gradients_of(plain)
     for name, gradient in in_place.items():
         torch.testing.assert_close(gradient, expected_sums[name])
@@ -163,20 +177,43 @@ def test_hooks_are_called_when_a_sum_is_whole() -> None:
         assert_same(called, gradients_of(plain))
 
 
-def test_a_layer_that_is_called_twice() -> None:
+@pytest.mark.parametrize("way", ["whole", "until given", "in parts"])
+def test_a_layer_that_is_called_twice(way: str) -> None:
     """No supported family has one in its stages, but a whole model may be anything."""
     net, plain = nn.Linear(96, 96), nn.Linear(96, 96)
     plain.load_state_dict(net.state_dict())
-    WeightGradients(net, split=False)
-    calls = []
-    net.weight.register_post_accumulate_grad_hook(lambda weight: calls.append(weight.grad.clone()))  # type: ignore
-    received = torch.randn(5, 96)
+    added: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def on_added(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        added.append((parameter, parameter.grad.clone()))
+
+    gradients = WeightGradients(net, way != "whole", on_added)
     for _ in range(2):
-        net(torch.tanh(net(received))).sum().backward()
+        added.clear()
+        received = torch.randn(5, 96, requires_grad=True)
         plain(torch.tanh(plain(received))).sum().backward()
-    assert len(calls) == 2
-    assert plain.weight.grad is not None
-    torch.testing.assert_close(calls[-1], plain.weight.grad)
+        result = net(torch.tanh(net(received))).sum()
+        if way == "whole":
+            result.backward()
+        else:
+            first_part = gradients.backward_until_given if way == "until given" else gradients.backward_input
+            first_part(result, None, received)[1].add()
+    assert {id(parameter) for parameter, _ in added} == {id(net.weight), id(net.bias)}
+    assert len(added) == 2, "once for each of them"
+    for parameter, gradient in added:
+        expected = plain.weight.grad if parameter is net.weight else plain.bias.grad
+        assert expected is not None
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_nothing_is_called_after_the_end() -> None:
+    net, called = Net(), list[nn.Parameter]()
+    gradients = WeightGradients(net, False, called.append)
+    gradients.close()
+    loss(net, microbatches(7)[0], torch.float32).backward()
+    assert gradients_of(net)
+    assert not called
 
 
 def test_small_matrices_are_left_to_autograd_unless_passes_come_in_two_parts() -> None:

@@ -1,6 +1,7 @@
 """One slot's gradient: that of plain autograd to the last bit, each tensor once, last layers first."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import nn
 
 from gradstream.core.errors import ConfigError
 from gradstream.core.model import build, derive_seed, forward_units, initial_weights, inventory
+from gradstream.core.schedules import Action, Op
+from gradstream.core.stage_module import sections_of
 from gradstream.worker.compute import AbandonedError, Alone, SlotComputer, SlotTotals, Try, pick_device
 from gradstream.worker.data import Batch
 
@@ -139,6 +142,69 @@ def test_last_layers_come_first(model: dict[str, Any]) -> None:
     within = [unit for unit in units if unit in layers]
     assert within == sorted(within, reverse=True)
     assert units[-1] == 0, "the embedding is final when all is done"
+
+
+class Recording(Alone):
+    """Notes in the same list as an Emitted what was sent."""
+
+    def __init__(self, order: list[int | Action]):
+        super().__init__()
+        self._order = order
+
+    def send(self, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
+        self._order.append(action)
+        super().send(action, tensor, loss_sum)
+
+
+@every_model
+def test_the_stage_before_gets_its_gradient_before_the_servers_get_those_of_the_matrices(
+    model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the gradients of a pipeline's stages are emitted from inside its passes, each one once."""
+    left: list[int] = []
+    emit_rest = SlotComputer._emit_rest
+
+    def counting(self: SlotComputer, stage: int, emitted: set[tuple[int, int]]) -> None:
+        left.append(len(set(self._uses_of_stage[stage]) - emitted))
+        emit_rest(self, stage, emitted)
+
+    monkeypatch.setattr(SlotComputer, "_emit_rest", counting)
+    sections = sections_of(build(model, "meta"))
+    stage_ends = (sections[2].units[0], sections[-1].units[-1] + 1)
+    plan = replace(micro_plan(model), stage_ends=stage_ends, num_chunks=2, schedule="interleaved-1f1b")
+    computer = SlotComputer(plan, CPU)
+    weights, tensors = dict(initial_weights(model, 0)), inventory(model)
+    with torch.no_grad():
+        for (number, _), parameter in computer.parameters.items():
+            parameter.copy_(weights[tensors[number].name])
+    order: list[int | Action] = []
+    gradients: dict[tuple[int, int], torch.Tensor] = {}
+
+    def emit(tensor: int, part: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
+        assert (tensor, part) not in gradients, "each tensor once"
+        order.append(tensor)
+        gradients[tensor, part] = gradient
+
+    batch = Batch(TOKENS[:, :-1], TOKENS[:, 1:])
+    computer.run(Try(0, 2, (1,)), {1: batch}, lambda slot: emit, lambda: True, Recording(order))
+    assert left == [0, 0], "of each stage"
+    assert set(gradients) == set(computer.parameters)
+    last = [item for item in order if isinstance(item, Action) and item.op is Op.BACKWARD][-1]
+    sent = order.index(last)
+    tensors = inventory(model)
+    matrices = {
+        number for number, tensor in enumerate(tensors) if tensor.kind == "matrix" and tensor.unit >= stage_ends[0]
+    }
+    assert matrices
+    assert all(order.index(number) > sent for number in matrices)
+    expected, _ = plain_autograd(model, 1, 2)
+    for number, tensor in enumerate(tensors):
+        found = sum(gradients[use] for use in gradients if use[0] == number)
+        assert isinstance(found, torch.Tensor)
+        if len([use for use in gradients if use[0] == number]) == 1:
+            assert torch.equal(found, expected[tensor.name]), tensor.name
+        else:
+            torch.testing.assert_close(found, expected[tensor.name])
 
 
 @every_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from support.tiny import GPT2, LLAMA, NO_DROPOUT, VOCAB_SIZE
 from torch import nn
 
+from gradstream.core.fused_layers import cross_entropy_sum
 from gradstream.core.model import UnitDraws, initial_weights
 from gradstream.core.schedules import SCHEDULES, SPLIT, Action, Schedule, make_schedule, unavailable, validate
 from gradstream.core.stage_module import StageModule, stage_tensors
+from gradstream.core.weight_gradients import WeightPart
 from gradstream.worker.compute import last_backwards
 from gradstream.worker.stage import StageRunner
 
@@ -36,6 +38,15 @@ EXISTING = [
 Gradients = dict[tuple[str, int], torch.Tensor]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As recipes have it by default: only then layers are fused."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Pipeline:
     """All workers of a pipeline in this process, with messages in a dictionary. `split`: see StageRunner."""
 
@@ -53,8 +64,9 @@ class Pipeline:
             for (name, _), parameter in stage_tensors(stage, self.weights).items():
                 parameter.data.copy_(self.weights[name])
         self.watching: Callable[[int], AbstractContextManager[object]] = lambda worker: nullcontext()
-        self.sent: Callable[[int], None] = lambda worker: None
+        self.given: Callable[[int], None] = lambda worker: None
         self.done_with: Callable[[int, Action], None] = lambda worker, action: None
+        self.added: Counter[int] = Counter()
         self.draws = [UnitDraws(stage.model, seed=5) for stage in self.stages]
         self.runners = [
             StageRunner(
@@ -63,6 +75,7 @@ class Pipeline:
                 self.loss_sum,
                 self.begin,
                 split,
+                lambda parameter: self.added.update([id(parameter)]),
             )
             for worker in range(schedule.num_workers)
         ]
@@ -72,14 +85,12 @@ class Pipeline:
             draws.key = (microbatch,)
 
     def loss_sum(self, logits_BTV: torch.Tensor, microbatch: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1), self.tokens[microbatch, :, 1:].flatten(), reduction="sum"
-        )
+        return cross_entropy_sum(logits_BTV.flatten(0, 1), self.tokens[microbatch, :, 1:].flatten())
 
     def run(self, most_actions: int = 10**9) -> None:
         """Go round the workers; each computes as far as it can, but not more than `most_actions` in all."""
         done: set[Action] = set()
-        messages: dict[Action, torch.Tensor | None] = {}
+        messages: dict[Action, torch.Tensor] = {}
         places = [0] * self.schedule.num_workers
         while sum(places) < min(most_actions, sum(map(len, self.schedule.rows))):
             for worker, row in enumerate(self.schedule.rows):
@@ -92,10 +103,13 @@ class Pipeline:
                 received = [messages.pop(item) for item in needed if item.stage != action.stage]
                 first = action.stage == 0 and action.op == "F"
                 given = self.tokens[action.microbatch, :, :-1].contiguous() if first else next(iter(received), None)
+
+                def give(tensor: torch.Tensor, worker: int = worker, action: Action = action) -> None:
+                    messages[action] = tensor
+                    self.given(worker)
+
                 with self.watching(worker):
-                    messages[action] = self.runners[worker].run(action, given)
-                    self.sent(worker)
-                    self.runners[worker].finish()
+                    self.runners[worker].run(action, given, give)
                 self.done_with(worker, action)
                 done.add(action)
                 places[worker] += 1
@@ -125,7 +139,9 @@ def model(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Gradients, di
     losses = {}
     for microbatch in range(NUM_MICROBATCHES):
         alone.begin(microbatch)
-        loss = alone.loss_sum(alone.stages[0](alone.tokens[microbatch, :, :-1]), microbatch)
+        logits_BTV = alone.stages[0](alone.tokens[microbatch, :, :-1])
+        targets_N = alone.tokens[microbatch, :, 1:].flatten()
+        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction="sum")
         loss.backward()
         losses[microbatch] = float(loss.detach())
     return config, alone.gradients(), losses
@@ -200,31 +216,48 @@ def test_an_abandoned_try_leaves_nothing(name: str, model: tuple[dict[str, Any],
     assert pipeline.runners[-1].losses == losses
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_neighbours_gradient_is_there_before_those_of_the_weights(name: str) -> None:
+EXPERTS = {**MODELS["llama"], "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+"""A layer's experts are one parameter of three dimensions, which no layer of ours has."""
+
+
+@pytest.mark.parametrize("config", [*MODELS.values(), EXPERTS], ids=[*MODELS, "mixtral"])
+def test_the_neighbours_gradient_is_there_before_those_of_the_matrices(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And what is kept until these are made is no more than what the forward pass kept."""
-    pipeline = Pipeline(MODELS[name], make_schedule("1f1b", 3, 1))
+    pipeline = Pipeline(config, make_schedule("1f1b", 3, 1))
     saved = SavedBytes(pipeline)
     pipeline.watching = saved.watching
+    gave: list[int] = []
     kept: dict[int, int] = {}
+    add = WeightPart.add
 
-    def sent(worker: int) -> None:
-        rest = pipeline.runners[worker]._rest
-        if rest is None:
-            return
-        parameters = list(pipeline.stages[worker].parameters())
-        assert all(parameter.grad is None for parameter in parameters)
+    def adding(rest: WeightPart) -> None:
+        worker = gave[-1]
+        matrices = [gradient.weight for gradient in rest.put_off]
+        assert matrices
+        assert all(matrix.grad is None for matrix in matrices)
         tensors = [made for _, made in rest.others] + [tensor for one in rest.put_off for tensor in one.tensors]
         sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         kept[worker] = sum(sizes.values())
+        add(rest)
 
-    pipeline.sent = sent
+    pipeline.given = gave.append
+    monkeypatch.setattr(WeightPart, "add", adding)
     pipeline.run()
     assert set(kept) == {1, 2}, "the first stage has nobody to give a gradient to"
     for worker, size in kept.items():
         assert 0 < size <= saved.most[worker], worker
     for stage in pipeline.stages:
         assert all(parameter.grad is not None for parameter in stage.parameters())
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zero-bubble"])
+def test_on_added_is_called_once_for_each_parameter_and_pass(name: str) -> None:
+    pipeline = Pipeline(MODELS["llama"], make_schedule(name, 2, 2))
+    pipeline.run()
+    parameters = [id(parameter) for stage in pipeline.stages for parameter in stage.parameters()]
+    assert pipeline.added == Counter(parameters * 2)
 
 
 class SavedBytes:

@@ -18,7 +18,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
@@ -178,10 +177,6 @@ class SlotComputer:
         self._use_of = {id(parameter): use for use, parameter in self.parameters.items()}
         self._emit: Callable[[tuple[int, int], torch.Tensor], None] | None = None
         self._key: Callable[[int], tuple[object, ...]] = lambda microbatch: ()
-        self._hooks: list[RemovableHandle] = [
-            parameter.register_post_accumulate_grad_hook(self._on_added)  # type: ignore[no-untyped-call]
-            for parameter in self.parameters.values()
-        ]
 
     @property
     def model(self) -> nn.Module:
@@ -189,10 +184,8 @@ class SlotComputer:
         return self.models[0]
 
     def close(self) -> None:
-        """Let go of the model: its hooks lead back to this object on a way that Python's garbage collector cannot
-        see, so that neither would ever be freed."""
-        for hook in self._hooks:
-            hook.remove()
+        """Let go of the model."""
+        self._runner.close()
 
     def run(
         self,
@@ -318,12 +311,16 @@ class SlotComputer:
         losses: Mapping[int, float],
     ) -> None:
         begin_ns = clock_ns()
-        result = self._runner.run(action, received)
-        end_ns = clock_ns()
-        if result is not None and (action.op is Op.FORWARD or action.stage):
-            exchange.send(action, result, 0.0 if action.op is Op.FORWARD else losses[action.microbatch])
-        if self._runner.finish():
-            end_ns = clock_ns()
+        sending_ns = 0
+
+        def give(tensor: torch.Tensor) -> None:
+            nonlocal sending_ns
+            sent_ns = clock_ns()
+            exchange.send(action, tensor, 0.0 if action.op is Op.FORWARD else losses[action.microbatch])
+            sending_ns = clock_ns() - sent_ns
+
+        self._runner.run(action, received, give)
+        end_ns = clock_ns() - sending_ns  # a pass is what is computed
         if self.plan.has_pipeline:
             self._timeline.add(
                 _SPANS[action.op],

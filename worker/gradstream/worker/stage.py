@@ -33,8 +33,8 @@ class StageRunner:
 
     `begin(microbatch)` is called before each action: it seeds what the passes of a microbatch draw. `split`: backward
     passes of all stages but the first come in two parts, also where the schedule has them in one: the neighbour gets
-    its gradient before those of the weights are made. Then `on_added(parameter)` is called whenever one of these has
-    been added to its `grad`; for passes in one part autograd has hooks.
+    its gradient before those of the matrices are made. `on_added(parameter)` is called whenever a backward pass has
+    added all of a parameter's gradient to its `grad`.
     """
 
     def __init__(
@@ -49,10 +49,9 @@ class StageRunner:
         self._stages = stages
         for stage in stages.values():
             fuse(stage)
-        self._gradients = {index: WeightGradients(stage, split and index > 0) for index, stage in stages.items()}
-        self._split = split
-        self._on_added = on_added
-        self._rest: WeightPart | None = None
+        self._gradients = {
+            index: WeightGradients(stage, split and index > 0, on_added) for index, stage in stages.items()
+        }
         self._last = num_stages - 1
         self._loss_sum = loss_sum
         self._begin = begin
@@ -60,52 +59,52 @@ class StageRunner:
         self.losses: dict[int, float] = {}
         self.most_live = 0
 
-    def run(self, action: Action, received: torch.Tensor | None) -> torch.Tensor | None:
-        """Compute an action; return what the neighbour needs of it, if any.
+    def close(self) -> None:
+        """Call `on_added` no more."""
+        for gradients in self._gradients.values():
+            gradients.close()
+
+    def run(self, action: Action, received: torch.Tensor | None, give: Callable[[torch.Tensor], None]) -> None:
+        """Compute an action. `give(tensor)` is called with what the neighbour needs of it, if any: as soon as that is
+        there, so that the action may go on.
 
         A forward pass is given token ids (first stage) or the activations of the stage before, and gives its own; a
         backward pass is given the gradient of what this stage gave, and gives that of what it received. The last stage
         gives no activations, the first no gradient, and they are given none.
-
-        A full backward pass that has given its gradient may not be over yet: `finish` follows every action.
         """
         self._begin(action.microbatch)
         if action.op is Op.FORWARD:
-            return self._forward(action, received)
+            self._forward(action, received, give)
+            return
         key = (action.stage, action.microbatch)
+        live = self._live[key] if action.op is Op.BACKWARD_INPUT else self._live.pop(key)
+        if not action.stage:
+            self._backward_of_first(action, live, received)
+            return
+        gradients = self._gradients[action.stage]
         if action.op is Op.BACKWARD_INPUT:
-            return self._backward_input(action, self._live[key], received)
-        live = self._live.pop(key)
-        if action.op is Op.BACKWARD_WEIGHT and action.stage:
-            self._rest = live.weight_part
-            return None
-        if action.op is Op.BACKWARD and action.stage and self._split:
-            gradient = self._backward_input(action, live, received)
-            self._rest = live.weight_part
-            return gradient
-        if not live.result.requires_grad:
-            return None  # a first stage without an adapter: nobody wants its gradient
-        live.result.backward(received if action.op is Op.BACKWARD else live.gradient)  # type: ignore[no-untyped-call]
-        return live.received.grad
-
-    def finish(self) -> bool:
-        """Compute what is left of the last action, now that the neighbour has what it waits for; whether there was
-        anything."""
-        rest, self._rest = self._rest, None
-        if rest is None:
-            return False
-        rest.add(self._on_added)
-        return True
+            gradient, live.weight_part = gradients.backward_input(live.result, received, live.received)
+            give(gradient)
+        elif action.op is Op.BACKWARD_WEIGHT:
+            assert live.weight_part is not None
+            live.weight_part.add()
+        elif gradients.split:
+            gradient, weight_part = gradients.backward_until_given(live.result, received, live.received)
+            give(gradient)
+            weight_part.add()
+        else:
+            live.result.backward(received)  # type: ignore[no-untyped-call]
+            assert live.received.grad is not None
+            give(live.received.grad)
 
     def abandon(self) -> None:
         """Forget every microbatch under way, and what it has added."""
-        self._rest = None
         self._live.clear()
         self.losses.clear()
         for stage in self._stages.values():
             stage.zero_grad(set_to_none=True)
 
-    def _forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor | None:
+    def _forward(self, action: Action, received: torch.Tensor | None, give: Callable[[torch.Tensor], None]) -> None:
         assert received is not None
         if action.stage:
             received = received.detach().requires_grad_()
@@ -113,16 +112,14 @@ class StageRunner:
         if action.stage == self._last:
             result = self._loss_sum(result, action.microbatch)
             self.losses[action.microbatch] = float(result.detach())
-        if result._is_view():
-            result = result.clone()  # a view cannot be cut off its graph in place, which frees what is done with
         self._live[action.stage, action.microbatch] = _Live(received, result)
         self.most_live = max(self.most_live, len(self._live))
-        return None if action.stage == self._last else result.detach()
+        if action.stage != self._last:
+            give(result.detach())
 
-    def _backward_input(self, action: Action, live: _Live, received: torch.Tensor | None) -> torch.Tensor | None:
-        if not action.stage:  # token ids have no gradient: all of the pass is that of the weights
+    def _backward_of_first(self, action: Action, live: _Live, received: torch.Tensor | None) -> None:
+        """Token ids have no gradient: all of a pass is that of the weights."""
+        if action.op is Op.BACKWARD_INPUT:
             live.gradient = received
-            return None
-        gradients = self._gradients[action.stage]
-        gradient, live.weight_part = gradients.backward_input(live.result, received, live.received)
-        return gradient
+        elif live.result.requires_grad:  # else a stage without an adapter: nobody wants its gradient
+            live.result.backward(received if action.op is Op.BACKWARD else live.gradient)  # type: ignore[no-untyped-call]

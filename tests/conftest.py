@@ -19,6 +19,18 @@ settings.register_profile(
 settings.load_profile("gradstream")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread, as recipes have it by default: only then layers are fused, and for small models
+    more threads cost more than they bring."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a small prepared data set; not to be changed."""

@@ -161,19 +161,13 @@ def stage_costs(
     for stage, sections in enumerate(cut):
         found = [profiles[section] for section in sections]
         backward = sum(profile.backward_seconds for profile in found)
-        parts = 0.0, backward
-        if stage:
-            parts = (
-                sum(profile.backward_input_seconds for profile in found),
-                sum(profile.backward_weight_seconds for profile in found),
-            )
-            if not recompute:
-                backward = sum(parts)
+        of_input = sum(profile.backward_input_seconds for profile in found) if stage else 0.0
+        of_weights = sum(profile.backward_weight_seconds for profile in found) if stage else backward
         seconds = {
             Op.FORWARD: sum(profile.forward_seconds for profile in found),
-            Op.BACKWARD: backward,
-            Op.BACKWARD_INPUT: parts[0],
-            Op.BACKWARD_WEIGHT: parts[1],
+            Op.BACKWARD: backward if recompute else of_input + of_weights,
+            Op.BACKWARD_INPUT: of_input,
+            Op.BACKWARD_WEIGHT: of_weights,
         }
         speed = speeds[stage % len(speeds)]
         compute.append({op: value / speed for op, value in seconds.items()})

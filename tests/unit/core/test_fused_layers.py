@@ -13,6 +13,8 @@ from torch import nn
 from gradstream.core.fused_layers import LOSS_ROWS, cross_entropy_sum, fuse
 from gradstream.core.model import build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH: dict[str, Any] = {**LLAMA, "num_key_value_heads": 1, "head_dim": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": WIDTH,
@@ -37,14 +39,6 @@ TAKEN = {
     "gpt2": set(),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def made(family: str) -> Any:
@@ -149,11 +143,14 @@ def test_frozen_weights_have_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("other", ["bf16 autocast", "two threads"])
-def test_what_is_not_fp32_on_one_thread_takes_the_models_own_way(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_fp32_on_one_thread_takes_the_models_own_way(
+    other: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     precision = torch.bfloat16 if other == "bf16 autocast" else torch.float32
     model = made("llama")
     fuse(model)
     if other == "two threads":
+        request.addfinalizer(lambda: torch.set_num_threads(1))
         torch.set_num_threads(2)
     called = kernels_called(monkeypatch)
     found = passes(model, precision)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gradstream.core import weight_gradients
 from gradstream.core.weight_gradients import MOST_ROWS_IN_PLACE, WeightGradients, WeightPart
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_MICROBATCHES = 3
 MOST_SURE_ROWS = 128
@@ -90,14 +91,6 @@ def add_in_place(net: Net) -> dict[str, torch.Tensor]:
     for name in ("second", "third"):
         listen(f"{name}.weight", getattr(net, name))
     return sums
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

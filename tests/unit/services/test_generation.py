@@ -1,6 +1,6 @@
 """Generation: rows of a batch are as if alone; they are refused, bounded, cancelled and told what went wrong."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -32,6 +32,8 @@ from gradstream.services.fine_tuning.models import ServedModels
 from gradstream.services.fine_tuning.resident import NO_ADAPTER, ResidentBase
 from gradstream.services.fine_tuning.scheduler import EngineStatus, Scheduler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 200], [17], [31, 4, 8, 15, 16, 23, 42, 108], [77, 7, 7, 3, 2]]
 
@@ -39,14 +41,6 @@ PROMPTS = [[5, 9, 200], [17], [31, 4, 8, 15, 16, 23, 42, 108], [77, 7, 7, 3, 2]]
 @pytest.fixture
 def bases() -> MemoryBases:
     return MemoryBases()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -2,7 +2,6 @@
 
 import hashlib
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import peft
@@ -33,6 +32,8 @@ from gradstream.services.fine_tuning.models import ResidentLimits, ServedModels
 from gradstream.services.fine_tuning.resident import NO_ADAPTER, ResidentBase
 from gradstream.services.fine_tuning.scheduler import EngineStatus, Scheduler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 200], [17], [31, 4, 8, 15, 16, 23, 42, 108], [77, 7, 7, 3, 2]]
 LORAS = {
@@ -45,14 +46,6 @@ LORAS = {
 @pytest.fixture
 def bases() -> MemoryBases:
     return MemoryBases()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def peft_model(config: dict[str, Any], seed: int, lora: LoraConfig, weights: dict[str, torch.Tensor]) -> Any:

@@ -1,6 +1,6 @@
 """One slot's gradient: that of plain autograd to the last bit, each tensor once, last layers first."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from gradstream.core.schedules import Action, Op
 from gradstream.core.stage_module import sections_of
 from gradstream.worker.compute import AbandonedError, Alone, SlotComputer, SlotTotals, Try, pick_device
 from gradstream.worker.data import Batch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODEL = MICRO_LLAMA
 
@@ -41,15 +43,6 @@ def load(model: nn.Module, config: dict[str, Any]) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As recipes have it by default; and more threads cost more than they bring for a model this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Emitted:
@@ -191,7 +184,6 @@ def test_the_stage_before_gets_its_gradient_before_the_servers_get_those_of_the_
     assert set(gradients) == set(computer.parameters)
     last = [item for item in order if isinstance(item, Action) and item.op is Op.BACKWARD][-1]
     sent = order.index(last)
-    tensors = inventory(model)
     matrices = {
         number for number, tensor in enumerate(tensors) if tensor.kind == "matrix" and tensor.unit >= stage_ends[0]
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,8 @@ from gradstream.core.stage_module import StageModule, stage_tensors
 from gradstream.core.weight_gradients import WeightPart
 from gradstream.worker.compute import last_backwards
 from gradstream.worker.stage import StageRunner
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_LAYERS = 6
 MODELS: dict[str, dict[str, Any]] = {
@@ -36,15 +38,6 @@ EXISTING = [
 ]
 
 Gradients = dict[tuple[str, int], torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As recipes have it by default: only then layers are fused."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Pipeline:

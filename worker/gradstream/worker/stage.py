@@ -1,7 +1,8 @@
 """One worker's stages of a pipeline: computes the actions of a schedule, one at a time.
 
-What neighbours are to get is returned, what they sent is given in: how it travels is not known here. Gradients add up
-in the parameters' `grad`, microbatch after microbatch in the order of the schedule's row, which is that of one process.
+What neighbours sent is given in, what they are to get is handed to a callback: how it travels is not known here.
+Gradients add up in the parameters' `grad`, microbatch after microbatch in the order of the schedule's row, which is
+that of one process.
 """
 
 from __future__ import annotations

@@ -187,8 +187,8 @@ def measure_cluster(recipe: Recipe, temporary: Path) -> tuple[float, int, float,
     with (
         tempfile.TemporaryDirectory(dir=temporary) as directory,
         highest_memory() as most,
-        cluster(Loopback(), NUM_WORKERS, Path(directory), num_servers=1) as address,
-        Client(address) as client,
+        cluster(Loopback(), NUM_WORKERS, Path(directory), num_servers=1) as running,
+        Client(running.address) as client,
     ):
         job = client.submit(recipe)
         steps = [item for item in client.watch(job.job_id) if isinstance(item, Step)]

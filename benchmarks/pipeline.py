@@ -3,9 +3,11 @@
 Same model, cut, schedule, microbatches, initial weights, samples, optimizer and clipping; one thread a worker, and what
 travels between stages is of the same type. Each machine runs one worker and one parameter server, the coordinator a
 machine of its own. The cut is that of gradstream's plan. torch runs a schedule of its own and, as a second rival, its
-runtime with gradstream's table of it; the ratio is to the faster one. The sides take turns, twice each, since a
-machine's speed may change while one of them runs; a step's time is the median over the timed steps of both turns, each
-after a warm-up.
+runtime with gradstream's table of it; the ratio is to the faster one.
+
+All sides are alive at once and take turns of a few steps, every other round in reverse order, so that whatever a
+machine's speed does weighs on all of them alike. A step's time is the median over the steps of all turns. Behind ±
+stands the standard error of the mean of the rounds' own ratios: ratios closer than twice that are not told apart.
 
 The bubble is the share of the workers' time between the first and the last pass of a step in which they compute no
 pass, on both sides from the begin and end of every pass.
@@ -17,36 +19,30 @@ pass, on both sides from the begin and end of every pass.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from report import Result, report, result
-from step import MODELS, Network, cluster, free_port, network_of, process
+from sides import Side, Turn, gradstream_side, torch_side
+from step import MODELS, network_of
 
-from gradstream.client import Client, Job, Span, SpanKind, Step, Timeline
 from gradstream.coordinator.data_prepare import prepare
-from gradstream.coordinator.sqlite_state import SqliteState
 from gradstream.core.config import PrepareConfig, Recipe, parse_recipe
 from gradstream.core.model import inventory
-from gradstream.core.plan import Plan
 from gradstream.core.schedules import Costs, Op, make_schedule, simulate
 from gradstream.core.stages import SectionCost, StageOffer, cut_stages
-from gradstream.core.timeline import PASSES, union
-from gradstream.proto.v1 import plan_pb2
 
+GRADSTREAM = "gradstream"
 NUM_WORKERS = 2
-NUM_ROUNDS = 2
 TARGET = 1.0
 MAX_LOSS_DIFFERENCE = 0.01
 """Nats by which the first losses may differ; beyond it the two sides do not train the same."""
@@ -64,8 +60,9 @@ class Case:
     num_microbatches: int = 8
     microbatch: int = 2
     sequence_length: int = 128
-    num_steps: int = 16
     num_warm_steps: int = 4
+    num_rounds: int = 8
+    turn_steps: int = 4
 
     @property
     def name(self) -> str:
@@ -80,6 +77,11 @@ class Case:
         return {**({"torch": False} if self.schedule != "eager-1f1b" else {}), "torch_table": True}
 
     @property
+    def num_steps(self) -> int:
+        """More than all turns compute: each begins with a step that does not count, and may end in another one."""
+        return self.num_warm_steps + (self.turn_steps + 2) * (self.num_rounds + 1)
+
+    @property
     def num_tokens(self) -> int:
         """Target tokens of a step."""
         return self.num_microbatches * self.microbatch * self.sequence_length
@@ -90,13 +92,13 @@ CASES = [
     Case("1gbit", "1f1b", "10m"),
     Case("1gbit", "1f1b", "10m", "bf16"),
     # What happens once a version, commit and pull, weighs less the longer the version is.
-    Case("loopback", "1f1b", "10m", num_microbatches=32, num_steps=9, num_warm_steps=3),
+    Case("loopback", "1f1b", "10m", num_microbatches=32, num_warm_steps=2, num_rounds=6, turn_steps=2),
     Case("loopback", "1f1b", "10m-untied"),
     Case("loopback", "gpipe", "10m"),
     Case("loopback", "interleaved-1f1b", "10m", num_chunks=2),
     Case("loopback", "zero-bubble", "10m"),
-    Case("loopback", "1f1b", "124m", microbatch=1, sequence_length=64, num_steps=9, num_warm_steps=3),
-    Case("1gbit", "1f1b", "124m", microbatch=1, sequence_length=64, num_steps=9, num_warm_steps=3),
+    Case("loopback", "1f1b", "124m", microbatch=1, sequence_length=64, num_warm_steps=2, num_rounds=6, turn_steps=2),
+    Case("1gbit", "1f1b", "124m", microbatch=1, sequence_length=64, num_warm_steps=2, num_rounds=6, turn_steps=2),
 ]
 # Without a tied embedding torch has nothing to exchange but activations, and gradstream still its gradients.
 PIPELINE_MODELS: Mapping[str, dict[str, Any]] = {
@@ -107,35 +109,30 @@ PIPELINE_MODELS: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Timing:
-    """What one side did in one turn or, as `together` makes it, in several: each timed step's seconds, the machines'
-    bytes a step, the first and the last loss, and each step's bubble."""
+    """What one side did, over all of its turns."""
 
-    seconds: Sequence[float]
+    step_seconds: float
+    bubble: float
     step_bytes: float
-    first_loss: float
-    loss: float
-    bubbles: Sequence[float]
-
-    @property
-    def step_seconds(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def bubble(self) -> float:
-        return statistics.median(self.bubbles)
+    losses: Mapping[int, float]
 
 
-def together(turns: Sequence[Timing]) -> Timing:
-    """All timed steps of a side's turns as one. The losses of all are the same."""
-    seconds = [value for turn in turns for value in turn.seconds]
-    bubbles = [value for turn in turns for value in turn.bubbles]
-    step_bytes = statistics.fmean(turn.step_bytes for turn in turns)
-    return Timing(seconds, step_bytes, turns[0].first_loss, turns[0].loss, bubbles)
+def together(turns: Sequence[Turn]) -> Timing:
+    """The median step of a side's turns, the first of which was its warm-up."""
+    losses = {step: loss for turn in turns for step, loss in turn.losses.items()}
+    timed = turns[1:]
+    return Timing(
+        statistics.median(value for turn in timed for value in turn.seconds),
+        statistics.median(value for turn in timed for value in turn.bubbles),
+        statistics.fmean(turn.step_bytes for turn in timed),
+        losses,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="cases whose name begins with this")
+    parser.add_argument("--rounds", type=int, help="how often each side has its turn")
     parser.add_argument("--no-torch", action="store_true", help="leave the rival out (while working on gradstream)")
     parser.add_argument("--no-gradstream", action="store_true", help="the rival alone, with stages of equal work")
     arguments = parser.parse_args()
@@ -151,69 +148,91 @@ def main() -> None:
         prepare(options, str(data))
         for case in CASES:
             if case.name.startswith(arguments.only):
+                case = replace(case, num_rounds=arguments.rounds or case.num_rounds)
                 recipe = recipe_of(case, data, Path(temporary))
                 results += compare(case, recipe, Path(temporary), not arguments.no_gradstream, not arguments.no_torch)
     report("pipeline", results)
 
 
 def compare(case: Case, recipe: Recipe, temporary: Path, with_gradstream: bool, with_torch: bool) -> list[Result]:
-    """Run both sides in turns on one network: the ratio of their throughputs, and the bubble of each."""
-    ideal = ideal_bubble(case)
-    turns: dict[str, list[Timing]] = defaultdict(list)
-    with network_of(case.network, NUM_WORKERS) as network:
-        cuts = [balanced_ends(recipe)] if not with_gradstream else []
-        for _ in range(NUM_ROUNDS):
-            if with_gradstream:
-                timing, stage_ends = run_gradstream(case, recipe, network, temporary)
-                cuts.append(stage_ends)  # of each turn: speeds are measured anew
-                turns["gradstream"].append(timing)
-                say(case, "gradstream", timing)
-            for name, use_table in case.rivals.items() if with_torch else ():
-                timing = run_torch(case, recipe, cuts[-1], network, temporary, use_table)
-                turns[name].append(timing)
-                say(case, name, timing)
-    sides = {name: together(timings) for name, timings in turns.items()}
-    ours = sides.get("gradstream")
-    rivals = [side for name, side in sides.items() if name != "gradstream"]
+    """Run all sides in turns on one network: the ratio of their throughputs, and the bubble of each."""
+    turns: dict[str, list[Turn]] = defaultdict(list)
+    with network_of(case.network, NUM_WORKERS) as network, ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=temporary)))
+        sides: dict[str, Side] = {}
+        stage_ends = balanced_ends(recipe)
+        if with_gradstream:
+            sides[GRADSTREAM], stage_ends = stack.enter_context(
+                gradstream_side(recipe, network, NUM_WORKERS, directory)
+            )
+        for name, use_table in case.rivals.items() if with_torch else ():
+            sides[name] = stack.enter_context(
+                torch_side(recipe, stage_ends, network, NUM_WORKERS, directory, use_table)
+            )
+            # Alone while it starts.
+            take_turn(case, name, sides[name], case.num_warm_steps, turns)
+        if with_gradstream:
+            take_turn(case, GRADSTREAM, sides[GRADSTREAM], case.num_warm_steps, turns)
+        for number in range(case.num_rounds):
+            for name in sides if number % 2 == 0 else reversed(sides):
+                take_turn(case, name, sides[name], case.turn_steps, turns)
+    timings = {name: together(found) for name, found in turns.items()}
+    ours = timings.get(GRADSTREAM)
+    rivals = [timing for name, timing in timings.items() if name != GRADSTREAM]
     results = []
-    best = min(rivals, key=lambda timing: timing.step_seconds, default=None)
-    if ours is not None and best is not None:
+    if ours is not None and rivals:
+        best = min(rivals, key=lambda timing: timing.step_seconds)
         check_same(case, ours, best)
+        last = max(ours.losses.keys() & best.losses.keys())
+        ratios = round_ratios(turns)
         results.append(
             result(
                 f"torch_ratio_{case.name}",
                 best.step_seconds / ours.step_seconds,
                 TARGET,
+                f"± {statistics.stdev(ratios) / len(ratios) ** 0.5:.3f}; "
                 f"{case.num_tokens / ours.step_seconds:.0f} / {case.num_tokens / best.step_seconds:.0f} tokens/s, "
                 f"{ours.step_seconds * 1e3:.0f} / {best.step_seconds * 1e3:.0f} ms, "
                 f"{ours.step_bytes / 1e6:.1f} / {best.step_bytes / 1e6:.1f} MB a machine, "
-                f"loss {ours.loss:.4f} / {best.loss:.4f}",
+                f"loss {ours.losses[last]:.4f} / {best.losses[last]:.4f} at step {last}",
             )
         )
-    for name, side in sides.items():
-        ends = " and ".join(str(list(stage_ends)) for stage_ends in dict.fromkeys(cuts))
-        detail = f"ideal {ideal:.3f}, {side.step_seconds * 1e3:.0f} ms a step, stages end at {ends}"
-        results.append(result(f"bubble_{name}_{case.name}", side.bubble, 0.0, detail))
+    for name, timing in timings.items():
+        milliseconds = timing.step_seconds * 1e3
+        detail = f"ideal {ideal_bubble(case):.3f}, {milliseconds:.0f} ms a step, stages end at {list(stage_ends)}"
+        results.append(result(f"bubble_{name}_{case.name}", timing.bubble, 0.0, detail))
     return results
+
+
+def take_turn(case: Case, name: str, side: Side, num_steps: int, turns: dict[str, list[Turn]]) -> None:
+    """Have a side compute some steps, and say so on stderr."""
+    turn = side.turn(num_steps)
+    turns[name].append(turn)
+    print(
+        f"{case.name} {name}: {', '.join(f'{seconds * 1e3:.0f}' for seconds in turn.seconds)} ms a step, "
+        f"{turn.step_bytes / 1e6:.2f} MB a machine, "
+        f"loss {', '.join(f'{loss:.4f}' for loss in turn.losses.values())}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def round_ratios(turns: Mapping[str, Sequence[Turn]]) -> list[float]:
+    """The ratio of each round by itself, to the rivals' mean."""
+    rivals = [found[1:] for name, found in turns.items() if name != GRADSTREAM]
+    return [
+        statistics.fmean(rival.step_seconds for rival in of_round) / ours.step_seconds
+        for ours, *of_round in zip(turns[GRADSTREAM][1:], *rivals, strict=True)
+    ]
 
 
 def check_same(case: Case, ours: Timing, rival: Timing) -> None:
     """The first losses show whether both sides have the same weights and samples, and whether neither lost any."""
-    if abs(ours.first_loss - rival.first_loss) > MAX_LOSS_DIFFERENCE:
+    if abs(ours.losses[0] - rival.losses[0]) > MAX_LOSS_DIFFERENCE:
         raise SystemExit(
-            f"error: {case.name}: the first loss is {ours.first_loss:.4f} in gradstream and {rival.first_loss:.4f} in "
+            f"error: {case.name}: the first loss is {ours.losses[0]:.4f} in gradstream and {rival.losses[0]:.4f} in "
             f"torch, so they do not train the same"
         )
-
-
-def say(case: Case, name: str, timing: Timing) -> None:
-    """Progress, on stderr."""
-    print(
-        f"{case.name} {name}: {timing.step_seconds * 1e3:.0f} ms a step, {timing.step_bytes / 1e6:.2f} MB a machine, "
-        f"bubble {timing.bubble:.3f}, loss {timing.first_loss:.5f} to {timing.loss:.5f}",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def recipe_of(case: Case, data: Path, temporary: Path) -> Recipe:
@@ -248,21 +267,6 @@ def recipe_of(case: Case, data: Path, temporary: Path) -> Recipe:
     )
 
 
-# --- the cut ----------------------------------------------------------------------------------------------------------
-
-
-def planned_ends(state: Path, job: Job) -> tuple[int, ...]:
-    """The first forward unit after each stage, as the coordinator that kept `state` planned them."""
-    store = SqliteState(state)
-    try:
-        stored = store.load_plan(job.job_id, job.epoch)
-    finally:
-        store.close()
-    if stored is None:
-        raise SystemExit(f"error: the coordinator has no plan of {job.job_id}, epoch {job.epoch}")
-    return Plan.from_proto(plan_pb2.Plan.FromString(stored)).stage_ends
-
-
 def balanced_ends(recipe: Recipe) -> tuple[int, ...]:
     """The first forward unit after each stage when the stages' matrices have about equally many elements."""
     work: dict[int, int] = {}
@@ -279,131 +283,12 @@ def balanced_ends(recipe: Recipe) -> tuple[int, ...]:
     return tuple(units[end] if end < len(units) else units[-1] + 1 for end in cut.ends)
 
 
-# --- the bubble -------------------------------------------------------------------------------------------------------
-
-
 def ideal_bubble(case: Case) -> float:
     """That of equal stages between which nothing takes time, where a backward pass takes as long as two forward ones
     and gives nothing away before its end, as in torch. For gpipe and 1f1b it is (P - 1) / (M + P - 1)."""
     schedule = make_schedule(case.schedule, NUM_WORKERS, case.num_microbatches, case.num_chunks)
     costs = {Op.FORWARD: 1.0, Op.BACKWARD: 2.0, Op.BACKWARD_INPUT: 1.0, Op.BACKWARD_WEIGHT: 1.0}
     return simulate(schedule, Costs([costs] * schedule.num_stages)).bubble
-
-
-def bubble(workers: Sequence[Iterable[Span]]) -> float:
-    """The share of a step's time that the workers compute no pass, from the first pass's begin to the last one's end.
-    `workers` are the spans of each; those that are no passes do not count."""
-    passes = [
-        [(span.begin_us, span.begin_us + span.duration_us) for span in spans if span.kind in PASSES]
-        for spans in workers
-    ]
-    every = [interval for intervals in passes for interval in intervals]
-    whole = max(end for _, end in every) - min(begin for begin, _ in every)
-    busy = sum(end - begin for intervals in passes for begin, end in union(intervals))
-    return 1 - busy / (len(passes) * whole)
-
-
-def gradstream_bubbles(timelines: Iterable[Timeline], num_warm_steps: int) -> list[float]:
-    """The bubbles of the timed versions, of those of which every worker has sent a timeline."""
-    versions: dict[tuple[int, int], list[Timeline]] = defaultdict(list)
-    for timeline in timelines:
-        if timeline.version >= num_warm_steps and any(span.kind in PASSES for span in timeline.spans):
-            versions[timeline.epoch, timeline.version].append(timeline)
-    whole = [found for found in versions.values() if len(found) == NUM_WORKERS]
-    if not whole:
-        raise SystemExit("error: of no version both workers have sent a timeline with passes")
-    return [bubble([timeline.spans for timeline in found]) for found in whole]
-
-
-def torch_bubbles(ranks: Sequence[Path], num_warm_steps: int) -> list[float]:
-    """The bubbles of the timed steps, from the files that the ranks have written."""
-    by_rank = [json.loads(path.read_text(encoding="utf-8"))[num_warm_steps:] for path in ranks]
-    return [
-        bubble(
-            [
-                [
-                    Span(SpanKind(kind), begin_us, duration_us, stage=stage, microbatch=microbatch)
-                    for kind, begin_us, duration_us, stage, microbatch in passes
-                ]
-                for passes in step
-            ]
-        )
-        for step in zip(*by_rank, strict=True)
-    ]
-
-
-# --- the two sides ----------------------------------------------------------------------------------------------------
-
-
-def run_torch(
-    case: Case, recipe: Recipe, stage_ends: Sequence[int], network: Network, temporary: Path, use_table: bool
-) -> Timing:
-    path = temporary / "recipe.json"
-    path.write_text(recipe.model_dump_json(), encoding="utf-8")
-    passes = [temporary / f"passes-{rank}.json" for rank in range(NUM_WORKERS)]
-    port = free_port()
-    with ExitStack() as stack:
-        processes = []
-        for rank in range(NUM_WORKERS):
-            command = [
-                *network.prefix(rank), sys.executable, str(Path(__file__).with_name("torch_pipeline.py")),
-                "--recipe", str(path), "--rank", str(rank), "--address", network.address(0), "--port", str(port),
-                "--stage-ends", *map(str, stage_ends), "--passes", str(passes[rank]),
-                *(["--table"] if use_table else []),
-            ]  # fmt: skip
-            environment = {"GLOO_SOCKET_IFNAME": network.interface}
-            # The last rank has the loss.
-            processes.append(stack.enter_context(process(command, environment, pipe=rank == NUM_WORKERS - 1)))
-        begin = end = 0.0
-        steps = []
-        assert processes[-1].stdout is not None
-        for line in processes[-1].stdout:
-            steps.append(json.loads(line))
-            if len(steps) == case.num_warm_steps:
-                begin = network.sent_bytes(NUM_WORKERS)
-            end = network.sent_bytes(NUM_WORKERS)
-        if len(steps) != case.num_steps:
-            raise SystemExit(f"error: torch ended after {len(steps)} of {case.num_steps} steps")
-    timed = [step["seconds"] for step in steps[case.num_warm_steps :]]
-    return Timing(
-        timed,
-        (end - begin) / len(timed),
-        steps[0]["loss"],
-        steps[-1]["loss"],
-        torch_bubbles(passes, case.num_warm_steps),
-    )
-
-
-def run_gradstream(case: Case, recipe: Recipe, network: Network, temporary: Path) -> tuple[Timing, tuple[int, ...]]:
-    """Run the job on a cluster of its own; return also where its stages end."""
-    with tempfile.TemporaryDirectory(dir=temporary) as directory:
-        with cluster(network, NUM_WORKERS, Path(directory)) as address, Client(address) as client:
-            steps: list[Step] = []
-            begin = end = 0.0
-            job = client.submit(recipe)
-            for item in client.watch(job.job_id):
-                if isinstance(item, Step):
-                    steps.append(item)
-                    if len(steps) == case.num_warm_steps:
-                        begin = network.sent_bytes(NUM_WORKERS)
-                    elif len(steps) == case.num_steps:
-                        end = network.sent_bytes(NUM_WORKERS)
-                        break
-            job = client.job(job.job_id)
-            if len(steps) < case.num_steps:
-                raise SystemExit(f"error: the job {job.state} after {len(steps)} steps: {job.reason}")
-            timelines = client.timeline(job.job_id)
-        # The coordinator is gone, so its state can be opened.
-        stage_ends = planned_ends(Path(directory) / "state", job)
-    times = [step.time.timestamp() for step in steps]
-    timed = [after - before for before, after in pairwise(times)][case.num_warm_steps - 1 :]
-    return Timing(
-        timed,
-        (end - begin) / len(timed),
-        steps[0].loss,
-        steps[-1].loss,
-        gradstream_bubbles(timelines, case.num_warm_steps),
-    ), stage_ends
 
 
 if __name__ == "__main__":

@@ -232,11 +232,11 @@ def run_ddp(case: Case, recipe: Recipe, network: Network, temporary: Path, fp16:
 def run_gradstream(case: Case, recipe: Recipe, network: Network, temporary: Path) -> Timing:
     with (
         tempfile.TemporaryDirectory(dir=temporary) as directory,
-        cluster(network, case.num_workers, Path(directory)) as address,
+        cluster(network, case.num_workers, Path(directory)) as running,
     ):
         steps: list[Step] = []
         begin = end = 0.0
-        with Client(address) as client:
+        with Client(running.address) as client:
             job = client.submit(recipe)
             for item in client.watch(job.job_id):
                 if isinstance(item, Step):
@@ -254,21 +254,31 @@ def run_gradstream(case: Case, recipe: Recipe, network: Network, temporary: Path
     return Timing(statistics.median(timed), (end - begin) / len(timed), steps[-1].loss, job.codecs)
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster: the coordinator's address, and all processes."""
+
+    address: str
+    processes: list[subprocess.Popen[str]]
+
+
 @contextmanager
-def cluster(network: Network, num_machines: int, root: Path, num_servers: int | None = None) -> Iterator[str]:
+def cluster(network: Network, num_machines: int, root: Path, num_servers: int | None = None) -> Iterator[Cluster]:
     """A coordinator, a worker on each machine, and a server on each or on the first `num_servers`, up and running until
-    the block ends; its address.
+    the block ends.
 
     Under `root`: the coordinator's state in `state`, and what each process logs.
     """
     with ExitStack() as stack:
+        processes: list[subprocess.Popen[str]] = []
 
         def serve(machine: int | None, role: str, *arguments: str) -> Path:
             ready = root / f"{role}-{machine}.ready"
             prefix = [] if machine is None else network.prefix(machine)
             command = [*prefix, sys.executable, "-m", "gradstream.coordinator.cli", "serve", role, "--insecure"]
             command += arguments
-            stack.enter_context(process([*command, "--ready-file", str(ready)], {}, log=root / f"{role}-{machine}.log"))
+            command += ["--ready-file", str(ready)]
+            processes.append(stack.enter_context(process(command, {}, log=root / f"{role}-{machine}.log")))
             return ready
 
         ready = serve(None, "coordinator", "--listen", f"{network.coordinator}:0", "--state", str(root / "state"))
@@ -284,7 +294,7 @@ def cluster(network: Network, num_machines: int, root: Path, num_servers: int | 
             waiting.append(serve(machine, "worker", *named, *listen, *cache, *common))
         for path in waiting:
             await_file(path)
-        yield address
+        yield Cluster(address, processes)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 It trains what gradstream trains: the same stages, initial weights, microbatches, schedule, optimizer, clipping and
 learning rates. A tied embedding is on two stages; their gradients are added up once a step, as Megatron-LM does it.
-The last rank prints one line of JSON a step: {"step": …, "seconds": …, "loss": …, "grad_norm": …}. At the end each rank
-writes its passes to a file: for each step a list of [kind, begin, duration, stage, microbatch] in microseconds.
+Each rank prints one line of JSON a step: {"step": …, "seconds": …, "loss": …, "grad_norm": …, "passes": …}, the passes
+as a list of [kind, begin, duration, stage, microbatch] in microseconds. Only the last rank has the loss.
 """
 
 from __future__ import annotations
@@ -223,7 +223,6 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--stage-ends", type=int, nargs="+", required=True, help="in forward units, as in a plan")
     parser.add_argument("--table", action="store_true", help="torch's runtime with gradstream's table of the schedule")
-    parser.add_argument("--passes", type=Path, required=True, help="file to write the passes of each step to")
     arguments = parser.parse_args()
     recipe = parse_recipe(arguments.recipe.read_text(encoding="utf-8"))
     training = recipe.training
@@ -246,7 +245,6 @@ def main() -> None:
         seed=recipe.seed,
     )
     asyncio.run(reader.prepare())
-    passes = []
     dist.barrier()
     ended = time.perf_counter()
     for step in range(training.num_steps):
@@ -254,10 +252,8 @@ def main() -> None:
         began = ended
         loss, norm = rank.step(step, torch.from_numpy(reader.batch(step, training.slot_batch).tokens))
         ended = time.perf_counter()
-        passes.append(rank.take_passes())
-        if rank.last:
-            print(json.dumps({"step": step, "seconds": ended - began, "loss": loss, "grad_norm": norm}), flush=True)
-    arguments.passes.write_text(json.dumps(passes), encoding="utf-8")
+        line = {"step": step, "seconds": ended - began, "loss": loss, "grad_norm": norm, "passes": rank.take_passes()}
+        print(json.dumps(line), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

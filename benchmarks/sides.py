@@ -1,0 +1,250 @@
+"""The sides of bench-pipeline, all alive at once and taking turns of a few steps. Not a benchmark by itself.
+
+A machine's speed changes within a minute by more than what is to be told apart. So no side runs to its end before the
+next one begins: each computes a few steps, is frozen (SIGSTOP), and goes on when it is its turn again. A step during
+which a side was frozen does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+from step import Network, cluster, free_port
+
+from gradstream.client import Client, Span, SpanKind, Step
+from gradstream.coordinator.sqlite_state import SqliteState
+from gradstream.core.config import Recipe
+from gradstream.core.plan import Plan
+from gradstream.core.timeline import PASSES, union
+from gradstream.proto.v1 import plan_pb2
+
+STEP_TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A few steps in a row: the seconds and the bubble of each, the machines' bytes a step, and the losses by step."""
+
+    seconds: Sequence[float]
+    bubbles: Sequence[float]
+    step_bytes: float
+    losses: Mapping[int, float]
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class Side(Protocol):
+    """One way to train, running or frozen."""
+
+    def turn(self, num_steps: int) -> Turn:
+        """Go on until `num_steps` steps were computed without a pause, after the one that was under way; freeze."""
+
+
+@contextmanager
+def thawed(processes: Iterable[subprocess.Popen[str]]) -> Iterator[None]:
+    """Processes that run during the block and are frozen after it."""
+    every = list(processes)
+    for running in every:
+        running.send_signal(signal.SIGCONT)
+    try:
+        yield
+    finally:
+        for running in every:
+            running.send_signal(signal.SIGSTOP)
+
+
+def bubble(workers: Sequence[Iterable[Span]]) -> float:
+    """The share of a step's time that the workers compute no pass, from the first pass's begin to the last one's end.
+    `workers` are the spans of each; those that are no passes do not count."""
+    passes = [
+        [(span.begin_us, span.begin_us + span.duration_us) for span in spans if span.kind in PASSES]
+        for spans in workers
+    ]
+    every = [interval for intervals in passes for interval in intervals]
+    whole = max(end for _, end in every) - min(begin for begin, _ in every)
+    busy = sum(end - begin for intervals in passes for begin, end in union(intervals))
+    return 1 - busy / (len(passes) * whole)
+
+
+# --- gradstream -------------------------------------------------------------------------------------------------------
+
+
+class GradstreamSide:
+    """A job on a cluster of its own, of which the client is away while it is frozen."""
+
+    def __init__(
+        self, network: Network, num_machines: int, address: str, job_id: str, processes: list[subprocess.Popen[str]]
+    ):
+        self._network = network
+        self._num_machines = num_machines
+        self._address = address
+        self._job_id = job_id
+        self._processes = processes
+        self._seen = -1
+
+    def turn(self, num_steps: int) -> Turn:
+        steps: list[Step] = []
+        begin = end = 0.0
+        with thawed(self._processes), Client(self._address) as client:
+            for item in client.watch(self._job_id):
+                if isinstance(item, Step) and item.step > self._seen:
+                    steps.append(item)
+                    end = self._network.sent_bytes(self._num_machines)
+                    if len(steps) == 1:
+                        begin = end
+                    if len(steps) > num_steps:
+                        break
+            if len(steps) <= num_steps:
+                job = client.job(self._job_id)
+                raise SystemExit(f"error: the job {job.state}: {job.reason}")
+            timelines = client.timeline(self._job_id)
+        self._seen = steps[-1].step
+        counted = {step.step for step in steps[1:]}
+        spans: dict[int, dict[str, list[Span]]] = defaultdict(dict)
+        for timeline in timelines:
+            if timeline.version in counted:
+                spans[timeline.version][timeline.worker] = list(timeline.spans)
+        times = [step.time.timestamp() for step in steps]
+        return Turn(
+            [after - before for before, after in pairwise(times)],
+            # A timeline comes after its step, those of the last one perhaps in the next turn.
+            [bubble(list(found.values())) for found in spans.values() if len(found) == self._num_machines],
+            (end - begin) / num_steps,
+            {step.step: step.loss for step in steps},
+        )
+
+
+@contextmanager
+def gradstream_side(
+    recipe: Recipe, network: Network, num_machines: int, directory: Path
+) -> Iterator[tuple[GradstreamSide, tuple[int, ...]]]:
+    """A cluster with the job under way, and where its stages end."""
+    with cluster(network, num_machines, directory) as running:
+        with Client(running.address) as client:
+            job = client.submit(recipe)
+            for item in client.watch(job.job_id):
+                if isinstance(item, Step):
+                    break
+            job = client.job(job.job_id)
+        side = GradstreamSide(network, num_machines, running.address, job.job_id, running.processes)
+        with thawed(running.processes):
+            pass
+        yield side, planned_ends(directory, job.job_id, job.epoch)
+
+
+def planned_ends(directory: Path, job_id: str, epoch: int) -> tuple[int, ...]:
+    """The first forward unit after each stage, as the frozen coordinator with its state in `directory` planned it."""
+    # Its state is its own while it lives; a copy is not.
+    store = SqliteState(shutil.copytree(directory / "state", directory / "state-copy"))
+    try:
+        stored = store.load_plan(job_id, epoch)
+    finally:
+        store.close()
+    if stored is None:
+        raise SystemExit(f"error: the coordinator has no plan of {job_id}, epoch {epoch}")
+    return Plan.from_proto(plan_pb2.Plan.FromString(stored)).stage_ends
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+class TorchSide:
+    """The ranks of torch.distributed.pipelining; each prints a line of JSON a step."""
+
+    def __init__(self, network: Network, ranks: list[subprocess.Popen[str]]):
+        self._network = network
+        self._ranks = ranks
+        self._lines = [_lines_of(rank) for rank in ranks]
+
+    def turn(self, num_steps: int) -> Turn:
+        steps: list[list[dict[str, Any]]] = []
+        begin = end = 0.0
+        with thawed(self._ranks):
+            while len(steps) <= num_steps:
+                steps.append([self._next(lines) for lines in self._lines])
+                end = self._network.sent_bytes(len(self._ranks))
+                if len(steps) == 1:
+                    begin = end
+        return Turn(
+            [ranks[-1]["seconds"] for ranks in steps[1:]],
+            [bubble([_spans(rank["passes"]) for rank in ranks]) for ranks in steps[1:]],
+            (end - begin) / num_steps,
+            {ranks[-1]["step"]: ranks[-1]["loss"] for ranks in steps},
+        )
+
+    def _next(self, lines: queue.SimpleQueue[str]) -> dict[str, Any]:
+        try:
+            line = lines.get(timeout=STEP_TIMEOUT_SECONDS)
+        except queue.Empty:
+            raise SystemExit(f"error: torch has computed no step for {STEP_TIMEOUT_SECONDS:g} s") from None
+        if not line:
+            raise SystemExit("error: a rank of torch has ended; see above")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
+def _lines_of(running: subprocess.Popen[str]) -> queue.SimpleQueue[str]:
+    """The lines that a process prints as they come, and "" after the last one."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        assert running.stdout is not None
+        for line in running.stdout:
+            lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _spans(passes: Iterable[Sequence[Any]]) -> list[Span]:
+    return [
+        Span(SpanKind(kind), begin_us, duration_us, stage=stage, microbatch=microbatch)
+        for kind, begin_us, duration_us, stage, microbatch in passes
+    ]
+
+
+@contextmanager
+def torch_side(
+    recipe: Recipe, stage_ends: Sequence[int], network: Network, num_machines: int, directory: Path, use_table: bool
+) -> Iterator[TorchSide]:
+    """Ranks that have just started; with `use_table` they follow gradstream's table of the schedule."""
+    path = directory / "recipe.json"
+    path.write_text(recipe.model_dump_json(), encoding="utf-8")
+    port = free_port()
+    ranks: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(num_machines):
+            command = [
+                *network.prefix(rank), sys.executable, str(Path(__file__).with_name("torch_pipeline.py")),
+                "--recipe", str(path), "--rank", str(rank), "--address", network.address(0), "--port", str(port),
+                "--stage-ends", *map(str, stage_ends), *(["--table"] if use_table else []),
+            ]  # fmt: skip
+            ranks.append(
+                subprocess.Popen(
+                    command, env={**os.environ, "GLOO_SOCKET_IFNAME": network.interface}, text=True,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                )
+            )  # fmt: skip
+        yield TorchSide(network, ranks)
+    finally:
+        for running in ranks:
+            running.kill()
+            running.wait()

@@ -1,11 +1,8 @@
-"""RMS norms, rotary embeddings and the loss, in fewer passes over memory than a model's own code makes, on a CPU.
+"""Has a model's layers compute by the functions of `fused_functions`, where these compute the same.
 
-torch makes a tensor of each step of these three, a dozen for a norm and its gradient, which takes a tenth of a small
-model's time on one thread. Liger Kernel (Hsu et al., 2024) fuses the same three on GPUs, to other bits; here the bits
-are those of the model's own code: a layer is tried beside that code first, forward and backward, and is left alone
-unless all bits agree. What is not fp32 on one thread of a CPU takes the model's own way as well.
-
-Shape legend: N tokens, V vocabulary; B samples, H heads, T tokens of a sample, D elements a head.
+A layer is tried beside its own code first, forward and backward, and is left alone unless both agree: norms and rotary
+embeddings to the bit, what takes exponentials within their rounding. What is not fp32 on one thread of a CPU takes the
+model's own way as well.
 """
 
 from __future__ import annotations
@@ -19,67 +16,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradstream.core import layer_kernels
+from gradstream.core.fused_functions import Gated, Gelu, Rotary, can_rotate, is_ours, rms_norm
 
 ROTARY = "apply_rotary_pos_emb"
 """By this name every decoder of transformers has a function (queries, keys, cos, sin) beside its attention."""
 
-LOSS_ROWS = 32
-"""Tokens whose gradient of the loss is made at once: few enough for a processor's cache."""
+
+Function = Callable[..., Any]
 
 
 def fuse(module: nn.Module) -> None:
-    """Let a model's norms and attentions compute by the functions below, where these give the same bits."""
+    """Let a model's norms, attentions, MLPs and activations compute by ours, where these give the same."""
     for layer in module.modules():
         if "forward" in vars(layer):
             continue  # somebody else's
-        eps = getattr(layer, "variance_epsilon", None)
-        if type(layer).__name__.endswith("RMSNorm") and isinstance(eps, float) and _is_norm(layer, eps):
+        name, eps = type(layer).__name__, getattr(layer, "variance_epsilon", None)
+        if name.endswith("RMSNorm") and isinstance(eps, float) and _is_norm(layer, eps):
             layer.forward = _NormForward(layer, eps)  # type: ignore[method-assign]
+        elif name.endswith("MLP") and _is_gated(layer):
+            layer.forward = _GatedForward(layer)  # type: ignore[method-assign]
+        elif "GELU" in name and _is_gelu(layer):
+            layer.forward = _GeluForward(layer)  # type: ignore[method-assign]
         forward = _rotary_forward(type(layer).forward)
         if forward is not None:
             layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
-
-
-def cross_entropy_sum(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """The sum of the tokens' cross entropies, without those whose target is -100."""
-    if _is_ours(logits_NV):
-        loss: torch.Tensor = _Loss.apply(logits_NV, targets_N)  # type: ignore[no-untyped-call]
-        return loss
-    return nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
-
-
-def _is_ours(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels compute this faster: they take one thread, and numbers that torch would not cast."""
-    for tensor in tensors:
-        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
-            return False
-    return torch.get_num_threads() == 1 and not torch.is_autocast_enabled("cpu")
-
-
-# --- the loss ---------------------------------------------------------------------------------------------------------
-
-
-class _Loss(torch.autograd.Function):
-    """torch's cross entropy. Its gradient takes the place of what the forward pass saved."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        logs_NV = torch.log_softmax(logits_NV, -1)
-        ctx.save_for_backward(logs_NV, targets_N)
-        return nn.functional.nll_loss(logs_NV, targets_N, reduction="sum")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        logs_NV, targets_N = ctx.saved_tensors
-        sum_of_losses, ignored, weight_of_all = 2, -100, gradient  # the last counts for means alone
-        for begin in range(0, len(targets_N), LOSS_ROWS):
-            logs_RV, targets_R = logs_NV[begin : begin + LOSS_ROWS], targets_N[begin : begin + LOSS_ROWS]
-            of_logs_RV = torch.ops.aten.nll_loss_backward(
-                gradient, logs_RV, targets_R, None, sum_of_losses, ignored, weight_of_all
-            )
-            torch.ops.aten._log_softmax_backward_data.out(of_logs_RV, logs_RV, -1, torch.float32, out=logs_RV)
-        return logs_NV, None
 
 
 # --- RMS norms --------------------------------------------------------------------------------------------------------
@@ -95,61 +55,13 @@ class _NormForward:
         layer = self._layer
         if len(arguments) == 1 and not named:
             (values,), weight = arguments, layer.weight
-            if _is_ours(values, weight) and values.is_contiguous() and values.shape[-1:] == weight.shape:  # type: ignore[arg-type]
-                return _norm(values, weight, self._eps)  # type: ignore[arg-type]
+            if is_ours(values, weight) and values.is_contiguous() and values.shape[-1:] == weight.shape:  # type: ignore[arg-type]
+                return rms_norm(values, weight, self._eps)  # type: ignore[arg-type]
         return type(layer).forward(layer, *arguments, **named)
 
 
-def _norm(values: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """weight · value / √(mean square + ε)."""
-    result: torch.Tensor = _Norm.apply(values, values, weight, eps)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Norm(torch.autograd.Function):
-    """The values come twice, as what is scaled and as what the scale is made of: autograd adds both gradients, one
-    after the other, to that of other uses, and a sum in another order would have other bits."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, _: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        result = torch.empty_like(values)
-        layer_kernels.squares(values.numel(), values.data_ptr(), result.data_ptr())
-        scales = result.sum(-1, keepdim=True)
-        layer_kernels.norm(
-            scales.numel(),
-            values.shape[-1],
-            eps,
-            values.data_ptr(),
-            scales.data_ptr(),
-            weight.data_ptr(),
-            result.data_ptr(),
-        )
-        ctx.save_for_backward(values, scales, weight)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        values, scales, weight = ctx.saved_tensors
-        for_values, _, for_weight, _ = ctx.needs_input_grad
-        gradient_ND = gradient.contiguous()
-        sizes = scales.numel(), values.shape[-1]
-        known = gradient_ND.data_ptr(), values.data_ptr(), scales.data_ptr(), weight.data_ptr()
-        products, scaled = torch.empty_like(values), torch.empty_like(values)
-        layer_kernels.norm_products(*sizes, *known, products.data_ptr(), scaled.data_ptr())
-        of_weight = None
-        if for_weight:
-            # torch adds in the order in which its product lies in memory, which follows the gradient.
-            of_tokens = scaled if gradient_ND is gradient else gradient * (values * scales)
-            of_weight = of_tokens.sum(tuple(range(values.dim() - 1)))
-        if not for_values:
-            return None, None, of_weight, None
-        of_scales = products.sum(-1)
-        layer_kernels.norm_backward(*sizes, *known, of_scales.data_ptr(), scaled.data_ptr(), products.data_ptr())
-        return scaled, products, of_weight, None
-
-
 def _is_norm(layer: nn.Module, eps: float) -> bool:
-    """Whether `_norm` gives the bits of a layer, whatever its weight is."""
+    """Whether `rms_norm` gives the bits of a layer, whatever its weight is."""
     parameters = dict(layer.named_parameters())
     if set(parameters) != {"weight"} or parameters["weight"].dim() != 1:
         return False
@@ -161,67 +73,76 @@ def _is_norm(layer: nn.Module, eps: float) -> bool:
         return (values + type(layer).forward(twin, values),)  # the values have another use, as in a decoder's layers
 
     def ours(values: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (values + _norm(values, weight, eps),)
+        return (values + rms_norm(values, weight, eps),)
 
     return _agree(own, ours, _draw(2, 3, size), _draw(size))
 
 
-# --- rotary embeddings ------------------------------------------------------------------------------------------------
+# --- MLPs and activations ---------------------------------------------------------------------------------------------
 
 
-class _Rotary(torch.autograd.Function):
-    """Queries and keys, (B, H, T, D), rotated by (1 or B, T, D) cosines and sines."""
+class _GatedForward:
+    """The `forward` of an MLP with a gate."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(queries, cos, sin, False), _rotated(keys, cos, sin, False)
+    def __init__(self, layer: nn.Module):
+        self._layer = layer
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        made = (
-            _rotated(gradient, cos, sin, True) if wanted else None
-            for wanted, gradient in zip(ctx.needs_input_grad, gradients, strict=False)
-        )
-        return *made, None, None
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        layer = self._layer
+        if len(arguments) == 1 and not named and is_ours(arguments[0]):
+            return _gated_mlp(layer, arguments[0])
+        return type(layer).forward(layer, *arguments, **named)
 
 
-def _rotated(values_BHTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool) -> torch.Tensor:
-    """In the same order in memory as what torch's own steps give."""
-    if values_BHTD.stride(-1) != 1:
-        values_BHTD = values_BHTD.contiguous()
-    result = torch.empty(values_BHTD.shape, device="cpu") if backward else torch.empty_like(values_BHTD)
-    layer_kernels.rotate(
-        tuple(values_BHTD.shape),
-        values_BHTD.data_ptr(),
-        values_BHTD.stride()[:3],
-        cos.data_ptr(),
-        sin.data_ptr(),
-        (cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)),
-        result.data_ptr(),
-        result.stride()[:3],
-        backward,
-    )
+def _gated_mlp(layer: nn.Module, received: torch.Tensor) -> torch.Tensor:
+    gates, values = layer.gate_proj(received), layer.up_proj(received)  # type: ignore[operator]
+    result: torch.Tensor = layer.down_proj(Gated.apply(gates, values))  # type: ignore[operator, no-untyped-call]
     return result
 
 
-def _can_rotate(queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    if not queries.dim() == keys.dim() == 4:
+def _is_gated(layer: nn.Module) -> bool:
+    """Whether a layer computes what `_gated_mlp` does, whatever its matrices are."""
+    if set(layer._modules) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or layer._parameters:
         return False
-    samples, _, tokens, size = queries.shape
-    return (
-        _is_ours(queries, keys, cos, sin)
-        and cos.shape in ((samples, tokens, size), (1, tokens, size))
-        and (cos.shape, cos.stride()) == (sin.shape, sin.stride())
-        and size % 2 == 0
-        and keys.shape[::2] == queries.shape[::2]
-        and keys.shape[-1] == size
-        and queries.stride(-1) == keys.stride(-1) == cos.stride(-1) == 1
-        and not (cos.requires_grad or sin.requires_grad)
+    twin = copy.copy(layer)  # with small matrices
+    small = {name: nn.utils.skip_init(nn.Linear, *shape, bias=False) for name, shape in _SMALL.items()}
+    for number, matrix in enumerate(small.values()):
+        matrix.weight = nn.Parameter(_draw(*matrix.weight.shape) + number)
+    vars(twin)["_modules"] = {**small, "act_fn": layer.act_fn}
+    return _agree(
+        lambda values: (type(layer).forward(twin, values),),
+        lambda values: (_gated_mlp(twin, values),),
+        _draw(2, 3, 4),
+        exactly=False,
     )
+
+
+_SMALL = {"gate_proj": (4, 8), "up_proj": (4, 8), "down_proj": (8, 4)}
+
+
+class _GeluForward:
+    """An activation's `forward`."""
+
+    def __init__(self, layer: nn.Module):
+        self._layer = layer
+
+    def __call__(self, values: torch.Tensor) -> Any:
+        if is_ours(values):
+            return Gelu.apply(values)  # type: ignore[no-untyped-call]
+        return type(self._layer).forward(self._layer, values)
+
+
+def _is_gelu(layer: nn.Module) -> bool:
+    """Whether an activation is GELU by its approximation with tanh."""
+    return _agree(
+        lambda values: (type(layer).forward(layer, values),),
+        lambda values: (Gelu.apply(values),),  # type: ignore[no-untyped-call]
+        4 * _draw(300),
+        exactly=False,
+    )
+
+
+# --- rotary embeddings ------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -234,13 +155,13 @@ def _rotary_forward(forward: Any) -> FunctionType | None:
         return None
     cos, sin = _draw(1, 5, 8), _draw(1, 5, 8)
     queries, keys = _draw(2, 5, 4, 8).transpose(1, 2), _draw(2, 5, 2, 8).transpose(1, 2)
-    if not _agree(lambda q, k: own(q, k, cos, sin), lambda q, k: _Rotary.apply(q, k, cos, sin), queries, keys):  # type: ignore[no-untyped-call]
+    if not _agree(lambda q, k: own(q, k, cos, sin), lambda q, k: Rotary.apply(q, k, cos, sin), queries, keys):  # type: ignore[no-untyped-call]
         return None
 
     def rotary(*arguments: Any, **named: Any) -> Any:
         plain = len(arguments) == 4 and not named and all(isinstance(argument, torch.Tensor) for argument in arguments)
-        if plain and _can_rotate(*arguments):
-            return _Rotary.apply(*arguments)  # type: ignore[no-untyped-call]
+        if plain and can_rotate(*arguments):
+            return Rotary.apply(*arguments)  # type: ignore[no-untyped-call]
         return own(*arguments, **named)
 
     # The same code with other names around it, so that nobody else's model changes.
@@ -257,12 +178,10 @@ def _draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(sum(shape)), device="cpu")
 
 
-Function = Callable[..., tuple[torch.Tensor, ...]]
-
-
 @torch.enable_grad()
-def _agree(own: Function, ours: Function, *inputs: torch.Tensor) -> bool:
-    """Whether two functions give the same bits and the same gradients of their inputs, in the same order in memory."""
+def _agree(own: Function, ours: Function, *inputs: torch.Tensor, exactly: bool = True) -> bool:
+    """Whether two functions give the same results and gradients of their inputs: `exactly`, to the bit and in the same
+    order in memory, or within the rounding of exponentials."""
 
     def run(function: Function) -> list[torch.Tensor]:
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
@@ -275,7 +194,9 @@ def _agree(own: Function, ours: Function, *inputs: torch.Tensor) -> bool:
         expected = run(own)
     except Exception:  # any family's own code, which may be a function of something else
         return False
-    return all(
-        torch.equal(one, other) and one.stride() == other.stride()
-        for one, other in zip(expected, run(ours), strict=True)
-    )
+    pairs = list(zip(expected, run(ours), strict=True))
+    if not exactly:
+        return all(
+            one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs
+        )
+    return all(torch.equal(one, other) and one.stride() == other.stride() for one, other in pairs)

@@ -340,7 +340,7 @@ def squared_norm(values_N: F32) -> float:
 
 def preload() -> None:
     """Compile every kernel, also of the other modules, or load it from the cache."""
-    from gradstream.core import dense_kernels, layer_kernels, residual_kernels
+    from gradstream.core import dense_kernels, exp_kernels, layer_kernels, residual_kernels
 
     values_BE = np.ones((1, BLOCK), np.float32)
     scales_B, quotients_BE = np.empty(1, np.float32), np.empty((1, BLOCK), np.int8)
@@ -362,6 +362,7 @@ def preload() -> None:
         split_planes(words_N, planes_PN)
         join_planes(planes_PN, words_N)
     dense_kernels.preload()
+    exp_kernels.preload()
     layer_kernels.preload()
     residual_kernels.preload()
 

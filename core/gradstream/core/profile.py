@@ -207,7 +207,8 @@ def _measure(
     """The estimate with everything replaced that can be measured on a stage of this section alone."""
     import torch
 
-    from gradstream.core.fused_layers import cross_entropy_sum, fuse
+    from gradstream.core.fused_functions import cross_entropy_sum
+    from gradstream.core.fused_layers import fuse
     from gradstream.core.stage_module import StageModule
 
     stage = StageModule(model_config, range(index, index + 1), "cpu", lora).train()

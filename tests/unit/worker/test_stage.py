@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import GPT2, LLAMA, NO_DROPOUT, VOCAB_SIZE
-from torch import nn
 
-from gradstream.core.fused_layers import cross_entropy_sum
+from gradstream.core.fused_functions import cross_entropy_sum
 from gradstream.core.model import UnitDraws, initial_weights
 from gradstream.core.schedules import SCHEDULES, SPLIT, Action, Schedule, make_schedule, unavailable, validate
 from gradstream.core.stage_module import StageModule, stage_tensors
@@ -133,8 +132,7 @@ def model(request: pytest.FixtureRequest) -> tuple[dict[str, Any], Gradients, di
     for microbatch in range(NUM_MICROBATCHES):
         alone.begin(microbatch)
         logits_BTV = alone.stages[0](alone.tokens[microbatch, :, :-1])
-        targets_N = alone.tokens[microbatch, :, 1:].flatten()
-        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction="sum")
+        loss = alone.loss_sum(logits_BTV, microbatch)
         loss.backward()
         losses[microbatch] = float(loss.detach())
     return config, alone.gradients(), losses

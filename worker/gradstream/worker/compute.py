@@ -21,7 +21,7 @@ from torch import nn
 
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
-from gradstream.core.fused_layers import cross_entropy_sum
+from gradstream.core.fused_functions import cross_entropy_sum
 from gradstream.core.model import UnitDraws, build, hidden_size, initialize_buffers
 from gradstream.core.plan import Plan
 from gradstream.core.schedules import SPLIT, Action, Op, Row, Schedule, make_schedule

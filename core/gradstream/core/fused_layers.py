@@ -105,7 +105,7 @@ def _is_gated(layer: nn.Module) -> bool:
     if set(layer._modules) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or layer._parameters:
         return False
     twin = copy.copy(layer)  # with small matrices
-    small = {name: nn.utils.skip_init(nn.Linear, *shape, bias=False) for name, shape in _SMALL.items()}
+    small = {name: nn.Linear(*shape, bias=False, device="meta") for name, shape in _SMALL.items()}
     for number, matrix in enumerate(small.values()):
         matrix.weight = nn.Parameter(_draw(*matrix.weight.shape) + number)
     vars(twin)["_modules"] = {**small, "act_fn": layer.act_fn}

@@ -26,7 +26,7 @@ Function = Callable[..., Any]
 
 
 def fuse(module: nn.Module) -> None:
-    """Let a model's norms, attentions, MLPs and activations compute by ours, where these give the same."""
+    """Let a model's norms, rotary embeddings, MLPs and activations compute by ours, where these give the same."""
     for layer in module.modules():
         if "forward" in vars(layer):
             continue  # somebody else's
@@ -96,7 +96,11 @@ class _GatedForward:
 
 def _gated_mlp(layer: nn.Module, received: torch.Tensor) -> torch.Tensor:
     gates, values = layer.gate_proj(received), layer.up_proj(received)  # type: ignore[operator]
-    result: torch.Tensor = layer.down_proj(Gated.apply(gates, values))  # type: ignore[operator, no-untyped-call]
+    if is_ours(gates, values) and gates.shape == values.shape:  # what the matrices gave may be of another type
+        gated = Gated.apply(gates, values)  # type: ignore[no-untyped-call]
+    else:
+        gated = layer.act_fn(gates) * values  # type: ignore[operator]
+    result: torch.Tensor = layer.down_proj(gated)  # type: ignore[operator]
     return result
 
 

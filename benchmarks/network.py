@@ -68,6 +68,8 @@ class Namespaces:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for machine in range(self._num_machines):
+            # Its namespace takes a link with it, but some time later: the next network may have the same names.
+            _ip("link", "del", f"{self._id}-{machine}", check=False)
             _ip("netns", "del", self._namespace(machine), check=False)
         _ip("link", "del", self._id, check=False)
 

@@ -132,10 +132,12 @@ def together(turns: Sequence[Turn]) -> Timing:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="cases whose name begins with this")
-    parser.add_argument("--rounds", type=int, help="how often each side has its turn")
+    parser.add_argument("--rounds", type=int, help="how often each side has its turn, at least 2")
     parser.add_argument("--no-torch", action="store_true", help="leave the rival out (while working on gradstream)")
     parser.add_argument("--no-gradstream", action="store_true", help="the rival alone, with stages of equal work")
     arguments = parser.parse_args()
+    if arguments.rounds is not None and arguments.rounds < 2:
+        parser.error("--rounds: at least 2, as a single round does not show its error")
     # So that `timeout` and `kill` end the cluster and the namespaces too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.environ["OMP_NUM_THREADS"] = "1"  # of both sides

@@ -8,7 +8,6 @@ which a side was frozen does not count.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
 import signal
@@ -18,13 +17,13 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from step import Network, cluster, free_port
+from step import Network, cluster, free_port, process
 
 from gradstream.client import Client, Span, SpanKind, Step
 from gradstream.coordinator.sqlite_state import SqliteState
@@ -57,17 +56,21 @@ class Side(Protocol):
         """Go on until `num_steps` steps were computed without a pause, after the one that was under way; freeze."""
 
 
+def freeze(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Have processes take no step until they are thawed."""
+    for running in processes:
+        running.send_signal(signal.SIGSTOP)
+
+
 @contextmanager
-def thawed(processes: Iterable[subprocess.Popen[str]]) -> Iterator[None]:
+def thawed(processes: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
     """Processes that run during the block and are frozen after it."""
-    every = list(processes)
-    for running in every:
+    for running in processes:
         running.send_signal(signal.SIGCONT)
     try:
         yield
     finally:
-        for running in every:
-            running.send_signal(signal.SIGSTOP)
+        freeze(processes)
 
 
 def bubble(workers: Sequence[Iterable[Span]]) -> float:
@@ -144,8 +147,7 @@ def gradstream_side(
                     break
             job = client.job(job.job_id)
         side = GradstreamSide(network, num_machines, running.address, job.job_id, running.processes)
-        with thawed(running.processes):
-            pass
+        freeze(running.processes)
         yield side, planned_ends(directory, job.job_id, job.epoch)
 
 
@@ -229,22 +231,16 @@ def torch_side(
     path = directory / "recipe.json"
     path.write_text(recipe.model_dump_json(), encoding="utf-8")
     port = free_port()
-    ranks: list[subprocess.Popen[str]] = []
-    try:
+    with ExitStack() as stack:
+        ranks = []
         for rank in range(num_machines):
             command = [
                 *network.prefix(rank), sys.executable, str(Path(__file__).with_name("torch_pipeline.py")),
                 "--recipe", str(path), "--rank", str(rank), "--address", network.address(0), "--port", str(port),
                 "--stage-ends", *map(str, stage_ends), *(["--table"] if use_table else []),
             ]  # fmt: skip
-            ranks.append(
-                subprocess.Popen(
-                    command, env={**os.environ, "GLOO_SOCKET_IFNAME": network.interface}, text=True,
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                )
-            )  # fmt: skip
+            environment = {"GLOO_SOCKET_IFNAME": network.interface}
+            ranks.append(stack.enter_context(process(command, environment, pipe=True)))
         yield TorchSide(network, ranks)
-    finally:
-        for running in ranks:
+        for running in ranks:  # they are frozen, and have steps left
             running.kill()
-            running.wait()

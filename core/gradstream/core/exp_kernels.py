@@ -1,7 +1,7 @@
 """What a decoder's layers compute with the exponential function: the loss, gates and GELU, in few passes.
 
 The exponential is our own: a polynomial of degree 6 after the usual reduction to ±ln 2 / 2 (Cody and Waite, "Software
-Manual for the Elementary Functions", 1980), within 1.5 units in the last place. torch's takes twice as long here and
+Manual for the Elementary Functions", 1980), within one unit in the last place. torch's takes twice as long here and
 differs between processors; this one has fused multiply-adds where the source says so and nowhere else, so its bits are
 the same wherever it runs. Only the order of a long sum is the processor's, as in torch.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -34,9 +34,9 @@ def fuse(module: nn.Module) -> None:
         if name.endswith("RMSNorm") and isinstance(eps, float) and _is_norm(layer, eps):
             layer.forward = _NormForward(layer, eps)  # type: ignore[method-assign]
         elif name.endswith("MLP") and _is_gated(layer):
-            layer.forward = _GatedForward(layer)  # type: ignore[method-assign]
+            layer.forward = partial(_gated_forward, layer)  # type: ignore[method-assign]
         elif "GELU" in name and _is_gelu(layer):
-            layer.forward = _GeluForward(layer)  # type: ignore[method-assign]
+            layer.forward = partial(_gelu_forward, layer)  # type: ignore[method-assign]
         forward = _rotary_forward(type(layer).forward)
         if forward is not None:
             layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
@@ -81,17 +81,11 @@ def _is_norm(layer: nn.Module, eps: float) -> bool:
 # --- MLPs and activations ---------------------------------------------------------------------------------------------
 
 
-class _GatedForward:
+def _gated_forward(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
     """The `forward` of an MLP with a gate."""
-
-    def __init__(self, layer: nn.Module):
-        self._layer = layer
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        layer = self._layer
-        if len(arguments) == 1 and not named and is_ours(arguments[0]):
-            return _gated_mlp(layer, arguments[0])
-        return type(layer).forward(layer, *arguments, **named)
+    if len(arguments) == 1 and not named:
+        return _gated_mlp(layer, arguments[0])
+    return type(layer).forward(layer, *arguments, **named)
 
 
 def _gated_mlp(layer: nn.Module, received: torch.Tensor) -> torch.Tensor:
@@ -124,16 +118,11 @@ def _is_gated(layer: nn.Module) -> bool:
 _SMALL = {"gate_proj": (4, 8), "up_proj": (4, 8), "down_proj": (8, 4)}
 
 
-class _GeluForward:
+def _gelu_forward(layer: nn.Module, values: torch.Tensor) -> Any:
     """An activation's `forward`."""
-
-    def __init__(self, layer: nn.Module):
-        self._layer = layer
-
-    def __call__(self, values: torch.Tensor) -> Any:
-        if is_ours(values):
-            return Gelu.apply(values)  # type: ignore[no-untyped-call]
-        return type(self._layer).forward(self._layer, values)
+    if is_ours(values):
+        return Gelu.apply(values)  # type: ignore[no-untyped-call]
+    return type(layer).forward(layer, values)
 
 
 def _is_gelu(layer: nn.Module) -> bool:

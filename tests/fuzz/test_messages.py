@@ -266,6 +266,7 @@ REGISTRATION = coordinator_pb2.RegisterRequest(
     flops_per_second=1e12,
     version=__version__,
     incarnation="1f",
+    machine_id="7a0c5a3e-5d4b-4a53-9d30-3c0f4f6d8a11",
 )
 
 

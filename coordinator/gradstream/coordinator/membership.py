@@ -45,6 +45,7 @@ class NodeEntry:
     last_heartbeat: float
     last_heartbeat_unix_ms: int
     flops_per_second: float = 0.0
+    machine_id: str = ""
     alive: bool = True
     # Number of the open stream; 0 without one.
     session: int = 0
@@ -132,11 +133,24 @@ class Membership:
             node.returning = node.alive
         node.alive = True
         node.address, node.memory_bytes, node.device = request.address, request.memory_bytes, request.device
-        node.flops_per_second = request.flops_per_second
+        node.machine_id, node.flops_per_second = request.machine_id, request.flops_per_second
+        self._level(node)
         node.last_heartbeat, node.last_heartbeat_unix_ms = now, unix_ms
         node.holds = {held.job_id: held.epoch for held in request.held}
         self._refused.pop((request.kind, request.name), None)
         return node, replaced
+
+    def _level(self, newcomer: NodeEntry) -> None:
+        """Give all nodes on a newcomer's device the best speed that was measured of it: whatever else the machine did
+        in that moment made the others slower."""
+        if not newcomer.machine_id:
+            return
+        device = (newcomer.machine_id, newcomer.device)
+        same = [node for node in self._nodes.values() if (node.machine_id, node.device) == device]
+        best = max(node.flops_per_second for node in same)
+        for node in same:
+            if node.flops_per_second:
+                node.flops_per_second = best
 
     def refuse(self, request: coordinator_pb2.RegisterRequest, reason: str, unix_ms: int) -> None:
         """Remember a node that was not let in, for people who wonder where it is."""

@@ -234,6 +234,8 @@ def check_registration(request: coordinator_pb2.RegisterRequest) -> None:
         )
     if request.memory_bytes >= 2**63:
         raise ProtocolError("a registration's memory_bytes is too large to be true")
+    if len(request.machine_id) > 64:
+        raise ProtocolError("a registration's machine_id is longer than 64 characters")
     if not 0 <= request.flops_per_second < 1e18:
         raise ProtocolError("a registration's flops_per_second cannot be true")
 

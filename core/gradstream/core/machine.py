@@ -12,6 +12,7 @@ from pathlib import Path
 from gradstream.proto.v1 import probe_pb2
 
 CGROUP = Path("/sys/fs/cgroup")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 READ_SECONDS = 1.0
 """How long a disk may take to answer, and for how long an answer is good."""
 
@@ -46,6 +47,15 @@ class Machine:
             free_disk_bytes=message.free_disk_bytes if message.HasField("free_disk_bytes") else None,
             disk_directory=message.disk_directory,
         )
+
+
+def machine_id(boot_id: Path = BOOT_ID) -> str:
+    """The same for all processes of this machine, in containers too, until it is started anew; "" where the kernel does
+    not tell. `boot_id` is where it does."""
+    try:
+        return boot_id.read_text().strip()
+    except OSError:
+        return ""
 
 
 def read_memory(cgroup: Path = CGROUP) -> tuple[int, int]:

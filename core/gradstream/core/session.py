@@ -19,7 +19,7 @@ from gradstream.core import __version__
 from gradstream.core.access import COORDINATOR
 from gradstream.core.errors import AccessError, ConfigError, GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.log import LogBuffer, get_logger
-from gradstream.core.machine import DiskDirectory
+from gradstream.core.machine import DiskDirectory, machine_id
 from gradstream.core.reach import why_unreachable
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, ending, error_from_rpc, open_channel
 from gradstream.core.transport import PLAIN, Transport
@@ -39,6 +39,7 @@ class NodeIdentity:
     memory_bytes: int
     device: str
     flops_per_second: float = 0.0
+    machine_id: str = field(default_factory=machine_id)
     incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
     disk_directory: DiskDirectory = lambda: None
     """Where it writes, for `gradstream doctor`."""
@@ -168,6 +169,7 @@ class NodeSession:
                 memory_bytes=identity.memory_bytes,
                 device=identity.device,
                 flops_per_second=identity.flops_per_second,
+                machine_id=identity.machine_id,
                 version=__version__,
                 held=self._held(),
                 incarnation=identity.incarnation,

@@ -147,3 +147,27 @@ def test_what_a_node_tells_of_itself_is_kept_if_it_is_of_a_sensible_size() -> No
     members.note_vitals(node.node_id, coordinator_pb2.Vitals(machine=probe_pb2.Machine(disk_directory="x" * 5000)))
     members.note_vitals("nobody", sensible)
     assert node.vitals == sensible
+
+
+def test_workers_on_one_device_are_as_fast_as_its_best_measurement() -> None:
+    members = Membership()
+
+    def measured(name: str, flops: float, machine_id: str, device: str = "cpu") -> NodeEntry:
+        registration = request(name)
+        registration.MergeFrom(
+            coordinator_pb2.RegisterRequest(flops_per_second=flops, machine_id=machine_id, device=device)
+        )
+        return members.register(registration, 0, 0)[0]
+
+    slowed = measured("slowed", 60e9, "here")
+    quiet = measured("quiet", 90e9, "here")
+    late = measured("late", 70e9, "here")
+    elsewhere = measured("elsewhere", 50e9, "there")
+    accelerated = measured("accelerated", 20e12, "here", "cuda:0 (a GPU)")
+    unknown = [measured("unknown", 40e9, ""), measured("unknown too", 80e9, "")]
+    server, _ = members.register(
+        coordinator_pb2.RegisterRequest(kind=SERVER, name="s", incarnation="1", device="cpu", machine_id="here"), 0, 0
+    )
+    assert [node.flops_per_second for node in (slowed, quiet, late)] == [90e9] * 3
+    assert [node.flops_per_second for node in (elsewhere, accelerated, *unknown)] == [50e9, 20e12, 40e9, 80e9]
+    assert server.flops_per_second == 0

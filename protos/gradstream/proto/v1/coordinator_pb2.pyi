@@ -150,6 +150,7 @@ class RegisterRequest(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     FLOPS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    MACHINE_ID_FIELD_NUMBER: _builtins.int
     kind: Global___NodeKind.ValueType
     """Parameter server or worker."""
     name: _builtins.str
@@ -166,6 +167,8 @@ class RegisterRequest(_message.Message):
     """Random for each start of the process, so that a restarted node is not taken for its predecessor."""
     flops_per_second: _builtins.float
     """A worker's: fp32 operations a second of a matrix product on its device, with one thread on a CPU. 0: not measured."""
+    machine_id: _builtins.str
+    """The same for all processes of a machine until it is started anew, and of no other. Empty: not known."""
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldJob]:
         """Jobs whose state it already holds."""
@@ -182,10 +185,11 @@ class RegisterRequest(_message.Message):
         held: _abc.Iterable[Global___HeldJob] | None = ...,
         incarnation: _builtins.str = ...,
         flops_per_second: _builtins.float = ...,
+        machine_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "flops_per_second", b"flops_per_second", "held", b"held", "incarnation", b"incarnation", "kind", b"kind", "memory_bytes", b"memory_bytes", "name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "flops_per_second", b"flops_per_second", "held", b"held", "incarnation", b"incarnation", "kind", b"kind", "machine_id", b"machine_id", "memory_bytes", b"memory_bytes", "name", b"name", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,6 +34,7 @@ from gradstream.client import Client, Step
 from gradstream.coordinator.data_prepare import prepare
 from gradstream.core.autocodec import TRIAL_STEPS
 from gradstream.core.config import PrepareConfig, Recipe, load_recipe, parse_recipe
+from gradstream.core.machine import arithmetic_threads
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Network = Loopback | Namespaces
@@ -284,11 +285,14 @@ def cluster(network: Network, num_machines: int, root: Path, num_servers: int | 
         ready = serve(None, "coordinator", "--listen", f"{network.coordinator}:0", "--state", str(root / "state"))
         address = await_file(ready)
         waiting = []
+        threads = ["--threads", str(arithmetic_threads(num_machines if num_servers is None else num_servers))]
         for machine in range(num_machines):
             common = ["--coordinator", address, "--memory", "8GiB"]
             listen = ["--listen", f"{network.address(machine)}:0"]
             if num_servers is None or machine < num_servers:
-                waiting.append(serve(machine, "parameter-server", "--name", f"server-{machine}", *listen, *common))
+                waiting.append(
+                    serve(machine, "parameter-server", "--name", f"server-{machine}", *threads, *listen, *common)
+                )
             cache = ["--cache", str(root / "cache")]
             named = ["--name", f"worker-{machine}", "--device", "cpu"]
             waiting.append(serve(machine, "worker", *named, *listen, *cache, *common))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from gradstream.proto.v1 import probe_pb2
 
 CGROUP = Path("/sys/fs/cgroup")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+MOST_THREADS = 8
+"""Of a server's arithmetic: what it does to its bundles is limited by memory, not by cores."""
 READ_SECONDS = 1.0
 """How long a disk may take to answer, and for how long an answer is good."""
 
@@ -56,6 +59,11 @@ def machine_id(boot_id: Path = BOOT_ID) -> str:
         return boot_id.read_text().strip()
     except OSError:
         return ""
+
+
+def arithmetic_threads(num_servers: int = 1) -> int:
+    """Threads of each of the servers that share this machine's cores evenly; at most MOST_THREADS."""
+    return max(1, min(MOST_THREADS, (os.cpu_count() or 1) // num_servers))
 
 
 def read_memory(cgroup: Path = CGROUP) -> tuple[int, int]:

@@ -7,7 +7,7 @@ them, the others follow.
           ▲                                                        │
           └────────────────────────────────────────────────────────┘
 
-The next version is asked for as soon as one is installed, so its fragments arrive while the worker still waits for
+The next version is asked for as soon as all of one is here, so its fragments arrive while the worker still waits for
 nothing else, and a worker whose slots others have computed in the meantime learns it at once.
 """
 
@@ -457,6 +457,8 @@ class JobRun:
 
     async def _send_timeline(self, taken: list[RawSpan], version: int) -> None:
         plan = self.plan
+        # The weights that the worker waits for are more urgent.
+        await self._puller.settled()
         report = await asyncio.to_thread(
             self._timeline.report, taken, plan.job_id, plan.epoch, version, self._session.node_id
         )

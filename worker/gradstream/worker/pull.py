@@ -163,8 +163,11 @@ class Puller:
         """Wait until all servers have a common version of at least `min_version` under way; return its inbox, filling.
 
         `held_version` is the one that this worker holds, or will hold when the pull under way is over: the version
-        after it may come as differences. A pull begun earlier is waited for if it is of that version, else given up.
+        after it may come as differences. It is asked for when the pull under way is over, and not while its bundles
+        come: a worker that waits for weights, and servers beside it that make them, have no time for it.
         """
+        if held_version is not None:
+            await self.settled()
         pulls = [ServerPull(self._plan, *target) for target in self._targets]
         try:
             versions = list(
@@ -184,12 +187,15 @@ class Puller:
             for pull in pulls:
                 pull.cancel()
             raise
-        if self._receiving is not None and held_version is not None and versions[0] == held_version + 1:
-            await asyncio.wait([self._receiving])
         await self.stop()
         inbox = Inbox(versions[0], pulls[0].push_codec, pulls[0].checkpoint)
         self._receiving = asyncio.create_task(self._receive(pulls, inbox))
         return inbox
+
+    async def settled(self) -> None:
+        """Wait until no pull is under way: all of its bundles are here, or it broke off."""
+        if self._receiving is not None:
+            await asyncio.wait([self._receiving])
 
     async def stop(self) -> None:
         """Give up the pull under way."""

@@ -20,6 +20,7 @@ from gradstream.core.access import ADMIN, COORDINATOR, FINE_TUNING, SERVER, WORK
 from gradstream.core.authority import Authority
 from gradstream.core.credentials import store_for
 from gradstream.core.errors import GradstreamError
+from gradstream.core.machine import arithmetic_threads
 
 READY_TIMEOUT_SECONDS = 120.0
 STOP_SECONDS = 10.0
@@ -117,10 +118,12 @@ class LocalCluster:
         coordinator.arguments[2] = self.address
         # 2. Servers and workers, all at once.
         common = ["--coordinator", self.address, "--memory", str(self._memory_bytes)]
+        # More would take each other's turns, and a bundle that a worker waits for would be ready no sooner.
+        threads = ["--threads", str(arithmetic_threads(self._num_servers))]
         for index in range(self._num_servers):
             name = f"server-{index}"
             self._members.append(
-                _Member(name, ["parameter-server", "--name", name, *common, *self._credentials_of(SERVER)])
+                _Member(name, ["parameter-server", "--name", name, *threads, *common, *self._credentials_of(SERVER)])
             )
         for index in range(self._num_workers):
             name = f"worker-{index}"

@@ -211,11 +211,12 @@ def server_processes(
     """
     from gradstream.coordinator.cli._processes import Child
     from gradstream.core.errors import ConfigError
+    from gradstream.core.machine import arithmetic_threads
 
     host, _, first_port = listen.rpartition(":")
     if int(first_port) + count - 1 > 65535:
         raise ConfigError(f"--listen {listen}: {count} processes need ports up to {int(first_port) + count - 1}")
-    threads = threads if threads is not None else max(1, (os.cpu_count() or 1) // count)
+    threads = threads if threads is not None else arithmetic_threads(count)
     children = []
     for index in range(count):
         port = int(first_port) + index if int(first_port) else 0

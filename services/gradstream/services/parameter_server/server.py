@@ -19,6 +19,7 @@ from gradstream.core import log as logging
 from gradstream.core import memory, model, probe
 from gradstream.core.access import SERVER
 from gradstream.core.errors import StaleEpochError, one_line
+from gradstream.core.machine import arithmetic_threads
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
 from gradstream.core.rpc import (
@@ -202,7 +203,7 @@ async def serve(
     """Run a parameter server until SIGTERM or SIGINT; `credentials` is the directory of its own. Raises GradstreamError
     when it cannot start or is refused.
 
-    `num_threads` threads do the arithmetic; None takes the machine's cores, at least 2 and at most 8.
+    `num_threads` threads do the arithmetic; None takes as many as the machine has cores, at most 8.
     """
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
@@ -213,8 +214,7 @@ async def serve(
     memory.settle()
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, door.address, memory_bytes, "cpu")
     identity.disk_directory = lambda: node.checkpoint_directory
-    num_threads = num_threads or max(2, min(8, os.cpu_count() or 2))
-    node = ParameterServer(coordinator, identity, log_buffer, num_threads, transport)
+    node = ParameterServer(coordinator, identity, log_buffer, num_threads or arithmetic_threads(), transport)
     add_parameter_server(node.servicer, door.server)
     probe.add_probe(door.server, SERVER, identity.disk_directory)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]

@@ -152,7 +152,11 @@ def main() -> None:
             if case.name.startswith(arguments.only):
                 case = replace(case, num_rounds=arguments.rounds or case.num_rounds)
                 recipe = recipe_of(case, data, Path(temporary))
-                results += compare(case, recipe, Path(temporary), not arguments.no_gradstream, not arguments.no_torch)
+                found = compare(case, recipe, Path(temporary), not arguments.no_gradstream, not arguments.no_torch)
+                # At once, as the report is far off yet.
+                for one in found:
+                    print(f"{one.name}: {one.value}, {one.detail}", file=sys.stderr, flush=True)
+                results += found
     report("pipeline", results)
 
 

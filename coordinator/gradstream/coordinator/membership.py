@@ -141,8 +141,8 @@ class Membership:
         return node, replaced
 
     def _level(self, newcomer: NodeEntry) -> None:
-        """Give all nodes on a newcomer's device the best speed that was measured of it: whatever else the machine did
-        in that moment made the others slower."""
+        """Give all nodes on a newcomer's device the best speed that was measured of it, by dead ones too: whatever else
+        the machine did in that moment made the others slower."""
         if not newcomer.machine_id:
             return
         device = (newcomer.machine_id, newcomer.device)

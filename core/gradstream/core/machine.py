@@ -15,7 +15,7 @@ from gradstream.proto.v1 import probe_pb2
 CGROUP = Path("/sys/fs/cgroup")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MOST_THREADS = 8
-"""Of a server's arithmetic: what it does to its bundles is limited by memory, not by cores."""
+"""Of a server: more would read and write memory no faster."""
 READ_SECONDS = 1.0
 """How long a disk may take to answer, and for how long an answer is good."""
 
@@ -52,11 +52,11 @@ class Machine:
         )
 
 
-def machine_id(boot_id: Path = BOOT_ID) -> str:
+def machine_id(path: Path = BOOT_ID) -> str:
     """The same for all processes of this machine, in containers too, until it is started anew; "" where the kernel does
-    not tell. `boot_id` is where it does."""
+    not tell. `path` is where it does."""
     try:
-        return boot_id.read_text().strip()
+        return path.read_text().strip()
     except OSError:
         return ""
 

@@ -18,6 +18,7 @@ import pytest
 
 from gradstream.coordinator.cli.serve import server_processes
 from gradstream.core.errors import ConfigError
+from gradstream.core.machine import arithmetic_threads
 
 FAKE = Path(__file__).with_name("fake_gradstream.py")
 PROGRAM = """
@@ -149,7 +150,7 @@ def test_what_the_servers_are_given() -> None:
     any_port = server_processes("c:7000", "ps", "[::1]:0", 1000, None, 4, [])
     assert {child.arguments[child.arguments.index("--listen") + 1] for child in any_port} == {"[::1]:0"}
     threads = {int(child.arguments[child.arguments.index("--threads") + 1]) for child in any_port}
-    assert threads == {max(1, (os.cpu_count() or 1) // 4)}
+    assert threads == {arithmetic_threads(4)}
     with pytest.raises(ConfigError, match="need ports up to 65536"):
         server_processes("c:7000", "ps", "h:65535", 1000, None, 2, [])
 

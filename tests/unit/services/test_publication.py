@@ -381,6 +381,42 @@ async def test_a_pull_that_breaks_in_the_middle_of_a_difference_is_made_again_wh
         assert num_broken == 3
 
 
+@pytest.mark.parametrize("breaks", [False, True])
+async def test_the_next_version_is_asked_for_when_the_pull_under_way_is_over(breaks: bool) -> None:
+    asked: list[tuple[int, int | None]] = []
+    held_up = asyncio.Event()
+
+    class HoldingUp(ParameterServerServicer):
+        """Keeps the first pull's bundles, but for one, until `held_up` is set; then it may break off."""
+
+        async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[bytes]:
+            asked.append((request.min_version, request.held_version if request.HasField("held_version") else None))
+            first, sent = len(asked) == 1, 0
+            async for message in super().Pull(request, context):
+                if first and sent == 2:  # the version itself and a bundle
+                    await held_up.wait()
+                    if breaks:
+                        await context.abort(grpc.StatusCode.UNAVAILABLE, "the link broke")
+                yield message
+                sent += 1
+
+    async with serving(steps_plan(1, "delta-int8"), HoldingUp) as cluster, pulling(cluster) as (_, puller):
+        await puller.next(0)
+        cancelled, upcoming = (asyncio.create_task(puller.next(1, 0)) for _ in range(2))
+        # A request that was made before this one would be there before it, too.
+        await cluster.stubs[0].GetServerStatus(pb.GetServerStatusRequest(job_id="job"))
+        assert asked == [(0, None)]
+        cancelled.cancel()
+        held_up.set()
+        await until(lambda: len(asked) > 1)
+        # Nobody holds a version of which not all has come.
+        assert asked[1:] == [(1, None if breaks else 0)]
+        await cluster.push(cluster.all_keys(), 0)
+        inbox = await asyncio.wait_for(upcoming, BOUND_SECONDS)
+        assert inbox.version == 1
+        assert cancelled.cancelled()
+
+
 @pytest.mark.parametrize("pull", ["bf16", "delta-int8", "xor-bf16"])
 async def test_a_version_in_the_making_is_not_given_for_the_one_asked(pull: str) -> None:
     """Between `publish` and `begin_step` a bundle's copies are of the next version, its published version is not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -401,6 +402,25 @@ async def test_tensors_under_way_when_the_next_try_begins_are_taken(make_chain: 
     received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, 0))
     assert torch.equal(received, activation(9))
     assert not chain.nodes[0].errors
+
+
+async def test_a_try_begins_behind_what_is_still_being_encoded(
+    make_chain: MakeChain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "MOST_ELEMENTS_AT_ONCE", 0)
+    first, second = (node.neighbours for node in (await make_chain()).nodes)
+    first.run(await first.begin(0, SLOTS, False), lambda: True)
+    go_on = threading.Event()
+    first._thread.submit(go_on.wait, BOUND_SECONDS)  # the tensor is encoded after it
+    first.send(Action(0, Op.FORWARD, 0), activation(0), 0.0)
+    beginning = asyncio.create_task(first.begin(1, SLOTS, False))
+    await asyncio.to_thread(int)  # time enough for a task that would not wait
+    assert not beginning.done()
+    go_on.set()
+    attempt = await asyncio.wait_for(beginning, BOUND_SECONDS)
+    # What the second one is told of the next try comes behind the tensor.
+    await until(lambda: second.latest == attempt, "the next try to be known")
+    assert (1, (0, 0)) in second.inbounds[FORWARD].arrived
 
 
 async def test_a_late_tensor_of_a_void_try_may_be_larger_than_those_of_the_next(make_chain: MakeChain) -> None:

@@ -8,7 +8,7 @@ them, the others follow.
           └────────────────────────────────────────────────────────┘
 
 The next version is asked for as soon as all of one is here, so its fragments arrive while the worker still waits for
-nothing else, and a worker whose slots others have computed in the meantime learns it at once.
+nothing else, and from then on a worker whose slots others have computed in the meantime learns it at once.
 """
 
 from __future__ import annotations
@@ -457,8 +457,10 @@ class JobRun:
 
     async def _send_timeline(self, taken: list[RawSpan], version: int) -> None:
         plan = self.plan
-        # The weights that the worker waits for are more urgent.
-        await self._puller.settled()
+        if version + 1 < plan.num_steps:
+            # The weights that the worker waits for are more urgent. (After the last step it waits for nothing, and the
+            # job may be over before they are here.)
+            await self._puller.settled()
         report = await asyncio.to_thread(
             self._timeline.report, taken, plan.job_id, plan.epoch, version, self._session.node_id
         )

@@ -111,7 +111,7 @@ class Neighbours:
         self._changed = asyncio.Event()
         # What is large is encoded, and whatever comes decoded, off the compute thread and off the event loop.
         self._thread = ThreadPoolExecutor(1, "neighbours")
-        self._encoding: Future[None] | None = None  # the last that it was given
+        self._encodes_apart = False  # whether it has had anything to encode
         size, index, chunks = plan.replica_size, place.index, plan.num_chunks > 1
         # Activations go up the ring, gradients down; between the last worker and the first only with several chunks.
         for direction, step in ((FORWARD, 1), (BACKWARD, -1)):
@@ -153,8 +153,8 @@ class Neighbours:
     async def begin(self, version: int, slots: tuple[int, ...], validate: bool) -> Try:
         """On the first worker: begin a try, and tell the others. Waits until what this one has sent before is under
         way: the neighbours' credit bounds how far it runs ahead of them."""
-        if self._encoding is not None:
-            await asyncio.wait([asyncio.wrap_future(self._encoding)])  # what is being encoded comes first
+        if self._encodes_apart:
+            await self._loop.run_in_executor(self._thread, lambda: None)  # what is being encoded comes first
         await self.links[FORWARD].flush()
         number = self.latest.number + 1 if self.latest is not None else 1
         attempt = Try(number, version, slots, validate)
@@ -296,8 +296,8 @@ class Neighbours:
         if tensor.device.type == "cpu" and math.prod(self._largest) <= MOST_ELEMENTS_AT_ONCE:
             self._encode(attempt, action, tensor, loss_sum)
             return
-        self._encoding = self._thread.submit(self._encode, attempt, action, tensor, loss_sum)
-        self._encoding.add_done_callback(self._told)
+        self._encodes_apart = True
+        self._thread.submit(self._encode, attempt, action, tensor, loss_sum).add_done_callback(self._told)
 
     def _told(self, encoding: Future[None]) -> None:
         """An error of the thread that encodes must not leave the neighbour waiting."""

@@ -155,6 +155,7 @@ class Puller:
         # that is trained still has to hear of versions.
         self._targets = [target for target in targets if target[1]] or [targets[plan.leader]]
         self._receiving: asyncio.Task[None] | None = None
+        self._inbox: Inbox | None = None  # of the last pull
         self.received_bytes = 0
 
     async def next(
@@ -163,11 +164,14 @@ class Puller:
         """Wait until all servers have a common version of at least `min_version` under way; return its inbox, filling.
 
         `held_version` is the one that this worker holds, or will hold when the pull under way is over: the version
-        after it may come as differences. It is asked for when the pull under way is over, and not while its bundles
-        come: a worker that waits for weights, and servers beside it that make them, have no time for it.
+        after it may come as differences. With it, the request waits until the pull under way is over: while bundles
+        come, the worker that waits for them, and servers beside it that make them, have no time for it. Without it, a
+        pull under way is given up as soon as a version is answered.
         """
         if held_version is not None:
             await self.settled()
+            if self._inbox is not None and self._inbox.failed:
+                held_version = None
         pulls = [ServerPull(self._plan, *target) for target in self._targets]
         try:
             versions = list(
@@ -188,7 +192,7 @@ class Puller:
                 pull.cancel()
             raise
         await self.stop()
-        inbox = Inbox(versions[0], pulls[0].push_codec, pulls[0].checkpoint)
+        inbox = self._inbox = Inbox(versions[0], pulls[0].push_codec, pulls[0].checkpoint)
         self._receiving = asyncio.create_task(self._receive(pulls, inbox))
         return inbox
 

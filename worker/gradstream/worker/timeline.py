@@ -1,4 +1,5 @@
-"""A worker's timeline of the version that it works on: recorded by all its threads, sent when the version is over.
+"""A worker's timeline of the version that it works on: recorded by all its threads, sent when the version is
+over and all of the next one is here.
 
 Recording must cost next to nothing: a span is one tuple appended to a deque, which is atomic without a lock.
 """

@@ -74,7 +74,7 @@ ThreadsOption = Annotated[
         metavar="N",
         min=1,
         help="Threads for arithmetic of a process.",
-        show_default="its share of the cores",
+        show_default="its share of the cores, at most 8",
     ),
 ]
 ProcessesOption = Annotated[

@@ -384,7 +384,7 @@ class Node(_message.Message):
     device: _builtins.str
     """Processor it computes on."""
     flops_per_second: _builtins.float
-    """A worker's measured speed, RegisterRequest.flops_per_second."""
+    """A worker's measured speed, RegisterRequest.flops_per_second: the best that workers on its device have measured."""
     @_builtins.property
     def activity(self) -> _coordinator_pb2.Activity:
         """What it does."""

@@ -410,6 +410,7 @@ async def test_a_try_begins_behind_what_is_still_being_encoded(
     monkeypatch.setattr(neighbours, "MOST_ELEMENTS_AT_ONCE", 0)
     first, second = (node.neighbours for node in (await make_chain()).nodes)
     first.run(await first.begin(0, SLOTS, False), lambda: True)
+    await until(lambda: first.links[FORWARD].empty, "the try to be taken")
     go_on = threading.Event()
     first._thread.submit(go_on.wait, BOUND_SECONDS)  # the tensor is encoded after it
     first.send(Action(0, Op.FORWARD, 0), activation(0), 0.0)

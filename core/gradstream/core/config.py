@@ -379,7 +379,9 @@ def _load_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         tree = _parse_yaml(resolved.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         if seen:
-            raise ConfigError(f"{seen[-1]}: its base {path} is not there; copy it, or correct the 'base' line") from None
+            raise ConfigError(
+                f"{seen[-1]}: its base {path} is not there; copy it, or correct the 'base' line"
+            ) from None
         raise ConfigError(f"{path}: no such recipe; `gradstream recipes ls` lists the ones that come along") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None

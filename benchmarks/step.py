@@ -285,11 +285,12 @@ def cluster(network: Network, num_machines: int, root: Path, num_servers: int | 
         ready = serve(None, "coordinator", "--listen", f"{network.coordinator}:0", "--state", str(root / "state"))
         address = await_file(ready)
         waiting = []
-        threads = ["--threads", str(arithmetic_threads(num_machines if num_servers is None else num_servers))]
+        num_servers = num_machines if num_servers is None else num_servers
+        threads = ["--threads", str(arithmetic_threads(num_servers))]
         for machine in range(num_machines):
             common = ["--coordinator", address, "--memory", "8GiB"]
             listen = ["--listen", f"{network.address(machine)}:0"]
-            if num_servers is None or machine < num_servers:
+            if machine < num_servers:
                 waiting.append(
                     serve(machine, "parameter-server", "--name", f"server-{machine}", *threads, *listen, *common)
                 )

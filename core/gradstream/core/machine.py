@@ -1,4 +1,4 @@
-"""What a machine has left: memory (of the container, where it has less than the machine) and disk."""
+"""Which machine this is, its cores, and what it has left: memory (of the container, where it has less) and disk."""
 
 from __future__ import annotations
 

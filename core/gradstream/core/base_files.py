@@ -18,6 +18,7 @@ from typing import Any
 
 from gradstream.core import files
 from gradstream.core.errors import CheckpointError, ConfigError, one_line
+from gradstream.core.foreign import parsing
 
 SPARE_BYTES = 256 << 20
 """What a copy of a remote file leaves free on the disk of temporary files."""
@@ -99,16 +100,16 @@ def read_json(directory: str, name: str) -> dict[str, Any]:
 def open_safetensors(path: str) -> Any:
     """A safetensors file, mapped into memory, with its tensors as torch's. Raises CheckpointError for any other
     file."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
+
+    def refused(cause: str) -> CheckpointError:
+        return CheckpointError(
+            f"{path} is truncated or not a safetensors file ({cause}); get the file again from where it came from"
+        )
 
     local = local_path(path)
-    try:
+    with parsing(refused):
         return safe_open(local, framework="pt")
-    except (SafetensorError, OSError) as error:
-        detail = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({detail}); get the file again from where it came from"
-        ) from None
 
 
 def _state(path: str) -> tuple[object, int]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from gradstream.core import checkpoint, files
 from gradstream.core.base_files import read_json, read_small
 from gradstream.core.checkpoint import TOKENIZER_NAME, CheckpointReader, added_token, read_manifest
-from gradstream.core.errors import ConfigError, GradstreamError, one_line
+from gradstream.core.errors import ConfigError, GradstreamError
 from gradstream.core.finetuning import Base
+from gradstream.core.foreign import parsing
 from gradstream.core.log import get_logger
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id."""
-    return 1 + max(map(int, tokenizer.get_vocab().values()), default=-1)
+    """One more than the largest id. Raises ConfigError when the vocabulary cannot be read."""
+    with parsing(lambda cause: ConfigError(f"the tokenizer's vocabulary cannot be read ({cause}); get the file again")):
+        return 1 + max(map(int, tokenizer.get_vocab().values()), default=-1)
 
 
 def write_tokenizer(base: Base, destination: Path) -> None:
@@ -126,15 +128,15 @@ def _tokenizer(directory: str, settings: dict[str, Any], chat_template: Any) -> 
     if TOKENIZER_NAME not in files.list_names(directory):
         raise ConfigError(_no_tokenizer(directory))
     content = read_small(directory, TOKENIZER_NAME)
-    try:
+    with parsing(lambda cause: _unusable(directory, cause)):
         return _assembled(content, settings, chat_template, directory)
-    except GradstreamError:
-        raise
-    except Exception as error:  # tokenizers and transformers raise whatever a wrong value leads to
-        raise ConfigError(
-            f"{files.join(directory, TOKENIZER_NAME)} cannot be used ({one_line(error)[:200]}); get the file again, "
-            f"and {TOKENIZER_CONFIG_NAME} too"
-        ) from None
+
+
+def _unusable(directory: str, cause: str) -> ConfigError:
+    return ConfigError(
+        f"{files.join(directory, TOKENIZER_NAME)} cannot be used ({cause}); get the file again, and "
+        f"{TOKENIZER_CONFIG_NAME} too"
+    )
 
 
 def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, directory: str) -> PreTrainedTokenizerBase:

@@ -25,6 +25,7 @@ from gradstream.core import files
 from gradstream.core.data import Count, Digest, FileName
 from gradstream.core.errors import CheckpointError, one_line
 from gradstream.core.finetuning import FineTuning
+from gradstream.core.foreign import parsing
 from gradstream.core.fragments import Fragment, Tensor, cut, num_fragments
 from gradstream.proto.v1 import coordinator_pb2
 
@@ -315,10 +316,8 @@ class CheckpointReader:
         path = files.join(self.directory, entry.file)
         if number not in self._open_files:
             local = verified_file(self.directory, entry)
-            try:
+            with parsing(lambda cause: CheckpointError(f"checkpoint file {path} cannot be read ({cause})")):
                 self._open_files[number] = safe_open(local, framework="numpy")
-            except SafetensorError as error:
-                raise CheckpointError(f"checkpoint file {path} cannot be read ({error})") from None
         try:
             found = self._open_files[number].get_slice(key)
         except SafetensorError:

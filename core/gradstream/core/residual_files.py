@@ -10,13 +10,14 @@ import hashlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from gradstream.core import files
 from gradstream.core.checkpoint import FileEntry, slice_name, verified_file
 from gradstream.core.codecs import ResidualCodec, State
 from gradstream.core.errors import CheckpointError
+from gradstream.core.foreign import parsing
 from gradstream.core.fragments import Fragment
 from gradstream.core.payloads import CodecBook
 from gradstream.core.plan import Plan
@@ -48,28 +49,29 @@ def read_residual(directory: str, entry: FileEntry, plan: Plan) -> tuple[dict[in
     path = files.join(directory, entry.file)
     local = verified_file(directory, entry)
     states: dict[int, State] = {}
-    try:
-        with safe_open(local, framework="pt") as opened:
-            codec = (opened.metadata() or {}).get("codec", "none")
-            if codec != plan.recipe.codec.push:
-                return {}, f"it was kept by codec {codec}, the job's is {plan.recipe.codec.push}"
-            left = set(opened.keys())
-            for fragment, fresh in _fresh_states(plan):
-                state = {}
-                for key, like in fresh.items():
-                    name = f"{key}/{slice_name(plan.tensors, fragment)}"
-                    if name not in left or tuple(opened.get_slice(name).get_shape()) != tuple(like.shape):
-                        return {}, f"the model was cut into other fragments: it has no {name} of shape {[*like.shape]}"
-                    state[key] = opened.get_tensor(name).to(torch.float32, copy=True)
-                    left.discard(name)
-                states[fragment.index] = state
-            if left:
-                return {}, f"the model was cut into other fragments: {min(left)} is none of the plan's"
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"checkpoint file {path} cannot be read ({error}); restore it, or remove {directory} to go back to an "
+
+    def refused(cause: str) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint file {path} cannot be read ({cause}); restore it, or remove {directory} to go back to an "
             f"older checkpoint"
-        ) from None
+        )
+
+    with parsing(refused), safe_open(local, framework="pt") as opened:
+        codec = (opened.metadata() or {}).get("codec", "none")
+        if codec != plan.recipe.codec.push:
+            return {}, f"it was kept by codec {codec}, the job's is {plan.recipe.codec.push}"
+        left = set(opened.keys())
+        for fragment, fresh in _fresh_states(plan):
+            state = {}
+            for key, like in fresh.items():
+                name = f"{key}/{slice_name(plan.tensors, fragment)}"
+                if name not in left or tuple(opened.get_slice(name).get_shape()) != tuple(like.shape):
+                    return {}, f"the model was cut into other fragments: it has no {name} of shape {[*like.shape]}"
+                state[key] = opened.get_tensor(name).to(torch.float32, copy=True)
+                left.discard(name)
+            states[fragment.index] = state
+        if left:
+            return {}, f"the model was cut into other fragments: {min(left)} is none of the plan's"
     return states, ""
 
 

@@ -20,6 +20,7 @@ import grpc.aio
 
 from gradstream.core import errors
 from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError, UnreachableError
+from gradstream.core.foreign import panics_caught
 from gradstream.core.transport import PLAIN, Transport
 
 C = TypeVar("C", bound=grpc.aio.Call)
@@ -123,9 +124,11 @@ def _check_free(address: str) -> None:
 
 @asynccontextmanager
 async def answering(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Turn a GradstreamError raised inside into the status of the call."""
+    """Turn a GradstreamError raised inside, or a parser's panic, which gRPC would leave unanswered, into the status of
+    the call."""
     try:
-        yield
+        with panics_caught():
+            yield
     except GradstreamError as error:
         # What was refused must not stay, in frames that the traceback holds, until a garbage collection finds it.
         traceback.clear_frames(error.__traceback__)

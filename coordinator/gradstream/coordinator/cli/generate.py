@@ -64,7 +64,8 @@ def generate_text(
 
     Raises ConfigError when the directory is not a model's, and CheckpointError when it cannot be loaded.
     """
-    from gradstream.core.errors import CheckpointError, ConfigError, one_line
+    from gradstream.core.errors import CheckpointError, ConfigError
+    from gradstream.core.foreign import parsing
 
     if (directory / "adapter_config.json").is_file():
         raise ConfigError(
@@ -81,15 +82,13 @@ def generate_text(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with parsing(lambda cause: CheckpointError(f"{directory} cannot be loaded ({cause}); export it again")):
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
         )
-    except Exception as error:
-        raise CheckpointError(f"{directory} cannot be loaded ({one_line(error)}); export it again") from None
+        ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     model.eval()
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     end = model.config.eos_token_id
     end = end[0] if isinstance(end, list) else end
     if not ids:
@@ -115,5 +114,6 @@ def generate_text(
             pad_token_id=end if end is not None else 0,
             **sampling,
         )
-    text: str = tokenizer.decode(output_BT[0, len(ids) :], skip_special_tokens=True)
+    with parsing(lambda cause: CheckpointError(f"{directory}: its tokenizer cannot decode ({cause}); export it again")):
+        text: str = tokenizer.decode(output_BT[0, len(ids) :], skip_special_tokens=True)
     return text

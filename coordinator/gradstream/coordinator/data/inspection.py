@@ -10,6 +10,7 @@ import numpy as np
 
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.errors import DataError, one_line
+from gradstream.core.foreign import parsing
 from gradstream.core.sources import open_filesystem
 
 BLOCK_BYTES = 1 << 20
@@ -134,11 +135,11 @@ def _first_sample(path: str, manifest: Manifest) -> str:
     content = b"".join(_blocks(filesystem, root, manifest.tokenizer_file))
     dtype = np.dtype(manifest.token_dtype).newbyteorder("<")
     head = next(_blocks(filesystem, root, shard.file), b"")[: SAMPLE_TOKENS * dtype.itemsize]
-    try:
+
+    def refused(cause: str) -> DataError:
+        return DataError(f"{root}/{shard.file} cannot be decoded ({cause}); verify the data set or prepare it again")
+
+    with parsing(refused):
         tokenizer = Tokenizer.from_str(content.decode("utf-8"))
         tokens = np.frombuffer(head[: len(head) // dtype.itemsize * dtype.itemsize], dtype)
         return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(
-            f"{root}/{shard.file} cannot be decoded ({one_line(error)}); verify the data set or prepare it again"
-        ) from None

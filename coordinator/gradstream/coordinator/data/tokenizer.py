@@ -20,6 +20,7 @@ import numpy as np
 
 from gradstream.coordinator.data.sources import NotTextError, read_documents
 from gradstream.core.errors import ConfigError, DataError, one_line
+from gradstream.core.foreign import Guarded, parsing
 from gradstream.core.sources import SourceFile, open_filesystem
 
 END_OF_TEXT = "<|endoftext|>"
@@ -75,11 +76,8 @@ def describe(content: bytes, origin: str) -> TokenizerFile:
     """Find the vocabulary's size and the end of text of a tokenizer.json. Raises ConfigError."""
     from tokenizers import Tokenizer
 
-    try:
-        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ConfigError(f"{origin} is not a tokenizer.json ({one_line(error)}); save the tokenizer again") from None
-    vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    with parsing(lambda cause: ConfigError(f"{origin} is not a tokenizer.json ({cause}); save the tokenizer again")):
+        vocabulary: dict[str, int] = Tokenizer.from_str(content.decode("utf-8")).get_vocab(with_added_tokens=True)
     name = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
     if name is None:
         raise ConfigError(
@@ -211,7 +209,7 @@ class _Encoder:
     def __init__(self, content: bytes, token_dtype: str, end_of_text_id: int):
         from tokenizers import Tokenizer
 
-        self._tokenizer: Any = Tokenizer.from_str(content.decode("utf-8"))
+        self._tokenizer: Any = Guarded(Tokenizer.from_str(content.decode("utf-8")), _refused)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # "<|endoftext|>" in a document's text is text: a document must not be able to end itself.
@@ -225,6 +223,10 @@ class _Encoder:
             tokens = np.array([*encoding.ids, self._end_of_text_id], self._dtype)
             documents.append(Document(tokens.tobytes(), len(tokens)))
         return documents
+
+
+def _refused(cause: str) -> ConfigError:
+    return ConfigError(f"the tokenizer cannot encode the documents ({cause}); save it again, or have one trained")
 
 
 _process_encoder: _Encoder | None = None

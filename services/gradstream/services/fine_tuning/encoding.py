@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gradstream.core.errors import ConfigError
+from gradstream.core.foreign import Guarded, parsing
 
 Piece = tuple[str, bool]
 """Text, and whether its tokens are targets."""
@@ -35,14 +36,16 @@ class Encoder:
                 "the base's tokenizer names no end-of-text token; set eos_token in its tokenizer_config.json"
             )
         # A copy: truncation and padding, which a tokenizer.json may ask for, must not happen here.
-        self._backend = Tokenizer.from_str(backend.to_str())
+        with parsing(_unusable):
+            self._backend: Any = Guarded(Tokenizer.from_str(backend.to_str()), _unusable)
         self._backend.no_truncation()
         self._backend.no_padding()
         self.content: bytes = self._backend.to_str(pretty=True).encode("utf-8")
         """The tokenizer.json."""
         self.end_of_text_id = int(tokenizer.eos_token_id)
-        self.vocab_size = max(len(tokenizer), 1 + max(self._backend.get_vocab(with_added_tokens=True).values()))
-        first = tokenizer("x").input_ids[:1]
+        with parsing(_unusable):
+            num_known, first = len(tokenizer), tokenizer("x").input_ids[:1]
+        self.vocab_size = max(num_known, 1 + max(self._backend.get_vocab(with_added_tokens=True).values()))
         self.bos_id = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
         """What the tokenizer puts before every text; None for those that put nothing."""
         self._adds_blank = self.decode(self.ids("x") + self.ids("x")) != "xx"
@@ -91,3 +94,7 @@ class Encoder:
             pieces.append((piece, bool(is_target[begin])))
             shown, begin = text, end
         return pieces
+
+
+def _unusable(cause: str) -> ConfigError:
+    return ConfigError(f"the base's tokenizer.json cannot be used ({cause}); get the file again")

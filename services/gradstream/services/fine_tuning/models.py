@@ -18,6 +18,7 @@ import torch
 
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError, nearest, one_line
 from gradstream.core.finetuning import Base, LoraConfig
+from gradstream.core.foreign import panics_caught
 from gradstream.services.fine_tuning.resident import (
     NO_ADAPTER,
     BaseTensors,
@@ -140,9 +141,10 @@ class ServedModels:
         Raises ConfigError or CheckpointError when it cannot be loaded.
         """
         try:
-            resident = self._resident(served)
-            if resident is None or not self._adapter_resident(served, resident):
-                return None
+            with panics_caught():
+                resident = self._resident(served)
+                if resident is None or not self._adapter_resident(served, resident):
+                    return None
         except GradstreamError:
             raise
         except Exception as error:  # whatever its files lead to ends this request, not the thread that computes

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from gradstream.core.errors import GradstreamError, UnreachableError, one_line
+from gradstream.core.foreign import panics_caught
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.batch import Batch, peak_positions
 from gradstream.services.fine_tuning.models import Profile, Served, ServedModels
@@ -252,7 +253,8 @@ class Scheduler:
     def _advance(self, running: _Running, action: Callable[[_Running], None]) -> None:
         """Do something with a batch; what goes wrong ends its rows, and no others."""
         try:
-            action(running)
+            with panics_caught():
+                action(running)
         except Exception as error:
             known = error if isinstance(error, GradstreamError) else GradstreamError(_failed(error))
             self._fail(running, known)
@@ -286,8 +288,9 @@ class Scheduler:
         for index, logits_V in enumerate(logits_BV, first):
             row = running.rows[index]
             try:
-                token = row.choose(logits_V)
-                piece = row.take(token)
+                with panics_caught():
+                    token = row.choose(logits_V)
+                    piece = row.take(token)
             except Exception as error:
                 done.add(index)
                 said.append((row, error if isinstance(error, GradstreamError) else GradstreamError(_failed(error))))

@@ -7,14 +7,17 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from gradstream.core.foreign import panics_caught
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call `function` in a thread of its own. When the caller is cancelled, or the process ends, nobody waits for it.
+    """Call `function` in a thread of its own; a parser's panic there is a DataError here.
 
-    So only for work that may be cut off anywhere.
+    When the caller is cancelled, or the process ends, nobody waits for the thread. So only for work that may be cut off
+    anywhere.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -30,7 +33,8 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     def run() -> None:
         result, error = None, None
         try:
-            result = function(*args, **kwargs)
+            with panics_caught():
+                result = function(*args, **kwargs)
         except BaseException as caught:
             error = caught
         try:

@@ -108,7 +108,7 @@ def packed(num_bytes: int, begin: bytes = b"", end: bytes = b"") -> bytes:
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the real ones, a thousandth."""
-    monkeypatch.setattr("gradstream.core.sources.MAX_LINE_BYTES", MIB)
+    monkeypatch.setattr("gradstream.core.source_rows.MAX_LINE_BYTES", MIB)
     monkeypatch.setattr(reading, "MAX_FILE_BYTES", 4 * MIB)
 
 

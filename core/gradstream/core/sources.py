@@ -1,21 +1,25 @@
-"""Sources: from paths, globs, directories and `stdlib:` to files, and from JSONL files to their rows.
+"""Sources: from paths, globs, directories and `stdlib:` to files.
 
-Files of a source come in sorted order, sources in the order given, and a file that two sources name comes once: the
-number of a document or row depends on the input alone.
+Links are followed, as `cat` follows them: a link is a file (or a directory) under its own name. Files of a source come
+in sorted order, sources in the order given, and a path that two sources name comes once: the number of a document or
+row depends on the input alone. What a source names and nobody reads is counted by reason.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import stat
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from gradstream.core.errors import ConfigError, DataError, one_line
+from gradstream.core.errors import ConfigError, one_line
 
 STDLIB = "stdlib:"
 # Not the library itself: tests, what pip installed, and byte code.
@@ -23,21 +27,40 @@ STDLIB_SKIPPED = frozenset(
     # The last two are character tables and one long string, not code.
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 )
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-MAX_LINE_BYTES = 64 << 20
-BLOCK_BYTES = 1 << 20
-PARQUET_ROWS = 512
-"""Rows of a Parquet file that are in memory at once."""
+COMPRESSIONS = {
+    ".gz": "gzip",
+    ".gzip": "gzip",
+    ".bgz": "gzip",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".lzma": "xz",
+    ".zst": "zstd",
+    ".zstd": "zstd",
+}
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
+
+# Reasons for which something that a source names is not read.
+HIDDEN = "hidden files and directories"
+SPECIAL = "pipes, sockets and devices"
+GLOBBED_DIRECTORIES = "directories that a glob matches (** descends)"
+LOOPS = "links to a directory that they lie in"
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file to read: `name` is for people, `num_bytes` its stored (maybe compressed) size."""
+    """One file to read: `name` is for people and always encodes to UTF-8, `num_bytes` its stored (maybe compressed)
+    size."""
 
     name: str
     filesystem: Any
     path: str
     num_bytes: int
+
+    def open(self) -> BufferedIOBase:
+        """The stored bytes. Raises what the file system raises."""
+        if is_local(self.filesystem):  # fsspec would resolve ".." by its letters, not through links
+            return open(self.path, "rb")
+        return cast(BufferedIOBase, self.filesystem.open(self.path, "rb"))
 
     @property
     def _stem_and_compression(self) -> tuple[str, str | None]:
@@ -46,14 +69,28 @@ class SourceFile:
 
     @property
     def compression(self) -> str | None:
-        """The fsspec compression that the name tells."""
+        """The compression that the name tells."""
         return self._stem_and_compression[1]
+
+    @property
+    def suffix(self) -> str:
+        """The name's suffix in lower case, without that of a compression: ".json" of a.JSON.gz."""
+        return os.path.splitext(self._stem_and_compression[0])[1]
 
     @property
     def kind(self) -> str:
         """ "jsonl", "parquet" or "text", by the name."""
-        suffix = os.path.splitext(self._stem_and_compression[0])[1]
-        return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}.get(suffix, "text")
+        return KINDS.get(self.suffix, "text")
+
+
+@dataclass(slots=True)
+class FoundFiles:
+    """The files of sources, in the order in which they are read. `left_out`: how many were not taken, by reason."""
+
+    files: list[SourceFile] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    num_repeated: int = 0
+    """files that are another name (a link) of one before them; their documents come again"""
 
 
 def open_filesystem(path: str) -> tuple[Any, str]:
@@ -75,46 +112,219 @@ def is_local(filesystem: Any) -> bool:
 
 
 def list_files(sources: Iterable[str]) -> list[SourceFile]:
-    """All files that `sources` name, in the order in which they are read.
+    """The files of `find_files`."""
+    return find_files(sources).files
 
-    Directories are walked without hidden files; a glob takes the files it matches (`**` descends).
-    Raises ConfigError when a source names no file.
+
+def find_files(sources: Iterable[str]) -> FoundFiles:
+    """All files that `sources` name.
+
+    A directory is walked without hidden files; a glob takes the files it matches, as a shell does: `**` descends, and
+    only a pattern that begins with a dot matches a hidden name. Whatever the user names (a hidden directory in the
+    path, a hidden file) is read.
+
+    Raises ConfigError when a source names no file, for a link that leads nowhere and for what cannot be listed.
     """
-    found: dict[tuple[str, str], SourceFile] = {}
+    found = FoundFiles()
+    seen: dict[tuple[str, str], SourceFile] = {}
+    identities: set[tuple[int, int]] = set()
     for source in sources:
-        files = list(_stdlib_files() if source == STDLIB else _files_of(source))
+        left_out: Counter[str] = Counter()
+        files = list(_stdlib_files() if source == STDLIB else _files_of(source, left_out))
         if not files:
-            raise ConfigError(f"source '{source}' matches no file; correct the path or remove it")
+            raise ConfigError(
+                f"source '{source}' matches no file{_left_out_note(left_out)}; correct the path or remove it"
+            )
+        found.left_out += left_out
         for file in files:
-            found.setdefault((str(file.filesystem.protocol), file.path), file)
-    return list(found.values())
+            key = (str(file.filesystem.protocol), file.path)
+            if key in seen:
+                continue
+            seen[key] = file
+            if is_local(file.filesystem):
+                status = os.stat(file.path)
+                identity = (status.st_dev, status.st_ino)
+                found.num_repeated += identity in identities
+                identities.add(identity)
+    found.files = list(seen.values())
+    return found
 
 
-def _files_of(source: str) -> Iterator[SourceFile]:
-    filesystem, path = open_filesystem(source)
+def _left_out_note(left_out: Counter[str]) -> str:
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()) if count)
+    return f" (left out: {counts})" if counts else ""
+
+
+def _files_of(source: str, left_out: Counter[str]) -> Iterator[SourceFile]:
+    if not source.strip():
+        raise ConfigError("a source is empty; name a file, a glob or a directory")
+    path = os.path.expanduser(source)
+    if not os.path.lexists(path):  # any name that is there is a path, even one that looks like a URL
+        filesystem, inner = open_filesystem(source)
+        if not is_local(filesystem):
+            yield from _remote_files(source, filesystem, inner, left_out)
+            return
+        path = inner if re.match(r"(file|local):", path) else path
+    from fsspec.implementations.local import LocalFileSystem
+
+    filesystem = LocalFileSystem()
+    try:
+        paths = sorted({_absolute(found) for found in _local_paths(path, left_out)})
+        for found in paths:
+            yield SourceFile(public_text(found), filesystem, found, os.stat(found).st_size)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"source '{public_text(source)}' cannot be listed ({one_line(error)}); check the path and the rights"
+        ) from None
+
+
+def _absolute(path: str) -> str:
+    """A path from the root on. ".." goes to where it leads through links."""
+    joined = os.path.join(os.getcwd(), path)
+    plain = os.path.normpath(joined)
+    return plain if ".." not in joined.split("/") or os.path.realpath(plain) == os.path.realpath(joined) else joined
+
+
+def _local_paths(path: str, left_out: Counter[str]) -> Iterator[str]:
+    """The files that a path or glob of this machine names. Raises ConfigError and OSError."""
+    if os.path.lexists(path):
+        status = _status(path)
+        if stat.S_ISDIR(status.st_mode):
+            yield from _walk(path, left_out, ())
+        elif stat.S_ISREG(status.st_mode):
+            yield path
+        else:
+            raise ConfigError(f"{path} is no file that can be read twice (a pipe or a device); write it to a file")
+    elif any(map(_is_pattern, path.split("/"))):
+        root = "/" if path.startswith("/") else ""
+        yield from _glob(root, [part for part in path.split("/") if part not in ("", ".")], left_out, ())
+
+
+def _is_pattern(part: str) -> bool:
+    return any(character in part for character in "*?[")
+
+
+def _status(path: str) -> os.stat_result:
+    """What a path leads to. Raises ConfigError for a link that leads nowhere."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if not os.path.islink(path):
+            raise
+        raise ConfigError(
+            f"{path} is a link to {os.readlink(path)}, which cannot be reached ({error.strerror}); restore the file "
+            f"or remove the link"
+        ) from None
+
+
+Above = tuple[tuple[int, int], ...]
+"""The directories that a directory lies in, as it was reached: device and number of each."""
+
+
+def _entries(folder: str) -> list[str]:
+    return sorted(os.listdir(folder or "."))
+
+
+def _enter(folder: str, above: Above, left_out: Counter[str]) -> Above | None:
+    """`above` with `folder` added; None where that would never end."""
+    status = _status(folder or ".")
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        left_out[LOOPS] += 1
+        return None
+    return (*above, identity)
+
+
+def _walk(folder: str, left_out: Counter[str], above: Above) -> Iterator[str]:
+    """All files below a directory, without what is hidden."""
+    inside = _enter(folder, above, left_out)
+    if inside is None:
+        return
+    for name in _entries(folder):
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            left_out[HIDDEN] += 1
+            continue
+        mode = _status(path).st_mode
+        if stat.S_ISDIR(mode):
+            yield from _walk(path, left_out, inside)
+        elif stat.S_ISREG(mode):
+            yield path
+        else:
+            left_out[SPECIAL] += 1
+
+
+def _glob(folder: str, parts: list[str], left_out: Counter[str], above: Above) -> Iterator[str]:
+    """The files below `folder` that the parts of a pattern match."""
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        if not rest:
+            yield from _walk(folder, left_out, above)
+            return
+        inside = _enter(folder, above, left_out)
+        if inside is None:
+            return
+        yield from _glob(folder, rest, left_out, ())
+        for name in _entries(folder):
+            path = os.path.join(folder, name)
+            if name.startswith("."):
+                left_out[HIDDEN] += os.path.isdir(path)
+            elif os.path.isdir(path):
+                yield from _glob(path, parts, left_out, inside)
+        return
+    # A name that is there is meant by its letters: [odd] is a directory of that name.
+    if not _is_pattern(part) or os.path.lexists(os.path.join(folder, part)):
+        names = [part] if os.path.lexists(os.path.join(folder, part)) else []
+    else:
+        matching = [name for name in _entries(folder) if fnmatchcase(name, part)]
+        names = [name for name in matching if part.startswith(".") or not name.startswith(".")]
+        left_out[HIDDEN] += 0 if rest else len(matching) - len(names)
+    for name in names:
+        path = os.path.join(folder, name)
+        if rest:
+            if os.path.isdir(path):
+                yield from _glob(path, rest, left_out, ())
+            continue
+        mode = _status(path).st_mode
+        if stat.S_ISREG(mode):
+            yield path
+        else:
+            left_out[GLOBBED_DIRECTORIES if stat.S_ISDIR(mode) else SPECIAL] += 1
+
+
+def _remote_files(source: str, filesystem: Any, path: str, left_out: Counter[str]) -> Iterator[SourceFile]:
+    """The files that a source on another machine or in an archive names."""
+    pattern: list[str] = []
     try:
         if filesystem.isdir(path):
             listing = filesystem.find(path, detail=True)
+            root = path.rstrip("/") + "/"
         elif filesystem.exists(path):
-            listing = {path: filesystem.info(path)}
-        elif any(character in path for character in "*?["):
+            listing, root = {path: filesystem.info(path)}, path
+        elif _is_pattern(path):
             listing = filesystem.glob(path, detail=True)
+            parts = path.split("/")
+            fixed = next(number for number, part in enumerate(parts) if _is_pattern(part))
+            root = "/".join(parts[:fixed]) + "/"
+            pattern = [part for part in parts[fixed:] if part.startswith(".")]
         else:
-            listing = {}
+            listing, root = {}, path
     except Exception as error:  # every fsspec backend raises its own kind
         raise ConfigError(
-            f"source '{source}' cannot be listed ({one_line(error)}); check the path and the rights"
+            f"source '{without_password(source)}' cannot be listed ({one_line(error)}); check the path and the rights"
         ) from None
-    local = is_local(filesystem)
-    root = path.rstrip("/") + "/"
     for name in sorted(listing):
         info = listing[name]
-        if info.get("type") in ("directory", "other"):
-            continue
-        if any(part.startswith(".") for part in name.removeprefix(root).split("/")) and name != path:
-            continue
-        label = name if local else str(filesystem.unstrip_protocol(name))
-        yield SourceFile(label, filesystem, name, int(info.get("size") or 0))
+        inner = name.removeprefix(root).split("/") if name != path else []
+        if any(part.startswith(".") and not any(fnmatchcase(part, known) for known in pattern) for part in inner):
+            left_out[HIDDEN] += 1
+        elif info.get("type") == "directory":
+            left_out[GLOBBED_DIRECTORIES] += 1
+        elif info.get("type") == "other":
+            left_out[SPECIAL] += 1
+        else:
+            label = public_text(str(filesystem.unstrip_protocol(name)))
+            yield SourceFile(label, filesystem, name, int(info.get("size") or 0))
 
 
 def _stdlib_files() -> Iterator[SourceFile]:
@@ -131,71 +341,15 @@ def _stdlib_files() -> Iterator[SourceFile]:
             yield SourceFile(str(path), filesystem, str(path), path.stat().st_size)
 
 
+def public_text(text: str) -> str:
+    """`text` as UTF-8 can hold it: bytes of a file's name that are no UTF-8 are written as \\xe9."""
+    try:
+        raw = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a surrogate pair that is no byte of a name
+        raw = text.encode("utf-8", "backslashreplace")
+    return raw.decode("utf-8", "backslashreplace")
+
+
 def without_password(source: str) -> str:
-    """A source for what anyone may read: without user and password of a URL."""
-    return re.sub(r"(?<=://)[^/@]*@", "", source)
-
-
-@dataclass(frozen=True, slots=True)
-class BadLine:
-    """A line that is no JSON object: why, and what to do about it."""
-
-    reason: str
-    cure: str
-
-
-def read_unpacked(file: SourceFile, most_bytes: int) -> bytes:
-    """All of a file. Raises DataError when it is compressed and unpacks to more than `most_bytes`, and what the file
-    system raises when it cannot be read."""
-    limit = most_bytes if file.compression else None
-    with file.filesystem.open(file.path, "rb", compression=file.compression) as handle:
-        content: bytes = handle.read() if limit is None else handle.read(limit + 1)
-    if limit is not None and len(content) > limit:
-        raise DataError(_too_large(file, limit))
-    return content
-
-
-def _lines(file: SourceFile, most_bytes: int | None) -> Iterator[bytes]:
-    """The lines of a file. Read in blocks: a line, like what a small file unpacks to, may be as long as it likes."""
-    held, num_lines, num_bytes = b"", 0, 0
-    with file.filesystem.open(file.path, "rb", compression=file.compression) as handle:
-        while block := handle.read(BLOCK_BYTES):
-            num_bytes += len(block)
-            if file.compression and most_bytes is not None and num_bytes > most_bytes:
-                raise DataError(_too_large(file, most_bytes))
-            *lines, held = (held + block).split(b"\n")
-            yield from lines
-            num_lines += len(lines)
-            if len(held) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"{file.name}:{num_lines + 1}: the line has more than {MAX_LINE_BYTES >> 20} MiB; is every row "
-                    f"on a line of its own?"
-                )
-    if held:
-        yield held
-
-
-def _too_large(file: SourceFile, most_bytes: int) -> str:
-    return f"{file.name} unpacks to more than {most_bytes >> 20} MiB; split it, or unpack it first"
-
-
-def jsonl_rows(file: SourceFile, most_bytes: int | None = None) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
-    """The objects of a JSONL file with their line numbers, from 1 on; blank lines are left out.
-
-    Raises DataError for a line of more than MAX_LINE_BYTES and for a compressed file that unpacks to more than
-    `most_bytes`, and what the file system raises when the file cannot be read.
-    """
-    for number, line in enumerate(_lines(file, most_bytes), 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            yield number, BadLine("not UTF-8", "convert the file or leave it out")
-            continue
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield number, BadLine(f"not JSON ({one_line(error)})", "correct or remove the line")
-            continue
-        yield number, row if isinstance(row, dict) else BadLine("not a JSON object", "every line must be an object")
+    """A source for what anyone may read: without user and password of a URL, and as UTF-8 can hold it."""
+    return re.sub(r"(?<=://)[^/@]*@", "", public_text(source))

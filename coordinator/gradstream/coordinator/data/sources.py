@@ -7,7 +7,8 @@ import codecs
 from collections.abc import Iterator
 
 from gradstream.core.errors import DataError, GradstreamError, nearest, one_line
-from gradstream.core.sources import PARQUET_ROWS, BadLine, SourceFile, jsonl_rows
+from gradstream.core.source_rows import PARQUET_ROWS, BadLine, jsonl_rows
+from gradstream.core.sources import SourceFile
 
 PROBE_BYTES = 8192
 

@@ -297,7 +297,7 @@ def _template(tokenizer: Any) -> str:
 
 def _sha256(file: SourceFile) -> str:
     try:
-        with file.filesystem.open(file.path, "rb") as handle:
+        with file.open() as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except Exception as error:  # every fsspec backend raises its own kind
         raise DataError(f"{file.name} cannot be read ({one_line(error)}); check the path and the rights") from None

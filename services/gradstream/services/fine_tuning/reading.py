@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from gradstream.core.errors import ConfigError, DataError, GradstreamError, nearest, one_line, plain_line
 from gradstream.core.finetuning_recipe import ExamplesConfig
-from gradstream.core.sources import PARQUET_ROWS, BadLine, SourceFile, jsonl_rows, read_unpacked
+from gradstream.core.source_rows import PARQUET_ROWS, BadLine, jsonl_rows, read_unpacked
+from gradstream.core.sources import SourceFile
 
 Format = Literal["prompt-completion", "chat", "text"]
 SHOWN_FIELDS = 8

@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 MOST_ROWS_IN_PLACE = 384
 """With more tokens than this the product is made first and added then, as autograd does it: there is little to gain.
-A BLAS may add the products of some hundred rows (192 on Zen 3) before it touches the sum; up to there both ways have
-the same bits, beyond they round differently. Which way is taken depends on the recipe alone."""
+The two ways may round differently, from a number of rows on that depends on the BLAS and the processor. Which way is
+taken depends on the recipe alone, so that all schedules, stages and workers have the same bits."""
 
 FEWEST_ELEMENTS_IN_PLACE = 1 << 18
 """Where backward passes come in one part, a matrix with fewer elements than this is left to autograd, which makes the

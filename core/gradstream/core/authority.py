@@ -16,9 +16,12 @@ them too. When every credential was renewed, `finish_ca_rotation` drops the old 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import hashlib
 import os
+import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -312,8 +315,20 @@ class Authority:
             text, token_id = new_token(self.cluster)
         cert, key = certificates.new_leaf(self._cas.signing, self.cluster, role, name, now, expires_at)
         made = Credentials(self._cas.trusted, cert + self._cross(), key, text, str(directory or "the pack"))
+        der = ssl.PEM_cert_to_DER_cert(cert.decode("ascii"))
+        entry = Token(
+            id=token_id,
+            sha256=digest(text),
+            certificate_sha256=hashlib.sha256(der).hexdigest(),
+            role=role,
+            name=name,
+            issued_at=int(now),
+            expires_at=expires_at,
+            # Callers know services by their certificates; nobody calls people.
+            certificate="" if role in PEOPLE_ROLES else base64.b64encode(der).decode("ascii"),
+        )
         # The table first: nobody may hold a token that services do not know.
-        self._write_table(self._table.updated([Token(token_id, digest(text), role, name, int(now), expires_at)], now))
+        self._write_table(self._table.updated([entry], now))
         if directory is not None:
             try:
                 store.save(directory, made)
@@ -334,13 +349,15 @@ class Authority:
 
     def _entry_of(self, found: Credentials) -> tuple[Token | None, str]:
         """(the entry of a credential that was issued here and not revoked, "") or (None, why it is none)."""
+        from gradstream.core import certificates
+
         # Of expired ones too: the authority may renew them.
         entry, reason = check(found.token, self._table, now=0)
         if entry is None:
             return None, f"{found.source}: {reason}"
         try:
             store.verify(dataclasses.replace(found, ca=self._cas.trusted), found.valid_from)
-            if (found.role, found.name) == (entry.role, entry.name):
+            if certificates.sha256(found.cert) == entry.certificate_sha256:
                 return entry, ""
         except ConfigError as error:
             return None, str(error)

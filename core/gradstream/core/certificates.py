@@ -111,6 +111,11 @@ def describe(cert: bytes, where: str) -> Certificate:
     return Certificate(roles[0], name, cluster, int(valid_from.timestamp()), int(expires_at.timestamp()))
 
 
+def sha256(cert: bytes) -> str:
+    """The sha256 of a PEM's first certificate (of its DER), in hex, by which the token table knows it."""
+    return _certificates(cert)[0].fingerprint(hashes.SHA256()).hex()
+
+
 def check(ca: bytes, cert: bytes, key: bytes, now: float, where: str, directory: str) -> None:
     """Check that the key is the certificate's, that one of the CAs signed it, and that both are valid now.
 

@@ -1,17 +1,23 @@
 """At a server's door: who calls, by certificate and token, and whether the call's rule lets them.
 
-A call is admitted, or refused with one line, before the servicer sees it. One that is under way ends when its token
+A call is admitted, or refused with one line, before its request is read: every call is served as a stream on the wire,
+of which the guard itself reads a unary request once the caller is known. So a caller that is refused makes the server
+hold nothing, and all requests together are bounded (`limits.Receiving`). A call that is under way ends when its token
 expires or is revoked. What is audited is noted with its caller and its end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import inspect
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import grpc
@@ -20,10 +26,18 @@ import grpc.aio
 from gradstream.core import access
 from gradstream.core.access import Caller
 from gradstream.core.credentials import dns_name
-from gradstream.core.errors import AccessError, BusyError, CredentialsError, GradstreamError, UnreachableError
-from gradstream.core.limits import PERSON_LIMIT, SERVICE_LIMIT, Meter
+from gradstream.core.errors import (
+    AccessError,
+    BusyError,
+    CredentialsError,
+    GradstreamError,
+    ProtocolError,
+    UnreachableError,
+)
+from gradstream.core.limits import PERSON_LIMIT, SERVICE_LIMIT, Meter, Receiving
 from gradstream.core.log import get_logger
-from gradstream.core.rpc import abort
+from gradstream.core.refusals import AuditEvent, Refusals
+from gradstream.core.rpc import MAX_MESSAGE_BYTES, abort, answering
 from gradstream.core.tokens import PEOPLE_ROLES, ROLES, Token, TokenTable, check
 from gradstream.core.transport import AUTHORIZATION, BEARER
 
@@ -33,6 +47,8 @@ LOOK_SECONDS = 1.0
 """How long a call may go on after its token has expired or was revoked."""
 SENDING_SECONDS = 30.0
 """How long the response that is being sent then may take."""
+REQUEST_SECONDS = 20.0
+"""How long a caller may take to send the request of a call that it has begun."""
 MAX_IDLE_METERS = 1024
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -49,21 +65,6 @@ class TokenSource(Protocol):
         """Look at once whether there is a newer one, where that can be told: a token may be newer than the table."""
 
 
-@dataclass(frozen=True)
-class AuditEvent:
-    """That somebody made a call that is noted, or was refused one."""
-
-    unix_ms: int
-    call: str
-    caller: str
-    """Name and role; empty when the credentials told neither."""
-    peer: str
-    subject: str
-    """The job or fine-tuning that it was about, where the request names one."""
-    outcome: str
-    """"ok", or why it was refused or failed, in one line."""
-
-
 Note = Callable[[AuditEvent], None]
 """Takes an event for the audit log."""
 
@@ -74,6 +75,8 @@ class _Call:
 
     token_text: str
     task: asyncio.Task[Any]
+    subject: str = ""
+    """The job or fine-tuning that its request names."""
     refusal: str = ""
     refused_at: float = 0.0
     is_sending: bool = False
@@ -92,19 +95,33 @@ class _Call:
             self.task.cancel()
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What the connection of a call proves of its caller; empty where it has no certificate."""
+
+    role: str
+    name: str
+    certificate_sha256: str
+    """Of the certificate, in hex."""
+    host: str
+
+
 def decide(
-    method: str, token_text: str, certificate_role: str, table: TokenTable | None, now: float
+    method: str, token_text: str, certificate_sha256: str, table: TokenTable | None, now: float
 ) -> tuple[Token | None, GradstreamError | None]:
-    """Whose token it is, and why its call is refused (None: it is not). `now` is in Unix seconds."""
+    """The entry of a good token, and why its call is refused (None: it is not). `now` is in Unix seconds.
+
+    A token counts only on a connection that shows the certificate that it was issued with.
+    """
     if table is None:
         return None, UnreachableError("no table of tokens has come from the coordinator yet; try again later")
     token, reason = check(token_text, table, now)
     if token is None:
         return None, CredentialsError(reason)
-    if token.role != certificate_role:
+    if not hmac.compare_digest(token.certificate_sha256, certificate_sha256):
         return token, CredentialsError(
-            f"the token is of a {token.role} and the certificate of a {certificate_role or 'stranger'}; use both as "
-            f"they were issued"
+            f"token {token.id} was issued with another certificate than the connection shows; use all files of one "
+            f"credential as they were issued"
         )
     admitted, reason = access.may(token.role, method)
     return token, None if admitted else AccessError(reason)
@@ -118,19 +135,27 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         tokens: TokenSource,
         note: Note | None = None,
         clock: Callable[[], float] = time.time,
+        request_seconds: float = REQUEST_SECONDS,
     ):
         self._tokens = tokens
         self._note = note
         self._clock = clock
+        self._request_seconds = request_seconds
         self._calls: set[_Call] = set()
         self._meters: dict[tuple[str, str], Meter] = {}
+        self.receiving = Receiving()
+        self._refusals = Refusals()
         self._guarded: dict[str, tuple[Any, Any]] = {}
 
     async def run(self) -> None:
         """End calls whose token has expired or was revoked, for as long as this runs."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            self.end_revoked()
+        try:
+            while True:
+                await asyncio.sleep(LOOK_SECONDS)
+                self.end_revoked()
+                self._write(self._refusals.due(self._clock()))
+        finally:
+            self._write(self._refusals.rest())
 
     def end_revoked(self) -> None:
         """End calls whose token has expired or was revoked."""
@@ -157,19 +182,15 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
 
     def _guard(self, handler: Any, method: str) -> Any:
         """The same handler behind the door."""
-        rule = access.rule_of(method)
-        audited = rule is not None and rule.audited
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
-        async def answer(request: Any, context: Context) -> Any:
-            async with self._admitted(method, audited, request, context):
-                return await behaviour(request, context)
-
-        async def stream(request: Any, context: Context) -> None:
-            async with (
-                self._admitted(method, audited, request, context) as call,
-                aclosing(behaviour(request, context)) as responses,
-            ):
+        async def respond(request: Any, call: _Call, context: Context) -> None:
+            if not inspect.isasyncgenfunction(behaviour):
+                response = await behaviour(request, context)
+                if not handler.response_streaming:
+                    await context.write(response)
+                return
+            async with aclosing(behaviour(request, context)) as responses:
                 async for response in responses:
                     call.is_sending = True
                     try:
@@ -180,76 +201,134 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
                     if call.refusal:
                         raise asyncio.CancelledError
 
-        requests = "stream" if handler.request_streaming else "unary"
-        responses = "stream" if handler.response_streaming else "unary"
-        make = getattr(grpc, f"{requests}_{responses}_rpc_method_handler")
-        return make(
-            stream if inspect.isasyncgenfunction(behaviour) else answer,
-            request_deserializer=handler.request_deserializer,
+        async def serve(requests: Any, context: Context) -> None:
+            async with self._admitted(method, context) as (call, meter):
+                if handler.request_streaming:
+                    await respond(requests, call, context)
+                    return
+                async with self._received(requests, handler.request_deserializer, meter, context) as request:
+                    call.subject = _subject(request)
+                    await respond(request, call, context)
+
+        return grpc.stream_stream_rpc_method_handler(
+            serve,
+            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
             response_serializer=handler.response_serializer,
         )
 
     @asynccontextmanager
-    async def _admitted(self, method: str, audited: bool, request: Any, context: Context) -> AsyncIterator[_Call]:
-        text = token_of(context)
-        token, error = decide(method, text, role_of(context), self._tokens.table, self._clock())
-        if token is None:
-            self._tokens.refresh()
-            token, error = decide(method, text, role_of(context), self._tokens.table, self._clock())
-        host = context.peer().rpartition(":")[0]
-        caller = Caller(token.name, token.role, host) if token is not None else None
-        if token is not None and error is None:
-            meter = self._meter(token, host)
-            busy = meter.enter(time.monotonic())
-            error = BusyError(busy) if busy else None
+    async def _received(
+        self, requests: AsyncIterator[bytes], deserialize: Any, meter: Meter, context: Context
+    ) -> AsyncIterator[Any]:
+        """The request of an admitted call, whose bytes count against the server's bound for as long as it is served."""
+        held = MAX_MESSAGE_BYTES
+        await self.receiving.reserve(meter, held)
+        try:
+            async with answering(context):
+                try:
+                    async with asyncio.timeout(self._request_seconds):
+                        message = await anext(requests, None)
+                except TimeoutError:
+                    raise UnreachableError(
+                        f"the request of this call did not come within {self._request_seconds:g} s; send it again"
+                    ) from None
+                if message is None:
+                    raise ProtocolError("the call has no request; do both sides run the same gradstream version?")
+                self.receiving.release(meter, held - len(message))
+                held = len(message)
+                try:
+                    request = deserialize(message) if deserialize is not None else message
+                except Exception:  # of foreign bytes, in which the parser finds faults of many kinds
+                    raise ProtocolError("the request of this call is not a valid message") from None
+                del message
+            yield request
+        finally:
+            self.receiving.release(meter, held)
+
+    @asynccontextmanager
+    async def _admitted(self, method: str, context: Context) -> AsyncIterator[tuple[_Call, Meter]]:
+        rule = access.rule_of(method)
+        audited = rule is not None and rule.audited
+        shown, text = shown_by(context), token_of(context)
+        caller = Caller(shown.name, shown.role, shown.host)
+        # Of each certificate, whatever becomes of its calls: who is refused may not ask more often than who is not.
+        meter = self._meter(shown)
+        busy = meter.enter(time.monotonic())
+        error = BusyError(busy) if busy else self._refusal(method, text, shown)
         if error is not None:
-            # That there is no table yet is nobody's fault, and health checks ask every few seconds.
-            if not isinstance(error, UnreachableError):
-                self._tell(method, caller, host, request, f"refused: {error}")
+            if not busy:
+                meter.leave()
+            self._refused(method, caller, error)
             await abort(context, error)
         task = asyncio.current_task()
         assert task is not None
         call = _Call(text, task)
         self._calls.add(call)
         access.caller.set(caller)
+        outcome = "ok"
         try:
-            yield call
+            yield call, meter
         except asyncio.CancelledError:
-            if audited:
-                self._tell(method, caller, host, request, call.refusal or "broken off")
+            outcome = call.refusal or "broken off"
             if not call.refusal:
                 raise
             task.uncancel()
             await abort(context, CredentialsError(call.refusal))
         except BaseException as failure:
-            if audited:
-                self._tell(method, caller, host, request, f"failed: {context.details() or failure}")
+            outcome = f"failed: {context.details() or failure}"
             raise
-        else:
-            if audited:
-                self._tell(method, caller, host, request, "ok")
         finally:
             self._calls.discard(call)
             meter.leave()
+            if audited:
+                self._write([self._event(method, caller, call.subject, outcome)])
 
-    def _meter(self, token: Token, host: str) -> Meter:
-        key = (token.id, host)
+    def _refusal(self, method: str, text: str, shown: Shown) -> GradstreamError | None:
+        """Why a call is refused; None when it is admitted."""
+        token, error = decide(method, text, shown.certificate_sha256, self._tokens.table, self._clock())
+        if token is None:
+            self._tokens.refresh()
+            token, error = decide(method, text, shown.certificate_sha256, self._tokens.table, self._clock())
+        return error
+
+    def _meter(self, shown: Shown) -> Meter:
+        key = (shown.certificate_sha256, shown.host)
         meter = self._meters.get(key)
         if meter is None:
             if len(self._meters) >= MAX_IDLE_METERS:
                 self._meters = {key: meter for key, meter in self._meters.items() if meter.under_way}
-            limit = PERSON_LIMIT if token.role in PEOPLE_ROLES else SERVICE_LIMIT
+            limit = PERSON_LIMIT if shown.role in PEOPLE_ROLES else SERVICE_LIMIT
             meter = self._meters[key] = Meter(limit)
         return meter
 
-    def _tell(self, method: str, caller: Caller | None, peer: str, request: Any, outcome: str) -> None:
-        call = method.rpartition("/")[2]
-        who = str(caller) if caller is not None else ""
-        subject = next((str(value) for name in ("job_id", "name") if (value := getattr(request, name, ""))), "")
-        if outcome != "ok":
-            log.warning("a call was not answered", call=call, caller=who or "unknown", peer=peer, cause=outcome)
-        if self._note is not None:
-            self._note(AuditEvent(int(self._clock() * 1000), call, who, peer, subject[:200], " ".join(outcome.split())))
+    def _refused(self, method: str, caller: Caller, error: GradstreamError) -> None:
+        # That there is no table yet is nobody's fault, and health checks ask every few seconds.
+        if not isinstance(error, UnreachableError):
+            event = self._event(method, caller, "", f"refused: {error}")
+            self._write(self._refusals.add(event, type(error).__name__))
+
+    def _event(self, method: str, caller: Caller, subject: str, outcome: str) -> AuditEvent:
+        call, unix_ms = method.rpartition("/")[2], int(self._clock() * 1000)
+        return AuditEvent(unix_ms, call, str(caller), caller.peer, subject, " ".join(outcome.split()))
+
+    def _write(self, events: list[AuditEvent]) -> None:
+        for event in events:
+            if event.outcome != "ok":
+                log.warning(
+                    "a call was not answered",
+                    call=event.call,
+                    caller=event.caller,
+                    peer=event.peer,
+                    cause=event.outcome,
+                    times=event.times,
+                )
+            if self._note is not None:
+                self._note(event)
+
+
+def _subject(request: Any) -> str:
+    found = next((str(value) for name in ("job_id", "name") if (value := getattr(request, name, ""))), "")
+    return found[:200]
 
 
 def token_of(context: Context) -> str:
@@ -260,8 +339,16 @@ def token_of(context: Context) -> str:
     return ""
 
 
-def role_of(context: Context) -> str:
-    """The role in the caller's certificate; empty when it has none."""
-    names = context.auth_context().get("x509_subject_alternative_name", ())
-    shown = {name.decode(errors="replace") for name in names}
-    return next((role for role in ROLES if dns_name(role) in shown), "")
+def shown_by(context: Context) -> Shown:
+    """What the connection of a call proves of its caller."""
+    found = context.auth_context()
+    names = {name.decode(errors="replace") for name in found.get("x509_subject_alternative_name", ())}
+    role = next((role for role in ROLES if dns_name(role) in names), "")
+    name = b"".join(found.get("x509_common_name", ())).decode(errors="replace")
+    certificate = b"".join(found.get("x509_pem_cert", ()))
+    return Shown(role, name, _sha256(certificate) if certificate else "", context.peer().rpartition(":")[0])
+
+
+@lru_cache(maxsize=MAX_IDLE_METERS)
+def _sha256(pem: bytes) -> str:
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.decode("ascii"))).hexdigest()

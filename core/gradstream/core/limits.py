@@ -1,10 +1,10 @@
-"""How much one caller may have under way, and how often it may call. Pure: the clock is an argument."""
+"""How much one caller may have under way, how often it may call, and how much all requests together may hold."""
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from dataclasses import dataclass, field
-
-from gradstream.core.rpc import MAX_MESSAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -17,21 +17,15 @@ class Limit:
     burst: int
     """Calls at once after a pause."""
 
-    @property
-    def bytes_in_flight(self) -> int:
-        """The most bytes of its messages that can wait to be looked at: one message a call. What a stream has taken up
-        is bounded by its credit."""
-        return self.calls * MAX_MESSAGE_BYTES
-
 
 # A worker has a stream or two to each server, and its reports; a host may have many workers.
 SERVICE_LIMIT = Limit(calls=512, calls_per_second=2000.0, burst=8000)
 PERSON_LIMIT = Limit(calls=64, calls_per_second=200.0, burst=800)
 
 
-@dataclass
+@dataclass(eq=False)
 class Meter:
-    """What one caller has under way, and a token bucket of its calls."""
+    """What one caller has under way, and a token bucket of its calls. The clock is an argument."""
 
     limit: Limit
     under_way: int = 0
@@ -59,3 +53,55 @@ class Meter:
     def leave(self) -> None:
         """A call has ended."""
         self.under_way -= 1
+
+
+MOST_REQUEST_BYTES = 128 << 20
+MOST_REQUEST_BYTES_A_CALLER = 32 << 20
+
+
+class Receiving:
+    """Bounds the bytes of unary requests that a server reads and serves at the same time.
+
+    Where a bound is reached the next request is not read until another has ended: gRPC's flow control holds its sender.
+    No caller can take it all, so none can keep others out.
+    """
+
+    def __init__(self, most_bytes: int = MOST_REQUEST_BYTES, most_bytes_a_caller: int = MOST_REQUEST_BYTES_A_CALLER):
+        self._most_bytes = most_bytes
+        self._most_bytes_a_caller = most_bytes_a_caller
+        self._held: Counter[Meter] = Counter()
+        self._waiting: dict[asyncio.Future[None], tuple[Meter, int]] = {}  # in the order in which they came
+        self.held_bytes = 0
+
+    async def reserve(self, caller: Meter, num_bytes: int) -> None:
+        """Wait until so many bytes are free, and take them. They are given back by `release`."""
+        if self._is_free(caller, num_bytes):
+            self._take(caller, num_bytes)
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting[turn] = (caller, num_bytes)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if self._waiting.pop(turn, None) is None:  # taken for it in the same moment
+                self.release(caller, num_bytes)
+            raise
+
+    def release(self, caller: Meter, num_bytes: int) -> None:
+        """Give bytes back; those who waited for them go on."""
+        self._take(caller, -num_bytes)
+        if not self._held[caller]:
+            del self._held[caller]
+        for turn, (other, wanted) in list(self._waiting.items()):
+            if not turn.done() and self._is_free(other, wanted):
+                del self._waiting[turn]
+                self._take(other, wanted)
+                turn.set_result(None)
+
+    def _is_free(self, caller: Meter, num_bytes: int) -> bool:
+        fits = self.held_bytes + num_bytes <= self._most_bytes
+        return fits and self._held[caller] + num_bytes <= self._most_bytes_a_caller
+
+    def _take(self, caller: Meter, num_bytes: int) -> None:
+        self._held[caller] += num_bytes
+        self.held_bytes += num_bytes

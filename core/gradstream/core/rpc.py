@@ -28,6 +28,7 @@ C = TypeVar("C", bound=grpc.aio.Call)
 ERROR_CLASS_KEY = "gradstream-error"
 MAX_MESSAGE_BYTES = 4 << 20
 UNARY_TIMEOUT_SECONDS = 20.0
+MAX_STREAMS_A_CONNECTION = 128
 
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 10_000),
@@ -53,6 +54,9 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Of one connection. Further calls wait at their caller, for whom the guard's limits are lower anyway.
+    ("grpc.max_concurrent_streams", MAX_STREAMS_A_CONNECTION),
+    ("grpc.server_handshake_timeout_ms", 20_000),
     # Two servers on one port would each get half of the calls.
     ("grpc.so_reuseport", 0),
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc.aio
 
+from gradstream.core.access import SERVER, WORKER
 from gradstream.core.errors import CredentialsError, GradstreamError, one_line
 from gradstream.core.guard import Guard, Note
 from gradstream.core.log import get_logger
@@ -28,26 +29,37 @@ LEAST_LOOK_SECONDS = 0.05
 
 
 class FileTokens:
-    """The table in a file, which the authority replaces. Raises CredentialsError when there is none that can be read;
-    later on a table that cannot be read leaves the one before in force."""
+    """The table in a file, which the authority replaces. Raises CredentialsError when there is none that can be read.
+
+    Later on a table that cannot be read leaves the one before in force, and is read again at every look until it can.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._looked_at = 0.0
-        self._table = self._read()
+        self._told = ""
+        self._table, self._mark = self._read()
 
     @property
     def table(self) -> TokenTable:
         """The table in the file, not older than a second."""
         now = time.monotonic()
         if now - self._looked_at >= LOOK_SECONDS:
+            self._looked_at = now
             try:
                 if _mark(self.path) != self._mark:
-                    self._table = self._read()
+                    # Both or none: the mark of a table that was not read must not pass for that of the one in force.
+                    self._table, self._mark = self._read()
                     log.info("took up a new table of tokens", tokens=len(self._table.tokens))
+                self._told = ""
             except (OSError, GradstreamError) as error:
-                log.warning("the new table of tokens cannot be used, keeping the old one", cause=one_line(error))
-            self._looked_at = now
+                if one_line(error) != self._told:
+                    self._told = one_line(error)
+                    log.error(
+                        "the new table of tokens cannot be used: the old one stays in force, and what was revoked "
+                        "since is still good; trying again every second",
+                        cause=self._told,
+                    )
         return self._table
 
     def refresh(self) -> None:
@@ -55,23 +67,40 @@ class FileTokens:
         if time.monotonic() - self._looked_at >= LEAST_LOOK_SECONDS:
             self._looked_at = -math.inf
 
-    def _read(self) -> TokenTable:
+    def _read(self) -> tuple[TokenTable, tuple[int, int, int]]:
         try:
-            self._mark = _mark(self.path)
+            mark = _mark(self.path)
             text = self.path.read_bytes()
         except OSError as error:
             raise CredentialsError(
                 f"the table of tokens {self.path} cannot be read ({error.strerror}); `gradstream certs init` makes it, "
                 f"and --tokens names it"
             ) from None
-        return TokenTable.parse(text, f"the table of tokens {self.path}")
+        return TokenTable.parse(text, f"the table of tokens {self.path}"), mark
 
 
 class FollowedTokens:
     """The table that the coordinator sends; the last one stays in force while the coordinator is away."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.table: TokenTable | None = None
+        self._clock = clock
+        self._certificates: dict[str, bytes] = {}
+
+    def certificates(self, role: str) -> bytes | None:
+        """The certificates (PEM) by which callers know the peers of a role; None: by the CA alone.
+
+        The coordinator is known by the CA: the table that names its new certificate comes from itself.
+        """
+        if self.table is None or role not in (SERVER, WORKER):
+            return None
+        if role not in self._certificates:
+            self._certificates[role] = self.table.certificates(role, self._clock())
+        return self._certificates[role]
+
+    def take(self, table: TokenTable) -> None:
+        """Decide by this table from now on."""
+        self.table, self._certificates = table, {}
 
     def refresh(self) -> None:
         """The coordinator tells by itself."""
@@ -85,7 +114,7 @@ class FollowedTokens:
             try:
                 with ending(stub.WatchTokens(coordinator_pb2.WatchTokensRequest())) as responses:
                     async for response in responses:
-                        self.table = TokenTable.parse(response.table_json)
+                        self.take(TokenTable.parse(response.table_json))
                         backoff.reset()
                         told = ""
             except grpc.aio.AioRpcError as rpc_error:
@@ -106,6 +135,7 @@ class FollowingServer:
         machine's."""
         self._tokens = FollowedTokens()
         self._guard = Guard(self._tokens, note) if transport.is_secure else None
+        transport.know_peers(self._tokens.certificates)
         self.server = new_server(*([self._guard] if self._guard is not None else []))
         self.port = listen(self.server, listen_address, transport)
         self.address = f"{advertised_host(listen_address)}:{self.port}"

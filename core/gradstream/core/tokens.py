@@ -7,6 +7,7 @@ decides by its copy of it.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import hmac
@@ -29,8 +30,9 @@ DNS_SUFFIX = ".gradstream"
 """Of the one DNS name in a certificate, ROLE.gradstream."""
 
 MAX_TOKENS = 8192
-MAX_TABLE_BYTES = 3 << 20
-"""A full table is below it, and it is below the limit of a gRPC message."""
+MAX_TABLE_BYTES = (4 << 20) - (64 << 10)
+"""A gRPC message can hold a table: about 3,500 services' credentials that are good, or MAX_TOKENS of people."""
+FORM = 2
 KEPT_AFTER_END_SECONDS = 30 * 86_400
 """How long a token's entry stays in the table after it expired or was revoked, so that a refusal can say so."""
 
@@ -44,15 +46,21 @@ _LAST_SECOND = 253_402_300_799  # of the year 9999, the last that a date can be 
 
 @dataclass(frozen=True)
 class Token:
-    """What is known of a token that was issued. Times are unix seconds; `sha256` is of the token's whole text."""
+    """What is known of a token that was issued. Times are unix seconds; `sha256` is of the token's whole text.
+
+    `certificate_sha256` is of the certificate (DER) that it was issued with and counts with alone. `certificate` is a
+    service's itself (DER in base64), by which callers know it; empty for people and for what has ended.
+    """
 
     id: str
     sha256: str = dataclasses.field(repr=False)
+    certificate_sha256: str = dataclasses.field(repr=False)
     role: str
     name: str
     issued_at: int
     expires_at: int
     revoked_at: int | None = None
+    certificate: str = dataclasses.field(repr=False, default="")
 
     @property
     def holder(self) -> str:
@@ -72,11 +80,13 @@ class Token:
 _ENTRY_KEYS: dict[str, tuple[type, ...]] = {
     "id": (str,),
     "sha256": (str,),
+    "certificate_sha256": (str,),
     "role": (str,),
     "name": (str,),
     "issued_at": (int,),
     "expires_at": (int,),
     "revoked_at": (int, type(None)),
+    "certificate": (str,),
 }
 _TABLE_KEYS: dict[str, tuple[type, ...]] = {"gradstream_tokens": (int,), "cluster": (str,), "tokens": (list,)}
 
@@ -100,12 +110,23 @@ class TokenTable:
         """The table with these entries new or in the place of those of their ids, and without those that ended 30 days
         ago. Raises ConfigError when it is full."""
         merged = {**self._by_id, **{token.id: token for token in tokens}}
-        kept = tuple(token for token in merged.values() if now < token.ends_at + KEPT_AFTER_END_SECONDS)
-        if len(kept) > MAX_TOKENS:
+        kept = tuple(
+            token if token.is_good(now) else dataclasses.replace(token, certificate="")
+            for token in merged.values()
+            if now < token.ends_at + KEPT_AFTER_END_SECONDS
+        )
+        made = TokenTable(self.cluster, kept)
+        if len(kept) > MAX_TOKENS or len(made.serialize()) > MAX_TABLE_BYTES:
             raise ConfigError(
-                f"the token table is full ({MAX_TOKENS} tokens); issue fewer: an entry goes 30 days after its end"
+                f"the token table is full ({len(kept)} tokens; at most {MAX_TOKENS}, and {MAX_TABLE_BYTES >> 10} KiB); "
+                f"issue fewer, or revoke some: an entry goes 30 days after its end"
             )
-        return TokenTable(self.cluster, kept)
+        return made
+
+    def certificates(self, role: str, now: float) -> bytes:
+        """The certificates of a service role that are good now, PEM one after the other."""
+        found = (token.certificate for token in self.tokens if token.role == role and token.is_good(now))
+        return b"".join(_pem(certificate) for certificate in found if certificate)
 
     def without(self, token_id: str) -> TokenTable:
         """The table without the entry of an id."""
@@ -115,7 +136,7 @@ class TokenTable:
         """JSON, a line for each token."""
         lines = ",\n".join(json.dumps(dataclasses.asdict(token)) for token in self.tokens)
         body = f"\n{lines}\n" if lines else ""
-        return f'{{"gradstream_tokens": 1, "cluster": "{self.cluster}", "tokens": [{body}]}}\n'.encode()
+        return f'{{"gradstream_tokens": {FORM}, "cluster": "{self.cluster}", "tokens": [{body}]}}\n'.encode()
 
     @classmethod
     def parse(cls, data: bytes, what: str = "the token table") -> TokenTable:
@@ -124,7 +145,12 @@ class TokenTable:
         Raises ConfigError, on one line, for anything that `serialize` does not make.
         """
         document = exact_keys(parse_object(data, MAX_TABLE_BYTES, what), _TABLE_KEYS, what)
-        if document["gradstream_tokens"] != 1:
+        if document["gradstream_tokens"] == 1:
+            raise ConfigError(
+                f"{what} is of an older gradstream, whose tokens counted with any certificate; remove it and run "
+                f"`gradstream certs init` again: all credentials must then be issued anew"
+            )
+        if document["gradstream_tokens"] != FORM:
             raise ConfigError(f"{what} has a form that this version does not know; update gradstream")
         if not is_cluster_id(document["cluster"]):
             raise ConfigError(f"{what} is damaged: its cluster is not 8 hex digits")
@@ -144,16 +170,34 @@ def _entry(entry: object, what: str) -> Token:
     sound = {
         "id": is_cluster_id(token.id),
         "sha256": _SHA256.fullmatch(token.sha256),
+        "certificate_sha256": _SHA256.fullmatch(token.certificate_sha256),
         "role": token.role in ROLES,
         "name": is_name(token.name),
         "issued_at": 0 <= token.issued_at <= _LAST_SECOND,
         "expires_at": 0 <= token.expires_at <= _LAST_SECOND,
         "revoked_at": token.revoked_at is None or 0 <= token.revoked_at <= _LAST_SECOND,
+        "certificate": _is_certificate(token),
     }
     for key, right in sound.items():
         if not right:
             raise ConfigError(f"{what} is damaged: its '{key}' cannot be right")
     return token
+
+
+def _is_certificate(token: Token) -> bool:
+    """Whether `certificate` is what `certificate_sha256` is of."""
+    if not token.certificate:
+        return True
+    try:
+        der = base64.b64decode(token.certificate, validate=True)
+    except ValueError:
+        return False
+    return hashlib.sha256(der).hexdigest() == token.certificate_sha256
+
+
+def _pem(certificate: str) -> bytes:
+    lines = (certificate[at : at + 64] for at in range(0, len(certificate), 64))
+    return "\n".join(("-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", "")).encode("ascii")
 
 
 def is_name(text: str) -> bool:

@@ -1,8 +1,10 @@
 """How a process meets its peers: with its credentials, or in the clear.
 
 With credentials every connection is TLS with certificates of both sides, and every call carries the token. A peer is
-known by the role in its certificate, not by its host name, which containers do not keep. Credentials that change on
-disk are taken up without a restart: by servers at the next handshake, by callers at the next call, on a new connection.
+known by the role in its certificate, not by its host name, which containers do not keep. Services that follow the token
+table know workers and servers by their very certificates, so one that was revoked is refused by its callers too.
+Credentials that change on disk are taken up without a restart: by servers at the next handshake, by callers at the next
+call, on a new connection.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Transport:
         self._credentials: Credentials | None = None
         self._fingerprint: object = None
         self._looked_at = 0.0
+        self._peers: Callable[[str], bytes | None] = lambda role: None
         if directory is not None:
             self._fingerprint = fingerprint(directory)
             try:
@@ -71,11 +74,21 @@ class Transport:
                     log.warning("the new credentials cannot be used, keeping the old ones", cause=one_line(error))
         return self._credentials
 
+    def know_peers(self, certificates: Callable[[str], bytes | None]) -> None:
+        """From now on, trust as peers of a role these certificates (PEM) alone; None: all that the CA has signed."""
+        self._peers = certificates
+
+    def roots(self, role: str) -> bytes:
+        """What a peer of a role is verified against (PEM)."""
+        credentials, peers = self.credentials(), self._peers(role)
+        # Without any good one, nobody is to be reached: this process's own certificate is no other's.
+        return credentials.ca if peers is None else peers or credentials.cert
+
     def channel(self, address: str, role: str, options: Options) -> grpc.aio.Channel:
         """A channel to the peer of this role at `address` (host:port)."""
         if not self.is_secure:
             return grpc.aio.insecure_channel(address, options=options)
-        return _SecureChannel(self, address, [*options, ("grpc.ssl_target_name_override", dns_name(role))])
+        return _SecureChannel(self, address, role, options)
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Have a server listen at `address`; return the port. Raises RuntimeError when it cannot."""
@@ -104,11 +117,12 @@ class Transport:
 
 
 class _Connection:
-    """A gRPC channel with the credentials of one time."""
+    """A gRPC channel with the credentials of one time, to a peer that the CAs or certificates `roots` vouch for."""
 
-    def __init__(self, address: str, credentials: Credentials, options: Options):
+    def __init__(self, address: str, credentials: Credentials, roots: bytes, options: Options):
         self.credentials = credentials
-        secure = grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.cert)
+        self.roots = roots
+        secure = grpc.ssl_channel_credentials(roots, credentials.key, credentials.cert)
         self.channel: grpc.aio.Channel = grpc.aio.secure_channel(address, secure, options=options)
         self._calls: set[Any] = set()
         self._is_replaced = False
@@ -135,27 +149,34 @@ class _Connection:
 
 
 class _SecureChannel(grpc.aio.Channel):
-    """A channel that adds the token to each call, and connects anew once the credentials have changed.
+    """A channel that adds the token to each call, and connects anew once the credentials have changed, its own or those
+    that its peer may have.
 
     A call that is under way stays on the connection that it began on.
     """
 
-    def __init__(self, transport: Transport, address: str, options: Options):
+    def __init__(self, transport: Transport, address: str, role: str, options: Options):
         self._transport = transport
         self._address = address
-        self._options = options
+        self._role = role
+        self._options = [*options, ("grpc.ssl_target_name_override", dns_name(role))]
         self._closed = False
         self._replaced: weakref.WeakSet[_Connection] = weakref.WeakSet()
-        self._connection = _Connection(address, transport.credentials(), options)
+        self._connection = self._connect()
 
     def current(self) -> _Connection:
         """The connection for a call that begins now."""
-        credentials = self._transport.credentials()
-        if credentials is not self._connection.credentials and not self._closed:
-            replaced, self._connection = self._connection, _Connection(self._address, credentials, self._options)
+        credentials, roots = self._transport.credentials(), self._transport.roots(self._role)
+        is_new = credentials is not self._connection.credentials or roots != self._connection.roots
+        if is_new and not self._closed:
+            replaced, self._connection = self._connection, self._connect()
             self._replaced.add(replaced)
             replaced.replace()
         return self._connection
+
+    def _connect(self) -> _Connection:
+        transport = self._transport
+        return _Connection(self._address, transport.credentials(), transport.roots(self._role), self._options)
 
     async def close(self, grace: float | None = None) -> None:
         self._closed = True

@@ -371,7 +371,7 @@ def test_what_ended_is_forgotten_after_30_days(place: Path, clock: Clock) -> Non
 
 def test_upkeep_is_decided_by_time_and_trust() -> None:
     def decide(days: float, trusts_cas: bool = True) -> tuple[str, str]:
-        return upkeep(Token("0a1b2c3d", "0" * 64, "worker", "w", NOW, NOW + int(days * DAY)), trusts_cas, NOW)
+        return upkeep(Token("0a1b2c3d", "0" * 64, "0" * 64, "worker", "w", NOW, NOW + int(days * DAY)), trusts_cas, NOW)
 
     assert decide(31) == ("kept", f"good until {utc(NOW + 31 * DAY)}")
     assert decide(30) == ("renewed", f"expires on {utc(NOW + 30 * DAY)}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import shutil
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,19 @@ import pytest
 from support.credentials import make_credentials
 
 from gradstream.core import access
+from gradstream.core.authority import Authority
 from gradstream.core.errors import AccessError, BusyError, CredentialsError, GradstreamError, UnreachableError
-from gradstream.core.guard import SENDING_SECONDS, AuditEvent, Guard
-from gradstream.core.limits import Limit, Meter
+from gradstream.core.guard import REQUEST_SECONDS, SENDING_SECONDS, Guard
+from gradstream.core.limits import Limit, Meter, Receiving
+from gradstream.core.refusals import AuditEvent
 from gradstream.core.rpc import error_from_rpc, listen, new_server, open_channel
+from gradstream.core.token_sources import FollowedTokens
 from gradstream.core.tokens import ROLES, TokenTable
 from gradstream.core.transport import Transport
 
 BOUND_SECONDS = 20.0
 FOREVER = "/gradstream.proto.v1.CoordinatorService/WatchTokens"
+UNARY = "/gradstream.proto.v1.JobsService/ListJobs"
 MUCH = "/gradstream.proto.v1.ParameterServerService/Pull"
 
 
@@ -40,12 +46,12 @@ class Tokens:
 class Door:
     """A server that answers every call of gradstream's services with the caller's name, behind a guard."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, request_seconds: float = REQUEST_SECONDS):
         self.directory = directory
         self.tokens = Tokens(TokenTable.parse((directory / "coordinator" / "tokens.json").read_bytes()))
         self.events: list[AuditEvent] = []
         self.later = 0.0  # seconds by which the guard's clock is ahead
-        self.guard = Guard(self.tokens, self.events.append, lambda: time.time() + self.later)
+        self.guard = Guard(self.tokens, self.events.append, lambda: time.time() + self.later, request_seconds)
         self.server = new_server(self.guard)
         self.ended = asyncio.Event()
         for file in access.FILES:
@@ -190,15 +196,143 @@ async def test_without_a_token_nothing_is_answered(door: Door) -> None:
                 await make_call(channel, method)
 
 
-async def test_a_stolen_token_is_of_no_use_without_its_certificate(door: Door, tmp_path: Path) -> None:
+@pytest.fixture
+def other_worker(directory: Path) -> Iterator[Path]:
+    """Credentials of the same role as the worker's, and another name."""
+    with Authority.open(directory / "authority") as authority:
+        authority.issue("worker", "neighbour", directory=directory / "neighbour")
+    yield directory / "neighbour"
+    shutil.rmtree(directory / "neighbour")
+
+
+@pytest.mark.parametrize("owner", ["admin", "neighbour"])
+async def test_a_stolen_token_is_of_no_use_without_its_certificate(
+    directory: Path, other_worker: Path, door: Door, tmp_path: Path, owner: str
+) -> None:
+    """Also where both are of one role: a neighbour hears the token with each call."""
     mixed = tmp_path / "mixed"
     mixed.mkdir(mode=0o700)
     for name in ("ca.pem", "cert.pem", "key.pem", "token"):
-        source = "admin" if name == "token" else "worker"
-        (mixed / name).write_bytes((door.directory / source / name).read_bytes())
+        (mixed / name).write_bytes((directory / (owner if name == "token" else "worker") / name).read_bytes())
     async with open_channel(door.address, access.COORDINATOR, Transport(mixed)) as channel:
-        with pytest.raises(CredentialsError, match="the token is of a admin and the certificate of a worker"):
-            await make_call(channel, "/gradstream.proto.v1.JobsService/ListJobs")
+        with pytest.raises(CredentialsError, match="was issued with another certificate than the connection shows"):
+            await make_call(channel, FOREVER)
+    # Who showed the certificate is named, not whose token it was.
+    (event,) = door.events
+    assert event.caller == "worker (worker)"
+
+
+async def test_a_service_that_was_revoked_is_refused_by_its_callers(directory: Path, door: Door) -> None:
+    """Those who follow the table know peers by their certificates, not by the CA alone."""
+    tokens, transport = FollowedTokens(), Transport(directory / "worker")
+    tokens.table = door.tokens.table
+    transport.know_peers(tokens.certificates)
+    server = new_server(door.guard)
+    call = "/gradstream.proto.v1.ParameterServerService/GetServerStatus"
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        return b"answered"
+
+    handlers = {"GetServerStatus": grpc.unary_unary_rpc_method_handler(answer)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(call.split("/")[1], handlers),))
+    address = f"127.0.0.1:{listen(server, '127.0.0.1:0', Transport(directory / 'server'))}"
+    await server.start()
+    async with open_channel(address, access.SERVER, transport) as channel:
+        assert await make_call(channel, call) == b"answered"
+        assert tokens.table is not None
+        tokens.take(revoked(tokens.table, "server"))
+        with pytest.raises(UnreachableError):
+            await make_call(channel, call)
+    await server.stop(None)
+
+
+async def test_a_refused_request_is_not_read(door: Door, directory: Path) -> None:
+    """The refusal comes before the first byte of the request: a caller that is not let in makes nothing be held."""
+    revoke_the_worker(door)
+    async with door.channel("worker") as channel:
+        call = channel.stream_unary(UNARY)()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(call, BOUND_SECONDS)
+        assert isinstance(error_from_rpc(caught.value, "it"), CredentialsError)
+
+
+async def test_a_request_that_does_not_come_is_not_waited_for(directory: Path) -> None:
+    door = Door(directory, request_seconds=0.1)
+    await door.server.start()
+    async with door.channel("viewer") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(channel.stream_unary(UNARY)(), BOUND_SECONDS)
+        assert "did not come within 0.1 s" in str(caught.value.details())
+        assert await make_call(channel, UNARY) == b"viewer (viewer)"
+        assert door.guard.receiving.held_bytes == 0
+    await door.server.stop(None)
+
+
+async def test_a_call_without_a_request_is_refused(door: Door) -> None:
+    async def nothing() -> AsyncIterator[bytes]:
+        for message in ():
+            yield message
+
+    async with door.channel("viewer") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(channel.stream_unary(UNARY)(nothing()), BOUND_SECONDS)
+        assert "the call has no request" in str(caught.value.details())
+
+
+async def test_requests_are_read_in_turn_within_the_bound() -> None:
+    receiving = Receiving(most_bytes=30, most_bytes_a_caller=20)
+    meters = [Meter(Limit(9, 9.0, 9)) for _ in range(3)]
+    for _ in range(2):
+        await receiving.reserve(meters[0], 10)
+    # One caller cannot take it all, and who waits for himself keeps nobody else waiting.
+    third = asyncio.create_task(receiving.reserve(meters[0], 10))
+    await asyncio.sleep(0)
+    await receiving.reserve(meters[1], 10)
+    assert receiving.held_bytes == 30
+    fourth = asyncio.create_task(receiving.reserve(meters[2], 10))
+    await asyncio.sleep(0)
+    assert not third.done()
+    assert not fourth.done()
+    receiving.release(meters[1], 4)
+    assert not fourth.done()
+    receiving.release(meters[1], 6)
+    await fourth
+    third.cancel()
+    receiving.release(meters[0], 20)
+    with pytest.raises(asyncio.CancelledError):
+        await third
+    receiving.release(meters[2], 10)
+    assert receiving.held_bytes == 0
+
+
+async def test_refusals_are_bounded_and_told_once(door: Door) -> None:
+    """A revoked person neither calls more often than others may, nor pushes older events out of the audit log."""
+    table = door.tokens.table
+    assert table is not None
+    door.tokens.table = revoked(table, "submitter")
+    outcomes = Counter[str]()
+
+    async def one(channel: grpc.aio.Channel) -> None:
+        try:
+            await make_call(channel, UNARY)
+        except GradstreamError as error:
+            outcomes[type(error).__name__] += 1
+
+    async with door.channel("submitter") as channel:
+        for _ in range(20):
+            await asyncio.gather(*(one(channel) for _ in range(100)))
+    assert outcomes["CredentialsError"] + outcomes["BusyError"] == 2000
+    assert outcomes["BusyError"] > 0
+    told = [event.outcome for event in door.events]
+    assert any("was revoked on" in outcome for outcome in told)
+    assert any("more than 200 calls a second" in outcome for outcome in told)
+    assert len(door.events) == 2
+    guard = asyncio.create_task(door.guard.run())
+    await asyncio.sleep(0)
+    guard.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await guard
+    assert sum(event.times for event in door.events) == 2000
 
 
 async def test_a_server_without_a_table_asks_to_try_again(door: Door) -> None:
@@ -208,11 +342,15 @@ async def test_a_server_without_a_table_asks_to_try_again(door: Door) -> None:
             await make_call(channel, "/gradstream.proto.v1.JobsService/ListJobs")
 
 
+def revoked(table: TokenTable, role: str) -> TokenTable:
+    tokens = [dataclasses.replace(token, revoked_at=1) if token.role == role else token for token in table.tokens]
+    return dataclasses.replace(table, tokens=tuple(tokens))
+
+
 def revoke_the_worker(door: Door) -> None:
     table = door.tokens.table
     assert table is not None
-    tokens = [dataclasses.replace(token, revoked_at=1) if token.role == "worker" else token for token in table.tokens]
-    door.tokens.table = dataclasses.replace(table, tokens=tuple(tokens))
+    door.tokens.table = revoked(table, "worker")
     door.guard.end_revoked()
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import json
+import os
 import random
+import ssl
 from typing import Any
 
 import pytest
@@ -35,7 +39,7 @@ DAY = 86_400
 def issued(role: str = "worker", name: str = "w", **changes: Any) -> tuple[str, Token]:
     """A token's text and its entry, which is good at NOW."""
     text, token_id = new_token(CLUSTER)
-    token = Token(token_id, digest(text), role, name, NOW - DAY, NOW + DAY)
+    token = Token(token_id, digest(text), "c" * 64, role, name, NOW - DAY, NOW + DAY)
     return text, dataclasses.replace(token, **changes)
 
 
@@ -119,13 +123,52 @@ def test_a_table_survives_its_file() -> None:
 
 def test_a_full_table_can_be_read() -> None:
     tokens = tuple(
-        Token(f"{i:08x}", "f" * 64, "fine-tuning", "n" * 63, 10**11, 10**11, 10**11) for i in range(MAX_TOKENS)
+        Token(f"{i:08x}", "f" * 64, "f" * 64, "fine-tuning", "n" * 63, 10**11, 10**11, 10**11)
+        for i in range(MAX_TOKENS)
     )
     data = TokenTable(CLUSTER, tokens).serialize()
     assert len(data) < MAX_TABLE_BYTES < 4 << 20
     assert TokenTable.parse(data).find("00001fff") == tokens[-1]
-    with pytest.raises(ConfigError, match=r"the token table is full \(8192 tokens\); issue fewer"):
+    with pytest.raises(ConfigError, match=r"the token table is full \(8193 tokens; at most 8192, .*issue fewer"):
         TokenTable(CLUSTER, tokens).updated([issued()[1]], NOW)
+
+
+def with_certificate(length: int, **changes: Any) -> Token:
+    der = os.urandom(length)
+    named = {"certificate": base64.b64encode(der).decode(), "certificate_sha256": hashlib.sha256(der).hexdigest()}
+    return issued(**named, **changes)[1]
+
+
+def test_a_table_never_grows_beyond_a_message() -> None:
+    """Services' certificates are in it; what ended gives its own up."""
+    table = TokenTable(CLUSTER, tuple(with_certificate(600) for _ in range(4_000)))
+    with pytest.raises(ConfigError, match=r"the token table is full \(4001 tokens; at most 8192, and 4032 KiB\)"):
+        table.updated([issued()[1]], NOW)
+    revoked = [dataclasses.replace(token, revoked_at=NOW - 1) for token in table.tokens[:2_000]]
+    assert len(table.updated(revoked, NOW).serialize()) < MAX_TABLE_BYTES
+
+
+def test_the_certificates_of_a_role_are_those_that_are_good() -> None:
+    good, ended, other = (
+        with_certificate(300),
+        with_certificate(300, revoked_at=NOW - 1),
+        with_certificate(300, role="server"),
+    )
+    table = table_of(good, ended, other)
+    pem = table.certificates("worker", NOW)
+    assert ssl.PEM_cert_to_DER_cert(pem.decode()) == base64.b64decode(good.certificate)
+    assert table.certificates("worker", NOW + 2 * DAY) == b""
+
+
+def test_a_certificate_that_is_not_the_named_one_is_damage() -> None:
+    token = dataclasses.replace(with_certificate(300), certificate_sha256="0" * 64)
+    with pytest.raises(ConfigError, match="its 'certificate' cannot be right"):
+        table_of(token)
+
+
+def test_a_table_of_before_certificates_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="whose tokens counted with any certificate; remove it and run"):
+        TokenTable.parse(b'{"gradstream_tokens": 1, "cluster": "0a1b2c3d", "tokens": []}')
 
 
 def test_updating_replaces_by_id_and_forgets_what_ended_long_ago() -> None:
@@ -162,8 +205,8 @@ def damaged_tables() -> dict[str, tuple[bytes, str]]:
         "a huge number": (b'{"a": ' + b"9" * 10_000 + b"}", "no JSON"),
         "NaN": (b'{"a": NaN}', "no JSON"),
         "a key twice": (b'{"cluster": "a", "cluster": "b"}', "no JSON"),
-        "too large": (b" " * (MAX_TABLE_BYTES + 1), "has more than 3145728 bytes"),
-        "another form": (with_table(gradstream_tokens=2), "update gradstream"),
+        "too large": (b" " * (MAX_TABLE_BYTES + 1), f"has more than {MAX_TABLE_BYTES} bytes"),
+        "another form": (with_table(gradstream_tokens=3), "update gradstream"),
         "a bool for a form": (with_table(gradstream_tokens=True), "'gradstream_tokens' is a bool"),
         "no cluster": (b'{"gradstream_tokens": 1, "tokens": []}', "it has no 'cluster'"),
         "a strange cluster": (with_table(cluster="XY"), "not 8 hex digits"),
@@ -254,7 +297,7 @@ def test_no_table_like_document_breaks_the_parser(document: dict[str, Any]) -> N
 @given(st.integers(0, 2**32))
 def test_no_altered_table_breaks_the_parser(seed: int) -> None:
     chance = random.Random(seed)
-    tokens = tuple(Token(f"{i:08x}", "0" * 64, "viewer", "v", NOW, NOW + i) for i in range(3))
+    tokens = tuple(Token(f"{i:08x}", "0" * 64, "0" * 64, "viewer", "v", NOW, NOW + i) for i in range(3))
     data = bytearray(TokenTable(CLUSTER, tokens).serialize())
     for _ in range(chance.randint(1, 4)):
         place = chance.randrange(len(data))

@@ -1,0 +1,56 @@
+"""The coordinator's table of tokens: what is read again, and when."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from gradstream.core import token_sources
+from gradstream.core.authority import Authority
+from gradstream.core.token_sources import FileTokens
+
+
+@pytest.fixture(autouse=True)
+def _look_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_sources, "LOOK_SECONDS", 0.0)
+
+
+def good(tokens: FileTokens) -> list[str]:
+    return [token.name for token in tokens.table.tokens if token.revoked_at is None]
+
+
+def test_a_table_that_could_not_be_read_is_read_again(tmp_path: Path) -> None:
+    """Without a descriptor to spare, at the very moment of a revocation."""
+    path = tmp_path / "tokens.json"
+    with Authority.init(tmp_path / "authority", path) as authority:
+        for name in ("ann", "bob"):
+            authority.issue("viewer", name)
+        tokens = FileTokens(path)
+        authority.revoke("bob")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            os.open("/", os.O_RDONLY)
+        assert good(tokens) == ["ann", "bob"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert good(tokens) == ["ann"]
+
+
+def test_a_damaged_table_leaves_the_one_before_in_force(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    with Authority.init(tmp_path / "authority", path) as authority:
+        authority.issue("viewer", "ann")
+    tokens = FileTokens(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert good(tokens) == ["ann"]
+    table = dataclasses.replace(tokens.table, tokens=())
+    path.write_bytes(table.serialize())
+    assert good(tokens) == []

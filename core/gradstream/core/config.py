@@ -7,19 +7,20 @@ with the seed and the data it determines every bit of the result.
 
 from __future__ import annotations
 
-import copy
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
+from gradstream.core import defaults
+from gradstream.core.defaults import PRETRAINING, check_batch, fit_batch, fit_recipe, longest_sequence, text_section
 from gradstream.core.errors import ConfigError, nearest, one_line
 from gradstream.core.finetuning import FineTuning, LoraConfig
+from gradstream.core.recipe_files import absolute_path as absolute_path
+from gradstream.core.recipe_files import is_url, load_tree
 from gradstream.core.section import NonNegative, Positive, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -27,8 +28,6 @@ S = TypeVar("S", bound=Section)
 
 MAX_RECIPE_CHARACTERS = 1 << 20
 """As JSON. A list of jobs with their recipes is one message."""
-MAX_VALUES = 100_000
-"""Of a recipe file, with what its YAML aliases stand for written out."""
 
 
 RESIDUAL_CODECS = frozenset({"topk", "sign", "powersgd"})
@@ -52,15 +51,25 @@ class ModelConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The batch and how a worker computes it. All of it shapes the trajectory."""
+    """The batch and how a worker computes it. All of it shapes the trajectory.
+
+    Of global_batch, num_slots and microbatch what is left out follows from what is given (gradstream.core.defaults).
+    """
 
     num_steps: Positive = Field(description="optimizer updates")
     num_slots: Positive = Field(
-        default=4, description="fixed parts of the global batch; most workers that can share a step"
+        default=PRETRAINING.num_slots,
+        description="fixed parts of the global batch; most workers that can share a step; where left out, as many of 4 "
+        "as divide the batch",
     )
-    global_batch: Positive = Field(default=32, description="samples a step, over all slots")
-    microbatch: Positive = Field(default=8, description="samples that go through the model at once")
-    sequence_length: Positive = Field(default=256, description="target tokens a sample")
+    global_batch: Positive = Field(default=PRETRAINING.global_batch, description="samples a step, over all slots")
+    microbatch: Positive = Field(
+        default=PRETRAINING.microbatch,
+        description="samples that go through the model at once; where left out, as many of 8 as divide a slot's",
+    )
+    sequence_length: Positive = Field(
+        default=defaults.SEQUENCE_LENGTH, description="target tokens a sample; at most the model's positions"
+    )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="fp32, or bf16 autocast")
     recompute: bool = Field(default=False, description="recompute activations in the backward pass to save memory")
     num_threads: Positive = Field(default=1, description="threads that a worker on a CPU computes with")
@@ -73,19 +82,14 @@ class TrainingConfig(Section):
         """Samples a slot."""
         return self.global_batch // self.num_slots
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fit(cls, tree: Any) -> Any:
+        return {**tree, **fit_batch(tree, PRETRAINING)} if isinstance(tree, Mapping) else tree
+
     @model_validator(mode="after")
     def _divisible(self) -> TrainingConfig:
-        if self.global_batch % self.num_slots:
-            raise ValueError(
-                f"global_batch {self.global_batch} is not divisible by num_slots {self.num_slots}; "
-                f"use {self.global_batch // self.num_slots * self.num_slots or self.num_slots} "
-                f"or another number of slots"
-            )
-        if self.slot_batch % self.microbatch:
-            raise ValueError(
-                f"a slot's {self.slot_batch} samples (global_batch / num_slots) are not divisible by "
-                f"microbatch {self.microbatch}; use a microbatch that divides {self.slot_batch}"
-            )
+        check_batch(self.global_batch, self.num_slots, self.microbatch)
         return self
 
 
@@ -157,10 +161,14 @@ class PrepareConfig(Section):
         description="files, globs, directories on any fsspec path; 'stdlib:' is Python's standard library",
     )
     tokenizer: str | None = Field(default=None, description="path of a tokenizer.json; trained when absent")
-    vocab_size: Positive = Field(default=4096, description="size of the byte-level BPE to train")
+    vocab_size: Positive = Field(
+        default=defaults.VOCABULARY_SIZE, description="size of the byte-level BPE to train; at most the model's"
+    )
     text_field: str = Field(default="text", description="JSONL and Parquet: the field that holds the text")
     validation_fraction: float = Field(default=0.02, ge=0, lt=1, description="share of documents held out")
-    num_shards: Positive = Field(default=8, description="training data shards; a multiple of num_slots")
+    num_shards: Positive = Field(
+        default=defaults.NUM_SHARDS, description="training data shards; a multiple of num_slots"
+    )
     max_bytes: Positive | None = Field(default=None, description="stop after about this many bytes of text")
 
 
@@ -175,7 +183,9 @@ class ValidationConfig(Section):
     """Validation passes; one is also made before the first step and one after the last."""
 
     interval_steps: NonNegative = Field(default=100, description="0: no validation passes at all")
-    num_samples: Positive = Field(default=64, description="samples a pass, over all slots")
+    num_samples: Positive = Field(
+        default=defaults.NUM_VALIDATION_SAMPLES, description="samples a pass, over all slots; a multiple of num_slots"
+    )
 
 
 class CheckpointConfig(Section):
@@ -210,6 +220,17 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> PipelineConfig:
+        if self.chunks > 1 and self.stages == 1:
+            raise ValueError(f"pipeline.chunks {self.chunks} needs pipeline.stages, a multiple of it; give that too")
+        if self.chunks > 1 and self.schedule not in ("auto", "interleaved-1f1b", "zero-bubble"):
+            raise ValueError(
+                f"pipeline.schedule {self.schedule} has one chunk a worker, not {self.chunks}; use interleaved-1f1b or "
+                f"zero-bubble, or leave pipeline.chunks out"
+            )
+        if self.chunks == 1 and self.schedule == "interleaved-1f1b":
+            raise ValueError(
+                "pipeline.schedule interleaved-1f1b needs pipeline.chunks of at least 2; with one it is eager-1f1b"
+            )
         if self.stages != "auto" and self.stages % self.chunks:
             raise ValueError(
                 f"stages {self.stages} is not divisible by chunks {self.chunks}; every worker has as many stages"
@@ -247,23 +268,33 @@ class Recipe(Section):
     cluster: ClusterConfig = ClusterConfig()
     finetuning: FineTuning | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fit(cls, tree: Any) -> Any:
+        return fit_recipe(tree) if isinstance(tree, Mapping) else tree
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        config = self.model.config
-        key = next((key for key in ("max_position_embeddings", "n_positions") if key in config), "")
-        longest = config.get(key)
-        if isinstance(longest, int) and self.training.sequence_length > longest:
+        longest = longest_sequence(self.model.config)
+        if longest is not None and self.training.sequence_length > longest[1]:
             raise ValueError(
                 f"training.sequence_length {self.training.sequence_length} is longer than the model's "
-                f"{longest} positions; lower it or raise model.config.{key}"
+                f"{longest[1]} positions; lower it or raise model.config.{longest[0]}"
             )
-        if _is_url(self.run_root):
+        if is_url(self.run_root):
             raise ValueError(f"run_root {self.run_root} is not a directory of this machine; give a local path")
         prepare = self.data.prepare
         if prepare is not None and prepare.num_shards % self.training.num_slots:
             raise ValueError(
                 f"data.prepare.num_shards {prepare.num_shards} is not divisible by training.num_slots "
                 f"{self.training.num_slots}; every slot draws from its own group of data shards"
+            )
+        num_words = text_section(self.model.config).get("vocab_size")
+        trained = prepare.vocab_size if prepare is not None and prepare.tokenizer is None else 0
+        if isinstance(num_words, int) and trained > num_words:
+            raise ValueError(
+                f"data.prepare.vocab_size {trained} is more than the model's {num_words} words; lower it or raise "
+                f"model.config.vocab_size"
             )
         if self.pipeline.stages != 1 and self.codec.push in RESIDUAL_CODECS:
             raise ValueError(
@@ -298,21 +329,6 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if "base_model" in tree:
         raise ConfigError(f"{path} is a fine-tuning recipe; use `gradstream finetune create` or `finetune dev`")
     return absolute_paths(parse_recipe(tree, origin=str(path)))
-
-
-def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """A recipe file with its bases merged and overrides applied, not yet validated. Raises ConfigError."""
-    tree = _load_tree(Path(path), seen=())
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"override '{override}' is not of the form key.sub=value")
-        try:
-            value = _parse_yaml(text, f"override '{override}'")
-        except yaml.YAMLError:
-            value = text
-        _set(tree, key.strip().split("."), value, override)
-    return tree
 
 
 def parse_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> Recipe:
@@ -352,96 +368,6 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         data = data.model_copy(update={"prepare": prepare})
     data = data.model_copy(update={"path": absolute_path(data.path)})
     return recipe.model_copy(update={"run_root": absolute_path(recipe.run_root), "data": data})
-
-
-def _is_url(path: str) -> bool:
-    return re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]*:", path) is not None
-
-
-def absolute_path(path: str) -> str:
-    """A local path made absolute; a URL, or anything with a scheme, as it is. Raises ConfigError for what no path can
-    be."""
-    if _is_url(path):
-        return path
-    if "\0" in path:
-        raise ConfigError(f"'{path}' is not a path: it holds a zero byte")
-    try:
-        return str(Path(path).expanduser().absolute())
-    except RuntimeError as error:
-        raise ConfigError(f"'{path}' cannot be found ({one_line(error)}); write the path out") from None
-
-
-def _load_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    resolved = Path(absolute_path(str(path))).resolve()
-    if resolved in seen:
-        raise ConfigError(f"{path}: 'base' leads back to this file; remove one of the 'base' lines")
-    try:
-        tree = _parse_yaml(resolved.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        if seen:
-            raise ConfigError(
-                f"{seen[-1]}: its base {path} is not there; copy it, or correct the 'base' line"
-            ) from None
-        raise ConfigError(f"{path}: no such recipe; `gradstream recipes ls` lists the ones that come along") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys to values")
-    base = tree.pop("base", None)
-    config = tree.get("model", {}).get("config") if isinstance(tree.get("model"), dict) else None
-    if isinstance(config, str):
-        tree["model"]["config"] = _load_model_config(resolved.parent / config)
-    if base is None:
-        return tree
-    return _merge(_load_tree(resolved.parent / str(base), (*seen, resolved)), tree)
-
-
-def _parse_yaml(text: str, origin: str) -> Any:
-    """The value of a YAML text. Raises ConfigError for one that is too deep or, with its aliases written out, too
-    large; yaml.YAMLError for what is no YAML."""
-    try:
-        value = yaml.safe_load(text)
-    except RecursionError:
-        raise ConfigError(f"{origin}: lists and mappings are nested too deeply") from None
-    except (TypeError, ValueError, AttributeError) as error:  # as of a date that there is not, or a list as a key
-        raise ConfigError(f"{origin}: not YAML ({one_line(error)})") from None
-    left = [value]
-    for _ in range(MAX_VALUES):
-        if not left:
-            return value
-        item = left.pop()
-        left += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
-    raise ConfigError(f"{origin}: with its aliases written out it has more than {MAX_VALUES} values")
-
-
-def _load_model_config(path: Path) -> dict[str, Any]:
-    try:
-        path = path / "config.json" if path.is_dir() else path
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model.config: {path} is not a readable config.json ({error})") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"model.config: {path} does not hold a JSON object")
-    return config
-
-
-def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = copy.deepcopy(base)
-    for key, value in top.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else copy.deepcopy(value)
-    return merged
-
-
-def _set(tree: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        child = tree.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"override '{override}': '{key}' holds a value, not a section")
-        tree = child
-    tree[keys[-1]] = value
 
 
 def explain(error: ValidationError, recipe: type[Section]) -> str:

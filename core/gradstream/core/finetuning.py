@@ -6,26 +6,101 @@ The fine-tuning service writes this section; a person writes a `FineTuningRecipe
 from __future__ import annotations
 
 import math
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gradstream.core.data import Digest, FileName
 from gradstream.core.section import NonNegative, Positive, Section
 
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
+PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+"""Keys of peft's LoraConfig that have another name here; both are taken."""
+PEFT_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "task_type": ("CAUSAL_LM",),
+    "peft_type": ("LORA",),
+    "fan_in_fan_out": (True, False),
+    "inference_mode": (True, False),
+    "init_lora_weights": (True,),
+    "modules_to_save": (),
+    "exclude_modules": (),
+    "layers_to_transform": (),
+    "layers_pattern": (),
+    "rank_pattern": (),
+    "alpha_pattern": (),
+    "target_parameters": (),
+    "trainable_token_indices": (),
+    "layer_replication": (),
+    "use_dora": (),
+    "use_qalora": (),
+    "lora_bias": (),
+}
+"""Keys of peft's LoraConfig that have no counterpart here, with the values that change nothing. None, false and what is
+empty change nothing either."""
+_INSTEAD = {
+    "bias": "adapters train no biases; use bias: none, or method: full",
+    "modules_to_save": "adapters alone are trained; leave it out, or use method: full",
+    "task_type": "only CAUSAL_LM is trained",
+    "exclude_modules": "name the others in lora.target_modules",
+    "layers_to_transform": "name the layers' modules in lora.target_modules, such as layers.0.self_attn.q_proj",
+}
+MODULE_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+
 
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al., "LoRA", 2021), as peft makes them: W + scaling * B @ A, of which A and B are
-    trained."""
+    trained. The keys of peft's own LoraConfig are taken too, where they mean the same."""
 
     rank: Positive = Field(default=8, description="rank of each adapter")
     alpha: float = Field(default=16.0, gt=0, description="an adapter's product is scaled by alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on an adapter's input")
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
-        default="all-linear",
-        description="ends of the names of the modules that get an adapter; all-linear: all but the head",
+        default=ALL_LINEAR,
+        description="one or several ends of the names of the modules that get an adapter; all-linear: all but the head",
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead (Kalajdzievski, rsLoRA, 2023)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_peft(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        found = {}
+        for key, value in tree.items():
+            name = PEFT_NAMES.get(key, key)
+            if name in found or (name != key and name in tree):
+                raise ValueError(f"lora.{key} and lora.{name} say the same; give one of them")
+            if key not in PEFT_SETTINGS:
+                found[name] = value
+            elif value and value not in PEFT_SETTINGS[key]:
+                raise ValueError(f"lora.{key} {value!r} is not supported: {_INSTEAD.get(key, 'leave it out')}")
+        return found
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _as_names(cls, targets: Any) -> Any:
+        if isinstance(targets, str) and targets != ALL_LINEAR:
+            targets = [targets]
+        if isinstance(targets, set | frozenset):
+            targets = sorted(targets)
+        if not isinstance(targets, list | tuple):
+            return targets
+        if not targets:
+            raise ValueError(f"lora.target_modules is empty; leave it out for {ALL_LINEAR}, or name modules")
+        if list(targets) == [ALL_LINEAR]:
+            return ALL_LINEAR
+        for target in targets:
+            if target == ALL_LINEAR:
+                raise ValueError(f"lora.target_modules: {ALL_LINEAR} stands alone; leave the other names out")
+            if isinstance(target, str) and not MODULE_NAME.fullmatch(target):
+                raise ValueError(
+                    f"lora.target_modules: {target!r} is no end of a module's name; regular expressions are not read: "
+                    f"list the ends instead, such as [q_proj, v_proj], or [layers.0.self_attn.q_proj] for one layer"
+                )
+        return tuple(targets)
 
     @property
     def scaling(self) -> float:

@@ -19,10 +19,11 @@ from gradstream.core.config import (
     ScheduleConfig,
     absolute_path,
     load_recipe,
-    load_tree,
     validated,
 )
+from gradstream.core.defaults import FINE_TUNING, SEQUENCE_LENGTH, check_batch, fit_batch
 from gradstream.core.finetuning import LoraConfig
+from gradstream.core.recipe_files import load_tree
 from gradstream.core.section import NonNegative, Positive, Section
 
 DEFAULT_EPOCHS = 3.0
@@ -59,16 +60,28 @@ class FineTuningTraining(Section):
 
     num_steps: Positive | None = Field(default=None, description="optimizer updates")
     num_epochs: float | None = Field(default=None, gt=0, description="passes over the rows; 3 when neither is given")
-    num_slots: Positive = Field(default=2, description="fixed parts of the global batch")
-    global_batch: Positive = Field(default=16, description="rows a step, over all slots")
-    microbatch: Positive = Field(default=4, description="rows that go through the model at once")
-    sequence_length: Positive = Field(default=256, description="tokens a row")
+    num_slots: Positive = Field(
+        default=FINE_TUNING.num_slots,
+        description="fixed parts of the global batch; where left out, as many of 2 as divide the batch",
+    )
+    global_batch: Positive = Field(default=FINE_TUNING.global_batch, description="rows a step, over all slots")
+    microbatch: Positive = Field(
+        default=FINE_TUNING.microbatch,
+        description="rows that go through the model at once; where left out, as many of 4 as divide a slot's",
+    )
+    sequence_length: Positive = Field(default=SEQUENCE_LENGTH, description="tokens a row")
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: bool = False
     num_threads: Positive = 1
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fit(cls, tree: Any) -> Any:
+        return {**tree, **fit_batch(tree, FINE_TUNING)} if isinstance(tree, Mapping) else tree
+
     @model_validator(mode="after")
     def _one_of_both(self) -> FineTuningTraining:
+        check_batch(self.global_batch, self.num_slots, self.microbatch)
         if self.num_steps is not None and self.num_epochs is not None:
             raise ValueError("training.num_steps and training.num_epochs say the same; give one of them")
         return self

@@ -128,6 +128,31 @@ def test_numbers_survive_json_to_the_last_bit(rate: float, seed: int) -> None:
     assert (again.optimizer.learning_rate, again.seed) == (rate, seed)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-2", 0.02),
+        ("1E6", 1e6),
+        ("-3e4", -3e4),
+        ("+1e+2", 100.0),
+        ("1.e3", 1e3),
+        ("5_0e1", 500.0),
+        ("1.5e-3", 0.0015),
+    ],
+)
+def test_a_number_with_an_exponent_is_a_number_everywhere(tmp_path: Path, text: str, value: float) -> None:
+    """Also where its dot is missing, which YAML 1.1 takes for a text: transformers would not."""
+    path = tmp_path / "sci.yaml"
+    path.write_text(yaml.safe_dump(TREE).replace("model_type: llama", f"model_type: llama\n    rope_theta: {text}"))
+    assert load_recipe(path).model.config["rope_theta"] == value
+    assert load_recipe(path, [f"model.config.rms_norm_eps={text}"]).model.config["rms_norm_eps"] == value
+
+
+@pytest.mark.parametrize("text", ["e5", "1e", "1e5a", "v1e-5", "1.2.3e4"])
+def test_what_only_looks_like_a_number_stays_a_text(tmp_path: Path, text: str) -> None:
+    assert isinstance(load_recipe(write(tmp_path / "a.yaml", TREE), [f"description={text}"]).description, str)
+
+
 def test_a_base_is_merged_and_the_top_wins(tmp_path: Path) -> None:
     (tmp_path / "bases").mkdir()
     write(tmp_path / "bases" / "bottom.yaml", TREE | {"seed": 1, "description": "bottom"})

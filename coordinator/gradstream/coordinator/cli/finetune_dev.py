@@ -30,13 +30,20 @@ if TYPE_CHECKING:
 
 MEMORY_SHARE = 0.8
 SHOWN_SAMPLES = 5
+DEFAULT_WORKERS = 2
 
 
 def dev(
     recipe: RecipeArgument,
     overrides: OverrideOption = None,
-    servers: Annotated[int, typer.Option("--servers", min=1, help="Parameter servers to start.")] = 1,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Workers to start.")] = 2,
+    servers: Annotated[
+        int | None,
+        typer.Option("--servers", min=1, help="Parameter servers to start.", show_default="1, or what the recipe asks"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Workers to start.", show_default="2, or what the recipe asks"),
+    ] = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Fine-tune here: start a cluster and a service on this machine, run the recipe, show what was learnt.
@@ -52,10 +59,11 @@ def dev(
             f"base_model {asked.base_model} is a job of another cluster; give a checkpoint's directory, such as "
             f"runs/JOB/checkpoints/step-00000100, or a Hugging Face directory"
         )
-    for what, have, need in (
-        ("servers", servers, asked.cluster.min_servers),
-        ("workers", workers, max(asked.cluster.min_workers, asked.pipeline.least_workers)),
-    ):
+    least_servers = asked.cluster.min_servers
+    least_workers = max(asked.cluster.min_workers, asked.pipeline.least_workers)
+    servers = servers if servers is not None else least_servers
+    workers = workers if workers is not None else max(DEFAULT_WORKERS, least_workers)
+    for what, have, need in (("servers", servers, least_servers), ("workers", workers, least_workers)):
         if have < need:
             raise ConfigError(f"--{what} {have} is fewer than the {need} that the recipe needs; start more")
     run = asyncio.run(_run(asked, servers, workers))

@@ -24,6 +24,7 @@ from gradstream.core.base_weights import (
     WEIGHTS_NAME,
     HuggingFaceWeights,
     changed,
+    check_no_other_files,
     check_tensors,
     identity,
     model_parameters,
@@ -181,6 +182,7 @@ def _find_huggingface(path: str, title: str, names: Sequence[str]) -> tuple[Base
     if absent:
         index = files.join(path, INDEX_NAME)
         raise ConfigError(f"{index} names {absent[0]}, which is not beside it; get that file too")
+    check_no_other_files(path, names, source.weights_files())
     check_tensors(source)
     found = []
     for file in source.weights_files():

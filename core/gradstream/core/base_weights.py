@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,10 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16")
 COMPARED_BYTES = 16 << 20
+BUFFERS = re.compile(r"(?:^|\.)(?:rotary_emb\.inv_freq|(?:attn|crossattention)\.(?:masked_)?bias)$")
+"""Names of buffers that older files have among the weights; a model computes them from its config."""
+COPIES = re.compile(r"consolidated.*\.safetensors|model\.[A-Za-z0-9_]+\.safetensors")
+"""Names of files that have the same weights in another layout or dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +180,10 @@ def identity(entries: Sequence[BaseFile], config: Mapping[str, Any]) -> str:
 
 
 def check_tensors(source: HuggingFaceWeights) -> None:
-    """Every tensor of the model is there once, as its config has it; whatever else is in the files does not matter.
+    """Every tensor of the model is there once, as its config has it, and besides there are known buffers alone.
 
-    Raises ConfigError that names the first tensor that is missing, or that the model cannot have, and CheckpointError
-    for a file that is damaged.
+    Raises ConfigError that names the first tensor that is missing, that the model does not have, or cannot have so, and
+    CheckpointError for a file that is damaged.
     """
     import torch
 
@@ -211,6 +216,49 @@ def check_tensors(source: HuggingFaceWeights) -> None:
                     f"base {source.path}: '{name}' and '{key}' differ, and {CONFIG_NAME} says that "
                     f"they are tied; set tie_word_embeddings to false in it"
                 )
+    _check_no_others(source)
+
+
+def _check_no_others(source: HuggingFaceWeights) -> None:
+    """Raise ConfigError for a tensor that the model would not use, or that is in two files."""
+    known = {key for parameter in source.parameters.values() for key in parameter.keys}
+    homes: dict[str, str] = {}
+    for file in source.weights_files():
+        for key in source.opened(file).keys():  # noqa: SIM118  # no mapping
+            if key in homes:
+                raise ConfigError(
+                    f"base {source.path} has tensor '{key}' in {homes[key]} and in {file}; get its files again"
+                )
+            homes[key] = file
+    others = sorted(key for key in homes.keys() - known if not BUFFERS.search(key))
+    if not others:
+        return
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    if any(".lora_" in key for key in others):
+        cure = "merge the adapter into it (peft's merge_and_unload) and name the directory of the result"
+    elif all(key.endswith(".bias") for key in others):
+        cure = f"set what {CONFIG_NAME} says of biases (attention_bias, mlp_bias) as the weights have it"
+    else:
+        cure = f"weights and {CONFIG_NAME} do not belong together; get both from the same place"
+    raise ConfigError(
+        f"base {source.path} has tensor '{others[0]}'{more} in {homes[others[0]]}, which its {CONFIG_NAME} does not "
+        f"ask for; {cure}"
+    )
+
+
+def check_no_other_files(path: str, names: Sequence[str], weights_files: Sequence[str]) -> None:
+    """Raise ConfigError for a directory that holds weights beside those of its model, such as an adapter's."""
+    for name in sorted(names):
+        if name == "adapter_config.json" or name.startswith("adapter_model."):
+            raise ConfigError(
+                f"base {path} has {name} beside its model, an adapter that would not be used; merge it into the model "
+                f"(peft's merge_and_unload) and name the result, or move it elsewhere"
+            )
+        if name.endswith(".safetensors") and name not in weights_files and not COPIES.fullmatch(name):
+            raise ConfigError(
+                f"base {path} has {name} beside {weights_files[0]}, and would not use it; move it elsewhere, or get "
+                f"the base's files again"
+            )
 
 
 def changed(path: str) -> str:

@@ -92,6 +92,15 @@ def test_gpt2_files_without_the_prefix(tmp_path: Path, head: bool) -> None:
     check_equal(directory, BaseReader(base), torch.float32)
 
 
+def test_known_buffers_and_copies_are_left_alone(directory: Path) -> None:
+    """Rotary frequencies of older files, and the same weights in the layout of another library."""
+    added("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq")(directory)
+    shutil.copyfile(directory / "model.safetensors", directory / "consolidated.safetensors")
+    shutil.copyfile(directory / "model.safetensors", directory / "model.fp16.safetensors")
+    (directory / "pytorch_model.bin").write_bytes(b"")
+    check_equal(directory, BaseReader(find_base(str(directory))[0]), torch.float32)
+
+
 def test_a_tied_tensor_under_its_other_name(tmp_path: Path) -> None:
     directory = save_base(tmp_path / "model", "llama-tied")
     whole = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
@@ -254,6 +263,36 @@ def untied_in_files(directory: Path) -> None:
     change_json(directory / "config.json", tie_word_embeddings=True)
 
 
+def added(*names: str, shape: tuple[int, ...] = (16,)) -> Callable[[Path], None]:
+    """Tensors beside those of the model."""
+    return lambda directory: rewrite(directory, lambda tensors: tensors.update({n: torch.zeros(shape) for n in names}))
+
+
+def biased(directory: Path) -> None:
+    added(*(f"model.layers.{layer}.self_attn.{part}_proj.bias" for layer in range(2) for part in "qkvo"))(directory)
+
+
+def third_layer(directory: Path) -> None:
+    """As of a config whose num_hidden_layers somebody has lowered."""
+    tensors = load_file(directory / "model.safetensors")
+    last = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
+    save_file(tensors | {n.replace(".1.", ".2."): t.clone() for n, t in last.items()}, directory / "model.safetensors")
+
+
+def twice(directory: Path) -> None:
+    """A tensor in both files of a base, of which the index names one."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    save_file(tensors, directory / "a.safetensors")
+    save_file({NAME: tensors[NAME] + 1}, directory / "b.safetensors")
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | {NAME: "b.safetensors"}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def beside(name: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_bytes(b"{}")
+
+
 WRONG: list[tuple[str, Callable[[Path], object], str]] = [
     ("no directory", shutil.rmtree, r"does not exist; nothing is downloaded"),
     ("no config", lambda d: (d / "config.json").unlink(), r"has no config\.json"),
@@ -276,6 +315,20 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
     ("tied but not equal", untied_in_files, r"'model\.embed_tokens\.weight' and 'lm_head\.weight' differ"),
     ("no tokenizer", lambda d: (d / "tokenizer.json").unlink(), r"has no tokenizer\.json; write one"),
     ("broken tokenizer", lambda d: (d / "tokenizer.json").write_text("{}"), r"tokenizer\.json cannot be used"),
+    ("biases", biased, r"'model\.layers\.0\.self_attn\.k_proj\.bias' and 7 more .*does not ask for; .*attention_bias"),
+    ("a third layer", third_layer, r"has tensor 'model\.layers\.2\.\S+' and 8 more .*do not belong together"),
+    ("LoRA tensors", added("model.layers.0.mlp.up_proj.lora_A.weight"), r"lora_A\.weight' in .*merge the adapter"),
+    ("another head", added("v_head.summary.weight"), r"has tensor 'v_head\.summary\.weight' in model\.safetensors"),
+    ("a bias like a buffer", added("model.layers.0.self_attn.bias"), r"has tensor 'model\.layers\.0\.self_attn\.bias'"),
+    ("a tensor twice", twice, rf"'{NAME}' in a\.safetensors and in b\.safetensors"),
+    ("adapter beside", beside("adapter_config.json"), r"adapter_config\.json beside its model, an adapter that would"),
+    ("adapter's weights", beside("adapter_model.safetensors"), r"adapter_model\.safetensors beside its model"),
+    (
+        "other weights",
+        beside("medusa_head.safetensors"),
+        r"medusa_head\.safetensors beside model\.safetensors, and",
+    ),
+    ("older shards", beside("model-00001-of-00002.safetensors"), r"model-00001-of-00002\.safetensors beside"),
     ("no end of text", untold_end, r"says which token ends a text; set eos_token"),
 ]
 

@@ -105,6 +105,14 @@ class ActiveJob:
     # Why the nodes of the last try could not hold the plan, and which they were; another set of nodes is tried again.
     refusal: str = ""
     refused_nodes: frozenset[str] | None = None
+    # Until then (our clock) a refusal stands whatever nodes there are; then it is looked at again.
+    held_until: float = 0.0
+    # What of the storage keeps the plan from being made; empty when nothing does.
+    hold: str = ""
+    # Lets go of the checkpoint that the plan starts from, once a newer one of this plan exists.
+    release_start: Callable[[], None] = lambda: None
+    # Manifests that could not be written: version → when to try again (our clock), and why.
+    unwritten: dict[int, tuple[float, str]] = field(default_factory=dict)
     writing: asyncio.Task[None] | None = None
 
     @classmethod
@@ -145,10 +153,21 @@ class ActiveJob:
         ]
         self.patience.clear()
         self.files.clear()
+        self.unwritten.clear()
         self.residuals.clear()
         self.fresh_from.clear()
         self.last_holders = [""] * len(self.holders)
         self.replicas = []
+
+    def written(self, version: int) -> None:
+        """A checkpoint of this plan exists: what was reported of it, and of older ones that it replaces, is done with,
+        and so is the one that the plan started from: every server has loaded it."""
+        for done in [known for known in self.files if known <= version]:
+            if done == version or done in self.unwritten:
+                self.files.pop(done)
+                self.residuals.pop(done, None)
+                self.unwritten.pop(done, None)
+        self.release_start()
 
     def take_validations(self, state: State) -> None:
         """Note which validation passes are complete."""

@@ -1,13 +1,17 @@
 """Checkpoints of a job on disk: which exist, which to remove. Blocking; run in threads.
 
-The disk is the truth. The newest manifest that is there is where a job goes on; if that one cannot be read the job
-fails rather than silently losing the steps up to it.
+The newest manifest on the disk is where a job goes on; if that one cannot be read the job fails rather than silently
+losing the steps up to it. Where the state knows a checkpoint that the disk does not show, the job is held: the disk may
+not be mounted.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
-from collections.abc import Collection
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable
 
 from gradstream.coordinator.planner import CheckpointAt
 from gradstream.core import checkpoint, files
@@ -15,6 +19,61 @@ from gradstream.core.errors import CheckpointError
 from gradstream.proto.v1 import jobs_pb2
 
 _DIRECTORY = re.compile(r"step-([0-9]{8,})")
+
+
+class Pins:
+    """Checkpoints that stay although there are newer ones: a plan starts from them, or an export reads them.
+
+    Whoever chooses one lists the disk and pins under `choosing(root)`; whoever removes reads the pins and removes under
+    it. So no checkpoint goes between being chosen and being pinned.
+    """
+
+    def __init__(self) -> None:
+        self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._pins: Counter[tuple[str, int]] = Counter()
+
+    def choosing(self, root: str) -> asyncio.Lock:
+        """Held while the checkpoints under `root` are chosen from, or removed."""
+        return self._locks[root]
+
+    def pin(self, root: str, version: int) -> Callable[[], None]:
+        """Keep a checkpoint until the function returned is called; a second call does nothing."""
+        pins = [(root, version)]
+        self._pins.update(pins)
+
+        def release() -> None:
+            self._pins.subtract(pins)
+            self._pins = +self._pins  # without those that nobody holds
+            pins.clear()
+
+        return release
+
+    def of(self, root: str) -> set[int]:
+        """The versions pinned under a root."""
+        return {version for where, version in self._pins if where == root}
+
+
+def bases_under(root: str, paths: Iterable[str]) -> set[int]:
+    """The versions under a root whose directories are among `paths`, the bases of jobs that have not ended."""
+    found = set()
+    for path in paths:
+        directory, name = os.path.split(os.path.normpath(path.removeprefix("file://")))
+        match = _DIRECTORY.fullmatch(name)
+        if match and directory == os.path.normpath(root.removeprefix("file://")):
+            found.add(int(match[1]))
+    return found
+
+
+def missing(root: str, on_disk: Collection[int], acknowledged: Collection[int], job_id: str) -> str:
+    """Why a job must not begin with what the disk shows: the newest checkpoint that was acknowledged is not there, nor
+    a newer one. Empty when it may."""
+    if not acknowledged or max(on_disk, default=-1) >= max(acknowledged):
+        return ""
+    line = (
+        f"the checkpoint of version {max(acknowledged)} was written and is not there now: "
+        f"{checkpoint.directory_of(root, max(acknowledged))}; mount or restore {root}"
+    )
+    return f"{line}, or `gradstream resume {job_id}` to go back to version {max(on_disk)}" if on_disk else line
 
 
 def root_of(run_directory: str) -> str:

@@ -10,6 +10,7 @@ queued → planning → running ⇄ paused → finished | failed | stopped; a lo
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -41,6 +42,9 @@ QUEUED, PLANNING, RUNNING, PAUSED, FINISHED, FAILED, STOPPED = (
     jobs_pb2.JOB_STATE_FAILED,
     jobs_pb2.JOB_STATE_STOPPED,
 )
+
+HOLD_SECONDS = 2.0
+"""Between looks at a storage that does not show what it should."""
 
 log = get_logger()
 
@@ -75,8 +79,8 @@ class Controller:
         self.notifier = Notifier(state)
         self.timelines = Timelines()
         self.active: ActiveJob | None = None
-        # Versions of the active job that an export reads: retention leaves them alone.
-        self.exporting: list[tuple[str, int]] = []
+        # Checkpoints that retention leaves alone.
+        self.pins = checkpoints.Pins()
         # Called at the end of each reconcile with the active job, for what others derive from it.
         self.after_reconcile: list[Callable[[ActiveJob], None]] = []
         self._closing = False
@@ -94,6 +98,9 @@ class Controller:
                 active.checkpoints.update(
                     await asyncio.to_thread(checkpoints.versions_on_disk, checkpoints.root_of(record.run_directory))
                 )
+                if active.plan is not None and active.plan.checkpoint_path:
+                    root = checkpoints.root_of(record.run_directory)
+                    active.release_start = self.pins.pin(root, record.start_version)
                 last = active.totals.last
                 if record.desired != "run" and last is not None and last.halted:
                     active.halted_version = last.step + 1
@@ -281,7 +288,7 @@ class Controller:
             else:
                 self._rest_without_plan(active, "paused while planning")
             return
-        if active.planning is not None:
+        if active.planning is not None or now < active.held_until:
             return
         if active.plan is not None and self._look_at_servers(active, now)[0] is Verdict.HOLD:
             self.set_state(active, RUNNING, "its servers came back with all of their state; no step is lost")
@@ -296,8 +303,15 @@ class Controller:
     async def _make_plan(self, active: ActiveJob, servers: list[NodeEntry], workers: list[NodeEntry]) -> None:
         record = active.record
         root = checkpoints.root_of(record.run_directory)
+        release = None
         try:
-            start, versions = await asyncio.to_thread(checkpoints.newest, root)
+            async with self.pins.choosing(root):
+                start, versions = await asyncio.to_thread(checkpoints.newest, root)
+                if start is not None:
+                    release = self.pins.pin(root, start.version)
+            acknowledged = self.state.checkpoint_versions(record.job_id)
+            if self._is_held(active, checkpoints.missing(root, versions, acknowledged, record.job_id)):
+                return
             recipe = active.recipe
             profiles = None
             if recipe.pipeline.stages != 1:
@@ -323,6 +337,8 @@ class Controller:
             # A server that died meanwhile must not be planned with; the next look starts over.
             if wanted and all(server.present for server in servers):
                 self._take_plan(active, plan, reasons, versions)
+                active.release_start()
+                active.release_start, release = release or (lambda: None), None
         except PlanError as error:
             if record.epoch == 0:
                 self.fail(record.job_id, one_line(error))
@@ -341,7 +357,17 @@ class Controller:
             self.fail(record.job_id, f"the plan could not be made: {one_line(error)}")
         finally:
             active.planning = None
+            if release is not None:
+                release()
         self.reconcile()
+
+    def _is_held(self, active: ActiveJob, why: str) -> bool:
+        """Note what of the storage keeps the plan from being made, if anything, and when to look again."""
+        if why and why != active.hold:
+            self.event(active.job_id, "plan", f"held: {why}")
+        active.hold = why
+        active.held_until = self.clock() + HOLD_SECONDS if why else 0.0
+        return bool(why)
 
     def _take_plan(self, active: ActiveJob, plan: Plan, reasons: dict[str, str], versions: Iterable[int]) -> None:
         """Make a plan the job's, durably first, then tell everyone."""
@@ -437,9 +463,15 @@ class Controller:
             self.set_state(active, PAUSED, reason)
 
     def pinned_versions(self, active: ActiveJob) -> set[int]:
-        """The versions of the active job whose checkpoints stay, however old: those that an export reads, and those
-        that may be a fine-tuning's result."""
-        return {number for job_id, number in self.exporting if job_id == active.job_id} | active.candidates
+        """The versions of the active job whose checkpoints stay, however old: those that a plan starts from or an
+        export reads, those that may be a fine-tuning's result, and the bases of jobs that have not ended."""
+        root = checkpoints.root_of(active.record.run_directory)
+        bases = [
+            base
+            for record in self.state.list_jobs()
+            if record.state not in scheduler.ENDED and (base := base_path(record.recipe_json))
+        ]
+        return self.pins.of(root) | active.candidates | checkpoints.bases_under(root, bases)
 
     def workers(self, active: ActiveJob) -> list[NodeEntry]:
         """The live workers with memory enough for the active job, oldest first."""
@@ -569,6 +601,7 @@ class Controller:
         self.event(active.job_id, kind, f"{scheduler.STATE_WORDS[state]}: {reason}")
         if active.planning is not None and active.planning is not asyncio.current_task():
             active.planning.cancel()
+        active.release_start()
         self.active = None
         for node in self.members.everyone_present():
             self._hub.release(node, active.job_id, reason)
@@ -591,6 +624,12 @@ class Controller:
         log.info(message, job=job_id, kind=kind)
         event = jobs_pb2.Event(unix_ms=unix_ms(), kind=kind, message=message)
         self.notifier.append(job_id, [jobs_pb2.WatchJobResponse(event=event)])
+
+
+def base_path(recipe_json: str) -> str:
+    """Where the base of a fine-tuning's recipe lies; empty for any other job."""
+    finetuning = json.loads(recipe_json).get("finetuning") or {}
+    return str((finetuning.get("base") or {}).get("path", ""))
 
 
 def _offers(nodes: Iterable[NodeEntry]) -> list[needs.NodeOffer]:

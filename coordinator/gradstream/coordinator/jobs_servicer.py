@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,10 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     async def ResumeJob(self, request: jobs_pb2.ResumeJobRequest, context: Context) -> jobs_pb2.ResumeJobResponse:
         async with answering(context):
-            self._orders.resume(self._find(request.job_id))
+            record = self._find(request.job_id)
+            root = checkpoints.root_of(record.run_directory)
+            on_disk = await asyncio.to_thread(checkpoints.versions_on_disk, root)
+            self._orders.resume(self._find(record.job_id), on_disk)
             return jobs_pb2.ResumeJobResponse(job=self._views.job(self._find(request.job_id)))
         raise AssertionError("abort has raised")
 
@@ -153,20 +156,27 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     ) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
         async with answering(context):
             record = self._find(request.job_id)
-            versions = await asyncio.to_thread(checkpoints.versions_on_disk, checkpoints.root_of(record.run_directory))
-            version = request.version if request.HasField("version") else versions[-1] if versions else 0
-            if version not in versions:
-                known = f"there are versions {scheduler.joined(versions)}" if versions else "it has none yet"
-                wanted = f"version {version}" if versions else "any version"
-                raise CheckpointError(f"job {record.job_id} has no checkpoint of {wanted}; {known}")
-            pin = (record.job_id, version)
-            self._controller.exporting.append(pin)
+            version, release = await self._pinned(record, request)
             try:
                 async with self._exports:
                     async for piece in _export(directory_of(checkpoints.root_of(record.run_directory), version)):
                         yield piece
             finally:
-                self._controller.exporting.remove(pin)
+                release()
+
+    async def _pinned(
+        self, record: JobRecord, request: jobs_pb2.ExportCheckpointRequest
+    ) -> tuple[int, Callable[[], None]]:
+        """The version to export and what lets go of it. Raises CheckpointError when there is none."""
+        root = checkpoints.root_of(record.run_directory)
+        async with self._controller.pins.choosing(root):
+            versions = await asyncio.to_thread(checkpoints.versions_on_disk, root)
+            version = request.version if request.HasField("version") else versions[-1] if versions else 0
+            if version not in versions:
+                known = f"there are versions {scheduler.joined(versions)}" if versions else "it has none yet"
+                wanted = f"version {version}" if versions else "any version"
+                raise CheckpointError(f"job {record.job_id} has no checkpoint of {wanted}; {known}")
+            return version, self._controller.pins.pin(root, version)
 
     async def GetTimeline(
         self, request: jobs_pb2.GetTimelineRequest, context: Context
@@ -231,7 +241,7 @@ def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
         if job_id in taken:
             continue
         try:
-            directory.mkdir(parents=True)
+            files.make_local_directory(directory, exist_ok=False)
         except FileExistsError:
             continue
         except (OSError, ValueError) as error:

@@ -34,7 +34,7 @@ class ServerBytes:
 
     # Held all the time: master copy, moments, accumulator and the published copies, encoded or as workers hold them.
     state: int
-    # On top while a checkpoint is written: a copy of what is saved, and the same once more as the file's bytes.
+    # On top while a checkpoint is written: a copy of what is saved.
     checkpoint: int
     # On top for a version that a newcomer pulls, where the others pull differences: the whole copy for it.
     newcomer: int
@@ -74,7 +74,7 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
             encoded_bytes(codec_for(tensors[fragment.tensor].kind, push, embedding), fragment.shape)
             for fragment in tied
         )
-    return ServerBytes(state, 2 * saved, newcomer, early)
+    return ServerBytes(state, saved, newcomer, early)
 
 
 HELD_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gradstream.coordinator import scheduler
 from gradstream.coordinator.active import ActiveJob
 from gradstream.coordinator.controller import FAILED, FINISHED, PAUSED, QUEUED, RUNNING, STOPPED, Controller, unix_ms
@@ -65,13 +67,20 @@ class Orders:
         self._controller.ask_for_boundary(active)
         return active.version
 
-    def resume(self, record: JobRecord) -> None:
-        """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished."""
+    def resume(self, record: JobRecord, on_disk: Sequence[int] = ()) -> None:
+        """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished.
+
+        `on_disk` has the versions whose checkpoints are there, oldest first. Of a job that failed, or is held because a
+        newer one is missing, the newest of them is where it goes on.
+        """
         if record.state == FINISHED:
             raise ConfigError(f"job {record.job_id} is finished; submit a recipe with more steps instead")
         active = self._active_of(record)
+        if record.state == FAILED or (active is not None and active.hold):
+            self._go_back(record, on_disk)
         if active is not None:
             active.halted_version = None
+            active.held_until = 0.0
             if active.record.desired != "run" or active.state == PAUSED:
                 self._controller.update(active, desired="run")
                 self._controller.event(record.job_id, "state", f"resumed{by_caller()}")
@@ -84,6 +93,17 @@ class Orders:
                 record.job_id, "state", f"resumed{by_caller()}: first in the queue, goes on from its last checkpoint"
             )
         self._controller.reconcile()
+
+    def _go_back(self, record: JobRecord, on_disk: Sequence[int]) -> None:
+        """Forget checkpoints later than the newest that is there. With none there is nothing to go back to."""
+        known = self._controller.state.checkpoint_versions(record.job_id)
+        if known and on_disk and on_disk[-1] < known[-1]:
+            self._controller.state.forget_checkpoints(record.job_id, on_disk[-1])
+            self._controller.event(
+                record.job_id,
+                "checkpoint",
+                f"goes back to version {on_disk[-1]}{by_caller()}: the checkpoint of version {known[-1]} is gone",
+            )
 
     def _active_of(self, record: JobRecord) -> ActiveJob | None:
         active = self._controller.active

@@ -26,6 +26,7 @@ from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 MAX_LINE_CHARACTERS = 2000
+MANIFEST_RETRY_SECONDS = 2.0
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -174,10 +175,13 @@ class Reports:
         """Write the manifest of the oldest version that all servers, and all slots' residuals, are in of."""
         if active.writing is not None or active.plan is None:
             return
+        now = self._controller.clock()
         for version in sorted(active.files):
             if len(active.files[version]) < len(active.plan.servers) or not self.ledger_reaches(active, version):
                 continue
-            residuals = standing(active, version, self._controller.members, self._controller.clock())
+            if now < active.unwritten.get(version, (0.0, ""))[0]:
+                continue
+            residuals = standing(active, version, self._controller.members, now)
             if not residuals.owed:
                 active.writing = asyncio.create_task(self._write_manifest(active, version, residuals))
                 return
@@ -215,32 +219,46 @@ class Reports:
                     f"their worker; after going back to it these slots start without",
                 )
             if active.record.epoch == plan.epoch:
-                active.files.pop(version, None)
-                active.residuals.pop(version, None)
+                active.written(version)
                 active.progress_at = self._controller.clock()
             active.checkpoints.add(version)
-            pinned = self._controller.pinned_versions(active)
-            removed, left = await asyncio.to_thread(checkpoints.remove_old, root, active.recipe.checkpoint.keep, pinned)
-            active.checkpoints.intersection_update(left)
-            if removed:
-                versions = ", ".join(map(str, removed))
-                self._controller.event(
-                    record.job_id,
-                    "checkpoint",
-                    f"removed version {versions}: the newest {active.recipe.checkpoint.keep} are kept",
-                )
-        except UnreachableError as error:
-            log.error("a checkpoint could not be noted; trying again", version=version, cause=one_line(error))
-            return
+            await self._remove_old(active, root)
         except (GradstreamError, OSError) as error:
-            self._controller.fail(
-                record.job_id,
-                f"the checkpoint of version {version} could not be written: {one_line(error)}; "
-                f"make room or mend {root}, then `gradstream resume`",
-            )
+            if active.record.epoch == plan.epoch:
+                self._hold_manifest(active, version, one_line(error))
+            return
         finally:
             active.writing = None
         self._controller.reconcile()
+
+    def _hold_manifest(self, active: ActiveJob, version: int, why: str) -> None:
+        """A manifest could not be written: the servers hold the state, so the job goes on and it is tried again."""
+        known = active.unwritten.get(version, (0.0, ""))[1]
+        active.unwritten[version] = (self._controller.clock() + MANIFEST_RETRY_SECONDS, why)
+        if known != why:
+            line = f"the checkpoint of version {version} could not be written, trying again: {why}"
+            try:
+                self._controller.event(active.job_id, "checkpoint", line)
+            except UnreachableError as error:
+                log.error(line, cause=one_line(error))
+
+    async def _remove_old(self, active: ActiveJob, root: str) -> None:
+        """Remove the checkpoints that are not kept. One that cannot be removed hurts nobody but the disk."""
+        keep = active.recipe.checkpoint.keep
+        async with self._controller.pins.choosing(root):
+            pinned = self._controller.pinned_versions(active)
+            try:
+                removed, left = await asyncio.to_thread(checkpoints.remove_old, root, keep, pinned)
+            except OSError as error:
+                line = f"old checkpoints could not be removed: {one_line(error)}"
+                self._controller.event(active.job_id, "checkpoint", line)
+                return
+        active.checkpoints.intersection_update(left)
+        if removed:
+            versions = ", ".join(map(str, removed))
+            self._controller.event(
+                active.job_id, "checkpoint", f"removed version {versions}: the newest {keep} are kept"
+            )
 
     # --- timelines --------------------------------------------------------------------------------------------------
 

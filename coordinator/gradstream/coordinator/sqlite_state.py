@@ -319,6 +319,14 @@ class SqliteState(State):
             )
             _append(db, job_id, jobs_pb2.WatchJobResponse(checkpoint=checkpoint))
 
+    def checkpoint_versions(self, job_id: str) -> list[int]:
+        rows = self._db.execute("SELECT version FROM checkpoints WHERE job_id = ? ORDER BY version", (job_id,))
+        return [version for (version,) in rows]
+
+    def forget_checkpoints(self, job_id: str, after: int) -> None:
+        with self._transaction(durable=True) as db:
+            db.execute("DELETE FROM checkpoints WHERE job_id = ? AND version > ?", (job_id, after))
+
     def check_writable(self) -> None:
         with self._transaction(durable=False) as db:
             db.execute("INSERT INTO pulse VALUES (1, 1) ON CONFLICT (id) DO UPDATE SET count = count + 1")

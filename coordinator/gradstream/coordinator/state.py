@@ -140,6 +140,15 @@ class State(ABC):
         """Enter a checkpoint whose manifest was written, in history too; forget the files it was made of."""
 
     @abstractmethod
+    def checkpoint_versions(self, job_id: str) -> list[int]:
+        """The versions of a job whose checkpoints were entered and not forgotten, oldest first. Retention may have
+        removed all but the newest ones."""
+
+    @abstractmethod
+    def forget_checkpoints(self, job_id: str, after: int) -> None:
+        """Forget the checkpoints later than version `after`: a person goes back to an older one."""
+
+    @abstractmethod
     def check_writable(self) -> None:
         """Write something. Raises UnreachableError when that is not possible."""
 

@@ -153,6 +153,8 @@ class Views:
     def _waits_for(self, active: ActiveJob) -> list[tuple[str, str]]:
         members = self._controller.members
         if active.state == PLANNING:
+            if active.hold:
+                return [(active.hold, "whoever keeps the storage")]
             if active.planning is not None:
                 return [("the plan to be made", "the coordinator")]
             servers, workers = members.present(SERVER), members.present(WORKER)
@@ -190,6 +192,8 @@ class Views:
         late = [server.name for index, server in enumerate(active.plan.servers) if index not in reported]
         owed = standing(active, version, self._controller.members, self._controller.clock()).owed
         late += sorted({self._controller.members.name_of(holder) for holder in owed.values() if holder})
+        if version in active.unwritten:
+            return f"the checkpoint of version {version}: {active.unwritten[version][1]}", "the storage to be mended"
         return f"the checkpoint of version {version}", ", ".join(late) or "the coordinator, to write its manifest"
 
     def _validation_wait(self, active: ActiveJob) -> tuple[str, str]:

@@ -15,7 +15,7 @@ import json
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -27,6 +27,7 @@ from gradstream.core.errors import CheckpointError, one_line
 from gradstream.core.finetuning import FineTuning
 from gradstream.core.foreign import parsing
 from gradstream.core.fragments import Fragment, Tensor, cut, num_fragments
+from gradstream.core.tensor_files import TensorSpec, bytes_of, write_tensors
 from gradstream.proto.v1 import coordinator_pb2
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ WEIGHT = "weight"
 COPY = "copy"  # of the weights as workers hold them, where they pull differences
 EXPORT_FILE_BYTES = 4 << 30
 _DIRECTORY = re.compile(r"step-([0-9]{8,})")
+_FILE_OF_EPOCH = re.compile(r"epoch-([0-9]{4,20})-[A-Za-z0-9._-]+\.safetensors")
 
 
 class TensorEntry(BaseModel):
@@ -123,12 +125,17 @@ def directory_of(root: str, version: int) -> str:
     return files.join(root, f"step-{version:08d}")
 
 
+def shard_file_name(epoch: int, server: int, num_servers: int) -> str:
+    """A server's file; its epoch is in the name, so that servers of two plans never write to one path."""
+    return f"epoch-{epoch:04d}-shard-{server:03d}-of-{num_servers:03d}.safetensors"
+
+
 def fragment_digest(state: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
     """sha256 of one fragment's state: the weights, then the optimizer's arrays by name."""
     digest = hashlib.sha256()
     for kind in [WEIGHT, *sorted(set(state) - {WEIGHT})]:
         digest.update(kind.encode())
-        digest.update(state[kind].tobytes())
+        digest.update(bytes_of(state[kind]))
     return digest.digest()
 
 
@@ -141,16 +148,30 @@ def write_shard(
     directory: str, file: str, tensors: Sequence[Tensor], shard: Sequence[tuple[Fragment, State]]
 ) -> tuple[FileEntry, list[bytes]]:
     """Write one server's fragments; return the file's entry and each fragment's digest."""
-    from safetensors.numpy import save
-
     arrays = {
         f"{kind}/{slice_name(tensors, fragment)}": array for fragment, state in shard for kind, array in state.items()
     }
-    data = save(arrays, metadata={"format": "gradstream"})
-    files.make_directory(directory)
-    files.write_atomic(files.join(directory, file), lambda stream: stream.write(data))
-    entry = FileEntry(file=file, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    specs = [TensorSpec(name, "F32", array.shape) for name, array in arrays.items()]
+    entry = write_tensor_file(directory, file, specs, lambda name: arrays[name], {"format": "gradstream"})
     return entry, [fragment_digest(state) for _, state in shard]
+
+
+def write_tensor_file(
+    directory: str,
+    file: str,
+    specs: Sequence[TensorSpec],
+    contents: Callable[[str], npt.NDArray[Any]],
+    metadata: Mapping[str, str],
+) -> FileEntry:
+    """Write a safetensors file of a checkpoint, whole or not at all, and its directory if need be. Raises OSError."""
+    files.make_directory(directory)
+    written: list[tuple[int, str]] = []
+    files.write_atomic(
+        files.join(directory, file),
+        lambda stream: written.append(write_tensors(stream, specs, contents, metadata)),
+    )
+    num_bytes, sha256 = written[-1]
+    return FileEntry(file=file, num_bytes=num_bytes, sha256=sha256)
 
 
 def write_manifest(
@@ -162,7 +183,7 @@ def write_manifest(
     residuals: Sequence[ResidualEntry] = (),
 ) -> CheckpointManifest:
     """Make the checkpoint exist, from all servers' reports. Raises CheckpointError when they do not fit the plan, or a
-    residual is not where it was reported.
+    file is not seen here with the size that was reported.
 
     The tokenizer is copied beside the weights, so that a checkpoint can be exported where the data is no more.
     """
@@ -189,7 +210,8 @@ def write_manifest(
         progress=dict(progress),
         residuals=tuple(residuals),
     )
-    _check_there(directory, manifest.residuals)
+    _check_files(directory, plan, manifest.files)
+    _check_residuals(directory, manifest.residuals)
     source = files.join(plan.recipe.data.path, plan.data_manifest.tokenizer_file)
     try:
         tokenizer = files.read_bytes(source)
@@ -198,23 +220,45 @@ def write_manifest(
     files.write_atomic(files.join(directory, TOKENIZER_NAME), lambda stream: stream.write(tokenizer))
     text = manifest.model_dump_json(indent=1).encode()
     files.write_atomic(files.join(directory, MANIFEST_NAME), lambda stream: stream.write(text))
-    keep = {MANIFEST_NAME, TOKENIZER_NAME, *(entry.file for entry in (*manifest.files, *manifest.residuals))}
+    keep = {entry.file for entry in (*manifest.files, *manifest.residuals)}
     for name in files.list_names(directory):
-        if name not in keep:  # of an earlier epoch that never got its manifest
+        # Of a plan that never got to its manifest. What a newer plan's servers write, or are still writing, stays.
+        match = _FILE_OF_EPOCH.fullmatch(name)
+        if match is not None and int(match[1]) <= plan.epoch and name not in keep:
             files.remove(files.join(directory, name))
     return manifest
 
 
-def _check_there(directory: str, residuals: Sequence[ResidualEntry]) -> None:
-    """Raise CheckpointError when a worker's file is not seen from here: it may have written to a disk of its own."""
-    for entry in residuals:
-        path = files.join(directory, entry.file)
-        fs, inner = files.file_system(path)
-        if not fs.exists(inner) or fs.size(inner) != entry.num_bytes:
+def _check_files(directory: str, plan: Plan, entries: Sequence[FileEntry]) -> None:
+    """Raise CheckpointError when a server's file is not seen from here as reported: it may have a disk of its own."""
+    for server, entry in zip(plan.servers, entries, strict=True):
+        found = _not_as_reported(directory, entry)
+        if found:
             raise CheckpointError(
-                f"the residual that a worker wrote to {path} is not there with its {entry.num_bytes} bytes; a codec "
-                f"that keeps residuals needs workers that see the coordinator's run_root"
+                f"parameter server {server.name} reported {found}; let it write to the coordinator's run_root "
+                f"({plan.checkpoint_root}), on a file system that both share"
             )
+
+
+def _check_residuals(directory: str, residuals: Sequence[ResidualEntry]) -> None:
+    """Raise CheckpointError when a worker's file is not seen from here as reported."""
+    for residual in residuals:
+        found = _not_as_reported(directory, residual)
+        if found:
+            raise CheckpointError(
+                f"the worker of slot {residual.slot} reported {found}; a codec that keeps residuals needs workers that "
+                f"see the coordinator's run_root"
+            )
+
+
+def _not_as_reported(directory: str, entry: FileEntry) -> str:
+    """What was reported of a file and what is seen of it; empty when they agree."""
+    path = files.join(directory, entry.file)
+    num_bytes = files.size_of(path)
+    if num_bytes == entry.num_bytes:
+        return ""
+    seen = "is not there" if num_bytes is None else f"has {num_bytes} bytes"
+    return f"{path} of {entry.num_bytes} bytes, and seen from the coordinator it {seen}"
 
 
 def read_manifest(directory: str) -> CheckpointManifest:
@@ -250,7 +294,11 @@ def list_checkpoints(root: str) -> list[CheckpointManifest]:
     for name in files.list_names(root):
         directory = files.join(root, name)
         if _DIRECTORY.fullmatch(name) and MANIFEST_NAME in files.list_names(directory):
-            found.append(read_manifest(directory))
+            try:
+                found.append(read_manifest(directory))
+            except CheckpointError:
+                if MANIFEST_NAME in files.list_names(directory):
+                    raise  # else it was removed meanwhile
     return sorted(found, key=lambda manifest: manifest.version)
 
 
@@ -381,8 +429,6 @@ def write_huggingface(directory: str, destination: Path) -> None:
 
 
 def _export_weights(reader: CheckpointReader, destination: Path) -> None:
-    from safetensors.numpy import save_file
-
     groups: list[list[TensorEntry]] = [[]]
     size = 0
     for entry in reader.manifest.tensors:
@@ -395,12 +441,16 @@ def _export_weights(reader: CheckpointReader, destination: Path) -> None:
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        arrays = {
-            entry.name: reader.read(WEIGHT, entry.name, 0, entry.tensor().num_elements).reshape(entry.shape)
-            for entry in group
-        }
-        save_file(arrays, destination / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(arrays, name))
+        specs = [TensorSpec(entry.name, "F32", entry.shape) for entry in group]
+        sizes = {entry.name: entry.tensor().num_elements for entry in group}
+        with (destination / name).open("wb") as stream:
+            write_tensors(
+                stream,
+                specs,
+                lambda tensor, sizes=sizes: reader.read(WEIGHT, tensor, 0, sizes[tensor]),  # type: ignore[misc]
+                {"format": "pt"},
+            )
+        weight_map.update(dict.fromkeys(sizes, name))
     if len(groups) > 1:
         total = sum(entry.tensor().num_elements * 4 for entry in reader.manifest.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

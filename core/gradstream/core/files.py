@@ -41,9 +41,48 @@ def join(directory: str, *names: str) -> str:
 
 
 def make_directory(path: str) -> None:
-    """Make a directory and its parents; nothing happens when it is there."""
+    """Make a directory and its parents; nothing happens when it is there. New ones outlive a power failure."""
     fs, inner = file_system(path)
-    fs.makedirs(inner, exist_ok=True)
+    if is_local(path):
+        make_local_directory(Path(inner))
+    else:
+        fs.makedirs(inner, exist_ok=True)
+
+
+def make_local_directory(path: Path, exist_ok: bool = True) -> None:
+    """Make a directory and its missing parents, each noted durably in the directory that it is in.
+
+    Raises FileExistsError when it is there and `exist_ok` is false, or when it is no directory.
+    """
+    if path.parent != path and not path.parent.is_dir():
+        make_local_directory(path.parent)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not exist_ok or not path.is_dir():
+            raise
+        return
+    sync_directory(path.parent)
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Flush a local directory's entries to the disk: a new file or directory in it is there after a power failure."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def size_of(path: str) -> int | None:
+    """Bytes of a file; None when it is not there. Raises OSError when that cannot be found out."""
+    fs, inner = file_system(path)
+    try:
+        # An object store's listing may be an old one.
+        fs.invalidate_cache()
+        return int(fs.size(inner))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def list_names(directory: str) -> list[str]:
@@ -119,11 +158,7 @@ def write_atomic(path: str, write: Callable[[BinaryIO], object]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    directory = os.open(os.path.dirname(inner) or ".", os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(os.path.dirname(inner) or ".")
 
 
 @contextlib.contextmanager
@@ -135,7 +170,7 @@ def whole_directory(destination: Path) -> Iterator[Path]:
     try:
         if destination.exists() and any(destination.iterdir()):
             raise CheckpointError(f"{destination} is not empty; choose another directory or remove it")
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        make_local_directory(destination.parent)
         temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
         try:
             yield temporary
@@ -143,6 +178,7 @@ def whole_directory(destination: Path) -> Iterator[Path]:
                 destination.rmdir()
             temporary.chmod(0o755)
             os.replace(temporary, destination)
+            sync_directory(destination.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:

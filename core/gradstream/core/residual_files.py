@@ -6,21 +6,20 @@ the codec. Residuals are not part of the version's identity (`state_sha256`): th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 
 from gradstream.core import files
-from gradstream.core.checkpoint import FileEntry, slice_name, verified_file
+from gradstream.core.checkpoint import FileEntry, slice_name, verified_file, write_tensor_file
 from gradstream.core.codecs import ResidualCodec, State
 from gradstream.core.errors import CheckpointError
 from gradstream.core.foreign import parsing
 from gradstream.core.fragments import Fragment
 from gradstream.core.payloads import CodecBook
 from gradstream.core.plan import Plan
+from gradstream.core.tensor_files import TensorSpec
 
 
 def residual_file_name(epoch: int, slot: int, node_id: str) -> str:
@@ -35,10 +34,9 @@ def write_residual(directory: str, file: str, plan: Plan, states: Mapping[int, S
         for index, state in states.items()
         for key, array in state.items()
     }
-    data = save(arrays, metadata={"format": "gradstream", "codec": plan.recipe.codec.push})
-    files.make_directory(directory)
-    files.write_atomic(files.join(directory, file), lambda stream: stream.write(data))
-    return FileEntry(file=file, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    specs = [TensorSpec(name, "F32", tuple(array.shape)) for name, array in arrays.items()]
+    metadata = {"format": "gradstream", "codec": plan.recipe.codec.push}
+    return write_tensor_file(directory, file, specs, lambda name: arrays[name].reshape(-1).numpy(), metadata)
 
 
 def read_residual(directory: str, entry: FileEntry, plan: Plan) -> tuple[dict[int, State], str]:

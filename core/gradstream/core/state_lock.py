@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import IO
 
+from gradstream.core import files
 from gradstream.core.errors import ConfigError
 
 
@@ -17,7 +18,7 @@ def lock_directory(directory: Path, role: str) -> IO[str]:
     """
     path = directory / "lock"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        files.make_local_directory(directory)
         lock = path.open("a+")
     except OSError as error:
         raise ConfigError(f"the state directory {directory} cannot be written ({error}); choose another") from None

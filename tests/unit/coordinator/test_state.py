@@ -141,6 +141,16 @@ def test_checkpoint_files_are_forgotten_with_the_manifest_and_not_taken_again(st
     assert state.record_checkpoint_file(report)
 
 
+def test_checkpoints_are_known_until_a_person_goes_back(state: State) -> None:
+    state.create_job(make_record())
+    for version in (2, 4, 6):
+        state.record_checkpoint("tiny-1", 1, jobs_pb2.Checkpoint(version=version))
+    assert state.checkpoint_versions("tiny-1") == [2, 4, 6]
+    assert state.checkpoint_versions("b-1") == []
+    state.forget_checkpoints("tiny-1", 2)
+    assert state.checkpoint_versions("tiny-1") == [2]
+
+
 def test_a_number_too_large_is_the_peers_fault(state: State) -> None:
     with pytest.raises(ProtocolError):
         state.record_step(make_step(0, tokens=2**64 - 1))

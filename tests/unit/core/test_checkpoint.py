@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,15 @@ def moment(name: str) -> np.ndarray:
 
 def write(root: Path, plan: Plan, version: int = 3) -> str:
     """Write a checkpoint as the servers and the coordinator do; return its directory."""
+    directory, reports = write_files(root, plan, version)
+    write_manifest(directory, plan, version, reports, {"tokens": 12})
+    return directory
+
+
+def write_files(
+    root: Path, plan: Plan, version: int = 3, prefix: str = ""
+) -> tuple[str, list[coordinator_pb2.ReportCheckpointRequest]]:
+    """Write the servers' files of a checkpoint; return its directory and what the servers report."""
     directory = directory_of(str(root), version)
     reports = []
     for server in range(len(plan.servers)):
@@ -98,7 +108,7 @@ def write(root: Path, plan: Plan, version: int = 3) -> str:
                 "step": np.array([version], dtype=np.float32),
             }
             shard.append((fragment, state))
-        entry, digests = write_shard(directory, f"shard-{server}.safetensors", plan.tensors, shard)
+        entry, digests = write_shard(directory, f"{prefix}shard-{server}.safetensors", plan.tensors, shard)
         reports.append(
             coordinator_pb2.ReportCheckpointRequest(
                 server=server,
@@ -111,8 +121,7 @@ def write(root: Path, plan: Plan, version: int = 3) -> str:
                 ],
             )
         )
-    write_manifest(directory, plan, version, reports, {"tokens": 12})
-    return directory
+    return directory, reports
 
 
 @pytest.mark.parametrize("num_servers", [1, 2, 3])
@@ -276,11 +285,37 @@ def test_reports_that_do_not_cover_the_plan_make_no_checkpoint(tmp_path: Path, d
     assert not files.list_names(directory)
 
 
-def test_leftovers_of_an_earlier_epoch_are_removed(tmp_path: Path, data_path: Path) -> None:
-    write(tmp_path, make_plan(data_path, 3))
-    directory = write(tmp_path, make_plan(data_path, 1))
-    assert sorted(files.list_names(directory)) == [MANIFEST_NAME, "shard-0.safetensors", TOKENIZER_NAME]
+def test_leftovers_of_an_earlier_epoch_are_removed_and_what_a_newer_one_writes_stays(
+    tmp_path: Path, data_path: Path
+) -> None:
+    old, new = make_plan(data_path, 3), replace(make_plan(data_path, 1), epoch=2)
+    directory, _ = write_files(tmp_path, old, prefix="epoch-0001-")
+    _, reports = write_files(tmp_path, new, prefix="epoch-0002-")
+    stays = ["epoch-0003-shard-000-of-001.safetensors", "epoch-0001-shard-000-of-003.safetensors.tmp-7-abcd"]
+    for name in stays:
+        Path(directory, name).write_bytes(b"being written")
+    write_manifest(directory, new, 3, reports, {})
+    assert sorted(files.list_names(directory)) == sorted(
+        [MANIFEST_NAME, "epoch-0002-shard-0.safetensors", TOKENIZER_NAME, *stays]
+    )
     read_everything(directory)
+
+
+@pytest.mark.parametrize("damage", ["absent", "truncated"])
+@pytest.mark.parametrize("server", [0, 1])
+def test_a_manifest_states_what_is_there(tmp_path: Path, data_path: Path, server: int, damage: str) -> None:
+    """A server wrote to a disk of its own, or not all of it arrived: then there is no checkpoint."""
+    plan = make_plan(data_path, 2)
+    directory, reports = write_files(tmp_path, plan)
+    path = Path(directory, reports[server].file)
+    if damage == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"parameter server .*{server} reported .*{path.name}") as caught:
+        write_manifest(directory, plan, 3, reports, {})
+    assert ("is not there" if damage == "absent" else f"has {path.stat().st_size} bytes") in str(caught.value)
+    assert MANIFEST_NAME not in files.list_names(directory)
 
 
 def test_another_models_tensor_or_optimizer_is_named(tmp_path: Path, data_path: Path) -> None:

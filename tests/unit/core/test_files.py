@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -41,3 +43,50 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         files.write_atomic(str(path), fail)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def synced(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> list[Path]:
+    """The paths that `act` flushes to the disk, in order."""
+    found: list[Path] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        act()
+    return found
+
+
+def test_a_new_directory_is_noted_durably_in_each_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / "run" / "checkpoints" / "step-00000002"
+    noted = synced(monkeypatch, lambda: files.make_directory(str(deep)))
+    assert noted == [tmp_path, tmp_path / "run", tmp_path / "run" / "checkpoints"]
+    assert deep.is_dir()
+    assert synced(monkeypatch, lambda: files.make_directory(str(deep))) == []
+
+
+def test_a_directory_that_must_be_new_is(tmp_path: Path) -> None:
+    files.make_local_directory(tmp_path / "a" / "b", exist_ok=False)
+    with pytest.raises(FileExistsError):
+        files.make_local_directory(tmp_path / "a" / "b", exist_ok=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        files.make_directory(str(tmp_path / "file"))
+
+
+def test_a_whole_directory_is_noted_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export() -> None:
+        with files.whole_directory(tmp_path / "out" / "model") as temporary:
+            (temporary / "file").write_text("x")
+
+    assert synced(monkeypatch, export)[-1] == tmp_path / "out"
+
+
+def test_the_size_of_a_file_or_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert files.size_of(str(tmp_path / "file")) == 5
+    assert files.size_of(str(tmp_path / "nothing")) is None
+    assert files.size_of(str(tmp_path / "file" / "below")) is None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.micro import micro_plan
 
-from gradstream.core.checkpoint import CheckpointManifest, FileEntry, ResidualEntry, _check_there
+from gradstream.core.checkpoint import CheckpointManifest, FileEntry, ResidualEntry, _check_residuals
 from gradstream.core.codecs import ResidualCodec, State
 from gradstream.core.errors import CheckpointError
 from gradstream.core.payloads import CodecBook
@@ -95,10 +95,10 @@ def test_another_codec_or_cut_is_not_used_and_says_why(tmp_path: Path) -> None:
 
 def test_a_residual_that_the_coordinator_does_not_see_is_refused(tmp_path: Path) -> None:
     entry = ResidualEntry(**written(tmp_path, plan_of()).model_dump(), slot=3)
-    _check_there(str(tmp_path), [entry])
+    _check_residuals(str(tmp_path), [entry])
     for directory, found in ((tmp_path / "elsewhere", entry), (tmp_path, entry.model_copy(update={"num_bytes": 1}))):
         with pytest.raises(CheckpointError, match="workers that see the coordinator's run_root"):
-            _check_there(str(directory), [found])
+            _check_residuals(str(directory), [found])
 
 
 def test_a_manifest_from_before_residuals_loads() -> None:

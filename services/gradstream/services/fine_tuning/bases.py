@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstream.core import base_model, files
+from gradstream.core.checkpoint import MANIFEST_NAME
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import Base
 from gradstream.proto.v1 import jobs_pb2
@@ -98,8 +99,9 @@ def _choose(job_id: str, checkpoints: list[jobs_pb2.Checkpoint], version: str | 
 
 
 def _link(source: Path, destination: Path) -> None:
+    """Link a checkpoint's files, or copy them. Raises FileNotFoundError when it is removed meanwhile."""
     shutil.rmtree(destination, ignore_errors=True)
-    destination.mkdir()
+    files.make_local_directory(destination)
     for path in sorted(source.iterdir()):
         if not path.is_file():
             continue
@@ -109,6 +111,9 @@ def _link(source: Path, destination: Path) -> None:
             raise
         except OSError:
             shutil.copyfile(path, destination / path.name)
+    # The manifest is removed first: while it is there all files are.
+    os.stat(source / MANIFEST_NAME)
+    files.sync_directory(destination)
 
 
 def _stamps(path: str) -> list[tuple[str, int, int]]:

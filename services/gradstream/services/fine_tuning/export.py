@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
@@ -23,6 +24,7 @@ from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import Base, FineTuning, LoraConfig
 from gradstream.core.lora import ADAPTER, adapted_module, factors, peft_config
 from gradstream.core.model import build
+from gradstream.core.tensor_files import TensorSpec, write_tensors
 from gradstream.services.fine_tuning.card import CardFacts, DataFacts, Score, model_card
 
 __all__ = ["CardFacts", "DataFacts", "Score", "export_adapter", "export_merged", "model_card"]
@@ -155,27 +157,18 @@ def write_safetensors(
     tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
     tensor: Callable[[str], torch.Tensor],
 ) -> None:
-    """Write (name, dtype, shape) tensors as a safetensors file, asking `tensor` for one at a time.
+    """Write (name, dtype, shape) tensors as a safetensors file, asking `tensor` for one at a time."""
+    kinds = {name: (dtype, shape) for name, dtype, shape in tensors}
 
-    The library's own writer wants all of them in memory.
-    """
-    # Larger elements first, as the library has it: so each tensor begins at a multiple of its element's size.
-    ordered = sorted(tensors, key=lambda entry: (-entry[1].itemsize, entry[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, dtype, shape in ordered:
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    def contents(name: str) -> npt.NDArray[Any]:
+        value = tensor(name)
+        if (value.dtype, tuple(value.shape)) != kinds[name]:
+            raise ValueError(f"tensor '{name}' is not the {kinds[name]} that was announced")
+        return value.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+    specs = [TensorSpec(name, DTYPE_NAMES[dtype], shape) for name, dtype, shape in tensors]
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
-        for name, dtype, shape in ordered:
-            value = tensor(name)
-            if value.dtype != dtype or tuple(value.shape) != shape:
-                raise ValueError(f"tensor '{name}' is not the {dtype} {shape} that was announced")
-            stream.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        write_tensors(stream, specs, contents, {"format": "pt"})
 
 
 def _write_config(base: Base, config: dict[str, Any], destination: Path) -> None:

@@ -151,6 +151,7 @@ class Store:
             self.directory(record.name).rename(old)
             shutil.rmtree(old, ignore_errors=True)
         made.rename(self.directory(record.name))
+        files.sync_directory(self._records_root)
         self._records[record.name] = record
 
     def save(self, record: Record) -> None:

@@ -20,7 +20,7 @@ from typing import TypeVar
 from gradstream.core import files
 from gradstream.core.base_model import BaseReader
 from gradstream.core.bundles import first_push_codec, is_tuned
-from gradstream.core.checkpoint import CheckpointReader, State, directory_of, write_shard
+from gradstream.core.checkpoint import CheckpointReader, State, directory_of, shard_file_name, write_shard
 from gradstream.core.codecs import Payload, codec_named, codec_on_wire
 from gradstream.core.downlink import downlink
 from gradstream.core.errors import ProtocolError, StaleEpochError
@@ -373,7 +373,7 @@ class Shard:
         # In the order of their indices, whatever bundles they lie in.
         copies.sort(key=lambda copy: copy[0].index)
         directory = directory_of(plan.checkpoint_root, version)
-        file = f"epoch-{plan.epoch:04d}-shard-{self.index:03d}-of-{len(plan.servers):03d}.safetensors"
+        file = shard_file_name(plan.epoch, self.index, len(plan.servers))
         began = time.monotonic()
         entry, digests = await asyncio.to_thread(write_shard, directory, file, plan.tensors, copies)
         log.info(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from hashlib import blake2b
 from typing import Literal
@@ -22,8 +22,8 @@ from gradstream.coordinator.data.sources import Corpus
 from gradstream.core.config import PrepareConfig
 from gradstream.core.data import Manifest
 from gradstream.core.data_output import Output, Split
-from gradstream.core.errors import DataError
-from gradstream.core.sources import list_files, without_password
+from gradstream.core.errors import ConfigError, DataError
+from gradstream.core.sources import FoundFiles, find_files, without_password
 
 __all__ = [
     "DataSummary",
@@ -53,6 +53,12 @@ class PrepareProgress:
     num_tokens: int = 0
     num_skipped_files: int = 0
     """files left out because they are not UTF-8 text"""
+    end_of_text: str = ""
+    """the token that ends a document, its id, and what says so; for people"""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """what the sources name and the data set does not hold, by reason"""
+    notes: tuple[str, ...] = ()
+    """what people should look at, a sentence each"""
 
 
 def prepare(
@@ -71,20 +77,37 @@ def prepare(
     Raises ConfigError (sources, tokenizer, options or `out`) and DataError (contents), each with one line.
     """
     # Phase 1: list the files. What is wrong with the paths shows before anything is written.
-    files = list_files(options.sources)
-    corpus = Corpus(files, options.text_field, options.max_bytes)
+    found = find_files(options.sources)
+    files = found.files
+    if isinstance(options.end_of_text, int) and options.tokenizer is None:
+        raise ConfigError(
+            f"end_of_text {options.end_of_text} is an id, which a trained tokenizer gives out itself; name its text"
+        )
+    corpus = Corpus(files, options.text_field, options.max_bytes, options.format)
     state = PrepareProgress("tokenizer")
     with Output(out, force) as output:
         # Phase 2: the tokenizer.
         if options.tokenizer is not None:
-            tokenizer = tokenization.load(options.tokenizer)
+            tokenizer = tokenization.load(options.tokenizer, options.end_of_text)
         else:
             budget = min(tokenization.SAMPLE_BYTES, corpus.stored_bytes)
 
             def sampled(num_bytes: int) -> None:
                 progress(replace(state, bytes_done=min(num_bytes, budget), bytes_total=budget))
 
-            tokenizer = tokenization.train(files, options.text_field, options.vocab_size, options.max_bytes, sampled)
+            tokenizer = tokenization.train(
+                files,
+                options.text_field,
+                options.vocab_size,
+                options.max_bytes,
+                sampled,
+                fmt=options.format,
+                end_of_text=str(options.end_of_text or tokenization.END_OF_TEXT),
+            )
+        state = replace(
+            state,
+            end_of_text=f"{tokenizer.end_of_text!r} (id {tokenizer.end_of_text_id}), by {tokenizer.origin}",
+        )
         file = output.create(TOKENIZER_FILE)
         with output.explained():
             file.write(tokenizer.content)
@@ -102,8 +125,9 @@ def prepare(
                 writers["validation" if is_validation(index, options.validation_fraction) else "train"].add(document)
                 if corpus.stored_bytes_done - reported >= PROGRESS_INTERVAL_BYTES:
                     reported = corpus.stored_bytes_done
-                    progress(_tokenizing(corpus, writers))
-        _check_counts(options, corpus, writers)
+                    progress(_tokenizing(state, corpus, writers))
+        left_out = dict(sorted((found.left_out + corpus.tally.left_out).items()))
+        _check_counts(options, left_out, writers)
 
         # Phase 4: publish.
         manifest = Manifest.model_validate(
@@ -111,14 +135,18 @@ def prepare(
                 "token_dtype": tokenizer.token_dtype,
                 "vocab_size": tokenizer.vocab_size,
                 "end_of_text_id": tokenizer.end_of_text_id,
+                "end_of_text": tokenizer.end_of_text,
                 "tokenizer_file": TOKENIZER_FILE,
                 "tokenizer_sha256": tokenizer_sha256,
                 "shards": tuple(shard for writer in writers.values() for shard in writer.close()),
                 "sources": tuple(without_password(source) for source in options.sources),
+                "read_as": dict(sorted(corpus.tally.read_as.items())),
+                "left_out": left_out,
             }
         )
         output.publish(manifest)
-    progress(replace(_tokenizing(corpus, writers), phase="done", bytes_done=corpus.stored_bytes))
+    state = replace(_tokenizing(state, corpus, writers), phase="done", bytes_done=corpus.stored_bytes)
+    progress(replace(state, left_out=left_out, notes=_notes(found, corpus)))
     return manifest
 
 
@@ -137,9 +165,10 @@ def is_validation(index: int, fraction: float) -> bool:
     return index == begin + int.from_bytes(digest, "little") % (end - begin)
 
 
-def _tokenizing(corpus: Corpus, writers: dict[Split, SplitWriter]) -> PrepareProgress:
-    return PrepareProgress(
-        "tokenize",
+def _tokenizing(state: PrepareProgress, corpus: Corpus, writers: dict[Split, SplitWriter]) -> PrepareProgress:
+    return replace(
+        state,
+        phase="tokenize",
         bytes_done=min(corpus.stored_bytes_done, corpus.stored_bytes),
         bytes_total=corpus.stored_bytes,
         num_documents=sum(writer.num_documents for writer in writers.values()),
@@ -148,12 +177,19 @@ def _tokenizing(corpus: Corpus, writers: dict[Split, SplitWriter]) -> PreparePro
     )
 
 
-def _check_counts(options: PrepareConfig, corpus: Corpus, writers: dict[Split, SplitWriter]) -> None:
+def _notes(found: FoundFiles, corpus: Corpus) -> tuple[str, ...]:
+    notes = [f"{what} ({count})" for what, count in sorted(corpus.tally.notes.items())]
+    if found.num_repeated:
+        notes.append(f"files are read again under another name, a link; their text comes twice ({found.num_repeated})")
+    return tuple(notes)
+
+
+def _check_counts(options: PrepareConfig, left_out: Mapping[str, int], writers: dict[Split, SplitWriter]) -> None:
     """Every data shard must have a document, since every slot must have a sample."""
     total = sum(writer.num_documents for writer in writers.values())
     if total == 0:
-        skipped = f" ({corpus.num_skipped_files} files are not UTF-8 text)" if corpus.num_skipped_files else ""
-        raise DataError(f"the sources hold no text{skipped}; name files that do")
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items()))
+        raise DataError(f"the sources hold no text{f' ({reasons})' if reasons else ''}; name files that do")
     for split, writer in writers.items():
         if writer.num_documents < options.num_shards:
             cure = "lower num_shards or add documents (a file or a row each)"

@@ -160,16 +160,29 @@ class PrepareConfig(Section):
         min_length=1,
         description="files, globs, directories on any fsspec path; 'stdlib:' is Python's standard library",
     )
+    format: Literal["auto", "text", "jsonl", "json", "parquet"] = Field(
+        default="auto", description="what the files hold; auto: by their names, then by their content"
+    )
     tokenizer: str | None = Field(default=None, description="path of a tokenizer.json; trained when absent")
+    end_of_text: str | int | None = Field(
+        default=None, description="token, or its id, that ends a document; default: by the files beside the tokenizer"
+    )
     vocab_size: Positive = Field(
         default=defaults.VOCABULARY_SIZE, description="size of the byte-level BPE to train; at most the model's"
     )
-    text_field: str = Field(default="text", description="JSONL and Parquet: the field that holds the text")
+    text_field: str = Field(default="text", description="of rows: the field that holds the text; a.b: b in a")
     validation_fraction: float = Field(default=0.02, ge=0, lt=1, description="share of documents held out")
     num_shards: Positive = Field(
         default=defaults.NUM_SHARDS, description="training data shards; a multiple of num_slots"
     )
     max_bytes: Positive | None = Field(default=None, description="stop after about this many bytes of text")
+
+    @field_validator("end_of_text", mode="before")
+    @classmethod
+    def _token_or_id(cls, value: Any) -> Any:
+        if value is not None and type(value) not in (str, int):
+            raise ValueError(f"end_of_text {value!r} is neither a token's text nor its id")
+        return value
 
 
 class DataConfig(Section):

@@ -69,10 +69,16 @@ class Manifest(BaseModel):
     token_dtype: Literal["uint16", "uint32"]
     vocab_size: Annotated[int, Field(gt=0)]
     end_of_text_id: Count
+    end_of_text: str = ""
+    """the text of that token; "" in data sets made before it was noted"""
     tokenizer_file: FileName = "tokenizer.json"
     tokenizer_sha256: Digest
     shards: Annotated[tuple[DataShard, ...], Field(max_length=MAX_SHARDS)]
     sources: tuple[str, ...] = ()
+    read_as: dict[str, Count] = Field(default_factory=dict)
+    """files that were read, by what they were read as"""
+    left_out: dict[str, Count] = Field(default_factory=dict)
+    """what the sources name and the data set does not hold, by reason"""
     layout: Literal["windows", "rows"] = "windows"
     row_length: Count = 0
 

@@ -42,7 +42,7 @@ class ExamplesConfig(Section):
     validation_path: str | None = Field(default=None, description="held-out rows; a share of `path` when absent")
     validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of rows held out, by their content")
     format: Literal["auto", "prompt-completion", "chat", "text"] = Field(
-        default="auto", description="auto: by the fields of the first row"
+        default="auto", description="auto: by the fields of the first row that has any of those below"
     )
     prompt_field: str = "prompt"
     completion_field: str = "completion"

@@ -151,7 +151,7 @@ def find_files(sources: Iterable[str]) -> FoundFiles:
 
 
 def _left_out_note(left_out: Counter[str]) -> str:
-    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()) if count)
+    counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items()) if count)
     return f" (left out: {counts})" if counts else ""
 
 

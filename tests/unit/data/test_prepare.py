@@ -225,11 +225,12 @@ def test_an_existing_tokenizer_is_copied_and_its_ids_kept(tmp_path: Path) -> Non
     tree = json.loads((tmp_path / "a" / "tokenizer.json").read_text())
     # Settings that would spoil whole documents, and an end of text with another name and id.
     tree["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    tree["added_tokens"].append(dict(tree["added_tokens"][0], id=70000, content="</s>"))
-    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] == "</s>"]
-    tree["model"]["vocab"].pop("<|endoftext|>")
+    vocabulary = tree["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary["</s>"], vocabulary[last] = vocabulary[last], vocabulary.pop("<|endoftext|>")
+    tree["added_tokens"] = [dict(tree["added_tokens"][0], id=vocabulary["</s>"], content="</s>")]
     tokenizer.write_text(json.dumps(tree))
-    second = prepare(options(tmp_path / "in", tokenizer=str(tokenizer)), str(tmp_path / "b"))
+    second = prepare(options(tmp_path / "in", tokenizer=str(tokenizer), end_of_text="</s>"), str(tmp_path / "b"))
     assert (tmp_path / "b" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
     assert second.end_of_text_id == second.vocab_size - 1
     assert [s.num_tokens for s in second.shards] == [s.num_tokens for s in first.shards]

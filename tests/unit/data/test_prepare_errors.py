@@ -40,12 +40,10 @@ def tokenizer(tmp_path: Path, content: str) -> dict[str, Any]:
     return {"tokenizer": str(path)}
 
 
-def without_end_of_text(tmp_path: Path) -> dict[str, Any]:
+def without_config(tmp_path: Path) -> dict[str, Any]:
+    """A tokenizer with nothing beside it."""
     prepare(options(rows(tmp_path / "t.jsonl")), str(tmp_path / "t"))
-    tree = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
-    tree["added_tokens"] = []
-    tree["model"]["vocab"].pop("<|endoftext|>")
-    return tokenizer(tmp_path, json.dumps(tree))
+    return tokenizer(tmp_path, (tmp_path / "t" / "tokenizer.json").read_text())
 
 
 def parquet(tmp_path: Path, **columns: Any) -> Path:
@@ -69,9 +67,13 @@ CASES: dict[str, tuple[Callable[[Path], PrepareConfig], type[GradstreamError], s
     "only binary": (
         lambda p: options(binary(p)),
         DataError,
-        r"hold no text \(1 files are not UTF-8 text\); name files",
+        r"hold no text \(files that are not UTF-8 text: 1\); name files",
     ),
-    "blank": (lambda p: options(with_line(p, b'{"text": " "}', 0)), DataError, r"the sources hold no text; name files"),
+    "blank": (
+        lambda p: options(with_line(p, b'{"text": " "}', 0)),
+        DataError,
+        r"the sources hold no text \(blank documents: 1\); name",
+    ),
     "not JSON": (lambda p: options(with_line(p, b"{nope")), DataError, r"rows\.jsonl:13: not JSON \(.*\); correct or"),
     "not an object": (lambda p: options(with_line(p, b"[1]")), DataError, r"rows\.jsonl:13: not a JSON object"),
     "not UTF-8": (lambda p: options(with_line(p, b'{"text": "\xff"}')), DataError, r"rows\.jsonl:13: not UTF-8"),
@@ -85,7 +87,11 @@ CASES: dict[str, tuple[Callable[[Path], PrepareConfig], type[GradstreamError], s
     "no column": (lambda p: options(parquet(p, body=["a"])), DataError, r"rows\.parquet: no field 'text' \(fields: bo"),
     "numbers": (lambda p: options(parquet(p, text=[1, 2])), DataError, r"rows\.parquet row 1: field 'text' holds int"),
     "no Parquet": (lambda p: options(broken(p, "a.parquet")), DataError, r"a\.parquet cannot be read \(.*\); restore"),
-    "no gzip": (lambda p: options(broken(p, "a.txt.gz")), DataError, r"a\.txt\.gz cannot be read \(.*\); restore"),
+    "no gzip": (
+        lambda p: options(broken(p, "a.txt.gz")),
+        DataError,
+        r"a\.txt\.gz is damaged: no gzip data: .*; restore",
+    ),
     "few documents": (
         lambda p: options(rows(p / "rows.jsonl"), num_shards=10),
         DataError,
@@ -112,9 +118,9 @@ CASES: dict[str, tuple[Callable[[Path], PrepareConfig], type[GradstreamError], s
         r"tok\.json is not a tokenizer\.json \(.*\); save the tokenizer again",
     ),
     "no end of text": (
-        lambda p: options(rows(p / "rows.jsonl"), **without_end_of_text(p)),
+        lambda p: options(rows(p / "rows.jsonl"), **without_config(p)),
         ConfigError,
-        r"tok\.json has no end-of-text token; add one of <\|endoftext\|>",
+        r"nothing beside .*tok\.json says which token ends a text .*; set data\.prepare\.end_of_text or --end-of-text",
     ),
 }
 

@@ -281,11 +281,13 @@ def test_fields_that_tell_nothing(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_what_they_are_taken_for(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"a.json: .json files are not read; write one JSON object a line"):
+    (tmp_path / "a.json").write_text("[1, 2]")
+    with pytest.raises(
+        ConfigError, match=r"a.json: it holds neither JSON objects nor a list of them; write one object"
+    ):
         look(tmp_path / "a.json")
     (tmp_path / "a.md").write_text("text")
-    with pytest.raises(ConfigError, match=r"a.md is plain text by its name"):
+    with pytest.raises(ConfigError, match=r"a.md is plain text, which has no rows of data.format chat"):
         look(tmp_path / "a.md", format="chat")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match=r"a.parquet cannot be read \(.*\); restore the file"):

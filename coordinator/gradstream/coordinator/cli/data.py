@@ -48,6 +48,14 @@ def prepare(
     tokenizer: Annotated[
         str | None, typer.Option(metavar="FILE", help="An existing tokenizer.json, instead of training one.")
     ] = None,
+    end_of_text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="The token that ends a document.",
+            show_default="by the files beside the tokenizer; <|endoftext|> when one is trained",
+        ),
+    ] = None,
     num_shards: Annotated[
         int | None,
         typer.Option(
@@ -58,7 +66,16 @@ def prepare(
         float | None, typer.Option(help="Share of documents held out.", show_default="0.02")
     ] = None,
     text_field: Annotated[
-        str | None, typer.Option(help="JSONL and Parquet: the field that holds the text.", show_default="text")
+        str | None, typer.Option(help="Of rows: the field that holds the text; a.b is b in a.", show_default="text")
+    ] = None,
+    file_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="KIND",
+            help="What the files hold: text, jsonl, json or parquet.",
+            show_default="auto: by name, then by content",
+        ),
     ] = None,
     max_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Stop after about so much text, as in 100MB.")
@@ -70,9 +87,11 @@ def prepare(
     options = {
         "vocab_size": vocab_size,
         "tokenizer": tokenizer,
+        "end_of_text": end_of_text,
         "num_shards": num_shards,
         "validation_fraction": validation_fraction,
         "text_field": text_field,
+        "format": file_format,
         "max_bytes": parse_size(max_bytes) if max_bytes is not None else None,
     }
     given = {name: value for name, value in options.items() if value is not None}
@@ -93,14 +112,14 @@ def prepare(
 
         prepare(config, path, progress, force=force)
     seconds = time.monotonic() - begin
-    if last and last[0].num_skipped_files:
-        out.warn(f"{last[0].num_skipped_files} files are not UTF-8 text and were left out")
+    for note in last[0].notes:
+        out.warn(note)
     summary = inspect(path)
     if output is OutputFormat.json:
-        skipped = last[0].num_skipped_files if last else 0
-        out.print_json({**asdict(summary), "seconds": round(seconds, 3), "num_skipped_files": skipped})
+        more = {"num_skipped_files": last[0].num_skipped_files, "notes": last[0].notes}
+        out.print_json({**asdict(summary), "seconds": round(seconds, 3), **more})
         return
-    _print_summary(summary)
+    _print_summary(summary, last[0].end_of_text)
     out.say(f"prepared in {seconds:.1f} s")
 
 
@@ -196,7 +215,9 @@ def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
         yield update
 
 
-def _print_summary(summary: DataSummary) -> None:
+def _print_summary(summary: DataSummary, end_of_text: str = "") -> None:
+    from gradstream.core.sources import public_text
+
     rows = []
     for name, split in (("train", summary.train), ("validation", summary.validation)):
         spread = f"{out.format_count(split.smallest_shard)} to {out.format_count(split.largest_shard)}"
@@ -212,5 +233,9 @@ def _print_summary(summary: DataSummary) -> None:
         )
     out.print_table(["SPLIT", ">SHARDS", ">DOCUMENTS", ">TOKENS", ">SIZE", ">TOKENS A SHARD"], rows)
     checked = ", all hashes right" if summary.verified else ""
-    print(f"{summary.path}: {summary.token_dtype}, vocabulary of {summary.vocab_size}{checked}")
+    print(f"{public_text(summary.path)}: {summary.token_dtype}, vocabulary of {summary.vocab_size}{checked}")
+    print(f"end of text: {end_of_text or f'{summary.end_of_text!r} (id {summary.end_of_text_id})'}")
+    for name, counts in (("files read as", summary.read_as), ("left out", summary.left_out)):
+        if counts:
+            print(f"{name}: {', '.join(f'{what} ({count})' for what, count in counts.items())}")
     print(f"begins: {summary.sample[:100]!r}")

@@ -116,8 +116,13 @@ def prepare_data(recipe: Recipe) -> None:
     from gradstream.coordinator.data_prepare import PrepareProgress, prepare
 
     out.say(f"preparing data in {path}")
+    notes: list[str] = []
+
+    def remember(progress: PrepareProgress) -> None:
+        notes[:] = progress.notes
+
     if not sys.stderr.isatty():
-        manifest = prepare(recipe.data.prepare, path)
+        manifest = prepare(recipe.data.prepare, path, remember)
     else:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -132,6 +137,7 @@ def prepare_data(recipe: Recipe) -> None:
             task = bar.add_task("data", total=None, facts="")
 
             def show(progress: PrepareProgress) -> None:
+                remember(progress)
                 facts = f"{progress.num_documents} documents, {out.format_count(progress.num_tokens)} tokens"
                 bar.update(
                     task,
@@ -143,6 +149,10 @@ def prepare_data(recipe: Recipe) -> None:
 
             manifest = prepare(recipe.data.prepare, path, show)
     num_tokens = sum(shard.num_tokens for shard in manifest.shards)
+    for note in notes:
+        out.warn(note)
+    for what, count in manifest.left_out.items():
+        out.say(f"left out: {what} ({count})")
     out.say(f"data is ready: {out.format_count(num_tokens)} tokens in {len(manifest.shards)} data shards")
 
 

@@ -37,7 +37,10 @@ class DataSummary:
     vocab_size: int
     token_dtype: str
     end_of_text_id: int
+    end_of_text: str
     sources: tuple[str, ...]
+    read_as: dict[str, int]
+    left_out: dict[str, int]
     train: SplitSummary
     validation: SplitSummary
     sample: str
@@ -69,7 +72,10 @@ def inspect(path: str, verify_hashes: bool = False) -> DataSummary:
         vocab_size=manifest.vocab_size,
         token_dtype=manifest.token_dtype,
         end_of_text_id=manifest.end_of_text_id,
+        end_of_text=manifest.end_of_text,
         sources=manifest.sources,
+        read_as=manifest.read_as,
+        left_out=manifest.left_out,
         train=_summarize(manifest, "train"),
         validation=_summarize(manifest, "validation"),
         sample=_first_sample(path, manifest),

@@ -1,83 +1,148 @@
-"""From the files of the sources to a stream of documents: a document is a text file, or a row of a JSONL or Parquet
+"""From the files of the sources to a stream of documents: a document is a text file, or a row of a JSON or Parquet
 file."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from typing import Any, Literal
 
-from gradstream.core.errors import DataError, GradstreamError, nearest, one_line
-from gradstream.core.source_rows import PARQUET_ROWS, BadLine, jsonl_rows
+from gradstream.core.errors import DataError, nearest
+from gradstream.core.source_rows import (
+    MISSING,
+    PARQUET_ROWS,
+    PROBE_BYTES,
+    BadLine,
+    Kind,
+    OpenSource,
+    field_names,
+    field_value,
+    json_rows,
+    open_source,
+)
 from gradstream.core.sources import SourceFile
 
-PROBE_BYTES = 8192
+Format = Literal["auto", "text", "jsonl", "json", "parquet"]
+
+# Reasons for which something of a file is not in the data set.
+NOT_TEXT = "files that are not UTF-8 text"
+BLANK = "blank documents"
+BEYOND_LIMIT = "files beyond max_bytes"
+WITHOUT_ROWS = "files without any row"
+KIND_NAMES: dict[Kind, str] = {"text": "text", "jsonl": "JSON lines", "json": "JSON", "parquet": "Parquet"}
+TABLE_SUFFIXES = (".csv", ".tsv")
 
 
 class NotTextError(Exception):
-    """A file that is not UTF-8 text; it is skipped and counted, never shown to people."""
+    """A file that is not UTF-8 text; it is left out and counted, never shown to people."""
 
 
-def read_documents(file: SourceFile, text_field: str, limit: int | None = None) -> Iterator[str]:
+@dataclass(slots=True)
+class Tally:
+    """What became of the files that were read: how many by what they were read as, what was left out by reason, and
+    what people should look at."""
+
+    read_as: Counter[str] = dataclass_field(default_factory=Counter)
+    left_out: Counter[str] = dataclass_field(default_factory=Counter)
+    notes: Counter[str] = dataclass_field(default_factory=Counter)
+
+
+def read_documents(
+    file: SourceFile, text_field: str, limit: int | None = None, fmt: Format = "auto", tally: Tally | None = None
+) -> Iterator[str]:
     """The documents of one file, as text that encodes to UTF-8; blank ones come as "".
 
-    Of a text file, at most `limit` bytes are read; rows are read until the caller stops.
+    Of a text file, at most `limit` bytes are read; rows are read until the caller stops. `fmt`: what the file holds,
+    "auto" by its name and then by its content.
     Raises NotTextError for a text file that is not UTF-8, DataError (with the line) for anything else that is wrong.
     """
-    reader = {"jsonl": _jsonl_rows, "parquet": _parquet_rows}.get(file.kind)
-    try:
-        if reader is None:
-            yield _read_text(file, limit)
-        else:
-            for text in reader(file, text_field):
-                # A lone surrogate (JSON can spell one) has no UTF-8; a tokenizer would refuse it.
-                yield text.encode("utf-8", "replace").decode("utf-8") if text.strip() else ""
-    except (GradstreamError, NotTextError):
-        raise
-    except Exception as error:  # every backend and compression raises its own kind
-        raise DataError(f"{file.name} cannot be read ({one_line(error)}); restore the file or leave it out") from None
+    with open_source(file, fmt, (text_field,)) as source:
+        if tally is not None:
+            _count_kind(file, source, tally)
+        if source.kind == "text":
+            yield _read_text(source, limit)
+            return
+        for text in (_parquet_rows if source.kind == "parquet" else _json_texts)(source, text_field):
+            # A lone surrogate (JSON can spell one) has no UTF-8; a tokenizer would refuse it.
+            yield text.encode("utf-8", "replace").decode("utf-8") if text.strip() else ""
 
 
-def _read_text(file: SourceFile, limit: int | None) -> str:
-    with file.filesystem.open(file.path, "rb", compression=file.compression) as handle:
-        head = handle.read(PROBE_BYTES if limit is None else min(limit, PROBE_BYTES))
-        if b"\0" in head:  # text has none; saves reading a large binary file to its end
-            raise NotTextError(file.name)
-        rest = handle.read() if limit is None else handle.read(max(0, limit - len(head)))
+def _count_kind(file: SourceFile, source: OpenSource, tally: Tally) -> None:
+    how = " by their content" if source.by_content else ""
+    tally.read_as[f"{KIND_NAMES[source.kind]}{how}"] += 1
+    if source.odd:
+        tally.notes[f"{file.suffix} files were read as text ({source.odd})"] += 1
+    elif source.kind == "text" and file.suffix in TABLE_SUFFIXES:
+        tally.notes[f"{file.suffix} files were read as text, a document each; convert rows to .jsonl or .parquet"] += 1
+
+
+def _read_text(source: OpenSource, limit: int | None) -> str:
+    head = source.stream.read(PROBE_BYTES if limit is None else min(limit, PROBE_BYTES))
+    if b"\0" in head:  # text has none; saves reading a large binary file to its end
+        raise NotTextError(source.name)
+    rest = b"".join(source.stream.blocks()) if limit is None else source.stream.read(max(0, limit - len(head)))
     raw = head + rest
     cut = limit is not None and len(raw) >= limit
     try:
         # Where the limit cuts a character, the incremental decoder leaves its first bytes out.
         text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=not cut).removeprefix("\ufeff")
     except UnicodeDecodeError:
-        raise NotTextError(file.name) from None
+        raise NotTextError(source.name) from None
     return text if text.strip() else ""
 
 
-def _jsonl_rows(file: SourceFile, text_field: str) -> Iterator[str]:
-    for number, row in jsonl_rows(file):
-        where = f"{file.name}:{number}"
+def _json_texts(source: OpenSource, text_field: str) -> Iterator[str]:
+    for number, row in json_rows(source):
+        where = f"{source.name}:{number}"
         if isinstance(row, BadLine):
             raise DataError(f"{where}: {row.reason}; {row.cure}")
-        if text_field not in row:
-            raise DataError(_no_field(where, text_field, list(row)))
-        yield _text_value(row[text_field], where, text_field)
+        yield _text_value(row, where, text_field, source.by_content)
 
 
-def _parquet_rows(file: SourceFile, text_field: str) -> Iterator[str]:
+def _parquet_rows(source: OpenSource, text_field: str) -> Iterator[str]:
     import pyarrow.parquet as parquet
 
-    with file.filesystem.open(file.path, "rb") as handle:
-        table = parquet.ParquetFile(handle)
-        if text_field not in table.schema_arrow.names:
-            raise DataError(_no_field(file.name, text_field, table.schema_arrow.names))
-        number = 0
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield _text_value(value, f"{file.name} row {number}", text_field)
+    table = parquet.ParquetFile(source.stored)
+    schema = table.schema_arrow
+    columns = [name for name in schema.names if text_field.startswith(f"{name}.")]
+    column = text_field if text_field in schema.names else next(iter(columns), None)
+    if column is None or (column != text_field and not _has_field(schema.field(column).type, text_field, column)):
+        names = [name for field in schema for name in (field.name, *_nested_names(field.name, field.type))]
+        raise DataError(_no_field(source.name, text_field, names))
+    number = 0
+    for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError:
+            first, last = number + 1, number + batch.num_rows
+            raise DataError(
+                f"{source.name} rows {first} to {last}: field '{text_field}' is not UTF-8; write the file again"
+            ) from None
+        for row in rows:
+            number += 1
+            yield _text_value(row, f"{source.name} row {number}", text_field, by_content=False)
 
 
-def _text_value(value: object, where: str, text_field: str) -> str:
+def _nested_names(name: str, kind: Any) -> list[str]:
+    """The names of the fields of a column's objects."""
+    return [f"{name}.{field.name}" for field in kind] if str(kind).startswith("struct<") else []
+
+
+def _has_field(kind: Any, field: str, name: str) -> bool:
+    return any(
+        field == inner
+        or (field.startswith(f"{inner}.") and _has_field(kind.field(inner[len(name) + 1 :]).type, field, inner))
+        for inner in _nested_names(name, kind)
+    )
+
+
+def _text_value(row: Mapping[str, Any], where: str, text_field: str, by_content: bool) -> str:
+    value = field_value(row, text_field)
+    if value is MISSING:
+        raise DataError(_no_field(where, text_field, field_names(row), by_content))
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -87,11 +152,12 @@ def _text_value(value: object, where: str, text_field: str) -> str:
     return value
 
 
-def _no_field(where: str, text_field: str, fields: list[str]) -> str:
+def _no_field(where: str, text_field: str, fields: list[str], by_content: bool = False) -> str:
     shown = ", ".join(fields[:8]) or "none"
+    other = ", or take files by --format text as the text they are" if by_content else ""
     return (
         f"{where}: no field '{text_field}'{nearest(text_field, fields)} (fields: {shown}); "
-        f"name the one that holds the text with --text-field or data.prepare.text_field"
+        f"name the one that holds the text with --text-field or data.prepare.text_field{other}"
     )
 
 
@@ -101,16 +167,21 @@ class Corpus:
     `max_bytes`: stop at so many bytes of text; the document that crosses the line is cut.
     """
 
-    def __init__(self, files: list[SourceFile], text_field: str, max_bytes: int | None = None):
+    def __init__(self, files: list[SourceFile], text_field: str, max_bytes: int | None = None, fmt: Format = "auto"):
         self._files = files
         self._text_field = text_field
         self._max_bytes = max_bytes
+        self._format = fmt
+        self.tally = Tally()
         self.num_bytes = 0
         """bytes of text read"""
-        self.num_skipped_files = 0
-        """files that are not UTF-8 text"""
         self.stored_bytes_done = 0
         """stored bytes of the files read to their end, and what is known of the current one"""
+
+    @property
+    def num_skipped_files(self) -> int:
+        """Files that are not UTF-8 text."""
+        return self.tally.left_out[NOT_TEXT]
 
     @property
     def stored_bytes(self) -> int:
@@ -120,10 +191,15 @@ class Corpus:
 
     def __iter__(self) -> Iterator[str]:
         finished = 0
-        for file in self._files:
+        for number, file in enumerate(self._files):
             before = self.num_bytes
+            tally, any_row = Tally(), False
             try:
-                for text in read_documents(file, self._text_field, self._remaining()):
+                for text in read_documents(file, self._text_field, self._remaining(), self._format, tally):
+                    any_row = True
+                    if not text:
+                        self.tally.left_out[BLANK] += 1
+                        continue
                     text = self._cut(text)
                     self.num_bytes += len(text.encode("utf-8"))
                     # Text can be larger than its compressed file; never report more than the file.
@@ -131,9 +207,16 @@ class Corpus:
                     if text:
                         yield text
                     if self._full():
-                        return
+                        break
+                self.tally.left_out += Counter({WITHOUT_ROWS: int(not any_row)})
             except NotTextError:
-                self.num_skipped_files += 1
+                self.tally.left_out[NOT_TEXT] += 1
+                tally = Tally()
+            self.tally.read_as += tally.read_as
+            self.tally.notes += tally.notes
+            if self._full():
+                self.tally.left_out += Counter({BEYOND_LIMIT: len(self._files) - number - 1})
+                return
             finished += file.num_bytes
             self.stored_bytes_done = finished
 

@@ -5,6 +5,7 @@ A trained one is a byte-level BPE (Sennrich et al. 2016; byte level after GPT-2)
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -18,14 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from gradstream.coordinator.data.sources import NotTextError, read_documents
+from gradstream.coordinator.data.end_of_text import find_end_of_text
+from gradstream.coordinator.data.sources import Format, NotTextError, read_documents
 from gradstream.core.errors import ConfigError, DataError, one_line
 from gradstream.core.foreign import Guarded, parsing
 from gradstream.core.sources import SourceFile, open_filesystem
 
 END_OF_TEXT = "<|endoftext|>"
-# What known model families end a document with, the most telling first.
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+"""Ends a document where a tokenizer is trained and the recipe names no other."""
+TRAINED = "the trained tokenizer"
+TOKENIZER_NAME = "tokenizer.json"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 SAMPLE_BYTES = 4 << 20  # more changes the merges little and costs 0.3 s a MB
 SMALL_FILE_BYTES = 64 << 10
@@ -36,11 +39,14 @@ BATCHES_PER_PROCESS = 3  # in flight: one being encoded, one waiting, one being 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFile:
-    """A tokenizer.json and what the manifest says of it. `vocab_size` is the largest id plus one."""
+    """A tokenizer.json and what the manifest says of it. `vocab_size` is the largest id plus one; `origin`: what says
+    which token ends a text."""
 
     content: bytes
     vocab_size: int
     end_of_text_id: int
+    end_of_text: str = ""
+    origin: str = ""
 
     @property
     def token_dtype(self) -> str:
@@ -56,35 +62,38 @@ class Document:
     num_tokens: int
 
 
-def load(path: str) -> TokenizerFile:
-    """Read an existing tokenizer.json from any fsspec path.
+def load(path: str, end_of_text: str | int | None = None) -> TokenizerFile:
+    """Read an existing tokenizer.json from any fsspec path, or that of a directory.
 
-    Raises ConfigError when it cannot be read, is no tokenizer, or knows no end of text.
+    Its end of text is what the files beside it say, unless `end_of_text` names a token or an id.
+    Raises ConfigError when it cannot be read, is no tokenizer, or when nothing says which token ends a text.
     """
     filesystem, inner = open_filesystem(path)
     try:
+        if filesystem.isdir(inner):
+            path, inner = f"{path.rstrip('/')}/{TOKENIZER_NAME}", f"{inner.rstrip('/')}/{TOKENIZER_NAME}"
         with filesystem.open(inner, "rb") as handle:
             content: bytes = handle.read()
     except Exception as error:  # every fsspec backend raises its own kind
         raise ConfigError(
             f"tokenizer {path} cannot be read ({one_line(error)}); give the path of a tokenizer.json"
         ) from None
-    return describe(content, path)
+    vocabulary, special = _vocabulary(content, path)
+    end = find_end_of_text(path, vocabulary, special, end_of_text)
+    return TokenizerFile(content, max(vocabulary.values()) + 1, end.id, end.text, end.origin)
 
 
-def describe(content: bytes, origin: str) -> TokenizerFile:
-    """Find the vocabulary's size and the end of text of a tokenizer.json. Raises ConfigError."""
+def _vocabulary(content: bytes, origin: str) -> tuple[dict[str, int], list[str]]:
+    """The ids of all tokens of a tokenizer.json, and its special ones. Raises ConfigError."""
     from tokenizers import Tokenizer
 
     with parsing(lambda cause: ConfigError(f"{origin} is not a tokenizer.json ({cause}); save the tokenizer again")):
-        vocabulary: dict[str, int] = Tokenizer.from_str(content.decode("utf-8")).get_vocab(with_added_tokens=True)
-    name = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
-    if name is None:
-        raise ConfigError(
-            f"{origin} has no end-of-text token; add one of {', '.join(END_OF_TEXT_NAMES)} or leave the tokenizer "
-            f"out to have one trained"
-        )
-    return TokenizerFile(content, max(vocabulary.values()) + 1, vocabulary[name])
+        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+        vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        added = tokenizer.get_added_tokens_decoder()
+    if not vocabulary:
+        raise ConfigError(f"{origin} has an empty vocabulary; save the tokenizer again")
+    return vocabulary, [added[number].content for number in sorted(added) if added[number].special]
 
 
 def train(
@@ -93,8 +102,11 @@ def train(
     vocab_size: int,
     max_bytes: int | None,
     progress: Callable[[int], None],
+    *,
+    fmt: Format = "auto",
+    end_of_text: str = END_OF_TEXT,
 ) -> TokenizerFile:
-    """Train a byte-level BPE on a sample of at most SAMPLE_BYTES of the documents.
+    """Train a byte-level BPE on a sample of at most SAMPLE_BYTES of the documents; `end_of_text` is its special token.
 
     The same files give the same bytes. `progress` is called with the bytes of text sampled so far.
     Raises ConfigError for a vocabulary that is too small.
@@ -110,12 +122,14 @@ def train(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[end_of_text],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(files, text_field, max_bytes, progress), trainer)
-    return describe(tokenizer.to_str(pretty=True).encode("utf-8"), "the trained tokenizer")
+    tokenizer.train_from_iterator(_sample(files, text_field, max_bytes, progress, fmt), trainer)
+    content = tokenizer.to_str(pretty=True).encode("utf-8")
+    vocabulary, _ = _vocabulary(content, TRAINED)
+    return TokenizerFile(content, max(vocabulary.values()) + 1, vocabulary[end_of_text], end_of_text, TRAINED)
 
 
 def _sample(
@@ -123,6 +137,7 @@ def _sample(
     text_field: str,
     max_bytes: int | None,
     progress: Callable[[int], None],
+    fmt: Format = "auto",
 ) -> Iterator[str]:
     """Text from all over the corpus, without reading all of it.
 
@@ -142,7 +157,7 @@ def _sample(
     for index in order:
         left = min(budget - sampled, max(SMALL_FILE_BYTES, SAMPLE_BYTES * files[index].num_bytes // total))
         try:
-            for text in read_documents(files[index], text_field):
+            for text in read_documents(files[index], text_field, fmt=fmt):
                 if text:
                     # A character is at least a byte: cheap first cut, then the exact one.
                     piece = text[:left].encode("utf-8")[:left].decode("utf-8", "ignore")
@@ -209,7 +224,9 @@ class _Encoder:
     def __init__(self, content: bytes, token_dtype: str, end_of_text_id: int):
         from tokenizers import Tokenizer
 
-        self._tokenizer: Any = Guarded(Tokenizer.from_str(content.decode("utf-8")), _refused)
+        self._tokenizer: Any = Guarded(
+            Tokenizer.from_str(_with_special(content.decode("utf-8"), end_of_text_id)), _refused
+        )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # "<|endoftext|>" in a document's text is text: a document must not be able to end itself.
@@ -221,12 +238,27 @@ class _Encoder:
         documents = []
         for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             tokens = np.array([*encoding.ids, self._end_of_text_id], self._dtype)
+            if (tokens[:-1] == self._end_of_text_id).any():
+                raise DataError(
+                    f"a document holds the end of text (token {self._end_of_text_id}) as ordinary text, which the "
+                    f"tokenizer cannot tell apart; list the token in added_tokens of its tokenizer.json"
+                )
             documents.append(Document(tokens.tobytes(), len(tokens)))
         return documents
 
 
 def _refused(cause: str) -> ConfigError:
     return ConfigError(f"the tokenizer cannot encode the documents ({cause}); save it again, or have one trained")
+
+
+def _with_special(text: str, end_of_text_id: int) -> str:
+    """A tokenizer.json whose end of text is a special token, which a document's text is never encoded as."""
+    tree = json.loads(text)
+    for token in tree.get("added_tokens") or []:
+        if token["id"] == end_of_text_id and not token.get("special"):
+            token["special"] = True
+            return json.dumps(tree)
+    return text
 
 
 _process_encoder: _Encoder | None = None

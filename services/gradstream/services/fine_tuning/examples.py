@@ -23,7 +23,13 @@ from gradstream.core.sources import SourceFile, list_files, without_password
 from gradstream.proto.v1 import fine_tuning_pb2
 from gradstream.services.fine_tuning.chat import chat_prompt_ids, chat_template, render_chat
 from gradstream.services.fine_tuning.encoding import Encoder
-from gradstream.services.fine_tuning.reading import BadRowError, Format, read_rows, resolve_format
+from gradstream.services.fine_tuning.reading import (
+    BadRowError,
+    Format,
+    UnknownFieldsError,
+    read_rows,
+    resolve_format,
+)
 from gradstream.services.fine_tuning.rendering import Example, Prompt, Renderer
 from gradstream.services.fine_tuning.rows import pack, write_rows
 
@@ -82,6 +88,7 @@ def prepare_examples(
             token_dtype="uint32",
             vocab_size=encoder.vocab_size,
             end_of_text_id=encoder.end_of_text_id,
+            end_of_text=str(tokenizer.eos_token),
             tokenizer_file=TOKENIZER_FILE,
             tokenizer_sha256=tokenizer_sha256,
             shards=tuple(shards),
@@ -174,6 +181,7 @@ def _collect(config: ExamplesConfig, tokenizer: Any, row_length: int) -> _Collec
     """Phase 1: read and render every row. Raises ConfigError and DataError for what no policy is about."""
     collected = _Collected(Encoder(tokenizer))
     renderer: Renderer | None = None
+    unknown = ""  # the first row that no format fits
     sources: list[tuple[Split, SourceFile]] = [("train", file) for file in list_files([config.path])]
     if config.validation_path:
         sources += [("validation", file) for file in list_files([config.validation_path])]
@@ -192,9 +200,13 @@ def _collect(config: ExamplesConfig, tokenizer: Any, row_length: int) -> _Collec
                 for example in renderer.render(row):
                     _add(collected, config, split, example, row_length)
             except BadRowError as error:
+                if collected.format is None and isinstance(error, UnknownFieldsError):
+                    unknown = unknown or f"{row.origin}: {error}"
                 collected.num_bad += 1
                 if len(collected.bad_rows) < SHOWN_BAD_ROWS:
                     collected.bad_rows.append(plain_line(f"{row.origin}: {error}"))
+    if collected.format is None and unknown:
+        raise ConfigError(unknown)
     if not collected.num_rows:
         raise DataError(f"{config.path} has no rows; give a file with examples")
     return collected

@@ -6,9 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradstream.core.errors import ConfigError, DataError, GradstreamError, nearest, one_line, plain_line
+from gradstream.core.errors import ConfigError, DataError, nearest, plain_line
 from gradstream.core.finetuning_recipe import ExamplesConfig
-from gradstream.core.source_rows import PARQUET_ROWS, BadLine, jsonl_rows, read_unpacked
+from gradstream.core.source_rows import (
+    MISSING,
+    PARQUET_ROWS,
+    BadLine,
+    OpenSource,
+    field_names,
+    field_value,
+    json_rows,
+    open_source,
+)
 from gradstream.core.sources import SourceFile
 
 Format = Literal["prompt-completion", "chat", "text"]
@@ -17,7 +26,11 @@ MAX_FILE_BYTES = 4 << 30
 """Of a file that is compressed, once it is unpacked: examples are in memory all at once, and a small file can unpack to
 any size."""
 # Files that hold rows, but not one a line: taken for text, a model would learn their syntax.
-NOT_TEXT = {".json": "write one JSON object a line, as .jsonl", ".csv": "convert it to .jsonl or .parquet"}
+NOT_TEXT = {
+    ".json": "it holds neither JSON objects nor a list of them; write one object a line",
+    ".csv": ".csv files are not read; convert it to .jsonl or .parquet",
+    ".tsv": ".tsv files are not read; convert it to .jsonl or .parquet",
+}
 
 
 class BadRowError(Exception):
@@ -25,6 +38,10 @@ class BadRowError(Exception):
 
     def __init__(self, reason: str):
         super().__init__(plain_line(reason))
+
+
+class UnknownFieldsError(BadRowError):
+    """A row none of whose fields tells the format. Others of its file may: some begin with a row about the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +53,8 @@ class Row:
     fields: Sequence[str] = ()
     """The names of all fields there are; `values` may have fewer."""
     reason: str = ""
+    kind: Literal["rows", "text"] = "rows"
+    """text: the row is a whole text file."""
 
     def text(self, field: str) -> str:
         """The text in a field. Raises BadRowError."""
@@ -45,60 +64,65 @@ class Row:
         return checked_text(value, f"field '{field}'")
 
     def value(self, field: str) -> Any:
-        """What is in a field. Raises BadRowError when the row has none of that name."""
-        if field not in self.values:
-            raise BadRowError(f"no field '{field}'{nearest(field, self.fields)} (fields: {listed(self.fields)})")
-        return self.values[field]
+        """What is in a field, or for "meta.text" in "text" of the object in "meta". Raises BadRowError when the row has
+        none of that name."""
+        found = field_value(self.values, field)
+        if found is MISSING:
+            names = [*self.fields, *(name for name in field_names(self.values) if name not in self.fields)]
+            raise BadRowError(f"no field '{field}'{nearest(field, names)} (fields: {listed(names)})")
+        return found
+
+    def has(self, field: str) -> bool:
+        """Whether there is such a field, as `value` looks for it."""
+        return field in self.fields or field_value(self.values, field) is not MISSING
 
 
 def read_rows(file: SourceFile, config: ExamplesConfig) -> Iterator[Row]:
     """The rows of one file, in order. A text file is one row; blank lines and blank text files are none.
 
-    Of a Parquet file only the columns that `config` names are read. Raises DataError when the file cannot be read.
+    JSON is known by its content too, whatever the file's name. Of a Parquet file only the columns that `config` names
+    are read. Raises DataError when the file cannot be read or is damaged.
     """
-    try:
-        match file.kind:
-            case "jsonl":
-                yield from _jsonl(file)
+    # With format text, an object alone in a file may be the text that is meant.
+    fields = (config.text_field,) if config.format == "text" else ()
+    with open_source(file, fields=fields, most_bytes=MAX_FILE_BYTES) as source:
+        match source.kind:
+            case "jsonl" | "json":
+                yield from _json(source)
             case "parquet":
                 yield from _parquet(
-                    file, (config.prompt_field, config.completion_field, config.messages_field, config.text_field)
+                    source, (config.prompt_field, config.completion_field, config.messages_field, config.text_field)
                 )
-            case _:
-                yield from _text(file, config.text_field)
-    except GradstreamError:
-        raise
-    except Exception as error:  # every backend and compression raises its own kind
-        raise DataError(f"{file.name} cannot be read ({one_line(error)}); restore the file") from None
+            case "text":
+                yield from _text(source, config.text_field)
 
 
 def resolve_format(config: ExamplesConfig, file: SourceFile, row: Row) -> Format:
     """The format that `config` gives or, if it leaves that open, that the fields of `row` tell.
 
-    Raises ConfigError when nothing fits, and for a text file where rows are wanted.
+    Raises UnknownFieldsError when they tell nothing, ConfigError for a text file where rows are wanted.
     """
-    if file.kind == "text":
-        suffix = next((suffix for suffix in NOT_TEXT if file.path.lower().endswith(suffix)), None)
-        if suffix and config.format != "text":
-            raise ConfigError(f"{file.name}: {suffix} files are not read; {NOT_TEXT[suffix]}")
+    if row.kind == "text":
+        if file.suffix in NOT_TEXT and config.format != "text":
+            raise ConfigError(f"{file.name}: {NOT_TEXT[file.suffix]}")
         if config.format not in ("auto", "text"):
             raise ConfigError(
-                f"{file.name} is plain text by its name, which has no rows of data.format {config.format}; "
-                f"name a .jsonl or .parquet file"
+                f"{file.name} is plain text, which has no rows of data.format {config.format}; name a .jsonl or "
+                f".parquet file"
             )
         return "text"
     if config.format != "auto":
         return config.format
-    if config.prompt_field in row.fields and config.completion_field in row.fields:
+    if row.has(config.prompt_field) and row.has(config.completion_field):
         return "prompt-completion"
-    if config.messages_field in row.fields:
+    if row.has(config.messages_field):
         return "chat"
-    if config.text_field in row.fields:
+    if row.has(config.text_field):
         return "text"
-    raise ConfigError(
-        f"{row.origin}: no fields '{config.prompt_field}' and '{config.completion_field}', no "
-        f"'{config.messages_field}' and no '{config.text_field}' (fields: {listed(row.fields)}); name those there are "
-        f"with data.prompt_field and data.completion_field, data.messages_field or data.text_field"
+    raise UnknownFieldsError(
+        f"no fields '{config.prompt_field}' and '{config.completion_field}', no '{config.messages_field}' and no "
+        f"'{config.text_field}' (fields: {listed(row.fields)}); name those there are with data.prompt_field and "
+        f"data.completion_field, data.messages_field or data.text_field"
     )
 
 
@@ -129,37 +153,36 @@ def checked_text(text: str, what: str) -> str:
     return text
 
 
-def _jsonl(file: SourceFile) -> Iterator[Row]:
-    for number, row in jsonl_rows(file, MAX_FILE_BYTES):
-        origin = f"{file.name}:{number}"
+def _json(source: OpenSource) -> Iterator[Row]:
+    for number, row in json_rows(source):
+        origin = f"{source.name}:{number}"
         yield Row(origin, {}, reason=row.reason) if isinstance(row, BadLine) else Row(origin, row, tuple(row))
 
 
-def _parquet(file: SourceFile, fields: Sequence[str]) -> Iterator[Row]:
+def _parquet(source: OpenSource, fields: Sequence[str]) -> Iterator[Row]:
     import pyarrow.parquet as parquet
 
-    with file.filesystem.open(file.path, "rb") as handle:
-        table = parquet.ParquetFile(handle)
-        names = tuple(table.schema_arrow.names)
-        # With none of them, one column still counts the rows.
-        columns = [name for name in names if name in fields] or list(names[:1])
-        number = num_bytes = 0
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-            num_bytes += batch.nbytes
-            if num_bytes > MAX_FILE_BYTES:
-                raise DataError(f"{file.name} unpacks to more than {MAX_FILE_BYTES >> 20} MiB; split it")
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(f"{file.name}:{number}", values, names)
+    table = parquet.ParquetFile(source.stored)
+    names = tuple(table.schema_arrow.names)
+    # A field of a column's objects ("meta.text") needs the column. With none of them, one still counts the rows.
+    needed = [name for name in names if any(field == name or field.startswith(f"{name}.") for field in fields)]
+    number = num_bytes = 0
+    for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=needed or list(names[:1])):
+        num_bytes += batch.nbytes
+        if num_bytes > MAX_FILE_BYTES:
+            raise DataError(f"{source.name} unpacks to more than {MAX_FILE_BYTES >> 20} MiB; split it")
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(f"{source.name}:{number}", values, names)
 
 
-def _text(file: SourceFile, text_field: str) -> Iterator[Row]:
-    content = read_unpacked(file, MAX_FILE_BYTES)
+def _text(source: OpenSource, text_field: str) -> Iterator[Row]:
+    content = b"".join(source.stream.blocks())
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        yield Row(f"{file.name}:{line}", {}, reason="not UTF-8")
+        yield Row(f"{source.name}:{line}", {}, reason="not UTF-8", kind="text")
         return
     if text.strip():
-        yield Row(f"{file.name}:1", {text_field: text}, (text_field,))
+        yield Row(f"{source.name}:1", {text_field: text}, (text_field,), kind="text")

@@ -113,9 +113,14 @@ class AsyncClient:
 
     async def jobs(self) -> list[Job]:
         """All jobs, newest first."""
+        found: list[Job] = []
         request = jobs_pb2.ListJobsRequest()
-        response = await self._connection.call(lambda stub, timeout: stub.ListJobs(request, timeout=timeout))
-        return [Job.from_proto(job) for job in response.jobs]
+        while True:
+            response = await self._connection.call(lambda stub, timeout: stub.ListJobs(request, timeout=timeout))
+            found += map(Job.from_proto, response.jobs)
+            if not response.next_page_token:
+                return found
+            request.page_token = response.next_page_token
 
     async def job(self, job_id: str | None = None) -> Job:
         """One job; the newest when no id is given. Raises ConfigError when there is none."""
@@ -272,6 +277,20 @@ class AsyncClient:
             await asyncio.to_thread(writer.discard)
 
     # ---- The cluster -----------------------------------------------------------------------------------------------
+
+    async def warnings(self) -> list[str]:
+        """What about the cluster needs somebody's hand soon, one line each: credentials that expire, for one."""
+        request = jobs_pb2.ListNodesRequest()
+        response = await self._connection.call(lambda stub, timeout: stub.ListNodes(request, timeout=timeout))
+        return list(response.warnings)
+
+    async def publish_tokens(self, table: bytes, signature: bytes, certificate: bytes) -> tuple[int, int]:
+        """Give the coordinator a token table that an authority has signed (`Authority.signed`): (its serial, its number
+        of tokens). Needs an admin's credentials. Raises ConfigError when it is not newer than the one in force, or not
+        of the cluster's authority."""
+        request = jobs_pb2.PublishTokensRequest(table_json=table, signature=signature, certificate=certificate)
+        answer = await self._connection.call(lambda stub, timeout: stub.PublishTokens(request, timeout=timeout))
+        return answer.serial, answer.num_tokens
 
     async def nodes(self) -> list[Node]:
         """The nodes of the cluster: live ones first, then by kind and name."""

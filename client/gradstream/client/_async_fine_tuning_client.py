@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -165,9 +166,14 @@ class AsyncFineTuningClient:
 
     async def list(self) -> list[FineTuning]:
         """All fine-tunings, newest first."""
+        found: builtins.list[FineTuning] = []
         request = pb.ListFineTuningsRequest()
-        response = await self._connection.call(lambda stub, timeout: stub.ListFineTunings(request, timeout=timeout))
-        return [FineTuning.from_proto(message) for message in response.fine_tunings]
+        while True:
+            response = await self._connection.call(lambda stub, timeout: stub.ListFineTunings(request, timeout=timeout))
+            found += map(FineTuning.from_proto, response.fine_tunings)
+            if not response.next_page_token:
+                return found
+            request.page_token = response.next_page_token
 
     async def get(self, name: str | None = None) -> FineTuning:
         """One fine-tuning. Raises ConfigError when there is none of that name."""

@@ -124,6 +124,14 @@ class Client:
         """Write a checkpoint as a Hugging Face directory. See AsyncClient.export."""
         return self._thread.run(self._client.export(job_id, directory, version, on_progress))
 
+    def warnings(self) -> list[str]:
+        """What about the cluster needs somebody's hand soon. See AsyncClient.warnings."""
+        return self._thread.run(self._client.warnings())
+
+    def publish_tokens(self, table: bytes, signature: bytes, certificate: bytes) -> tuple[int, int]:
+        """Give the coordinator a token table that an authority has signed. See AsyncClient.publish_tokens."""
+        return self._thread.run(self._client.publish_tokens(table, signature, certificate))
+
     def nodes(self) -> list[Node]:
         """The nodes of the cluster."""
         return self._thread.run(self._client.nodes())

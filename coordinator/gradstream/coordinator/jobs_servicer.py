@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ from gradstream.core.checkpoint import directory_of, export_huggingface
 from gradstream.core.config import Recipe, absolute_path, parse_recipe
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, nearest
+from gradstream.core.paging import MAX_PAGE_BYTES, start_of_page
 from gradstream.core.paths import AllowedPaths
 from gradstream.core.roots import moved_recipe
-from gradstream.core.rpc import MAX_MESSAGE_BYTES, answering
+from gradstream.core.rpc import answering
+from gradstream.core.token_sources import FileTokens
+from gradstream.core.tokens import expiring
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
 MAX_EXPORTS = 2
-MAX_LIST_BYTES = MAX_MESSAGE_BYTES - (256 << 10)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -34,7 +38,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     """Jobs, their history and the cluster's state."""
 
-    def __init__(self, controller: Controller, views: Views, root: str = ""):
+    def __init__(self, controller: Controller, views: Views, root: str = "", tokens: FileTokens | None = None):
+        """`tokens` is the table of tokens, which an admin may replace; None where nobody is asked for one."""
+        self._tokens = tokens
         self._controller = controller
         self._state = controller.state
         self._views = views
@@ -67,20 +73,21 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         raise AssertionError("abort has raised")
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
-        response = jobs_pb2.ListJobsResponse()
-        num_bytes = 0
-        for record in reversed(self._state.list_jobs()):
-            job = self._views.job(record)
-            # All are in one message: where it fills, the oldest come without their recipes, or not at all.
-            if num_bytes + job.ByteSize() > MAX_LIST_BYTES // 2:
-                job.ClearField("recipe_json")
-            num_bytes += job.ByteSize()
-            if num_bytes > MAX_LIST_BYTES:
-                break
-            response.jobs.append(job)
-            # A long list must not hold up heartbeats.
-            await asyncio.sleep(0)
-        return response
+        async with answering(context):
+            records = self._state.list_jobs()[::-1]
+            response = jobs_pb2.ListJobsResponse()
+            num_bytes = 0
+            for record in records[start_of_page([record.job_id for record in records], request.page_token) :]:
+                job = self._views.job(record)
+                num_bytes += job.ByteSize()
+                if response.jobs and num_bytes > MAX_PAGE_BYTES:
+                    response.next_page_token = response.jobs[-1].job_id
+                    break
+                response.jobs.append(job)
+                # A long list must not hold up heartbeats.
+                await asyncio.sleep(0)
+            return response
+        raise AssertionError("abort has raised")
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
         async with answering(context):
@@ -193,7 +200,23 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                 )
 
     async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Context) -> jobs_pb2.ListNodesResponse:
-        return jobs_pb2.ListNodesResponse(nodes=self._views.nodes(), refused=self._views.refused_nodes())
+        return jobs_pb2.ListNodesResponse(
+            nodes=self._views.nodes(), refused=self._views.refused_nodes(), warnings=self._warnings()
+        )
+
+    async def PublishTokens(
+        self, request: jobs_pb2.PublishTokensRequest, context: Context
+    ) -> jobs_pb2.PublishTokensResponse:
+        async with answering(context):
+            if self._tokens is None:
+                raise ConfigError("this coordinator runs without credentials, so it has no table of tokens to replace")
+            take = partial(self._tokens.replace, request.table_json, request.signature, request.certificate)
+            table = await asyncio.to_thread(take)
+            return jobs_pb2.PublishTokensResponse(serial=table.serial, num_tokens=len(table.tokens))
+        raise AssertionError("abort has raised")
+
+    def _warnings(self) -> list[str]:
+        return [] if self._tokens is None else expiring(self._tokens.table, time.time())
 
     def _find(self, job_id: str) -> JobRecord:
         """The job, the newest for an empty id. Raises ConfigError that suggests the nearest."""

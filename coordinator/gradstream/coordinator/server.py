@@ -68,7 +68,7 @@ class Coordinator:
             tokens, guards = None, []
             if self._transport.is_secure:
                 assert self._tokens_path is not None
-                tokens = FileTokens(self._tokens_path)
+                tokens = FileTokens(self._tokens_path, lambda: self._transport.credentials().ca)
                 guards.append(Guard(tokens, AuditLog(self._state_dir).note))
                 self._tasks.append(asyncio.create_task(guards[0].run()))
             self._server = rpc.new_server(*guards)
@@ -76,7 +76,7 @@ class Coordinator:
                 CoordinatorServicer(self.controller, reports, tokens), self._server
             )
             jobs_pb2_grpc.add_JobsServiceServicer_to_server(
-                JobsServicer(self.controller, views, self._root), self._server
+                JobsServicer(self.controller, views, self._root, tokens), self._server
             )
             probe.add_probe(self._server, access.COORDINATOR, lambda: self._state_dir)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

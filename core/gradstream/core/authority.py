@@ -3,11 +3,13 @@
     ca.pem           the CA that signs; while a rotation lasts, the one before it too
     ca-key.pem       its key
     ca-cross.pem     while a rotation lasts: the new CA, signed by the one before it
-    authority.json   cluster id, where the token table is, what a rotation of the CA waits for
-    tokens.json      the token table, unless `init` was told to keep it elsewhere
+    authority.json   cluster id, where changes of the token table are published, what a rotation of the CA waits for
+    tokens.json      the token table
     lock             held by the one process that changes them
 
-Only who holds this directory can make credentials; services need the token table and their own credentials alone.
+Only who holds this directory can make credentials; services need a copy of the token table and their own credentials
+alone. The table in the directory is the authority's own: a change takes effect once it is **published**, to the file
+that the coordinator reads, or to the coordinator itself, signed by the CA.
 
 A rotation of the CA has two steps. `rotate_ca` makes a new CA, which signs from then on: credentials issued since trust
 both CAs and show a certificate of the new CA signed by the old one, so that those who trust the old one alone accept
@@ -78,7 +80,10 @@ class Authority:
     def __init__(self, directory: Path, record: Record, clock: Callable[[], float], lock: IO[str] | None):
         self.directory = directory
         self.cluster = record.cluster
-        self.tokens_path = directory / record.tokens
+        self.tokens_path = directory / TOKENS_NAME
+        published = directory / record.tokens
+        self.published_path = None if published == self.tokens_path else published
+        """Where each change is published at once."""
         self._record = record
         self._clock = clock
         self._lock = lock
@@ -89,7 +94,8 @@ class Authority:
     def init(cls, directory: Path, tokens: Path | None = None, clock: Callable[[], float] = time.time) -> Authority:
         """Make the authority, or open the one that is there; what is missing of it and can be made anew is made.
 
-        `tokens` is where the token table shall be, `tokens.json` in the directory by default.
+        `tokens` is the file to which each change of the token table is published at once; by default that is done by
+        hand (`publish`, `signed`).
         """
         directory = Path(os.path.abspath(directory))
         with contextlib.suppress(OSError):  # which the lock says
@@ -100,17 +106,20 @@ class Authority:
             if record is not None:
                 if tokens is not None and directory / record.tokens != Path(os.path.abspath(tokens)):
                     raise ConfigError(
-                        f"the authority in {directory} keeps its tokens in {directory / record.tokens} and not in "
-                        f"{tokens}; leave --tokens out, or move the file and change its place in {RECORD_NAME}"
+                        f"the authority in {directory} publishes its tokens to {directory / record.tokens} and not to "
+                        f"{tokens}; leave --tokens out, or change the place in {RECORD_NAME}"
                     )
             else:
                 cluster = make_ca(directory, clock())
                 record = Record(cluster, TOKENS_NAME if tokens is None else os.path.abspath(tokens))
-            path = directory / record.tokens
-            if not os.path.exists(path):
-                # Without their entries, the tokens that were issued before let nobody in any more.
-                write_table(path, TokenTable(record.cluster))
+            own, published = directory / TOKENS_NAME, directory / record.tokens
+            if not os.path.exists(own):
+                # What was published is as good. Without either, the tokens that were issued before let nobody in.
+                is_there = published != own and os.path.exists(published)
+                table = read_table(published, record.cluster, directory) if is_there else TokenTable(record.cluster)
+                write_table(own, table)
             authority = cls(directory, record, clock, lock)
+            authority._publish()
             if not os.path.exists(directory / RECORD_NAME):
                 authority._write_record(record)  # last: with it the authority is whole
             return authority
@@ -259,6 +268,25 @@ class Authority:
             self._write_table(self._table.updated(revoked, now))
         return revoked
 
+    def publish(self, path: Path) -> Path:
+        """Write the token table where a coordinator reads it: to a file, or as tokens.json into a directory."""
+        file = path / TOKENS_NAME if path.is_dir() else path
+        if file != self.tokens_path:
+            write_table(file, self._table)
+        return file
+
+    def signed(self) -> tuple[bytes, bytes, bytes]:
+        """(the token table, its signature by the CA, the CA's certificate), for a coordinator to take."""
+        from gradstream.core import certificates
+
+        data = self._table.serialize()
+        return data, certificates.sign(self._cas.signing, data), self._cross() or self._cas.signing.certificate
+
+    @property
+    def serial(self) -> int:
+        """The number of the token table, which each change raises."""
+        return self._table.serial
+
     def rotate_ca(self) -> None:
         """Make a new CA, which signs from now on; the old one stays trusted until `finish_ca_rotation`."""
         from gradstream.core import certificates
@@ -328,13 +356,14 @@ class Authority:
             certificate="" if role in PEOPLE_ROLES else base64.b64encode(der).decode("ascii"),
         )
         # The table first: nobody may hold a token that services do not know.
-        self._write_table(self._table.updated([entry], now))
-        if directory is not None:
-            try:
+        try:
+            self._write_table(self._table.updated([entry], now))
+            if directory is not None:
                 store.save(directory, made)
-            except ConfigError:
+        except ConfigError:
+            with contextlib.suppress(ConfigError):
                 self._write_table(self._table.without(token_id))
-                raise
+            raise
         return made
 
     def _cross(self) -> bytes:
@@ -367,6 +396,17 @@ class Authority:
         assert self._lock is not None, "opened for reading"
         write_table(self.tokens_path, table)
         self._table = table
+        self._publish()
+
+    def _publish(self) -> None:
+        if self.published_path is None or self._lock is None:
+            return
+        try:
+            is_new = self.published_path.read_bytes() != self._table.serialize()
+        except OSError:
+            is_new = True
+        if is_new:
+            write_table(self.published_path, self._table)
 
     def _write_record(self, record: Record) -> None:
         assert self._lock is not None, "opened for reading"

@@ -34,8 +34,9 @@ _RECORD_KEYS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Record:
-    """authority.json. `tokens` is where the token table is, relative to the directory or absolute; `awaited` are the
-    ids of the tokens whose certificates the old CA signed, while a rotation lasts."""
+    """authority.json. `tokens` is the file to which each change of the token table is published, relative to the
+    directory or absolute; the table's own one where it is published by hand. `awaited` are the ids of the tokens whose
+    certificates the old CA signed, while a rotation lasts."""
 
     cluster: str
     tokens: str

@@ -116,6 +116,25 @@ def sha256(cert: bytes) -> str:
     return _certificates(cert)[0].fingerprint(hashes.SHA256()).hex()
 
 
+def sign(ca: SigningCa, data: bytes) -> bytes:
+    """The CA's signature of `data` (ECDSA with SHA-256, DER)."""
+    return _load_key(ca.key).sign(data, ec.ECDSA(hashes.SHA256()))
+
+
+def verify_signature(trusted: bytes, signer: bytes, data: bytes, signature: bytes) -> None:
+    """Check that a CA among `trusted` (PEM), or one that such a CA has signed, has signed `data`; `signer` (PEM) is its
+    certificate. Raises ConfigError."""
+    try:
+        authorities, found = _certificates(trusted), _certificates(signer)[0]
+        is_ca = found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        is_known = any(found == authority or _is_signed(found, authority) for authority in authorities)
+        _public(found).verify(signature, data, ec.ECDSA(hashes.SHA256()))
+    except Exception:  # of foreign bytes, in which the parser finds faults of many kinds
+        is_ca = is_known = False
+    if not (is_ca and is_known):
+        raise ConfigError("the signature of the token table is not of this cluster's authority")
+
+
 def check(ca: bytes, cert: bytes, key: bytes, now: float, where: str, directory: str) -> None:
     """Check that the key is the certificate's, that one of the CAs signed it, and that both are valid now.
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import grpc.aio
 
 from gradstream.core.access import SERVER, WORKER
-from gradstream.core.errors import CredentialsError, GradstreamError, one_line
+from gradstream.core.authority_files import write_table
+from gradstream.core.errors import ConfigError, CredentialsError, GradstreamError, one_line
 from gradstream.core.guard import Guard, Note
 from gradstream.core.log import get_logger
 from gradstream.core.rpc import Backoff, advertised_host, ending, error_from_rpc, listen, new_server
-from gradstream.core.tokens import TokenTable
+from gradstream.core.tokens import TokenTable, succeeds
 from gradstream.core.transport import Transport
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
 
@@ -34,8 +35,10 @@ class FileTokens:
     Later on a table that cannot be read leaves the one before in force, and is read again at every look until it can.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, trusted: Callable[[], bytes] | None = None):
+        """`trusted` gives the CAs (PEM) whose authority may replace the table (`replace`)."""
         self.path = path
+        self._trusted = trusted
         self._looked_at = 0.0
         self._told = ""
         self._table, self._mark = self._read()
@@ -66,6 +69,20 @@ class FileTokens:
         """Look at the file now, if the last look is not from just now."""
         if time.monotonic() - self._looked_at >= LEAST_LOOK_SECONDS:
             self._looked_at = -math.inf
+
+    def replace(self, data: bytes, signature: bytes, certificate: bytes) -> TokenTable:
+        """Put a table into the place of the one in force, if the cluster's authority has signed it and it is not older;
+        return it. Blocks while it is written. Raises ConfigError."""
+        from gradstream.core import certificates
+
+        table = TokenTable.parse(data, "the table that was sent")
+        certificates.verify_signature(self._trusted() if self._trusted else b"", certificate, data, signature)
+        refused = succeeds(table, self.table)
+        if refused:
+            raise ConfigError(refused)
+        write_table(self.path, table)
+        self._looked_at = -math.inf
+        return table
 
     def _read(self) -> tuple[TokenTable, tuple[int, int, int]]:
         try:

@@ -36,6 +36,9 @@ FORM = 2
 KEPT_AFTER_END_SECONDS = 30 * 86_400
 """How long a token's entry stays in the table after it expired or was revoked, so that a refusal can say so."""
 
+SOON_SECONDS = 14 * 86_400
+"""So long before its end is a credential warned of."""
+
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}"
 _CLUSTER = re.compile(r"[0-9a-f]{8}")
 _TOKEN = re.compile(r"gst_([0-9a-f]{8})_([0-9a-f]{8})_[A-Za-z0-9_-]{43}")
@@ -88,15 +91,21 @@ _ENTRY_KEYS: dict[str, tuple[type, ...]] = {
     "revoked_at": (int, type(None)),
     "certificate": (str,),
 }
-_TABLE_KEYS: dict[str, tuple[type, ...]] = {"gradstream_tokens": (int,), "cluster": (str,), "tokens": (list,)}
+_TABLE_KEYS: dict[str, tuple[type, ...]] = {
+    "gradstream_tokens": (int,),
+    "cluster": (str,),
+    "serial": (int,),
+    "tokens": (list,),
+}
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The tokens of cluster `cluster` (its id: 8 hex digits), oldest first."""
+    """The tokens of cluster `cluster` (its id: 8 hex digits), oldest first. Each change raises `serial` by one."""
 
     cluster: str
     tokens: tuple[Token, ...] = ()
+    serial: int = 0
 
     @cached_property
     def _by_id(self) -> dict[str, Token]:
@@ -115,7 +124,7 @@ class TokenTable:
             for token in merged.values()
             if now < token.ends_at + KEPT_AFTER_END_SECONDS
         )
-        made = TokenTable(self.cluster, kept)
+        made = TokenTable(self.cluster, kept, self.serial + 1)
         if len(kept) > MAX_TOKENS or len(made.serialize()) > MAX_TABLE_BYTES:
             raise ConfigError(
                 f"the token table is full ({len(kept)} tokens; at most {MAX_TOKENS}, and {MAX_TABLE_BYTES >> 10} KiB); "
@@ -130,13 +139,15 @@ class TokenTable:
 
     def without(self, token_id: str) -> TokenTable:
         """The table without the entry of an id."""
-        return TokenTable(self.cluster, tuple(token for token in self.tokens if token.id != token_id))
+        kept = tuple(token for token in self.tokens if token.id != token_id)
+        return TokenTable(self.cluster, kept, self.serial + 1)
 
     def serialize(self) -> bytes:
         """JSON, a line for each token."""
         lines = ",\n".join(json.dumps(dataclasses.asdict(token)) for token in self.tokens)
         body = f"\n{lines}\n" if lines else ""
-        return f'{{"gradstream_tokens": {FORM}, "cluster": "{self.cluster}", "tokens": [{body}]}}\n'.encode()
+        head = f'"gradstream_tokens": {FORM}, "cluster": "{self.cluster}", "serial": {self.serial}'
+        return f'{{{head}, "tokens": [{body}]}}\n'.encode()
 
     @classmethod
     def parse(cls, data: bytes, what: str = "the token table") -> TokenTable:
@@ -144,20 +155,23 @@ class TokenTable:
 
         Raises ConfigError, on one line, for anything that `serialize` does not make.
         """
-        document = exact_keys(parse_object(data, MAX_TABLE_BYTES, what), _TABLE_KEYS, what)
-        if document["gradstream_tokens"] == 1:
+        document = parse_object(data, MAX_TABLE_BYTES, what)
+        if document.get("gradstream_tokens") == 1 and "serial" not in document:
             raise ConfigError(
                 f"{what} is of an older gradstream, whose tokens counted with any certificate; remove it and run "
                 f"`gradstream certs init` again: all credentials must then be issued anew"
             )
+        document = exact_keys(document, _TABLE_KEYS, what)
         if document["gradstream_tokens"] != FORM:
             raise ConfigError(f"{what} has a form that this version does not know; update gradstream")
         if not is_cluster_id(document["cluster"]):
             raise ConfigError(f"{what} is damaged: its cluster is not 8 hex digits")
+        if not 0 <= document["serial"] < 2**63:
+            raise ConfigError(f"{what} is damaged: its serial cannot be right")
         if len(document["tokens"]) > MAX_TOKENS:
             raise ConfigError(f"{what} is damaged: it has more than {MAX_TOKENS} tokens")
         tokens = tuple(_entry(entry, f"{what}, entry {index}") for index, entry in enumerate(document["tokens"]))
-        table = cls(document["cluster"], tokens)
+        table = cls(document["cluster"], tokens, document["serial"])
         if len(table._by_id) != len(tokens):
             raise ConfigError(f"{what} is damaged: it has a token twice")
         return table
@@ -261,6 +275,43 @@ def check(text: str, table: TokenTable, now: float) -> tuple[Token | None, str]:
             f"{renewal(token.role, token.name)}"
         )
     return token, f"token {token_id} of {token.holder}"
+
+
+def succeeds(table: TokenTable, current: TokenTable) -> str:
+    """Why a table may not take the place of the one in force; empty when it may.
+
+    An older one would make tokens good again that were revoked since.
+    """
+    if table.cluster != current.cluster:
+        return f"the token table is of cluster {table.cluster} and this is cluster {current.cluster}"
+    if table.serial < current.serial:
+        return (
+            f"the token table is number {table.serial} of its authority and the one in force here is number "
+            f"{current.serial}; was the authority restored from an older copy? restore the newest one, or remove the "
+            f"coordinator's table and place this one there by hand"
+        )
+    if table.serial == current.serial and table != current:
+        return (
+            f"the token table in force here is another one of the same number {table.serial}; does the authority exist "
+            f"twice? issue and revoke in one of them alone"
+        )
+    return ""
+
+
+def expiring(table: TokenTable, now: float, within_seconds: float = SOON_SECONDS) -> list[str]:
+    """One line for each holder whose last good token ends soon or has ended in the last days, and what to do about it;
+    services first, as a cluster stops without them."""
+    last: dict[str, Token] = {}
+    for token in table.tokens:
+        if token.revoked_at is None and token.expires_at >= last.get(token.holder, token).expires_at:
+            last[token.holder] = token
+    soon = [token for token in last.values() if -within_seconds < token.expires_at - now <= within_seconds]
+    soon.sort(key=lambda token: (token.role in PEOPLE_ROLES, token.expires_at))
+    return [
+        f"the credentials of {token.holder} {'expired' if token.expires_at <= now else 'expire'} on "
+        f"{utc(token.expires_at)}; {renewal(token.role, token.name)}"
+        for token in soon
+    ]
 
 
 def renewal(role: str, name: str, directory: str = "DIR") -> str:

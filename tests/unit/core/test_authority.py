@@ -155,14 +155,15 @@ def test_init_again_changes_nothing(place: Path, clock: Clock) -> None:
     assert files_of(place) == before
 
 
-def test_the_tokens_may_be_elsewhere(
+def test_each_change_is_published_where_init_was_told(
     place: Path, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = tmp_path / "public" / "tokens.json"
     with Authority.init(place, elsewhere, clock=clock) as authority:
         authority.issue("worker", "w")
     assert len(TokenTable.parse(elsewhere.read_bytes()).tokens) == 1
-    assert not (place / "tokens.json").exists()
+    # The authority's own table is as new: what was published is a copy of it.
+    assert (place / "tokens.json").read_bytes() == elsewhere.read_bytes()
     # The operator lets the coordinator, another user, read it.
     elsewhere.chmod(0o644)
     with Authority.open(place, clock=clock) as authority:
@@ -173,7 +174,7 @@ def test_the_tokens_may_be_elsewhere(
     with Authority.init(Path("authority"), Path("authority/../public/tokens.json"), clock=clock):
         pass
     text = refusal(lambda: Authority.init(place, place / "tokens.json", clock=clock))
-    assert f"keeps its tokens in {elsewhere} and not in {place}/tokens.json; leave --tokens out" in text
+    assert f"publishes its tokens to {elsewhere} and not to {place}/tokens.json; leave --tokens out" in text
 
 
 def test_one_writer_at_a_time_and_any_readers(place: Path, clock: Clock) -> None:

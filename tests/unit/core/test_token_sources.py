@@ -12,6 +12,7 @@ import pytest
 
 from gradstream.core import token_sources
 from gradstream.core.authority import Authority
+from gradstream.core.errors import ConfigError
 from gradstream.core.token_sources import FileTokens
 
 
@@ -54,3 +55,34 @@ def test_a_damaged_table_leaves_the_one_before_in_force(tmp_path: Path) -> None:
     table = dataclasses.replace(tokens.table, tokens=())
     path.write_bytes(table.serialize())
     assert good(tokens) == []
+
+
+def test_a_pushed_table_must_be_signed_by_a_ca_that_is_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    with Authority.init(tmp_path / "authority") as authority, Authority.init(tmp_path / "other") as other:
+        made = authority.issue("coordinator", "c")
+        authority.publish(path)
+        tokens = FileTokens(path, lambda: made.ca)
+        authority.issue("viewer", "ann")
+        assert good(tokens) == ["c"]
+        table, signature, certificate = authority.signed()
+        for wrong in (
+            (table, signature, other.signed()[2]),
+            (table, other.signed()[1], other.signed()[2]),
+            (table.replace(b"viewer", b"admin"), signature, certificate),
+            # A credential's certificate is of the CA, and no CA.
+            (table, signature, made.cert),
+            (table, b"", b""),
+        ):
+            with pytest.raises(ConfigError, match="is not of this cluster's authority"):
+                tokens.replace(*wrong)
+        tokens.replace(table, signature, certificate)
+        assert good(tokens) == ["c", "ann"]
+        # While the CA rotates, the new one is known by what the old one has signed.
+        authority.rotate_ca()
+        authority.revoke("ann")
+        tokens.replace(*authority.signed())
+        assert good(tokens) == ["c"]
+        with pytest.raises(ConfigError, match="is number 2 of its authority and the one in force here is number 3"):
+            tokens.replace(table, signature, certificate)
+    assert path.read_bytes() == (tmp_path / "authority" / "tokens.json").read_bytes()

@@ -25,8 +25,10 @@ from gradstream.core.tokens import (
     TokenTable,
     check,
     digest,
+    expiring,
     is_name,
     new_token,
+    succeeds,
     token_ids,
     utc,
 )
@@ -208,7 +210,7 @@ def damaged_tables() -> dict[str, tuple[bytes, str]]:
         "too large": (b" " * (MAX_TABLE_BYTES + 1), f"has more than {MAX_TABLE_BYTES} bytes"),
         "another form": (with_table(gradstream_tokens=3), "update gradstream"),
         "a bool for a form": (with_table(gradstream_tokens=True), "'gradstream_tokens' is a bool"),
-        "no cluster": (b'{"gradstream_tokens": 1, "tokens": []}', "it has no 'cluster'"),
+        "no cluster": (b'{"gradstream_tokens": 2, "tokens": []}', "it has no 'cluster'"),
         "a strange cluster": (with_table(cluster="XY"), "not 8 hex digits"),
         "an unknown key": (with_table(more=1), "does not know"),
         "tokens are no list": (with_table(tokens={}), "'tokens' is a dict"),
@@ -334,3 +336,36 @@ def test_names(name: str, good: bool) -> None:
 def test_times_for_people() -> None:
     assert utc(0) == "1970-01-01 00:00 UTC"
     assert utc(10**18) == "9999-12-31 23:59 UTC"
+
+
+def test_only_a_newer_table_takes_the_place_of_another() -> None:
+    """An older one would make tokens good again that were revoked since."""
+    old = TokenTable(CLUSTER, (issued()[1],), 5)
+    newer = dataclasses.replace(old, serial=6)
+    assert succeeds(newer, old) == succeeds(old, old) == ""
+    assert "is number 5 of its authority and the one in force here is number 6" in succeeds(old, newer)
+    assert "does the authority exist twice?" in succeeds(dataclasses.replace(old, tokens=()), old)
+    assert "is of cluster ffffffff" in succeeds(TokenTable("ffffffff", (), 9), old)
+
+
+def test_holders_whose_last_token_ends_soon_are_named() -> None:
+    day = 86_400
+    table = TokenTable(
+        CLUSTER,
+        (
+            issued("viewer", "ann", expires_at=NOW + 3 * day)[1],
+            issued("worker", "renewed", expires_at=NOW + 1)[1],
+            issued("worker", "renewed", expires_at=NOW + 300 * day)[1],
+            issued("server", "s", expires_at=NOW + 13 * day)[1],
+            issued("worker", "gone", expires_at=NOW + day, revoked_at=NOW)[1],
+            issued("worker", "late", expires_at=NOW - day)[1],
+            issued("worker", "forgotten", expires_at=NOW - 20 * day)[1],
+        ),
+    )
+    lines = expiring(table, NOW)
+    assert [line.split(";")[0].split(" on ")[0] for line in lines] == [
+        "the credentials of worker 'late' expired",
+        "the credentials of server 's' expire",
+        "the credentials of viewer 'ann' expire",
+    ]
+    assert lines[0].endswith("renew it: `gradstream certs rotate DIR`")

@@ -235,6 +235,9 @@ def _nodes(facts: ClusterFacts) -> Iterator[Check]:
         cause, _, cure = facts.nodes_refusal.text.partition("; ")
         yield Check("nodes", "warn", f"cannot be listed: {cause}", cure or "use other credentials")
         return
+    for warning in facts.warnings:
+        message, _, cure = warning.partition("; ")
+        yield Check("cluster", "warn", message, cure)
     for refused in facts.refused:
         cause, _, cure = refused.reason.partition("; ")
         message = f"was refused {out.format_duration(refused.age_seconds)} ago: {cause}"

@@ -107,6 +107,8 @@ class ClusterFacts:
     nodes: Sequence[NodeFacts] = ()
     nodes_refusal: Refusal | None = None
     refused: Sequence[RefusedFacts] = ()
+    warnings: Sequence[str] = ()
+    """The coordinator's own, of what needs somebody's hand soon."""
     num_not_called: int = 0
     """Live nodes that there was no time for."""
     model: ModelFacts | None = None

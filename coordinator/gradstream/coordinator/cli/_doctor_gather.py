@@ -126,6 +126,7 @@ async def _cluster(
     return replace(
         facts,
         nodes=nodes,
+        warnings=listed.warnings,
         num_not_called=sum(node.alive and node.service is None for node in nodes),
         refused=[
             RefusedFacts(f"{ROLES.get(one.kind, 'node')} {one.name}", one.reason, max(0, now_ms - one.unix_ms) / 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ import typer
 
 from gradstream.coordinator.cli import _output as out
 from gradstream.coordinator.cli._app import group
-from gradstream.coordinator.cli._options import OutputFormat, OutputOption
+from gradstream.coordinator.cli._options import CredentialsOption, OutputFormat, OutputOption
 
 if TYPE_CHECKING:
     from gradstream.core.authority import Authority
@@ -48,7 +49,11 @@ def init(
     tokens: Annotated[
         Path | None,
         typer.Option(
-            "--tokens", metavar="PATH", show_default="DIR/tokens.json", help="Where the coordinator finds the tokens."
+            "--tokens",
+            metavar="PATH",
+            show_default="none: `certs publish` does it",
+            help="Publish each change of the token table to this file at once: where the coordinator on this machine, "
+            "or on this volume, reads it.",
         ),
     ] = None,
     issue: Annotated[
@@ -71,11 +76,16 @@ def init(
             action, reason = authority.ensure(role, role, place)
             rows.append({"role": role, "directory": str(place), "action": action, "reason": reason})
         _warn_of_ca(authority)
-    where = {"directory": str(authority.directory), "tokens": str(authority.tokens_path)}
+        where = {
+            "directory": str(authority.directory),
+            "tokens": str(authority.published_path or authority.tokens_path),
+        }
     if output is OutputFormat.json:
         out.print_json({"cluster": authority.cluster, **where, "credentials": rows})
         return
     print(f"cluster {authority.cluster}: authority in {where['directory']}, tokens in {where['tokens']}")
+    if authority.published_path is None:
+        _say_when(authority)
     if rows:
         out.print_table(["ROLE", "CREDENTIAL", "DIRECTORY", "WHY"], [_cells(row) for row in rows])
     else:
@@ -102,6 +112,7 @@ def issue(
     with _open(authority) as opened:
         made = opened.issue(role, name, days, None if directory is None else _path(directory))
         _warn_of_ca(opened)
+    _say_when(opened)
     if directory is None:
         _print_pack(made)
         return
@@ -167,10 +178,17 @@ def revoke(
 ) -> None:
     """Revoke a token, or all tokens of a name.
 
-    Services refuse it as soon as they have read the new token table.
+    Services refuse it as soon as they have the new token table: `certs publish` gives it to them.
     """
     with _open(authority) as opened:
         revoked = opened.revoke(name_or_id)
+    if revoked:
+        _say_when(opened)
+    if any(token.role in ("coordinator", "fine-tuning") for token in revoked):
+        out.warn(
+            "people's commands know this service by the CA alone: until the CA is rotated (`gradstream certs rotate "
+            "--ca`), they would still talk to who holds its key"
+        )
     if output is OutputFormat.json:
         out.print_json([_token_dict(token, time.time()) for token in revoked])
         return
@@ -209,7 +227,8 @@ def rotate(
 ) -> None:
     """Renew credential directories in place: a new certificate and token each.
 
-    Services take them up by themselves; the tokens before stay good for --grace-minutes.
+    Services take them up by themselves, once the token table is published; the tokens before stay good for
+    --grace-minutes.
     """
     from gradstream.core.errors import ConfigError
 
@@ -230,6 +249,8 @@ def rotate(
         waiting = opened.awaited()
         if not ca:
             _warn_of_ca(opened)
+    if directories and not finish:
+        _say_when(opened)
     if output is OutputFormat.json:
         out.print_json({"credentials": rows, "awaited": [_token_dict(token, now) for token in waiting]})
         return
@@ -244,6 +265,52 @@ def rotate(
         out.say(f"before `gradstream certs rotate --ca --finish`, renew or revoke: {holders}")
     elif ca or opened.is_rotating:
         out.say("all credentials are of the new CA; end the rotation with `gradstream certs rotate --ca --finish`")
+
+
+@app.command()
+def publish(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="HOST:PORT of the coordinator, or a file or directory where it reads (a directory gets tokens.json).",
+        ),
+    ],
+    authority: AuthorityOption = None,
+    credentials: CredentialsOption = None,
+) -> None:
+    """Make what was issued, renewed and revoked take effect: give the coordinator the token table.
+
+    With HOST:PORT it goes over mTLS, with an admin's credentials; the CA's signature says that it is the authority's.
+    """
+    from gradstream.client import Client
+
+    with _open(authority, read_only=True) as opened:
+        if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}", target):
+            place = opened.publish(_path(Path(target)))
+            out.say(f"table {opened.serial} with {len(opened.tokens())} tokens is in {place}; {_READS}")
+            return
+        table, signature, certificate = opened.signed()
+    with Client(target, credentials=credentials) as client:
+        serial, num_tokens = client.publish_tokens(table, signature, certificate)
+    out.say(
+        f"table {serial} with {num_tokens} tokens is in force at the coordinator {target}; the other services follow "
+        f"within about 2 seconds"
+    )
+
+
+_READS = "a coordinator that reads this very file takes it up within a second, and the other services a second later"
+
+
+def _say_when(authority: Authority) -> None:
+    """Say when and where a change takes effect."""
+    if authority.published_path is None:
+        out.say(
+            "takes effect once it is published: gradstream certs publish HOST:PORT (the coordinator), or a path where "
+            f"it reads, with --authority {authority.directory}"
+        )
+        return
+    out.say(f"published to {authority.published_path}; {_READS}")
 
 
 def _open(directory: Path | None, read_only: bool = False) -> Authority:

@@ -105,11 +105,14 @@ def status(
     Without JOB: the cluster's nodes and the newest job.
     """
     with open_client(coordinator) as client:
-        nodes = client.nodes()
+        nodes, warnings = client.nodes(), client.warnings()
         job = client.job(job_id) if job_id else _newest(client)
     if output is OutputFormat.json:
-        out.print_json({"job": job.to_dict() if job else None, "nodes": [node.to_dict() for node in nodes]})
+        found = {"job": job.to_dict() if job else None, "nodes": [node.to_dict() for node in nodes]}
+        out.print_json({**found, "warnings": warnings})
         return
+    for warning in warnings:
+        out.warn(warning)
     if job_id is None:
         console = out.console()
         if nodes:

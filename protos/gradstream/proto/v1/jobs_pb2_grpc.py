@@ -90,6 +90,11 @@ class JobsServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineResponse.FromString,
                 _registered_method=True)
+        self.PublishTokens = channel.unary_unary(
+                '/gradstream.proto.v1.JobsService/PublishTokens',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensResponse.FromString,
+                _registered_method=True)
         self.ListNodes = channel.unary_unary(
                 '/gradstream.proto.v1.JobsService/ListNodes',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ListNodesRequest.SerializeToString,
@@ -109,7 +114,7 @@ class JobsServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """All jobs, newest first.
+        """All jobs, newest first, page by page.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -179,6 +184,13 @@ class JobsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PublishTokens(self, request, context):
+        """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListNodes(self, request, context):
         """The nodes of the cluster.
         """
@@ -243,6 +255,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.GetTimeline,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineResponse.SerializeToString,
+            ),
+            'PublishTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishTokens,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensResponse.SerializeToString,
             ),
             'ListNodes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListNodes,
@@ -548,6 +565,33 @@ class JobsService(object):
             '/gradstream.proto.v1.JobsService/GetTimeline',
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.JobsService/PublishTokens',
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,7 +36,7 @@ class JobsServiceStub:
     SubmitJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.SubmitJobRequest, _jobs_pb2.SubmitJobResponse]
     """Queues a job."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]
-    """All jobs, newest first."""
+    """All jobs, newest first, page by page."""
     GetJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]
     """One job: state, progress, what it waits for."""
     WatchJob: _grpc.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.WatchJobResponse]
@@ -57,6 +57,8 @@ class JobsServiceStub:
     """Streams a checkpoint as the files of a Hugging Face directory."""
     GetTimeline: _grpc.UnaryStreamMultiCallable[_jobs_pb2.GetTimelineRequest, _jobs_pb2.GetTimelineResponse]
     """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
+    PublishTokens: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.PublishTokensRequest, _jobs_pb2.PublishTokensResponse]
+    """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListNodesRequest, _jobs_pb2.ListNodesResponse]
     """The nodes of the cluster."""
 
@@ -68,7 +70,7 @@ class JobsServiceAsyncStub(JobsServiceStub):
     SubmitJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.SubmitJobRequest, _jobs_pb2.SubmitJobResponse]  # type: ignore[assignment]
     """Queues a job."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]  # type: ignore[assignment]
-    """All jobs, newest first."""
+    """All jobs, newest first, page by page."""
     GetJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]  # type: ignore[assignment]
     """One job: state, progress, what it waits for."""
     WatchJob: _aio.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.WatchJobResponse]  # type: ignore[assignment]
@@ -89,6 +91,8 @@ class JobsServiceAsyncStub(JobsServiceStub):
     """Streams a checkpoint as the files of a Hugging Face directory."""
     GetTimeline: _aio.UnaryStreamMultiCallable[_jobs_pb2.GetTimelineRequest, _jobs_pb2.GetTimelineResponse]  # type: ignore[assignment]
     """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
+    PublishTokens: _aio.UnaryUnaryMultiCallable[_jobs_pb2.PublishTokensRequest, _jobs_pb2.PublishTokensResponse]  # type: ignore[assignment]
+    """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListNodesRequest, _jobs_pb2.ListNodesResponse]  # type: ignore[assignment]
     """The nodes of the cluster."""
 
@@ -109,7 +113,7 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.ListJobsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.ListJobsResponse, _abc.Awaitable[_jobs_pb2.ListJobsResponse]]:
-        """All jobs, newest first."""
+        """All jobs, newest first, page by page."""
 
     @_abc_1.abstractmethod
     def GetJob(
@@ -184,6 +188,14 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_jobs_pb2.GetTimelineResponse], _abc.AsyncIterator[_jobs_pb2.GetTimelineResponse]]:
         """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
+
+    @_abc_1.abstractmethod
+    def PublishTokens(
+        self,
+        request: _jobs_pb2.PublishTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.PublishTokensResponse, _abc.Awaitable[_jobs_pb2.PublishTokensResponse]]:
+        """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says."""
 
     @_abc_1.abstractmethod
     def ListNodes(

@@ -51,7 +51,14 @@ class Jobs:
 
     async def all(self) -> list[jobs_pb2.Job]:
         """All jobs, newest first."""
-        return list((await self._call(self._stub.ListJobs, jobs_pb2.ListJobsRequest())).jobs)
+        found: list[jobs_pb2.Job] = []
+        request = jobs_pb2.ListJobsRequest()
+        while True:
+            page = await self._call(self._stub.ListJobs, request)
+            found += page.jobs
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
 
     async def find(self, recipe: Recipe) -> jobs_pb2.Job | None:
         """The job of exactly this recipe, if it was submitted."""

@@ -11,9 +11,10 @@ import grpc.aio
 
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.finetuning_recipe import FineTuningRecipe, absolute_finetuning_paths, parse_finetuning_recipe
+from gradstream.core.paging import MAX_PAGE_BYTES, start_of_page
 from gradstream.core.paths import AllowedPaths
 from gradstream.core.roots import moved_finetuning_recipe
-from gradstream.core.rpc import MAX_MESSAGE_BYTES, answering
+from gradstream.core.rpc import answering
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc, jobs_pb2
 from gradstream.services.fine_tuning import views
@@ -32,7 +33,6 @@ MAX_PREVIEWED = 100
 MAX_PREVIEWS = 2
 MAX_UPLOADS = 4
 WATCHED_ITEMS = 64
-MAX_LIST_BYTES = MAX_MESSAGE_BYTES - (256 << 10)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _Items: TypeAlias = asyncio.Queue[pb.WatchFineTuningResponse | Exception | None]
@@ -93,16 +93,14 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             for job in jobs.values():
                 # The recipe that a person wrote is there; a list of both may be more than a message can hold.
                 job.ClearField("recipe_json")
+            records = self._fine_tunings.store.all()
             response = pb.ListFineTuningsResponse()
             num_bytes = 0
-            for record in self._fine_tunings.store.all():
+            for record in records[start_of_page([record.name for record in records], request.page_token) :]:
                 view = views.fine_tuning(record, jobs.get(record.job_id), self._fine_tunings.pushed_bytes(record))
-                if num_bytes + view.ByteSize() > MAX_LIST_BYTES // 2:
-                    # Where the message fills, the oldest come in short, or not at all.
-                    for field in ("recipe_json", "examples", "before", "after", "job"):
-                        view.ClearField(field)
                 num_bytes += view.ByteSize()
-                if num_bytes > MAX_LIST_BYTES:
+                if response.fine_tunings and num_bytes > MAX_PAGE_BYTES:
+                    response.next_page_token = response.fine_tunings[-1].name
                     break
                 response.fine_tunings.append(view)
             return response

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -61,7 +62,7 @@ def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: st
         "token_dtype": "uint16",
         "vocab_size": 64,
         "end_of_text_id": 0,
-        "tokenizer_sha256": "0" * 64,
+        "tokenizer_sha256": hashlib.sha256(b"{}").hexdigest(),
         "shards": [],
     }
     fields: dict[str, Any] = {

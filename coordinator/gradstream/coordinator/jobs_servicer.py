@@ -21,11 +21,12 @@ from gradstream.core import files
 from gradstream.core.checkpoint import directory_of, export_huggingface
 from gradstream.core.config import Recipe, absolute_path, parse_recipe
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
-from gradstream.core.errors import CheckpointError, ConfigError, DataError, nearest
+from gradstream.core.errors import CheckpointError, ConfigError, DataError, GradstreamError, nearest, one_line
 from gradstream.core.paging import MAX_PAGE_BYTES, start_of_page
 from gradstream.core.paths import AllowedPaths
 from gradstream.core.roots import moved_recipe
 from gradstream.core.rpc import answering
+from gradstream.core.storage import StorageThreads
 from gradstream.core.token_sources import FileTokens
 from gradstream.core.tokens import expiring
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
@@ -47,17 +48,18 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self._root = root
         self._orders = Orders(controller)
         self._allowed = AllowedPaths.of_environment()
+        # Looks at paths that people name.
+        self._storage = StorageThreads()
         # Each export holds a whole model on disk.
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
 
     async def SubmitJob(self, request: jobs_pb2.SubmitJobRequest, context: Context) -> jobs_pb2.SubmitJobResponse:
         async with answering(context):
             recipe = moved_recipe(parse_recipe(request.recipe_json), request.directory, self._root)
-            check_paths(recipe, self._allowed)
-            manifest = await asyncio.to_thread(read_data_manifest, recipe)
-            await asyncio.to_thread(planner.check_data, recipe, manifest)
+            manifest = await self._storage.call(recipe.data.path, find_data, recipe, self._allowed)
+            taken = [job.job_id for job in self._state.list_jobs()]
+            job_id, directory = await self._storage.call(recipe.run_root, make_run_directory, recipe, taken)
             jobs = self._state.list_jobs()
-            job_id, directory = make_run_directory(recipe, [job.job_id for job in jobs])
             record = JobRecord(
                 job_id=job_id,
                 name=recipe.name,
@@ -118,7 +120,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         async with answering(context):
             record = self._find(request.job_id)
             root = checkpoints.root_of(record.run_directory)
-            on_disk = await asyncio.to_thread(checkpoints.versions_on_disk, root)
+            on_disk = await self._storage.call(root, checkpoints.versions_on_disk, root)
             self._orders.resume(self._find(record.job_id), on_disk)
             return jobs_pb2.ResumeJobResponse(job=self._views.job(self._find(request.job_id)))
         raise AssertionError("abort has raised")
@@ -139,9 +141,9 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             while True:
                 # Taken before looking, so that what comes in between is not slept through.
                 change = self._controller.notifier.change(record.job_id)
-                versions = await asyncio.to_thread(checkpoints.versions_on_disk, root)
+                versions = await self._storage.call(root, checkpoints.versions_on_disk, root)
                 if versions and versions[-1] > version:
-                    listing = await asyncio.to_thread(checkpoints.listing, root)
+                    listing = await self._storage.call(root, checkpoints.listing, root)
                     return jobs_pb2.CheckpointJobResponse(checkpoint=listing[-1])
                 state = self._find(record.job_id).state
                 if state in scheduler.ENDED:
@@ -154,7 +156,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     ) -> jobs_pb2.ListCheckpointsResponse:
         async with answering(context):
             record = self._find(request.job_id)
-            listing = await asyncio.to_thread(checkpoints.listing, checkpoints.root_of(record.run_directory))
+            root = checkpoints.root_of(record.run_directory)
+            listing = await self._storage.call(root, checkpoints.listing, root)
             return jobs_pb2.ListCheckpointsResponse(checkpoints=listing)
         raise AssertionError("abort has raised")
 
@@ -177,7 +180,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         """The version to export and what lets go of it. Raises CheckpointError when there is none."""
         root = checkpoints.root_of(record.run_directory)
         async with self._controller.pins.choosing(root):
-            versions = await asyncio.to_thread(checkpoints.versions_on_disk, root)
+            versions = await self._storage.call(root, checkpoints.versions_on_disk, root)
             version = request.version if request.HasField("version") else versions[-1] if versions else 0
             if version not in versions:
                 known = f"there are versions {scheduler.joined(versions)}" if versions else "it has none yet"
@@ -232,6 +235,15 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         raise ConfigError(f"there is no job '{job_id[:100]}'{known}")
 
 
+def find_data(recipe: Recipe, allowed: AllowedPaths) -> Manifest:
+    """The manifest of the recipe's data set, which fits the recipe. Raises ConfigError for a path that must not be
+    opened, DataError for data that cannot be used. Blocks for as long as the storage does."""
+    check_paths(recipe, allowed)
+    manifest = read_data_manifest(recipe)
+    planner.check_data(recipe, manifest)
+    return manifest
+
+
 def check_paths(recipe: Recipe, allowed: AllowedPaths) -> None:
     """Raise ConfigError for a recipe with a path that leads where this cluster's must not."""
     allowed.check("run_root", recipe.run_root)
@@ -250,8 +262,10 @@ def read_data_manifest(recipe: Recipe) -> Manifest:
             f"there is no data set in {recipe.data.path}; make it with `gradstream data prepare --recipe …`, where the "
             f"coordinator can read it"
         ) from None
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"the data set's {path} cannot be read ({' '.join(str(error).split())})") from None
+    except GradstreamError:
+        raise
+    except Exception as error:  # every fsspec backend raises its own kind
+        raise DataError(f"the data set's {path} cannot be read ({one_line(error)}); check the path") from None
 
 
 def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:

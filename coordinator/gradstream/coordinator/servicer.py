@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
-import fsspec
 import grpc
 import grpc.aio
 
@@ -21,10 +21,14 @@ from gradstream.core.config import parse_recipe
 from gradstream.core.data import parse_manifest
 from gradstream.core.errors import AccessError, ConfigError, DataError, GradstreamError, ProtocolError, one_line
 from gradstream.core.rpc import ERROR_CLASS_KEY, answering
+from gradstream.core.storage import StorageThreads
 from gradstream.core.token_sources import FileTokens
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 PIECE_BYTES = 1 << 20
+MAX_READERS = 32
+"""Data shards that are read for workers at once."""
+HASHING_SECONDS = 600.0
 FIRST_MESSAGE_SECONDS = 10.0
 TOKENS_SECONDS = 1.0
 """How long others may not know of a change of the table of tokens."""
@@ -42,6 +46,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._controller = controller
         self._reports = reports
         self._tokens = tokens
+        self._reading = StorageThreads(max_threads=MAX_READERS, max_threads_a_place=MAX_READERS)
+        # The first to ask for a file waits until all of it was hashed.
+        self._hashing = StorageThreads(HASHING_SECONDS, max_threads=MAX_READERS, max_threads_a_place=MAX_READERS)
 
     async def Register(
         self, request: coordinator_pb2.RegisterRequest, context: Context
@@ -181,17 +188,20 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             record = self._controller.state.get_job(request.job_id)
             if record is None:
                 raise ProtocolError(f"there is no job '{request.job_id[:100]}' here")
-            path = data_file(record, request.file)
+            path, num_bytes, sha256 = data_file(record, request.file)
             try:
-                stream = await asyncio.to_thread(_open, path)
+                stream = await self._hashing.call(path, files.open_verified, path, sha256, num_bytes)
                 try:
-                    while piece := await asyncio.to_thread(stream.read, PIECE_BYTES):
+                    while piece := await self._reading.call(path, stream.read, PIECE_BYTES):
                         yield coordinator_pb2.FetchDataShardResponse(payload=piece)
                 finally:
-                    await asyncio.to_thread(stream.close)
-            except OSError as error:
+                    # Not awaited: a stream whose storage hangs closes when that answers.
+                    threading.Thread(target=stream.close, daemon=True).start()
+            except GradstreamError:
+                raise
+            except Exception as error:  # every fsspec backend raises its own kind
                 raise DataError(
-                    f"data shard {path} cannot be read ({error}); restore it or prepare the data again"
+                    f"data shard {path} cannot be read ({one_line(error)}); restore it or prepare the data again"
                 ) from None
 
     async def WatchTokens(
@@ -250,19 +260,16 @@ def check_role(kind: coordinator_pb2.NodeKind.ValueType) -> None:
         )
 
 
-def data_file(record: JobRecord, file: str) -> str:
-    """The path of a file of the job's data set. Raises DataError for a name that its manifest does not have."""
+def data_file(record: JobRecord, file: str) -> tuple[str, int | None, str]:
+    """The path of a file of the job's data set, its size where the manifest has one, and its hash. Raises DataError for
+    a name that the manifest does not have."""
     manifest = parse_manifest(record.manifest_json)
-    names = {manifest.tokenizer_file}
+    known: dict[str, tuple[int | None, str]] = {manifest.tokenizer_file: (None, manifest.tokenizer_sha256)}
     for shard in manifest.shards:
-        names.update((shard.file, shard.index_file))
-    if file not in names:
+        known[shard.file] = (shard.num_bytes, shard.sha256)
+        known[shard.index_file] = (None, shard.index_sha256)
+    if file not in known:
         raise DataError(
             f"the data set of job {record.job_id} has no file '{file[:100]}'; ask for a name in its manifest"
         )
-    return files.join(parse_recipe(record.recipe_json).data.path, file)
-
-
-def _open(path: str) -> Any:
-    fs, inner = fsspec.core.url_to_fs(path)
-    return fs.open(inner, "rb")
+    return files.join(parse_recipe(record.recipe_json).data.path, file), *known[file]

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from gradstream.core import files
 from gradstream.core.errors import CheckpointError, ConfigError, one_line
@@ -48,7 +48,8 @@ def digest(path: str) -> Digest:
             known = _digests.get(path)
             if known is None or known[0] != state:
                 if files.is_local(path):
-                    _digests[path] = (state, files.sha256(path))
+                    with files.open_file(path) as stream:
+                        _digests[path] = (state, files.digest(stream))
                 else:
                     _copy(path, state, num_bytes)
             return Digest(num_bytes, _digests[path][1])
@@ -97,9 +98,11 @@ def read_json(directory: str, name: str) -> dict[str, Any]:
     return value
 
 
-def open_safetensors(path: str) -> Any:
-    """A safetensors file, mapped into memory, with its tensors as torch's. Raises CheckpointError for any other
-    file."""
+def open_safetensors(path: str, expected: Digest | None = None) -> Any:
+    """A safetensors file, mapped into memory, with its tensors as torch's: the one of `expected` where that is given.
+
+    Raises CheckpointError for any other file, ConfigError as `files.open_file`.
+    """
     from safetensors import safe_open
 
     def refused(cause: str) -> CheckpointError:
@@ -108,8 +111,18 @@ def open_safetensors(path: str) -> Any:
         )
 
     local = local_path(path)
-    with parsing(refused):
-        return safe_open(local, framework="pt")
+    if not files.is_local(path):
+        with parsing(refused):
+            return safe_open(local, framework="pt")
+    # The name may lead elsewhere by now: what was checked and hashed is what is mapped.
+    try:
+        with files.open_local(local) as stream:
+            if expected is not None and _digest_of(path, stream) != expected.sha256:
+                raise CheckpointError(f"{path} has changed since it was verified; restore the file")
+            with parsing(refused):
+                return safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt")
+    except OSError as error:
+        raise refused(str(error)) from None
 
 
 def _state(path: str) -> tuple[object, int]:
@@ -117,11 +130,22 @@ def _state(path: str) -> tuple[object, int]:
     fs, inner = files.file_system(path)
     if files.is_local(path):
         status = os.stat(inner)
-        # The time of change cannot be set back, unlike that of modification.
-        return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino), status.st_size
+        return _local_state(status), status.st_size
     fs.invalidate_cache()
     info = fs.info(inner)
     return str(sorted(info.items(), key=lambda item: item[0])), int(info["size"])
+
+
+def _local_state(status: os.stat_result) -> object:
+    # The time of change cannot be set back, unlike that of modification.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _digest_of(path: str, stream: BinaryIO) -> str:
+    """The hash of an open local file: as it is known of `path`, where that is what was opened."""
+    with _lock:
+        known = _digests.get(path)
+    return known[1] if known and known[0] == _local_state(os.fstat(stream.fileno())) else files.digest(stream)
 
 
 def _copy(path: str, state: object, num_bytes: int) -> None:

@@ -38,7 +38,7 @@ from gradstream.core.checkpoint import (
     read_manifest,
 )
 from gradstream.core.config import absolute_path
-from gradstream.core.errors import CheckpointError, ConfigError
+from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError, one_line
 from gradstream.core.finetuning import Base, BaseFile
 from gradstream.core.model import load_config
 
@@ -228,8 +228,10 @@ def _names_in(path: str) -> list[str]:
             raise ConfigError(
                 f"base {path} does not exist; nothing is downloaded, so name a directory that has the model's files"
             )
-    except (OSError, ValueError, ImportError) as error:  # as fsspec says it for a scheme or a driver that it lacks
-        raise ConfigError(f"base {path} cannot be read ({' '.join(str(error).split())}); check the path") from None
+    except GradstreamError:
+        raise
+    except Exception as error:  # every fsspec backend raises its own kind, for a driver that it lacks too
+        raise ConfigError(f"base {path} cannot be read ({one_line(error)}); check the path") from None
     return names
 
 

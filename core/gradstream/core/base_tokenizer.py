@@ -16,6 +16,7 @@ from gradstream.core.errors import ConfigError, GradstreamError
 from gradstream.core.finetuning import Base
 from gradstream.core.foreign import parsing
 from gradstream.core.log import get_logger
+from gradstream.core.paths import AllowedPaths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,18 +34,20 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+MAX_BASES = 16
+"""Fine-tunings of fine-tunings that are followed to the first one's chat template."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: Base, depth: int = 0) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with its end-of-text token and its chat template if it has one.
 
     That of a checkpoint is the tokenizer.json beside it; a checkpoint of a fine-tuning has the chat template of the
-    base that it began from, as long as that is there. Raises ConfigError when there is no tokenizer, when it cannot be
-    used, or when nothing says which token ends a text.
+    base that it began from, as long as that is there. `depth` counts the checkpoints that led here. Raises ConfigError
+    when there is no tokenizer, when it cannot be used, or when nothing says which token ends a text.
     """
     if base.kind == "checkpoint":
-        return _of_checkpoint(base.path)
+        return _of_checkpoint(base.path, depth)
     settings = _settings(base.path)
     return _tokenizer(base.path, settings, _chat_template(base.path, settings))
 
@@ -78,14 +81,18 @@ def write_chat_template(checkpoint_directory: str, destination: Path) -> None:
         (destination / TEMPLATE_NAME).write_text(template, encoding="utf-8")
 
 
-def _of_checkpoint(directory: str) -> PreTrainedTokenizerBase:
+def _of_checkpoint(directory: str, depth: int = 0) -> PreTrainedTokenizerBase:
     manifest = read_manifest(directory)
     end_of_text = added_token(read_json(directory, TOKENIZER_NAME), manifest.end_of_text_id)
     settings: dict[str, Any] = {"bos_token": end_of_text, "eos_token": end_of_text}
     template = None
     if manifest.finetuning is not None:
         try:
-            template = load_tokenizer(manifest.finetuning.base).chat_template
+            # What a file says is followed no further than what a submitter says.
+            AllowedPaths.of_environment().check(f"{directory}: its base", manifest.finetuning.base.path)
+            if depth >= MAX_BASES:
+                raise ConfigError(f"{directory} has more than {MAX_BASES} bases before it; start from an export of it")
+            template = load_tokenizer(manifest.finetuning.base, depth + 1).chat_template
         except GradstreamError as error:
             get_logger().warning("the chat template of the base is not there", checkpoint=directory, reason=str(error))
     return _tokenizer(directory, settings, template)

@@ -139,12 +139,13 @@ class HuggingFaceWeights:
     def opened(self, file: str) -> Any:
         """An open file, verified when it was opened first."""
         if file not in self._open_files:
-            path = files.join(self.path, file)
+            path, expected = files.join(self.path, file), None
             if self._entries:
                 entry = self._entries.get(file)
-                if entry is None or base_files.digest(path) != base_files.Digest(entry.num_bytes, entry.sha256):
+                expected = base_files.Digest(entry.num_bytes, entry.sha256) if entry is not None else None
+                if expected is None or base_files.digest(path) != expected:
                     raise CheckpointError(changed(path))
-            self._open_files[file] = open_safetensors(path)
+            self._open_files[file] = open_safetensors(path, expected)
         return self._open_files[file]
 
     def _place(self, name: str) -> tuple[str, str]:

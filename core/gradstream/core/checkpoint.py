@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gradstream.core import files
 from gradstream.core.data import Count, Digest, FileName
-from gradstream.core.errors import CheckpointError, one_line
+from gradstream.core.errors import CheckpointError, ConfigError, DataError, one_line
 from gradstream.core.finetuning import FineTuning
 from gradstream.core.foreign import parsing
 from gradstream.core.fragments import Fragment, Tensor, cut, num_fragments
@@ -214,8 +214,8 @@ def write_manifest(
     _check_residuals(directory, manifest.residuals)
     source = files.join(plan.recipe.data.path, plan.data_manifest.tokenizer_file)
     try:
-        tokenizer = files.read_bytes(source)
-    except OSError as error:
+        tokenizer = files.read_verified(source, plan.data_manifest.tokenizer_sha256)
+    except (OSError, DataError, ConfigError) as error:
         raise CheckpointError(f"the tokenizer {source} cannot be copied into the checkpoint ({error})") from None
     files.write_atomic(files.join(directory, TOKENIZER_NAME), lambda stream: stream.write(tokenizer))
     text = manifest.model_dump_json(indent=1).encode()

@@ -9,22 +9,38 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 import tempfile
+import threading
+import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
 
-from gradstream.core.errors import CheckpointError
+from gradstream.core.errors import CheckpointError, DataError
+from gradstream.core.paths import AllowedPaths, check_scheme
 
 PIECE_BYTES = 1 << 20
 MAX_READ_BYTES = 1 << 30
 """Of a file that is read as a whole: manifests, tokenizers."""
+MAX_KNOWN = 4096
+"""Files whose hash is remembered."""
+
+RACY_SECONDS = 2.0
+Identity = tuple[int, int, int, int, int]
+"""Device, inode, size, times of modification and change in ns: the content is another where any of them is."""
+
+_known: OrderedDict[Identity, str] = OrderedDict()
+_known_lock = threading.Lock()
 
 
 def file_system(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path and the path inside it."""
+    """The fsspec file system of a path and the path inside it. Raises ConfigError for a URL that this service must not
+    open."""
+    check_scheme(path)
     fs, inner = fsspec.core.url_to_fs(path)
     return fs, str(inner)
 
@@ -94,20 +110,94 @@ def list_names(directory: str) -> list[str]:
         return []
 
 
-def read_bytes(path: str) -> bytes:
-    """A whole file. Raises FileNotFoundError, or OSError, also for one of more than MAX_READ_BYTES."""
+def open_file(path: str) -> BinaryIO:
+    """Open a file to read it. Raises as `open_local` where it is on a file system of this machine, else what its file
+    system raises, and ConfigError for a URL that this service must not open."""
     fs, inner = file_system(path)
-    with fs.open(inner, "rb") as stream:
-        data: bytes = stream.read(MAX_READ_BYTES + 1)
+    return open_local(inner) if is_local(path) else fs.open(inner, "rb")
+
+
+def open_local(path: str) -> BinaryIO:
+    """Open a regular file of this machine to read it: a pipe would be waited for, and a device has no end.
+
+    Raises OSError, and ConfigError when the file lies where GRADSTREAM_PATHS does not allow, links followed.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        AllowedPaths.of_environment().check_opened(path, descriptor)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def open_verified(path: str, sha256: str, num_bytes: int | None = None) -> BinaryIO:
+    """As `open_file`, for a file whose hash, and size if given, were recorded; at its beginning. What is on another
+    file system is read twice.
+
+    Raises OSError, ConfigError, and DataError when the file is not the one that was recorded.
+    """
+    stream = open_file(path)
+    try:
+        found = digest(stream)
+        size = stream.seek(0, os.SEEK_END)
+        if found != sha256 or num_bytes not in (None, size):
+            raise DataError(
+                f"{path} is not the file that was recorded (sha256 {found[:12]}… of {size} bytes, not {sha256[:12]}…); "
+                f"restore it, or prepare the data again"
+            )
+        stream.seek(0)
+        return stream
+    except BaseException:
+        stream.close()
+        raise
+
+
+def read_verified(path: str, sha256: str) -> bytes:
+    """A whole file whose hash was recorded. Raises as `open_verified`, and OSError for more than MAX_READ_BYTES."""
+    with open_verified(path, sha256) as stream:
+        return _whole(stream)
+
+
+def digest(stream: Any) -> str:
+    """Hex sha256 of an open file, which is at its beginning; computed once for as long as a local file is as it was."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, AttributeError, ValueError):  # not a file of this machine
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    with _known_lock:
+        found = _known.get(key)
+    if found is None:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if abs(time.time() - status.st_ctime) < RACY_SECONDS:
+            return found  # a file system's clock is coarse: one more change might leave the times as they are
+        with _known_lock:
+            _known[key] = found
+            while len(_known) > MAX_KNOWN:
+                _known.popitem(last=False)
+    return found
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file. Raises FileNotFoundError, or OSError, also for one of more than MAX_READ_BYTES; ConfigError as
+    `open_file`."""
+    with open_file(path) as stream:
+        return _whole(stream)
+
+
+def _whole(stream: BinaryIO) -> bytes:
+    data = stream.read(MAX_READ_BYTES + 1)
     if len(data) > MAX_READ_BYTES:
         raise OSError(errno.EFBIG, f"it has more than {MAX_READ_BYTES >> 20} MiB")
     return data
 
 
 def pieces(path: str) -> Iterator[bytes]:
-    """A file in pieces of 1 MiB."""
-    fs, inner = file_system(path)
-    with fs.open(inner, "rb") as stream:
+    """A file in pieces of 1 MiB. Raises as `open_file`."""
+    with open_file(path) as stream:
         while piece := stream.read(PIECE_BYTES):
             yield piece
 
@@ -130,11 +220,9 @@ async def directory_pieces(directory: Path) -> AsyncIterator[tuple[str, int, byt
 
 
 def sha256(path: str) -> str:
-    """Lower-case hex sha256 of a file."""
-    digest = hashlib.sha256()
-    for piece in pieces(path):
-        digest.update(piece)
-    return digest.hexdigest()
+    """Lower-case hex sha256 of a file. Raises as `open_file`."""
+    with open_file(path) as stream:
+        return digest(stream)
 
 
 def write_atomic(path: str, write: Callable[[BinaryIO], object]) -> None:

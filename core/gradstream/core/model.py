@@ -72,9 +72,15 @@ def _refuse_foreign_code(fields: dict[str, Any]) -> None:
     """Raise ConfigError for a config that names code to be fetched; leave out what names some beside transformers' own
     class, which is used instead."""
     fields.pop("auto_map", None)
-    for key, value in fields.items():
-        if key.endswith("_implementation") and "/" in str(value):
-            raise ConfigError(f"model.config.{key} names code from elsewhere, which is never run; remove it")
+    _refuse_implementations(fields, "model.config")
+
+
+def _refuse_implementations(value: Any, where: str) -> None:
+    """Raise ConfigError where a config, or one within it, names an implementation that would be fetched."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if str(key).endswith("_implementation") and "/" in str(inner):
+            raise ConfigError(f"{where}.{key} names code from elsewhere, which is never run; remove it")
+        _refuse_implementations(inner, f"{where}.{key}")
 
 
 def build(model_config: Mapping[str, Any], device: str = "cpu", lora: LoraConfig | None = None) -> nn.Module:

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from gradstream.core.errors import ConfigError, one_line
+from gradstream.core.files import open_local
+from gradstream.core.paths import check_scheme
 
 STDLIB = "stdlib:"
 # Not the library itself: tests, what pip installed, and byte code.
@@ -57,9 +59,10 @@ class SourceFile:
     num_bytes: int
 
     def open(self) -> BufferedIOBase:
-        """The stored bytes. Raises what the file system raises."""
+        """The stored bytes. Raises what the file system raises, and ConfigError for a file that lies where
+        GRADSTREAM_PATHS does not allow."""
         if is_local(self.filesystem):  # fsspec would resolve ".." by its letters, not through links
-            return open(self.path, "rb")
+            return cast(BufferedIOBase, open_local(self.path))
         return cast(BufferedIOBase, self.filesystem.open(self.path, "rb"))
 
     @property
@@ -97,6 +100,7 @@ def open_filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path inside it. Raises ConfigError when there is none."""
     from fsspec.core import url_to_fs
 
+    check_scheme(path)
     try:
         filesystem, inner = url_to_fs(os.path.expanduser(path))
     except (ImportError, ValueError) as error:

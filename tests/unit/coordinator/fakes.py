@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,11 @@ TIMING = Timing(
     tick_seconds=0.02,
 )
 
+# The files of the data set.
+TOKENS = np.arange(200, dtype="<u2").tobytes()
+INDEX = np.array([0, 200], dtype="<u8").tobytes()
+TOKENIZER = json.dumps({"added_tokens": []}).encode()
+
 
 def make_manifest(num_train: int = 2, vocab_size: int = 64) -> Manifest:
     shards = [
@@ -42,14 +48,18 @@ def make_manifest(num_train: int = 2, vocab_size: int = 64) -> Manifest:
             num_tokens=200,
             num_documents=1,
             num_bytes=400,
-            sha256="0" * 64,
-            index_sha256="1" * 64,
+            sha256=hashlib.sha256(TOKENS).hexdigest(),
+            index_sha256=hashlib.sha256(INDEX).hexdigest(),
         )
         for split, count in (("train", num_train), ("validation", 2))
         for number in range(count)
     ]
     return Manifest(
-        token_dtype="uint16", vocab_size=vocab_size, end_of_text_id=0, tokenizer_sha256="2" * 64, shards=tuple(shards)
+        token_dtype="uint16",
+        vocab_size=vocab_size,
+        end_of_text_id=0,
+        tokenizer_sha256=hashlib.sha256(TOKENIZER).hexdigest(),
+        shards=tuple(shards),
     )
 
 
@@ -57,9 +67,9 @@ def write_data(directory: Path) -> Path:
     directory.mkdir(parents=True)
     manifest = make_manifest()
     for shard in manifest.shards:
-        (directory / shard.file).write_bytes(np.arange(200, dtype="<u2").tobytes())
-        (directory / shard.index_file).write_bytes(np.array([0, 200], dtype="<u8").tobytes())
-    (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": []}))
+        (directory / shard.file).write_bytes(TOKENS)
+        (directory / shard.index_file).write_bytes(INDEX)
+    (directory / "tokenizer.json").write_bytes(TOKENIZER)
     (directory / "manifest.json").write_text(manifest.model_dump_json())
     return directory
 

@@ -159,14 +159,31 @@ def test_the_identity_is_that_of_weights_and_config(directory: Path, pristine: P
 
 def test_a_file_is_hashed_once(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = []
-    real = base_files.files.sha256
+    real = base_files.files.digest
     monkeypatch.setattr(base_files, "_digests", {})
-    monkeypatch.setattr(base_files.files, "sha256", lambda path: hashed.append(path) or real(path))
+    monkeypatch.setattr(base_files.files, "digest", lambda stream: hashed.append(stream) or real(stream))
     base, _ = find_base(str(pristine))
     BaseReader(base).read(NAME, 0, 4)
     BaseReader(base).tensor(NAME)
     find_base(str(pristine))
-    assert hashed == [str(pristine / "model.safetensors")]
+    assert len(hashed) == 1
+
+
+def test_what_is_mapped_is_what_was_verified(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that is put in the file's place between its check and its use."""
+    other = save_base(tmp_path / "other", "gpt2")
+    base, _ = find_base(str(directory))
+    weights = directory / "model.safetensors"
+    real = base_files.local_path
+
+    def swapped(path: str) -> str:
+        weights.rename(tmp_path / "kept")
+        weights.symlink_to(other / "model.safetensors")
+        return real(path)
+
+    monkeypatch.setattr(base_files, "local_path", swapped)
+    with pytest.raises(CheckpointError, match="has changed since it was verified"):
+        BaseReader(base).tensor(NAME)
 
 
 def test_only_the_files_that_are_needed_are_opened(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def make_plan(data_path: Path, num_servers: int, fragment_elements: int = 256) -
         "training": {"num_steps": 4, "num_slots": 1, "global_batch": 1, "microbatch": 1, "sequence_length": 8},
         "data": {"path": str(data_path)},
     }
-    data = {"token_dtype": "uint16", "vocab_size": 64, "end_of_text_id": 0, "tokenizer_sha256": "0" * 64, "shards": []}
+    data = {"token_dtype": "uint16", "vocab_size": 64, "end_of_text_id": 0, "shards": []}
+    data["tokenizer_sha256"] = files.sha256(str(data_path / "tokenizer.json"))
     return Plan(
         job_id="job",
         epoch=1,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from threading import Barrier
 from typing import BinaryIO
@@ -12,6 +14,7 @@ from typing import BinaryIO
 import pytest
 
 from gradstream.core import files
+from gradstream.core.errors import DataError
 
 
 def test_writers_of_one_path_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -90,3 +93,53 @@ def test_the_size_of_a_file_or_none(tmp_path: Path) -> None:
     assert files.size_of(str(tmp_path / "file")) == 5
     assert files.size_of(str(tmp_path / "nothing")) is None
     assert files.size_of(str(tmp_path / "file" / "below")) is None
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    """A pipe would be waited for until somebody writes to it, and a device has no end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero", str(tmp_path)):
+        with pytest.raises(OSError, match=r"not a regular file|Is a directory"):
+            files.read_bytes(path)
+
+
+def test_a_file_that_was_recorded_is_read_only_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b"as recorded")
+    sha256 = hashlib.sha256(b"as recorded").hexdigest()
+    assert files.read_verified(str(path), sha256) == b"as recorded"
+    with files.open_verified(str(path), sha256, 11) as stream:
+        assert stream.read(2) == b"as"
+    with pytest.raises(DataError, match="is not the file that was recorded"):
+        files.open_verified(str(path), sha256, 12)
+    # In place, of the same size and within the file system's clock tick; then another file under the name.
+    path.write_bytes(b"AS recorded")
+    with pytest.raises(DataError, match=r"is not the file that was recorded \(sha256 .* of 11 bytes"):
+        files.read_verified(str(path), sha256)
+    path.unlink()
+    (tmp_path / "key").write_bytes(b"the key")
+    path.symlink_to(tmp_path / "key")
+    with pytest.raises(DataError, match="is not the file that was recorded"):
+        files.read_verified(str(path), sha256)
+
+
+def test_a_file_is_hashed_once_for_as_long_as_it_is_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(b"tokens")
+
+    class Counting(BytesIO):
+        def __init__(self, descriptor: int):
+            super().__init__(b"tokens")
+            self.descriptor, self.num_reads = descriptor, 0
+
+        def fileno(self) -> int:
+            return self.descriptor
+
+        def getbuffer(self) -> memoryview:
+            self.num_reads += 1
+            return super().getbuffer()
+
+    with path.open("rb") as stream:
+        fresh = [Counting(stream.fileno()) for _ in range(2)]
+        assert files.digest(fresh[0]) == files.digest(fresh[1]) == hashlib.sha256(b"tokens").hexdigest()
+        assert [each.num_reads for each in fresh] == [1, 1], "its times may not tell a change yet"

@@ -19,6 +19,7 @@ import typer
 
 from gradstream.coordinator.cli._app import group
 from gradstream.coordinator.cli._options import parse_size
+from gradstream.core.paths import restrict_process
 
 if TYPE_CHECKING:
     from gradstream.coordinator.cli._processes import Child
@@ -144,6 +145,7 @@ def coordinator(
 ) -> None:
     """Run the coordinator: membership, plans, leases, jobs."""
     _prepare(log_level, die_with_parent)
+    restrict_process()
     check_address(listen, "--listen")
     check_exposure(listen, credentials, insecure)
     state_dir = state.expanduser().absolute()
@@ -300,6 +302,7 @@ def fine_tuning(
     Coordinator, servers and workers must see its state directory and the bases under the same paths.
     """
     _prepare(log_level, die_with_parent)
+    restrict_process()
     check_address(listen, "--listen")
     check_exposure(listen, credentials, insecure)
     check_address(coordinator, "--coordinator")

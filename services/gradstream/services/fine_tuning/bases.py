@@ -105,12 +105,15 @@ def _link(source: Path, destination: Path) -> None:
     for path in sorted(source.iterdir()):
         if not path.is_file():
             continue
-        try:
-            os.link(path, destination / path.name)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            shutil.copyfile(path, destination / path.name)
+        with files.open_local(str(path)) as stream:
+            try:
+                # The file that was opened, whatever its name leads to by now. Only with a descriptor does Python have
+                # the link followed.
+                number = stream.fileno()
+                os.link(f"/proc/self/fd/{number}", destination / path.name, src_dir_fd=number)
+            except OSError:
+                with open(destination / path.name, "xb") as copy:
+                    shutil.copyfileobj(stream, copy)
     # The manifest is removed first: while it is there all files are.
     os.stat(source / MANIFEST_NAME)
     files.sync_directory(destination)

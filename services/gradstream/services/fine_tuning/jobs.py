@@ -24,7 +24,7 @@ from gradstream.services.fine_tuning.bases import find_base, keep_base
 from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.examples import load_prepared
 from gradstream.services.fine_tuning.lifecycle import Phase, after_job, next_phase, result_version
-from gradstream.services.fine_tuning.preparation import check_data, prepare
+from gradstream.services.fine_tuning.preparation import prepare
 from gradstream.services.fine_tuning.recipe import check_recipe, make_recipe
 from gradstream.services.fine_tuning.serving import Serving
 from gradstream.services.fine_tuning.store import Completions, Record, Store
@@ -83,10 +83,9 @@ class FineTunings:
         raise ConfigError(f"there is no fine-tuning '{name[:100]}'{near or '; `gradstream finetune ls` lists them'}")
 
     async def create(self, asked: FineTuningRecipe) -> Record:
-        """Note a new one and begin. Raises ConfigError when the name is taken or the recipe wrong, DataError when its
-        data is not to be found."""
+        """Note a new one, whose data was found, and begin. Raises ConfigError when the name is taken or the recipe
+        wrong."""
         check_recipe(asked, None, {})
-        await asyncio.to_thread(check_data, asked.data)
         async with self._lock(asked.name):
             old = self.store.get(asked.name)
             # One that ended before it had a job has made nothing that could be lost.

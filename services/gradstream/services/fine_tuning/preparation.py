@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
 
 from gradstream.core import base_model, files, model
-from gradstream.core.errors import DataError, ProtocolError, UnreachableError
+from gradstream.core.errors import DataError, GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.finetuning import Base
 from gradstream.core.finetuning_recipe import ExamplesConfig, FineTuningRecipe
 from gradstream.proto.v1 import fine_tuning_pb2
@@ -33,9 +33,10 @@ def check_data(config: ExamplesConfig) -> None:
         try:
             fs, inner = files.file_system(path)
             found = fs.isfile(inner)
-        except (OSError, ValueError, ImportError) as error:
-            cause = " ".join(str(error).split())
-            raise DataError(f"data.{key} {path} cannot be looked at ({cause}); correct it") from None
+        except GradstreamError:
+            raise
+        except Exception as error:  # every fsspec backend raises its own kind
+            raise DataError(f"data.{key} {path} cannot be looked at ({one_line(error)}); correct it") from None
         if not found:
             raise DataError(
                 f"there is no file {path} where the fine-tuning service can see it; correct data.{key}, or send "

@@ -9,12 +9,19 @@ from typing import Any, TypeAlias
 
 import grpc.aio
 
+from gradstream.core import files
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
-from gradstream.core.finetuning_recipe import FineTuningRecipe, absolute_finetuning_paths, parse_finetuning_recipe
+from gradstream.core.finetuning_recipe import (
+    ExamplesConfig,
+    FineTuningRecipe,
+    absolute_finetuning_paths,
+    parse_finetuning_recipe,
+)
 from gradstream.core.paging import MAX_PAGE_BYTES, start_of_page
 from gradstream.core.paths import AllowedPaths
 from gradstream.core.roots import moved_finetuning_recipe
 from gradstream.core.rpc import answering
+from gradstream.core.storage import StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc, jobs_pb2
 from gradstream.services.fine_tuning import views
@@ -51,6 +58,8 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self._previews = asyncio.Semaphore(MAX_PREVIEWS)
         self._uploads = asyncio.Semaphore(MAX_UPLOADS)
         self._allowed = AllowedPaths.of_environment(str(fine_tunings.store.uploads))
+        # Looks at paths that people name.
+        self._storage = StorageThreads()
 
     # -- examples --------------------------------------------------------------------------------------------------
 
@@ -64,8 +73,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
 
     async def PreviewExamples(self, request: pb.PreviewExamplesRequest, context: Context) -> pb.PreviewExamplesResponse:
         async with answering(context), self._previews:
-            asked = self._recipe(request)
-            await asyncio.to_thread(check_data, asked.data)
+            asked = await self._recipe(request)
             path, title = await resolve_base(self._jobs, asked.base_model)
             base, config = await in_thread(find_base, path, title)
             check_recipe(asked, base, config)
@@ -81,7 +89,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self, request: pb.CreateFineTuningRequest, context: Context
     ) -> pb.CreateFineTuningResponse:
         async with answering(context):
-            record = await self._fine_tunings.create(self._recipe(request))
+            record = await self._fine_tunings.create(await self._recipe(request))
             return pb.CreateFineTuningResponse(fine_tuning=await self._view(record))
         raise AssertionError("abort has raised")
 
@@ -184,7 +192,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
                 raise ConfigError("give the name of a fine-tuning or a base, not both")
             checkpoint = None
             if request.base:
-                self._check_base(request.base)
+                await self._storage.call(request.base, self._check_base, request.base)
                 path, title = await resolve_base(self._jobs, request.base)
                 base, _ = await in_thread(find_base, path, title)
             else:
@@ -206,21 +214,32 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             async for file, file_bytes, payload in self._exports.pieces(request.name, request.kind, version):
                 yield pb.ExportFineTuningResponse(file=file, file_bytes=file_bytes, payload=payload)
 
-    def _recipe(self, request: pb.CreateFineTuningRequest | pb.PreviewExamplesRequest) -> FineTuningRecipe:
-        """A recipe as it was sent, with its paths as they are here. Raises ConfigError."""
+    async def _recipe(self, request: pb.CreateFineTuningRequest | pb.PreviewExamplesRequest) -> FineTuningRecipe:
+        """A recipe as it was sent, with its paths as they are here, whose storage answers.
+
+        Raises ConfigError, DataError when its data is not to be found.
+        """
         asked = parse_finetuning_recipe(request.recipe_json)
         if absolute_finetuning_paths(asked) != asked:
             raise ConfigError("the recipe holds relative paths; make them absolute, as the client does")
         asked = moved_finetuning_recipe(asked, request.directory, self._root)
-        self._allowed.check("run_root", asked.run_root)
-        self._allowed.check("data.path", asked.data.path)
-        self._allowed.check("data.validation_path", asked.data.validation_path)
-        self._check_base(asked.base_model)
+        await self._storage.call(asked.run_root, self._allowed.check, "run_root", asked.run_root)
+        await self._storage.call(asked.data.path, self._check_data, asked.data)
+        await self._storage.call(asked.base_model, self._check_base, asked.base_model)
         return asked
 
+    def _check_data(self, data: ExamplesConfig) -> None:
+        self._allowed.check("data.path", data.path)
+        self._allowed.check("data.validation_path", data.validation_path)
+        check_data(data)
+
     def _check_base(self, base: str) -> None:
+        """Raise ConfigError for a base that must not be opened. It is looked at, so that one whose storage hangs holds
+        up this call and no other."""
         if not base.startswith("job:"):
             self._allowed.check("base_model", base)
+            with suppress(Exception):  # `find_base` says it better
+                files.list_names(base)
 
     async def _view(self, record: Record) -> pb.FineTuning:
         job = None

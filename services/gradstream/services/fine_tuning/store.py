@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gradstream.core import files
+from gradstream.core import files, paths
 from gradstream.core.errors import ConfigError, one_line
 from gradstream.core.finetuning import Base
 from gradstream.core.state_lock import lock_directory
@@ -93,6 +93,7 @@ class Store:
     def __init__(self, directory: Path):
         """Take up what is there. Raises ConfigError when another service holds the directory or a record is damaged."""
         self.root = directory
+        paths.own(str(directory))
         self._lock = lock_directory(directory, "fine-tuning service")
         try:
             self.uploads.mkdir(exist_ok=True)

@@ -1,0 +1,150 @@
+"""Threads for storage that may be slow, or never answer: a network file system whose server is gone, an object store.
+
+A thread that hangs in the kernel cannot be ended. So calls on such storage have threads of their own, a bounded number
+of them for each place, and a deadline after which the caller goes on without the thread. An event loop, and what other
+places hold, never wait for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+from gradstream.core.errors import UnreachableError
+from gradstream.core.foreign import panics_caught
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CALL_SECONDS = 20.0
+MAX_THREADS = 32
+MAX_THREADS_A_PLACE = 8
+_SHOWN_CHARACTERS = 200
+
+
+@dataclass(eq=False)
+class _Place:
+    """Calls on one place that have not returned, with when each began."""
+
+    begun: dict[int, float] = field(default_factory=dict)
+
+
+class StorageThreads:
+    """Calls functions that use storage, each in a thread of its own. For one event loop."""
+
+    def __init__(
+        self,
+        call_seconds: float = CALL_SECONDS,
+        max_threads: int = MAX_THREADS,
+        max_threads_a_place: int = MAX_THREADS_A_PLACE,
+    ):
+        """`call_seconds`: how long a caller waits, for a thread and for the answer together."""
+        self.call_seconds = call_seconds
+        self._max_threads = max_threads
+        self._max_threads_a_place = max_threads_a_place
+        self._places: dict[str, _Place] = {}
+        self._freed = asyncio.Event()
+        self._next = 0
+
+    async def call(self, place: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of `function`, which uses the storage at `place`: a path or URL as people name it.
+
+        Raises what it raises, and UnreachableError when the storage has not answered in time. A call that was given up
+        goes on in its thread, so only functions may be called that may end late, or never.
+        """
+        deadline = time.monotonic() + self.call_seconds
+        key = place_of(place)
+        while not self._has_room(key):
+            await self._wait_for_thread(place, key, deadline)
+        number, self._next = self._next, self._next + 1
+        self._places.setdefault(key, _Place()).begun[number] = time.monotonic()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            self._return(key, number)
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                with panics_caught():
+                    result = function(*args, **kwargs)
+            except BaseException as caught:
+                error = caught
+            try:
+                loop.call_soon_threadsafe(settle, result, error)
+            except RuntimeError:
+                pass  # the loop is closed
+
+        threading.Thread(target=run, name="storage", daemon=True).start()
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                return await future
+        except TimeoutError:
+            if future.done() and not future.cancelled():
+                return future.result()
+            raise UnreachableError(
+                f"the storage of {place[:_SHOWN_CHARACTERS]} has not answered for {self.call_seconds:g} s; check that "
+                f"it is mounted and its server reachable"
+            ) from None
+
+    @property
+    def num_threads(self) -> int:
+        """Calls that have not returned, those that were given up among them."""
+        return sum(len(place.begun) for place in self._places.values())
+
+    def _has_room(self, key: str) -> bool:
+        held = self._places.get(key)
+        return self.num_threads < self._max_threads and len(held.begun if held else ()) < self._max_threads_a_place
+
+    async def _wait_for_thread(self, place: str, key: str, deadline: float) -> None:
+        self._freed.clear()
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self._freed.wait()
+        except TimeoutError:
+            held = self._places.get(key) or max(self._places.values(), key=lambda each: len(each.begun))
+            since = time.monotonic() - min(held.begun.values())
+            raise UnreachableError(
+                f"{place[:_SHOWN_CHARACTERS]} was not looked at: {len(held.begun)} calls wait for storage that does "
+                f"not answer, the oldest for {since:.0f} s; check what is mounted there"
+            ) from None
+
+    def _return(self, key: str, number: int) -> None:
+        place = self._places[key]
+        del place.begun[number]
+        if not place.begun:
+            del self._places[key]
+        self._freed.set()
+
+
+def place_of(path: str) -> str:
+    """What of a path tells one storage from another, without looking at it: scheme and host of a URL, the mount point
+    of a local path as its text has it."""
+    scheme, separator, rest = path.partition("://")
+    if separator and "/" not in scheme:
+        return f"{scheme}://{rest.partition('/')[0]}"
+    return max((point for point in _mount_points() if _is_below(path, point)), key=len, default="/")
+
+
+def _is_below(path: str, point: str) -> bool:
+    return path == point or path.startswith(f"{point.rstrip('/')}/")
+
+
+def _mount_points() -> list[str]:
+    try:
+        with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+            # Blanks and the like are written as octal numbers.
+            return [line.split(" ")[1].encode("latin-1", "replace").decode("unicode_escape") for line in mounts]
+    except (OSError, IndexError, ValueError):
+        return ["/"]

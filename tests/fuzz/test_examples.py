@@ -22,7 +22,8 @@ from gradstream.core.errors import ConfigError, DataError, GradstreamError, Prot
 from gradstream.core.finetuning_recipe import ExamplesConfig
 from gradstream.core.sources import list_files
 from gradstream.services.fine_tuning import reading
-from gradstream.services.fine_tuning.chat import chat_pieces, chat_prompt_ids, chat_template, check_messages
+from gradstream.services.fine_tuning.chat import chat_prompt_ids, chat_template, render_conversation
+from gradstream.services.fine_tuning.conversations import conversation
 from gradstream.services.fine_tuning.encoding import Encoder
 from gradstream.services.fine_tuning.examples import preview
 from gradstream.services.fine_tuning.preparation import Upload
@@ -194,11 +195,11 @@ TEMPLATES = st.one_of(
 @given(mutated_tree(MESSAGES) | ODD_VALUES)
 def test_messages_are_taken_or_refused(value: Any) -> None:
     try:
-        found = check_messages(value)
+        found = conversation(value, value)
     except BadRowError as error:
         assert str(error).isprintable()  # noqa: PT017
     else:
-        assert found[-1]["role"] == "assistant"
+        assert found.messages[found.last_trained]["role"] == "assistant"
 
 
 @fuzzed()
@@ -209,10 +210,11 @@ def test_chat_templates_are_programs_that_may_only_refuse(tokenizer: Any, messag
     try:
         if taken(lambda: chat_template(tokenizer), ConfigError) is None:
             return
-        checked = check_messages(messages)
-        text = "".join(piece for piece, _ in chat_pieces(checked, tokenizer, template))
+        encoder = Encoder(tokenizer)
+        checked = conversation(messages)
+        text = encoder.decode(render_conversation(checked, tokenizer, encoder).ids)
         assert "root:" not in text
-        taken(lambda: chat_prompt_ids(checked[:-1], tokenizer, Encoder(tokenizer)), ConfigError)
+        taken(lambda: chat_prompt_ids(checked.messages[:-1], tokenizer, encoder), ConfigError)
     except BadRowError:
         pass
     finally:

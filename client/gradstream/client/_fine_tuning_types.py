@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal
@@ -61,6 +61,12 @@ class ExamplesReport(_Value):
     bad_rows: tuple[str, ...]
     """The first of them, one line each: file, line and reason."""
     sha256: tuple[str, ...]
+    num_tokens: int = 0
+    """Tokens to train on, targets and others."""
+    unused_fields: Mapping[str, int] = field(default_factory=dict)
+    """Fields that no example was made of, and in how many rows each is not null."""
+    notes: tuple[str, ...] = ()
+    """What people should know of how the rows were read, one line each."""
 
     @classmethod
     def from_proto(cls, message: fine_tuning_pb2.ExamplesReport) -> ExamplesReport:
@@ -77,6 +83,9 @@ class ExamplesReport(_Value):
             num_packed_rows=message.num_packed_rows,
             bad_rows=tuple(message.bad_rows),
             sha256=tuple(message.sha256),
+            num_tokens=message.num_tokens,
+            unused_fields=dict(sorted(message.unused_fields.items())),
+            notes=tuple(message.notes),
         )
 
 

@@ -14,7 +14,7 @@ from gradstream.core.base_files import read_json, read_small
 from gradstream.core.checkpoint import TOKENIZER_NAME, CheckpointReader, added_token, read_manifest
 from gradstream.core.errors import ConfigError, GradstreamError
 from gradstream.core.finetuning import Base
-from gradstream.core.foreign import parsing
+from gradstream.core.foreign import panics_caught, parsing
 from gradstream.core.log import get_logger
 from gradstream.core.paths import AllowedPaths
 
@@ -36,6 +36,9 @@ TOKENIZER_FILES = (
 )
 MAX_BASES = 16
 """Fine-tunings of fine-tunings that are followed to the first one's chat template."""
+END_IDS = "end_of_text_ids"
+"""The attribute by which a tokenizer of `load_tokenizer` knows more than one token that ends a text."""
+PROBE = "a reply as a probe"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -50,6 +53,34 @@ def load_tokenizer(base: Base, depth: int = 0) -> PreTrainedTokenizerBase:
         return _of_checkpoint(base.path, depth)
     settings = _settings(base.path)
     return _tokenizer(base.path, settings, _chat_template(base.path, settings))
+
+
+def end_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text or a reply.
+
+    They are the tokenizer's end of text, what `load_tokenizer` found in config.json and generation_config.json, and
+    the special token that the chat template puts after a reply.
+    """
+    ids = {tokenizer.eos_token_id, *getattr(tokenizer, END_IDS, ()), turn_end_id(tokenizer)}
+    return frozenset(int(token) for token in ids if token is not None)
+
+
+def turn_end_id(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts after a reply; None when it puts none there."""
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+    try:
+        with panics_caught():
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # no template, or one that refuses these messages
+        return None
+    after = text[text.rfind(PROBE) + len(PROBE) :].lstrip() if PROBE in text else ""
+    found = [
+        (len(token.content), number)
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content and after.startswith(token.content)
+    ]
+    token = max(found)[1] if found else None
+    return token if token is not None and token != tokenizer.bos_token_id else None
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

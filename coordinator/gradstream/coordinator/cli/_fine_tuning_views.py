@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gradstream.coordinator.cli._progress import ProgressView
     from gradstream.core.finetuning_recipe import FineTuningTraining
 
+SHOWN_FIELDS = 8
 TARGET_STYLE = "bold green"
 # Where there are no colours: marks that hardly any text has.
 TARGET_MARKS = ("⟦", "⟧")
@@ -139,7 +140,16 @@ def report_text(report: ExamplesReport) -> str:
         f"{report.num_rows} rows of {report.format or 'no format'}: {report.num_train} to train on, "
         f"{report.num_validation} held out{''.join(f', {text}' for text in left_out)}; "
         f"{out.format_count(report.num_target_tokens)} target tokens in {report.num_packed_rows} rows of tokens"
+        f"{f'; {unused}' if (unused := unused_text(report)) else ''}"
     )
+
+
+def unused_text(report: ExamplesReport) -> str:
+    """The fields that no example was made of, on one line; empty when there are none."""
+    fields = sorted(report.unused_fields.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{name} ({count} rows)" for name, count in fields[:SHOWN_FIELDS])
+    more = f" and {len(fields) - SHOWN_FIELDS} more" if len(fields) > SHOWN_FIELDS else ""
+    return f"fields not used: {shown}{more}" if fields else ""
 
 
 def example_text(example: RenderedExample, colours: bool) -> Any:
@@ -182,6 +192,8 @@ def print_preview(preview: ExamplesPreview, training: FineTuningTraining) -> Non
     console.print()
     console.print(Text(report_text(preview.report)), soft_wrap=True)
     console.print(Text(steps_text(training, preview.report)), soft_wrap=True)
+    for line in preview.report.notes:
+        console.print(Text(f"note: {line}"), soft_wrap=True)
     for line in preview.report.bad_rows:
         console.print(Text(f"bad: {line}", style="yellow"), soft_wrap=True)
 

@@ -118,6 +118,26 @@ class ExamplesReport(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class UnusedFieldsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     FORMAT_FIELD_NUMBER: _builtins.int
     NUM_ROWS_FIELD_NUMBER: _builtins.int
     NUM_TRAIN_FIELD_NUMBER: _builtins.int
@@ -129,6 +149,9 @@ class ExamplesReport(_message.Message):
     NUM_PACKED_ROWS_FIELD_NUMBER: _builtins.int
     BAD_ROWS_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    UNUSED_FIELDS_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
     format: _builtins.str
     """"prompt-completion", "chat" or "text"."""
     num_rows: _builtins.int
@@ -147,6 +170,8 @@ class ExamplesReport(_message.Message):
     """Target tokens to train on."""
     num_packed_rows: _builtins.int
     """Rows of the training split that examples were packed into."""
+    num_tokens: _builtins.int
+    """Tokens to train on, targets and others."""
     @_builtins.property
     def bad_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The first bad rows, one line each: file, line and reason."""
@@ -154,6 +179,14 @@ class ExamplesReport(_message.Message):
     @_builtins.property
     def sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Hex sha256 of each file of examples."""
+
+    @_builtins.property
+    def unused_fields(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Fields that no example was made of, and in how many rows each is not null."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What people should know of how the rows were read, one line each."""
 
     def __init__(
         self,
@@ -169,10 +202,13 @@ class ExamplesReport(_message.Message):
         num_packed_rows: _builtins.int = ...,
         bad_rows: _abc.Iterable[_builtins.str] | None = ...,
         sha256: _abc.Iterable[_builtins.str] | None = ...,
+        num_tokens: _builtins.int = ...,
+        unused_fields: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_rows", b"bad_rows", "format", b"format", "num_bad", b"num_bad", "num_packed_rows", b"num_packed_rows", "num_rows", b"num_rows", "num_target_tokens", b"num_target_tokens", "num_too_long", b"num_too_long", "num_train", b"num_train", "num_truncated", b"num_truncated", "num_validation", b"num_validation", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_rows", b"bad_rows", "format", b"format", "notes", b"notes", "num_bad", b"num_bad", "num_packed_rows", b"num_packed_rows", "num_rows", b"num_rows", "num_target_tokens", b"num_target_tokens", "num_tokens", b"num_tokens", "num_too_long", b"num_too_long", "num_train", b"num_train", "num_truncated", b"num_truncated", "num_validation", b"num_validation", "sha256", b"sha256", "unused_fields", b"unused_fields"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

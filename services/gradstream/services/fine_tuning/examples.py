@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +23,7 @@ from gradstream.core.sources import SourceFile, list_files, without_password
 from gradstream.proto.v1 import fine_tuning_pb2
 from gradstream.services.fine_tuning.chat import chat_prompt_ids, chat_template, render_chat
 from gradstream.services.fine_tuning.encoding import Encoder
-from gradstream.services.fine_tuning.reading import (
-    BadRowError,
-    Format,
-    UnknownFieldsError,
-    read_rows,
-    resolve_format,
-)
+from gradstream.services.fine_tuning.reading import BadRowError, UnknownFieldsError, read_rows, resolve_format
 from gradstream.services.fine_tuning.rendering import Example, Prompt, Renderer
 from gradstream.services.fine_tuning.rows import pack, write_rows
 
@@ -145,7 +139,9 @@ class _Collected:
     """All rows, rendered. `examples`: those that can be used, by the file they are in, in its order."""
 
     encoder: Encoder
-    format: Format | None = None
+    format: str = ""
+    unused_fields: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
     examples: dict[Split, list[Example]] = field(default_factory=lambda: {"train": [], "validation": []})
     num_rows: int = 0
     bad_rows: list[str] = field(default_factory=list)
@@ -194,18 +190,19 @@ def _collect(config: ExamplesConfig, tokenizer: Any, row_length: int) -> _Collec
                     raise BadRowError(row.reason)
                 fmt = resolve_format(config, file, row)
                 if renderer is None:
-                    collected.format = fmt
                     config = config.model_copy(update={"format": fmt})
                     renderer = Renderer(config, tokenizer, collected.encoder, fmt, row_length)
+                    collected.format = renderer.format
+                    collected.unused_fields, collected.notes = renderer.unused_fields, renderer.notes
                 for example in renderer.render(row):
                     _add(collected, config, split, example, row_length)
             except BadRowError as error:
-                if collected.format is None and isinstance(error, UnknownFieldsError):
+                if renderer is None and isinstance(error, UnknownFieldsError):
                     unknown = unknown or f"{row.origin}: {error}"
                 collected.num_bad += 1
                 if len(collected.bad_rows) < SHOWN_BAD_ROWS:
                     collected.bad_rows.append(plain_line(f"{row.origin}: {error}"))
-    if collected.format is None and unknown:
+    if renderer is None and unknown:
         raise ConfigError(unknown)
     if not collected.num_rows:
         raise DataError(f"{config.path} has no rows; give a file with examples")
@@ -264,7 +261,7 @@ def _report(
     collected: _Collected, splits: dict[Split, list[Example]], num_packed_rows: int
 ) -> fine_tuning_pb2.ExamplesReport:
     return fine_tuning_pb2.ExamplesReport(
-        format=collected.format or "",
+        format=collected.format,
         num_rows=collected.num_rows,
         num_train=len(splits["train"]),
         num_validation=len(splits["validation"]),
@@ -275,6 +272,9 @@ def _report(
         num_packed_rows=num_packed_rows,
         bad_rows=collected.bad_rows,
         sha256=collected.sha256,
+        num_tokens=sum(example.num_places for example in splits["train"]),
+        unused_fields=collected.unused_fields,
+        notes=[f"{count} {note}" for note, count in collected.notes.items()],
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gradstream.core.errors import ConfigError, DataError, nearest, plain_line
@@ -20,8 +20,12 @@ from gradstream.core.source_rows import (
 )
 from gradstream.core.sources import SourceFile
 
-Format = Literal["prompt-completion", "chat", "text"]
-SHOWN_FIELDS = 8
+Format = Literal["prompt-completion", "chat", "text", "alpaca"]
+SHAREGPT_FIELD = "conversations"
+ALPACA_FIELDS = ("instruction", "input", "output", "system", "history")
+# Read of a Parquet file beside the fields that the recipe names.
+OTHER_FIELDS = (SHAREGPT_FIELD, *ALPACA_FIELDS, "tools", "weight", "train")
+SHOWN_FIELDS = 24
 MAX_FILE_BYTES = 4 << 30
 """Of a file that is compressed, once it is unpacked: examples are in memory all at once, and a small file can unpack to
 any size."""
@@ -55,6 +59,8 @@ class Row:
     reason: str = ""
     kind: Literal["rows", "text"] = "rows"
     """text: the row is a whole text file."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Fields of the file that are not read, and of how many rows; with the file's first row."""
 
     def text(self, field: str) -> str:
         """The text in a field. Raises BadRowError."""
@@ -80,8 +86,8 @@ class Row:
 def read_rows(file: SourceFile, config: ExamplesConfig) -> Iterator[Row]:
     """The rows of one file, in order. A text file is one row; blank lines and blank text files are none.
 
-    JSON is known by its content too, whatever the file's name. Of a Parquet file only the columns that `config` names
-    are read. Raises DataError when the file cannot be read or is damaged.
+    JSON is known by its content too, whatever the file's name. Of a Parquet file only the columns that examples
+    may be made of are read. Raises DataError when the file cannot be read or is damaged.
     """
     # With format text, an object alone in a file may be the text that is meant.
     fields = (config.text_field,) if config.format == "text" else ()
@@ -90,9 +96,8 @@ def read_rows(file: SourceFile, config: ExamplesConfig) -> Iterator[Row]:
             case "jsonl" | "json":
                 yield from _json(source)
             case "parquet":
-                yield from _parquet(
-                    source, (config.prompt_field, config.completion_field, config.messages_field, config.text_field)
-                )
+                named = (config.prompt_field, config.completion_field, config.messages_field, config.text_field)
+                yield from _parquet(source, (*named, *OTHER_FIELDS))
             case "text":
                 yield from _text(source, config.text_field)
 
@@ -115,14 +120,17 @@ def resolve_format(config: ExamplesConfig, file: SourceFile, row: Row) -> Format
         return config.format
     if row.has(config.prompt_field) and row.has(config.completion_field):
         return "prompt-completion"
-    if row.has(config.messages_field):
+    if row.has(config.messages_field) or row.has(SHAREGPT_FIELD):
         return "chat"
+    if row.has("instruction") and row.has("output"):
+        return "alpaca"
     if row.has(config.text_field):
         return "text"
     raise UnknownFieldsError(
-        f"no fields '{config.prompt_field}' and '{config.completion_field}', no '{config.messages_field}' and no "
-        f"'{config.text_field}' (fields: {listed(row.fields)}); name those there are with data.prompt_field and "
-        f"data.completion_field, data.messages_field or data.text_field"
+        f"no fields '{config.prompt_field}' and '{config.completion_field}', no '{config.messages_field}' or "
+        f"'{SHAREGPT_FIELD}', no 'instruction' and 'output', and no '{config.text_field}' (fields: "
+        f"{listed(row.fields)}); name those there are with data.prompt_field and data.completion_field, "
+        f"data.messages_field or data.text_field"
     )
 
 
@@ -166,6 +174,7 @@ def _parquet(source: OpenSource, fields: Sequence[str]) -> Iterator[Row]:
     names = tuple(table.schema_arrow.names)
     # A field of a column's objects ("meta.text") needs the column. With none of them, one still counts the rows.
     needed = [name for name in names if any(field == name or field.startswith(f"{name}.") for field in fields)]
+    unread = _unread(table, {name for name in names if name not in (needed or names[:1])})
     number = num_bytes = 0
     for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=needed or list(names[:1])):
         num_bytes += batch.nbytes
@@ -173,7 +182,24 @@ def _parquet(source: OpenSource, fields: Sequence[str]) -> Iterator[Row]:
             raise DataError(f"{source.name} unpacks to more than {MAX_FILE_BYTES >> 20} MiB; split it")
         for values in batch.to_pylist():
             number += 1
-            yield Row(f"{source.name}:{number}", values, names)
+            yield Row(f"{source.name}:{number}", values, names, unread=unread if number == 1 else {})
+
+
+def _unread(table: Any, names: Collection[str]) -> dict[str, int]:
+    """For columns by their names the number of rows that are not null, as far as the file's statistics tell."""
+    counts: dict[str, int] = dict.fromkeys(names, 0)
+    for number in range(table.metadata.num_row_groups):
+        group = table.metadata.row_group(number)
+        filled: dict[str, int] = dict.fromkeys(names, 0)
+        for index in range(group.num_columns):
+            column = group.column(index)
+            name = column.path_in_schema.split(".")[0]
+            if name in filled:
+                known = column.path_in_schema == name and column.statistics and column.statistics.has_null_count
+                count = group.num_rows - column.statistics.null_count if known else group.num_rows
+                filled[name] = max(filled[name], count)
+        counts = {name: counts[name] + filled[name] for name in counts}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _text(source: OpenSource, text_field: str) -> Iterator[Row]:

@@ -27,6 +27,8 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
         self.jobs: list[jobs_pb2.Job] = []
         self.submitted = 0
         self.resumed = 0
+        self.deadlines: list[float | None] = []
+        """Seconds that callers allowed for a checkpoint."""
         self.ended = asyncio.Event()
         self.lose_answers = 0
         self.checkpoints = [jobs_pb2.Checkpoint(version=version, path=f"/runs/{version}") for version in (4, 8)]
@@ -70,6 +72,7 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
 
     async def CheckpointJob(self, request: Any, context: Any) -> jobs_pb2.CheckpointJobResponse:
         """The current version of every running job is 8."""
+        self.deadlines.append(context.time_remaining())
         async with rpc.answering(context):
             if not self.checkpoints:
                 raise ConfigError(f"job {self._find(request.job_id).job_id} is queued")

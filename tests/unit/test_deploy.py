@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from gradstream.coordinator.cli import serve
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 ONE_SHOT = "credentials"
@@ -84,6 +86,17 @@ def test_services_start_after_the_coordinator_is_healthy(services: dict[str, Any
         assert services[name]["mem_limit"]
         assert services[name]["stop_grace_period"]
         assert services[name]["restart"] == "unless-stopped"
+
+
+def test_services_have_time_to_finish_what_they_write(services: dict[str, Any]) -> None:
+    """The engine kills a container only after its role's --grace."""
+    for name, grace in (
+        ("coordinator", serve.GRACE_SECONDS),
+        ("worker", serve.GRACE_SECONDS),
+        ("worker-gpu", serve.GRACE_SECONDS),
+        ("parameter-server", serve.SERVER_GRACE_SECONDS),
+    ):
+        assert int(services[name]["stop_grace_period"].removesuffix("s")) > grace + 5
 
 
 def test_the_image_of_the_command_line_has_no_torch() -> None:

@@ -232,12 +232,13 @@ class AsyncClient:
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
     async def checkpoint(self, job_id: str | None = None) -> Checkpoint:
-        """Have a running job write a checkpoint at its next step boundary, and wait until it is there.
+        """Have a running job write a checkpoint at its next step boundary, and wait until it is there, however long a
+        step takes.
 
-        Raises ConfigError when the job does not run.
+        Raises ConfigError when the job does not run, CheckpointError when it rests or ends before.
         """
         request = jobs_pb2.CheckpointJobRequest(job_id=job_id or "")
-        response = await self._connection.call(lambda stub, timeout: stub.CheckpointJob(request, timeout=timeout))
+        response = await self._connection.call(lambda stub, timeout: stub.CheckpointJob(request))
         return Checkpoint.from_proto(response.checkpoint)
 
     async def checkpoints(self, job_id: str | None = None) -> list[Checkpoint]:

@@ -115,10 +115,12 @@ class Controller:
                 self.event(record.job_id, "state", f"the coordinator was started anew and found the job {word}")
         self._loop_task = asyncio.create_task(self._watch_clock())
 
-    async def stop(self) -> None:
-        """Stop deciding; nodes stay as they are."""
+    async def stop(self, grace_seconds: float = 0.0) -> None:
+        """Stop deciding; a manifest that is being written has so long to be done. Nodes stay as they are."""
         self._closing = True
         active = self.active
+        if active is not None and active.writing is not None:
+            await asyncio.wait([active.writing], timeout=grace_seconds)
         tasks = [self._loop_task, active.planning if active else None, active.writing if active else None]
         for task in tasks:
             if task is not None:
@@ -561,14 +563,23 @@ class Controller:
         if active.record.desired != "run":
             self.ask_for_boundary(active)
 
-    def ask_for_boundary(self, active: ActiveJob) -> None:
-        """Ask the leader, if it is here and the job runs, for a checkpoint at its next commit."""
+    def leader_stream(self, active: ActiveJob) -> tuple[int, int] | None:
+        """(epoch, number of the stream) by which the active job's leader is told things; None while it is away."""
+        if active.plan is None:
+            return None
+        leader = self.members.get(active.plan.servers[active.plan.leader].node_id)
+        return (active.record.epoch, leader.session) if leader is not None and leader.present else None
+
+    def ask_for_boundary(self, active: ActiveJob) -> bool:
+        """Ask the leader, if it is here and the job runs, for a checkpoint at its next commit; whether it was asked."""
         if active.plan is None or active.state != RUNNING or active.resting:
-            return
+            return False
         leader = self.members.get(active.plan.servers[active.plan.leader].node_id)
         if leader is not None and leader.present and self._any_worker(active):
             boundary = coordinator_pb2.BoundaryRequest(job_id=active.job_id, epoch=active.record.epoch)
             self._hub.send(leader, coordinator_pb2.SessionResponse(boundary=boundary))
+            return True
+        return False
 
     # --- transitions ------------------------------------------------------------------------------------------------
 

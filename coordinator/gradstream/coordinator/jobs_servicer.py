@@ -138,6 +138,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             record = self._find(request.job_id)
             version = self._orders.checkpoint(record)
             root = checkpoints.root_of(record.run_directory)
+            asked = None
             while True:
                 # Taken before looking, so that what comes in between is not slept through.
                 change = self._controller.notifier.change(record.job_id)
@@ -146,8 +147,10 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                     listing = await self._storage.call(root, checkpoints.listing, root)
                     return jobs_pb2.CheckpointJobResponse(checkpoint=listing[-1])
                 state = self._find(record.job_id).state
-                if state in scheduler.ENDED:
-                    raise CheckpointError(f"job {record.job_id} {scheduler.STATE_WORDS[state]} before its next step")
+                if state not in (jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_PLANNING):
+                    raise CheckpointError(f"job {record.job_id} is {scheduler.STATE_WORDS[state]} before its next step")
+                # The leader may not be there yet, or be another one by now.
+                asked = self._orders.ask_for_checkpoint(record, asked)
                 await change.wait()
         raise AssertionError("abort has raised")
 

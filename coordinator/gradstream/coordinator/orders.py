@@ -56,16 +56,28 @@ class Orders:
         self._controller.reconcile()
 
     def checkpoint(self, record: JobRecord) -> int:
-        """Have a checkpoint written at the next boundary; return the version that it will be later than. Raises
-        ConfigError when the job does not run."""
+        """The version that a checkpoint asked for now will be later than. Raises ConfigError when the job does not run,
+        and so cannot be asked for one."""
         active = self._active_of(record)
         if active is None or active.state != RUNNING or active.record.desired != "run":
             raise ConfigError(
                 f"job {record.job_id} is {scheduler.STATE_WORDS[record.state]}; only a running job can be asked for a "
                 f"checkpoint"
             )
-        self._controller.ask_for_boundary(active)
         return active.version
+
+    def ask_for_checkpoint(self, record: JobRecord, asked: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Ask the leader for a checkpoint at the next boundary, once in an epoch and for each of its streams.
+
+        `asked` is what the last call returned, None before the first.
+        """
+        active = self._active_of(record)
+        if active is None:
+            return asked
+        stream = self._controller.leader_stream(active)
+        if stream is None or stream == asked or not self._controller.ask_for_boundary(active):
+            return asked
+        return stream
 
     def resume(self, record: JobRecord, on_disk: Sequence[int] = ()) -> None:
         """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished.

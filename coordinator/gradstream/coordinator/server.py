@@ -22,6 +22,7 @@ from gradstream.core.audit import AuditLog
 from gradstream.core.errors import GradstreamError, one_line
 from gradstream.core.guard import Guard
 from gradstream.core.log import get_logger
+from gradstream.core.session import GRACE_SECONDS
 from gradstream.core.state_lock import lock_directory
 from gradstream.core.token_sources import FileTokens
 from gradstream.core.transport import PLAIN, Transport
@@ -45,8 +46,11 @@ class Coordinator:
         root: str = "",
         transport: Transport = PLAIN,
         tokens: Path | None = None,
+        grace_seconds: float = GRACE_SECONDS,
     ):
-        """`tokens` is the file of the table of tokens, needed when `transport` is secure."""
+        """`tokens` is the file of the table of tokens, needed when `transport` is secure; `grace_seconds` is the time
+        that a manifest may take which is being written when the coordinator is stopped."""
+        self._grace_seconds = grace_seconds
         self._listen = listen
         self._state_dir = state_dir
         self._timing = timing
@@ -102,7 +106,7 @@ class Coordinator:
                 await task
         with suppress(GradstreamError):
             await self._health.enter_graceful_shutdown()
-        await self.controller.stop()
+        await self.controller.stop(self._grace_seconds)
         await self._server.stop(STOP_GRACE_SECONDS)
         await self.controller.timelines.close()
         self._state.close()
@@ -133,6 +137,7 @@ async def serve(
     root: str = "",
     credentials: Path | None = None,
     tokens: Path | None = None,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> None:
     """Serve until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once nodes can register.
 
@@ -141,7 +146,7 @@ async def serve(
     """
     if credentials is not None and tokens is None:
         tokens = credentials / TOKENS_NAME
-    coordinator = Coordinator(listen, state_dir, timing, root, Transport(credentials), tokens)
+    coordinator = Coordinator(listen, state_dir, timing, root, Transport(credentials), tokens, grace_seconds)
     await coordinator.start()
     try:
         log.info("coordinator ready", address=coordinator.address, state=str(state_dir), version=__version__)

@@ -19,7 +19,14 @@ import grpc
 import grpc.aio
 
 from gradstream.core import errors
-from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError, UnreachableError
+from gradstream.core.errors import (
+    AccessError,
+    BusyError,
+    GradstreamError,
+    ProtocolError,
+    StaleEpochError,
+    UnreachableError,
+)
 from gradstream.core.foreign import panics_caught
 from gradstream.core.transport import PLAIN, Transport
 
@@ -191,6 +198,12 @@ def refused_for_good(error: GradstreamError) -> bool:
     A stale epoch is not of the kind: either side may be about to take up the new plan.
     """
     return isinstance(error, ProtocolError) and not isinstance(error, StaleEpochError)
+
+
+def is_passing(error: GradstreamError) -> bool:
+    """Whether the same request may be taken later although it was refused now: a peer that is away or busy, credentials
+    that are about to be renewed, a fault that has no name. Not a peer's answer about the request itself."""
+    return isinstance(error, UnreachableError | BusyError | AccessError) or type(error) is GradstreamError
 
 
 class Backoff:

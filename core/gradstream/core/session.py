@@ -1,7 +1,7 @@
 """A node's tie to the coordinator: register, heartbeat, take directives, come back after a break.
 
-The coordinator is not in the path of a step: while it is away the node keeps working and keeps knocking, with jittered
-backoff and without end.
+The coordinator is not in the path of a step: while it is away the node keeps working and tries again, with jittered
+backoff and without end. Reports are sent until they are taken; a node that is asked to end sends them first.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 log = get_logger()
 
+GRACE_SECONDS = 20.0
+"""For a node that ends to finish what it must not leave undone."""
+
 
 @dataclass
 class NodeIdentity:
@@ -49,7 +52,8 @@ class NodeSession:
     """Keeps one node registered. `run` returns when `leave` was called.
 
     `activity` and `held` are asked at each heartbeat and registration; `on_directive` is awaited for each directive in
-    order, so a slow one delays the next.
+    order, so a slow one delays the next. `drain` finishes what the node must not leave undone; it is awaited, while
+    heartbeats go on, before the node says that it leaves.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class NodeSession:
         on_directive: Callable[[coordinator_pb2.SessionResponse], Awaitable[None]],
         log_buffer: LogBuffer | None = None,
         transport: Transport = PLAIN,
+        drain: Callable[[], Awaitable[None]] | None = None,
+        grace_seconds: float = GRACE_SECONDS,
     ):
         self.coordinator_address = coordinator_address
         self.identity = identity
@@ -74,6 +80,10 @@ class NodeSession:
         self._log_buffer = log_buffer
         self._wake = asyncio.Event()
         self._leaving = False
+        self._left = asyncio.Event()
+        self._drain = drain
+        self._grace_seconds = grace_seconds
+        self._ending: asyncio.Task[None] | None = None
         self._reports: set[asyncio.Future[None]] = set()
         self.transport = transport
         self.channel = open_channel(coordinator_address, COORDINATOR, transport)
@@ -86,8 +96,24 @@ class NodeSession:
         return f"coordinator {self.coordinator_address}"
 
     def leave(self) -> None:
-        """Tell the coordinator that this node goes, and make `run` return."""
+        """Finish what must not be left undone, for as long as the grace allows; then tell the coordinator that this
+        node goes, and make `run` return. A second call changes nothing."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        try:
+            async with asyncio.timeout(self._grace_seconds):
+                if self._drain is not None:
+                    await self._drain()
+                while self._reports:
+                    await asyncio.wait(set(self._reports))
+        except TimeoutError:
+            log.warning("ends although not all of its reports were taken", grace_seconds=self._grace_seconds)
+        except Exception as error:
+            log.error("could not finish what was under way", cause=one_line(error))
         self._leaving = True
+        self._left.set()
         self._wake.set()
 
     def heartbeat_soon(self) -> None:
@@ -122,19 +148,29 @@ class NodeSession:
                     self.unreachable_since = time.time()
                     log.warning("lost the coordinator, trying again until it is back", cause=one_line(error))
             if not self._leaving:
-                await asyncio.sleep(backoff.next())
+                try:
+                    await asyncio.wait_for(self._left.wait(), backoff.next())
+                except TimeoutError:
+                    pass
 
     async def report(self, send: Callable[[], Awaitable[object]]) -> None:
-        """Send a report until the coordinator has taken it. Raises its error when it refuses for good."""
-        backoff = Backoff()
+        """Send a report until the coordinator has taken it.
+
+        Raises ProtocolError, which says that the report itself is wrong; every other refusal may pass.
+        """
+        backoff, known = Backoff(), ""
         while True:
             try:
                 await send()
                 return
             except grpc.aio.AioRpcError as rpc_error:
                 error = error_from_rpc(rpc_error, self.peer)
-                if not isinstance(error, UnreachableError):
+                if isinstance(error, ProtocolError):
                     raise error from None
+                line = one_line(error)
+                if not isinstance(error, UnreachableError) and line != known:
+                    known = line
+                    log.warning("a report was not taken, trying again", cause=line)
             await asyncio.sleep(backoff.next())
 
     async def report_failure(self, job_id: str, epoch: int, error: BaseException) -> None:

@@ -152,6 +152,10 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
                 return job
         raise ConfigError(f"no job '{job_id}'; `gradstream ls` lists them")
 
+    async def CheckpointJob(self, request: Any, context: Any) -> jobs_pb2.CheckpointJobResponse:
+        self.requests.append(context.time_remaining())
+        return jobs_pb2.CheckpointJobResponse(checkpoint=jobs_pb2.Checkpoint(version=12))
+
     async def SubmitJob(self, request: Any, context: Any) -> jobs_pb2.SubmitJobResponse:
         self.requests.append(request)
         async with rpc.answering(context):

@@ -322,6 +322,12 @@ def test_export_trusts_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_checkpoint_is_waited_for_without_a_deadline(jobs: CannedJobs, address: str) -> None:
+    with Client(address, call_timeout_seconds=1.0) as client:
+        assert client.checkpoint("tiny-1").version == 12
+    assert jobs.requests == [None]
+
+
 def test_export_refuses_a_full_directory(address: str, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     with Client(address) as client:

@@ -12,7 +12,16 @@ from support.canned_coordinator import CannedCoordinator, jobs_of
 from support.tiny import LLAMA
 
 from gradstream.core.config import parse_recipe
-from gradstream.core.errors import CheckpointError, ConfigError, DataError, ProtocolError, UnreachableError
+from gradstream.core.errors import (
+    BusyError,
+    CheckpointError,
+    ConfigError,
+    CredentialsError,
+    DataError,
+    GradstreamError,
+    ProtocolError,
+    UnreachableError,
+)
 from gradstream.core.finetuning_recipe import ExamplesConfig
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.proto.v1.fine_tuning_pb2 import UploadExamplesRequest
@@ -71,6 +80,40 @@ async def test_a_jobs_checkpoint_is_kept_when_the_job_removes_it(tmp_path: Path)
         assert (tmp_path / "base" / "manifest.json").read_text() == "{}"
         with pytest.raises(CheckpointError, match="removed faster than they can be kept"):
             await keep_base(jobs, "job:pretrained-1", tmp_path / "base")
+
+
+async def test_a_checkpoint_of_a_running_job_is_waited_for_without_a_deadline() -> None:
+    """A step may take minutes; a deadline would ask for one checkpoint after another, for ever."""
+    coordinator = CannedCoordinator()
+    coordinator.add(RECIPE).state = jobs_pb2.JOB_STATE_RUNNING
+    async with jobs_of(coordinator) as jobs:
+        assert await resolve_base(jobs, "job:pretrained-1") == ("/runs/8", "job:pretrained-1@8")
+    assert coordinator.deadlines == [None]
+
+
+@pytest.mark.parametrize(
+    "refusal", [BusyError("512 calls are under way"), CredentialsError("the token has expired"), GradstreamError("?")]
+)
+async def test_a_coordinator_that_refuses_for_a_passing_reason_is_asked_again(refusal: GradstreamError) -> None:
+    waits: list[str] = []
+    answers: list[GradstreamError | str] = [refusal, "job"]
+
+    async def call() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, GradstreamError):
+            raise answer
+        return answer
+
+    async def damaged() -> str:
+        raise CheckpointError("it has no manifest")
+
+    async with jobs_of(CannedCoordinator()) as jobs:
+        assert await jobs.patiently(call, waits.append) == "job"
+        assert str(refusal) in waits[0]
+        assert "refuses" in waits[0]
+        with pytest.raises(CheckpointError):
+            await jobs.patiently(damaged, waits.append)
+    assert len(waits) == 1
 
 
 async def pieces(*requests: UploadExamplesRequest) -> AsyncIterator[UploadExamplesRequest]:

@@ -169,6 +169,10 @@ class JobRun:
             for channel in self._channels:
                 await channel.close(None)
 
+    async def drain(self) -> None:
+        """Wait until residuals that are being written for a checkpoint are reported, or on their way."""
+        await self._keeper.drain()
+
     def _load(self) -> None:
         torch.set_num_threads(self.plan.recipe.training.num_threads)
         self._computer = SlotComputer(self.plan, self._device, self.worker, self._timeline)

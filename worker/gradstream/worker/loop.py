@@ -19,7 +19,7 @@ from gradstream.core.errors import ProtocolError
 from gradstream.core.model import preload
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
-from gradstream.core.session import NodeIdentity, NodeSession
+from gradstream.core.session import GRACE_SECONDS, NodeIdentity, NodeSession
 from gradstream.core.speed import measure_flops
 from gradstream.core.token_sources import FollowingServer
 from gradstream.core.transport import Transport
@@ -46,9 +46,18 @@ class Worker:
         faults: Faults,
         log_buffer: logging.LogBuffer,
         transport: Transport,
+        grace_seconds: float = GRACE_SECONDS,
     ):
         self.session = NodeSession(
-            coordinator, identity, self._activity, self._held, self._on_directive, log_buffer, transport
+            coordinator,
+            identity,
+            self._activity,
+            self._held,
+            self._on_directive,
+            log_buffer,
+            transport,
+            self._drain,
+            grace_seconds,
         )
         self._device = device
         self._cache_directory = cache_directory
@@ -111,6 +120,11 @@ class Worker:
         except Exception as error:
             await self.session.report_failure(job.plan.job_id, job.plan.epoch, error)
 
+    async def _drain(self) -> None:
+        """Finish the residuals that are being written for a checkpoint."""
+        if self._job is not None:
+            await self._job.drain()
+
     async def _drop(self) -> None:
         if self._task is not None:
             self._task.cancel()
@@ -143,9 +157,13 @@ async def serve(
     device: str,
     ready_file: Path | None,
     credentials: Path | None = None,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> None:
     """Run a worker until SIGTERM or SIGINT; `credentials` is the directory of its own. Raises GradstreamError when it
-    cannot start or is refused."""
+    cannot start or is refused.
+
+    It ends once residuals that are being written and its reports are done with, after `grace_seconds` at the latest.
+    """
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
     # Before the imports that take seconds: a port that is taken is told at once.
@@ -158,7 +176,7 @@ async def serve(
     flops = await asyncio.to_thread(measure_flops, picked)
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, door.address, memory_bytes, described, flops)
     identity.disk_directory = lambda: cache_directory
-    node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer, transport)
+    node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer, transport, grace_seconds)
     add_worker(node.servicer, door.server)
     probe.add_probe(door.server, WORKER, identity.disk_directory)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]

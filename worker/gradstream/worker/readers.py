@@ -8,9 +8,8 @@ from pathlib import Path
 
 import grpc.aio
 
-from gradstream.core.errors import UnreachableError
 from gradstream.core.plan import Plan
-from gradstream.core.rpc import Backoff, error_from_rpc
+from gradstream.core.rpc import Backoff, error_from_rpc, is_passing
 from gradstream.core.session import NodeSession
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.worker.data import SlotReader, Split
@@ -51,7 +50,8 @@ class Readers:
             reader.close()
 
     async def fetch(self, file: str) -> AsyncIterator[bytes]:
-        """The bytes of a file of the data set, from the coordinator; while it is away, asked for again without end."""
+        """The bytes of a file of the data set, from the coordinator; while it is away or refuses for a reason that
+        passes, asked for again without end."""
         request = coordinator_pb2.FetchDataShardRequest(job_id=self._plan.job_id, file=file)
         num_taken = 0
         backoff = Backoff()
@@ -68,6 +68,6 @@ class Readers:
                 return
             except grpc.aio.AioRpcError as rpc_error:
                 error = error_from_rpc(rpc_error, self._session.peer)
-                if not isinstance(error, UnreachableError):
+                if not is_passing(error):
                     raise error from None
             await asyncio.sleep(backoff.next())

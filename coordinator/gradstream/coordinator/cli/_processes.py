@@ -15,7 +15,8 @@ from gradstream.core.errors import GradstreamError
 from gradstream.core.log import get_logger
 from gradstream.core.ready import write_ready_file
 
-STOP_SECONDS = 30.0
+STOP_SECONDS = 10.0
+"""Beyond the time that a child is given to finish what is under way."""
 _POLL_SECONDS = 0.05
 COMMAND = (sys.executable, "-m", "gradstream.coordinator.cli")
 
@@ -30,8 +31,14 @@ class Child:
     arguments: Sequence[str]
 
 
-async def run_children(children: Sequence[Child], ready_file: Path | None, command: Sequence[str] = COMMAND) -> None:
-    """Run the children until SIGTERM or SIGINT, which reaches all of them; a second one kills them.
+async def run_children(
+    children: Sequence[Child],
+    ready_file: Path | None,
+    command: Sequence[str] = COMMAND,
+    stop_seconds: float = STOP_SECONDS,
+) -> None:
+    """Run the children until SIGTERM or SIGINT, which reaches all of them; a second one kills them, as do
+    `stop_seconds` after the first.
 
     A child that ends unasked takes the others with it and raises GradstreamError: its shard is lost either way, and
     whoever supervises this command starts all of them again. The kernel kills the children should this process be
@@ -55,7 +62,7 @@ async def run_children(children: Sequence[Child], ready_file: Path | None, comma
         if announcing is not None:
             announcing.cancel()
             await asyncio.gather(announcing, return_exceptions=True)
-        await _end(processes, signals)
+        await _end(processes, signals, stop_seconds)
         for path in [*ready_files, *([ready_file] if ready_file is not None else [])]:
             path.unlink(missing_ok=True)
 
@@ -94,14 +101,16 @@ async def _watch(
         await asyncio.gather(asked, *exits, return_exceptions=True)
 
 
-async def _end(processes: Sequence[asyncio.subprocess.Process], signals: asyncio.Queue[int]) -> None:
-    """SIGTERM to all; SIGKILL after 30 s or at another signal."""
+async def _end(
+    processes: Sequence[asyncio.subprocess.Process], signals: asyncio.Queue[int], stop_seconds: float
+) -> None:
+    """SIGTERM to all; SIGKILL after `stop_seconds` or at another signal."""
     for process in processes:
         _send(process, signal.SIGTERM)
     waiting = asyncio.gather(*(process.wait() for process in processes))
     hurried = asyncio.create_task(signals.get())
     futures: set[asyncio.Future[Any]] = {waiting, hurried}
-    await asyncio.wait(futures, timeout=STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait(futures, timeout=stop_seconds, return_when=asyncio.FIRST_COMPLETED)
     hurried.cancel()
     for process in processes:
         _send(process, signal.SIGKILL)

@@ -30,6 +30,9 @@ DEFAULT_MEMORY_SHARE = 0.8
 # It is mostly on a machine that others work on too.
 FINE_TUNING_MEMORY_SHARE = 0.4
 MAX_PROCESSES = 64
+# Less than the time after which deploy/compose.yaml kills the container.
+GRACE_SECONDS = 20.0
+SERVER_GRACE_SECONDS = 50.0
 
 
 class LogLevel(StrEnum):
@@ -102,6 +105,15 @@ ReadyFileOption = Annotated[
     Path | None,
     typer.Option("--ready-file", metavar="PATH", help="Written when the role is up: its address, or a worker's name."),
 ]
+GraceOption = Annotated[
+    float,
+    typer.Option(
+        "--grace",
+        metavar="SECONDS",
+        min=0,
+        help="On SIGTERM: time to finish a checkpoint that is being written and to send reports.",
+    ),
+]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="How much to log.")]
 CredentialsOption = Annotated[
     Path | None,
@@ -140,6 +152,7 @@ def coordinator(
     credentials: CredentialsOption = None,
     insecure: InsecureOption = False,
     ready_file: ReadyFileOption = None,
+    grace: GraceOption = GRACE_SECONDS,
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
 ) -> None:
@@ -156,7 +169,15 @@ def coordinator(
 
         raise ConfigError(f"--state {state_dir} cannot be made ({error.strerror}); choose another directory") from None
     _run(
-        "gradstream.coordinator.server", listen, state_dir, ready_file, None, root_directory(root), credentials, tokens
+        "gradstream.coordinator.server",
+        listen,
+        state_dir,
+        ready_file,
+        None,
+        root_directory(root),
+        credentials,
+        tokens,
+        grace,
     )
 
 
@@ -171,6 +192,7 @@ def parameter_server(
     credentials: CredentialsOption = None,
     insecure: InsecureOption = False,
     ready_file: ReadyFileOption = None,
+    grace: GraceOption = SERVER_GRACE_SECONDS,
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
 ) -> None:
@@ -184,13 +206,13 @@ def parameter_server(
     check_address(coordinator, "--coordinator")
     name = check_name(name or default_name())
     if processes > 1:
-        options = ["--log-level", str(log_level)]
+        options = ["--log-level", str(log_level), "--grace", str(grace)]
         options += ["--credentials", str(credentials)] if credentials is not None else []
         options += ["--insecure"] if insecure else []
         children = server_processes(coordinator, name, listen, memory_bytes(memory), threads, processes, options)
-        from gradstream.coordinator.cli._processes import run_children
+        from gradstream.coordinator.cli._processes import STOP_SECONDS, run_children
 
-        run_until_done(run_children(children, ready_file))
+        run_until_done(run_children(children, ready_file, stop_seconds=grace + STOP_SECONDS))
         return
     _run(
         "gradstream.services.parameter_server.server",
@@ -201,6 +223,7 @@ def parameter_server(
         ready_file,
         threads,
         credentials,
+        grace,
     )
 
 
@@ -248,6 +271,7 @@ def worker(
     credentials: CredentialsOption = None,
     insecure: InsecureOption = False,
     ready_file: ReadyFileOption = None,
+    grace: GraceOption = GRACE_SECONDS,
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
 ) -> None:
@@ -269,6 +293,7 @@ def worker(
         str(device),
         ready_file,
         credentials,
+        grace,
     )
 
 

@@ -14,7 +14,7 @@ from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.reach import why_unreachable
-from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, ending, error_from_rpc, open_channel
+from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, ending, error_from_rpc, is_passing, open_channel
 from gradstream.core.transport import PLAIN, Transport
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 from gradstream.services.fine_tuning.lifecycle import ENDED_JOBS
@@ -87,8 +87,10 @@ class Jobs:
         return (await self._call(self._stub.StopJob, jobs_pb2.StopJobRequest(job_id=job_id, now=True))).job
 
     async def checkpoint(self, job_id: str) -> None:
-        """Have a running job write a checkpoint now. Raises ConfigError when it does not run."""
-        await self._call(self._stub.CheckpointJob, jobs_pb2.CheckpointJobRequest(job_id=job_id))
+        """Have a running job write a checkpoint at its next step, however long that takes. Raises ConfigError when it
+        does not run, CheckpointError when it rests or ends before."""
+        # No deadline: a step may take minutes. Keepalive finds out whether the coordinator is there.
+        await self._call(self._stub.CheckpointJob, jobs_pb2.CheckpointJobRequest(job_id=job_id), None)
 
     async def checkpoints(self, job_id: str) -> list[jobs_pb2.Checkpoint]:
         """A job's checkpoints, oldest first."""
@@ -114,30 +116,37 @@ class Jobs:
                     return
             except grpc.aio.AioRpcError as rpc_error:
                 error = self._error(rpc_error)
-                if not isinstance(error, UnreachableError):
+                if not is_passing(error):
                     raise error from None
-            except UnreachableError:
-                pass
+            except GradstreamError as error:
+                if not is_passing(error):
+                    raise
             await asyncio.sleep(backoff.next())
 
     async def patiently(self, call: Callable[[], Awaitable[T]], on_wait: Callable[[str], object]) -> T:
-        """The result of `call`, which is made again for as long as the coordinator does not answer; `on_wait` is told
-        for whom one waits, and since when."""
+        """The result of `call`, which is made again for as long as the coordinator does not answer, or refuses for a
+        reason that passes; `on_wait` is told for whom one waits, and since when."""
         backoff = Backoff()
         since = ""
         while True:
             try:
                 return await call()
-            except UnreachableError as error:
+            except GradstreamError as error:
+                if not is_passing(error):
+                    raise
                 if not since:
                     since = f"{datetime.now().astimezone():%H:%M:%S}"
-                    log.warning("the coordinator does not answer", cause=one_line(error))
-                on_wait(f"waits for coordinator {self.address}, which does not answer, since {since}")
+                    log.warning("the coordinator does not answer as it should", cause=one_line(error))
+                away = isinstance(error, UnreachableError)
+                which = "does not answer" if away else f"refuses ({one_line(error)})"
+                on_wait(f"waits for coordinator {self.address}, which {which}, since {since}")
             await asyncio.sleep(backoff.next())
 
-    async def _call(self, method: Callable[..., Awaitable[T]], request: Any) -> T:
+    async def _call(
+        self, method: Callable[..., Awaitable[T]], request: Any, timeout: float | None = UNARY_TIMEOUT_SECONDS
+    ) -> T:
         try:
-            return await method(request, timeout=UNARY_TIMEOUT_SECONDS)
+            return await method(request, timeout=timeout)
         except grpc.aio.AioRpcError as rpc_error:
             raise self._error(rpc_error) from None
 

@@ -29,7 +29,7 @@ from gradstream.core.rpc import (
     open_channel,
     refused_for_good,
 )
-from gradstream.core.session import NodeIdentity, NodeSession
+from gradstream.core.session import GRACE_SECONDS, NodeIdentity, NodeSession
 from gradstream.core.token_sources import FollowingServer
 from gradstream.core.transport import PLAIN, Transport
 from gradstream.core.wire import ParameterServerStub, add_parameter_server
@@ -55,16 +55,28 @@ class ParameterServer:
         log_buffer: logging.LogBuffer,
         num_threads: int,
         transport: Transport = PLAIN,
+        grace_seconds: float = GRACE_SECONDS,
     ):
         # Reductions (the squared norms) must not depend on the machine's number of cores.
         torch.set_num_threads(1)
         self.shard: Shard | None = None
         self.servicer = ParameterServerServicer(lambda: self.shard)
         self.session = NodeSession(
-            coordinator, identity, self._activity, self._held, self._on_directive, log_buffer, transport
+            coordinator,
+            identity,
+            self._activity,
+            self._held,
+            self._on_directive,
+            log_buffer,
+            transport,
+            self._drain,
+            grace_seconds,
         )
         self._executor = ThreadPoolExecutor(num_threads, "tensor")
-        self._step_reports: asyncio.Queue[coordinator_pb2.ReportStepRequest] = asyncio.Queue(MAX_UNREPORTED_STEPS)
+        # A future among them is a mark: it is done when all before it are sent.
+        self._step_reports: asyncio.Queue[coordinator_pb2.ReportStepRequest | asyncio.Future[None]] = asyncio.Queue(
+            MAX_UNREPORTED_STEPS
+        )
         self._loading: asyncio.Task[None] | None = None
         self._leader_channel: grpc.aio.Channel | None = None
         self._process = psutil.Process()
@@ -171,10 +183,24 @@ class ParameterServer:
     async def _report_steps(self) -> None:
         while True:
             report = await self._step_reports.get()
+            if isinstance(report, asyncio.Future):
+                report.set_result(None)
+                continue
             await self.session.deliver(partial(self.session.stub.ReportStep, report, timeout=UNARY_TIMEOUT_SECONDS))
 
     async def _send_checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
         await self.session.deliver(partial(self.session.stub.ReportCheckpoint, report, timeout=UNARY_TIMEOUT_SECONDS))
+
+    async def _drain(self) -> None:
+        """Finish the checkpoint that is being written, and send the steps reported so far.
+
+        Steps go on meanwhile: other servers may have to commit one for their own checkpoint.
+        """
+        if self.shard is not None:
+            await self.shard.drain()
+        mark: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await self._step_reports.put(mark)
+        await mark
 
     # -- status ----------------------------------------------------------------------------------------------------
 
@@ -199,9 +225,12 @@ async def serve(
     ready_file: Path | None,
     num_threads: int | None = None,
     credentials: Path | None = None,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> None:
     """Run a parameter server until SIGTERM or SIGINT; `credentials` is the directory of its own. Raises GradstreamError
     when it cannot start or is refused.
+
+    It ends once a checkpoint that is being written and its reports are done with, after `grace_seconds` at the latest.
 
     `num_threads` threads do the arithmetic; None takes as many as the machine has cores, at most 8.
     """
@@ -214,7 +243,9 @@ async def serve(
     memory.settle()
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, door.address, memory_bytes, "cpu")
     identity.disk_directory = lambda: node.checkpoint_directory
-    node = ParameterServer(coordinator, identity, log_buffer, num_threads or arithmetic_threads(), transport)
+    node = ParameterServer(
+        coordinator, identity, log_buffer, num_threads or arithmetic_threads(), transport, grace_seconds
+    )
     add_parameter_server(node.servicer, door.server)
     probe.add_probe(door.server, SERVER, identity.disk_directory)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]

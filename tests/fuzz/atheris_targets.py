@@ -349,6 +349,18 @@ def documents_jsonl(data: bytes) -> None:
         text.encode()
 
 
+@target(DataError, ConfigError, seeds=lambda: [b'[{"text": "a"}, {"text": "b"}]', b'{"text": "a"}\n{"text": "b"}\n'])
+def examples_json(data: bytes) -> None:
+    """A file of which only the content says that it is JSON, as examples and as documents."""
+    (file,) = list_files([str(in_file("rows.json", data))])
+    for _ in read_rows(file, ExamplesConfig(path=file.path)):
+        pass
+    try:
+        list(read_documents(file, "text"))
+    except NotTextError:
+        pass
+
+
 @target(DataError, ConfigError, seeds=lambda: [parquet_rows()])
 def examples_parquet(data: bytes) -> None:
     """A Parquet file of examples."""

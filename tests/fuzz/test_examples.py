@@ -162,6 +162,34 @@ def test_compressed_files_are_taken_or_refused(tmp_path: Path, content: bytes, s
             pass
 
 
+WHOLE_JSON = [
+    b'[{"text": "a"}, {"text": "b", "n": [1, 2]}]',
+    b'[\n {"prompt": "a",\n  "completion": "b"}\n]\n',
+    b'{"text": "a"}\n{"text": "b"}\n',
+    b'{"text":\n "a"}{"text": "\\ud800"}',
+    b'\xef\xbb\xbf{"text": "a"}',
+]
+
+
+@fuzzed(0.5)
+@given(st.data(), st.sampled_from([".json", ".txt", "", ".json.gz"]))
+def test_json_that_was_changed_is_taken_or_refused(tmp_path: Path, data: Any, suffix: str) -> None:
+    content = data.draw(st.sampled_from(WHOLE_JSON))
+    begin = data.draw(st.integers(0, len(content)))
+    end = data.draw(st.integers(begin, min(len(content), begin + 3)))
+    content = content[:begin] + data.draw(st.binary(max_size=3)) + content[end:]
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    (file,) = list_files([str(path)])
+    for text in taken(lambda: list(read_rows(file, ExamplesConfig(path=file.path))), DataError) or []:
+        assert text.reason or text.values
+    try:
+        for document in taken(lambda: list(read_documents(file, "text")), DataError) or []:
+            document.encode()
+    except NotTextError:
+        pass
+
+
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -18,12 +19,19 @@ from typing import Literal
 from gradstream.coordinator.data import tokenizer as tokenization
 from gradstream.coordinator.data.inspection import DataSummary, SplitSummary, inspect, load_manifest, verify
 from gradstream.coordinator.data.output import SplitWriter
-from gradstream.coordinator.data.sources import Corpus
+from gradstream.coordinator.data.sources import NOT_TEXT, Corpus
 from gradstream.core.config import PrepareConfig
 from gradstream.core.data import Manifest
 from gradstream.core.data_output import Output, Split
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.sources import FoundFiles, find_files, without_password
+from gradstream.core.sources import (
+    FoundFiles,
+    SourceFile,
+    find_files,
+    is_local,
+    open_filesystem,
+    without_password,
+)
 
 __all__ = [
     "DataSummary",
@@ -78,7 +86,7 @@ def prepare(
     """
     # Phase 1: list the files. What is wrong with the paths shows before anything is written.
     found = find_files(options.sources)
-    files = found.files
+    files = _without_output(found, out)
     if isinstance(options.end_of_text, int) and options.tokenizer is None:
         raise ConfigError(
             f"end_of_text {options.end_of_text} is an id, which a trained tokenizer gives out itself; name its text"
@@ -150,6 +158,23 @@ def prepare(
     return manifest
 
 
+def _without_output(found: FoundFiles, out: str) -> list[SourceFile]:
+    """The files found, without those of a data set at `out`: its sources may be a directory that it lies in."""
+    filesystem, path = open_filesystem(out)
+    root = (os.path.realpath(path) if is_local(filesystem) else path).rstrip("/") + "/"
+
+    def is_ours(file: SourceFile) -> bool:
+        if str(file.filesystem.protocol) != str(filesystem.protocol):
+            return False
+        return f"{os.path.realpath(file.path) if is_local(filesystem) else file.path}".startswith(root)
+
+    kept = [file for file in found.files if not is_ours(file)]
+    found.left_out += Counter({"files of the data set itself": len(found.files) - len(kept)})
+    if not kept:
+        raise ConfigError(f"the sources name only files of the data set {out} itself; name files that hold text")
+    return kept
+
+
 def is_validation(index: int, fraction: float) -> bool:
     """Whether document number `index` is held out: a pure function of the two.
 
@@ -179,6 +204,8 @@ def _tokenizing(state: PrepareProgress, corpus: Corpus, writers: dict[Split, Spl
 
 def _notes(found: FoundFiles, corpus: Corpus) -> tuple[str, ...]:
     notes = [f"{what} ({count})" for what, count in sorted(corpus.tally.notes.items())]
+    if corpus.first_not_text:
+        notes.append(f"{NOT_TEXT} were left out ({corpus.num_skipped_files}), the first: {corpus.first_not_text}")
     if found.num_repeated:
         notes.append(f"files are read again under another name, a link; their text comes twice ({found.num_repeated})")
     return tuple(notes)

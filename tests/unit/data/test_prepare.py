@@ -134,6 +134,52 @@ def test_directory_of_text_and_code(tmp_path: Path, out: str) -> None:
     assert os.listdir(Path(out).parent) == ["set"]
 
 
+def test_what_people_should_see(tmp_path: Path, out: str) -> None:
+    """The manifest and the last progress say as what files were read, what was left out and why."""
+    write_texts(tmp_path / "in", 12)
+    (tmp_path / "in" / "rows.json.gz").write_bytes(gzip.compress(b'{"text": "one row"}\n{"text": " "}\n' * 4))
+    (tmp_path / "in" / "b.bin").write_bytes(b"\0\1")
+    (tmp_path / "in" / ".hidden").write_text("hidden")
+    (tmp_path / "in" / "link.txt").symlink_to("001.txt")
+    seen: list[PrepareProgress] = []
+    manifest = prepare(options(tmp_path / "in"), out, seen.append)
+    assert manifest.read_as == {"JSON lines by their content": 1, "text": 13}
+    assert manifest.left_out == {
+        "blank documents": 4,
+        "files that are not UTF-8 text": 1,
+        "hidden files and directories": 1,
+    }
+    assert seen[-1].left_out == manifest.left_out
+    assert seen[-1].notes == (
+        f"files that are not UTF-8 text were left out (1), the first: {tmp_path}/in/b.bin",
+        "files are read again under another name, a link; their text comes twice (1)",
+    )
+    assert seen[-1].end_of_text == "'<|endoftext|>' (id 0), by the trained tokenizer"
+    summary = inspect(out)
+    assert (summary.read_as, summary.left_out) == (manifest.read_as, manifest.left_out)
+
+
+def test_a_data_set_inside_of_its_source(tmp_path: Path) -> None:
+    """Made again, it does not hold its own files."""
+    texts = write_texts(tmp_path, 12)
+    for _ in range(2):
+        manifest = prepare(options(tmp_path), str(tmp_path / "set"), force=True)
+        assert Counter(all_documents(str(tmp_path / "set"))) == Counter(texts)
+    assert manifest.left_out == {"files of the data set itself": 10}
+
+
+def test_names_of_any_bytes(tmp_path: Path) -> None:
+    """A name that is no UTF-8 is read, and written out in the manifest."""
+    directory = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    texts = write_texts(Path(directory), 12)
+    (Path(directory) / "000.txt").rename(f"{directory}/{os.fsdecode(bytes([255]))}.txt")
+    for number, source in enumerate((directory, f"{directory}/*")):
+        out = f"{directory}-{number}"
+        assert prepare(options(source), out).sources == (source.replace("\udce9", "\\xe9"),)
+        assert Counter(all_documents(out)) == Counter(texts)
+        assert inspect(out).path == out.replace("\udce9", "\\xe9")
+
+
 def test_glob_single_files_and_duplicates(tmp_path: Path, out: str) -> None:
     texts = write_texts(tmp_path / "in", 9)
     (tmp_path / "in" / "other.md").write_text("not matched")

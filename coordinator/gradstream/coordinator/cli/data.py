@@ -216,8 +216,6 @@ def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
 
 
 def _print_summary(summary: DataSummary, end_of_text: str = "") -> None:
-    from gradstream.core.sources import public_text
-
     rows = []
     for name, split in (("train", summary.train), ("validation", summary.validation)):
         spread = f"{out.format_count(split.smallest_shard)} to {out.format_count(split.largest_shard)}"
@@ -233,7 +231,7 @@ def _print_summary(summary: DataSummary, end_of_text: str = "") -> None:
         )
     out.print_table(["SPLIT", ">SHARDS", ">DOCUMENTS", ">TOKENS", ">SIZE", ">TOKENS A SHARD"], rows)
     checked = ", all hashes right" if summary.verified else ""
-    print(f"{public_text(summary.path)}: {summary.token_dtype}, vocabulary of {summary.vocab_size}{checked}")
+    print(f"{summary.path}: {summary.token_dtype}, vocabulary of {summary.vocab_size}{checked}")
     print(f"end of text: {end_of_text or f'{summary.end_of_text!r} (id {summary.end_of_text_id})'}")
     for name, counts in (("files read as", summary.read_as), ("left out", summary.left_out)):
         if counts:

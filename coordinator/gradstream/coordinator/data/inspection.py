@@ -11,7 +11,7 @@ import numpy as np
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.errors import DataError, one_line
 from gradstream.core.foreign import parsing
-from gradstream.core.sources import open_filesystem
+from gradstream.core.sources import open_filesystem, public_text
 
 BLOCK_BYTES = 1 << 20
 SAMPLE_TOKENS = 64
@@ -68,7 +68,7 @@ def inspect(path: str, verify_hashes: bool = False) -> DataSummary:
     """Summarize the data set at `path`, and with `verify_hashes` read all of it. Raises DataError."""
     manifest = verify(path) if verify_hashes else load_manifest(path)
     return DataSummary(
-        path=path,
+        path=public_text(path),
         vocab_size=manifest.vocab_size,
         token_dtype=manifest.token_dtype,
         end_of_text_id=manifest.end_of_text_id,

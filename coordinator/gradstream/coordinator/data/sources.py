@@ -173,6 +173,8 @@ class Corpus:
         self._max_bytes = max_bytes
         self._format = fmt
         self.tally = Tally()
+        self.first_not_text = ""
+        """the name of the first file that is not UTF-8 text"""
         self.num_bytes = 0
         """bytes of text read"""
         self.stored_bytes_done = 0
@@ -211,6 +213,7 @@ class Corpus:
                 self.tally.left_out += Counter({WITHOUT_ROWS: int(not any_row)})
             except NotTextError:
                 self.tally.left_out[NOT_TEXT] += 1
+                self.first_not_text = self.first_not_text or file.name
                 tally = Tally()
             self.tally.read_as += tally.read_as
             self.tally.notes += tally.notes

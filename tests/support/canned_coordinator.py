@@ -26,6 +26,7 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
     def __init__(self) -> None:
         self.jobs: list[jobs_pb2.Job] = []
         self.submitted = 0
+        self.request_ids: list[str] = []
         self.resumed = 0
         self.deadlines: list[float | None] = []
         """Seconds that callers allowed for a checkpoint."""
@@ -56,6 +57,7 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
 
     async def SubmitJob(self, request: Any, context: Any) -> jobs_pb2.SubmitJobResponse:
         self.submitted += 1
+        self.request_ids.append(request.request_id)
         job = self.add(parse_recipe(request.recipe_json))
         if self.lose_answers:
             self.lose_answers -= 1

@@ -13,8 +13,11 @@ from gradstream.client._async_client import AsyncClient, default_address
 from gradstream.client._async_fine_tuning_client import AsyncFineTuningClient, default_fine_tuning_address
 from gradstream.client._client import Client
 from gradstream.client._errors import (
+    AccessError,
+    BusyError,
     CheckpointError,
     ConfigError,
+    CredentialsError,
     DataError,
     FineTuningFailedError,
     GradstreamError,
@@ -59,13 +62,16 @@ from gradstream.core.finetuning_recipe import FineTuningRecipe, load_finetuning_
 from gradstream.core.timeline import Span, SpanKind, Timeline, chrome_trace
 
 __all__ = [
+    "AccessError",
     "Activity",
     "AsyncClient",
     "AsyncFineTuningClient",
+    "BusyError",
     "Checkpoint",
     "CheckpointError",
     "Client",
     "ConfigError",
+    "CredentialsError",
     "DataError",
     "Evaluation",
     "Event",

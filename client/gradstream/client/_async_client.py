@@ -19,6 +19,7 @@ from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, Watc
 from gradstream.core import access
 from gradstream.core.config import Recipe, absolute_paths, load_recipe, parse_recipe
 from gradstream.core.errors import ConfigError, UnreachableError
+from gradstream.core.requests import new_request_id
 from gradstream.core.rpc import Backoff, ending
 from gradstream.core.timeline import Timeline
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
@@ -92,13 +93,22 @@ class AsyncClient:
 
     # ---- Jobs ------------------------------------------------------------------------------------------------------
 
-    async def submit(self, recipe: Recipe | str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Job:
-        """Queue a job.
+    async def submit(
+        self,
+        recipe: Recipe | str | Path | Mapping[str, Any],
+        overrides: Iterable[str] = (),
+        *,
+        request_id: str | None = None,
+    ) -> Job:
+        """Queue a job, once: where no answer comes it is asked for again, under the same request id.
 
         `recipe` is a Recipe, the path of a recipe file, or a mapping; `overrides` are `key.sub=value` strings and go
-        with a path only. Relative paths in it are made absolute against the current directory.
+        with a path only. Relative paths in it are made absolute against the current directory. `request_id` (1 to 64
+        letters, digits, '.', '_', '-') is new for each job; a later call with the id of one that was taken gives that
+        one's job, after a restart of the coordinator too. None: one that no other call has.
 
-        Raises ConfigError when the recipe is wrong.
+        Raises ConfigError when the recipe is wrong, UnreachableError, which names the request id, when it is not known
+        whether the job was taken.
         """
         overrides = tuple(overrides)
         if isinstance(recipe, str | Path):
@@ -107,8 +117,12 @@ class AsyncClient:
             raise ConfigError("overrides go with the path of a recipe; change the mapping or the Recipe instead")
         else:
             resolved = absolute_paths(recipe if isinstance(recipe, Recipe) else parse_recipe(recipe))
-        request = jobs_pb2.SubmitJobRequest(recipe_json=resolved.model_dump_json(), directory=os.getcwd())
-        response = await self._connection.call(lambda stub, timeout: stub.SubmitJob(request, timeout=timeout))
+        request = jobs_pb2.SubmitJobRequest(
+            recipe_json=resolved.model_dump_json(), directory=os.getcwd(), request_id=request_id or new_request_id()
+        )
+        response = await self._connection.call_once(
+            lambda stub, timeout: stub.SubmitJob(request, timeout=timeout), request.request_id
+        )
         return Job.from_proto(response.job)
 
     async def jobs(self) -> list[Job]:

@@ -33,6 +33,7 @@ from gradstream.core.finetuning_recipe import (
     load_finetuning_recipe,
     parse_finetuning_recipe,
 )
+from gradstream.core.requests import new_request_id
 from gradstream.core.rpc import Backoff, ending
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc
@@ -151,17 +152,26 @@ class AsyncFineTuningClient:
 
     # ---- Fine-tunings ----------------------------------------------------------------------------------------------
 
-    async def create(self, recipe: AnyRecipe, overrides: Iterable[str] = ()) -> FineTuning:
-        """Begin a fine-tuning. It is preparing its data when this returns; `wait` waits for its end.
+    async def create(
+        self, recipe: AnyRecipe, overrides: Iterable[str] = (), *, request_id: str | None = None
+    ) -> FineTuning:
+        """Begin a fine-tuning, once: where no answer comes it is asked for again, under the same request id. It is
+        preparing its data when this returns; `wait` waits for its end.
 
         `recipe` is a FineTuningRecipe, the path of a recipe file, or a mapping; `overrides` are `key.sub=value` strings
-        and go with a path only. Relative paths in it are made absolute against the current directory.
+        and go with a path only. Relative paths in it are made absolute against the current directory. `request_id` is
+        as in AsyncClient.submit.
 
-        Raises ConfigError when the recipe is wrong or its name taken, DataError when its data is not to be found.
+        Raises ConfigError when the recipe is wrong or its name taken, DataError when its data is not to be found,
+        UnreachableError, which names the request id, when it is not known whether the fine-tuning was taken.
         """
         resolved = await _resolve(recipe, overrides)
-        request = pb.CreateFineTuningRequest(recipe_json=resolved.model_dump_json(), directory=os.getcwd())
-        response = await self._connection.call(lambda stub, timeout: stub.CreateFineTuning(request, timeout=timeout))
+        request = pb.CreateFineTuningRequest(
+            recipe_json=resolved.model_dump_json(), directory=os.getcwd(), request_id=request_id or new_request_id()
+        )
+        response = await self._connection.call_once(
+            lambda stub, timeout: stub.CreateFineTuning(request, timeout=timeout), request.request_id
+        )
         return FineTuning.from_proto(response.fine_tuning)
 
     async def list(self) -> list[FineTuning]:

@@ -64,9 +64,15 @@ class Client:
         """Since when every try to reach the coordinator has failed; None when the last one succeeded."""
         return self._client.unreachable_since
 
-    def submit(self, recipe: Recipe | str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Job:
-        """Queue a job. See AsyncClient.submit."""
-        return self._thread.run(self._client.submit(recipe, overrides))
+    def submit(
+        self,
+        recipe: Recipe | str | Path | Mapping[str, Any],
+        overrides: Iterable[str] = (),
+        *,
+        request_id: str | None = None,
+    ) -> Job:
+        """Queue a job, once. See AsyncClient.submit."""
+        return self._thread.run(self._client.submit(recipe, overrides, request_id=request_id))
 
     def jobs(self) -> list[Job]:
         """All jobs, newest first."""

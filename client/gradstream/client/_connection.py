@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,13 +17,15 @@ import grpc.aio
 from gradstream.core.credentials import find_credentials
 from gradstream.core.errors import ConfigError, CredentialsError, GradstreamError, UnreachableError
 from gradstream.core.reach import why_unreachable
-from gradstream.core.rpc import ERROR_CLASS_KEY, error_from_rpc, open_channel
+from gradstream.core.rpc import ERROR_CLASS_KEY, Backoff, error_from_rpc, open_channel
 from gradstream.core.transport import Transport
 
 Stub = TypeVar("Stub")
 
 # A little more than the longest pause between two tries of a channel (gradstream.core.rpc).
 RECONNECT_SECONDS = 3.5
+AGAIN_SECONDS = 10.0
+"""How long a request whose answer was lost is made again."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,37 @@ class Connection(Generic[Stub]):
                 raise self._unreachable(f"no answer within {self._connect_timeout_seconds:g} s") from None
         return self._make_stub(channel)
 
+    async def call_once(self, call: Callable[[Stub, float], Any], request_id: str) -> Any:
+        """As `call`, for a request that carries an id and so is taken once: where its answer is lost it is made again.
+
+        Raises UnreachableError, which says how to go on, when it is not known whether the request was taken.
+        """
+        backoff = Backoff()
+        deadline = time.monotonic() + AGAIN_SECONDS
+        was_sent = False
+        while True:
+            stub = await self.connect()
+            was_sent = was_sent or self._is_ready()
+            try:
+                response = await call(stub, self._call_timeout_seconds)
+            except grpc.aio.AioRpcError as rpc_error:
+                error = self.error(rpc_error)
+                if not was_sent or not _is_lost(rpc_error):
+                    raise error from None
+                if time.monotonic() >= deadline:
+                    raise UnreachableError(
+                        f"{error}; it may have been taken: make the request again with request id {request_id}, which "
+                        f"makes no second one"
+                    ) from None
+            else:
+                self.unreachable_since = None
+                return response
+            await asyncio.sleep(backoff.next())
+
+    def _is_ready(self) -> bool:
+        channel = self._channel
+        return channel is not None and channel.get_state() is grpc.ChannelConnectivity.READY
+
     async def call(self, call: Callable[[Stub, float], Any]) -> Any:
         """The answer of a unary call, which `call` makes on a stub with a time-out. Raises the error it stands for."""
         stub = await self.connect()
@@ -144,3 +178,14 @@ class Connection(Generic[Stub]):
             f"{peer.title} {self.address} does not answer{since} ({cause}); start it with "
             f"`{peer.command}`, or name another address ({peer.variable}, {peer.option})"
         )
+
+
+def _is_lost(rpc_error: grpc.aio.AioRpcError) -> bool:
+    """Whether a call failed in a way that does not tell what the peer has done."""
+    metadata: Any = rpc_error.trailing_metadata() or ()
+    return not any(key == ERROR_CLASS_KEY for key, _ in metadata) and rpc_error.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNKNOWN,
+    )

@@ -1,4 +1,4 @@
-"""The errors a caller of the client meets. All but one come from `gradstream.core.errors`:
+"""The errors a caller of the client meets. All but the last two come from `gradstream.core.errors`:
 
 GradstreamError
 ├── ConfigError            a recipe, an option or a path is wrong
@@ -7,6 +7,9 @@ GradstreamError
 ├── PlanError              no plan can be made with the nodes at hand
 ├── ProtocolError          the coordinator's answer breaks the protocol
 │   └── StaleEpochError    a peer speaks of a plan that has been replaced
+├── AccessError            the credentials do not allow what was asked
+│   └── CredentialsError   credentials are missing, damaged, expired, revoked or another cluster's
+├── BusyError              more was asked for at once than a caller may; later it may
 ├── UnreachableError       the coordinator does not answer
 ├── JobFailedError         the job that was waited for failed
 └── FineTuningFailedError  the fine-tuning that was waited for failed
@@ -17,8 +20,11 @@ from __future__ import annotations
 from gradstream.client._fine_tuning_types import FineTuning
 from gradstream.client._types import Job
 from gradstream.core.errors import (
+    AccessError,
+    BusyError,
     CheckpointError,
     ConfigError,
+    CredentialsError,
     DataError,
     GradstreamError,
     PlanError,
@@ -28,8 +34,11 @@ from gradstream.core.errors import (
 )
 
 __all__ = [
+    "AccessError",
+    "BusyError",
     "CheckpointError",
     "ConfigError",
+    "CredentialsError",
     "DataError",
     "FineTuningFailedError",
     "GradstreamError",

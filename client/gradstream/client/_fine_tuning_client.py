@@ -72,9 +72,9 @@ class FineTuningClient:
         """The first examples as they would be trained on. See AsyncFineTuningClient.preview."""
         return self._thread.run(self._client.preview(recipe, overrides, num_examples))
 
-    def create(self, recipe: AnyRecipe, overrides: Iterable[str] = ()) -> FineTuning:
-        """Begin a fine-tuning. See AsyncFineTuningClient.create."""
-        return self._thread.run(self._client.create(recipe, overrides))
+    def create(self, recipe: AnyRecipe, overrides: Iterable[str] = (), *, request_id: str | None = None) -> FineTuning:
+        """Begin a fine-tuning, once. See AsyncFineTuningClient.create."""
+        return self._thread.run(self._client.create(recipe, overrides, request_id=request_id))
 
     def list(self) -> list[FineTuning]:
         """All fine-tunings, newest first."""

@@ -24,6 +24,7 @@ from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, GradstreamError, nearest, one_line
 from gradstream.core.paging import MAX_PAGE_BYTES, start_of_page
 from gradstream.core.paths import AllowedPaths
+from gradstream.core.requests import Requests, checked_request_id
 from gradstream.core.roots import moved_recipe
 from gradstream.core.rpc import answering
 from gradstream.core.storage import StorageThreads
@@ -50,29 +51,48 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self._allowed = AllowedPaths.of_environment()
         # Looks at paths that people name.
         self._storage = StorageThreads()
+        self._requests = Requests()
         # Each export holds a whole model on disk.
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
 
     async def SubmitJob(self, request: jobs_pb2.SubmitJobRequest, context: Context) -> jobs_pb2.SubmitJobResponse:
         async with answering(context):
             recipe = moved_recipe(parse_recipe(request.recipe_json), request.directory, self._root)
-            manifest = await self._storage.call(recipe.data.path, find_data, recipe, self._allowed)
-            taken = [job.job_id for job in self._state.list_jobs()]
-            job_id, directory = await self._storage.call(recipe.run_root, make_run_directory, recipe, taken)
-            jobs = self._state.list_jobs()
-            record = JobRecord(
-                job_id=job_id,
-                name=recipe.name,
-                recipe_json=recipe.model_dump_json(),
-                manifest_json=manifest.model_dump_json(),
-                run_directory=str(directory),
-                submitted_unix_ms=unix_ms(),
-                reason="waits for its turn",
-                rank=max((job.rank for job in jobs), default=0) + 1,
-            )
-            self._controller.submit(record)
-            return jobs_pb2.SubmitJobResponse(job=self._views.job(self._find(job_id)))
+            request_id = checked_request_id(request.request_id)
+            # The same request may be under way on another connection.
+            async with self._requests.one_at_a_time(request_id):
+                record = self._repeated(request_id, recipe) or await self._submit(request_id, recipe)
+                return jobs_pb2.SubmitJobResponse(job=self._views.job(record))
         raise AssertionError("abort has raised")
+
+    def _repeated(self, request_id: str, recipe: Recipe) -> JobRecord | None:
+        """The job that this request has made before. Raises ConfigError when that was of another recipe."""
+        record = self._state.job_of_request(request_id) if request_id else None
+        if record is not None and record.recipe_json != recipe.model_dump_json():
+            raise ConfigError(
+                f"request id {request_id} is that of job {record.job_id}, which has another recipe; take a new id for "
+                f"each job"
+            )
+        return record
+
+    async def _submit(self, request_id: str, recipe: Recipe) -> JobRecord:
+        manifest = await self._storage.call(recipe.data.path, find_data, recipe, self._allowed)
+        taken = [job.job_id for job in self._state.list_jobs()]
+        job_id, directory = await self._storage.call(recipe.run_root, make_run_directory, recipe, taken)
+        jobs = self._state.list_jobs()
+        record = JobRecord(
+            job_id=job_id,
+            name=recipe.name,
+            recipe_json=recipe.model_dump_json(),
+            manifest_json=manifest.model_dump_json(),
+            run_directory=str(directory),
+            submitted_unix_ms=unix_ms(),
+            reason="waits for its turn",
+            rank=max((job.rank for job in jobs), default=0) + 1,
+            request_id=request_id,
+        )
+        self._controller.submit(record)
+        return self._find(job_id)
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
         async with answering(context):

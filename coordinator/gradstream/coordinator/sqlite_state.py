@@ -37,7 +37,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     plan_held INTEGER NOT NULL,
     ended_unix_ms INTEGER NOT NULL,
     leases BLOB NOT NULL,
-    decisions_json TEXT NOT NULL
+    decisions_json TEXT NOT NULL,
+    request_id TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE IF NOT EXISTS plans (
     job_id TEXT NOT NULL, epoch INTEGER NOT NULL, plan BLOB NOT NULL, PRIMARY KEY (job_id, epoch)
@@ -99,7 +100,7 @@ CREATE TABLE IF NOT EXISTS pulse (id INTEGER PRIMARY KEY, count INTEGER NOT NULL
 
 _JOB_COLUMNS = (
     "job_id, name, recipe_json, manifest_json, run_directory, submitted_unix_ms, state, reason, desired, rank, epoch, "
-    "start_version, plan_held, ended_unix_ms, leases, decisions_json"
+    "start_version, plan_held, ended_unix_ms, leases, decisions_json, request_id"
 )
 # Rows of the trajectory that epoch :epoch continues from :start.
 _TRAJECTORY = """
@@ -130,9 +131,18 @@ class SqliteState(State):
                     f"use the gradstream that wrote it or another --state directory"
                 )
             self._db.executescript(_SCHEMA)
+            self._add_columns()
             self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"the state in {path} cannot be opened ({error}); make the directory writable") from None
+
+    def _add_columns(self) -> None:
+        """Give a file of an earlier gradstream what it lacks."""
+        if "request_id" not in {row[1] for row in self._db.execute("PRAGMA table_info(jobs)")}:
+            self._db.execute("ALTER TABLE jobs ADD COLUMN request_id TEXT NOT NULL DEFAULT ''")
+        self._db.execute(
+            "CREATE UNIQUE INDEX IF NOT EXISTS jobs_by_request ON jobs (request_id) WHERE request_id <> ''"
+        )
 
     @contextmanager
     def _transaction(self, durable: bool) -> Iterator[sqlite3.Connection]:
@@ -169,6 +179,10 @@ class SqliteState(State):
 
     def get_job(self, job_id: str) -> JobRecord | None:
         row = self._db.execute(f"SELECT {_JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        return _job_record(row) if row else None
+
+    def job_of_request(self, request_id: str) -> JobRecord | None:
+        row = self._db.execute(f"SELECT {_JOB_COLUMNS} FROM jobs WHERE request_id = ?", (request_id,)).fetchone()
         return _job_record(row) if row else None
 
     def list_jobs(self) -> list[JobRecord]:
@@ -365,6 +379,7 @@ def _job_row(record: JobRecord) -> tuple[str | int | bytes, ...]:
         record.ended_unix_ms,
         record.leases,
         json.dumps(record.decisions),
+        record.request_id,
     )
 
 

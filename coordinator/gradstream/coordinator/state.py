@@ -38,6 +38,8 @@ class JobRecord:
     # The lease table as bytes: its number must rise across restarts of the coordinator too.
     leases: bytes = b""
     decisions: dict[str, str] = field(default_factory=dict)
+    # What the submitter called the request; empty for none. No two jobs have the same.
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class State(ABC):
     @abstractmethod
     def get_job(self, job_id: str) -> JobRecord | None:
         """The job, or None."""
+
+    @abstractmethod
+    def job_of_request(self, request_id: str) -> JobRecord | None:
+        """The job that the request of this id, which is not empty, has made, or None."""
 
     @abstractmethod
     def list_jobs(self) -> list[JobRecord]:

@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from grpc import StatusCode
+
 from gradstream.core import access, probe, rpc
-from gradstream.core.errors import CheckpointError, ConfigError, DataError
+from gradstream.core.errors import CheckpointError, ConfigError, DataError, GradstreamError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
 
 SUBMITTED_MS = 1_700_000_000_000
@@ -143,6 +145,10 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
         ]
         self.break_watch_after: list[int] = []
         """Cursors after which a watch breaks, each once."""
+        self.lose_answers = 0
+        """Submissions that are taken and not answered."""
+        self.refuse: GradstreamError | None = None
+        """What a submission is refused with."""
         self.requests: list[Any] = []
         self.on_get_job: Callable[[], None] = lambda: None
 
@@ -158,7 +164,12 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
 
     async def SubmitJob(self, request: Any, context: Any) -> jobs_pb2.SubmitJobResponse:
         self.requests.append(request)
+        if self.lose_answers:
+            self.lose_answers -= 1
+            await context.abort(StatusCode.UNAVAILABLE, "going down")
         async with rpc.answering(context):
+            if self.refuse is not None:
+                raise self.refuse
             return jobs_pb2.SubmitJobResponse(job=canned_job("tiny-2", state=jobs_pb2.JOB_STATE_QUEUED))
         raise AssertionError
 
@@ -179,8 +190,6 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
                 yield item
                 if item.cursor in self.break_watch_after:
                     self.break_watch_after.remove(item.cursor)
-                    from grpc import StatusCode
-
                     await context.abort(StatusCode.UNAVAILABLE, "going down")
 
     async def PauseJob(self, request: Any, context: Any) -> jobs_pb2.PauseJobResponse:

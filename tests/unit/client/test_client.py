@@ -36,7 +36,10 @@ from gradstream.client import (
     Step,
     UnreachableError,
     Validation,
+    _connection,
 )
+from gradstream.client import _errors as client_errors
+from gradstream.core import errors
 from gradstream.proto.v1 import jobs_pb2
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "stdlib-gpt.yaml"
@@ -52,13 +55,16 @@ def free_address() -> str:
 
 def test_public_names_are_pinned() -> None:
     assert gradstream.client.__all__ == [
+        "AccessError",
         "Activity",
         "AsyncClient",
         "AsyncFineTuningClient",
+        "BusyError",
         "Checkpoint",
         "CheckpointError",
         "Client",
         "ConfigError",
+        "CredentialsError",
         "DataError",
         "Evaluation",
         "Event",
@@ -261,6 +267,64 @@ def test_submit_takes_path_mapping_and_recipe(jobs: CannedJobs, address: str) ->
     assert sent[0]["training"]["num_steps"] == 7
     assert Path(sent[0]["data"]["path"]).is_absolute()
     assert sent[1] == sent[2]
+
+
+def every_error() -> list[type[GradstreamError]]:
+    """All classes that a server's answer can name."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GradstreamError)]
+    assert len(kinds) > 10
+    return kinds
+
+
+@pytest.mark.parametrize("kind", every_error(), ids=lambda kind: kind.__name__)
+def test_every_error_that_a_server_can_answer_is_public(
+    jobs: CannedJobs, address: str, kind: type[GradstreamError]
+) -> None:
+    jobs.refuse = kind("because")
+    with Client(address) as client, pytest.raises(GradstreamError, match="because") as caught:
+        client.submit(RECIPE)
+    assert type(caught.value) is kind
+    assert getattr(gradstream.client, kind.__name__) is kind
+    assert kind.__name__ in gradstream.client.__all__
+    assert f" {kind.__name__} " in f"{errors.__doc__} ".replace("\n", " ")
+    assert f" {kind.__name__} " in f"{client_errors.__doc__} ".replace("\n", " ")
+    assert kind.__name__ in client_errors.__all__
+    assert len(jobs.requests) == 1, "a refusal is an answer: nothing is made again"
+
+
+def test_a_submission_whose_answer_is_lost_is_made_again_under_its_id(jobs: CannedJobs, address: str) -> None:
+    jobs.lose_answers = 2
+    with Client(address) as client:
+        assert client.submit(RECIPE).job_id == "tiny-2"
+        client.submit(RECIPE)
+        client.submit(RECIPE, request_id="mine")
+    ids = [request.request_id for request in jobs.requests]
+    assert len(ids) == 5
+    assert len(set(ids[:3])) == 1, "one submission, sent three times"
+    assert len(set(ids)) == 3
+    assert ids[4] == "mine"
+
+
+def test_a_submission_that_is_never_answered_says_how_to_go_on(
+    jobs: CannedJobs, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_connection, "AGAIN_SECONDS", 0.3)
+    jobs.lose_answers = 1000
+    with Client(address) as client, pytest.raises(UnreachableError) as caught:
+        client.submit(RECIPE)
+    sent = {request.request_id for request in jobs.requests}
+    assert len(sent) == 1
+    assert str(caught.value).endswith(
+        f"; it may have been taken: make the request again with request id {sent.pop()}, which makes no second one"
+    )
+
+
+def test_a_coordinator_that_is_not_there_is_told_of_at_once(free_address: str) -> None:
+    begun = time.monotonic()
+    with Client(free_address) as client, pytest.raises(UnreachableError, match="does not answer") as caught:
+        client.submit(RECIPE)
+    assert "may have been taken" not in str(caught.value)
+    assert time.monotonic() - begun < 8
 
 
 def test_control_calls(jobs: CannedJobs, address: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 
 from gradstream.coordinator.sqlite_state import SqliteState
 from gradstream.coordinator.state import JobRecord, State
-from gradstream.core.errors import ConfigError, ProtocolError
+from gradstream.core.errors import ConfigError, ProtocolError, UnreachableError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 Factory = Callable[[Path], State]
@@ -149,6 +151,34 @@ def test_checkpoints_are_known_until_a_person_goes_back(state: State) -> None:
     assert state.checkpoint_versions("b-1") == []
     state.forget_checkpoints("tiny-1", 2)
     assert state.checkpoint_versions("tiny-1") == [2]
+
+
+def test_a_request_is_known_by_its_id(state: State) -> None:
+    for job_id, request_id in (("a-1", ""), ("a-2", "one"), ("a-3", ""), ("a-4", "two")):
+        state.create_job(replace(make_record(job_id), request_id=request_id))
+    found = state.job_of_request("two")
+    assert found is not None
+    assert found.job_id == "a-4"
+    assert state.job_of_request("three") is None
+    with pytest.raises(UnreachableError):
+        state.create_job(replace(make_record("a-5"), request_id="one"))
+    assert state.get_job("a-5") is None
+
+
+def test_a_file_of_an_earlier_gradstream_gets_what_it_lacks(tmp_path: Path) -> None:
+    first = SqliteState(tmp_path)
+    first.create_job(make_record())
+    first.close()
+    with closing(sqlite3.connect(tmp_path / "coordinator.sqlite", isolation_level=None)) as db:
+        db.execute("DROP INDEX jobs_by_request")
+        db.execute("ALTER TABLE jobs DROP COLUMN request_id")
+    again = SqliteState(tmp_path)
+    try:
+        assert again.get_job("a-1") == make_record()
+        again.create_job(replace(make_record("a-2"), request_id="one"))
+        assert again.job_of_request("one") == replace(make_record("a-2"), request_id="one")
+    finally:
+        again.close()
 
 
 def test_a_number_too_large_is_the_peers_fault(state: State) -> None:

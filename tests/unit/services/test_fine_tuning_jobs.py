@@ -172,6 +172,32 @@ async def test_the_jobs_end_is_its_own(job_state: str, state: str, reason: str, 
         assert reason in (await until(fine_tunings, state)).reason
 
 
+async def test_a_repeated_request_to_create_is_the_same_fine_tuning(tmp_path: Path) -> None:
+    """Also for the next service; a name that another request has taken is refused."""
+    async with service(CannedCoordinator(), tmp_path) as fine_tunings:
+        first = await fine_tunings.create(ASKED, "one")
+        assert (await fine_tunings.create(ASKED, "one")).created_unix_ms == first.created_unix_ms
+        await until(fine_tunings, "failed")
+    async with service(CannedCoordinator(), tmp_path) as fine_tunings:
+        again = await fine_tunings.create(ASKED, "one")
+        assert (again.state, again.created_unix_ms) == ("failed", first.created_unix_ms)
+        other = ASKED.model_copy(update={"seed": 9})
+        with pytest.raises(ConfigError, match="request id one is that of 'task', which has another recipe"):
+            await fine_tunings.create(other, "one")
+        # It has made nothing, so a new request may have its name.
+        assert (await fine_tunings.create(other, "two")).created_unix_ms > first.created_unix_ms
+
+
+async def test_the_job_of_a_fine_tuning_is_submitted_under_one_id(tmp_path: Path) -> None:
+    coordinator = CannedCoordinator()
+    coordinator.lose_answers = 1
+    note(tmp_path)
+    async with service(coordinator, tmp_path) as fine_tunings:
+        await until(fine_tunings, "training")
+    assert len(set(coordinator.request_ids)) == 1
+    assert len(coordinator.request_ids[0]) == 64
+
+
 async def test_a_name_is_taken_once_there_was_a_job(tmp_path: Path) -> None:
     data = tmp_path / "task.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')

@@ -20,6 +20,15 @@ class OutputFormat(StrEnum):
     json = "json"
 
 
+RequestIdOption = Annotated[
+    str | None,
+    typer.Option(
+        "--request-id",
+        metavar="ID",
+        show_default="a new one",
+        help="What this request is called: made again with the ID of one that was taken, it gives what that one made.",
+    ),
+]
 CoordinatorOption = Annotated[
     str | None,
     typer.Option(

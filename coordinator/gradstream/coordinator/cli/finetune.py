@@ -18,6 +18,7 @@ from gradstream.coordinator.cli._options import (
     OutputOption,
     OverrideOption,
     RecipeArgument,
+    RequestIdOption,
     ServiceOption,
     find_recipe,
     open_fine_tuning_client,
@@ -72,6 +73,7 @@ def create(
         bool, typer.Option("--upload", help="Send the files of examples; the service need not see them.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Show its progress until it ends.")] = False,
+    request_id: RequestIdOption = None,
     service: ServiceOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
@@ -93,7 +95,7 @@ def create(
             again = [recipe, *(word for each in overrides or () for word in ("-s", each)), *(["--upload"] * upload)]
             out.hint(f"begin: gradstream finetune create {shlex.join(again)}")
             return
-        made = client.create(asked)
+        made = client.create(asked, request_id=request_id)
         made = _follow(client, made, output, lambda now: not wait and now.state != "preparing")
     _print_one(made, output)
     if made.state == "finished":

@@ -15,6 +15,7 @@ from gradstream.coordinator.cli._options import (
     OutputOption,
     OverrideOption,
     RecipeArgument,
+    RequestIdOption,
     find_recipe,
     open_client,
 )
@@ -27,6 +28,7 @@ def submit(
     recipe: RecipeArgument,
     overrides: OverrideOption = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show its progress until it ends.")] = False,
+    request_id: RequestIdOption = None,
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
@@ -35,7 +37,7 @@ def submit(
 
     resolved = load_recipe(find_recipe(recipe), overrides or ())
     with open_client(coordinator) as client:
-        job = client.submit(resolved)
+        job = client.submit(resolved, request_id=request_id)
         if watch:
             from gradstream.client import JobFailedError
             from gradstream.coordinator.cli._progress import ProgressView

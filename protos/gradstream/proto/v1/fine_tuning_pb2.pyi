@@ -575,19 +575,23 @@ class CreateFineTuningRequest(_message.Message):
 
     RECIPE_JSON_FIELD_NUMBER: _builtins.int
     DIRECTORY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     recipe_json: _builtins.str
     """The fine-tuning recipe as JSON (gradstream.core.finetuning_recipe.FineTuningRecipe); paths in it are absolute or URLs."""
     directory: _builtins.str
     """As in SubmitJobRequest, for the service's root."""
+    request_id: _builtins.str
+    """As in SubmitJobRequest. Without one a name that is taken is refused, also to the one who has taken it."""
     def __init__(
         self,
         *,
         recipe_json: _builtins.str = ...,
         directory: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "recipe_json", b"recipe_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "recipe_json", b"recipe_json", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -595,7 +599,7 @@ Global___CreateFineTuningRequest: _TypeAlias = CreateFineTuningRequest  # noqa: 
 
 @_typing.final
 class CreateFineTuningResponse(_message.Message):
-    """The new fine-tuning."""
+    """The new fine-tuning, or the one that the same request has made before."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

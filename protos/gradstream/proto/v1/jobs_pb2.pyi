@@ -584,21 +584,28 @@ class SubmitJobRequest(_message.Message):
 
     RECIPE_JSON_FIELD_NUMBER: _builtins.int
     DIRECTORY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     recipe_json: _builtins.str
     """The resolved recipe as JSON; paths in it are absolute or fsspec URLs."""
     directory: _builtins.str
     """The directory that relative paths were made absolute against. A coordinator with a root looks for what is below the
     one below the other. Empty: paths stay as they are.
     """
+    request_id: _builtins.str
+    """Chosen by the caller, new for each job, 1 to 64 of [A-Za-z0-9._-]. A request that comes again with the id of one that
+    was taken is answered with that one's job, after a restart of the coordinator too; with another recipe it is refused.
+    Empty: each request is a job of its own.
+    """
     def __init__(
         self,
         *,
         recipe_json: _builtins.str = ...,
         directory: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "recipe_json", b"recipe_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "recipe_json", b"recipe_json", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -606,7 +613,7 @@ Global___SubmitJobRequest: _TypeAlias = SubmitJobRequest  # noqa: Y015
 
 @_typing.final
 class SubmitJobResponse(_message.Message):
-    """The new job."""
+    """The new job, or the one that the same request has made before."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -44,9 +44,9 @@ class Jobs:
         except UnreachableError as error:
             raise await why_unreachable(self.address, COORDINATOR, self._transport) or error from None
 
-    async def submit(self, recipe: Recipe) -> jobs_pb2.Job:
-        """Queue a job."""
-        request = jobs_pb2.SubmitJobRequest(recipe_json=recipe.model_dump_json())
+    async def submit(self, recipe: Recipe, request_id: str) -> jobs_pb2.Job:
+        """Queue a job; the same one again for a request id that was taken."""
+        request = jobs_pb2.SubmitJobRequest(recipe_json=recipe.model_dump_json(), request_id=request_id)
         return (await self._call(self._stub.SubmitJob, request)).job
 
     async def all(self) -> list[jobs_pb2.Job]:

@@ -7,6 +7,7 @@ about before the next begins. So a service that is killed at any moment goes on 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -82,12 +83,21 @@ class FineTunings:
         near = nearest(name, [record.name for record in records])
         raise ConfigError(f"there is no fine-tuning '{name[:100]}'{near or '; `gradstream finetune ls` lists them'}")
 
-    async def create(self, asked: FineTuningRecipe) -> Record:
-        """Note a new one, whose data was found, and begin. Raises ConfigError when the name is taken or the recipe
-        wrong."""
+    async def create(self, asked: FineTuningRecipe, request_id: str = "") -> Record:
+        """Note a new one, whose data was found, and begin; the one that the same request has made before as it is.
+
+        Raises ConfigError when the name is taken or the recipe wrong.
+        """
         check_recipe(asked, None, {})
         async with self._lock(asked.name):
             old = self.store.get(asked.name)
+            if old is not None and request_id and old.request_id == request_id:
+                if old.recipe_json != asked.model_dump_json():
+                    raise ConfigError(
+                        f"request id {request_id} is that of '{asked.name}', which has another recipe; take a new id "
+                        f"for each fine-tuning"
+                    )
+                return old
             # One that ended before it had a job has made nothing that could be lost.
             if old is not None and not (old.has_ended and not old.job_id):
                 again = ", or go on with it: gradstream finetune resume" if old.state in ("failed", "cancelled") else ""
@@ -99,6 +109,7 @@ class FineTunings:
                 patience=asked.validation.patience,
                 created_unix_ms=int(time.time() * 1000),
                 recipe_json=asked.model_dump_json(),
+                request_id=request_id,
                 reason="its base is being checked",
             )
             self.store.create(record)
@@ -250,12 +261,13 @@ class FineTunings:
             )
 
     async def _submit(self, name: str) -> None:
-        recipe = parse_recipe(self.find(name).job_recipe_json)
+        record = self.find(name)
+        recipe = parse_recipe(record.job_recipe_json)
 
         async def submit() -> None:
             # The lock keeps a request to cancel from coming between submission and note.
             async with self._lock(name):
-                job = await self._jobs.find(recipe) or await self._jobs.submit(recipe)
+                job = await self._jobs.find(recipe) or await self._jobs.submit(recipe, _request_id(record))
                 steps = recipe.training.num_steps
                 few = f"; {steps} steps are few: {MORE_STEPS}" if steps < FEW_STEPS else ""
                 self._note(name, job_id=job.job_id, state="training", reason=f"as job {job.job_id}{few}")
@@ -364,3 +376,9 @@ class FineTunings:
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
+
+
+def _request_id(record: Record) -> str:
+    """What the submission of a fine-tuning's job is called, whichever service submits it."""
+    told = f"{record.name}/{record.created_unix_ms}/{record.job_recipe_json}"
+    return hashlib.sha256(told.encode()).hexdigest()

@@ -19,6 +19,7 @@ from gradstream.core.finetuning_recipe import (
 )
 from gradstream.core.paging import MAX_PAGE_BYTES, start_of_page
 from gradstream.core.paths import AllowedPaths
+from gradstream.core.requests import checked_request_id
 from gradstream.core.roots import moved_finetuning_recipe
 from gradstream.core.rpc import answering
 from gradstream.core.storage import StorageThreads
@@ -89,7 +90,8 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self, request: pb.CreateFineTuningRequest, context: Context
     ) -> pb.CreateFineTuningResponse:
         async with answering(context):
-            record = await self._fine_tunings.create(await self._recipe(request))
+            request_id = checked_request_id(request.request_id)
+            record = await self._fine_tunings.create(await self._recipe(request), request_id)
             return pb.CreateFineTuningResponse(fine_tuning=await self._view(record))
         raise AssertionError("abort has raised")
 

@@ -58,6 +58,8 @@ class Record(_Stored):
     name: str
     created_unix_ms: int
     recipe_json: str
+    request_id: str = ""
+    """What the one who created it called the request; empty for none."""
     state: State = "preparing"
     reason: str = ""
     base: Base | None = None

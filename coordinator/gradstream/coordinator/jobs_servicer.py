@@ -18,7 +18,7 @@ from gradstream.coordinator.orders import Orders
 from gradstream.coordinator.state import JobRecord
 from gradstream.coordinator.views import Views
 from gradstream.core import files
-from gradstream.core.checkpoint import directory_of, export_huggingface
+from gradstream.core.checkpoint import directory_of, huggingface_weights, write_huggingface
 from gradstream.core.config import Recipe, absolute_path, parse_recipe
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, GradstreamError, nearest, one_line
@@ -30,6 +30,7 @@ from gradstream.core.rpc import answering
 from gradstream.core.storage import StorageThreads
 from gradstream.core.token_sources import FileTokens
 from gradstream.core.tokens import expiring
+from gradstream.core.weights_files import sent_pieces
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
 MAX_EXPORTS = 2
@@ -52,7 +53,6 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         # Looks at paths that people name.
         self._storage = StorageThreads()
         self._requests = Requests()
-        # Each export holds a whole model on disk.
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
 
     async def SubmitJob(self, request: jobs_pb2.SubmitJobRequest, context: Context) -> jobs_pb2.SubmitJobResponse:
@@ -310,12 +310,15 @@ def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
 
 
 async def _export(directory: str) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
-    """Export to a temporary directory, send its files, remove it."""
-    temporary = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="gradstream-export-")
-    try:
-        target = Path(temporary.name) / "model"
-        await asyncio.to_thread(export_huggingface, directory, target)
+    """Send a checkpoint as the files of a Hugging Face directory.
+
+    The small ones come from a temporary directory, the weights piece by piece as they are read: neither memory nor disk
+    has to hold a model.
+    """
+    with tempfile.TemporaryDirectory(prefix="gradstream-export-") as temporary:
+        target = Path(temporary)
+        reader = await asyncio.to_thread(write_huggingface, directory, target, weights=False)
         async for file, file_bytes, payload in files.directory_pieces(target):
             yield jobs_pb2.ExportCheckpointResponse(file=file, file_bytes=file_bytes, payload=payload)
-    finally:
-        await asyncio.to_thread(temporary.cleanup)
+    async for file, file_bytes, payload in sent_pieces(huggingface_weights(reader)):
+        yield jobs_pb2.ExportCheckpointResponse(file=file, file_bytes=file_bytes, payload=payload)

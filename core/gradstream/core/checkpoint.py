@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -28,6 +29,7 @@ from gradstream.core.finetuning import FineTuning
 from gradstream.core.foreign import parsing
 from gradstream.core.fragments import Fragment, Tensor, cut, num_fragments
 from gradstream.core.tensor_files import TensorSpec, bytes_of, write_tensors
+from gradstream.core.weights_files import Buffer, WeightsFile, weights_files, write_weights
 from gradstream.proto.v1 import coordinator_pb2
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ TOKENIZER_NAME = "tokenizer.json"
 WEIGHT = "weight"
 COPY = "copy"  # of the weights as workers hold them, where they pull differences
 EXPORT_FILE_BYTES = 4 << 30
+EXPORT_ELEMENTS = 4 << 20
+"""Of a tensor, read at once for an export."""
 _DIRECTORY = re.compile(r"step-([0-9]{8,})")
 _FILE_OF_EPOCH = re.compile(r"epoch-([0-9]{4,20})-[A-Za-z0-9._-]+\.safetensors")
 
@@ -415,46 +419,33 @@ def export_huggingface(directory: str, destination: Path) -> None:
         write_huggingface(directory, temporary)
 
 
-def write_huggingface(directory: str, destination: Path) -> None:
-    """Write a checkpoint's weights, config and tokenizer into a directory that is there. Raises CheckpointError."""
+def write_huggingface(directory: str, destination: Path, weights: bool = True) -> CheckpointReader:
+    """Write a checkpoint's weights, config and tokenizer into a directory that is there, without `weights` the others
+    alone; return what reads the checkpoint. Raises CheckpointError."""
     reader = CheckpointReader(directory)
     finetuning = reader.manifest.finetuning
     if finetuning is not None and finetuning.method == "lora":
         raise CheckpointError(
             f"{directory} holds adapters, not a whole model; export it with `gradstream finetune export`"
         )
-    _export_weights(reader, destination)
+    if weights:
+        write_weights(huggingface_weights(reader), destination)
     write_config(reader, destination)
     write_tokenizer(reader, destination)
+    return reader
 
 
-def _export_weights(reader: CheckpointReader, destination: Path) -> None:
-    groups: list[list[TensorEntry]] = [[]]
-    size = 0
-    for entry in reader.manifest.tensors:
-        num_bytes = entry.tensor().num_elements * 4
-        if groups[-1] and size + num_bytes > EXPORT_FILE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += num_bytes
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        specs = [TensorSpec(entry.name, "F32", entry.shape) for entry in group]
-        sizes = {entry.name: entry.tensor().num_elements for entry in group}
-        with (destination / name).open("wb") as stream:
-            write_tensors(
-                stream,
-                specs,
-                lambda tensor, sizes=sizes: reader.read(WEIGHT, tensor, 0, sizes[tensor]),  # type: ignore[misc]
-                {"format": "pt"},
-            )
-        weight_map.update(dict.fromkeys(sizes, name))
-    if len(groups) > 1:
-        total = sum(entry.tensor().num_elements * 4 for entry in reader.manifest.tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (destination / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+def huggingface_weights(reader: CheckpointReader) -> list[WeightsFile]:
+    """A checkpoint's weights as the files of a Hugging Face directory, made as they are read. Reading them raises
+    CheckpointError when the checkpoint is damaged."""
+
+    def read(name: str) -> Iterator[Buffer]:
+        num_elements = math.prod(reader.shape(name))
+        for begin in range(0, num_elements, EXPORT_ELEMENTS):
+            yield bytes_of(reader.read(WEIGHT, name, begin, min(begin + EXPORT_ELEMENTS, num_elements)))
+
+    specs = [TensorSpec(entry.name, "F32", tuple(entry.shape)) for entry in reader.manifest.tensors]
+    return weights_files(specs, read, EXPORT_FILE_BYTES)
 
 
 def write_config(reader: CheckpointReader, destination: Path) -> None:

@@ -49,6 +49,8 @@ SENDING_SECONDS = 30.0
 """How long the response that is being sent then may take."""
 REQUEST_SECONDS = 20.0
 """How long a caller may take to send the request of a call that it has begun."""
+READING_SECONDS = 60.0
+"""How long a caller may leave a response unread before its call is cut off: what the call holds, others may want."""
 MAX_IDLE_METERS = 1024
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -136,11 +138,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         note: Note | None = None,
         clock: Callable[[], float] = time.time,
         request_seconds: float = REQUEST_SECONDS,
+        reading_seconds: float = READING_SECONDS,
     ):
         self._tokens = tokens
         self._note = note
         self._clock = clock
         self._request_seconds = request_seconds
+        self._reading_seconds = reading_seconds
         self._calls: set[_Call] = set()
         self._meters: dict[tuple[str, str], Meter] = {}
         self.receiving = Receiving()
@@ -195,18 +199,23 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
                     call.is_sending = True
                     try:
                         # Not yielded: while gRPC sends what was, a task that is cancelled ends outside of this code.
-                        await context.write(response)
+                        async with asyncio.timeout(self._reading_seconds):
+                            await context.write(response)
+                    except TimeoutError:
+                        raise UnreachableError(
+                            f"the caller has not read for {self._reading_seconds:g} s; call again"
+                        ) from None
                     finally:
                         call.is_sending = False
                     if call.refusal:
                         raise asyncio.CancelledError
 
         async def serve(requests: Any, context: Context) -> None:
-            async with self._admitted(method, context) as (call, meter):
+            async with self._admitted(method, context) as (call, meter), answering(context):
                 if handler.request_streaming:
                     await respond(requests, call, context)
                     return
-                async with self._received(requests, handler.request_deserializer, meter, context) as request:
+                async with self._received(requests, handler.request_deserializer, meter) as request:
                     call.subject = _subject(request)
                     await respond(request, call, context)
 
@@ -217,30 +226,27 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         )
 
     @asynccontextmanager
-    async def _received(
-        self, requests: AsyncIterator[bytes], deserialize: Any, meter: Meter, context: Context
-    ) -> AsyncIterator[Any]:
+    async def _received(self, requests: AsyncIterator[bytes], deserialize: Any, meter: Meter) -> AsyncIterator[Any]:
         """The request of an admitted call, whose bytes count against the server's bound for as long as it is served."""
         held = MAX_MESSAGE_BYTES
         await self.receiving.reserve(meter, held)
         try:
-            async with answering(context):
-                try:
-                    async with asyncio.timeout(self._request_seconds):
-                        message = await anext(requests, None)
-                except TimeoutError:
-                    raise UnreachableError(
-                        f"the request of this call did not come within {self._request_seconds:g} s; send it again"
-                    ) from None
-                if message is None:
-                    raise ProtocolError("the call has no request; do both sides run the same gradstream version?")
-                self.receiving.release(meter, held - len(message))
-                held = len(message)
-                try:
-                    request = deserialize(message) if deserialize is not None else message
-                except Exception:  # of foreign bytes, in which the parser finds faults of many kinds
-                    raise ProtocolError("the request of this call is not a valid message") from None
-                del message
+            try:
+                async with asyncio.timeout(self._request_seconds):
+                    message = await anext(requests, None)
+            except TimeoutError:
+                raise UnreachableError(
+                    f"the request of this call did not come within {self._request_seconds:g} s; send it again"
+                ) from None
+            if message is None:
+                raise ProtocolError("the call has no request; do both sides run the same gradstream version?")
+            self.receiving.release(meter, held - len(message))
+            held = len(message)
+            try:
+                request = deserialize(message) if deserialize is not None else message
+            except Exception:  # of foreign bytes, in which the parser finds faults of many kinds
+                raise ProtocolError("the request of this call is not a valid message") from None
+            del message
             yield request
         finally:
             self.receiving.release(meter, held)

@@ -53,6 +53,23 @@ def write_tensors(
     `contents` gives the elements of a tensor by name. It is called for one tensor at a time, in the
     file's order, so no two need to be in memory. Raises ValueError for contents of another size than announced.
     """
+    head, ordered, num_bytes = head_of(specs, metadata)
+    digest = hashlib.sha256()
+    digest.update(head)
+    stream.write(head)
+    for spec in ordered:
+        view = bytes_of(contents(spec.name))
+        if view.nbytes != spec.num_bytes:
+            raise ValueError(f"tensor '{spec.name}' has {view.nbytes} bytes instead of the {spec.num_bytes} announced")
+        # Both let go of the interpreter.
+        digest.update(view)
+        stream.write(view)
+    return num_bytes, digest.hexdigest()
+
+
+def head_of(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[TensorSpec], int]:
+    """(what comes before the elements in a safetensors file, the tensors in the order of the file, its size in
+    bytes)."""
     # Larger elements first, then by name, as in the library: each tensor begins at a multiple of its element's size.
     ordered = sorted(specs, key=lambda spec: (-ITEM_BYTES[spec.dtype], spec.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -62,15 +79,4 @@ def write_tensors(
         header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    for part in (len(text).to_bytes(8, "little"), text):
-        digest.update(part)
-        stream.write(part)
-    for spec in ordered:
-        view = bytes_of(contents(spec.name))
-        if view.nbytes != spec.num_bytes:
-            raise ValueError(f"tensor '{spec.name}' has {view.nbytes} bytes instead of the {spec.num_bytes} announced")
-        # Both let go of the interpreter.
-        digest.update(view)
-        stream.write(view)
-    return 8 + len(text) + end, digest.hexdigest()
+    return len(text).to_bytes(8, "little") + text, ordered, 8 + len(text) + end

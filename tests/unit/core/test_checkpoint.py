@@ -24,6 +24,7 @@ from gradstream.core.checkpoint import (
     CheckpointReader,
     directory_of,
     export_huggingface,
+    huggingface_weights,
     list_checkpoints,
     read_manifest,
     remove_checkpoint,
@@ -37,6 +38,7 @@ from gradstream.core.fragments import cut
 from gradstream.core.model import initial_weights, inventory
 from gradstream.core.placement import place
 from gradstream.core.plan import Plan, Server
+from gradstream.core.weights_files import sent_pieces
 from gradstream.proto.v1 import coordinator_pb2
 
 MODEL = MICRO_LLAMA
@@ -380,3 +382,27 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, data_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"shard-1\.safetensors is truncated"):
         export_huggingface(directory, tmp_path / "exports" / "model")
     assert list((tmp_path / "exports").iterdir()) == []
+
+
+async def test_an_export_is_sent_in_pieces_of_tensors_and_never_held(
+    tmp_path: Path, data_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a whole tensor in memory nor a file of weights on disk: a model may be larger than both."""
+    monkeypatch.setattr(checkpoint, "EXPORT_ELEMENTS", 100)
+    monkeypatch.setattr(checkpoint, "EXPORT_FILE_BYTES", 8 << 10)
+    directory = write(tmp_path, make_plan(data_path, 3))
+    export_huggingface(directory, tmp_path / "model")
+    read = CheckpointReader.read
+
+    def of_few(self: CheckpointReader, kind: str, tensor: str, begin: int, end: int) -> Any:
+        assert end - begin <= 100
+        return read(self, kind, tensor, begin, end)
+
+    monkeypatch.setattr(CheckpointReader, "read", of_few)
+    received: dict[str, bytes] = {}
+    async for name, num_bytes, piece in sent_pieces(huggingface_weights(CheckpointReader(directory))):
+        received[name] = received.get(name, b"") + piece
+        assert num_bytes == (tmp_path / "model" / name).stat().st_size
+    for name, content in received.items():
+        assert content == (tmp_path / "model" / name).read_bytes(), name
+    assert len(received) > 3

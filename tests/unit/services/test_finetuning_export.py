@@ -1,6 +1,7 @@
 """Exports of fine-tunings: peft and transformers compute with them what the workers did."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from gradstream.core.base_model import BaseReader, find_base
 from gradstream.core.checkpoint import export_huggingface
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.tensor_files import TensorSpec
+from gradstream.core.weights_files import safetensors_file, sent_pieces, write_weights
 from gradstream.services.fine_tuning import export
 from gradstream.services.fine_tuning.export import (
     CardFacts,
@@ -32,7 +35,7 @@ from gradstream.services.fine_tuning.export import (
     export_adapter,
     export_merged,
     model_card,
-    write_safetensors,
+    tensor_bytes,
 )
 
 IDS_BT = torch.tensor([[4, 9, 11, 5, 7, 30, 63, 2], [1, 8, 8, 12, 40, 41, 3, 0]])
@@ -215,15 +218,36 @@ def test_one_tensor_at_a_time(tmp_path: Path) -> None:
     }
     kinds = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     asked: list[str] = []
-    write_safetensors(tmp_path / "x.safetensors", kinds, lambda name: asked.append(name) or tensors[name])  # type: ignore[func-returns-value]
+
+    def read(name: str) -> Iterator[memoryview]:
+        asked.append(name)
+        yield tensor_bytes(tensors[name])
+
+    specs = [TensorSpec(name, export.DTYPE_NAMES[dtype], shape) for name, dtype, shape in kinds]
+    write_weights([safetensors_file("x.safetensors", specs, read)], tmp_path)
     assert asked == ["b", "c", "a", "d"]
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(found[name], tensor)
-    with pytest.raises(ValueError, match="tensor 'b' is not the"):
-        write_safetensors(tmp_path / "y.safetensors", kinds, lambda name: torch.ones(1))
+    file = safetensors_file("y.safetensors", specs, lambda name: iter([b"1234"]))
+    with pytest.raises(ValueError, match="tensor 'c' is not the F32"):
+        write_weights([file], tmp_path)
+
+
+async def test_the_weights_are_sent_as_they_are_read_and_never_written(tmp_path: Path) -> None:
+    _, checkpoint = tuned(tmp_path)
+    export_merged(checkpoint, tmp_path / "written", "the card")
+    made = export_merged(checkpoint, tmp_path / "sent", "the card", weights=False)
+    written, sent = ({path.name for path in (tmp_path / name).iterdir()} for name in ("written", "sent"))
+    assert written - sent == {"model.safetensors"}
+    received = b""
+    async for name, num_bytes, piece in sent_pieces(made):
+        assert (name, num_bytes) == ("model.safetensors", (tmp_path / "written" / name).stat().st_size)
+        assert 0 < len(piece) <= 1 << 20
+        received += piece
+    assert received == (tmp_path / "written" / "model.safetensors").read_bytes()
 
 
 BASE = Base(kind="huggingface", path="/models/tiny", title="tiny: llama", files=(), sha256="ab" * 32)

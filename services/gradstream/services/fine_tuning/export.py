@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 
@@ -19,12 +18,20 @@ from gradstream.core import files
 from gradstream.core.base_files import read_small
 from gradstream.core.base_model import BaseReader
 from gradstream.core.base_tokenizer import write_chat_template, write_tokenizer
-from gradstream.core.checkpoint import EXPORT_FILE_BYTES, WEIGHT, CheckpointReader, write_config, write_huggingface
+from gradstream.core.checkpoint import (
+    EXPORT_FILE_BYTES,
+    WEIGHT,
+    CheckpointReader,
+    huggingface_weights,
+    write_config,
+    write_huggingface,
+)
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import Base, FineTuning, LoraConfig
 from gradstream.core.lora import ADAPTER, adapted_module, factors, peft_config
 from gradstream.core.model import build
-from gradstream.core.tensor_files import TensorSpec, write_tensors
+from gradstream.core.tensor_files import TensorSpec
+from gradstream.core.weights_files import Buffer, WeightsFile, weights_files, write_weights
 from gradstream.services.fine_tuning.card import CardFacts, DataFacts, Score, model_card
 
 __all__ = ["CardFacts", "DataFacts", "Score", "export_adapter", "export_merged", "model_card"]
@@ -50,27 +57,30 @@ def export_adapter(checkpoint_directory: str, destination: Path, card: str) -> N
         (temporary / README_NAME).write_text(card, encoding="utf-8")
 
 
-def export_merged(checkpoint_directory: str, destination: Path, card: str) -> None:
+def export_merged(checkpoint_directory: str, destination: Path, card: str, weights: bool = True) -> list[WeightsFile]:
     """Write the result of a fine-tuning as a Hugging Face model directory, with `card` as README.md.
+
+    Returns the files of its weights, which without `weights` are not written: they are made as they are read.
 
     Of a LoRA job: base and adapter in one. W + scaling * B @ A is computed in fp32 and stored in the dtype that the
     base has W in, so a bf16 base gives a bf16 model that is rounded once; what has no adapter is the base's, bit for
     bit. Of a full fine-tuning: the checkpoint itself, fp32. Raises CheckpointError when checkpoint or base are damaged
     or gone, or when `destination` is not empty, and ConfigError for a checkpoint of no fine-tuning.
     """
-    if _finetuning(checkpoint_directory, CheckpointReader(checkpoint_directory)).method == "lora":
-        adapter = _Adapter(checkpoint_directory)
-        reader = BaseReader(adapter.base)
-        with files.whole_directory(destination) as temporary:
-            _write_model(reader, adapter, temporary)
+    with files.whole_directory(destination) as temporary:
+        if _finetuning(checkpoint_directory, CheckpointReader(checkpoint_directory)).method == "lora":
+            adapter = _Adapter(checkpoint_directory)
+            reader = BaseReader(adapter.base)
+            made = _merged_weights(reader, adapter)
             _write_config(adapter.base, reader.config, temporary)
             write_tokenizer(adapter.base, temporary)
-            (temporary / README_NAME).write_text(card, encoding="utf-8")
-        return
-    with files.whole_directory(destination) as temporary:
-        write_huggingface(checkpoint_directory, temporary)
-        write_chat_template(checkpoint_directory, temporary)
+        else:
+            made = huggingface_weights(write_huggingface(checkpoint_directory, temporary, weights=False))
+            write_chat_template(checkpoint_directory, temporary)
+        if weights:
+            write_weights(made, temporary)
         (temporary / README_NAME).write_text(card, encoding="utf-8")
+    return made
 
 
 def _finetuning(directory: str, reader: CheckpointReader) -> FineTuning:
@@ -124,51 +134,25 @@ def _shortest(modules: set[str], every: Sequence[str]) -> list[str]:
     return sorted(ends if meant == modules else modules)
 
 
-def _write_model(reader: BaseReader, adapter: _Adapter, destination: Path) -> None:
-    """Write all tensors, in files of at most EXPORT_FILE_BYTES unless one tensor is larger."""
+def _merged_weights(reader: BaseReader, adapter: _Adapter) -> list[WeightsFile]:
+    """The files of base and adapter in one, made as they are read, a tensor at a time."""
     unknown = adapter.modules - {name.removesuffix(".weight") for name in reader.names()}
     if unknown:
         raise CheckpointError(
             f"the base has no weight for the adapter of '{min(unknown)}'; they do not belong together"
         )
-    groups: list[list[str]] = [[]]
-    size = total = 0
-    for name in reader.names():
-        num_bytes = math.prod(reader.shape(name)) * reader.dtype(name).itemsize
-        if groups[-1] and size + num_bytes > EXPORT_FILE_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += num_bytes
-        total += num_bytes
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        kinds = [(name, reader.dtype(name), reader.shape(name)) for name in group]
-        write_safetensors(destination / file, kinds, lambda name: adapter.merged(name, reader.tensor(name)))
-        weight_map.update(dict.fromkeys(group, file))
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (destination / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+    def read(name: str) -> Iterator[Buffer]:
+        yield tensor_bytes(adapter.merged(name, reader.tensor(name)))
+
+    specs = [TensorSpec(name, DTYPE_NAMES[reader.dtype(name)], reader.shape(name)) for name in reader.names()]
+    return weights_files(specs, read, EXPORT_FILE_BYTES)
 
 
-def write_safetensors(
-    path: Path,
-    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
-    tensor: Callable[[str], torch.Tensor],
-) -> None:
-    """Write (name, dtype, shape) tensors as a safetensors file, asking `tensor` for one at a time."""
-    kinds = {name: (dtype, shape) for name, dtype, shape in tensors}
-
-    def contents(name: str) -> npt.NDArray[Any]:
-        value = tensor(name)
-        if (value.dtype, tuple(value.shape)) != kinds[name]:
-            raise ValueError(f"tensor '{name}' is not the {kinds[name]} that was announced")
-        return value.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-    specs = [TensorSpec(name, DTYPE_NAMES[dtype], shape) for name, dtype, shape in tensors]
-    with path.open("wb") as stream:
-        write_tensors(stream, specs, contents, {"format": "pt"})
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, copied only when they do not lie end to end."""
+    data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def _write_config(base: Base, config: dict[str, Any], destination: Path) -> None:

@@ -14,6 +14,7 @@ from gradstream.core import files
 from gradstream.core.checkpoint import read_manifest
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.weights_files import WeightsFile, sent_pieces
 from gradstream.proto.v1 import fine_tuning_pb2
 from gradstream.services.fine_tuning.card import CardFacts, DataFacts, Score, model_card
 from gradstream.services.fine_tuning.export import export_adapter, export_merged
@@ -25,7 +26,7 @@ MAX_EXPORTS = 2
 
 
 class Exports:
-    """Exports under way; each may hold a whole model on disk."""
+    """Exports under way; each holds a tensor of a model in memory."""
 
     def __init__(self, fine_tunings: FineTunings):
         self._fine_tunings = fine_tunings
@@ -47,18 +48,23 @@ class Exports:
         async with self._slots:
             temporary = Path(tempfile.mkdtemp(prefix="export-", dir=self._fine_tunings.store.temporary))
             try:
-                await asyncio.to_thread(_export, record, version, checkpoint, temporary / "export", adapter)
+                weights = await asyncio.to_thread(_export, record, version, checkpoint, temporary / "export", adapter)
                 async for piece in files.directory_pieces(temporary / "export"):
                     yield piece
             finally:
                 await asyncio.to_thread(shutil.rmtree, temporary, True)
+            async for piece in sent_pieces(weights):
+                yield piece
 
 
-def _export(record: Record, version: int, checkpoint: str, destination: Path, adapter: bool) -> None:
+def _export(record: Record, version: int, checkpoint: str, destination: Path, adapter: bool) -> list[WeightsFile]:
+    """Write an export's files but a model's weights, which are returned to be made as they are sent."""
     progress = read_manifest(checkpoint).progress
     card = model_card(card_facts(record, version, progress.get("num_tokens")), kind="adapter" if adapter else "merged")
-    export = export_adapter if adapter else export_merged
-    export(checkpoint, destination, card)
+    if adapter:
+        export_adapter(checkpoint, destination, card)
+        return []
+    return export_merged(checkpoint, destination, card, weights=False)
 
 
 def card_facts(record: Record, version: int, num_target_tokens: int | None) -> CardFacts:

@@ -12,6 +12,7 @@ from typing import Any, TextIO, cast
 
 import structlog
 
+from gradstream.core.shown import shown
 from gradstream.proto.v1 import coordinator_pb2
 
 MAX_LINES_PER_HEARTBEAT = 200
@@ -41,6 +42,11 @@ class LogBuffer:
         return event
 
 
+def _shown(_: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """As a structlog processor: what peers wrote must not move the cursor of who reads the log."""
+    return {key: shown(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
 class _Stderr:
     """Whatever sys.stderr is when a line is written, not what it was when logging was configured."""
 
@@ -64,6 +70,7 @@ def configure(level: str = "info", buffer: LogBuffer | None = None, json_lines: 
     if json_lines:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
+        processors.append(_shown)
         processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0))
     structlog.configure(
         processors=processors,

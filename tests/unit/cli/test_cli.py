@@ -24,7 +24,7 @@ from gradstream.coordinator.cli._app import COMMANDS
 from gradstream.coordinator.cli._options import parse_size
 from gradstream.core.errors import ConfigError
 from gradstream.core.schedules import make_schedule
-from gradstream.proto.v1 import jobs_pb2
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 ROOT = Path(__file__).parents[3]
 GRADSTREAM = [sys.executable, "-m", "gradstream.coordinator.cli"]
@@ -213,6 +213,43 @@ def test_logs_show_brackets_as_they_are(address: str, capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "worker-0" in text
     assert "warning slow [link]" in text
+
+
+EVIL = "\x1b[2J\x1b]0;mine\x07\x9b31m\u202efdp.exe\r"
+SEEN = r"\x1b[2J\x1b]0;mine\x07\x9b31m\u202efdp.exe\x0d"
+
+
+@pytest.mark.parametrize(
+    "command", [("ls",), ("status",), ("logs",), ("events",), ("stop", "nope"), ("stop", "tiny-1")]
+)
+def test_escape_sequences_of_others_are_shown_and_not_carried_out(
+    jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    """In reasons, names, waits, events, log lines and errors; a terminal that shows them stays as it is."""
+    jobs.jobs = [canned_job(state=jobs_pb2.JOB_STATE_FAILED, reason=EVIL, decisions=[EVIL])]
+    jobs.nodes = [canned_node(EVIL, activity=coordinator_pb2.Activity(job_id="tiny-1", waiting_for=EVIL))]
+    jobs.warnings = [EVIL]
+    for item in jobs.history:
+        if item.HasField("event"):
+            item.event.message = EVIL
+        if item.HasField("log"):
+            item.log.node = item.log.line.text = EVIL
+    main([*command, "-c", address])
+    captured = capsys.readouterr()
+    everything = captured.out + captured.err
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", everything), everything
+    if command[-1] != "nope":
+        assert SEEN[:8] in everything
+    main([*command, "-c", address, "-o", "json"])
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", capsys.readouterr().out)
+
+
+def test_status_says_what_needs_a_hand(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs.warnings = ["the credentials of server 's' expire soon; renew it: `gradstream certs rotate DIR`"]
+    assert main(["status", "-c", address]) == 0
+    assert f"warning: {jobs.warnings[0]}\n" in capsys.readouterr().err
+    assert main(["status", "-c", address, "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == jobs.warnings
 
 
 def test_address_from_the_environment(

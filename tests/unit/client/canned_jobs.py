@@ -135,6 +135,7 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
     def __init__(self) -> None:
         self.jobs = [canned_job()]
         self.nodes = [canned_node()]
+        self.warnings: list[str] = []
         self.history = canned_history()
         self.timelines = [canned_timeline(), canned_timeline(version=8), canned_timeline("worker-1", 8)]
         self.export = [
@@ -230,7 +231,7 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
                 yield timeline
 
     async def ListNodes(self, request: Any, context: Any) -> jobs_pb2.ListNodesResponse:
-        return jobs_pb2.ListNodesResponse(nodes=self.nodes)
+        return jobs_pb2.ListNodesResponse(nodes=self.nodes, warnings=self.warnings)
 
 
 def serving(servicer: CannedJobs, listen: str = "127.0.0.1:0") -> AbstractContextManager[str]:

@@ -567,3 +567,28 @@ async def test_paths_of_a_recipe_lie_where_the_cluster_allows(
             assert str(of_rpc(caught)).startswith("run_root ")
     finally:
         await cluster.stop()
+
+
+async def test_a_list_that_is_longer_than_a_message_comes_in_pages(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every job with all that is known of it, its recipe too; a job that is new meanwhile changes no page."""
+    submitted = [await cluster.submit() for _ in range(5)]
+    job = await cluster.job(submitted[0])
+    monkeypatch.setattr("gradstream.coordinator.jobs_servicer.MAX_PAGE_BYTES", 2.5 * job.ByteSize())
+    found: list[jobs_pb2.Job] = []
+    request = jobs_pb2.ListJobsRequest()
+    sizes = []
+    while True:
+        page = await cluster.jobs.ListJobs(request)
+        found += page.jobs
+        sizes.append(len(page.jobs))
+        if not page.next_page_token:
+            break
+        request.page_token = page.next_page_token
+        await cluster.submit()
+    assert sizes == [2, 2, 1]
+    assert [job.job_id for job in found] == submitted[::-1]
+    assert all(job.recipe_json for job in found)
+    with pytest.raises(grpc.aio.AioRpcError, match="there is no page after 'nowhere'"):
+        await cluster.jobs.ListJobs(jobs_pb2.ListJobsRequest(page_token="nowhere"))

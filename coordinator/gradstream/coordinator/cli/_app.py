@@ -169,6 +169,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception) -> int:
     from gradstream.core.errors import GradstreamError, one_line
+    from gradstream.core.shown import shown
 
     if os.environ.get("GRADSTREAM_DEBUG") == "1":
         import traceback
@@ -176,9 +177,9 @@ def _report(error: Exception) -> int:
         traceback.print_exception(error)
     red, normal = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
     if isinstance(error, GradstreamError):
-        print(f"{red}error: {one_line(error)}{normal}", file=sys.stderr)
+        print(f"{red}error: {shown(one_line(error))}{normal}", file=sys.stderr)
         return error.exit_code
-    print(f"{red}error: {one_line(error)}{normal}", file=sys.stderr)
+    print(f"{red}error: {shown(one_line(error))}{normal}", file=sys.stderr)
     if os.environ.get("GRADSTREAM_DEBUG") != "1":
         print("run with GRADSTREAM_DEBUG=1 for the stack trace", file=sys.stderr)
     return 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+
+from gradstream.core.shown import shown, shown_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,22 +32,39 @@ _NODE_STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bri
 
 
 def console(stderr: bool = False) -> Console:
-    """A rich console. Where the output is not a terminal, lines are as long as they need to be."""
+    """A rich console, which shows control characters instead of carrying them out. Where the output is not a terminal,
+    lines are as long as they need to be."""
     from rich.console import Console
+    from rich.segment import Segment
+
+    class Shown(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=shown(segment.text))
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else 200
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+    return Shown(stderr=stderr, width=width, highlight=False, soft_wrap=False)
 
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    print(shown_json(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 def print_json_line(document: Any) -> None:
     """One JSON document of a stream on stdout, at once."""
-    print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
+    print(shown_json(json.dumps(document, ensure_ascii=False, allow_nan=False)), flush=True)
+
+
+def print_line(text: str) -> None:
+    """A line on stdout, with control characters shown."""
+    print(shown(text))
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Text on stdout at once, as it is for another program and with control characters shown for a person."""
+    print(shown(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
@@ -63,7 +82,7 @@ def make_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     for row in rows:
         # Text, so that brackets in names and messages are not taken for markup.
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(shown(str(cell))) for cell in row))
     return table
 
 
@@ -71,7 +90,7 @@ def styled(text: str, style: str | None) -> Any:
     """Text in a style."""
     from rich.text import Text
 
-    return Text(text, style=style or "")
+    return Text(shown(text), style=style or "")
 
 
 def state_text(state: str) -> Any:
@@ -86,13 +105,13 @@ def node_style(name: str) -> str:
 
 def say(text: str) -> None:
     """A line on stderr: progress and news, no result."""
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
     """A warning on stderr."""
     yellow, normal = ("\033[33m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    print(f"{yellow}warning: {text}{normal}", file=sys.stderr, flush=True)
+    print(f"{yellow}warning: {shown(text)}{normal}", file=sys.stderr, flush=True)
 
 
 def hint(*commands: str) -> None:

@@ -353,7 +353,7 @@ def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
     print()
     print("a sample from the exported model:")
     for line in (prompt + sample).splitlines():
-        print(f"    {line}")
+        out.print_text(f"    {line}")
     print()
     if job.initial_validation_loss is not None and job.validation_loss is not None:
         print(

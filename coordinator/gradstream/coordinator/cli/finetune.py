@@ -262,7 +262,7 @@ def _print_one(each: FineTuning, output: OutputFormat) -> None:
         out.print_json(each.to_dict())
     else:
         job = f", job {each.job.job_id} {each.job.state}" if each.job is not None else ""
-        print(f"{each.name} {each.state}{job}" + (f": {each.reason}" if each.reason else ""))
+        out.print_line(f"{each.name} {each.state}{job}" + (f": {each.reason}" if each.reason else ""))
 
 
 # ---- Using them ------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def generate(
             for piece in client.generate(name, _prompt(prompt, chat), base=base, **settings):
                 pieces.append(piece)
                 if output is OutputFormat.table:
-                    print(piece.text, end="", flush=True)
+                    out.print_text(piece.text, end="")
         except KeyboardInterrupt:
             if pieces and output is OutputFormat.table:
                 print()

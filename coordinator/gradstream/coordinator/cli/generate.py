@@ -48,7 +48,7 @@ def generate(
     if output is OutputFormat.json:
         out.print_json({"prompt": prompt, "text": text, **settings})
     else:
-        print(prompt + text)
+        out.print_text(prompt + text)
 
 
 def generate_text(

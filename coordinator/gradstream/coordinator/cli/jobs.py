@@ -350,4 +350,4 @@ def _print_changed(job: Job, output: OutputFormat) -> None:
     if output is OutputFormat.json:
         out.print_json(job.to_dict())
     else:
-        print(f"{job.job_id} {job.state}" + (f": {job.reason}" if job.reason else ""))
+        out.print_line(f"{job.job_id} {job.state}" + (f": {job.reason}" if job.reason else ""))

@@ -7,7 +7,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from gradstream.coordinator.benches import Benches
+from gradstream.coordinator.journal import Retry
 from gradstream.coordinator.needs import ServerBytes, server_bytes
+from gradstream.coordinator.reunion import Reunion
 from gradstream.coordinator.state import JobRecord, State, StepTotals
 from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.data import Manifest, parse_manifest
@@ -17,6 +20,12 @@ from gradstream.core.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 NUM_RATE_STEPS = 20
+RETRY_SECONDS = 30.0
+"""Most between two tries to make a plan."""
+
+
+def nothing() -> None:
+    """Let go of nothing."""
 
 
 @dataclass
@@ -92,8 +101,18 @@ class ActiveJob:
     addresses: dict[str, str] = field(default_factory=dict)
     lease_number: int = 0
     lease_reason: str = ""
-    # Servers of the plan that are away, and until when (our clock) they are waited for.
-    patience: dict[str, float] = field(default_factory=dict)
+    # Whether a table is to be published although nobody's slots change.
+    leases_due: bool = False
+    # When (our clock) each worker of the table was given slots.
+    given_at: dict[str, float] = field(default_factory=dict)
+    # Which servers of the plan are silent, and for how long their state is waited for.
+    reunion: Reunion = field(default_factory=Reunion)
+    # Nodes that are kept from the job for a time.
+    benches: Benches = field(default_factory=Benches)
+    # The stream of the leader that was asked for a checkpoint at the next commit; 0 when none was.
+    boundary_session: int = 0
+    # A person waits for a checkpoint of a later version than this one.
+    checkpoint_after: int | None = None
     # Until then (our clock) workers of the stored lease table count as live: after a restart they come one by one.
     expect_holders_until: float = 0.0
     # When the job last got on (Unix ms and our clock).
@@ -102,6 +121,9 @@ class ActiveJob:
     # What each server of the plan was predicted to need.
     predicted_bytes: list[ServerBytes] = field(default_factory=list)
     planning: asyncio.Task[None] | None = None
+    # Why no plan could be made or stored, and when the next try is; and what the last event said of a wait for servers.
+    planning_retry: Retry = field(default_factory=lambda: Retry(RETRY_SECONDS))
+    planning_reason: str = ""
     # Why the nodes of the last try could not hold the plan, and which they were; another set of nodes is tried again.
     refusal: str = ""
     refused_nodes: frozenset[str] | None = None
@@ -110,7 +132,7 @@ class ActiveJob:
     # What of the storage keeps the plan from being made; empty when nothing does.
     hold: str = ""
     # Lets go of the checkpoint that the plan starts from, once a newer one of this plan exists.
-    release_start: Callable[[], None] = lambda: None
+    release_start: Callable[[], None] = nothing
     # Manifests that could not be written: version → when to try again (our clock), and why.
     unwritten: dict[int, tuple[float, str]] = field(default_factory=dict)
     writing: asyncio.Task[None] | None = None
@@ -151,7 +173,11 @@ class ActiveJob:
             server_bytes(self.recipe, self.plan.fragments_of(index), self.plan.tensors)
             for index in range(len(self.plan.servers))
         ]
-        self.patience.clear()
+        self.reunion = Reunion(self.reunion.reunion_seconds)
+        self.pace.steps.clear()
+        self.halted_version, self.need_workers = None, False
+        self.refusal, self.refused_nodes, self.planning_reason = "", None, ""
+        self.expect_holders_until, self.boundary_session = 0.0, 0
         self.files.clear()
         self.unwritten.clear()
         self.residuals.clear()
@@ -172,6 +198,14 @@ class ActiveJob:
     def take_validations(self, state: State) -> None:
         """Note which validation passes are complete."""
         self.validations = {done.version: done.loss for done in state.validations(self.job_id)}
+
+    def take_leases(self, number: int, holders: list[str], replicas: list[Replica], reason: str, now: float) -> None:
+        """Make a lease table that was stored the one in force."""
+        before = set(self.members)
+        self.take_holders(holders)
+        self.replicas, self.lease_number, self.lease_reason = replicas, number, reason
+        self.given_at = {worker: self.given_at.get(worker, now) if worker in before else now for worker in self.members}
+        self.leases_due, self.progress_at = False, now
 
     def take_holders(self, holders: list[str]) -> None:
         """Make these the slots' holders."""
@@ -234,21 +268,13 @@ class ActiveJob:
         )
 
     @property
+    def checkpoint_wanted(self) -> bool:
+        """Whether a person waits for a checkpoint that no server has begun to report."""
+        after = self.checkpoint_after
+        return after is not None and all(version <= after for version in (*self.checkpoints, *self.files))
+
+    @property
     def members(self) -> list[str]:
         """The workers that the lease table names."""
         chained = [worker for replica in self.replicas for worker in replica.workers]
         return list(dict.fromkeys([*chained, *filter(None, self.holders)]))
-
-    def lease_table(self, worker_of: Callable[[str], plan_pb2.PipelineWorker]) -> plan_pb2.LeaseTable:
-        """The table as workers get it; `worker_of` describes the worker with a node id."""
-        return plan_pb2.LeaseTable(
-            job_id=self.job_id,
-            epoch=self.record.epoch,
-            number=self.lease_number,
-            holders=self.holders,
-            reason=self.lease_reason,
-            replicas=[
-                plan_pb2.Replica(number=replica.number, workers=map(worker_of, replica.workers))
-                for replica in self.replicas
-            ],
-        )

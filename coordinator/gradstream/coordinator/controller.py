@@ -1,8 +1,9 @@
-"""The life of nodes and jobs: looks at what is, decides what should be, and brings it about.
+"""The life of nodes and jobs: compares what is with what should be, and makes the transitions in between.
 
-`reconcile` is level-triggered: it reads the membership, the active job and the clock, and makes the next transition,
-whatever event called for it. So nothing depends on the order of events, and after a restart the same code goes on. All
-of it runs on the event loop; only planning and manifests run in threads.
+`reconcile` is level-triggered: it reads the membership, the active job and the clock, and makes every transition that
+is due, whatever event called for it. So nothing depends on the order of events, after a restart the same code goes on,
+and a transition that could not be stored is due again. All of it runs on the event loop; only planning and manifests
+run in threads.
 
 queued → planning → running ⇄ paused → finished | failed | stopped; a lost server leads from running back to planning.
 """
@@ -10,27 +11,29 @@ queued → planning → running ⇄ paused → finished | failed | stopped; a lo
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from gradstream.coordinator import checkpoints, needs, planner, scheduler
-from gradstream.coordinator.active import ActiveJob
-from gradstream.coordinator.inventory import take_inventory, take_profile
-from gradstream.coordinator.membership import SERVER, WORKER, Membership, NodeEntry
+from gradstream.coordinator import checkpoints, planning, scheduler, stalls
+from gradstream.coordinator.active import ActiveJob, nothing
+from gradstream.coordinator.benches import find_stuck
+from gradstream.coordinator.journal import Event, Journal, Retry
+from gradstream.coordinator.leasing import Leasing
+from gradstream.coordinator.membership import SERVER, WORKER, Membership, NodeEntry, make_node_id
+from gradstream.coordinator.needs import human_bytes
 from gradstream.coordinator.notify import Notifier
-from gradstream.coordinator.scheduler import Ending, ServerSight, Verdict
+from gradstream.coordinator.planning import MadePlan
+from gradstream.coordinator.reunion import Verdict, judge_servers, refuses_connections
+from gradstream.coordinator.scheduler import Ending
 from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
 from gradstream.coordinator.timelines import Timelines
+from gradstream.coordinator.timing import Timing, unix_ms
 from gradstream.core.access import by_caller
-from gradstream.core.errors import ConfigError, GradstreamError, PlanError, UnreachableError, one_line
-from gradstream.core.leases import Replica, form_replicas
+from gradstream.core.errors import BusyError, GradstreamError, PlanError, UnreachableError, one_line
 from gradstream.core.log import get_logger
-from gradstream.core.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 QUEUED, PLANNING, RUNNING, PAUSED, FINISHED, FAILED, STOPPED = (
@@ -42,30 +45,11 @@ QUEUED, PLANNING, RUNNING, PAUSED, FINISHED, FAILED, STOPPED = (
     jobs_pb2.JOB_STATE_FAILED,
     jobs_pb2.JOB_STATE_STOPPED,
 )
-
 HOLD_SECONDS = 2.0
 """Between looks at a storage that does not show what it should."""
+__all__ = ["Controller", "Timing", "unix_ms"]
 
 log = get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Times in seconds that the coordinator works by."""
-
-    heartbeat_seconds: float = 1.0
-    lease_seconds: float = 10.0
-    # For a plan's server whose stream broke to come back with its state.
-    server_grace_seconds: float = 3.0
-    # For a plan's nodes to come back after the coordinator was started anew.
-    adopt_grace_seconds: float = 5.0
-    # Between looks at the clock; events are acted upon at once.
-    tick_seconds: float = 0.2
-
-
-def unix_ms() -> int:
-    """Now."""
-    return int(time.time() * 1000)
 
 
 class Controller:
@@ -77,43 +61,54 @@ class Controller:
         self.clock = clock
         self.members = Membership(self.timing.heartbeat_seconds, self.timing.lease_seconds)
         self.notifier = Notifier(state)
+        self.journal = Journal(state, self.notifier)
+        self.leasing = Leasing(self.members)
         self.timelines = Timelines()
         self.active: ActiveJob | None = None
         # Checkpoints that retention leaves alone.
         self.pins = checkpoints.Pins()
         # Called at the end of each reconcile with the active job, for what others derive from it.
         self.after_reconcile: list[Callable[[ActiveJob], None]] = []
+        # Why the last look could not make its transitions, and when the next one comes.
+        self.retry = Retry(self.timing.retry_seconds)
         self._closing = False
-        # Whether a job may be queued: saves reading all jobs at every tick of an idle cluster.
-        self._queue_changed = True
         self._hub = Hub()
         self._looked_at = clock()
-        self._loop_task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Take up what the state holds and begin to watch the clock."""
         for record in self.state.list_jobs():
             if record.state in (PLANNING, RUNNING) or (record.state == PAUSED and record.plan_held):
-                self.active = active = ActiveJob.load(record, self.state)
-                active.checkpoints.update(
-                    await asyncio.to_thread(checkpoints.versions_on_disk, checkpoints.root_of(record.run_directory))
-                )
-                if active.plan is not None and active.plan.checkpoint_path:
-                    root = checkpoints.root_of(record.run_directory)
-                    active.release_start = self.pins.pin(root, record.start_version)
-                last = active.totals.last
-                if record.desired != "run" and last is not None and last.halted:
-                    active.halted_version = last.step + 1
-                now = self.clock()
-                active.progress_at = now
-                if active.plan is None and record.state != PLANNING:
-                    self.update(active, state=PLANNING, reason="its plan is lost")
-                active.expect_holders_until = now + self.timing.adopt_grace_seconds
-                for server in active.plan.servers if active.plan is not None else ():
-                    active.patience[server.node_id] = now + self.timing.adopt_grace_seconds
-                word = scheduler.STATE_WORDS[record.state]
-                self.event(record.job_id, "state", f"the coordinator was started anew and found the job {word}")
-        self._loop_task = asyncio.create_task(self._watch_clock())
+                await self._adopt(record)
+        self._spawn(self._watch_clock())
+
+    async def _adopt(self, record: JobRecord) -> None:
+        """Go on with a job that another coordinator had under way."""
+        if self.active is not None:
+            # Written by a version that could leave two jobs under way.
+            self.journal.store(record, [Event("state", "queued again")], state=QUEUED, reason="waits for its turn")
+            return
+        active = self._load(record)
+        if active is None:
+            return
+        root = checkpoints.root_of(record.run_directory)
+        active.checkpoints.update(await asyncio.to_thread(checkpoints.versions_on_disk, root))
+        if active.plan is not None and active.plan.checkpoint_path:
+            active.release_start = self.pins.pin(root, record.start_version)
+        last = active.totals.last
+        if last is not None and last.halted and last.epoch == record.epoch:
+            if record.desired == "run":
+                # The halt was taken back; its workers rest until they hear of a newer table.
+                active.leases_due = True
+            else:
+                active.halted_version = last.step + 1
+        now = self.clock()
+        active.progress_at = now
+        active.expect_holders_until = now + self.timing.adopt_grace_seconds
+        self.active = active
+        word = scheduler.STATE_WORDS[record.state]
+        self.journal.note(record.job_id, "state", f"the coordinator was started anew and found the job {word}")
 
     async def stop(self, grace_seconds: float = 0.0) -> None:
         """Stop deciding; a manifest that is being written has so long to be done. Nodes stay as they are."""
@@ -121,8 +116,8 @@ class Controller:
         active = self.active
         if active is not None and active.writing is not None:
             await asyncio.wait([active.writing], timeout=grace_seconds)
-        tasks = [self._loop_task, active.planning if active else None, active.writing if active else None]
-        for task in tasks:
+        work = [active.planning, active.writing] if active is not None else []
+        for task in [*self._tasks, *work]:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -133,16 +128,46 @@ class Controller:
             self.reconcile()
             await asyncio.sleep(self.timing.tick_seconds)
 
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     # --- nodes ------------------------------------------------------------------------------------------------------
 
     def register(self, request: coordinator_pb2.RegisterRequest) -> NodeEntry:
-        """Enter a node that was checked. Raises ConfigError when another process has taken its name."""
-        node, replaced = self.members.register(request, self.clock(), unix_ms())
-        for old in replaced:
-            self._hub.end(old.node_id, ConfigError(f"another {old.title} has registered since; give each its own name"))
-            self._note_node(f"{old.title} was replaced by a newer process of that name")
+        """Enter a node that was checked. Raises ConfigError when another live process has its name, BusyError while
+        that is not known."""
+        now = self.clock()
+        self._keep_name(request, now)
+        node = self.members.register(request, now, unix_ms())
         log.info("registered", node=node.node_id, address=node.address, holds=dict(node.holds))
         return node
+
+    def _keep_name(self, request: coordinator_pb2.RegisterRequest, now: float) -> None:
+        """Keep the name of a silent server for it, until its process is known to be gone or its time has passed.
+
+        Raises BusyError: the newcomer asks again.
+        """
+        active = self.active
+        if active is None or active.plan is None or request.kind != SERVER:
+            return
+        node_id = make_node_id(request.kind, request.name, request.incarnation)
+        server = next((server for server in active.plan.servers if server.name == request.name), None)
+        if server is None or server.node_id == node_id or server.address == request.address:
+            return  # two processes cannot listen on one address
+        if self.members.named(SERVER, request.name) is not None:
+            return
+        active.reunion.look(active.plan, active.record.epoch, self.members, now)
+        absence = active.reunion.absences.get(server.node_id)
+        patience = active.reunion.patience_seconds(server.node_id, now)
+        if absence is None or absence.refuses or patience <= 0:
+            return
+        self._ring(active, now, grace_seconds=0.0)
+        raise BusyError(
+            f"the parameter server '{request.name}' of job {active.job_id} is silent and may still hold its state; "
+            f"this one is let in once that process is known to be gone, or after {self.timing.reunion_seconds:g} s"
+        )
 
     def open_session(self, node_id: str) -> Session | None:
         """Begin a node's stream and queue what it must know; None when the node is not registered."""
@@ -156,19 +181,23 @@ class Controller:
                 self._hub.release(node, job_id, "the coordinator has no such job running under this epoch")
         if active is not None:
             self._note_node(f"{node.title} is here ({node.device})")
-            if active.plan is not None and active.state in (RUNNING, PAUSED):
-                if node.kind == WORKER:
-                    self._send_plan(node, active)
-                    self._warn_if_small(node, active)
-                elif active.plan.servers[active.plan.leader].node_id == node_id:
-                    self.ask_to_halt(active)
+            if active.plan is not None and active.state in (RUNNING, PAUSED) and node.kind == WORKER:
+                self._send_plan(node, active)
+                if node not in self.leasing.workers(active):
+                    has = human_bytes(node.memory_bytes)
+                    self._note_node(f"{node.title} offers {has}, too little for this model: no slots")
+        number = active.lease_number if active is not None else 0
         self.reconcile()
-        if node.kind == WORKER and self.active is active and active is not None and active.state in (RUNNING, PAUSED):
-            self._hub.send(node, coordinator_pb2.SessionResponse(leases=self._lease_table(active)))
+        under_way = active is not None and self.active is active and active.state in (RUNNING, PAUSED)
+        if node.kind == WORKER and active is not None and under_way:
+            # A table that is yet to be stored is sent when it is; one that was just sent is not sent twice.
+            stands = not active.leases_due and active.lease_number == number
+            if stands:
+                self._hub.send(node, coordinator_pb2.SessionResponse(leases=self.leasing.standing_table(active)))
         return session
 
     def heartbeat(self, session: Session, activity: coordinator_pb2.Activity) -> bool:
-        """Renew a node's lease; False when the stream counts no more."""
+        """Renew a node's lease; False when the stream has been superseded."""
         return self.members.heartbeat(session.node_id, session.number, activity, self.clock(), unix_ms())
 
     def note_vitals(self, session: Session, vitals: coordinator_pb2.Vitals) -> None:
@@ -176,7 +205,7 @@ class Controller:
         self.members.note_vitals(session.node_id, vitals)
 
     def close_session(self, session: Session, why: str) -> None:
-        """A stream has ended; its node is dead at once unless it has another by now."""
+        """A stream has ended; its node is silent at once unless it has another by now."""
         self._hub.close(session, why)
         node = self.members.close_session(session.node_id, session.number)
         if node is not None and not self._closing:
@@ -189,64 +218,74 @@ class Controller:
         self._hub.send(node, coordinator_pb2.SessionResponse(plan=active.plan_message))
         node.holds[active.job_id] = active.record.epoch
 
-    def _warn_if_small(self, node: NodeEntry, active: ActiveJob) -> None:
-        if node not in self.workers(active):
-            self._note_node(
-                f"{node.title} offers {needs.human_bytes(node.memory_bytes)}, too little for this model: no slots"
-            )
-
     def _note_node(self, message: str) -> None:
         if self.active is None:
             log.info(message)
-            return
-        try:
-            self.event(self.active.job_id, "node", message)
-        except UnreachableError as error:
-            # A full disk must not keep a dead worker's slots from moving.
-            log.error("an event was not stored", cause=one_line(error))
+        else:
+            self.journal.note(self.active.job_id, "node", message)
 
-    # --- orders ----------------------------------------------------------------------------------------
+    # --- orders and reports -----------------------------------------------------------------------------------------
 
     def submit(self, record: JobRecord) -> None:
-        """Queue a new job."""
-        self.state.create_job(record)
-        self._queue_changed = True
-        self.event(record.job_id, "submitted", f"submitted{by_caller()}; files in {record.run_directory}")
+        """Queue a new job. Raises UnreachableError."""
+        self.journal.create(record, [Event("submitted", f"submitted{by_caller()}; files in {record.run_directory}")])
         self.reconcile()
 
     def fail(self, job_id: str, reason: str) -> None:
-        """End the active job as failed."""
+        """End the active job as failed. Raises UnreachableError."""
         active = self.active
         if active is not None and active.job_id == job_id:
             self.end(active, FAILED, reason)
         self.reconcile()
 
+    def node_failed(self, active: ActiveJob, node: NodeEntry, message: str) -> None:
+        """Bench a node that cannot go on; the job fails when no other node of its kind can. Raises UnreachableError."""
+        now = self.clock()
+        active.benches.bench(node.node_id, node.title, message, True, now)
+        if node.kind == SERVER:
+            active.reunion.failures[node.node_id] = message
+        # Once it is benched no more it starts over.
+        node.holds.pop(active.job_id, None)
+        others = self.leasing.candidates(active, now) if node.kind == WORKER else self._usable_servers(active, now)
+        if others:
+            self._note_node(f"{node.title} is benched for this job: {message}")
+            self.reconcile()
+        else:
+            self.fail(active.job_id, active.benches.failures())
+
+    def _usable_servers(self, active: ActiveJob, now: float) -> list[NodeEntry]:
+        return [node for node in self.members.present(SERVER) if not active.benches.failed(node.node_id, now)]
+
     # --- reconciliation ---------------------------------------------------------------------------------------------
 
     def reconcile(self) -> None:
-        """Make every transition that is due. Never raises: what failed is tried again at the next tick."""
+        """Make every transition that is due. Never raises: what failed is tried again, at growing intervals."""
         if self._closing:
             return
+        now = self.clock()
+        self._forgive_own_stall(now)
+        for node in self.members.expire(now):
+            self._hub.end(node.node_id, "its lease ran out")
+            self._note_node(f"{node.title} is gone: no heartbeat for {self.timing.lease_seconds:g} s")
+        if not self.retry.due(now):
+            return
         try:
-            now = self.clock()
-            self._forgive_own_stall(now)
-            for node in self.members.expire(now):
-                self._hub.end(node.node_id, "its lease ran out")
-                self._note_node(f"{node.title} is gone: no heartbeat for {self.timing.lease_seconds:g} s")
             if self.active is None:
                 self._start_next()
-            active = self.active
-            if active is not None:
-                self._advance(active, now)
+            if self.active is not None:
+                self._advance(self.active, now)
             if self.active is None:
                 self._start_next()
             for follow_up in self.after_reconcile:
                 if self.active is not None:
                     follow_up(self.active)
+            self.retry.succeeded()
         except GradstreamError as error:
-            log.error("could not act; trying again", cause=one_line(error))
-        except Exception:
-            log.exception("could not act; trying again")
+            if self.retry.failed(one_line(error), now):
+                log.error("could not act; trying again", cause=one_line(error))
+        except Exception as error:
+            if self.retry.failed(one_line(error), now):
+                log.exception("could not act; trying again")
 
     def _forgive_own_stall(self, now: float) -> None:
         """When this process itself stood still (a large import, a suspended machine), nobody else is to blame."""
@@ -255,197 +294,226 @@ class Controller:
         if stall > self.timing.heartbeat_seconds:
             self.members.forgive(stall, now)
             if self.active is not None:
-                patience = self.active.patience
-                patience.update({node_id: until + stall for node_id, until in patience.items()})
+                self.active.reunion.forgive(stall)
+
+    def _load(self, record: JobRecord) -> ActiveJob | None:
+        """The view of a job; None when its record cannot be read any more, which ends it."""
+        try:
+            active = ActiveJob.load(record, self.state)
+        except UnreachableError:
+            raise
+        except GradstreamError as error:
+            reason = f"its record cannot be used: {one_line(error)}; submit it again"
+            event = Event("failure", f"failed: {reason}")
+            self.journal.store(record, [event], state=FAILED, reason=reason, plan_held=False, ended_unix_ms=unix_ms())
+            return None
+        active.reunion.reunion_seconds = self.timing.reunion_seconds
+        active.benches.bench_seconds = self.timing.bench_seconds
+        return active
 
     def _start_next(self) -> None:
-        if not self._queue_changed:
-            return
-        record = scheduler.next_job(self.state.list_jobs())
-        if record is None:
-            self._queue_changed = False
-            return
-        # What an earlier turn left on nodes was released.
-        record = self.save(record, state=PLANNING, reason="its turn has come", plan_held=False)
-        self.event(record.job_id, "state", "planning: its turn has come")
-        self.active = ActiveJob.load(record, self.state)
-        self.active.progress_at = self.clock()
-        self._advance(self.active, self.clock())
+        while self.active is None and self.journal.jobs_changed:
+            record = scheduler.next_job(self.state.list_jobs())
+            if record is None:
+                self.journal.jobs_changed = False
+                return
+            # What an earlier turn left on nodes was released.
+            changes: dict[str, Any] = {"state": PLANNING, "reason": "its turn has come", "plan_held": False}
+            active = self._load(replace(record, plan_held=False))
+            if active is None:
+                continue
+            self.update(active, Event("state", "planning: its turn has come"), **changes)
+            active.progress_at = self.clock()
+            self.active = active
+            self._advance(active, self.clock())
 
     def _advance(self, active: ActiveJob, now: float) -> None:
+        for bench in active.benches.lift(now):
+            self._note_node(f"{bench.title} is tried again, after: {bench.reason}")
+        steps: list[Callable[[ActiveJob, float], None]] = [
+            self._judge_servers,
+            self._judge_end,
+            self._judge_workers,
+            self._lease,
+            self._ask_for_boundary,
+        ]
+        if active.state in (RUNNING, PAUSED) and active.plan is None:
+            self.set_state(active, PLANNING, "its plan is lost")
         if active.state == PLANNING:
             self._advance_plan(active, now)
-        if active.state in (RUNNING, PAUSED) and self.active is active:
-            self._judge_servers(active, now)
-        if active.state in (RUNNING, PAUSED) and self.active is active:
-            self._judge_end(active)
-        if active.state in (RUNNING, PAUSED) and self.active is active:
-            self._lease(active, now)
+        for step in steps:
+            if active.state in (RUNNING, PAUSED) and self.active is active:
+                step(active, now)
+
+    # --- planning ---------------------------------------------------------------------------------------------------
 
     def _advance_plan(self, active: ActiveJob, now: float) -> None:
         desired = active.record.desired
-        if desired != "run":
-            if desired == "stop":
-                self.end(active, STOPPED, f"stopped at version {active.version} while planning")
-            else:
-                self._rest_without_plan(active, "paused while planning")
-            return
-        if active.planning is not None or now < active.held_until:
-            return
-        if active.plan is not None and self._look_at_servers(active, now)[0] is Verdict.HOLD:
+        if desired == "stop":
+            self.end(active, STOPPED, f"stopped at version {active.version} while planning")
+        elif desired == "pause":
+            self._leave(active, PAUSED, "paused while planning")
+        elif not self._plan_stands(active, now) and active.planning is None and now >= active.held_until:
+            if not active.planning_retry.due(now):
+                return
+            servers, workers = self.plannable(active, now)
+            if frozenset(node.node_id for node in (*servers, *workers)) == active.refused_nodes:
+                return
+            if not scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers):
+                active.planning = asyncio.create_task(self._make_plan(active, servers, workers))
+
+    def plannable(self, active: ActiveJob, now: float) -> tuple[list[NodeEntry], list[NodeEntry]]:
+        """The servers and the workers that a plan can be made with now."""
+        workers = [node for node in self.members.present(WORKER) if not active.benches.failed(node.node_id, now)]
+        return self._usable_servers(active, now), workers
+
+    def _plan_stands(self, active: ActiveJob, now: float) -> bool:
+        """Whether the plan that a job in planning had is still to be hoped for, or in force again."""
+        if active.plan is None:
+            return False
+        verdict, reason = self._look_at_servers(active, now)
+        if verdict is Verdict.HOLD:
             self.set_state(active, RUNNING, "its servers came back with all of their state; no step is lost")
-            self._lease(active, now, force=True)
-            return
-        servers, workers = self.members.present(SERVER), self.members.present(WORKER)
-        if frozenset(node.node_id for node in (*servers, *workers)) == active.refused_nodes:
-            return
-        if not scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers):
-            active.planning = asyncio.create_task(self._make_plan(active, servers, workers))
+            active.leases_due = True
+        elif verdict is Verdict.WAIT and reason != active.planning_reason:
+            active.planning_reason = reason
+            self._note_node(f"{reason}; its state is waited for before a new plan is made")
+        return verdict is not Verdict.LOST
 
     async def _make_plan(self, active: ActiveJob, servers: list[NodeEntry], workers: list[NodeEntry]) -> None:
         record = active.record
         root = checkpoints.root_of(record.run_directory)
-        release = None
+        cause = ""
+        release: Callable[[], None] = nothing
         try:
-            async with self.pins.choosing(root):
-                start, versions = await asyncio.to_thread(checkpoints.newest, root)
-                if start is not None:
-                    release = self.pins.pin(root, start.version)
+            start = await planning.choose_start(root, self.pins)
+            release = start.release
             acknowledged = self.state.checkpoint_versions(record.job_id)
-            if self._is_held(active, checkpoints.missing(root, versions, acknowledged, record.job_id)):
+            if self._is_held(active, checkpoints.missing(root, start.versions, acknowledged, record.job_id)):
                 return
-            recipe = active.recipe
-            profiles = None
-            if recipe.pipeline.stages != 1:
-                # Before the inventory, which comes with it.
-                profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora)
-            model = await take_inventory(recipe.model.config, recipe.lora)
-            plan, reasons = await asyncio.to_thread(
-                planner.make_plan,
-                record.job_id,
-                recipe,
-                active.manifest,
-                model.tensors,
-                model.architecture,
-                _offers(servers),
-                _offers(workers),
-                record.epoch + 1,
-                start,
-                root,
-                profiles,
-                num_frozen_parameters=model.num_frozen_parameters,
-            )
+            made = await planning.make_plan(active, servers, workers, start)
             wanted = self.active is active and active.state == PLANNING and active.record.desired == "run"
-            # A server that died meanwhile must not be planned with; the next look starts over.
-            if wanted and all(server.present for server in servers):
-                self._take_plan(active, plan, reasons, versions)
+            now = self.clock()
+            # What has happened meanwhile is judged again: servers may be back with all of their state, and one that
+            # died must not be planned with. The next look starts over.
+            if wanted and not self._plan_stands(active, now) and all(server.present for server in servers):
+                self._take_plan(active, made)
                 active.release_start()
-                active.release_start, release = release or (lambda: None), None
+                active.release_start, release = release, nothing
+            active.planning_retry.succeeded()
         except PlanError as error:
             if record.epoch == 0:
-                self.fail(record.job_id, one_line(error))
+                cause = self._fail_in_task(active, one_line(error))
             else:
                 # The cluster held this job before: the nodes that are missing may be on their way back.
                 active.refusal = one_line(error)
                 active.refused_nodes = frozenset(node.node_id for node in (*servers, *workers))
         except UnreachableError as error:
-            log.error("the plan could not be stored; trying again", cause=one_line(error))
+            cause = f"the plan to be stored: {one_line(error)}"
         except GradstreamError as error:
-            self.fail(record.job_id, one_line(error))
+            cause = self._fail_in_task(active, one_line(error))
         except OSError as error:
-            self.fail(record.job_id, f"{root} cannot be read ({error}); make it readable, then `gradstream resume`")
+            cause = f"{root} to be readable: {one_line(error)}"
         except Exception as error:
             log.exception("planning failed")
-            self.fail(record.job_id, f"the plan could not be made: {one_line(error)}")
+            cause = self._fail_in_task(active, f"the plan could not be made: {one_line(error)}")
         finally:
             active.planning = None
-            if release is not None:
-                release()
+            release()
+        if cause and active.planning_retry.failed(cause, self.clock()):
+            log.error("no plan yet; trying again", job=active.job_id, cause=cause)
         self.reconcile()
 
     def _is_held(self, active: ActiveJob, why: str) -> bool:
         """Note what of the storage keeps the plan from being made, if anything, and when to look again."""
         if why and why != active.hold:
-            self.event(active.job_id, "plan", f"held: {why}")
+            self.journal.note(active.job_id, "plan", f"held: {why}")
         active.hold = why
         active.held_until = self.clock() + HOLD_SECONDS if why else 0.0
         return bool(why)
 
-    def _take_plan(self, active: ActiveJob, plan: Plan, reasons: dict[str, str], versions: Iterable[int]) -> None:
+    def _fail_in_task(self, active: ActiveJob, reason: str) -> str:
+        """Fail the job; return why that could not be stored, "" when it was."""
+        try:
+            self.fail(active.job_id, reason)
+        except UnreachableError as error:
+            return f"the failure to be stored ({reason}): {one_line(error)}"
+        return ""
+
+    def _take_plan(self, active: ActiveJob, made: MadePlan) -> None:
         """Make a plan the job's, durably first, then tell everyone."""
-        message = plan.to_proto()
-        before, old_epoch = active.version, active.record.epoch
+        plan, message = made.plan, made.plan.to_proto()
+        old_epoch = active.record.epoch
+        events = [Event("plan", made.message)]
+        again = planning.recomputed(active.version, plan.start_version) if old_epoch else ""
+        if again:
+            events.append(Event("plan", again))
+        totals = self.state.step_totals(active.job_id, plan.epoch, plan.start_version)
         self.update(
             active,
-            message.SerializeToString(),
+            *events,
+            plan=message.SerializeToString(),
             state=RUNNING,
             reason=f"epoch {plan.epoch} from version {plan.start_version}",
             epoch=plan.epoch,
             start_version=plan.start_version,
             plan_held=True,
-            decisions={**active.record.decisions, **reasons},
+            decisions={**active.record.decisions, **made.reasons},
         )
         active.take_plan(message, plan)
-        active.checkpoints = set(versions)
-        active.totals = self.state.step_totals(active.job_id, plan.epoch, plan.start_version)
-        active.pace.steps.clear()
-        active.halted_version, active.need_workers = None, False
-        active.refusal, active.refused_nodes = "", None
-        active.expect_holders_until = 0.0
+        active.checkpoints = set(made.versions)
+        active.totals = totals
         active.progress_at = self.clock()
-        self.event(active.job_id, "plan", f"epoch {plan.epoch}: {'; '.join(reasons.values())}")
-        if old_epoch and before > plan.start_version:
-            steps = (
-                f"steps {plan.start_version} to {before - 1}"
-                if before - 1 > plan.start_version
-                else f"step {before - 1}"
-            )
-            self.event(active.job_id, "plan", f"{steps} are walked again, to the same bits")
+        active.leases_due = True
         for node in self.members.everyone_present():
             if node.kind == WORKER or plan.server_index(node.node_id) is not None:
                 self._send_plan(node, active)
             elif active.job_id in node.holds:
                 self._hub.release(node, active.job_id, "the new plan does without it")
-        active.holders = [""] * plan.num_slots if old_epoch == 0 else active.holders
-        self._lease(active, self.clock(), force=True)
+
+    # --- servers ----------------------------------------------------------------------------------------------------
 
     def _look_at_servers(self, active: ActiveJob, now: float) -> tuple[Verdict, str]:
         assert active.plan is not None
-        sights = []
-        for server in active.plan.servers:
-            node = self.members.get(server.node_id)
-            present = node is not None and node.present
-            if present:
-                active.patience.pop(server.node_id, None)
-                patience = 0.0
-            else:
-                patience = active.patience.setdefault(server.node_id, now + self.timing.server_grace_seconds) - now
-            namesake = self.members.named(SERVER, server.name)
-            sights.append(
-                ServerSight(
-                    name=server.name,
-                    present=present,
-                    holds=node is not None and node.holds.get(active.job_id) == active.record.epoch,
-                    replaced=namesake is not None and namesake.node_id != server.node_id,
-                    patience_seconds=patience,
-                )
-            )
-        return scheduler.judge_servers(sights)
+        sights = active.reunion.look(active.plan, active.record.epoch, self.members, now)
+        self._ring(active, now, self.timing.server_grace_seconds)
+        return judge_servers(sights)
+
+    def _ring(self, active: ActiveJob, now: float, grace_seconds: float) -> None:
+        """Try whether the machines of silent servers still listen."""
+        assert active.plan is not None
+
+        async def ring(node_id: str, address: str) -> None:
+            refused = await refuses_connections(address)
+            absence = active.reunion.absences.get(node_id)
+            if absence is not None:
+                absence.heard(refused)
+                self.reconcile()
+
+        for server in active.reunion.due_rings(active.plan, grace_seconds, now):
+            self._spawn(ring(server.node_id, server.address))
 
     def _judge_servers(self, active: ActiveJob, now: float) -> None:
         verdict, reason = self._look_at_servers(active, now)
         if verdict is not Verdict.LOST:
             return
-        self.event(active.job_id, "node", f"{reason}; the job goes back to its last checkpoint")
+        event = Event("node", f"{reason}; the job goes back to its last checkpoint")
         if active.record.desired == "stop":
-            self.end(active, STOPPED, f"stopped at version {active.version}: {reason}")
+            self.end(active, STOPPED, f"stopped at version {active.version}: {reason}", event)
         elif active.state == PAUSED or active.record.desired == "pause":
-            self._rest_without_plan(active, f"paused; {reason}, so it will go on from its last checkpoint")
+            # The cluster is free for the next job.
+            self._leave(active, PAUSED, f"paused; {reason}, so it will go on from its last checkpoint", event)
         else:
-            self.set_state(active, PLANNING, f"{reason}; going back to the last checkpoint")
+            self.set_state(active, PLANNING, f"{reason}; going back to the last checkpoint", event)
             self._advance_plan(active, now)
 
-    def _judge_end(self, active: ActiveJob) -> None:
+    # --- endings ----------------------------------------------------------------------------------------------------
+
+    def _judge_end(self, active: ActiveJob, now: float) -> None:
+        skips = scheduler.judge_skips(active.totals, active.record.epoch, active.recipe)
+        if skips:
+            self.end(active, FAILED, skips)
+            return
         ending, reason = scheduler.judge_end(
             desired=active.record.desired,
             state=active.state,
@@ -454,7 +522,7 @@ class Controller:
             halted_version=active.halted_version,
             checkpoints=active.checkpoints,
             validated=active.fully_validated,
-            any_worker=self._any_worker(active),
+            any_worker=self.leasing.any_worker(active, now),
             early=active.early_ending,
         )
         if ending is Ending.FINISH:
@@ -471,180 +539,94 @@ class Controller:
         bases = [
             base
             for record in self.state.list_jobs()
-            if record.state not in scheduler.ENDED and (base := base_path(record.recipe_json))
+            if record.state not in scheduler.ENDED and (base := planning.base_path(record.recipe_json))
         ]
         return self.pins.of(root) | active.candidates | checkpoints.bases_under(root, bases)
 
-    def workers(self, active: ActiveJob) -> list[NodeEntry]:
-        """The live workers with memory enough for the active job, oldest first."""
-        if active.plan is None:
-            return self.members.present(WORKER)
-        plan = active.plan
-        need = min(needs.stage_need(plan, place) for place in range(plan.replica_size))
-        return [node for node in self.members.present(WORKER) if needs.fits(node.memory_bytes, need)]
-
-    def _expected_holders(self, active: ActiveJob) -> list[str]:
-        """Holders that count although they cannot be spoken to.
-
-        Those that have registered and are about to open their stream, and, for a time after the coordinator was started
-        anew, those not seen since.
-        """
-        waiting = self.clock() < active.expect_holders_until
-        expected = []
-        for holder in active.members:
-            node = self.members.get(holder)
-            if (waiting and node is None) or (node is not None and node.alive and not node.present):
-                expected.append(holder)
-        return expected
-
-    def _any_worker(self, active: ActiveJob) -> bool:
-        """Whether slots can be computed: in a pipeline that takes a whole replica."""
-        plan = active.plan
-        workers = self._candidates(active)
-        return bool(self._form(active, plan, workers)[0] if plan is not None and plan.has_pipeline else workers)
-
-    def _candidates(self, active: ActiveJob) -> list[str]:
-        """The workers that may hold slots, expected ones first."""
-        return list(dict.fromkeys([*self._expected_holders(active), *(node.node_id for node in self.workers(active))]))
-
-    def _form(self, active: ActiveJob, plan: Plan, workers: list[str]) -> tuple[list[Replica], str]:
-        """The replicas that the next lease table would have, and why."""
-        return form_replicas(
-            active.replicas, workers, plan.replica_size, active.lease_number + 1, partial(self._fits, plan)
-        )
-
-    def _lease(self, active: ActiveJob, now: float, force: bool = False) -> None:
-        """Bring the lease table in line with the live workers, and publish it when it changes."""
-        workers = self._candidates(active)
-        names = {node_id: self.members.name_of(node_id) for node_id in workers}
-        plan, replicas, formed = active.plan, active.replicas, ""
-        if plan is not None and plan.has_pipeline:
-            replicas, formed = self._form(active, plan, workers)
-            names = {chain.workers[0]: " → ".join(map(self.members.name_of, chain.workers)) for chain in replicas}
-            workers = [chain.workers[0] for chain in replicas]
-        holders, reason = scheduler.lease_slots(active.holders, workers, active.resting, names, formed)
-        if holders == active.holders and replicas == active.replicas and not force:
+    def _ask_for_boundary(self, active: ActiveJob, now: float) -> None:
+        """Ask the leader, once a stream, for a checkpoint at its next commit, if a pause, a stop or a person waits."""
+        wanted = active.record.desired != "run" or active.checkpoint_wanted
+        if not wanted or active.plan is None or active.state != RUNNING or active.resting:
             return
-        active.replicas = replicas
-        active.take_holders(holders)
-        active.lease_reason = reason
-        active.lease_number += 1
-        active.progress_at = now
-        table = self._lease_table(active)
-        decisions = {**active.record.decisions, "leases": reason}
-        self.update(active, leases=table.SerializeToString(), decisions=decisions)
-        self.event(active.job_id, "leases", reason.removeprefix("leases: "))
+        leader = self.members.get(active.plan.servers[active.plan.leader].node_id)
+        if leader is None or not leader.present or leader.session == active.boundary_session:
+            return
+        if self.leasing.any_worker(active, now):
+            boundary = coordinator_pb2.BoundaryRequest(job_id=active.job_id, epoch=active.record.epoch)
+            self._hub.send(leader, coordinator_pb2.SessionResponse(boundary=boundary))
+            active.boundary_session = leader.session
+
+    # --- leases -----------------------------------------------------------------------------------------------------
+
+    def _judge_workers(self, active: ActiveJob, now: float) -> None:
+        """Bench workers that heartbeat but get nothing done, or that cannot reach a peer: their slots move."""
+        if active.resting:
+            return
+        sights = stalls.worker_sights(active, self.members, now)
+        num_able = len(self.leasing.candidates(active, now))
+        for node_id, reason in find_stuck(sights, num_able, stalls.slot_seconds(active), self.timing):
+            node = self.members.get(node_id)
+            if node is not None:
+                active.benches.bench(node_id, node.title, reason, False, now)
+
+    def _lease(self, active: ActiveJob, now: float) -> None:
+        """Bring the lease table in line with the live workers: stored, then seen, then sent."""
+        proposal = self.leasing.propose(active, now)
+        same = proposal.holders == active.holders and proposal.replicas == active.replicas
+        if same and not active.leases_due:
+            return
+        number = active.lease_number + 1
+        table = self.leasing.table(active, proposal, number)
+        self.update(
+            active,
+            Event("leases", proposal.reason.removeprefix("leases: ")),
+            leases=table.SerializeToString(),
+            decisions={**active.record.decisions, "leases": proposal.reason},
+        )
+        active.take_leases(number, proposal.holders, proposal.replicas, proposal.reason, now)
         for node in self.members.present(WORKER):
             self._send_plan(node, active)
             self._hub.send(node, coordinator_pb2.SessionResponse(leases=table))
 
-    def _fits(self, plan: Plan, worker: str, place: int) -> bool:
-        """Whether a worker's memory holds what a place of a replica needs; one that is about to come back did."""
-        node = self.members.get(worker)
-        return node is None or needs.fits(node.memory_bytes, needs.stage_need(plan, place))
-
-    def _lease_table(self, active: ActiveJob) -> plan_pb2.LeaseTable:
-        """The table as workers get it."""
-
-        def described(node_id: str) -> plan_pb2.PipelineWorker:
-            node = self.members.get(node_id)
-            # One that has not come back since this process was started anew is where it was: it is the same process.
-            address = node.address if node is not None else active.addresses.get(node_id, "")
-            return plan_pb2.PipelineWorker(node_id=node_id, name=self.members.name_of(node_id), address=address)
-
-        return active.lease_table(described)
-
-    def publish_leases_again(self, active: ActiveJob) -> None:
-        """Send the same leases under a higher number, to workers that a halt put to rest."""
-        self._lease(active, self.clock(), force=True)
-
-    def ask_to_halt(self, active: ActiveJob) -> None:
-        """Tell the leader, if it is here, of a pause or stop that it has not answered yet."""
-        if active.record.desired != "run":
-            self.ask_for_boundary(active)
-
-    def leader_stream(self, active: ActiveJob) -> tuple[int, int] | None:
-        """(epoch, number of the stream) by which the active job's leader is told things; None while it is away."""
-        if active.plan is None:
-            return None
-        leader = self.members.get(active.plan.servers[active.plan.leader].node_id)
-        return (active.record.epoch, leader.session) if leader is not None and leader.present else None
-
-    def ask_for_boundary(self, active: ActiveJob) -> bool:
-        """Ask the leader, if it is here and the job runs, for a checkpoint at its next commit; whether it was asked."""
-        if active.plan is None or active.state != RUNNING or active.resting:
-            return False
-        leader = self.members.get(active.plan.servers[active.plan.leader].node_id)
-        if leader is not None and leader.present and self._any_worker(active):
-            boundary = coordinator_pb2.BoundaryRequest(job_id=active.job_id, epoch=active.record.epoch)
-            self._hub.send(leader, coordinator_pb2.SessionResponse(boundary=boundary))
-            return True
-        return False
-
     # --- transitions ------------------------------------------------------------------------------------------------
 
-    def set_state(self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str) -> None:
-        """Move the active job to another state that it lives in."""
-        self.update(active, state=state, reason=reason)
+    def update(self, active: ActiveJob, *events: Event, plan: bytes | None = None, **changes: Any) -> None:
+        """Store a transition of the active job. Raises UnreachableError, and then nothing has changed."""
+        active.record = self.journal.store(active.record, events, plan, **changes)
+
+    def set_state(
+        self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str, *before: Event, **changes: Any
+    ) -> None:
+        """Move the active job to another state that it lives in. Raises UnreachableError."""
+        event = Event("state", f"{scheduler.STATE_WORDS[state]}: {reason}")
+        self.update(active, *before, event, state=state, reason=reason, **changes)
         active.progress_at = self.clock()
-        self.event(active.job_id, "state", f"{scheduler.STATE_WORDS[state]}: {reason}")
 
-    def _rest_without_plan(self, active: ActiveJob, reason: str) -> None:
-        """Pause a job whose state no server holds, and give the cluster to the next one."""
-        self._leave(active, PAUSED, reason, ended=0)
+    def end(
+        self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str, *before: Event, **changes: Any
+    ) -> None:
+        """End the active job; every node forgets it. Raises UnreachableError."""
+        self._leave(active, state, reason, *before, ended_unix_ms=unix_ms(), **changes)
 
-    def end(self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str) -> None:
-        """End the active job; every node forgets it."""
-        self._leave(active, state, reason, ended=unix_ms())
-
-    def _leave(self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str, ended: int) -> None:
+    def _leave(
+        self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str, *before: Event, **changes: Any
+    ) -> None:
         """The cluster is done with the job: durably first, then every node forgets it."""
         table = plan_pb2.LeaseTable(job_id=active.job_id, epoch=active.record.epoch, number=active.lease_number)
+        kind = "failure" if state == FAILED else "state"
         self.update(
             active,
+            *before,
+            Event(kind, f"{scheduler.STATE_WORDS[state]}: {reason}"),
             state=state,
             reason=reason,
-            ended_unix_ms=ended,
             plan_held=False,
             leases=table.SerializeToString(),
+            **changes,
         )
-        kind = "failure" if state == FAILED else "state"
-        self.event(active.job_id, kind, f"{scheduler.STATE_WORDS[state]}: {reason}")
         if active.planning is not None and active.planning is not asyncio.current_task():
             active.planning.cancel()
         active.release_start()
         self.active = None
         for node in self.members.everyone_present():
             self._hub.release(node, active.job_id, reason)
-
-    def save(self, record: JobRecord, plan: bytes | None = None, **changes: Any) -> JobRecord:
-        """Store a job with changes; return the new record."""
-        changed = replace(record, **changes)
-        self.state.save_job(changed, plan)
-        self._queue_changed = True
-        self.notifier.changed(record.job_id)
-        return changed
-
-    def update(self, active: ActiveJob, plan: bytes | None = None, **changes: Any) -> None:
-        """Store the active job with changes."""
-        # The view follows the state, never the other way round: when storing fails nothing has changed.
-        active.record = self.save(active.record, plan, **changes)
-
-    def event(self, job_id: str, kind: str, message: str) -> None:
-        """Add an event to a job's history."""
-        log.info(message, job=job_id, kind=kind)
-        event = jobs_pb2.Event(unix_ms=unix_ms(), kind=kind, message=message)
-        self.notifier.append(job_id, [jobs_pb2.WatchJobResponse(event=event)])
-
-
-def base_path(recipe_json: str) -> str:
-    """Where the base of a fine-tuning's recipe lies; empty for any other job."""
-    finetuning = json.loads(recipe_json).get("finetuning") or {}
-    return str((finetuning.get("base") or {}).get("path", ""))
-
-
-def _offers(nodes: Iterable[NodeEntry]) -> list[needs.NodeOffer]:
-    return [
-        needs.NodeOffer(node.node_id, node.name, node.address, node.memory_bytes, node.flops_per_second)
-        for node in nodes
-    ]

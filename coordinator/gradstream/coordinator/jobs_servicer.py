@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,13 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             rank=max((job.rank for job in jobs), default=0) + 1,
             request_id=request_id,
         )
-        self._controller.submit(record)
+        try:
+            self._controller.submit(record)
+        except GradstreamError:
+            # Nobody knows of it: a directory that stays would only take its name.
+            with suppress(OSError, GradstreamError):
+                await self._storage.call(recipe.run_root, directory.rmdir)
+            raise
         return self._find(job_id)
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
@@ -158,7 +165,6 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             record = self._find(request.job_id)
             version = self._orders.checkpoint(record)
             root = checkpoints.root_of(record.run_directory)
-            asked = None
             while True:
                 # Taken before looking, so that what comes in between is not slept through.
                 change = self._controller.notifier.change(record.job_id)
@@ -169,8 +175,6 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                 state = self._find(record.job_id).state
                 if state not in (jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_PLANNING):
                     raise CheckpointError(f"job {record.job_id} is {scheduler.STATE_WORDS[state]} before its next step")
-                # The leader may not be there yet, or be another one by now.
-                asked = self._orders.ask_for_checkpoint(record, asked)
                 await change.wait()
         raise AssertionError("abort has raised")
 

@@ -1,8 +1,8 @@
 """Who is there: a table of nodes with leases on life. No I/O, and the clock is an argument.
 
-A node is alive from its registration until its stream ends, its lease runs out or another process takes its name. Its
-identity follows from its kind, its name and its start (incarnation) alone, so it is the same after the coordinator has
-restarted, and a plan that names it stays valid.
+A node is alive from its registration until its stream ends or its lease runs out; while it is, no other process gets
+its name. Its identity follows from its kind, its name and its start (incarnation) alone, so it is the same after the
+coordinator has restarted, and a plan that names it stays valid.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from gradstream.core.errors import ConfigError
+from gradstream.core.errors import BusyError, ConfigError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 SERVER = coordinator_pb2.NODE_KIND_PARAMETER_SERVER
@@ -20,7 +20,7 @@ WORKER = coordinator_pb2.NODE_KIND_WORKER
 KIND_WORDS = {SERVER: "parameter server", WORKER: "worker"}
 
 MAX_DEAD_NODES = 64
-MAX_REPLACED = 1024
+MAX_KNOCKS = 1024
 MAX_REFUSED = 64
 MAX_PATH_CHARACTERS = 4096
 NUM_RATE_SAMPLES = 20
@@ -44,6 +44,8 @@ class NodeEntry:
     order: int
     last_heartbeat: float
     last_heartbeat_unix_ms: int
+    # When it last told of something that it got done.
+    progress_at: float = 0.0
     flops_per_second: float = 0.0
     machine_id: str = ""
     alive: bool = True
@@ -86,34 +88,25 @@ class Membership:
         self._nodes: dict[str, NodeEntry] = {}
         self._order = 0
         self._sessions = 0
-        # Processes whose name another one took. Were they let in again, the two would take turns for ever.
-        self._replaced: OrderedDict[str, None] = OrderedDict()
+        # When processes first asked for a name that another one has.
+        self._knocks: OrderedDict[str, float] = OrderedDict()
         self._refused: OrderedDict[tuple[int, str], jobs_pb2.RefusedNode] = OrderedDict()
 
-    def register(
-        self, request: coordinator_pb2.RegisterRequest, now: float, unix_ms: int
-    ) -> tuple[NodeEntry, list[NodeEntry]]:
-        """Enter a node; return it and the live nodes that it replaces. The newest process of a name wins.
+    def register(self, request: coordinator_pb2.RegisterRequest, now: float, unix_ms: int) -> NodeEntry:
+        """Enter a node. The process that has a name keeps it while it heartbeats.
 
-        Raises ConfigError when a newer process has taken this one's name.
+        Raises ConfigError when another process of its name is known to be live, BusyError while that is not known: a
+        machine that lost its power looks alive until its lease runs out.
         """
         node_id = make_node_id(request.kind, request.name, request.incarnation)
-        if node_id in self._replaced:
-            raise ConfigError(
-                f"another {KIND_WORDS[request.kind]} has registered as '{request.name}' since; "
-                f"give each one a name of its own (--name)"
-            )
-        replaced = []
-        for other in [n for n in self._nodes.values() if (n.kind, n.name) == (request.kind, request.name)]:
-            if other.node_id == node_id:
-                continue
-            if other.alive:
-                replaced.append(other)
-                self._end(other)
-            self._replaced[other.node_id] = None
-            del self._nodes[other.node_id]
-        while len(self._replaced) > MAX_REPLACED:
-            self._replaced.popitem(last=False)
+        namesakes = [n for n in self._nodes.values() if (n.kind, n.name) == (request.kind, request.name)]
+        for other in namesakes:
+            if other.alive and other.node_id != node_id:
+                self._refuse_newcomer(node_id, other, now)
+        for other in namesakes:
+            if other.node_id != node_id:
+                del self._nodes[other.node_id]
+        self._knocks.pop(node_id, None)
         node = self._nodes.get(node_id)
         if node is None:
             self._order += 1
@@ -137,8 +130,24 @@ class Membership:
         self._level(node)
         node.last_heartbeat, node.last_heartbeat_unix_ms = now, unix_ms
         node.holds = {held.job_id: held.epoch for held in request.held}
+        node.progress_at = now
         self._refused.pop((request.kind, request.name), None)
-        return node, replaced
+        return node
+
+    def _refuse_newcomer(self, node_id: str, incumbent: NodeEntry, now: float) -> None:
+        first = self._knocks.setdefault(node_id, now)
+        while len(self._knocks) > MAX_KNOCKS:
+            self._knocks.popitem(last=False)
+        # A heartbeat that was under way when the incumbent died may come after the newcomer.
+        if incumbent.last_heartbeat >= first + self.heartbeat_seconds:
+            raise ConfigError(
+                f"another {KIND_WORDS[incumbent.kind]} is live as '{incumbent.name}' (at {incumbent.address}, last "
+                f"heartbeat {now - incumbent.last_heartbeat:.1f} s ago); give each one a name of its own (--name)"
+            )
+        raise BusyError(
+            f"another {KIND_WORDS[incumbent.kind]} has registered as '{incumbent.name}' (at {incumbent.address}); this "
+            f"one is let in if that one does not heartbeat within its lease of {self.lease_seconds:g} s"
+        )
 
     def _level(self, newcomer: NodeEntry) -> None:
         """Give all nodes on a newcomer's device the best speed that was measured of it, by dead ones too: whatever else
@@ -181,6 +190,8 @@ class Membership:
         if node is None or not node.alive or node.session != session:
             return False
         node.last_heartbeat, node.last_heartbeat_unix_ms = now, unix_ms
+        if _done(activity) != _done(node.activity):
+            node.progress_at = now
         node.activity = activity
         node.sent.append((now, activity.job_id, activity.sent_bytes))
         return True
@@ -252,3 +263,9 @@ class Membership:
         dead = sorted((n for n in self._nodes.values() if not n.alive), key=lambda n: n.last_heartbeat)
         for node in dead[: max(0, len(dead) - MAX_DEAD_NODES)]:
             del self._nodes[node.node_id]
+
+
+def _done(activity: coordinator_pb2.Activity) -> tuple[object, ...]:
+    """What changes when a node gets something done."""
+    moved = (activity.sent_bytes, activity.received_bytes, activity.progress)
+    return activity.job_id, activity.step, activity.phase, *moved

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from gradstream.coordinator import scheduler
 from gradstream.coordinator.active import ActiveJob
 from gradstream.coordinator.controller import FAILED, FINISHED, PAUSED, QUEUED, RUNNING, STOPPED, Controller, unix_ms
+from gradstream.coordinator.journal import Event
 from gradstream.coordinator.state import JobRecord
 from gradstream.core.access import by_caller
 from gradstream.core.errors import ConfigError
@@ -17,6 +19,7 @@ class Orders:
 
     def __init__(self, controller: Controller):
         self._controller = controller
+        self._journal = controller.journal
 
     def pause(self, record: JobRecord) -> None:
         """Rest at the next boundary, or at once where nothing runs. Raises ConfigError when the job has ended."""
@@ -27,13 +30,12 @@ class Orders:
         active = self._active_of(record)
         if active is None:
             if record.state == QUEUED:
-                self._controller.save(record, state=PAUSED, desired="pause", reason="paused before it had begun")
-                self._controller.event(record.job_id, "state", f"paused while queued{by_caller()}")
+                event = Event("state", f"paused while queued{by_caller()}")
+                self._journal.store(record, [event], state=PAUSED, desired="pause", reason="paused before it had begun")
             return
         if active.record.desired != "pause" and active.state != PAUSED:
-            self._controller.update(active, desired="pause")
-            self._controller.event(record.job_id, "state", f"a pause was asked for{by_caller()}")
-            self._controller.ask_to_halt(active)
+            self._controller.update(active, Event("state", f"a pause was asked for{by_caller()}"), desired="pause")
+            active.boundary_session = 0
         self._controller.reconcile()
 
     def stop(self, record: JobRecord, now: bool) -> None:
@@ -42,42 +44,30 @@ class Orders:
             raise ConfigError(f"job {record.job_id} is already {scheduler.STATE_WORDS[record.state]}")
         active = self._active_of(record)
         if active is None:
-            self._controller.save(
-                record, state=STOPPED, desired="stop", reason="stopped before its turn", ended_unix_ms=unix_ms()
-            )
-            self._controller.event(record.job_id, "state", f"stopped before its turn{by_caller()}")
+            event = Event("state", f"stopped before its turn{by_caller()}")
+            reason, ended = "stopped before its turn", unix_ms()
+            self._journal.store(record, [event], state=STOPPED, desired="stop", reason=reason, ended_unix_ms=ended)
             return
-        if active.record.desired != "stop":
-            self._controller.update(active, desired="stop")
-            self._controller.event(record.job_id, "state", f"a stop was asked for{by_caller()}")
-            self._controller.ask_to_halt(active)
+        asked = Event("state", f"a stop was asked for{by_caller()}")
         if now:
-            self._controller.end(active, STOPPED, f"stopped at once at version {active.version}")
+            self._controller.end(active, STOPPED, f"stopped at once at version {active.version}", asked, desired="stop")
+        elif active.record.desired != "stop":
+            self._controller.update(active, asked, desired="stop")
+            active.boundary_session = 0
         self._controller.reconcile()
 
     def checkpoint(self, record: JobRecord) -> int:
-        """The version that a checkpoint asked for now will be later than. Raises ConfigError when the job does not run,
-        and so cannot be asked for one."""
+        """Have a checkpoint written at the next boundary; return the version that it will be later than. Raises
+        ConfigError when the job does not run."""
         active = self._active_of(record)
         if active is None or active.state != RUNNING or active.record.desired != "run":
             raise ConfigError(
                 f"job {record.job_id} is {scheduler.STATE_WORDS[record.state]}; only a running job can be asked for a "
                 f"checkpoint"
             )
+        active.checkpoint_after, active.boundary_session = active.version, 0
+        self._controller.reconcile()
         return active.version
-
-    def ask_for_checkpoint(self, record: JobRecord, asked: tuple[int, int] | None) -> tuple[int, int] | None:
-        """Ask the leader for a checkpoint at the next boundary, once in an epoch and for each of its streams.
-
-        `asked` is what the last call returned, None before the first.
-        """
-        active = self._active_of(record)
-        if active is None:
-            return asked
-        stream = self._controller.leader_stream(active)
-        if stream is None or stream == asked or not self._controller.ask_for_boundary(active):
-            return asked
-        return stream
 
     def resume(self, record: JobRecord, on_disk: Sequence[int] = ()) -> None:
         """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished.
@@ -91,31 +81,30 @@ class Orders:
         if record.state == FAILED or (active is not None and active.hold):
             self._go_back(record, on_disk)
         if active is not None:
+            event = Event("state", f"resumed{by_caller()}")
+            if active.state == PAUSED:
+                self._controller.set_state(active, RUNNING, "resumed", event, desired="run")
+            elif active.record.desired != "run":
+                self._controller.update(active, event, desired="run")
+            # From here on it is stored.
             active.halted_version = None
             active.held_until = 0.0
-            if active.record.desired != "run" or active.state == PAUSED:
-                self._controller.update(active, desired="run")
-                self._controller.event(record.job_id, "state", f"resumed{by_caller()}")
-            if active.state == PAUSED:
-                self._controller.set_state(active, RUNNING, "resumed")
+            active.benches.clear()
         elif record.state in (PAUSED, STOPPED, FAILED):
             rank = min([job.rank for job in self._controller.state.list_jobs()], default=0) - 1
-            self._controller.save(record, state=QUEUED, desired="run", reason="resumed", rank=rank, ended_unix_ms=0)
-            self._controller.event(
-                record.job_id, "state", f"resumed{by_caller()}: first in the queue, goes on from its last checkpoint"
-            )
+            message = f"resumed{by_caller()}: first in the queue, goes on from its last checkpoint"
+            changes: dict[str, Any] = {"desired": "run", "reason": "resumed", "rank": rank, "ended_unix_ms": 0}
+            self._journal.store(record, [Event("state", message)], state=QUEUED, **changes)
         self._controller.reconcile()
 
     def _go_back(self, record: JobRecord, on_disk: Sequence[int]) -> None:
         """Forget checkpoints later than the newest that is there. With none there is nothing to go back to."""
         known = self._controller.state.checkpoint_versions(record.job_id)
         if known and on_disk and on_disk[-1] < known[-1]:
-            self._controller.state.forget_checkpoints(record.job_id, on_disk[-1])
-            self._controller.event(
-                record.job_id,
-                "checkpoint",
-                f"goes back to version {on_disk[-1]}{by_caller()}: the checkpoint of version {known[-1]} is gone",
-            )
+            gone = f"the checkpoint of version {known[-1]} is gone"
+            event = Event("checkpoint", f"goes back to version {on_disk[-1]}{by_caller()}: {gone}")
+            self._controller.state.forget_checkpoints(record.job_id, on_disk[-1], [event.as_item()])
+            self._controller.notifier.changed(record.job_id)
 
     def _active_of(self, record: JobRecord) -> ActiveJob | None:
         active = self._controller.active

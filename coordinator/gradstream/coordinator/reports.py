@@ -15,13 +15,14 @@ from dataclasses import replace
 from gradstream.coordinator import checkpoints, scheduler
 from gradstream.coordinator.active import ActiveJob
 from gradstream.coordinator.controller import Controller
+from gradstream.coordinator.journal import Event
 from gradstream.coordinator.membership import WORKER, NodeEntry
 from gradstream.coordinator.residuals import Standing, check_residual, standing
 from gradstream.coordinator.state import JobRecord
 from gradstream.coordinator.timelines import check_timeline
 from gradstream.core.checkpoint import directory_of, write_manifest
 from gradstream.core.config import Recipe
-from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError, one_line
+from gradstream.core.errors import GradstreamError, ProtocolError, one_line
 from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
@@ -56,7 +57,12 @@ class Reports:
             or (report.epoch == record.epoch and report.step < record.start_version)
         ):
             raise ProtocolError(f"step report {report.step} of job {report.job_id} contradicts the recipe or the plan")
-        if not self._state.record_step(report):
+        skipped = []
+        if report.skipped:
+            row = f"{report.consecutive_skips} in a row"
+            line = f"step {report.step} was skipped, loss or gradient was not finite ({row})"
+            skipped.append(Event("skip", line).as_item())
+        if not self._state.record_step(report, skipped):
             return
         self._controller.notifier.changed(record.job_id)
         if active is None:
@@ -80,28 +86,12 @@ class Reports:
         now = self._controller.clock()
         active.pace.add(report, now)
         active.progress_at = now
-        if report.skipped:
-            self._skipped(active, report)
         if report.halted and active.record.desired != "run":
             active.halted_version = report.step + 1
-        if report.halted and active.record.desired == "run" and self._controller.active is active:
-            # The request to halt was taken back after the leader had it.
-            self._controller.publish_leases_again(active)
+        elif report.halted:
+            # The request to halt was taken back after the leader had it: workers rest until they hear of a newer table.
+            active.leases_due = True
         self._controller.reconcile()
-
-    def _skipped(self, active: ActiveJob, report: coordinator_pb2.ReportStepRequest) -> None:
-        self._controller.event(
-            active.job_id,
-            "skip",
-            f"step {report.step} was skipped, loss or gradient was not finite ({report.consecutive_skips} in a row)",
-        )
-        if report.consecutive_skips >= active.recipe.training.max_consecutive_skips:
-            self._controller.fail(
-                active.job_id,
-                f"{report.consecutive_skips} steps in a row up to step {report.step} had a loss or gradient that "
-                f"was not finite; lower optimizer.learning_rate (now {active.recipe.optimizer.learning_rate:g}), "
-                f"lengthen schedule.warmup_steps or check the data, then submit again",
-            )
 
     # --- validation -------------------------------------------------------------------------------------------------
 
@@ -209,15 +199,15 @@ class Reports:
             manifest = await asyncio.to_thread(
                 write_manifest, directory, plan, version, reports, progress, residuals.entries
             )
-            self._state.record_checkpoint(record.job_id, plan.epoch, checkpoints.as_message(root, manifest))
-            self._controller.notifier.changed(record.job_id)
+            events = []
             if residuals.lost:
-                self._controller.event(
-                    record.job_id,
-                    "checkpoint",
-                    f"version {version}: the residuals of slots {scheduler.joined(residuals.lost)} were lost with "
-                    f"their worker; after going back to it these slots start without",
+                slots = scheduler.joined(residuals.lost)
+                line = (
+                    f"version {version}: the residuals of slots {slots} were lost with their worker; after going back"
                 )
+                events.append(Event("checkpoint", f"{line} to it these slots start without").as_item())
+            self._state.record_checkpoint(record.job_id, plan.epoch, checkpoints.as_message(root, manifest), events)
+            self._controller.notifier.changed(record.job_id)
             if active.record.epoch == plan.epoch:
                 active.written(version)
                 active.progress_at = self._controller.clock()
@@ -237,10 +227,7 @@ class Reports:
         active.unwritten[version] = (self._controller.clock() + MANIFEST_RETRY_SECONDS, why)
         if known != why:
             line = f"the checkpoint of version {version} could not be written, trying again: {why}"
-            try:
-                self._controller.event(active.job_id, "checkpoint", line)
-            except UnreachableError as error:
-                log.error(line, cause=one_line(error))
+            self._controller.journal.note(active.job_id, "checkpoint", line)
 
     async def _remove_old(self, active: ActiveJob, root: str) -> None:
         """Remove the checkpoints that are not kept. One that cannot be removed hurts nobody but the disk."""
@@ -251,14 +238,13 @@ class Reports:
                 removed, left = await asyncio.to_thread(checkpoints.remove_old, root, keep, pinned)
             except OSError as error:
                 line = f"old checkpoints could not be removed: {one_line(error)}"
-                self._controller.event(active.job_id, "checkpoint", line)
+                self._controller.journal.note(active.job_id, "checkpoint", line)
                 return
         active.checkpoints.intersection_update(left)
         if removed:
             versions = ", ".join(map(str, removed))
-            self._controller.event(
-                active.job_id, "checkpoint", f"removed version {versions}: the newest {keep} are kept"
-            )
+            line = f"removed version {versions}: the newest {keep} are kept"
+            self._controller.journal.note(active.job_id, "checkpoint", line)
 
     # --- timelines --------------------------------------------------------------------------------------------------
 
@@ -274,15 +260,17 @@ class Reports:
     # --- failures and logs ------------------------------------------------------------------------------------------
 
     def failure(self, report: coordinator_pb2.ReportFailureRequest) -> None:
-        """A node cannot go on: the job fails with its line."""
+        """A node cannot go on: it is benched, and the job fails when nobody else could go on."""
         record, active = self._job(report.job_id, report.epoch)
         if active is None or report.epoch != record.epoch:
             log.info("dropped a failure of a replaced plan", job=report.job_id, message=report.message[:500])
             return
         node = self._controller.members.get(report.node_id)
-        who = node.title if node is not None else "a node"
         message = " ".join(report.message.split())[:MAX_LINE_CHARACTERS] or "it gave no reason"
-        self._controller.fail(record.job_id, f"{who}: {message}")
+        if node is None:
+            log.warning("dropped a failure of a node that is not known here", job=report.job_id, message=message)
+            return
+        self._controller.node_failed(active, node, message)
 
     def log_lines(self, node: NodeEntry, lines: Sequence[coordinator_pb2.LogLine]) -> None:
         """Log lines of a node, to the history of the job they name or of the running one."""

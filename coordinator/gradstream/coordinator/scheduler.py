@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
-from gradstream.coordinator.state import JobRecord
+from gradstream.coordinator.state import JobRecord, StepTotals
 from gradstream.core.config import Recipe
 from gradstream.core.leases import assign_slots
 from gradstream.proto.v1 import jobs_pb2
@@ -43,40 +42,6 @@ def missing_nodes(recipe: Recipe, num_servers: int, num_workers: int, need_worke
     if need_workers and num_workers < wanted:
         missing.append((f"{_count(wanted, 'worker')}, {_are(num_workers)}", "a worker to register"))
     return missing
-
-
-class Verdict(Enum):
-    """What is to be done about a plan's servers."""
-
-    HOLD = "hold"  # all are there
-    WAIT = "wait"  # some are away and may come back
-    LOST = "lost"  # state is lost, a new epoch must start from a checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSight:
-    """How one of a plan's servers looks now."""
-
-    name: str
-    present: bool
-    holds: bool  # the plan's epoch, in memory
-    replaced: bool  # another process of its name is live
-    patience_seconds: float  # until it is given up, if it is away
-
-
-def judge_servers(servers: Sequence[ServerSight]) -> tuple[Verdict, str]:
-    """Decide whether the plan stands. State that one server has lost cannot come back, so any loss ends the epoch."""
-    for server in servers:
-        if server.replaced:
-            return Verdict.LOST, f"parameter server {server.name} was started anew and has lost its state"
-        if server.present and not server.holds:
-            return Verdict.LOST, f"parameter server {server.name} came back without its state"
-        if not server.present and server.patience_seconds <= 0:
-            return Verdict.LOST, f"parameter server {server.name} is lost"
-    away = [server.name for server in servers if not server.present]
-    if away:
-        return Verdict.WAIT, f"parameter server {', '.join(away)} is away"
-    return Verdict.HOLD, "all servers hold the plan"
 
 
 class Ending(Enum):
@@ -123,6 +88,18 @@ def judge_end(
         if not any_worker:
             return Ending.PAUSE, f"paused at version {version}; no worker was live"
     return Ending.GO_ON, ""
+
+
+def judge_skips(totals: StepTotals, epoch: int, recipe: Recipe) -> str:
+    """Why a job fails whose last steps, the last one of this epoch, were skipped in a row; "" to go on."""
+    last, most = totals.last, recipe.training.max_consecutive_skips
+    if last is None or last.epoch != epoch or not last.skipped or last.consecutive_skips < most:
+        return ""
+    return (
+        f"{last.consecutive_skips} steps in a row up to step {last.step} had a loss or gradient that was not finite; "
+        f"lower optimizer.learning_rate (now {recipe.optimizer.learning_rate:g}), lengthen schedule.warmup_steps or "
+        f"check the data, then submit again"
+    )
 
 
 def lease_slots(

@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from gradstream.coordinator.state import MAX_LOG_LINES, JobRecord, State, StepTotals
+from gradstream.coordinator.state import MAX_LOG_LINES, JobRecord, State, StepTotals, Trouble
 from gradstream.core.errors import ConfigError, ProtocolError, UnreachableError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 FORMAT_VERSION = 1
+TROUBLE_SECONDS = 60.0
+"""A failure that is not met again for so long is over: nobody tries that any more."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -119,6 +123,8 @@ class SqliteState(State):
         self._max_log_lines = max_log_lines
         # Lines added since the last trim, by job: trimming at every line would cost more than the line.
         self._untrimmed: dict[str, int] = {}
+        # By what was tried: the trouble, and when (monotonic seconds) it was last met.
+        self._troubles: dict[str, tuple[Trouble, float]] = {}
         path = directory / "coordinator.sqlite"
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -144,56 +150,91 @@ class SqliteState(State):
             "CREATE UNIQUE INDEX IF NOT EXISTS jobs_by_request ON jobs (request_id) WHERE request_id <> ''"
         )
 
+    @property
+    def trouble(self) -> Trouble | None:
+        now = time.monotonic()
+        current = [trouble for trouble, seen in self._troubles.values() if now - seen < TROUBLE_SECONDS]
+        return min(current, key=lambda trouble: trouble.since_unix_ms, default=None)
+
     @contextmanager
-    def _transaction(self, durable: bool) -> Iterator[sqlite3.Connection]:
-        """All or nothing; with `durable` also flushed to the disk."""
+    def _transaction(self, what: str, durable: bool) -> Iterator[sqlite3.Connection]:
+        """All or nothing; with `durable` also flushed to the disk. `what` tells troubles apart: on a disk that is
+        nearly full small writes succeed while larger ones fail."""
         try:
             self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
             except BaseException:
-                self._db.execute("ROLLBACK")
+                # A full disk has rolled back already; an error of a second rollback would hide the cause.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise UnreachableError(f"the coordinator cannot write its state ({error}); is its disk full?") from None
+                with suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+            raise self._failed(what, f"the coordinator cannot write its state ({error}); is its disk full?") from None
         except OverflowError:
             raise ProtocolError("a number in the message is too large to be true") from None
+        self._troubles.pop(what, None)
 
-    def create_job(self, record: JobRecord) -> None:
-        with self._transaction(durable=True) as db:
+    def _read(self, query: str, values: Sequence[object] | dict[str, object] = ()) -> list[Any]:
+        """All rows of a query. Raises UnreachableError."""
+        try:
+            rows = self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            cause = f"the coordinator cannot read its state ({error}); is its disk damaged?"
+            raise self._failed("read", cause) from None
+        self._troubles.pop("read", None)
+        return rows
+
+    def _failed(self, what: str, cause: str) -> UnreachableError:
+        now = time.monotonic()
+        before, seen = self._troubles.get(what, (None, 0.0))
+        goes_on = before is not None and now - seen < TROUBLE_SECONDS
+        since = before.since_unix_ms if before is not None and goes_on else int(time.time() * 1000)
+        self._troubles[what] = Trouble(cause, since), now
+        return UnreachableError(cause)
+
+    def create_job(self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse] = ()) -> None:
+        with self._transaction("create_job", durable=True) as db:
             marks = ", ".join("?" * len(_job_row(record)))
             db.execute(f"INSERT INTO jobs ({_JOB_COLUMNS}) VALUES ({marks})", _job_row(record))
+            for item in items:
+                _append(db, record.job_id, item)
 
-    def save_job(self, record: JobRecord, plan: bytes | None = None) -> None:
-        with self._transaction(durable=True) as db:
+    def store_job(
+        self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse] = (), plan: bytes | None = None
+    ) -> None:
+        with self._transaction("store_job", durable=True) as db:
             assignments = ", ".join(f"{column.strip()} = ?" for column in _JOB_COLUMNS.split(","))
             db.execute(f"UPDATE jobs SET {assignments} WHERE job_id = ?", (*_job_row(record), record.job_id))
             if plan is not None:
                 db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?, ?)", (record.job_id, record.epoch, plan))
                 # Older plans can never be taken up again, and a large model's is megabytes.
                 db.execute("DELETE FROM plans WHERE job_id = ? AND epoch < ?", (record.job_id, record.epoch))
+            for item in items:
+                _append(db, record.job_id, item)
 
     def get_job(self, job_id: str) -> JobRecord | None:
-        row = self._db.execute(f"SELECT {_JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
-        return _job_record(row) if row else None
+        rows = self._read(f"SELECT {_JOB_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,))
+        return _job_record(rows[0]) if rows else None
 
     def job_of_request(self, request_id: str) -> JobRecord | None:
-        row = self._db.execute(f"SELECT {_JOB_COLUMNS} FROM jobs WHERE request_id = ?", (request_id,)).fetchone()
-        return _job_record(row) if row else None
+        rows = self._read(f"SELECT {_JOB_COLUMNS} FROM jobs WHERE request_id = ?", (request_id,))
+        return _job_record(rows[0]) if rows else None
 
     def list_jobs(self) -> list[JobRecord]:
-        return [_job_record(row) for row in self._db.execute(f"SELECT {_JOB_COLUMNS} FROM jobs ORDER BY number")]
+        return [_job_record(row) for row in self._read(f"SELECT {_JOB_COLUMNS} FROM jobs ORDER BY number")]
 
     def load_plan(self, job_id: str, epoch: int) -> bytes | None:
-        row = self._db.execute("SELECT plan FROM plans WHERE job_id = ? AND epoch = ?", (job_id, epoch)).fetchone()
-        return row[0] if row else None
+        rows = self._read("SELECT plan FROM plans WHERE job_id = ? AND epoch = ?", (job_id, epoch))
+        return rows[0][0] if rows else None
 
     def append(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
-        with self._transaction(durable=False) as db:
+        with self._transaction("append", durable=False) as db:
             for item in items:
                 _append(db, job_id, item)
             lines = sum(item.WhichOneof("item") == "log" for item in items)
@@ -210,7 +251,7 @@ class SqliteState(State):
 
     def read_history(self, job_id: str, after_cursor: int, limit: int) -> list[jobs_pb2.WatchJobResponse]:
         items = []
-        for cursor, data in self._db.execute(
+        for cursor, data in self._read(
             "SELECT cursor, item FROM history WHERE job_id = ? AND cursor > ? ORDER BY cursor LIMIT ?",
             (job_id, min(after_cursor, 2**63 - 1), limit),
         ):
@@ -219,8 +260,10 @@ class SqliteState(State):
             items.append(item)
         return items
 
-    def record_step(self, report: coordinator_pb2.ReportStepRequest) -> bool:
-        with self._transaction(durable=True) as db:
+    def record_step(
+        self, report: coordinator_pb2.ReportStepRequest, items: Sequence[jobs_pb2.WatchJobResponse] = ()
+    ) -> bool:
+        with self._transaction("record_step", durable=True) as db:
             added = db.execute(
                 "INSERT OR IGNORE INTO steps VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -233,22 +276,23 @@ class SqliteState(State):
                     report.SerializeToString(),
                 ),
             ).rowcount
-            if added:
-                _append(db, report.job_id, jobs_pb2.WatchJobResponse(step=report))
+            for item in (jobs_pb2.WatchJobResponse(step=report), *items) if added else ():
+                _append(db, report.job_id, item)
         return bool(added)
 
     def step_totals(self, job_id: str, epoch: int, start_version: int, below: int | None = None) -> StepTotals:
-        values = {"job": job_id, "epoch": epoch, "start": start_version, "below": 2**63 - 1 if below is None else below}
-        count, tokens, samples, skipped, last_step = self._db.execute(
+        values: dict[str, object] = {"job": job_id, "epoch": epoch, "start": start_version}
+        values["below"] = 2**63 - 1 if below is None else below
+        count, tokens, samples, skipped, last_step = self._read(
             "SELECT COUNT(*), SUM(num_tokens), SUM(num_samples), SUM(skipped), MAX(step) FROM steps"
             f" WHERE {_TRAJECTORY}",
             values,
-        ).fetchone()
+        )[0]
         if not count:
             return StepTotals(version=start_version)
-        report = self._db.execute(
+        report = self._read(
             f"SELECT report FROM steps WHERE {_TRAJECTORY} AND step = :last", {**values, "last": last_step}
-        ).fetchone()[0]
+        )[0][0]
         return StepTotals(
             num_steps=count,
             version=max(start_version, last_step + 1) if below is None else last_step + 1,
@@ -259,14 +303,14 @@ class SqliteState(State):
         )
 
     def record_validation_part(self, report: coordinator_pb2.ReportValidationRequest) -> bool:
-        with self._transaction(durable=True) as db:
+        with self._transaction("record_validation_part", durable=True) as db:
             # SQLite takes NaN for NULL, which the column refuses.
             loss_sum = "nan" if math.isnan(report.loss_sum) else report.loss_sum
             row = (report.job_id, report.epoch, report.version, report.slot, loss_sum, report.num_tokens)
             return bool(db.execute("INSERT OR IGNORE INTO validation_parts VALUES (?, ?, ?, ?, ?, ?)", row).rowcount)
 
     def validation_parts(self, job_id: str, version: int) -> dict[int, tuple[float, int]]:
-        rows = self._db.execute(
+        rows = self._read(
             "SELECT slot, loss_sum, num_tokens FROM validation_parts WHERE job_id = ? AND version = ?"
             " ORDER BY slot, epoch DESC",
             (job_id, version),
@@ -275,7 +319,7 @@ class SqliteState(State):
         return {slot: (float(loss_sum), num_tokens) for slot, loss_sum, num_tokens in rows}
 
     def record_validation(self, job_id: str, validation: jobs_pb2.Validation) -> bool:
-        with self._transaction(durable=True) as db:
+        with self._transaction("record_validation", durable=True) as db:
             row = (job_id, validation.version, validation.SerializeToString())
             added = db.execute("INSERT OR IGNORE INTO validations VALUES (?, ?, ?)", row).rowcount
             if added:
@@ -283,25 +327,25 @@ class SqliteState(State):
         return bool(added)
 
     def validations(self, job_id: str) -> list[jobs_pb2.Validation]:
-        rows = self._db.execute("SELECT item FROM validations WHERE job_id = ? ORDER BY version", (job_id,))
+        rows = self._read("SELECT item FROM validations WHERE job_id = ? ORDER BY version", (job_id,))
         return [jobs_pb2.Validation.FromString(item) for (item,) in rows]
 
     def record_checkpoint_file(self, report: coordinator_pb2.ReportCheckpointRequest) -> bool:
-        with self._transaction(durable=True) as db:
+        with self._transaction("record_checkpoint_file", durable=True) as db:
             if _is_written(db, report.job_id, report.epoch, report.version):
                 return False
             row = (report.job_id, report.epoch, report.version, report.server, report.SerializeToString())
             return bool(db.execute("INSERT OR IGNORE INTO checkpoint_files VALUES (?, ?, ?, ?, ?)", row).rowcount)
 
     def checkpoint_files(self, job_id: str, epoch: int) -> list[coordinator_pb2.ReportCheckpointRequest]:
-        rows = self._db.execute(
+        rows = self._read(
             "SELECT report FROM checkpoint_files WHERE job_id = ? AND epoch = ? ORDER BY version, server",
             (job_id, epoch),
         )
         return [coordinator_pb2.ReportCheckpointRequest.FromString(report) for (report,) in rows]
 
     def record_residual(self, report: coordinator_pb2.ReportResidualRequest) -> bool:
-        with self._transaction(durable=True) as db:
+        with self._transaction("record_residual", durable=True) as db:
             if report.file and _is_written(db, report.job_id, report.epoch, report.version):
                 return False
             row = (report.job_id, report.epoch, report.version, report.slot, bool(report.file))
@@ -312,13 +356,19 @@ class SqliteState(State):
             )
 
     def residuals(self, job_id: str, epoch: int) -> list[coordinator_pb2.ReportResidualRequest]:
-        rows = self._db.execute(
+        rows = self._read(
             "SELECT report FROM residuals WHERE job_id = ? AND epoch = ? ORDER BY version, slot", (job_id, epoch)
         )
         return [coordinator_pb2.ReportResidualRequest.FromString(report) for (report,) in rows]
 
-    def record_checkpoint(self, job_id: str, epoch: int, checkpoint: jobs_pb2.Checkpoint) -> None:
-        with self._transaction(durable=True) as db:
+    def record_checkpoint(
+        self,
+        job_id: str,
+        epoch: int,
+        checkpoint: jobs_pb2.Checkpoint,
+        items: Sequence[jobs_pb2.WatchJobResponse] = (),
+    ) -> None:
+        with self._transaction("record_checkpoint", durable=True) as db:
             db.execute(
                 "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)",
                 (job_id, checkpoint.version, epoch, checkpoint.unix_ms),
@@ -331,18 +381,21 @@ class SqliteState(State):
                 "DELETE FROM residuals WHERE job_id = ? AND (epoch < ? OR (epoch = ? AND version = ? AND has_file))",
                 (job_id, epoch, epoch, checkpoint.version),
             )
-            _append(db, job_id, jobs_pb2.WatchJobResponse(checkpoint=checkpoint))
+            for item in (jobs_pb2.WatchJobResponse(checkpoint=checkpoint), *items):
+                _append(db, job_id, item)
 
     def checkpoint_versions(self, job_id: str) -> list[int]:
-        rows = self._db.execute("SELECT version FROM checkpoints WHERE job_id = ? ORDER BY version", (job_id,))
+        rows = self._read("SELECT version FROM checkpoints WHERE job_id = ? ORDER BY version", (job_id,))
         return [version for (version,) in rows]
 
-    def forget_checkpoints(self, job_id: str, after: int) -> None:
-        with self._transaction(durable=True) as db:
+    def forget_checkpoints(self, job_id: str, after: int, items: Sequence[jobs_pb2.WatchJobResponse] = ()) -> None:
+        with self._transaction("forget_checkpoints", durable=True) as db:
             db.execute("DELETE FROM checkpoints WHERE job_id = ? AND version > ?", (job_id, after))
+            for item in items:
+                _append(db, job_id, item)
 
     def check_writable(self) -> None:
-        with self._transaction(durable=False) as db:
+        with self._transaction("check_writable", durable=False) as db:
             db.execute("INSERT INTO pulse VALUES (1, 1) ON CONFLICT (id) DO UPDATE SET count = count + 1")
 
     def close(self) -> None:

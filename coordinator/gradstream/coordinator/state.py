@@ -59,19 +59,35 @@ class StepTotals:
         return self.last.consecutive_skips if self.last is not None else 0
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """Why something that is tried again and again does not work, and since when (Unix ms)."""
+
+    cause: str
+    since_unix_ms: int
+
+
 class State(ABC):
     """Jobs, their history and their ledgers. Used from one thread; every call is short.
 
     Methods raise UnreachableError when the storage cannot be used, so that whoever called tries again later.
     """
 
+    @property
     @abstractmethod
-    def create_job(self, record: JobRecord) -> None:
-        """Add a job."""
+    def trouble(self) -> Trouble | None:
+        """Why the storage cannot be used, from the first call that failed to the next of its kind that succeeds."""
 
     @abstractmethod
-    def save_job(self, record: JobRecord, plan: bytes | None = None) -> None:
-        """Store a job's record and, in the same transaction, the plan of `record.epoch` when one is given."""
+    def create_job(self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse] = ()) -> None:
+        """Add a job and the first items of its history, in one transaction."""
+
+    @abstractmethod
+    def store_job(
+        self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse] = (), plan: bytes | None = None
+    ) -> None:
+        """Store a transition in one transaction: a job's record, the items that it adds to the history, and the plan of
+        `record.epoch` when one is given."""
 
     @abstractmethod
     def get_job(self, job_id: str) -> JobRecord | None:
@@ -98,8 +114,11 @@ class State(ABC):
         """At most `limit` items after a cursor, oldest first."""
 
     @abstractmethod
-    def record_step(self, report: coordinator_pb2.ReportStepRequest) -> bool:
-        """Enter a step in ledger and history. False, and nothing changed, when (job, epoch, step) is known."""
+    def record_step(
+        self, report: coordinator_pb2.ReportStepRequest, items: Sequence[jobs_pb2.WatchJobResponse] = ()
+    ) -> bool:
+        """Enter a step in ledger and history, followed by `items`. False, and nothing changed, when (job, epoch, step)
+        is known."""
 
     @abstractmethod
     def step_totals(self, job_id: str, epoch: int, start_version: int, below: int | None = None) -> StepTotals:
@@ -142,8 +161,15 @@ class State(ABC):
         """The residuals of an epoch whose manifest is still to be written, and all reports that there is none."""
 
     @abstractmethod
-    def record_checkpoint(self, job_id: str, epoch: int, checkpoint: jobs_pb2.Checkpoint) -> None:
-        """Enter a checkpoint whose manifest was written, in history too; forget the files it was made of."""
+    def record_checkpoint(
+        self,
+        job_id: str,
+        epoch: int,
+        checkpoint: jobs_pb2.Checkpoint,
+        items: Sequence[jobs_pb2.WatchJobResponse] = (),
+    ) -> None:
+        """Enter a checkpoint whose manifest was written, in history too, followed by `items`; forget the files it was
+        made of."""
 
     @abstractmethod
     def checkpoint_versions(self, job_id: str) -> list[int]:
@@ -151,8 +177,9 @@ class State(ABC):
         removed all but the newest ones."""
 
     @abstractmethod
-    def forget_checkpoints(self, job_id: str, after: int) -> None:
-        """Forget the checkpoints later than version `after`: a person goes back to an older one."""
+    def forget_checkpoints(self, job_id: str, after: int, items: Sequence[jobs_pb2.WatchJobResponse] = ()) -> None:
+        """Forget the checkpoints later than version `after`, and add `items` to the history: a person goes back to an
+        older one."""
 
     @abstractmethod
     def check_writable(self) -> None:

@@ -72,7 +72,7 @@ class Views:
         if active is not None:
             self._add_live(message, active)
         elif record.state == QUEUED:
-            message.waits.append(self._turn(record))
+            message.waits.extend([*self._troubles(), self._turn(record)])
         return message
 
     def _last_plan(self, record: JobRecord, recipe: Recipe) -> plan_pb2.Plan | None:
@@ -148,26 +148,31 @@ class Views:
     def waits(self, active: ActiveJob) -> list[jobs_pb2.Wait]:
         """What the active job waits for and since when."""
         own = active.waits.stamp(self._waits_for(active), unix_ms())
-        return own + self._nodes_waits(active)
+        return [*self._troubles(), *self._retries(active), *own, *self._nodes_waits(active)]
+
+    def _troubles(self) -> list[jobs_pb2.Wait]:
+        """Why the coordinator cannot store what happens, and since when."""
+        trouble = self._state.trouble or self._controller.retry.trouble
+        if trouble is None:
+            return []
+        return [jobs_pb2.Wait(what=trouble.cause, whom="the coordinator", since_unix_ms=trouble.since_unix_ms)]
+
+    def _retries(self, active: ActiveJob) -> Iterator[jobs_pb2.Wait]:
+        """What the coordinator tries again for the job."""
+        trouble = active.planning_retry.trouble
+        if trouble is not None:
+            yield jobs_pb2.Wait(what=trouble.cause, whom="the coordinator", since_unix_ms=trouble.since_unix_ms)
 
     def _waits_for(self, active: ActiveJob) -> list[tuple[str, str]]:
-        members = self._controller.members
+        benched = [
+            (f"{bench.title} to be tried again, benched: {bench.reason}", bench.title)
+            for bench in active.benches.current(self._controller.clock())
+        ]
         if active.state == PLANNING:
-            if active.hold:
-                return [(active.hold, "whoever keeps the storage")]
-            if active.planning is not None:
-                return [("the plan to be made", "the coordinator")]
-            servers, workers = members.present(SERVER), members.present(WORKER)
-            if frozenset(node.node_id for node in (*servers, *workers)) == active.refused_nodes:
-                return [(f"nodes that can hold the job: {active.refusal}", "a node to register")]
-            return scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers)
+            return [*self._planning_waits(active), *benched]
         if active.plan is None:
             return []
-        waits = []
-        for server in active.plan.servers:
-            node = members.get(server.node_id)
-            if node is None or not node.present:
-                waits.append((f"parameter server {server.name} to come back", server.name))
+        waits = self._silent_servers(active)
         if active.state == PAUSED:
             return [*waits, ("to be resumed", "`gradstream resume`")] if active.record.desired == "pause" else waits
         free = [slot for slot, holder in enumerate(active.holders) if not holder and not active.resting]
@@ -175,6 +180,7 @@ class Views:
             lacking = active.lease_reason.partition("no replica: ")[2]
             whom = f"a replica for slots {scheduler.joined(free)} ({lacking})" if lacking else ""
             waits.append((whom or f"a worker for slots {scheduler.joined(free)}", "a worker to register"))
+            waits.extend(benched)
         leader = active.plan.servers[active.plan.leader].name
         done = active.version >= active.num_steps
         if active.record.desired != "run" and not active.resting and not done:
@@ -184,6 +190,35 @@ class Views:
             waits.append(self._checkpoint_wait(active, boundary))
         if done and not active.fully_validated:
             waits.append(self._validation_wait(active))
+        return waits
+
+    def _planning_waits(self, active: ActiveJob) -> list[tuple[str, str]]:
+        """What a job in planning waits for."""
+        if active.hold:
+            return [(active.hold, "whoever keeps the storage")]
+        if active.planning is not None:
+            return [("the plan to be made", "the coordinator")]
+        servers, workers = self._controller.plannable(active, self._controller.clock())
+        if frozenset(node.node_id for node in (*servers, *workers)) == active.refused_nodes:
+            return [(f"nodes that can hold the job: {active.refusal}", "a node to register")]
+        missing = scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers)
+        return [*missing, *self._silent_servers(active)]
+
+    def _silent_servers(self, active: ActiveJob) -> list[tuple[str, str]]:
+        """The silent servers whose state is waited for, and for how long."""
+        if active.plan is None:
+            return []
+        seconds = self._controller.timing.reunion_seconds
+        waits = []
+        for server in active.plan.servers:
+            absence = active.reunion.absences.get(server.node_id)
+            if absence is None or absence.refuses:
+                continue
+            if active.reunion.company_since is None:
+                fate = "silent; its state is waited for as long as no server can be reached"
+            else:
+                fate = f"silent; its state is waited for for {seconds:g} s"
+            waits.append((f"parameter server {server.name} to come back ({fate})", server.name))
         return waits
 
     def _checkpoint_wait(self, active: ActiveJob, version: int) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,8 +30,10 @@ TIMING = Timing(
     heartbeat_seconds=0.1,
     lease_seconds=1.0,
     server_grace_seconds=0.5,
+    reunion_seconds=6.0,
     adopt_grace_seconds=3.0,
     tick_seconds=0.02,
+    retry_seconds=0.3,
 )
 
 # The files of the data set.
@@ -110,10 +113,13 @@ def make_recipe(directory: Path, **training: Any) -> Recipe:
 
 
 class FakeNode:
-    """A node whose directives can be awaited. It takes up plans and remembers them as real ones do."""
+    """A node whose directives can be awaited. It takes up plans and remembers them as real ones do. While it lives its
+    address is a port that listens."""
 
     def __init__(self, address: str, kind: coordinator_pb2.NodeKind.ValueType, name: str, memory_bytes: int = 1 << 30):
-        self.identity = NodeIdentity(kind, name, "127.0.0.1:1", memory_bytes, "cpu")
+        self._door = socket.create_server(("127.0.0.1", 0))
+        listens_at = f"127.0.0.1:{self._door.getsockname()[1]}"
+        self.identity = NodeIdentity(kind, name, listens_at, memory_bytes, "cpu")
         self.directives: list[coordinator_pb2.SessionResponse] = []
         self.holds: dict[str, int] = {}
         self.activity = coordinator_pb2.Activity()
@@ -170,11 +176,16 @@ class FakeNode:
         return self.session.stub
 
     async def kill(self) -> None:
-        """The process is gone: its stream breaks without a word."""
+        """The stream breaks without a word. Nobody can tell whether the process lives: it refuses no connection."""
         self.task.cancel()
         with suppress(asyncio.CancelledError):
             await self.task
         await self.session.channel.close()
+
+    async def die(self) -> None:
+        """The process is gone: its stream breaks, and its machine refuses connections to it."""
+        self._door.close()
+        await self.kill()
 
     async def reconnect(self, address: str) -> None:
         """The same process finds the coordinator again, and is registered there."""
@@ -203,7 +214,7 @@ class Cluster:
 
     async def stop(self) -> None:
         for node in self.nodes:
-            await node.kill()
+            await node.die()
         await self.stop_coordinator()
 
     async def stop_coordinator(self) -> None:

@@ -10,12 +10,10 @@ from coordinator_fakes import make_manifest, make_recipe
 from gradstream.coordinator.active import Pace, WaitClock
 from gradstream.coordinator.needs import NodeOffer, ServerBytes, human_bytes, server_bytes
 from gradstream.coordinator.planner import CheckpointAt, check_data, make_plan
+from gradstream.coordinator.reunion import ServerSight, Verdict, judge_servers
 from gradstream.coordinator.scheduler import (
     Ending,
-    ServerSight,
-    Verdict,
     judge_end,
-    judge_servers,
     lease_slots,
     missing_nodes,
     next_job,
@@ -187,6 +185,8 @@ def test_missing_nodes_are_told_in_words(recipe: Recipe) -> None:
         (ServerSight("s", False, True, False, 0), Verdict.LOST),
         (ServerSight("s", True, False, False, 0), Verdict.LOST),
         (ServerSight("s", False, False, True, 1), Verdict.LOST),
+        (ServerSight("s", False, False, False, 1, refuses=True), Verdict.LOST),
+        (ServerSight("s", True, True, False, 1, failure="disk full"), Verdict.LOST),
     ],
 )
 def test_the_verdict_on_servers(sight: ServerSight, verdict: Verdict) -> None:

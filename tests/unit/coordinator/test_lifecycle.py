@@ -228,8 +228,8 @@ async def test_a_lost_server_leads_to_a_new_epoch_from_the_checkpoint(cluster: C
     await report_checkpoint(ps[0], 2)
     await cluster.watch(job_id, lambda item: item.checkpoint.version == 2)
     await cluster.stub.ReportStep(step_report(job_id, 2))
-    await ps[1].kill()
-    lost = await cluster.event(job_id, "parameter server ps-1 is lost")
+    await ps[1].die()
+    lost = await cluster.event(job_id, "parameter server ps-1 is lost: its machine refuses connections")
     job = await cluster.job(job_id)
     assert job.state == jobs_pb2.JOB_STATE_PLANNING
     assert job.waits[0].what == "2 parameter servers, 1 is live"
@@ -238,7 +238,7 @@ async def test_a_lost_server_leads_to_a_new_epoch_from_the_checkpoint(cluster: C
     assert plan.start_version == 2
     assert [server.name for server in plan.servers] == ["ps-0", "ps-spare"]
     await worker.plan_of(2)
-    await cluster.event(job_id, "walked again", after=lost.cursor)
+    await cluster.event(job_id, "recomputed", after=lost.cursor)
     job = await cluster.job(job_id)
     assert (job.epoch, job.version, job.num_tokens) == (2, 2, 64)
     # A report of the old epoch that was under way does not count, nor does it hurt.
@@ -256,10 +256,12 @@ async def test_a_lost_server_leads_to_a_new_epoch_from_the_checkpoint(cluster: C
 async def test_a_server_started_anew_is_known_to_have_lost_its_state(cluster: Cluster) -> None:
     job_id = await cluster.submit()
     ps, (worker,) = await cluster.running(job_id)
-    await ps[1].kill()
-    cluster.node(SERVER, "ps-1")
-    await cluster.event(job_id, "ps-1 was started anew")
-    assert (await worker.plan_of(2)).start_version == 0
+    await ps[1].die()
+    anew = cluster.node(SERVER, "ps-1")
+    await cluster.event(job_id, "going back to the last checkpoint")
+    plan = await worker.plan_of(2)
+    assert plan.start_version == 0
+    assert plan.server_index(anew.node_id) is not None
 
 
 async def test_a_restarted_coordinator_adopts_what_runs(cluster: Cluster) -> None:
@@ -295,14 +297,14 @@ async def test_a_restarted_coordinator_plans_anew_without_the_state(
 ) -> None:
     from dataclasses import replace
 
-    cluster = Cluster(tmp_path, replace(TIMING, adopt_grace_seconds=0.3))
+    cluster = Cluster(tmp_path, replace(TIMING, reunion_seconds=0.3))
     await cluster.start()
     job_id = await cluster.submit()
     ps, (worker,) = await cluster.running(job_id)
     await cluster.restart()
     await ps[0].reconnect(cluster.address)
     await worker.reconnect(cluster.address)
-    await cluster.event(job_id, "parameter server ps-1 is lost")
+    await cluster.event(job_id, "parameter server ps-1 is lost: it was silent for too long")
     cluster.node(SERVER, "ps-9")
     assert [server.name for server in (await worker.plan_of(2)).servers] == ["ps-0", "ps-9"]
     await cluster.stop()
@@ -363,14 +365,48 @@ async def test_a_run_of_skips_fails_the_job(cluster: Cluster) -> None:
     await ps[0].released()
 
 
-async def test_a_nodes_failure_fails_the_job_and_names_the_node(cluster: Cluster) -> None:
-    job_id = await cluster.submit()
-    ps, _ = await cluster.running(job_id)
-    await ps[1].stub.ReportFailure(
-        coordinator_pb2.ReportFailureRequest(job_id=job_id, epoch=1, node_id=ps[1].node_id, message="disk\nfull")
+async def report_failure(node: FakeNode, job_id: str, message: str, epoch: int = 1) -> None:
+    await node.stub.ReportFailure(
+        coordinator_pb2.ReportFailureRequest(job_id=job_id, epoch=epoch, node_id=node.node_id, message=message)
     )
+
+
+async def test_a_failed_worker_is_benched_and_the_job_fails_when_nobody_is_left(cluster: Cluster) -> None:
+    job_id = await cluster.submit()
+    _, (first, second) = await cluster.running(job_id, workers=2)
+    await first.slots(1)
+    await report_failure(first, job_id, "out of\nmemory")
+    assert await second.slots(2) == [0, 1]
     job = await cluster.job(job_id)
-    assert (job.state, job.reason) == (FAILED, "parameter server ps-1: disk full")
+    assert (job.state, job.epoch) == (RUNNING, 1)
+    assert "worker worker-0 is benched: out of memory" in " ".join(job.decisions)
+    await report_failure(second, job_id, "disk full")
+    job = await cluster.job(job_id)
+    assert (job.state, job.reason) == (FAILED, "worker worker-0: out of memory; worker worker-1: disk full")
+
+
+async def test_a_failed_server_is_benched_and_the_job_says_what_is_missing(cluster: Cluster) -> None:
+    job_id = await cluster.submit()
+    ps, (worker,) = await cluster.running(job_id)
+    await report_failure(ps[1], job_id, "disk\nfull")
+    job = await cluster.job(job_id)
+    assert job.state == jobs_pb2.JOB_STATE_PLANNING
+    assert [wait.what for wait in job.waits] == [
+        "2 parameter servers, 1 is live",
+        "parameter server ps-1 to be tried again, benched: disk full",
+    ]
+    spare = cluster.node(SERVER, "ps-2")
+    assert [server.name for server in (await spare.plan_of(2)).servers] == ["ps-0", "ps-2"]
+    await worker.plan_of(2)
+    assert (await cluster.job(job_id)).state == RUNNING
+    # What was said of an epoch that is over changes nothing.
+    await report_failure(ps[0], job_id, "old", epoch=1)
+    assert (await cluster.job(job_id)).epoch == 2
+    for node in (ps[0], spare):
+        await report_failure(node, job_id, "the checkpoint is damaged", epoch=2)
+    job = await cluster.job(job_id)
+    assert job.state == FAILED
+    assert "parameter server ps-0, parameter server ps-2: the checkpoint is damaged" in job.reason
 
 
 async def test_a_plan_that_cannot_be_made_fails_the_job(cluster: Cluster) -> None:
@@ -483,17 +519,18 @@ async def test_refused_registrations(
     assert words in str(of_rpc(caught))
 
 
-async def test_a_second_process_of_a_name_replaces_the_first_for_good(cluster: Cluster) -> None:
+async def test_a_second_process_of_a_name_is_refused_while_the_first_heartbeats(cluster: Cluster) -> None:
     job_id = await cluster.submit()
-    _, (first,) = await cluster.running(job_id)
-    second = cluster.node(WORKER, "worker-0")
-    await second.slots(2)
-    await cluster.event(job_id, "worker worker-0 was replaced")
-    with pytest.raises(ConfigError, match="another worker"):
-        await asyncio.wait_for(first.task, 5)
-    first.task = asyncio.create_task(asyncio.sleep(0))
+    ps, (first,) = await cluster.running(job_id)
+    await first.slots(2)
+    for kind, name in ((WORKER, "worker-0"), (SERVER, "ps-0")):
+        second = cluster.node(kind, name)
+        with pytest.raises(ConfigError, match=f"is live as '{name}' .*give each one a name of its own"):
+            await asyncio.wait_for(asyncio.shield(second.task), 5)
+        second.task = asyncio.create_task(asyncio.sleep(0))
     nodes = (await cluster.jobs.ListNodes(jobs_pb2.ListNodesRequest())).nodes
-    assert [(node.name, node.alive) for node in nodes] == [("ps-0", True), ("ps-1", True), ("worker-0", True)]
+    assert [(node.node_id, node.alive) for node in nodes] == [(node.node_id, True) for node in (*ps, first)]
+    assert (await cluster.job(job_id)).epoch == 1
 
 
 async def test_reports_that_contradict_the_job_are_refused(cluster: Cluster) -> None:

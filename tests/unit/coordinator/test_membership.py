@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gradstream.coordinator.membership import MAX_DEAD_NODES, MAX_REFUSED, SERVER, WORKER, Membership, NodeEntry
-from gradstream.core.errors import ConfigError
+from gradstream.core.errors import BusyError, ConfigError
 from gradstream.proto.v1 import coordinator_pb2, probe_pb2
 
 IDLE = coordinator_pb2.Activity()
@@ -18,14 +18,14 @@ def request(
 
 
 def join(members: Membership, now: float, name: str = "w", incarnation: str = "1") -> NodeEntry:
-    node, _ = members.register(request(name, incarnation), now, 0)
+    node = members.register(request(name, incarnation), now, 0)
     assert members.open_session(node.node_id) is node
     return node
 
 
 def test_the_identity_follows_from_kind_name_and_start() -> None:
     ids = [
-        Membership().register(request(*given), 0, 0)[0].node_id
+        Membership().register(request(*given), 0, 0).node_id
         for given in (("w", "1"), ("w", "1"), ("w", "2"), ("w", "1", SERVER))
     ]
     assert ids[0] == ids[1]
@@ -77,23 +77,36 @@ def test_the_end_of_an_old_stream_does_not_kill_a_node_that_came_back() -> None:
     assert not node.present
 
 
-def test_the_newest_process_of_a_name_wins() -> None:
-    members = Membership()
+def test_the_process_that_has_a_name_keeps_it_while_it_heartbeats() -> None:
+    members = Membership(heartbeat_seconds=1, lease_seconds=10)
     old = join(members, 0, incarnation="1")
-    new, replaced = members.register(request(incarnation="2"), 1, 0)
-    assert replaced == [old]
-    assert not old.alive
+    # Whether the one that has the name still lives is not known yet.
+    with pytest.raises(BusyError, match="has registered as 'w'"):
+        members.register(request(incarnation="2"), 5, 0)
+    assert members.heartbeat(old.node_id, old.session, IDLE, 5.5, 0)
+    with pytest.raises(BusyError):  # it may have been under way when that one died
+        members.register(request(incarnation="2"), 5.6, 0)
+    assert members.heartbeat(old.node_id, old.session, IDLE, 6.5, 0)
+    with pytest.raises(ConfigError, match=r"another worker is live as 'w' .*last heartbeat 0\.5 s ago.*--name"):
+        members.register(request(incarnation="2"), 7, 0)
+    assert old.present
+    assert members.named(WORKER, "w") is old
+    # The same process registers again whenever it likes.
+    assert join(members, 8, incarnation="1") is old
+
+
+def test_a_name_is_free_once_its_process_is_silent() -> None:
+    members = Membership(heartbeat_seconds=1, lease_seconds=3)
+    join(members, 0, incarnation="1")
+    with pytest.raises(BusyError):
+        members.register(request(incarnation="2"), 2, 0)
+    members.expire(3.5)
+    new = join(members, 4, incarnation="2")
     assert members.named(WORKER, "w") is new
-    with pytest.raises(ConfigError, match="another worker"):
-        members.register(request(incarnation="1"), 2, 0)
-
-
-def test_a_dead_predecessor_is_replaced_without_a_word() -> None:
-    members = Membership()
-    old = join(members, 0, incarnation="1")
-    members.close_session(old.node_id, old.session)
-    assert members.register(request(incarnation="2"), 1, 0)[1] == []
     assert [node.alive for node in members.all()] == [True]
+    # The first one is the newcomer now.
+    with pytest.raises(BusyError):
+        members.register(request(incarnation="1"), 4.5, 0)
 
 
 def test_present_nodes_come_oldest_first_and_all_live_ones_first() -> None:
@@ -157,7 +170,7 @@ def test_workers_on_one_device_are_as_fast_as_its_best_measurement() -> None:
         registration.MergeFrom(
             coordinator_pb2.RegisterRequest(flops_per_second=flops, machine_id=machine_id, device=device)
         )
-        return members.register(registration, 0, 0)[0]
+        return members.register(registration, 0, 0)
 
     slowed = measured("slowed", 60e9, "here")
     quiet = measured("quiet", 90e9, "here")
@@ -165,7 +178,7 @@ def test_workers_on_one_device_are_as_fast_as_its_best_measurement() -> None:
     elsewhere = measured("elsewhere", 50e9, "there")
     accelerated = measured("accelerated", 20e12, "here", "cuda:0 (a GPU)")
     unknown = [measured("unknown", 40e9, ""), measured("unknown too", 80e9, "")]
-    server, _ = members.register(
+    server = members.register(
         coordinator_pb2.RegisterRequest(kind=SERVER, name="s", incarnation="1", device="cpu", machine_id="here"), 0, 0
     )
     assert [node.flops_per_second for node in (slowed, quiet, late)] == [90e9] * 3

@@ -59,7 +59,7 @@ def test_a_job_comes_back_as_it_was_stored(state: State, factory: Factory, tmp_p
         leases=b"table",
         decisions={"placement": "even"},
     )
-    state.save_job(changed, plan=b"plan")
+    state.store_job(changed, plan=b"plan")
     state.close()
     reopened = factory(tmp_path)
     assert reopened.get_job("a-1") == changed

@@ -243,6 +243,9 @@ class Activity(_message.Message):
     STATE_BYTES_FIELD_NUMBER: _builtins.int
     EARLY_BYTES_FIELD_NUMBER: _builtins.int
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_SECONDS_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job it works on; empty when idle."""
     phase: _builtins.str
@@ -267,6 +270,12 @@ class Activity(_message.Message):
     """For a server, bytes of contributions that wait for their turn."""
     num_parameters: _builtins.int
     """For a server, parameters that it holds."""
+    unreachable: _builtins.str
+    """A peer that it cannot reach, named for people; empty when it reaches all that it needs."""
+    unreachable_seconds: _builtins.float
+    """Seconds since it could not reach that peer, by its own clock."""
+    progress: _builtins.int
+    """Grows with whatever the node gets done: of a worker microbatches. One that stands still makes no progress."""
     @_builtins.property
     def missing_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """For a server, slots of the current step of which it has not seen every contribution."""
@@ -286,10 +295,13 @@ class Activity(_message.Message):
         state_bytes: _builtins.int = ...,
         early_bytes: _builtins.int = ...,
         num_parameters: _builtins.int = ...,
+        unreachable: _builtins.str = ...,
+        unreachable_seconds: _builtins.float = ...,
+        progress: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_bytes", b"early_bytes", "job_id", b"job_id", "missing_slots", b"missing_slots", "num_parameters", b"num_parameters", "phase", b"phase", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "state_bytes", b"state_bytes", "step", b"step", "waiting_for", b"waiting_for", "waiting_since_unix_ms", b"waiting_since_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_bytes", b"early_bytes", "job_id", b"job_id", "missing_slots", b"missing_slots", "num_parameters", b"num_parameters", "phase", b"phase", "progress", b"progress", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "state_bytes", b"state_bytes", "step", b"step", "unreachable", b"unreachable", "unreachable_seconds", b"unreachable_seconds", "waiting_for", b"waiting_for", "waiting_since_unix_ms", b"waiting_since_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -419,6 +431,7 @@ class SessionResponse(_message.Message):
     LEASES_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     BOUNDARY_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """To plan's servers and to all workers: take up this plan. A node that holds the same job and epoch ignores it."""
@@ -435,6 +448,10 @@ class SessionResponse(_message.Message):
     def boundary(self) -> Global___BoundaryRequest:
         """To the leader: the next commit writes a checkpoint, at which the job pauses or stops if that was asked for."""
 
+    @_builtins.property
+    def snapshot(self) -> Global___SnapshotRequest:
+        """To all servers of the plan: write a checkpoint of the version at hand, since nobody computes the next one."""
+
     def __init__(
         self,
         *,
@@ -442,16 +459,47 @@ class SessionResponse(_message.Message):
         leases: _plan_pb2.LeaseTable | None = ...,
         release: Global___ReleaseJob | None = ...,
         boundary: Global___BoundaryRequest | None = ...,
+        snapshot: Global___SnapshotRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["plan", "leases", "release", "boundary"]  # noqa: Y015
+    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["plan", "leases", "release", "boundary", "snapshot"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_directive) -> _WhichOneofReturnType_directive | None: ...
 
 Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
+
+@_typing.final
+class SnapshotRequest(_message.Message):
+    """Asks a server for its file of a checkpoint of a version that it holds. One that holds another version does nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    epoch: _builtins.int
+    """The plan's epoch."""
+    version: _builtins.int
+    """The version."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job_id", b"job_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotRequest: _TypeAlias = SnapshotRequest  # noqa: Y015
 
 @_typing.final
 class ReleaseJob(_message.Message):

@@ -92,7 +92,7 @@ class CoordinatorServiceServicer(object):
     """
 
     def Register(self, request, context):
-        """A node announces itself. Registering again with the same name and kind replaces the earlier registration.
+        """A node announces itself. Another process of the same name and kind is refused while the first one heartbeats.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,7 +144,8 @@ class CoordinatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportFailure(self, request, context):
-        """A node cannot go on with a job for a reason that trying again would not change; the job fails with this reason.
+        """A node cannot go on with a job for a reason that trying again at once would not change. The node is benched; the job
+        goes on with others, and fails with this reason when nobody else could go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class CoordinatorServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CoordinatorServiceAsyncStub: ...
     Register: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RegisterRequest, _coordinator_pb2.RegisterResponse]
-    """A node announces itself. Registering again with the same name and kind replaces the earlier registration."""
+    """A node announces itself. Another process of the same name and kind is refused while the first one heartbeats."""
     Session: _grpc.StreamStreamMultiCallable[_coordinator_pb2.SessionRequest, _coordinator_pb2.SessionResponse]
     """The node's lease on life. The node sends a heartbeat every heartbeat_seconds; the coordinator sends directives as
     they arise. When the stream ends or no heartbeat arrives within lease_seconds, the node is taken for dead.
@@ -54,7 +54,9 @@ class CoordinatorServiceStub:
     and not again: it may be lost.
     """
     ReportFailure: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportFailureRequest, _coordinator_pb2.ReportFailureResponse]
-    """A node cannot go on with a job for a reason that trying again would not change; the job fails with this reason."""
+    """A node cannot go on with a job for a reason that trying again at once would not change. The node is benched; the job
+    goes on with others, and fails with this reason when nobody else could go on.
+    """
     FetchDataShard: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.FetchDataShardRequest, _coordinator_pb2.FetchDataShardResponse]
     """Sends one data shard of a job, for workers that cannot see the data's path."""
     WatchTokens: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchTokensRequest, _coordinator_pb2.WatchTokensResponse]
@@ -66,7 +68,7 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Register: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RegisterRequest, _coordinator_pb2.RegisterResponse]  # type: ignore[assignment]
-    """A node announces itself. Registering again with the same name and kind replaces the earlier registration."""
+    """A node announces itself. Another process of the same name and kind is refused while the first one heartbeats."""
     Session: _aio.StreamStreamMultiCallable[_coordinator_pb2.SessionRequest, _coordinator_pb2.SessionResponse]  # type: ignore[assignment]
     """The node's lease on life. The node sends a heartbeat every heartbeat_seconds; the coordinator sends directives as
     they arise. When the stream ends or no heartbeat arrives within lease_seconds, the node is taken for dead.
@@ -86,7 +88,9 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     and not again: it may be lost.
     """
     ReportFailure: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportFailureRequest, _coordinator_pb2.ReportFailureResponse]  # type: ignore[assignment]
-    """A node cannot go on with a job for a reason that trying again would not change; the job fails with this reason."""
+    """A node cannot go on with a job for a reason that trying again at once would not change. The node is benched; the job
+    goes on with others, and fails with this reason when nobody else could go on.
+    """
     FetchDataShard: _aio.UnaryStreamMultiCallable[_coordinator_pb2.FetchDataShardRequest, _coordinator_pb2.FetchDataShardResponse]  # type: ignore[assignment]
     """Sends one data shard of a job, for workers that cannot see the data's path."""
     WatchTokens: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchTokensRequest, _coordinator_pb2.WatchTokensResponse]  # type: ignore[assignment]
@@ -101,7 +105,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.RegisterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.RegisterResponse, _abc.Awaitable[_coordinator_pb2.RegisterResponse]]:
-        """A node announces itself. Registering again with the same name and kind replaces the earlier registration."""
+        """A node announces itself. Another process of the same name and kind is refused while the first one heartbeats."""
 
     @_abc_1.abstractmethod
     def Session(
@@ -163,7 +167,9 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.ReportFailureRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.ReportFailureResponse, _abc.Awaitable[_coordinator_pb2.ReportFailureResponse]]:
-        """A node cannot go on with a job for a reason that trying again would not change; the job fails with this reason."""
+        """A node cannot go on with a job for a reason that trying again at once would not change. The node is benched; the job
+        goes on with others, and fails with this reason when nobody else could go on.
+        """
 
     @_abc_1.abstractmethod
     def FetchDataShard(

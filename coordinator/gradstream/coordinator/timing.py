@@ -1,0 +1,61 @@
+"""The times that the coordinator works by, and how they are given on the command line."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from gradstream.core.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Times in seconds that the coordinator works by."""
+
+    heartbeat_seconds: float = 1.0
+    # Without a heartbeat for so long a node is silent: its slots move.
+    lease_seconds: float = 10.0
+    # After so long the coordinator tries whether the machine of a silent parameter server refuses connections.
+    server_grace_seconds: float = 3.0
+    # How long the state of a silent parameter server is waited for, from the moment at which others are back.
+    reunion_seconds: float = 30.0
+    # For the workers of the lease table to come back after the coordinator was started anew.
+    adopt_grace_seconds: float = 15.0
+    # Between looks at the clock; events are acted upon at once.
+    tick_seconds: float = 0.2
+    # Most between two tries of what failed, such as a write to a full disk.
+    retry_seconds: float = 2.0
+    # A worker that cannot reach a parameter server or a neighbour for so long gives up its slots.
+    unreachable_seconds: float = 30.0
+    # A worker without progress for `stall_factor` times as long as a slot takes gives up its slots; not sooner than
+    # this, and before the first step after `first_slot_seconds`.
+    stall_seconds: float = 30.0
+    stall_factor: float = 10.0
+    first_slot_seconds: float = 600.0
+    # How long a node is benched the first time; each time after that twice as long, at most 16 times.
+    bench_seconds: float = 60.0
+
+
+def parse_timing(settings: Iterable[str]) -> Timing:
+    """A Timing from settings like "lease_seconds=5". Raises ConfigError."""
+    known = [field.name for field in fields(Timing)]
+    values: dict[str, float] = {}
+    for setting in settings:
+        key, _, text = setting.partition("=")
+        if key not in known:
+            names = ", ".join(known)
+            raise ConfigError(f"--timing {setting}: there is no '{key}'{nearest(key, known)}; one of {names}")
+        try:
+            values[key] = float(text)
+        except ValueError:
+            values[key] = math.nan
+        if not 0 < values[key] < 1e9:
+            raise ConfigError(f"--timing {setting}: write a number above 0, like {key}=5")
+    return Timing(**values)
+
+
+def unix_ms() -> int:
+    """Now."""
+    return int(time.time() * 1000)

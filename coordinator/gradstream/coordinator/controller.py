@@ -244,8 +244,9 @@ class Controller:
         active.benches.bench(node.node_id, node.title, message, True, now)
         if node.kind == SERVER:
             active.reunion.failures[node.node_id] = message
-        # Once it is benched no more it starts over.
-        node.holds.pop(active.job_id, None)
+        else:
+            # It has dropped the job, and starts over with the plan once it is benched no more.
+            node.holds.pop(active.job_id, None)
         others = self.leasing.candidates(active, now) if node.kind == WORKER else self._usable_servers(active, now)
         if others:
             self._note_node(f"{node.title} is benched for this job: {message}")

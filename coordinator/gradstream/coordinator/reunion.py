@@ -168,7 +168,7 @@ async def refuses_connections(address: str) -> bool:
         _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), CONNECT_SECONDS)
     except ConnectionRefusedError:
         return True
-    except (OSError, ValueError, TimeoutError):
+    except (OSError, ValueError, OverflowError, TimeoutError):
         return False
     writer.close()
     return False

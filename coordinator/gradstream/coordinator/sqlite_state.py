@@ -158,8 +158,8 @@ class SqliteState(State):
 
     @contextmanager
     def _transaction(self, what: str, durable: bool) -> Iterator[sqlite3.Connection]:
-        """All or nothing; with `durable` also flushed to the disk. `what` tells troubles apart: on a disk that is
-        nearly full small writes succeed while larger ones fail."""
+        """All or nothing; with `durable` also flushed to the disk. `what` tells troubles apart: where room for a
+        line is left a transition may still find none."""
         try:
             self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._db.execute("BEGIN IMMEDIATE")
@@ -178,6 +178,8 @@ class SqliteState(State):
             raise self._failed(what, f"the coordinator cannot write its state ({error}); is its disk full?") from None
         except OverflowError:
             raise ProtocolError("a number in the message is too large to be true") from None
+        if durable:
+            self._troubles.clear()
         self._troubles.pop(what, None)
 
     def _read(self, query: str, values: Sequence[object] | dict[str, object] = ()) -> list[Any]:

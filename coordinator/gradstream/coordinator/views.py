@@ -152,10 +152,11 @@ class Views:
 
     def _troubles(self) -> list[jobs_pb2.Wait]:
         """Why the coordinator cannot store what happens, and since when."""
-        trouble = self._state.trouble or self._controller.retry.trouble
-        if trouble is None:
+        troubles = [trouble for trouble in (self._controller.retry.trouble, self._state.trouble) if trouble is not None]
+        if not troubles:
             return []
-        return [jobs_pb2.Wait(what=trouble.cause, whom="the coordinator", since_unix_ms=trouble.since_unix_ms)]
+        since = min(trouble.since_unix_ms for trouble in troubles)
+        return [jobs_pb2.Wait(what=troubles[0].cause, whom="the coordinator", since_unix_ms=since)]
 
     def _retries(self, active: ActiveJob) -> Iterator[jobs_pb2.Wait]:
         """What the coordinator tries again for the job."""

@@ -159,7 +159,7 @@ RECIPE = {
     "training": {"num_steps": 4, "num_slots": 2, "global_batch": 4, "microbatch": 2, "sequence_length": 32},
     "optimizer": {"kind": "adamw", "learning_rate": 0.001, "betas": [0.9, 0.95]},
     "codec": {"push": "int8", "pull": "delta-int8"},
-    "data": {"path": "/tmp/data", "prepare": {"sources": ["a", "b"], "num_shards": 2}},
+    "data": {"path": "/tmp/data", "prepare": {"sources": ["a", "b"], "num_shards": 2, "vocab_size": 64}},
     "validation": {"num_samples": 4},
     "pipeline": {"stages": "auto"},
     "finetuning": {

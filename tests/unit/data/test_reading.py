@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from support.tokenizers import byte_level
 
 from gradstream.coordinator.data.sources import Corpus
 from gradstream.core import source_rows
 from gradstream.core.errors import DataError
 from gradstream.core.finetuning_recipe import ExamplesConfig
 from gradstream.core.sources import list_files
+from gradstream.services.fine_tuning.examples import prepare_examples, preview
 from gradstream.services.fine_tuning.reading import read_rows
 
 TEXTS = [f"text number {number} é" for number in range(20)]
@@ -253,3 +256,25 @@ def test_an_object_of_a_list_may_not_be_endless(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "' + "x" * (5 << 20))
     with pytest.raises(DataError, match=r"a\.json:1: the object has more than 1 MiB; is every row on a line"):
         documents(tmp_path / "a.json")
+
+
+def test_a_row_about_the_file_comes_first(tmp_path: Path) -> None:
+    """The format is that of the first row that tells it; the one before is a bad row, by its line and fields."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"version": 1}\n{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}\n')
+    report = preview(ExamplesConfig(path=str(path), bad_rows="skip"), byte_level(), 64, 10).report
+    assert (report.format, report.num_rows, report.num_bad) == ("prompt-completion", 3, 1)
+    assert report.bad_rows[0].startswith(f"{path}:1: no field")
+    assert report.bad_rows[0].count("(fields: version)") == 1
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no field.*; correct the data, or leave bad rows out"):
+        prepare_examples(ExamplesConfig(path=str(path)), byte_level(), 64, 1, str(tmp_path / "out"), 0)
+
+
+def test_examples_behind_links_and_names_of_any_bytes(tmp_path: Path) -> None:
+    """What the service tells of a file can travel as protobuf."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.json")
+    (tmp_path / "blob").write_text(json.dumps([{"prompt": "a", "completion": "b"}, {"prompt": "a"}]))
+    Path(path).symlink_to("blob")
+    response = preview(ExamplesConfig(path=path), byte_level(), 64, 10)
+    assert [example.origin for example in response.examples] == [f"{tmp_path}/caf\\xe9.json:1"]
+    assert response.report.bad_rows[0].startswith(f"{tmp_path}/caf\\xe9.json:1: no field 'completion'")

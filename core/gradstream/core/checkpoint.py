@@ -482,11 +482,19 @@ def write_tokenizer(reader: CheckpointReader, destination: Path) -> None:
 
 
 def added_token(vocabulary: Any, token_id: int) -> str | None:
-    """The text that the contents of a tokenizer.json give a token beside those of its model; None if it has none."""
-    tokens = vocabulary.get("added_tokens") if isinstance(vocabulary, dict) else None
+    """The text that the contents of a tokenizer.json give a token: one of its added tokens, else of its model's
+    vocabulary, where an end of text may lie alone; None if there is none."""
+    tree = vocabulary if isinstance(vocabulary, dict) else {}
+    tokens, model = tree.get("added_tokens"), tree.get("model")
     for token in tokens if isinstance(tokens, list) else []:
         if isinstance(token, dict) and token.get("id") == token_id and isinstance(token.get("content"), str):
             return str(token["content"])
+    words = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(words, dict):
+        return next((str(text) for text, number in words.items() if number == token_id), None)
+    if isinstance(words, list) and 0 <= token_id < len(words):  # of a Unigram model: text and score
+        entry = words[token_id]
+        return entry[0] if isinstance(entry, list) and entry and isinstance(entry[0], str) else None
     return None
 
 

@@ -177,6 +177,13 @@ class PrepareConfig(Section):
     )
     max_bytes: Positive | None = Field(default=None, description="stop after about this many bytes of text")
 
+    @field_validator("sources")
+    @classmethod
+    def _named(cls, value: list[str]) -> list[str]:
+        if not all(source.strip() for source in value):
+            raise ValueError("one of the sources is empty; name a file, a glob or a directory")
+        return value
+
     @field_validator("end_of_text", mode="before")
     @classmethod
     def _token_or_id(cls, value: Any) -> Any:

@@ -46,6 +46,7 @@ HIDDEN = "hidden files and directories"
 SPECIAL = "pipes, sockets and devices"
 GLOBBED_DIRECTORIES = "directories that a glob matches (** descends)"
 LOOPS = "links to a directory that they lie in"
+WITHOUT_ROWS = "files without any row"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from gradstream.coordinator.data_prepare import PrepareProgress, inspect, load_manifest, prepare
+from gradstream.core.checkpoint import added_token
 from gradstream.core.config import PrepareConfig, validated
 from gradstream.core.errors import ConfigError, DataError
 
@@ -200,3 +201,21 @@ def test_a_manifest_from_before(tmp_path: Path) -> None:
         del tree[key]
     path.write_text(json.dumps(tree))
     assert load_manifest(str(tmp_path / "out")).end_of_text_id == 0
+
+
+def test_an_export_names_the_end_wherever_the_vocabulary_has_it() -> None:
+    """Also one that is no added token, which a checkpoint's export and its use as a base write out."""
+    added = [{"id": 2, "content": "<eos>"}, "odd", {"id": 9}]
+    words = {"type": "BPE", "vocab": {"a": 0, "end": 1, "<eos>": 2}}
+    unigram = {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", -1.0], 5]}
+    for tree, number, expected in (
+        ({"added_tokens": added, "model": words}, 2, "<eos>"),
+        ({"added_tokens": added, "model": words}, 1, "end"),
+        ({"added_tokens": None, "model": unigram}, 1, "</s>"),
+        ({"model": unigram}, 2, None),
+        ({"model": unigram}, 3, None),
+        ({"model": unigram}, -1, None),
+        ({"added_tokens": added}, 0, None),
+        ([], 0, None),
+    ):
+        assert added_token(tree, number) == expected

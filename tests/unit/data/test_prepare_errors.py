@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gradstream.coordinator.data_prepare import PrepareProgress, inspect, load_manifest, prepare, verify
-from gradstream.core.config import PrepareConfig
+from gradstream.core.config import PrepareConfig, validated
 from gradstream.core.errors import ConfigError, DataError, GradstreamError
 
 
@@ -216,3 +216,8 @@ def test_inspecting_what_is_missing_or_corrupt(tmp_path: Path) -> None:
     (out / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match=r"manifest\.json is not a valid data manifest"):
         load_manifest(str(out))
+
+
+def test_an_empty_source_is_not_the_current_directory() -> None:
+    with pytest.raises(ConfigError, match=r"sources"):
+        validated(PrepareConfig, {"sources": [""]}, "recipe")

@@ -278,3 +278,14 @@ def test_examples_behind_links_and_names_of_any_bytes(tmp_path: Path) -> None:
     response = preview(ExamplesConfig(path=path), byte_level(), 64, 10)
     assert [example.origin for example in response.examples] == [f"{tmp_path}/caf\\xe9.json:1"]
     assert response.report.bad_rows[0].startswith(f"{tmp_path}/caf\\xe9.json:1: no field 'completion'")
+
+
+def test_examples_say_what_was_left_out(tmp_path: Path) -> None:
+    """Of a directory: hidden files, files without rows, blank texts."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "in" / "b.jsonl").write_text("\n")
+    (tmp_path / "in" / ".c.jsonl").write_text('{"text": "c"}\n')
+    report = preview(ExamplesConfig(path=str(tmp_path / "in")), byte_level(), 64, 10).report
+    assert report.num_rows == 2
+    assert list(report.notes) == ["1 files without any row left out", "1 hidden files and directories left out"]

@@ -23,7 +23,7 @@ from gradstream.core.source_rows import (
     json_rows,
     open_source,
 )
-from gradstream.core.sources import SourceFile
+from gradstream.core.sources import WITHOUT_ROWS, SourceFile
 
 Format = Literal["auto", "text", "jsonl", "json", "parquet"]
 
@@ -31,7 +31,6 @@ Format = Literal["auto", "text", "jsonl", "json", "parquet"]
 NOT_TEXT = "files that are not UTF-8 text"
 BLANK = "blank documents"
 BEYOND_LIMIT = "files beyond max_bytes"
-WITHOUT_ROWS = "files without any row"
 KIND_NAMES: dict[Kind, str] = {"text": "text", "jsonl": "JSON lines", "json": "JSON", "parquet": "Parquet"}
 TABLE_SUFFIXES = (".csv", ".tsv")
 

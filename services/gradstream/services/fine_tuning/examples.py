@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.data_output import Output, Split
 from gradstream.core.errors import ConfigError, DataError, one_line, plain_line
 from gradstream.core.finetuning_recipe import ExamplesConfig
-from gradstream.core.sources import SourceFile, list_files, without_password
+from gradstream.core.sources import WITHOUT_ROWS, SourceFile, find_files, without_password
 from gradstream.proto.v1 import fine_tuning_pb2
 from gradstream.services.fine_tuning.chat import chat_prompt_ids, chat_template, render_chat
 from gradstream.services.fine_tuning.encoding import Encoder
@@ -142,6 +143,7 @@ class _Collected:
     format: str = ""
     unused_fields: Mapping[str, int] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
     examples: dict[Split, list[Example]] = field(default_factory=lambda: {"train": [], "validation": []})
     num_rows: int = 0
     bad_rows: list[str] = field(default_factory=list)
@@ -178,11 +180,15 @@ def _collect(config: ExamplesConfig, tokenizer: Any, row_length: int) -> _Collec
     collected = _Collected(Encoder(tokenizer))
     renderer: Renderer | None = None
     unknown = ""  # the first row that no format fits
-    sources: list[tuple[Split, SourceFile]] = [("train", file) for file in list_files([config.path])]
-    if config.validation_path:
-        sources += [("validation", file) for file in list_files([config.validation_path])]
+    sources: list[tuple[Split, SourceFile]] = []
+    paths: list[tuple[Split, str | None]] = [("train", config.path), ("validation", config.validation_path)]
+    for split, path in paths:
+        found = find_files([path] if path else [])
+        sources += [(split, file) for file in found.files]
+        collected.left_out += found.left_out
     for split, file in sources:
         collected.sha256.append(_sha256(file))
+        num_before = collected.num_rows
         for row in read_rows(file, config):
             collected.num_rows += 1
             try:
@@ -202,6 +208,7 @@ def _collect(config: ExamplesConfig, tokenizer: Any, row_length: int) -> _Collec
                 collected.num_bad += 1
                 if len(collected.bad_rows) < SHOWN_BAD_ROWS:
                     collected.bad_rows.append(plain_line(f"{row.origin}: {error}"))
+        collected.left_out += Counter({WITHOUT_ROWS: int(collected.num_rows == num_before)})
     if renderer is None and unknown:
         raise ConfigError(unknown)
     if not collected.num_rows:
@@ -274,7 +281,10 @@ def _report(
         sha256=collected.sha256,
         num_tokens=sum(example.num_places for example in splits["train"]),
         unused_fields=collected.unused_fields,
-        notes=[f"{count} {note}" for note, count in collected.notes.items()],
+        notes=[
+            *(f"{count} {note}" for note, count in collected.notes.items()),
+            *(f"{count} {reason} left out" for reason, count in sorted(collected.left_out.items())),
+        ],
     )
 
 

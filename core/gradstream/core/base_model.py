@@ -67,12 +67,14 @@ def find_base(path: str, title: str = "") -> tuple[Base, dict[str, Any]]:
         base, config = _find_checkpoint(path, title or path)
     else:
         raise ConfigError(_no_base(path, names))
-    vocabulary = vocabulary_size(load_tokenizer(base))
+    tokenizer = load_tokenizer(base)
+    vocabulary = vocabulary_size(tokenizer)
     num_ids = int(load_config(config).vocab_size)
     if vocabulary > num_ids:
         raise ConfigError(
-            f"the tokenizer of base {path} has ids up to {vocabulary - 1}, and its model has {num_ids} of them: "
-            f"they do not belong together; get both from the same place"
+            f"the tokenizer of base {path} has ids up to {vocabulary - 1}, and its model has {num_ids} of them, so it "
+            f"does not know {tokenizer.convert_ids_to_tokens(vocabulary - 1)!r}: they do not belong together; get both "
+            f"from the same place"
         )
     return base, config
 

@@ -6,6 +6,8 @@ fast one, on the base's tokenizer.json as it is; a few fields of tokenizer_confi
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,36 +25,46 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+ADDED_TOKENS_NAME = "added_tokens.json"
 TEMPLATE_NAME = "chat_template.jinja"
 TOKENIZER_FILES = (
     TOKENIZER_NAME,
     TOKENIZER_CONFIG_NAME,
     TEMPLATE_NAME,
+    "chat_template.json",
     "special_tokens_map.json",
-    "added_tokens.json",
+    ADDED_TOKENS_NAME,
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
 )
+TEMPLATES_DIRECTORY = "additional_chat_templates"
 MAX_BASES = 16
-"""Fine-tunings of fine-tunings that are followed to the first one's chat template."""
+"""Fine-tunings of fine-tunings that are followed to the base of the first one."""
 END_IDS = "end_of_text_ids"
 """The attribute by which a tokenizer of `load_tokenizer` knows more than one token that ends a text."""
 PROBE = "a reply as a probe"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+NAMED = (*SPECIAL_TOKENS, "sep_token", "cls_token", "mask_token")
+ADDED_TOKENS = "added tokens"
+ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
-def load_tokenizer(base: Base, depth: int = 0) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with its end-of-text token and its chat template if it has one.
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with its special and added tokens, and its chat template if it has one.
 
-    That of a checkpoint is the tokenizer.json beside it; a checkpoint of a fine-tuning has the chat template of the
-    base that it began from, as long as that is there. `depth` counts the checkpoints that led here. Raises ConfigError
-    when there is no tokenizer, when it cannot be used, or when nothing says which token ends a text.
+    That of a fine-tuning's checkpoint is the tokenizer of the base that it began from, as long as that is there; of any
+    other checkpoint it is the tokenizer.json beside it. Raises ConfigError when there is no tokenizer, when it cannot
+    be used, or when nothing says which token ends a text.
     """
-    if base.kind == "checkpoint":
-        return _of_checkpoint(base.path, depth)
-    settings = _settings(base.path)
-    return _tokenizer(base.path, settings, _chat_template(base.path, settings))
+    if base.kind == "huggingface":
+        return _of_huggingface(base.path)
+    origin = _origin(base.path)
+    return _of_checkpoint(base.path) if origin is None else _of_huggingface(origin.path)
 
 
 def end_ids(tokenizer: Any) -> frozenset[int]:
@@ -90,65 +102,149 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def write_tokenizer(base: Base, destination: Path) -> None:
-    """Write the base's tokenizer files into a directory. Raises CheckpointError or ConfigError when there are none."""
-    if base.kind == "checkpoint":
+    """Write the base's tokenizer files into a directory, as they are. Raises CheckpointError or ConfigError when there
+    are none."""
+    origin = base if base.kind == "huggingface" else _origin(base.path)
+    if origin is None:
         checkpoint.write_tokenizer(CheckpointReader(base.path), destination)
-        write_chat_template(base.path, destination)
         return
-    names = set(files.list_names(base.path))
+    names = set(files.list_names(origin.path))
     if TOKENIZER_NAME not in names:
-        raise ConfigError(_no_tokenizer(base.path))
+        raise ConfigError(_no_tokenizer(origin.path))
     for name in TOKENIZER_FILES:
         if name in names:
-            (destination / name).write_bytes(read_small(base.path, name))
+            (destination / name).write_bytes(read_small(origin.path, name))
+    if _other_templates(origin.path, names):
+        # An export has no directories: the templates go where transformers looks when there are no files of them.
+        settings = read_json(origin.path, TOKENIZER_CONFIG_NAME) if TOKENIZER_CONFIG_NAME in names else {}
+        templates = _chat_template(origin.path, settings)
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+        (destination / TOKENIZER_CONFIG_NAME).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        (destination / TEMPLATE_NAME).unlink(missing_ok=True)
 
 
-def write_chat_template(checkpoint_directory: str, destination: Path) -> None:
-    """Write the chat template of a checkpoint, which it has from the base that it began from, if there is one."""
-    template = _of_checkpoint(checkpoint_directory).chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template is not None:
-        (destination / TEMPLATE_NAME).write_text(template, encoding="utf-8")
+def write_generation_config(base: Base, destination: Path, chat: bool = False) -> None:
+    """Write the base's generation_config.json into a directory, as it is, if it has one.
+
+    Only where transformers would not stop at the end that a fine-tuning teaches is this end added to it: the
+    tokenizer's end of text, and with `chat` the token that the chat template puts after a reply. Raises
+    CheckpointError or ConfigError.
+    """
+    tokenizer = load_tokenizer(base)
+    origin = base if base.kind == "huggingface" else _origin(base.path)
+    content: bytes | None = None
+    fields: dict[str, Any] = {}
+    config = CheckpointReader(base.path).manifest.architecture if origin is None else {}
+    if origin is not None:
+        names = files.list_names(origin.path)
+        config = read_json(origin.path, CONFIG_NAME) if CONFIG_NAME in names else {}
+        if GENERATION_CONFIG_NAME in names:
+            content = read_small(origin.path, GENERATION_CONFIG_NAME)
+            fields = read_json(origin.path, GENERATION_CONFIG_NAME)
+    # transformers takes those of the model's config where generation_config.json has none.
+    known = end_ids_in(fields) or end_ids_in(config)
+    taught = {tokenizer.eos_token_id, turn_end_id(tokenizer) if chat else None} - {None}
+    missing = sorted(int(token) for token in taught if token not in known)
+    if missing:
+        ends = [*known, *missing]
+        fields["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        content = json.dumps(fields, indent=2).encode()
+    if content is not None:
+        (destination / GENERATION_CONFIG_NAME).write_bytes(content)
 
 
-def _of_checkpoint(directory: str, depth: int = 0) -> PreTrainedTokenizerBase:
+def _origin(directory: str) -> Base | None:
+    """The Hugging Face base that a chain of fine-tunings began from, of which `directory` is the last checkpoint.
+
+    None when it began with a pretrained checkpoint, and, with a warning, when the base is gone or has another
+    tokenizer by now.
+    """
+    try:
+        first = directory
+        for _ in range(MAX_BASES):
+            finetuning = read_manifest(first).finetuning
+            if finetuning is None:
+                return None
+            base = finetuning.base
+            # What a file says is followed no further than what a submitter says.
+            AllowedPaths.of_environment().check(f"{first}: its base", base.path)
+            if base.kind == "huggingface":
+                if _vocabulary(_of_huggingface(base.path)) != _vocabulary(_of_checkpoint(directory)):
+                    raise ConfigError(f"the tokenizer of {base.path} is not the one that {directory} was trained with")
+                return base
+            first = base.path
+        raise ConfigError(f"{directory} has more than {MAX_BASES} bases before it; start from an export of it")
+    except GradstreamError as error:
+        get_logger().warning(
+            "the tokenizer files of the base are not used: no chat template, no special token but end of text",
+            checkpoint=directory,
+            reason=str(error),
+        )
+        return None
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    with parsing(lambda cause: ConfigError(f"the tokenizer's vocabulary cannot be read ({cause}); get the file again")):
+        return dict(tokenizer.get_vocab())
+
+
+def _of_huggingface(directory: str) -> PreTrainedTokenizerBase:
+    settings = _settings(directory)
+    return _tokenizer(directory, settings, _chat_template(directory, settings))
+
+
+def _of_checkpoint(directory: str) -> PreTrainedTokenizerBase:
     manifest = read_manifest(directory)
     end_of_text = added_token(read_json(directory, TOKENIZER_NAME), manifest.end_of_text_id)
-    settings: dict[str, Any] = {"bos_token": end_of_text, "eos_token": end_of_text}
-    template = None
-    if manifest.finetuning is not None:
-        try:
-            # What a file says is followed no further than what a submitter says.
-            AllowedPaths.of_environment().check(f"{directory}: its base", manifest.finetuning.base.path)
-            if depth >= MAX_BASES:
-                raise ConfigError(f"{directory} has more than {MAX_BASES} bases before it; start from an export of it")
-            template = load_tokenizer(manifest.finetuning.base, depth + 1).chat_template
-        except GradstreamError as error:
-            get_logger().warning("the chat template of the base is not there", checkpoint=directory, reason=str(error))
-    return _tokenizer(directory, settings, template)
+    ends = [manifest.end_of_text_id, *end_ids_in(manifest.architecture)]
+    return _tokenizer(directory, {"bos_token": end_of_text, "eos_token": end_of_text, END_IDS: ends}, None)
 
 
 def _settings(directory: str) -> dict[str, Any]:
-    """What tokenizer_config.json and its older companion say."""
+    """What tokenizer_config.json and its older companions say, the one before the other as transformers has it, and
+    END_IDS and ADDED_TOKENS by all files of the directory."""
     names = files.list_names(directory)
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", TOKENIZER_CONFIG_NAME):
-        if name in names:
-            settings.update({key: value for key, value in read_json(directory, name).items() if value is not None})
-    if "eos_token" not in settings:
-        for name in (CONFIG_NAME, "generation_config.json"):
-            ids = read_json(directory, name).get("eos_token_id") if name in names else None
-            if ids is not None:
-                settings["eos_token_id"] = ids[0] if isinstance(ids, list) and ids else ids
-                break
-    return settings
+
+    def read(name: str) -> dict[str, Any]:
+        found = read_json(directory, name) if name in names else {}
+        return {key: value for key, value in found.items() if value is not None}
+
+    settings, older = read(TOKENIZER_CONFIG_NAME), read("special_tokens_map.json")
+    added = settings.get("added_tokens_decoder")
+    settings = {**older, **settings} if added is not None else {**settings, **older}
+    if added is None:
+        added = {str(token): {"content": text} for text, token in read(ADDED_TOKENS_NAME).items()}
+    config = read(CONFIG_NAME)
+    inner = config.get("text_config")
+    configs = [config, inner if isinstance(inner, dict) else {}, read(GENERATION_CONFIG_NAME)]
+    ends = [end for found in configs for end in end_ids_in(found)]
+    return {**settings, END_IDS: ends, ADDED_TOKENS: added}
+
+
+def end_ids_in(config: Mapping[str, Any]) -> list[int]:
+    """The tokens that a config names as end of text: none, one or a list."""
+    value = config.get("eos_token_id")
+    values = value if isinstance(value, list | tuple) else [value]
+    return [end for end in values if isinstance(end, int) and not isinstance(end, bool) and end >= 0]
+
+
+def _other_templates(directory: str, names: Collection[str]) -> list[str]:
+    """The files of chat templates beside the default one."""
+    if TEMPLATES_DIRECTORY not in names:
+        return []
+    return [name for name in files.list_names(files.join(directory, TEMPLATES_DIRECTORY)) if name.endswith(".jinja")]
 
 
 def _chat_template(directory: str, settings: dict[str, Any]) -> Any:
     """A template, or several by name, as transformers has them; None when there is none."""
-    if TEMPLATE_NAME in files.list_names(directory):
-        return read_small(directory, TEMPLATE_NAME).decode("utf-8", errors="replace")
+    names = files.list_names(directory)
+    found = {"default": read_small(directory, TEMPLATE_NAME)} if TEMPLATE_NAME in names else {}
+    for name in _other_templates(directory, names):
+        content = read_small(files.join(directory, TEMPLATES_DIRECTORY), name)
+        found[name.removesuffix(".jinja")] = content
+    if found:
+        texts = {name: content.decode("utf-8", errors="replace") for name, content in found.items()}
+        return texts["default"] if len(texts) == 1 and "default" in texts else texts
     template = settings.get("chat_template")
     entries = template if isinstance(template, list) else [{"name": "", "template": template}]
     if template is not None and not all(
@@ -182,15 +278,26 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer.from_str(content.decode())
+    added = _added_tokens(settings.get(ADDED_TOKENS) or {}, settings, directory)
+    known = {token.content for token in added.values()}
     special: dict[str, Any] = {}
     for kind in SPECIAL_TOKENS:
         value = settings.get(kind)
         text = value.get("content") if isinstance(value, dict) else value
-        # One that the vocabulary lacks would be added to it, under an id that the model does not know.
-        if isinstance(text, str) and backend.token_to_id(text) is not None:
+        if not isinstance(text, str):
+            continue
+        if text in known or backend.token_to_id(text) is not None:
             special[kind] = text
-    if "eos_token" not in special and isinstance(settings.get("eos_token_id"), int):
-        text = backend.id_to_token(settings["eos_token_id"]) if settings["eos_token_id"] >= 0 else None
+        elif kind == "bos_token":
+            raise ConfigError(
+                f"the bos_token {text!r} of {directory} is in neither its vocabulary nor its added tokens"
+            )
+        elif kind != "eos_token":
+            # It would get an id that the model does not know; no example has it.
+            get_logger().warning("a special token is not in the vocabulary", base=directory, kind=kind, token=text)
+    first = next(iter(settings.get(END_IDS) or ()), None)
+    if "eos_token" not in special and first is not None:
+        text = added[first].content if first in added else backend.id_to_token(first)
         if text is not None:
             special["eos_token"] = text
     if "eos_token" not in special:
@@ -198,18 +305,60 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
             f"nothing in {directory} says which token ends a text; set eos_token in its {TOKENIZER_CONFIG_NAME} to one "
             f"of the vocabulary"
         )
-    extra: dict[str, Any] = {key: True for key in ("add_bos_token", "add_eos_token") if settings.get(key) is True}
+    extra: dict[str, Any] = {}
+    others = [value["content"] if isinstance(value, dict) else value for value in _extra_special_tokens(settings)]
+    if others:
+        extra["extra_special_tokens"] = others
     length = settings.get("model_max_length")
     if isinstance(length, int):
         extra["model_max_length"] = length
-    return PreTrainedTokenizerFast(  # type: ignore[no-any-return]
+    # Whether bos and eos are put around a text is tokenizer.json's to say, for transformers too: it has no use for
+    # add_bos_token and add_eos_token beside it.
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=chat_template,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
+        added_tokens_decoder=added,
         **special,
         **extra,
     )
+    for number, token in added.items():
+        if tokenizer.convert_tokens_to_ids(token.content) != number:
+            raise ConfigError(
+                f"the added token {token.content!r} of {directory} has id {number} in {TOKENIZER_CONFIG_NAME} or "
+                f"{ADDED_TOKENS_NAME}, and its {TOKENIZER_NAME} gives it another; save the tokenizer again"
+            )
+    setattr(tokenizer, END_IDS, tuple(settings.get(END_IDS) or ()))
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def _extra_special_tokens(settings: Mapping[str, Any]) -> list[Any]:
+    """Special tokens beside the named ones, each its text or an object with it."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    values = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
+    return [value for value in values if isinstance(value, str) or (isinstance(value, dict) and "content" in value)]
+
+
+def _added_tokens(added: Any, settings: Mapping[str, Any], directory: str) -> dict[int, Any]:
+    """Added tokens by their ids. Raises ConfigError when they are no tokens."""
+    from tokenizers import AddedToken
+
+    named = [value for key, value in settings.items() if key in NAMED] + _extra_special_tokens(settings)
+    special = [value.get("content") if isinstance(value, dict) else value for value in named]
+    found: dict[int, Any] = {}
+    entries: list[tuple[Any, Any]] = list(added.items()) if isinstance(added, dict) else [("", None)]
+    for number, fields in entries:
+        try:
+            options = {key: fields[key] for key in ADDED_TOKEN_FIELDS if key in fields}
+            is_special = bool(fields.get("special", fields["content"] in special))
+            token = AddedToken(fields["content"], **{"normalized": not is_special, **options, "special": is_special})
+            found[int(number)] = token
+        except (TypeError, ValueError, KeyError, AttributeError):
+            raise ConfigError(
+                f"the added token {str(number)[:40]!r} of {directory} is no token; get its files again"
+            ) from None
+    return found
 
 
 def _no_tokenizer(directory: str) -> str:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gradstream.core import files
 from gradstream.core.data import Count, Digest, FileName
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, one_line
-from gradstream.core.finetuning import FineTuning
+from gradstream.core.finetuning import Base, FineTuning
 from gradstream.core.foreign import parsing
 from gradstream.core.fragments import Fragment, Tensor, cut, num_fragments
 from gradstream.core.tensor_files import TensorSpec, bytes_of, write_tensors
@@ -419,9 +419,15 @@ def export_huggingface(directory: str, destination: Path) -> None:
         write_huggingface(directory, temporary)
 
 
-def write_huggingface(directory: str, destination: Path, weights: bool = True) -> CheckpointReader:
+def write_huggingface(directory: str, destination: Path, weights: bool = True, chat: bool = False) -> CheckpointReader:
     """Write a checkpoint's weights, config and tokenizer into a directory that is there, without `weights` the others
-    alone; return what reads the checkpoint. Raises CheckpointError."""
+    alone; return what reads the checkpoint.
+
+    What a fine-tuning does not change comes from its base. `chat`: as for `write_generation_config`. Raises
+    CheckpointError, and ConfigError for the base's files.
+    """
+    from gradstream.core import base_tokenizer  # which reads checkpoints itself
+
     reader = CheckpointReader(directory)
     finetuning = reader.manifest.finetuning
     if finetuning is not None and finetuning.method == "lora":
@@ -431,7 +437,12 @@ def write_huggingface(directory: str, destination: Path, weights: bool = True) -
     if weights:
         write_weights(huggingface_weights(reader), destination)
     write_config(reader, destination)
-    write_tokenizer(reader, destination)
+    if finetuning is None:
+        write_tokenizer(reader, destination)
+    else:
+        base = Base(kind="checkpoint", path=directory, title=directory, files=(), sha256="0" * 64)
+        base_tokenizer.write_tokenizer(base, destination)
+        base_tokenizer.write_generation_config(base, destination, chat)
     return reader
 
 

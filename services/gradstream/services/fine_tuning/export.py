@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from gradstream.core import files
-from gradstream.core.base_files import read_small
 from gradstream.core.base_model import BaseReader
-from gradstream.core.base_tokenizer import write_chat_template, write_tokenizer
+from gradstream.core.base_tokenizer import write_generation_config, write_tokenizer
 from gradstream.core.checkpoint import (
     EXPORT_FILE_BYTES,
     WEIGHT,
@@ -41,12 +40,13 @@ PEFT_PREFIX = "base_model.model."
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def export_adapter(checkpoint_directory: str, destination: Path, card: str) -> None:
+def export_adapter(checkpoint_directory: str, destination: Path, card: str, chat: bool = False) -> None:
     """Write the adapter of a LoRA job's checkpoint as a directory that peft's `PeftModel.from_pretrained` loads.
 
-    adapter_config.json, adapter_model.safetensors (fp32), the base's tokenizer files, and `card` as README.md. Raises
-    ConfigError when the checkpoint is not of a LoRA job, and CheckpointError when it is damaged, when the base has no
-    tokenizer any more, and when `destination` is not empty.
+    adapter_config.json, adapter_model.safetensors (fp32), the base's tokenizer files and generation_config.json, and
+    `card` as README.md. `chat`: it was tuned on conversations, whose end transformers has to know. Raises ConfigError
+    when the checkpoint is not of a LoRA job, and CheckpointError when it is damaged, when the base has no tokenizer any
+    more, and when `destination` is not empty.
     """
     adapter = _Adapter(checkpoint_directory)
     with files.whole_directory(destination) as temporary:
@@ -54,11 +54,15 @@ def export_adapter(checkpoint_directory: str, destination: Path, card: str) -> N
         tensors = {f"{PEFT_PREFIX}{name.replace(f'.{ADAPTER}.', '.')}": adapter.read(name) for name in adapter.names}
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         write_tokenizer(adapter.base, temporary)
+        write_generation_config(adapter.base, temporary, chat)
         (temporary / README_NAME).write_text(card, encoding="utf-8")
 
 
-def export_merged(checkpoint_directory: str, destination: Path, card: str, weights: bool = True) -> list[WeightsFile]:
-    """Write the result of a fine-tuning as a Hugging Face model directory, with `card` as README.md.
+def export_merged(
+    checkpoint_directory: str, destination: Path, card: str, chat: bool = False, weights: bool = True
+) -> list[WeightsFile]:
+    """Write the result of a fine-tuning as a Hugging Face model directory, with `card` as README.md, and with the
+    base's tokenizer files and generation_config.json. `chat`: as for `export_adapter`.
 
     Returns the files of its weights, which without `weights` are not written: they are made as they are read.
 
@@ -74,9 +78,9 @@ def export_merged(checkpoint_directory: str, destination: Path, card: str, weigh
             made = _merged_weights(reader, adapter)
             _write_config(adapter.base, reader.config, temporary)
             write_tokenizer(adapter.base, temporary)
+            write_generation_config(adapter.base, temporary, chat)
         else:
-            made = huggingface_weights(write_huggingface(checkpoint_directory, temporary, weights=False))
-            write_chat_template(checkpoint_directory, temporary)
+            made = huggingface_weights(write_huggingface(checkpoint_directory, temporary, weights=False, chat=chat))
         if weights:
             write_weights(made, temporary)
         (temporary / README_NAME).write_text(card, encoding="utf-8")
@@ -160,6 +164,3 @@ def _write_config(base: Base, config: dict[str, Any], destination: Path) -> None
         write_config(CheckpointReader(base.path), destination)
         return
     (destination / "config.json").write_text(json.dumps(config, indent=1))
-    generation = "generation_config.json"
-    if generation in files.list_names(base.path):
-        (destination / generation).write_bytes(read_small(base.path, generation))

@@ -61,10 +61,11 @@ def _export(record: Record, version: int, checkpoint: str, destination: Path, ad
     """Write an export's files but a model's weights, which are returned to be made as they are sent."""
     progress = read_manifest(checkpoint).progress
     card = model_card(card_facts(record, version, progress.get("num_tokens")), kind="adapter" if adapter else "merged")
+    chat = ParseDict(record.examples or {}, fine_tuning_pb2.ExamplesReport()).format == "chat"
     if adapter:
-        export_adapter(checkpoint, destination, card)
+        export_adapter(checkpoint, destination, card, chat)
         return []
-    return export_merged(checkpoint, destination, card, weights=False)
+    return export_merged(checkpoint, destination, card, chat, weights=False)
 
 
 def card_facts(record: Record, version: int, num_target_tokens: int | None) -> CardFacts:

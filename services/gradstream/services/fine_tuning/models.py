@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gradstream.core.base_tokenizer import end_ids, end_ids_in
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError, nearest, one_line
 from gradstream.core.finetuning import Base, LoraConfig
 from gradstream.core.foreign import panics_caught
@@ -216,8 +217,6 @@ class ServedModels:
 
 
 def _profile(config: Mapping[str, Any], tokenizer: Any) -> Profile:
-    said = config.get("eos_token_id")
-    ends = said if isinstance(said, list) else [said]
     # A chat model's tokenizer may name the end of a turn, and its config the end of a document.
-    end_ids = frozenset(int(end) for end in [*ends, tokenizer.eos_token_id] if end is not None)
-    return Profile(tokenizer, max_positions(config), int(config["vocab_size"]), end_ids)
+    ends = end_ids(tokenizer) | {*end_ids_in(config)}
+    return Profile(tokenizer, max_positions(config), int(config["vocab_size"]), ends)

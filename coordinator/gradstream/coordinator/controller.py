@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -226,9 +226,10 @@ class Controller:
 
     # --- orders and reports -----------------------------------------------------------------------------------------
 
-    def submit(self, record: JobRecord) -> None:
-        """Queue a new job. Raises UnreachableError."""
-        self.journal.create(record, [Event("submitted", f"submitted{by_caller()}; files in {record.run_directory}")])
+    def submit(self, record: JobRecord, warnings: Sequence[str] = ()) -> None:
+        """Queue a new job, with what its recipe likely does not mean. Raises UnreachableError."""
+        submitted = Event("submitted", f"submitted{by_caller()}; files in {record.run_directory}")
+        self.journal.create(record, [submitted, *(Event("warning", warning) for warning in warnings)])
         self.reconcile()
 
     def fail(self, job_id: str, reason: str) -> None:

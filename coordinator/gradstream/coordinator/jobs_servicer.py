@@ -15,10 +15,11 @@ import grpc.aio
 
 from gradstream.coordinator import checkpoints, planner, scheduler
 from gradstream.coordinator.controller import Controller, unix_ms
+from gradstream.coordinator.inventory import check_model, special_tokens
 from gradstream.coordinator.orders import Orders
 from gradstream.coordinator.state import JobRecord
 from gradstream.coordinator.views import Views
-from gradstream.core import files
+from gradstream.core import files, model_check
 from gradstream.core.checkpoint import directory_of, huggingface_weights, write_huggingface
 from gradstream.core.config import Recipe, absolute_path, parse_recipe
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
@@ -69,7 +70,10 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     def _repeated(self, request_id: str, recipe: Recipe) -> JobRecord | None:
         """The job that this request has made before. Raises ConfigError when that was of another recipe."""
         record = self._state.job_of_request(request_id) if request_id else None
-        if record is not None and record.recipe_json != recipe.model_dump_json():
+        if record is None:
+            return None
+        # It is stored with what its data filled in.
+        if model_check.with_ends(recipe, parse_manifest(record.manifest_json)).model_dump_json() != record.recipe_json:
             raise ConfigError(
                 f"request id {request_id} is that of job {record.job_id}, which has another recipe; take a new id for "
                 f"each job"
@@ -78,6 +82,10 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     async def _submit(self, request_id: str, recipe: Recipe) -> JobRecord:
         manifest = await self._storage.call(recipe.data.path, find_data, recipe, self._allowed)
+        recipe = model_check.with_ends(recipe, manifest)
+        warnings = await check_model(
+            recipe, manifest, lambda: self._storage.call(recipe.data.path, special_tokens, recipe, manifest)
+        )
         taken = [job.job_id for job in self._state.list_jobs()]
         job_id, directory = await self._storage.call(recipe.run_root, make_run_directory, recipe, taken)
         jobs = self._state.list_jobs()
@@ -93,7 +101,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             request_id=request_id,
         )
         try:
-            self._controller.submit(record)
+            self._controller.submit(record, warnings)
         except GradstreamError:
             # Nobody knows of it: a directory that stays would only take its name.
             with suppress(OSError, GradstreamError):

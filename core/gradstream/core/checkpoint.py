@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gradstream.core import files
 from gradstream.core.data import Count, Digest, FileName
+from gradstream.core.defaults import longest_sequence, text_section
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, one_line
 from gradstream.core.finetuning import Base, FineTuning
 from gradstream.core.foreign import parsing
@@ -47,6 +48,11 @@ COPY = "copy"  # of the weights as workers hold them, where they pull difference
 EXPORT_FILE_BYTES = 4 << 30
 EXPORT_ELEMENTS = 4 << 20
 """Of a tensor, read at once for an export."""
+DEFAULT_LENGTH = 1024
+"""Of a tokenizer's texts, where the model's config does not say how long a sequence may be."""
+NOT_EXPORTED = frozenset({"torch_dtype", "auto_map", "quantization_config", "attn_implementation", "_name_or_path"})
+"""Keys of a config.json that a model's directory needs no more: they say in which form the weights were, or name what
+transformers would look for elsewhere. The weights are fp32, and transformers' own class loads them."""
 _DIRECTORY = re.compile(r"step-([0-9]{8,})")
 _FILE_OF_EPOCH = re.compile(r"epoch-([0-9]{4,20})-[A-Za-z0-9._-]+\.safetensors")
 
@@ -461,8 +467,7 @@ def huggingface_weights(reader: CheckpointReader) -> list[WeightsFile]:
 
 def write_config(reader: CheckpointReader, destination: Path) -> None:
     """Write a checkpoint's config.json as a Hugging Face directory has it."""
-    # A model that began from a base has the base's dtype in its config, in which transformers would load it.
-    config = {key: value for key, value in reader.manifest.architecture.items() if key != "torch_dtype"}
+    config = {key: value for key, value in reader.manifest.architecture.items() if key not in NOT_EXPORTED}
     (destination / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1))
 
 
@@ -480,13 +485,15 @@ def write_tokenizer(reader: CheckpointReader, destination: Path) -> None:
         ) from None
     (destination / TOKENIZER_NAME).write_bytes(tokenizer)
     end_of_text = added_token(vocabulary, manifest.end_of_text_id)
+    padding = text_section(manifest.architecture).get("pad_token_id")
+    padding_text = added_token(vocabulary, padding) if isinstance(padding, int) else None
+    longest = longest_sequence(manifest.architecture)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end_of_text,
         "eos_token": end_of_text,
-        "model_max_length": manifest.architecture.get(
-            "max_position_embeddings", manifest.architecture.get("n_positions", 1024)
-        ),
+        **({"pad_token": padding_text} if padding_text is not None else {}),
+        "model_max_length": longest[1] if longest is not None else DEFAULT_LENGTH,
         "clean_up_tokenization_spaces": False,
     }
     (destination / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=1))

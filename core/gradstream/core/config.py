@@ -16,12 +16,14 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
 from gradstream.core import defaults
+from gradstream.core.data import MANIFEST_NAME, parse_manifest
 from gradstream.core.defaults import PRETRAINING, check_batch, fit_batch, fit_recipe, longest_sequence, text_section
-from gradstream.core.errors import ConfigError, nearest, one_line
+from gradstream.core.errors import ConfigError, GradstreamError, one_line
 from gradstream.core.finetuning import FineTuning, LoraConfig
+from gradstream.core.model_check import check_fields, check_special_ids
 from gradstream.core.recipe_files import absolute_path as absolute_path
 from gradstream.core.recipe_files import is_url, load_tree
-from gradstream.core.section import NonNegative, Positive, Section
+from gradstream.core.section import NonNegative, Positive, Section, explain
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 S = TypeVar("S", bound=Section)
@@ -47,6 +49,7 @@ class ModelConfig(Section):
             json.dumps(config, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"model.config holds what JSON has no word for ({error})") from None
+        check_fields(config)
         return config
 
 
@@ -269,6 +272,17 @@ class ClusterConfig(Section):
     fragment_bytes: Positive = Field(default=4 << 20, description="most bytes of fp32 a fragment holds")
 
 
+def check_sections(run_root: str, pipeline: PipelineConfig, codec: CodecConfig) -> None:
+    """What recipes of both kinds have: raise ValueError for what does not go together."""
+    if is_url(run_root):
+        raise ValueError(f"run_root {run_root} is not a directory of this machine; give a local path")
+    if pipeline.stages != 1 and codec.push in RESIDUAL_CODECS:
+        raise ValueError(
+            f"codec.push {codec.push} keeps a residual for each slot, which pipeline stages cannot share; use "
+            f"codec.push=int8 or pipeline.stages=1"
+        )
+
+
 class Recipe(Section):
     """A whole recipe."""
 
@@ -295,14 +309,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.finetuning is None:  # a base is as it is
+            check_special_ids(self.model.config)
         longest = longest_sequence(self.model.config)
         if longest is not None and self.training.sequence_length > longest[1]:
             raise ValueError(
                 f"training.sequence_length {self.training.sequence_length} is longer than the model's "
                 f"{longest[1]} positions; lower it or raise model.config.{longest[0]}"
             )
-        if is_url(self.run_root):
-            raise ValueError(f"run_root {self.run_root} is not a directory of this machine; give a local path")
+        check_sections(self.run_root, self.pipeline, self.codec)
         prepare = self.data.prepare
         if prepare is not None and prepare.num_shards % self.training.num_slots:
             raise ValueError(
@@ -315,11 +330,6 @@ class Recipe(Section):
             raise ValueError(
                 f"data.prepare.vocab_size {trained} is more than the model's {num_words} words; lower it or raise "
                 f"model.config.vocab_size"
-            )
-        if self.pipeline.stages != 1 and self.codec.push in RESIDUAL_CODECS:
-            raise ValueError(
-                f"codec.push {self.codec.push} keeps a residual for each slot, which pipeline stages cannot share; "
-                f"use codec.push=int8 or pipeline.stages=1"
             )
         if self.validation.num_samples % self.training.num_slots:
             raise ValueError(
@@ -343,12 +353,27 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file with its bases, apply `key.sub=value` overrides and validate.
 
     Relative paths in the recipe are made absolute against the current directory, except model.config and base, which
-    are relative to the file that names them. Raises ConfigError with one line.
+    are relative to the file that names them. Where the data set is on this machine, what the recipe leaves out follows
+    from it too. Raises ConfigError with one line.
     """
     tree = load_tree(path, overrides)
     if "base_model" in tree:
         raise ConfigError(f"{path} is a fine-tuning recipe; use `gradstream finetune create` or `finetune dev`")
-    return absolute_paths(parse_recipe(tree, origin=str(path)))
+    return absolute_paths(parse_recipe(fit_recipe(tree, _num_shards(tree)), origin=str(path)))
+
+
+def _num_shards(tree: Mapping[str, Any]) -> dict[str, int] | None:
+    """Data shards of each split of a recipe's data set; None when it is not here, or cannot be read: whoever needs it
+    says so."""
+    data = tree.get("data")
+    path = data.get("path") if isinstance(data, Mapping) else None
+    if not isinstance(path, str) or is_url(path):
+        return None
+    try:
+        manifest = parse_manifest((Path(absolute_path(path)) / MANIFEST_NAME).read_bytes())
+    except (OSError, GradstreamError):
+        return None
+    return {split: len(manifest.split(split)) for split in ("train", "validation")}
 
 
 def parse_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> Recipe:
@@ -388,31 +413,3 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         data = data.model_copy(update={"prepare": prepare})
     data = data.model_copy(update={"path": absolute_path(data.path)})
     return recipe.model_copy(update={"run_root": absolute_path(recipe.run_root), "data": data})
-
-
-def explain(error: ValidationError, recipe: type[Section]) -> str:
-    """The first problem of a `recipe` as one line, with the nearest key where a key is unknown."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        section: Any = recipe
-        for part in problem["loc"][:-1]:
-            if part not in section.model_fields:
-                continue  # a place in a list
-            annotation = section.model_fields[part].annotation
-            section = next(
-                (
-                    a
-                    for a in getattr(annotation, "__args__", (annotation,))
-                    if isinstance(a, type) and issubclass(a, Section)
-                ),
-                Section,
-            )
-        return f"unknown key '{where}'{nearest(str(problem['loc'][-1]), section.model_fields)}{more}"
-    if problem["type"] == "missing":
-        return f"'{where}' is missing{more}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{message}{more}"
-    return f"'{where}': {message[0].lower()}{message[1:]}, not {problem['input']!r}{more}"

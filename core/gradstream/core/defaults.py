@@ -81,13 +81,17 @@ def check_batch(global_batch: int, num_slots: int, microbatch: int) -> None:
         )
 
 
-def fit_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A pretraining recipe with what it leaves out of its batch, sequence length, data and validation filled in."""
+def fit_recipe(tree: Mapping[str, Any], num_shards: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """A pretraining recipe with what it leaves out of its batch, sequence length, data and validation filled in.
+
+    `num_shards` are those of each split of its data set, where that is there already.
+    """
     filled = dict(tree)
     training, validation = _section(tree, "training"), _section(tree, "validation")
     prepare, config = _section(_section(tree, "data"), "prepare"), _section(_section(tree, "model"), "config")
     # 1. The batch. What every slot has an equal part of limits the number of slots.
-    shared = (_count(prepare.get("num_shards")), _count(validation.get("num_samples")))
+    there = num_shards or {}
+    shared = (there.get("train") or _count(prepare.get("num_shards")), _count(validation.get("num_samples")))
     training |= fit_batch(training, PRETRAINING, math.gcd(*(each or 0 for each in shared)))
     longest = longest_sequence(config)
     if longest is not None:
@@ -100,7 +104,7 @@ def fit_recipe(tree: Mapping[str, Any]) -> dict[str, Any]:
         _default(prepare, "vocab_size", min(VOCABULARY_SIZE, num_words))
     # 3. Validation: none of a data set that holds nothing out.
     _default(validation, "num_samples", -(-NUM_VALIDATION_SAMPLES // slots) * slots)
-    if prepare.get("validation_fraction") == 0:
+    if prepare.get("validation_fraction") == 0 if num_shards is None else not there.get("validation"):
         _default(validation, "interval_steps", 0)
     # What is not there, or no section, is left to validation.
     if isinstance(tree.get("training"), Mapping):

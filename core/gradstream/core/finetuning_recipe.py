@@ -18,6 +18,7 @@ from gradstream.core.config import (
     Recipe,
     ScheduleConfig,
     absolute_path,
+    check_sections,
     load_recipe,
     validated,
 )
@@ -133,6 +134,11 @@ class FineTuningRecipe(Section):
     validation: FineTuningValidation = FineTuningValidation()
     pipeline: PipelineConfig = PipelineConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FineTuningRecipe:
+        check_sections(self.run_root, self.pipeline, self.codec)
+        return self
 
 
 def load_any_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe | FineTuningRecipe:

@@ -22,6 +22,7 @@ from gradstream.core.errors import ConfigError, nearest, one_line
 from gradstream.core.finetuning import LoraConfig
 from gradstream.core.fragments import Tensor, TensorKind
 from gradstream.core.lora import add_adapters, initial_adapter
+from gradstream.core.model_check import check_fields, explain_padding, padding_ids, positions, unknown_keys
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,10 @@ def load_config(model_config: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    try:
+        check_fields(model_config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     fields = dict(model_config)
     _refuse_foreign_code(fields)
     model_type = fields.pop("model_type", None)
@@ -94,7 +99,8 @@ def build(model_config: Mapping[str, Any], device: str = "cpu", lora: LoraConfig
         with torch.device(device):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # as of the config classes
-        raise ConfigError(f"model.config cannot be built: {one_line(error)[:300]}") from None
+        why = explain_padding(config, model_config) or f"model.config cannot be built: {one_line(error)[:300]}"
+        raise ConfigError(why) from None
     if lora is not None:
         add_adapters(model, lora)
     return model
@@ -280,14 +286,20 @@ def derive_seed(*parts: object) -> int:
 
 
 def describe(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -> dict[str, Any]:
-    """The inventory as JSON has it: what a child process tells the coordinator of a model. Raises ConfigError."""
+    """The inventory and what a recipe must fit, as JSON has it: what a child process tells the coordinator of a model.
+    Raises ConfigError."""
     model = build(model_config, "meta", lora)
+    unknown, misspelt = unknown_keys(model_config, model.config, model)
     return {
         "tensors": [astuple(tensor) for tensor in _inventory(model)],
         "architecture": type(model).__name__,
         "num_frozen_parameters": sum(
             parameter.numel() for parameter in model.parameters() if not parameter.requires_grad
         ),
+        "positions": positions(model.config),
+        "padding_ids": padding_ids(model),
+        "unknown_keys": unknown,
+        "misspelt": misspelt,
     }
 
 

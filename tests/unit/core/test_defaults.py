@@ -1,12 +1,15 @@
 """Defaults that fit each other: what a recipe leaves out follows from what it says, unless that contradicts itself."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.config import parse_recipe
+from gradstream.core.config import load_recipe, parse_recipe
+from gradstream.core.data import DataShard, Manifest
 from gradstream.core.errors import ConfigError
 from gradstream.core.finetuning_recipe import parse_finetuning_recipe
 
@@ -142,6 +145,38 @@ def test_slots_follow_from_what_they_share(section: str, key: str, count: int) -
     slots = parse_recipe(pretraining(**{section: {key: count}})).training.num_slots
     assert count % slots == 0
     assert slots == max(each for each in (1, 2, 4) if count % each == 0)
+
+
+@pytest.mark.parametrize(
+    ("num_train", "num_validation", "slots", "interval"), [(2, 2, 2, 100), (8, 8, 4, 100), (3, 3, 1, 100), (4, 0, 4, 0)]
+)
+def test_a_data_set_that_is_there_counts_too(
+    tmp_path: Path, num_train: int, num_validation: int, slots: int, interval: int
+) -> None:
+    shards = [
+        DataShard(
+            file=f"{split}-{number}.tokens",
+            index_file=f"{split}-{number}.index",
+            split=split,
+            num_tokens=9,
+            num_documents=1,
+            num_bytes=18,
+            sha256="0" * 64,
+            index_sha256="0" * 64,
+        )
+        for split, count in (("train", num_train), ("validation", num_validation))
+        for number in range(count)
+    ]
+    manifest = Manifest(
+        token_dtype="uint16", vocab_size=9, end_of_text_id=0, tokenizer_sha256="0" * 64, shards=tuple(shards)
+    )
+    (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
+    tree = pretraining(training={"global_batch": 4})
+    tree["data"] = {"path": str(tmp_path)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.training.num_slots, recipe.validation.interval_steps) == (slots, interval)
+    assert load_recipe(tmp_path / "recipe.yaml", ["training.num_slots=1"]).training.num_slots == 1
 
 
 def test_positions_of_a_text_config_count_too() -> None:

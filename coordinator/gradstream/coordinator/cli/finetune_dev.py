@@ -50,6 +50,7 @@ def dev(
 
     Ctrl-C ends everything; checkpoints stay in the job's directory.
     """
+    from gradstream.coordinator.cli._recipe_checks import check_finetuning_recipe
     from gradstream.core.errors import ConfigError
     from gradstream.core.finetuning_recipe import load_finetuning_recipe
 
@@ -66,6 +67,8 @@ def dev(
     for what, have, need in (("servers", servers, least_servers), ("workers", workers, least_workers)):
         if have < need:
             raise ConfigError(f"--{what} {have} is fewer than the {need} that the recipe needs; start more")
+    for warning in check_finetuning_recipe(asked):
+        out.warn(warning)
     run = asyncio.run(_run(asked, servers, workers))
     if output is OutputFormat.json:
         out.print_json({**run.made.to_dict(), "adapter": str(run.exported)})

@@ -34,8 +34,11 @@ def submit(
 ) -> None:
     """Submit a recipe to a cluster. Prints the new job's id."""
     from gradstream.core.config import load_recipe
+    from gradstream.core.model_check import recipe_warnings
 
     resolved = load_recipe(find_recipe(recipe), overrides or ())
+    for warning in recipe_warnings(resolved):
+        out.warn(warning)
     with open_client(coordinator) as client:
         job = client.submit(resolved, request_id=request_id)
         if watch:

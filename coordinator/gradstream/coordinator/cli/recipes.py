@@ -54,9 +54,14 @@ def show(
     if not resolved and not overrides and output is OutputFormat.table:
         print(path.read_text(encoding="utf-8"), end="")
         return
+    from gradstream.coordinator.cli._recipe_checks import with_data
+    from gradstream.core.config import Recipe
     from gradstream.core.finetuning_recipe import load_any_recipe
 
-    tree = load_any_recipe(path, overrides or ()).model_dump(mode="json")
+    loaded = load_any_recipe(path, overrides or ())
+    if isinstance(loaded, Recipe):
+        loaded, _ = with_data(loaded)
+    tree = loaded.model_dump(mode="json")
     if output is OutputFormat.json:
         out.print_json(tree)
         return
@@ -69,25 +74,34 @@ def show(
 def validate(
     recipe: RecipeArgument, overrides: OverrideOption = None, output: OutputOption = OutputFormat.table
 ) -> None:
-    """Check a recipe; exit code 2 and one line when it is wrong."""
+    """Check a recipe: build its model without weights, and compare it with its data or base where these are here.
+
+    Exit code 2, 3 or 4 and one line when it is wrong. What is likely not meant is a warning.
+    """
+    from gradstream.coordinator.cli._recipe_checks import check_finetuning_recipe, check_recipe
     from gradstream.core.finetuning_recipe import FineTuningRecipe, load_any_recipe
 
     path = find_recipe(recipe)
     loaded = load_any_recipe(path, overrides or ())
+    tokens = None
     if isinstance(loaded, FineTuningRecipe):
-        if output is OutputFormat.json:
-            out.print_json({"valid": True, "name": loaded.name, "path": str(path)})
-            return
-        print(f"{loaded.name} is valid: {loaded.method} on {loaded.base_model}, examples in {loaded.data.path}")
-        out.hint(f"run it here: gradstream finetune dev {recipe}; with a service: gradstream finetune create {recipe}")
-        return
-    training = loaded.training
-    tokens = training.num_steps * training.global_batch * training.sequence_length
+        warnings = check_finetuning_recipe(loaded)
+        line = f"{loaded.method} on {loaded.base_model}, examples in {loaded.data.path}"
+        hint = f"run it here: gradstream finetune dev {recipe}; with a service: gradstream finetune create {recipe}"
+    else:
+        warnings = check_recipe(loaded)
+        training = loaded.training
+        tokens = training.num_steps * training.global_batch * training.sequence_length
+        line = (
+            f"{training.num_steps} steps of {training.global_batch} samples of {training.sequence_length} tokens = "
+            f"{out.format_count(tokens)} tokens in {training.num_slots} slots"
+        )
+        hint = f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}"
     if output is OutputFormat.json:
-        out.print_json({"valid": True, "name": loaded.name, "path": str(path), "num_tokens": tokens})
+        more = {"num_tokens": tokens} if tokens is not None else {}
+        out.print_json({"valid": True, "name": loaded.name, "path": str(path), **more, "warnings": warnings})
         return
-    print(
-        f"{loaded.name} is valid: {training.num_steps} steps of {training.global_batch} samples of "
-        f"{training.sequence_length} tokens = {out.format_count(tokens)} tokens in {training.num_slots} slots"
-    )
-    out.hint(f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}")
+    for warning in warnings:
+        out.warn(warning)
+    print(f"{loaded.name} is valid: {line}")
+    out.hint(hint)

@@ -1,0 +1,70 @@
+"""What can be said of a recipe on the machine of the person who wrote it, before a cluster is there.
+
+The model is built in a child process, on the meta device. Data and bases are looked at where they are within reach.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradstream.core.config import Recipe
+    from gradstream.core.data import Manifest
+    from gradstream.core.finetuning_recipe import FineTuningRecipe
+
+
+def with_data(recipe: Recipe) -> tuple[Recipe, Manifest | None]:
+    """The recipe with what its data set fills in, and the manifest; None when the data set is not here.
+
+    Raises DataError when the two do not fit.
+    """
+    from gradstream.coordinator.jobs_servicer import read_data_manifest
+    from gradstream.coordinator.planner import check_data
+    from gradstream.core import files
+    from gradstream.core.data import MANIFEST_NAME
+    from gradstream.core.model_check import with_ends
+
+    try:
+        here = MANIFEST_NAME in files.list_names(recipe.data.path)
+    except Exception:  # every fsspec backend raises its own kind: whoever trains may reach it all the same
+        here = False
+    if not here:
+        return recipe, None
+    manifest = read_data_manifest(recipe)
+    check_data(recipe, manifest)
+    return with_ends(recipe, manifest), manifest
+
+
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Build a pretraining recipe's model and compare it with its data; return warnings. Raises ConfigError or
+    DataError, as a coordinator would at submission."""
+    from gradstream.coordinator.inventory import check_model, special_tokens
+
+    recipe, manifest = with_data(recipe)
+
+    async def read_special() -> set[int]:
+        return special_tokens(recipe, manifest) if manifest is not None else set()
+
+    return asyncio.run(check_model(recipe, manifest, read_special))
+
+
+def check_finetuning_recipe(asked: FineTuningRecipe) -> list[str]:
+    """Compare a fine-tuning recipe with its base, where that is here; return warnings. Raises ConfigError or
+    CheckpointError, as the fine-tuning service would."""
+    from gradstream.coordinator.inventory import take_inventory
+    from gradstream.core import files, model_check
+    from gradstream.core.base_model import check_base
+
+    warnings: list[str] = []
+    if asked.training.num_steps is not None:
+        warnings += model_check.schedule_warnings(asked.schedule, asked.training.num_steps)
+    if asked.base_model.startswith("job:"):
+        return [*warnings, f"base_model {asked.base_model} is a job's; the service checks it"]
+    if files.is_local(asked.base_model) and not files.list_names(asked.base_model):
+        return [*warnings, f"base_model {asked.base_model} is not on this machine; the service checks it"]
+    config = check_base(asked.base_model)
+    lora = asked.lora if asked.method == "lora" else None
+    found = asyncio.run(take_inventory(config, lora))
+    model_check.check_positions(found.positions, asked.training.sequence_length, config.get("model_type"))
+    return warnings

@@ -17,13 +17,9 @@ import grpc.aio
 import pytest
 from standalone import Child, Usage, header_of, make_plan, payloads_of, run_sender, run_server
 
+from gradstream.core.stream_limits import MOST_HALF_SENT_BYTES, MOST_STREAMS_A_CONNECTION, most_streams_a_host
 from gradstream.core.wire import PIECE_BYTES, ParameterServerStub, checksum, frame, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.services.parameter_server.streams import (
-    MOST_HALF_SENT_BYTES,
-    MOST_STREAMS_A_CONNECTION,
-    MOST_STREAMS_A_HOST,
-)
 
 PLAN = make_plan("fp32", num_slots=2, num_layers=1)
 PAYLOADS = payloads_of(PLAN)
@@ -32,6 +28,7 @@ LARGEST = max(BUNDLES, key=lambda index: PAYLOADS[index].nbytes)
 SMALLEST = min(BUNDLES, key=lambda index: PAYLOADS[index].nbytes)
 NUM_STEPS = 3
 MIB = 1 << 20
+MOST_STREAMS_A_HOST = most_streams_a_host(PLAN.most_workers)
 SLACK_SECONDS = 2.0  # a scheduler's hiccup on a busy machine; an attack that works stops steps altogether
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradstream.coordinator.needs import NodeOffer, fits, human_bytes, server_bytes, worker_bytes
+from gradstream.coordinator.needs import NodeOffer, ServerBytes, fits, human_bytes, server_bytes, worker_bytes
 from gradstream.coordinator.pipeline_planner import LATENCY_SECONDS, Pipeline, plan_pipeline
 from gradstream.core.config import OptimizerConfig, Recipe
 from gradstream.core.data import Manifest, SlotSampler
@@ -18,6 +18,7 @@ from gradstream.core.placement import place
 from gradstream.core.plan import Plan, Server
 from gradstream.core.profile import SectionProfile
 from gradstream.core.rpc import MAX_MESSAGE_BYTES
+from gradstream.core.stream_limits import more_than_usual_bytes
 
 # A plan travels in one message; its envelope needs a little too.
 MAX_PLAN_BYTES = MAX_MESSAGE_BYTES - (64 << 10)
@@ -74,7 +75,7 @@ def make_plan(
     # By name, so that the same cluster gives the same plan in whatever order its servers registered.
     chosen = sorted(servers, key=lambda server: server.name)[: len(fragments)]
     placement, placement_reason = place(fragments, tensors, len(chosen))
-    memory_reason = _check_server_memory(recipe, fragments, placement, chosen, tensors)
+    memory_reason, needs = _check_server_memory(recipe, fragments, placement, chosen, tensors)
     reasons: dict[str, str] = {}
     pipeline = Pipeline()
     if recipe.pipeline.stages == 1:
@@ -106,6 +107,7 @@ def make_plan(
         schedule=pipeline.schedule,
         worker_bytes=pipeline.worker_bytes,
     )
+    _check_streams(recipe, plan.most_workers, chosen, needs)
     plan_bytes = plan.to_proto().ByteSize()
     if plan_bytes > MAX_PLAN_BYTES:
         raise PlanError(
@@ -158,7 +160,7 @@ def _check_server_memory(
     placement: Sequence[int],
     servers: Sequence[NodeOffer],
     tensors: Sequence[Tensor],
-) -> str:
+) -> tuple[str, list[ServerBytes]]:
     shards: list[list[Fragment]] = [[] for _ in servers]
     for fragment in fragments:
         shards[placement[fragment.index]].append(fragment)
@@ -177,11 +179,27 @@ def _check_server_memory(
                 f"or submit a smaller model{_lighter(recipe.optimizer)}"
             )
     least, largest = min(needs, key=lambda needed: needed.most), max(needs, key=lambda needed: needed.most)
-    return (
+    reason = (
         f"a server needs {human_bytes(least.most)} to {human_bytes(largest.most)} "
         f"({human_bytes(largest.state)} of state, {human_bytes(largest.checkpoint)} more while a checkpoint is "
         f"written, at most {human_bytes(largest.early)} of contributions that wait)"
     )
+    return reason, needs
+
+
+def _check_streams(
+    recipe: Recipe, num_workers: int, servers: Sequence[NodeOffer], needs: Sequence[ServerBytes]
+) -> None:
+    """Raise PlanError when a server has no room for what the streams of all workers can hold there."""
+    streams = more_than_usual_bytes(num_workers)
+    for server, needed in zip(servers, needs, strict=True):
+        if server.memory_bytes and needed.most + streams > server.memory_bytes:
+            raise PlanError(
+                f"up to {num_workers} workers may share this job (training.num_slots is {recipe.training.num_slots}), "
+                f"and their streams may hold {human_bytes(streams)} at parameter server {server.name}, which needs "
+                f"{human_bytes(needed.most)} for its share of the model and offers {human_bytes(server.memory_bytes)}; "
+                f"lower training.num_slots, or give it more memory, then `gradstream resume`"
+            )
 
 
 def _check_worker_memory(need: int, workers: Sequence[NodeOffer]) -> None:

@@ -18,8 +18,9 @@ class Limit:
     """Calls at once after a pause."""
 
 
-# A worker has a stream or two to each server, and its reports; a host may have many workers.
-SERVICE_LIMIT = Limit(calls=512, calls_per_second=2000.0, burst=8000)
+# A worker has a stream or two to each service, and its reports; 1,000 workers may be behind one address with one
+# credential. Requests are bounded beside this (`Receiving`), and so are a parameter server's streams (stream_limits).
+SERVICE_LIMIT = Limit(calls=4096, calls_per_second=2000.0, burst=8000)
 PERSON_LIMIT = Limit(calls=64, calls_per_second=200.0, burst=800)
 
 

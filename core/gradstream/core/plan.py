@@ -145,6 +145,11 @@ class Plan:
         return self.recipe.training.num_slots
 
     @property
+    def most_workers(self) -> int:
+        """How many workers can hold a slot, or a stage of one, at the same time."""
+        return self.num_slots * self.replica_size
+
+    @property
     def num_steps(self) -> int:
         return self.recipe.training.num_steps
 

@@ -59,7 +59,6 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
     *_KEEPALIVE,
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Of one connection. Further calls wait at their caller, for whom the guard's limits are lower anyway.
     ("grpc.max_concurrent_streams", MAX_STREAMS_A_CONNECTION),
@@ -74,10 +73,13 @@ def open_channel(address: str, role: str = "", transport: Transport = PLAIN) -> 
     return transport.channel(address, role, CHANNEL_OPTIONS)
 
 
-def new_server(*interceptors: grpc.aio.ServerInterceptor[Any, Any]) -> grpc.aio.Server:
-    """A server without services or port yet, in the running event loop."""
+def new_server(
+    *interceptors: grpc.aio.ServerInterceptor[Any, Any], max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> grpc.aio.Server:
+    """A server without services or port yet, in the running event loop; it refuses longer messages."""
     asyncio.get_running_loop().set_exception_handler(_on_forgotten_error)
-    return grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+    options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
+    return grpc.aio.server(interceptors=interceptors, options=options)
 
 
 def _on_forgotten_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from gradstream.core.authority_files import write_table
 from gradstream.core.errors import ConfigError, CredentialsError, GradstreamError, one_line
 from gradstream.core.guard import Guard, Note
 from gradstream.core.log import get_logger
-from gradstream.core.rpc import Backoff, advertised_host, ending, error_from_rpc, listen, new_server
+from gradstream.core.rpc import MAX_MESSAGE_BYTES, Backoff, advertised_host, ending, error_from_rpc, listen, new_server
 from gradstream.core.tokens import TokenTable, succeeds
 from gradstream.core.transport import Transport
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -147,13 +147,23 @@ class FollowedTokens:
 class FollowingServer:
     """A gRPC server whose guard follows the coordinator's table. In the clear it has no guard."""
 
-    def __init__(self, transport: Transport, listen_address: str, note: Note | None = None):
-        """Bind it; `note` is told what is audited. Raises ConfigError when the address is taken or not this
-        machine's."""
+    def __init__(
+        self,
+        transport: Transport,
+        listen_address: str,
+        note: Note | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ):
+        """Bind it; `note` is told what is audited, and longer messages are refused.
+
+        Raises ConfigError when the address is taken or not this machine's.
+        """
         self._tokens = FollowedTokens()
         self._guard = Guard(self._tokens, note) if transport.is_secure else None
         transport.know_peers(self._tokens.certificates)
-        self.server = new_server(*([self._guard] if self._guard is not None else []))
+        self.server = new_server(
+            *([self._guard] if self._guard is not None else []), max_message_bytes=max_message_bytes
+        )
         self.port = listen(self.server, listen_address, transport)
         self.address = f"{advertised_host(listen_address)}:{self.port}"
         """Where others reach it."""

@@ -90,6 +90,32 @@ def test_a_model_too_big_names_server_sizes_and_cure(recipe: Recipe) -> None:
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("num_slots", "memory_gib", "is_served"), [(200, 4, True), (200, 1, False), (1000, 4, False), (1000, 16, True)]
+)
+def test_a_job_of_many_workers_is_served_or_refused(
+    recipe: Recipe, num_slots: int, memory_gib: int, is_served: bool
+) -> None:
+    """Never planned and then hung for want of streams."""
+    training = recipe.training.model_copy(update={"num_slots": num_slots})
+    recipe = recipe.model_copy(update={"training": training})
+
+    def planned() -> Plan:
+        return make_plan(
+            "j", recipe, None, TENSORS, "LlamaForCausalLM", offers(2, memory_gib << 30), [], 1, None, "/c"
+        )[0]
+
+    if is_served:
+        assert planned().most_workers == num_slots
+        return
+    with pytest.raises(PlanError) as caught:
+        planned()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"up to {num_slots} workers may share this job (training.num_slots is {num_slots})" in message
+    assert "lower training.num_slots, or give it more memory" in message
+
+
 def test_a_server_that_did_not_say_its_memory_is_believed(recipe: Recipe) -> None:
     made, _ = plan(recipe, offers(1, memory=0))
     assert len(made.servers) == 1

@@ -30,6 +30,7 @@ from gradstream.core.rpc import (
     refused_for_good,
 )
 from gradstream.core.session import GRACE_SECONDS, NodeIdentity, NodeSession
+from gradstream.core.stream_limits import MAX_STREAM_MESSAGE_BYTES
 from gradstream.core.token_sources import FollowingServer
 from gradstream.core.transport import PLAIN, Transport
 from gradstream.core.wire import ParameterServerStub, add_parameter_server
@@ -238,7 +239,7 @@ async def serve(
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
     # Before the imports that take seconds: a port that is taken is told at once.
     transport = Transport(credentials)
-    door = FollowingServer(transport, listen_address)
+    door = FollowingServer(transport, listen_address, max_message_bytes=MAX_STREAM_MESSAGE_BYTES)
     model.preload()
     memory.settle()
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, door.address, memory_bytes, "cpu")

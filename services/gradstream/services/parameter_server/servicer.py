@@ -27,7 +27,12 @@ class ParameterServerServicer:
 
     def __init__(self, current: Callable[[], Shard | None]):
         self._current = current
-        self._streams = Streams()
+        self._streams = Streams(self._num_workers)
+
+    def _num_workers(self) -> int:
+        """How many workers can share the job in force."""
+        shard = self._current()
+        return shard.plan.most_workers if shard is not None else 0
 
     def _shard(self, job_id: str, epoch: int) -> Shard:
         """The shard in force. Raises StaleEpochError when it is of another plan."""

@@ -1,24 +1,26 @@
 """What all peers together can make a server hold: how many streams they may open, how much they may leave half sent.
 
 A stream costs the server at most one contribution in assembly or one bundle being written, and the few messages that
-gRPC's flow control admits. So a bound on streams bounds memory. Where a bound is reached the newcomer is told to come
-again; where half-sent contributions reach theirs, the one that was begun first goes, as an honest peer's is over in a
-moment and would be sent again.
+gRPC's flow control admits. So a bound on streams bounds memory. The bounds follow from how many workers the plan lets
+share the job (gradstream.core.stream_limits). Where one is reached the newcomer is told to come again; where half-sent
+contributions reach theirs, the one that was begun first goes, as an honest peer's is over in a moment and would be sent
+again.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from gradstream.core.errors import GradstreamError, UnreachableError
-
-MOST_STREAMS = 384
-MOST_STREAMS_A_HOST = 192
-MOST_STREAMS_A_CONNECTION = 8
-MOST_HALF_SENT_BYTES = 256 << 20
+from gradstream.core.stream_limits import (
+    MOST_HALF_SENT_BYTES,
+    MOST_STREAMS_A_CONNECTION,
+    most_streams,
+    most_streams_a_host,
+)
 
 
 class Stream:
@@ -61,38 +63,40 @@ class Streams:
 
     def __init__(
         self,
-        most: int = MOST_STREAMS,
-        most_a_host: int = MOST_STREAMS_A_HOST,
+        num_workers: Callable[[], int] = lambda: 0,
         most_a_connection: int = MOST_STREAMS_A_CONNECTION,
         most_half_sent_bytes: int = MOST_HALF_SENT_BYTES,
     ):
+        """`num_workers` says how many workers can share the job that is in force; 0: there is none."""
         self.half_sent: dict[Stream, None] = {}  # in the order in which they were begun
         self.num_open = 0
-        self._most = most
+        self._num_workers = num_workers
+        self._most_a_connection = most_a_connection
         self._most_half_sent_bytes = most_half_sent_bytes
-        self._limits = ((_host, most_a_host), (_connection, most_a_connection))
         self._counts: Counter[str] = Counter()
 
     @contextmanager
     def admit(self, peer: str) -> Iterator[Stream]:
         """Count a stream of `peer` (gRPC's name for it) while it is open. Raises UnreachableError when it is one too
         many."""
-        if self.num_open >= self._most:
-            raise UnreachableError(f"this server already has {self._most} streams open; try again later")
-        keys = [key(peer) for key, _ in self._limits]
-        for name, (_, limit) in zip(keys, self._limits, strict=True):
+        num_workers = self._num_workers()
+        most = most_streams(num_workers)
+        if self.num_open >= most:
+            raise UnreachableError(f"this server already has {most} streams open; try again later")
+        limits = {_host(peer): most_streams_a_host(num_workers), _connection(peer): self._most_a_connection}
+        for name, limit in limits.items():
             if self._counts[name] >= limit:
                 raise UnreachableError(f"{name} already has {limit} streams open here; close some or try again later")
         stream = Stream(self, peer)
         self.num_open += 1
-        self._counts.update(keys)
+        self._counts.update(limits.keys())
         try:
             yield stream
         finally:
             stream.finish()
             self.num_open -= 1
-            self._counts.subtract(keys)
-            for name in keys:
+            self._counts.subtract(limits.keys())
+            for name in limits:
                 if not self._counts[name]:
                     del self._counts[name]
 

@@ -1,0 +1,54 @@
+"""The bounds on a server's streams: as many as the plan's workers need wherever they are, and no peer takes all."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from gradstream.core.errors import UnreachableError
+from gradstream.core.stream_limits import (
+    LEAST_WORKERS,
+    MOST_STREAMS_A_CONNECTION,
+    held_bytes,
+    more_than_usual_bytes,
+    most_streams,
+    most_streams_a_host,
+)
+from gradstream.services.parameter_server.streams import Streams
+
+
+@pytest.mark.parametrize("num_workers", [1, 32, 96, 97, 200, 1000])
+async def test_all_workers_of_a_plan_find_room_behind_one_address(num_workers: int) -> None:
+    """Each with a push and a pull; also while another host holds all that one may."""
+    streams = Streams(lambda: num_workers)
+    with ExitStack() as stack:
+        for number in range(most_streams_a_host(num_workers)):
+            stack.enter_context(streams.admit(f"ipv4:10.0.0.66:{number // MOST_STREAMS_A_CONNECTION}"))
+        with pytest.raises(UnreachableError, match=r"host ipv4:10\.0\.0\.66 already has"):
+            stack.enter_context(streams.admit("ipv4:10.0.0.66:9999"))
+        for worker in range(num_workers):
+            for _ in range(2):
+                stack.enter_context(streams.admit(f"ipv4:192.168.0.1:{worker}"))
+    assert streams.num_open == 0
+
+
+async def test_the_bounds_follow_the_plan_in_force() -> None:
+    num_workers = 0
+    streams = Streams(lambda: num_workers, most_a_connection=10**6)
+    with ExitStack() as stack:
+        for _ in range(most_streams_a_host(0)):
+            stack.enter_context(streams.admit("ipv4:10.0.0.1:1"))
+        with pytest.raises(UnreachableError):
+            stack.enter_context(streams.admit("ipv4:10.0.0.1:1"))
+        num_workers = LEAST_WORKERS + 1
+        stack.enter_context(streams.admit("ipv4:10.0.0.1:1"))
+
+
+def test_what_all_peers_can_hold_fits_beside_what_jobs_are_given() -> None:
+    """Of a container of 4 GiB, the default, jobs get 80 %; a plan of more workers finds the rest in these."""
+    container = 4 << 30
+    for num_workers in (1, LEAST_WORKERS, 200, 1000):
+        assert held_bytes(num_workers) - more_than_usual_bytes(num_workers) < 0.2 * container
+        assert more_than_usual_bytes(num_workers) >= 0
+        assert most_streams(num_workers) >= 4 * num_workers

@@ -15,6 +15,7 @@ from gradstream.coordinator.cli import serve
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 ONE_SHOT = "credentials"
+RENEWAL = "renewal"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_all_variables_are_documented_with_their_defaults() -> None:
 def test_only_the_one_shot_sees_the_authority_and_each_service_its_own_credentials(services: dict[str, Any]) -> None:
     seen: dict[str, list[str]] = {}
     for name, service in services.items():
-        if name == ONE_SHOT:
+        if name in (ONE_SHOT, RENEWAL):
             assert service["network_mode"] == "none"
             continue
         mounted = volumes(service)
@@ -62,6 +63,14 @@ def test_only_the_one_shot_sees_the_authority_and_each_service_its_own_credentia
         ["worker", "worker-gpu"],
     ]
     assert set(seen) <= set(volumes(services[ONE_SHOT]).values())
+
+
+def test_credentials_are_renewed_without_an_up(services: dict[str, Any]) -> None:
+    once, again = services[ONE_SHOT], services[RENEWAL]
+    assert (again["command"], again["volumes"], again["image"]) == (once["command"], once["volumes"], once["image"])
+    assert 0 < float(again["environment"]["GRADSTREAM_EVERY_HOURS"]) <= 24
+    assert again["restart"] == "unless-stopped"
+    assert again["depends_on"] == {ONE_SHOT: {"condition": "service_completed_successfully"}}
 
 
 def test_every_volume_is_declared(services: dict[str, Any]) -> None:

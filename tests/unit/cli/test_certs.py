@@ -125,6 +125,29 @@ def test_issue_to_a_directory_and_show(authority: Path, tmp_path: Path, capsys: 
     assert "cert.pem in" in refused(["certs", "show", str(place)], capsys)
 
 
+def test_init_stays_and_renews_what_expires_soon(tmp_path: Path) -> None:
+    directory = tmp_path / "worker"
+    arguments = ["certs", "init", str(tmp_path / "a"), "--issue", f"worker={directory}"]
+    assert main(arguments) == 0
+    # Good for a day, so always to be renewed.
+    assert main(["certs", "rotate", str(directory), "--days", "1", "--authority", str(tmp_path / "a")]) == 0
+    seen = {(directory / "cert.pem").read_bytes()}
+    process = subprocess.Popen(
+        [*GRADSTREAM, *arguments, "--every-hours", "0.00001"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(seen) < 4:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            seen.add((directory / "cert.pem").read_bytes())
+            time.sleep(0.01)
+    finally:
+        process.terminate()
+        process.wait()
+    load(directory, time.time())
+
+
 def test_ls_shows_all_tokens_and_no_secret(authority: Path, capsys: Capture) -> None:
     assert main(["certs", "ls"]) == 0
     assert "no tokens yet" in capsys.readouterr().err

@@ -60,6 +60,17 @@ def init(
         list[str] | None,
         typer.Option("--issue", metavar="ROLE=DIR", help="A credential directory that shall be there; repeatable."),
     ] = None,
+    every_hours: Annotated[
+        float | None,
+        typer.Option(
+            "--every-hours",
+            metavar="N",
+            min=0.0,
+            envvar="GRADSTREAM_EVERY_HOURS",
+            show_default="once",
+            help="Stay, and do it again so often: credentials are then renewed without a restart of anything.",
+        ),
+    ] = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Make the authority of a cluster, and first credentials.
@@ -67,9 +78,24 @@ def init(
     Nothing that is there and good is changed, so it may run before every start: what is missing is made, and
     credentials that expire within 30 days are renewed.
     """
-    from gradstream.core.authority import Authority
+    from gradstream.core.errors import ConfigError
 
     wanted = [_parse_issue(item, directory) for item in issue or []]
+    _ensure(directory, tokens, wanted, output)
+    while every_hours is not None:
+        time.sleep(3600 * every_hours)
+        try:
+            _ensure(directory, tokens, wanted, None)
+        except (
+            ConfigError
+        ) as error:  # a disk that is full, a command that holds the authority: the next time it may be over
+            out.warn(str(error))
+
+
+def _ensure(directory: Path, tokens: Path | None, wanted: list[tuple[str, Path]], output: OutputFormat | None) -> None:
+    """See that an authority and credentials are there and good; print what was done, without `output` only changes."""
+    from gradstream.core.authority import Authority
+
     with Authority.init(_path(directory), None if tokens is None else _path(tokens)) as authority:
         rows = []
         for role, place in wanted:
@@ -80,10 +106,15 @@ def init(
             "directory": str(authority.directory),
             "tokens": str(authority.published_path or authority.tokens_path),
         }
+    if output is None:
+        for row in rows:
+            if row["action"] != "kept":
+                out.say(f"{row['directory']}: {row['role']} {row['action']}: {row['reason']}")
+        return
     if output is OutputFormat.json:
         out.print_json({"cluster": authority.cluster, **where, "credentials": rows})
         return
-    print(f"cluster {authority.cluster}: authority in {where['directory']}, tokens in {where['tokens']}")
+    print(f"cluster {authority.cluster}: authority in {where['directory']}, tokens in {where['tokens']}", flush=True)
     if authority.published_path is None:
         _say_when(authority)
     if rows:

@@ -29,9 +29,11 @@ from gradstream.coordinator.reunion import Verdict, judge_servers, refuses_conne
 from gradstream.coordinator.scheduler import Ending
 from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
+from gradstream.coordinator.storage_checks import StorageChecks
 from gradstream.coordinator.timelines import Timelines
 from gradstream.coordinator.timing import Timing, unix_ms
 from gradstream.core.access import by_caller
+from gradstream.core.bundles import keeps_residuals
 from gradstream.core.errors import BusyError, GradstreamError, PlanError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
@@ -73,6 +75,7 @@ class Controller:
         self.retry = Retry(self.timing.retry_seconds)
         self._closing = False
         self._hub = Hub()
+        self.storage = StorageChecks(self._hub.send)
         self._looked_at = clock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -391,7 +394,10 @@ class Controller:
             start = await planning.choose_start(root, self.pins)
             release = start.release
             acknowledged = self.state.checkpoint_versions(record.job_id)
-            if self._is_held(active, checkpoints.missing(root, start.versions, acknowledged, record.job_id)):
+            # Workers write there too where the codec keeps residuals.
+            sharing = [*servers, *(workers if keeps_residuals(active.recipe.codec) else [])]
+            why = checkpoints.missing(root, start.versions, acknowledged, record.job_id)
+            if self._is_held(active, why or await self.storage.problem(root, sharing)):
                 return
             made = await planning.make_plan(active, servers, workers, start)
             wanted = self.active is active and active.state == PLANNING and active.record.desired == "run"

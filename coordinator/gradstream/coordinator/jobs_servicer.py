@@ -16,6 +16,7 @@ import grpc.aio
 from gradstream.coordinator import checkpoints, planner, scheduler
 from gradstream.coordinator.controller import Controller, unix_ms
 from gradstream.coordinator.inventory import check_model, special_tokens
+from gradstream.coordinator.membership import SERVER
 from gradstream.coordinator.orders import Orders
 from gradstream.coordinator.state import JobRecord
 from gradstream.coordinator.views import Views
@@ -27,7 +28,7 @@ from gradstream.core.errors import CheckpointError, ConfigError, DataError, Grad
 from gradstream.core.paging import MAX_PAGE_BYTES, start_of_page
 from gradstream.core.paths import AllowedPaths
 from gradstream.core.requests import Requests, checked_request_id
-from gradstream.core.roots import moved_recipe
+from gradstream.core.roots import moved, moved_recipe
 from gradstream.core.rpc import answering
 from gradstream.core.storage import StorageThreads
 from gradstream.core.token_sources import FileTokens
@@ -236,6 +237,19 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                 raise DataError(
                     f"there is no timeline of job {record.job_id} yet; workers send one at the end of each version"
                 )
+
+    async def CheckStorage(
+        self, request: jobs_pb2.CheckStorageRequest, context: Context
+    ) -> jobs_pb2.CheckStorageResponse:
+        async with answering(context):
+            directory = moved(request.directory, request.caller_directory, self._root)
+            if not directory.startswith("/"):
+                raise ConfigError(f"run_root {directory[:200]} is not an absolute path")
+            await self._storage.call(directory, self._allowed.check, "run_root", directory)
+            servers = self._controller.members.present(SERVER)
+            problem = await self._controller.storage.problem(directory, servers)
+            return jobs_pb2.CheckStorageResponse(problem=problem, num_servers=len(servers), directory=directory)
+        raise AssertionError("abort has raised")
 
     async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Context) -> jobs_pb2.ListNodesResponse:
         return jobs_pb2.ListNodesResponse(

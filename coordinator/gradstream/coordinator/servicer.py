@@ -167,6 +167,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             self._reports.residual(request)
         return coordinator_pb2.ReportResidualResponse()
 
+    async def ReportStorage(
+        self, request: coordinator_pb2.ReportStorageRequest, context: Context
+    ) -> coordinator_pb2.ReportStorageResponse:
+        async with answering(context):
+            self._controller.storage.take(request)
+        return coordinator_pb2.ReportStorageResponse()
+
     async def ReportTimeline(
         self, request: coordinator_pb2.ReportTimelineRequest, context: Context
     ) -> coordinator_pb2.ReportTimelineResponse:

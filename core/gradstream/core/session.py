@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 
 import grpc.aio
 
-from gradstream.core import __version__
+from gradstream.core import __version__, shared_storage
 from gradstream.core.access import COORDINATOR
 from gradstream.core.errors import AccessError, ConfigError, GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.log import LogBuffer, get_logger
 from gradstream.core.machine import DiskDirectory, machine_id
 from gradstream.core.reach import why_unreachable
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, Backoff, ending, error_from_rpc, open_channel
+from gradstream.core.storage import StorageThreads
 from gradstream.core.transport import PLAIN, Transport
 from gradstream.core.vitals import VitalsWatch
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -88,6 +89,7 @@ class NodeSession:
         self.transport = transport
         self.channel = open_channel(coordinator_address, COORDINATOR, transport)
         self.stub = coordinator_pb2_grpc.CoordinatorServiceStub(self.channel)
+        self._storage = StorageThreads()
         self._vitals = VitalsWatch(self.channel, identity.disk_directory)
 
     @property
@@ -191,7 +193,19 @@ class NodeSession:
 
     def report_later(self, send: Callable[[], Awaitable[object]]) -> None:
         """`deliver` in the background."""
-        task = asyncio.ensure_future(self.deliver(send))
+        self._spawn(self.deliver(send))
+
+    async def _check_storage(self, check: coordinator_pb2.StorageCheck) -> None:
+        """Tell what this node finds in a directory that the nodes of a job must share."""
+        try:
+            problem = await self._storage.call(check.directory, shared_storage.answer, check)
+        except GradstreamError as error:
+            problem = f"cannot say whether it sees {check.directory} ({one_line(error)})"
+        report = coordinator_pb2.ReportStorageRequest(node_id=self.node_id, check_id=check.check_id, problem=problem)
+        await self.deliver(lambda: self.stub.ReportStorage(report, timeout=UNARY_TIMEOUT_SECONDS))
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
         self._reports.add(task)
         task.add_done_callback(self._reports.discard)
 
@@ -222,7 +236,10 @@ class NodeSession:
         backoff.reset()
         with ending(self.stub.Session(self._heartbeats(response.heartbeat_seconds))) as directives:
             async for directive in directives:
-                await self._on_directive(directive)
+                if directive.HasField("storage"):
+                    self._spawn(self._check_storage(directive.storage))
+                else:
+                    await self._on_directive(directive)
 
     async def _heartbeats(self, interval_seconds: float) -> AsyncIterator[coordinator_pb2.SessionRequest]:
         while True:

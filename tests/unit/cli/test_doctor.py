@@ -125,6 +125,29 @@ async def test_a_cluster_that_is_well(tmp_path: Path) -> None:
     assert said.index("the link to server s-0") < said.index("the link to worker w-0")
 
 
+@pytest.mark.parametrize(("shared", "result"), [(True, "ok"), (False, "fail")])
+async def test_a_run_root_that_must_be_shared_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool, result: str
+) -> None:
+    if not shared:
+        monkeypatch.setattr(session.shared_storage, "answer", lambda check: "does not see in /runs what it should")
+    async with (
+        coordinator_at(tmp_path / "state") as coordinator,
+        node_at("127.0.0.1:1", coordinator, SERVER, "s-0", tmp_path),
+    ):
+        facts = await gather(Targets(coordinator, run_root=str(tmp_path / "runs")))
+        nothing = await gather(Targets(coordinator))
+    found = next(check for check in diagnose(facts) if check.name == "run_root")
+    assert found.result == result
+    if shared:
+        assert found.message == f"{tmp_path}/runs: the coordinator and 1 parameter server see what each writes there"
+    else:
+        assert found.message.startswith("parameter server s-0 does not see in /runs")
+        assert found.cure.startswith("let run_root be one directory")
+    asked = next(check for check in diagnose(nothing) if check.name == "run_root")
+    assert "--run-root DIR" in asked.message
+
+
 async def test_a_node_of_another_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot register, so nobody would see it among the nodes; once it can, it is forgotten."""
     async with coordinator_at(tmp_path) as coordinator:

@@ -222,3 +222,81 @@ async def test_a_restarted_coordinator_does_not_begin_from_the_seed_either(clust
     cluster.node(coordinator_pb2.NODE_KIND_WORKER, "worker-0")
     await cluster.event(job_id, "held: the checkpoint of version 2 was written and is not there now")
     assert (await cluster.job(job_id)).epoch == 1
+
+
+# --- a directory that must be shared is proved to be ------------------------------------------------------------------
+
+
+def other_disk(node: FakeNode, directory: Path) -> None:
+    """Give a node a disk of its own under the very path."""
+    session: Any = node.session
+    real = session._check_storage
+
+    async def check(asked: coordinator_pb2.StorageCheck) -> None:
+        own = coordinator_pb2.StorageCheck()
+        own.CopyFrom(asked)
+        own.directory = str(directory)
+        await real(own)
+
+    session._check_storage = check
+
+
+def leftovers(cluster: Cluster) -> list[Path]:
+    return list((cluster.directory / "runs").rglob(".shared-*"))
+
+
+async def test_a_server_with_a_disk_of_its_own_holds_the_job_by_name(cluster: Cluster, look_often: None) -> None:
+    own = cluster.directory / "own-disk"
+    own.mkdir()
+    job_id = await cluster.submit()
+    servers = [cluster.node(SERVER, f"ps-{number}") for number in range(2)]
+    other_disk(servers[1], own)
+    cluster.node(coordinator_pb2.NODE_KIND_WORKER, "worker-0")
+    held = await cluster.event(job_id, "held: parameter server ps-1 does not see in ")
+    assert "what the coordinator wrote there; let run_root be one directory" in held.event.message
+    job = await cluster.job(job_id)
+    assert (job.state, job.epoch) == (PLANNING, 0)
+    assert "parameter server ps-1 does not see" in job.waits[0].what
+    assert list(own.iterdir()) == []
+    # Once it is mounted the job goes on by itself.
+    del servers[1].session._check_storage  # type: ignore[attr-defined]
+    await servers[1].plan_of(1)
+    assert leftovers(cluster) == []
+
+
+async def test_a_server_that_does_not_write_where_the_coordinator_reads_is_named(
+    cluster: Cluster, look_often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees what the coordinator wrote, and its own goes elsewhere: a mount that copies on write."""
+    from gradstream.core import shared_storage
+
+    real = shared_storage.write
+
+    def write(directory: str, check_id: str, who: str) -> None:
+        if who != "node-0":
+            real(directory, check_id, who)
+
+    monkeypatch.setattr(shared_storage, "write", write)
+    job_id = await cluster.submit()
+    for number in range(2):
+        cluster.node(SERVER, f"ps-{number}")
+    cluster.node(coordinator_pb2.NODE_KIND_WORKER, "worker-0")
+    held = await cluster.event(job_id, "held: the coordinator does not see in ")
+    # Which of the two is node-0 depends on who registered first.
+    assert held.event.message.count("what parameter server ps-") == 1
+
+
+async def test_whether_a_directory_is_shared_can_be_asked_without_a_job(cluster: Cluster) -> None:
+    servers = [cluster.node(SERVER, f"ps-{number}") for number in range(2)]
+    for server in servers:
+        await asyncio.wait_for(server.session.registered.wait(), 30)
+    directory = cluster.directory / "shared" / "runs"
+    request = jobs_pb2.CheckStorageRequest(directory=str(directory))
+    async with asyncio.timeout(30):
+        while (found := await cluster.jobs.CheckStorage(request)).num_servers < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert (found.problem, found.directory) == ("", str(directory))
+    assert list(directory.iterdir()) == []
+    other_disk(servers[0], cluster.directory / "nowhere")
+    found = await cluster.jobs.CheckStorage(request)
+    assert found.problem.startswith("parameter server ps-0 does not see")

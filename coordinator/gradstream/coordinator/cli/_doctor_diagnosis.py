@@ -14,6 +14,7 @@ from gradstream.coordinator.cli._doctor_facts import (
     NodeFacts,
     Refusal,
     ServiceFacts,
+    StorageFacts,
 )
 from gradstream.core.access import SERVER, WORKER
 from gradstream.core.certificate_facts import CertificateFacts
@@ -48,6 +49,7 @@ def diagnose(facts: ClusterFacts) -> list[Check]:
         checks += _service("fine-tuning", facts.fine_tuning, _standard(facts)[0], _standard(facts)[1], facts.now)
     if facts.coordinator is not None and facts.coordinator.answers:
         checks += _nodes(facts)
+        checks += _storage(facts.storage)
     checks += _links(facts)
     return checks
 
@@ -270,6 +272,24 @@ def _nodes(facts: ClusterFacts) -> Iterator[Check]:
             "none is reached from this machine, as is usual outside of the cluster's network; "
             "`gradstream doctor` on one of their machines measures the links between them",
         )
+
+
+def _storage(facts: StorageFacts | None) -> Iterator[Check]:
+    """Whether the coordinator and all servers see one and the same run_root."""
+    if facts is None:
+        yield Check("run_root", "ok", "not asked; --run-root DIR checks that the coordinator and all servers share DIR")
+    elif facts.refusal is not None:
+        cause, _, cure = facts.refusal.text.partition("; ")
+        yield Check("run_root", "warn", f"{facts.directory} could not be checked: {cause}", cure or "try again")
+    elif facts.problem:
+        cause, _, cure = facts.problem.partition("; ")
+        yield Check("run_root", "fail", cause, cure or "try again")
+    elif facts.num_servers:
+        servers = "1 parameter server" if facts.num_servers == 1 else f"{facts.num_servers} parameter servers"
+        message = f"{facts.directory}: the coordinator and {servers} see what each writes there"
+        yield Check("run_root", "ok", message)
+    else:
+        yield Check("run_root", "ok", f"{facts.directory}: the coordinator can write there; there is no server to ask")
 
 
 def _is_elsewhere(node: NodeFacts) -> bool:

@@ -96,6 +96,17 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class StorageFacts:
+    """What came of having the coordinator and all servers write to and read from one directory."""
+
+    directory: str
+    problem: str = ""
+    """One line; empty when all see the same."""
+    num_servers: int = 0
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterFacts:
     """All that was found. `now` is Unix time in seconds, `version` this client's."""
 
@@ -112,3 +123,5 @@ class ClusterFacts:
     num_not_called: int = 0
     """Live nodes that there was no time for."""
     model: ModelFacts | None = None
+    storage: StorageFacts | None = None
+    """None: there was no directory to look at."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os.path
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from gradstream.coordinator.cli._doctor_facts import (
     Refusal,
     RefusedFacts,
     ServiceFacts,
+    StorageFacts,
 )
 from gradstream.core import __version__, access, probe
 from gradstream.core.certificate_facts import read_certificates
@@ -40,6 +42,8 @@ REACH_SECONDS = 20.0
 """How long nodes are called for; those that come later are left out."""
 MEASURE_SECONDS = 20.0
 """How long links to nodes are measured for."""
+STORAGE_SECONDS = 45.0
+"""For the coordinator and the servers to write and read small files."""
 MAX_CALLS = 16
 ROLES = {
     coordinator_pb2.NODE_KIND_PARAMETER_SERVER: access.SERVER,
@@ -54,6 +58,8 @@ class Targets:
     coordinator: str | None = None
     fine_tuning: str | None = None
     credentials: Path | None = None
+    run_root: str | None = None
+    """A directory that the coordinator and all servers are to share; None: that of the newest job."""
 
 
 async def gather(
@@ -88,13 +94,15 @@ async def gather(
             )
         if targets.coordinator is None or facts.coordinator is None or not facts.coordinator.answers:
             return facts
-        return await _cluster(visit, facts, targets.coordinator, progress)
+        return await _cluster(visit, facts, targets, progress)
 
 
 async def _cluster(
-    visit: _Visit, facts: ClusterFacts, coordinator: str, progress: Callable[[str], None]
+    visit: _Visit, facts: ClusterFacts, targets: Targets, progress: Callable[[str], None]
 ) -> ClusterFacts:
     """The nodes that the coordinator knows, and those of them that answer here."""
+    coordinator = targets.coordinator
+    assert coordinator is not None
     # 1. What the coordinator says.
     async with visit.channel(access.COORDINATOR, coordinator) as channel:
         stub: Any = jobs_pb2_grpc.JobsServiceStub(channel)
@@ -103,6 +111,10 @@ async def _cluster(
             jobs = await stub.ListJobs(jobs_pb2.ListJobsRequest(), timeout=CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             return replace(facts, nodes_refusal=_refusal(error))
+        run_root = targets.run_root or _run_root(jobs.jobs)
+        if run_root:
+            progress(f"the storage at {run_root}")
+            facts = replace(facts, storage=await _storage(stub, run_root))
     now_ms = 1000 * visit.clock() + 1000 * (_clock_ahead(facts.coordinator))
     nodes = [_node(message, now_ms) for message in listed.nodes]
     # 2. Who answers here.
@@ -250,6 +262,21 @@ def _node(message: jobs_pb2.Node, now_ms: float) -> NodeFacts:
         if vitals is not None and vitals.linked
         else None,
     )
+
+
+async def _storage(stub: Any, run_root: str) -> StorageFacts:
+    """Whether the coordinator and the servers share a directory."""
+    request = jobs_pb2.CheckStorageRequest(directory=run_root, caller_directory=os.getcwd())
+    try:
+        found = await stub.CheckStorage(request, timeout=STORAGE_SECONDS)
+    except grpc.aio.AioRpcError as error:
+        return StorageFacts(run_root, refusal=_refusal(error))
+    return StorageFacts(found.directory, found.problem, found.num_servers)
+
+
+def _run_root(jobs: Sequence[jobs_pb2.Job]) -> str:
+    """Where the newest job's run directory lies; empty when there is no job."""
+    return os.path.dirname(jobs[0].run_directory) if jobs else ""
 
 
 def _model(jobs: Sequence[jobs_pb2.Job]) -> ModelFacts | None:

@@ -44,6 +44,15 @@ FineTuningOption = Annotated[
 def doctor(
     coordinator: CoordinatorOption = None,
     fine_tuning: FineTuningOption = None,
+    run_root: Annotated[
+        str | None,
+        typer.Option(
+            "--run-root",
+            metavar="DIR",
+            help="Directory that the coordinator and all parameter servers are to share.",
+            show_default="that of the newest job",
+        ),
+    ] = None,
     credentials: CredentialsOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> int:
@@ -59,7 +68,7 @@ def doctor(
         check_memory,
         lambda: check_disk(Path.cwd()),
         check_loopback,
-        lambda: check_cluster(coordinator, fine_tuning, credentials),
+        lambda: check_cluster(coordinator, fine_tuning, credentials, run_root),
     ]
     console = out.console()
     for test in tests:
@@ -226,7 +235,9 @@ def check_loopback() -> list[Check]:
     return [Check("grpc loopback", "ok", f"1 MiB there and back in {1000 * seconds:.1f} ms ({out.format_rate(rate)})")]
 
 
-def check_cluster(coordinator: str | None, fine_tuning: str | None, credentials: Path | None) -> list[Check]:
+def check_cluster(
+    coordinator: str | None, fine_tuning: str | None, credentials: Path | None, run_root: str | None = None
+) -> list[Check]:
     """The services at these addresses, the nodes that the coordinator knows, and the links to all of them."""
     if coordinator is None and fine_tuning is None and credentials is None:
         return [Check("coordinator", "ok", "not asked; -c HOST:PORT checks a cluster")]
@@ -238,7 +249,8 @@ def check_cluster(coordinator: str | None, fine_tuning: str | None, credentials:
 
     address = coordinator or fine_tuning
     directory = find_credentials(address, credentials) if address else credentials
-    targets = Targets(coordinator, fine_tuning, directory)
+    place = os.path.abspath(os.path.expanduser(run_root)) if run_root else None
+    targets = Targets(coordinator, fine_tuning, directory, place)
     with out.console(stderr=True).status("looking at the cluster") as status:
         facts = asyncio.run(gather(targets, lambda what: status.update(f"looking at {what}")))
     return diagnose(facts)

@@ -432,6 +432,7 @@ class SessionResponse(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     BOUNDARY_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """To plan's servers and to all workers: take up this plan. A node that holds the same job and epoch ignores it."""
@@ -452,6 +453,10 @@ class SessionResponse(_message.Message):
     def snapshot(self) -> Global___SnapshotRequest:
         """To all servers of the plan: write a checkpoint of the version at hand, since nobody computes the next one."""
 
+    @_builtins.property
+    def storage(self) -> Global___StorageCheck:
+        """To nodes that must share a directory, before a plan is made: show that it is the same one."""
+
     def __init__(
         self,
         *,
@@ -460,12 +465,13 @@ class SessionResponse(_message.Message):
         release: Global___ReleaseJob | None = ...,
         boundary: Global___BoundaryRequest | None = ...,
         snapshot: Global___SnapshotRequest | None = ...,
+        storage: Global___StorageCheck | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "snapshot", b"snapshot"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "snapshot", b"snapshot", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "snapshot", b"snapshot", "storage", b"storage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["plan", "leases", "release", "boundary", "snapshot"]  # noqa: Y015
+    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["plan", "leases", "release", "boundary", "snapshot", "storage"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_directive) -> _WhichOneofReturnType_directive | None: ...
 
@@ -500,6 +506,42 @@ class SnapshotRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotRequest: _TypeAlias = SnapshotRequest  # noqa: Y015
+
+@_typing.final
+class StorageCheck(_message.Message):
+    """Asks a node to write a small file into a directory and to read those of others. The answer is a ReportStorage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECK_ID_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    WRITE_FIELD_NUMBER: _builtins.int
+    READ_FIELD_NUMBER: _builtins.int
+    check_id: _builtins.str
+    """Random for each check, in lower-case hex; part of the files' names and all that they hold."""
+    directory: _builtins.str
+    """The directory, which the coordinator has made."""
+    write: _builtins.str
+    """The part of the file's name that says whose it is; empty: the node only reads."""
+    @_builtins.property
+    def read(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Whose files to read."""
+
+    def __init__(
+        self,
+        *,
+        check_id: _builtins.str = ...,
+        directory: _builtins.str = ...,
+        write: _builtins.str = ...,
+        read: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check_id", b"check_id", "directory", b"directory", "read", b"read", "write", b"write"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StorageCheck: _TypeAlias = StorageCheck  # noqa: Y015
 
 @_typing.final
 class ReleaseJob(_message.Message):
@@ -874,6 +916,53 @@ class ReportResidualResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportResidualResponse: _TypeAlias = ReportResidualResponse  # noqa: Y015
+
+@_typing.final
+class ReportStorageRequest(_message.Message):
+    """What a node found when it was asked to check a directory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    CHECK_ID_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """The node."""
+    check_id: _builtins.str
+    """The check that it was asked for."""
+    problem: _builtins.str
+    """One line: what it could not write, or not read. Empty: all is well."""
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        check_id: _builtins.str = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check_id", b"check_id", "node_id", b"node_id", "problem", b"problem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportStorageRequest: _TypeAlias = ReportStorageRequest  # noqa: Y015
+
+@_typing.final
+class ReportStorageResponse(_message.Message):
+    """Acknowledges what was found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportStorageResponse: _TypeAlias = ReportStorageResponse  # noqa: Y015
 
 @_typing.final
 class Span(_message.Message):

@@ -65,6 +65,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualResponse.FromString,
                 _registered_method=True)
+        self.ReportStorage = channel.unary_unary(
+                '/gradstream.proto.v1.CoordinatorService/ReportStorage',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportStorageRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportStorageResponse.FromString,
+                _registered_method=True)
         self.ReportTimeline = channel.unary_unary(
                 '/gradstream.proto.v1.CoordinatorService/ReportTimeline',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportTimelineRequest.SerializeToString,
@@ -135,6 +140,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportStorage(self, request, context):
+        """A node tells what it found in a directory that the nodes of a job must share.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReportTimeline(self, request, context):
         """A worker's timeline of one version, for `gradstream trace` and the share of communication that compute hid. Sent once
         and not again: it may be lost.
@@ -197,6 +209,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.ReportResidual,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualResponse.SerializeToString,
+            ),
+            'ReportStorage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportStorage,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportStorageRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportStorageResponse.SerializeToString,
             ),
             'ReportTimeline': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportTimeline,
@@ -382,6 +399,33 @@ class CoordinatorService(object):
             '/gradstream.proto.v1.CoordinatorService/ReportResidual',
             gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportResidualResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportStorage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.CoordinatorService/ReportStorage',
+            gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportStorageRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_coordinator__pb2.ReportStorageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,8 @@ class CoordinatorServiceStub:
     """
     ReportResidual: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportResidualRequest, _coordinator_pb2.ReportResidualResponse]
     """A worker reports the file of a slot's codec residual that belongs to a checkpoint. Repeating a report changes nothing."""
+    ReportStorage: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportStorageRequest, _coordinator_pb2.ReportStorageResponse]
+    """A node tells what it found in a directory that the nodes of a job must share."""
     ReportTimeline: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportTimelineRequest, _coordinator_pb2.ReportTimelineResponse]
     """A worker's timeline of one version, for `gradstream trace` and the share of communication that compute hid. Sent once
     and not again: it may be lost.
@@ -83,6 +85,8 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     """
     ReportResidual: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportResidualRequest, _coordinator_pb2.ReportResidualResponse]  # type: ignore[assignment]
     """A worker reports the file of a slot's codec residual that belongs to a checkpoint. Repeating a report changes nothing."""
+    ReportStorage: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportStorageRequest, _coordinator_pb2.ReportStorageResponse]  # type: ignore[assignment]
+    """A node tells what it found in a directory that the nodes of a job must share."""
     ReportTimeline: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportTimelineRequest, _coordinator_pb2.ReportTimelineResponse]  # type: ignore[assignment]
     """A worker's timeline of one version, for `gradstream trace` and the share of communication that compute hid. Sent once
     and not again: it may be lost.
@@ -150,6 +154,14 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.ReportResidualResponse, _abc.Awaitable[_coordinator_pb2.ReportResidualResponse]]:
         """A worker reports the file of a slot's codec residual that belongs to a checkpoint. Repeating a report changes nothing."""
+
+    @_abc_1.abstractmethod
+    def ReportStorage(
+        self,
+        request: _coordinator_pb2.ReportStorageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ReportStorageResponse, _abc.Awaitable[_coordinator_pb2.ReportStorageResponse]]:
+        """A node tells what it found in a directory that the nodes of a job must share."""
 
     @_abc_1.abstractmethod
     def ReportTimeline(

@@ -1158,6 +1158,62 @@ class GetTimelineResponse(_message.Message):
 Global___GetTimelineResponse: _TypeAlias = GetTimelineResponse  # noqa: Y015
 
 @_typing.final
+class CheckStorageRequest(_message.Message):
+    """Names a directory that is to be a run_root."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    CALLER_DIRECTORY_FIELD_NUMBER: _builtins.int
+    directory: _builtins.str
+    """The directory: an absolute path."""
+    caller_directory: _builtins.str
+    """The caller's current directory, as in SubmitJobRequest."""
+    def __init__(
+        self,
+        *,
+        directory: _builtins.str = ...,
+        caller_directory: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller_directory", b"caller_directory", "directory", b"directory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckStorageRequest: _TypeAlias = CheckStorageRequest  # noqa: Y015
+
+@_typing.final
+class CheckStorageResponse(_message.Message):
+    """What was found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    NUM_SERVERS_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    problem: _builtins.str
+    """One line that names the node: what it does not see or cannot write. Empty: all see the same directory."""
+    num_servers: _builtins.int
+    """How many parameter servers were asked."""
+    directory: _builtins.str
+    """The directory, as the cluster sees it."""
+    def __init__(
+        self,
+        *,
+        problem: _builtins.str = ...,
+        num_servers: _builtins.int = ...,
+        directory: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "num_servers", b"num_servers", "problem", b"problem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckStorageResponse: _TypeAlias = CheckStorageResponse  # noqa: Y015
+
+@_typing.final
 class ListNodesRequest(_message.Message):
     """Asks for the nodes."""
 

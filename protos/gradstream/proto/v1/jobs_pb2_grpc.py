@@ -95,6 +95,11 @@ class JobsServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensResponse.FromString,
                 _registered_method=True)
+        self.CheckStorage = channel.unary_unary(
+                '/gradstream.proto.v1.JobsService/CheckStorage',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckStorageRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckStorageResponse.FromString,
+                _registered_method=True)
         self.ListNodes = channel.unary_unary(
                 '/gradstream.proto.v1.JobsService/ListNodes',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ListNodesRequest.SerializeToString,
@@ -191,6 +196,14 @@ class JobsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckStorage(self, request, context):
+        """Finds out whether the coordinator and all live parameter servers see one and the same directory, by files that each
+        writes and the others read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListNodes(self, request, context):
         """The nodes of the cluster.
         """
@@ -260,6 +273,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.PublishTokens,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensResponse.SerializeToString,
+            ),
+            'CheckStorage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckStorage,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckStorageRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckStorageResponse.SerializeToString,
             ),
             'ListNodes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListNodes,
@@ -592,6 +610,33 @@ class JobsService(object):
             '/gradstream.proto.v1.JobsService/PublishTokens',
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckStorage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.JobsService/CheckStorage',
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckStorageRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckStorageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,10 @@ class JobsServiceStub:
     """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
     PublishTokens: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.PublishTokensRequest, _jobs_pb2.PublishTokensResponse]
     """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says."""
+    CheckStorage: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CheckStorageRequest, _jobs_pb2.CheckStorageResponse]
+    """Finds out whether the coordinator and all live parameter servers see one and the same directory, by files that each
+    writes and the others read.
+    """
     ListNodes: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListNodesRequest, _jobs_pb2.ListNodesResponse]
     """The nodes of the cluster."""
 
@@ -93,6 +97,10 @@ class JobsServiceAsyncStub(JobsServiceStub):
     """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
     PublishTokens: _aio.UnaryUnaryMultiCallable[_jobs_pb2.PublishTokensRequest, _jobs_pb2.PublishTokensResponse]  # type: ignore[assignment]
     """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says."""
+    CheckStorage: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CheckStorageRequest, _jobs_pb2.CheckStorageResponse]  # type: ignore[assignment]
+    """Finds out whether the coordinator and all live parameter servers see one and the same directory, by files that each
+    writes and the others read.
+    """
     ListNodes: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListNodesRequest, _jobs_pb2.ListNodesResponse]  # type: ignore[assignment]
     """The nodes of the cluster."""
 
@@ -196,6 +204,16 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.PublishTokensResponse, _abc.Awaitable[_jobs_pb2.PublishTokensResponse]]:
         """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says."""
+
+    @_abc_1.abstractmethod
+    def CheckStorage(
+        self,
+        request: _jobs_pb2.CheckStorageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.CheckStorageResponse, _abc.Awaitable[_jobs_pb2.CheckStorageResponse]]:
+        """Finds out whether the coordinator and all live parameter servers see one and the same directory, by files that each
+        writes and the others read.
+        """
 
     @_abc_1.abstractmethod
     def ListNodes(

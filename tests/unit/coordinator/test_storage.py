@@ -214,7 +214,7 @@ async def test_a_restarted_coordinator_does_not_begin_from_the_seed_either(clust
     await cluster.jobs.PauseJob(jobs_pb2.PauseJobRequest(job_id=job_id))
     shutil.rmtree(root_of(ps[0]))
     for node in cluster.nodes:
-        await node.kill()
+        await node.die()
     cluster.nodes.clear()
     await cluster.restart()
     await cluster.jobs.ResumeJob(jobs_pb2.ResumeJobRequest(job_id=job_id))

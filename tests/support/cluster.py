@@ -52,10 +52,12 @@ class Cluster:
 
     # -- starting --------------------------------------------------------------------------------------------------
 
-    def start_coordinator(self) -> None:
-        """Start the coordinator; a second start takes the first one's port and state."""
+    def start_coordinator(self, *timing: str) -> None:
+        """Start the coordinator; a second start takes the first one's port and state. `timing` are its settings of
+        times, like "lease_seconds=2"."""
+        times = [argument for setting in timing for argument in ("--timing", setting)]
         ready = self._launch(
-            "coordinator", ["coordinator", "--listen", self.address, "--state", str(self.directory / "state")]
+            "coordinator", ["coordinator", "--listen", self.address, "--state", str(self.directory / "state"), *times]
         )
         self.address = self._await_ready("coordinator", ready)
 
@@ -65,6 +67,11 @@ class Cluster:
         ready = {name: self._launch(name, ["parameter-server", "--name", name, *arguments]) for name in names}
         for name, path in ready.items():
             self._await_ready(name, path)
+
+    def start_server_behind(self, name: str, coordinator: str, listen: str, advertise: str) -> None:
+        """Start a parameter server that reaches the coordinator, and is reached, by other addresses than their own."""
+        arguments = ["--coordinator", coordinator, "--listen", listen, "--advertise", advertise, "--memory", "2GiB"]
+        self._await_ready(name, self._launch(name, ["parameter-server", "--name", name, *arguments]))
 
     def start_server_processes(self, name: str, count: int, memory: str = "2GiB") -> list[str]:
         """Start one command that runs `count` parameter servers; return their addresses once all listen."""
@@ -83,9 +90,17 @@ class Cluster:
             )
         return self._await_ready(name, ready).splitlines()
 
-    def start_workers(self, *names: str, faults: str = "", memory: str = "2GiB") -> None:
-        """Start workers and wait until they are up. `faults` is GRADSTREAM_FAULTS for them."""
-        arguments = ["--coordinator", self.address, "--cache", str(self.directory / "cache"), "--memory", memory]
+    def start_workers(self, *names: str, faults: str = "", memory: str = "2GiB", coordinator: str = "") -> None:
+        """Start workers and wait until they are up. `faults` is GRADSTREAM_FAULTS for them, `coordinator` the address
+        by which they reach it, if that is not its own."""
+        arguments = [
+            "--coordinator",
+            coordinator or self.address,
+            "--cache",
+            str(self.directory / "cache"),
+            "--memory",
+            memory,
+        ]
         environment = {"GRADSTREAM_FAULTS": faults} if faults else {}
         ready = {
             name: self._launch(name, ["worker", "--name", name, "--device", "cpu", *arguments], environment)

@@ -54,7 +54,7 @@ def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: st
         | changes.pop("training", {}),
         "optimizer": {"learning_rate": 0.01, "clip_norm": 0.5},
         "validation": {"num_samples": 3},
-        "checkpoint": {"interval_steps": 1 if changes.get("checkpoint_root") else 0},
+        "checkpoint": {"interval_steps": 1 if changes.get("checkpoint_root") else 0} | changes.pop("checkpoint", {}),
         "codec": {"push": push, "pull": pull, "embedding": "bf16"} | changes.pop("codec", {}),
         "data": {"path": data},
     }

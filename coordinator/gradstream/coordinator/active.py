@@ -111,6 +111,9 @@ class ActiveJob:
     benches: Benches = field(default_factory=Benches)
     # The stream of the leader that was asked for a checkpoint at the next commit; 0 when none was.
     boundary_session: int = 0
+    # The version of which the servers were asked for a checkpoint without a commit, and when (our clock).
+    snapshot: int = -1
+    snapshot_at: float = 0.0
     # A person waits for a checkpoint of a later version than this one.
     checkpoint_after: int | None = None
     # Until then (our clock) workers of the stored lease table count as live: after a restart they come one by one.
@@ -266,6 +269,11 @@ class ActiveJob:
         return self.record.state == jobs_pb2.JOB_STATE_PAUSED or (
             self.halted_version is not None and self.record.desired != "run"
         )
+
+    @property
+    def stopping_at(self) -> int | None:
+        """The version whose checkpoint ends the job although nobody finishes the step; None when there is none."""
+        return self.snapshot if self.record.desired == "stop" and self.snapshot == self.version else None
 
     @property
     def checkpoint_wanted(self) -> bool:

@@ -7,7 +7,7 @@ benched. A server is benched that reported a failure: the next plan does without
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gradstream.coordinator.timing import Timing
@@ -18,10 +18,11 @@ MAX_BENCHES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Why a node is benched, and until when (the coordinator's clock)."""
+    """Why a node is benched, since when and until when at least (the coordinator's clock)."""
 
     title: str
     reason: str
+    since: float
     until: float
     failed: bool  # it reported a failure; else it was slow or cut off, and is better than nobody
 
@@ -78,31 +79,35 @@ class Benches:
         count = self._counts.get(node_id, 0)
         self._counts[node_id] = count + 1
         seconds = self.bench_seconds * 2 ** min(count, MAX_DOUBLINGS)
-        self._current[node_id] = Bench(title, reason, now + seconds, failed)
+        self._current[node_id] = Bench(title, reason, now, now + seconds, failed)
         while len(self._current) > MAX_BENCHES:
             del self._current[next(iter(self._current))]
 
-    def lift(self, now: float) -> list[Bench]:
-        """Take up again those whose time is over; return them."""
-        over = [node_id for node_id, bench in self._current.items() if now >= bench.until]
+    def lift(self, now: float, recovered: Callable[[str, float], bool]) -> list[Bench]:
+        """Take up again those whose time is over; return them. One that hung or was cut off must have recovered since:
+        `recovered` is given its id and since when it is benched."""
+        over = [
+            node_id
+            for node_id, bench in self._current.items()
+            if now >= bench.until and (bench.failed or recovered(node_id, bench.since))
+        ]
         return [self._current.pop(node_id) for node_id in over]
 
-    def benched(self, node_id: str, now: float) -> bool:
+    def benched(self, node_id: str) -> bool:
         """Whether the node is kept from the job."""
-        bench = self._current.get(node_id)
-        return bench is not None and now < bench.until
+        return node_id in self._current
 
-    def failed(self, node_id: str, now: float) -> bool:
+    def failed(self, node_id: str) -> bool:
         """Whether the node is kept from the job because it reported a failure."""
-        return self.benched(node_id, now) and self._current[node_id].failed
+        return node_id in self._current and self._current[node_id].failed
 
-    def current(self, now: float) -> list[Bench]:
+    def current(self) -> list[Bench]:
         """Those benched now."""
-        return [bench for bench in self._current.values() if now < bench.until]
+        return list(self._current.values())
 
-    def line(self, now: float) -> str:
+    def line(self) -> str:
         """Those benched now, for people."""
-        return "; ".join(f"{bench.title} is benched: {bench.reason}" for bench in self.current(now))
+        return "; ".join(f"{bench.title} is benched: {bench.reason}" for bench in self._current.values())
 
     def failures(self) -> str:
         """What nodes reported, the same words once."""

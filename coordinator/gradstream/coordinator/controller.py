@@ -47,6 +47,8 @@ QUEUED, PLANNING, RUNNING, PAUSED, FINISHED, FAILED, STOPPED = (
     jobs_pb2.JOB_STATE_FAILED,
     jobs_pb2.JOB_STATE_STOPPED,
 )
+SNAPSHOT_SECONDS = 1.0
+"""Between requests for a checkpoint of the version at hand."""
 HOLD_SECONDS = 2.0
 """Between looks at a storage that does not show what it should."""
 __all__ = ["Controller", "Timing", "unix_ms"]
@@ -194,7 +196,7 @@ class Controller:
         under_way = active is not None and self.active is active and active.state in (RUNNING, PAUSED)
         if node.kind == WORKER and active is not None and under_way:
             # A table that is yet to be stored is sent when it is; one that was just sent is not sent twice.
-            stands = not active.leases_due and active.lease_number == number
+            stands = not active.leases_due and active.lease_number == number and active.job_id in node.holds
             if stands:
                 self._hub.send(node, coordinator_pb2.SessionResponse(leases=self.leasing.standing_table(active)))
         return session
@@ -216,7 +218,7 @@ class Controller:
             self.reconcile()
 
     def _send_plan(self, node: NodeEntry, active: ActiveJob) -> None:
-        if node.holds.get(active.job_id) == active.record.epoch:
+        if node.holds.get(active.job_id) == active.record.epoch or active.benches.failed(node.node_id):
             return
         self._hub.send(node, coordinator_pb2.SessionResponse(plan=active.plan_message))
         node.holds[active.job_id] = active.record.epoch
@@ -251,15 +253,15 @@ class Controller:
         else:
             # It has dropped the job, and starts over with the plan once it is benched no more.
             node.holds.pop(active.job_id, None)
-        others = self.leasing.candidates(active, now) if node.kind == WORKER else self._usable_servers(active, now)
+        others = self.leasing.candidates(active, now) if node.kind == WORKER else self._usable_servers(active)
         if others:
             self._note_node(f"{node.title} is benched for this job: {message}")
             self.reconcile()
         else:
             self.fail(active.job_id, active.benches.failures())
 
-    def _usable_servers(self, active: ActiveJob, now: float) -> list[NodeEntry]:
-        return [node for node in self.members.present(SERVER) if not active.benches.failed(node.node_id, now)]
+    def _usable_servers(self, active: ActiveJob) -> list[NodeEntry]:
+        return [node for node in self.members.present(SERVER) if not active.benches.failed(node.node_id)]
 
     # --- reconciliation ---------------------------------------------------------------------------------------------
 
@@ -333,7 +335,7 @@ class Controller:
             self._advance(active, self.clock())
 
     def _advance(self, active: ActiveJob, now: float) -> None:
-        for bench in active.benches.lift(now):
+        for bench in active.benches.lift(now, lambda node, since: stalls.has_recovered(self.members.get(node), since)):
             self._note_node(f"{bench.title} is tried again, after: {bench.reason}")
         steps: list[Callable[[ActiveJob, float], None]] = [
             self._judge_servers,
@@ -361,16 +363,16 @@ class Controller:
         elif not self._plan_stands(active, now) and active.planning is None and now >= active.held_until:
             if not active.planning_retry.due(now):
                 return
-            servers, workers = self.plannable(active, now)
+            servers, workers = self.plannable(active)
             if frozenset(node.node_id for node in (*servers, *workers)) == active.refused_nodes:
                 return
             if not scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers):
                 active.planning = asyncio.create_task(self._make_plan(active, servers, workers))
 
-    def plannable(self, active: ActiveJob, now: float) -> tuple[list[NodeEntry], list[NodeEntry]]:
+    def plannable(self, active: ActiveJob) -> tuple[list[NodeEntry], list[NodeEntry]]:
         """The servers and the workers that a plan can be made with now."""
-        workers = [node for node in self.members.present(WORKER) if not active.benches.failed(node.node_id, now)]
-        return self._usable_servers(active, now), workers
+        workers = [node for node in self.members.present(WORKER) if not active.benches.failed(node.node_id)]
+        return self._usable_servers(active), workers
 
     def _plan_stands(self, active: ActiveJob, now: float) -> bool:
         """Whether the plan that a job in planning had is still to be hoped for, or in force again."""
@@ -532,6 +534,7 @@ class Controller:
             validated=active.fully_validated,
             any_worker=self.leasing.any_worker(active, now),
             early=active.early_ending,
+            start_version=active.record.start_version,
         )
         if ending is Ending.FINISH:
             self.end(active, FINISHED, reason)
@@ -539,6 +542,26 @@ class Controller:
             self.end(active, STOPPED, reason)
         elif ending is Ending.PAUSE:
             self.set_state(active, PAUSED, reason)
+        elif ending is Ending.SNAPSHOT:
+            self._ask_for_snapshot(active, now)
+
+    def _ask_for_snapshot(self, active: ActiveJob, now: float) -> None:
+        """Ask the servers for a checkpoint of the version at hand; again and again, as a server that still applied the
+        last step, or one that came back, does nothing the first time."""
+        assert active.plan is not None
+        if active.snapshot == active.version and now < active.snapshot_at + SNAPSHOT_SECONDS:
+            return
+        if active.snapshot != active.version:
+            line = f"no worker is live to finish the step; a checkpoint of version {active.version} is written as it is"
+            self.journal.note(active.job_id, "checkpoint", line)
+        active.snapshot, active.snapshot_at = active.version, now
+        wanted = coordinator_pb2.SnapshotRequest(
+            job_id=active.job_id, epoch=active.record.epoch, version=active.version
+        )
+        for server in active.plan.servers:
+            node = self.members.get(server.node_id)
+            if node is not None and node.present:
+                self._hub.send(node, coordinator_pb2.SessionResponse(snapshot=wanted))
 
     def pinned_versions(self, active: ActiveJob) -> set[int]:
         """The versions of the active job whose checkpoints stay, however old: those that a plan starts from or an
@@ -594,7 +617,8 @@ class Controller:
         active.take_leases(number, proposal.holders, proposal.replicas, proposal.reason, now)
         for node in self.members.present(WORKER):
             self._send_plan(node, active)
-            self._hub.send(node, coordinator_pb2.SessionResponse(leases=table))
+            if active.job_id in node.holds:
+                self._hub.send(node, coordinator_pb2.SessionResponse(leases=table))
 
     # --- transitions ------------------------------------------------------------------------------------------------
 

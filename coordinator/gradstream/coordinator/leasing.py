@@ -43,8 +43,8 @@ class Leasing:
         """The workers that may hold slots, expected ones first; benched ones only where there are no others."""
         expected = self._expected(active, now)
         able = list(dict.fromkeys([*expected, *(node.node_id for node in self.workers(active))]))
-        able = [node_id for node_id in able if not active.benches.failed(node_id, now)]
-        free = [node_id for node_id in able if not active.benches.benched(node_id, now)]
+        able = [node_id for node_id in able if not active.benches.failed(node_id)]
+        free = [node_id for node_id in able if not active.benches.benched(node_id)]
         return free or able
 
     def any_worker(self, active: ActiveJob, now: float) -> bool:
@@ -62,7 +62,7 @@ class Leasing:
             names = {chain.workers[0]: " → ".join(map(self._members.name_of, chain.workers)) for chain in replicas}
             workers = [chain.workers[0] for chain in replicas]
         holders, reason = scheduler.lease_slots(active.holders, workers, active.resting, names, formed)
-        benched = active.benches.line(now)
+        benched = active.benches.line()
         return Proposal(holders, replicas, f"{reason}; {benched}" if benched else reason)
 
     def table(self, active: ActiveJob, proposal: Proposal, number: int) -> plan_pb2.LeaseTable:

@@ -50,6 +50,7 @@ class Ending(Enum):
     GO_ON = "go on"
     PAUSE = "pause"
     STOP = "stop"
+    SNAPSHOT = "snapshot"  # stop, once the servers have written what they hold
     FINISH = "finish"
 
 
@@ -63,11 +64,14 @@ def judge_end(
     validated: bool,
     any_worker: bool,
     early: str = "",
+    start_version: int = 0,
 ) -> tuple[Ending, str]:
     """Decide whether a job with a plan rests, ends or goes on.
 
     `halted_version` is where the leader answered a request to halt, if it did; `validated` says that the last
-    validation pass is complete or none is wanted; `early` why a fine-tuning is to end before its last step.
+    validation pass is complete or none is wanted; `early` why a fine-tuning is to end before its last step. What was
+    computed since `start_version`, where the plan began, is not given up by a stop that no worker is there for: the
+    servers hold it.
     """
     if early:
         return Ending.FINISH, f"ended early at version {version}: {early}"
@@ -76,12 +80,16 @@ def judge_end(
         return Ending.FINISH, f"all {num_steps} steps are done"
     boundary = halted_version if halted_version is not None else version if done else None
     if desired == "stop":
-        if not any_worker and boundary is None:
-            return Ending.STOP, f"stopped at version {version}; no worker was live to finish the step"
+        idle = not any_worker or state == jobs_pb2.JOB_STATE_PAUSED
+        if boundary is None and idle:
+            why = "while paused" if state == jobs_pb2.JOB_STATE_PAUSED else "no worker was live to finish the step"
+            if version == start_version:
+                return Ending.STOP, f"stopped at version {version}; {why}"
+            if version in checkpoints:
+                return Ending.STOP, f"stopped at version {version}, with a checkpoint; {why}"
+            return Ending.SNAPSHOT, f"the checkpoint of version {version}"
         if boundary is not None and boundary in checkpoints:
             return Ending.STOP, f"stopped at version {boundary}, with a checkpoint"
-        if state == jobs_pb2.JOB_STATE_PAUSED and boundary is None:
-            return Ending.STOP, f"stopped at version {version} while paused"
     if desired == "pause" and state != jobs_pb2.JOB_STATE_PAUSED:
         if boundary is not None:
             return Ending.PAUSE, f"paused at version {version}"

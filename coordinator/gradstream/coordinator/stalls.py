@@ -65,3 +65,9 @@ def slot_seconds(active: ActiveJob) -> float | None:
     step_seconds = statistics.median(max(0, b - a) / 1000 for a, b in itertools.pairwise(times))
     most = max(Counter(filter(None, active.holders)).values(), default=1)
     return step_seconds / most
+
+
+def has_recovered(node: NodeEntry | None, since: float) -> bool:
+    """Whether a node that hung or was cut off at `since` is worth another try: it is gone, or it got something done and
+    reaches its peers."""
+    return node is None or not node.alive or (node.progress_at > since and not node.activity.unreachable)

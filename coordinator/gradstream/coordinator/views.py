@@ -11,7 +11,7 @@ from gradstream.coordinator.membership import SERVER, WORKER, NodeEntry
 from gradstream.coordinator.residuals import standing
 from gradstream.coordinator.state import JobRecord
 from gradstream.core.config import CodecConfig, Recipe
-from gradstream.core.plan import Plan
+from gradstream.core.plan import Plan, Server
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 # A running job without a step for this long says whom it waits for.
@@ -167,7 +167,7 @@ class Views:
     def _waits_for(self, active: ActiveJob) -> list[tuple[str, str]]:
         benched = [
             (f"{bench.title} to be tried again, benched: {bench.reason}", bench.title)
-            for bench in active.benches.current(self._controller.clock())
+            for bench in active.benches.current()
         ]
         if active.state == PLANNING:
             return [*self._planning_waits(active), *benched]
@@ -184,9 +184,10 @@ class Views:
             waits.extend(benched)
         leader = active.plan.servers[active.plan.leader].name
         done = active.version >= active.num_steps
-        if active.record.desired != "run" and not active.resting and not done:
+        if active.record.desired != "run" and not active.resting and not done and active.stopping_at is None:
             waits.append((f"the end of step {active.version}, to {active.record.desired} there", leader))
         boundary = active.halted_version if active.halted_version is not None else active.num_steps if done else None
+        boundary = active.stopping_at if boundary is None else boundary
         if boundary is not None and boundary not in active.checkpoints:
             waits.append(self._checkpoint_wait(active, boundary))
         if done and not active.fully_validated:
@@ -199,7 +200,7 @@ class Views:
             return [(active.hold, "whoever keeps the storage")]
         if active.planning is not None:
             return [("the plan to be made", "the coordinator")]
-        servers, workers = self._controller.plannable(active, self._controller.clock())
+        servers, workers = self._controller.plannable(active)
         if frozenset(node.node_id for node in (*servers, *workers)) == active.refused_nodes:
             return [(f"nodes that can hold the job: {active.refusal}", "a node to register")]
         missing = scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers)
@@ -225,12 +226,18 @@ class Views:
     def _checkpoint_wait(self, active: ActiveJob, version: int) -> tuple[str, str]:
         assert active.plan is not None
         reported = active.files.get(version, {})
-        late = [server.name for index, server in enumerate(active.plan.servers) if index not in reported]
+        late = [self._with_cause(s) for index, s in enumerate(active.plan.servers) if index not in reported]
         owed = standing(active, version, self._controller.members, self._controller.clock()).owed
         late += sorted({self._controller.members.name_of(holder) for holder in owed.values() if holder})
         if version in active.unwritten:
             return f"the checkpoint of version {version}: {active.unwritten[version][1]}", "the storage to be mended"
         return f"the checkpoint of version {version}", ", ".join(late) or "the coordinator, to write its manifest"
+
+    def _with_cause(self, server: Server) -> str:
+        """A server's name and what it says that it waits for, other than slots."""
+        node = self._controller.members.get(server.node_id)
+        cause = node.activity.waiting_for if node is not None else ""
+        return f"{server.name}: it waits for {cause}" if cause.startswith("the disk") else server.name
 
     def _validation_wait(self, active: ActiveJob) -> tuple[str, str]:
         parts = self._state.validation_parts(active.job_id, active.num_steps)

@@ -248,6 +248,52 @@ async def test_a_checkpoint_goes_on_bit_for_bit_on_another_number_of_servers(tmp
         assert same(await other.pull(2), expected)
 
 
+async def test_a_version_is_saved_although_nobody_computes_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    root = str(tmp_path / "checkpoints")
+    plan = make_plan(2, data=str(tmp_path), checkpoint_root=root, checkpoint={"interval_steps": 0})
+    async with serving(plan) as cluster:
+        await cluster.push(cluster.all_keys())
+        held = await cluster.pull(1)
+        await cluster.push(cluster.all_keys()[:1], step=1)  # half a step
+        for shard in cluster.shards:
+            for version in (0, 2, 1, 1):  # of another version, and repeated
+                shard.request_snapshot(version)
+        await until(lambda: len(cluster.checkpoints) == 2)
+        for shard in cluster.shards:
+            shard.request_snapshot(1)
+        await asyncio.gather(*(shard.drain() for shard in cluster.shards))
+        assert sorted((report.version, report.server) for report in cluster.checkpoints) == [(1, 0), (1, 1)]
+        directory = directory_of(root, 1)
+        write_manifest(directory, plan, 1, cluster.checkpoints, {})
+    async with serving(make_plan(1, epoch=6, start_version=1, checkpoint_path=directory)) as other:
+        assert same(await other.pull(1), held)
+
+
+async def test_a_disk_that_takes_no_checkpoint_costs_no_state(tmp_path: Path) -> None:
+    """It is tried again, status says why, and the newest checkpoint takes the place of older ones."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    root = tmp_path / "checkpoints"
+    root.write_text("no directory")
+    plan = make_plan(1, data=str(tmp_path), checkpoint_root=str(root))
+    async with serving(plan) as cluster:
+        await cluster.push(cluster.all_keys())
+        await cluster.pull(1)
+        shard = cluster.shards[0]
+        await until(lambda: shard._unwritten is not None)
+        await cluster.push(cluster.all_keys(), step=1)
+        await cluster.pull(2)
+        await cluster.push(cluster.all_keys()[:0], step=2)
+        await until(lambda: shard._unwritten is not None)
+        activity = shard.activity()
+        assert activity.step == 2
+        root.unlink()
+        await until(lambda: len(cluster.checkpoints) == 1)
+        assert cluster.checkpoints[0].version == 2
+        assert shard._unwritten is None
+        assert cluster.failures == []
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

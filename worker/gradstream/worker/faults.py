@@ -6,12 +6,15 @@ GRADSTREAM_FAULTS holds faults separated by ";", each `KIND@key=value,…`:
     kill@step=3,slot=1,acknowledged=5   SIGKILL once servers have acknowledged 5 contributions of that slot
     kill@step=3,slot=1,sent=2           SIGKILL once this worker has given 2 tensors of that slot to its neighbours
     nan@step=4[,slot=1]                 the gradients of that step (and slot) are NaN
+    hang@step=3,slot=1                  the compute thread hangs before that slot; heartbeats go on
+    fail@step=3,slot=1                  that slot fails, as when memory is short
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from dataclasses import dataclass
 
 from gradstream.core.errors import ConfigError
@@ -41,7 +44,7 @@ def parse_faults(text: str) -> list[Fault]:
         kind, _, rest = item.partition("@")
         try:
             fields = {key: int(value) for key, value in (pair.split("=") for pair in rest.split(","))}
-            if kind not in ("kill", "nan"):
+            if kind not in ("kill", "nan", "hang", "fail"):
                 raise ValueError(f"unknown kind '{kind}'")
             faults.append(Fault(kind, **fields))
         except (ValueError, TypeError) as error:
@@ -61,6 +64,10 @@ class Faults:
         """Called before a slot is computed."""
         if any(f.kind == "kill" and f.acknowledged is f.sent is None and f.matches(step, slot) for f in self._faults):
             _kill()
+        if any(f.kind == "hang" and f.matches(step, slot) for f in self._faults):
+            threading.Event().wait()
+        if any(f.kind == "fail" and f.matches(step, slot) for f in self._faults):
+            raise MemoryError(f"out of memory in slot {slot} of step {step}")
 
     def sent(self, step: int, slot: int) -> None:
         """Called when a tensor is about to go to a neighbour."""

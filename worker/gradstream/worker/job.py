@@ -49,6 +49,7 @@ from gradstream.worker.data import SlotReader, Split
 from gradstream.worker.faults import Faults
 from gradstream.worker.inbound import FORWARD
 from gradstream.worker.neighbours import Neighbours, Place
+from gradstream.worker.outbound import Outbound
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Pusher
 from gradstream.worker.readers import Readers
@@ -116,6 +117,7 @@ class JobRun:
         self._phase = "loading"
         self._waiting_for = ""
         self._since = time.time()
+        self._progress = 0  # microbatches begun
 
     # -- directives ------------------------------------------------------------------------------------------------
 
@@ -391,16 +393,21 @@ class JobRun:
             valid = neighbours is None or neighbours.is_valid(attempt)
             return valid and not (upcoming.done() or self._superseded)
 
+        def goes_on() -> bool:
+            # Asked once a microbatch.
+            self._progress += 1
+            return wanted()
+
         exchange: Exchange = Alone()
         if neighbours is not None:
             neighbours.run(attempt, wanted)
             exchange = neighbours
         self._enter("validating" if attempt.validate else "computing")
         if not attempt.validate:
-            await self._compute(lambda: self._train(readers, attempt, wanted, exchange))
+            await self._compute(lambda: self._train(readers, attempt, goes_on, exchange))
             return
         slot = attempt.slots[0]
-        found = await self._compute(lambda: self._validate(readers.get(slot), attempt, wanted, exchange))
+        found = await self._compute(lambda: self._validate(readers.get(slot), attempt, goes_on, exchange))
         if found is not None:
             self._report_validation(version, slot, *found)
 
@@ -478,15 +485,14 @@ class JobRun:
     def activity(self) -> coordinator_pb2.Activity:
         """What the worker does, for heartbeats."""
         links = self._neighbours.links.values() if self._neighbours is not None else ()
-        outbounds = [*self._pusher.streams, *links]
+        outbounds: list[Outbound[Any]] = [*self._pusher.streams, *links]
         waiting_for, since = self._waiting_for, self._since
+        cut_off, cut_since = self._cut_off(outbounds)
         neighbour = self._neighbours.waiting if self._neighbours is not None else None  # the compute thread's
         if neighbour is not None:
             waiting_for, since = neighbour
-        for outbound in outbounds:
-            if outbound.unreachable_since is not None:
-                waiting_for, since = f"{outbound.title} to answer", outbound.unreachable_since
-                break
+        if cut_off:
+            waiting_for, since = f"{cut_off} to answer", cut_since
         return coordinator_pb2.Activity(
             job_id=self.plan.job_id,
             phase="waiting" if waiting_for else self._phase,
@@ -496,7 +502,17 @@ class JobRun:
             sent_bytes=sum(outbound.sent_bytes for outbound in outbounds),
             received_bytes=self._puller.received_bytes
             + (self._neighbours.received_bytes if self._neighbours is not None else 0),
+            unreachable=cut_off,
+            unreachable_seconds=max(0.0, time.time() - cut_since) if cut_off else 0.0,
+            progress=self._progress,
         )
+
+    def _cut_off(self, outbounds: Sequence[Outbound[Any]]) -> tuple[str, float]:
+        """The peer that could not be reached for longest, and since when (Unix seconds); ("", 0) when all can."""
+        found = [(outbound.title, outbound.cut_off_since) for outbound in outbounds]
+        known = [(title, since) for title, since in found if since is not None]
+        pulled = self._puller.cut_off
+        return min([*known, *([pulled] if pulled is not None else [])], key=lambda peer: peer[1], default=("", 0.0))
 
     def _enter(self, phase: str) -> None:
         self._phase, self._waiting_for, self._since = phase, "", time.time()

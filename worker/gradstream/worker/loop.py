@@ -118,6 +118,10 @@ class Worker:
         try:
             await job.run()
         except Exception as error:
+            if self._job is job:
+                # Nothing of it is held any more: the coordinator sends the plan again when it is to be tried again.
+                self._job = self._plan = None
+            memory.give_back()
             await self.session.report_failure(job.plan.job_id, job.plan.epoch, error)
 
     async def _drain(self) -> None:

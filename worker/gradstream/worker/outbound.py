@@ -48,6 +48,11 @@ class Outbound(ABC, Generic[M]):
         """Whether the peer has taken everything."""
         return not self._waiting and not self._under_way
 
+    @property
+    def cut_off_since(self) -> float | None:
+        """Since when (Unix seconds) the peer could not be reached for what waits for it; None when nothing waits."""
+        return None if self.empty else self.unreachable_since
+
     async def run(self) -> None:
         """Keep a stream open. Raises ProtocolError when the peer refuses a message for good."""
         backoff = Backoff()

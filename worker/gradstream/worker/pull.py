@@ -38,6 +38,8 @@ class ServerPull:
         self.server = server
         self.push_codec = ""
         self.checkpoint = False
+        # Since when (Unix seconds) the server does not answer; None when it does.
+        self.unreachable_since: float | None = None
         self._plan = plan
         self._stub = stub
         self._book = book
@@ -47,7 +49,7 @@ class ServerPull:
     async def version(self, min_version: int, held_version: int | None, measured: pb.LinkMeasurement | None) -> int:
         """Ask for a version and return which one comes; waits as long as it takes. Raises ProtocolError."""
         backoff = Backoff()
-        since: float | None = None
+        self.unreachable_since = None
         while True:
             self.cancel()
             request = pb.PullRequest(
@@ -66,13 +68,14 @@ class ServerPull:
                 header = self._header(first)[0]
                 self.push_codec = codec_on_wire(header.push_codec).name
                 self.checkpoint = header.checkpoint
+                self.unreachable_since = None
                 return header.version
             except grpc.aio.AioRpcError as rpc_error:
                 error = error_from_rpc(rpc_error, self.server.title)
                 if refused_for_good(error):
                     raise error from None
-                if since is None:
-                    since = time.time()
+                if self.unreachable_since is None:
+                    self.unreachable_since = time.time()
                     log.info("a pull waits for its server", server=self.server.name, cause=one_line(error))
             await asyncio.sleep(backoff.next())
 
@@ -156,7 +159,14 @@ class Puller:
         self._targets = [target for target in targets if target[1]] or [targets[plan.leader]]
         self._receiving: asyncio.Task[None] | None = None
         self._inbox: Inbox | None = None  # of the last pull
+        self._asking: list[ServerPull] = []
         self.received_bytes = 0
+
+    @property
+    def cut_off(self) -> tuple[str, float] | None:
+        """The server that has not answered for longest, and since when (Unix seconds); None when all do."""
+        silent = [(pull.server.title, pull.unreachable_since) for pull in self._asking]
+        return min(((title, since) for title, since in silent if since is not None), key=lambda p: p[1], default=None)
 
     async def next(
         self, min_version: int, held_version: int | None = None, measured: pb.LinkMeasurement | None = None
@@ -172,7 +182,7 @@ class Puller:
             await self.settled()
             if self._inbox is not None and self._inbox.failed:
                 held_version = None
-        pulls = [ServerPull(self._plan, *target) for target in self._targets]
+        pulls = self._asking = [ServerPull(self._plan, *target) for target in self._targets]
         try:
             versions = list(
                 await asyncio.gather(*(pull.version(min_version, held_version, measured) for pull in pulls))
@@ -191,6 +201,8 @@ class Puller:
             for pull in pulls:
                 pull.cancel()
             raise
+        finally:
+            self._asking = []
         await self.stop()
         inbox = self._inbox = Inbox(versions[0], pulls[0].push_codec, pulls[0].checkpoint)
         self._receiving = asyncio.create_task(self._receive(pulls, inbox))

@@ -125,6 +125,27 @@ CredentialsOption = Annotated[
         show_default=False,
     ),
 ]
+TimingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--timing",
+        metavar="KEY=SECONDS",
+        help="Another time than the default, as often as needed: lease_seconds=10 until a node without heartbeats is "
+        "silent, reunion_seconds=30 for which the state of silent servers is waited for, unreachable_seconds=30 and "
+        "stall_seconds=30 until a worker that reaches no server, or gets nothing done, gives up its slots.",
+        show_default=False,
+    ),
+]
+AdvertiseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--advertise",
+        metavar="HOST:PORT",
+        help="Where workers and other servers reach this one, if that is not where it listens: behind a published port "
+        "or a proxy.",
+        show_default="the address that it listens on",
+    ),
+]
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Serve in the clear, without credentials, also beyond this machine.")
 ]
@@ -153,6 +174,7 @@ def coordinator(
     insecure: InsecureOption = False,
     ready_file: ReadyFileOption = None,
     grace: GraceOption = GRACE_SECONDS,
+    timing: TimingOption = None,
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
 ) -> None:
@@ -161,6 +183,9 @@ def coordinator(
     restrict_process()
     check_address(listen, "--listen")
     check_exposure(listen, credentials, insecure)
+    from gradstream.coordinator.timing import parse_timing
+
+    times = parse_timing(timing or ())
     state_dir = state.expanduser().absolute()
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
@@ -173,7 +198,7 @@ def coordinator(
         listen,
         state_dir,
         ready_file,
-        None,
+        times,
         root_directory(root),
         credentials,
         tokens,
@@ -186,6 +211,7 @@ def parameter_server(
     coordinator: NodeCoordinatorOption = "127.0.0.1:7000",
     name: NameOption = None,
     listen: ListenOption = "127.0.0.1:0",
+    advertise: AdvertiseOption = None,
     memory: MemoryOption = None,
     threads: ThreadsOption = None,
     processes: ProcessesOption = 1,
@@ -205,7 +231,13 @@ def parameter_server(
     check_exposure(listen, credentials, insecure)
     check_address(coordinator, "--coordinator")
     name = check_name(name or default_name())
+    if advertise is not None:
+        check_address(advertise, "--advertise")
     if processes > 1:
+        if advertise is not None:
+            from gradstream.core.errors import ConfigError
+
+            raise ConfigError("--advertise names one address, and --processes makes several servers; start them singly")
         options = ["--log-level", str(log_level), "--grace", str(grace)]
         options += ["--credentials", str(credentials)] if credentials is not None else []
         options += ["--insecure"] if insecure else []
@@ -224,6 +256,7 @@ def parameter_server(
         threads,
         credentials,
         grace,
+        advertise,
     )
 
 

@@ -118,6 +118,10 @@ class ParameterServer:
             shard, request = self.shard, directive.boundary
             if shard is not None and (shard.plan.job_id, shard.plan.epoch) == (request.job_id, request.epoch):
                 shard.request_boundary(request)
+        elif kind == "snapshot":
+            shard, asked = self.shard, directive.snapshot
+            if shard is not None and (shard.plan.job_id, shard.plan.epoch) == (asked.job_id, asked.epoch):
+                shard.request_snapshot(asked.version)
 
     async def _take_up(self, plan: Plan, index: int) -> None:
         report_failure = partial(self.session.report_failure, plan.job_id, plan.epoch)
@@ -227,13 +231,15 @@ async def serve(
     num_threads: int | None = None,
     credentials: Path | None = None,
     grace_seconds: float = GRACE_SECONDS,
+    advertise: str | None = None,
 ) -> None:
     """Run a parameter server until SIGTERM or SIGINT; `credentials` is the directory of its own. Raises GradstreamError
     when it cannot start or is refused.
 
     It ends once a checkpoint that is being written and its reports are done with, after `grace_seconds` at the latest.
 
-    `num_threads` threads do the arithmetic; None takes as many as the machine has cores, at most 8.
+    `num_threads` threads do the arithmetic; None takes as many as the machine has cores, at most 8. `advertise` is
+    where others reach it (host:port), None where it listens.
     """
     log_buffer = logging.LogBuffer()
     logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
@@ -242,7 +248,9 @@ async def serve(
     door = FollowingServer(transport, listen_address, max_message_bytes=MAX_STREAM_MESSAGE_BYTES)
     model.preload()
     memory.settle()
-    identity = NodeIdentity(coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, door.address, memory_bytes, "cpu")
+    identity = NodeIdentity(
+        coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, advertise or door.address, memory_bytes, "cpu"
+    )
     identity.disk_directory = lambda: node.checkpoint_directory
     node = ParameterServer(
         coordinator, identity, log_buffer, num_threads or arithmetic_threads(), transport, grace_seconds

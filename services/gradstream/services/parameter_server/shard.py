@@ -15,20 +15,21 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from gradstream.core import files
 from gradstream.core.base_model import BaseReader
 from gradstream.core.bundles import first_push_codec, is_tuned
-from gradstream.core.checkpoint import CheckpointReader, State, directory_of, shard_file_name, write_shard
+from gradstream.core.checkpoint import CheckpointReader, FileEntry, State, directory_of, shard_file_name, write_shard
 from gradstream.core.codecs import Payload, codec_named, codec_on_wire
 from gradstream.core.downlink import downlink
-from gradstream.core.errors import ProtocolError, StaleEpochError
+from gradstream.core.errors import ProtocolError, StaleEpochError, one_line
 from gradstream.core.fragments import Fragment
 from gradstream.core.log import get_logger
 from gradstream.core.model import initial_weights
 from gradstream.core.payloads import CodecBook, split
 from gradstream.core.plan import Plan
+from gradstream.core.rpc import Backoff
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.bundle_state import BundleState
@@ -39,6 +40,7 @@ from gradstream.services.parameter_server.tuner import Tuner
 
 log = get_logger()
 T = TypeVar("T")
+Written: TypeAlias = tuple[FileEntry, list[bytes]]
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ class Shard:
         self._closed: StaleEpochError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._checkpoint_task: asyncio.Task[None] | None = None
+        # The last version whose checkpoint was begun, or was there at the start.
+        self._checkpoint_version = plan.start_version
+        self._snapshots = False  # whether a copy of the version at hand is being made
+        # Why that checkpoint cannot be written, and since when (Unix seconds); None while it can.
+        self._unwritten: tuple[str, float] | None = None
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -287,16 +294,13 @@ class Shard:
         self._num_complete = 0
         checkpoint = decision.checkpoint
         if checkpoint:
-            # The last copy may still be on its way to the disk; one at a time bounds the memory.
-            await self.drain()
+            await self._settle_checkpoint()
         copies = await asyncio.gather(
             *(self._apply(state, decision, rate, checkpoint) for state in self.bundles.values())
         )
         self._enter(step + 1)
         if checkpoint:
-            self._checkpoint_task = asyncio.create_task(
-                self._guard(self._write_checkpoint(step + 1, list(chain.from_iterable(copies))))
-            )
+            self._begin_checkpoint(step + 1, list(chain.from_iterable(copies)))
         if self.leader is not None:
             await self._report_step(self._step_report(decision, rate, num_samples, push_codec))
 
@@ -368,6 +372,56 @@ class Shard:
             codec_reason=self._tuner.reason if self._tuner is not None else "",
         )
 
+    def request_snapshot(self, version: int) -> None:
+        """Write a checkpoint of `version`, without a commit, if this is the version at hand and it has none yet."""
+        if self._can_snapshot(version) and not self._snapshots:
+            self._snapshots = True
+            self._spawn(self._snapshot(version))
+
+    async def _snapshot(self, version: int) -> None:
+        try:
+            await self._take_snapshot(version)
+        finally:
+            self._snapshots = False
+
+    async def _take_snapshot(self, version: int) -> None:
+        await self._settle_checkpoint()
+        copies = await asyncio.gather(*(self._run(state.snapshot) for state in self.bundles.values()))
+        # A step may have been decided meanwhile: its update may be in the copies.
+        if self._can_snapshot(version):
+            self._begin_checkpoint(version, list(chain.from_iterable(copies)))
+
+    def _can_snapshot(self, version: int) -> bool:
+        settled = self._closed is None and self.phase.name not in ("loading", "applying")
+        return settled and self.version == version > self._checkpoint_version
+
+    async def _settle_checkpoint(self) -> None:
+        """Wait until no copy is on its way to the disk: one at a time bounds the memory. One that the disk does not
+        take makes room for the newer one."""
+        if self._checkpoint_task is not None and self._unwritten is not None:
+            self._checkpoint_task.cancel()
+            self._unwritten = None
+        await self.drain()
+
+    def _begin_checkpoint(self, version: int, copies: list[tuple[Fragment, State]]) -> None:
+        self._checkpoint_version = version
+        self._checkpoint_task = asyncio.create_task(self._guard(self._write_checkpoint(version, copies)))
+
+    async def _write_file(self, directory: str, file: str, copies: list[tuple[Fragment, State]]) -> Written:
+        """Write this server's file of a checkpoint, as often as it takes: a disk that is full costs no state."""
+        backoff = Backoff(1.0, 30.0)
+        while True:
+            try:
+                written = await asyncio.to_thread(write_shard, directory, file, self.plan.tensors, copies)
+                self._unwritten = None
+                return written
+            except OSError as error:
+                cause = one_line(error)
+                if self._unwritten is None or self._unwritten[0] != cause:
+                    log.error("a checkpoint cannot be written, trying again", directory=directory, cause=cause)
+                self._unwritten = (cause, self._unwritten[1] if self._unwritten is not None else time.time())
+            await asyncio.sleep(backoff.next())
+
     async def _write_checkpoint(self, version: int, copies: list[tuple[Fragment, State]]) -> None:
         plan = self.plan
         # In the order of their indices, whatever bundles they lie in.
@@ -375,7 +429,7 @@ class Shard:
         directory = directory_of(plan.checkpoint_root, version)
         file = shard_file_name(plan.epoch, self.index, len(plan.servers))
         began = time.monotonic()
-        entry, digests = await asyncio.to_thread(write_shard, directory, file, plan.tensors, copies)
+        entry, digests = await self._write_file(directory, file, copies)
         log.info(
             "checkpoint shard written",
             job=plan.job_id,
@@ -454,6 +508,9 @@ class Shard:
             absent = self.leader.missing if self.leader is not None else [self.plan.leader]
             names = ", ".join(self.plan.servers[server].name for server in absent)
             waiting_for = f"the commit of step {self.version} by {names}" if names else ""
+        since = self.phase.since
+        if self._unwritten is not None:
+            waiting_for, since = f"the disk to take its checkpoint: {self._unwritten[0]}", self._unwritten[1]
         finished = self.version >= self.plan.num_steps
         states = self.bundles.values()
         return coordinator_pb2.Activity(
@@ -461,7 +518,7 @@ class Shard:
             phase="idle" if finished else self.phase.name,
             step=max(0, self.version),
             waiting_for=waiting_for,
-            waiting_since_unix_ms=int(self.phase.since * 1000) if waiting_for else 0,
+            waiting_since_unix_ms=int(since * 1000) if waiting_for else 0,
             sent_bytes=self.sent_bytes,
             received_bytes=self.received_bytes,
             missing_slots=missing,

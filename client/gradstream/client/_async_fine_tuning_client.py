@@ -286,7 +286,7 @@ class AsyncFineTuningClient:
         prompt: str | Sequence[Mapping[str, str]] = "",
         *,
         base: bool | str = False,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -296,8 +296,8 @@ class AsyncFineTuningClient:
 
         `prompt` is a text, or a conversation of {"role": …, "content": …} for the tokenizer's chat template. With
         `base=True` the fine-tuning's base generates; `base="PATH"` names a base by itself, with no name. At temperature
-        0 the likeliest token is taken each time. Ends before the first of the texts `stop`. Leaving the iterator ends
-        the generation.
+        0 the likeliest token is taken each time. `max_new_tokens=None`: 128, or what there is room for. Ends before the
+        first of the texts `stop`, which may be special tokens. Leaving the iterator ends the generation.
 
         Raises ConfigError for an unknown name or a prompt that is too long, CheckpointError when there is no version
         yet.
@@ -307,9 +307,7 @@ class AsyncFineTuningClient:
             use_base=base is True,
             base=absolute_path(base) if isinstance(base, str) else "",
             prompt=prompt if isinstance(prompt, str) else "",
-            messages=[]
-            if isinstance(prompt, str)
-            else [pb.ChatMessage(role=message["role"], content=message["content"]) for message in prompt],
+            messages=[] if isinstance(prompt, str) else [_message(message) for message in prompt],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -366,3 +364,10 @@ async def _resolve(recipe: AnyRecipe, overrides: Iterable[str]) -> FineTuningRec
         raise ConfigError("overrides go with the path of a recipe; change the mapping or the FineTuningRecipe instead")
     parsed = recipe if isinstance(recipe, FineTuningRecipe) else parse_finetuning_recipe(recipe)
     return absolute_finetuning_paths(parsed)
+
+
+def _message(message: Mapping[str, str]) -> pb.ChatMessage:
+    """Raises ConfigError for a message with other fields than role and content, none of which is sent."""
+    if set(message) != {"role", "content"}:
+        raise ConfigError(f"a message has the fields {', '.join(sorted(message)) or 'none'}; give it role and content")
+    return pb.ChatMessage(role=message["role"], content=message["content"])

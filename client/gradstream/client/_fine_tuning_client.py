@@ -117,7 +117,7 @@ class FineTuningClient:
         prompt: str | Sequence[Mapping[str, str]] = "",
         *,
         base: bool | str = False,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,

@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.bases import change_json, full_checkpoint, lora_checkpoint, save_base
 from support.tokenizers import CHATML
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from gradstream.core.base_model import find_base
 from gradstream.core.base_tokenizer import end_ids, load_tokenizer
 from gradstream.core.checkpoint import export_huggingface
 from gradstream.core.errors import ConfigError
 from gradstream.core.finetuning import FineTuning, LoraConfig
+from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.encoding import Encoder
 from gradstream.services.fine_tuning.export import export_adapter, export_merged
+from gradstream.services.fine_tuning.serving import Serving
 
 WORDS = ["<end>", "<s>", "<|im_start|>", "<|im_end|>", "<unk>", *"abcdefghij", "user", "assistant"]
 LAST = len(WORDS)
@@ -187,3 +190,33 @@ def test_all_ends_count(tmp_path: Path) -> None:
     base = chat_base(tmp_path / "base", eos_token_id=[7, 8])
     change_json(base / "config.json", eos_token_id=6)
     assert end_ids(load_tokenizer(find_base(str(base))[0])) == {0, 3, 6, 7, 8}
+
+
+@pytest.mark.usefixtures("one_thread")
+async def test_the_service_stops_at_every_end_and_takes_zeros_at_their_word(tmp_path: Path) -> None:
+    directory = chat_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids_BT = torch.tensor([tokenizer("a b c").input_ids])
+    wanted = model.generate(ids_BT, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist()
+    fifth = wanted[ids_BT.shape[1] + 4]
+    assert fifth not in wanted[ids_BT.shape[1] : ids_BT.shape[1] + 4]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [63, fifth]}))
+    serving = Serving("cpu", 2 << 30)
+    base = find_base(str(directory))[0]
+
+    async def asked(**fields: Any) -> list[pb.GenerateResponse]:
+        request = pb.GenerateRequest(prompt="a b c", **fields)
+        return [piece async for piece in serving.generate(base, None, request)]
+
+    try:
+        for settings in ({}, {"max_new_tokens": 9}):
+            last = (await asked(**settings))[-1]
+            assert (last.num_tokens, last.finish_reason) == (4, pb.FINISH_REASON_END_OF_TEXT)
+        with pytest.raises(ConfigError, match="max_new_tokens is 0; ask for at least 1"):
+            await asked(max_new_tokens=0)
+        hot = {"temperature": 9.0, "seed": 1, "max_new_tokens": 30}
+        assert (await asked(top_p=0.0, **hot))[-1].num_tokens == 4
+        assert (await asked(**hot))[-1].num_tokens != 4
+    finally:
+        await serving.close()

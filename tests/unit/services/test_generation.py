@@ -118,6 +118,22 @@ def test_draws_are_the_seeds_whoever_shares_the_batch(bases: MemoryBases) -> Non
     assert alone.text == among.text != other.text
 
 
+def test_a_stop_text_that_is_a_special_token_ends_the_text_there(bases: MemoryBases) -> None:
+    """It has no text that could be looked for."""
+    models = bases.served()
+    models.add_base("base", bases.add("base", random_model(CONFIGS["llama"])))
+    (whole,) = generated(models, ask("base", PROMPTS[2], 20))
+    ids = greedy_of(bases.models["base"], PROMPTS[2], 20)
+    word = bases.tokenizer.convert_ids_to_tokens(ids[4])
+    bases.tokenizer.add_special_tokens({"additional_special_tokens": [word]}, replace_extra_special_tokens=False)
+    assert (ids.index(ids[4]), bases.tokenizer.convert_tokens_to_ids(word)) == (4, ids[4])
+    (asked,) = generated(models, ask("base", PROMPTS[2], 20, stop=(word,)))
+    assert asked.pieces[-1].finish_reason == pb.FINISH_REASON_STOP
+    assert asked.pieces[-1].num_tokens == 4
+    assert whole.text.startswith(asked.text)
+    assert asked.text == text_of(bases, PROMPTS[2], ids[:4])
+
+
 def test_a_stop_text_ends_the_text_before_it(bases: MemoryBases) -> None:
     models = bases.served()
     models.add_base("base", bases.add("base", random_model(CONFIGS["llama"])))
@@ -243,12 +259,13 @@ def test_rows_wait_for_memory_for_their_keys_and_values(bases: MemoryBases) -> N
         ({"max_new_tokens": 0}, "at least 1"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": -0.1}, "top_p is -0.1"),
         ({"top_p": 1.01}, "top_p is 1.01"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is"),
         ({"stop": ("",)}, "a stop text has 0 characters"),
         ({"stop": ("a",) * 17}, "17 stop texts"),
+        ({"stop": ("<end>\n",)}, "stop text '<end>.n' has the special token '<end>' in it"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(change: dict[str, Any], message: str, bases: MemoryBases) -> None:

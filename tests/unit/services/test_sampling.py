@@ -20,14 +20,14 @@ def plain_nucleus(probabilities: list[float], top_p: float) -> set[int]:
     kept: set[int] = set()
     total = 0.0
     for token in sorted(range(len(probabilities)), key=lambda token: -probabilities[token]):
-        if total >= top_p:
+        if kept and total >= top_p:
             break
         kept.add(token)
         total += probabilities[token]
     return kept
 
 
-@pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.1, 0.5, 0.9, 0.999])
 def test_the_nucleus_is_the_fewest_likeliest_tokens(top_p: float) -> None:
     for seed in range(20):
         probabilities_V = (torch.randn(50, generator=seeded(seed)).double() * 3).softmax(0)

@@ -48,7 +48,7 @@ MaxNewTokensOption = Annotated[
     ),
 ]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")]
-TopPOption = Annotated[float, typer.Option("--top-p", min=0.01, max=1, help="Sample from the likeliest share p.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample from the likeliest share p.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**64 - 1, help="Same seed, same text.")]
 StopOption = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text before which to end; may be repeated.")
@@ -392,7 +392,7 @@ def _settings(
     max_new_tokens: int | None, temperature: float, top_p: float, seed: int, stop: list[str] | None
 ) -> dict[str, Any]:
     return {
-        "max_new_tokens": max_new_tokens or 0,
+        "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,

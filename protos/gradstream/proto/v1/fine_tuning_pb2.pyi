@@ -960,11 +960,11 @@ class GenerateRequest(_message.Message):
     prompt: _builtins.str
     """What is continued; either this or messages."""
     max_new_tokens: _builtins.int
-    """Most tokens to generate; 0: 128."""
+    """Most tokens to generate, at least 1; absent: 128, or what there is room for."""
     temperature: _builtins.float
     """0: the likeliest token each time."""
     top_p: _builtins.float
-    """Sample among the likeliest tokens that together have this probability; 0 means 1, all of them."""
+    """Sample among the likeliest tokens that together have this probability; 0: the likeliest; absent: 1."""
     seed: _builtins.int
     """Of the draws."""
     @_builtins.property
@@ -973,7 +973,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Generation ends before the first of these texts."""
+        """Generation ends before the first of these texts. One that is a special token ends it where the model says this token."""
 
     def __init__(
         self,
@@ -983,17 +983,24 @@ class GenerateRequest(_message.Message):
         base: _builtins.str = ...,
         prompt: _builtins.str = ...,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
-        max_new_tokens: _builtins.int = ...,
+        max_new_tokens: _builtins.int | None = ...,
         temperature: _builtins.float = ...,
-        top_p: _builtins.float = ...,
+        top_p: _builtins.float | None = ...,
         seed: _builtins.int = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_top_p", b"_top_p", "max_new_tokens", b"max_new_tokens", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "max_new_tokens", b"max_new_tokens", "messages", b"messages", "name", b"name", "prompt", b"prompt", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_p", b"top_p", "use_base", b"use_base"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_top_p", b"_top_p", "base", b"base", "max_new_tokens", b"max_new_tokens", "messages", b"messages", "name", b"name", "prompt", b"prompt", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_p", b"top_p", "use_base", b"use_base"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_new_tokens: _TypeAlias = _typing.Literal["max_new_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_new_tokens: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_new_tokens) -> _WhichOneofReturnType__max_new_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 

@@ -22,6 +22,7 @@ from gradstream.services.fine_tuning.scheduler import (
     Row,
     Scheduler,
 )
+from gradstream.services.fine_tuning.text_stream import special_tokens
 
 __all__ = ["Engine", "EngineLimits", "EngineStatus", "GenerationRequest", "Piece", "check_request"]
 
@@ -114,8 +115,8 @@ def check_request(request: GenerationRequest, profile: Profile) -> None:
         )
     if not (math.isfinite(request.temperature) and request.temperature >= 0):
         raise ConfigError(f"temperature is {request.temperature}; it must be 0 (the likeliest token) or more")
-    if not 0 < request.top_p <= 1:
-        raise ConfigError(f"top_p is {request.top_p}; it must be more than 0 and at most 1 (all tokens)")
+    if not 0 <= request.top_p <= 1:
+        raise ConfigError(f"top_p is {request.top_p}; it must be 0 (the likeliest token) to 1 (all tokens)")
     if not 0 <= request.seed < 2**64:
         raise ConfigError(f"seed is {request.seed}; it must be at least 0 and below 2**64")
     if len(request.stop) > MAX_STOP_TEXTS:
@@ -123,6 +124,13 @@ def check_request(request: GenerationRequest, profile: Profile) -> None:
     for text in request.stop:
         if not 0 < len(text) <= MAX_STOP_CHARACTERS:
             raise ConfigError(f"a stop text has {len(text)} characters; give it 1 to {MAX_STOP_CHARACTERS}")
+    special = special_tokens(profile.tokenizer)
+    for text in request.stop:
+        if text not in special and (found := next((token for token in special if token and token in text), None)):
+            raise ConfigError(
+                f"stop text {text!r} has the special token {found!r} in it, which is no part of any text; give the "
+                f"token alone"
+            )
 
 
 def _deliverer(

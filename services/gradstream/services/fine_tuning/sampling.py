@@ -12,12 +12,12 @@ from gradstream.core.errors import CheckpointError
 
 def nucleus(probabilities_V: torch.Tensor, top_p: float) -> torch.Tensor:
     """Which tokens are the nucleus (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020): the fewest
-    likeliest ones that together have at least `top_p`; among equals those of lower number. Returns bool, shape (V,);
-    never all False."""
+    likeliest ones that together have at least `top_p`, at least one; among equals those of lower number. Returns bool,
+    shape (V,)."""
     sorted_V, order_V = torch.sort(probabilities_V.double(), descending=True, stable=True)
     before_V = sorted_V.cumsum(0) - sorted_V
-    # Rounding may leave the first token something before it; it always belongs.
-    before_V[0] = 0.0
+    # The first token always belongs: rounding may leave it something before it, and top_p may be 0.
+    before_V[0] = -1.0
     kept_V = torch.zeros_like(probabilities_V, dtype=torch.bool)
     kept_V[order_V[before_V < top_p]] = True
     return kept_V

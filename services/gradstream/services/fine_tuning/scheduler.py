@@ -23,7 +23,7 @@ from gradstream.services.fine_tuning.batch import Batch, peak_positions
 from gradstream.services.fine_tuning.models import Profile, Served, ServedModels
 from gradstream.services.fine_tuning.resident import ResidentBase
 from gradstream.services.fine_tuning.sampling import choose
-from gradstream.services.fine_tuning.text_stream import TextStream
+from gradstream.services.fine_tuning.text_stream import TextStream, special_tokens
 
 UNFINISHED = pb.FINISH_REASON_UNSPECIFIED
 
@@ -46,7 +46,7 @@ class Piece:
     """What came next; the last one alone has a finish reason."""
 
     text: str
-    num_tokens: int  # generated so far, the one that says end of text aside
+    num_tokens: int  # generated so far, without the one that ends the text
     finish_reason: pb.FinishReason.ValueType = UNFINISHED
 
 
@@ -79,11 +79,15 @@ class Row:
     cancelled: bool = False
     num_tokens: int = 0
     text: TextStream = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)  # stop texts that are special tokens, which have no text
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         request = self.request
-        self.text = TextStream(self.profile.tokenizer, request.prompt_ids, request.stop)
+        special = special_tokens(self.profile.tokenizer)
+        self.stop_ids = frozenset(special[text] for text in request.stop if text in special)
+        texts = [text for text in request.stop if text not in special]
+        self.text = TextStream(self.profile.tokenizer, request.prompt_ids, texts)
         self.generator = torch.Generator().manual_seed(request.seed)
 
     def choose(self, logits_V: torch.Tensor) -> int:
@@ -94,6 +98,8 @@ class Row:
         """What can be shown after `token`; None when that is nothing new."""
         if token in self.profile.end_ids:
             return self._last(self.text.flush(), pb.FINISH_REASON_END_OF_TEXT)
+        if token in self.stop_ids:
+            return self._last(self.text.flush(), pb.FINISH_REASON_STOP)
         self.num_tokens += 1
         text = self.text.push(token)
         if self.text.stopped:

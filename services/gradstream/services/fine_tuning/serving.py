@@ -98,7 +98,7 @@ class Serving:
         ids = await self._prompt_ids(base, request)
         model = await self._serve(base, checkpoint)
         num_new = request.max_new_tokens
-        if not num_new:
+        if not request.HasField("max_new_tokens"):
             # Nobody has asked for more than there is room for.
             longest = (await self.engine.profile(model)).max_positions
             num_new = DEFAULT_NEW_TOKENS if longest is None else max(1, min(DEFAULT_NEW_TOKENS, longest - len(ids)))
@@ -107,7 +107,7 @@ class Serving:
             tuple(ids),
             max_new_tokens=num_new,
             temperature=request.temperature,
-            top_p=request.top_p or 1.0,
+            top_p=request.top_p if request.HasField("top_p") else 1.0,
             seed=request.seed,
             stop=tuple(request.stop),
         )

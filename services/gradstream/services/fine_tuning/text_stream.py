@@ -13,6 +13,11 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The special tokens by their texts."""
+    return {str(added.content): int(token) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+
+
 class Detokenizer:
     """Turns tokens into text one by one. Special tokens have none.
 
@@ -23,7 +28,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]):
         self._tokenizer = tokenizer
         # Left out of all that is decoded: a run of byte tokens goes on across them.
-        self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self._special = set(special_tokens(tokenizer).values())
         self._ids = [token for token in prompt_ids if token not in self._special][-CONTEXT_TOKENS:]
         self._before = self._decode(self._ids)
         self._num_before = len(self._ids)

@@ -39,7 +39,7 @@ LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
 class ExamplesConfig(Section):
     """The task's data: JSONL or Parquet rows, or plain text."""
 
-    path: str = Field(description="a file on any fsspec path: .jsonl, .parquet or text")
+    path: str = Field(description="a file, a directory or a glob on any fsspec path: .jsonl, .parquet or text")
     validation_path: str | None = Field(default=None, description="held-out rows; a share of `path` when absent")
     validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of rows held out, by their content")
     format: Literal["auto", "prompt-completion", "chat", "text"] = Field(

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from canned_fine_tunings import CannedFineTunings, canned_fine_tuning, serving_fine_tunings
+from canned_fine_tunings import CannedFineTunings, canned_fine_tuning, canned_report, serving_fine_tunings
 from canned_jobs import canned_job
 from rich.text import Text
 
-from gradstream.client import RenderedExample, RenderedPiece
+from gradstream.client import Job, RenderedExample, RenderedPiece
 from gradstream.coordinator.cli import main
 from gradstream.coordinator.cli._fine_tuning_views import TARGET_STYLE, example_text
+from gradstream.coordinator.cli._progress import progress_facts
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 
 
@@ -173,6 +174,71 @@ def test_generate(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]
     assert service.requests[1].messages[0].content == "hello"
     assert main(["finetune", "generate", "task", "--prompt", "too long"]) == 2
     assert "64 positions" in capsys.readouterr().err
+
+
+def test_a_conversation_has_a_system(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["finetune", "generate", "task", "--prompt", "hello", "--system", "be brief"]
+    assert main([*asked, "--chat"]) == 0
+    told = [(message.role, message.content) for message in service.requests[0].messages]
+    assert told == [("system", "be brief"), ("user", "hello")]
+    assert main(["finetune", "compare", "task", "-p", "hello", "--chat", "--system", "be brief"]) == 0
+    assert [message.content for message in service.requests[-1].messages] == ["be brief", "hello"]
+    capsys.readouterr()
+    assert main(asked) == 2
+    assert "--system is a message of a conversation; give --chat too" in capsys.readouterr().err
+
+
+def test_what_is_not_asked_for_is_not_sent(service: CannedFineTunings) -> None:
+    assert main(["finetune", "generate", "task", "--prompt", "x"]) == 0
+    assert not service.requests[0].HasField("max_new_tokens")
+    assert main(["finetune", "generate", "task", "--prompt", "x", "--top-p", "0", "--max-new-tokens", "3"]) == 0
+    assert (service.requests[1].top_p, service.requests[1].max_new_tokens) == (0.0, 3)
+    assert service.requests[1].HasField("top_p")
+
+
+def test_the_hint_of_a_chat_says_chat(
+    service: CannedFineTunings, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = canned_report()
+    report.format = "chat"
+    hints: list[str] = []
+    monkeypatch.setattr("gradstream.coordinator.cli._output.hint", lambda *lines: hints.extend(lines))
+    for examples, flag in ((report, " --chat"), (canned_report(), "")):
+        service.created = canned_fine_tuning("made", examples=examples)
+        assert main(["finetune", "create", str(recipe), "--wait"]) == 0
+        assert [hint.split("--prompt TEXT")[1] for hint in hints if "finetune generate made" in hint] == [flag]
+        hints.clear()
+
+
+def test_rates_say_which_tokens_they_count(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
+    report = canned_report()
+    report.num_tokens = 2 * report.num_target_tokens
+    job = canned_job("task-1", tokens_per_second=1200.0, recipe_json=json.dumps({"finetuning": {"method": "lora"}}))
+    running = {"state": pb.FINE_TUNING_STATE_TRAINING, "before": None, "after": None, "job": job}
+    service.fine_tunings = [canned_fine_tuning(examples=report, **running)]
+    assert main(["finetune", "status"]) == 0
+    assert "1.2 k target tokens/s (2.4 k tokens/s in all)" in capsys.readouterr().out
+    assert any("1.2 k target tokens/s" in fact for fact in progress_facts(Job.from_proto(job)))
+    assert any(
+        "1.2 k tokens/s" in fact for fact in progress_facts(Job.from_proto(canned_job("x", tokens_per_second=1200.0)))
+    )
+
+
+def test_fields_that_are_not_used_are_named(
+    service: CannedFineTunings, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = canned_report()
+    report.unused_fields.update({"id": 10, "source": 3})
+    report.notes.append("3 examples are the same as another one")
+    preview = pb.PreviewExamplesResponse(report=report)
+    service.preview = preview
+    assert main(["finetune", "create", str(recipe), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "fields not used: id (10 rows), source (3 rows)" in shown
+    assert "note: 3 examples are the same as another one" in shown
+    service.fine_tunings = [canned_fine_tuning(examples=report)]
+    assert main(["finetune", "status", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"]["unused_fields"] == {"id": 10, "source": 3}
 
 
 def test_compare(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:

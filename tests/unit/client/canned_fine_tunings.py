@@ -79,6 +79,7 @@ class CannedFineTunings(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self.created = canned_fine_tuning("made", state=pb.FINE_TUNING_STATE_TRAINING, reason="as job made-1")
         self.requests: list[Any] = []
         self.uploaded = b""
+        self.preview: pb.PreviewExamplesResponse | None = None
         self.break_watch_after: list[int] = []
         """Cursors after which a watch breaks, each once."""
 
@@ -102,7 +103,7 @@ class CannedFineTunings(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             pb.RenderedPiece(text="return a + b", is_target=True),
         ]
         example = pb.RenderedExample(origin="task.jsonl:1", pieces=pieces, num_tokens=12, num_targets=5)
-        return pb.PreviewExamplesResponse(examples=[example], report=canned_report())
+        return self.preview or pb.PreviewExamplesResponse(examples=[example], report=canned_report())
 
     async def CreateFineTuning(self, request: Any, context: Any) -> pb.CreateFineTuningResponse:
         self.requests.append(request)

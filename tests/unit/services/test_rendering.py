@@ -16,12 +16,13 @@ from support.tokenizers import CHATML, MARKED, TEXT, byte_level, sentencepiece_l
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gradstream.core.errors import ConfigError
+from gradstream.core.errors import ConfigError, DataError
 from gradstream.core.finetuning_recipe import ExamplesConfig
 from gradstream.services.fine_tuning.chat import chat_prompt_ids, render_conversation
 from gradstream.services.fine_tuning.conversations import conversation
 from gradstream.services.fine_tuning.encoding import Encoder
-from gradstream.services.fine_tuning.examples import preview
+from gradstream.services.fine_tuning.examples import prepare_examples, preview
+from gradstream.services.fine_tuning.preparation import check_data
 from gradstream.services.fine_tuning.reading import BadRowError
 
 PLAIN = (
@@ -445,3 +446,33 @@ def test_end_of_text_is_appended_where_the_template_has_no_end(tmp_path: Path) -
     assert response.report.notes == [
         "1 conversations end with no end of text by the chat template; '<|endoftext|>' is added"
     ]
+
+
+@pytest.mark.parametrize("named", ["", "*.jsonl"], ids=["a directory", "a glob"])
+def test_examples_of_a_directory_and_of_a_glob(tmp_path: Path, named: str) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps({"prompt": f"{number}", "completion": "b"}) + "\n")
+    config = ExamplesConfig(path=str(tmp_path / named))
+    check_data(config)
+    report = preview(config, byte_level(), 64, 1).report
+    assert (report.num_rows, len(report.sha256)) == (3, 3)
+    with pytest.raises(ConfigError, match="matches no file"):
+        check_data(ExamplesConfig(path=str(tmp_path / "*.csv")))
+    with pytest.raises(DataError, match="there is no file"):
+        check_data(ExamplesConfig(path=str(tmp_path / "absent.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("count", "slots", "message"),
+    [
+        (100, 2, "all 100 examples are alike: a slot needs one to train on, and a different one has to be held out"),
+        (1, 1, "there is one example: a slot needs one to train on, and a different one has to be held out; add rows"),
+    ],
+)
+def test_rows_that_cannot_be_split(tmp_path: Path, count: int, slots: int, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps({"prompt": "p", "completion": "c"}) + "\n") * count)
+    with pytest.raises(DataError, match=message):
+        prepare_examples(ExamplesConfig(path=str(path)), byte_level(), 64, slots, str(tmp_path / "out"), 0)
+    note = f"{count - 1} examples are the same as another one"
+    assert (note in preview(ExamplesConfig(path=str(path)), byte_level(), 64, 1).report.notes) == (count > 1)

@@ -102,8 +102,7 @@ def fine_tuning_view(each: FineTuning) -> Any:
     if each.job is not None:
         job = each.job
         row("job", out.styled(f"{job.job_id} ", None) + out.state_text(job.state) + Text(f": {job.reason}"))
-        rates = f", {out.format_count(job.tokens_per_second)} tokens/s" if job.tokens_per_second else ""
-        row("step", f"{job.version} of {job.num_steps}{rates}, ETA {out.format_duration(job.eta)}")
+        row("step", f"{job.version} of {job.num_steps}{rates_text(each)}, ETA {out.format_duration(job.eta)}")
         row("training loss", f"{out.format_loss(job.loss)} nats a token")
         for wait in job.waits:
             row("waits for", Text(f"{wait.what}, from {wait.whom}, {out.format_since(wait.since)}", style="yellow"))
@@ -115,6 +114,22 @@ def fine_tuning_view(each: FineTuning) -> Any:
         row("best version", each.best_version)
     row("created", out.format_time(each.created))
     return table
+
+
+def rates_text(each: FineTuning) -> str:
+    """Tokens a second, targets and all of them, with a comma before them; empty where nothing is measured."""
+    target = each.job.tokens_per_second if each.job is not None else 0.0
+    if not target:
+        return ""
+    report = each.examples
+    share = report.num_target_tokens / report.num_tokens if report is not None and report.num_tokens else 0.0
+    every = f" ({out.format_count(target / share)} tokens/s in all)" if share else ""
+    return f", {out.format_count(target)} target tokens/s{every}"
+
+
+def chat_flag(each: FineTuning) -> str:
+    """The flag with which a prompt is rendered as the examples were."""
+    return " --chat" if each.examples is not None and each.examples.format == "chat" else ""
 
 
 def evaluation_text(evaluation: Evaluation | None, loss: float | None = None) -> str:

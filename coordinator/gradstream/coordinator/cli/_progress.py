@@ -97,10 +97,15 @@ def progress_facts(job: Job) -> list[str]:
     if job.validation_loss is not None:
         parts.append(f"validation {job.validation_loss:.3f}")
     if job.tokens_per_second and not job.state.ended:
-        parts.append(f"{out.format_count(job.tokens_per_second)} tokens/s")
+        parts.append(f"{out.format_count(job.tokens_per_second)} {counted_tokens(job)}/s")
         parts.append(f"up {out.format_rate(job.push_bytes_per_second)}")
         parts.append(f"down {out.format_rate(job.pull_bytes_per_second)}")
     return parts
+
+
+def counted_tokens(job: Job) -> str:
+    """Which tokens a job counts: of a fine-tuning those that it is trained to predict."""
+    return "target tokens" if job.recipe.get("finetuning") else "tokens"
 
 
 def progress_wait(job: Job) -> str:

@@ -57,6 +57,10 @@ ChatOption = Annotated[
     bool, typer.Option("--chat", help="The prompt is a user's message, rendered by the base's chat template.")
 ]
 
+SystemOption = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="With --chat: the system's message before the prompt.")
+]
+
 
 # ---- Making one ------------------------------------------------------------------------------------------------------
 
@@ -98,10 +102,12 @@ def create(
         made = client.create(asked, request_id=request_id)
         made = _follow(client, made, output, lambda now: not wait and now.state != "preparing")
     _print_one(made, output)
+    from gradstream.coordinator.cli._fine_tuning_views import chat_flag
+
     if made.state == "finished":
         out.hint(
             f"look: gradstream finetune compare {made.name}",
-            f"use it: gradstream finetune generate {made.name} --prompt TEXT",
+            f"use it: gradstream finetune generate {made.name} --prompt TEXT{chat_flag(made)}",
             f"take it: gradstream finetune export {made.name} --to DIR",
         )
     else:
@@ -274,6 +280,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")],
     base: Annotated[bool, typer.Option("--base", help="The base generates, without what was learnt.")] = False,
     chat: ChatOption = False,
+    system: SystemOption = None,
     max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -287,7 +294,7 @@ def generate(
     pieces: list[GeneratedText] = []
     with open_fine_tuning_client(service) as client:
         try:
-            for piece in client.generate(name, _prompt(prompt, chat), base=base, **settings):
+            for piece in client.generate(name, _prompt(prompt, chat, system), base=base, **settings):
                 pieces.append(piece)
                 if output is OutputFormat.table:
                     out.print_text(piece.text, end="")
@@ -325,6 +332,7 @@ def compare(
     ] = None,
     num_samples: Annotated[int, typer.Option("-n", min=1, help="How many held-out prompts.")] = SHOWN_SAMPLES,
     chat: ChatOption = False,
+    system: SystemOption = None,
     max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -342,7 +350,7 @@ def compare(
         if prompts:
 
             def said(prompt: str, base: bool) -> str:
-                pieces = client.generate(name, _prompt(prompt, chat), base=base, **settings)
+                pieces = client.generate(name, _prompt(prompt, chat, system), base=base, **settings)
                 return "".join(piece.text for piece in pieces)
 
             comparisons = [
@@ -384,8 +392,13 @@ def export(
         print(path)
 
 
-def _prompt(prompt: str, chat: bool) -> Any:
-    return [{"role": "user", "content": prompt}] if chat else prompt
+def _prompt(prompt: str, chat: bool, system: str | None) -> Any:
+    from gradstream.core.errors import ConfigError
+
+    if system is not None and not chat:
+        raise ConfigError("--system is a message of a conversation; give --chat too")
+    told = [{"role": "system", "content": system}] if system is not None else []
+    return [*told, {"role": "user", "content": prompt}] if chat else prompt
 
 
 def _settings(

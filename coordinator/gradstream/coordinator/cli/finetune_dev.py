@@ -73,14 +73,14 @@ def dev(
     if output is OutputFormat.json:
         out.print_json({**run.made.to_dict(), "adapter": str(run.exported)})
         return
-    from gradstream.coordinator.cli._fine_tuning_views import held_out, print_comparisons
+    from gradstream.coordinator.cli._fine_tuning_views import chat_flag, held_out, print_comparisons
 
     print_comparisons(run.made, held_out(run.made)[:SHOWN_SAMPLES])
     print()
     print(f"result: {run.exported}")
     out.hint(
         f"use it: gradstream serve fine-tuning --state {os.path.relpath(run.exported.parent / 'fine-tuning')}",
-        f"        gradstream finetune generate {run.made.name} --prompt TEXT",
+        f"        gradstream finetune generate {run.made.name} --prompt TEXT{chat_flag(run.made)}",
     )
 
 

@@ -168,6 +168,8 @@ def job_view(job: Job, nodes: list[Node]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    from gradstream.coordinator.cli._progress import counted_tokens
+
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -179,14 +181,15 @@ def job_view(job: Job, nodes: list[Node]) -> Any:
     row("state", out.state_text(job.state) + (Text(f": {job.reason}") if job.reason else Text()))
     percent = f" ({100 * job.version / job.num_steps:.0f} %)" if job.num_steps else ""
     row("step", f"{job.version} of {job.num_steps}{percent}, epoch {job.epoch}, skipped {job.num_skipped}")
-    row("trained on", f"{out.format_count(job.num_tokens)} tokens in {job.num_samples} samples")
+    row("trained on", f"{out.format_count(job.num_tokens)} {counted_tokens(job)} in {job.num_samples} samples")
     row("training loss", f"{out.format_loss(job.loss)} nats a token")
     first = f" (at the start {job.initial_validation_loss:.4f})" if job.initial_validation_loss is not None else ""
     row("validation loss", f"{out.format_loss(job.validation_loss)} nats a token{first}")
     if not job.state.ended:
         row(
             "rates",
-            f"{out.format_count(job.tokens_per_second)} tokens/s, up {out.format_rate(job.push_bytes_per_second)}, "
+            f"{out.format_count(job.tokens_per_second)} {counted_tokens(job)}/s, "
+            f"up {out.format_rate(job.push_bytes_per_second)}, "
             f"down {out.format_rate(job.pull_bytes_per_second)}, ETA {out.format_duration(job.eta)}",
         )
     if job.num_parameters:

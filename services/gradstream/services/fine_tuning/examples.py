@@ -267,6 +267,8 @@ def _rows(config: ExamplesConfig, examples: list[Example], row_length: int, num_
 def _report(
     collected: _Collected, splits: dict[Split, list[Example]], num_packed_rows: int
 ) -> fine_tuning_pb2.ExamplesReport:
+    every = [example.key for split in SPLITS for example in splits[split]]
+    num_alike = len(every) - len(set(every))
     return fine_tuning_pb2.ExamplesReport(
         format=collected.format,
         num_rows=collected.num_rows,
@@ -282,6 +284,7 @@ def _report(
         num_tokens=sum(example.num_places for example in splits["train"]),
         unused_fields=collected.unused_fields,
         notes=[
+            *([f"{num_alike} examples are the same as another one"] if num_alike else []),
             *(f"{count} {note}" for note, count in collected.notes.items()),
             *(f"{count} {reason} left out" for reason, count in sorted(collected.left_out.items())),
         ],
@@ -298,6 +301,13 @@ def _too_few(config: ExamplesConfig, collected: _Collected, splits: dict[Split, 
     left_out = collected.num_bad + collected.num_too_long
     left_out_note = f" ({left_out} of the data were left out)" if left_out else ""
     more = "data.path and data.validation_path" if config.validation_path else "data.path"
+    every = [example.key for split in SPLITS for example in splits[split]]
+    if len(set(every)) == 1 and not config.validation_path:
+        what = f"all {len(every)} examples are alike" if len(every) > 1 else "there is one example"
+        return (
+            f"{what}{left_out_note}: a slot needs one to train on, and a different one has to be held out; add rows to "
+            f"data.path, or name a data.validation_path"
+        )
     return (
         f"{len(splits['train'])} examples to train on and {len(splits['validation'])} held out{left_out_note} are too "
         f"few for {num_shards} slots, each of which needs one of both; add rows to {more} or lower training.num_slots"

@@ -14,6 +14,7 @@ from gradstream.core import base_model, files, model, model_check
 from gradstream.core.errors import DataError, GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.finetuning import Base
 from gradstream.core.finetuning_recipe import ExamplesConfig, FineTuningRecipe
+from gradstream.core.sources import find_files
 from gradstream.proto.v1 import fine_tuning_pb2
 from gradstream.services.fine_tuning.examples import Prepared, prepare_examples
 from gradstream.services.fine_tuning.store import Store
@@ -26,13 +27,16 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def check_data(config: ExamplesConfig) -> None:
-    """Raise DataError when a file of examples is not where the service can see it."""
+    """Raise DataError when a file of examples is not where the service can see it, ConfigError when a directory or a
+    glob has none."""
     for key, path in (("path", config.path), ("validation_path", config.validation_path)):
         if path is None:
             continue
         try:
             fs, inner = files.file_system(path)
             found = fs.isfile(inner)
+            if not found and (fs.isdir(inner) or any(character in inner for character in "*?[")):
+                found = bool(find_files([path]).files)
         except GradstreamError:
             raise
         except Exception as error:  # every fsspec backend raises its own kind

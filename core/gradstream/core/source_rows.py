@@ -255,7 +255,7 @@ def _jsonl_rows(source: OpenSource) -> Iterator[tuple[int, dict[str, Any] | BadL
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=_each_key_once)
         except (ValueError, RecursionError) as error:
             yield number, BadLine(f"not JSON ({one_line(error)})", "correct or remove the line")
             continue
@@ -277,6 +277,18 @@ def _json_rows(source: OpenSource) -> Iterator[tuple[int, dict[str, Any] | BadLi
         yield line, value if isinstance(value, dict) else BadLine("not a JSON object", "every row must be an object")
     if in_list:
         raise DataError(f"{source.name}:{text.line}: the file ends in the middle of its list; restore it")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Raises ValueError for a key that comes twice, since one of the values would be dropped."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key '{twice}' comes twice")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_key_once)
 
 
 class _JsonText:
@@ -304,7 +316,7 @@ class _JsonText:
         """The value that begins here. Raises DataError when there is none."""
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._held, self.position)
+                value, end = _DECODER.raw_decode(self._held, self.position)
                 if isinstance(value, dict | list | str) or end < len(self._held) or not self._more(BLOCK_BYTES):
                     self._advance(end)
                     return value

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import sysconfig
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -45,7 +45,7 @@ KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".parquet
 HIDDEN = "hidden files and directories"
 SPECIAL = "pipes, sockets and devices"
 GLOBBED_DIRECTORIES = "directories that a glob matches (** descends)"
-LOOPS = "links to a directory that they lie in"
+REPEATED_DIRECTORIES = "links to a directory that is read already"
 WITHOUT_ROWS = "files without any row"
 
 
@@ -131,7 +131,7 @@ def find_files(sources: Iterable[str]) -> FoundFiles:
     Raises ConfigError when a source names no file, for a link that leads nowhere and for what cannot be listed.
     """
     found = FoundFiles()
-    seen: dict[tuple[str, str], SourceFile] = {}
+    seen: dict[tuple[Any, str], SourceFile] = {}
     identities: set[tuple[int, int]] = set()
     for source in sources:
         left_out: Counter[str] = Counter()
@@ -142,7 +142,7 @@ def find_files(sources: Iterable[str]) -> FoundFiles:
             )
         found.left_out += left_out
         for file in files:
-            key = (str(file.filesystem.protocol), file.path)
+            key = (file.filesystem, file.path)  # two archives may hold files of one name
             if key in seen:
                 continue
             seen[key] = file
@@ -195,14 +195,14 @@ def _local_paths(path: str, left_out: Counter[str]) -> Iterator[str]:
     if os.path.lexists(path):
         status = _status(path)
         if stat.S_ISDIR(status.st_mode):
-            yield from _walk(path, left_out, ())
+            yield from _walk(path, left_out)
         elif stat.S_ISREG(status.st_mode):
             yield path
         else:
             raise ConfigError(f"{path} is no file that can be read twice (a pipe or a device); write it to a file")
     elif any(map(_is_pattern, path.split("/"))):
         root = "/" if path.startswith("/") else ""
-        yield from _glob(root, [part for part in path.split("/") if part not in ("", ".")], left_out, ())
+        yield from _glob(root, [part for part in path.split("/") if part not in ("", ".")], left_out)
 
 
 def _is_pattern(part: str) -> bool:
@@ -222,60 +222,62 @@ def _status(path: str) -> os.stat_result:
         ) from None
 
 
-Above = tuple[tuple[int, int], ...]
-"""The directories that a directory lies in, as it was reached: device and number of each."""
-
-
 def _entries(folder: str) -> list[str]:
     return sorted(os.listdir(folder or "."))
 
 
-def _enter(folder: str, above: Above, left_out: Counter[str]) -> Above | None:
-    """`above` with `folder` added; None where that would never end."""
-    status = _status(folder or ".")
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        left_out[LOOPS] += 1
-        return None
-    return (*above, identity)
+def _directories(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+    """A directory and all below, with what lies in each; hidden ones only if `folder` is one itself.
 
-
-def _walk(folder: str, left_out: Counter[str], above: Above) -> Iterator[str]:
-    """All files below a directory, without what is hidden."""
-    inside = _enter(folder, above, left_out)
-    if inside is None:
-        return
-    for name in _entries(folder):
-        path = os.path.join(folder, name)
-        if name.startswith("."):
-            left_out[HIDDEN] += 1
+    Each comes once, by its own path before any link to it, so that links in circles end.
+    """
+    seen: set[tuple[int, int]] = set()
+    plain, links = deque([folder]), deque[str]()
+    while plain or links:
+        path = plain.popleft() if plain else links.popleft()
+        status = _status(path or ".")
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            left_out[REPEATED_DIRECTORIES] += 1
             continue
-        mode = _status(path).st_mode
-        if stat.S_ISDIR(mode):
-            yield from _walk(path, left_out, inside)
-        elif stat.S_ISREG(mode):
-            yield path
-        else:
-            left_out[SPECIAL] += 1
+        seen.add(identity)
+        names = _entries(path)
+        yield path, names
+        for name in names:
+            inner = os.path.join(path, name)
+            if not name.startswith(".") and os.path.isdir(inner):
+                (links if os.path.islink(inner) else plain).append(inner)
 
 
-def _glob(folder: str, parts: list[str], left_out: Counter[str], above: Above) -> Iterator[str]:
+def _walk(folder: str, left_out: Counter[str]) -> Iterator[str]:
+    """All files below a directory, without what is hidden."""
+    for directory, names in _directories(folder, left_out):
+        for name in names:
+            if name.startswith("."):
+                left_out[HIDDEN] += 1
+                continue
+            path = os.path.join(directory, name)
+            mode = _status(path).st_mode
+            if stat.S_ISREG(mode):
+                yield path
+            elif not stat.S_ISDIR(mode):
+                left_out[SPECIAL] += 1
+
+
+def _glob(folder: str, parts: list[str], left_out: Counter[str]) -> Iterator[str]:
     """The files below `folder` that the parts of a pattern match."""
     part, rest = parts[0], parts[1:]
     if part == "**":
+        while rest and rest[0] == "**":
+            rest = rest[1:]
         if not rest:
-            yield from _walk(folder, left_out, above)
+            yield from _walk(folder, left_out)
             return
-        inside = _enter(folder, above, left_out)
-        if inside is None:
-            return
-        yield from _glob(folder, rest, left_out, ())
-        for name in _entries(folder):
-            path = os.path.join(folder, name)
-            if name.startswith("."):
-                left_out[HIDDEN] += os.path.isdir(path)
-            elif os.path.isdir(path):
-                yield from _glob(path, parts, left_out, inside)
+        for directory, names in _directories(folder, left_out):
+            left_out[HIDDEN] += sum(
+                name.startswith(".") and os.path.isdir(os.path.join(directory, name)) for name in names
+            )
+            yield from _glob(directory, rest, left_out)
         return
     # A name that is there is meant by its letters: [odd] is a directory of that name.
     if not _is_pattern(part) or os.path.lexists(os.path.join(folder, part)):
@@ -288,7 +290,7 @@ def _glob(folder: str, parts: list[str], left_out: Counter[str], above: Above) -
         path = os.path.join(folder, name)
         if rest:
             if os.path.isdir(path):
-                yield from _glob(path, rest, left_out, ())
+                yield from _glob(path, rest, left_out)
             continue
         mode = _status(path).st_mode
         if stat.S_ISREG(mode):
@@ -328,8 +330,9 @@ def _remote_files(source: str, filesystem: Any, path: str, left_out: Counter[str
         elif info.get("type") == "other":
             left_out[SPECIAL] += 1
         else:
+            chain = without_password(source.partition("::")[2])  # the archive that a file lies in
             label = public_text(str(filesystem.unstrip_protocol(name)))
-            yield SourceFile(label, filesystem, name, int(info.get("size") or 0))
+            yield SourceFile(f"{label}::{chain}" if chain else label, filesystem, name, int(info.get("size") or 0))
 
 
 def _stdlib_files() -> Iterator[SourceFile]:

@@ -168,6 +168,21 @@ def test_json_that_breaks_off_names_the_line(tmp_path: Path, content: bytes, mes
             examples(tmp_path / "a.json")
 
 
+def test_a_key_that_comes_twice(tmp_path: Path) -> None:
+    """One of its values would be dropped without a word."""
+    for content, line in (
+        ('{"text": "a"}\n{"text": "b", "id": 1, "text": "c"}\n', 2),
+        ('[{"text": "a"},\n\n{"text": "b", "text": "c"}]', 3),
+    ):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(
+            DataError, match=rf"a\.json:{line}: not JSON \(ValueError: the key 'text' comes twice\); corr"
+        ):
+            documents(tmp_path / "a.json")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "meta": {"x": 1, "x": 2}}\n')
+    assert examples(tmp_path / "a.jsonl") == ["not JSON (ValueError: the key 'x' comes twice)"]
+
+
 def test_a_row_of_a_list_that_is_no_object(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"text": "a"},\n 5, "x", [{"text": "no"}],\n\n {"text": "b"}]')
     assert examples(tmp_path / "a.json") == ["a", *["not a JSON object"] * 3, "b"]

@@ -1,6 +1,7 @@
 """Which files a source names: links, hidden names, globs, names of any bytes, and what is left out and counted."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -49,11 +50,35 @@ def test_links_among_files_and_directories(tmp_path: Path) -> None:
     assert found(tmp_path, str(tmp_path / "in")) == expected
     assert found(tmp_path, str(tmp_path / "in" / "**")) == expected
     assert found(tmp_path, str(tmp_path / "in" / "**" / "*.txt")) == expected
-    assert find_files([str(tmp_path / "in")]).left_out == {sources.LOOPS: 1}
+    assert find_files([str(tmp_path / "in")]).left_out == {sources.REPEATED_DIRECTORIES: 1}
     # As cat does: a link is a file of its own, and the user is told that it comes again.
     (tmp_path / "in" / "d.txt").symlink_to("a.txt")
     files = find_files([str(tmp_path / "in")])
     assert (len(files.files), files.num_repeated) == (4, 1)
+
+
+def test_links_in_circles(tmp_path: Path) -> None:
+    """Each directory is read once, by its own path: ten that link to each other have ten files, not a path for every
+    order."""
+    for number in range(10):
+        write(tmp_path / "in" / f"d{number}" / "a.txt")
+        for other in range(10):
+            (tmp_path / "in" / f"d{number}" / f"link{other}").symlink_to(f"../d{other}")
+    expected = [f"in/d{number}/a.txt" for number in range(10)]
+    for pattern in ("", "**", "**/*.txt", "**/**/*.txt"):
+        assert found(tmp_path, str(tmp_path / "in" / pattern)) == expected
+    assert find_files([str(tmp_path / "in")]).left_out == {sources.REPEATED_DIRECTORIES: 100}
+    deep = tmp_path / "deep"
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1200):  # deeper than Python's stack
+        os.mkdir("d", dir_fd=folder)
+        inner = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+    (tmp_path / "d").rename(deep)
+    with pytest.raises(ConfigError, match="matches no file"):
+        find_files([str(deep)])
 
 
 def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
@@ -156,3 +181,15 @@ def test_hidden_names_elsewhere(request: pytest.FixtureRequest) -> None:
         assert [file.path for file in files.files] == [f"{root}/a.txt", f"{root}/sub/b.txt"]
         assert files.left_out[sources.HIDDEN] >= 2
     assert [file.path for file in find_files([f"memory:/{root}/.g*/*"]).files] == [f"{root}/.git/c.txt"]
+
+
+def test_archives_with_files_of_one_name(tmp_path: Path) -> None:
+    for archive in ("a.zip", "b.zip"):
+        with zipfile.ZipFile(tmp_path / archive, "w") as opened:
+            opened.writestr("sub/x.txt", archive)
+            opened.writestr(".hidden/y.txt", "hidden")
+    names = [f"zip://**/*.txt::{tmp_path}/a.zip", f"zip://**/*.txt::{tmp_path}/b.zip"]
+    files = find_files([*names, names[0]])
+    assert [file.name for file in files.files] == [f"zip://sub/x.txt::{tmp_path}/{name}" for name in ("a.zip", "b.zip")]
+    assert [file.open().read() for file in files.files] == [b"a.zip", b"b.zip"]
+    assert files.left_out[sources.HIDDEN] == 3

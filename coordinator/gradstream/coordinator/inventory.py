@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradstream.core import files, model_check, profile
@@ -20,6 +20,7 @@ from gradstream.core.data import Manifest
 from gradstream.core.errors import ConfigError, DataError, one_line
 from gradstream.core.finetuning import LoraConfig
 from gradstream.core.fragments import Tensor
+from gradstream.core.model_trial import PLAIN_USE, ModelUse
 from gradstream.core.profile import SectionProfile, Workload
 
 TIMEOUT_SECONDS = 300.0
@@ -47,10 +48,12 @@ _profiles: dict[str, list[SectionProfile]] = {}
 _under_way: dict[str, asyncio.Task[Inventory]] = {}
 
 
-async def take_inventory(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -> Inventory:
+async def take_inventory(
+    model_config: Mapping[str, Any], lora: LoraConfig | None = None, use: ModelUse = PLAIN_USE
+) -> Inventory:
     """The inventory of a config.json's contents, with adapters those are what is trained. Raises ConfigError when
-    transformers cannot build it."""
-    key = _question(model_config, lora)
+    transformers cannot build it, or when it cannot be trained as `use` asks (gradstream.core.model_trial)."""
+    key = _question(model_config, lora, use)
     if key in _inventories:
         return _inventories[key]
     # One child for all that ask at once; a caller that gives up leaves the answer to those that come after.
@@ -69,7 +72,7 @@ def _forget(key: str, done: asyncio.Task[Inventory]) -> None:
 
 
 async def _take_inventory(key: str) -> Inventory:
-    answer = await _ask_child("gradstream.core.model", key, "built")
+    answer = await _ask_child("gradstream.core.model_trial", key, "built")
     if "error" in answer:
         raise ConfigError(answer["error"])
     found = _parse(answer)
@@ -78,18 +81,21 @@ async def _take_inventory(key: str) -> Inventory:
 
 
 async def take_profile(
-    model_config: Mapping[str, Any], training: TrainingConfig, lora: LoraConfig | None = None
+    model_config: Mapping[str, Any],
+    training: TrainingConfig,
+    lora: LoraConfig | None = None,
+    use: ModelUse = PLAIN_USE,
 ) -> list[SectionProfile]:
     """What each section of a model costs on this machine; the same again for as long as this process lives. The child
     that measures tells the inventory as well: `take_inventory` needs none of its own after it.
 
-    Raises ConfigError when transformers cannot build the model, or when it cannot be cut into sections.
+    Raises ConfigError as `take_inventory` does, or when the model cannot be cut into sections.
     """
-    key = profile.question(model_config, Workload.of(training), lora)
+    key = profile.question(model_config, Workload.of(training), lora, use)
     if key not in _profiles:
         answer = await _ask_child("gradstream.core.profile", key, "profiled")
         found = profile.parse_answer(answer)
-        _keep(_inventories, _question(model_config, lora), _parse(answer["inventory"]))
+        _keep(_inventories, _question(model_config, lora, use), _parse(answer["inventory"]))
         _keep(_profiles, key, found)
     return _profiles[key]
 
@@ -102,10 +108,10 @@ async def check_model(
     """Build a recipe's model and find out what would fail on a worker; return what is likely not meant. `read_special`
     gives the tokens of the data set that no text has; it is asked where the model has padding.
 
-    Raises ConfigError when the model cannot be built, is misspelt or shorter than the sequences, DataError when its
-    padding is a token of the data.
+    Raises ConfigError when the model cannot be built, not be trained so, is misspelt or shorter than the sequences,
+    DataError when its padding is a token of the data.
     """
-    found = await take_inventory(recipe.model.config, recipe.lora)
+    found = await take_inventory(recipe.model.config, recipe.lora, ModelUse.of(recipe))
     model_type = recipe.model.config.get("model_type")
     model_check.check_positions(found.positions, recipe.training.sequence_length, model_type)
     warnings = model_check.recipe_warnings(recipe)
@@ -129,10 +135,10 @@ def special_tokens(recipe: Recipe, manifest: Manifest) -> set[int]:
     return {token["id"] for token in tokens or () if isinstance(token, dict) and isinstance(token.get("id"), int)}
 
 
-def _question(model_config: Mapping[str, Any], lora: LoraConfig | None) -> str:
-    """What `python -m gradstream.core.model` reads: the same text for the same inventory."""
+def _question(model_config: Mapping[str, Any], lora: LoraConfig | None, use: ModelUse) -> str:
+    """What `python -m gradstream.core.model_trial` reads: the same text for the same inventory."""
     adapters = lora.model_dump(mode="json") if lora is not None else None
-    return json.dumps({"config": model_config, "lora": adapters}, sort_keys=True)
+    return json.dumps({"config": model_config, "lora": adapters, "use": asdict(use)}, sort_keys=True)
 
 
 def _parse(answer: Mapping[str, Any]) -> Inventory:

@@ -12,6 +12,7 @@ from gradstream.coordinator.active import ActiveJob, nothing
 from gradstream.coordinator.inventory import take_inventory, take_profile
 from gradstream.coordinator.membership import NodeEntry
 from gradstream.coordinator.planner import CheckpointAt
+from gradstream.core.model_trial import ModelUse
 from gradstream.core.plan import Plan
 
 
@@ -54,8 +55,8 @@ async def make_plan(
     profiles = None
     if recipe.pipeline.stages != 1:
         # Before the inventory, which comes with it.
-        profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora)
-    model = await take_inventory(recipe.model.config, recipe.lora)
+        profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora, ModelUse.of(recipe))
+    model = await take_inventory(recipe.model.config, recipe.lora, ModelUse.of(recipe))
     plan, reasons = await asyncio.to_thread(
         planner.make_plan,
         record.job_id,

@@ -10,28 +10,22 @@ without one.
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
-import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from gradstream.core.construction import GENERATOR_LOCK, check_set, initialize, restore_values, without_weights
 from gradstream.core.errors import ConfigError, nearest, one_line
 from gradstream.core.finetuning import LoraConfig
 from gradstream.core.fragments import Tensor, TensorKind
 from gradstream.core.lora import add_adapters, initial_adapter
-from gradstream.core.model_check import check_fields, explain_padding, padding_ids, positions, unknown_keys
+from gradstream.core.model_check import check_fields, explain_padding
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 MAX_LAYERS = 1024
-# transformers draws from the process's one generator. A shard that was dropped while it loaded may still be drawing in
-# its thread when the next one begins.
-_GENERATOR_LOCK = threading.Lock()
 
 
 def preload() -> None:
@@ -88,16 +82,27 @@ def _refuse_implementations(value: Any, where: str) -> None:
         _refuse_implementations(inner, f"{where}.{key}")
 
 
-def build(model_config: Mapping[str, Any], device: str = "cpu", lora: LoraConfig | None = None) -> nn.Module:
+def build(
+    model_config: Mapping[str, Any], device: str = "cpu", lora: LoraConfig | None = None, seed: int = 0
+) -> nn.Module:
     """Build the causal language model on `device` ("meta" for its shapes alone), with adapters as `lora` says: then
-    they alone require gradients. Raises ConfigError when it cannot be."""
+    they alone require gradients. What constructors draw on the meta device depends on `seed`. Raises ConfigError when
+    it cannot be."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = load_config(model_config)
+
+    def construct() -> nn.Module:
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return model
+
     try:
-        with torch.device(device):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        if device == "meta":
+            model = without_weights(construct, seed)
+        else:
+            with torch.device(device):
+                model = construct()
     except Exception as error:  # as of the config classes
         why = explain_padding(config, model_config) or f"model.config cannot be built: {one_line(error)[:300]}"
         raise ConfigError(why) from None
@@ -110,6 +115,15 @@ def hidden_size(model: nn.Module) -> int:
     """Elements a token of what layers pass on to each other."""
     config: Any = model.config
     return int(config.get_text_config().hidden_size)
+
+
+def router_loss_factor(model: nn.Module) -> float:
+    """By how much a model's `aux_loss` counts beside the cross-entropy of a token, as transformers adds it up: 0 unless
+    its config asks for it (output_router_logits)."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", None) or 0.0)
 
 
 def forward_units(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -133,6 +147,16 @@ def forward_units(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     walk("", model)
     return units
+
+
+def check_units(model: nn.Module) -> None:
+    """Raise ConfigError when a trained parameter lies outside every forward unit."""
+    inside = {id(parameter) for _, unit in forward_units(model) for parameter in unit.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in inside:
+            raise ConfigError(
+                f"model.config: parameter '{name}' lies outside every layer; this model family is not supported"
+            )
 
 
 class UnitDraws:
@@ -164,10 +188,11 @@ def inventory(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -
 
     Weight decay applies to tensors of two or more dimensions: not to norms and biases.
     """
-    return _inventory(build(model_config, "meta", lora))
+    return inventory_of(build(model_config, "meta", lora))
 
 
-def _inventory(model: nn.Module) -> list[Tensor]:
+def inventory_of(model: nn.Module) -> list[Tensor]:
+    """`inventory` of a model that is built already."""
     from torch import nn
 
     first: dict[int, int] = {}
@@ -220,10 +245,11 @@ def initial_weights(
             if wanted is None or tensor.name in wanted:
                 yield tensor.name, initial_adapter(tensor.name, tensor.shape, derive_seed(seed, "init", tensor.name))
         return
-    model = build(model_config, "meta")
+    model = build(model_config, "meta", seed=derive_seed(seed, "init"))
     seen: set[str] = set()
     # One parameter can have several names (tied); named_parameters, as the inventory, gives the first alone.
-    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    first_name = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    check_units(model)
     units = forward_units(model)
     names = [
         {
@@ -239,80 +265,65 @@ def initial_weights(
         if not fresh or (wanted is not None and wanted.isdisjoint(fresh.values())):
             continue
         unit.to_empty(device="cpu")
-        with _GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
+        for module in unit.modules():
+            restore_values(module)
+        with GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(derive_seed(seed, "init", unit_name))
-            _initialize(model, unit)
+            initialize(_model_of(model, unit_name), unit)
         parameters = dict(unit.named_parameters())
         for local, name in fresh.items():
             if wanted is None or name in wanted:
+                check_set(name, parameters[local])
                 yield name, parameters[local].detach()
         unit.to_empty(device="meta")
-    rest = sorted(set(first_name.values()) - seen)
-    if rest:
-        raise ConfigError(
-            f"model.config: parameter {rest[0]} lies outside every layer; this model family is not supported yet"
-        )
 
 
-def _initialize(model: nn.Module, module: nn.Module) -> None:
-    """Children first, as transformers does it: a parent may rescale what its children got."""
-    for child in module.children():
-        _initialize(model, child)
-    model._init_weights(module)  # type: ignore[operator]
+def _model_of(model: nn.Module, name: str) -> nn.Module:
+    """The innermost transformers model that has the module of this name: it sets that module's values."""
+    from transformers import PreTrainedModel
+
+    owner = part = model
+    for step in name.split(".")[:-1]:
+        part = part.get_submodule(step)
+        owner = part if isinstance(part, PreTrainedModel) else owner
+    return owner
 
 
-def initialize_buffers(model: nn.Module, device: torch.device | str) -> None:
-    """Move a model that was built on the meta device to `device`: what it computes from its config (rotary frequencies)
-    is computed there, its trained parameters are left undefined. Frozen ones stay where they are: they come from a
-    base."""
+def initialize_buffers(model: nn.Module, device: torch.device | str, from_base: bool = True) -> None:
+    """Move a model that was built on the meta device to `device`: what its constructors set or compute from its config
+    (rotary frequencies) is there, its trained parameters are left undefined. Frozen ones stay where they are when they
+    come `from_base`; else they are the family's own constants, and are set as well. Raises ConfigError for one that
+    nothing sets."""
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
+
+    def is_constant(tensor: torch.Tensor) -> bool:
+        return not isinstance(tensor, nn.Parameter) or not (from_base or tensor.requires_grad)
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
-        frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        return tensor if frozen else torch.empty_like(tensor, device=device)
+        stays = isinstance(tensor, nn.Parameter) and not tensor.requires_grad and from_base
+        return tensor if stays else torch.empty_like(tensor, device=device)
+
+    def set_buffers(part: nn.Module, module: nn.Module) -> None:
+        part = module if isinstance(module, PreTrainedModel) else part
+        for child in module.children():
+            set_buffers(part, child)
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(is_constant(tensor) for tensor in own):
+            restore_values(module, is_constant)
+            part._init_weights(module)  # type: ignore[operator]
 
     model._apply(moved)  # type: ignore[no-untyped-call]  # as nn.Module.to_empty, which knows no exceptions
-    with _GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
-        for module in model.modules():
-            if any(True for _ in module.buffers(recurse=False)):
-                model._init_weights(module)  # type: ignore[operator]
+    with GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)  # the same constants on every node
+        set_buffers(model, model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_constant(tensor):
+            check_set(name, tensor)
 
 
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any values with a stable text form."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def describe(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -> dict[str, Any]:
-    """The inventory and what a recipe must fit, as JSON has it: what a child process tells the coordinator of a model.
-    Raises ConfigError."""
-    model = build(model_config, "meta", lora)
-    unknown, misspelt = unknown_keys(model_config, model.config, model)
-    return {
-        "tensors": [astuple(tensor) for tensor in _inventory(model)],
-        "architecture": type(model).__name__,
-        "num_frozen_parameters": sum(
-            parameter.numel() for parameter in model.parameters() if not parameter.requires_grad
-        ),
-        "positions": positions(model.config),
-        "padding_ids": padding_ids(model),
-        "unknown_keys": unknown,
-        "misspelt": misspelt,
-    }
-
-
-def _main() -> None:
-    """`python -m gradstream.core.model`: config.json and adapters on stdin, the inventory on stdout, both JSON."""
-    try:
-        asked = json.load(sys.stdin)
-        lora = LoraConfig.model_validate(asked["lora"]) if asked["lora"] else None
-        answer = describe(asked["config"], lora)
-    except ConfigError as error:
-        answer = {"error": str(error)}
-    json.dump(answer, sys.stdout)
-
-
-if __name__ == "__main__":
-    _main()

@@ -20,7 +20,8 @@ from gradstream.core import memory
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError, one_line
 from gradstream.core.finetuning import LoraConfig
-from gradstream.core.model import describe, hidden_size
+from gradstream.core.model import hidden_size
+from gradstream.core.model_trial import PLAIN_USE, ModelUse, describe
 from gradstream.core.speed import matrix_flops
 
 if TYPE_CHECKING:
@@ -345,10 +346,13 @@ def _autocast(workload: Workload) -> torch.autocast:
 # --- the child process ------------------------------------------------------------------------------------------------
 
 
-def question(model_config: Mapping[str, Any], workload: Workload, lora: LoraConfig | None = None) -> str:
+def question(
+    model_config: Mapping[str, Any], workload: Workload, lora: LoraConfig | None = None, use: ModelUse = PLAIN_USE
+) -> str:
     """What `python -m gradstream.core.profile` reads: the same text for the same profile."""
     adapters = lora.model_dump(mode="json") if lora is not None else None
-    return json.dumps({"model_config": model_config, "workload": asdict(workload), "lora": adapters}, sort_keys=True)
+    asked = {"model_config": model_config, "workload": asdict(workload), "lora": adapters, "use": asdict(use)}
+    return json.dumps(asked, sort_keys=True)
 
 
 def parse_answer(answer: Mapping[str, Any]) -> list[SectionProfile]:
@@ -369,11 +373,10 @@ def _main() -> None:
     torch.set_num_threads(workload.num_threads)
     try:
         lora = LoraConfig.model_validate(asked["lora"]) if asked["lora"] else None
+        # First whether the model is taken at all.
+        found = describe(asked["model_config"], lora, ModelUse(**asked["use"]))
         sections = profile_sections(asked["model_config"], workload, lora)
-        answer: dict[str, Any] = {
-            "sections": list(map(asdict, sections)),
-            "inventory": describe(asked["model_config"], lora),
-        }
+        answer: dict[str, Any] = {"sections": list(map(asdict, sections)), "inventory": found}
     except ConfigError as error:
         answer = {"error": str(error)}
     json.dump(answer, sys.stdout)

@@ -9,7 +9,7 @@ Shape legend: B samples, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,33 +78,41 @@ class StageModule(nn.Module):
                 f"the model has sections 0 to {len(every) - 1}"
             )
         self.first, self.last = sections.start == 0, sections.stop == len(every)
+        self._received: torch.Tensor | None = None
         units = [unit for _, unit in forward_units(self.model)]
-        kept = {unit for section in every[sections.start : sections.stop] for unit in section.units}
-        entry = None
         for number, section in enumerate(every):
             for unit in section.units:
-                if unit in kept:
-                    if not self.first and entry is None and _has_parameters(units[unit]):
-                        entry = units[unit]
-                elif _has_parameters(units[unit]):
+                if number in sections:
+                    continue
+                if 0 < number < len(every) - 1:
+                    self._replace(units[unit], self._placeholder(number, sections, units[unit]))
+                elif _has_parameters(units[unit]):  # others, rotary embeddings say, are what each stage needs
                     self._replace(units[unit], _Nothing() if number == 0 else _PassedOn(units[unit]))
-        self._received: torch.Tensor | None = None
-        if entry is not None:
+        if not self.first and sections.start < len(every) - 1:
+            entry = units[every[sections.start].units[0]]
             entry.register_forward_pre_hook(self._take, with_kwargs=True)
-        initialize_buffers(self.model, device)
+        if sections.stop == len(every) - 1:
+            units[every[sections.stop - 1].units[-1]].register_forward_hook(_end)
+        initialize_buffers(self.model, device, from_base=lora is not None)
 
     def forward(self, received: torch.Tensor, **layout: torch.Tensor) -> torch.Tensor:
         """The first stage takes token ids, (B, T), the others activations, (B, T, D). The last one gives logits,
-        (B, T, V), the others activations. `layout` is what else the model's forward pass is told: position_ids and
-        attention_mask. Raises ConfigError for a family of which this cannot be made."""
+        (B, T, V), the others activations. `layout` is what else the model's forward pass is told: position_ids. Raises
+        ConfigError for a family of which this cannot be made."""
         model: Any = self.model if self.last else self.model.base_model
-        if self.first:
-            output = model(input_ids=received, use_cache=False, **layout)
-        else:
-            self._received = received
-            output = model(inputs_embeds=received, use_cache=False, **layout)
-        result: torch.Tensor = output.logits if self.last else output.last_hidden_state
-        if result.shape[:2] != received.shape[:2]:
+        result: torch.Tensor
+        try:
+            if self.first:
+                output = model(input_ids=received, use_cache=False, **layout)
+            else:
+                self._received = received
+                output = model(inputs_embeds=received, use_cache=False, **layout)
+            result = output.logits if self.last else output.last_hidden_state
+        except _StageEndError as end:
+            result = end.hidden_states
+        finally:
+            unused, self._received = self._received is not None, None
+        if result.shape[:2] != received.shape[:2] or unused:
             # Its loop takes something else from a layer than the hidden states that `_PassedOn` gives.
             raise ConfigError(
                 f"model.config: {type(self.model).__name__} cannot be cut into pipeline stages: a stage turned "
@@ -113,10 +121,22 @@ class StageModule(nn.Module):
         return result
 
     def _take(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        received, self._received = self._received, None
         if "hidden_states" in keywords:
-            return arguments, {**keywords, "hidden_states": received}
-        return (received, *arguments[1:]), keywords
+            return arguments, {**keywords, "hidden_states": self._taken()}
+        return (self._taken(), *arguments[1:]), keywords
+
+    def _taken(self) -> torch.Tensor:
+        received, self._received = self._received, None
+        assert received is not None
+        return received
+
+    def _placeholder(self, number: int, sections: range, layer: nn.Module) -> nn.Module:
+        """What stands in place of layer `number`, which is another stage's."""
+        if number == sections.stop:
+            return _End(layer)
+        # Only the head: what the last layer gave is what the stage received.
+        is_entry = number == sections.start - 1 and self.last and len(sections) == 1
+        return _PassedOn(layer, self._taken if is_entry else None)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         for module in list(self.model.modules()):
@@ -129,6 +149,18 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+class _StageEndError(Exception):
+    """The stage has computed all that is its own; the rest of the model's forward pass is other stages'."""
+
+    def __init__(self, hidden_states: torch.Tensor):
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+def _end(module: nn.Module, arguments: object, result: Any) -> None:
+    raise _StageEndError(result[0] if isinstance(result, tuple) else result)
+
+
 class _Nothing(nn.Module):
     """In place of an embedding: what is added to the received activations, which replace the sum anyway."""
 
@@ -137,15 +169,24 @@ class _Nothing(nn.Module):
 
 
 class _PassedOn(nn.Module):
-    """In place of a layer or norm of another stage. It keeps the plain attributes that a model's loop may look at."""
+    """In place of a layer or norm of another stage. It keeps the plain attributes that a model's loop may look at, and
+    gives what it gets, or what `take` returns."""
 
-    def __init__(self, original: nn.Module):
+    def __init__(self, original: nn.Module, take: Callable[[], torch.Tensor] | None = None):
         super().__init__()
         plain = {key: value for key, value in vars(original).items() if isinstance(value, (str, int, float))}
         self.__dict__.update({key: value for key, value in plain.items() if key not in self.__dict__})
+        self._take = take
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return hidden_states
+        return hidden_states if self._take is None else self._take()
+
+
+class _End(_PassedOn):
+    """In place of the first layer after a stage: what this layer would get is what the stage gives."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        raise _StageEndError(hidden_states)
 
 
 def stage_tensors(module: StageModule, names: Collection[str]) -> dict[tuple[str, int], nn.Parameter]:

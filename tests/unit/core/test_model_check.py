@@ -11,7 +11,8 @@ from gradstream.core import model_check
 from gradstream.core.config import Recipe, ScheduleConfig, parse_recipe
 from gradstream.core.data import Manifest
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.model import build, describe
+from gradstream.core.model import build
+from gradstream.core.model_trial import describe
 
 MANIFEST = Manifest(token_dtype="uint16", vocab_size=60, end_of_text_id=3, tokenizer_sha256="0" * 64, shards=())
 GLM = {"model_type": "glm", "head_dim": 8, "pad_token_id": None} | {

@@ -21,8 +21,9 @@ from torch import nn
 
 from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
+from gradstream.core.exp_kernels import IGNORED
 from gradstream.core.fused_functions import cross_entropy_sum
-from gradstream.core.model import UnitDraws, build, hidden_size, initialize_buffers
+from gradstream.core.model import UnitDraws, build, hidden_size, initialize_buffers, router_loss_factor
 from gradstream.core.plan import Plan
 from gradstream.core.schedules import SPLIT, Action, Op, Row, Schedule, make_schedule
 from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
@@ -374,7 +375,13 @@ class SlotComputer:
         return inputs
 
     def _loss_sum(self, logits_BTV: torch.Tensor, microbatch: int) -> torch.Tensor:
-        return cross_entropy_sum(logits_BTV.float().flatten(0, 1), self._targets[microbatch].flatten())
+        targets_N = self._targets[microbatch].flatten()
+        loss_sum = cross_entropy_sum(logits_BTV.float().flatten(0, 1), targets_N)
+        router_loss = self._stages[self.plan.num_stages - 1].router_loss
+        if router_loss is None:
+            return loss_sum
+        # transformers adds it to the mean over a batch's targets; here sums are divided by the step's targets.
+        return loss_sum + router_loss * int((targets_N != IGNORED).sum())
 
     # -- model -----------------------------------------------------------------------------------------------------
 
@@ -390,11 +397,10 @@ class SlotComputer:
             names = {tensor.name for tensor in plan.tensors}
             found = stage_tensors(module, names)  # type: ignore[arg-type]
         else:
+            module = build(plan.model_config, "meta", plan.lora)
+            initialize_buffers(module, self.device, from_base=plan.lora is not None)
             if plan.lora is None:
-                module = build(plan.model_config).to(self.device)
-            else:
-                module = build(plan.model_config, "meta", plan.lora)
-                initialize_buffers(module, self.device)
+                module.tie_weights()  # type: ignore[operator]  # tied tensors lie apart after the move
             found = {(name, 0): parameter for name, parameter in module.named_parameters()}
         tuning = plan.recipe.finetuning
         if tuning is not None and plan.lora is not None:
@@ -411,6 +417,13 @@ class SlotComputer:
             self.parameters[use] = parameter
             if use[1] and (use[0], 0) in self.parameters:
                 parameter.data = self.parameters[use[0], 0].data  # both parts here: one copy of the weights
+        own = {id(self.parameters[use]) for use in uses}
+        for (name, _), parameter in found.items():
+            if parameter.requires_grad and id(parameter) not in own:
+                raise ConfigError(
+                    f"the plan has no tensor for '{name}' of this worker's model; "
+                    f"install the same transformers version on every machine"
+                )
         return module
 
 
@@ -423,6 +436,9 @@ class _Stage(nn.Module):
         self.module = module
         self._training = training
         self._device = device
+        self._router_factor = 0.0 if isinstance(module, StageModule) else router_loss_factor(module)
+        self.router_loss: torch.Tensor | None = None
+        """What the last forward pass in training adds to the mean loss of its targets."""
         self.layout: Mapping[str, torch.Tensor] = {}
         """What the passes of the microbatch at hand are told of it besides its tokens."""
 
@@ -431,7 +447,12 @@ class _Stage(nn.Module):
             if isinstance(self.module, StageModule):
                 result: torch.Tensor = self.module(received, **self.layout)
             else:
-                result = self.module(input_ids=received, use_cache=False, **self.layout).logits
+                output = self.module(input_ids=received, use_cache=False, **self.layout)
+                result = output.logits
+                if self._router_factor and self.training:
+                    self.router_loss = self._router_factor * output.aux_loss
+                else:
+                    self.router_loss = None
         return result
 
 

@@ -55,6 +55,7 @@ def check_finetuning_recipe(asked: FineTuningRecipe) -> list[str]:
     from gradstream.coordinator.inventory import take_inventory
     from gradstream.core import files, model_check
     from gradstream.core.base_model import check_base
+    from gradstream.core.model_trial import ModelUse
 
     warnings: list[str] = []
     if asked.training.num_steps is not None:
@@ -65,6 +66,6 @@ def check_finetuning_recipe(asked: FineTuningRecipe) -> list[str]:
         return [*warnings, f"base_model {asked.base_model} is not on this machine; the service checks it"]
     config = check_base(asked.base_model)
     lora = asked.lora if asked.method == "lora" else None
-    found = asyncio.run(take_inventory(config, lora))
+    found = asyncio.run(take_inventory(config, lora, ModelUse(packs_examples=True)))
     model_check.check_positions(found.positions, asked.training.sequence_length, config.get("model_type"))
     return warnings

@@ -145,18 +145,20 @@ def find_manifest(recipe: Recipe) -> Manifest | None:
 async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SectionProfile] | None]:
     from gradstream.coordinator.inventory import take_inventory, take_profile
     from gradstream.core.errors import ConfigError, one_line
+    from gradstream.core.model_trial import ModelUse
 
+    use = ModelUse.of(recipe)
     try:
         # Before the inventory, which comes with it.
-        profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora)
+        profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora, use)
     except ConfigError as error:
         if recipe.pipeline.stages != 1:
             raise
         # A model that cannot be cut can be trained whole.
-        found = await take_inventory(recipe.model.config, recipe.lora)
+        found = await take_inventory(recipe.model.config, recipe.lora, use)
         out.warn(f"times are not known: {one_line(error)}")
         return found, None
-    return await take_inventory(recipe.model.config, recipe.lora), profiles
+    return await take_inventory(recipe.model.config, recipe.lora, use), profiles
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,158 @@
+"""Builds a model without its weights, and keeps the values that only its constructors set.
+
+On torch's meta device a constructor's values are lost: rotary frequencies, masks, and trained parameters such as those
+of Apertus' activation, which `_init_weights` of transformers does not set. Here memory for weights (torch.empty) is not
+allocated, as on the meta device, but every other tensor that a constructor makes is real, and is kept beside the
+module that owns it until the module gets its memory.
+
+torch is imported inside the functions, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gradstream.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+GENERATOR_LOCK = threading.Lock()
+"""transformers draws from the process's one generator. A shard that was dropped while it loaded may still be drawing in
+its thread when the next one begins."""
+MOST_KEPT_ELEMENTS = 1 << 24
+"""Of one tensor that a constructor makes; a larger one is not allocated."""
+_KEPT = "_constructed"
+
+
+def without_weights(construct: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """The module that `construct` makes, with all parameters and buffers on the meta device. What constructors draw
+    depends on `seed` alone, and the process's generator is left alone."""
+    import torch
+
+    with GENERATOR_LOCK, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            with torch.device("meta"), _real_values():
+                module = construct()
+        except (RuntimeError, NotImplementedError):  # a constructor that computes with weights that are not there
+            with torch.device("meta"):
+                return construct()
+    _keep_values(module)
+    return module
+
+
+@contextmanager
+def _real_values() -> Iterator[None]:
+    """Below torch.device("meta"): tensors that are made with values are made on the CPU."""
+    import torch
+    from torch.nn import init
+    from torch.overrides import TorchFunctionMode
+
+    valued = {torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint, torch.eye, torch.arange}
+    valued |= {torch.linspace, torch.logspace, torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor}
+    valued |= {torch.randperm, torch.tril_indices, torch.triu_indices}
+    drawn = {torch.Tensor.normal_, torch.Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_}
+    drawn |= {init.kaiming_uniform_, init.kaiming_normal_, init.xavier_uniform_, init.xavier_normal_, init.ones_}
+    drawn |= {init.zeros_, init.constant_, torch.Tensor.fill_, torch.Tensor.zero_}
+
+    class RealValues(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = dict(kwargs or {})
+            target = args[0] if args else kwargs.get("tensor")
+            if func in drawn and isinstance(target, torch.Tensor) and target.is_meta:
+                return target  # there is nothing to write to, and on the meta device that takes long
+            if func in valued and kwargs.get("device") is None:
+                # transformers asks an empty tensor for the device, and initializes nothing on the meta device.
+                on_meta = func(*args, **{**kwargs, "device": "meta"})
+                if not 0 < on_meta.numel() <= MOST_KEPT_ELEMENTS:
+                    return on_meta
+                kwargs["device"] = "cpu"
+            return func(*args, **kwargs)
+
+    with RealValues():
+        yield
+
+
+def _keep_values(module: nn.Module) -> None:
+    import torch
+    from torch import nn
+
+    meta: dict[int, torch.Tensor] = {}
+    for owner in module.modules():
+        kept: dict[str, torch.Tensor] = {}
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.is_meta:
+                    continue
+                kept[name] = tensor.detach()
+                if id(tensor) not in meta:
+                    empty = torch.empty_like(tensor, device="meta")
+                    if isinstance(tensor, nn.Parameter):
+                        empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                        vars(empty).update(vars(tensor))
+                    meta[id(tensor)] = empty
+                tensors[name] = meta[id(tensor)]  # type: ignore[assignment]
+        if kept:
+            vars(owner)[_KEPT] = kept
+
+
+def restore_values(module: nn.Module, wanted: Callable[[torch.Tensor], bool] = lambda tensor: True) -> None:
+    """Give the tensors of `module`, its children left out, the values that its constructor gave them; those without
+    one, which `_init_weights` has yet to set, become NaN or, of integers, the least that there is.
+
+    Tensors on the meta device, and those that are not `wanted`, are left alone.
+    """
+    import torch
+
+    kept: dict[str, torch.Tensor] = vars(module).get(_KEPT, {})
+    with torch.no_grad():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.is_meta or not wanted(tensor):
+                    continue
+                if name in kept and kept[name].shape == tensor.shape:
+                    tensor.copy_(kept[name])
+                else:
+                    tensor.fill_(_unset(tensor.dtype))
+
+
+def initialize(model: nn.Module, module: nn.Module) -> None:
+    """Let transformers set the initial values of `module`, a part of `model`, children first as transformers does it: a
+    parent may rescale what its children got. A part that is a model of its own sets its own."""
+    from transformers import PreTrainedModel
+
+    if isinstance(module, PreTrainedModel):
+        model = module
+    for child in module.children():
+        initialize(model, child)
+    model._init_weights(module)  # type: ignore[operator]
+
+
+def check_set(name: str, tensor: torch.Tensor) -> None:
+    """Raise ConfigError when a part of a tensor has had no value since `restore_values`."""
+    import torch
+
+    if tensor.is_floating_point() or tensor.is_complex():
+        unset = bool(tensor.isnan().any())
+    elif tensor.dtype == torch.bool:
+        unset = False
+    else:
+        unset = tensor.numel() > 0 and bool((tensor == _unset(tensor.dtype)).all())
+    if unset:
+        raise ConfigError(
+            f"model.config: nothing sets the initial value of '{name}', neither its module's constructor nor "
+            f"transformers' _init_weights; this model family is not supported"
+        )
+
+
+def _unset(dtype: torch.dtype) -> Any:
+    import torch
+
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).min

@@ -433,13 +433,70 @@ def test_interrupt_is_130(address: str) -> None:
     assert (result.returncode, result.stdout) == (130, "")
 
 
-def test_closed_pipe_is_quiet(address: str) -> None:
+def closed_pipe() -> int:
+    """The writing end of a pipe that nobody reads."""
     read_end, write_end = os.pipe()
     os.close(read_end)
-    result = subprocess.run([*GRADSTREAM, "status", "-c", address], stdout=write_end, stderr=subprocess.PIPE, text=True)
+    return write_end
+
+
+PRINTING = [
+    ["--help"],
+    ["--version"],
+    ["recipes", "ls"],
+    ["recipes", "show", "stdlib-gpt"],
+    ["recipes", "show", "stdlib-gpt", "-o", "json"],
+    ["recipes", "validate", "stdlib-gpt"],
+    ["finetune", "--help"],
+    ["submit", "--help"],
+    ["ls"],
+    ["ls", "-o", "json"],
+    ["status"],
+    ["status", "tiny-1"],
+    ["status", "tiny-1", "-o", "json"],
+    ["logs", "tiny-1"],
+    ["events", "tiny-1"],
+    ["events", "tiny-1", "-o", "json"],
+    ["ckpt", "ls"],
+    ["top", "--count", "1"],
+    ["top", "--count", "1", "-o", "json"],
+    ["pause", "tiny-1"],
+    ["submit", "stdlib-gpt"],
+    ["doctor"],
+    ["doctor", "-o", "json"],
+]
+
+
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_a_reader_that_goes_away_is_141(
+    arguments: list[str],
+    jobs: CannedJobs,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whoever prints: a table of rich's, JSON, help, a stream."""
+    monkeypatch.setenv("GRADSTREAM_COORDINATOR", address)
+    with os.fdopen(closed_pipe(), "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(arguments) == 141
+        monkeypatch.undo()
+    written = capsys.readouterr().err
+    assert "Traceback" not in written
+    assert "error" not in written
+
+
+def test_a_process_whose_reader_went_away_ends_with_141_and_no_word(address: str) -> None:
+    """Tables are written at once, and others when the interpreter ends; a reader of errors may leave too."""
+    for arguments in (["status", "-c", address], ["recipes", "show", "stdlib-gpt"], ["--help"]):
+        write_end = closed_pipe()
+        result = subprocess.run([*GRADSTREAM, *arguments], stdout=write_end, stderr=subprocess.PIPE, text=True)
+        os.close(write_end)
+        assert (result.returncode, result.stderr) == (141, "")
+    write_end = closed_pipe()
+    result = subprocess.run([*GRADSTREAM, "recipes", "show", "none"], stdout=write_end, stderr=write_end)
     os.close(write_end)
-    assert "Traceback" not in result.stderr
-    assert "error" not in result.stderr
+    assert result.returncode == 141
 
 
 # ---- Numbers -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import typer
 import typer.core
 import typer.main
 
+from gradstream.coordinator.cli._pipes import EXIT_CODE, ReaderLeftError, watched_output
+
 EPILOG = (
     "Exit codes: 0 done, 1 other error, 2 wrong recipe, option or path, 3 data, 4 checkpoint, 5 no plan possible, "
     "6 protocol, 7 coordinator or fine-tuning service unreachable, 8 the job or fine-tuning failed, 9 credentials, "
@@ -144,19 +146,25 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (sys.argv[1:] when None); return the exit code."""
     # gRPC writes its own lines about what is reported here in words; it reads this when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    words = list(args) if args is not None else sys.argv[1:]
+    if words[:1] == ["serve"]:
+        return _run(words)  # what it writes is a log, without which a role goes on
+    try:
+        with watched_output():
+            code = _run(words)
+            sys.stdout.flush()
+            return code
+    except ReaderLeftError:
+        return EXIT_CODE
+
+
+def _run(words: list[str]) -> int:
     # Not by class: which click typer carries, its own or the installed one, depends on its version.
     try:
-        result = typer.main.get_command(app).main(
-            args=list(args) if args is not None else None, prog_name="gradstream", standalone_mode=False
-        )
-        sys.stdout.flush()
+        result = typer.main.get_command(app).main(args=words, prog_name="gradstream", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader (head, less) went away: nothing to say, and the interpreter must not try to flush again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except Exception as error:
         if type(error).__name__ == "Abort":
             return 130

@@ -26,6 +26,7 @@ from gradstream.coordinator.timelines import TimelineFiles, check_timeline
 from gradstream.core import __version__, autocodec
 from gradstream.core.checkpoint import ResidualEntry
 from gradstream.core.errors import ConfigError, DataError, ProtocolError, StaleEpochError
+from gradstream.core.faults import Faults
 from gradstream.core.payloads import CodecBook
 from gradstream.core.plan import Plan
 from gradstream.core.schedules import make_schedule
@@ -35,7 +36,6 @@ from gradstream.proto.v1 import coordinator_pb2, fine_tuning_pb2, jobs_pb2, plan
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.leader import Decision, Leader, decide_commit
 from gradstream.services.parameter_server.tuner import Tuner
-from gradstream.worker.faults import Faults
 from gradstream.worker.inbound import FORWARD
 from gradstream.worker.neighbours import Neighbours, Place, check_hello
 from gradstream.worker.timeline import Timeline as Spans

@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
+
 from gradstream.client import Client, FineTuningClient, Job
 from gradstream.core.tokens import ROLES
+from gradstream.proto.v1.parameter_server_pb2 import GetServerStatusRequest
+from gradstream.proto.v1.parameter_server_pb2_grpc import ParameterServerServiceStub
 from support.credentials import make_credentials
 from support.forked import Forked
 
@@ -61,10 +65,13 @@ class Cluster:
         )
         self.address = self._await_ready("coordinator", ready)
 
-    def start_servers(self, *names: str, memory: str = "2GiB") -> None:
-        """Start parameter servers and wait until they listen."""
+    def start_servers(self, *names: str, faults: str = "", memory: str = "2GiB") -> None:
+        """Start parameter servers and wait until they listen. `faults` is GRADSTREAM_FAULTS for them."""
         arguments = ["--coordinator", self.address, "--listen", "127.0.0.1:0", "--memory", memory]
-        ready = {name: self._launch(name, ["parameter-server", "--name", name, *arguments]) for name in names}
+        environment = {"GRADSTREAM_FAULTS": faults} if faults else {}
+        ready = {
+            name: self._launch(name, ["parameter-server", "--name", name, *arguments], environment) for name in names
+        }
         for name, path in ready.items():
             self._await_ready(name, path)
 
@@ -210,6 +217,13 @@ class Cluster:
             logs = "\n".join(f"--- {path.stem}\n{self.log(path.stem)}" for path in sorted(self.directory.glob("*.log")))
             raise AssertionError(f"{job_id} {job.state}: {job.reason}\n{logs}")
         return job
+
+    def server_version(self, name: str, job_id: str) -> int:
+        """The version that a parameter server itself says it holds of a job: nobody else is asked."""
+        address = (self.directory / f"{name}.ready").read_text().strip()
+        with grpc.insecure_channel(address) as channel:
+            stub = ParameterServerServiceStub(channel)
+            return stub.GetServerStatus(GetServerStatusRequest(job_id=job_id), timeout=10).version
 
     def final_digest(self, job_id: str) -> str:
         """sha256 over weights and optimizer state of a job's last checkpoint."""

@@ -25,6 +25,7 @@ from gradstream.core.plan import Plan
 from gradstream.core.wire import Assembler, parse, verify
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.bundle_state import BundleState
+from gradstream.services.parameter_server.leader import Decision
 from gradstream.services.parameter_server.publication import Copy, Publisher, publisher
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 from gradstream.worker.compute import AbandonedError
@@ -323,6 +324,59 @@ async def test_pullers_that_hold_a_version_and_those_that_do_not_get_the_same_bi
             assert same(walks[-1][-1], await cluster.pull(STEPS))
     for versions in zip(*walks, strict=True):
         assert all(same(versions[0], other) for other in versions[1:])
+
+
+@pytest.mark.parametrize("pull", ["bf16", "delta-int8"])
+@pytest.mark.parametrize("late", [0, 1, 2])
+async def test_workers_that_see_servers_at_different_versions_wait_for_a_common_one(pull: str, late: int) -> None:
+    """A version is pulled when all servers have decided it: a worker never has bundles of two, nor of one that a server
+    does not know of. A newcomer asks for any version, another worker for the next one."""
+    go_on = asyncio.Event()
+    asked: dict[int, list[int]] = {0: [], 1: [], 2: []}
+
+    class Asked(ParameterServerServicer):
+        """Notes which version each server is asked for, in rising order."""
+
+        async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[bytes]:
+            index = self._shard(request.job_id, request.epoch).index
+            asked[index] = sorted([*asked[index], request.min_version])
+            async for message in super().Pull(request, context):
+                yield message
+
+    plan = steps_plan(3, pull, leader=1 if late == 0 else 0)
+    async with serving(plan) as undisturbed:
+        expected = await walked(undisturbed, held=True, last=2)
+    async with serving(plan, Asked) as cluster:
+        shard = cluster.shards[late]
+        real = shard._complete_at_leader
+
+        async def hearing_late(report: pb.CompleteStepRequest) -> Decision:
+            decision = await real(report)
+            await go_on.wait()
+            return decision
+
+        async with pulling(cluster) as (one, puller), pulling(cluster) as (other, newcomer):
+            assert same(await in_place(one, await puller.next(0)), expected[0])
+            await cluster.push(cluster.all_keys(), 0)
+            assert same(await in_place(one, await puller.next(1, 0)), expected[1])
+            shard._complete_at_leader = hearing_late
+            await cluster.push(cluster.all_keys(), 1)
+            ahead = [index for index in range(3) if index != late]
+            await until(lambda: all(cluster.shards[index].version == 2 for index in ahead))
+            asked[late].clear()
+            waiting = [
+                asyncio.create_task(puller.next(2, 1)),
+                asyncio.create_task(newcomer.next(0)),
+            ]
+            # The late one answers the newcomer with the version before, and is asked again for the others'.
+            await until(lambda: asked[late] == [0, 2, 2])
+            assert cluster.shards[late].version == 1
+            assert not any(task.done() for task in waiting), "a version that one server does not know was given"
+            go_on.set()
+            first, second = await asyncio.wait_for(asyncio.gather(*waiting), BOUND_SECONDS)
+            assert (first.version, second.version) == (2, 2)
+            assert same(await in_place(one, first), expected[2])
+            assert same(await in_place(other, second), expected[2])
 
 
 @pytest.mark.parametrize("held", [0, 1, 3, 4, 2**63])

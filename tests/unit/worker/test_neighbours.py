@@ -16,6 +16,7 @@ import torch
 from support.micro import MICRO_LLAMA, micro_plan
 
 from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError
+from gradstream.core.faults import Faults
 from gradstream.core.plan import Plan
 from gradstream.core.rpc import error_from_rpc, listen, new_server, open_channel
 from gradstream.core.schedules import Action, Op
@@ -24,7 +25,6 @@ from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
 from gradstream.worker import neighbours
 from gradstream.worker.compute import AbandonedError
-from gradstream.worker.faults import Faults
 from gradstream.worker.inbound import BACKWARD, FORWARD
 from gradstream.worker.neighbours import Neighbours, Place
 from gradstream.worker.servicer import WorkerServicer

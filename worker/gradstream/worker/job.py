@@ -28,6 +28,7 @@ import torch
 from gradstream.core.access import SERVER
 from gradstream.core.bundles import is_tuned
 from gradstream.core.errors import one_line
+from gradstream.core.faults import Faults
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, error_from_rpc, open_channel
@@ -46,7 +47,6 @@ from gradstream.worker.compute import (
     num_samples,
 )
 from gradstream.worker.data import SlotReader, Split
-from gradstream.worker.faults import Faults
 from gradstream.worker.inbound import FORWARD
 from gradstream.worker.neighbours import Neighbours, Place
 from gradstream.worker.outbound import Outbound

@@ -16,6 +16,7 @@ from gradstream.core import log as logging
 from gradstream.core import memory, probe
 from gradstream.core.access import WORKER
 from gradstream.core.errors import ProtocolError
+from gradstream.core.faults import Faults
 from gradstream.core.model import preload
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
@@ -26,7 +27,6 @@ from gradstream.core.transport import Transport
 from gradstream.core.wire import add_worker
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.worker.compute import pick_device
-from gradstream.worker.faults import Faults
 from gradstream.worker.job import JobRun
 from gradstream.worker.neighbours import Place
 from gradstream.worker.servicer import WorkerServicer

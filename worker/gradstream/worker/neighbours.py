@@ -27,6 +27,7 @@ import torch
 
 from gradstream.core.codecs import Payload, codec_named
 from gradstream.core.errors import ConfigError, ProtocolError, StaleEpochError
+from gradstream.core.faults import Faults
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
 from gradstream.core.schedules import Action, Op
@@ -35,7 +36,6 @@ from gradstream.core.wire import checksum
 from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
 from gradstream.worker.compute import AbandonedError, Try, num_microbatches, num_samples, schedule_for
-from gradstream.worker.faults import Faults
 from gradstream.worker.inbound import BACKWARD, FORWARD, WORDS, Inbound, Key, sequence, window_of
 from gradstream.worker.links import Link, Outgoing
 from gradstream.worker.timeline import Timeline

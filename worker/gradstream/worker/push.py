@@ -16,13 +16,13 @@ import torch
 from gradstream.core.bundles import Bundle, first_push_codec
 from gradstream.core.codecs import Payload
 from gradstream.core.errors import ProtocolError
+from gradstream.core.faults import Faults
 from gradstream.core.payloads import CodecBook
 from gradstream.core.plan import Plan, Server
 from gradstream.core.timeline import SpanKind
 from gradstream.core.wire import ParameterServerStub, checksum, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.compute import Emit, SlotTotals
-from gradstream.worker.faults import Faults
 from gradstream.worker.outbound import Call, Outbound
 from gradstream.worker.residuals import SlotResiduals
 from gradstream.worker.timeline import Timeline, clock_ns

@@ -19,6 +19,7 @@ from gradstream.core import log as logging
 from gradstream.core import memory, model, probe
 from gradstream.core.access import SERVER
 from gradstream.core.errors import StaleEpochError, one_line
+from gradstream.core.faults import Faults
 from gradstream.core.machine import arithmetic_threads
 from gradstream.core.plan import Plan
 from gradstream.core.ready import write_ready_file
@@ -80,6 +81,7 @@ class ParameterServer:
         )
         self._loading: asyncio.Task[None] | None = None
         self._leader_channel: grpc.aio.Channel | None = None
+        self._faults = Faults()
         self._process = psutil.Process()
 
     @property
@@ -134,6 +136,7 @@ class ParameterServer:
                 self._step_reports.put,
                 self._send_checkpoint,
                 report_failure,
+                self._faults,
             )
             self.shard = shard
             await shard.load()

@@ -24,6 +24,7 @@ from gradstream.core.checkpoint import CheckpointReader, FileEntry, State, direc
 from gradstream.core.codecs import Payload, codec_named, codec_on_wire
 from gradstream.core.downlink import downlink
 from gradstream.core.errors import ProtocolError, StaleEpochError, one_line
+from gradstream.core.faults import Faults
 from gradstream.core.fragments import Fragment
 from gradstream.core.log import get_logger
 from gradstream.core.model import initial_weights
@@ -81,6 +82,7 @@ class Shard:
         report_step: Callable[[coordinator_pb2.ReportStepRequest], Awaitable[None]],
         report_checkpoint: Callable[[coordinator_pb2.ReportCheckpointRequest], Awaitable[None]],
         report_failure: Callable[[Exception], Awaitable[None]],
+        faults: Faults | None = None,
     ):
         self.plan = plan
         self.index = index
@@ -106,6 +108,7 @@ class Shard:
         self._report_step = report_step
         self._report_checkpoint = report_checkpoint
         self._report_failure = report_failure
+        self._faults = faults or Faults("")
         self._slots: dict[int, SlotTotals] = {}
         self._step_bytes = 0
         self._num_complete = 0
@@ -278,6 +281,7 @@ class Shard:
             pushed_bytes=self._step_bytes,
         )
         decision = await (self.leader.complete(report) if self.leader else self._complete_at_leader(report))
+        self._faults.decided(step)
         # From here on version step + 1 is decided. No worker can contribute to it before it has pulled every
         # fragment, so a contribution that arrives while fragments are being updated belongs to the step that is over.
         # Before workers hear of the version:

@@ -1,10 +1,12 @@
-"""Faults for tests, placed at (step, slot) instead of at a moment: no test has to sleep and hope.
+"""Faults for tests of workers and servers, placed at (step, slot) and not at a moment: no test has to sleep and hope.
 
 GRADSTREAM_FAULTS holds faults separated by ";", each `KIND@key=value,…`:
 
     kill@step=3,slot=1                  SIGKILL of this worker before it computes slot 1 of step 3
     kill@step=3,slot=1,acknowledged=5   SIGKILL once servers have acknowledged 5 contributions of that slot
     kill@step=3,slot=1,sent=2           SIGKILL once this worker has given 2 tensors of that slot to its neighbours
+    kill@step=3,decided=1               SIGKILL of this parameter server once it knows what is done with step 3, before
+                                        anything of the next version is applied, published or written
     nan@step=4[,slot=1]                 the gradients of that step (and slot) are NaN
     hang@step=3,slot=1                  the compute thread hangs before that slot; heartbeats go on
     fail@step=3,slot=1                  that slot fails, as when memory is short
@@ -31,6 +33,12 @@ class Fault:
     slot: int | None = None
     acknowledged: int | None = None
     sent: int | None = None
+    decided: int | None = None
+
+    @property
+    def is_before_slot(self) -> bool:
+        """Whether it strikes before a slot is computed, and not later."""
+        return self.acknowledged is self.sent is self.decided is None
 
     def matches(self, step: int, slot: int) -> bool:
         """Whether the fault is for this step and slot."""
@@ -62,7 +70,7 @@ class Faults:
 
     def before_slot(self, step: int, slot: int) -> None:
         """Called before a slot is computed."""
-        if any(f.kind == "kill" and f.acknowledged is f.sent is None and f.matches(step, slot) for f in self._faults):
+        if any(f.kind == "kill" and f.is_before_slot and f.matches(step, slot) for f in self._faults):
             _kill()
         if any(f.kind == "hang" and f.matches(step, slot) for f in self._faults):
             threading.Event().wait()
@@ -86,6 +94,11 @@ class Faults:
             return
         count = self._acknowledged[step, slot] = self._acknowledged.get((step, slot), 0) + 1
         if any(f.kind == "kill" and f.acknowledged == count and f.matches(step, slot) for f in self._faults):
+            _kill()
+
+    def decided(self, step: int) -> None:
+        """Called when a server has a step's decision."""
+        if any(fault.kind == "kill" and fault.decided and fault.step == step for fault in self._faults):
             _kill()
 
     def spoils(self, step: int, slot: int) -> bool:

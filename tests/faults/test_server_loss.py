@@ -14,8 +14,8 @@ KILLED_AT = 5
 @pytest.mark.timeout(300)
 def test_a_server_killed_between_decision_and_publication(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
     """The version that was decided appears nowhere: it is due for a checkpoint, of which others may have written their
-    files, and there is none. The steps since the last checkpoint are computed again, to the same bits. The victim is the
-    leader, then another server."""
+    files, and there is none. The steps since the last checkpoint are computed again, to the same bits. The victim is
+    the leader, then another server."""
     cluster.start_coordinator()
     cluster.start_servers("server-0")
     cluster.start_servers("server-1")

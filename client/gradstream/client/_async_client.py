@@ -18,7 +18,7 @@ from gradstream.client._export import ExportWriter
 from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, WatchItem, watch_item
 from gradstream.core import access
 from gradstream.core.config import Recipe, absolute_paths, load_recipe, parse_recipe
-from gradstream.core.errors import ConfigError, UnreachableError
+from gradstream.core.errors import BusyError, ConfigError, UnreachableError
 from gradstream.core.requests import new_request_id
 from gradstream.core.rpc import Backoff, ending
 from gradstream.core.timeline import Timeline
@@ -147,9 +147,9 @@ class AsyncClient:
     ) -> AsyncIterator[WatchItem]:
         """A job's history: events, steps, validations, log lines and checkpoints, in order, each once.
 
-        With `follow` it goes on until the job has ended, and survives a coordinator that goes away for a while: it asks
-        again from the last cursor, with endless backoff (`unreachable_since` tells). Without, it ends after what is
-        recorded. The first call raises UnreachableError like any other.
+        With `follow` it goes on until the job has ended, and survives a coordinator that goes away, or is too busy, for a
+        while: it asks again from the last cursor, with endless backoff (`unreachable_since` tells). Without, it ends
+        after what is recorded. The first call raises UnreachableError like any other.
         """
         job_id = (await self.job(job_id)).job_id
         cursor = after_cursor
@@ -174,9 +174,9 @@ class AsyncClient:
                     return
             except grpc.aio.AioRpcError as rpc_error:
                 error = self._connection.error(rpc_error)
-                if not follow or not isinstance(error, UnreachableError):
+                if not follow or not isinstance(error, UnreachableError | BusyError):
                     raise error from None
-            except UnreachableError:
+            except (UnreachableError, BusyError):
                 if not follow:
                     raise
             await asyncio.sleep(backoff.next())
@@ -207,7 +207,7 @@ class AsyncClient:
                     job = await self.job(job_id)
                     backoff.reset()
                     break
-                except UnreachableError:
+                except (UnreachableError, BusyError):
                     await asyncio.sleep(backoff.next())
         if job.state == "failed":
             raise JobFailedError(job)

@@ -26,7 +26,7 @@ from gradstream.client._fine_tuning_types import (
 from gradstream.client._types import ExportProgress, watch_item
 from gradstream.core import access
 from gradstream.core.config import absolute_path
-from gradstream.core.errors import ConfigError, UnreachableError
+from gradstream.core.errors import BusyError, ConfigError, UnreachableError
 from gradstream.core.finetuning_recipe import (
     FineTuningRecipe,
     absolute_finetuning_paths,
@@ -222,9 +222,9 @@ class AsyncFineTuningClient:
                     return
             except grpc.aio.AioRpcError as rpc_error:
                 error = self._connection.error(rpc_error)
-                if not isinstance(error, UnreachableError):
+                if not isinstance(error, UnreachableError | BusyError):
                     raise error from None
-            except UnreachableError:
+            except (UnreachableError, BusyError):
                 pass
             await asyncio.sleep(backoff.next())
 
@@ -257,7 +257,7 @@ class AsyncFineTuningClient:
                     fine_tuning = await self.get(name)
                     backoff.reset()
                     break
-                except UnreachableError:
+                except (UnreachableError, BusyError):
                     await asyncio.sleep(backoff.next())
 
     async def pause(self, name: str) -> FineTuning:

@@ -179,8 +179,8 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
 
     async def GetJob(self, request: Any, context: Any) -> jobs_pb2.GetJobResponse:
         self.requests.append(request)
-        self.on_get_job()
         async with rpc.answering(context):
+            self.on_get_job()
             return jobs_pb2.GetJobResponse(job=self._find(request.job_id))
         raise AssertionError
 

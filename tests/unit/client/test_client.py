@@ -243,6 +243,22 @@ def test_wait_reports_progress_and_returns(jobs: CannedJobs, address: str) -> No
     assert seen == ["running", "running", "finished"]
 
 
+def test_wait_goes_on_when_the_coordinator_is_busy(jobs: CannedJobs, address: str) -> None:
+    asked = []
+
+    def answer() -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise errors.BusyError("512 calls of these credentials are under way; wait for one to end")
+        if len(asked) == 3:
+            jobs.jobs = [canned_job(state=jobs_pb2.JOB_STATE_FINISHED)]
+
+    jobs.on_get_job = answer
+    with Client(address) as client:
+        assert client.wait(poll_seconds=0.01).state == "finished"
+    assert len(asked) == 3
+
+
 def test_wait_raises_when_the_job_failed(jobs: CannedJobs, address: str) -> None:
     jobs.jobs = [canned_job(state=jobs_pb2.JOB_STATE_FAILED, reason="the loss is not finite")]
     with Client(address) as client, pytest.raises(JobFailedError, match="tiny-1 failed at step 12 of 100") as caught:

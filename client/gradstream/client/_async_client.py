@@ -147,8 +147,8 @@ class AsyncClient:
     ) -> AsyncIterator[WatchItem]:
         """A job's history: events, steps, validations, log lines and checkpoints, in order, each once.
 
-        With `follow` it goes on until the job has ended, and survives a coordinator that goes away, or is too busy, for a
-        while: it asks again from the last cursor, with endless backoff (`unreachable_since` tells). Without, it ends
+        With `follow` it goes on until the job has ended, and survives a coordinator that goes away, or is too busy, for
+        a while: it asks again from the last cursor, with endless backoff (`unreachable_since` tells). Without, it ends
         after what is recorded. The first call raises UnreachableError like any other.
         """
         job_id = (await self.job(job_id)).job_id

@@ -134,11 +134,12 @@ async def until_ended(call: grpc.aio.Call) -> str:
 
 
 async def test_pullers_that_never_read(honest: Honest) -> None:
+    num_attackers = MOST_STREAMS_A_HOST // MOST_STREAMS_A_CONNECTION - 1  # the honest worker is of the same host
     async with AsyncExitStack() as stack:
 
         async def attack() -> None:
             request = pb.PullRequest(job_id=PLAN.job_id, epoch=PLAN.epoch, min_version=0, bundles=BUNDLES * 50)
-            for _ in range(8):
+            for _ in range(num_attackers):
                 attacker = await stack.enter_async_context(Attacker(honest.address))
                 for _ in range(MOST_STREAMS_A_CONNECTION):
                     call = attacker.stub.Pull(request)
@@ -146,7 +147,7 @@ async def test_pullers_that_never_read(honest: Honest) -> None:
                     assert isinstance(await call.read(), bytes)
 
         # Of each: a fragment that was overtaken meanwhile, a piece of it as a message, and that in gRPC's buffers.
-        most = 8 * MOST_STREAMS_A_CONNECTION * (PAYLOADS[LARGEST].nbytes + 2 * PIECE_BYTES)
+        most = num_attackers * MOST_STREAMS_A_CONNECTION * (PAYLOADS[LARGEST].nbytes + 2 * PIECE_BYTES)
         await honest.beside(attack(), slower=2.0, growth_bytes=most)
 
 

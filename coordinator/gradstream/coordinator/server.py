@@ -75,7 +75,7 @@ class Coordinator:
                 tokens = FileTokens(self._tokens_path, lambda: self._transport.credentials().ca)
                 guards.append(Guard(tokens, AuditLog(self._state_dir).note))
                 self._tasks.append(asyncio.create_task(guards[0].run()))
-            self._server = rpc.new_server(*guards)
+            self._server = rpc.new_server(*guards, takes_bulk=False)
             coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
                 CoordinatorServicer(self.controller, reports, tokens), self._server
             )

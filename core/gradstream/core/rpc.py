@@ -74,11 +74,19 @@ def open_channel(address: str, role: str = "", transport: Transport = PLAIN) -> 
 
 
 def new_server(
-    *interceptors: grpc.aio.ServerInterceptor[Any, Any], max_message_bytes: int = MAX_MESSAGE_BYTES
+    *interceptors: grpc.aio.ServerInterceptor[Any, Any],
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    takes_bulk: bool = True,
 ) -> grpc.aio.Server:
-    """A server without services or port yet, in the running event loop; it refuses longer messages."""
+    """A server without services or port yet, in the running event loop; it refuses longer messages.
+
+    One that `takes_bulk` lets gRPC measure its links: a sender may then be as far ahead of the reader as the fastest
+    link needs, 4 MiB a stream or more. Others hold 64 KiB of a stream that nobody reads.
+    """
     asyncio.get_running_loop().set_exception_handler(_on_forgotten_error)
     options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
+    if not takes_bulk:
+        options.append(("grpc.http2.bdp_probe", 0))
     return grpc.aio.server(interceptors=interceptors, options=options)
 
 

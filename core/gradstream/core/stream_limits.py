@@ -9,20 +9,21 @@ from __future__ import annotations
 from gradstream.core.limits import MOST_REQUEST_BYTES
 from gradstream.core.wire import PIECE_BYTES
 
-STREAMS_A_WORKER = 3
-"""A push, a pull, and one that a broken connection has left behind."""
-LEAST_WORKERS = 32
-"""Limits are those of so many workers where a plan has fewer: the fifth of a container's memory that jobs are not given
-covers them (649 MiB of 819, of a container of 4 GiB)."""
+LEAST_STREAMS_A_HOST = 64
+"""Also where a plan has fewer than 26 workers. The fifth of a container's memory that jobs are not given covers what
+they can hold (768 MiB of 819, of a container of 4 GiB)."""
 MOST_STREAMS_A_CONNECTION = 8
 MOST_HALF_SENT_BYTES = 128 << 20
 MAX_STREAM_MESSAGE_BYTES = PIECE_BYTES + (64 << 10)
 """A piece and its header."""
+WINDOW_BYTES = 4 << 20
+"""What gRPC takes of a stream before anybody reads it: more only where twice a link's bandwidth times its delay is."""
 
 
 def most_streams_a_host(num_workers: int) -> int:
-    """Streams of one address, where `num_workers` can share a job."""
-    return STREAMS_A_WORKER * max(num_workers, LEAST_WORKERS)
+    """Streams of one address, where `num_workers` can share a job: each has a push and a pull, and every other one may
+    have left one behind on a connection that broke."""
+    return max(5 * num_workers // 2, LEAST_STREAMS_A_HOST)
 
 
 def most_streams(num_workers: int) -> int:
@@ -31,11 +32,11 @@ def most_streams(num_workers: int) -> int:
 
 
 def held_bytes(num_workers: int) -> int:
-    """The most bytes that all peers together can make a server hold beside its shard: of each stream a message,
+    """The most bytes that all peers together can make a server hold beside its shard: of each stream a window,
     contributions half sent, and requests."""
-    return most_streams(num_workers) * MAX_STREAM_MESSAGE_BYTES + MOST_HALF_SENT_BYTES + MOST_REQUEST_BYTES
+    return most_streams(num_workers) * WINDOW_BYTES + MOST_HALF_SENT_BYTES + MOST_REQUEST_BYTES
 
 
 def more_than_usual_bytes(num_workers: int) -> int:
     """What a plan of so many workers must find in a server's memory beside its shard."""
-    return held_bytes(num_workers) - held_bytes(LEAST_WORKERS)
+    return held_bytes(num_workers) - held_bytes(0)

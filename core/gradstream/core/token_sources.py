@@ -153,17 +153,17 @@ class FollowingServer:
         listen_address: str,
         note: Note | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        takes_bulk: bool = True,
     ):
-        """Bind it; `note` is told what is audited, and longer messages are refused.
+        """Bind it; `note` is told what is audited, the others are those of `new_server`.
 
         Raises ConfigError when the address is taken or not this machine's.
         """
         self._tokens = FollowedTokens()
         self._guard = Guard(self._tokens, note) if transport.is_secure else None
         transport.know_peers(self._tokens.certificates)
-        self.server = new_server(
-            *([self._guard] if self._guard is not None else []), max_message_bytes=max_message_bytes
-        )
+        guards = [self._guard] if self._guard is not None else []
+        self.server = new_server(*guards, max_message_bytes=max_message_bytes, takes_bulk=takes_bulk)
         self.port = listen(self.server, listen_address, transport)
         self.address = f"{advertised_host(listen_address)}:{self.port}"
         """Where others reach it."""

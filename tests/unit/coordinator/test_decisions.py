@@ -91,7 +91,7 @@ def test_a_model_too_big_names_server_sizes_and_cure(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_slots", "memory_gib", "is_served"), [(200, 4, True), (200, 1, False), (1000, 4, False), (1000, 16, True)]
+    ("num_slots", "memory_gib", "is_served"), [(200, 6, True), (200, 3, False), (1000, 8, False), (1000, 24, True)]
 )
 def test_a_job_of_many_workers_is_served_or_refused(
     recipe: Recipe, num_slots: int, memory_gib: int, is_served: bool

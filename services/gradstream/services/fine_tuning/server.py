@@ -53,7 +53,7 @@ async def serve(
     async with AsyncExitStack() as stack:
         # 1. What may be refused.
         transport = Transport(credentials)
-        door = FollowingServer(transport, listen_address, AuditLog(state_directory).note)
+        door = FollowingServer(transport, listen_address, AuditLog(state_directory).note, takes_bulk=False)
         server, address = door.server, door.address
         store = Store(state_directory)
         stack.callback(store.close)

@@ -50,8 +50,11 @@ SENDING_SECONDS = 30.0
 REQUEST_SECONDS = 20.0
 """How long a caller may take to send the request of a call that it has begun."""
 READING_SECONDS = 60.0
-"""How long a caller may leave a response unread before its call is cut off: what the call holds, others may want."""
+"""How long a caller may leave a response unread, or an upload without its next message, before its call is cut off:
+what the call holds, others may want."""
 MAX_IDLE_METERS = 1024
+
+_END = object()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -213,7 +216,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         async def serve(requests: Any, context: Context) -> None:
             async with self._admitted(method, context) as (call, meter), answering(context):
                 if handler.request_streaming:
-                    await respond(requests, call, context)
+                    # Where both sides stream, either may have nothing to say for a long time.
+                    await respond(requests if handler.response_streaming else self._timely(requests), call, context)
                     return
                 async with self._received(requests, handler.request_deserializer, meter) as request:
                     call.subject = _subject(request)
@@ -224,6 +228,20 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
             request_deserializer=handler.request_deserializer if handler.request_streaming else None,
             response_serializer=handler.response_serializer,
         )
+
+    async def _timely(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """The messages of a stream that is answered at its end, as long as none keeps the call waiting."""
+        seconds = self._request_seconds
+        while True:
+            try:
+                async with asyncio.timeout(seconds):
+                    message = await anext(requests, _END)
+            except TimeoutError:
+                raise UnreachableError(f"nothing came on this stream for {seconds:g} s; send it again") from None
+            if message is _END:
+                return
+            yield message
+            seconds = self._reading_seconds
 
     @asynccontextmanager
     async def _received(self, requests: AsyncIterator[bytes], deserialize: Any, meter: Meter) -> AsyncIterator[Any]:

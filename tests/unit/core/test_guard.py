@@ -82,6 +82,9 @@ class Door:
                     self.ended.set()
 
         async def answer(request: Any, context: Any) -> bytes:
+            if method.client_streaming:
+                async for _ in request:
+                    pass
             return str(access.caller.get()).encode()
 
         if method.server_streaming:
@@ -269,6 +272,20 @@ async def test_a_request_that_does_not_come_is_not_waited_for(directory: Path) -
         assert "did not come within 0.1 s" in str(caught.value.details())
         assert await make_call(channel, UNARY) == b"viewer (viewer)"
         assert door.guard.receiving.held_bytes == 0
+    await door.server.stop(None)
+
+
+async def test_an_upload_that_stops_is_not_waited_for(directory: Path) -> None:
+    door = Door(directory, request_seconds=0.1, reading_seconds=0.2)
+    await door.server.start()
+    async with door.channel("submitter") as channel:
+        for messages, seconds in (([], 0.1), ([b"one"], 0.2)):
+            call = channel.stream_unary("/gradstream.proto.v1.FineTuningService/UploadExamples")()
+            for message in messages:
+                await call.write(message)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await asyncio.wait_for(call, BOUND_SECONDS)
+            assert f"nothing came on this stream for {seconds} s" in str(caught.value.details())
     await door.server.stop(None)
 
 

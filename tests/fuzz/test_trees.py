@@ -61,7 +61,7 @@ def test_a_fine_tuning_recipe_is_taken_or_refused(tree: Any) -> None:
     recipe = taken(lambda: parse_finetuning_recipe(tree), ConfigError)
     if recipe is not None:
         assert parse_finetuning_recipe(recipe.model_dump_json()) == recipe
-        taken(lambda: check_examples(recipe.data), DataError)
+        taken(lambda: check_examples(recipe.data), DataError, ConfigError)
 
 
 @fuzzed(0.4)

@@ -1,0 +1,88 @@
+"""What the docs say and code can contradict: tests that they name, calls, errors, and that each guarantee is shown."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gradstream.core import errors
+from gradstream.core.errors import GradstreamError
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEST_PATH = re.compile(r"`(?:tests/)?((?:unit|integration|faults|fuzz|deploy)/[A-Za-z0-9_/]+\.py)`")
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every row of every table, headings and rules aside."""
+    cells = [
+        [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("|") and not set(line) <= set("|-: ")
+    ]
+    return cells
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_is_named_is_there(page: Path) -> None:
+    absent = [path for path in TEST_PATH.findall(page.read_text()) if not (ROOT / "tests" / path).exists()]
+    assert absent == []
+
+
+def test_each_assumption_names_a_test_or_says_that_there_is_none() -> None:
+    text = (ROOT / "docs" / "assumptions.md").read_text()
+    checked = 0
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        title = section.splitlines()[0]
+        if re.match(r"[1-8]\.", title):
+            assert TEST_PATH.search(section), f"{title}: no test is named"
+        for table in re.findall(r"^\|.*(?:\n\|.*)*", section, flags=re.MULTILINE):
+            if not table.splitlines()[0].rstrip(" |").endswith("shown by"):
+                continue
+            for row in rows(table)[1:]:
+                checked += 1
+                assert TEST_PATH.search(row[-1]) or "not tested" in row[-1], f"{title}: {row[0]}"
+    assert checked > 40
+
+
+def test_each_row_of_security_about_paths_names_its_test() -> None:
+    section = (ROOT / "docs" / "security.md").read_text().partition("## Paths and storage")[2]
+    found = rows(section.partition("\n## ")[0])[1:]
+    assert len(found) >= 6
+    assert all(TEST_PATH.search(row[-1]) for row in found)
+
+
+def test_protocol_has_every_call() -> None:
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    protos = [path.read_text() for path in (ROOT / "protos").rglob("*.proto")]
+    calls = {call for proto in protos for call in re.findall(r"^  rpc (\w+)\(", proto, re.MULTILINE)}
+    assert len(calls) > 40
+    tables = " ".join(row[0] for row in rows(text))
+    assert [call for call in sorted(calls) if f"`{call}`" not in tables] == []
+
+
+def test_protocol_has_every_error_with_its_status_and_exit_code() -> None:
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    listed = {
+        row[0].split("`")[1]: (row[1].strip("`"), int(row[2]))
+        for row in rows(text)
+        if len(row) == 4 and row[0].startswith("`") and row[0].split("`")[1].endswith("Error")
+    }
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GradstreamError)]
+    assert listed == {
+        kind.__name__: (kind.status.name, kind.exit_code) for kind in kinds if kind is not GradstreamError
+    }
+
+
+def test_what_is_there_is_not_said_to_be_missing() -> None:
+    """README's list of what is not there yet, against what is."""
+    section = (ROOT / "README.md").read_text().partition("## What is not there yet")[2].partition("\n## ")[0]
+    assert section
+    for word, made in (
+        ("TLS", "core/gradstream/core/transport.py"),
+        ("authentication", "core/gradstream/core/guard.py"),
+    ):
+        assert (ROOT / made).exists()
+        assert word not in section

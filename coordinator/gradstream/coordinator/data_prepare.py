@@ -125,11 +125,13 @@ def prepare(
         writers: dict[Split, SplitWriter] = {"train": SplitWriter(output, "train", options.num_shards)}
         if options.validation_fraction > 0:
             writers["validation"] = SplitWriter(output, "validation", options.num_shards)
+        num_unknown = 0
         processes = _num_processes(num_processes, corpus.stored_bytes)
         reported = -PROGRESS_INTERVAL_BYTES
         # Closed here, not when it is collected: its processes must be gone before the files are.
         with closing(tokenization.encode(corpus, tokenizer, processes)) as documents:
             for index, document in enumerate(documents):
+                num_unknown += document.num_unknown
                 writers["validation" if is_validation(index, options.validation_fraction) else "train"].add(document)
                 if corpus.stored_bytes_done - reported >= PROGRESS_INTERVAL_BYTES:
                     reported = corpus.stored_bytes_done
@@ -154,7 +156,7 @@ def prepare(
         )
         output.publish(manifest)
     state = replace(_tokenizing(state, corpus, writers), phase="done", bytes_done=corpus.stored_bytes)
-    progress(replace(state, left_out=left_out, notes=_notes(found, corpus)))
+    progress(replace(state, left_out=left_out, notes=_notes(found, corpus, tokenizer, num_unknown)))
     return manifest
 
 
@@ -202,12 +204,18 @@ def _tokenizing(state: PrepareProgress, corpus: Corpus, writers: dict[Split, Spl
     )
 
 
-def _notes(found: FoundFiles, corpus: Corpus) -> tuple[str, ...]:
+def _notes(
+    found: FoundFiles, corpus: Corpus, tokenizer: tokenization.TokenizerFile, num_unknown: int
+) -> tuple[str, ...]:
     notes = [f"{what} ({count})" for what, count in sorted(corpus.tally.notes.items())]
     if corpus.first_not_text:
         notes.append(f"{NOT_TEXT} were left out ({corpus.num_skipped_files}), the first: {corpus.first_not_text}")
     if found.num_repeated:
         notes.append(f"files are read again under another name, a link; their text comes twice ({found.num_repeated})")
+    if num_unknown:
+        notes.append(f"texts hold what the tokenizer does not know, each a token for the unknown ({num_unknown})")
+    if tokenization.drops_characters(tokenizer.content):
+        notes.append("the tokenizer writes nothing for characters that it does not know: those of the texts are lost")
     return tuple(notes)
 
 

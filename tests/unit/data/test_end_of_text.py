@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from gradstream.coordinator.data.tokenizer import unknown_id
 from gradstream.coordinator.data_prepare import PrepareProgress, inspect, load_manifest, prepare
 from gradstream.core.checkpoint import added_token
 from gradstream.core.config import PrepareConfig, validated
@@ -219,3 +220,30 @@ def test_an_export_names_the_end_wherever_the_vocabulary_has_it() -> None:
         ([], 0, None),
     ):
         assert added_token(tree, number) == expected
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_text_that_the_tokenizer_does_not_know(tmp_path: Path, unknown: str | None) -> None:
+    """It is counted where a token stands for it, and said where it is lost."""
+    words = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
+    tokenizer = Tokenizer(models.BPE(words, [], unk_token=unknown))
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    asked = options(tmp_path, tmp_path / "tokenizer.json", end_of_text="</s>", validation_fraction=0)
+    (tmp_path / "in" / "rows.jsonl").write_text('{"text": "abx"}\n{"text": "xxa"}\n')
+    seen: list[PrepareProgress] = []
+    manifest = prepare(asked, str(tmp_path / "out"), seen.append)
+    assert sum(shard.num_tokens for shard in manifest.shards) == (8 if unknown else 5)
+    (note,) = seen[-1].notes
+    assert note.endswith("each a token for the unknown (3)" if unknown else "those of the texts are lost")
+
+
+def test_unknown_tokens_of_every_kind_of_model() -> None:
+    for tree, expected in (
+        ({"model": {"type": "Unigram", "unk_id": 3, "vocab": [["a", 0.0]]}}, 3),
+        ({"model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"[UNK]": 7}}}, 7),
+        ({"model": {"type": "BPE", "unk_token": "<u>", "vocab": {}}, "added_tokens": [{"content": "<u>", "id": 9}]}, 9),
+        ({"model": {"type": "BPE", "unk_token": None, "vocab": {"a": 0}}}, None),
+        ({"model": {"type": "Unigram", "unk_id": None, "vocab": []}}, None),
+    ):
+        assert unknown_id(json.dumps(tree).encode()) == expected

@@ -299,8 +299,10 @@ def test_a_document_cannot_end_itself(tmp_path: Path, out: str) -> None:
 
 def test_lone_surrogates_are_replaced(tmp_path: Path, out: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a\\ud800b"}\n' * 8)
-    prepare(options(tmp_path / "rows.jsonl"), out)
+    seen: list[PrepareProgress] = []
+    prepare(options(tmp_path / "rows.jsonl"), out, seen.append)
     assert set(all_documents(out)) == {"a?b"}
+    assert seen[-1].notes == ("documents hold half of a surrogate pair, which became '?' (8)",)
 
 
 def test_max_bytes_stops_early_and_cuts_the_last_document(tmp_path: Path, out: str) -> None:

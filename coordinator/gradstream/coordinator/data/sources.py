@@ -66,7 +66,10 @@ def read_documents(
             return
         for text in (_parquet_rows if source.kind == "parquet" else _json_texts)(source, text_field):
             # A lone surrogate (JSON can spell one) has no UTF-8; a tokenizer would refuse it.
-            yield text.encode("utf-8", "replace").decode("utf-8") if text.strip() else ""
+            whole = text.encode("utf-8", "replace").decode("utf-8")
+            if tally is not None and whole != text:
+                tally.notes["documents hold half of a surrogate pair, which became '?'"] += 1
+            yield whole if whole.strip() else ""
 
 
 def _count_kind(file: SourceFile, source: OpenSource, tally: Tally) -> None:

@@ -29,6 +29,7 @@ END_OF_TEXT = "<|endoftext|>"
 """Ends a document where a tokenizer is trained and the recipe names no other."""
 TRAINED = "the trained tokenizer"
 TOKENIZER_NAME = "tokenizer.json"
+RARE_CHARACTERS = ("\ua66e", "\U00013000", "\u2603")  # a Slavonic letter, a hieroglyph, a snowman
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 SAMPLE_BYTES = 4 << 20  # more changes the merges little and costs 0.3 s a MB
 SMALL_FILE_BYTES = 64 << 10
@@ -60,6 +61,8 @@ class Document:
 
     tokens: bytes
     num_tokens: int
+    num_unknown: int = 0
+    """tokens that stand for text outside of the vocabulary"""
 
 
 def load(path: str, end_of_text: str | int | None = None) -> TokenizerFile:
@@ -233,6 +236,7 @@ class _Encoder:
         self._tokenizer.encode_special_tokens = True
         self._dtype = np.dtype(token_dtype).newbyteorder("<")
         self._end_of_text_id = end_of_text_id
+        self._unknown_id = unknown_id(content)
 
     def encode(self, texts: list[str]) -> list[Document]:
         documents = []
@@ -243,12 +247,33 @@ class _Encoder:
                     f"a document holds the end of text (token {self._end_of_text_id}) as ordinary text, which the "
                     f"tokenizer cannot tell apart; list the token in added_tokens of its tokenizer.json"
                 )
-            documents.append(Document(tokens.tobytes(), len(tokens)))
+            num_unknown = 0 if self._unknown_id is None else int((tokens == self._unknown_id).sum())
+            documents.append(Document(tokens.tobytes(), len(tokens), num_unknown))
         return documents
 
 
 def _refused(cause: str) -> ConfigError:
     return ConfigError(f"the tokenizer cannot encode the documents ({cause}); save it again, or have one trained")
+
+
+def unknown_id(content: bytes) -> int | None:
+    """The token that a tokenizer.json gives text outside of its vocabulary; None when it has none."""
+    tree = json.loads(content)
+    model = tree.get("model") or {}
+    if isinstance(model.get("unk_id"), int):  # Unigram
+        return int(model["unk_id"])
+    words = model.get("vocab")
+    added = {token["content"]: token["id"] for token in tree.get("added_tokens") or []}
+    found = added.get(model.get("unk_token"), words.get(model.get("unk_token")) if isinstance(words, dict) else None)
+    return found if isinstance(found, int) else None
+
+
+def drops_characters(content: bytes) -> bool:
+    """Whether a tokenizer writes nothing at all for a character that its vocabulary lacks."""
+    from tokenizers import Tokenizer
+
+    tokenizer: Any = Guarded(Tokenizer.from_str(content.decode("utf-8")), _refused)
+    return any(not tokenizer.encode(rare, add_special_tokens=False).ids for rare in RARE_CHARACTERS)
 
 
 def _with_special(text: str, end_of_text_id: int) -> str:

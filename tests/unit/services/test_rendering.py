@@ -357,6 +357,8 @@ def test_a_message_that_the_template_leaves_out_is_refused(tmp_path: Path) -> No
     )
     row = {"messages": [{"role": "system", "content": "be brief"}, user("a"), reply("b")]}
     assert reason(tmp_path, row, tokenizer).startswith("the chat template writes nothing of message 1 (system)")
+    row["messages"][0]["content"] = "a"  # which the user says too
+    assert reason(tmp_path, row, tokenizer).startswith("the chat template writes nothing of message 1 (system)")
 
 
 def test_replies_of_weight_0_are_there_and_no_targets(tmp_path: Path) -> None:

@@ -78,6 +78,17 @@ def test_kill_at_the_given_acknowledgement(kills: list[tuple[int, int]]) -> None
     assert kills == [(os.getpid(), signal.SIGKILL)]
 
 
+def test_kill_of_a_server_once_a_step_is_decided(kills: list[tuple[int, int]]) -> None:
+    faults = Faults("kill@step=3,decided=1")
+    faults.before_slot(3, 0)
+    faults.acknowledged(3, 0)
+    faults.sent(3, 0)
+    faults.decided(2)
+    assert kills == []
+    faults.decided(3)
+    assert kills == [(os.getpid(), signal.SIGKILL)]
+
+
 def test_nan_spoils_its_slot_alone() -> None:
     faults = Faults("nan@step=4,slot=1")
     assert [faults.spoils(4, slot) for slot in range(3)] == [False, True, False]

@@ -16,9 +16,11 @@ import torch
 from support.micro import MICRO_LLAMA, micro_plan
 from support.shards import Cluster, make_plan, same, serving, until
 
+from gradstream.core import faults
 from gradstream.core.checkpoint import COPY, CheckpointReader, directory_of, write_manifest
 from gradstream.core.codecs import codec_named
 from gradstream.core.downlink import downlink
+from gradstream.core.errors import CheckpointError, StaleEpochError
 from gradstream.core.model import build, initial_weights
 from gradstream.core.payloads import BundleCodec, CodecBook, slices, split
 from gradstream.core.plan import Plan
@@ -326,27 +328,31 @@ async def test_pullers_that_hold_a_version_and_those_that_do_not_get_the_same_bi
         assert all(same(versions[0], other) for other in versions[1:])
 
 
+def noting_pulls() -> tuple[dict[int, list[int]], type[ParameterServerServicer]]:
+    """A servicer that notes which versions each server is asked for, in rising order, and where it notes them."""
+    asked: dict[int, list[int]] = {}
+
+    class Noting(ParameterServerServicer):
+        async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[bytes]:
+            index = self._shard(request.job_id, request.epoch).index
+            asked[index] = sorted([*asked.get(index, []), request.min_version])
+            async for message in super().Pull(request, context):
+                yield message
+
+    return asked, Noting
+
+
 @pytest.mark.parametrize("pull", ["bf16", "delta-int8"])
 @pytest.mark.parametrize("late", [0, 1, 2])
 async def test_workers_that_see_servers_at_different_versions_wait_for_a_common_one(pull: str, late: int) -> None:
     """A version is pulled when all servers have decided it: a worker never has bundles of two, nor of one that a server
     does not know of. A newcomer asks for any version, another worker for the next one."""
     go_on = asyncio.Event()
-    asked: dict[int, list[int]] = {0: [], 1: [], 2: []}
-
-    class Asked(ParameterServerServicer):
-        """Notes which version each server is asked for, in rising order."""
-
-        async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[bytes]:
-            index = self._shard(request.job_id, request.epoch).index
-            asked[index] = sorted([*asked[index], request.min_version])
-            async for message in super().Pull(request, context):
-                yield message
-
+    asked, servicer = noting_pulls()
     plan = steps_plan(3, pull, leader=1 if late == 0 else 0)
     async with serving(plan) as undisturbed:
         expected = await walked(undisturbed, held=True, last=2)
-    async with serving(plan, Asked) as cluster:
+    async with serving(plan, servicer) as cluster:
         shard = cluster.shards[late]
         real = shard._complete_at_leader
 
@@ -377,6 +383,42 @@ async def test_workers_that_see_servers_at_different_versions_wait_for_a_common_
             assert (first.version, second.version) == (2, 2)
             assert same(await in_place(one, first), expected[2])
             assert same(await in_place(other, second), expected[2])
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["the leader", "another server"])
+async def test_a_version_of_which_a_server_dies_before_it_publishes_appears_nowhere(
+    victim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to a worker, and not as a checkpoint, though the others have published it and written their files."""
+
+    def die() -> None:
+        raise StaleEpochError("killed")  # the task ends here, as the process would
+
+    monkeypatch.setattr(faults, "_kill", die)
+    asked, servicer = noting_pulls()
+    plan = steps_plan(2, "bf16", checkpoint_root=str(tmp_path))
+    async with (
+        serving(plan, servicer) as cluster,
+        pulling(cluster) as (made, puller),
+        pulling(cluster) as (_, late),
+    ):
+        shard, other = cluster.shards[victim], cluster.shards[1 - victim]
+        shard._faults = faults.Faults("kill@step=0,decided=1")
+        before = await in_place(made, await puller.next(0))
+        asked.clear()
+        await cluster.push(cluster.all_keys(), 0)
+        await until(lambda: bool(cluster.checkpoints) and other.phase.name == "accumulating")
+        waiting = [asyncio.create_task(puller.next(1, 0)), asyncio.create_task(late.next(0))]
+        await until(lambda: asked.get(victim) == [0, 1, 1])
+        assert (shard.version, other.version) == (0, 1)
+        assert not any(task.done() for task in waiting)
+        assert [report.server for report in cluster.checkpoints] == [1 - victim]
+        with pytest.raises(CheckpointError, match="do not cover the plan"):
+            write_manifest(directory_of(str(tmp_path), 1), plan, 1, cluster.checkpoints, {})
+        assert same(made.bits(), before)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 @pytest.mark.parametrize("held", [0, 1, 3, 4, 2**63])

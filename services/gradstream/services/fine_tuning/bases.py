@@ -114,6 +114,8 @@ def _link(source: Path, destination: Path) -> None:
             except OSError:
                 with open(destination / path.name, "xb") as copy:
                     shutil.copyfileobj(stream, copy)
+                    copy.flush()
+                    os.fsync(copy.fileno())
     # The manifest is removed first: while it is there all files are.
     os.stat(source / MANIFEST_NAME)
     files.sync_directory(destination)

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradstream.core.defaults import POSITIONS, text_section
-from gradstream.core.errors import ConfigError, DataError
+from gradstream.core.errors import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +45,8 @@ METADATA = frozenset(
 )
 """Keys of a config.json that transformers reads itself, or that older versions of it wrote."""
 LIKE_A_NUMBER = re.compile(r"\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\s*")
+SIZES = re.compile(r"must match|invalid for input of size|cannot be multiplied|[Ss]izes of tensors|[Ss]ize mismatch")
+"""What torch says of tensors whose shapes do not go together."""
 SURELY_MEANT = 0.85
 """Similarity of a key to a known one above which it is a typing error."""
 MAX_NAMED = 5
@@ -167,6 +169,26 @@ def padding_ids(model: nn.Module) -> list[int]:
 
     found = {module.padding_idx for module in model.modules() if isinstance(module, nn.Embedding)}
     return sorted(each for each in found if each is not None)
+
+
+def check_shapes(config: Mapping[str, Any]) -> None:
+    """Pass tokens through the model, as shapes without values. Raises ConfigError for sizes that do not go together,
+    which many families notice only then. What cannot be known without values is left to the nodes."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from gradstream.core.model import build
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = build(config)
+        try:
+            model(input_ids=torch.zeros((2, 2), dtype=torch.long), use_cache=False)
+        except Exception as error:
+            if SIZES.search(str(error)):
+                raise ConfigError(
+                    f"model.config: its sizes do not go together ({one_line(error)[:200]}); check the number of heads "
+                    f"and the hidden sizes"
+                ) from None
 
 
 def explain_padding(config: Any, given: Mapping[str, Any]) -> str:

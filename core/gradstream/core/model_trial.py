@@ -24,7 +24,7 @@ from gradstream.core.construction import GENERATOR_LOCK, check_set, initialize, 
 from gradstream.core.errors import ConfigError, one_line
 from gradstream.core.finetuning import LoraConfig
 from gradstream.core.model import UnitDraws, build, check_units, inventory_of, router_loss_factor
-from gradstream.core.model_check import padding_ids, positions, unknown_keys
+from gradstream.core.model_check import check_shapes, padding_ids, positions, unknown_keys
 from gradstream.core.twin import twin_config
 
 if TYPE_CHECKING:
@@ -282,6 +282,7 @@ def describe(
     Raises ConfigError, also for a model that cannot be trained as `use` asks."""
     model = build(model_config, "meta", lora)
     unknown, misspelt = unknown_keys(model_config, model.config, model)
+    check_shapes(model_config)
     is_refused, reason = try_model(model_config, use)
     if is_refused:
         raise ConfigError(reason)

@@ -1,17 +1,22 @@
 """What a model's config says is used, refused or named, before anything is trained."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support.bases import FAMILIES
+from support.bases import FAMILIES, write_checkpoint
 from support.micro import MICRO_LLAMA
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradstream.core import model_check
+from gradstream.core.checkpoint import write_huggingface
 from gradstream.core.config import Recipe, ScheduleConfig, parse_recipe
 from gradstream.core.data import Manifest
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.model import build
+from gradstream.core.model import build, inventory, load_config
 from gradstream.core.model_trial import describe
 
 MANIFEST = Manifest(token_dtype="uint16", vocab_size=60, end_of_text_id=3, tokenizer_sha256="0" * 64, shards=())
@@ -111,14 +116,21 @@ def test_padding_must_not_be_what_is_trained_on() -> None:
     ],
 )
 def test_positions_are_the_familys_own_where_the_config_says_none(config: dict[str, Any], expected: Any) -> None:
-    from gradstream.core.model import load_config
-
     found = model_check.positions(load_config(config))
     assert found == (tuple(expected) if expected else None)
     if found is not None:
         model_check.check_positions(found, found[1], config["model_type"])
         with pytest.raises(ConfigError, match=rf"{found[1] + 1} is longer than the {found[1]} positions of"):
             model_check.check_positions(found, found[1] + 1, config["model_type"])
+
+
+def test_sizes_that_do_not_go_together_are_refused_before_a_worker_computes() -> None:
+    """Built it can be; a pass of shapes alone shows it. No memory is taken: this one would have 400 GB."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 3, "hidden_size": 32}
+    with pytest.raises(ConfigError, match=r"its sizes do not go together .*size of tensor a \(4\) must match"):
+        describe(MICRO_LLAMA | heads)
+    large = {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 24, "num_attention_heads": 128}
+    assert describe(MICRO_LLAMA | large | {"num_key_value_heads": 8})["unknown_keys"] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,3 +186,23 @@ def test_a_recipe_says_what_has_no_use() -> None:
 
 def test_shapes_alone_are_built() -> None:
     assert all(parameter.device == torch.device("meta") for parameter in build(MICRO_LLAMA, "meta").parameters())
+
+
+def test_an_export_loads_by_itself_and_stops_at_the_datas_end(tmp_path: Path) -> None:
+    """Without the keys that would have transformers look for code, kernels or quantized weights."""
+    odd = {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}, "quantization_config": None, "torch_dtype": "bfloat16"}
+    architecture = {key: value for key, value in (MICRO_LLAMA | odd).items() if not key.endswith("os_token_id")}
+    manifest = MANIFEST.model_copy(update={"end_of_text_id": 0})
+    config = model_check.with_ends(recipe(architecture), manifest).model.config
+    tensors = inventory(config)
+    silent = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in tensors}  # so the first token is likeliest
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config, tensors, silent)
+    write_huggingface(checkpoint, tmp_path)
+    assert {"auto_map", "quantization_config", "torch_dtype"}.isdisjoint(
+        json.loads((tmp_path / "config.json").read_text())
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (model.dtype, model.generation_config.eos_token_id) == (torch.float32, 0)
+    start_BT = torch.tensor([[5, 6]])
+    assert model.generate(start_BT, do_sample=False, max_new_tokens=9, pad_token_id=0).tolist() == [[5, 6, 0]]
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 0

@@ -66,6 +66,7 @@ def check_finetuning_recipe(asked: FineTuningRecipe) -> list[str]:
         return [*warnings, f"base_model {asked.base_model} is not on this machine; the service checks it"]
     config = check_base(asked.base_model)
     lora = asked.lora if asked.method == "lora" else None
-    found = asyncio.run(take_inventory(config, lora, ModelUse(packs_examples=True)))
+    use = ModelUse(has_pipeline=asked.pipeline.stages != 1, packs_examples=True)
+    found = asyncio.run(take_inventory(config, lora, use))
     model_check.check_positions(found.positions, asked.training.sequence_length, config.get("model_type"))
     return warnings

@@ -39,6 +39,10 @@ def default_address() -> str:
     return os.environ.get(COORDINATOR.variable) or COORDINATOR.default_address
 
 
+SUBMIT_SECONDS = 330.0
+"""Longest wait for a submission: a coordinator gives the process that builds the model 300 s."""
+
+
 class AsyncClient:
     """Talks to a coordinator.
 
@@ -121,7 +125,7 @@ class AsyncClient:
             recipe_json=resolved.model_dump_json(), directory=os.getcwd(), request_id=request_id or new_request_id()
         )
         response = await self._connection.call_once(
-            lambda stub, timeout: stub.SubmitJob(request, timeout=timeout), request.request_id
+            lambda stub, timeout: stub.SubmitJob(request, timeout=max(timeout, SUBMIT_SECONDS)), request.request_id
         )
         return Job.from_proto(response.job)
 

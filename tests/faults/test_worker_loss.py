@@ -42,3 +42,27 @@ def test_killed_worker_changes_no_bit(cluster: Cluster, tiny_data: Path, tmp_pat
     # The survivor took over at the same version: no new plan, no step walked twice.
     assert cluster.client.job(job.job_id).epoch == 1
     assert cluster.final_digest(job.job_id) == reference
+
+
+@pytest.mark.timeout(240)
+def test_workers_that_hang_or_fail_are_benched_and_change_no_bit(
+    cluster: Cluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    """One heartbeats and computes nothing any more, one runs out of memory: the job goes on with the third."""
+    cluster.start_coordinator("stall_seconds=1.5", "stall_factor=5", "bench_seconds=600")
+    cluster.start_servers("server-0", "server-1")
+    cluster.start_workers("worker-0")
+    reference = undisturbed_digest(cluster, tiny_data, tmp_path / "runs")
+    # Slots are dealt in turns: worker-1 gets slot 1, worker-2 slot 2.
+    cluster.start_workers("worker-1", faults="hang@step=3,slot=1")
+    cluster.start_workers("worker-2", faults="fail@step=2,slot=2")
+    recipe = tiny_recipe(tiny_data, tmp_path / "runs", name="disturbed", cluster={"min_workers": 3, "min_servers": 2})
+    job = cluster.client.submit(recipe)
+    cluster.finish(job.job_id)
+    messages = [item.message for item in cluster.client.watch(job.job_id, follow=False) if hasattr(item, "message")]
+    failed = "worker worker-2 is benched for this job: MemoryError: out of memory in slot 2 of step 2"
+    assert failed in messages, messages
+    assert any("worker worker-1 is benched: no progress on slots 1" in message for message in messages), messages
+    ended = cluster.client.job(job.job_id)
+    assert (ended.epoch, set(ended.slot_holders)) == (1, set())
+    assert cluster.final_digest(job.job_id) == reference

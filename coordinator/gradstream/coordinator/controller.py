@@ -19,22 +19,23 @@ from typing import Any
 from gradstream.coordinator import checkpoints, planning, scheduler, stalls
 from gradstream.coordinator.active import ActiveJob, nothing
 from gradstream.coordinator.benches import find_stuck
+from gradstream.coordinator.boundaries import Boundaries
 from gradstream.coordinator.journal import Event, Journal, Retry
 from gradstream.coordinator.leasing import Leasing
-from gradstream.coordinator.membership import SERVER, WORKER, Membership, NodeEntry, make_node_id
+from gradstream.coordinator.membership import SERVER, WORKER, Membership, NodeEntry
 from gradstream.coordinator.needs import human_bytes
 from gradstream.coordinator.notify import Notifier
 from gradstream.coordinator.planning import MadePlan
-from gradstream.coordinator.reunion import Verdict, judge_servers, refuses_connections
+from gradstream.coordinator.reunion import Verdict
 from gradstream.coordinator.scheduler import Ending
+from gradstream.coordinator.server_watch import ServerWatch
 from gradstream.coordinator.sessions import Hub, Session
 from gradstream.coordinator.state import JobRecord, State
 from gradstream.coordinator.storage_checks import StorageChecks
 from gradstream.coordinator.timelines import Timelines
 from gradstream.coordinator.timing import Timing, unix_ms
 from gradstream.core.access import by_caller
-from gradstream.core.bundles import keeps_residuals
-from gradstream.core.errors import BusyError, GradstreamError, PlanError, UnreachableError, one_line
+from gradstream.core.errors import GradstreamError, PlanError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
@@ -47,8 +48,6 @@ QUEUED, PLANNING, RUNNING, PAUSED, FINISHED, FAILED, STOPPED = (
     jobs_pb2.JOB_STATE_FAILED,
     jobs_pb2.JOB_STATE_STOPPED,
 )
-SNAPSHOT_SECONDS = 1.0
-"""Between requests for a checkpoint of the version at hand."""
 HOLD_SECONDS = 2.0
 """Between looks at a storage that does not show what it should."""
 __all__ = ["Controller", "Timing", "unix_ms"]
@@ -67,6 +66,7 @@ class Controller:
         self.notifier = Notifier(state)
         self.journal = Journal(state, self.notifier)
         self.leasing = Leasing(self.members)
+        self.servers = ServerWatch(self.members, self.timing, self.reconcile)
         self.timelines = Timelines()
         self.active: ActiveJob | None = None
         # Checkpoints that retention leaves alone.
@@ -77,16 +77,17 @@ class Controller:
         self.retry = Retry(self.timing.retry_seconds)
         self._closing = False
         self._hub = Hub()
+        self.boundaries = Boundaries(self.members, self.leasing, self._hub.send)
         self.storage = StorageChecks(self._hub.send)
         self._looked_at = clock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Take up what the state holds and begin to watch the clock."""
         for record in self.state.list_jobs():
             if record.state in (PLANNING, RUNNING) or (record.state == PAUSED and record.plan_held):
                 await self._adopt(record)
-        self._spawn(self._watch_clock())
+        self._loop_task = asyncio.create_task(self._watch_clock())
 
     async def _adopt(self, record: JobRecord) -> None:
         """Go on with a job that another coordinator had under way."""
@@ -121,8 +122,9 @@ class Controller:
         active = self.active
         if active is not None and active.writing is not None:
             await asyncio.wait([active.writing], timeout=grace_seconds)
+        await self.servers.stop()
         work = [active.planning, active.writing] if active is not None else []
-        for task in [*self._tasks, *work]:
+        for task in [self._loop_task, *work]:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -133,46 +135,16 @@ class Controller:
             self.reconcile()
             await asyncio.sleep(self.timing.tick_seconds)
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     # --- nodes ------------------------------------------------------------------------------------------------------
 
     def register(self, request: coordinator_pb2.RegisterRequest) -> NodeEntry:
         """Enter a node that was checked. Raises ConfigError when another live process has its name, BusyError while
         that is not known."""
         now = self.clock()
-        self._keep_name(request, now)
+        self.servers.keep_name(self.active, request, now)
         node = self.members.register(request, now, unix_ms())
         log.info("registered", node=node.node_id, address=node.address, holds=dict(node.holds))
         return node
-
-    def _keep_name(self, request: coordinator_pb2.RegisterRequest, now: float) -> None:
-        """Keep the name of a silent server for it, until its process is known to be gone or its time has passed.
-
-        Raises BusyError: the newcomer asks again.
-        """
-        active = self.active
-        if active is None or active.plan is None or request.kind != SERVER:
-            return
-        node_id = make_node_id(request.kind, request.name, request.incarnation)
-        server = next((server for server in active.plan.servers if server.name == request.name), None)
-        if server is None or server.node_id == node_id or server.address == request.address:
-            return  # two processes cannot listen on one address
-        if self.members.named(SERVER, request.name) is not None:
-            return
-        active.reunion.look(active.plan, active.record.epoch, self.members, now)
-        absence = active.reunion.absences.get(server.node_id)
-        patience = active.reunion.patience_seconds(server.node_id, now)
-        if absence is None or absence.refuses or patience <= 0:
-            return
-        self._ring(active, now, grace_seconds=0.0)
-        raise BusyError(
-            f"the parameter server '{request.name}' of job {active.job_id} is silent and may still hold its state; "
-            f"this one is let in once that process is known to be gone, or after {self.timing.reunion_seconds:g} s"
-        )
 
     def open_session(self, node_id: str) -> Session | None:
         """Begin a node's stream and queue what it must know; None when the node is not registered."""
@@ -342,7 +314,7 @@ class Controller:
             self._judge_end,
             self._judge_workers,
             self._lease,
-            self._ask_for_boundary,
+            self.boundaries.ask_for_boundary,
         ]
         if active.state in (RUNNING, PAUSED) and active.plan is None:
             self.set_state(active, PLANNING, "its plan is lost")
@@ -378,7 +350,7 @@ class Controller:
         """Whether the plan that a job in planning had is still to be hoped for, or in force again."""
         if active.plan is None:
             return False
-        verdict, reason = self._look_at_servers(active, now)
+        verdict, reason = self.servers.look(active, now)
         if verdict is Verdict.HOLD:
             self.set_state(active, RUNNING, "its servers came back with all of their state; no step is lost")
             active.leases_due = True
@@ -395,11 +367,8 @@ class Controller:
         try:
             start = await planning.choose_start(root, self.pins)
             release = start.release
-            acknowledged = self.state.checkpoint_versions(record.job_id)
-            # Workers write there too where the codec keeps residuals.
-            sharing = [*servers, *(workers if keeps_residuals(active.recipe.codec) else [])]
-            why = checkpoints.missing(root, start.versions, acknowledged, record.job_id)
-            if self._is_held(active, why or await self.storage.problem(root, sharing)):
+            known = self.state.checkpoint_versions(record.job_id)
+            if self._is_held(active, await planning.hindrance(active, start, known, servers, workers, self.storage)):
                 return
             made = await planning.make_plan(active, servers, workers, start)
             wanted = self.active is active and active.state == PLANNING and active.record.desired == "run"
@@ -483,28 +452,8 @@ class Controller:
 
     # --- servers ----------------------------------------------------------------------------------------------------
 
-    def _look_at_servers(self, active: ActiveJob, now: float) -> tuple[Verdict, str]:
-        assert active.plan is not None
-        sights = active.reunion.look(active.plan, active.record.epoch, self.members, now)
-        self._ring(active, now, self.timing.server_grace_seconds)
-        return judge_servers(sights)
-
-    def _ring(self, active: ActiveJob, now: float, grace_seconds: float) -> None:
-        """Try whether the machines of silent servers still listen."""
-        assert active.plan is not None
-
-        async def ring(node_id: str, address: str) -> None:
-            refused = await refuses_connections(address)
-            absence = active.reunion.absences.get(node_id)
-            if absence is not None:
-                absence.heard(refused)
-                self.reconcile()
-
-        for server in active.reunion.due_rings(active.plan, grace_seconds, now):
-            self._spawn(ring(server.node_id, server.address))
-
     def _judge_servers(self, active: ActiveJob, now: float) -> None:
-        verdict, reason = self._look_at_servers(active, now)
+        verdict, reason = self.servers.look(active, now)
         if verdict is not Verdict.LOST:
             return
         event = Event("node", f"{reason}; the job goes back to its last checkpoint")
@@ -543,25 +492,9 @@ class Controller:
         elif ending is Ending.PAUSE:
             self.set_state(active, PAUSED, reason)
         elif ending is Ending.SNAPSHOT:
-            self._ask_for_snapshot(active, now)
-
-    def _ask_for_snapshot(self, active: ActiveJob, now: float) -> None:
-        """Ask the servers for a checkpoint of the version at hand; again and again, as a server that still applied the
-        last step, or one that came back, does nothing the first time."""
-        assert active.plan is not None
-        if active.snapshot == active.version and now < active.snapshot_at + SNAPSHOT_SECONDS:
-            return
-        if active.snapshot != active.version:
-            line = f"no worker is live to finish the step; a checkpoint of version {active.version} is written as it is"
-            self.journal.note(active.job_id, "checkpoint", line)
-        active.snapshot, active.snapshot_at = active.version, now
-        wanted = coordinator_pb2.SnapshotRequest(
-            job_id=active.job_id, epoch=active.record.epoch, version=active.version
-        )
-        for server in active.plan.servers:
-            node = self.members.get(server.node_id)
-            if node is not None and node.present:
-                self._hub.send(node, coordinator_pb2.SessionResponse(snapshot=wanted))
+            line = self.boundaries.ask_for_snapshot(active, now)
+            if line:
+                self.journal.note(active.job_id, "checkpoint", line)
 
     def pinned_versions(self, active: ActiveJob) -> set[int]:
         """The versions of the active job whose checkpoints stay, however old: those that a plan starts from or an
@@ -573,19 +506,6 @@ class Controller:
             if record.state not in scheduler.ENDED and (base := planning.base_path(record.recipe_json))
         ]
         return self.pins.of(root) | active.candidates | checkpoints.bases_under(root, bases)
-
-    def _ask_for_boundary(self, active: ActiveJob, now: float) -> None:
-        """Ask the leader, once a stream, for a checkpoint at its next commit, if a pause, a stop or a person waits."""
-        wanted = active.record.desired != "run" or active.checkpoint_wanted
-        if not wanted or active.plan is None or active.state != RUNNING or active.resting:
-            return
-        leader = self.members.get(active.plan.servers[active.plan.leader].node_id)
-        if leader is None or not leader.present or leader.session == active.boundary_session:
-            return
-        if self.leasing.any_worker(active, now):
-            boundary = coordinator_pb2.BoundaryRequest(job_id=active.job_id, epoch=active.record.epoch)
-            self._hub.send(leader, coordinator_pb2.SessionResponse(boundary=boundary))
-            active.boundary_session = leader.session
 
     # --- leases -----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from gradstream.coordinator import checkpoints, needs, planner
@@ -12,6 +12,8 @@ from gradstream.coordinator.active import ActiveJob, nothing
 from gradstream.coordinator.inventory import take_inventory, take_profile
 from gradstream.coordinator.membership import NodeEntry
 from gradstream.coordinator.planner import CheckpointAt
+from gradstream.coordinator.storage_checks import StorageChecks
+from gradstream.core.bundles import keeps_residuals
 from gradstream.core.model_trial import ModelUse
 from gradstream.core.plan import Plan
 
@@ -44,6 +46,23 @@ async def choose_start(root: str, pins: checkpoints.Pins) -> Start:
     async with pins.choosing(root):
         start, versions = await asyncio.to_thread(checkpoints.newest, root)
         return Start(start, versions, pins.pin(root, start.version) if start is not None else nothing)
+
+
+async def hindrance(
+    active: ActiveJob,
+    start: Start,
+    acknowledged: Collection[int],
+    servers: Sequence[NodeEntry],
+    workers: Sequence[NodeEntry],
+    storage: StorageChecks,
+) -> str:
+    """What of the storage keeps a plan from being made: a checkpoint that was acknowledged and is not there, or a
+    directory that the nodes do not share. Empty when nothing does."""
+    root = checkpoints.root_of(active.record.run_directory)
+    # Workers write there too where the codec keeps residuals.
+    sharing = [*servers, *(workers if keeps_residuals(active.recipe.codec) else [])]
+    gone = checkpoints.missing(root, start.versions, acknowledged, active.job_id)
+    return gone or await storage.problem(root, sharing)
 
 
 async def make_plan(

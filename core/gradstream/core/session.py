@@ -148,7 +148,9 @@ class NodeSession:
                     raise error from None
                 if self.unreachable_since is None:
                     self.unreachable_since = time.time()
-                    log.warning("lost the coordinator, trying again until it is back", cause=one_line(error))
+                    lost = isinstance(error, UnreachableError)
+                    what = "lost the coordinator" if lost else "the coordinator does not take this node yet"
+                    log.warning(f"{what}, trying again", cause=one_line(error))
             if not self._leaving:
                 try:
                     await asyncio.wait_for(self._left.wait(), backoff.next())

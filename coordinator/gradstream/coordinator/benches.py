@@ -37,6 +37,7 @@ class WorkerSight:
     slots: tuple[int, ...]  # the replica's, of those that a server misses
     still_seconds: float  # since it got anything done, or was given its slots
     waiting: bool  # it says that it waits for a peer
+    loading: bool = False  # it builds the model, which takes as long as a first slot may
     unreachable: str = ""  # a peer that it cannot reach
     unreachable_seconds: float = 0.0
 
@@ -55,7 +56,11 @@ def find_stuck(
             found[worker.node_id] = f"cannot reach {worker.unreachable} for {worker.unreachable_seconds:.0f} s"
     for replica in dict.fromkeys(worker.replica for worker in workers):
         chain = [worker for worker in workers if worker.replica == replica]
-        still = [worker for worker in chain if worker.slots and worker.still_seconds >= limit]
+        still = [
+            worker
+            for worker in chain
+            if worker.slots and worker.still_seconds >= (timing.first_slot_seconds if worker.loading else limit)
+        ]
         if len(still) < len(chain) or any(worker.node_id in found for worker in chain):
             continue
         # In a replica the others wait for the one that hangs.

@@ -33,6 +33,7 @@ def worker_sights(active: ActiveJob, members: Membership, now: float) -> list[Wo
                     slots=slots,
                     still_seconds=min(since_given, now - node.progress_at),
                     waiting=mine is not None and bool(mine.waiting_for),
+                    loading=mine is None or mine.phase == "loading",
                     unreachable=mine.unreachable[:200] if mine is not None else "",
                     # Before it had slots it had no reason to try.
                     unreachable_seconds=min(since_given, _unreachable_seconds(node, now)),

@@ -30,6 +30,7 @@ def sight(name: str, still: float = 0.0, slots: tuple[int, ...] = (), **more: ob
         # Before a slot was ever done nobody knows how long one takes.
         ([sight("a", 599, (1,)), sight("b")], None, {}),
         ([sight("a", 600, (1,)), sight("b")], None, {"a": "no progress on slots 1 for 600 s"}),
+        ([sight("a", 599, (1,), loading=True), sight("b")], 1.0, {}),
         # Whoever has done its part waits for others.
         (
             [sight("a", 99, ()), sight("b", 99, (1,))],

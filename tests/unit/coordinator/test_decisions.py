@@ -235,8 +235,12 @@ def test_the_verdict_on_servers(sight: ServerSight, verdict: Verdict) -> None:
         ("stop", RUNNING, 3, 3, {3}, False, True, Ending.STOP),
         ("stop", RUNNING, 3, 2, {2}, False, True, Ending.STOP),  # a step was under way
         ("stop", RUNNING, 3, None, {3}, False, True, Ending.GO_ON),
-        ("stop", RUNNING, 3, None, set(), False, False, Ending.STOP),
-        ("stop", PAUSED, 3, None, set(), False, True, Ending.STOP),
+        # Nobody finishes the step: the servers write what they hold.
+        ("stop", RUNNING, 3, None, set(), False, False, Ending.SNAPSHOT),
+        ("stop", RUNNING, 3, None, {3}, False, False, Ending.STOP),
+        ("stop", PAUSED, 3, None, set(), False, True, Ending.SNAPSHOT),
+        ("stop", PAUSED, 3, None, {3}, False, True, Ending.STOP),
+        ("stop", RUNNING, 0, None, set(), False, False, Ending.STOP),  # nothing was computed
         ("stop", RUNNING, 4, None, {4}, False, True, Ending.STOP),
     ],
 )

@@ -504,7 +504,7 @@ class JobRun:
             + (self._neighbours.received_bytes if self._neighbours is not None else 0),
             unreachable=cut_off,
             unreachable_seconds=max(0.0, time.time() - cut_since) if cut_off else 0.0,
-            progress=self._progress,
+            progress=self._progress + self._puller.num_bundles,
         )
 
     def _cut_off(self, outbounds: Sequence[Outbound[Any]]) -> tuple[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -33,7 +34,13 @@ class ServerPull:
     """One server's part of a pull: first the version, then its bundles. `push_codec` is known with the version."""
 
     def __init__(
-        self, plan: Plan, server: Server, bundles: dict[int, Bundle], stub: ParameterServerStub, book: CodecBook
+        self,
+        plan: Plan,
+        server: Server,
+        bundles: dict[int, Bundle],
+        stub: ParameterServerStub,
+        book: CodecBook,
+        on_bundle: Callable[[], None] = lambda: None,
     ):
         self.server = server
         self.push_codec = ""
@@ -43,6 +50,7 @@ class ServerPull:
         self._plan = plan
         self._stub = stub
         self._book = book
+        self._on_bundle = on_bundle
         self._bundles = bundles
         self._call: grpc.aio.UnaryStreamCall[pb.PullRequest, bytes] | None = None
 
@@ -107,6 +115,7 @@ class ServerPull:
                     timeline.add(SpanKind.RECEIVE, begin_ns, end_ns, None, header.bundle, payload.nbytes)
                     begin_ns = end_ns
                     inbox.put(Arrival(header, payload))
+                    self._on_bundle()
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.ABORTED:
                 raise OvertakenError from None
@@ -160,6 +169,8 @@ class Puller:
         self._receiving: asyncio.Task[None] | None = None
         self._inbox: Inbox | None = None  # of the last pull
         self._asking: list[ServerPull] = []
+        self.num_bundles = 0
+        """Bundles received so far."""
         self.received_bytes = 0
 
     @property
@@ -182,7 +193,7 @@ class Puller:
             await self.settled()
             if self._inbox is not None and self._inbox.failed:
                 held_version = None
-        pulls = self._asking = [ServerPull(self._plan, *target) for target in self._targets]
+        pulls = self._asking = [ServerPull(self._plan, *target, self._count) for target in self._targets]
         try:
             versions = list(
                 await asyncio.gather(*(pull.version(min_version, held_version, measured) for pull in pulls))
@@ -207,6 +218,9 @@ class Puller:
         inbox = self._inbox = Inbox(versions[0], pulls[0].push_codec, pulls[0].checkpoint)
         self._receiving = asyncio.create_task(self._receive(pulls, inbox))
         return inbox
+
+    def _count(self) -> None:
+        self.num_bundles += 1
 
     async def settled(self) -> None:
         """Wait until no pull is under way: all of its bundles are here, or it broke off."""

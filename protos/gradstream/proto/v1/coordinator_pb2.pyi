@@ -275,7 +275,7 @@ class Activity(_message.Message):
     unreachable_seconds: _builtins.float
     """Seconds since it could not reach that peer, by its own clock."""
     progress: _builtins.int
-    """Grows with whatever the node gets done: of a worker microbatches. One that stands still makes no progress."""
+    """Grows with whatever the node gets done: of a worker microbatches and bundles. One that stands still makes no progress."""
     @_builtins.property
     def missing_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """For a server, slots of the current step of which it has not seen every contribution."""

@@ -5,7 +5,7 @@ lost when it came back without it, when its process was started anew, when it re
 refuses connections to it. Of a server that is silent without such a proof the state is waited for, `reunion_seconds`
 long from the latest of: the moment it fell silent, the moment since which some server can be spoken to at all, and the
 first return of a server of the same plan. While no server can be spoken to nothing is given up: it is the coordinator
-that is cut off.
+that is cut off. A newcomer that asks for a silent server's name can be spoken to, though it is not let in yet.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from gradstream.core.plan import Plan, Server
 RING_SECONDS = 0.5
 """Between two tries to connect to a silent server."""
 CONNECT_SECONDS = 2.0
+VISIT_SECONDS = 10.0
+"""For how long a newcomer that was told to ask again counts as company: it asks at least every 3 s."""
 REFUSALS = 2
 """Refused connections in a row that prove that no process listens there any more."""
 
@@ -95,12 +97,14 @@ class Reunion:
     failures: dict[str, str] = field(default_factory=dict)
     # Since when some server, of the plan or not, can be spoken to; None while none can.
     company_since: float | None = None
+    # When a newcomer last asked for the name of a silent server.
+    visited_at: float = -math.inf
     # When the first of the servers that were silent together came back; None while none has.
     returned_at: float | None = None
 
     def look(self, plan: Plan, epoch: int, members: Membership, now: float) -> list[ServerSight]:
         """See who is there, and how each of the plan's servers looks."""
-        if not members.present(SERVER):
+        if not members.present(SERVER) and now - self.visited_at > VISIT_SECONDS:
             self.company_since = None
         elif self.company_since is None:
             self.company_since = now

@@ -44,6 +44,7 @@ class ServerWatch:
             return  # two processes cannot listen on one address
         if self._members.named(SERVER, request.name) is not None:
             return
+        active.reunion.visited_at = now
         active.reunion.look(active.plan, active.record.epoch, self._members, now)
         absence = active.reunion.absences.get(server.node_id)
         if absence is None or absence.refuses or active.reunion.patience_seconds(server.node_id, now) <= 0:

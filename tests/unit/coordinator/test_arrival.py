@@ -272,3 +272,24 @@ async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 (of another task)
             await asyncio.sleep(0.01)
+
+
+# --- servers that are started anew under the names of silent ones -----------------------------------------------------
+
+
+async def test_newcomers_get_the_names_of_servers_that_stay_silent(cluster: Cluster) -> None:
+    """All machines of the servers are gone and answer nothing, not even with a refusal; others take their names. They
+    are not let in at once, but they are company: the old state is given up after the time that was said."""
+    job_id = await cluster.submit()
+    ps, _ = await cluster.running(job_id)
+    for step in range(2):
+        await cluster.stub.ReportStep(step_report(job_id, step))
+    await report_checkpoint(ps[0], 2)
+    await cluster.watch(job_id, lambda item: item.checkpoint.version == 2)
+    for node in cluster.nodes:
+        await node.kill()
+    cluster.nodes.clear()
+    await cluster.restart()
+    newcomers = [cluster.node(SERVER, f"ps-{number}") for number in range(2)]
+    cluster.node(WORKER, "worker-0")
+    assert (await newcomers[0].plan_of(2)).start_version == 2

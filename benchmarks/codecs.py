@@ -11,38 +11,52 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from report import Result, report, result
+from report import Result, arguments_parser, chosen, report, result
 
 from gradstream.core import kernels
 from gradstream.core.codecs import CODEC_NAMES, Codec, Payload, ResidualCodec, State, codec_named
 
-SHAPE = (1024, 1024)  # of a fragment: 4 MiB of fp32
-NUM_FRAGMENTS = 16
-NUM_ROUNDS = 15
 TARGETS = {"encode": 0.5, "decode_add": 1.0}
 WITH_TARGET = ("bf16", "int8", "int4")
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much is measured. `shape` is that of a fragment: 4 MiB of fp32."""
+
+    shape: tuple[int, int] = (1024, 1024)
+    num_fragments: int = 16
+    num_rounds: int = 15
+
+
+SMOKE = Size((64, 64), 1, 1)
+
+
 def main() -> None:
+    arguments = arguments_parser(__doc__).parse_args()
+    size = SMOKE if arguments.smoke else Size()
+    names = chosen("codecs", {name: name for name in CODEC_NAMES}, arguments.only)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kernels.preload()
-    sources = list((torch.randn(NUM_FRAGMENTS, *SHAPE) * torch.randn(NUM_FRAGMENTS, SHAPE[0], 1).exp()).unbind())
-    targets = list(torch.zeros(NUM_FRAGMENTS, *SHAPE).unbind())
+    magnitudes = torch.randn(size.num_fragments, size.shape[0], 1).exp()
+    sources = list((torch.randn(size.num_fragments, *size.shape) * magnitudes).unbind())
+    targets = list(torch.zeros(size.num_fragments, *size.shape).unbind())
     results: list[Result] = []
-    for name in CODEC_NAMES:
+    for name in names:
         codec = codec_named(name)
         payloads = [codec.encode(source) for source in sources]
         payload_bytes = sum(payload.nbytes for payload in payloads)
         ratio = 4 * sum(source.numel() for source in sources) / payload_bytes
         for operation, function in (
-            ("encode", partial(encode, codec, sources, states(codec))),
+            ("encode", partial(encode, codec, sources, states(codec, size))),
             ("decode_add", partial(decode_add, codec, payloads, targets)),
         ):
-            ours, rival = paired(function, partial(copy, sources, targets))
+            ours, rival = paired(function, partial(copy, sources, targets), size.num_rounds)
             value = statistics.median(b / a for a, b in zip(ours, rival, strict=True))
             speed = 4 * sum(source.numel() for source in sources) / statistics.median(ours) / 1e9
             detail = f"{speed:.2f} GB/s of fp32, ratio {ratio:.2f}, error {relative_error(codec, sources[0]):.4f}"
@@ -51,9 +65,9 @@ def main() -> None:
     report("codecs", results)
 
 
-def states(codec: Codec) -> list[State]:
+def states(codec: Codec, size: Size) -> list[State]:
     """A residual for each fragment, where the codec has one."""
-    return [codec.new_state(SHAPE) for _ in range(NUM_FRAGMENTS)] if isinstance(codec, ResidualCodec) else []
+    return [codec.new_state(size.shape) for _ in range(size.num_fragments)] if isinstance(codec, ResidualCodec) else []
 
 
 def encode(codec: Codec, sources: list[torch.Tensor], carried: list[State]) -> None:
@@ -82,10 +96,10 @@ def relative_error(codec: Codec, values: torch.Tensor) -> float:
     return float((out - values).norm() / values.norm())
 
 
-def paired(first: Callable[[], None], second: Callable[[], None]) -> tuple[list[float], list[float]]:
-    """Seconds of each of NUM_ROUNDS calls of both, in turns, after one call of each to warm up."""
+def paired(first: Callable[[], None], second: Callable[[], None], num_rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of each of `num_rounds` calls of both, in turns, after one call of each to warm up."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(NUM_ROUNDS + 1):
+    for number in range(num_rounds + 1):
         for function, into in zip((first, second), seconds, strict=True):
             began = time.perf_counter()
             function()

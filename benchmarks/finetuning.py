@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 from network import Loopback
-from report import Result, at_most, report, result
+from report import Result, arguments_parser, at_most, chosen, report, result
 from step import cluster, process
 
 from gradstream.client import Client, Step
@@ -52,13 +52,22 @@ MODEL: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+SMOKE_MODEL = {
+    **MODEL,
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 ROW_LENGTH, NUM_SLOTS, NUM_STEPS, NUM_WARM_STEPS = 128, 4, 5, 1
 NUM_WORKERS = 2
 MOST_BYTES = 8 << 30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = arguments_parser(__doc__)
     parser.add_argument("--held", action="append", choices=["fp32", "bf16", "int8"], help="default: bf16 and int8")
     parser.add_argument("--no-peft", action="store_true", help="leave the rival out (while working on gradstream)")
     parser.add_argument("--peft-only", metavar="RECIPE", help=argparse.SUPPRESS)
@@ -66,28 +75,31 @@ def main() -> None:
     if arguments.peft_only:
         run_peft(parse_recipe(Path(arguments.peft_only).read_text(encoding="utf-8")))
         return
+    model, size = (SMOKE_MODEL, "tiny") if arguments.smoke else (MODEL, "135m")
+    held_as = arguments.held or (["bf16"] if arguments.smoke else ["bf16", "int8"])
+    cases = chosen("finetuning", {f"{size}_{held}": held for held in held_as}, arguments.only)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="gradstream-bench-") as temporary:
         base, data = Path(temporary) / "base", Path(temporary) / "data"
-        make_base(base)
+        make_base(base, model)
         make_rows(base, data, Path(temporary) / "rows.jsonl")
         rival: tuple[float, int, float] | None = None
         if not arguments.no_peft:
             rival = measure_peft(recipe_of(base, data, Path(temporary), "bf16"), Path(temporary))
             say("peft", *rival)
-        for held in arguments.held or ["bf16", "int8"]:
+        for case, held in cases.items():
             recipe = recipe_of(base, data, Path(temporary), held)
             seconds, num_bytes, loss, pushed = measure_cluster(recipe, Path(temporary))
             say(held, seconds, num_bytes, loss)
             assert recipe.finetuning is not None
-            adapters = 4 * sum(tensor.num_elements for tensor in inventory(MODEL, recipe.finetuning.lora))
+            adapters = 4 * sum(tensor.num_elements for tensor in inventory(model, recipe.finetuning.lora))
             results.append(
-                at_most(f"memory_share_135m_{held}", num_bytes / MOST_BYTES, 1.0, f"{num_bytes / 2**30:.2f} GiB of 8")
+                at_most(f"memory_share_{case}", num_bytes / MOST_BYTES, 1.0, f"{num_bytes / 2**30:.2f} GiB of 8")
             )
             results.append(
                 at_most(
-                    f"pushed_per_slot_over_adapters_135m_{held}",
+                    f"pushed_per_slot_over_adapters_{case}",
                     pushed / NUM_SLOTS / adapters,
                     1.01,
                     f"{pushed / 1e6:.2f} MB a step in {NUM_SLOTS} slots, adapters {adapters / 1e6:.2f} MB",
@@ -96,7 +108,7 @@ def main() -> None:
             if rival is not None:
                 results.append(
                     result(
-                        f"peft_ratio_135m_{held}",
+                        f"peft_ratio_{case}",
                         rival[0] / seconds,
                         0.0,
                         f"{rival[0] * 1e3:.0f} / {seconds * 1e3:.0f} ms a step, {rival[1] / 2**30:.2f} / "
@@ -111,13 +123,13 @@ def say(name: str, seconds: float, num_bytes: int, loss: float) -> None:
     print(f"{name}: {seconds * 1e3:.0f} ms a step, {num_bytes / 2**30:.2f} GiB, loss {loss:.5f}", file=sys.stderr)
 
 
-def make_base(directory: Path) -> None:
+def make_base(directory: Path, model: dict[str, Any]) -> None:
     """The model's directory, in bf16 as models of this size are given away."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    fields = dict(MODEL)
+    fields = dict(model)
     torch.manual_seed(0)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)

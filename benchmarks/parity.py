@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from plain import train_plain
-from report import Result, at_most, report
+from report import Result, arguments_parser, at_most, chosen, report
 from step import await_file, process
 
 from gradstream.client import Client, Step, Validation
@@ -44,6 +44,7 @@ CONTROL = "control_bf16_start"
 """The reference again, its initial weights rounded to bf16 once: what a harmless difference makes of the final loss.
 Training is chaotic where the learning rate is high for the batch: below this figure nothing can be seen."""
 SEEDS = [1, 2, 3]
+SMOKE_PAIR = "int8_delta-int8"
 MODEL: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 2048,
@@ -143,48 +144,54 @@ class Runs:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", nargs="+", type=parse_pair, default=PAIRS, help="push/pull or push/pull/embedding")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser = arguments_parser(__doc__)
+    parser.add_argument("--pairs", nargs="+", type=parse_pair, help="push/pull or push/pull/embedding")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 to 3")
     parser.add_argument("--untied", action="store_true", help="a model whose output layer is not its embedding")
     parser.add_argument("--runs", type=Path, help="a file that keeps each run; runs found in it are not made again")
     parser.add_argument("--png", type=Path, help="write a chart of the differences")
     options = parser.parse_args()
+    named_pairs = {pair.name: pair for pair in options.pairs or PAIRS}
+    pairs = list(chosen("parity", named_pairs, options.only or (SMOKE_PAIR if options.smoke else "")).values())
+    seeds = options.seeds or ([1] if options.smoke else SEEDS)
+    training = {**TRAINING, "num_steps": 4} if options.smoke else TRAINING
+    schedule = {**SCHEDULE, "warmup_steps": 1} if options.smoke else SCHEDULE
+    validation = {"interval_steps": 2, "num_samples": 8} if options.smoke else VALIDATION
     # So that `timeout` and `kill` end the cluster too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     model = {**MODEL, "tie_word_embeddings": not options.untied}
-    settings = {"model": model, "training": TRAINING, "optimizer": OPTIMIZER, "schedule": SCHEDULE}
-    runs = Runs(options.runs, {**settings, "validation": VALIDATION})
+    settings = {"model": model, "training": training, "optimizer": OPTIMIZER, "schedule": schedule}
+    settings["validation"] = validation
+    runs = Runs(options.runs, settings)
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradstream-bench-")))
         data = temporary / "data"
+        max_bytes = 200_000 if options.smoke else 4_000_000
         vocab_size = MODEL["vocab_size"]
         sources = PrepareConfig(
-            sources=["stdlib:"], vocab_size=vocab_size, num_shards=4, max_bytes=4_000_000, validation_fraction=0.05
+            sources=["stdlib:"], vocab_size=vocab_size, num_shards=4, max_bytes=max_bytes, validation_fraction=0.05
         )
         prepare(sources, str(data))
-        for seed in options.seeds:
+        for seed in seeds:
             for name in (REFERENCE, CONTROL):
                 if runs.get(name, seed) is None:
-                    recipe = recipe_of(model, seed, Pair("fp32", "fp32"), data, temporary)
+                    recipe = recipe_of(settings, seed, Pair("fp32", "fp32"), data, temporary)
                     began = time.monotonic()
                     runs.add(name, seed, Run(train_plain(recipe, rounded_start=name == CONTROL)))
                     say(name, seed, runs, began)
-        missing = [
-            (pair, seed) for seed in options.seeds for pair in options.pairs if runs.get(pair.name, seed) is None
-        ]
+        missing = [(pair, seed) for seed in seeds for pair in pairs if runs.get(pair.name, seed) is None]
         if missing:
             client = stack.enter_context(cluster(temporary))
             for pair, seed in missing:
                 began = time.monotonic()
-                runs.add(pair.name, seed, run_job(client, recipe_of(model, seed, pair, data, temporary)))
+                runs.add(pair.name, seed, run_job(client, recipe_of(settings, seed, pair, data, temporary)))
                 say(pair.name, seed, runs, began)
-    results = [compare(CONTROL, 0.0, options.seeds, runs)]
-    for pair in options.pairs:
-        pulled = pulled_bytes(recipe_of(model, options.seeds[0], pair, Path("data"), Path("runs")))
-        results.append(compare(pair.name, pair.target, options.seeds, runs, pulled))
+    results = [compare(CONTROL, 0.0, seeds, runs)]
+    for pair in pairs:
+        pulled = pulled_bytes(recipe_of(settings, seeds[0], pair, Path("data"), Path("runs")))
+        results.append(compare(pair.name, pair.target, seeds, runs, pulled))
     if options.png:
-        _draw(options.pairs, options.seeds, runs, options.png)
+        _draw(pairs, seeds, runs, options.png)
     report("parity", results)
 
 
@@ -197,20 +204,20 @@ def parse_pair(text: str) -> Pair:
     return next((known for known in PAIRS if known.name == pair.name), pair)
 
 
-def recipe_of(model: dict[str, Any], seed: int, pair: Pair, data: Path, temporary: Path) -> Recipe:
+def recipe_of(settings: dict[str, Any], seed: int, pair: Pair, data: Path, temporary: Path) -> Recipe:
     """The recipe that both sides follow."""
     return parse_recipe(
         {
             "name": "bench-parity",
             "seed": seed,
             "run_root": str(temporary / "runs"),
-            "model": {"config": model},
-            "training": TRAINING,
-            "optimizer": OPTIMIZER,
-            "schedule": SCHEDULE,
+            "model": {"config": settings["model"]},
+            "training": settings["training"],
+            "optimizer": settings["optimizer"],
+            "schedule": settings["schedule"],
             "codec": {"push": pair.push, "pull": pair.pull, "embedding": pair.embedding},
             "data": {"path": str(data)},
-            "validation": VALIDATION,
+            "validation": settings["validation"],
             "checkpoint": {"interval_steps": 0},
             "cluster": {"min_servers": 1, "min_workers": 1},
         }

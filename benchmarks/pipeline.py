@@ -18,7 +18,6 @@ pass, on both sides from the begin and end of every pass.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import statistics
@@ -31,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from report import Result, report, result
+from report import Result, arguments_parser, chosen, named, report, result
 from sides import Side, Turn, gradstream_side, torch_side
 from step import MODELS, network_of
 
@@ -100,6 +99,10 @@ CASES = [
     Case("loopback", "1f1b", "124m", microbatch=1, sequence_length=64, num_warm_steps=2, num_rounds=6, turn_steps=2),
     Case("1gbit", "1f1b", "124m", microbatch=1, sequence_length=64, num_warm_steps=2, num_rounds=6, turn_steps=2),
 ]
+SMOKE = Case(
+    "loopback", "1f1b", "tiny", num_microbatches=2, microbatch=1, sequence_length=16, num_warm_steps=1, num_rounds=2,
+    turn_steps=1,
+)  # fmt: skip
 # Without a tied embedding torch has nothing to exchange but activations, and gradstream still its gradients.
 PIPELINE_MODELS: Mapping[str, dict[str, Any]] = {
     **MODELS,
@@ -130,33 +133,35 @@ def together(turns: Sequence[Turn]) -> Timing:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="cases whose name begins with this")
+    parser = arguments_parser(__doc__)
     parser.add_argument("--rounds", type=int, help="how often each side has its turn, at least 2")
     parser.add_argument("--no-torch", action="store_true", help="leave the rival out (while working on gradstream)")
     parser.add_argument("--no-gradstream", action="store_true", help="the rival alone, with stages of equal work")
     arguments = parser.parse_args()
     if arguments.rounds is not None and arguments.rounds < 2:
         parser.error("--rounds: at least 2, as a single round does not show its error")
+    if arguments.no_torch and arguments.no_gradstream:
+        parser.error("--no-torch and --no-gradstream leave nothing to measure")
+    cases = chosen("pipeline", named([SMOKE] if arguments.smoke else CASES), arguments.only)
     # So that `timeout` and `kill` end the cluster and the namespaces too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.environ["OMP_NUM_THREADS"] = "1"  # of both sides
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="gradstream-bench-") as temporary:
         data = Path(temporary) / "data"
+        max_bytes = 200_000 if arguments.smoke else 4_000_000
         options = PrepareConfig(
-            sources=["stdlib:"], vocab_size=4096, num_shards=8, max_bytes=4_000_000, validation_fraction=0.0
+            sources=["stdlib:"], vocab_size=4096, num_shards=8, max_bytes=max_bytes, validation_fraction=0.0
         )
         prepare(options, str(data))
-        for case in CASES:
-            if case.name.startswith(arguments.only):
-                case = replace(case, num_rounds=arguments.rounds or case.num_rounds)
-                recipe = recipe_of(case, data, Path(temporary))
-                found = compare(case, recipe, Path(temporary), not arguments.no_gradstream, not arguments.no_torch)
-                # At once, as the report is far off yet.
-                for one in found:
-                    print(f"{one.name}: {one.value}, {one.detail}", file=sys.stderr, flush=True)
-                results += found
+        for case in cases.values():
+            case = replace(case, num_rounds=arguments.rounds or case.num_rounds)
+            recipe = recipe_of(case, data, Path(temporary))
+            found = compare(case, recipe, Path(temporary), not arguments.no_gradstream, not arguments.no_torch)
+            # At once, as the report is far off yet.
+            for one in found:
+                print(f"{one.name}: {one.value}, {one.detail}", file=sys.stderr, flush=True)
+            results += found
     report("pipeline", results)
 
 

@@ -1,12 +1,48 @@
-"""How every benchmark reports: a table for people and, as the last line, one line of JSON."""
+"""What every benchmark has: `--only`, `--smoke`, and a report: a table for people, then one line of JSON.
+
+A benchmark that measures nothing fails.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
+
+C = TypeVar("C")
+
+
+def arguments_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="PREFIX", help="cases whose name begins with this")
+    parser.add_argument("--smoke", action="store_true", help="the least of everything: whether it runs, not how fast")
+    return parser
+
+
+def chosen(bench: str, cases: Mapping[str, C], only: str) -> dict[str, C]:
+    """The cases, by name, whose name begins with `only`. Ends the process with exit code 1 where there is none."""
+    found = {name: case for name, case in cases.items() if name.startswith(only)}
+    if not found:
+        fail(bench, f"no case begins with '{only}'; there are {', '.join(cases)}")
+    return found
+
+
+def fail(bench: str, reason: str) -> None:
+    """End the process with one line on stderr and exit code 1."""
+    print(f"error: bench-{bench}: {reason}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def named(cases: Iterable[C]) -> dict[str, C]:
+    """Cases by their `name`."""
+    return {str(getattr(case, "name")): case for case in cases}  # noqa: B009
 
 
 @dataclass(frozen=True)
@@ -33,7 +69,9 @@ def at_most(name: str, value: float, target: float, detail: str = "") -> Result:
 
 
 def report(bench: str, results: list[Result]) -> None:
-    """Print the table and the line of JSON."""
+    """Print the table and the line of JSON. Ends the process with exit code 1 where there is no result."""
+    if not results:
+        fail(bench, "nothing was measured; leave fewer sides out")
     table = Table(title=bench)
     for column in ("name", "value", "target", "met", "detail"):
         table.add_column(column, justify="right" if column in ("value", "target") else "left", overflow="fold")

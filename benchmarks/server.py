@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from contextlib import ExitStack
 
-from report import Result, report, result
+from report import Result, arguments_parser, chosen, fail, report, result
 from standalone import Child, Usage, make_plan, payloads_of, run_sender, run_server
 
 from gradstream.core.wire import PIECE_BYTES
@@ -17,6 +17,7 @@ from gradstream.core.wire import PIECE_BYTES
 NUM_SENDERS = [1, 2, 4, 8, 16, 32, 64]
 MOST_PROCESSES = 4
 NUM_SLOTS = 64
+SMOKE_SENDERS = 2
 NUM_ROUNDS = 3
 CODEC = "int8"
 TARGET_LINEAR = 0.67
@@ -24,7 +25,13 @@ TARGET_LINEAR = 0.67
 
 
 def main() -> None:
-    plan = make_plan(CODEC, NUM_SLOTS)
+    arguments = arguments_parser(__doc__).parse_args()
+    num_slots, num_rounds = (4, 1) if arguments.smoke else (NUM_SLOTS, NUM_ROUNDS)
+    cases = chosen("server", {f"{number}_senders": number for number in NUM_SENDERS}, arguments.only)
+    counts = [number for number in cases.values() if not arguments.smoke or number <= SMOKE_SENDERS]
+    if not counts:
+        fail("server", f"a smoke run has at most {SMOKE_SENDERS} senders")
+    plan = make_plan(CODEC, num_slots, num_layers=1 if arguments.smoke else 4)
     slot_bytes = sum(payload.nbytes for payload in payloads_of(plan))
     bundles = list(range(len(plan.bundles)))
     results: list[Result] = []
@@ -32,10 +39,10 @@ def main() -> None:
     with ExitStack() as stack:
         server = Child(run_server, "server")
         stack.callback(server.close)
-        senders = [Child(run_sender, f"sender-{number}") for number in range(MOST_PROCESSES)]
+        senders = [Child(run_sender, f"sender-{number}") for number in range(min(MOST_PROCESSES, max(counts)))]
         for sender in senders:
             stack.callback(sender.close)
-        for num_senders in NUM_SENDERS:
+        for num_senders in counts:
             num_processes = min(MOST_PROCESSES, num_senders)
             address = server.ask("load", plan)
             for sender in senders[:num_processes]:
@@ -44,11 +51,11 @@ def main() -> None:
             before: Usage = server.ask("usage")
             state_bytes, resting_bytes = server.ask("state_bytes"), before.resident_bytes
             peak_bytes = 0
-            for step in range(NUM_ROUNDS + 1):
+            for step in range(num_rounds + 1):
                 # Sender i computes slots i, i + num_senders, …, each of its streams one sender's.
                 for process, sender in enumerate(senders[:num_processes]):
                     jobs = [
-                        [(slot, bundles) for slot in range(number, NUM_SLOTS, num_senders)]
+                        [(slot, bundles) for slot in range(number, num_slots, num_senders)]
                         for number in range(process, num_senders, num_processes)
                     ]
                     sender.tell("push", jobs, PIECE_BYTES, step)
@@ -56,13 +63,13 @@ def main() -> None:
                 ended: float = server.ask("wait_version", step + 1)
                 after: Usage = server.ask("usage")
                 if step:  # the first one warms up
-                    speeds.append(NUM_SLOTS * slot_bytes / (ended - began) / 1e9)
-                    costs.append((after.cpu_seconds - before.cpu_seconds) / (NUM_SLOTS * slot_bytes / 1e9))
+                    speeds.append(num_slots * slot_bytes / (ended - began) / 1e9)
+                    costs.append((after.cpu_seconds - before.cpu_seconds) / (num_slots * slot_bytes / 1e9))
                 peak_bytes = max(peak_bytes, after.peak_resident_bytes)
                 before = after
             seconds_a_gb[num_senders] = statistics.median(costs)
             # Contributions that wait, one being assembled a stream, and a fragment of messages a stream in gRPC.
-            bound_bytes = NUM_SLOTS * slot_bytes + num_senders * 3 * PIECE_BYTES
+            bound_bytes = num_slots * slot_bytes + num_senders * 3 * PIECE_BYTES
             growth_bytes = max(1, peak_bytes - resting_bytes)
             detail = (
                 f"{statistics.median(speeds):.2f} GB/s, {seconds_a_gb[num_senders]:.2f} CPU s/GB, peak "
@@ -71,8 +78,10 @@ def main() -> None:
             )
             print(f"{num_senders} senders: {detail}", flush=True)
             results.append(result(f"memory_bound_over_growth_{num_senders}", bound_bytes / growth_bytes, 1.0, detail))
-    for num_senders in NUM_SENDERS[1:]:
-        ratio = seconds_a_gb[1] / seconds_a_gb[num_senders]
+    for num_senders in counts if NUM_SENDERS[0] in counts else ():
+        if num_senders == NUM_SENDERS[0]:
+            continue
+        ratio = seconds_a_gb[NUM_SENDERS[0]] / seconds_a_gb[num_senders]
         results.append(result(f"cpu_per_gb_1_over_{num_senders}", ratio, TARGET_LINEAR))
     report("server", results)
 

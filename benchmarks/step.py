@@ -10,7 +10,6 @@ the timed steps, after a warm-up; bytes are those that the interfaces counted ov
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -28,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from network import Loopback, Namespaces
-from report import Result, report, result
+from report import Result, arguments_parser, at_most, chosen, fail, named, report, result
 
 from gradstream.client import Client, Step
 from gradstream.coordinator.data_prepare import prepare
 from gradstream.core.autocodec import TRIAL_STEPS
-from gradstream.core.config import PrepareConfig, Recipe, load_recipe, parse_recipe
+from gradstream.core.config import CodecConfig, PrepareConfig, Recipe, load_recipe, parse_recipe
+from gradstream.core.errors import ConfigError, one_line
 from gradstream.core.machine import arithmetic_threads
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "eos_token_id": 0,
     },
 }
+MODELS["tiny"] = {**MODELS["124m"], "vocab_size": 4096, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
 TARGETS = {"loopback": 1.0, "1gbit": 2.0, "100mbit": 5.0}
 
 
@@ -86,7 +87,9 @@ CASES = [
     Case("1gbit", 2, "124m", 1, 32, 9, 3),
     Case("100mbit", 2, "124m", 1, 32, 5, 2),
 ]
+SMOKE = Case("loopback", 1, "tiny", 1, 16, 3, 1)
 PAIRS = {
+    "tiny": ["int8/delta-int8"],
     "10m": ["bf16/bf16", "int8/delta-int8", "int4/delta-int4", "auto/auto"],
     "124m": ["int8/delta-int8", "int4/delta-int4"],
 }
@@ -105,23 +108,25 @@ class Timing:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="cases whose name begins with this")
+    parser = arguments_parser(__doc__)
     parser.add_argument("--codec", action="append", help="push/pull codec pairs, such as bf16/bf16; default: several")
     parser.add_argument("--no-ddp", action="store_true", help="leave the rival out (while working on gradstream)")
     arguments = parser.parse_args()
+    cases = chosen("step", named([SMOKE] if arguments.smoke else CASES), arguments.only)
+    for pair in arguments.codec or ():
+        check_pair(pair)
     # So that `timeout` and `kill` end the cluster and the namespaces too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="gradstream-bench-") as temporary:
         data = Path(temporary) / "data"
+        max_bytes = 200_000 if arguments.smoke else 4_000_000
         options = PrepareConfig(
-            sources=["stdlib:"], vocab_size=4096, num_shards=8, max_bytes=4_000_000, validation_fraction=0.0
+            sources=["stdlib:"], vocab_size=4096, num_shards=8, max_bytes=max_bytes, validation_fraction=0.0
         )
         prepare(options, str(data))
-        for case in CASES:
-            if case.name.startswith(arguments.only):
-                results += compare(case, data, Path(temporary), arguments.codec, not arguments.no_ddp)
+        for case in cases.values():
+            results += compare(case, data, Path(temporary), arguments.codec, not arguments.no_ddp)
     report("step", results)
 
 
@@ -140,6 +145,10 @@ def compare(case: Case, data: Path, temporary: Path, codecs: list[str] | None, w
             longer = replace(case, num_steps=case.num_steps + search, num_warm_steps=case.num_warm_steps + search)
             ours = run_gradstream(longer, recipe_of(longer, data, temporary, pair), network, temporary)
             say(case, f"{pair} ({ours.codecs})", ours)
+            if not rivals:
+                milliseconds = ours.step_seconds * 1e3
+                name = f"milliseconds_{case.name}_{pair.replace('/', '_')}"
+                results.append(at_most(name, milliseconds, 0.0, f"{ours.step_bytes / 1e6:.1f} MB a machine"))
             for name, rival in rivals.items():
                 target = TARGETS[case.network] if name == "ddp" and case.num_workers == 2 else 0.0
                 results.append(
@@ -153,6 +162,17 @@ def compare(case: Case, data: Path, temporary: Path, codecs: list[str] | None, w
                     )
                 )
     return results
+
+
+def check_pair(pair: str) -> None:
+    """End with one line for a pair that is none, before anything runs."""
+    parts = pair.split("/")
+    try:
+        if len(parts) != 2:
+            raise ConfigError("it is not push/pull, such as int8/delta-int8")
+        CodecConfig(push=parts[0], pull=parts[1])
+    except (ConfigError, ValueError) as error:
+        fail("step", f"--codec {pair}: {one_line(error)}")
 
 
 def say(case: Case, name: str, timing: Timing) -> None:

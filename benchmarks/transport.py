@@ -9,20 +9,20 @@ Beside them, what gRPC alone makes of messages that are built before and dropped
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
-from report import Result, report, result
+from report import Result, arguments_parser, chosen, report, result
 from standalone import Child, make_plan, payloads_of, run_sender, run_server
 
 from gradstream.core.authority import Authority
@@ -37,9 +37,19 @@ PIECES_BYTES = [
     (4 << 20) - 4096,
 ]  # the limit is 4 MiB with the header
 NUM_SENDERS = [1, 2, 4, 8]
-NUM_ROUNDS = 7
 NUM_SLOTS = 512
 TARGET = 0.45
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    num_rounds: int = 7
+    num_layers: int = 4
+
+
+SMOKE = Size(1, 1)
 
 
 class RawTcp:
@@ -90,8 +100,9 @@ def _receive(pipe: Connection, most_bytes: int) -> None:
 class Bench:
     """A server, its senders and the rival."""
 
-    def __init__(self, stack: ExitStack, codec: str, num_senders: int, credentials: Path | None = None):
-        self.plan = make_plan(codec, NUM_SLOTS)
+    def __init__(self, stack: ExitStack, codec: str, num_senders: int, size: Size, credentials: Path | None = None):
+        self._size = size
+        self.plan = make_plan(codec, NUM_SLOTS, size.num_layers)
         self.num_bytes = sum(payload.nbytes for payload in payloads_of(self.plan))
         self.raw = RawTcp(self.num_bytes)
         stack.callback(self.raw.close)
@@ -105,7 +116,8 @@ class Bench:
 
     def use(self, codec: str) -> None:
         """Begin anew with another codec."""
-        self.plan = make_plan(codec, NUM_SLOTS)
+        self.codec = codec
+        self.plan = make_plan(codec, NUM_SLOTS, self._size.num_layers)
         self.num_bytes = sum(payload.nbytes for payload in payloads_of(self.plan))
         self._num_slots = 0
         address = self._server.ask("load", self.plan)
@@ -133,12 +145,18 @@ class Bench:
         began, ended = self._senders[0].ask("push_bare", self.num_bytes, piece_bytes)
         return float(ended - began)
 
-    def compare(self, name: str, target: float, piece_bytes: int, ours_seconds: Callable[[], float]) -> Result:
+    def seconds(self, case: Case) -> float:
+        """Seconds of one round of a case."""
+        if case.path == "push":
+            return self.push(case.num_senders, case.piece_bytes)
+        return self.pull() if case.path == "pull" else self.bare(case.piece_bytes)
+
+    def compare(self, case: Case) -> Result:
         """The ratio to the rival."""
         ratios, speeds, rivals = [], [], []
-        for number in range(NUM_ROUNDS + 1):
-            ours = ours_seconds()
-            rival = self.raw.seconds(self.num_bytes, piece_bytes)
+        for number in range(self._size.num_rounds + 1):
+            ours = self.seconds(case)
+            rival = self.raw.seconds(self.num_bytes, case.piece_bytes)
             if number:  # the first one warms up
                 ratios.append(rival / ours)
                 speeds.append(self.num_bytes / ours / 1e9)
@@ -147,61 +165,98 @@ class Bench:
             f"{statistics.median(speeds):.2f} GB/s against {statistics.median(rivals):.2f}; "
             f"ratios {min(ratios):.2f} to {max(ratios):.2f}"
         )
-        print(f"{name}: {statistics.median(ratios):.3f} ({detail})", flush=True)
-        return result(name, statistics.median(ratios), target, detail)
+        print(f"{case.name}: {statistics.median(ratios):.3f} ({detail})", flush=True)
+        return result(case.name, statistics.median(ratios), case.target, detail)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One figure of the path in the clear."""
+
+    name: str
+    path: Literal["push", "pull", "bare"]
+    codec: str = "fp32"
+    num_senders: int = 1
+    piece_bytes: int = PIECE_BYTES
+    target: float = TARGET
+
+
+def all_cases() -> list[Case]:
+    """Every figure, in the order in which they are measured: those of a codec together."""
+    by_piece = [Case(f"push_fp32_1_sender_{piece >> 10}_kib", "push", piece_bytes=piece) for piece in PIECES_BYTES]
+    name = f"{PIECE_BYTES >> 10}_kib"
+    return [
+        *by_piece,
+        Case(f"grpc_alone_{name}", "bare", target=0.0),
+        *(Case(f"push_fp32_{count}_senders_{name}", "push", num_senders=count) for count in NUM_SENDERS[1:]),
+        Case(f"pull_fp32_{name}", "pull"),
+        *(
+            case
+            for codec in ("bf16", "int8")
+            for case in (
+                Case(f"push_{codec}_1_sender_{name}", "push", codec),
+                Case(f"pull_{codec}_{name}", "pull", codec),
+            )
+        ),
+    ]
+
+
+SMOKE_NAMES = (
+    f"push_fp32_1_sender_{PIECE_BYTES >> 10}_kib",
+    f"pull_int8_{PIECE_BYTES >> 10}_kib",
+    "push_fp32_tls_to_clear",
+)
+TLS_CASES = {f"{path}_{codec}_tls_to_clear": (path, codec) for codec in ("fp32", "int8") for path in ("push", "pull")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments_parser(__doc__)
     parser.add_argument("--png", type=Path, help="write a chart of the ratios by piece size")
     options = parser.parse_args()
-    results = []
+    cases = {case.name: case for case in all_cases()}
+    known = [*SMOKE_NAMES] if options.smoke else [*cases, *TLS_CASES]
+    wanted = chosen("transport", {name: name for name in known}, options.only)
+    size = SMOKE if options.smoke else Size()
+    found: dict[str, Result] = {}
+    clear = [case for name, case in cases.items() if name in wanted]
     with ExitStack() as stack:
-        bench = Bench(stack, "fp32", max(NUM_SENDERS))
-        by_piece = [
-            bench.compare(f"push_fp32_1_sender_{piece >> 10}_kib", TARGET, piece, partial(bench.push, 1, piece))
-            for piece in PIECES_BYTES
-        ]
-        results += by_piece
-        name = f"{PIECE_BYTES >> 10}_kib"
-        results.append(bench.compare(f"grpc_alone_{name}", 0.0, PIECE_BYTES, partial(bench.bare, PIECE_BYTES)))
-        for num_senders in NUM_SENDERS[1:]:
-            push = partial(bench.push, num_senders, PIECE_BYTES)
-            results.append(bench.compare(f"push_fp32_{num_senders}_senders_{name}", TARGET, PIECE_BYTES, push))
-        results.append(bench.compare(f"pull_fp32_{name}", TARGET, PIECE_BYTES, bench.pull))
-        for codec in ("bf16", "int8"):
-            bench.use(codec)
-            push = partial(bench.push, 1, PIECE_BYTES)
-            results.append(bench.compare(f"push_{codec}_1_sender_{name}", TARGET, PIECE_BYTES, push))
-            results.append(bench.compare(f"pull_{codec}_{name}", TARGET, PIECE_BYTES, bench.pull))
+        if clear:
+            bench = Bench(stack, clear[0].codec, max(case.num_senders for case in clear), size)
+        for case in clear:
+            if bench.codec != case.codec:
+                bench.use(case.codec)
+            found[case.name] = bench.compare(case)
     with ExitStack() as stack:
-        results += _compare_tls(stack, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        if secure := [name for name in TLS_CASES if name in wanted]:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            found |= _compare_tls(stack, directory, secure, size)
     if options.png:
-        _draw(by_piece, options.png)
-    report("transport", results)
+        _draw([found[case.name] for case in clear if case.name.startswith("push_fp32_1_sender")], options.png)
+    report("transport", list(found.values()))
 
 
-def _compare_tls(stack: ExitStack, directory: Path) -> list[Result]:
+def _compare_tls(stack: ExitStack, directory: Path, names: list[str], size: Size) -> dict[str, Result]:
     """What TLS and the tokens cost: the same path with credentials against the one in the clear, in turns."""
     with Authority.init(directory / "authority", directory / "coordinator" / "tokens.json") as authority:
         for role in ("server", "worker"):
             authority.issue(role, role, directory=directory / role)
-    clear, secure = Bench(stack, "fp32", 1), Bench(stack, "fp32", 1, directory)
-    results = []
-    for codec in ("fp32", "int8"):
-        for bench in (clear, secure):
-            bench.use(codec)
-        for path in ("push", "pull"):
-            ratios, speeds = [], []
-            for number in range(NUM_ROUNDS + 1):
-                seconds = [bench.push(1, PIECE_BYTES) if path == "push" else bench.pull() for bench in (clear, secure)]
-                if number:  # the first one warms up
-                    ratios.append(seconds[0] / seconds[1])
-                    speeds.append(secure.num_bytes / seconds[1] / 1e9)
-            ratio = statistics.median(ratios)
-            detail = f"{statistics.median(speeds):.2f} GB/s; ratios {min(ratios):.2f} to {max(ratios):.2f}"
-            print(f"{path}_{codec}_tls: {ratio:.3f} of the same in the clear ({detail})", flush=True)
-            results.append(result(f"{path}_{codec}_tls_to_clear", ratio, 0.0, detail))
+    benches = (Bench(stack, "fp32", 1, size), Bench(stack, "fp32", 1, size, directory))
+    results = {}
+    for name in names:
+        path, codec = TLS_CASES[name]
+        for bench in benches:
+            if bench.codec != codec:
+                bench.use(codec)
+        ratios, speeds = [], []
+        for number in range(size.num_rounds + 1):
+            seconds = [bench.push(1, PIECE_BYTES) if path == "push" else bench.pull() for bench in benches]
+            if number:  # the first one warms up
+                ratios.append(seconds[0] / seconds[1])
+                speeds.append(benches[1].num_bytes / seconds[1] / 1e9)
+        ratio = statistics.median(ratios)
+        detail = f"{statistics.median(speeds):.2f} GB/s; ratios {min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"{name}: {ratio:.3f} ({detail})", flush=True)
+        results[name] = result(name, ratio, 0.0, detail)
     return results
 
 

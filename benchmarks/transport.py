@@ -201,11 +201,7 @@ def all_cases() -> list[Case]:
     ]
 
 
-SMOKE_NAMES = (
-    f"push_fp32_1_sender_{PIECE_BYTES >> 10}_kib",
-    f"pull_int8_{PIECE_BYTES >> 10}_kib",
-    "push_fp32_tls_to_clear",
-)
+SMOKE_NAMES = (f"push_fp32_1_sender_{PIECE_BYTES >> 10}_kib", f"pull_int8_{PIECE_BYTES >> 10}_kib")
 TLS_CASES = {f"{path}_{codec}_tls_to_clear": (path, codec) for codec in ("fp32", "int8") for path in ("push", "pull")}
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gradstream.core import files
+from gradstream.core.constants import exported_constants
 from gradstream.core.data import Count, Digest, FileName
 from gradstream.core.defaults import longest_sequence, text_section
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, one_line
@@ -456,12 +457,20 @@ def huggingface_weights(reader: CheckpointReader) -> list[WeightsFile]:
     """A checkpoint's weights as the files of a Hugging Face directory, made as they are read. Reading them raises
     CheckpointError when the checkpoint is damaged."""
 
+    import numpy as np
+
+    constants = exported_constants(reader.manifest.architecture)
+
     def read(name: str) -> Iterator[Buffer]:
+        if name in constants:
+            yield bytes_of(np.array(constants[name][1], dtype=np.float32))
+            return
         num_elements = math.prod(reader.shape(name))
         for begin in range(0, num_elements, EXPORT_ELEMENTS):
             yield bytes_of(reader.read(WEIGHT, name, begin, min(begin + EXPORT_ELEMENTS, num_elements)))
 
     specs = [TensorSpec(entry.name, "F32", tuple(entry.shape)) for entry in reader.manifest.tensors]
+    specs += [TensorSpec(name, "F32", shape) for name, (shape, _) in constants.items()]
     return weights_files(specs, read, EXPORT_FILE_BYTES)
 
 

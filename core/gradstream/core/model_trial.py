@@ -120,12 +120,13 @@ class Trial:
         """Raise ConfigError when a token's logits depend on later tokens."""
         import torch
 
-        for training in (False, True):
+        middle = self.num_tokens // 2 + 1
+        for training, firsts in ((False, (1, middle, self.num_tokens - 1)), (True, (middle,))):
             self.model.train(training)
             before = self.logits(self.ids)
             if not bool(before.isfinite().all()):
                 raise ConfigError(f"model.config: {self.name} gives logits that are not finite at drawn weights")
-            for first in (1, self.num_tokens // 2 + 1, self.num_tokens - 1):
+            for first in firsts:
                 changed = torch.where(torch.arange(self.num_tokens) < first, self.ids, self.draw_ids())
                 after = self.logits(changed)
                 if _differ(before[:, :first], after[:, :first]):

@@ -14,7 +14,7 @@ from typing import Any
 from gradstream.core.model import load_config
 
 NUM_HEADS, HEAD_SIZE, HIDDEN, WINDOW, VOCABULARY = 4, 24, 96, 4, 64
-MOST_LAYERS = 3
+MOST_LAYERS = 2
 """Of a family without a list of its layers' kinds; those with one keep each kind, and its neighbours in order."""
 
 _LAYERS = re.compile(r"(num_|n_)?(hidden_|decoder_|encoder_)?layers?|num_blocks")

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from gradstream.core.constants import FAMILIES, constants, exported_constants
 from gradstream.core.errors import ConfigError
 from gradstream.core.model import build, initial_weights, initialize_buffers, load_config
 from gradstream.core.model_trial import ModelUse, Trial, try_model
@@ -57,7 +60,7 @@ def config_of(family: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-def test_a_family_is_computed_as_transformers_does_or_is_refused(family: str) -> None:
+def test_a_family_is_computed_as_transformers_does_or_is_refused(family: str, tmp_path: Path) -> None:
     is_refused, reason = try_model(config_of(family), ModelUse(has_pipeline=True))
     is_uncut = is_refused and "cannot be cut into pipeline stages" in reason
     if is_refused and not is_uncut:
@@ -90,6 +93,8 @@ def test_a_family_is_computed_as_transformers_does_or_is_refused(family: str) ->
     for name, parameter in whole.named_parameters():
         assert same(parameter.grad, gradients[name]), name
 
+    check_reloaded(config, weights, ids_BT, wanted_BTV, tmp_path)
+
     if is_uncut:
         assert family not in STAGES.split(), reason
         return
@@ -109,6 +114,34 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return all(tensor is None or not tensor.any() for tensor in (one, other))
     return torch.allclose(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
+def check_reloaded(
+    config: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    ids_BT: torch.Tensor,
+    wanted_BTV: torch.Tensor,
+    directory: Path,
+) -> None:
+    """What an export holds is a whole model for transformers, also where a family has tensors that are not trained."""
+    untrained = constants(config)
+    if not untrained:
+        return
+    exported = untrained if config["model_type"] in FAMILIES else {}
+    save_file({**weights, **exported}, directory / "model.safetensors", {"format": "pt"})
+    load_config(config).save_pretrained(directory)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded, ids_BT), wanted_BTV, rtol=1e-6, atol=1e-6)
+
+
+def test_a_child_finds_what_an_export_needs() -> None:
+    config = {**TINY, "model_type": "apertus"}
+    found = exported_constants(config)
+    assert {name.rsplit(".", 1)[-1] for name in found} == {"beta", "eps"}
+    for name, tensor in constants(config).items():
+        shape, values = found[name]
+        assert torch.equal(torch.tensor(values).reshape(shape), tensor), name
+    assert exported_constants(TINY | {"model_type": "llama"}) == {}
 
 
 def check_stages(

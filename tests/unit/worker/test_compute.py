@@ -296,3 +296,40 @@ def test_a_device_that_is_not_there_is_refused(wanted: str) -> None:
     with pytest.raises(ConfigError, match=f"--device {wanted}"):
         pick_device(wanted)
     assert pick_device("cpu") == CPU
+
+
+MIXTRAL: dict[str, Any] = {
+    **MODEL,
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.5,
+}
+
+
+def test_a_router_loss_is_added_as_transformers_adds_it() -> None:
+    """Its training loss is the mean over a batch's targets and the router loss; ours are sums over targets."""
+    emitted, totals, computer = run(MIXTRAL, microbatch=2)
+    model: Any = build(MIXTRAL)
+    load(model, MIXTRAL)
+    model.train()
+    loss_sum = 0.0
+    for piece in torch.from_numpy(TOKENS).split(2):
+        found = model(
+            input_ids=piece[:, :-1], labels=piece[:, :-1], shift_labels=piece[:, 1:].contiguous(), use_cache=False
+        )
+        loss = found.loss * 16
+        loss.backward()
+        loss_sum += float(loss.detach())
+    assert totals.loss_sum == pytest.approx(loss_sum, rel=1e-6)
+    parameters = dict(model.named_parameters())
+    for number, tensor in enumerate(inventory(MIXTRAL)):
+        torch.testing.assert_close(
+            emitted.gradients[number], parameters[tensor.name].grad, rtol=1e-4, atol=1e-5, msg=tensor.name
+        )
+    without, _, _ = run({**MIXTRAL, "output_router_logits": False}, microbatch=2)
+    gate = next(number for number, tensor in enumerate(inventory(MIXTRAL)) if "gate." in tensor.name)
+    assert not torch.allclose(without.gradients[gate], emitted.gradients[gate], rtol=1e-2)
+    # Validation is the cross-entropy alone.
+    assert evaluate(computer)[0] < totals.loss_sum

@@ -18,8 +18,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
-
 from gradstream.core.errors import CheckpointError, DataError
 from gradstream.core.paths import AllowedPaths, check_scheme
 
@@ -40,6 +38,8 @@ _known_lock = threading.Lock()
 def file_system(path: str) -> tuple[Any, str]:
     """The fsspec file system of a path and the path inside it. Raises ConfigError for a URL that this service must not
     open."""
+    import fsspec  # not above: commands that read no data must not wait for the import
+
     check_scheme(path)
     fs, inner = fsspec.core.url_to_fs(path)
     return fs, str(inner)

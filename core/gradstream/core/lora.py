@@ -71,11 +71,6 @@ def target_modules(model: nn.Module, lora: LoraConfig) -> list[str]:
     }
     if lora.target_modules == "all-linear":
         return [name for name, module in linear.items() if module is not head]
-    if not lora.target_modules:
-        raise ConfigError(
-            f"lora.target_modules is empty, so nothing would be trained; those that can have an adapter are "
-            f"{_kinds(linear)}, or say all-linear"
-        )
     every = dict(model.named_modules())
     found: set[str] = set()
     for target in lora.target_modules:

@@ -118,7 +118,7 @@ def test_a_live_cluster_is_asked(
         ([*NEEDLESS, "pipeline.stages=9"], 5, "pipeline.stages 9 needs 9 workers, 4 are live"),
         ([*NEEDLESS, "pipeline.stages=3", "pipeline.chunks=2"], 2, "stages 3 is not divisible by chunks 2"),
         (["--workers", "5", "pipeline.stages=5"], 2, "pipeline.stages 5 is more than the model's 4 sections"),
-        ([*NEEDLESS, "--memory", "1MiB", "pipeline.stages=2"], 5, " missing); "),
+        ([*NEEDLESS, "--memory", "256KiB", "pipeline.stages=2"], 5, " missing); "),
     ],
 )
 def test_errors_are_one_line(

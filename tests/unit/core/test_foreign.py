@@ -98,10 +98,13 @@ def test_a_base_whose_tokenizer_panics_is_refused_in_one_line(tmp_path: Path) ->
         Encoder(load_tokenizer(base_with(tmp_path / "decode", PANICS_WHEN_DECODING))).decode([1])
 
 
-def test_a_data_set_is_not_prepared_with_a_tokenizer_that_panics() -> None:
-    with pytest.raises(ConfigError, match=r"x is not a tokenizer\.json \(PanicException"):
-        tokenization.describe(PANICS_WHEN_LOADED, "x")
-    described = tokenization.describe(PANICS_WHEN_ENCODING, "x")
+def test_a_data_set_is_not_prepared_with_a_tokenizer_that_panics(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(PANICS_WHEN_LOADED)
+    with pytest.raises(ConfigError, match=r"is not a tokenizer\.json \(PanicException"):
+        tokenization.load(str(path), END)
+    path.write_bytes(PANICS_WHEN_ENCODING)
+    described = tokenization.load(str(path), END)
     for num_processes in (1, 2):
         with pytest.raises(ConfigError, match=r"the tokenizer cannot encode the documents \(PanicException"):
             list(tokenization.encode(["ab"], described, num_processes))

@@ -191,7 +191,6 @@ def test_first_values_depend_on_seed_and_name_alone() -> None:
     ("config", "targets", "message"),
     [
         (LLAMA, ["q_prj"], "'q_prj' matches no module of the model; those that can have an adapter are q_proj, k_proj"),
-        (LLAMA, [], "lora.target_modules is empty, so nothing would be trained; those that can have an adapter"),
         (LLAMA, ["embed_tokens"], "'embed_tokens' is not a linear module"),
         (TIED, ["q_proj", "lm_head"], "'lm_head' shares its weight with the embedding"),
     ],

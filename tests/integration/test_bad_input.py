@@ -557,13 +557,15 @@ def test_server_that_is_gone(cluster: Cluster, tiny_data: Path, tmp_path: Path) 
     killed = datetime.now(UTC)
     cluster.kill("server-1")
     wait = cluster.wait_for(job_id, lambda job: bool(job.waits), "wait for its server").waits[0]
-    assert (wait.what, wait.whom) == ("parameter server server-1 to come back", "server-1")
+    what = "parameter server server-1 to come back (silent; its state is waited for, 30 s at most)"
+    assert (wait.what, wait.whom) == (what, "server-1")
     assert wait.since is not None
     assert abs((wait.since - killed).total_seconds()) < 5
 
     # 2. It is given up: what was lost, what the job waits for now and since when, and when it was last heard.
     planning = cluster.wait_for(job_id, lambda job: job.state == "planning", "give the server up")
-    assert planning.reason == "parameter server server-1 is lost; going back to the last checkpoint"
+    lost = "parameter server server-1 is lost: its machine refuses connections to it"
+    assert planning.reason == f"{lost}; going back to the last checkpoint"
     shown = gradstream("status", address=cluster.address)
     assert (shown.returncode, shown.stderr) == (0, ""), shown
     for pattern in (

@@ -319,10 +319,16 @@ def read_data_manifest(recipe: Recipe) -> Manifest:
 
 def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
     """A new job id and its directory. An id whose directory exists is skipped: its checkpoints are another job's."""
+    root = Path(absolute_path(recipe.run_root))
+    try:
+        # First, as a file in its place would look like a job's directory that is taken.
+        files.make_local_directory(root)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run_root {recipe.run_root} cannot be written ({error}); choose another") from None
     number = 1
     while True:
         job_id = f"{recipe.name}-{number}"
-        directory = Path(absolute_path(recipe.run_root)) / job_id
+        directory = root / job_id
         number += 1
         if job_id in taken:
             continue

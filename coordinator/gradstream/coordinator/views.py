@@ -219,7 +219,7 @@ class Views:
             if active.reunion.company_since is None:
                 fate = "silent; its state is waited for as long as no server can be reached"
             else:
-                fate = f"silent; its state is waited for for {seconds:g} s"
+                fate = f"silent; its state is waited for, {seconds:g} s at most"
             waits.append((f"parameter server {server.name} to come back ({fate})", server.name))
         return waits
 

@@ -67,7 +67,8 @@ async def test_servers_that_were_cut_off_come_back_one_by_one(three: Cluster) ->
     await asyncio.sleep(TIMING.server_grace_seconds + 0.1)
     job = await three.job(job_id)
     assert [wait.what for wait in job.waits] == [
-        f"parameter server ps-{number} to come back (silent; its state is waited for for 30 s)" for number in (1, 2)
+        f"parameter server ps-{number} to come back (silent; its state is waited for, 30 s at most)"
+        for number in (1, 2)
     ]
     for server in servers[1:]:
         await server.reconnect(three.address)

@@ -166,10 +166,10 @@ def main() -> None:
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradstream-bench-")))
         data = temporary / "data"
-        max_bytes = 200_000 if options.smoke else 4_000_000
+        max_bytes, held_out = (1_000_000, 0.2) if options.smoke else (4_000_000, 0.05)
         vocab_size = MODEL["vocab_size"]
         sources = PrepareConfig(
-            sources=["stdlib:"], vocab_size=vocab_size, num_shards=4, max_bytes=max_bytes, validation_fraction=0.05
+            sources=["stdlib:"], vocab_size=vocab_size, num_shards=4, max_bytes=max_bytes, validation_fraction=held_out
         )
         prepare(sources, str(data))
         for seed in seeds:

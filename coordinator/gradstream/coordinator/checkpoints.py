@@ -24,7 +24,7 @@ _DIRECTORY = re.compile(r"step-([0-9]{8,})")
 class Pins:
     """Checkpoints that stay although there are newer ones: a plan starts from them, or an export reads them.
 
-    Whoever chooses one lists the disk and pins under `choosing(root)`; whoever removes reads the pins and removes under
+    A caller that chooses one lists the disk and pins under `choosing(root)`; retention reads the pins and removes under
     it. So no checkpoint goes between being chosen and being pinned.
     """
 

@@ -114,7 +114,7 @@ class Controller:
         active.expect_holders_until = now + self.timing.adopt_grace_seconds
         self.active = active
         word = scheduler.STATE_WORDS[record.state]
-        self.journal.note(record.job_id, "state", f"the coordinator was started anew and found the job {word}")
+        self.journal.note(record.job_id, "state", f"the coordinator was restarted and found the job {word}")
 
     async def stop(self, grace_seconds: float = 0.0) -> None:
         """Stop deciding; a manifest that is being written has so long to be done. Nodes stay as they are."""

@@ -88,7 +88,7 @@ class Leasing:
 
     def _describe(self, active: ActiveJob, node_id: str) -> plan_pb2.PipelineWorker:
         node = self._members.get(node_id)
-        # One that has not come back since this process was started anew is where it was: it is the same process.
+        # One that has not come back since this process was restarted is where it was: it is the same process.
         address = node.address if node is not None else active.addresses.get(node_id, "")
         return plan_pb2.PipelineWorker(node_id=node_id, name=self._members.name_of(node_id), address=address)
 

@@ -104,7 +104,7 @@ def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int
 def stage_need(plan: Plan, place: int = 0) -> int:
     """Bytes that the worker in a place of a replica needs; without a pipeline, every worker.
 
-    Follows from the plan alone, so also for one that was stored before the coordinator was started anew.
+    Follows from the plan alone, so also for one that was stored before the coordinator was restarted.
     """
     return plan.worker_bytes[place] if plan.worker_bytes else worker_bytes(plan.recipe, plan.num_parameters)
 

@@ -47,7 +47,7 @@ def standing(active: ActiveJob, version: int, members: Membership, now: float) -
 
 
 def _may_come(active: ActiveJob, holder: str, members: Membership, now: float) -> bool:
-    """Whether a worker can still report: it lives, or the coordinator was started anew and it may be about to."""
+    """Whether a worker can still report: it lives, or the coordinator was restarted and it may be about to."""
     node = members.get(holder)
     return node.alive if node is not None else now < active.expect_holders_until
 

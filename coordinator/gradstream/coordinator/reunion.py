@@ -1,7 +1,7 @@
 """Which of a plan's servers are silent, for how long their state is waited for, and which are known to be gone.
 
 A server that does not answer has lost nothing: the network may be cut while workers and servers go on. Its state is
-lost when it came back without it, when its process was started anew, when it reported a failure, or when its machine
+lost when it came back without it, when its process was restarted, when it reported a failure, or when its machine
 refuses connections to it. Of a server that is silent without such a proof the state is waited for, `reunion_seconds`
 long from the latest of: the moment it fell silent, the moment since which some server can be spoken to at all, and the
 first return of a server of the same plan. While no server can be spoken to nothing is given up: it is the coordinator
@@ -56,7 +56,7 @@ def judge_servers(servers: Sequence[ServerSight]) -> tuple[Verdict, str]:
         if server.failure:
             return Verdict.LOST, f"{title} cannot go on: {server.failure}"
         if server.replaced:
-            return Verdict.LOST, f"{title} was started anew and has lost its state"
+            return Verdict.LOST, f"{title} was restarted and has lost its state"
         if server.present and not server.holds:
             return Verdict.LOST, f"{title} came back without its state"
         if not server.present and server.refuses:

@@ -21,7 +21,7 @@ class Timing:
     server_grace_seconds: float = 3.0
     # How long the state of a silent parameter server is waited for, from the moment at which others are back.
     reunion_seconds: float = 30.0
-    # For the workers of the lease table to come back after the coordinator was started anew.
+    # For the workers of the lease table to come back after the coordinator was restarted.
     adopt_grace_seconds: float = 15.0
     # Between looks at the clock; events are acted upon at once.
     tick_seconds: float = 0.2

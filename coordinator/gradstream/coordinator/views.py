@@ -197,7 +197,7 @@ class Views:
     def _planning_waits(self, active: ActiveJob) -> list[tuple[str, str]]:
         """What a job in planning waits for."""
         if active.hold:
-            return [(active.hold, "whoever keeps the storage")]
+            return [(active.hold, "the operator of the storage")]
         if active.planning is not None:
             return [("the plan to be made", "the coordinator")]
         servers, workers = self._controller.plannable(active)

@@ -1,5 +1,5 @@
 """The boundary around parsers written in other languages: tokenizers and safetensors (Rust), pyarrow and zstd (C++, C),
-and jinja templates, which are programs of whoever wrote them.
+and jinja templates, which are programs of other people.
 
 Rust code that panics raises `PanicException`, which is no `Exception`: `except Exception` does not catch it, a task
 ends without a word, and gRPC leaves the call unanswered. Inside this boundary a panic is an error like any other.

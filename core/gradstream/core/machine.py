@@ -53,7 +53,7 @@ class Machine:
 
 
 def machine_id(path: Path = BOOT_ID) -> str:
-    """The same for all processes of this machine, in containers too, until it is started anew; "" where the kernel does
+    """The same for all processes of this machine, in containers too, until it is restarted; "" where the kernel does
     not tell. `path` is where it does."""
     try:
         return path.read_text().strip()

@@ -1,6 +1,6 @@
 """Where the paths of a recipe may lead.
 
-Whoever may submit names paths that services then read and write. Without more, a service opens paths of its own machine
+A submitter names paths that services then read and write. Without more, a service opens paths of its own machine
 alone: a URL would have it connect to a host of the submitter's choice. Two variables say more:
 
 - GRADSTREAM_PATHS: directories and URLs, separated by commas, below which every path of a recipe must lie. So what a

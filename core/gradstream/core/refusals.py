@@ -1,7 +1,7 @@
 """What the audit log is told of refused calls: the first of a kind at once, those like it in one line a minute.
 
 Refusals are alike that have the caller, the host, the call and the class of the error in common. So nobody can push
-older events out of the log by knocking. Pure: the clock is an argument.
+older events out of the log with calls that are refused. Pure: the clock is an argument.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Text of others as a terminal shows it: what would move the cursor, hide or reorder what is there is written out.
 
-A node's name, a log line, an event's reason or generated text may hold escape sequences. Whoever looks at a cluster
+A node's name, a log line, an event's reason or generated text may hold escape sequences. People who look at a cluster
 must see them and not have them carried out.
 """
 

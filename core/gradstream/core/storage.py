@@ -8,14 +8,14 @@ places hold, never wait for them.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from gradstream.core.errors import UnreachableError
-from gradstream.core.foreign import panics_caught
+from gradstream.core.threads import start_call
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,31 +62,7 @@ class StorageThreads:
             await self._wait_for_thread(place, key, deadline)
         number, self._next = self._next, self._next + 1
         self._places.setdefault(key, _Place()).begun[number] = time.monotonic()
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def settle(result: T | None, error: BaseException | None) -> None:
-            self._return(key, number)
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]
-
-        def run() -> None:
-            result, error = None, None
-            try:
-                with panics_caught():
-                    result = function(*args, **kwargs)
-            except BaseException as caught:
-                error = caught
-            try:
-                loop.call_soon_threadsafe(settle, result, error)
-            except RuntimeError:
-                pass  # the loop is closed
-
-        threading.Thread(target=run, name="storage", daemon=True).start()
+        future = start_call("storage", partial(function, *args, **kwargs), partial(self._return, key, number))
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 return await future

@@ -274,7 +274,7 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-# --- servers that are started anew under the names of silent ones -----------------------------------------------------
+# --- servers that are restarted under the names of silent ones -----------------------------------------------------
 
 
 async def test_newcomers_get_the_names_of_servers_that_stay_silent(cluster: Cluster) -> None:

@@ -231,7 +231,7 @@ async def test_what_proves_a_loss(servers: Servers) -> None:
         assert servers.verdict(5) is Verdict.WAIT
     absence.heard(True)
     assert servers.verdict(5) is Verdict.LOST
-    # --- it was started anew
+    # --- it was restarted
     servers.requests["b"].incarnation = "2"
     servers.come("b", 6)
     assert servers.verdict(6) is Verdict.LOST

@@ -456,21 +456,18 @@ def write_huggingface(directory: str, destination: Path, weights: bool = True, c
 def huggingface_weights(reader: CheckpointReader) -> list[WeightsFile]:
     """A checkpoint's weights as the files of a Hugging Face directory, made as they are read. Reading them raises
     CheckpointError when the checkpoint is damaged."""
-
-    import numpy as np
-
     constants = exported_constants(reader.manifest.architecture)
 
     def read(name: str) -> Iterator[Buffer]:
         if name in constants:
-            yield bytes_of(np.array(constants[name][1], dtype=np.float32))
+            yield bytes_of(constants[name])
             return
         num_elements = math.prod(reader.shape(name))
         for begin in range(0, num_elements, EXPORT_ELEMENTS):
             yield bytes_of(reader.read(WEIGHT, name, begin, min(begin + EXPORT_ELEMENTS, num_elements)))
 
     specs = [TensorSpec(entry.name, "F32", tuple(entry.shape)) for entry in reader.manifest.tensors]
-    specs += [TensorSpec(name, "F32", shape) for name, (shape, _) in constants.items()]
+    specs += [TensorSpec(name, "F32", values.shape) for name, values in constants.items()]
     return weights_files(specs, read, EXPORT_FILE_BYTES)
 
 

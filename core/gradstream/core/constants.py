@@ -12,23 +12,31 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradstream.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from torch import nn
 
 FAMILIES = frozenset({"apertus"})
 """Model types whose exports need them; a test looks for others."""
 TIMEOUT_SECONDS = 300.0
 
 
-def exported_constants(model_config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], list[float]]]:
-    """Shape and fp32 values of each of them by name. Raises ConfigError when the model cannot be built."""
+def exported_constants(model_config: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
+    """Each of them by name. Raises ConfigError when the model cannot be built."""
+    import numpy as np
+
     if model_config.get("model_type") not in FAMILIES:
         return {}
     found: dict[str, Any] = json.loads(_ask_child(json.dumps(model_config, sort_keys=True)))
     if "error" in found:
         raise ConfigError(found["error"])
-    return {name: (tuple(shape), values) for name, (shape, values) in found.items()}
+    return {name: np.array(values, dtype=np.float32).reshape(shape) for name, (shape, values) in found.items()}
 
 
 @lru_cache(maxsize=4)
@@ -46,13 +54,18 @@ def _ask_child(config_json: str) -> str:
     return child.stdout
 
 
-def constants(model_config: Mapping[str, Any]) -> dict[str, Any]:
+def constants(model_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors themselves, fp32: what a model's state has beside its trained parameters."""
     from gradstream.core.model import build, initialize_buffers
 
     model = build(model_config, "meta")
+    initialize_buffers(model, "cpu")
+    return constants_of(model)
+
+
+def constants_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`constants` of a model that has been through `initialize_buffers`."""
     trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    initialize_buffers(model, "cpu", from_base=False)
     return {name: tensor.float() for name, tensor in model.state_dict().items() if name not in trained}
 
 

@@ -10,9 +10,10 @@ torch and peft are imported inside the functions, so that importing this module 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from gradstream.core.errors import ConfigError
+from gradstream.core.errors import ConfigError, one_line
 from gradstream.core.finetuning import LoraConfig
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 _IN, _OUT = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 MAX_NAMES = 20
+_FROM_BASE = "_gradstream_from_base"
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
@@ -32,9 +34,24 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     import peft
     import torch
 
+    freeze(model)
     config = peft_config(lora, model)
-    with torch.device(next(model.parameters()).device):
-        peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    targets = list(config.target_modules)  # before peft changes it
+    try:
+        with torch.device(next(model.parameters()).device):
+            peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    except ValueError as error:  # of a module that the family's own code never calls
+        raise ConfigError(
+            f"lora.target_modules: peft puts no adapter there ({one_line(error).split('. ')[0][:200]}); name other "
+            f"modules, or use method: full"
+        ) from None
+    wanted, found = set(targets), {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    if wanted != found:
+        raise ConfigError(
+            f"lora.target_modules: peft puts the adapters of {_kinds(sorted(wanted - found))} elsewhere "
+            f"({', '.join(sorted(found - wanted)[:3]) or 'nowhere'}), as on fused experts, which is not supported; "
+            f"name other modules, or use method: full"
+        )
 
 
 def peft_config(lora: LoraConfig, model: nn.Module) -> Any:
@@ -50,8 +67,7 @@ def peft_config(lora: LoraConfig, model: nn.Module) -> Any:
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         target_modules=targets,
-        # transformers' Conv1D, which GPT-2 is made of, has its weight the other way round.
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+        fan_in_fan_out=any(is_transposed(module) for module in model.modules()),
         # What it would draw is drawn by `initial_adapter`.
         init_lora_weights=False,
     )
@@ -92,7 +108,21 @@ def target_modules(model: nn.Module, lora: LoraConfig) -> list[str]:
     return [name for name in linear if name in found]
 
 
-def _kinds(names: dict[str, Any]) -> str:
+def freeze(model: nn.Module) -> None:
+    """Note that a model's parameters come from a base; none of them is trained then."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            vars(parameter)[_FROM_BASE] = True
+    model.requires_grad_(False)
+
+
+def is_from_base(tensor: torch.Tensor) -> bool:
+    """Whether `freeze` froze it, so that its values are the base's. What was frozen before is a constant that the
+    family's own code sets, and no base holds."""
+    return _FROM_BASE in vars(tensor) and not tensor.requires_grad
+
+
+def _kinds(names: Iterable[str]) -> str:
     kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     more = f" and {len(kinds) - MAX_NAMES} more" if len(kinds) > MAX_NAMES else ""
     return ", ".join(kinds[:MAX_NAMES]) + more
@@ -126,3 +156,16 @@ def adapted_module(name: str) -> str | None:
 def factors(module: str) -> tuple[str, str]:
     """The names of the A and B of a module's adapter."""
     return module + _IN, module + _OUT
+
+
+def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lora: LoraConfig, module: nn.Module) -> Any:
+    """W + scaling * B @ A in W's dtype, computed in fp32; transposed where `module`, which has W, is a Conv1D."""
+    product = b @ a
+    if is_transposed(module):
+        product = product.T
+    return (weight.float() + product * lora.scaling).to(weight.dtype)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, which GPT-2 is made of: its weight is (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D"

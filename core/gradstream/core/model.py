@@ -14,11 +14,18 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gradstream.core.construction import GENERATOR_LOCK, check_set, initialize, restore_values, without_weights
+from gradstream.core.construction import (
+    GENERATOR_LOCK,
+    check_set,
+    initialize,
+    restore_values,
+    seed_generators,
+    without_weights,
+)
 from gradstream.core.errors import ConfigError, nearest, one_line
 from gradstream.core.finetuning import LoraConfig
 from gradstream.core.fragments import Tensor, TensorKind
-from gradstream.core.lora import add_adapters, initial_adapter
+from gradstream.core.lora import add_adapters, initial_adapter, is_from_base
 from gradstream.core.model_check import check_fields, explain_padding
 
 if TYPE_CHECKING:
@@ -173,13 +180,7 @@ class UnitDraws:
             unit.register_forward_pre_hook(partial(self._begin, name))
 
     def _begin(self, name: str, *_: object) -> None:
-        import torch
-
-        seed = derive_seed(self._seed, *self.key, name)
-        # torch.manual_seed does the same, and notes down where it was called from, at ten times the cost.
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.manual_seed_all(seed)
+        seed_generators(derive_seed(self._seed, *self.key, name))
 
 
 def inventory(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -> list[Tensor]:
@@ -268,7 +269,7 @@ def initial_weights(
         for module in unit.modules():
             restore_values(module)
         with GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(derive_seed(seed, "init", unit_name))
+            seed_generators(derive_seed(seed, "init", unit_name))
             initialize(_model_of(model, unit_name), unit)
         parameters = dict(unit.named_parameters())
         for local, name in fresh.items():
@@ -289,21 +290,19 @@ def _model_of(model: nn.Module, name: str) -> nn.Module:
     return owner
 
 
-def initialize_buffers(model: nn.Module, device: torch.device | str, from_base: bool = True) -> None:
+def initialize_buffers(model: nn.Module, device: torch.device | str) -> None:
     """Move a model that was built on the meta device to `device`: what its constructors set or compute from its config
-    (rotary frequencies) is there, its trained parameters are left undefined. Frozen ones stay where they are when they
-    come `from_base`; else they are the family's own constants, and are set as well. Raises ConfigError for one that
-    nothing sets."""
+    (rotary frequencies) is there, its trained parameters are left undefined. What comes from a base, under adapters,
+    stays where it is. Raises ConfigError for a constant that nothing sets."""
     import torch
     from torch import nn
     from transformers import PreTrainedModel
 
     def is_constant(tensor: torch.Tensor) -> bool:
-        return not isinstance(tensor, nn.Parameter) or not (from_base or tensor.requires_grad)
+        return not isinstance(tensor, nn.Parameter) or not (tensor.requires_grad or is_from_base(tensor))
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
-        stays = isinstance(tensor, nn.Parameter) and not tensor.requires_grad and from_base
-        return tensor if stays else torch.empty_like(tensor, device=device)
+        return tensor if is_from_base(tensor) else torch.empty_like(tensor, device=device)
 
     def set_buffers(part: nn.Module, module: nn.Module) -> None:
         part = module if isinstance(module, PreTrainedModel) else part
@@ -316,7 +315,7 @@ def initialize_buffers(model: nn.Module, device: torch.device | str, from_base: 
 
     model._apply(moved)  # type: ignore[no-untyped-call]  # as nn.Module.to_empty, which knows no exceptions
     with GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)  # the same constants on every node
+        seed_generators(0)  # the same constants on every node
         set_buffers(model, model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_constant(tensor):

@@ -6,7 +6,8 @@ A family's own code is not believed but run, with drawn weights (at its initial 
 2. it is causal: when tokens from position k on change, logits before k do not move;
 3. transformers' own training loss is the cross-entropy of the logits, or that and a router loss that is added;
 4. for a pipeline, sections computed on their own give what the whole model gives;
-5. for packed rows, an example's logits are those that it has alone, windows and chunks included.
+5. for packed rows, an example's logits are those that it has alone, windows and chunks included;
+6. for adapters, frozen modules held in few bytes with adapters on them give what merged weights give.
 
 torch is imported inside the functions, so that importing this module costs nothing.
 """
@@ -15,15 +16,24 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from gradstream.core.construction import GENERATOR_LOCK, check_set, initialize, restore_values
+from gradstream.core.construction import GENERATOR_LOCK, check_set, initialize, restore_values, seed_generators
 from gradstream.core.errors import ConfigError, one_line
 from gradstream.core.finetuning import LoraConfig
-from gradstream.core.model import UnitDraws, build, check_units, inventory_of, router_loss_factor
+from gradstream.core.lora import adapted_module, factors, frozen_name, merged_weight, target_modules
+from gradstream.core.model import (
+    UnitDraws,
+    build,
+    check_units,
+    initialize_buffers,
+    inventory_of,
+    router_loss_factor,
+)
 from gradstream.core.model_check import check_shapes, padding_ids, positions, unknown_keys
 from gradstream.core.twin import twin_config
 
@@ -39,6 +49,7 @@ EXAMPLES = (9, 6, 7, 2)
 MOST_PARAMETERS = 20_000_000
 """Of a model without a twin, which is tried itself."""
 TOLERANCE = 2e-4
+_LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,11 @@ PLAIN_USE = ModelUse()
 """Trained whole, on rows of one text."""
 
 
-def try_model(model_config: Mapping[str, Any], use: ModelUse = PLAIN_USE) -> tuple[bool, str]:
+def try_model(
+    model_config: Mapping[str, Any], use: ModelUse = PLAIN_USE, lora: LoraConfig | None = None
+) -> tuple[bool, str]:
     """(whether the model is refused, why). The reason is one line that says what to do; it is empty for a model that is
-    taken. Raises ConfigError for a config that is none."""
+    taken. `lora`: adapters are trained. Raises ConfigError for a config that is none."""
     try:
         trial = Trial(model_config)
         trial.check_causal()
@@ -69,6 +82,8 @@ def try_model(model_config: Mapping[str, Any], use: ModelUse = PLAIN_USE) -> tup
             trial.check_stages()
         if use.packs_examples:
             trial.check_packing()
+        if lora is not None:
+            trial.check_adapters(_twin_adapters(model_config, lora, trial.model))
     except ConfigError as error:
         return True, str(error)
     except Exception as error:  # a family's own code, given what it was not made for
@@ -172,7 +187,7 @@ class Trial:
         wanted = self.logits(self.ids)
         weights = dict(self.model.named_parameters())
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        sections = sections_of(build(self.config, "meta"))
+        sections = sections_of(self.model)
         found = self.ids
         for number, section in enumerate(sections):
             try:
@@ -213,8 +228,68 @@ class Trial:
                 raise ConfigError(self._unpacked("an example's logits depend on the examples before it in its row"))
             begin += length
 
+    def check_adapters(self, lora: LoraConfig) -> None:
+        """Raise ConfigError when the model computes something else with adapters on held weights, as workers do, than
+        with the adapters merged into them. Weights change: it is a trial's last check."""
+        import torch
+
+        from gradstream.core.frozen_modules import HeldMatrix, replace_frozen
+
+        adapted = build(self.config, "meta", lora)
+        initialize_buffers(adapted, "cpu")
+        weights = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        matrices: dict[str, HeldMatrix] = {}
+
+        def source(name: str, _: nn.Parameter) -> str:
+            name = frozen_name(name)
+            return name if name in weights else tied[name]
+
+        def matrix(name: str) -> HeldMatrix:
+            if name not in matrices:
+                matrices[name] = HeldMatrix.of(weights[name], "int8")
+                weights[name].copy_(matrices[name].whole(torch.float32))
+            return matrices[name]
+
+        plain, self.model = self.model, adapted.eval()
+        try:
+            with torch.no_grad():
+                for parameter in adapted.parameters():
+                    if parameter.requires_grad:
+                        parameter.normal_(std=parameter.shape[1] ** -0.5, generator=self._generator)
+                replace_frozen(adapted, source, matrix, lambda name: weights[name])
+            found = self.logits(self.ids)
+        except Exception as error:  # as of `try_model`
+            raise ConfigError(self._unadapted(one_line(error)[:200])) from None
+        finally:
+            self.model = plain.eval()
+        trained = dict(adapted.named_parameters())
+        with torch.no_grad():
+            for module in {module for name in trained if (module := adapted_module(name)) is not None}:
+                weight = weights[f"{module}.weight"]
+                a, b = (trained[factor] for factor in factors(module))
+                weight.copy_(merged_weight(weight, a, b, lora, plain.get_submodule(module)))
+        if _differ(found, self.logits(self.ids)):
+            raise ConfigError(self._unadapted("its logits differ from those with the adapters merged into the weights"))
+
+    def _unadapted(self, cause: str) -> str:
+        return (
+            f"model.config: {self.name} cannot be trained with adapters on these modules: {cause}; name others in "
+            f"lora.target_modules, or use method: full"
+        )
+
     def _unpacked(self, cause: str) -> str:
         return f"model.config: {self.name} cannot be trained on packed examples: {cause}"
+
+
+def _twin_adapters(model_config: Mapping[str, Any], lora: LoraConfig, twin: nn.Module) -> LoraConfig:
+    """Small adapters on the twin's modules that stand for those that have one in the model, whatever their layer."""
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    if lora.target_modules != targets:
+        kinds = {_LAYER.sub(".", name) for name in target_modules(build(model_config, "meta"), lora)}
+        every = target_modules(twin, LoraConfig())
+        targets = tuple(name for name in every if _LAYER.sub(".", name) in kinds)
+    return LoraConfig(rank=4, alpha=4, target_modules=targets)
 
 
 def _small_model(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], nn.Module]:
@@ -244,7 +319,7 @@ def _filled(model: nn.Module) -> nn.Module:
     for module in model.modules():
         restore_values(module)
     with GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+        seed_generators(0)
         initialize(model, model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         check_set(name, tensor)
@@ -284,7 +359,7 @@ def describe(
     model = build(model_config, "meta", lora)
     unknown, misspelt = unknown_keys(model_config, model.config, model)
     check_shapes(model_config)
-    is_refused, reason = try_model(model_config, use)
+    is_refused, reason = try_model(model_config, use, lora)
     if is_refused:
         raise ConfigError(reason)
     return {

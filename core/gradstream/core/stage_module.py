@@ -80,20 +80,26 @@ class StageModule(nn.Module):
         self.first, self.last = sections.start == 0, sections.stop == len(every)
         self._received: torch.Tensor | None = None
         units = [unit for _, unit in forward_units(self.model)]
+        places = _places(self.model)
+
+        def replace(unit: int, new: nn.Module) -> None:
+            for module, name in places[id(units[unit])]:
+                setattr(module, name, new)
+
         for number, section in enumerate(every):
             for unit in section.units:
                 if number in sections:
                     continue
                 if 0 < number < len(every) - 1:
-                    self._replace(units[unit], self._placeholder(number, sections, units[unit]))
+                    replace(unit, self._placeholder(number, sections, units[unit]))
                 elif _has_parameters(units[unit]):  # others, rotary embeddings say, are what each stage needs
-                    self._replace(units[unit], _Nothing() if number == 0 else _PassedOn(units[unit]))
+                    replace(unit, _Nothing() if number == 0 else _PassedOn(units[unit]))
         if not self.first and sections.start < len(every) - 1:
             entry = units[every[sections.start].units[0]]
             entry.register_forward_pre_hook(self._take, with_kwargs=True)
         if sections.stop == len(every) - 1:
             units[every[sections.stop - 1].units[-1]].register_forward_hook(_end)
-        initialize_buffers(self.model, device, from_base=lora is not None)
+        initialize_buffers(self.model, device)
 
     def forward(self, received: torch.Tensor, **layout: torch.Tensor) -> torch.Tensor:
         """The first stage takes token ids, (B, T), the others activations, (B, T, D). The last one gives logits,
@@ -138,11 +144,14 @@ class StageModule(nn.Module):
         is_entry = number == sections.start - 1 and self.last and len(sections) == 1
         return _PassedOn(layer, self._taken if is_entry else None)
 
-    def _replace(self, old: nn.Module, new: nn.Module) -> None:
-        for module in list(self.model.modules()):
-            for name, child in list(module.named_children()):
-                if child is old:
-                    setattr(module, name, new)
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The parents of each module, by its id, and its names there."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found.setdefault(id(child), []).append((parent, name))
+    return found
 
 
 def _has_parameters(module: nn.Module) -> bool:

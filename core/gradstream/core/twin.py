@@ -27,6 +27,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"linear_num_(key|value)_heads", NUM_HEADS),
     (r"(hidden|embedding|input_embedding|output_embedding|attention_hidden)_size|d_model|n_embd|emb_dim", HIDDEN),
     (r"embedding_dim|word_embed_proj_dim|lru_width|prompt_mid_dim", HIDDEN),
+    (r"num_layers_per_stack", MOST_LAYERS),
     (r"mamba_d_ssm", 2 * HIDDEN),
     (r"qk_head_dim", 2 * HEAD_SIZE),
     (r"rotary_dim", HEAD_SIZE // 2),

@@ -10,14 +10,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gradstream.core.constants import FAMILIES, constants, exported_constants
+from gradstream.core.constants import FAMILIES, constants, constants_of, exported_constants
 from gradstream.core.errors import ConfigError
+from gradstream.core.finetuning import LoraConfig
+from gradstream.core.frozen_modules import HeldMatrix, replace_frozen
+from gradstream.core.lora import adapted_module, frozen_name
 from gradstream.core.model import build, initial_weights, initialize_buffers, load_config
 from gradstream.core.model_trial import ModelUse, Trial, try_model
 from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
@@ -38,8 +42,15 @@ gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss granite granitem
 llama4_text minicpm3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
 qwen3_moe seed_oss smollm3 stablelm starcoder2"""
 WHOLE = "afmoe bamba bloom codegen falcon falcon_mamba gpt_neo gptj jamba mamba mamba2 mpt opt qwen3_next"
+# What must go on being taken with adapters.
+ADAPTED = """apertus arcee bamba bitnet bloom codegen cohere cohere2 ernie4_5 exaone4 falcon flex_olmo
+gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe
+helium internlm3 lfm2 llama minicpm3 mistral mixtral mpt nanochat olmo olmo2 olmo3 olmoe opt persimmon
+phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2"""
 PACKED = """apertus cohere2 gemma gemma2 gemma3_text gpt2 gpt_neox granite llama llama4_text mistral mixtral olmo olmo2
 olmo3 phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 starcoder2"""
+
+LORA = LoraConfig(rank=4, alpha=6)
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +72,16 @@ def config_of(family: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 def test_a_family_is_computed_as_transformers_does_or_is_refused(family: str, tmp_path: Path) -> None:
-    is_refused, reason = try_model(config_of(family), ModelUse(has_pipeline=True))
-    is_uncut = is_refused and "cannot be cut into pipeline stages" in reason
-    if is_refused and not is_uncut:
+    use = ModelUse(has_pipeline=True, packs_examples=family in PACKED.split())
+    is_refused, reason = try_model(config_of(family), use, LORA)
+    is_uncut = "cannot be cut into pipeline stages" in reason
+    if is_uncut:
+        is_refused, reason = try_model(config_of(family), lora=LORA)
+    is_unadapted = "lora.target_modules" in reason
+    if is_unadapted:
+        assert family not in ADAPTED.split(), reason
+        assert "\n" not in reason
+    elif is_refused:
         assert family not in f"{STAGES} {WHOLE}".split()
         assert reason.startswith("model.config")
         assert "\n" not in reason
@@ -78,7 +96,7 @@ def test_a_family_is_computed_as_transformers_does_or_is_refused(family: str, tm
 
     theirs = AutoModelForCausalLM.from_config(load_config(config), dtype=torch.float32)
     whole = build(config, "meta")
-    initialize_buffers(whole, "cpu", from_base=False)
+    initialize_buffers(whole, "cpu")
     whole.tie_weights()  # type: ignore[operator]
     for model in (theirs, whole):
         named = dict(model.named_parameters())
@@ -93,12 +111,44 @@ def test_a_family_is_computed_as_transformers_does_or_is_refused(family: str, tm
     for name, parameter in whole.named_parameters():
         assert same(parameter.grad, gradients[name]), name
 
-    check_reloaded(config, weights, ids_BT, wanted_BTV, tmp_path)
-
+    check_reloaded(whole, config, weights, ids_BT, wanted_BTV, tmp_path)
     if is_uncut:
-        assert family not in STAGES.split(), reason
-        return
-    check_stages(config, weights, ids_BT, wanted_BTV, gradients)
+        assert family not in STAGES.split()
+    else:
+        check_stages(whole, config, weights, ids_BT, wanted_BTV, gradients)
+    if not is_unadapted:
+        check_adapters(config, weights, ids_BT, theirs)
+
+
+def check_adapters(config: dict[str, Any], weights: dict[str, torch.Tensor], ids_BT: torch.Tensor, theirs: Any) -> None:
+    """Adapters on frozen modules as workers hold them: peft's logits and gradients."""
+    ours = build(config, "meta", LORA)
+    initialize_buffers(ours, "cpu")
+    tied = getattr(ours, "all_tied_weights_keys", None) or {}
+    replace_frozen(
+        ours,
+        lambda name, _: name if (name := frozen_name(name)) in weights else tied[name],
+        lambda name: HeldMatrix.of(weights[name], "fp32"),
+        weights.__getitem__,
+    )
+    adapters = {name: parameter for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    # By name: for peft all-linear means fused experts too, which are no linear modules.
+    modules = sorted({str(adapted_module(name)) for name in adapters})
+    theirs.zero_grad()
+    wrapped = peft.get_peft_model(
+        theirs,
+        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=modules, r=4, lora_alpha=6, init_lora_weights=False),
+    )
+    named = {name.removeprefix("base_model.model."): parameter for name, parameter in wrapped.named_parameters()}
+    assert adapters.keys() == {name for name, parameter in named.items() if parameter.requires_grad}
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in adapters.items():
+            parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+            named[name].copy_(parameter)
+    torch.testing.assert_close(logits(ours, ids_BT), logits(theirs, ids_BT), rtol=1e-5, atol=1e-5)
+    for name, parameter in adapters.items():
+        assert same(parameter.grad, named[name].grad), name
 
 
 def logits(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -117,6 +167,7 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def check_reloaded(
+    whole: Any,
     config: dict[str, Any],
     weights: dict[str, torch.Tensor],
     ids_BT: torch.Tensor,
@@ -124,7 +175,7 @@ def check_reloaded(
     directory: Path,
 ) -> None:
     """What an export holds is a whole model for transformers, also where a family has tensors that are not trained."""
-    untrained = constants(config)
+    untrained = constants_of(whole)
     if not untrained:
         return
     exported = untrained if config["model_type"] in FAMILIES else {}
@@ -139,19 +190,19 @@ def test_a_child_finds_what_an_export_needs() -> None:
     found = exported_constants(config)
     assert {name.rsplit(".", 1)[-1] for name in found} == {"beta", "eps"}
     for name, tensor in constants(config).items():
-        shape, values = found[name]
-        assert torch.equal(torch.tensor(values).reshape(shape), tensor), name
+        assert torch.equal(torch.from_numpy(found[name]), tensor), name
     assert exported_constants(TINY | {"model_type": "llama"}) == {}
 
 
 def check_stages(
+    whole: Any,
     config: dict[str, Any],
     weights: dict[str, torch.Tensor],
     ids_BT: torch.Tensor,
     wanted_BTV: torch.Tensor,
     gradients: dict[str, torch.Tensor | None],
 ) -> None:
-    num_sections = len(sections_of(build(config, "meta")))
+    num_sections = len(sections_of(whole))
     stages = [StageModule(config, range(*cut)).eval() for cut in pairwise([0, 2, num_sections - 1, num_sections])]
     tensors = [stage_tensors(stage, weights) for stage in stages]
     inputs, outputs = [], []
@@ -174,11 +225,6 @@ def check_stages(
                 found[name] = found.get(name, torch.zeros(())) + parameter.grad
     for name in weights:
         assert same(found.get(name), gradients[name]), name
-
-
-@pytest.mark.parametrize("family", PACKED.split())
-def test_a_family_keeps_its_windows_in_packed_rows(family: str) -> None:
-    assert try_model(config_of(family), ModelUse(packs_examples=True)) == (False, "")
 
 
 @pytest.mark.parametrize("family", ["mamba", "jamba", "bloom", "falcon"])

@@ -173,6 +173,37 @@ def test_an_adapter_of_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), expected)
 
 
+def test_a_merged_model_holds_what_only_a_constructor_sets(tmp_path: Path) -> None:
+    """Apertus' activations have constants that transformers does not set when it loads a model."""
+    config = {key: value for key, value in MICRO_LLAMA.items() if key != "hidden_act"} | {"model_type": "apertus"}
+    base, config = find_base(full_checkpoint(tmp_path / "base", config))
+    checkpoint = lora_checkpoint(tmp_path / "step-00000004", base, config, LoraConfig(rank=2))
+    export_merged(checkpoint, tmp_path / "merged", "")
+    export_huggingface(base.path, tmp_path / "plain")
+    found, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "plain"))
+    assert found.keys() == plain.keys()
+    constants = [name for name in found if name.rsplit(".", 1)[-1] in ("beta", "eps")]
+    assert constants
+    for name in constants:
+        assert torch.equal(found[name], plain[name]), name
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = logits(adapted_model(checkpoint, config, tmp_path / "plain"))
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+
+
+def test_a_head_of_its_own_is_merged_the_right_way_round(tmp_path: Path) -> None:
+    """GPT-2's modules have their weights transposed, its head has not."""
+    config = FAMILIES["gpt2"] | {"tie_word_embeddings": False}
+    base, config = find_base(full_checkpoint(tmp_path / "base", config))
+    lora = LoraConfig(rank=2, target_modules=("c_attn", "lm_head"))
+    checkpoint = lora_checkpoint(tmp_path / "step-00000004", base, config, lora)
+    export_merged(checkpoint, tmp_path / "merged", "")
+    export_huggingface(base.path, tmp_path / "plain")
+    expected = logits(adapted_model(checkpoint, config, tmp_path / "plain"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+
+
 def test_an_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, checkpoint = tuned(tmp_path)
     occupied = tmp_path / "occupied"

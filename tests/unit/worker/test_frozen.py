@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from gradstream.core.base_model import find_base
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import LoraConfig
+from gradstream.core.frozen_modules import Held, HeldEmbedding, HeldLinear, HeldMatrix
 from gradstream.core.lora import adapted_module, frozen_name
 from gradstream.core.model import build, initial_weights, initialize_buffers, inventory
-from gradstream.worker.frozen import BaseStore, Held, HeldEmbedding, HeldLinear, HeldMatrix
+from gradstream.worker.frozen import BaseStore
 
 CPU = torch.device("cpu")
 LORA = LoraConfig(rank=4, alpha=8)

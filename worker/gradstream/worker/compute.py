@@ -398,7 +398,7 @@ class SlotComputer:
             found = stage_tensors(module, names)  # type: ignore[arg-type]
         else:
             module = build(plan.model_config, "meta", plan.lora)
-            initialize_buffers(module, self.device, from_base=plan.lora is not None)
+            initialize_buffers(module, self.device)
             if plan.lora is None:
                 module.tie_weights()  # type: ignore[operator]  # tied tensors lie apart after the move
             found = {(name, 0): parameter for name, parameter in module.named_parameters()}

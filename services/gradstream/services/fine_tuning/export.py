@@ -25,11 +25,12 @@ from gradstream.core.checkpoint import (
     write_config,
     write_huggingface,
 )
+from gradstream.core.constants import exported_constants
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import Base, FineTuning, LoraConfig
-from gradstream.core.lora import ADAPTER, adapted_module, factors, peft_config
+from gradstream.core.lora import ADAPTER, adapted_module, factors, merged_weight, peft_config
 from gradstream.core.model import build
-from gradstream.core.tensor_files import TensorSpec
+from gradstream.core.tensor_files import TensorSpec, bytes_of
 from gradstream.core.weights_files import Buffer, WeightsFile, weights_files, write_weights
 from gradstream.services.fine_tuning.card import CardFacts, DataFacts, Score, model_card
 
@@ -108,12 +109,12 @@ class _Adapter:
         self.lora: LoraConfig = finetuning.lora
         self.names = [entry.name for entry in self._reader.manifest.tensors]
         self.modules = {module for name in self.names if (module := adapted_module(name)) is not None}
-        model = build(self._reader.manifest.architecture, "meta")
-        self.config: Any = peft_config(self.lora, model)
+        self._model = build(self._reader.manifest.architecture, "meta")
+        self.config: Any = peft_config(self.lora, self._model)
         self.config.base_model_name_or_path = self.base.path
         self.config.inference_mode = True
         self.config.init_lora_weights = True
-        self.config.target_modules = _shortest(self.modules, [name for name, _ in model.named_modules()])
+        self.config.target_modules = _shortest(self.modules, [name for name, _ in self._model.named_modules()])
 
     def read(self, name: str) -> torch.Tensor:
         shape = self._reader.shape(name)
@@ -125,10 +126,8 @@ class _Adapter:
         if module == name or module not in self.modules:
             return weight
         a, b = (self.read(factor) for factor in factors(module))
-        product = b @ a
-        if self.config.fan_in_fan_out:
-            product = product.T
-        return (weight.float() + product * self.lora.scaling).to(weight.dtype)
+        merged: torch.Tensor = merged_weight(weight, a, b, self.lora, self._model.get_submodule(module))
+        return merged
 
 
 def _shortest(modules: set[str], every: Sequence[str]) -> list[str]:
@@ -146,10 +145,17 @@ def _merged_weights(reader: BaseReader, adapter: _Adapter) -> list[WeightsFile]:
             f"the base has no weight for the adapter of '{min(unknown)}'; they do not belong together"
         )
 
+    known = set(reader.names())
+    constants = {name: values for name, values in exported_constants(reader.config).items() if name not in known}
+
     def read(name: str) -> Iterator[Buffer]:
-        yield tensor_bytes(adapter.merged(name, reader.tensor(name)))
+        if name in constants:
+            yield bytes_of(constants[name])
+        else:
+            yield tensor_bytes(adapter.merged(name, reader.tensor(name)))
 
     specs = [TensorSpec(name, DTYPE_NAMES[reader.dtype(name)], reader.shape(name)) for name in reader.names()]
+    specs += [TensorSpec(name, "F32", values.shape) for name, values in constants.items()]
     return weights_files(specs, read, EXPORT_FILE_BYTES)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import LoraConfig
-from gradstream.core.lora import peft_config
+from gradstream.core.lora import freeze, is_from_base, peft_config
 from gradstream.core.model import build, initialize_buffers
 
 # peft's own word for rows without an adapter.
@@ -131,10 +131,11 @@ def load_model(tensors: BaseTensors, dtype: torch.dtype, device: torch.device) -
     Raises CheckpointError for a tensor that is missing or has another shape than the config says.
     """
     model = build(tensors.config, "meta")
-    model.requires_grad_(False)
+    freeze(model)
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(name)
+        if is_from_base(parameter):
+            names_of.setdefault(id(parameter), []).append(name)
     initialize_buffers(model, device)
     there = set(tensors.names())
     for names in names_of.values():

@@ -134,7 +134,7 @@ async def test_a_restarted_coordinator_remembers_residuals(cluster: Cluster) -> 
     await cluster.restart()
     for node in (*ps, one, two):
         await node.reconnect(cluster.address)
-    await cluster.event(job_id, "started anew")
+    await cluster.event(job_id, "was restarted")
     await two.stub.ReportResidual(residual(two, job_id, other))
     assert [entry.slot for entry in (await manifest_of(cluster, job_id)).residuals] == [0, 1]
 

@@ -1,4 +1,4 @@
-"""Transitions of jobs on their way to the disk: a record and the events that tell of it are one transaction.
+"""Transitions of jobs on their way to the disk: a record and its events are one transaction.
 
 Everything follows one order: store, change the view in memory, send. What could not be stored has not happened, and the
 same transition is due again.
@@ -58,7 +58,7 @@ class Journal:
         return changed
 
     def note(self, job_id: str, kind: str, message: str) -> None:
-        """Add an event that tells of no transition: a disk that is full costs the line, nothing else."""
+        """Add an event that belongs to no transition. On a full disk only the event is lost."""
         log.info(message, job=job_id, kind=kind)
         try:
             self._notifier.append(job_id, [Event(kind, message).as_item()])

@@ -75,7 +75,7 @@ class Receiving:
         self.held_bytes = 0
 
     async def reserve(self, caller: Meter, num_bytes: int) -> None:
-        """Wait until so many bytes are free, and take them. They are given back by `release`."""
+        """Wait until `num_bytes` are free, and take them. `release` gives them back."""
         if self._is_free(caller, num_bytes):
             self._take(caller, num_bytes)
             return

@@ -38,5 +38,5 @@ def held_bytes(num_workers: int) -> int:
 
 
 def more_than_usual_bytes(num_workers: int) -> int:
-    """What a plan of so many workers must find in a server's memory beside its shard."""
+    """Bytes that a plan of `num_workers` workers needs in a server's memory beside its shard."""
     return held_bytes(num_workers) - held_bytes(0)

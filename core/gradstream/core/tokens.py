@@ -159,7 +159,7 @@ class TokenTable:
         if document.get("gradstream_tokens") == 1 and "serial" not in document:
             raise ConfigError(
                 f"{what} is of an older gradstream, whose tokens counted with any certificate; remove it and run "
-                f"`gradstream certs init` again: all credentials must then be issued anew"
+                f"`gradstream certs init` again: all credentials must then be issued again"
             )
         document = exact_keys(document, _TABLE_KEYS, what)
         if document["gradstream_tokens"] != FORM:

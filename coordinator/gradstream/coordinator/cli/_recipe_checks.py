@@ -27,7 +27,7 @@ def with_data(recipe: Recipe) -> tuple[Recipe, Manifest | None]:
 
     try:
         here = MANIFEST_NAME in files.list_names(recipe.data.path)
-    except Exception:  # every fsspec backend raises its own kind: whoever trains may reach it all the same
+    except Exception:  # every fsspec backend raises its own kind; the cluster may reach the path all the same
         here = False
     if not here:
         return recipe, None

@@ -107,8 +107,8 @@ def test_steps_go_on_while_there_is_no_coordinator(cluster: Cluster, tiny_data: 
 def test_too_little_memory_after_a_loss_is_a_wait_not_an_end(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
     training = {"num_steps": 16}
     cluster.start_coordinator()
-    # The job needs about 2.4 MiB in all: two such servers hold it, one does not.
-    cluster.start_servers("server-0", "server-1", memory="2MiB")
+    # The job needs 1.9 MiB on one server, 0.94 MiB on each of two.
+    cluster.start_servers("server-0", "server-1", memory="1.4MiB")
     cluster.start_workers("worker-0")
     needs_two = {"min_servers": 2}
     job = cluster.client.submit(tiny_recipe(tiny_data, tmp_path / "runs", training=training, cluster=needs_two))
@@ -124,7 +124,7 @@ def test_too_little_memory_after_a_loss_is_a_wait_not_an_end(cluster: Cluster, t
         job.job_id, lambda job: any("missing" in wait.what for wait in job.waits), "wait for memory"
     )
     assert waiting.state == "planning"
-    cluster.start_servers("server-2", memory="2MiB")
+    cluster.start_servers("server-2", memory="1.4MiB")
     finished = cluster.finish(job.job_id)
     assert finished.epoch == 2
     assert cluster.final_digest(job.job_id) == reference

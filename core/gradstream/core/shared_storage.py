@@ -61,13 +61,20 @@ def answer(check: coordinator_pb2.StorageCheck) -> str:
     try:
         if check.write:
             write(check.directory, check.check_id, check.write)
+            if unseen(check.directory, check.check_id, check.read):
+                # The check ended meanwhile, by another node's answer: nobody else would remove this file.
+                files.remove(path_of(check.directory, check.check_id, check.write))
     except OSError as error:
         return f"cannot write to {check.directory} ({error.strerror or error})"
     return ""
 
 
 def clean_up(directory: str, check_id: str) -> None:
-    """Remove a check's files. Raises OSError."""
+    """Remove a check's files; the coordinator's first, so that a node that writes later sees that the check has ended.
+
+    Raises OSError.
+    """
+    files.remove(path_of(directory, check_id, COORDINATOR))
     for name in files.list_names(directory):
         if name.startswith(f"{_PREFIX}{check_id}-"):
             files.remove(files.join(directory, name))

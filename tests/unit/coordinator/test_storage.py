@@ -261,7 +261,10 @@ async def test_a_server_with_a_disk_of_its_own_holds_the_job_by_name(cluster: Cl
     # Once it is mounted the job goes on by itself.
     del servers[1].session._check_storage  # type: ignore[attr-defined]
     await servers[1].plan_of(1)
-    assert leftovers(cluster) == []
+    # The server that saw the directory may still have been writing when the other's answer ended the first check.
+    async with asyncio.timeout(30):
+        while leftovers(cluster):  # noqa: ASYNC110 - files that another process removes
+            await asyncio.sleep(0.01)
 
 
 async def test_a_server_that_does_not_write_where_the_coordinator_reads_is_named(

@@ -43,6 +43,20 @@ def test_a_disk_of_ones_own_is_told(tmp_path: Path) -> None:
     assert "does not see" in answer(other)
 
 
+def test_a_node_that_answers_late_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another node's answer ends the check while this one writes: what it writes after the cleaning it removes."""
+    write(str(tmp_path), ID, COORDINATOR)
+    real = shared_storage.write
+
+    def write_late(directory: str, check_id: str, who: str) -> None:
+        clean_up(directory, check_id)
+        real(directory, check_id, who)
+
+    monkeypatch.setattr(shared_storage, "write", write_late)
+    assert answer(check(tmp_path)) == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(str(tmp_path), ID, COORDINATOR)
 

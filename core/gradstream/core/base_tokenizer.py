@@ -7,7 +7,7 @@ fast one, on the base's tokenizer.json as it is; a few fields of tokenizer_confi
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from gradstream.core.finetuning import Base
 from gradstream.core.foreign import panics_caught, parsing
 from gradstream.core.log import get_logger
 from gradstream.core.paths import AllowedPaths
+from gradstream.core.tokenizer_class import ADDED_TOKENS, FAMILY, as_its_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,9 +49,7 @@ MAX_BASES = 16
 END_IDS = "end_of_text_ids"
 """The attribute by which a tokenizer of `load_tokenizer` knows more than one token that ends a text."""
 PROBE = "a reply as a probe"
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-NAMED = (*SPECIAL_TOKENS, "sep_token", "cls_token", "mask_token")
-ADDED_TOKENS = "added tokens"
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -218,7 +217,8 @@ def _settings(directory: str) -> dict[str, Any]:
     inner = config.get("text_config")
     configs = [config, inner if isinstance(inner, dict) else {}, read(GENERATION_CONFIG_NAME)]
     ends = [end for found in configs for end in end_ids_in(found)]
-    return {**settings, END_IDS: ends, ADDED_TOKENS: added}
+    family = {key: config[key] for key in ("model_type", "tokenizer_class") if isinstance(config.get(key), str)}
+    return {**settings, END_IDS: ends, ADDED_TOKENS: added, FAMILY: family}
 
 
 def end_ids_in(config: Mapping[str, Any]) -> list[int]:
@@ -280,21 +280,13 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
     backend = Tokenizer.from_str(content.decode())
     added = _added_tokens(settings.get(ADDED_TOKENS) or {}, settings, directory)
     known = {token.content for token in added.values()}
-    special: dict[str, Any] = {}
-    for kind in SPECIAL_TOKENS:
-        value = settings.get(kind)
-        text = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            continue
-        if text in known or backend.token_to_id(text) is not None:
-            special[kind] = text
-        elif kind == "bos_token":
-            raise ConfigError(
-                f"the bos_token {text!r} of {directory} is in neither its vocabulary nor its added tokens"
-            )
-        elif kind != "eos_token":
-            # It would get an id that the model does not know; no example has it.
-            get_logger().warning("a special token is not in the vocabulary", base=directory, kind=kind, token=text)
+    special = _special_tokens(settings, lambda text: text in known or backend.token_to_id(text) is not None, directory)
+    others = {key: value for key, value in settings.items() if not key.endswith("_token") and key != END_IDS}
+    own = as_its_class(content, others | special, directory)
+    if own is not None:
+        defaults = ((kind, getattr(own, kind)) for kind in NAMED if kind not in settings)
+        special |= {kind: text for kind, text in defaults if text is not None and backend.token_to_id(text) is not None}
+        backend = own.backend_tokenizer
     first = next(iter(settings.get(END_IDS) or ()), None)
     if "eos_token" not in special and first is not None:
         text = added[first].content if first in added else backend.id_to_token(first)
@@ -305,10 +297,11 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
             f"nothing in {directory} says which token ends a text; set eos_token in its {TOKENIZER_CONFIG_NAME} to one "
             f"of the vocabulary"
         )
-    extra: dict[str, Any] = {}
-    others = [value["content"] if isinstance(value, dict) else value for value in _extra_special_tokens(settings)]
-    if others:
-        extra["extra_special_tokens"] = others
+    own_kinds = {kind: text for kind, text in special.items() if kind not in NAMED}
+    extra: dict[str, Any] = {"model_specific_special_tokens": own_kinds} if own_kinds else {}
+    unnamed = [value["content"] if isinstance(value, dict) else value for value in _extra_special_tokens(settings)]
+    if unnamed:
+        extra["extra_special_tokens"] = unnamed
     length = settings.get("model_max_length")
     if isinstance(length, int):
         extra["model_max_length"] = length
@@ -320,7 +313,7 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         added_tokens_decoder=added,
-        **special,
+        **{kind: text for kind, text in special.items() if kind in NAMED},
         **extra,
     )
     for number, token in added.items():
@@ -331,6 +324,28 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
             )
     setattr(tokenizer, END_IDS, tuple(settings.get(END_IDS) or ()))
     return tokenizer  # type: ignore[no-any-return]
+
+
+def _special_tokens(settings: Mapping[str, Any], is_known: Callable[[str], bool], directory: str) -> dict[str, str]:
+    """The texts of the special tokens that have a name, which a chat template may write them by: those that all
+    tokenizers have, and a model's own. Raises ConfigError when bos is not in the vocabulary."""
+    extra = settings.get("extra_special_tokens")
+    named = {kind: value for kind, value in settings.items() if kind.endswith("_token")}
+    found: dict[str, str] = {}
+    for kind, value in (named | (extra if isinstance(extra, dict) else {})).items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            continue
+        if is_known(text):
+            found[kind] = text
+        elif kind == "bos_token":
+            raise ConfigError(
+                f"the bos_token {text!r} of {directory} is in neither its vocabulary nor its added tokens"
+            )
+        elif kind != "eos_token":
+            # It would get an id that the model does not know; no example has it.
+            get_logger().warning("a special token is not in the vocabulary", base=directory, kind=kind, token=text)
+    return found
 
 
 def _extra_special_tokens(settings: Mapping[str, Any]) -> list[Any]:

@@ -298,7 +298,10 @@ def check_paths(recipe: Recipe, allowed: AllowedPaths) -> None:
     allowed.check("run_root", recipe.run_root)
     allowed.check("data.path", recipe.data.path)
     if recipe.finetuning is not None:
-        allowed.check("finetuning.base.path", recipe.finetuning.base.path)
+        base = recipe.finetuning.base
+        allowed.check("finetuning.base.path", base.path)
+        if base.tokenizer is not None:
+            allowed.check("finetuning.base.tokenizer.directory", base.tokenizer.directory)
 
 
 def read_data_manifest(recipe: Recipe) -> Manifest:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -87,15 +88,58 @@ def read_small(directory: str, name: str) -> bytes:
 
 def read_json(directory: str, name: str) -> dict[str, Any]:
     """A JSON object beside the weights. Raises as `read_small`, and ConfigError when it is none."""
+    return _json_object(files.join(directory, name), read_small(directory, name))
+
+
+def _json_object(path: str, content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(read_small(directory, name))
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{files.join(directory, name)} is not JSON ({one_line(error)}); get the file again"
-        ) from None
+        raise ConfigError(f"{path} is not JSON ({one_line(error)}); get the file again") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{files.join(directory, name)} is not a JSON object; get the file again")
+        raise ConfigError(f"{path} is not a JSON object; get the file again")
     return value
+
+
+class SmallFiles:
+    """The files beside the weights of one directory: as they are, or, where their hashes were recorded, as they were
+    then and nothing else."""
+
+    def __init__(self, directory: str, recorded: Mapping[str, str] | None = None):
+        """`recorded`: hex sha256 of each file by its name, which may begin with a directory in this one."""
+        self.directory = directory
+        self._recorded = recorded
+
+    def names(self, below: str = "") -> list[str]:
+        """Names in the directory, or in one that is in it, sorted. Raises what its file system raises."""
+        if self._recorded is None:
+            return files.list_names(files.join(self.directory, below) if below else self.directory)
+        prefix = f"{below}/" if below else ""
+        found = {name[len(prefix) :].partition("/")[0] for name in self._recorded if name.startswith(prefix)}
+        return sorted(found)
+
+    def read(self, name: str) -> bytes:
+        """A file's contents. Raises as `read_small`, and CheckpointError when it is not the one that was recorded."""
+        if self._recorded is None:
+            return read_small(self.directory, name)
+        try:
+            content = read_small(self.directory, name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; restore the file") from None
+        if hashlib.sha256(content).hexdigest() != self._recorded.get(name):
+            raise CheckpointError(
+                f"{files.join(self.directory, name)} has changed since the base was found; restore the file, or begin "
+                f"again with the base as it is"
+            )
+        return content
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object. Raises as `read`, and ConfigError when it is none."""
+        return _json_object(files.join(self.directory, name), self.read(name))
+
+    def hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """What to record of these files. Raises as `read`."""
+        return {name: hashlib.sha256(self.read(name)).hexdigest() for name in names}
 
 
 def open_safetensors(path: str, expected: Digest | None = None) -> Any:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from gradstream.core import base_files, files
 from gradstream.core.base_files import read_json
-from gradstream.core.base_tokenizer import load_tokenizer, vocabulary_size
+from gradstream.core.base_tokenizer import load_tokenizer, record_tokenizer, vocabulary_size
 from gradstream.core.base_weights import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -77,6 +77,8 @@ def _find_base(path: str, title: str, hashed: bool) -> tuple[Base, dict[str, Any
         base, config = _find_checkpoint(path, title or path, hashed)
     else:
         raise ConfigError(_no_base(path, names))
+    # What was hashed is what is checked here, and what is used from now on.
+    base = base.model_copy(update={"tokenizer": record_tokenizer(base)})
     tokenizer = load_tokenizer(base)
     vocabulary = vocabulary_size(tokenizer)
     num_ids = int(load_config(config).vocab_size)

@@ -7,15 +7,22 @@ fast one, on the base's tokenizer.json as it is; a few fields of tokenizer_confi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradstream.core import checkpoint, files
-from gradstream.core.base_files import read_json, read_small
-from gradstream.core.checkpoint import TOKENIZER_NAME, CheckpointReader, added_token, read_manifest
+from gradstream.core.added_tokens import NAMED, added_tokens, extra_special_tokens
+from gradstream.core.base_files import SmallFiles
+from gradstream.core.checkpoint import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    added_token,
+    parse_manifest,
+    read_manifest,
+)
 from gradstream.core.errors import ConfigError, GradstreamError
-from gradstream.core.finetuning import Base
+from gradstream.core.finetuning import Base, TokenizerFiles
 from gradstream.core.foreign import panics_caught, parsing
 from gradstream.core.log import get_logger
 from gradstream.core.paths import AllowedPaths
@@ -49,8 +56,6 @@ MAX_BASES = 16
 END_IDS = "end_of_text_ids"
 """The attribute by which a tokenizer of `load_tokenizer` knows more than one token that ends a text."""
 PROBE = "a reply as a probe"
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
@@ -60,10 +65,48 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     other checkpoint it is the tokenizer.json beside it. Raises ConfigError when there is no tokenizer, when it cannot
     be used, or when nothing says which token ends a text.
     """
-    if base.kind == "huggingface":
-        return _of_huggingface(base.path)
-    origin = _origin(base.path)
-    return _of_checkpoint(base.path) if origin is None else _of_huggingface(origin.path)
+    found = _files_of(base)
+    return _of_checkpoint(found) if _is_checkpoint(base, found) else _of_huggingface(found)
+
+
+def record_tokenizer(base: Base) -> TokenizerFiles:
+    """Where the files lie that `load_tokenizer`, `write_tokenizer` and `write_generation_config` read, and their
+    hashes. With them a base has these files for good: others under their names are refused from then on.
+
+    Raises CheckpointError or ConfigError when one cannot be read.
+    """
+    found = _files_of(base)
+    if _is_checkpoint(base, found):
+        wanted = [MANIFEST_NAME, TOKENIZER_NAME]
+    else:
+        there = found.names()
+        wanted = [name for name in (*TOKENIZER_FILES, CONFIG_NAME, GENERATION_CONFIG_NAME) if name in there]
+        wanted += [f"{TEMPLATES_DIRECTORY}/{name}" for name in _other_templates(found)]
+    return TokenizerFiles(directory=found.directory, sha256=found.hashes(wanted))
+
+
+def is_there(base: Base) -> bool:
+    """Whether this process sees a directory of the recorded tokenizer, and may read below it."""
+    if base.tokenizer is None:
+        return False
+    try:
+        AllowedPaths.of_environment().check("the base's tokenizer", base.tokenizer.directory)
+        return bool(files.list_names(base.tokenizer.directory))
+    except Exception:  # every fsspec backend raises its own kind
+        return False
+
+
+def _files_of(base: Base) -> SmallFiles:
+    if base.tokenizer is not None:
+        return SmallFiles(base.tokenizer.directory, base.tokenizer.sha256)
+    origin = base if base.kind == "huggingface" else _origin(base.path)
+    if origin is None:
+        return SmallFiles(base.path)
+    return SmallFiles(origin.path) if origin is base else _files_of(origin)
+
+
+def _is_checkpoint(base: Base, found: SmallFiles) -> bool:
+    return base.kind == "checkpoint" and found.directory == base.path
 
 
 def end_ids(tokenizer: Any) -> frozenset[int]:
@@ -103,20 +146,20 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def write_tokenizer(base: Base, destination: Path) -> None:
     """Write the base's tokenizer files into a directory, as they are. Raises CheckpointError or ConfigError when there
     are none."""
-    origin = base if base.kind == "huggingface" else _origin(base.path)
-    if origin is None:
-        checkpoint.write_tokenizer(CheckpointReader(base.path), destination)
+    found = _files_of(base)
+    if _is_checkpoint(base, found):
+        checkpoint.write_tokenizer(_manifest(found), found.read(TOKENIZER_NAME), destination)
         return
-    names = set(files.list_names(origin.path))
-    if TOKENIZER_NAME not in names:
-        raise ConfigError(_no_tokenizer(origin.path))
+    names = set(found.names())
+    if TOKENIZER_NAME not in files.list_names(found.directory):
+        raise ConfigError(_no_tokenizer(found.directory))
     for name in TOKENIZER_FILES:
         if name in names:
-            (destination / name).write_bytes(read_small(origin.path, name))
-    if _other_templates(origin.path, names):
+            (destination / name).write_bytes(found.read(name))
+    if _other_templates(found):
         # An export has no directories: the templates go where transformers looks when there are no files of them.
-        settings = read_json(origin.path, TOKENIZER_CONFIG_NAME) if TOKENIZER_CONFIG_NAME in names else {}
-        templates = _chat_template(origin.path, settings)
+        settings = found.read_json(TOKENIZER_CONFIG_NAME) if TOKENIZER_CONFIG_NAME in names else {}
+        templates = _chat_template(found, settings)
         settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
         (destination / TOKENIZER_CONFIG_NAME).write_text(json.dumps(settings, indent=2), encoding="utf-8")
         (destination / TEMPLATE_NAME).unlink(missing_ok=True)
@@ -130,16 +173,17 @@ def write_generation_config(base: Base, destination: Path, chat: bool = False) -
     CheckpointError or ConfigError.
     """
     tokenizer = load_tokenizer(base)
-    origin = base if base.kind == "huggingface" else _origin(base.path)
+    found = _files_of(base)
     content: bytes | None = None
     fields: dict[str, Any] = {}
-    config = CheckpointReader(base.path).manifest.architecture if origin is None else {}
-    if origin is not None:
-        names = files.list_names(origin.path)
-        config = read_json(origin.path, CONFIG_NAME) if CONFIG_NAME in names else {}
+    if _is_checkpoint(base, found):
+        config = _manifest(found).architecture
+    else:
+        names = found.names()
+        config = found.read_json(CONFIG_NAME) if CONFIG_NAME in names else {}
         if GENERATION_CONFIG_NAME in names:
-            content = read_small(origin.path, GENERATION_CONFIG_NAME)
-            fields = read_json(origin.path, GENERATION_CONFIG_NAME)
+            content = found.read(GENERATION_CONFIG_NAME)
+            fields = found.read_json(GENERATION_CONFIG_NAME)
     # transformers takes those of the model's config where generation_config.json has none.
     known = end_ids_in(fields) or end_ids_in(config)
     taught = {tokenizer.eos_token_id, turn_end_id(tokenizer) if chat else None} - {None}
@@ -167,8 +211,10 @@ def _origin(directory: str) -> Base | None:
             base = finetuning.base
             # What a file says is followed no further than what a submitter says.
             AllowedPaths.of_environment().check(f"{first}: its base", base.path)
+            if base.tokenizer is not None:
+                AllowedPaths.of_environment().check(f"{first}: its base's tokenizer", base.tokenizer.directory)
             if base.kind == "huggingface":
-                if _vocabulary(_of_huggingface(base.path)) != _vocabulary(_of_checkpoint(directory)):
+                if _vocabulary(_of_huggingface(_files_of(base))) != _vocabulary(_of_checkpoint(SmallFiles(directory))):
                     raise ConfigError(f"the tokenizer of {base.path} is not the one that {directory} was trained with")
                 return base
             first = base.path
@@ -187,26 +233,30 @@ def _vocabulary(tokenizer: Any) -> dict[str, int]:
         return dict(tokenizer.get_vocab())
 
 
-def _of_huggingface(directory: str) -> PreTrainedTokenizerBase:
-    settings = _settings(directory)
-    return _tokenizer(directory, settings, _chat_template(directory, settings))
+def _of_huggingface(found: SmallFiles) -> PreTrainedTokenizerBase:
+    settings = _settings(found)
+    return _tokenizer(found, settings, _chat_template(found, settings))
 
 
-def _of_checkpoint(directory: str) -> PreTrainedTokenizerBase:
-    manifest = read_manifest(directory)
-    end_of_text = added_token(read_json(directory, TOKENIZER_NAME), manifest.end_of_text_id)
+def _of_checkpoint(found: SmallFiles) -> PreTrainedTokenizerBase:
+    manifest = _manifest(found)
+    end_of_text = added_token(found.read_json(TOKENIZER_NAME), manifest.end_of_text_id)
     ends = [manifest.end_of_text_id, *end_ids_in(manifest.architecture)]
-    return _tokenizer(directory, {"bos_token": end_of_text, "eos_token": end_of_text, END_IDS: ends}, None)
+    return _tokenizer(found, {"bos_token": end_of_text, "eos_token": end_of_text, END_IDS: ends}, None)
 
 
-def _settings(directory: str) -> dict[str, Any]:
+def _manifest(found: SmallFiles) -> checkpoint.CheckpointManifest:
+    return parse_manifest(found.directory, found.read(MANIFEST_NAME))
+
+
+def _settings(found: SmallFiles) -> dict[str, Any]:
     """What tokenizer_config.json and its older companions say, the one before the other as transformers has it, and
     END_IDS and ADDED_TOKENS by all files of the directory."""
-    names = files.list_names(directory)
+    names = found.names()
 
     def read(name: str) -> dict[str, Any]:
-        found = read_json(directory, name) if name in names else {}
-        return {key: value for key, value in found.items() if value is not None}
+        values = found.read_json(name) if name in names else {}
+        return {key: value for key, value in values.items() if value is not None}
 
     settings, older = read(TOKENIZER_CONFIG_NAME), read("special_tokens_map.json")
     added = settings.get("added_tokens_decoder")
@@ -216,7 +266,7 @@ def _settings(directory: str) -> dict[str, Any]:
     config = read(CONFIG_NAME)
     inner = config.get("text_config")
     configs = [config, inner if isinstance(inner, dict) else {}, read(GENERATION_CONFIG_NAME)]
-    ends = [end for found in configs for end in end_ids_in(found)]
+    ends = [end for each in configs for end in end_ids_in(each)]
     family = {key: config[key] for key in ("model_type", "tokenizer_class") if isinstance(config.get(key), str)}
     return {**settings, END_IDS: ends, ADDED_TOKENS: added, FAMILY: family}
 
@@ -228,22 +278,20 @@ def end_ids_in(config: Mapping[str, Any]) -> list[int]:
     return [end for end in values if isinstance(end, int) and not isinstance(end, bool) and end >= 0]
 
 
-def _other_templates(directory: str, names: Collection[str]) -> list[str]:
+def _other_templates(found: SmallFiles) -> list[str]:
     """The files of chat templates beside the default one."""
-    if TEMPLATES_DIRECTORY not in names:
+    if TEMPLATES_DIRECTORY not in found.names():
         return []
-    return [name for name in files.list_names(files.join(directory, TEMPLATES_DIRECTORY)) if name.endswith(".jinja")]
+    return [name for name in found.names(TEMPLATES_DIRECTORY) if name.endswith(".jinja")]
 
 
-def _chat_template(directory: str, settings: dict[str, Any]) -> Any:
+def _chat_template(found: SmallFiles, settings: dict[str, Any]) -> Any:
     """A template, or several by name, as transformers has them; None when there is none."""
-    names = files.list_names(directory)
-    found = {"default": read_small(directory, TEMPLATE_NAME)} if TEMPLATE_NAME in names else {}
-    for name in _other_templates(directory, names):
-        content = read_small(files.join(directory, TEMPLATES_DIRECTORY), name)
-        found[name.removesuffix(".jinja")] = content
-    if found:
-        texts = {name: content.decode("utf-8", errors="replace") for name, content in found.items()}
+    contents = {"default": found.read(TEMPLATE_NAME)} if TEMPLATE_NAME in found.names() else {}
+    for name in _other_templates(found):
+        contents[name.removesuffix(".jinja")] = found.read(f"{TEMPLATES_DIRECTORY}/{name}")
+    if contents:
+        texts = {name: content.decode("utf-8", errors="replace") for name, content in contents.items()}
         return texts["default"] if len(texts) == 1 and "default" in texts else texts
     template = settings.get("chat_template")
     entries = template if isinstance(template, list) else [{"name": "", "template": template}]
@@ -251,19 +299,17 @@ def _chat_template(directory: str, settings: dict[str, Any]) -> Any:
         isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
         for entry in entries
     ):
-        raise ConfigError(
-            f"the chat_template in {files.join(directory, TOKENIZER_CONFIG_NAME)} is neither a text nor a list of "
-            f"named ones; get the file again"
-        )
+        path = files.join(found.directory, TOKENIZER_CONFIG_NAME)
+        raise ConfigError(f"the chat_template in {path} is neither a text nor a list of named ones; get the file again")
     return {entry["name"]: entry["template"] for entry in entries} if isinstance(template, list) else template
 
 
-def _tokenizer(directory: str, settings: dict[str, Any], chat_template: Any) -> PreTrainedTokenizerBase:
-    if TOKENIZER_NAME not in files.list_names(directory):
-        raise ConfigError(_no_tokenizer(directory))
-    content = read_small(directory, TOKENIZER_NAME)
-    with parsing(lambda cause: _unusable(directory, cause)):
-        return _assembled(content, settings, chat_template, directory)
+def _tokenizer(found: SmallFiles, settings: dict[str, Any], chat_template: Any) -> PreTrainedTokenizerBase:
+    if TOKENIZER_NAME not in files.list_names(found.directory):
+        raise ConfigError(_no_tokenizer(found.directory))
+    content = found.read(TOKENIZER_NAME)
+    with parsing(lambda cause: _unusable(found.directory, cause)):
+        return _assembled(content, settings, chat_template, found.directory)
 
 
 def _unusable(directory: str, cause: str) -> ConfigError:
@@ -278,7 +324,7 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer.from_str(content.decode())
-    added = _added_tokens(settings.get(ADDED_TOKENS) or {}, settings, directory)
+    added = added_tokens(settings.get(ADDED_TOKENS) or {}, settings, directory)
     known = {token.content for token in added.values()}
     special = _special_tokens(settings, lambda text: text in known or backend.token_to_id(text) is not None, directory)
     others = {key: value for key, value in settings.items() if not key.endswith("_token") and key != END_IDS}
@@ -299,7 +345,7 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
         )
     own_kinds = {kind: text for kind, text in special.items() if kind not in NAMED}
     extra: dict[str, Any] = {"model_specific_special_tokens": own_kinds} if own_kinds else {}
-    unnamed = [value["content"] if isinstance(value, dict) else value for value in _extra_special_tokens(settings)]
+    unnamed = [value["content"] if isinstance(value, dict) else value for value in extra_special_tokens(settings)]
     if unnamed:
         extra["extra_special_tokens"] = unnamed
     length = settings.get("model_max_length")
@@ -345,34 +391,6 @@ def _special_tokens(settings: Mapping[str, Any], is_known: Callable[[str], bool]
         elif kind != "eos_token":
             # It would get an id that the model does not know; no example has it.
             get_logger().warning("a special token is not in the vocabulary", base=directory, kind=kind, token=text)
-    return found
-
-
-def _extra_special_tokens(settings: Mapping[str, Any]) -> list[Any]:
-    """Special tokens beside the named ones, each its text or an object with it."""
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    values = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
-    return [value for value in values if isinstance(value, str) or (isinstance(value, dict) and "content" in value)]
-
-
-def _added_tokens(added: Any, settings: Mapping[str, Any], directory: str) -> dict[int, Any]:
-    """Added tokens by their ids. Raises ConfigError when they are no tokens."""
-    from tokenizers import AddedToken
-
-    named = [value for key, value in settings.items() if key in NAMED] + _extra_special_tokens(settings)
-    special = [value.get("content") if isinstance(value, dict) else value for value in named]
-    found: dict[int, Any] = {}
-    entries: list[tuple[Any, Any]] = list(added.items()) if isinstance(added, dict) else [("", None)]
-    for number, fields in entries:
-        try:
-            options = {key: fields[key] for key in ADDED_TOKEN_FIELDS if key in fields}
-            is_special = bool(fields.get("special", fields["content"] in special))
-            token = AddedToken(fields["content"], **{"normalized": not is_special, **options, "special": is_special})
-            found[int(number)] = token
-        except (TypeError, ValueError, KeyError, AttributeError):
-            raise ConfigError(
-                f"the added token {str(number)[:40]!r} of {directory} is no token; get its files again"
-            ) from None
     return found
 
 

@@ -276,15 +276,20 @@ def read_manifest(directory: str) -> CheckpointManifest:
     """Read and check a manifest. Raises CheckpointError with one line."""
     path = files.join(directory, MANIFEST_NAME)
     try:
-        manifest = CheckpointManifest.model_validate_json(files.read_bytes(path))
+        return parse_manifest(directory, files.read_bytes(path))
     except FileNotFoundError:
         raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST_NAME}") from None
-    except (ValidationError, OSError) as error:
-        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else one_line(error)
-        raise CheckpointError(
-            f"checkpoint manifest {path} is damaged ({detail}); restore it, "
-            f"or remove {directory} to go back to an older one"
-        ) from None
+    except OSError as error:
+        raise CheckpointError(_damaged_manifest(directory, one_line(error))) from None
+
+
+def parse_manifest(directory: str, content: bytes) -> CheckpointManifest:
+    """Check the contents of a manifest. Raises CheckpointError with one line."""
+    path = files.join(directory, MANIFEST_NAME)
+    try:
+        manifest = CheckpointManifest.model_validate_json(content)
+    except ValidationError as error:
+        raise CheckpointError(_damaged_manifest(directory, error.errors()[0]["msg"])) from None
     tensors = [entry.tensor() for entry in manifest.tensors]
     known = range(len(manifest.files))
     if (
@@ -297,6 +302,13 @@ def read_manifest(directory: str) -> CheckpointManifest:
             f"or remove {directory} to go back to an older one"
         )
     return manifest
+
+
+def _damaged_manifest(directory: str, detail: str) -> str:
+    return (
+        f"checkpoint manifest {files.join(directory, MANIFEST_NAME)} is damaged ({detail}); restore it, or remove "
+        f"{directory} to go back to an older one"
+    )
 
 
 def list_checkpoints(root: str) -> list[CheckpointManifest]:
@@ -445,8 +457,11 @@ def write_huggingface(directory: str, destination: Path, weights: bool = True, c
         write_weights(huggingface_weights(reader), destination)
     write_config(reader, destination)
     if finetuning is None:
-        write_tokenizer(reader, destination)
+        write_tokenizer(reader.manifest, _tokenizer_of(reader), destination)
     else:
+        # Where the base is gone, the checkpoint's own tokenizer has to do; one that is there must be the one it was.
+        if base_tokenizer.is_there(finetuning.base):
+            base_tokenizer.record_tokenizer(finetuning.base)
         base = Base(kind="checkpoint", path=directory, title=directory, files=(), sha256="0" * 64)
         base_tokenizer.write_tokenizer(base, destination)
         base_tokenizer.write_generation_config(base, destination, chat)
@@ -477,17 +492,25 @@ def write_config(reader: CheckpointReader, destination: Path) -> None:
     (destination / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1))
 
 
-def write_tokenizer(reader: CheckpointReader, destination: Path) -> None:
-    """Write a checkpoint's tokenizer.json and tokenizer_config.json as a Hugging Face directory has them. Raises
-    CheckpointError when the tokenizer cannot be read."""
-    manifest = reader.manifest
+def _tokenizer_of(reader: CheckpointReader) -> bytes:
     path = files.join(reader.directory, TOKENIZER_NAME)
     try:
-        tokenizer = files.read_bytes(path)
-        vocabulary = json.loads(tokenizer)
-    except (OSError, ValueError, RecursionError) as error:
+        return files.read_bytes(path)
+    except OSError as error:
         raise CheckpointError(
             f"the checkpoint's tokenizer {path} cannot be read ({one_line(error)}); restore the file"
+        ) from None
+
+
+def write_tokenizer(manifest: CheckpointManifest, tokenizer: bytes, destination: Path) -> None:
+    """Write a checkpoint's tokenizer.json, of the contents `tokenizer`, and tokenizer_config.json as a Hugging Face
+    directory has them. Raises CheckpointError when the tokenizer is no JSON."""
+    try:
+        vocabulary = json.loads(tokenizer)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the tokenizer of the checkpoint of job {manifest.job_id} cannot be read ({one_line(error)}); restore its "
+            f"{TOKENIZER_NAME}"
         ) from None
     (destination / TOKENIZER_NAME).write_bytes(tokenizer)
     end_of_text = added_token(vocabulary, manifest.end_of_text_id)

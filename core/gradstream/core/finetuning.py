@@ -5,6 +5,7 @@ The fine-tuning service writes this section; a person writes a `FineTuningRecipe
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -116,6 +117,13 @@ class BaseFile(Section):
     sha256: Digest
 
 
+class TokenizerFiles(Section):
+    """The small files that say what a base's texts are, as they were when the base was found."""
+
+    directory: str = Field(description="where they lie, on any fsspec path")
+    sha256: dict[str, Digest] = Field(description="hash of each by its name; what is not here was not there")
+
+
 class Base(Section):
     """A pretrained model as it was found and verified: its files' hashes are its identity."""
 
@@ -124,6 +132,15 @@ class Base(Section):
     title: str = Field(description="how a person named it")
     files: tuple[BaseFile, ...]
     sha256: Digest = Field(description="over the files' hashes and the model config")
+    tokenizer: TokenizerFiles | None = Field(
+        default=None, description="tokenizer, templates and ends of text; none: not recorded"
+    )
+
+    @property
+    def tokenizer_key(self) -> str:
+        """What tells its tokenizer from that of every other base."""
+        told = self.tokenizer.model_dump_json() if self.tokenizer is not None else f"{self.sha256} {self.path}"
+        return hashlib.sha256(told.encode(errors="replace")).hexdigest()
 
 
 class FineTuning(Section):

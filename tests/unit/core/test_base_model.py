@@ -444,7 +444,10 @@ def test_the_tokenizer(pristine: Path, directory: Path, tmp_path: Path) -> None:
     tuned = find_base(full_checkpoint(tmp_path / "step-00000004", found, finetuning))[0]
     assert load_tokenizer(tuned).chat_template == "other"
     shutil.rmtree(directory)
-    assert load_tokenizer(tuned).chat_template is None
+    # What was found with the template does not go on without it.
+    with pytest.raises(CheckpointError, match=r"No such file or directory.*; restore the file"):
+        load_tokenizer(tuned)
+    assert load_tokenizer(find_base(tuned.path)[0]).chat_template is None
 
 
 def test_a_tokenizer_never_runs_code_or_grows(directory: Path) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.bases import change_json, full_checkpoint, lora_checkpoint, save_base
-from support.tokenizers import CHATML
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from support.bases import change_json, full_checkpoint, lora_checkpoint
+from support.chat_bases import WORDS, chat_base
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gradstream.core.base_model import find_base
 from gradstream.core.base_tokenizer import end_ids, load_tokenizer
@@ -23,26 +22,9 @@ from gradstream.services.fine_tuning.encoding import Encoder
 from gradstream.services.fine_tuning.export import export_adapter, export_merged
 from gradstream.services.fine_tuning.serving import Serving
 
-WORDS = ["<end>", "<s>", "<|im_start|>", "<|im_end|>", "<unk>", *"abcdefghij", "user", "assistant"]
 LAST = len(WORDS)
 """The first id that is free in the vocabulary; the model has 64."""
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-
-
-def chat_base(directory: Path, **generation: Any) -> Path:
-    """A base with bos by post-processor, special tokens, a chat template and a generation_config.json."""
-    save_base(directory)
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in WORDS[:4]])
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<end>", bos_token="<s>", unk_token="<unk>", pad_token="<end>"
-    )
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(directory)
-    (directory / "generation_config.json").write_text(json.dumps(generation or {"eos_token_id": [0, 3], "top_k": 7}))
-    return directory
 
 
 def results(root: Path, base_directory: Path, chat: bool = True) -> dict[str, Path]:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gradstream.core import base_model, files
+from gradstream.core.base_tokenizer import TEMPLATES_DIRECTORY, record_tokenizer
 from gradstream.core.checkpoint import MANIFEST_NAME
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import Base
+from gradstream.core.paths import local_of
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.threads import in_thread
@@ -23,7 +25,9 @@ MAX_FOUND = 16
 MAX_TRIES = 5
 _JOB = re.compile(r"job:([^@]+)(?:@(\d+))?")
 
-_found: OrderedDict[tuple[Any, ...], tuple[Base, dict[str, Any]]] = OrderedDict()
+_Stamp = tuple[str, int, int, int, int, int]
+
+_found: OrderedDict[str, tuple[list[_Stamp], list[_Stamp], Base, dict[str, Any]]] = OrderedDict()
 _found_lock = threading.Lock()
 
 
@@ -34,16 +38,18 @@ def find_base(path: str, title: str) -> tuple[Base, dict[str, Any]]:
     """
     if not files.is_local(path):
         return base_model.find_base(path, title)
-    key = (path, *_stamps(path))
+    stamps = _stamps(path)  # before anything is read: what changes meanwhile is seen at the next look
     with _found_lock:
-        known = _found.get(key)
-    if known is None:
-        known = base_model.find_base(path, title)
+        known = _found.get(path)
+    if known is None or (known[0], known[1]) != (stamps, _tokenizer_stamps(known[2])):
+        base, config = base_model.find_base(path, title)
+        elsewhere = _tokenizer_stamps(base)
+        record_tokenizer(base)  # that of another directory may have changed before its stamps were taken
         with _found_lock:
-            _found[key] = known
+            _found[path] = known = (stamps, elsewhere, base, config)
             while len(_found) > MAX_FOUND:
                 _found.popitem(last=False)
-    base, config = known
+    _, _, base, config = known
     return base.model_copy(update={"title": title}), config
 
 
@@ -121,10 +127,21 @@ def _link(source: Path, destination: Path) -> None:
     files.sync_directory(destination)
 
 
-def _stamps(path: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of each file; empty when there is no such directory."""
-    directory = Path(path.removeprefix("file://"))
+def _stamps(path: str) -> list[_Stamp]:
+    """What changes when a file of a directory, or of one in it, does; empty when there is no such directory."""
+    directory = Path(local_of(path))
     if not directory.is_dir():
         return []
-    found = [(entry.name, entry.stat()) for entry in sorted(directory.iterdir()) if entry.is_file()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    found = []
+    for entry in sorted((*directory.iterdir(), *directory.glob(f"{TEMPLATES_DIRECTORY}/*"))):
+        with suppress(FileNotFoundError):  # a link that leads nowhere
+            stat = entry.stat()
+            # The time of change cannot be set back, unlike that of modification.
+            found.append((str(entry), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return found
+
+
+def _tokenizer_stamps(base: Base) -> list[_Stamp]:
+    """The same of the directory that a checkpoint's tokenizer comes from, where that is another."""
+    elsewhere = base.tokenizer.directory if base.tokenizer is not None else base.path
+    return _stamps(elsewhere) if elsewhere != base.path and files.is_local(elsewhere) else []

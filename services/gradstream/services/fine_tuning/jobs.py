@@ -244,7 +244,7 @@ class FineTunings:
         async with self._preparing:
             self._note(name, reason="its base is being checked")
             base, config = await in_thread(find_base, path, title)
-            if noted is not None and base.sha256 != noted.sha256:
+            if noted is not None and (base.sha256, base.tokenizer) != (noted.sha256, noted.tokenizer):
                 raise CheckpointError(f"the base {title} has changed since; create it under another name")
             check_recipe(asked, base, config)
             self._note(name, base=base, reason="its examples are being prepared")

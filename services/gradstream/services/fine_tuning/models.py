@@ -124,7 +124,7 @@ class ServedModels:
 
     def profile(self, served: Served) -> Profile:
         """A model's tokenizer and bounds, without loading its weights; reads files, so not for an event loop."""
-        key = served.base.sha256
+        key = f"{served.base.sha256} {served.base.tokenizer_key}"
         with self._profile_lock:
             profile = self._profiles.get(key)
             if profile is None:

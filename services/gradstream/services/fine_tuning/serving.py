@@ -74,9 +74,9 @@ class Serving:
 
     async def tokenizer(self, base: Base) -> tuple[Any, Encoder]:
         """The tokenizer of a base, and how texts are encoded with it. Raises ConfigError when it has none to use."""
-        known = self._tokenizers.get(base.sha256)
+        known = self._tokenizers.get(base.tokenizer_key)
         if known is None:
-            known = self._tokenizers[base.sha256] = await asyncio.to_thread(_load_tokenizer, base)
+            known = self._tokenizers[base.tokenizer_key] = await asyncio.to_thread(_load_tokenizer, base)
             while len(self._tokenizers) > MAX_TOKENIZERS:
                 self._tokenizers.popitem(last=False)
         return known
@@ -129,7 +129,7 @@ class Serving:
 
     async def _serve(self, base: Base, checkpoint: str | None) -> str:
         """Let a model generate; its name there."""
-        name = checkpoint if checkpoint is not None else base.sha256
+        name = checkpoint if checkpoint is not None else f"{base.sha256} {base.tokenizer_key}"
         if name not in self._served:
             if checkpoint is None:
                 self._models.add_base(name, base)

@@ -80,18 +80,26 @@ def _numbers_as_text(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[
 
 
 def check_special_ids(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for an end, begin or padding token outside of the vocabulary that the config gives."""
+    """Raise ValueError, which names all, for end, begin or padding tokens outside of the vocabulary that the config
+    gives."""
     inner = text_section(config)
     size = inner.get("vocab_size")
     prefix = "" if inner is config else "text_config."
-    for key in SPECIAL_IDS:
-        for token in _ids(inner.get(key)):
-            if isinstance(size, int) and not 0 <= token < size:
-                raise ValueError(_outside(f"{prefix}{key}", token, size))
+    if not isinstance(size, int):
+        return
+    outside = [
+        f"model.config.{prefix}{key} {token}"
+        for key in SPECIAL_IDS
+        for token in _ids(inner.get(key))
+        if not 0 <= token < size
+    ]
+    if outside:
+        raise ValueError(_outside(outside, size))
 
 
-def _outside(key: str, token: int, size: int, why: str = "") -> str:
-    return f"model.config.{key} {token}{why} is outside of the vocabulary of {size}; set it to null or to a token's id"
+def _outside(tokens: Sequence[str], size: int) -> str:
+    verb, each = ("are", "each") if len(tokens) > 1 else ("is", "it")
+    return f"{' and '.join(tokens)} {verb} outside of the vocabulary of {size}; set {each} to null or to a token's id"
 
 
 def _ids(value: Any) -> list[int]:
@@ -113,17 +121,21 @@ def with_ends(recipe: Recipe, manifest: Manifest) -> Recipe:
     config = dict(recipe.model.config)
     nested = text_section(config) is not config
     inner = dict(text_section(config))
-    prefix, end = "text_config." if nested else "", manifest.end_of_text_id
+    prefix, end = "model.config.text_config." if nested else "model.config.", manifest.end_of_text_id
+    wrong = {}
     for key, what in (("eos_token_id", "end with"), ("bos_token_id", "begin after")):
         # A model with several parts may have it in both places.
         given = inner[key] if inner.get(key) is not None else config.get(key)
         if given is None:
             inner[key] = end
         elif end not in _ids(given) or (key == "bos_token_id" and len(_ids(given)) > 1):
-            raise DataError(
-                f"model.config.{prefix}{key} is {given}, and the documents of the data set {recipe.data.path} {what} "
-                f"token {end}; set model.config.{prefix}{key}={end}, or leave it out"
-            )
+            wrong[f"{prefix}{key}"] = (given, what)
+    if wrong:
+        raise DataError(
+            f"{' and '.join(f'{key} is {given}' for key, (given, _) in wrong.items())}, and the documents of the data "
+            f"set {recipe.data.path} {' and '.join(what for _, what in wrong.values())} token {end}; set "
+            f"{' and '.join(f'{key}={end}' for key in wrong)}, or leave {'them' if len(wrong) > 1 else 'it'} out"
+        )
     inner.setdefault("pad_token_id", config.get("pad_token_id"))
     config = {**config, "text_config": inner} if nested else inner
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
@@ -198,7 +210,8 @@ def explain_padding(config: Any, given: Mapping[str, Any]) -> str:
     if not isinstance(token, int) or not isinstance(size, int) or -size <= token < size:
         return ""
     own = text_section(given).get("pad_token_id") is None
-    return _outside("pad_token_id", token, size, f" (the default of {inner.model_type})" if own else "")
+    default = f" (the default of {inner.model_type})" if own else ""
+    return _outside([f"model.config.pad_token_id {token}{default}"], size)
 
 
 def unknown_keys(given: Mapping[str, Any], config: Any, model: nn.Module) -> tuple[list[str], str]:

@@ -158,7 +158,9 @@ async def answering(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterato
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: GradstreamError) -> NoReturn:
     """End a call with the status that `error_from_rpc` makes the same error of."""
-    context.set_trailing_metadata(((ERROR_CLASS_KEY, type(error).__name__),))
+    # A service's own kind of error is, for a caller, the kind of the tree that it derives from.
+    name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+    context.set_trailing_metadata(((ERROR_CLASS_KEY, name),))
     await context.abort(error.status, errors.one_line(error))
     raise AssertionError("abort has raised")
 

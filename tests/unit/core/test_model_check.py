@@ -43,6 +43,11 @@ def recipe(config: dict[str, Any], **sections: Any) -> Recipe:
         ({"vocab_size": 304, "eos_token_id": [0, 304]}, "eos_token_id 304 is outside of the vocabulary of 304"),
         ({"text_config": {"vocab_size": 9, "bos_token_id": 9}}, "text_config.bos_token_id 9 is outside"),
         (
+            {"vocab_size": 304, "eos_token_id": [0, 151643], "bos_token_id": 151643, "pad_token_id": 304},
+            "model.config.eos_token_id 151643 and model.config.bos_token_id 151643 and model.config.pad_token_id 304 "
+            "are outside of the vocabulary of 304; set each to null or to a token's id",
+        ),
+        (
             {"vocab_size": 304, "pad_token_id": -1},
             "pad_token_id -1 is outside of the vocabulary of 304; set it to null",
         ),
@@ -92,6 +97,13 @@ def test_ends_of_text_are_filled_in_or_must_agree(nested: bool) -> None:
     for key in ("eos_token_id", "bos_token_id"):
         with pytest.raises(DataError, match=rf"{key} is 2, and the documents of the data set .* token 3; set model"):
             model_check.with_ends(recipe(config(**{key: 2})), MANIFEST)
+    with pytest.raises(DataError) as refused:
+        model_check.with_ends(recipe(config(eos_token_id=2, bos_token_id=1)), MANIFEST)
+    prefix = "model.config.text_config." if nested else "model.config."
+    assert str(refused.value) == (
+        f"{prefix}eos_token_id is 2 and {prefix}bos_token_id is 1, and the documents of the data set data end with and "
+        f"begin after token 3; set {prefix}eos_token_id=3 and {prefix}bos_token_id=3, or leave them out"
+    )
 
 
 def test_padding_must_not_be_what_is_trained_on() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from support.canned_coordinator import CannedCoordinator, service
 from support.tiny import LLAMA
 
 from gradstream.core.config import parse_recipe
-from gradstream.core.errors import CheckpointError, ConfigError
+from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError
 from gradstream.core.finetuning import Base
 from gradstream.core.finetuning_recipe import parse_finetuning_recipe
 from gradstream.proto.v1 import jobs_pb2
@@ -126,10 +127,12 @@ async def test_cancelled_and_resumed(tmp_path: Path) -> None:
     assert (coordinator.submitted, coordinator.resumed) == (1, 1)
 
 
+@pytest.mark.parametrize(("end", "state"), [("FINISHED", "finished"), ("FAILED", "failed"), ("", "cancelled")])
 async def test_a_record_that_cannot_be_written_is_written_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    end: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "RETRY_SECONDS", 0.01)
+    """A full disk is said with cause and since when, and it fails nothing that goes on without it."""
+    monkeypatch.setattr(jobs, "MOST_RETRY_SECONDS", 0.01)
     coordinator = CannedCoordinator()
     note(tmp_path)
     async with service(coordinator, tmp_path) as fine_tunings:
@@ -137,14 +140,22 @@ async def test_a_record_that_cannot_be_written_is_written_later(
         directory = fine_tunings.store.directory("task")
         away = directory.rename(tmp_path / "away")
         with capture_logs() as lines:
-            coordinator.end("FAILED")
+            if end:
+                coordinator.end(end)
+            else:  # the caller is told, and the fine-tuning ends all the same
+                with pytest.raises(GradstreamError, match="the record of 'task' cannot be written"):
+                    await fine_tunings.cancel("task")
             async with asyncio.timeout(20):
-                # A log line has no event to wait for.
-                while not any("record cannot be written" in line["event"] for line in lines):  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-        assert fine_tunings.find("task").state == "training"
+                async for record in fine_tunings.follow("task"):
+                    shown = fine_tunings.shown(record)
+                    if "cannot be written" in shown.reason:
+                        break
+            assert (record.state, shown.state) == ("training", "training")
+            assert re.search(r"No such file.*\); free space .*; tried again since \d\d:\d\d:\d\d", shown.reason)
+            assert len([line for line in lines if "cannot be written" in line["event"]]) == 1
         away.rename(directory)
-        assert (await until(fine_tunings, "failed")).reason
+        record = await until(fine_tunings, state)
+        assert fine_tunings.shown(record) == record
 
 
 async def test_cancelled_though_nobody_knows_whether_it_was_submitted(tmp_path: Path) -> None:

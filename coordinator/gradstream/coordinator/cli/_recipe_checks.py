@@ -1,11 +1,12 @@
 """What can be said of a recipe on the machine of the person who wrote it, before a cluster is there.
 
-The model is built in a child process, on the meta device. Data and bases are looked at where they are within reach.
+The model is built on the meta device. Data and bases are looked at where they are within reach.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ def check_recipe(recipe: Recipe) -> list[str]:
 def check_finetuning_recipe(asked: FineTuningRecipe) -> list[str]:
     """Compare a fine-tuning recipe with its base, where that is here; return warnings. Raises ConfigError or
     CheckpointError, as the fine-tuning service would."""
-    from gradstream.coordinator.inventory import take_inventory
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks are about the small trial model
     from gradstream.core import files, model_check
     from gradstream.core.base_model import check_base
-    from gradstream.core.model_trial import ModelUse
+    from gradstream.core.model_trial import ModelUse, describe
 
     warnings: list[str] = []
     if asked.training.num_steps is not None:
@@ -67,6 +68,7 @@ def check_finetuning_recipe(asked: FineTuningRecipe) -> list[str]:
     config = check_base(asked.base_model)
     lora = asked.lora if asked.method == "lora" else None
     use = ModelUse(has_pipeline=asked.pipeline.stages != 1, packs_examples=True)
-    found = asyncio.run(take_inventory(config, lora, use))
-    model_check.check_positions(found.positions, asked.training.sequence_length, config.get("model_type"))
+    # In this process, not in a child: the base's check has imported transformers, which takes longer than all the rest.
+    found = describe(config, lora, use)
+    model_check.check_positions(found["positions"], asked.training.sequence_length, config.get("model_type"))
     return warnings

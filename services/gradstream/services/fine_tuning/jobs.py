@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, TypeVar
 
 from google.protobuf.json_format import MessageToDict
@@ -20,6 +21,7 @@ from gradstream.core.config import parse_recipe
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError, nearest, one_line
 from gradstream.core.finetuning_recipe import FEW_STEPS, MORE_STEPS, FineTuningRecipe, parse_finetuning_recipe
 from gradstream.core.log import get_logger
+from gradstream.core.rpc import Backoff
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.fine_tuning.bases import find_base, keep_base
 from gradstream.services.fine_tuning.coordinator import Jobs
@@ -28,12 +30,12 @@ from gradstream.services.fine_tuning.lifecycle import Phase, after_job, next_pha
 from gradstream.services.fine_tuning.preparation import prepare
 from gradstream.services.fine_tuning.recipe import check_recipe, make_recipe
 from gradstream.services.fine_tuning.serving import Serving
-from gradstream.services.fine_tuning.store import Completions, Record, Store
+from gradstream.services.fine_tuning.store import Completions, Record, Store, UnwrittenError
 from gradstream.services.fine_tuning.threads import in_thread
 
 T = TypeVar("T")
 
-RETRY_SECONDS = 5.0
+MOST_RETRY_SECONDS = 5.0  # between two tries to write a record to a full disk
 
 log = get_logger()
 
@@ -50,6 +52,7 @@ class FineTunings:
         self._locks: dict[str, asyncio.Lock] = {}
         self._changes: dict[str, asyncio.Event] = {}
         self._pushed_bytes: dict[str, int] = {}
+        self._troubles: dict[str, str] = {}
         # Both take a core and the memory of a model or a data set.
         self._preparing = asyncio.Semaphore(1)
         self._evaluating = asyncio.Semaphore(1)
@@ -67,6 +70,11 @@ class FineTunings:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def shown(self, record: Record) -> Record:
+        """A record as people see it: with why it is no longer written, if that is so."""
+        trouble = self._troubles.get(record.name)
+        return record.changed(reason=f"{trouble} (before that: {record.reason})") if trouble else record
 
     # -- what people ask -------------------------------------------------------------------------------------------
 
@@ -161,10 +169,11 @@ class FineTunings:
                     await self._jobs.stop(job_id)
             if self.find(name).has_ended:
                 return self.find(name)
+            cancelled = self._note(name, state="cancelled", job_id=job_id, reason=f"cancelled while {record.state}")
             for tasks in (self._drivers, self._before):
                 if name in tasks:
                     tasks.pop(name).cancel()
-            return self._note(name, state="cancelled", job_id=job_id, reason=f"cancelled while {record.state}")
+            return cancelled
 
     async def follow(self, name: str) -> AsyncIterator[Record]:
         """The record now and after each change, until it has ended."""
@@ -209,26 +218,31 @@ class FineTunings:
             Phase.FOLLOW: self._follow,
             Phase.EVALUATE: self._evaluate,
         }
-        try:
-            while (phase := next_phase(self.find(name))) is not Phase.NOTHING:
-                await phases[phase](name)
-        except (GradstreamError, OSError) as error:
-            await self._fail(name, one_line(error))
-        except Exception as error:
-            log.exception("failed", fine_tuning=name)
-            await self._fail(name, f"{next_phase(self.find(name)).value}: {one_line(error)}")
+        backoff, failure = Backoff(last_seconds=MOST_RETRY_SECONDS), ""
+        while (phase := next_phase(self.find(name))) is not Phase.NOTHING:
+            try:
+                if failure:
+                    self._note(name, state="failed", reason=failure)
+                else:
+                    await phases[phase](name)
+                    backoff.reset()
+            except UnwrittenError as error:
+                self._note_trouble(name, one_line(error))
+                # Then the phase begins again, as it does in a service that was killed here.
+                await asyncio.sleep(backoff.next())
+            except (GradstreamError, OSError) as error:
+                failure = one_line(error)
+            except Exception as error:
+                log.exception("failed", fine_tuning=name)
+                failure = f"{phase.value}: {one_line(error)}"
         record = self.find(name)
         log.info(record.state, fine_tuning=name, reason=record.reason)
 
-    async def _fail(self, name: str, reason: str) -> None:
-        """Note a failure, as soon as there is room on the disk to note it."""
-        while True:
-            try:
-                self._note(name, state="failed", reason=reason)
-                return
-            except OSError as error:
-                log.error("a record cannot be written; trying again", fine_tuning=name, cause=one_line(error))
-                await asyncio.sleep(RETRY_SECONDS)
+    def _note_trouble(self, name: str, cause: str) -> None:
+        if name not in self._troubles:
+            self._troubles[name] = f"{cause}; tried again since {datetime.now().astimezone():%H:%M:%S}"
+            log.error("a record cannot be written; trying again", fine_tuning=name, cause=cause)
+            self._notify(name)
 
     async def _prepare(self, name: str) -> None:
         asked = parse_finetuning_recipe(self.find(name).recipe_json)
@@ -348,11 +362,12 @@ class FineTunings:
     # -- records ---------------------------------------------------------------------------------------------------
 
     def _note(self, name: str, **changes: Any) -> Record:
-        """Store a change, if it is one, and wake who follows."""
+        """Store a change, if it is one, and wake who follows. Raises UnwrittenError."""
         old = self.find(name)
         record = old.changed(**changes)
         if record != old:
             self.store.save(record)
+            self._troubles.pop(name, None)
             self._notify(name)
         return record
 

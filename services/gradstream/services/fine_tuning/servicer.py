@@ -107,7 +107,8 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             response = pb.ListFineTuningsResponse()
             num_bytes = 0
             for record in records[start_of_page([record.name for record in records], request.page_token) :]:
-                view = views.fine_tuning(record, jobs.get(record.job_id), self._fine_tunings.pushed_bytes(record))
+                shown = self._fine_tunings.shown(record)
+                view = views.fine_tuning(shown, jobs.get(record.job_id), self._fine_tunings.pushed_bytes(record))
                 num_bytes += view.ByteSize()
                 if response.fine_tunings and num_bytes > MAX_PAGE_BYTES:
                     response.next_page_token = response.fine_tunings[-1].name
@@ -147,7 +148,9 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         try:
             told = None
             async for record in self._fine_tunings.follow(name):
-                news = record.model_dump(include={"state", "reason", "job_id", "before", "after", "best_version"})
+                news = self._fine_tunings.shown(record).model_dump(
+                    include={"state", "reason", "job_id", "before", "after", "best_version"}
+                )
                 if news != told:
                     told = news
                     await items.put(pb.WatchFineTuningResponse(fine_tuning=await self._view(record)))
@@ -244,7 +247,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
                 files.list_names(base)
 
     async def _view(self, record: Record) -> pb.FineTuning:
-        job = None
+        record, job = self._fine_tunings.shown(record), None
         if record.job_id:
             try:
                 job = await self._jobs.get(record.job_id)

@@ -14,13 +14,15 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gradstream.core import files, paths
-from gradstream.core.errors import ConfigError, one_line
+from gradstream.core.errors import ConfigError, GradstreamError, one_line
 from gradstream.core.finetuning import Base
 from gradstream.core.state_lock import lock_directory
 
@@ -89,8 +91,15 @@ class Record(_Stored):
         return self.model_copy(update=changes)
 
 
+class UnwrittenError(GradstreamError):
+    """A record cannot be written now. The record that was there stays as it was."""
+
+
 class Store:
-    """The records, in memory and on disk. Its methods block for as long as a small file takes to be written."""
+    """The records, in memory and on disk. Its methods block for as long as a small file takes to be written.
+
+    Methods that write raise UnwrittenError when the disk is full or fails.
+    """
 
     def __init__(self, directory: Path):
         """Take up what is there. Raises ConfigError when another service holds the directory or a record is damaged."""
@@ -145,22 +154,38 @@ class Store:
     def create(self, record: Record) -> None:
         """Add a record durably; the directory of an older one of its name is removed."""
         made = self.temporary / f"{record.name}-{secrets.token_hex(4)}"
-        made.mkdir()
-        _write(made, record)
-        self._records.pop(record.name, None)
-        if self.directory(record.name).exists():
-            # Out of the way first: a kill between the two leaves no record, never half of one.
-            old = self.temporary / f"{record.name}-{secrets.token_hex(4)}"
-            self.directory(record.name).rename(old)
-            shutil.rmtree(old, ignore_errors=True)
-        made.rename(self.directory(record.name))
-        files.sync_directory(self._records_root)
+        with self._explained(record):
+            try:
+                made.mkdir()
+                _write(made, record)
+            except OSError:
+                shutil.rmtree(made, ignore_errors=True)
+                raise
+            self._records.pop(record.name, None)
+            if self.directory(record.name).exists():
+                # Out of the way first: a kill between the two leaves no record, never half of one.
+                old = self.temporary / f"{record.name}-{secrets.token_hex(4)}"
+                self.directory(record.name).rename(old)
+                shutil.rmtree(old, ignore_errors=True)
+            made.rename(self.directory(record.name))
+            files.sync_directory(self._records_root)
         self._records[record.name] = record
 
     def save(self, record: Record) -> None:
         """Replace a record durably."""
-        _write(self.directory(record.name), record)
+        with self._explained(record):
+            _write(self.directory(record.name), record)
         self._records[record.name] = record
+
+    @contextmanager
+    def _explained(self, record: Record) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UnwrittenError(
+                f"the record of '{record.name}' cannot be written to {self.root} ({one_line(error)}); free space or "
+                f"mend the disk"
+            ) from None
 
     def next_data_directory(self, name: str) -> Path:
         """Where the next try at preparing the data goes; what an interrupted one has left is removed."""

@@ -21,6 +21,7 @@ from gradstream.core.checkpoint import (
     parse_manifest,
     read_manifest,
 )
+from gradstream.core.defaults import text_section
 from gradstream.core.errors import ConfigError, GradstreamError
 from gradstream.core.finetuning import Base, TokenizerFiles
 from gradstream.core.foreign import panics_caught, parsing
@@ -264,18 +265,19 @@ def _settings(found: SmallFiles) -> dict[str, Any]:
     if added is None:
         added = {str(token): {"content": text} for text, token in read(ADDED_TOKENS_NAME).items()}
     config = read(CONFIG_NAME)
-    inner = config.get("text_config")
-    configs = [config, inner if isinstance(inner, dict) else {}, read(GENERATION_CONFIG_NAME)]
-    ends = [end for each in configs for end in end_ids_in(each)]
+    ends = [*end_ids_in(config), *end_ids_in(read(GENERATION_CONFIG_NAME))]
     family = {key: config[key] for key in ("model_type", "tokenizer_class") if isinstance(config.get(key), str)}
     return {**settings, END_IDS: ends, ADDED_TOKENS: added, FAMILY: family}
 
 
 def end_ids_in(config: Mapping[str, Any]) -> list[int]:
-    """The tokens that a config names as end of text: none, one or a list."""
-    value = config.get("eos_token_id")
-    values = value if isinstance(value, list | tuple) else [value]
-    return [end for end in values if isinstance(end, int) and not isinstance(end, bool) and end >= 0]
+    """The tokens that a config names as end of text, its `text_config` too: none, one or a list."""
+    found: list[int] = []
+    for section in (config, text_section(config)):
+        value = section.get("eos_token_id")
+        values = value if isinstance(value, list | tuple) else [value]
+        found += [end for end in values if isinstance(end, int) and not isinstance(end, bool) and end >= 0]
+    return list(dict.fromkeys(found))
 
 
 def _other_templates(found: SmallFiles) -> list[str]:

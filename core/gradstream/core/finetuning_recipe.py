@@ -70,7 +70,9 @@ class FineTuningTraining(Section):
         default=FINE_TUNING.microbatch,
         description="rows that go through the model at once; where left out, as many of 4 as divide a slot's",
     )
-    sequence_length: Positive = Field(default=SEQUENCE_LENGTH, description="tokens a row")
+    sequence_length: Positive | None = Field(
+        default=None, description="tokens a row; 256, or the base's positions where these are fewer, when absent"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: bool = False
     num_threads: Positive = 1
@@ -86,6 +88,12 @@ class FineTuningTraining(Section):
         if self.num_steps is not None and self.num_epochs is not None:
             raise ValueError("training.num_steps and training.num_epochs say the same; give one of them")
         return self
+
+    def row_length(self, longest: int | None = None) -> int:
+        """Tokens a row, for a base that takes no more than `longest` of them."""
+        if self.sequence_length is not None:
+            return self.sequence_length
+        return SEQUENCE_LENGTH if longest is None else min(SEQUENCE_LENGTH, longest)
 
     def count_steps(self, num_rows: int) -> int:
         """Optimizer updates, given the rows of the training split."""

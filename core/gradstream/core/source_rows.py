@@ -255,7 +255,7 @@ def _jsonl_rows(source: OpenSource) -> Iterator[tuple[int, dict[str, Any] | BadL
         if not text.strip():
             continue
         try:
-            row = json.loads(text, object_pairs_hook=_each_key_once)
+            row = json.loads(text, object_pairs_hook=each_key_once)
         except (ValueError, RecursionError) as error:
             yield number, BadLine(f"not JSON ({one_line(error)})", "correct or remove the line")
             continue
@@ -279,7 +279,7 @@ def _json_rows(source: OpenSource) -> Iterator[tuple[int, dict[str, Any] | BadLi
         raise DataError(f"{source.name}:{text.line}: the file ends in the middle of its list; restore it")
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object. Raises ValueError for a key that comes twice, since one of the values would be dropped."""
     made = dict(pairs)
     if len(made) != len(pairs):
@@ -288,7 +288,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_each_key_once)
+_DECODER = json.JSONDecoder(object_pairs_hook=each_key_once)
 
 
 class _JsonText:

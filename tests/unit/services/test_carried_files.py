@@ -13,10 +13,10 @@ from support.chat_bases import WORDS, chat_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gradstream.core.base_model import find_base
-from gradstream.core.base_tokenizer import end_ids, load_tokenizer
+from gradstream.core.base_tokenizer import end_ids, load_tokenizer, write_generation_config
 from gradstream.core.checkpoint import export_huggingface
 from gradstream.core.errors import ConfigError
-from gradstream.core.finetuning import FineTuning, LoraConfig
+from gradstream.core.finetuning import Base, FineTuning, LoraConfig
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.encoding import Encoder
 from gradstream.services.fine_tuning.export import export_adapter, export_merged
@@ -172,6 +172,14 @@ def test_all_ends_count(tmp_path: Path) -> None:
     base = chat_base(tmp_path / "base", eos_token_id=[7, 8])
     change_json(base / "config.json", eos_token_id=6)
     assert end_ids(load_tokenizer(find_base(str(base))[0])) == {0, 3, 6, 7, 8}
+
+
+def test_the_ends_of_a_text_config_stay_when_another_is_added(tmp_path: Path) -> None:
+    base = chat_base(tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    change_json(base / "config.json", eos_token_id=None, text_config={"eos_token_id": [5, 6]})
+    write_generation_config(Base(kind="huggingface", path=str(base), title="", files=(), sha256="0" * 64), tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [5, 6, 0]}
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ from gradstream.core.data import DataShard, Manifest
 from gradstream.core.errors import ConfigError, DataError
 from gradstream.core.finetuning import Base
 from gradstream.core.finetuning_recipe import FineTuningRecipe, parse_finetuning_recipe
-from gradstream.services.fine_tuning.recipe import check_recipe, make_recipe
+from gradstream.services.fine_tuning.recipe import check_recipe, fit_length, make_recipe
 
 LENGTH = 16
 BASE = Base(kind="huggingface", path="/models/tiny", title="tiny", files=(), sha256="ab" * 32)
@@ -116,6 +116,17 @@ def test_too_few_rows_for_the_slots() -> None:
 def test_rows_of_another_length() -> None:
     with pytest.raises(DataError, match="have 8 tokens, not 16; prepare them again"):
         make_recipe(asked(), BASE, LLAMA, rows([4, 4], [2, 2], length=8), "/data")
+
+
+def test_rows_are_no_longer_than_the_base_takes() -> None:
+    none = asked(training={"sequence_length": None})
+    assert fit_length(none, LLAMA).training.sequence_length == 64
+    assert fit_length(none, LLAMA | {"max_position_embeddings": 512}).training.sequence_length == 256
+    fitted = fit_length(parse_finetuning_recipe(none.model_dump_json()), LLAMA)
+    assert make_recipe(fitted, BASE, LLAMA, rows([4, 4], [2, 2], length=64), "/data").training.sequence_length == 64
+    assert fit_length(asked(), LLAMA).training.sequence_length == LENGTH
+    with pytest.raises(ConfigError, match=r"training\.sequence_length 65 is longer than the 64 positions of llama"):
+        fit_length(asked(training={"sequence_length": 65}), LLAMA)
 
 
 def test_what_is_wrong_is_told_before_the_data_is_prepared() -> None:

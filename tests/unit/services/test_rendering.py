@@ -421,6 +421,45 @@ def test_rows_of_sharegpt_and_alpaca(tmp_path: Path) -> None:
     assert both[1].endswith("request.\n\n### Instruction:\nTranslate\n\n### Response:\n⟦chien<|endoftext|>⟧")
 
 
+def test_a_prompt_and_a_completion_may_be_messages(tmp_path: Path) -> None:
+    """As TRL has them: of the completion alone the replies are trained on."""
+    chat = byte_level(CHATML)
+    row = {"prompt": [user("a"), reply("b"), user("c")], "completion": [reply("d"), user("e"), reply("f")], "id": 1}
+    for more in ({}, {"format": "prompt-completion"}, {"format": "chat"}):
+        response = look(tmp_path, [row], chat, **more)
+        assert (response.report.format, dict(response.report.unused_fields)) == ("chat", {"id": 1})
+        whole = chat.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+        trained = whole.replace("d<|im_end|>", "⟦d<|im_end|>⟧").replace("f<|im_end|>", "⟦f<|im_end|>⟧")
+        assert shown(response.examples[0]) == trained
+    named = {"question": row["prompt"], "answer": row["completion"], "tools": None}
+    response = look(tmp_path, [named], chat, prompt_field="question", completion_field="answer")
+    assert (shown(response.examples[0]), dict(response.report.unused_fields)) == (trained, {})
+    both = {"messages": [user("a"), reply("b")], "prompt": "a"}
+    assert dict(look(tmp_path, [both], chat).report.unused_fields) == {"prompt": 1}
+    good = {"prompt": [user("a")], "completion": [reply("b")]}
+    for bad, message in (
+        ({"prompt": [], "completion": [reply("b")]}, "the prompt has no message"),
+        ({"prompt": [user("a"), reply("b")], "completion": [user("c")]}, "the completion has no assistant message"),
+        ({"prompt": [user("a")], "completion": "b"}, "the completion is text that is no JSON"),
+        ({"prompt": [user("a")], "completion": None}, "the completion is null, not a list of messages"),
+    ):
+        report = look(tmp_path, [good, bad], chat).report
+        assert report.num_bad == 1
+        assert f":2: {message}" in report.bad_rows[0]
+    with pytest.raises(ConfigError, match="the base's tokenizer has no chat template"):
+        look(tmp_path, [row], byte_level())
+
+
+def test_messages_may_be_json_in_a_text(tmp_path: Path) -> None:
+    chat = byte_level(CHATML)
+    messages = [user("a"), reply("b")]
+    response = look(tmp_path, [{"messages": json.dumps(messages)}, {"messages": messages}], chat)
+    assert response.examples[0].pieces == response.examples[1].pieces
+    assert reason(tmp_path, {"messages": "hello"}, chat).startswith("the messages are text that is no JSON")
+    twice = '[{"role": "user", "role": "assistant", "content": "a"}]'
+    assert "the key 'role' comes twice" in reason(tmp_path, {"messages": twice}, chat)
+
+
 def test_a_first_row_that_is_no_example_is_a_bad_row(tmp_path: Path) -> None:
     report = look(tmp_path, [{"version": 1}, {"prompt": "a", "completion": "b"}], byte_level()).report
     assert (report.format, report.num_bad, report.num_train) == ("prompt-completion", 1, 1)

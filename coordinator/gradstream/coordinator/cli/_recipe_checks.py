@@ -70,5 +70,6 @@ def check_finetuning_recipe(asked: FineTuningRecipe) -> list[str]:
     use = ModelUse(has_pipeline=asked.pipeline.stages != 1, packs_examples=True)
     # In this process, not in a child: the base's check has imported transformers, which takes longer than all the rest.
     found = describe(config, lora, use)
-    model_check.check_positions(found["positions"], asked.training.sequence_length, config.get("model_type"))
+    if asked.training.sequence_length is not None:
+        model_check.check_positions(found["positions"], asked.training.sequence_length, config.get("model_type"))
     return warnings

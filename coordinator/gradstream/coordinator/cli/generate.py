@@ -64,7 +64,9 @@ def generate_text(
 
     Raises ConfigError when the directory is not a model's, and CheckpointError when it cannot be loaded.
     """
+    from gradstream.core.base_tokenizer import end_ids, load_tokenizer
     from gradstream.core.errors import CheckpointError, ConfigError
+    from gradstream.core.finetuning import Base
     from gradstream.core.foreign import parsing
 
     if (directory / "adapter_config.json").is_file():
@@ -82,18 +84,17 @@ def generate_text(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    tokenizer = load_tokenizer(Base(kind="huggingface", path=str(directory), title="", files=(), sha256="0" * 64))
     with parsing(lambda cause: CheckpointError(f"{directory} cannot be loaded ({cause}); export it again")):
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
         )
-        ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        ids = prompt_ids(tokenizer, prompt)
     model.eval()
-    end = model.config.eos_token_id
-    end = end[0] if isinstance(end, list) else end
+    ends = sorted(end_ids(tokenizer))
     if not ids:
-        start = model.config.bos_token_id if model.config.bos_token_id is not None else end
-        ids = [start if start is not None else 0]
+        start = model.config.bos_token_id
+        ids = [start if start is not None else ends[0]]
     longest = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     if longest is not None and len(ids) >= longest:
         raise ConfigError(f"the prompt's {len(ids)} tokens fill the model's {longest} positions; shorten the prompt")
@@ -111,9 +112,23 @@ def generate_text(
             input_ids_BT,
             attention_mask=torch.ones_like(input_ids_BT),
             max_new_tokens=max_new_tokens,
-            pad_token_id=end if end is not None else 0,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
             **sampling,
         )
     with parsing(lambda cause: CheckpointError(f"{directory}: its tokenizer cannot decode ({cause}); export it again")):
         text: str = tokenizer.decode(output_BT[0, len(ids) :], skip_special_tokens=True)
     return text
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The ids of a prompt as transformers' tokenizer gives them, with bos where the tokenizer adds one.
+
+    What it puts after a text, most often the end of it, is left out: nothing comes after an end. A bos that the prompt
+    has already is not doubled.
+    """
+    text: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer(prompt)["input_ids"]
+    before = next((at for at in range(len(whole)) if whole[at : at + len(text)] == text), 0) if text else len(whole)
+    added = whole[:before] if text else [token for token in whole if token == tokenizer.bos_token_id]
+    return text if text[: len(added)] == added else [*added, *text]

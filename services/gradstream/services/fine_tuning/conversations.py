@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from gradstream.core.errors import one_line
+from gradstream.core.source_rows import each_key_once
 from gradstream.services.fine_tuning.reading import BadRowError, checked_text, listed, shortened, type_name
 
 ROLES = ("system", "user", "assistant", "developer", "tool")
@@ -50,10 +52,12 @@ class Conversation:
 
 
 def conversation(value: object, tools: object = None, system: object = None) -> Conversation:
-    """The conversation in a row. `tools`: a list of objects, or its JSON; `system`: a message that comes first.
+    """The conversation in a row. `value` and `tools`: a list of objects, or its JSON; `system`: a message that comes
+    first.
 
     Raises BadRowError with the message that cannot be used and why.
     """
+    value = _parsed(value, "the messages are")
     if not isinstance(value, list):
         raise BadRowError(f"the messages are {type_name(value)}, not a list")
     messages: list[dict[str, Any]] = []
@@ -78,6 +82,27 @@ def conversation(value: object, tools: object = None, system: object = None) -> 
     return Conversation(messages, tuple(is_trained), _tools(tools))
 
 
+def completed_conversation(prompt: object, completion: object, tools: object = None) -> Conversation:
+    """The conversation of a row whose prompt and whose completion are lists of messages, as TRL has them: the replies
+    in the completion are trained on.
+
+    Raises BadRowError as `conversation` does.
+    """
+    given, wanted = _parsed(prompt, "the prompt is"), _parsed(completion, "the completion is")
+    for value, what in ((given, "prompt"), (wanted, "completion")):
+        if not isinstance(value, list):
+            raise BadRowError(f"the {what} is {type_name(value)}, not a list of messages as in the rest of the row")
+    assert isinstance(given, list)
+    assert isinstance(wanted, list)
+    if not given:
+        raise BadRowError("the prompt has no message, so nothing comes before the completion")
+    told = conversation([*given, *wanted], tools)
+    is_trained = tuple(trained and number >= len(given) for number, trained in enumerate(told.is_trained))
+    if not any(is_trained):
+        raise BadRowError("the completion has no assistant message that is trained on, so there is nothing to learn")
+    return replace(told, is_trained=is_trained)
+
+
 def strings(value: object) -> Iterator[tuple[str, bool]]:
     """All texts in a JSON value, and whether each is the key of an object."""
     if isinstance(value, str):
@@ -89,6 +114,16 @@ def strings(value: object) -> Iterator[tuple[str, bool]]:
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from strings(entry)
+
+
+def _parsed(value: object, what: str) -> object:
+    """What the JSON in a text says; anything else as it is. Raises BadRowError."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value, object_pairs_hook=each_key_once)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"{what} text that is no JSON ({one_line(error)[:80]})") from None
 
 
 def _message(message: object, number: int) -> tuple[dict[str, Any], bool]:
@@ -172,11 +207,7 @@ def _is_trained(message: dict[str, Any], number: int, is_reply: bool) -> bool:
 
 
 def _tools(tools: object) -> list[dict[str, Any]] | None:
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise BadRowError("field 'tools' holds text that is no JSON") from None
+    tools = _parsed(tools, "field 'tools' holds")
     if not tools:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, dict) for tool in tools):

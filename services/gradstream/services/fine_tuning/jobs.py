@@ -28,7 +28,7 @@ from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.examples import load_prepared
 from gradstream.services.fine_tuning.lifecycle import Phase, after_job, next_phase, result_version
 from gradstream.services.fine_tuning.preparation import prepare
-from gradstream.services.fine_tuning.recipe import check_recipe, make_recipe
+from gradstream.services.fine_tuning.recipe import check_recipe, fit_length, make_recipe
 from gradstream.services.fine_tuning.serving import Serving
 from gradstream.services.fine_tuning.store import Completions, Record, Store, UnwrittenError
 from gradstream.services.fine_tuning.threads import in_thread
@@ -260,6 +260,7 @@ class FineTunings:
             base, config = await in_thread(find_base, path, title)
             if noted is not None and (base.sha256, base.tokenizer) != (noted.sha256, noted.tokenizer):
                 raise CheckpointError(f"the base {title} has changed since; create it under another name")
+            asked = await in_thread(fit_length, asked, config)
             check_recipe(asked, base, config)
             self._note(name, base=base, reason="its examples are being prepared")
             # 2. The rows.

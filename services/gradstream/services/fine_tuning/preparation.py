@@ -10,7 +10,7 @@ import shutil
 from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
 
-from gradstream.core import base_model, files, model, model_check
+from gradstream.core import base_model, files, model
 from gradstream.core.errors import DataError, GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.finetuning import Base
 from gradstream.core.finetuning_recipe import ExamplesConfig, FineTuningRecipe
@@ -55,12 +55,10 @@ def prepare(asked: FineTuningRecipe, base: Base, config: dict[str, Any], directo
     """
     # First what needs no data: a target module that matches nothing is told at once.
     tensors = model.inventory(config, asked.lora if asked.method == "lora" else None)
-    longest = model_check.positions(model.load_config(config))
-    model_check.check_positions(longest, asked.training.sequence_length, config.get("model_type"))
     prepared = prepare_examples(
         asked.data,
         base_model.load_tokenizer(base),
-        asked.training.sequence_length,
+        asked.training.row_length(),
         asked.training.num_slots,
         directory,
         asked.seed,

@@ -116,10 +116,16 @@ def resolve_format(config: ExamplesConfig, file: SourceFile, row: Row) -> Format
                 f".parquet file"
             )
         return "text"
+    is_completed = row.has(config.prompt_field) and row.has(config.completion_field)
+    of_messages = is_completed and all(
+        isinstance(row.value(field), list) for field in (config.prompt_field, config.completion_field)
+    )
+    if config.format == "prompt-completion" and of_messages:
+        return "chat"
     if config.format != "auto":
         return config.format
-    if row.has(config.prompt_field) and row.has(config.completion_field):
-        return "prompt-completion"
+    if is_completed:
+        return "chat" if of_messages else "prompt-completion"
     if row.has(config.messages_field) or row.has(SHAREGPT_FIELD):
         return "chat"
     if row.has("instruction") and row.has("output"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gradstream.core import model, model_check
 from gradstream.core.config import (
     CheckpointConfig,
     DataConfig,
@@ -24,6 +25,17 @@ VALIDATION_PASSES = 10
 KEPT_CHECKPOINTS = 3
 
 
+def fit_length(asked: FineTuningRecipe, model_config: Mapping[str, Any]) -> FineTuningRecipe:
+    """The recipe with its rows' length, which follows from the base where none is given.
+
+    Raises ConfigError when transformers does not know the config, or has no room for a length that is given.
+    """
+    longest = model_check.positions(model.load_config(model_config))
+    length = asked.training.row_length(longest[1] if longest is not None else None)
+    model_check.check_positions(longest, length, model_config.get("model_type"))
+    return asked.model_copy(update={"training": asked.training.model_copy(update={"sequence_length": length})})
+
+
 def make_recipe(
     asked: FineTuningRecipe, base: Base, model_config: Mapping[str, Any], manifest: Manifest, data_path: str
 ) -> Recipe:
@@ -31,7 +43,7 @@ def make_recipe(
 
     Raises DataError when the rows are too few for the slots, ConfigError when the recipe does not fit the base.
     """
-    slots, length = asked.training.num_slots, asked.training.sequence_length
+    slots, length = asked.training.num_slots, asked.training.row_length()
     num_rows = sum(_rows_by_slot(asked, manifest, "train"))
     num_steps = asked.training.count_steps(num_rows)
     # All of them: a slot with fewer rows than another gives what it has.
@@ -106,6 +118,7 @@ def _assemble(
 def _training(asked: FineTuningRecipe, num_steps: int) -> TrainingConfig:
     """Raises ConfigError when the batch cannot be divided."""
     tree = asked.training.model_dump(exclude={"num_epochs"}) | {"num_steps": num_steps}
+    tree["sequence_length"] = asked.training.row_length()
     shape = {"name": asked.name, "model": {"config": {}}, "training": tree, "data": {"path": "data"}}
     shape["validation"] = {"num_samples": asked.training.num_slots}
     return parse_recipe(shape, origin="the fine-tuning recipe").training

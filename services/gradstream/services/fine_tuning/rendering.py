@@ -24,7 +24,13 @@ import numpy.typing as npt
 from gradstream.core.errors import ConfigError
 from gradstream.core.finetuning_recipe import ExamplesConfig
 from gradstream.services.fine_tuning.chat import chat_prompt, chat_template, render_conversation
-from gradstream.services.fine_tuning.conversations import REPLY_FIELDS, TRAIN_FIELDS, Conversation, conversation
+from gradstream.services.fine_tuning.conversations import (
+    REPLY_FIELDS,
+    TRAIN_FIELDS,
+    Conversation,
+    completed_conversation,
+    conversation,
+)
 from gradstream.services.fine_tuning.encoding import Encoder
 from gradstream.services.fine_tuning.reading import ALPACA_FIELDS, SHAREGPT_FIELD, BadRowError, Format, Row, shortened
 
@@ -139,8 +145,11 @@ class Renderer:
                 )
         examples = self._render(row)
         self.unused_fields.update(row.unread)
+        used = {*self._used, *TRAIN_FIELDS}
+        if self._is_of_both(row):
+            used |= {field.split(".")[0] for field in (self._config.prompt_field, self._config.completion_field)}
         for field, value in row.values.items():
-            if value is not None and field not in self._used | {*TRAIN_FIELDS}:
+            if value is not None and field not in used:
                 self.unused_fields[field] += 1
         return examples
 
@@ -174,14 +183,33 @@ class Renderer:
         return _example(row.origin, parts, before + after, is_target, (len(before), prompt, completion))
 
     def _chat(self, row: Row) -> list[Example]:
-        field = self._config.messages_field
+        config, field = self._config, self._config.messages_field
         system = None
         if not row.has(field) and row.has(SHAREGPT_FIELD):
             field, system = SHAREGPT_FIELD, row.values.get("system")
             self.notes[f"rows of ShareGPT ({SHAREGPT_FIELD}, from, value), read as messages"] += 1
+        elif self._is_of_both(row):
+            return [self._conversed(row, self._of_both(row), config.completion_field)]
         elif row.values.get("system") is not None:
             self.unused_fields["system"] += 1
         return [self._conversed(row, conversation(row.value(field), row.values.get("tools"), system), field)]
+
+    def _is_of_both(self, row: Row) -> bool:
+        """Whether the conversation of a row is in two fields, as TRL has it: a prompt and a completion of messages."""
+        config = self._config
+        no_list = not row.has(config.messages_field) and not row.has(SHAREGPT_FIELD)
+        is_completed = row.has(config.prompt_field) and row.has(config.completion_field)
+        return config.format == "chat" and no_list and is_completed
+
+    def _of_both(self, row: Row) -> Conversation:
+        """The conversation of a row whose prompt and completion are messages."""
+        fields = (self._config.prompt_field, self._config.completion_field)
+        if row.values.get("system") is not None:
+            self.unused_fields["system"] += 1
+        prompt, completion = (row.value(field) for field in fields)
+        told = completed_conversation(prompt, completion, row.values.get("tools"))
+        self.notes[f"rows of messages in {' and '.join(fields)}, of which the latter are trained on"] += 1
+        return told
 
     def _conversed(self, row: Row, told: Conversation, field: str) -> Example:
         rendered = render_conversation(told, self._tokenizer, self._encoder)

@@ -32,7 +32,7 @@ from gradstream.services.fine_tuning.examples import preview
 from gradstream.services.fine_tuning.exporting import Exports
 from gradstream.services.fine_tuning.jobs import FineTunings
 from gradstream.services.fine_tuning.preparation import check_data, receive
-from gradstream.services.fine_tuning.recipe import check_recipe
+from gradstream.services.fine_tuning.recipe import check_recipe, fit_length
 from gradstream.services.fine_tuning.serving import Serving
 from gradstream.services.fine_tuning.store import Record
 from gradstream.services.fine_tuning.threads import in_thread
@@ -77,11 +77,12 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             asked = await self._recipe(request)
             path, title = await resolve_base(self._jobs, asked.base_model)
             base, config = await in_thread(find_base, path, title)
+            asked = await in_thread(fit_length, asked, config)
             check_recipe(asked, base, config)
             tokenizer, _ = await self._serving.tokenizer(base)
             count = min(request.num_examples, MAX_PREVIEWED)
             training = asked.training
-            return await in_thread(preview, asked.data, tokenizer, training.sequence_length, count, training.num_slots)
+            return await in_thread(preview, asked.data, tokenizer, training.row_length(), count, training.num_slots)
         raise AssertionError("abort has raised")
 
     # -- fine-tunings ----------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The tokenizer of a base: read from its tokenizer.json and nothing that could run or reach out.
 
-transformers' own from_pretrained may look for a class by name, on the network too. Here the class is always the plain
-fast one, on the base's tokenizer.json as it is; a few fields of tokenizer_config.json say the rest.
+transformers' own from_pretrained may run a base's code and look for files on the network. Here the class is the plain
+fast one, on the base's tokenizer.json, or on what the class that transformers has for the base makes of that file
+(`tokenizer_class`); a few fields of tokenizer_config.json say the rest.
 """
 
 from __future__ import annotations

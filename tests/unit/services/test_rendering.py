@@ -16,6 +16,7 @@ from support.tokenizers import CHATML, MARKED, TEXT, byte_level, sentencepiece_l
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from gradstream.core.base_tokenizer import END_IDS
 from gradstream.core.errors import ConfigError, DataError
 from gradstream.core.finetuning_recipe import ExamplesConfig
 from gradstream.services.fine_tuning.chat import chat_prompt_ids, render_conversation
@@ -440,7 +441,7 @@ def test_a_prompt_and_a_completion_may_be_messages(tmp_path: Path) -> None:
     for bad, message in (
         ({"prompt": [], "completion": [reply("b")]}, "the prompt has no message"),
         ({"prompt": [user("a"), reply("b")], "completion": [user("c")]}, "the completion has no assistant message"),
-        ({"prompt": [user("a")], "completion": "b"}, "the completion is text that is no JSON"),
+        ({"prompt": [user("a")], "completion": "b"}, "the completion is text, not a list of messages"),
         ({"prompt": [user("a")], "completion": None}, "the completion is null, not a list of messages"),
     ):
         report = look(tmp_path, [good, bad], chat).report
@@ -455,7 +456,9 @@ def test_messages_may_be_json_in_a_text(tmp_path: Path) -> None:
     messages = [user("a"), reply("b")]
     response = look(tmp_path, [{"messages": json.dumps(messages)}, {"messages": messages}], chat)
     assert response.examples[0].pieces == response.examples[1].pieces
-    assert reason(tmp_path, {"messages": "hello"}, chat).startswith("the messages are text that is no JSON")
+    assert reason(tmp_path, {"messages": "hello"}, chat).startswith(
+        "the messages are text, not a list or the JSON of one ("
+    )
     twice = '[{"role": "user", "role": "assistant", "content": "a"}]'
     assert "the key 'role' comes twice" in reason(tmp_path, {"messages": twice}, chat)
 
@@ -487,6 +490,28 @@ def test_end_of_text_is_appended_where_the_template_has_no_end(tmp_path: Path) -
     assert response.report.notes == [
         "1 conversations end with no end of text by the chat template; '<|endoftext|>' is added"
     ]
+
+
+def test_a_reply_ends_where_the_next_message_begins_if_that_token_ends_texts(tmp_path: Path) -> None:
+    """As GLM's, whose ends of text are the tokens that begin the other roles' messages."""
+    tokenizer = byte_level(
+        "{% for m in messages %}{{ '<|im_start|>' if m['role'] == 'user' else '<|im_end|>' }}"
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
+    )
+    setattr(tokenizer, END_IDS, (tokenizer.convert_tokens_to_ids("<|im_start|>"),))
+    messages = [user("hi"), reply("yo"), user("so"), reply("bye")]
+    both = "<|im_start|>hi<|im_end|>⟦yo<|im_start|>⟧so<|im_end|>⟦bye<|endoftext|>⟧"
+    assert shown(look(tmp_path, [{"messages": messages}], tokenizer).examples[0]) == both
+    first = [user("hi"), reply("yo"), user("so"), reply("bye", weight=0)]
+    assert shown(look(tmp_path, [{"messages": first}], tokenizer).examples[0]) == (
+        "<|im_start|>hi<|im_end|>⟦yo<|im_start|>⟧so<|im_end|>bye"
+    )
+
+
+def test_all_ends_that_a_template_writes_at_once_are_targets(tmp_path: Path) -> None:
+    tokenizer = byte_level(CHATML.replace("'<|im_end|>'", "'<|im_end|><|endoftext|>'"))
+    example = look(tmp_path, [{"messages": [user("hi"), reply("yo")]}], tokenizer).examples[0]
+    assert shown(example).endswith("assistant\n⟦yo<|im_end|><|endoftext|>⟧\n")
 
 
 @pytest.mark.parametrize("named", ["", "*.jsonl"], ids=["a directory", "a glob"])

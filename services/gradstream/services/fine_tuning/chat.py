@@ -133,10 +133,13 @@ def render_conversation(conversation: Conversation, tokenizer: Any, encoder: Enc
             continue
         ends = [number for number in numbers if ids[number] in encoder.end_ids]
         if not marked and ends:
-            numbers = [number for number in numbers if number <= ends[0]]
+            # Where a template writes several ends at once, all of them: which one a service stops at is not known here.
+            last = next(number for number in ends if number + 1 not in ends)
+            numbers = [number for number in numbers if number <= last]
         following = numbers[-1] + 1
-        if marked and not ends and following < len(ids) and ids[following] in encoder.end_ids:
-            ends = [following]  # a template may mark the reply and not its end
+        if not ends and following < len(ids) and ids[following] in encoder.end_ids:
+            # A template may mark the reply and not its end, or end it with the token that the next message begins with.
+            ends = [following]
             numbers.append(following)
         reply_begin, is_ended = numbers[0], bool(ends)
         for number in numbers:

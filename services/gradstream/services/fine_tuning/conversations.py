@@ -57,7 +57,7 @@ def conversation(value: object, tools: object = None, system: object = None) -> 
 
     Raises BadRowError with the message that cannot be used and why.
     """
-    value = _parsed(value, "the messages are")
+    value = _parsed(value, "the messages are text, not a list or the JSON of one")
     if not isinstance(value, list):
         raise BadRowError(f"the messages are {type_name(value)}, not a list")
     messages: list[dict[str, Any]] = []
@@ -88,7 +88,10 @@ def completed_conversation(prompt: object, completion: object, tools: object = N
 
     Raises BadRowError as `conversation` does.
     """
-    given, wanted = _parsed(prompt, "the prompt is"), _parsed(completion, "the completion is")
+    given, wanted = (
+        _parsed(value, f"the {what} is text, not a list of messages as in the rest of the row, or the JSON of one")
+        for value, what in ((prompt, "prompt"), (completion, "completion"))
+    )
     for value, what in ((given, "prompt"), (wanted, "completion")):
         if not isinstance(value, list):
             raise BadRowError(f"the {what} is {type_name(value)}, not a list of messages as in the rest of the row")
@@ -116,14 +119,14 @@ def strings(value: object) -> Iterator[tuple[str, bool]]:
             yield from strings(entry)
 
 
-def _parsed(value: object, what: str) -> object:
+def _parsed(value: object, refusal: str) -> object:
     """What the JSON in a text says; anything else as it is. Raises BadRowError."""
     if not isinstance(value, str) or not value.strip():
         return value
     try:
         return json.loads(value, object_pairs_hook=each_key_once)
     except (ValueError, RecursionError) as error:
-        raise BadRowError(f"{what} text that is no JSON ({one_line(error)[:80]})") from None
+        raise BadRowError(f"{refusal} ({one_line(error)[:80]})") from None
 
 
 def _message(message: object, number: int) -> tuple[dict[str, Any], bool]:
@@ -207,7 +210,7 @@ def _is_trained(message: dict[str, Any], number: int, is_reply: bool) -> bool:
 
 
 def _tools(tools: object) -> list[dict[str, Any]] | None:
-    tools = _parsed(tools, "field 'tools' holds")
+    tools = _parsed(tools, "field 'tools' holds text that is no JSON")
     if not tools:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, dict) for tool in tools):

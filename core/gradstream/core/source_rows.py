@@ -2,7 +2,7 @@
 
 A file is of one of four kinds: "jsonl" (an object a line), "json" (a list of objects, or objects one after the other),
 "parquet" or "text". The name tells; where it does not, the content: trained on as text, rows would teach a model their
-syntax.
+syntax. A file that is called .jsonl and holds a list, or objects over several lines, is read as what it holds.
 """
 
 from __future__ import annotations
@@ -129,11 +129,13 @@ def open_source(
             opened = OpenSource(file.name, "text", stream, stored)
             if kind != "auto":
                 opened.kind = kind
-            elif file.kind != "text":
-                opened.kind = "parquet" if file.kind == "parquet" else "jsonl"
+            elif file.kind == "parquet":
+                opened.kind = "parquet"
             else:
-                opened.kind, opened.odd = _kind_by_content(stream, file.suffix == ".json", fields)
+                opened.kind, opened.odd = _kind_by_content(stream, file, fields)
                 opened.by_content = opened.kind != "text"
+                if file.kind == "jsonl" and opened.kind != "json":  # a list, or objects over several lines
+                    opened.kind, opened.by_content = "jsonl", False
             if opened.kind == "parquet":
                 if compression is not None:
                     raise DataError(f"{file.name}: compressed Parquet files are not read; unpack it first")
@@ -155,14 +157,14 @@ def _stored_blocks(head: bytes, stored: Any) -> Iterator[bytes]:
         yield block
 
 
-def _kind_by_content(stream: ByteStream, json_by_name: bool, fields: Sequence[str]) -> tuple[Kind, str]:
-    """(kind, why what is JSON by its name is text after all) of a file whose name says nothing."""
+def _kind_by_content(stream: ByteStream, file: SourceFile, fields: Sequence[str]) -> tuple[Kind, str]:
+    """(kind, why what is JSON by its name is text after all) of a file whose name says nothing, or of rows."""
+    json_by_name = file.suffix == ".json"
     head = stream.peek(PROBE_BYTES)
     if head.startswith(b"PAR1"):
         return "parquet", ""
-    start = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
-    start += len(head[start:]) - len(head[start:].lstrip(_BLANK))
-    head = head[start:]
+    start = _first_character(stream, len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0)
+    head = stream.peek(start + PROBE_BYTES)[start:]
 
     def text(why: str) -> tuple[Kind, str]:
         return "text", why if json_by_name and head else ""
@@ -178,12 +180,14 @@ def _kind_by_content(stream: ByteStream, json_by_name: bool, fields: Sequence[st
     if not isinstance(first, dict):
         return text("not valid JSON")
     known = not fields or any(field_value(first, name) is not MISSING for name in fields)
-    following, on_next_line = _following(stream, end)
+    after = _first_character(stream, end)
+    following, on_next_line = stream.peek(after + 1)[after:], b"\n" in stream.peek(after)[end:]
     if not known and following != b"{":
         named = " or ".join(f"'{name}'" for name in fields)
         return text("not valid JSON" if following else f"one JSON object without {named}")
     spans_lines = b"\n" in stream.peek(end)[start:]
-    return ("json" if spans_lines or (following and not on_next_line) else "jsonl"), ""
+    one_line_each = on_next_line or not following or file.kind == "jsonl"
+    return ("json" if spans_lines or not one_line_each else "jsonl"), ""
 
 
 def _first_value(stream: ByteStream, start: int) -> tuple[Any, int]:
@@ -209,14 +213,14 @@ def _may_be_cut(error: Exception, text: str) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
 
 
-def _following(stream: ByteStream, end: int) -> tuple[bytes, bool]:
-    """The first byte after `end` that is no blank, and whether it is on another line."""
+def _first_character(stream: ByteStream, begin: int) -> int:
+    """Where the first byte from `begin` on is that is no blank; the end when there is none of MAX_LINE_BYTES."""
     size = PROBE_BYTES
     while True:
-        blanks = stream.peek(end + size)[end:]
+        blanks = stream.peek(begin + size)[begin:]
         rest = blanks.lstrip(_BLANK)
-        if rest or len(blanks) < size:
-            return rest[:1], b"\n" in blanks[: len(blanks) - len(rest)]
+        if rest or len(blanks) < size or size > MAX_LINE_BYTES:
+            return begin + len(blanks) - len(rest)
         size *= 4
 
 

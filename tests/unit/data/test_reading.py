@@ -77,6 +77,12 @@ def both(path: Path) -> list[str]:
         ("a.txt", PRETTY.encode(), "JSON by their content"),
         ("a.json", OBJECTS, "JSON by their content"),
         ("a.json", OBJECTS.replace(b"\n", b""), "JSON by their content"),
+        ("a.json", b" \n" * 100_000 + LINES, "JSON lines by their content"),
+        ("a.txt", b"\n" * 100_000 + LIST, "JSON by their content"),
+        # Called lines, and none.
+        ("a.jsonl", LIST, "JSON by their content"),
+        ("a.jsonl", PRETTY.encode(), "JSON by their content"),
+        ("a.ndjson", b"\xef\xbb\xbf" + OBJECTS, "JSON by their content"),
     ],
 )
 def test_json_is_known_by_its_content_too(tmp_path: Path, name: str, content: bytes, read_as: str, packed: str) -> None:
@@ -232,6 +238,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text(" \n")
     (tmp_path / "c.bin").write_bytes(b"\0\1")
     (tmp_path / "d.txt").write_bytes(b"\xff")
+    (tmp_path / "d2.txt").write_bytes(b"a" * 100_000 + b"\0")
     (tmp_path / "e.jsonl").write_text('{"text": ""}\n{"text": "b"}\n{"text": null}\n')
     (tmp_path / "f.jsonl").write_text("\n")
     (tmp_path / "g.csv").write_text("a,b\n")
@@ -239,14 +246,14 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     assert list(read) == ["a text", "b", "a,b\n"]
     assert read.tally.left_out == {
         "blank documents": 3,
-        "files that are not UTF-8 text": 2,
+        "files that are not UTF-8 text": 3,
         "files without any row": 1,
     }
     assert read.tally.read_as == {"text": 3, "JSON lines": 2}
     assert Counter(note.split(" files")[0] for note in read.tally.notes) == {".csv": 1}
     read = corpus(tmp_path, max_bytes=5)
     assert list(read) == ["a tex"]
-    assert read.tally.left_out == {"files beyond max_bytes": 6}
+    assert read.tally.left_out == {"files beyond max_bytes": 7}
 
 
 def test_what_a_parquet_file_cannot_be(tmp_path: Path) -> None:

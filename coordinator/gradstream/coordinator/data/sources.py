@@ -86,6 +86,8 @@ def _read_text(source: OpenSource, limit: int | None) -> str:
     if b"\0" in head:  # text has none; saves reading a large binary file to its end
         raise NotTextError(source.name)
     rest = b"".join(source.stream.blocks()) if limit is None else source.stream.read(max(0, limit - len(head)))
+    if b"\0" in rest:
+        raise NotTextError(source.name)
     raw = head + rest
     cut = limit is not None and len(raw) >= limit
     try:

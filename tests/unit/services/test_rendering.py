@@ -451,6 +451,25 @@ def test_a_prompt_and_a_completion_may_be_messages(tmp_path: Path) -> None:
         look(tmp_path, [row], byte_level())
 
 
+def test_a_null_is_no_field(tmp_path: Path) -> None:
+    """Files of several shapes have the fields of all of them in every row."""
+    chat = byte_level(CHATML)
+    turns = {"messages": [user("a"), reply("b")]}
+    shares = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    nothing = dict.fromkeys(("prompt", "completion", "messages", "conversations", "instruction", "output", "text"))
+    plain = look(tmp_path, [turns], chat).examples[0].pieces
+    for rows in ([turns, shares], [shares, turns]):
+        response = look(tmp_path, [nothing | row for row in rows], chat)
+        assert [example.pieces for example in response.examples] == [plain, plain]
+        assert not response.report.unused_fields
+    report = look(tmp_path, [nothing | {"text": "hi"}, nothing], chat).report
+    assert (report.format, list(report.bad_rows)) == (
+        "text",
+        [f"{tmp_path}/rows.jsonl:2: field 'text' holds null, not text"],
+    )
+    assert dict(look(tmp_path, [turns | shares], chat).report.unused_fields) == {"conversations": 1}
+
+
 def test_messages_may_be_json_in_a_text(tmp_path: Path) -> None:
     chat = byte_level(CHATML)
     messages = [user("a"), reply("b")]

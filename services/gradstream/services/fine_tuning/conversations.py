@@ -88,19 +88,15 @@ def completed_conversation(prompt: object, completion: object, tools: object = N
 
     Raises BadRowError as `conversation` does.
     """
-    given, wanted = (
-        _parsed(value, f"the {what} is text, not a list of messages as in the rest of the row, or the JSON of one")
-        for value, what in ((prompt, "prompt"), (completion, "completion"))
-    )
-    for value, what in ((given, "prompt"), (wanted, "completion")):
+    for value, what in ((prompt, "prompt"), (completion, "completion")):
         if not isinstance(value, list):
             raise BadRowError(f"the {what} is {type_name(value)}, not a list of messages as in the rest of the row")
-    assert isinstance(given, list)
-    assert isinstance(wanted, list)
-    if not given:
+    assert isinstance(prompt, list)
+    assert isinstance(completion, list)
+    if not prompt:
         raise BadRowError("the prompt has no message, so nothing comes before the completion")
-    told = conversation([*given, *wanted], tools)
-    is_trained = tuple(trained and number >= len(given) for number, trained in enumerate(told.is_trained))
+    told = conversation([*prompt, *completion], tools)
+    is_trained = tuple(trained and number >= len(prompt) for number, trained in enumerate(told.is_trained))
     if not any(is_trained):
         raise BadRowError("the completion has no assistant message that is trained on, so there is nothing to learn")
     return replace(told, is_trained=is_trained)

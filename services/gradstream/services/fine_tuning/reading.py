@@ -82,6 +82,10 @@ class Row:
         """Whether there is such a field, as `value` looks for it."""
         return field in self.fields or field_value(self.values, field) is not MISSING
 
+    def says(self, field: str) -> bool:
+        """Whether there is such a field, and it is not null: files of several shapes have all fields in every row."""
+        return field_value(self.values, field) not in (MISSING, None)
+
 
 def read_rows(file: SourceFile, config: ExamplesConfig) -> Iterator[Row]:
     """The rows of one file, in order. A text file is one row; blank lines and blank text files are none.
@@ -116,22 +120,24 @@ def resolve_format(config: ExamplesConfig, file: SourceFile, row: Row) -> Format
                 f".parquet file"
             )
         return "text"
-    is_completed = row.has(config.prompt_field) and row.has(config.completion_field)
-    of_messages = is_completed and all(
-        isinstance(row.value(field), list) for field in (config.prompt_field, config.completion_field)
+    of_messages = all(
+        row.says(field) and isinstance(row.value(field), list)
+        for field in (config.prompt_field, config.completion_field)
     )
     if config.format == "prompt-completion" and of_messages:
         return "chat"
     if config.format != "auto":
         return config.format
-    if is_completed:
-        return "chat" if of_messages else "prompt-completion"
-    if row.has(config.messages_field) or row.has(SHAREGPT_FIELD):
-        return "chat"
-    if row.has("instruction") and row.has("output"):
-        return "alpaca"
-    if row.has(config.text_field):
-        return "text"
+    # By what is not null; where that tells nothing, a field that is there is one that should have been filled.
+    for has in (row.says, row.has):
+        if has(config.prompt_field) and has(config.completion_field):
+            return "chat" if of_messages else "prompt-completion"
+        if has(config.messages_field) or has(SHAREGPT_FIELD):
+            return "chat"
+        if has("instruction") and has("output"):
+            return "alpaca"
+        if has(config.text_field):
+            return "text"
     raise UnknownFieldsError(
         f"no fields '{config.prompt_field}' and '{config.completion_field}', no '{config.messages_field}' or "
         f"'{SHAREGPT_FIELD}', no 'instruction' and 'output', and no '{config.text_field}' (fields: "

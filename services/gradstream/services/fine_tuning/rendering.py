@@ -123,15 +123,13 @@ class Renderer:
             "alpaca": self._alpaca,
         }
         self._render = render[fmt]
-        chat_fields = (config.messages_field, SHAREGPT_FIELD, "tools", "system")
         used: dict[Format, set[str]] = {
             "prompt-completion": {config.prompt_field, config.completion_field},
-            "chat": set(chat_fields),
+            "chat": {"tools"},  # and what `_told_in` says of the row
             "text": {config.text_field},
             "alpaca": set(ALPACA_FIELDS),
         }
-        # Of "meta.text" all of "meta".
-        self._used = used[fmt] | {field.split(".")[0] for field in used[fmt]}
+        self._used = used[fmt]
 
     def render(self, row: Row) -> list[Example]:
         """The examples of a row: one, but of a text as many as it fills rows. Raises BadRowError."""
@@ -145,9 +143,8 @@ class Renderer:
                 )
         examples = self._render(row)
         self.unused_fields.update(row.unread)
-        used = {*self._used, *TRAIN_FIELDS}
-        if self._is_of_both(row):
-            used |= {field.split(".")[0] for field in (self._config.prompt_field, self._config.completion_field)}
+        used = {*self._used, *TRAIN_FIELDS, *(self._told_in(row) if self._render == self._chat else ())}
+        used |= {field.split(".")[0] for field in used}  # of "meta.text" all of "meta"
         for field, value in row.values.items():
             if value is not None and field not in used:
                 self.unused_fields[field] += 1
@@ -183,33 +180,30 @@ class Renderer:
         return _example(row.origin, parts, before + after, is_target, (len(before), prompt, completion))
 
     def _chat(self, row: Row) -> list[Example]:
-        config, field = self._config, self._config.messages_field
-        system = None
-        if not row.has(field) and row.has(SHAREGPT_FIELD):
-            field, system = SHAREGPT_FIELD, row.values.get("system")
+        field, *others = self._told_in(row)
+        tools = row.values.get("tools")
+        if others == ["system"]:
+            told = conversation(row.value(field), tools, row.values.get("system"))
             self.notes[f"rows of ShareGPT ({SHAREGPT_FIELD}, from, value), read as messages"] += 1
-        elif self._is_of_both(row):
-            return [self._conversed(row, self._of_both(row), config.completion_field)]
-        elif row.values.get("system") is not None:
-            self.unused_fields["system"] += 1
-        return [self._conversed(row, conversation(row.value(field), row.values.get("tools"), system), field)]
+        elif others:
+            told = completed_conversation(row.value(field), row.value(others[0]), tools)
+            self.notes[f"rows of messages in {field} and {others[0]}, of which the latter are trained on"] += 1
+        else:
+            told = conversation(row.value(field), tools)
+        return [self._conversed(row, told, others[0] if others and others != ["system"] else field)]
 
-    def _is_of_both(self, row: Row) -> bool:
-        """Whether the conversation of a row is in two fields, as TRL has it: a prompt and a completion of messages."""
+    def _told_in(self, row: Row) -> tuple[str, ...]:
+        """The fields of a row that its conversation is made of: of messages, of ShareGPT's, or of a prompt and a
+        completion that are messages."""
         config = self._config
-        no_list = not row.has(config.messages_field) and not row.has(SHAREGPT_FIELD)
-        is_completed = row.has(config.prompt_field) and row.has(config.completion_field)
-        return config.format == "chat" and no_list and is_completed
-
-    def _of_both(self, row: Row) -> Conversation:
-        """The conversation of a row whose prompt and completion are messages."""
-        fields = (self._config.prompt_field, self._config.completion_field)
-        if row.values.get("system") is not None:
-            self.unused_fields["system"] += 1
-        prompt, completion = (row.value(field) for field in fields)
-        told = completed_conversation(prompt, completion, row.values.get("tools"))
-        self.notes[f"rows of messages in {' and '.join(fields)}, of which the latter are trained on"] += 1
-        return told
+        if row.says(config.messages_field):
+            return (config.messages_field,)
+        if row.says(SHAREGPT_FIELD):
+            return (SHAREGPT_FIELD, "system")
+        both = (config.prompt_field, config.completion_field)
+        if any(row.says(field) and isinstance(row.value(field), list) for field in both):
+            return both
+        return (config.messages_field,)
 
     def _conversed(self, row: Row, told: Conversation, field: str) -> Example:
         rendered = render_conversation(told, self._tokenizer, self._encoder)

@@ -109,6 +109,8 @@ class ActiveJob:
     reunion: Reunion = field(default_factory=Reunion)
     # Nodes that are kept from the job for a time.
     benches: Benches = field(default_factory=Benches)
+    # Why no worker can go on; the job fails of it once the servers' state is in a checkpoint.
+    failing: str = ""
     # The stream of the leader that was asked for a checkpoint at the next commit; 0 when none was.
     boundary_session: int = 0
     # The version of which the servers were asked for a checkpoint without a commit, and when (our clock).
@@ -271,15 +273,22 @@ class ActiveJob:
         )
 
     @property
-    def stopping_at(self) -> int | None:
-        """The version whose checkpoint ends the job although nobody finishes the step; None when there is none."""
-        return self.snapshot if self.record.desired == "stop" and self.snapshot == self.version else None
+    def snapshot_due(self) -> int | None:
+        """The version that the servers were asked to write as it is, while it stands; None when there is none."""
+        return self.snapshot if self.snapshot == self.version and self.snapshot not in self.checkpoints else None
+
+    @property
+    def checkpoint_awaited(self) -> bool:
+        """Whether a person waits for a checkpoint."""
+        return self.checkpoint_after is not None and all(
+            version <= self.checkpoint_after for version in self.checkpoints
+        )
 
     @property
     def checkpoint_wanted(self) -> bool:
         """Whether a person waits for a checkpoint that no server has begun to report."""
         after = self.checkpoint_after
-        return after is not None and all(version <= after for version in (*self.checkpoints, *self.files))
+        return after is not None and self.checkpoint_awaited and all(version <= after for version in self.files)
 
     @property
     def members(self) -> list[str]:

@@ -45,8 +45,14 @@ class WorkerSight:
 def find_stuck(
     workers: Sequence[WorkerSight], num_able: int, slot_seconds: float | None, timing: Timing
 ) -> list[tuple[str, str]]:
-    """The workers whose slots must move, as (node id, reason). `num_able` workers could hold slots; `slot_seconds` is
-    the median time of a slot, None before there is one."""
+    """The workers whose slots must move, as (node id, reason); none where no other could take them. `num_able` workers
+    could hold slots; `slot_seconds` is the median time of a slot, None before there is one."""
+    found = stuck_workers(workers, slot_seconds, timing)
+    return list(found.items()) if len(found) < num_able else []
+
+
+def stuck_workers(workers: Sequence[WorkerSight], slot_seconds: float | None, timing: Timing) -> dict[str, str]:
+    """The workers that get nothing done, with the reason, by node id. In a replica that hangs it is one of them."""
     limit = timing.first_slot_seconds
     if slot_seconds is not None:
         limit = max(timing.stall_seconds, timing.stall_factor * slot_seconds)
@@ -68,7 +74,7 @@ def find_stuck(
         slots = ", ".join(map(str, culprit.slots))
         usual = "" if slot_seconds is None else f" (a slot takes {slot_seconds:.1f} s)"
         found[culprit.node_id] = f"no progress on slots {slots} for {culprit.still_seconds:.0f} s{usual}"
-    return list(found.items()) if len(found) < num_able else []
+    return found
 
 
 @dataclass

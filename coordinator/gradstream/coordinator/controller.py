@@ -18,7 +18,7 @@ from typing import Any
 
 from gradstream.coordinator import checkpoints, planning, scheduler, stalls
 from gradstream.coordinator.active import ActiveJob, nothing
-from gradstream.coordinator.benches import find_stuck
+from gradstream.coordinator.benches import find_stuck, stuck_workers
 from gradstream.coordinator.boundaries import Boundaries
 from gradstream.coordinator.journal import Event, Journal, Retry
 from gradstream.coordinator.leasing import Leasing
@@ -222,15 +222,20 @@ class Controller:
         active.benches.bench(node.node_id, node.title, message, True, now)
         if node.kind == SERVER:
             active.reunion.failures[node.node_id] = message
+            others = bool(self._usable_servers(active))
         else:
             # It has dropped the job, and starts over with the plan once it is benched no more.
             node.holds.pop(active.job_id, None)
-        others = self.leasing.candidates(active, now) if node.kind == WORKER else self._usable_servers(active)
+            others = bool(self.leasing.candidates(active, now))
         if others:
             self._note_node(f"{node.title} is benched for this job: {message}")
-            self.reconcile()
-        else:
+        elif node.kind == SERVER or active.plan is None:
             self.fail(active.job_id, active.benches.failures())
+        else:
+            # The servers still hold the state.
+            active.failing = active.benches.failures()
+            self._note_node(f"{node.title} cannot go on, nor can another worker: {message}")
+        self.reconcile()
 
     def _usable_servers(self, active: ActiveJob) -> list[NodeEntry]:
         return [node for node in self.members.present(SERVER) if not active.benches.failed(node.node_id)]
@@ -309,6 +314,8 @@ class Controller:
     def _advance(self, active: ActiveJob, now: float) -> None:
         for bench in active.benches.lift(now, lambda node, since: stalls.has_recovered(self.members.get(node), since)):
             self._note_node(f"{bench.title} is tried again, after: {bench.reason}")
+        if active.failing and self.leasing.candidates(active, now):
+            active.failing = ""
         steps: list[Callable[[ActiveJob, float], None]] = [
             self._judge_servers,
             self._judge_end,
@@ -328,11 +335,15 @@ class Controller:
 
     def _advance_plan(self, active: ActiveJob, now: float) -> None:
         desired = active.record.desired
-        if desired == "stop":
+        if self._plan_stands(active, now):
+            return  # for a stop and a pause too: the servers write a checkpoint of what they hold
+        if active.failing:
+            self.end(active, FAILED, active.failing)
+        elif desired == "stop":
             self.end(active, STOPPED, f"stopped at version {active.version} while planning")
         elif desired == "pause":
             self._leave(active, PAUSED, "paused while planning")
-        elif not self._plan_stands(active, now) and active.planning is None and now >= active.held_until:
+        elif active.planning is None and now >= active.held_until:
             if not active.planning_retry.due(now):
                 return
             servers, workers = self.plannable(active)
@@ -356,7 +367,7 @@ class Controller:
             active.leases_due = True
         elif verdict is Verdict.WAIT and reason != active.planning_reason:
             active.planning_reason = reason
-            self._note_node(f"{reason}; its state is waited for before a new plan is made")
+            self._note_node(f"{reason}; its state is waited for before it is given up")
         return verdict is not Verdict.LOST
 
     async def _make_plan(self, active: ActiveJob, servers: list[NodeEntry], workers: list[NodeEntry]) -> None:
@@ -473,7 +484,23 @@ class Controller:
         if skips:
             self.end(active, FAILED, skips)
             return
-        ending, reason = scheduler.judge_end(
+        ending, reason = scheduler.judge_end(self._sight(active, now))
+        if ending is Ending.FINISH:
+            self.end(active, FINISHED, reason)
+        elif ending is Ending.STOP:
+            self.end(active, STOPPED, reason)
+        elif ending is Ending.FAIL:
+            self.end(active, FAILED, reason)
+        elif ending is Ending.PAUSE:
+            self.set_state(active, PAUSED, reason)
+        elif ending is Ending.SNAPSHOT:
+            line = self.boundaries.ask_for_snapshot(active, now)
+            if line:
+                self.journal.note(active.job_id, "checkpoint", line)
+
+    def _sight(self, active: ActiveJob, now: float) -> scheduler.JobSight:
+        """How the active job looks to the decision where it goes."""
+        return scheduler.JobSight(
             desired=active.record.desired,
             state=active.state,
             version=active.version,
@@ -481,20 +508,19 @@ class Controller:
             halted_version=active.halted_version,
             checkpoints=active.checkpoints,
             validated=active.fully_validated,
-            any_worker=self.leasing.any_worker(active, now),
+            any_worker=self.leasing.any_worker(active, now) and not self._all_stuck(active, now),
             early=active.early_ending,
             start_version=active.record.start_version,
+            settled=self.servers.settled(active),
+            failing=active.failing,
+            checkpoint_awaited=active.checkpoint_awaited,
         )
-        if ending is Ending.FINISH:
-            self.end(active, FINISHED, reason)
-        elif ending is Ending.STOP:
-            self.end(active, STOPPED, reason)
-        elif ending is Ending.PAUSE:
-            self.set_state(active, PAUSED, reason)
-        elif ending is Ending.SNAPSHOT:
-            line = self.boundaries.ask_for_snapshot(active, now)
-            if line:
-                self.journal.note(active.job_id, "checkpoint", line)
+
+    def _all_stuck(self, active: ActiveJob, now: float) -> bool:
+        """Whether the step under way has no end because none of its workers gets anything done."""
+        sights = stalls.worker_sights(active, self.members, now)
+        stuck = stuck_workers(sights, stalls.slot_seconds(active), self.timing)
+        return bool(stuck) and len(stuck) >= len(self.leasing.candidates(active, now))
 
     def pinned_versions(self, active: ActiveJob) -> set[int]:
         """The versions of the active job whose checkpoints stay, however old: those that a plan starts from or an

@@ -181,8 +181,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                 if versions and versions[-1] > version:
                     listing = await self._storage.call(root, checkpoints.listing, root)
                     return jobs_pb2.CheckpointJobResponse(checkpoint=listing[-1])
-                state = self._find(record.job_id).state
-                if state not in (jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_PLANNING):
+                if not self._orders.checkpoint_comes(record, version):
+                    state = self._find(record.job_id).state
                     raise CheckpointError(f"job {record.job_id} is {scheduler.STATE_WORDS[state]} before its next step")
                 await change.wait()
         raise AssertionError("abort has raised")

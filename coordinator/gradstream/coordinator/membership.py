@@ -130,6 +130,10 @@ class Membership:
         self._level(node)
         node.last_heartbeat, node.last_heartbeat_unix_ms = now, unix_ms
         node.holds = {held.job_id: held.epoch for held in request.held}
+        if request.kind == SERVER and request.held:
+            # Until its first heartbeat.
+            held = request.held[-1]
+            node.activity = coordinator_pb2.Activity(job_id=held.job_id, step=held.version)
         node.progress_at = now
         self._refused.pop((request.kind, request.name), None)
         return node

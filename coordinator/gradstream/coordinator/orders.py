@@ -57,17 +57,29 @@ class Orders:
         self._controller.reconcile()
 
     def checkpoint(self, record: JobRecord) -> int:
-        """Have a checkpoint written at the next boundary; return the version that it will be later than. Raises
-        ConfigError when the job does not run."""
+        """Have a checkpoint written at the next boundary, or of the version at hand where nobody computes; return the
+        version that it will be later than. Raises ConfigError when the job does not run."""
         active = self._active_of(record)
         if active is None or active.state != RUNNING or active.record.desired != "run":
             raise ConfigError(
                 f"job {record.job_id} is {scheduler.STATE_WORDS[record.state]}; only a running job can be asked for a "
                 f"checkpoint"
             )
-        active.checkpoint_after, active.boundary_session = active.version, 0
+        computes = self._controller.leasing.any_worker(active, self._controller.clock())
+        after = active.version if computes and active.version in active.checkpoints else active.version - 1
+        active.checkpoint_after, active.boundary_session = after, 0
         self._controller.reconcile()
-        return active.version
+        return after
+
+    def checkpoint_comes(self, record: JobRecord, after: int) -> bool:
+        """Whether a checkpoint of a later version than `after` is still to come of a job."""
+        active = self._active_of(record)
+        if active is None:
+            return False
+        if active.state != PAUSED:
+            return True
+        due = [active.halted_version, active.snapshot_due]
+        return any(version is not None and version > after and version not in active.checkpoints for version in due)
 
     def resume(self, record: JobRecord, on_disk: Sequence[int] = ()) -> None:
         """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished.

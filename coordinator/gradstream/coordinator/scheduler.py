@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from gradstream.coordinator.state import JobRecord, StepTotals
@@ -50,51 +51,79 @@ class Ending(Enum):
     GO_ON = "go on"
     PAUSE = "pause"
     STOP = "stop"
-    SNAPSHOT = "snapshot"  # stop, once the servers have written what they hold
+    SNAPSHOT = "snapshot"  # the servers write what they hold, where no step is about to end
     FINISH = "finish"
+    FAIL = "fail"
 
 
-def judge_end(
-    desired: str,
-    state: jobs_pb2.JobState.ValueType,
-    version: int,
-    num_steps: int,
-    halted_version: int | None,
-    checkpoints: Collection[int],
-    validated: bool,
-    any_worker: bool,
-    early: str = "",
-    start_version: int = 0,
-) -> tuple[Ending, str]:
+@dataclass(frozen=True)
+class JobSight:
+    """How a job with a plan looks at the moment."""
+
+    desired: str
+    state: jobs_pb2.JobState.ValueType
+    version: int
+    num_steps: int
+    # Where the leader answered a request to halt, if it did.
+    halted_version: int | None
+    checkpoints: Collection[int]
+    # The last validation pass is complete, or none is wanted.
+    validated: bool
+    # Somebody computes the step under way.
+    any_worker: bool
+    # Why a fine-tuning is to end before its last step.
+    early: str = ""
+    # Where the plan began: what was computed since is at the servers alone until there is a checkpoint of it.
+    start_version: int = 0
+    # The servers are all there, and every step that they have decided was reported.
+    settled: bool = True
+    # Why nobody can compute a step any more.
+    failing: str = ""
+    # A person waits for a checkpoint.
+    checkpoint_awaited: bool = False
+
+    @property
+    def boundary(self) -> int | None:
+        """The version at which the leader has a checkpoint written, if it has."""
+        if self.halted_version is not None:
+            return self.halted_version
+        return self.version if self.version >= self.num_steps else None
+
+    @property
+    def saved(self) -> bool:
+        """Whether the version that is known here is on the disk, or follows from the seed."""
+        return self.version == self.start_version or self.version in self.checkpoints
+
+
+def judge_end(job: JobSight) -> tuple[Ending, str]:
     """Decide whether a job with a plan rests, ends or goes on.
 
-    `halted_version` is where the leader answered a request to halt, if it did; `validated` says that the last
-    validation pass is complete or none is wanted; `early` why a fine-tuning is to end before its last step. What was
-    computed since `start_version`, where the plan began, is not given up by a stop that no worker is there for: the
-    servers hold it.
+    What the servers hold is not given up by a stop, or a failure, that no worker is there for, nor left without a
+    checkpoint by a pause.
     """
-    if early:
-        return Ending.FINISH, f"ended early at version {version}: {early}"
-    done = version >= num_steps
-    if done and version in checkpoints and validated:
-        return Ending.FINISH, f"all {num_steps} steps are done"
-    boundary = halted_version if halted_version is not None else version if done else None
-    if desired == "stop":
-        idle = not any_worker or state == jobs_pb2.JOB_STATE_PAUSED
-        if boundary is None and idle:
-            why = "while paused" if state == jobs_pb2.JOB_STATE_PAUSED else "no worker was live to finish the step"
-            if version == start_version:
-                return Ending.STOP, f"stopped at version {version}; {why}"
-            if version in checkpoints:
-                return Ending.STOP, f"stopped at version {version}, with a checkpoint; {why}"
-            return Ending.SNAPSHOT, f"the checkpoint of version {version}"
-        if boundary is not None and boundary in checkpoints:
+    if job.early:
+        return Ending.FINISH, f"ended early at version {job.version}: {job.early}"
+    boundary, paused = job.boundary, job.state == jobs_pb2.JOB_STATE_PAUSED
+    if job.version >= job.num_steps and job.version in job.checkpoints and job.validated:
+        return Ending.FINISH, f"all {job.num_steps} steps are done"
+    if job.desired == "stop":
+        if boundary is not None and boundary in job.checkpoints:
             return Ending.STOP, f"stopped at version {boundary}, with a checkpoint"
-    if desired == "pause" and state != jobs_pb2.JOB_STATE_PAUSED:
+        if boundary is None and job.saved and job.settled and (paused or not job.any_worker):
+            kept = ", with a checkpoint" if job.version in job.checkpoints else ""
+            why = "while paused" if paused else "no worker was live to finish the step"
+            return Ending.STOP, f"stopped at version {job.version}{kept}; {why}"
+    if job.desired == "pause" and not paused:
         if boundary is not None:
-            return Ending.PAUSE, f"paused at version {version}"
-        if not any_worker:
-            return Ending.PAUSE, f"paused at version {version}; no worker was live"
+            return Ending.PAUSE, f"paused at version {job.version}"
+        if not job.any_worker:
+            return Ending.PAUSE, f"paused at version {job.version}; no worker was live"
+    if job.desired == "run" and job.failing and job.saved and job.settled:
+        return Ending.FAIL, job.failing
+    rests = paused or not job.any_worker
+    wanted = job.desired != "run" or job.failing or job.checkpoint_awaited
+    if rests and wanted and not job.saved and boundary != job.version:
+        return Ending.SNAPSHOT, f"the checkpoint of version {job.version}"
     return Ending.GO_ON, ""
 
 

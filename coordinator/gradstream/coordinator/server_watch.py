@@ -31,6 +31,17 @@ class ServerWatch:
         self._ring(active, now, self._timing.server_grace_seconds)
         return judge_servers(sights)
 
+    def settled(self, active: ActiveJob) -> bool:
+        """Whether all of the plan's servers are there, and every step that the leader has decided was reported: after a
+        cut they may be further than is known here. The job must have a plan."""
+        assert active.plan is not None
+        nodes = [self._members.get(server.node_id) for server in active.plan.servers]
+        if not all(node is not None and node.present for node in nodes):
+            return False
+        leader = nodes[active.plan.leader]
+        assert leader is not None
+        return leader.activity.job_id != active.job_id or leader.activity.step <= active.version
+
     def keep_name(self, active: ActiveJob | None, request: coordinator_pb2.RegisterRequest, now: float) -> None:
         """Keep the name of a silent server for it, until its process is known to be gone or its time has passed.
 

@@ -175,6 +175,8 @@ class Views:
             return []
         waits = self._silent_servers(active)
         if active.state == PAUSED:
+            if active.snapshot_due is not None:
+                waits.append(self._checkpoint_wait(active, active.snapshot_due))
             return [*waits, ("to be resumed", "`gradstream resume`")] if active.record.desired == "pause" else waits
         free = [slot for slot, holder in enumerate(active.holders) if not holder and not active.resting]
         if free:
@@ -184,10 +186,10 @@ class Views:
             waits.extend(benched)
         leader = active.plan.servers[active.plan.leader].name
         done = active.version >= active.num_steps
-        if active.record.desired != "run" and not active.resting and not done and active.stopping_at is None:
+        if active.record.desired != "run" and not active.resting and not done and active.snapshot_due is None:
             waits.append((f"the end of step {active.version}, to {active.record.desired} there", leader))
         boundary = active.halted_version if active.halted_version is not None else active.num_steps if done else None
-        boundary = active.stopping_at if boundary is None else boundary
+        boundary = active.snapshot_due if boundary is None else boundary
         if boundary is not None and boundary not in active.checkpoints:
             waits.append(self._checkpoint_wait(active, boundary))
         if done and not active.fully_validated:
@@ -196,6 +198,8 @@ class Views:
 
     def _planning_waits(self, active: ActiveJob) -> list[tuple[str, str]]:
         """What a job in planning waits for."""
+        if active.record.desired != "run":
+            return self._silent_servers(active)
         if active.hold:
             return [(active.hold, "the operator of the storage")]
         if active.planning is not None:
@@ -211,6 +215,7 @@ class Views:
         if active.plan is None:
             return []
         seconds = self._controller.timing.reunion_seconds
+        cure = "; `gradstream stop --now` gives it up" if active.record.desired == "stop" else ""
         waits = []
         for server in active.plan.servers:
             absence = active.reunion.absences.get(server.node_id)
@@ -220,7 +225,7 @@ class Views:
                 fate = "silent; its state is waited for as long as no server can be reached"
             else:
                 fate = f"silent; its state is waited for, {seconds:g} s at most"
-            waits.append((f"parameter server {server.name} to come back ({fate})", server.name))
+            waits.append((f"parameter server {server.name} to come back ({fate}{cure})", server.name))
         return waits
 
     def _checkpoint_wait(self, active: ActiveJob, version: int) -> tuple[str, str]:

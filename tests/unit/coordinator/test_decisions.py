@@ -13,6 +13,7 @@ from gradstream.coordinator.planner import CheckpointAt, check_data, make_plan
 from gradstream.coordinator.reunion import ServerSight, Verdict, judge_servers
 from gradstream.coordinator.scheduler import (
     Ending,
+    JobSight,
     judge_end,
     lease_slots,
     missing_nodes,
@@ -230,7 +231,11 @@ def test_the_verdict_on_servers(sight: ServerSight, verdict: Verdict) -> None:
         ("pause", RUNNING, 3, None, set(), False, True, Ending.GO_ON),
         ("pause", RUNNING, 3, 3, set(), False, True, Ending.PAUSE),
         ("pause", RUNNING, 3, None, set(), False, False, Ending.PAUSE),
-        ("pause", PAUSED, 3, 3, set(), False, True, Ending.GO_ON),
+        ("pause", PAUSED, 3, 3, set(), False, True, Ending.GO_ON),  # the leader's checkpoint is on its way
+        ("pause", PAUSED, 3, 2, set(), False, True, Ending.SNAPSHOT),  # a step was under way
+        ("pause", PAUSED, 3, None, set(), False, True, Ending.SNAPSHOT),
+        ("pause", PAUSED, 3, None, {3}, False, True, Ending.GO_ON),
+        ("pause", PAUSED, 0, None, set(), False, False, Ending.GO_ON),
         ("stop", RUNNING, 3, 3, set(), False, True, Ending.GO_ON),
         ("stop", RUNNING, 3, 3, {3}, False, True, Ending.STOP),
         ("stop", RUNNING, 3, 2, {2}, False, True, Ending.STOP),  # a step was under way
@@ -254,7 +259,8 @@ def test_how_a_job_ends(
     worker: bool,
     ending: Ending,
 ) -> None:
-    assert judge_end(desired, state, version, 4, halted, checkpoints, validated, worker)[0] is ending
+    sight = JobSight(desired, state, version, 4, halted, checkpoints, validated, worker)
+    assert judge_end(sight)[0] is ending
 
 
 def test_leases_rest_and_are_told_by_name() -> None:

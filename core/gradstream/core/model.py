@@ -10,6 +10,7 @@ without one.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 MAX_LAYERS = 1024
+_WRONG_KIND = re.compile(r"Field '(?P<key>\w+)' expected (?P<expected>[^,]+), got \w+ \(value: (?P<value>.*)\)")
+"""How a config class of transformers refuses a value of another kind."""
+_KINDS = {
+    "int": "a whole number without point or exponent",
+    "float": "a number with a point, as 1.0",
+    "bool": "true or false",
+    "str": "a text",
+}
 
 
 def preload() -> None:
@@ -66,11 +75,16 @@ def load_config(model_config: Mapping[str, Any]) -> Any:
         )
     try:
         config = AutoConfig.for_model(model_type, **fields)
-        num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     except Exception as error:  # the config classes of transformers raise whatever a wrong value leads to
+        if kind := _WRONG_KIND.search(str(error)):
+            expected = _KINDS.get(kind["expected"], kind["expected"])
+            raise ConfigError(
+                f"model.config.{kind['key']} is {kind['value']}, and {model_type} expects {expected}; correct it"
+            ) from None
         raise ConfigError(f"model.config is not a valid {model_type} config: {one_line(error)}") from None
-    if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
-        raise ConfigError(f"model.config has {num_layers} layers; at most {MAX_LAYERS} can be built")
+    if isinstance(num_layers, int) and not 0 < num_layers <= MAX_LAYERS:
+        raise ConfigError(f"model.config has {num_layers} layers; 1 to {MAX_LAYERS} can be built")
     return config
 
 

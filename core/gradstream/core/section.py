@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from gradstream.core.errors import nearest
 
@@ -19,6 +21,16 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """To pydantic `yes`, which is true in YAML, is also the number 1."""
+        if any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value])):
+            kind = repr(cls.model_fields[str(info.field_name)].annotation)
+            if re.search(r"\b(int|float)\b", kind) and "bool" not in kind:
+                raise PydanticCustomError("number_type", "input should be a number")
+        return value
 
 
 def explain(error: ValidationError, recipe: type[Section]) -> str:

@@ -76,6 +76,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tree: Any, message: str)
         (changed(optimizer={"betas": [0.9, 1.5]}), "'optimizer.betas.1'"),
         (changed(optimizer={"clip_norm": float("inf")}), "'optimizer.clip_norm': input should be a finite number"),
         (changed(codec={"push": "int5"}), "'codec.push'"),
+        # `yes` is true in YAML, and true is 1 in Python.
+        (changed(training={"num_steps": True}), "'training.num_steps': input should be a number, not True"),
+        (changed(optimizer={"learning_rate": True}), "'optimizer.learning_rate': input should be a number, not True"),
+        (changed(optimizer={"betas": [True, 0.9]}), "'optimizer.betas': input should be a number, not [True, 0.9]"),
+        (changed(pipeline={"stages": True}), "'pipeline.stages': input should be a number, not True"),
+        (changed() | {"seed": False}, "'seed': input should be a number, not False"),
         (changed() | {"name": "Not a name"}, "'name'"),
         (changed() | {"name": "../up"}, "'name'"),
         ("{not json", "not JSON"),

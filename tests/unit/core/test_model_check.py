@@ -62,6 +62,26 @@ def test_a_config_that_no_model_can_be_trained_from(config: dict[str, Any], mess
             build(MICRO_LLAMA | config, "meta")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("hidden_size", 3.2e1, "is 32.0, and llama expects a whole number without point or exponent"),
+        ("initializer_range", 0, "is 0, and llama expects a number with a point, as 1.0"),
+        ("tie_word_embeddings", "no", "is 'no', and llama expects true or false"),
+        ("hidden_act", 3, "is 3, and llama expects a text"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_the_kind_that_is_expected(key: str, value: Any, expected: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.config\.{key} {expected}; correct it$"):
+        build(MICRO_LLAMA | {key: value}, "meta")
+
+
+@pytest.mark.parametrize("num_layers", [0, -1, 5000])
+def test_a_model_has_layers(num_layers: int) -> None:
+    with pytest.raises(ConfigError, match=rf"model.config has {num_layers} layers; 1 to 1024 can be built"):
+        build(MICRO_LLAMA | {"num_hidden_layers": num_layers}, "meta")
+
+
 def test_what_is_no_number_to_compute_with_may_be_a_text() -> None:
     harmless = {
         "transformers_version": "4.40",

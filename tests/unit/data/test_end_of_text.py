@@ -58,7 +58,16 @@ EOS_CONFIG = {"eos_token": "<eos>"}
         ({"tokenizer_config": EOS_CONFIG, "config": {"eos_token_id": 0}}, 0, "tokenizer_config.json"),
         ({"tokenizer_config": {"eos_token": {"content": "</s>", "lstrip": False}}}, 3, "tokenizer_config.json"),
         ({"special_tokens_map": EOS_CONFIG}, 0, "special_tokens_map.json"),
-        ({"special_tokens_map": {"eos_token": "</s>"}, "tokenizer_config": EOS_CONFIG}, 0, "tokenizer_config.json"),
+        # Of the two files transformers takes the older one, unless the other holds the added tokens as well.
+        ({"special_tokens_map": {"eos_token": "</s>"}, "tokenizer_config": EOS_CONFIG}, 3, "special_tokens_map.json"),
+        (
+            {
+                "special_tokens_map": {"eos_token": "</s>"},
+                "tokenizer_config": {**EOS_CONFIG, "added_tokens_decoder": {}},
+            },
+            0,
+            "tokenizer_config.json",
+        ),
         ({"config": {"eos_token_id": 3}}, 3, "config.json"),
         ({"config": {"text_config": {"eos_token_id": 3}}}, 3, "config.json"),
         ({"config": {"eos_token_id": [3]}, "tokenizer_config": {"eos_token": None}}, 3, "config.json"),

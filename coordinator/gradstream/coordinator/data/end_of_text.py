@@ -62,7 +62,11 @@ def choose_end_of_text(
         for name in (CONFIG, GENERATION_CONFIG)
         if (value := _eos_token_id(beside.get(name, {}))) is not None
     }
-    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP):
+    # As transformers reads them: the older file counts first unless the other one holds the added tokens too.
+    settings = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
+    if beside.get(TOKENIZER_CONFIG, {}).get("added_tokens_decoder") is None:
+        settings = (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG)
+    for name in settings:
         token = beside.get(name, {}).get("eos_token")
         text = token.get("content") if isinstance(token, Mapping) else token
         if text is None:
@@ -98,7 +102,9 @@ def _asked(tokenizer_path: str, asked: str | int, vocabulary: Mapping[str, int],
                 f"one of its tokens"
             )
         return EndOfText(vocabulary[asked], asked, "end_of_text")
-    return EndOfText(asked, _text(asked, texts, tokenizer_path, "end_of_text"), "end_of_text")
+    if asked not in texts:
+        raise ConfigError(f"end_of_text {asked} is not in the vocabulary of {tokenizer_path}; name one of its tokens")
+    return EndOfText(asked, texts[asked], "end_of_text")
 
 
 def _agree(text: str, number: int, origin: str, stated: Mapping[str, list[int]], texts: Mapping[int, str]) -> None:

@@ -39,15 +39,18 @@ def standing(active: ActiveJob, version: int, members: Membership, now: float) -
         report = reports.get(slot)
         if report is not None:
             entries.append(ResidualEntry(file=report.file, num_bytes=report.num_bytes, sha256=report.sha256, slot=slot))
-        elif active.fresh_from.get(slot, -1) >= version or not _may_come(active, holder, members, now):
+        elif active.fresh_from.get(slot, -1) >= version or not _may_come(active, version, holder, members, now):
             lost.append(slot)
         else:
             owed[slot] = holder
     return Standing(tuple(entries), tuple(lost), owed)
 
 
-def _may_come(active: ActiveJob, holder: str, members: Membership, now: float) -> bool:
-    """Whether a worker can still report: it lives, or the coordinator was restarted and it may be about to."""
+def _may_come(active: ActiveJob, version: int, holder: str, members: Membership, now: float) -> bool:
+    """Whether a worker can still report: it lives, or the coordinator was restarted and it may be about to. It knows
+    nothing of a version that the servers write as it is."""
+    if version == active.snapshot or active.benches.failed(holder):
+        return False
     node = members.get(holder)
     return node.alive if node is not None else now < active.expect_holders_until
 

@@ -20,7 +20,7 @@ from coordinator_fakes import (
     step_report,
 )
 
-from gradstream.coordinator.planning import MadePlan, make_plan
+from gradstream.coordinator.planning import MadePlan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 PAUSED, PLANNING, RUNNING = jobs_pb2.JOB_STATE_PAUSED, jobs_pb2.JOB_STATE_PLANNING, jobs_pb2.JOB_STATE_RUNNING

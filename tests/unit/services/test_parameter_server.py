@@ -29,7 +29,7 @@ from support.shards import (
 )
 
 from gradstream.core.bundles import codec_for
-from gradstream.core.checkpoint import directory_of, write_manifest
+from gradstream.core.checkpoint import directory_of, write_manifest, write_shard
 from gradstream.core.codecs import codec_named
 from gradstream.core.errors import GradstreamError, StaleEpochError
 from gradstream.core.model import initial_weights
@@ -39,6 +39,7 @@ from gradstream.core.rpc import error_from_rpc
 from gradstream.core.wire import Assembler, frame, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.proto.v1 import plan_pb2
+from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.optimizer import learning_rate
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 
@@ -292,6 +293,89 @@ async def test_a_disk_that_takes_no_checkpoint_costs_no_state(tmp_path: Path) ->
         assert cluster.checkpoints[0].version == 2
         assert shard._unwritten is None
         assert cluster.failures == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+async def test_whatever_keeps_a_checkpoint_from_the_disk_costs_no_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    plan = make_plan(1, data=str(tmp_path), checkpoint_root=str(tmp_path / "checkpoints"))
+    left = [error]
+
+    def fails_once(*given: Any) -> Any:
+        if left:
+            raise left.pop()
+        return write_shard(*given)
+
+    monkeypatch.setattr("gradstream.services.parameter_server.shard.write_shard", fails_once)
+    async with serving(plan) as cluster:
+        await cluster.push(cluster.all_keys())
+        await until(lambda: len(cluster.checkpoints) == 1)
+        assert not left
+        assert cluster.failures == []
+        assert cluster.shards[0].version == 1
+
+
+@pytest.mark.parametrize("interval_steps", [1, 0])
+async def test_a_copy_for_a_checkpoint_that_finds_no_memory_costs_no_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval_steps: int
+) -> None:
+    """At a step that has a checkpoint, and of the version at hand."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    root = str(tmp_path / "checkpoints")
+    plan = make_plan(1, data=str(tmp_path), checkpoint_root=root, checkpoint={"interval_steps": interval_steps})
+    snapshot, full = BundleState.snapshot, True
+
+    def fails(state: BundleState) -> Any:
+        if full:
+            raise MemoryError
+        return snapshot(state)
+
+    monkeypatch.setattr(BundleState, "snapshot", fails)
+    async with serving(plan) as cluster:
+        await cluster.push(cluster.all_keys())
+        held = await cluster.pull(1)
+        shard = cluster.shards[0]
+        shard.request_snapshot(1)
+        await until(lambda: shard.activity().waiting_for == "the disk to take its checkpoint: MemoryError")
+        full = False
+        await until(lambda: len(cluster.checkpoints) == 1)
+        assert shard.activity().waiting_for.startswith("slots")
+        assert cluster.failures == []
+        directory = directory_of(root, 1)
+        write_manifest(directory, plan, 1, cluster.checkpoints, {})
+    async with serving(make_plan(1, epoch=6, start_version=1, checkpoint_path=directory)) as other:
+        assert same(await other.pull(1), held)
+
+
+async def test_steps_go_on_over_checkpoints_that_nobody_takes_the_reports_of(tmp_path: Path) -> None:
+    """The coordinator is away for longer than from one checkpoint to the next; the newest are kept for it."""
+    root = tmp_path / "checkpoints"
+    plan = make_plan(
+        2, data=str(tmp_path), checkpoint_root=str(root), training={"num_steps": 4}, checkpoint={"keep": 2}
+    )
+    back = asyncio.Event()
+    async with serving(plan) as cluster, asyncio.timeout(30):
+        take = cluster._take_checkpoint
+
+        async def later(report: Any) -> None:
+            await back.wait()
+            await take(report)
+
+        for shard in cluster.shards:
+            shard._report_checkpoint = later
+        for step in range(4):
+            await cluster.push(cluster.all_keys(), step=step)
+            await cluster.pull(step + 1)
+        drained = asyncio.gather(*(shard.drain() for shard in cluster.shards))
+        await until(lambda: sorted(path.name for path in root.iterdir()) == ["step-00000003", "step-00000004"])
+        assert cluster.checkpoints == []
+        assert not drained.done()
+        back.set()
+        await drained
+        reported = sorted((report.version, report.server) for report in cluster.checkpoints)
+        assert reported == [(version, server) for version in (3, 4) for server in (0, 1)]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeAlias, TypeVar
@@ -119,11 +121,15 @@ class Shard:
         self._closed: StaleEpochError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._checkpoint_task: asyncio.Task[None] | None = None
+        # Reports of files that the coordinator has not taken yet, by version.
+        self._unreported: dict[int, asyncio.Task[None]] = {}
         # The last version whose checkpoint was begun, or was there at the start.
         self._checkpoint_version = plan.start_version
         self._snapshots = False  # whether a copy of the version at hand is being made
-        # Why that checkpoint cannot be written, and since when (Unix seconds); None while it can.
+        # Why no checkpoint can be written, and since when (Unix seconds); None while one can.
         self._unwritten: tuple[str, float] | None = None
+        # Since when (Unix seconds) a step waits for the checkpoint before to be written.
+        self._settling_since: float | None = None
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -181,6 +187,7 @@ class Shard:
         """Wait until a checkpoint that is being written is reported."""
         if self._checkpoint_task is not None:
             await asyncio.gather(self._checkpoint_task, return_exceptions=True)
+        await asyncio.gather(*self._unreported.values(), return_exceptions=True)
 
     # -- push ------------------------------------------------------------------------------------------------------
 
@@ -303,19 +310,29 @@ class Shard:
             *(self._apply(state, decision, rate, checkpoint) for state in self.bundles.values())
         )
         self._enter(step + 1)
-        if checkpoint:
-            self._begin_checkpoint(step + 1, list(chain.from_iterable(copies)))
+        whole = [copy for copy in copies if copy is not None]
+        if checkpoint and len(whole) == len(copies):
+            self._begin_checkpoint(step + 1, list(chain.from_iterable(whole)))
+        elif checkpoint:
+            del whole, copies
+            self.request_snapshot(step + 1)
         if self.leader is not None:
             await self._report_step(self._step_report(decision, rate, num_samples, push_codec))
 
     async def _apply(
         self, state: BundleState, decision: Decision, rate: float, checkpoint: bool
-    ) -> list[tuple[Fragment, State]]:
-        def work() -> list[tuple[Fragment, State]]:
+    ) -> list[tuple[Fragment, State]] | None:
+        """Update a bundle and publish it; its copy for a checkpoint, None where there is no memory for one."""
+
+        def work() -> list[tuple[Fragment, State]] | None:
             if not decision.skip:
                 state.apply(decision.num_tokens, decision.clip_scale, rate)
             state.publish(decision.step + 1, self.pull_codec)
-            return state.snapshot() if checkpoint else []
+            try:
+                return state.snapshot() if checkpoint else []
+            except Exception as error:
+                self._note_unwritten(error)
+                return None
 
         copies = await self._run(work)
         state.begin_step(decision.step + 1)
@@ -383,10 +400,19 @@ class Shard:
             self._spawn(self._snapshot(version))
 
     async def _snapshot(self, version: int) -> None:
+        """Try until the copies are made, or another version is at hand: whatever goes wrong costs no state."""
+        backoff = Backoff(1.0, 30.0)
         try:
-            await self._take_snapshot(version)
+            while self._can_snapshot(version):
+                try:
+                    await self._take_snapshot(version)
+                except Exception as error:
+                    self._note_unwritten(error)
+                    await asyncio.sleep(backoff.next())
         finally:
             self._snapshots = False
+            if self._checkpoint_version < version:
+                self._unwritten = None
 
     async def _take_snapshot(self, version: int) -> None:
         await self._settle_checkpoint()
@@ -405,28 +431,37 @@ class Shard:
         if self._checkpoint_task is not None and self._unwritten is not None:
             self._checkpoint_task.cancel()
             self._unwritten = None
-        await self.drain()
+        if self._checkpoint_task is not None:
+            self._settling_since = time.time()
+            await asyncio.gather(self._checkpoint_task, return_exceptions=True)
+            self._settling_since = None
 
     def _begin_checkpoint(self, version: int, copies: list[tuple[Fragment, State]]) -> None:
         self._checkpoint_version = version
-        self._checkpoint_task = asyncio.create_task(self._guard(self._write_checkpoint(version, copies)))
+        writing = self._write_checkpoint(version, copies, self._consecutive_skips)
+        self._checkpoint_task = asyncio.create_task(self._guard(writing))
+
+    def _note_unwritten(self, error: Exception) -> None:
+        """Remember why no checkpoint can be written, for `status`."""
+        cause, known = one_line(error), self._unwritten
+        if known is None or known[0] != cause:
+            log.error("a checkpoint cannot be written, trying again", job=self.plan.job_id, cause=cause)
+        self._unwritten = (cause, known[1] if known is not None else time.time())
 
     async def _write_file(self, directory: str, file: str, copies: list[tuple[Fragment, State]]) -> Written:
-        """Write this server's file of a checkpoint, as often as it takes: a disk that is full costs no state."""
+        """Write this server's file of a checkpoint, as often as it takes: whatever keeps it from the disk costs no
+        state."""
         backoff = Backoff(1.0, 30.0)
         while True:
             try:
                 written = await asyncio.to_thread(write_shard, directory, file, self.plan.tensors, copies)
                 self._unwritten = None
                 return written
-            except OSError as error:
-                cause = one_line(error)
-                if self._unwritten is None or self._unwritten[0] != cause:
-                    log.error("a checkpoint cannot be written, trying again", directory=directory, cause=cause)
-                self._unwritten = (cause, self._unwritten[1] if self._unwritten is not None else time.time())
+            except Exception as error:
+                self._note_unwritten(error)
             await asyncio.sleep(backoff.next())
 
-    async def _write_checkpoint(self, version: int, copies: list[tuple[Fragment, State]]) -> None:
+    async def _write_checkpoint(self, version: int, copies: list[tuple[Fragment, State]], num_skips: int) -> None:
         plan = self.plan
         # In the order of their indices, whatever bundles they lie in.
         copies.sort(key=lambda copy: copy[0].index)
@@ -441,22 +476,34 @@ class Shard:
             file=files.join(directory, file),
             seconds=round(time.monotonic() - began, 2),
         )
-        await self._report_checkpoint(
-            coordinator_pb2.ReportCheckpointRequest(
-                job_id=plan.job_id,
-                epoch=plan.epoch,
-                version=version,
-                server=self.index,
-                file=entry.file,
-                num_bytes=entry.num_bytes,
-                sha256=entry.sha256,
-                fragments=[
-                    coordinator_pb2.FragmentDigest(fragment=fragment.index, sha256=digest)
-                    for (fragment, _), digest in zip(copies, digests, strict=True)
-                ],
-                consecutive_skips=self._consecutive_skips,
-            )
+        report = coordinator_pb2.ReportCheckpointRequest(
+            job_id=plan.job_id,
+            epoch=plan.epoch,
+            version=version,
+            server=self.index,
+            file=entry.file,
+            num_bytes=entry.num_bytes,
+            sha256=entry.sha256,
+            fragments=[
+                coordinator_pb2.FragmentDigest(fragment=fragment.index, sha256=digest)
+                for (fragment, _), digest in zip(copies, digests, strict=True)
+            ],
+            consecutive_skips=num_skips,
         )
+        # On its own: the next checkpoint, and so the step before it, must not wait for the coordinator.
+        self._unreported[version] = self._spawn(self._report_file(report))
+        # Nobody removes old checkpoints while the coordinator is away.
+        while len(self._unreported) > max(2, plan.recipe.checkpoint.keep):
+            oldest = min(self._unreported)
+            self._unreported.pop(oldest).cancel()
+            log.info("a checkpoint's file makes room for newer ones, unreported", job=plan.job_id, version=oldest)
+            await asyncio.to_thread(_remove, directory_of(plan.checkpoint_root, oldest), file)
+
+    async def _report_file(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
+        try:
+            await self._report_checkpoint(report)
+        finally:
+            self._unreported.pop(report.version, None)
 
     # -- pull ------------------------------------------------------------------------------------------------------
 
@@ -515,6 +562,8 @@ class Shard:
         since = self.phase.since
         if self._unwritten is not None:
             waiting_for, since = f"the disk to take its checkpoint: {self._unwritten[0]}", self._unwritten[1]
+        elif self._settling_since is not None:
+            waiting_for, since = "the disk to take its last checkpoint", self._settling_since
         finished = self.version >= self.plan.num_steps
         states = self.bundles.values()
         return coordinator_pb2.Activity(
@@ -568,10 +617,11 @@ class Shard:
     async def _run(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(self._guard(work))
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._guard(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _guard(self, work: Awaitable[None]) -> None:
         """Run a background task; what goes wrong in it ends the shard and is reported, never swallowed."""
@@ -582,3 +632,10 @@ class Shard:
                 log.warning("left the step", job=self.plan.job_id, cause=str(error))
         except Exception as error:
             await self._report_failure(error)
+
+
+def _remove(directory: str, file: str) -> None:
+    """Remove a file that nobody knows of, and its directory if that is empty then."""
+    with suppress(OSError):
+        files.remove(files.join(directory, file))
+        os.rmdir(directory)

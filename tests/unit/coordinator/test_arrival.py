@@ -188,7 +188,7 @@ def begin_checkpoint(server: ParameterServer, version: int) -> None:
     shard = server.shard
     assert shard is not None
     copies = [copy for state in shard.bundles.values() for copy in state.snapshot()]
-    shard._checkpoint_task = asyncio.create_task(shard._guard(shard._write_checkpoint(version, copies)))
+    shard._begin_checkpoint(version, copies)
 
 
 def taken_files(cluster: Cluster, job_id: str) -> list[int]:

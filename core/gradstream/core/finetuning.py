@@ -38,13 +38,31 @@ PEFT_SETTINGS: dict[str, tuple[Any, ...]] = {
     "use_dora": (),
     "use_qalora": (),
     "lora_bias": (),
+    "base_model_name_or_path": (),
+    "revision": (),
+    "megatron_config": (),
+    "loftq_config": (),
+    "eva_config": (),
+    "corda_config": (),
+    "lora_ga_config": (),
+    "velora_config": (),
+    "alora_invocation_tokens": (),
+    "monteclora_config": (),
+    "runtime_config": (),
+    "use_bdlora": (),
+    "arrow_config": (),
+    "kasa_config": (),
+    "ensure_weight_tying": (),
 }
 """Keys of peft's LoraConfig that have no counterpart here, with the values that change nothing. None, false and what is
 empty change nothing either."""
+PEFT_NOTES = ("peft_version", "auto_mapping", "megatron_core", "qalora_group_size")
+"""Keys in peft's adapter_config.json that say nothing of the adapter by themselves."""
 _INSTEAD = {
     "bias": "adapters train no biases; use bias: none, or method: full",
     "modules_to_save": "adapters alone are trained; leave it out, or use method: full",
     "task_type": "only CAUSAL_LM is trained",
+    "base_model_name_or_path": "the base is the recipe's base_model",
     "exclude_modules": "name the others in lora.target_modules",
     "layers_to_transform": "name the layers' modules in lora.target_modules, such as layers.0.self_attn.q_proj",
 }
@@ -74,6 +92,8 @@ class LoraConfig(Section):
             name = PEFT_NAMES.get(key, key)
             if name in found or (name != key and name in tree):
                 raise ValueError(f"lora.{key} and lora.{name} say the same; give one of them")
+            if key in PEFT_NOTES:
+                continue
             if key not in PEFT_SETTINGS:
                 found[name] = value
             elif value and value not in PEFT_SETTINGS[key]:
@@ -87,8 +107,11 @@ class LoraConfig(Section):
             targets = [targets]
         if isinstance(targets, set | frozenset):
             targets = sorted(targets)
-        if not isinstance(targets, list | tuple):
-            return targets
+        if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
+            raise ValueError(
+                f"lora.target_modules is {targets!r}; list ends of the names of modules, such as [q_proj, v_proj], or "
+                f"leave it out for {ALL_LINEAR}"
+            )
         if not targets:
             raise ValueError(f"lora.target_modules is empty; leave it out for {ALL_LINEAR}, or name modules")
         if list(targets) == [ALL_LINEAR]:
@@ -96,7 +119,7 @@ class LoraConfig(Section):
         for target in targets:
             if target == ALL_LINEAR:
                 raise ValueError(f"lora.target_modules: {ALL_LINEAR} stands alone; leave the other names out")
-            if isinstance(target, str) and not MODULE_NAME.fullmatch(target):
+            if not MODULE_NAME.fullmatch(target):
                 raise ValueError(
                     f"lora.target_modules: {target!r} is no end of a module's name; regular expressions are not read: "
                     f"list the ends instead, such as [q_proj, v_proj], or [layers.0.self_attn.q_proj] for one layer"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gradstream.core.config import load_recipe, parse_recipe
 from gradstream.core.data import DataShard, Manifest
 from gradstream.core.errors import ConfigError
+from gradstream.core.finetuning import LoraConfig
 from gradstream.core.finetuning_recipe import parse_finetuning_recipe
 
 COUNTS = st.integers(1, 70)
@@ -233,9 +234,22 @@ def test_lora_keys_of_peft_are_taken(lora: dict[str, Any], expected: dict[str, A
     assert parse_finetuning_recipe(found.model_dump_json()) == found
 
 
+def test_a_whole_config_of_peft_is_taken() -> None:
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
+    config |= {"target_modules": sorted(config["target_modules"]), "peft_type": "LORA"}  # as in its JSON
+    assert parse_finetuning_recipe(fine_tuning() | {"lora": config}).lora == LoraConfig(
+        rank=4, alpha=8, target_modules=("q_proj",)
+    )
+
+
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
+        ({"target_modules": None}, "lora.target_modules is None; list ends of the names of modules"),
+        ({"base_model_name_or_path": "x"}, "lora.base_model_name_or_path 'x' is not supported: the base is the recipe"),
+        ({"eva_config": {"rho": 2}}, "lora.eva_config {'rho': 2} is not supported: leave it out"),
         ({"target_modules": r".*\.q_proj"}, "regular expressions are not read: list the ends instead"),
         ({"target_modules": [r".*\.q_proj"]}, "'.*\\\\.q_proj' is no end of a module's name"),
         ({"target_modules": "q_proj,v_proj"}, "list the ends instead, such as [q_proj, v_proj]"),

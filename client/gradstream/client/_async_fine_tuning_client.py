@@ -114,9 +114,15 @@ class AsyncFineTuningClient:
     async def upload(self, path: str | Path) -> str:
         """Send a file of examples; return its path as the service sees it, for `data.path` of a recipe.
 
-        Raises ConfigError when the file cannot be read, DataError when it is too large.
+        Raises ConfigError when the file cannot be read or is several, DataError when it is too large.
         """
         path = Path(path).expanduser()
+        is_glob = any(character in path.name for character in "*?[") and not path.exists()
+        if path.is_dir() or is_glob:
+            raise ConfigError(
+                f"{path} is a {'glob' if is_glob else 'directory'}, and one file is sent; join its files into one, or "
+                f"put them where the service can see them"
+            )
 
         async def pieces() -> AsyncIterator[pb.UploadExamplesRequest]:
             stream = await asyncio.to_thread(path.open, "rb")

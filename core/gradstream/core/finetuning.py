@@ -103,7 +103,7 @@ class LoraConfig(Section):
     @field_validator("target_modules", mode="before")
     @classmethod
     def _as_names(cls, targets: Any) -> Any:
-        if isinstance(targets, str) and targets != ALL_LINEAR:
+        if isinstance(targets, str):
             targets = [targets]
         if isinstance(targets, set | frozenset):
             targets = sorted(targets)

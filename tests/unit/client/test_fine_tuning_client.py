@@ -107,6 +107,9 @@ def test_a_file_is_sent_in_pieces(service: CannedFineTunings, client: FineTuning
     assert service.uploaded == content
     with pytest.raises(ConfigError, match="cannot be read"):
         client.upload(tmp_path / "other")
+    for several in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(ConfigError, match="and one file is sent; join its files into one"):
+            client.upload(several)
 
 
 def test_preview(service: CannedFineTunings, client: FineTuningClient) -> None:

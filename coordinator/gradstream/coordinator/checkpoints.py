@@ -11,12 +11,15 @@ import asyncio
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from contextlib import asynccontextmanager
 
 from gradstream.coordinator.planner import CheckpointAt
 from gradstream.core import checkpoint, files
-from gradstream.core.errors import CheckpointError
+from gradstream.core.errors import CheckpointError, UnreachableError
 from gradstream.proto.v1 import jobs_pb2
+
+CHOOSING_SECONDS = 60.0
 
 _DIRECTORY = re.compile(r"step-([0-9]{8,})")
 
@@ -32,9 +35,23 @@ class Pins:
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._pins: Counter[tuple[str, int]] = Counter()
 
-    def choosing(self, root: str) -> asyncio.Lock:
-        """Held while the checkpoints under `root` are chosen from, or removed."""
-        return self._locks[root]
+    @asynccontextmanager
+    async def choosing(self, root: str) -> AsyncIterator[None]:
+        """Held while the checkpoints under `root` are chosen from, or removed. Raises UnreachableError when another
+        holds it for too long: its storage does not answer."""
+        lock = self._locks[root]
+        try:
+            async with asyncio.timeout(CHOOSING_SECONDS):
+                await lock.acquire()
+        except TimeoutError:
+            raise UnreachableError(
+                f"old checkpoints are being removed below {root}, whose storage has not answered for "
+                f"{CHOOSING_SECONDS:g} s; check that it is mounted and its server reachable"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def pin(self, root: str, version: int) -> Callable[[], None]:
         """Keep a checkpoint until the function returned is called; a second call does nothing."""

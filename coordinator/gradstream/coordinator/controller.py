@@ -37,6 +37,7 @@ from gradstream.coordinator.timing import Timing, unix_ms
 from gradstream.core.access import by_caller
 from gradstream.core.errors import GradstreamError, PlanError, UnreachableError, one_line
 from gradstream.core.log import get_logger
+from gradstream.core.storage import LOAD_SECONDS, StorageThreads
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 QUEUED, PLANNING, RUNNING, PAUSED, FINISHED, FAILED, STOPPED = (
@@ -79,6 +80,8 @@ class Controller:
         self._hub = Hub()
         self.boundaries = Boundaries(self.members, self.leasing, self._hub.send)
         self.storage = StorageChecks(self._hub.send)
+        # Reads and writes checkpoints, wherever jobs have them.
+        self.disk = StorageThreads(LOAD_SECONDS)
         self._looked_at = clock()
         self._loop_task: asyncio.Task[None] | None = None
 
@@ -99,7 +102,12 @@ class Controller:
         if active is None:
             return
         root = checkpoints.root_of(record.run_directory)
-        active.checkpoints.update(await asyncio.to_thread(checkpoints.versions_on_disk, root))
+        try:
+            active.checkpoints.update(await self.disk.call(root, checkpoints.versions_on_disk, root))
+        except (UnreachableError, OSError) as error:
+            # It must not keep the coordinator from its other jobs. What was acknowledged was there.
+            active.checkpoints.update(self.state.checkpoint_versions(record.job_id))
+            log.warning("the checkpoints of a job cannot be listed", job=record.job_id, cause=one_line(error))
         if active.plan is not None and active.plan.checkpoint_path:
             active.release_start = self.pins.pin(root, record.start_version)
         last = active.totals.last
@@ -373,11 +381,11 @@ class Controller:
     async def _make_plan(self, active: ActiveJob, servers: list[NodeEntry], workers: list[NodeEntry]) -> None:
         record = active.record
         root = checkpoints.root_of(record.run_directory)
-        cause = ""
+        cause, waits_for = "", f"{root} to be readable"
         release: Callable[[], None] = nothing
         try:
-            start = await planning.choose_start(root, self.pins)
-            release = start.release
+            start = await planning.choose_start(root, self.pins, self.disk)
+            release, waits_for = start.release, "the plan to be stored"
             known = self.state.checkpoint_versions(record.job_id)
             if self._is_held(active, await planning.hindrance(active, start, known, servers, workers, self.storage)):
                 return
@@ -399,7 +407,7 @@ class Controller:
                 active.refusal = one_line(error)
                 active.refused_nodes = frozenset(node.node_id for node in (*servers, *workers))
         except UnreachableError as error:
-            cause = f"the plan to be stored: {one_line(error)}"
+            cause = f"{waits_for}: {one_line(error)}"
         except GradstreamError as error:
             cause = self._fail_in_task(active, one_line(error))
         except OSError as error:

@@ -30,7 +30,7 @@ from gradstream.core.paths import AllowedPaths
 from gradstream.core.requests import Requests, checked_request_id
 from gradstream.core.roots import moved, moved_recipe
 from gradstream.core.rpc import answering
-from gradstream.core.storage import StorageThreads
+from gradstream.core.storage import BULK_SECONDS, StorageThreads
 from gradstream.core.token_sources import FileTokens
 from gradstream.core.tokens import expiring
 from gradstream.core.weights_files import sent_pieces
@@ -55,6 +55,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self._allowed = AllowedPaths.of_environment()
         # Looks at paths that people name.
         self._storage = StorageThreads()
+        # Reads what is exported.
+        self._bulk = StorageThreads(BULK_SECONDS)
         self._requests = Requests()
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
 
@@ -205,7 +207,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             version, release = await self._pinned(record, request)
             try:
                 async with self._exports:
-                    async for piece in _export(directory_of(checkpoints.root_of(record.run_directory), version)):
+                    directory = directory_of(checkpoints.root_of(record.run_directory), version)
+                    async for piece in _export(directory, self._bulk):
                         yield piece
             finally:
                 release()
@@ -344,7 +347,7 @@ def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
         return job_id, directory
 
 
-async def _export(directory: str) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
+async def _export(directory: str, storage: StorageThreads) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
     """Send a checkpoint as the files of a Hugging Face directory.
 
     The small ones come from a temporary directory, the weights piece by piece as they are read: neither memory nor disk
@@ -352,8 +355,8 @@ async def _export(directory: str) -> AsyncIterator[jobs_pb2.ExportCheckpointResp
     """
     with tempfile.TemporaryDirectory(prefix="gradstream-export-") as temporary:
         target = Path(temporary)
-        reader = await asyncio.to_thread(write_huggingface, directory, target, weights=False)
+        reader = await storage.call(directory, write_huggingface, directory, target, weights=False)
         async for file, file_bytes, payload in files.directory_pieces(target):
             yield jobs_pb2.ExportCheckpointResponse(file=file, file_bytes=file_bytes, payload=payload)
-    async for file, file_bytes, payload in sent_pieces(huggingface_weights(reader)):
+    async for file, file_bytes, payload in sent_pieces(huggingface_weights(reader), storage, directory):
         yield jobs_pb2.ExportCheckpointResponse(file=file, file_bytes=file_bytes, payload=payload)

@@ -16,6 +16,7 @@ from gradstream.coordinator.storage_checks import StorageChecks
 from gradstream.core.bundles import keeps_residuals
 from gradstream.core.model_trial import ModelUse
 from gradstream.core.plan import Plan
+from gradstream.core.storage import StorageThreads
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class Start:
     release: Callable[[], None]
 
 
-async def choose_start(root: str, pins: checkpoints.Pins) -> Start:
-    """Choose and pin the newest checkpoint under `root`. Raises CheckpointError, OSError."""
+async def choose_start(root: str, pins: checkpoints.Pins, disk: StorageThreads) -> Start:
+    """Choose and pin the newest checkpoint under `root`. Raises CheckpointError, OSError, and UnreachableError when its
+    storage does not answer."""
     async with pins.choosing(root):
-        start, versions = await asyncio.to_thread(checkpoints.newest, root)
+        start, versions = await disk.call(root, checkpoints.newest, root)
         return Start(start, versions, pins.pin(root, start.version) if start is not None else nothing)
 
 

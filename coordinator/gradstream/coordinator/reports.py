@@ -22,7 +22,7 @@ from gradstream.coordinator.state import JobRecord
 from gradstream.coordinator.timelines import check_timeline
 from gradstream.core.checkpoint import directory_of, write_manifest
 from gradstream.core.config import Recipe
-from gradstream.core.errors import GradstreamError, ProtocolError, one_line
+from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
@@ -196,8 +196,8 @@ class Reports:
         }
         try:
             directory = directory_of(root, version)
-            manifest = await asyncio.to_thread(
-                write_manifest, directory, plan, version, reports, progress, residuals.entries
+            manifest = await self._controller.disk.call(
+                directory, write_manifest, directory, plan, version, reports, progress, residuals.entries
             )
             events = []
             if residuals.lost:
@@ -232,14 +232,15 @@ class Reports:
     async def _remove_old(self, active: ActiveJob, root: str) -> None:
         """Remove the checkpoints that are not kept. One that cannot be removed hurts nobody but the disk."""
         keep = active.recipe.checkpoint.keep
-        async with self._controller.pins.choosing(root):
-            pinned = self._controller.pinned_versions(active)
-            try:
-                removed, left = await asyncio.to_thread(checkpoints.remove_old, root, keep, pinned)
-            except OSError as error:
-                line = f"old checkpoints could not be removed: {one_line(error)}"
-                self._controller.journal.note(active.job_id, "checkpoint", line)
-                return
+        try:
+            async with self._controller.pins.choosing(root):
+                pinned = self._controller.pinned_versions(active)
+                # To its end: what is pinned after the lock is let go of would not be spared.
+                removed, left = await self._controller.disk.finish(root, checkpoints.remove_old, root, keep, pinned)
+        except (OSError, UnreachableError) as error:
+            line = f"old checkpoints could not be removed: {one_line(error)}"
+            self._controller.journal.note(active.job_id, "checkpoint", line)
+            return
         active.checkpoints.intersection_update(left)
         if removed:
             versions = ", ".join(map(str, removed))

@@ -4,29 +4,33 @@ A job's `timeline/` holds numbered segments, each a row of records: length, CRC-
 are only appended to; a record cut short by a crash ends its segment, and the next start begins another. A segment goes
 when the last NUM_VERSIONS timelines of all its workers are in later ones, or when there are more than MAX_BYTES.
 
-All of it happens in one thread, in order. The event loop hands over records and reads one number.
+All of a job's happens in order, in threads. The event loop hands over records and reads one number.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
+import threading
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, ParamSpec, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from gradstream.coordinator.state import JobRecord
-from gradstream.core.errors import ProtocolError, one_line
+from gradstream.core.errors import ProtocolError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.pipeline_timeline import Bubble, Run, measure, runs
+from gradstream.core.storage import CALL_SECONDS, StorageThreads
 from gradstream.core.timeline import MAX_SPANS, PASSES, Timeline
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NUM_VERSIONS = 64
 MAX_BYTES = 128 << 20
@@ -129,7 +133,7 @@ class _Pipeline:
 
 
 class TimelineFiles:
-    """The timelines of one job. Blocking; one thread at a time, but for `share` and `bubble`."""
+    """The timelines of one job. Blocking, but for `share`, `bubble` and `is_loaded`."""
 
     def __init__(self, directory: Path):
         self.share: float | None = None
@@ -142,23 +146,41 @@ class TimelineFiles:
         self._pipeline = _Pipeline()
         self._appending = False
         self._complained = False
+        # A thread that was given up may come back.
+        self._lock = threading.RLock()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether what is on disk was read."""
+        return self._segments is not None
 
     def load(self) -> None:
         """Read what is on disk, once."""
+        with self._lock:
+            self._load()
+
+    def _load(self) -> None:
         if self._segments is not None:
             return
-        self._segments = []
-        for path in self._paths():
-            segment = _Segment(path)
-            for _, record in _records(path):
-                segment.num_records[record.worker] += 1
-                self._add(record)
-            segment.num_bytes = path.stat().st_size
-            self._segments.append(segment)
+        segments: list[_Segment] = []
+        try:
+            for path in self._paths():
+                segment = _Segment(path)
+                for _, record in _records(path):
+                    segment.num_records[record.worker] += 1
+                    self._add(record)
+                segment.num_bytes = path.stat().st_size
+                segments.append(segment)
+        finally:
+            self._segments = segments
 
     def append(self, record: jobs_pb2.GetTimelineResponse) -> None:
         """Add a timeline. One that cannot be written is logged, the first time, and lost."""
-        self.load()
+        with self._lock:
+            self._append(record)
+
+    def _append(self, record: jobs_pb2.GetTimelineResponse) -> None:
+        self._load()
         assert self._segments is not None
         self._add(record)
         payload = record.SerializeToString()
@@ -216,11 +238,14 @@ class TimelineFiles:
 
 
 class Timelines:
-    """The timelines of all jobs, for the event loop."""
+    """The timelines of all jobs, for the event loop. Jobs whose storage hangs hold up no others."""
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "timelines")
+    def __init__(self, call_seconds: float = CALL_SECONDS) -> None:
+        self._storage = StorageThreads(call_seconds)
+        self._call_seconds = call_seconds
         self._jobs: OrderedDict[str, TimelineFiles] = OrderedDict()
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._writing: set[asyncio.Task[None]] = set()
         self._pending_bytes = 0
 
     def take(self, record: JobRecord, worker: str, report: coordinator_pb2.ReportTimelineRequest) -> None:
@@ -231,10 +256,18 @@ class Timelines:
         if self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
             return
         self._pending_bytes += num_bytes
-        loop = asyncio.get_running_loop()
         entry = jobs_pb2.GetTimelineResponse(worker=worker, timeline=report)
-        future = loop.run_in_executor(self._thread, self._files(record).append, entry)
-        future.add_done_callback(lambda _: self._written(num_bytes))
+        task = asyncio.create_task(self._append(record, entry, num_bytes))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    async def _append(self, record: JobRecord, entry: jobs_pb2.GetTimelineResponse, num_bytes: int) -> None:
+        try:
+            await self._in_turn(record, self._files(record).append, entry)
+        except UnreachableError as error:
+            log.warning("a timeline was not kept", job=record.job_id, cause=one_line(error))
+        finally:
+            self._pending_bytes -= num_bytes
 
     def share(self, job_id: str) -> float | None:
         """Share of the job's communication that compute hid, if it was loaded and there is one."""
@@ -247,20 +280,43 @@ class Timelines:
         return files.bubble if files is not None else None
 
     async def load(self, record: JobRecord) -> None:
-        """Read what is on disk of a job, unless that was done."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._files(record).load)
+        """Read what is on disk of a job, unless that was done. Where its storage does not answer, what is known has to
+        do."""
+        files = self._files(record)
+        if not files.is_loaded:
+            try:
+                await self._in_turn(record, files.load)
+            except UnreachableError as error:
+                log.warning("timelines cannot be read", job=record.job_id, cause=one_line(error))
 
     async def stream(self, record: JobRecord) -> AsyncIterator[jobs_pb2.GetTimelineResponse]:
-        """The timelines kept of a job, all that was taken before among them; one at a time in memory."""
-        loop = asyncio.get_running_loop()
-        for path, offset in await loop.run_in_executor(self._thread, self._files(record).index):
-            entry = await loop.run_in_executor(self._thread, _record_at, path, offset)
+        """The timelines kept of a job, all that was taken before among them; one at a time in memory. Raises
+        UnreachableError when their storage does not answer."""
+        for path, offset in await self._in_turn(record, self._files(record).index):
+            entry = await self._storage.call(record.run_directory, _record_at, path, offset)
             if entry is not None:
                 yield entry
 
     async def close(self) -> None:
         """Write what is pending."""
-        await asyncio.to_thread(self._thread.shutdown, True)
+        if self._writing:
+            await asyncio.wait(self._writing, timeout=self._call_seconds)
+
+    async def _in_turn(self, record: JobRecord, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a job's function after those that were called before. Raises UnreachableError when its storage, or that
+        of one before, does not answer."""
+        turn = self._turns.setdefault(record.job_id, asyncio.Lock())
+        try:
+            async with asyncio.timeout(self._call_seconds):
+                await turn.acquire()
+        except TimeoutError:
+            raise UnreachableError(
+                f"{record.run_directory} has not answered for {self._call_seconds:g} s; check that it is mounted"
+            ) from None
+        try:
+            return await self._storage.call(record.run_directory, function, *args, **kwargs)
+        finally:
+            turn.release()
 
     def _files(self, record: JobRecord) -> TimelineFiles:
         files = self._jobs.get(record.job_id)
@@ -268,11 +324,10 @@ class Timelines:
             files = self._jobs[record.job_id] = TimelineFiles(Path(record.run_directory) / "timeline")
         self._jobs.move_to_end(record.job_id)
         if len(self._jobs) > MAX_JOBS:
-            self._jobs.popitem(last=False)
+            gone, _ = self._jobs.popitem(last=False)
+            if (turn := self._turns.get(gone)) is not None and not turn.locked():
+                del self._turns[gone]
         return files
-
-    def _written(self, num_bytes: int) -> None:
-        self._pending_bytes -= num_bytes
 
 
 def _records(path: Path) -> Iterator[tuple[int, jobs_pb2.GetTimelineResponse]]:

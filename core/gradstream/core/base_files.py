@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from gradstream.core import files
 from gradstream.core.errors import CheckpointError, ConfigError, one_line
 from gradstream.core.foreign import parsing
+from gradstream.core.paths import AllowedPaths
 
 SPARE_BYTES = 256 << 20
 """What a copy of a remote file leaves free on the disk of temporary files."""
@@ -99,6 +100,15 @@ def _json_object(path: str, content: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object; get the file again")
     return value
+
+
+def is_there(directory: str) -> bool:
+    """Whether this process sees a directory with files, and may read there."""
+    try:
+        AllowedPaths.of_environment().check("the base's tokenizer", directory)
+        return bool(files.list_names(directory))
+    except Exception:  # every fsspec backend raises its own kind
+        return False
 
 
 class SmallFiles:

@@ -87,24 +87,11 @@ def record_tokenizer(base: Base) -> TokenizerFiles:
     return TokenizerFiles(directory=found.directory, sha256=found.hashes(wanted))
 
 
-def is_there(base: Base) -> bool:
-    """Whether this process sees a directory of the recorded tokenizer, and may read below it."""
-    if base.tokenizer is None:
-        return False
-    try:
-        AllowedPaths.of_environment().check("the base's tokenizer", base.tokenizer.directory)
-        return bool(files.list_names(base.tokenizer.directory))
-    except Exception:  # every fsspec backend raises its own kind
-        return False
-
-
 def _files_of(base: Base) -> SmallFiles:
     if base.tokenizer is not None:
         return SmallFiles(base.tokenizer.directory, base.tokenizer.sha256)
-    origin = base if base.kind == "huggingface" else _origin(base.path)
-    if origin is None:
-        return SmallFiles(base.path)
-    return SmallFiles(origin.path) if origin is base else _files_of(origin)
+    origin = _origin(base.path) if base.kind == "checkpoint" else None
+    return SmallFiles(base.path) if origin is None else _files_of(origin)
 
 
 def _is_checkpoint(base: Base, found: SmallFiles) -> bool:

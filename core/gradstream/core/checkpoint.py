@@ -445,7 +445,7 @@ def write_huggingface(directory: str, destination: Path, weights: bool = True, c
     What a fine-tuning does not change comes from its base. `chat`: as for `write_generation_config`. Raises
     CheckpointError, and ConfigError for the base's files.
     """
-    from gradstream.core import base_tokenizer  # which reads checkpoints itself
+    from gradstream.core import base_files, base_tokenizer  # which reads checkpoints itself
 
     reader = CheckpointReader(directory)
     finetuning = reader.manifest.finetuning
@@ -460,7 +460,8 @@ def write_huggingface(directory: str, destination: Path, weights: bool = True, c
         write_tokenizer(reader.manifest, _tokenizer_of(reader), destination)
     else:
         # Where the base is gone, the checkpoint's own tokenizer has to do; one that is there must be the one it was.
-        if base_tokenizer.is_there(finetuning.base):
+        tokenizer = finetuning.base.tokenizer
+        if tokenizer is not None and base_files.is_there(tokenizer.directory):
             base_tokenizer.record_tokenizer(finetuning.base)
         base = Base(kind="checkpoint", path=directory, title=directory, files=(), sha256="0" * 64)
         base_tokenizer.write_tokenizer(base, destination)

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import grpc
@@ -34,7 +34,7 @@ from gradstream.core.errors import (
     ProtocolError,
     UnreachableError,
 )
-from gradstream.core.limits import PERSON_LIMIT, SERVICE_LIMIT, Meter, Receiving
+from gradstream.core.limits import LEAST_RATE, PERSON_LIMIT, SERVICE_LIMIT, Meter, Patience, Receiving
 from gradstream.core.log import get_logger
 from gradstream.core.refusals import AuditEvent, Refusals
 from gradstream.core.rpc import MAX_MESSAGE_BYTES, abort, answering
@@ -197,19 +197,19 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
                 if not handler.response_streaming:
                     await context.write(response)
                 return
+            patience = Patience(self._reading_seconds)
             async with aclosing(behaviour(request, context)) as responses:
                 async for response in responses:
                     call.is_sending = True
                     try:
                         # Not yielded: while gRPC sends what was, a task that is cancelled ends outside of this code.
-                        async with asyncio.timeout(self._reading_seconds):
+                        async with asyncio.timeout(patience.begin(time.monotonic())):
                             await context.write(response)
                     except TimeoutError:
-                        raise UnreachableError(
-                            f"the caller has not read for {self._reading_seconds:g} s; call again"
-                        ) from None
+                        raise UnreachableError(_unread(patience)) from None
                     finally:
                         call.is_sending = False
+                    patience.end(time.monotonic(), partial(_size, response))
                     if call.refusal:
                         raise asyncio.CancelledError
 
@@ -231,17 +231,22 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
 
     async def _timely(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """The messages of a stream that is answered at its end, as long as none keeps the call waiting."""
-        seconds = self._request_seconds
+        patience, is_first = Patience(self._request_seconds), True
         while True:
+            seconds = patience.begin(time.monotonic())
             try:
                 async with asyncio.timeout(seconds):
                     message = await anext(requests, _END)
             except TimeoutError:
-                raise UnreachableError(f"nothing came on this stream for {seconds:g} s; send it again") from None
+                cause = f"less than {LEAST_RATE} comes" if patience.is_worn else "nothing came"
+                raise UnreachableError(f"{cause} on this stream for {seconds:.3g} s; send it again") from None
             if message is _END:
                 return
+            if is_first:
+                patience, is_first = Patience(self._reading_seconds), False
+            else:
+                patience.end(time.monotonic(), partial(_size, message))
             yield message
-            seconds = self._reading_seconds
 
     @asynccontextmanager
     async def _received(self, requests: AsyncIterator[bytes], deserialize: Any, meter: Meter) -> AsyncIterator[Any]:
@@ -348,6 +353,16 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
                 )
             if self._note is not None:
                 self._note(event)
+
+
+def _unread(patience: Patience) -> str:
+    if patience.is_worn:
+        return f"the caller has read less than {LEAST_RATE} for long; call again where the network is faster"
+    return f"the caller has not read for {patience.left_seconds:.3g} s; call again"
+
+
+def _size(message: Any) -> int:
+    return len(message) if isinstance(message, bytes) else int(message.ByteSize())
 
 
 def _subject(request: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -54,6 +55,52 @@ class Meter:
     def leave(self) -> None:
         """A call has ended."""
         self.under_way -= 1
+
+
+LEAST_BYTES_PER_SECOND = 128 << 10
+"""Of a stream that the peer keeps waiting."""
+LEAST_RATE = f"{LEAST_BYTES_PER_SECOND >> 10} KiB a second"
+SHORT_SHARE = 1 / 60
+"""Of the patience at the beginning: waits that are shorter cost nothing and are never cut off."""
+
+
+@dataclass(eq=False)
+class Patience:
+    """How long the peer of a stream may still keep this side waiting. The clock is an argument.
+
+    It is used up while this side waits, and comes back with the time in which it does not, and with the bytes that go
+    over. So a peer that takes or gives a message just before each deadline is cut off all the same: what the call
+    holds, others may want.
+    """
+
+    most_seconds: float
+    left_seconds: float = field(init=False)
+    _at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.left_seconds = self.most_seconds
+
+    @property
+    def is_worn(self) -> bool:
+        """Whether the peer has used up more than half of it by earlier waits."""
+        return self.left_seconds < self.most_seconds / 2
+
+    def begin(self, now: float) -> float:
+        """A wait begins; returns how many seconds it may last."""
+        if self._at is not None:
+            self._add(now - self._at)
+        self._at = now
+        return max(self.left_seconds, self.most_seconds * SHORT_SHARE)
+
+    def end(self, now: float, num_bytes: Callable[[], int]) -> None:
+        """The wait has ended with a message of `num_bytes()`, which is asked only where that matters."""
+        assert self._at is not None
+        waited, self._at = now - self._at, now
+        if waited > self.most_seconds * SHORT_SHARE:
+            self._add(num_bytes() / LEAST_BYTES_PER_SECOND - waited)
+
+    def _add(self, seconds: float) -> None:
+        self.left_seconds = min(self.most_seconds, max(0.0, self.left_seconds + seconds))
 
 
 MOST_REQUEST_BYTES = 128 << 20

@@ -21,6 +21,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CALL_SECONDS = 20.0
+RETRY_SECONDS = 1.0
+LOAD_SECONDS = 60.0
+"""For calls that read a tokenizer, or list, write and remove checkpoints."""
+BULK_SECONDS = 600.0
+"""For calls that read, or hash, whole files of weights."""
 MAX_THREADS = 32
 MAX_THREADS_A_PLACE = 8
 _SHOWN_CHARACTERS = 200
@@ -57,12 +62,7 @@ class StorageThreads:
         goes on in its thread, so only functions may be called that may end late, or never.
         """
         deadline = time.monotonic() + self.call_seconds
-        key = place_of(place)
-        while not self._has_room(key):
-            await self._wait_for_thread(place, key, deadline)
-        number, self._next = self._next, self._next + 1
-        self._places.setdefault(key, _Place()).begun[number] = time.monotonic()
-        future = start_call("storage", partial(function, *args, **kwargs), partial(self._return, key, number))
+        future = await self._start(place, deadline, partial(function, *args, **kwargs))
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 return await future
@@ -73,6 +73,32 @@ class StorageThreads:
                 f"the storage of {place[:_SHOWN_CHARACTERS]} has not answered for {self.call_seconds:g} s; check that "
                 f"it is mounted and its server reachable"
             ) from None
+
+    async def finish(self, place: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `call`, but waits for the answer for as long as it takes: for what must not go on unseen.
+
+        Raises what it raises, and UnreachableError when no thread has become free in time.
+        """
+        deadline = time.monotonic() + self.call_seconds
+        return await (await self._start(place, deadline, partial(function, *args, **kwargs)))
+
+    async def patiently(self, place: str, function: Callable[[], T], on_wait: Callable[[str], object]) -> T:
+        """As `call`, again and again for as long as the storage does not answer; `on_wait` is told so. Raises what
+        `function` raises."""
+        while True:
+            try:
+                return await self.call(place, function)
+            except UnreachableError as error:
+                on_wait(str(error))
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _start(self, place: str, deadline: float, function: Callable[[], T]) -> asyncio.Future[T]:
+        key = place_of(place)
+        while not self._has_room(key):
+            await self._wait_for_thread(place, key, deadline)
+        number, self._next = self._next, self._next + 1
+        self._places.setdefault(key, _Place()).begun[number] = time.monotonic()
+        return start_call("storage", function, partial(self._return, key, number))
 
     @property
     def num_threads(self) -> int:

@@ -5,12 +5,12 @@ Of a model's tensors no more than a piece is in memory, and nothing is on disk b
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradstream.core.storage import StorageThreads
 from gradstream.core.tensor_files import TensorSpec, head_of
 
 Buffer = bytes | bytearray | memoryview
@@ -80,11 +80,14 @@ def write_weights(made: Sequence[WeightsFile], destination: Path) -> None:
                 stream.write(piece)
 
 
-async def sent_pieces(made: Sequence[WeightsFile]) -> AsyncIterator[tuple[str, int, bytes]]:
-    """The files as (name, bytes of the whole file, a piece of at most 1 MiB), made in threads piece by piece."""
+async def sent_pieces(
+    made: Sequence[WeightsFile], storage: StorageThreads, place: str
+) -> AsyncIterator[tuple[str, int, bytes]]:
+    """The files as (name, bytes of the whole file, a piece of at most 1 MiB), made in threads piece by piece of what
+    lies at `place`. Raises UnreachableError when its storage does not answer."""
     for file in made:
         pieces = _cut(file.pieces())
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        while (piece := await storage.call(place, next, pieces, None)) is not None:
             yield file.name, file.num_bytes, piece
 
 

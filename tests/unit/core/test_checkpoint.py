@@ -38,6 +38,7 @@ from gradstream.core.fragments import cut
 from gradstream.core.model import initial_weights, inventory
 from gradstream.core.placement import place
 from gradstream.core.plan import Plan, Server
+from gradstream.core.storage import StorageThreads
 from gradstream.core.weights_files import sent_pieces
 from gradstream.proto.v1 import coordinator_pb2
 
@@ -400,7 +401,9 @@ async def test_an_export_is_sent_in_pieces_of_tensors_and_never_held(
 
     monkeypatch.setattr(CheckpointReader, "read", of_few)
     received: dict[str, bytes] = {}
-    async for name, num_bytes, piece in sent_pieces(huggingface_weights(CheckpointReader(directory))):
+    async for name, num_bytes, piece in sent_pieces(
+        huggingface_weights(CheckpointReader(directory)), StorageThreads(), directory
+    ):
         received[name] = received.get(name, b"") + piece
         assert num_bytes == (tmp_path / "model" / name).stat().st_size
     for name, content in received.items():

@@ -20,7 +20,7 @@ from gradstream.core import access
 from gradstream.core.authority import Authority
 from gradstream.core.errors import AccessError, BusyError, CredentialsError, GradstreamError, UnreachableError
 from gradstream.core.guard import READING_SECONDS, REQUEST_SECONDS, SENDING_SECONDS, Guard
-from gradstream.core.limits import Limit, Meter, Receiving
+from gradstream.core.limits import Limit, Meter, Patience, Receiving
 from gradstream.core.refusals import AuditEvent
 from gradstream.core.rpc import error_from_rpc, listen, new_server, open_channel
 from gradstream.core.token_sources import FollowedTokens
@@ -438,6 +438,65 @@ async def test_a_caller_that_stops_reading_is_cut_off(directory: Path) -> None:
             await asyncio.wait_for(read_on(), BOUND_SECONDS)
         assert "has not read for 0.2 s" in str(caught.value.details())
     await door.server.stop(None)
+
+
+async def test_a_caller_that_reads_a_piece_now_and_then_is_cut_off(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradstream.core.limits.LEAST_BYTES_PER_SECOND", 1 << 30)
+    door = Door(directory, reading_seconds=1.5)
+    await door.server.start()
+    async with door.channel("worker") as channel:
+        stream = channel.unary_stream(MUCH)(b"")
+
+        async def read_slowly() -> None:
+            async for _ in stream:
+                await asyncio.sleep(0.1)  # less than what one piece, or all that gRPC has at once, may take
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(read_slowly(), BOUND_SECONDS)
+        assert "has read less than 128 KiB a second for long" in str(caught.value.details())
+    await door.server.stop(None)
+
+
+async def test_an_upload_of_a_byte_now_and_then_is_cut_off(directory: Path) -> None:
+    door = Door(directory, request_seconds=0.5, reading_seconds=0.5)
+    await door.server.start()
+
+    async def bytes_now_and_then() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.3)  # less than what one message may take
+
+    async with door.channel("submitter") as channel:
+        call = channel.stream_unary("/gradstream.proto.v1.FineTuningService/UploadExamples")(bytes_now_and_then())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(call, BOUND_SECONDS)
+        assert "less than 128 KiB a second comes on this stream for" in str(caught.value.details())
+    await door.server.stop(None)
+
+
+def test_patience_is_used_up_by_waiting_and_comes_back_with_bytes_and_time() -> None:
+    patience, now, num_seen = Patience(60.0), 0.0, 0
+
+    def wait(seconds: float, num_bytes: int, between: float = 0.0) -> bool:
+        """Whether a wait of so long is borne."""
+        nonlocal now
+        now += between
+        if seconds > patience.begin(now):
+            return False
+        now += seconds
+        patience.end(now, lambda: num_bytes)
+        return True
+
+    assert all(wait(7.9, 1 << 20) for _ in range(1000)), "132 KiB/s"
+    while wait(9.0, 1 << 20):  # 113 KiB/s
+        num_seen += 1
+    assert 30 < num_seen < 60
+    assert patience.is_worn
+    assert all(wait(0.9, 0) for _ in range(1000)), "short waits are nobody's fault"
+    assert wait(50.0, 0, between=60.0), "who lets nobody wait for a minute has all of it again"
+    assert not wait(50.0, 0)
 
 
 async def test_what_is_audited_is_noted_with_its_end(door: Door) -> None:

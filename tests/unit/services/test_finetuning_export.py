@@ -25,6 +25,7 @@ from gradstream.core.base_model import BaseReader, find_base
 from gradstream.core.checkpoint import export_huggingface
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.storage import StorageThreads
 from gradstream.core.tensor_files import TensorSpec
 from gradstream.core.weights_files import safetensors_file, sent_pieces, write_weights
 from gradstream.services.fine_tuning import export
@@ -274,7 +275,7 @@ async def test_the_weights_are_sent_as_they_are_read_and_never_written(tmp_path:
     written, sent = ({path.name for path in (tmp_path / name).iterdir()} for name in ("written", "sent"))
     assert written - sent == {"model.safetensors"}
     received = b""
-    async for name, num_bytes, piece in sent_pieces(made):
+    async for name, num_bytes, piece in sent_pieces(made, StorageThreads(), "/"):
         assert (name, num_bytes) == ("model.safetensors", (tmp_path / "written" / name).stat().st_size)
         assert 0 < len(piece) <= 1 << 20
         received += piece

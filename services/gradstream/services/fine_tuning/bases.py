@@ -53,6 +53,12 @@ def find_base(path: str, title: str) -> tuple[Base, dict[str, Any]]:
     return base.model_copy(update={"title": title}), config
 
 
+def looked_at(path: str) -> None:
+    """Look at a directory, so that one whose storage hangs is known to before others wait for it. Blocking."""
+    with suppress(Exception):  # who reads it says it better
+        files.list_names(path)
+
+
 async def resolve_base(jobs: Jobs, base_model: str) -> tuple[str, str]:
     """Directory and title of what a recipe calls its base: a path, `job:ID@VERSION`, or `job:ID`, which is a running
     job's current version, and the last one of any other.

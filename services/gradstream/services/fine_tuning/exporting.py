@@ -14,6 +14,7 @@ from gradstream.core import files
 from gradstream.core.checkpoint import read_manifest
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.storage import BULK_SECONDS, StorageThreads
 from gradstream.core.weights_files import WeightsFile, sent_pieces
 from gradstream.proto.v1 import fine_tuning_pb2
 from gradstream.services.fine_tuning.card import CardFacts, DataFacts, Score, model_card
@@ -31,6 +32,7 @@ class Exports:
     def __init__(self, fine_tunings: FineTunings):
         self._fine_tunings = fine_tunings
         self._slots = asyncio.Semaphore(MAX_EXPORTS)
+        self._storage = StorageThreads(BULK_SECONDS)
 
     async def pieces(
         self, name: str, kind: fine_tuning_pb2.ExportKind.ValueType, version: int | None
@@ -48,12 +50,14 @@ class Exports:
         async with self._slots:
             temporary = Path(tempfile.mkdtemp(prefix="export-", dir=self._fine_tunings.store.temporary))
             try:
-                weights = await asyncio.to_thread(_export, record, version, checkpoint, temporary / "export", adapter)
+                weights = await self._storage.call(
+                    checkpoint, _export, record, version, checkpoint, temporary / "export", adapter
+                )
                 async for piece in files.directory_pieces(temporary / "export"):
                     yield piece
             finally:
                 await asyncio.to_thread(shutil.rmtree, temporary, True)
-            async for piece in sent_pieces(weights):
+            async for piece in sent_pieces(weights, self._storage, checkpoint):
                 yield piece
 
 

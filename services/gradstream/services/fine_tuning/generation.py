@@ -12,7 +12,8 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 
 from gradstream.core.errors import ConfigError, GradstreamError
-from gradstream.services.fine_tuning.models import Profile, ServedModels
+from gradstream.core.storage import LOAD_SECONDS, StorageThreads
+from gradstream.services.fine_tuning.models import Profile, Served, ServedModels
 from gradstream.services.fine_tuning.scheduler import (
     UNFINISHED,
     EngineLimits,
@@ -37,11 +38,16 @@ class Engine:
         self.models = models
         self.limits = limits or EngineLimits()
         self._scheduler = Scheduler(models, self.limits)
+        self._storage = StorageThreads(LOAD_SECONDS)
         self._thread: threading.Thread | None = None
 
     async def profile(self, model: str) -> Profile:
-        """A model's tokenizer and bounds, without loading its weights. Raises ConfigError for an unknown model."""
-        return await asyncio.to_thread(self.models.profile, self.models.find(model))
+        """A model's tokenizer and bounds, without loading its weights. Raises ConfigError for an unknown model,
+        UnreachableError when its storage does not answer."""
+        return await self._profile(self.models.find(model))
+
+    async def _profile(self, served: Served) -> Profile:
+        return await self._storage.call(served.base.path, self.models.profile, served)
 
     async def generate(self, request: GenerationRequest, patient: bool = False) -> AsyncGenerator[Piece, None]:
         """Yield the completion in pieces, the last of which alone has a finish reason.
@@ -52,7 +58,7 @@ class Engine:
         and CheckpointError when the model cannot be loaded.
         """
         served = self.models.find(request.model)
-        profile = await asyncio.to_thread(self.models.profile, served)
+        profile = await self._profile(served)
         check_request(request, profile)
         pieces: asyncio.Queue[Piece | GradstreamError] = asyncio.Queue()  # bounded by max_new_tokens
         row = Row(request, served, profile, _deliverer(asyncio.get_running_loop(), pieces), patient)

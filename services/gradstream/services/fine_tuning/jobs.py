@@ -7,7 +7,6 @@ about before the next begins. So a service that is killed at any moment goes on 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -22,15 +21,16 @@ from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError
 from gradstream.core.finetuning_recipe import FEW_STEPS, MORE_STEPS, FineTuningRecipe, parse_finetuning_recipe
 from gradstream.core.log import get_logger
 from gradstream.core.rpc import Backoff
+from gradstream.core.storage import StorageThreads
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.fine_tuning.bases import find_base, keep_base
 from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.examples import load_prepared
 from gradstream.services.fine_tuning.lifecycle import Phase, after_job, next_phase, result_version
-from gradstream.services.fine_tuning.preparation import prepare
+from gradstream.services.fine_tuning.preparation import answered, prepare
 from gradstream.services.fine_tuning.recipe import check_recipe, fit_length, make_recipe
 from gradstream.services.fine_tuning.serving import Serving
-from gradstream.services.fine_tuning.store import Completions, Record, Store, UnwrittenError
+from gradstream.services.fine_tuning.store import Completions, Record, Store, UnwrittenError, submission_id
 from gradstream.services.fine_tuning.threads import in_thread
 
 T = TypeVar("T")
@@ -53,6 +53,7 @@ class FineTunings:
         self._changes: dict[str, asyncio.Event] = {}
         self._pushed_bytes: dict[str, int] = {}
         self._troubles: dict[str, str] = {}
+        self._storage = StorageThreads()
         # Both take a core and the memory of a model or a data set.
         self._preparing = asyncio.Semaphore(1)
         self._evaluating = asyncio.Semaphore(1)
@@ -253,6 +254,8 @@ class FineTunings:
         else:
             kept = self.store.directory(name) / "base"
             path, title = await self._patiently(name, lambda: keep_base(self._jobs, asked.base_model, kept))
+        # Others wait while this one reads: not for storage that hangs.
+        await answered(self._storage, path, asked.data, lambda why: self._note(name, reason=why))
         if self._preparing.locked():
             self._note(name, reason="waits for the examples of another one to be prepared")
         async with self._preparing:
@@ -282,7 +285,7 @@ class FineTunings:
         async def submit() -> None:
             # The lock keeps a request to cancel from coming between submission and note.
             async with self._lock(name):
-                job = await self._jobs.find(recipe) or await self._jobs.submit(recipe, _request_id(record))
+                job = await self._jobs.find(recipe) or await self._jobs.submit(recipe, submission_id(record))
                 steps = recipe.training.num_steps
                 few = f"; {steps} steps are few: {MORE_STEPS}" if steps < FEW_STEPS else ""
                 self._note(name, job_id=job.job_id, state="training", reason=f"as job {job.job_id}{few}")
@@ -392,9 +395,3 @@ class FineTunings:
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
-
-
-def _request_id(record: Record) -> str:
-    """What the submission of a fine-tuning's job is called, whichever service submits it."""
-    told = f"{record.name}/{record.created_unix_ms}/{record.job_recipe_json}"
-    return hashlib.sha256(told.encode()).hexdigest()

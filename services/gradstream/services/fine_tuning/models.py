@@ -127,13 +127,15 @@ class ServedModels:
         key = f"{served.base.sha256} {served.base.tokenizer_key}"
         with self._profile_lock:
             profile = self._profiles.get(key)
-            if profile is None:
-                profile = _profile(self._open_base(served.base).config, self._load_tokenizer(served.base))
-                self._profiles[key] = profile
-                if len(self._profiles) > MAX_PROFILES:
-                    self._profiles.popitem(last=False)
+        if profile is None:
+            # Without the lock: what one storage takes, or never answers, is no matter of others.
+            profile = _profile(self._open_base(served.base).config, self._load_tokenizer(served.base))
+        with self._profile_lock:
+            self._profiles[key] = profile
             self._profiles.move_to_end(key)
-            return profile
+            if len(self._profiles) > MAX_PROFILES:
+                self._profiles.popitem(last=False)
+        return profile
 
     def acquire(self, served: Served) -> ResidentBase | None:
         """The model in memory, which stays there until it is released as often; None while others that are in use

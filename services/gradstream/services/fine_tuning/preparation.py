@@ -7,7 +7,8 @@ import hashlib
 import re
 import secrets
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, BinaryIO
 
 from gradstream.core import base_model, files, model
@@ -15,7 +16,9 @@ from gradstream.core.errors import DataError, GradstreamError, ProtocolError, Un
 from gradstream.core.finetuning import Base
 from gradstream.core.finetuning_recipe import ExamplesConfig, FineTuningRecipe
 from gradstream.core.sources import find_files
+from gradstream.core.storage import StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2
+from gradstream.services.fine_tuning.bases import looked_at
 from gradstream.services.fine_tuning.examples import Prepared, prepare_examples
 from gradstream.services.fine_tuning.store import Store
 
@@ -46,6 +49,15 @@ def check_data(config: ExamplesConfig) -> None:
                 f"there is no file {path} where the fine-tuning service can see it; correct data.{key}, or send "
                 f"the file with --upload"
             )
+
+
+async def answered(
+    storage: StorageThreads, base: str, config: ExamplesConfig, on_wait: Callable[[str], object]
+) -> None:
+    """Look at a base's directory and at the examples until their storage answers; `on_wait` is told when it does not.
+    Raises as `check_data`."""
+    await storage.patiently(base, partial(looked_at, base), on_wait)
+    await storage.patiently(config.path, partial(check_data, config), on_wait)
 
 
 def prepare(asked: FineTuningRecipe, base: Base, config: dict[str, Any], directory: str) -> tuple[Prepared, int]:

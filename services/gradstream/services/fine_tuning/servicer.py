@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import grpc.aio
 
-from gradstream.core import files
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.finetuning_recipe import (
     ExamplesConfig,
@@ -26,7 +25,7 @@ from gradstream.core.storage import StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc, jobs_pb2
 from gradstream.services.fine_tuning import views
-from gradstream.services.fine_tuning.bases import find_base, resolve_base
+from gradstream.services.fine_tuning.bases import find_base, looked_at, resolve_base
 from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.examples import preview
 from gradstream.services.fine_tuning.exporting import Exports
@@ -244,8 +243,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         up this call and no other."""
         if not base.startswith("job:"):
             self._allowed.check("base_model", base)
-            with suppress(Exception):  # `find_base` says it better
-                files.list_names(base)
+            looked_at(base)
 
     async def _view(self, record: Record) -> pb.FineTuning:
         record, job = self._fine_tunings.shown(record), None

@@ -15,8 +15,9 @@ from gradstream.core.base_model import BaseReader, load_tokenizer
 from gradstream.core.checkpoint import WEIGHT, CheckpointReader, read_manifest
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import Base
+from gradstream.core.storage import LOAD_SECONDS, StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
-from gradstream.services.fine_tuning.bases import find_base
+from gradstream.services.fine_tuning.bases import find_base, looked_at
 from gradstream.services.fine_tuning.encoding import Encoder
 from gradstream.services.fine_tuning.evaluation import exact_match
 from gradstream.services.fine_tuning.examples import chat_prompt_ids
@@ -24,6 +25,7 @@ from gradstream.services.fine_tuning.generation import Engine, EngineLimits, Gen
 from gradstream.services.fine_tuning.models import ResidentLimits, ServedModels
 from gradstream.services.fine_tuning.rendering import Prompt
 from gradstream.services.fine_tuning.store import Completed, Completions
+from gradstream.services.fine_tuning.threads import in_thread
 
 DEFAULT_NEW_TOKENS = 128
 MAX_SERVED = 64
@@ -65,6 +67,7 @@ class Serving:
         )
         self._models = ServedModels(BaseReader, load_tokenizer, limits)
         self.engine = Engine(self._models, EngineLimits(cache_bytes=cache_bytes))
+        self._storage = StorageThreads(LOAD_SECONDS)
         self._served: OrderedDict[str, None] = OrderedDict()
         self._tokenizers: OrderedDict[str, tuple[Any, Encoder]] = OrderedDict()
 
@@ -76,7 +79,8 @@ class Serving:
         """The tokenizer of a base, and how texts are encoded with it. Raises ConfigError when it has none to use."""
         known = self._tokenizers.get(base.tokenizer_key)
         if known is None:
-            known = self._tokenizers[base.tokenizer_key] = await asyncio.to_thread(_load_tokenizer, base)
+            known = await self._storage.call(base.path, _load_tokenizer, base)
+            self._tokenizers[base.tokenizer_key] = known
             while len(self._tokenizers) > MAX_TOKENIZERS:
                 self._tokenizers.popitem(last=False)
         return known
@@ -128,13 +132,16 @@ class Serving:
         return ids
 
     async def _serve(self, base: Base, checkpoint: str | None) -> str:
-        """Let a model generate; its name there."""
+        """Let a model generate; its name there. Raises UnreachableError when its storage does not answer: the thread
+        that computes for everybody must not wait for it."""
+        for path in filter(None, (base.path, checkpoint)):
+            await self._storage.call(path, looked_at, path)
         name = checkpoint if checkpoint is not None else f"{base.sha256} {base.tokenizer_key}"
         if name not in self._served:
             if checkpoint is None:
                 self._models.add_base(name, base)
             else:
-                await asyncio.to_thread(self._add_checkpoint, checkpoint)
+                await in_thread(self._add_checkpoint, checkpoint)
             self._served[name] = None
         self._served.move_to_end(name)
         while len(self._served) > MAX_SERVED:

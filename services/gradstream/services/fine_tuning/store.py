@@ -11,6 +11,7 @@ STATE/temporary/                       exports and uploads under way; emptied wh
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import shutil
@@ -211,3 +212,9 @@ def _read(directory: Path) -> Record | None:
     if record.name != directory.name:
         raise ConfigError(f"{path} is that of '{record.name}'; give {directory} its old name")
     return record
+
+
+def submission_id(record: Record) -> str:
+    """What the submission of a fine-tuning's job is called, whichever service submits it."""
+    told = f"{record.name}/{record.created_unix_ms}/{record.job_recipe_json}"
+    return hashlib.sha256(told.encode()).hexdigest()

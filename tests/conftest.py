@@ -11,6 +11,8 @@ from hypothesis import settings
 from support.cluster import Cluster, running
 from support.tiny import prepare_tiny_data
 
+# A shell that exports it would break the lines which tests read.
+os.environ.pop("COLUMNS", None)
 # A first call compiles kernels and a busy machine pauses: how long an example takes says nothing about it. The same
 # examples each time, so that a run that fails fails again; `make fuzz` looks for new ones.
 settings.register_profile(

@@ -3,9 +3,12 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files of tests that run at a time. A file's tests stay together, since they share fixtures.
+JOBS ?= 2
+PARALLEL := $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist loadfile)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-finetune test fuzz wheels test-compose check format protos lock clean
+.PHONY: help install demo demo-finetune test test-unit fuzz wheels test-compose check format protos lock clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 22
@@ -29,8 +32,11 @@ demo-finetune: $(STAMP)  ## Teach the demo's model a task with LoRA (trains the 
 	$(BIN)/gradstream finetune dev recipes/stdlib-finetune.yaml \
 	  -s base_model="$$(ls -t runs/stdlib-gpt-*/checkpoints/step-*/manifest.json | head -1 | xargs dirname)"
 
-test: $(STAMP)  ## Run all tests.
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## Run all tests, two files at a time (JOBS=1: one after the other).
+	$(BIN)/python -m pytest $(PARALLEL) --durations 10
+
+test-unit: $(STAMP)  ## Run the tests that start no cluster.
+	$(BIN)/python -m pytest $(PARALLEL) --durations 10 tests/unit tests/fuzz
 
 fuzz: $(STAMP)  ## Fuzz the parsers long: EXAMPLES=100000, or TARGET=wire SECONDS=600 by atheris.
 ifdef TARGET

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gradstream.core.errors import ConfigError
+from gradstream.core.log import get_logger
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized")
@@ -16,6 +18,39 @@ def extra_special_tokens(settings: Mapping[str, Any]) -> list[Any]:
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     values = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
     return [value for value in values if isinstance(value, str) or (isinstance(value, dict) and "content" in value)]
+
+
+def as_added(value: Any) -> Any:
+    """A special token as transformers takes it: a text, or a token that says what it takes of the blanks around it."""
+    from tokenizers import AddedToken
+
+    if isinstance(value, str):
+        return value
+    options = {key: bool(value[key]) for key in ADDED_TOKEN_FIELDS if key in value}
+    return AddedToken(str(value["content"]), **{"normalized": False, **options, "special": True})
+
+
+def named_special_tokens(
+    settings: Mapping[str, Any], is_known: Callable[[str], bool], template: str, directory: str
+) -> dict[str, str]:
+    """The texts of the special tokens that have a name, which a chat template may write them by: those that all
+    tokenizers have, and a model's own. Raises ConfigError when bos, or one that `template` writes, is not in the
+    vocabulary."""
+    extra = settings.get("extra_special_tokens")
+    named = {kind: value for kind, value in settings.items() if kind.endswith("_token")}
+    found: dict[str, str] = {}
+    for kind, value in (named | (extra if isinstance(extra, dict) else {})).items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            continue
+        if is_known(text):
+            found[kind] = text
+        elif kind == "bos_token" or (kind != "eos_token" and re.search(rf"\b{re.escape(kind)}\b", template)):
+            raise ConfigError(f"the {kind} {text!r} of {directory} is in neither its vocabulary nor its added tokens")
+        elif kind != "eos_token":
+            # It would get an id that the model does not know; no example has it.
+            get_logger().warning("a special token is not in the vocabulary", base=directory, kind=kind, token=text)
+    return found
 
 
 def added_tokens(added: Any, settings: Mapping[str, Any], directory: str) -> dict[int, Any]:

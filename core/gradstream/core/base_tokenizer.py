@@ -8,12 +8,12 @@ fast one, on the base's tokenizer.json, or on what the class that transformers h
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradstream.core import checkpoint, files
-from gradstream.core.added_tokens import NAMED, added_tokens, extra_special_tokens
+from gradstream.core.added_tokens import NAMED, added_tokens, as_added, extra_special_tokens, named_special_tokens
 from gradstream.core.base_files import SmallFiles
 from gradstream.core.checkpoint import (
     MANIFEST_NAME,
@@ -46,10 +46,14 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     ADDED_TOKENS_NAME,
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer.model",
     "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
     "sentencepiece.bpe.model",
+    "tiktoken.model",
     "tekken.json",
 )
 TEMPLATES_DIRECTORY = "additional_chat_templates"
@@ -316,7 +320,10 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
     backend = Tokenizer.from_str(content.decode())
     added = added_tokens(settings.get(ADDED_TOKENS) or {}, settings, directory)
     known = {token.content for token in added.values()}
-    special = _special_tokens(settings, lambda text: text in known or backend.token_to_id(text) is not None, directory)
+    templates = "\n".join(chat_template.values()) if isinstance(chat_template, dict) else chat_template or ""
+    special = named_special_tokens(
+        settings, lambda text: text in known or backend.token_to_id(text) is not None, templates, directory
+    )
     others = {key: value for key, value in settings.items() if not key.endswith("_token") and key != END_IDS}
     own = as_its_class(content, others | special, directory)
     if own is not None:
@@ -335,9 +342,13 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
         )
     own_kinds = {kind: text for kind, text in special.items() if kind not in NAMED}
     extra: dict[str, Any] = {"model_specific_special_tokens": own_kinds} if own_kinds else {}
-    unnamed = [value["content"] if isinstance(value, dict) else value for value in extra_special_tokens(settings)]
-    if unnamed:
+    if unnamed := [as_added(value) for value in extra_special_tokens(settings)]:
         extra["extra_special_tokens"] = unnamed
+    if settings.get("split_special_tokens"):
+        raise ConfigError(
+            f"split_special_tokens in the {TOKENIZER_CONFIG_NAME} of {directory} makes special tokens plain text, "
+            f"those of a chat template too; take it out"
+        )
     length = settings.get("model_max_length")
     if isinstance(length, int):
         extra["model_max_length"] = length
@@ -360,28 +371,6 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
             )
     setattr(tokenizer, END_IDS, tuple(settings.get(END_IDS) or ()))
     return tokenizer  # type: ignore[no-any-return]
-
-
-def _special_tokens(settings: Mapping[str, Any], is_known: Callable[[str], bool], directory: str) -> dict[str, str]:
-    """The texts of the special tokens that have a name, which a chat template may write them by: those that all
-    tokenizers have, and a model's own. Raises ConfigError when bos is not in the vocabulary."""
-    extra = settings.get("extra_special_tokens")
-    named = {kind: value for kind, value in settings.items() if kind.endswith("_token")}
-    found: dict[str, str] = {}
-    for kind, value in (named | (extra if isinstance(extra, dict) else {})).items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            continue
-        if is_known(text):
-            found[kind] = text
-        elif kind == "bos_token":
-            raise ConfigError(
-                f"the bos_token {text!r} of {directory} is in neither its vocabulary nor its added tokens"
-            )
-        elif kind != "eos_token":
-            # It would get an id that the model does not know; no example has it.
-            get_logger().warning("a special token is not in the vocabulary", base=directory, kind=kind, token=text)
-    return found
 
 
 def _no_tokenizer(directory: str) -> str:

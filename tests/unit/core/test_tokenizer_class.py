@@ -12,6 +12,7 @@ from support.tokenizers import CHATML, byte_level, sentencepiece_like
 from transformers import AutoTokenizer
 
 from gradstream.core.base_tokenizer import load_tokenizer
+from gradstream.core.errors import ConfigError
 from gradstream.core.finetuning import Base
 from gradstream.services.fine_tuning.chat import chat_prompt_ids
 from gradstream.services.fine_tuning.encoding import Encoder
@@ -88,6 +89,23 @@ def test_a_template_may_write_every_special_token_that_has_a_name(tmp_path: Path
     found = load_tokenizer(base)
     assert chat_prompt_ids(MESSAGES, found) == theirs
     assert theirs[0] == found.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_a_special_token_that_a_template_writes_and_the_vocabulary_lacks_is_refused(tmp_path: Path) -> None:
+    base = saved(tmp_path, byte_level(CHATML), "llama", pad_token="<pad>")
+    assert "pad_token" not in load_tokenizer(base).special_tokens_map  # as no example has it
+    base = saved(tmp_path, byte_level(CHATML + "{{ pad_token }}"), "llama", pad_token="<pad>")
+    with pytest.raises(ConfigError, match=r"the pad_token '<pad>' of .* is in neither its vocabulary nor its added"):
+        load_tokenizer(base)
+
+
+def test_a_special_token_takes_the_blanks_around_it_that_it_says(tmp_path: Path) -> None:
+    fields = {"content": "<x>", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False}
+    base = saved(tmp_path, byte_level(), "llama", additional_special_tokens=[{"__type": "AddedToken", **fields}])
+    assert load_tokenizer(base)("a <x> b").input_ids == AutoTokenizer.from_pretrained(tmp_path)("a <x> b").input_ids
+    base = saved(tmp_path, byte_level(), "llama", split_special_tokens=True)
+    with pytest.raises(ConfigError, match=r"split_special_tokens in the tokenizer_config.json of .*; take it out"):
+        load_tokenizer(base)
 
 
 def test_a_class_for_another_kind_of_model_is_not_used(tmp_path: Path) -> None:

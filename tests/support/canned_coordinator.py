@@ -12,7 +12,7 @@ import grpc
 
 from gradstream.core import rpc
 from gradstream.core.config import Recipe, parse_recipe
-from gradstream.core.errors import ConfigError
+from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
 from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.jobs import FineTunings
@@ -32,6 +32,8 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
         """Seconds that callers allowed for a checkpoint."""
         self.ended = asyncio.Event()
         self.lose_answers = 0
+        self.held: list[int] = []
+        """Versions that callers read at the moment."""
         self.checkpoints = [jobs_pb2.Checkpoint(version=version, path=f"/runs/{version}") for version in (4, 8)]
 
     def add(self, recipe: Recipe, state: str = "RUNNING") -> jobs_pb2.Job:
@@ -103,6 +105,22 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
             self._find(request.job_id)
             return jobs_pb2.ListCheckpointsResponse(checkpoints=self.checkpoints)
         raise AssertionError
+
+    async def HoldCheckpoint(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.HoldCheckpointResponse]:
+        async with rpc.answering(context):
+            job_id = self._find(request.job_id).job_id
+            known = {checkpoint.version: checkpoint for checkpoint in self.checkpoints}
+            if not known:
+                raise CheckpointError(f"job {job_id} has no checkpoint yet")
+            version = request.version if request.HasField("version") else max(known)
+            if version not in known:
+                raise CheckpointError(f"job {job_id} has no checkpoint of version {version}")
+            self.held.append(version)
+            try:
+                yield jobs_pb2.HoldCheckpointResponse(checkpoint=known[version])
+                await asyncio.Event().wait()
+            finally:
+                self.held.remove(version)
 
     async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
         history = [

@@ -14,6 +14,7 @@ from typing import Any
 import grpc.aio
 
 from gradstream.coordinator import checkpoints, planner, scheduler
+from gradstream.coordinator.active import nothing
 from gradstream.coordinator.controller import Controller, unix_ms
 from gradstream.coordinator.inventory import check_model, special_tokens
 from gradstream.coordinator.membership import SERVER
@@ -21,10 +22,18 @@ from gradstream.coordinator.orders import Orders
 from gradstream.coordinator.state import JobRecord
 from gradstream.coordinator.views import Views
 from gradstream.core import files, model_check
-from gradstream.core.checkpoint import directory_of, huggingface_weights, write_huggingface
+from gradstream.core.checkpoint import directory_of, huggingface_weights, read_manifest, write_huggingface
 from gradstream.core.config import Recipe, absolute_path, parse_recipe
 from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
-from gradstream.core.errors import CheckpointError, ConfigError, DataError, GradstreamError, nearest, one_line
+from gradstream.core.errors import (
+    BusyError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GradstreamError,
+    nearest,
+    one_line,
+)
 from gradstream.core.paging import MAX_PAGE_BYTES, start_of_page
 from gradstream.core.paths import AllowedPaths
 from gradstream.core.requests import Requests, checked_request_id
@@ -37,6 +46,8 @@ from gradstream.core.weights_files import sent_pieces
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
 MAX_EXPORTS = 2
+MAX_HOLDS = 256
+"""Checkpoints that are kept for readers at once."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -59,6 +70,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self._bulk = StorageThreads(BULK_SECONDS)
         self._requests = Requests()
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
+        self._num_holds = 0
 
     async def SubmitJob(self, request: jobs_pb2.SubmitJobRequest, context: Context) -> jobs_pb2.SubmitJobResponse:
         async with answering(context):
@@ -213,18 +225,39 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             finally:
                 release()
 
+    async def HoldCheckpoint(
+        self, request: jobs_pb2.HoldCheckpointRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.HoldCheckpointResponse]:
+        async with answering(context):
+            if self._num_holds >= MAX_HOLDS:
+                raise BusyError(f"{MAX_HOLDS} checkpoints are being kept for readers already; ask again in a while")
+            self._num_holds += 1
+            release = nothing
+            try:
+                record = self._find(request.job_id)
+                version, release = await self._pinned(record, request)
+                root = checkpoints.root_of(record.run_directory)
+                manifest = await self._storage.call(root, read_manifest, directory_of(root, version))
+                yield jobs_pb2.HoldCheckpointResponse(checkpoint=checkpoints.as_message(root, manifest))
+                # Until the caller has read it, or is gone.
+                await asyncio.Event().wait()
+            finally:
+                release()
+                self._num_holds -= 1
+
     async def _pinned(
-        self, record: JobRecord, request: jobs_pb2.ExportCheckpointRequest
+        self, record: JobRecord, request: jobs_pb2.ExportCheckpointRequest | jobs_pb2.HoldCheckpointRequest
     ) -> tuple[int, Callable[[], None]]:
-        """The version to export and what lets go of it. Raises CheckpointError when there is none."""
+        """The version to read and what lets go of it. Raises CheckpointError when there is none."""
         root = checkpoints.root_of(record.run_directory)
         async with self._controller.pins.choosing(root):
             versions = await self._storage.call(root, checkpoints.versions_on_disk, root)
             version = request.version if request.HasField("version") else versions[-1] if versions else 0
+            if not versions:
+                raise CheckpointError(f"job {record.job_id} has no checkpoint yet; wait for its first one")
             if version not in versions:
-                known = f"there are versions {scheduler.joined(versions)}" if versions else "it has none yet"
-                wanted = f"version {version}" if versions else "any version"
-                raise CheckpointError(f"job {record.job_id} has no checkpoint of {wanted}; {known}")
+                known = f"there are versions {scheduler.joined(versions)}"
+                raise CheckpointError(f"job {record.job_id} has no checkpoint of version {version}; {known}")
             return version, self._controller.pins.pin(root, version)
 
     async def GetTimeline(

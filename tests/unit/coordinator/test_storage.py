@@ -138,6 +138,30 @@ async def test_what_an_export_has_chosen_stays(cluster: Cluster, monkeypatch: py
     assert "config.json" in await asyncio.wait_for(exported, 60)
 
 
+async def test_what_a_service_reads_stays_until_it_has_read_it(cluster: Cluster) -> None:
+    job_id = await cluster.submit()
+    ps, _ = await cluster.running(job_id)
+    await commit(cluster, job_id, ps[0], 1)
+    await commit(cluster, job_id, ps[0], 2)
+    held = cluster.jobs.HoldCheckpoint(jobs_pb2.HoldCheckpointRequest(job_id=job_id, version=1))
+    answer = await held.read()
+    assert answer.checkpoint.version == 1
+    await commit(cluster, job_id, ps[0], 3)
+    assert 1 in await listed(cluster, job_id)
+    held.cancel()
+    pins = cluster.coordinator.controller.pins
+    async with asyncio.timeout(30):
+        root = checkpoints.root_of((await cluster.job(job_id)).run_directory)
+        while 1 in pins.of(root):  # noqa: ASYNC110 (the end of a call cannot be awaited on the other side)
+            await asyncio.sleep(0.01)
+    await commit(cluster, job_id, ps[0], 4)
+    assert 1 not in await listed(cluster, job_id)
+    # The last one, where none is named.
+    newest = cluster.jobs.HoldCheckpoint(jobs_pb2.HoldCheckpointRequest(job_id=job_id))
+    assert (await newest.read()).checkpoint.version == 4
+    newest.cancel()
+
+
 async def collect(call: Any) -> set[str]:
     return {piece.file async for piece in call}
 

@@ -26,7 +26,8 @@ from gradstream.core.finetuning_recipe import ExamplesConfig
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.proto.v1.fine_tuning_pb2 import UploadExamplesRequest
 from gradstream.services.fine_tuning import preparation
-from gradstream.services.fine_tuning.bases import keep_base, resolve_base
+from gradstream.services.fine_tuning.bases import held_base, keep_base
+from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.preparation import check_data, receive
 from gradstream.services.fine_tuning.store import Store
 
@@ -40,27 +41,32 @@ RECIPE = parse_recipe(
 )
 
 
+async def resolved(jobs: Jobs, base_model: str) -> tuple[str, str]:
+    async with held_base(jobs, base_model) as found:
+        return found
+
+
 async def test_a_path_is_itself() -> None:
     async with jobs_of(CannedCoordinator()) as jobs:
-        assert await resolve_base(jobs, "/models/tiny") == ("/models/tiny", "/models/tiny")
-        assert await resolve_base(jobs, "s3://models/tiny") == ("s3://models/tiny", "s3://models/tiny")
+        assert await resolved(jobs, "/models/tiny") == ("/models/tiny", "/models/tiny")
+        assert await resolved(jobs, "s3://models/tiny") == ("s3://models/tiny", "s3://models/tiny")
 
 
 async def test_a_job_is_its_newest_checkpoint() -> None:
     coordinator = CannedCoordinator()
     coordinator.add(RECIPE)
     async with jobs_of(coordinator) as jobs:
-        assert await resolve_base(jobs, "job:pretrained-1") == ("/runs/8", "job:pretrained-1@8")
-        assert await resolve_base(jobs, "job:pretrained-1@4") == ("/runs/4", "job:pretrained-1@4")
-        with pytest.raises(CheckpointError, match="no checkpoint of version 5; there are versions 4, 8"):
-            await resolve_base(jobs, "job:pretrained-1@5")
+        assert await resolved(jobs, "job:pretrained-1") == ("/runs/8", "job:pretrained-1@8")
+        assert await resolved(jobs, "job:pretrained-1@4") == ("/runs/4", "job:pretrained-1@4")
+        with pytest.raises(CheckpointError, match="no checkpoint of version 5"):
+            await resolved(jobs, "job:pretrained-1@5")
         with pytest.raises(ConfigError, match="there is no job 'other'"):
-            await resolve_base(jobs, "job:other")
+            await resolved(jobs, "job:other")
         with pytest.raises(ConfigError, match="not of the form job:ID or job:ID@VERSION"):
-            await resolve_base(jobs, "job:pretrained-1@newest")
+            await resolved(jobs, "job:pretrained-1@newest")
         coordinator.checkpoints = []
-        with pytest.raises(CheckpointError, match="has no checkpoint yet; wait for its first one"):
-            await resolve_base(jobs, "job:pretrained-1")
+        with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+            await resolved(jobs, "job:pretrained-1")
 
 
 async def test_a_jobs_checkpoint_is_kept_when_the_job_removes_it(tmp_path: Path) -> None:
@@ -78,8 +84,21 @@ async def test_a_jobs_checkpoint_is_kept_when_the_job_removes_it(tmp_path: Path)
         (source / "manifest.json").unlink()
         source.rmdir()
         assert (tmp_path / "base" / "manifest.json").read_text() == "{}"
-        with pytest.raises(CheckpointError, match="removed faster than they can be kept"):
+        with pytest.raises(CheckpointError, match="was removed while it was being kept"):
             await keep_base(jobs, "job:pretrained-1", tmp_path / "base")
+
+
+async def test_a_base_is_held_while_it_is_read() -> None:
+    """It is the coordinator that removes old checkpoints."""
+    coordinator = CannedCoordinator()
+    coordinator.add(RECIPE)
+    async with jobs_of(coordinator) as jobs:
+        for name, version in (("job:pretrained-1", 8), ("job:pretrained-1@4", 4)):
+            async with held_base(jobs, name):
+                assert coordinator.held == [version]
+            async with asyncio.timeout(20):
+                while coordinator.held:  # noqa: ASYNC110 (the end of a call cannot be awaited on the other side)
+                    await asyncio.sleep(0.01)
 
 
 async def test_a_checkpoint_of_a_running_job_is_waited_for_without_a_deadline() -> None:
@@ -87,7 +106,7 @@ async def test_a_checkpoint_of_a_running_job_is_waited_for_without_a_deadline() 
     coordinator = CannedCoordinator()
     coordinator.add(RECIPE).state = jobs_pb2.JOB_STATE_RUNNING
     async with jobs_of(coordinator) as jobs:
-        assert await resolve_base(jobs, "job:pretrained-1") == ("/runs/8", "job:pretrained-1@8")
+        assert await resolved(jobs, "job:pretrained-1") == ("/runs/8", "job:pretrained-1@8")
     assert coordinator.deadlines == [None]
 
 

@@ -249,3 +249,33 @@ async def test_a_coordinator_that_is_away_is_waited_for(tmp_path: Path) -> None:
         await serving.close()
         await jobs.close()
         store.close()
+
+
+async def test_a_result_is_held_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was removed since it was the best makes way for the better one; one that was asked for is an error."""
+    coordinator = CannedCoordinator()
+    note(tmp_path)
+    async with service(coordinator, tmp_path) as fine_tunings:
+        await until(fine_tunings, "training", best_version=4)
+        async with fine_tunings.held_checkpoint("task") as chosen:
+            assert chosen == (4, "/runs/4")
+            assert coordinator.held == [4]
+        coordinator.checkpoints = coordinator.checkpoints[1:]
+        monkeypatch.setattr(jobs, "CHOICE_SECONDS", 0.01)
+        with pytest.raises(CheckpointError, match="no checkpoint of version 4"):
+            async with fine_tunings.held_checkpoint("task", 4):
+                pass
+
+        def better(name: str, version: int | None = None) -> tuple[int, str]:
+            monkeypatch.undo()
+            return 4, "/runs/4"
+
+        fine_tunings._note("task", checkpoints={4: "/runs/4", 8: "/runs/8"}, losses={4: 1.5, 8: 1.0}, best_version=8)
+        monkeypatch.setattr(fine_tunings, "checkpoint", better)
+        async with fine_tunings.held_checkpoint("task") as chosen:
+            assert chosen == (8, "/runs/8")
+        # A coordinator that does not know the job removes nothing of it.
+        coordinator.jobs.clear()
+        async with fine_tunings.held_checkpoint("task") as chosen:
+            assert chosen == (8, "/runs/8")
+        coordinator.end()

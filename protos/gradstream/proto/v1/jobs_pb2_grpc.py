@@ -85,6 +85,11 @@ class JobsServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointResponse.FromString,
                 _registered_method=True)
+        self.HoldCheckpoint = channel.unary_stream(
+                '/gradstream.proto.v1.JobsService/HoldCheckpoint',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.HoldCheckpointRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.HoldCheckpointResponse.FromString,
+                _registered_method=True)
         self.GetTimeline = channel.unary_stream(
                 '/gradstream.proto.v1.JobsService/GetTimeline',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineRequest.SerializeToString,
@@ -182,6 +187,14 @@ class JobsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HoldCheckpoint(self, request, context):
+        """Keeps a checkpoint from being removed for as long as the call lasts, for a service that reads its files from the
+        storage that all share. Answers once, as soon as it is kept; ends with the caller.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTimeline(self, request, context):
         """Streams the timelines that the coordinator keeps of a job: those of its last versions.
         """
@@ -263,6 +276,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.ExportCheckpoint,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointResponse.SerializeToString,
+            ),
+            'HoldCheckpoint': grpc.unary_stream_rpc_method_handler(
+                    servicer.HoldCheckpoint,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.HoldCheckpointRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.HoldCheckpointResponse.SerializeToString,
             ),
             'GetTimeline': grpc.unary_stream_rpc_method_handler(
                     servicer.GetTimeline,
@@ -556,6 +574,33 @@ class JobsService(object):
             '/gradstream.proto.v1.JobsService/ExportCheckpoint',
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.ExportCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gradstream.proto.v1.JobsService/HoldCheckpoint',
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.HoldCheckpointRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.HoldCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,10 @@ class JobsServiceStub:
     """A job's checkpoints, oldest first."""
     ExportCheckpoint: _grpc.UnaryStreamMultiCallable[_jobs_pb2.ExportCheckpointRequest, _jobs_pb2.ExportCheckpointResponse]
     """Streams a checkpoint as the files of a Hugging Face directory."""
+    HoldCheckpoint: _grpc.UnaryStreamMultiCallable[_jobs_pb2.HoldCheckpointRequest, _jobs_pb2.HoldCheckpointResponse]
+    """Keeps a checkpoint from being removed for as long as the call lasts, for a service that reads its files from the
+    storage that all share. Answers once, as soon as it is kept; ends with the caller.
+    """
     GetTimeline: _grpc.UnaryStreamMultiCallable[_jobs_pb2.GetTimelineRequest, _jobs_pb2.GetTimelineResponse]
     """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
     PublishTokens: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.PublishTokensRequest, _jobs_pb2.PublishTokensResponse]
@@ -93,6 +97,10 @@ class JobsServiceAsyncStub(JobsServiceStub):
     """A job's checkpoints, oldest first."""
     ExportCheckpoint: _aio.UnaryStreamMultiCallable[_jobs_pb2.ExportCheckpointRequest, _jobs_pb2.ExportCheckpointResponse]  # type: ignore[assignment]
     """Streams a checkpoint as the files of a Hugging Face directory."""
+    HoldCheckpoint: _aio.UnaryStreamMultiCallable[_jobs_pb2.HoldCheckpointRequest, _jobs_pb2.HoldCheckpointResponse]  # type: ignore[assignment]
+    """Keeps a checkpoint from being removed for as long as the call lasts, for a service that reads its files from the
+    storage that all share. Answers once, as soon as it is kept; ends with the caller.
+    """
     GetTimeline: _aio.UnaryStreamMultiCallable[_jobs_pb2.GetTimelineRequest, _jobs_pb2.GetTimelineResponse]  # type: ignore[assignment]
     """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
     PublishTokens: _aio.UnaryUnaryMultiCallable[_jobs_pb2.PublishTokensRequest, _jobs_pb2.PublishTokensResponse]  # type: ignore[assignment]
@@ -188,6 +196,16 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_jobs_pb2.ExportCheckpointResponse], _abc.AsyncIterator[_jobs_pb2.ExportCheckpointResponse]]:
         """Streams a checkpoint as the files of a Hugging Face directory."""
+
+    @_abc_1.abstractmethod
+    def HoldCheckpoint(
+        self,
+        request: _jobs_pb2.HoldCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_jobs_pb2.HoldCheckpointResponse], _abc.AsyncIterator[_jobs_pb2.HoldCheckpointResponse]]:
+        """Keeps a checkpoint from being removed for as long as the call lasts, for a service that reads its files from the
+        storage that all share. Answers once, as soon as it is kept; ends with the caller.
+        """
 
     @_abc_1.abstractmethod
     def GetTimeline(

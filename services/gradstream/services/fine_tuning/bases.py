@@ -7,7 +7,8 @@ import re
 import shutil
 import threading
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.threads import in_thread
 
 MAX_FOUND = 16
-MAX_TRIES = 5
 _JOB = re.compile(r"job:([^@]+)(?:@(\d+))?")
 
 _Stamp = tuple[str, int, int, int, int, int]
@@ -59,14 +59,16 @@ def looked_at(path: str) -> None:
         files.list_names(path)
 
 
-async def resolve_base(jobs: Jobs, base_model: str) -> tuple[str, str]:
+@asynccontextmanager
+async def held_base(jobs: Jobs, base_model: str) -> AsyncIterator[tuple[str, str]]:
     """Directory and title of what a recipe calls its base: a path, `job:ID@VERSION`, or `job:ID`, which is a running
-    job's current version, and the last one of any other.
+    job's current version, and the last one of any other. A job's checkpoint is not removed while it is read inside.
 
     Raises ConfigError for a job that there is not, CheckpointError for one without that checkpoint.
     """
     if not base_model.startswith("job:"):
-        return base_model, base_model
+        yield base_model, base_model
+        return
     match = _JOB.fullmatch(base_model)
     if match is None:
         raise ConfigError(f"base_model '{base_model}' is not of the form job:ID or job:ID@VERSION")
@@ -74,40 +76,23 @@ async def resolve_base(jobs: Jobs, base_model: str) -> tuple[str, str]:
         # It may rest, or end, by the time that it is asked; then its last checkpoint is the newest there is.
         with suppress(ConfigError, CheckpointError):
             await jobs.checkpoint(match[1])
-    checkpoint = _choose(match[1], await jobs.checkpoints(match[1]), match[2])
-    return checkpoint.path, f"job:{match[1]}@{checkpoint.version}"
+    async with jobs.held(match[1], int(match[2]) if match[2] is not None else None) as checkpoint:
+        yield checkpoint.path, f"job:{match[1]}@{checkpoint.version}"
 
 
 async def keep_base(jobs: Jobs, base_model: str, directory: Path) -> tuple[str, str]:
-    """As resolve_base; a job's checkpoint is kept in `directory`, for a job removes its old ones as it goes on.
+    """As held_base; a job's checkpoint is kept in `directory`, for a job removes its old ones as it goes on.
 
     Files are linked, so they take no more room; where that cannot be, they are copied.
     """
-    for _ in range(MAX_TRIES):
-        path, title = await resolve_base(jobs, base_model)
+    async with held_base(jobs, base_model) as (path, title):
         if not base_model.startswith("job:") or not files.is_local(path):
             return path, title
         try:
             await in_thread(_link, Path(path), directory)
         except FileNotFoundError:
-            # Removed since it was listed: there is a newer one.
-            continue
+            raise CheckpointError(f"base_model {base_model}: {path} was removed while it was being kept") from None
         return str(directory), title
-    raise CheckpointError(
-        f"base_model {base_model}: its checkpoints are removed faster than they can be kept; pause it"
-    )
-
-
-def _choose(job_id: str, checkpoints: list[jobs_pb2.Checkpoint], version: str | None) -> jobs_pb2.Checkpoint:
-    if not checkpoints:
-        raise CheckpointError(f"job {job_id} has no checkpoint yet; wait for its first one")
-    if version is None:
-        return checkpoints[-1]
-    for checkpoint in checkpoints:
-        if checkpoint.version == int(version):
-            return checkpoint
-    known = ", ".join(str(checkpoint.version) for checkpoint in checkpoints)
-    raise CheckpointError(f"job {job_id} has no checkpoint of version {version}; there are versions {known}")
 
 
 def _link(source: Path, destination: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -96,6 +97,39 @@ class Jobs:
         """A job's checkpoints, oldest first."""
         request = jobs_pb2.ListCheckpointsRequest(job_id=job_id)
         return list((await self._call(self._stub.ListCheckpoints, request)).checkpoints)
+
+    @asynccontextmanager
+    async def held(self, job_id: str, version: int | None = None) -> AsyncIterator[jobs_pb2.Checkpoint]:
+        """A job's checkpoint, by default the last one, which is not removed as long as it is read inside. A coordinator
+        that was restarted meanwhile is asked again."""
+        kept: asyncio.Future[jobs_pb2.Checkpoint] = asyncio.get_running_loop().create_future()
+        holding = asyncio.create_task(self._hold(job_id, version, kept))
+        try:
+            try:
+                async with asyncio.timeout(UNARY_TIMEOUT_SECONDS):
+                    checkpoint = await kept
+            except TimeoutError:
+                raise UnreachableError(f"coordinator {self.address} does not answer") from None
+            yield checkpoint
+        finally:
+            holding.cancel()
+            await asyncio.gather(holding, return_exceptions=True)
+
+    async def _hold(self, job_id: str, version: int | None, kept: asyncio.Future[jobs_pb2.Checkpoint]) -> None:
+        backoff = Backoff()
+        while True:
+            request = jobs_pb2.HoldCheckpointRequest(job_id=job_id, version=version)
+            try:
+                with ending(self._stub.HoldCheckpoint(request)) as responses:
+                    async for response in responses:
+                        version = response.checkpoint.version
+                        if not kept.done():
+                            kept.set_result(response.checkpoint)
+            except grpc.aio.AioRpcError as rpc_error:
+                if not kept.done():
+                    kept.set_exception(self._error(rpc_error))
+                    return
+            await asyncio.sleep(backoff.next())
 
     async def watch(self, job_id: str) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
         """A job's history from its beginning, each item once, until it has ended; waits for a coordinator that is

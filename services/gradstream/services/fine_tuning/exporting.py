@@ -46,8 +46,8 @@ class Exports:
         if kind == fine_tuning_pb2.EXPORT_KIND_ADAPTER and asked.method != "lora":
             raise ConfigError(f"{record.name} is a full fine-tuning and has no adapter; export it with --merged")
         adapter = asked.method == "lora" and kind != fine_tuning_pb2.EXPORT_KIND_MERGED
-        version, checkpoint = self._fine_tunings.checkpoint(record.name, version)
-        async with self._slots:
+        self._fine_tunings.checkpoint(record.name, version)  # or there is nothing to wait for
+        async with self._slots, self._fine_tunings.held_checkpoint(record.name, version) as (version, checkpoint):
             temporary = Path(tempfile.mkdtemp(prefix="export-", dir=self._fine_tunings.store.temporary))
             try:
                 weights = await self._storage.call(

@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -35,6 +35,8 @@ from gradstream.services.fine_tuning.threads import in_thread
 
 T = TypeVar("T")
 
+MAX_CHOICES = 5
+CHOICE_SECONDS = 0.5
 MOST_RETRY_SECONDS = 5.0  # between two tries to write a record to a full disk
 
 log = get_logger()
@@ -201,6 +203,26 @@ class FineTunings:
             known = ", ".join(map(str, record.checkpoints)) or "none yet"
             raise CheckpointError(f"{record.name} has no checkpoint of version {wanted}; there are: {known}")
         return wanted, record.checkpoints[wanted]
+
+    @asynccontextmanager
+    async def held_checkpoint(self, name: str, version: int | None = None) -> AsyncIterator[tuple[int, str]]:
+        """As `checkpoint`; what is chosen is not removed while it is read inside."""
+        async with AsyncExitStack() as stack:
+            for tries_left in reversed(range(MAX_CHOICES)):
+                chosen, path = self.checkpoint(name, version)
+                try:
+                    await stack.enter_async_context(self._jobs.held(self.find(name).job_id, chosen))
+                    break
+                except CheckpointError:
+                    # It was removed since it was the best: of the better one the job's history tells in a moment.
+                    if version is not None or not tries_left:
+                        raise
+                    await asyncio.sleep(CHOICE_SECONDS)
+                except GradstreamError as error:
+                    # A coordinator that is away, or does not know the job, removes nothing of it.
+                    log.info("a checkpoint is read without being held", fine_tuning=name, cause=one_line(error))
+                    break
+            yield chosen, path
 
     def pushed_bytes(self, record: Record) -> int:
         """Payload bytes of the last step known of."""

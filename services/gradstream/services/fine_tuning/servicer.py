@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Any, TypeAlias
 
 import grpc.aio
@@ -25,7 +25,7 @@ from gradstream.core.storage import StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc, jobs_pb2
 from gradstream.services.fine_tuning import views
-from gradstream.services.fine_tuning.bases import find_base, looked_at, resolve_base
+from gradstream.services.fine_tuning.bases import find_base, held_base, looked_at
 from gradstream.services.fine_tuning.coordinator import Jobs
 from gradstream.services.fine_tuning.examples import preview
 from gradstream.services.fine_tuning.exporting import Exports
@@ -74,11 +74,11 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
     async def PreviewExamples(self, request: pb.PreviewExamplesRequest, context: Context) -> pb.PreviewExamplesResponse:
         async with answering(context), self._previews:
             asked = await self._recipe(request)
-            path, title = await resolve_base(self._jobs, asked.base_model)
-            base, config = await in_thread(find_base, path, title)
-            asked = await in_thread(fit_length, asked, config)
-            check_recipe(asked, base, config)
-            tokenizer, _ = await self._serving.tokenizer(base)
+            async with held_base(self._jobs, asked.base_model) as (path, title):
+                base, config = await in_thread(find_base, path, title)
+                asked = await in_thread(fit_length, asked, config)
+                check_recipe(asked, base, config)
+                tokenizer, _ = await self._serving.tokenizer(base)
             count = min(request.num_examples, MAX_PREVIEWED)
             training = asked.training
             return await in_thread(preview, asked.data, tokenizer, training.row_length(), count, training.num_slots)
@@ -195,19 +195,23 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         async with answering(context):
             if request.name and request.base:
                 raise ConfigError("give the name of a fine-tuning or a base, not both")
-            checkpoint = None
-            if request.base:
-                await self._storage.call(request.base, self._check_base, request.base)
-                path, title = await resolve_base(self._jobs, request.base)
-                base, _ = await in_thread(find_base, path, title)
-            else:
-                record = self._fine_tunings.find(request.name)
-                if record.base is None:
-                    raise ConfigError(f"{record.name} is {record.state}: {record.reason}; its base is not known yet")
-                base = record.base
-                if not request.use_base:
-                    _, checkpoint = self._fine_tunings.checkpoint(record.name)
-            async with aclosing(self._serving.generate(base, checkpoint, request)) as responses:
+            # What is generated with stays until the text is there: a model may be loaded at any time until then.
+            async with AsyncExitStack() as held:
+                checkpoint = None
+                if request.base:
+                    await self._storage.call(request.base, self._check_base, request.base)
+                    path, title = await held.enter_async_context(held_base(self._jobs, request.base))
+                    base, _ = await in_thread(find_base, path, title)
+                else:
+                    record = self._fine_tunings.find(request.name)
+                    if record.base is None:
+                        unknown = f"{record.name} is {record.state}: {record.reason}; its base is not known yet"
+                        raise ConfigError(unknown)
+                    base = record.base
+                    if not request.use_base:
+                        holding = self._fine_tunings.held_checkpoint(record.name)
+                        _, checkpoint = await held.enter_async_context(holding)
+                responses = await held.enter_async_context(aclosing(self._serving.generate(base, checkpoint, request)))
                 async for response in responses:
                     yield response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -242,6 +243,21 @@ def test_escape_sequences_of_others_are_shown_and_not_carried_out(
         assert SEEN[:8] in everything
     main([*command, "-c", address, "-o", "json"])
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", capsys.readouterr().out)
+
+
+def test_nothing_of_others_is_printed_as_it_is() -> None:
+    """What is printed without `_output` is constant, a recipe, or said to be shown."""
+    found = []
+    for path in sorted(Path(out.__file__).parent.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"):
+                continue
+            constant = all(isinstance(argument, ast.Constant) for argument in node.args)
+            line = ast.get_source_segment(source, node) or ""
+            if not constant and "shown(" not in line and path.name not in ("_output.py", "recipes.py"):
+                found.append(f"{path.name}: {line}")
+    assert found == ['_app.py: print(f"gradstream {__version__}")']
 
 
 def test_status_says_what_needs_a_hand(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,9 +57,9 @@ def print_json_line(document: Any) -> None:
     print(shown_json(json.dumps(document, ensure_ascii=False, allow_nan=False)), flush=True)
 
 
-def print_line(text: str) -> None:
+def print_line(text: str, flush: bool = False) -> None:
     """A line on stdout, with control characters shown."""
-    print(shown(text))
+    print(shown(text), flush=flush)
 
 
 def print_text(text: str, end: str = "\n") -> None:

@@ -114,7 +114,9 @@ def _ensure(directory: Path, tokens: Path | None, wanted: list[tuple[str, Path]]
     if output is OutputFormat.json:
         out.print_json({"cluster": authority.cluster, **where, "credentials": rows})
         return
-    print(f"cluster {authority.cluster}: authority in {where['directory']}, tokens in {where['tokens']}", flush=True)
+    out.print_line(
+        f"cluster {authority.cluster}: authority in {where['directory']}, tokens in {where['tokens']}", flush=True
+    )
     if authority.published_path is None:
         _say_when(authority)
     if rows:
@@ -147,7 +149,7 @@ def issue(
     if directory is None:
         _print_pack(made)
         return
-    print(made.source)
+    out.print_line(made.source)
     out.hint(f"{role} '{name}', good until {out.format_time(_time(made.expires_at))}")
 
 
@@ -224,7 +226,7 @@ def revoke(
         out.print_json([_token_dict(token, time.time()) for token in revoked])
         return
     for token in revoked:
-        print(f"revoked token {token.id} of {token.holder}")
+        out.print_line(f"revoked token {token.id} of {token.holder}")
     if not revoked:
         out.say(f"no token of '{name_or_id}' was good any more")
 
@@ -288,7 +290,7 @@ def rotate(
     for row in rows:
         done = "trusts the new CA alone" if finish else "renewed, good"
         until = out.format_time(datetime.fromisoformat(row["expires_at"]))
-        print(f"{row['directory']}: {row['role']} '{row['name']}' {done} until {until}")
+        out.print_line(f"{row['directory']}: {row['role']} '{row['name']}' {done} until {until}")
     if ca and finish:
         out.say("the old CA is dropped")
     elif waiting:
@@ -375,7 +377,7 @@ def _parse_issue(item: str, authority: Path) -> tuple[str, Path]:
 def _print_pack(credentials: Credentials) -> None:
     from gradstream.core.credentials import to_pack
 
-    print(to_pack(credentials))
+    out.print_line(to_pack(credentials))
     if sys.stdout.isatty():
         out.warn(
             f"this is the secret of {credentials.role} '{credentials.name}'; better pipe it: | gradstream login ADDRESS"

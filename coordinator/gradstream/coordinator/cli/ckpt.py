@@ -19,6 +19,7 @@ from gradstream.coordinator.cli._options import (
     OutputOption,
     open_client,
 )
+from gradstream.core.shown import shown
 
 if TYPE_CHECKING:
     from gradstream.client import ExportProgress
@@ -63,7 +64,7 @@ def now(
     if output is OutputFormat.json:
         out.print_json({k: v for k, v in made.to_dict().items() if k not in ("type", "cursor")})
         return
-    print(made.path)
+    out.print_line(made.path)
     out.hint(f"version {made.version}, {out.format_bytes(made.num_bytes)}")
 
 
@@ -82,7 +83,7 @@ def export(
         files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
         out.print_json({"directory": str(path), "files": files})
     else:
-        print(path)
+        out.print_line(str(path))
     out.hint(f'try it: gradstream generate {path} --prompt "..."')
 
 
@@ -99,4 +100,4 @@ class ExportReporter:
         if self._interactive and (done or time.monotonic() - self._last > 0.1):
             self._last = time.monotonic()
             sizes = f"{out.format_bytes(progress.received_bytes)} of {out.format_bytes(progress.file_bytes)}"
-            print(f"\r\033[K{progress.file}: {sizes}", end="\n" if done else "", file=sys.stderr, flush=True)
+            print(f"\r\033[K{shown(progress.file)}: {sizes}", end="\n" if done else "", file=sys.stderr, flush=True)

@@ -231,9 +231,9 @@ def _print_summary(summary: DataSummary, end_of_text: str = "") -> None:
         )
     out.print_table(["SPLIT", ">SHARDS", ">DOCUMENTS", ">TOKENS", ">SIZE", ">TOKENS A SHARD"], rows)
     checked = ", all hashes right" if summary.verified else ""
-    print(f"{summary.path}: {summary.token_dtype}, vocabulary of {summary.vocab_size}{checked}")
-    print(f"end of text: {end_of_text or f'{summary.end_of_text!r} (id {summary.end_of_text_id})'}")
+    out.print_line(f"{summary.path}: {summary.token_dtype}, vocabulary of {summary.vocab_size}{checked}")
+    out.print_line(f"end of text: {end_of_text or f'{summary.end_of_text!r} (id {summary.end_of_text_id})'}")
     for name, counts in (("files read as", summary.read_as), ("left out", summary.left_out)):
         if counts:
-            print(f"{name}: {', '.join(f'{what} ({count})' for what, count in counts.items())}")
-    print(f"begins: {summary.sample[:100]!r}")
+            out.print_line(f"{name}: {', '.join(f'{what} ({count})' for what, count in counts.items())}")
+    out.print_line(f"begins: {summary.sample[:100]!r}")

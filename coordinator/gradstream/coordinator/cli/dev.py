@@ -356,14 +356,14 @@ def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
         out.print_text(f"    {line}")
     print()
     if job.initial_validation_loss is not None and job.validation_loss is not None:
-        print(
+        out.print_line(
             f"validation loss: {job.initial_validation_loss:.4f} before, {job.validation_loss:.4f} after "
             f"{job.version} steps (nats a token)"
         )
-    print(f"loss curve:      {picture}")
-    print(f"model:           {exported}")
-    print(f"checkpoints:     {Path(job.run_directory) / 'checkpoints'}")
-    print(f"logs:            {Path(job.run_directory) / 'logs'}")
+    out.print_line(f"loss curve:      {picture}")
+    out.print_line(f"model:           {exported}")
+    out.print_line(f"checkpoints:     {Path(job.run_directory) / 'checkpoints'}")
+    out.print_line(f"logs:            {Path(job.run_directory) / 'logs'}")
     out.hint(
         f'try next: gradstream generate {exported} --prompt "{prompt or "Once"}"',
         f"          gradstream serve coordinator --state {Path(job.run_directory) / 'state'}   (its history)",

@@ -389,7 +389,7 @@ def export(
         files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
         out.print_json({"directory": str(path), "files": files})
     else:
-        print(path)
+        out.print_line(str(path))
 
 
 def _prompt(prompt: str, chat: bool, system: str | None) -> Any:

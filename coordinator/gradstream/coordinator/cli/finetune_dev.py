@@ -77,7 +77,7 @@ def dev(
 
     print_comparisons(run.made, held_out(run.made)[:SHOWN_SAMPLES])
     print()
-    print(f"result: {run.exported}")
+    out.print_line(f"result: {run.exported}")
     out.hint(
         f"use it: gradstream serve fine-tuning --state {os.path.relpath(run.exported.parent / 'fine-tuning')}",
         f"        gradstream finetune generate {run.made.name} --prompt TEXT{chat_flag(run.made)}",

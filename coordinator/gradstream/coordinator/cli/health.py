@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from gradstream.coordinator.cli import _output as out
 from gradstream.coordinator.cli._options import CredentialsOption, OutputFormat, OutputOption
-from gradstream.coordinator.cli._output import print_json
 
 
 class Role(StrEnum):
@@ -37,7 +37,7 @@ def health(
     directory = find_credentials(check_address(address, "ADDRESS"), credentials)
     answer = ask(address, role, directory, timeout)
     if output is OutputFormat.json:
-        print_json({"address": address, "status": answer})
+        out.print_json({"address": address, "status": answer})
     else:
-        print(answer)
+        out.print_line(answer)
     return 0 if answer == "SERVING" else 1

@@ -66,7 +66,7 @@ def _print_job(job: Job, output: OutputFormat) -> None:
     if output is OutputFormat.json:
         out.print_json(job.to_dict())
     else:
-        print(job.job_id)
+        out.print_line(job.job_id)
 
 
 def ls(coordinator: CoordinatorOption = None, output: OutputOption = OutputFormat.table) -> None:

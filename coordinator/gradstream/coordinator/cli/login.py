@@ -45,7 +45,9 @@ def login(addresses: AddressesArgument) -> None:
         credentials.save(place, found)
     until = out.format_time(datetime.fromtimestamp(found.expires_at, UTC))
     for address, _ in places:
-        print(f"logged in to {address} as {found.role} '{found.name}' of cluster {found.cluster}, until {until}")
+        out.print_line(
+            f"logged in to {address} as {found.role} '{found.name}' of cluster {found.cluster}, until {until}"
+        )
 
 
 def logout(addresses: AddressesArgument) -> None:
@@ -70,7 +72,7 @@ def logout(addresses: AddressesArgument) -> None:
             pass  # named twice
         except OSError as error:
             raise ConfigError(f"{place} cannot be removed ({error.strerror}); remove it yourself") from None
-        print(f"logged out of {address}")
+        out.print_line(f"logged out of {address}")
 
 
 def _stored(directory: Path) -> str:

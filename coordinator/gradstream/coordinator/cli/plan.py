@@ -166,7 +166,7 @@ async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SectionProfile
 
 def _print(told: Forecast, recipe: Recipe) -> None:
     where = f"{len(told.servers)} servers, {told.num_replicas * len(told.places)} workers"
-    print(f"{recipe.name}: {out.format_count(told.num_parameters)} parameters on {where}")
+    out.print_line(f"{recipe.name}: {out.format_count(told.num_parameters)} parameters on {where}")
     print()
     if told.stages:
         out.print_table(
@@ -210,15 +210,15 @@ def _print(told: Forecast, recipe: Recipe) -> None:
     print()
     if told.step_seconds is not None and told.compute_seconds is not None and told.bubble is not None:
         idle = f", {100 * told.bubble:.0f} % of it idle in the pipeline" if len(told.places) > 1 else ""
-        print(
+        out.print_line(
             f"a step takes about {_seconds(told.step_seconds)}: compute {_seconds(told.compute_seconds)} for "
             f"{told.num_microbatches} microbatches a replica{idle}; push {_seconds(told.push_seconds)} and pull "
             f"{_seconds(told.pull_seconds)} at {told.link_bits_per_second / 1e9:g} Gb/s, of which "
             f"{_seconds(told.exposed_seconds or 0)} are not hidden"
         )
-        print(f"that is {out.format_count(told.tokens_per_second or 0)} tokens/s")
+        out.print_line(f"that is {out.format_count(told.tokens_per_second or 0)} tokens/s")
     for reason in told.reasons.values():
-        print(reason)
+        out.print_line(reason)
 
 
 def _span(names: tuple[str, ...]) -> str:

@@ -103,5 +103,5 @@ def validate(
         return
     for warning in warnings:
         out.warn(warning)
-    print(f"{loaded.name} is valid: {line}")
+    out.print_line(f"{loaded.name} is valid: {line}")
     out.hint(hint)

@@ -52,7 +52,7 @@ def _write_trace(path: Path, timelines: list[Timeline]) -> None:
     _write(path, text.encode(), "-o")
     num_versions = len({(timeline.epoch, timeline.version) for timeline in timelines})
     num_workers = len({timeline.worker for timeline in timelines})
-    print(
+    out.print_line(
         f"{path}: {num_versions} version{'s' * (num_versions != 1)} of {timelines[0].job_id} by {num_workers} "
         f"worker{'s' * (num_workers != 1)}; open it in https://ui.perfetto.dev or chrome://tracing"
     )
@@ -74,7 +74,7 @@ def _write_gantt(path: Path, timelines: list[Timeline], pipeline: Pipeline | Non
     shares = f"bubble {out.format_share(bubble.measured)} (ideal {out.format_share(bubble.ideal)})"
     _write(path, _gantt.draw(found, f"{job_id}, version {version}: {pipeline.schedule}, {shares}"), "--gantt")
     num_workers = len({worker for run in found for worker in run.workers})
-    print(f"{path}: version {version} of {job_id} by {num_workers} worker{'s' * (num_workers != 1)}, {shares}")
+    out.print_line(f"{path}: version {version} of {job_id} by {num_workers} worker{'s' * (num_workers != 1)}, {shares}")
 
 
 def _write(path: Path, content: bytes, option: str) -> None:

@@ -266,7 +266,7 @@ def test_examples_that_are_sent(
         ({"base_model": "job:nothing-1"}, FineTuningFailedError, "no job 'nothing-1'"),
         ({"data": {"path": "/nowhere.jsonl"}}, DataError, "send the file with --upload"),
         ({"lora": {"target_modules": ["q_prog"]}}, FineTuningFailedError, "q_proj"),
-        ({"training": {"sequence_length": 65}}, FineTuningFailedError, "longer than the model's 64 positions"),
+        ({"training": {"sequence_length": 65}}, FineTuningFailedError, "longer than the 64 positions of llama"),
         ({"training": {"sequence_length": 6}}, FineTuningFailedError, "training.sequence_length is 6"),
         ({"training": {"microbatch": 3}}, ConfigError, "not divisible by microbatch 3"),
         ({"name": "sums"}, ConfigError, "'sums' already, which is finished; choose another name"),

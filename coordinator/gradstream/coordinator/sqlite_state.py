@@ -175,7 +175,8 @@ class SqliteState(State):
             if self._db.in_transaction:
                 with suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
-            raise self._failed(what, f"the coordinator cannot write its state ({error}); is its disk full?") from None
+            cure = "does another program use it?" if "locked" in str(error) else "is its disk full?"
+            raise self._failed(what, f"the coordinator cannot write its state ({error}); {cure}") from None
         except OverflowError:
             raise ProtocolError("a number in the message is too large to be true") from None
         if durable:

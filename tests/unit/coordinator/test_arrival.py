@@ -233,6 +233,22 @@ async def test_a_server_that_is_told_to_end_does_so_when_its_grace_is_over(
     assert taken_files(cluster, job_id) == []
 
 
+async def test_a_server_that_failed_does_not_come_back_with_its_state(cluster: Cluster) -> None:
+    """A coordinator that was restarted before it had another plan must not go on with a shard that is broken."""
+    job_id = await cluster.submit()
+    async with real_server(cluster, 60) as (server, _):
+        assert [held.job_id for held in server._held()] == [job_id]
+        assert server.shard is not None
+
+        async def breaks() -> None:
+            raise RuntimeError("half of an update")
+
+        server.shard._spawn(breaks())
+        await cluster.event(job_id, "parameter server ps-real cannot go on: RuntimeError: half of an update")
+        assert (await cluster.job(job_id)).state == jobs_pb2.JOB_STATE_PLANNING
+        assert server._held() == []
+
+
 async def test_a_coordinator_that_is_told_to_end_finishes_the_manifest(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ import typer
 
 from gradstream.coordinator.cli._app import group
 from gradstream.coordinator.cli._options import parse_size
+from gradstream.coordinator.cli._running import run_until_done
 from gradstream.core.paths import restrict_process
 
 if TYPE_CHECKING:
@@ -482,15 +483,3 @@ def _run(module: str, *arguments: Any) -> None:
     use_huge_pages()
     serve = importlib.import_module(module).serve
     run_until_done(serve(*arguments))
-
-
-def run_until_done(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a role under uvloop where there is one."""
-    if sys.platform == "win32":
-        import asyncio
-
-        asyncio.run(coroutine)
-        return
-    import uvloop
-
-    uvloop.run(coroutine)

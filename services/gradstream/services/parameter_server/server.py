@@ -220,7 +220,7 @@ class ParameterServer:
 
     def _held(self) -> list[coordinator_pb2.HeldJob]:
         shard = self.shard
-        if shard is None or shard.version < 0:
+        if shard is None or shard.version < 0 or shard.failed:
             return []
         return [coordinator_pb2.HeldJob(job_id=shard.plan.job_id, epoch=shard.plan.epoch, version=shard.version)]
 

@@ -90,6 +90,7 @@ class Shard:
         self.index = index
         self.version = -1
         self.checkpointed = False  # whether `version` gets a checkpoint
+        self.failed = False  # whether something went wrong for good: what is held is of no use any more
         self.phase = Phase("loading", time.time())
         self.received_bytes = 0
         self.sent_bytes = 0
@@ -631,6 +632,7 @@ class Shard:
             if self._closed is None:
                 log.warning("left the step", job=self.plan.job_id, cause=str(error))
         except Exception as error:
+            self.failed = True
             await self._report_failure(error)
 
 

@@ -12,9 +12,9 @@ from canned_fine_tunings import CannedFineTunings, canned_fine_tuning, canned_re
 from canned_jobs import canned_job
 from rich.text import Text
 
-from gradstream.client import Job, RenderedExample, RenderedPiece
+from gradstream.client import FineTuning, Job, RenderedExample, RenderedPiece
 from gradstream.coordinator.cli import main
-from gradstream.coordinator.cli._fine_tuning_views import TARGET_STYLE, example_text
+from gradstream.coordinator.cli._fine_tuning_views import TARGET_STYLE, example_text, held_out, print_comparisons
 from gradstream.coordinator.cli._progress import progress_facts
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 
@@ -256,6 +256,21 @@ def test_compare(service: CannedFineTunings, capsys: pytest.CaptureFixture[str])
     service.fine_tunings = [canned_fine_tuning(after=None, state=pb.FINE_TUNING_STATE_CANCELLED)]
     assert main(["finetune", "compare", "task"]) == 2
     assert "has no result yet; go on with it: gradstream finetune resume, or compare" in capsys.readouterr().err
+
+
+def test_a_result_without_held_out_prompts_is_one(
+    service: CannedFineTunings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of text, or with validation.num_exact_match 0."""
+    found = canned_fine_tuning()
+    found.before.ClearField("samples")
+    found.after.ClearField("samples")
+    service.fine_tunings = [found]
+    made = FineTuning.from_proto(found)
+    print_comparisons(made, held_out(made))  # what `finetune dev` ends with
+    assert "0.5000" in capsys.readouterr().out
+    assert main(["finetune", "compare", "task"]) == 2
+    assert "task has no held-out prompts; compare with --prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--seed", 2**64), ("--max-new-tokens", 2**32)])

@@ -214,7 +214,8 @@ def print_preview(preview: ExamplesPreview, training: FineTuningTraining) -> Non
 
 
 def held_out(found: FineTuning) -> list[Comparison]:
-    """What base and result made of the held-out prompts. Raises ConfigError when that is not known."""
+    """What base and result made of the held-out prompts; nothing where there are none, as for text. Raises ConfigError
+    when that is not known yet."""
     from gradstream.core.errors import ConfigError
 
     if found.before is None or found.after is None:
@@ -223,8 +224,6 @@ def held_out(found: FineTuning) -> list[Comparison]:
         raise ConfigError(f"{found.name} is {found.state} and has no result yet; {cure}, or compare with --prompt")
     base = {sample.prompt: sample.generated for sample in found.before.samples}
     samples = [sample for sample in found.after.samples if sample.prompt in base]
-    if not samples:
-        raise ConfigError(f"{found.name} has no held-out prompts; compare with --prompt")
     return [Comparison(each.prompt, each.expected, base[each.prompt], each.generated) for each in samples]
 
 

@@ -343,6 +343,7 @@ def compare(
 ) -> None:
     """Show what the base and what the fine-tuning's best version say, beside each other."""
     from gradstream.coordinator.cli._fine_tuning_views import Comparison, held_out, print_comparisons
+    from gradstream.core.errors import ConfigError
 
     settings = _settings(max_new_tokens, temperature, top_p, seed, stop)
     with open_fine_tuning_client(service) as client:
@@ -358,6 +359,8 @@ def compare(
             ]
         else:
             comparisons = held_out(found)[:num_samples]
+            if not comparisons:
+                raise ConfigError(f"{found.name} has no held-out prompts; compare with --prompt")
     if output is OutputFormat.json:
         out.print_json(
             {

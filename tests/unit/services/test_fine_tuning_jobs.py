@@ -195,6 +195,12 @@ async def test_a_repeated_request_to_create_is_the_same_fine_tuning(tmp_path: Pa
         other = ASKED.model_copy(update={"seed": 9})
         with pytest.raises(ConfigError, match="request id one is that of 'task', which has another recipe"):
             await fine_tunings.create(other, "one")
+        named_otherwise = ASKED.model_copy(update={"name": "other"})
+        with pytest.raises(ConfigError, match="request id one is that of 'task', which has another recipe"):
+            await fine_tunings.create(named_otherwise, "one")
+        at_once = [fine_tunings.create(recipe, "three") for recipe in (named_otherwise, other)]
+        found = await asyncio.gather(*at_once, return_exceptions=True)
+        assert [isinstance(each, ConfigError) for each in found] == [False, True]
         # It has made nothing, so a new request may have its name.
         assert (await fine_tunings.create(other, "two")).created_unix_ms > first.created_unix_ms
 

@@ -41,3 +41,22 @@ async def test_they_come_in_pages_and_whole(tmp_path: Path, monkeypatch: pytest.
     store.close()
     assert [each.name for each in found] == ["task-2", "task-1", "task-0"]
     assert all(each.recipe_json == recipe for each in found)
+
+
+async def test_a_repeated_request_needs_nothing_of_what_the_first_one_was_made_of(tmp_path: Path) -> None:
+    data = tmp_path / "task.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    recipe = {"name": "task", "base_model": str(tmp_path / "base"), "data": {"path": str(data)}}
+    recipe["run_root"] = str(tmp_path / "runs")
+    asked = pb.CreateFineTuningRequest(recipe_json=parse_finetuning_recipe(recipe).model_dump_json(), request_id="one")
+    store, serving = Store(tmp_path / "state"), Serving("cpu", 1 << 30)
+    context = cast(Any, None)  # only a refusal has a use for it
+    async with jobs_of(CannedCoordinator()) as jobs:
+        fine_tunings = FineTunings(store, jobs, serving)
+        service = FineTuningServicer(fine_tunings, jobs, serving)
+        made = (await service.CreateFineTuning(asked, context)).fine_tuning
+        data.unlink()
+        assert (await service.CreateFineTuning(asked, context)).fine_tuning.created_unix_ms == made.created_unix_ms
+        await fine_tunings.close()
+    await serving.close()
+    store.close()

@@ -20,6 +20,7 @@ from gradstream.core.config import parse_recipe
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError, nearest, one_line
 from gradstream.core.finetuning_recipe import FEW_STEPS, MORE_STEPS, FineTuningRecipe, parse_finetuning_recipe
 from gradstream.core.log import get_logger
+from gradstream.core.requests import Requests
 from gradstream.core.rpc import Backoff
 from gradstream.core.storage import StorageThreads
 from gradstream.proto.v1 import jobs_pb2
@@ -52,6 +53,7 @@ class FineTunings:
         self._drivers: dict[str, asyncio.Task[None]] = {}
         self._before: dict[str, asyncio.Task[None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._requests = Requests()
         self._changes: dict[str, asyncio.Event] = {}
         self._pushed_bytes: dict[str, int] = {}
         self._troubles: dict[str, str] = {}
@@ -100,15 +102,11 @@ class FineTunings:
         Raises ConfigError when the name is taken or the recipe wrong.
         """
         check_recipe(asked, None, {})
-        async with self._lock(asked.name):
+        async with self._requests.one_at_a_time(request_id), self._lock(asked.name):
+            made = self.store.repeated(request_id, asked.model_dump_json())
+            if made is not None:
+                return made
             old = self.store.get(asked.name)
-            if old is not None and request_id and old.request_id == request_id:
-                if old.recipe_json != asked.model_dump_json():
-                    raise ConfigError(
-                        f"request id {request_id} is that of '{asked.name}', which has another recipe; take a new id "
-                        f"for each fine-tuning"
-                    )
-                return old
             # One that ended before it had a job has made nothing that could be lost.
             if old is not None and not (old.has_ended and not old.job_id):
                 again = ", or go on with it: gradstream finetune resume" if old.state in ("failed", "cancelled") else ""

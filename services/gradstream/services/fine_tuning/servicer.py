@@ -73,7 +73,8 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
 
     async def PreviewExamples(self, request: pb.PreviewExamplesRequest, context: Context) -> pb.PreviewExamplesResponse:
         async with answering(context), self._previews:
-            asked = await self._recipe(request)
+            asked = self._parsed(request)
+            await self._check(asked)
             async with held_base(self._jobs, asked.base_model) as (path, title):
                 base, config = await in_thread(find_base, path, title)
                 asked = await in_thread(fit_length, asked, config)
@@ -91,7 +92,12 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
     ) -> pb.CreateFineTuningResponse:
         async with answering(context):
             request_id = checked_request_id(request.request_id)
-            record = await self._fine_tunings.create(await self._recipe(request), request_id)
+            asked = self._parsed(request)
+            # Before anything is looked at: what the first one was made of may be gone.
+            record = self._fine_tunings.store.repeated(request_id, asked.model_dump_json())
+            if record is None:
+                await self._check(asked)
+                record = await self._fine_tunings.create(asked, request_id)
             return pb.CreateFineTuningResponse(fine_tuning=await self._view(record))
         raise AssertionError("abort has raised")
 
@@ -223,19 +229,19 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             async for file, file_bytes, payload in self._exports.pieces(request.name, request.kind, version):
                 yield pb.ExportFineTuningResponse(file=file, file_bytes=file_bytes, payload=payload)
 
-    async def _recipe(self, request: pb.CreateFineTuningRequest | pb.PreviewExamplesRequest) -> FineTuningRecipe:
-        """A recipe as it was sent, with its paths as they are here, whose storage answers.
-
-        Raises ConfigError, DataError when its data is not to be found.
-        """
+    def _parsed(self, request: pb.CreateFineTuningRequest | pb.PreviewExamplesRequest) -> FineTuningRecipe:
+        """A recipe as it was sent, with its paths as they are here. Raises ConfigError."""
         asked = parse_finetuning_recipe(request.recipe_json)
         if absolute_finetuning_paths(asked) != asked:
             raise ConfigError("the recipe holds relative paths; make them absolute, as the client does")
-        asked = moved_finetuning_recipe(asked, request.directory, self._root)
+        return moved_finetuning_recipe(asked, request.directory, self._root)
+
+    async def _check(self, asked: FineTuningRecipe) -> None:
+        """Look at a recipe's paths. Raises ConfigError, DataError when its data is not to be found, UnreachableError
+        when their storage does not answer."""
         await self._storage.call(asked.run_root, self._allowed.check, "run_root", asked.run_root)
         await self._storage.call(asked.data.path, self._check_data, asked.data)
         await self._storage.call(asked.base_model, self._check_base, asked.base_model)
-        return asked
 
     def _check_data(self, data: ExamplesConfig) -> None:
         self._allowed.check("data.path", data.path)

@@ -144,6 +144,16 @@ class Store:
         """A fine-tuning's directory."""
         return self._records_root / name
 
+    def repeated(self, request_id: str, recipe_json: str) -> Record | None:
+        """What this request has made before; None for an empty id. Raises ConfigError when that has another recipe."""
+        made = next((record for record in self.all() if record.request_id == request_id), None) if request_id else None
+        if made is not None and made.recipe_json != recipe_json:
+            raise ConfigError(
+                f"request id {request_id} is that of '{made.name}', which has another recipe; take a new id for each "
+                f"fine-tuning"
+            )
+        return made
+
     def all(self) -> list[Record]:
         """All records, newest first."""
         return sorted(self._records.values(), key=lambda record: (record.created_unix_ms, record.name), reverse=True)

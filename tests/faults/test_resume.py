@@ -74,9 +74,9 @@ def test_killed_server_walks_the_same_steps_again(cluster: Cluster, tiny_data: P
 @pytest.mark.timeout(240)
 def test_steps_go_on_while_there_is_no_coordinator(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
     """The coordinator is not in the path of a step: while it is dead the servers themselves go from version to version,
-    over a checkpoint too."""
+    over checkpoints too that nobody takes the reports of."""
     training = {"num_steps": 100}
-    recipe = tiny_recipe(tiny_data, tmp_path / "runs", training=training, checkpoint={"interval_steps": 20})
+    recipe = tiny_recipe(tiny_data, tmp_path / "runs", training=training, checkpoint={"interval_steps": 5})
     cluster.start_coordinator()
     cluster.start_servers("server-0", "server-1")
     cluster.start_workers("worker-0")

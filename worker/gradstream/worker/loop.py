@@ -33,6 +33,9 @@ from gradstream.worker.servicer import WorkerServicer
 
 log = logging.get_logger()
 
+DROP_SECONDS = 10.0
+"""For a worker that ends to stop what it computes."""
+
 
 class Worker:
     """Carries out the coordinator's directives: one job at a time."""
@@ -73,7 +76,12 @@ class Worker:
         try:
             await self.session.run()
         finally:
-            await self._drop()
+            try:
+                # A device, or a storage, that does not answer keeps a thread for ever.
+                async with asyncio.timeout(DROP_SECONDS):
+                    await self._drop()
+            except TimeoutError:
+                log.warning("ends although what it computes does not", seconds=DROP_SECONDS)
 
     async def _on_directive(self, directive: coordinator_pb2.SessionResponse) -> None:
         kind = directive.WhichOneof("directive")

@@ -348,7 +348,7 @@ class Controller:
         if active.failing:
             self.end(active, FAILED, active.failing)
         elif desired == "stop":
-            self.end(active, STOPPED, f"stopped at version {active.version} while planning")
+            self.end(active, STOPPED, f"stopped at version {active.version} while planning{self.unsaved(active)}")
         elif desired == "pause":
             self._leave(active, PAUSED, "paused while planning")
         elif active.planning is None and now >= active.held_until:
@@ -477,7 +477,7 @@ class Controller:
             return
         event = Event("node", f"{reason}; the job goes back to its last checkpoint")
         if active.record.desired == "stop":
-            self.end(active, STOPPED, f"stopped at version {active.version}: {reason}", event)
+            self.end(active, STOPPED, f"stopped at version {active.version}{self.unsaved(active)}: {reason}", event)
         elif active.state == PAUSED or active.record.desired == "pause":
             # The cluster is free for the next job.
             self._leave(active, PAUSED, f"paused; {reason}, so it will go on from its last checkpoint", event)
@@ -529,6 +529,13 @@ class Controller:
         sights = stalls.worker_sights(active, self.members, now)
         stuck = stuck_workers(sights, stalls.slot_seconds(active), self.timing)
         return bool(stuck) and len(stuck) >= len(self.leasing.candidates(active, now))
+
+    def unsaved(self, active: ActiveJob) -> str:
+        """What a job that ends now leaves of its steps, as the end of a sentence; empty when all of them."""
+        last = max(self.state.checkpoint_versions(active.job_id), default=0)
+        if last >= active.version:
+            return ""
+        return f"; its last checkpoint is of version {last}" if last else "; it has no checkpoint"
 
     def pinned_versions(self, active: ActiveJob) -> set[int]:
         """The versions of the active job whose checkpoints stay, however old: those that a plan starts from or an

@@ -50,7 +50,8 @@ class Orders:
             return
         asked = Event("state", f"a stop was asked for{by_caller()}")
         if now:
-            self._controller.end(active, STOPPED, f"stopped at once at version {active.version}", asked, desired="stop")
+            reason = f"stopped at once at version {active.version}{self._controller.unsaved(active)}"
+            self._controller.end(active, STOPPED, reason, asked, desired="stop")
         elif active.record.desired != "stop":
             self._controller.update(active, asked, desired="stop")
             active.boundary_session = 0

@@ -188,6 +188,15 @@ async def test_a_stop_does_not_wait_for_workers_that_hang(tmp_path: Path, transf
     await cluster.stop()
 
 
+async def test_a_stop_at_once_says_what_is_left(cluster: Cluster) -> None:
+    job_id, servers, _ = await at_version_1(cluster)
+    await report_checkpoint(servers[0], 1)
+    await cluster.watch(job_id, lambda item: item.checkpoint.version == 1)
+    await cluster.stub.ReportStep(step_report(job_id, 1))
+    job = (await cluster.jobs.StopJob(jobs_pb2.StopJobRequest(job_id=job_id, now=True))).job
+    assert job.reason == "stopped at once at version 2; its last checkpoint is of version 1"
+
+
 # --- nobody can compute -----------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from gradstream.core.errors import AccessError, BusyError, CredentialsError, Gra
 from gradstream.core.guard import READING_SECONDS, REQUEST_SECONDS, SENDING_SECONDS, Guard
 from gradstream.core.limits import Limit, Meter, Patience, Receiving
 from gradstream.core.refusals import AuditEvent
-from gradstream.core.rpc import error_from_rpc, listen, new_server, open_channel
+from gradstream.core.rpc import MAX_STREAMS_A_CONNECTION, error_from_rpc, listen, new_server, open_channel
 from gradstream.core.token_sources import FollowedTokens
 from gradstream.core.tokens import ROLES, TokenTable
 from gradstream.core.transport import Transport
@@ -506,6 +506,19 @@ async def test_what_is_audited_is_noted_with_its_end(door: Door) -> None:
     (event,) = door.events
     assert (event.call, event.caller, event.outcome) == ("StopJob", "submitter (submitter)", "ok")
     assert event.peer == "ipv4:127.0.0.1"
+
+
+async def test_calls_on_one_connection_are_bounded(door: Door) -> None:
+    async with door.channel("worker") as channel:
+        streams = [channel.unary_stream(FOREVER)(b"") for _ in range(MAX_STREAMS_A_CONNECTION + 1)]
+        answers = [asyncio.create_task(stream.read()) for stream in streams]
+        async with asyncio.timeout(BOUND_SECONDS):
+            while sum(answer.done() for answer in answers) < MAX_STREAMS_A_CONNECTION:
+                await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED, timeout=0.1)
+            (last,) = (answer for answer in answers if not answer.done())
+            assert not (await asyncio.wait({last}, timeout=0.3))[0], "it waits at its caller"
+            streams[0 if last is not answers[0] else 1].cancel()
+            assert await last
 
 
 async def test_one_caller_cannot_take_all(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from gradstream.core.authority_files import (
     RECORD_NAME,
     TOKENS_NAME,
     Record,
+    check_reader,
     make_ca,
     read_cas,
     read_pem,
@@ -269,7 +270,9 @@ class Authority:
         return revoked
 
     def publish(self, path: Path) -> Path:
-        """Write the token table where a coordinator reads it: to a file, or as tokens.json into a directory."""
+        """Write the token table where a coordinator reads it: to a file, or as tokens.json into a directory. Raises
+        ConfigError for a directory of others' credentials."""
+        check_reader(path, self.cluster)
         file = path / TOKENS_NAME if path.is_dir() else path
         if file != self.tokens_path:
             write_table(file, self._table)

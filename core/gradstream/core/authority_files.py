@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradstream.core.certificate_facts import read_certificates
 from gradstream.core.errors import ConfigError
 from gradstream.core.private_files import read_private, write_private
 from gradstream.core.strict_json import exact_keys, parse_object
@@ -162,3 +163,17 @@ def write_table(path: Path, table: TokenTable) -> None:
     except OSError:
         mode = 0o600
     write_private(path.parent, {path.name: table.serialize()}, mode)
+
+
+def check_reader(directory: Path, cluster: str) -> None:
+    """Raise ConfigError for a directory of credentials with which nobody reads a token table. Other paths may be where
+    a coordinator reads."""
+    try:
+        facts = read_certificates((directory / "cert.pem").read_bytes())[0]
+    except (OSError, ValueError):
+        return
+    if (facts.role, facts.cluster) != ("coordinator", cluster):
+        raise ConfigError(
+            f"{directory} holds the credentials of {facts.title}, and only the coordinator of cluster {cluster} reads "
+            f"this token table; name its directory, or its HOST:PORT"
+        )

@@ -177,6 +177,22 @@ def test_each_change_is_published_where_init_was_told(
     assert f"publishes its tokens to {elsewhere} and not to {place}/tokens.json; leave --tokens out" in text
 
 
+def test_a_table_is_published_only_where_a_coordinator_may_read_it(place: Path, clock: Clock, tmp_path: Path) -> None:
+    with Authority.init(place, clock=clock) as authority, Authority.init(tmp_path / "other", clock=clock) as other:
+        for role in ("coordinator", "worker"):
+            authority.issue(role, role, directory=tmp_path / role)
+        assert authority.publish(tmp_path / "coordinator") == tmp_path / "coordinator" / "tokens.json"
+        assert "worker holds the credentials of worker 'worker'" in refusal(
+            lambda: authority.publish(tmp_path / "worker")
+        )
+        assert "only the coordinator of cluster" in refusal(lambda: other.publish(tmp_path / "coordinator"))
+        assert not (tmp_path / "worker" / "tokens.json").exists()
+        # Where no credentials are, a coordinator may read it all the same.
+        (tmp_path / "public").mkdir()
+        authority.publish(tmp_path / "public")
+        authority.publish(tmp_path / "public" / "table.json")
+
+
 def test_one_writer_at_a_time_and_any_readers(place: Path, clock: Clock) -> None:
     with Authority.init(place, clock=clock) as authority:
         authority.issue("worker", "w")

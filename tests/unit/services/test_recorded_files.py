@@ -15,7 +15,7 @@ from support.chat_bases import chat_base
 from gradstream.core.base_model import find_base, load_tokenizer
 from gradstream.core.base_tokenizer import write_generation_config, write_tokenizer
 from gradstream.core.checkpoint import export_huggingface
-from gradstream.core.errors import CheckpointError
+from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.finetuning import Base, FineTuning, LoraConfig
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning import bases
@@ -159,6 +159,21 @@ async def test_what_the_service_keeps_is_of_the_same_files(tmp_path: Path) -> No
         assert texts["second"] == [swapped] != [texts["first"][0]]
     finally:
         await serving.close()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+def test_a_link_in_a_circle_is_one_line_where_it_is_read(tmp_path: Path, name: str) -> None:
+    directory = chat_base(tmp_path / "base")
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(directory / name)
+    if name == "notes.txt":  # nobody reads it
+        assert bases.find_base(str(directory), "x")[0].title == "x"
+        return
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read .*Too many levels of symbolic links"):
+        bases.find_base(str(directory), "x")
+    for path in (directory / "absent", directory / "tokenizer.json", "/nul\0/x"):
+        with pytest.raises(ConfigError, match=r"does not exist|is a file|cannot be read|is not a path"):
+            bases.find_base(str(path), "x")
 
 
 def test_a_time_that_was_set_back_hides_no_change(tmp_path: Path) -> None:

@@ -120,12 +120,12 @@ def _link(source: Path, destination: Path) -> None:
 
 def _stamps(path: str) -> list[_Stamp]:
     """What changes when a file of a directory, or of one in it, does; empty when there is no such directory."""
-    directory = Path(local_of(path))
-    if not directory.is_dir():
-        return []
+    directory, entries = Path(local_of(path)), []
+    with suppress(OSError, ValueError):  # who reads it says it better
+        entries = sorted((*directory.iterdir(), *directory.glob(f"{TEMPLATES_DIRECTORY}/*")))
     found = []
-    for entry in sorted((*directory.iterdir(), *directory.glob(f"{TEMPLATES_DIRECTORY}/*"))):
-        with suppress(FileNotFoundError):  # a link that leads nowhere
+    for entry in entries:
+        with suppress(OSError):  # a link that leads nowhere, or in a circle
             stat = entry.stat()
             # The time of change cannot be set back, unlike that of modification.
             found.append((str(entry), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))

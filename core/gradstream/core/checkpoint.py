@@ -180,6 +180,7 @@ def write_tensor_file(
     files.write_atomic(
         files.join(directory, file),
         lambda stream: written.append(write_tensors(stream, specs, contents, metadata)),
+        judged=True,
     )
     num_bytes, sha256 = written[-1]
     return FileEntry(file=file, num_bytes=num_bytes, sha256=sha256)
@@ -228,9 +229,9 @@ def write_manifest(
         tokenizer = files.read_verified(source, plan.data_manifest.tokenizer_sha256)
     except (OSError, DataError, ConfigError) as error:
         raise CheckpointError(f"the tokenizer {source} cannot be copied into the checkpoint ({error})") from None
-    files.write_atomic(files.join(directory, TOKENIZER_NAME), lambda stream: stream.write(tokenizer))
+    files.write_atomic(files.join(directory, TOKENIZER_NAME), lambda stream: stream.write(tokenizer), judged=True)
     text = manifest.model_dump_json(indent=1).encode()
-    files.write_atomic(files.join(directory, MANIFEST_NAME), lambda stream: stream.write(text))
+    files.write_atomic(files.join(directory, MANIFEST_NAME), lambda stream: stream.write(text), judged=True)
     keep = {entry.file for entry in (*manifest.files, *manifest.residuals)}
     for name in files.list_names(directory):
         # Of a plan that never got to its manifest. What a newer plan's servers write, or are still writing, stays.

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gradstream.core.errors import CheckpointError, DataError
+from gradstream.core.errors import CheckpointError, ConfigError, DataError
 from gradstream.core.paths import AllowedPaths, check_scheme
 
 PIECE_BYTES = 1 << 20
@@ -225,10 +225,12 @@ def sha256(path: str) -> str:
         return digest(stream)
 
 
-def write_atomic(path: str, write: Callable[[BinaryIO], object]) -> None:
+def write_atomic(path: str, write: Callable[[BinaryIO], object], judged: bool = False) -> None:
     """Write a file so that it is there whole or not at all: temporary file, fsync, rename.
 
-    On object stores a file appears when its upload is complete, which is the same promise.
+    On object stores a file appears when its upload is complete, which is the same promise. Raises OSError; of a path
+    that is `judged`, which others named, also where the file would lie where GRADSTREAM_PATHS does not allow: a link
+    may have been put in its place since it was checked.
     """
     fs, inner = file_system(path)
     if not is_local(path):
@@ -238,6 +240,8 @@ def write_atomic(path: str, write: Callable[[BinaryIO], object]) -> None:
     temporary = f"{inner}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         with open(temporary, "wb") as stream:
+            if judged:
+                _judge(path, stream)
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
@@ -247,6 +251,13 @@ def write_atomic(path: str, write: Callable[[BinaryIO], object]) -> None:
             os.unlink(temporary)
         raise
     sync_directory(os.path.dirname(inner) or ".")
+
+
+def _judge(path: str, stream: BinaryIO) -> None:
+    try:
+        AllowedPaths.of_environment().check_opened(path, stream.fileno())
+    except ConfigError as error:
+        raise PermissionError(errno.EACCES, str(error)) from None
 
 
 @contextlib.contextmanager

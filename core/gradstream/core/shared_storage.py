@@ -28,7 +28,7 @@ def path_of(directory: str, check_id: str, who: str) -> str:
 
 def write(directory: str, check_id: str, who: str) -> None:
     """Show that one can write there. Raises OSError, also where the directory is not."""
-    files.write_atomic(path_of(directory, check_id, who), lambda stream: stream.write(check_id.encode()))
+    files.write_atomic(path_of(directory, check_id, who), lambda stream: stream.write(check_id.encode()), judged=True)
 
 
 def unseen(directory: str, check_id: str, names: Iterable[str]) -> list[str]:

@@ -11,10 +11,14 @@ from pathlib import Path
 from threading import Barrier
 from typing import BinaryIO
 
+import numpy as np
 import pytest
 
-from gradstream.core import files
+from gradstream.core import files, shared_storage
+from gradstream.core.checkpoint import write_shard
 from gradstream.core.errors import DataError
+from gradstream.core.fragments import Tensor, cut
+from gradstream.proto.v1 import coordinator_pb2
 
 
 def test_writers_of_one_path_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -61,6 +65,30 @@ def synced(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> list[P
         patch.setattr(os, "fsync", fsync)
         act()
     return found
+
+
+def test_a_file_is_written_where_it_may_lie_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that was put in a directory's place after the path was checked leads nowhere."""
+    monkeypatch.setenv("GRADSTREAM_PATHS", str(tmp_path / "allowed"))
+    for name in ("allowed", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "allowed" / "runs").symlink_to(tmp_path / "elsewhere")
+    path = str(tmp_path / "allowed" / "runs" / "manifest.json")
+    with pytest.raises(PermissionError, match=r"leads to .*/elsewhere/.*, which is not below .*/allowed"):
+        files.write_atomic(path, lambda stream: stream.write(b"x"), judged=True)
+    tensors = [Tensor("w", (4,), False, 0)]
+    shard = [(fragment, {"weight": np.zeros(4, np.float32)}) for fragment in cut(tensors, 4)]
+    with pytest.raises(PermissionError):
+        write_shard(str(tmp_path / "allowed" / "runs"), "server-0.safetensors", tensors, shard)
+    check = coordinator_pb2.StorageCheck(
+        check_id="0" * 16, directory=str(tmp_path / "allowed" / "runs"), write="node-0"
+    )
+    assert "cannot write to" in shared_storage.answer(check)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    (tmp_path / "allowed" / "runs").unlink()
+    (tmp_path / "allowed" / "runs").mkdir()
+    files.write_atomic(path, lambda stream: stream.write(b"x"), judged=True)
+    assert Path(path).read_bytes() == b"x"
 
 
 def test_a_new_directory_is_noted_durably_in_each_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

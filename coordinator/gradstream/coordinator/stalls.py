@@ -9,6 +9,7 @@ from collections import Counter
 from gradstream.coordinator.active import ActiveJob
 from gradstream.coordinator.benches import WorkerSight
 from gradstream.coordinator.membership import Membership, NodeEntry
+from gradstream.core.leases import SLOTS
 
 
 def worker_sights(active: ActiveJob, members: Membership, now: float) -> list[WorkerSight]:
@@ -69,6 +70,9 @@ def slot_seconds(active: ActiveJob) -> float | None:
 
 
 def has_recovered(node: NodeEntry | None, since: float) -> bool:
-    """Whether a node that hung or was cut off at `since` is worth another try: it is gone, or it got something done and
-    reaches its peers."""
-    return node is None or not node.alive or (node.progress_at > since and not node.activity.unreachable)
+    """Whether a node that hung or was cut off at `since` is worth another try: it is gone, or it reaches its peers and
+    got something done or has let go of its slots. Without slots a worker has nothing to do."""
+    if node is None or not node.alive:
+        return True
+    moves = node.progress_at > since or node.activity.waiting_for == SLOTS
+    return moves and not node.activity.unreachable

@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+SLOTS = "slots from the coordinator"
+"""What a worker without slots says that it waits for."""
+
 
 @dataclass(frozen=True)
 class Replica:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from coordinator_fakes import WORKER, Cluster, report_checkpoint, step_report
 
 from gradstream.coordinator.benches import Benches, WorkerSight, find_stuck
+from gradstream.coordinator.membership import NodeEntry
+from gradstream.coordinator.stalls import has_recovered
 from gradstream.coordinator.timing import Timing, parse_timing
 from gradstream.core.errors import ConfigError
+from gradstream.core.leases import SLOTS
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 TIMING = Timing(stall_seconds=30, stall_factor=10, first_slot_seconds=600, unreachable_seconds=30)
@@ -84,6 +89,27 @@ def test_a_bench_ends_when_its_time_is_over_and_the_node_has_recovered() -> None
     benches.bench("a", "worker a", "disk full", True, 100)
     assert benches.lift(219, lambda *_: True) == []
     assert benches.lift(220, lambda *_: True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "recovered"),
+    [
+        ({}, False),
+        ({"progress_at": 11.0}, True),
+        ({"alive": False}, True),
+        # It has heard that it has no slots, and has nothing to do.
+        ({"activity": {"phase": "waiting", "waiting_for": SLOTS}}, True),
+        ({"activity": {"phase": "waiting", "waiting_for": "weights from ps-0"}}, False),
+        ({"progress_at": 11.0, "activity": {"unreachable": "ps-1"}}, False),
+        ({"activity": {"waiting_for": SLOTS, "unreachable": "ps-1"}}, False),
+    ],
+)
+def test_a_worker_that_hung_or_was_cut_off_has_recovered(changes: dict[str, Any], recovered: bool) -> None:
+    node = NodeEntry("w.1", WORKER, "w", "h:1", 1 << 30, "cpu", 1, 10.0, 0, progress_at=5.0)
+    for name, value in changes.items():
+        setattr(node, name, coordinator_pb2.Activity(**value) if name == "activity" else value)
+    assert has_recovered(node, since=10.0) is recovered
+    assert has_recovered(None, since=10.0)
 
 
 def test_failures_in_the_same_words_are_told_once() -> None:

@@ -29,6 +29,7 @@ from gradstream.core.access import SERVER
 from gradstream.core.bundles import is_tuned
 from gradstream.core.errors import one_line
 from gradstream.core.faults import Faults
+from gradstream.core.leases import SLOTS
 from gradstream.core.log import get_logger
 from gradstream.core.plan import Plan
 from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, error_from_rpc, open_channel
@@ -252,7 +253,7 @@ class JobRun:
                 leases = asyncio.ensure_future(self._next_leases())
                 try:
                     await self._wait(
-                        "slots from the coordinator",
+                        SLOTS,
                         asyncio.wait([upcoming, leases], return_when=asyncio.FIRST_COMPLETED),
                     )
                 finally:
@@ -265,7 +266,7 @@ class JobRun:
         if self.place is None or self.place.replica.number != self._replica_number:
             await self._meet(None)
         if not self._leases.slots:
-            await self._wait("slots from the coordinator", self._next_leases())
+            await self._wait(SLOTS, self._next_leases())
 
     async def _hear_of(self, inbox: Inbox) -> None:
         """Let the slots' residuals follow a version, and join its checkpoint if it has one."""

@@ -238,3 +238,15 @@ def test_an_export_loads_by_itself_and_stops_at_the_datas_end(tmp_path: Path) ->
     start_BT = torch.tensor([[5, 6]])
     assert model.generate(start_BT, do_sample=False, max_new_tokens=9, pad_token_id=0).tolist() == [[5, 6, 0]]
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 0
+
+
+def test_a_constructor_that_computes_with_values_is_no_reason_to_refuse() -> None:
+    """Gemma 3's part that sees asks a tensor for a number, which shapes without values have not."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64}
+    config = {
+        "model_type": "gemma3",
+        "text_config": text | {"pad_token_id": None},
+        "vision_config": {**small, "image_size": 28, "patch_size": 14},
+    }
+    assert describe(config)["architecture"] == "Gemma3ForConditionalGeneration"

@@ -73,7 +73,8 @@ async def test_servers_that_were_cut_off_come_back_one_by_one(three: Cluster) ->
     for server in servers[1:]:
         await server.reconnect(three.address)
     async with asyncio.timeout(30):
-        while (await three.job(job_id)).waits:  # their streams open a moment after they have registered
+        # Their streams open a moment after they have registered.
+        while (await three.job(job_id)).waits:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await unchanged(three, job_id)
     assert worker.plan is not None

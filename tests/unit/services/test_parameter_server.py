@@ -282,12 +282,16 @@ async def test_a_disk_that_takes_no_checkpoint_costs_no_state(tmp_path: Path) ->
         await cluster.pull(1)
         shard = cluster.shards[0]
         await until(lambda: shard._unwritten is not None)
+        since = shard.activity().waiting_since_unix_ms
         await cluster.push(cluster.all_keys(), step=1)
         await cluster.pull(2)
         await cluster.push(cluster.all_keys()[:0], step=2)
         await until(lambda: shard._unwritten is not None)
         activity = shard.activity()
         assert activity.step == 2
+        # Since the disk fails, and not since the newest checkpoint.
+        assert activity.waiting_for.startswith("the disk to take its checkpoint: ")
+        assert activity.waiting_since_unix_ms == since
         root.unlink()
         await until(lambda: len(cluster.checkpoints) == 1)
         assert cluster.checkpoints[0].version == 2

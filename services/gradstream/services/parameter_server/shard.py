@@ -129,6 +129,7 @@ class Shard:
         self._snapshots = False  # whether a copy of the version at hand is being made
         # Why no checkpoint can be written, and since when (Unix seconds); None while one can.
         self._unwritten: tuple[str, float] | None = None
+        self._trouble: tuple[str, float] | None = None  # the same, until a checkpoint has been written
         # Since when (Unix seconds) a step waits for the checkpoint before to be written.
         self._settling_since: float | None = None
 
@@ -444,10 +445,10 @@ class Shard:
 
     def _note_unwritten(self, error: Exception) -> None:
         """Remember why no checkpoint can be written, for `status`."""
-        cause, known = one_line(error), self._unwritten
+        cause, known = one_line(error), self._trouble
         if known is None or known[0] != cause:
             log.error("a checkpoint cannot be written, trying again", job=self.plan.job_id, cause=cause)
-        self._unwritten = (cause, known[1] if known is not None else time.time())
+        self._trouble = self._unwritten = (cause, known[1] if known is not None else time.time())
 
     async def _write_file(self, directory: str, file: str, copies: list[tuple[Fragment, State]]) -> Written:
         """Write this server's file of a checkpoint, as often as it takes: whatever keeps it from the disk costs no
@@ -456,7 +457,7 @@ class Shard:
         while True:
             try:
                 written = await asyncio.to_thread(write_shard, directory, file, self.plan.tensors, copies)
-                self._unwritten = None
+                self._trouble = self._unwritten = None
                 return written
             except Exception as error:
                 self._note_unwritten(error)

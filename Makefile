@@ -8,7 +8,7 @@ JOBS ?= 2
 PARALLEL := $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist loadfile)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-finetune test test-unit fuzz wheels test-compose check format protos lock clean
+.PHONY: help install demo demo-finetune test test-unit fuzz wheels test-compose check docs format protos lock clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 22
@@ -20,7 +20,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	$(BIN)/python -m gradstream.core.kernels
+	$(BIN)/python -m gradstream.core.kernels.preload
 	@touch $@
 
 demo: $(STAMP)  ## Train a 10 M parameter GPT on this machine: 1 coordinator, 2 parameter servers, 2 workers.
@@ -51,11 +51,15 @@ wheels: $(STAMP)  ## Fill deploy/wheels, so that images are built without a netw
 test-compose: $(STAMP)  ## Test the docker-compose cluster for real (BASE_IMAGE=an image or debian, WHEELS=no: from the index).
 	$(BIN)/python deploy/test_compose.py --base-image $(or $(BASE_IMAGE),debian) $(if $(filter no,$(WHEELS)),--no-wheels) $(ARGS)
 
-check: $(STAMP)  ## Lint, types, protos.
+check: $(STAMP)  ## Lint, types, protos, docs.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
+	$(MAKE) --no-print-directory docs
+
+docs: $(STAMP)  ## Build the site of the docs into site/, with the reference that follows from the code.
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --quiet --strict
 
 format: $(STAMP)  ## Format the code.
 	$(BIN)/ruff check --fix-only --quiet .

@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from report import Result, arguments_parser, chosen, report, result
 
-from gradstream.core import kernels
 from gradstream.core.codecs import CODEC_NAMES, Codec, Payload, ResidualCodec, State, codec_named
+from gradstream.core.kernels import preload as kernels_preload
 
 TARGETS = {"encode": 0.5, "decode_add": 1.0}
 WITH_TARGET = ("bf16", "int8", "int4")
@@ -42,7 +42,7 @@ def main() -> None:
     names = chosen("codecs", {name: name for name in CODEC_NAMES}, arguments.only)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    kernels.preload()
+    kernels_preload.preload()
     magnitudes = torch.randn(size.num_fragments, size.shape[0], 1).exp()
     sources = list((torch.randn(size.num_fragments, *size.shape) * magnitudes).unbind())
     targets = list(torch.zeros(size.num_fragments, *size.shape).unbind())

@@ -20,10 +20,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from gradstream.core.config import parse_recipe
-from gradstream.core.data import parse_manifest
+from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.recipe.loading import parse_recipe
 from gradstream.services.parameter_server.optimizer import learning_rate
-from gradstream.worker.data import SlotReader
+from gradstream.worker.samples.data import SlotReader
 
 
 def main() -> None:

@@ -33,11 +33,12 @@ from report import Result, arguments_parser, at_most, chosen, report, result
 from step import cluster, process
 
 from gradstream.client import Client, Step
-from gradstream.core.base_model import find_base, load_tokenizer
-from gradstream.core.config import Recipe, parse_recipe
-from gradstream.core.finetuning_recipe import ExamplesConfig
-from gradstream.core.model import inventory
-from gradstream.services.fine_tuning.examples import prepare_examples
+from gradstream.core.model.model import inventory
+from gradstream.core.pretrained.base import find_base, load_tokenizer
+from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.services.fine_tuning.examples.dataset import prepare_examples
 
 MODEL: dict[str, Any] = {
     "model_type": "llama",
@@ -234,11 +235,11 @@ def run_peft(recipe: Recipe) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from gradstream.core.data import parse_manifest
-    from gradstream.core.lora import peft_config
-    from gradstream.core.model import initial_weights
-    from gradstream.worker.data import SlotReader
-    from gradstream.worker.packing import layout_of
+    from gradstream.core.data.manifest import parse_manifest
+    from gradstream.core.model.lora import peft_config
+    from gradstream.core.model.model import initial_weights
+    from gradstream.worker.samples.data import SlotReader
+    from gradstream.worker.samples.packing import layout_of
 
     tuning, training = recipe.finetuning, recipe.training
     assert tuning is not None

@@ -30,13 +30,14 @@ from report import Result, arguments_parser, at_most, chosen, report
 from step import await_file, process
 
 from gradstream.client import Client, Step, Validation
-from gradstream.coordinator.data_prepare import prepare
-from gradstream.core.bundles import codec_for
-from gradstream.core.config import PrepareConfig, Recipe, parse_recipe
-from gradstream.core.downlink import downlink
-from gradstream.core.encoded_size import encoded_bytes
-from gradstream.core.fragments import BYTES_PER_ELEMENT, cut
-from gradstream.core.model import inventory
+from gradstream.coordinator.data.prepare import prepare
+from gradstream.core.model.model import inventory
+from gradstream.core.plan.bundles import codec_for
+from gradstream.core.plan.downlink import downlink
+from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, cut
+from gradstream.core.plan.sizes import encoded_bytes
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import PrepareConfig, Recipe
 
 TARGET_NATS = 0.01
 REFERENCE = "reference"

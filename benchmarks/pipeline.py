@@ -34,11 +34,13 @@ from report import Result, arguments_parser, chosen, named, report, result
 from sides import Side, Turn, gradstream_side, torch_side
 from step import MODELS, network_of
 
-from gradstream.coordinator.data_prepare import prepare
-from gradstream.core.config import PrepareConfig, Recipe, parse_recipe
-from gradstream.core.model import inventory
-from gradstream.core.schedules import Costs, Op, make_schedule, simulate
-from gradstream.core.stages import SectionCost, StageOffer, cut_stages
+from gradstream.coordinator.data.prepare import prepare
+from gradstream.coordinator.planning.stages import SectionCost, StageOffer, cut_stages
+from gradstream.core.model.model import inventory
+from gradstream.core.pipeline.schedule import Op, make_schedule
+from gradstream.core.pipeline.simulation import Costs, simulate
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import PrepareConfig, Recipe
 
 GRADSTREAM = "gradstream"
 NUM_WORKERS = 2

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradstream.core.config import OptimizerConfig, Recipe
-from gradstream.core.data import Manifest, parse_manifest
-from gradstream.core.model import build, initial_weights
+from gradstream.core.data.manifest import Manifest, parse_manifest
+from gradstream.core.model.model import build, initial_weights
+from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
 from gradstream.services.parameter_server.optimizer import learning_rate
-from gradstream.worker.data import SlotReader, Split
+from gradstream.worker.samples.data import SlotReader, Split
 
 
 def initial_model(recipe: Recipe, rounded_start: bool = False) -> nn.Module:

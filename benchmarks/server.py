@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from report import Result, arguments_parser, chosen, fail, report, result
 from standalone import Child, Usage, make_plan, payloads_of, run_sender, run_server
 
-from gradstream.core.wire import PIECE_BYTES
+from gradstream.core.wire.frames import PIECE_BYTES
 
 NUM_SENDERS = [1, 2, 4, 8, 16, 32, 64]
 MOST_PROCESSES = 4

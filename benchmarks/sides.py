@@ -26,10 +26,10 @@ from typing import Any, Protocol
 from step import Network, cluster, free_port, process
 
 from gradstream.client import Client, Span, SpanKind, Step
-from gradstream.coordinator.sqlite_state import SqliteState
-from gradstream.core.config import Recipe
-from gradstream.core.plan import Plan
-from gradstream.core.timeline import PASSES, union
+from gradstream.coordinator.state.sqlite import SqliteState
+from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.telemetry.timeline import PASSES, union
 from gradstream.proto.v1 import plan_pb2
 
 STEP_TIMEOUT_SECONDS = 300.0

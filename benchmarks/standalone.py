@@ -27,28 +27,21 @@ import psutil
 import torch
 import uvloop
 
-from gradstream.core.access import SERVER
-from gradstream.core.bundles import Bundle
 from gradstream.core.codecs import Payload
-from gradstream.core.config import parse_recipe
-from gradstream.core.data import parse_manifest
-from gradstream.core.fragments import cut
-from gradstream.core.guard import Guard
-from gradstream.core.model import inventory
-from gradstream.core.payloads import BundleCodec, split
-from gradstream.core.plan import Plan, Server
-from gradstream.core.rpc import listen, new_server, open_channel
-from gradstream.core.token_sources import FileTokens
-from gradstream.core.transport import Transport
-from gradstream.core.wire import (
-    Assembler,
-    ParameterServerStub,
-    add_parameter_server,
-    checksum,
-    frames,
-    parse,
-    verify,
-)
+from gradstream.core.codecs.payloads import BundleCodec, split
+from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.model.model import inventory
+from gradstream.core.plan.bundles import Bundle
+from gradstream.core.plan.fragments import cut
+from gradstream.core.plan.plan import Plan, Server
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.rpc.access import SERVER
+from gradstream.core.rpc.channel import listen, new_server, open_channel
+from gradstream.core.rpc.guard import Guard
+from gradstream.core.rpc.token_sources import FileTokens
+from gradstream.core.rpc.transport import Transport
+from gradstream.core.wire.frames import Assembler, checksum, frames, parse, verify
+from gradstream.core.wire.stubs import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 from gradstream.services.parameter_server.shard import Shard

@@ -30,11 +30,12 @@ from network import Loopback, Namespaces
 from report import Result, arguments_parser, at_most, chosen, fail, named, report, result
 
 from gradstream.client import Client, Step
-from gradstream.coordinator.data_prepare import prepare
-from gradstream.core.autocodec import TRIAL_STEPS
-from gradstream.core.config import CodecConfig, PrepareConfig, Recipe, load_recipe, parse_recipe
+from gradstream.coordinator.data.prepare import prepare
 from gradstream.core.errors import ConfigError, one_line
-from gradstream.core.machine import arithmetic_threads
+from gradstream.core.machine.facts import arithmetic_threads
+from gradstream.core.recipe.loading import load_recipe, parse_recipe
+from gradstream.core.recipe.recipe import CodecConfig, PrepareConfig, Recipe
+from gradstream.services.parameter_server.autocodec import TRIAL_STEPS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 Network = Loopback | Namespaces

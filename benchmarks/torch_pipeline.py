@@ -32,14 +32,15 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
-from gradstream.core.config import Recipe, parse_recipe
-from gradstream.core.data import parse_manifest
-from gradstream.core.model import build, initial_weights
-from gradstream.core.schedules import make_schedule
-from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
-from gradstream.core.timeline import SpanKind
+from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.model.model import build, initial_weights
+from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.pipeline.schedule import make_schedule
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.services.parameter_server.optimizer import learning_rate
-from gradstream.worker.data import SlotReader
+from gradstream.worker.samples.data import SlotReader
 
 _ACTIVATIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Pass = tuple[str, int, int, int, int]

@@ -25,8 +25,8 @@ from typing import Literal
 from report import Result, arguments_parser, chosen, report, result
 from standalone import Child, make_plan, payloads_of, run_sender, run_server
 
-from gradstream.core.authority import Authority
-from gradstream.core.wire import PIECE_BYTES
+from gradstream.core.credentials.authority import Authority
+from gradstream.core.wire.frames import PIECE_BYTES
 
 PIECES_BYTES = [
     64 << 10,

@@ -25,8 +25,8 @@ from typing import Any
 
 from engine import ROOT, CannotRunError, Docker, base_image, compose_command, engine, fill_wheels, run, say
 
-from gradstream.core.authority import Authority
-from gradstream.core.credentials import from_pack, save
+from gradstream.core.credentials.authority import Authority
+from gradstream.core.credentials.store import from_pack, save
 
 TARGETS = ("credentials", "coordinator", "parameter-server", "worker", "fine-tuning")
 SERVICES = ("coordinator", "parameter-server", "worker", "fine-tuning")

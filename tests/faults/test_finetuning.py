@@ -8,7 +8,7 @@ import pytest
 from support.cluster import Cluster
 from support.finetuning import tuning_recipe, write_base, write_rows
 
-from gradstream.core.base_model import find_base
+from gradstream.core.pretrained.base import find_base
 
 
 @pytest.mark.timeout(300)

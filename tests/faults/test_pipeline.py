@@ -10,7 +10,7 @@ from support.cluster import Cluster
 from support.tiny import tiny_recipe
 
 from gradstream.client import Event
-from gradstream.core.config import Recipe
+from gradstream.core.recipe.recipe import Recipe
 
 
 def recipe_of(data: Path, run_root: Path, name: str, num_workers: int, **pipeline: Any) -> Recipe:

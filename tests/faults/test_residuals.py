@@ -12,8 +12,8 @@ from support.micro import micro_plan
 from support.tiny import LLAMA, tiny_recipe
 
 from gradstream.client import Job
-from gradstream.core.checkpoint import CheckpointManifest, read_manifest
-from gradstream.core.config import Recipe
+from gradstream.core.checkpoint.manifest import CheckpointManifest, read_manifest
+from gradstream.core.recipe.recipe import Recipe
 
 TWO_SLOTS = {"num_slots": 2, "num_steps": 24}
 

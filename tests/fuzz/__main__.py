@@ -12,7 +12,7 @@ from support.fuzzing import WORDS
 MOST_BYTES = 20_000
 FINDINGS = Path("fuzz-findings")
 # numba compiles these from their bytecode, which must be its own.
-KERNELS = ["gradstream.core.kernels", "gradstream.core.dense_kernels", "gradstream.core.residual_kernels"]
+KERNELS = ["gradstream.core.kernels.codec", "gradstream.core.kernels.dense", "gradstream.core.kernels.residual"]
 
 
 def main() -> None:

@@ -20,25 +20,26 @@ from support.micro import MICRO_LLAMA, micro_plan
 
 from gradstream.client import GradstreamError
 from gradstream.client._export import ExportWriter
-from gradstream.coordinator.cli._options import parse_bit_rate, parse_size
+from gradstream.coordinator.cli.options import parse_bit_rate, parse_size
 from gradstream.coordinator.data.inspection import inspect
 from gradstream.coordinator.data.sources import NotTextError, read_documents
-from gradstream.coordinator.timelines import TimelineFiles
-from gradstream.core import base_model
-from gradstream.core.checkpoint import CheckpointReader
+from gradstream.coordinator.telemetry.timelines import TimelineFiles
+from gradstream.core.checkpoint.shard import CheckpointReader
 from gradstream.core.codecs import CODEC_NAMES, codec_named
-from gradstream.core.config import load_recipe, parse_recipe
-from gradstream.core.data import parse_manifest
+from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.data.sources import list_files
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, ProtocolError
-from gradstream.core.finetuning_recipe import ExamplesConfig, load_any_recipe, parse_finetuning_recipe
-from gradstream.core.plan import Plan
-from gradstream.core.schedules import parse_csv, validate
-from gradstream.core.sources import list_files
-from gradstream.core.wire import Assembler, frames, parse
+from gradstream.core.pipeline.schedule import parse_csv
+from gradstream.core.pipeline.validation import validate
+from gradstream.core.plan.plan import Plan
+from gradstream.core.pretrained import base as base_model
+from gradstream.core.recipe.finetuning_recipe import ExamplesConfig, load_any_recipe, parse_finetuning_recipe
+from gradstream.core.recipe.loading import load_recipe, parse_recipe
+from gradstream.core.wire.frames import Assembler, frames, parse
 from gradstream.proto.v1 import jobs_pb2, plan_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.services.fine_tuning.examples import load_prepared
-from gradstream.services.fine_tuning.reading import read_rows
+from gradstream.services.fine_tuning.examples.dataset import load_prepared
+from gradstream.services.fine_tuning.examples.reading import read_rows
 from gradstream.services.fine_tuning.store import Record, Store
 
 

@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from support.fuzzing import ODD_TEXTS, ODD_VALUES, allocating_at_most, fuzzed, mutated_tree, taken
 
 from gradstream.coordinator.data.sources import NotTextError, read_documents
-from gradstream.core.base_model import find_base, load_tokenizer
+from gradstream.core.data.sources import list_files
 from gradstream.core.errors import ConfigError, DataError, GradstreamError, ProtocolError
-from gradstream.core.finetuning_recipe import ExamplesConfig
-from gradstream.core.sources import list_files
-from gradstream.services.fine_tuning import reading
-from gradstream.services.fine_tuning.chat import chat_prompt_ids, chat_template, render_conversation
-from gradstream.services.fine_tuning.conversations import conversation
-from gradstream.services.fine_tuning.encoding import Encoder
-from gradstream.services.fine_tuning.examples import preview
-from gradstream.services.fine_tuning.preparation import Upload
-from gradstream.services.fine_tuning.reading import BadRowError, read_rows
+from gradstream.core.pretrained.base import find_base, load_tokenizer
+from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.services.fine_tuning.examples import reading
+from gradstream.services.fine_tuning.examples.chat import chat_prompt_ids, chat_template, render_conversation
+from gradstream.services.fine_tuning.examples.conversations import conversation
+from gradstream.services.fine_tuning.examples.dataset import preview
+from gradstream.services.fine_tuning.examples.encoding import Encoder
+from gradstream.services.fine_tuning.examples.preparation import Upload
+from gradstream.services.fine_tuning.examples.reading import BadRowError, read_rows
 from gradstream.services.fine_tuning.store import Store
 
 MIB = 1 << 20
@@ -109,7 +109,7 @@ def packed(num_bytes: int, begin: bytes = b"", end: bytes = b"") -> bytes:
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the real ones, a thousandth."""
-    monkeypatch.setattr("gradstream.core.source_rows.MAX_LINE_BYTES", MIB)
+    monkeypatch.setattr("gradstream.core.data.rows.MAX_LINE_BYTES", MIB)
     monkeypatch.setattr(reading, "MAX_FILE_BYTES", 4 * MIB)
 
 

@@ -19,25 +19,27 @@ from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
 from gradstream.client import _fine_tuning_types as tuning
 from gradstream.client import _types as types
-from gradstream.coordinator.residuals import check_residual
-from gradstream.coordinator.servicer import check_registration
-from gradstream.coordinator.sqlite_state import SqliteState
-from gradstream.coordinator.timelines import TimelineFiles, check_timeline
-from gradstream.core import __version__, autocodec
-from gradstream.core.checkpoint import ResidualEntry
+from gradstream.coordinator.jobs.residuals import check_residual
+from gradstream.coordinator.servicers.nodes import check_registration
+from gradstream.coordinator.state.sqlite import SqliteState
+from gradstream.coordinator.telemetry.timelines import TimelineFiles, check_timeline
+from gradstream.core import __version__
+from gradstream.core.checkpoint.manifest import ResidualEntry
+from gradstream.core.codecs.payloads import CodecBook
 from gradstream.core.errors import ConfigError, DataError, ProtocolError, StaleEpochError
-from gradstream.core.faults import Faults
-from gradstream.core.payloads import CodecBook
-from gradstream.core.plan import Plan
-from gradstream.core.schedules import make_schedule
-from gradstream.core.timeline import Timeline, chrome_trace
-from gradstream.core.wire import Assembler, frames, parse, verify
+from gradstream.core.node.faults import Faults
+from gradstream.core.pipeline.schedule import make_schedule
+from gradstream.core.plan.plan import Plan
+from gradstream.core.telemetry.timeline import Timeline
+from gradstream.core.telemetry.trace import chrome_trace
+from gradstream.core.wire.frames import Assembler, frames, parse, verify
 from gradstream.proto.v1 import coordinator_pb2, fine_tuning_pb2, jobs_pb2, plan_pb2, worker_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.services.parameter_server import autocodec
 from gradstream.services.parameter_server.leader import Decision, Leader, decide_commit
 from gradstream.services.parameter_server.tuner import Tuner
-from gradstream.worker.inbound import FORWARD
-from gradstream.worker.neighbours import Neighbours, Place, check_hello
+from gradstream.worker.pipeline.inbound import FORWARD
+from gradstream.worker.pipeline.neighbours import Neighbours, Place, check_hello
 from gradstream.worker.timeline import Timeline as Spans
 from gradstream.worker.weights import pulled_codec
 

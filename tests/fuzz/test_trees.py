@@ -21,17 +21,19 @@ from safetensors.numpy import load_file, save_file
 from support.fuzzing import ODD_TEXTS, ODD_VALUES, allocating_at_most, fuzzed, mutated_tree, taken
 from support.micro import MICRO_LLAMA
 
-from gradstream.coordinator.jobs_servicer import make_run_directory, read_data_manifest
-from gradstream.coordinator.planner import check_data
-from gradstream.core.base_model import BaseReader, find_base, load_tokenizer
-from gradstream.core.checkpoint import CheckpointReader, read_manifest, write_huggingface
-from gradstream.core.config import absolute_paths, load_recipe, parse_recipe
-from gradstream.core.data import parse_manifest
+from gradstream.coordinator.planning.planner import check_data
+from gradstream.coordinator.servicers.jobs import make_run_directory, read_data_manifest
+from gradstream.core.checkpoint.manifest import read_manifest
+from gradstream.core.checkpoint.shard import CheckpointReader
+from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.errors import CheckpointError, ConfigError, DataError
-from gradstream.core.finetuning_recipe import load_any_recipe, load_finetuning_recipe, parse_finetuning_recipe
-from gradstream.core.model import build
-from gradstream.services.fine_tuning.examples import load_prepared
-from gradstream.services.fine_tuning.preparation import check_data as check_examples
+from gradstream.core.model.model import build
+from gradstream.core.pretrained.base import BaseReader, find_base, load_tokenizer
+from gradstream.core.pretrained.export import write_huggingface
+from gradstream.core.recipe.finetuning_recipe import load_any_recipe, load_finetuning_recipe, parse_finetuning_recipe
+from gradstream.core.recipe.loading import absolute_paths, load_recipe, parse_recipe
+from gradstream.services.fine_tuning.examples.dataset import load_prepared
+from gradstream.services.fine_tuning.examples.preparation import check_data as check_examples
 from gradstream.services.fine_tuning.store import Record, Store
 
 MIB = 1 << 20

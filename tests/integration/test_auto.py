@@ -8,7 +8,7 @@ from support.cluster import Cluster
 from support.tiny import tiny_recipe
 
 from gradstream.client import Step
-from gradstream.core.autocodec import LADDER, TRIAL_STEPS
+from gradstream.services.parameter_server.autocodec import LADDER, TRIAL_STEPS
 
 
 def test_auto_settles_and_says_why(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:

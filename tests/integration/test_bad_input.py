@@ -30,11 +30,13 @@ from support.tiny import LLAMA, tiny_recipe
 
 from gradstream.client import Client, Event, Job, Step, UnreachableError
 from gradstream.core import __version__
-from gradstream.core.checkpoint import WEIGHT, CheckpointReader
-from gradstream.core.config import Recipe
+from gradstream.core.checkpoint.manifest import WEIGHT
+from gradstream.core.checkpoint.shard import CheckpointReader
 from gradstream.core.errors import ConfigError
-from gradstream.core.session import NodeIdentity, NodeSession
-from gradstream.core.wire import ParameterServerStub, frames
+from gradstream.core.node.session import NodeIdentity, NodeSession
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.wire.frames import frames
+from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 
@@ -473,7 +475,7 @@ def test_node_of_another_version(cluster: Cluster, monkeypatch: pytest.MonkeyPat
     expected = f"node old runs gradstream 0.0.0, the coordinator {__version__}; install the same version on both"
     assert caught.value.details() == expected
     # The node itself ends with that line; it does not knock for ever.
-    monkeypatch.setattr("gradstream.core.session.__version__", "0.0.0")
+    monkeypatch.setattr("gradstream.core.node.session.__version__", "0.0.0")
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, "old", "127.0.0.1:1", 0, "cpu")
 
     async def register() -> None:

@@ -12,10 +12,11 @@ import grpc.aio
 import pytest
 
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.rpc import answering, listen, new_server, open_channel
-from gradstream.core.session import NodeSession
+from gradstream.core.node.session import NodeSession
+from gradstream.core.rpc.channel import listen, new_server, open_channel
+from gradstream.core.rpc.errors import answering
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
-from gradstream.worker.readers import Readers
+from gradstream.worker.samples.readers import Readers
 
 CONTENT = bytes(range(256)) * 40
 

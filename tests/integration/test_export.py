@@ -10,8 +10,9 @@ from support.cluster import Cluster
 from support.tiny import GPT2, LLAMA, tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradstream.core.checkpoint import WEIGHT, CheckpointReader
-from gradstream.core.model import build
+from gradstream.core.checkpoint.manifest import WEIGHT
+from gradstream.core.checkpoint.shard import CheckpointReader
+from gradstream.core.model.model import build
 
 
 @pytest.mark.timeout(180)

@@ -11,7 +11,7 @@ from support.finetuning import random_rows, tuning_recipe, write_base, write_row
 from support.tiny import GPT2, LLAMA
 
 from gradstream.client import Event, Validation
-from gradstream.core.data import NO_TARGET
+from gradstream.core.data.manifest import NO_TARGET
 
 
 @pytest.mark.timeout(600)

@@ -16,9 +16,10 @@ from support.tiny import GPT2, LLAMA, NO_DROPOUT
 from transformers import AutoModelForCausalLM
 
 from gradstream.client import Step, Validation
-from gradstream.core.config import Recipe
-from gradstream.core.data import NO_TARGET, SlotSampler, parse_manifest
-from gradstream.core.model import initial_weights
+from gradstream.core.data.manifest import NO_TARGET, parse_manifest
+from gradstream.core.data.sampler import SlotSampler
+from gradstream.core.model.model import initial_weights
+from gradstream.core.recipe.recipe import Recipe
 
 NUM_STEPS = 30
 

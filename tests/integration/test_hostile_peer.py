@@ -17,8 +17,9 @@ import grpc.aio
 import pytest
 from standalone import Child, Usage, header_of, make_plan, payloads_of, run_sender, run_server
 
-from gradstream.core.stream_limits import MOST_HALF_SENT_BYTES, MOST_STREAMS_A_CONNECTION, most_streams_a_host
-from gradstream.core.wire import PIECE_BYTES, ParameterServerStub, checksum, frame, frames
+from gradstream.core.wire.frames import PIECE_BYTES, checksum, frame, frames
+from gradstream.core.wire.stream_limits import MOST_HALF_SENT_BYTES, MOST_STREAMS_A_CONNECTION, most_streams_a_host
+from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 
 PLAN = make_plan("fp32", num_slots=2, num_layers=1)

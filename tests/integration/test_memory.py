@@ -9,7 +9,7 @@ import psutil
 from support.cluster import Cluster, wait_until
 from support.tiny import LLAMA, tiny_recipe
 
-from gradstream.core.model import inventory
+from gradstream.core.model.model import inventory
 
 NUM_JOBS = 3
 

@@ -9,8 +9,8 @@ from support.cluster import Cluster
 from support.tiny import tiny_recipe
 
 from gradstream.client import Job
-from gradstream.core.config import Recipe
 from gradstream.core.errors import ConfigError
+from gradstream.core.recipe.recipe import Recipe
 
 
 def submit_and_reach(cluster: Cluster, recipe: Recipe, step: int) -> Job:

@@ -16,9 +16,9 @@ import pytest
 from support.cluster import Cluster, running, wait_until
 
 from gradstream.client import Client
-from gradstream.coordinator.cli._processes import COMMAND
-from gradstream.core.authority import Authority
-from gradstream.core.credentials import from_pack, save
+from gradstream.coordinator.cli.local.processes import COMMAND
+from gradstream.core.credentials.authority import Authority
+from gradstream.core.credentials.store import from_pack, save
 from gradstream.core.errors import GradstreamError
 
 README = Path(__file__).parents[2] / "README.md"

@@ -11,9 +11,10 @@ from support.cluster import running
 from support.tiny import LLAMA, tiny_recipe
 
 from gradstream.client import Step, Validation
-from gradstream.core.config import Recipe
-from gradstream.core.data import SlotSampler, parse_manifest
-from gradstream.core.model import build, initial_weights
+from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.data.sampler import SlotSampler
+from gradstream.core.model.model import build, initial_weights
+from gradstream.core.recipe.recipe import Recipe
 
 NUM_STEPS = 50
 

@@ -18,11 +18,11 @@ from support.credentials import make_credentials
 from support.tiny import tiny_recipe
 
 from gradstream.client import Client
-from gradstream.coordinator.cli._processes import COMMAND
-from gradstream.core.authority import Authority
+from gradstream.coordinator.cli.local.processes import COMMAND
+from gradstream.core.credentials.authority import Authority
+from gradstream.core.credentials.tokens import ROLES, TokenTable
 from gradstream.core.errors import GradstreamError
-from gradstream.core.tokens import ROLES, TokenTable
-from gradstream.core.transport import LOOK_SECONDS
+from gradstream.core.rpc.transport import LOOK_SECONDS
 
 ACCESS = 9
 NUM_STEPS = 24

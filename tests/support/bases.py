@@ -12,12 +12,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gradstream.core import checkpoint, files
-from gradstream.core.checkpoint import CheckpointManifest, TensorEntry
-from gradstream.core.config import parse_recipe
-from gradstream.core.finetuning import Base, FineTuning, LoraConfig
-from gradstream.core.fragments import Tensor, cut
-from gradstream.core.model import build, inventory, load_config
+from gradstream.core.checkpoint import manifest as checkpoint
+from gradstream.core.checkpoint import shard as checkpoint_shard
+from gradstream.core.checkpoint.manifest import CheckpointManifest, TensorEntry
+from gradstream.core.model.model import build, inventory, load_config
+from gradstream.core.plan.fragments import Tensor, cut
+from gradstream.core.recipe.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.storage import files
 from support.micro import MICRO_LLAMA
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
@@ -73,7 +75,7 @@ def write_checkpoint(
         (piece, {"weight": weights[tensors[piece.tensor].name].reshape(-1)[piece.begin : piece.end].copy()})
         for piece in fragments
     ]
-    entry, digests = checkpoint.write_shard(str(directory), "shard-0.safetensors", tensors, shard)
+    entry, digests = checkpoint_shard.write_shard(str(directory), "shard-0.safetensors", tensors, shard)
     recipe = {
         "name": "tiny",
         "model": {"config": dict(architecture)},
@@ -124,7 +126,7 @@ def _random(tensors: list[Tensor]) -> dict[str, np.ndarray]:
 
 def adapted_model(checkpoint_directory: str, config: Mapping[str, Any], base_directory: Path) -> torch.nn.Module:
     """The model as workers have it: the base in fp32 with the checkpoint's adapters on it."""
-    reader = checkpoint.CheckpointReader(checkpoint_directory)
+    reader = checkpoint_shard.CheckpointReader(checkpoint_directory)
     lora = LoraConfig.model_validate(reader.manifest.recipe["finetuning"]["lora"])
     plain = AutoModelForCausalLM.from_pretrained(base_directory, dtype=torch.float32)
     model = build(config, lora=lora)

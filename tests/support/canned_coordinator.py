@@ -10,13 +10,15 @@ from typing import Any
 
 import grpc
 
-from gradstream.core import rpc
-from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.errors import CheckpointError, ConfigError
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.rpc import channel
+from gradstream.core.rpc import errors as rpc_errors
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
-from gradstream.services.fine_tuning.coordinator import Jobs
-from gradstream.services.fine_tuning.jobs import FineTunings
-from gradstream.services.fine_tuning.serving import Serving
+from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.fine_tunings import FineTunings
+from gradstream.services.fine_tuning.generation.serving import Serving
 from gradstream.services.fine_tuning.store import Store
 
 
@@ -70,21 +72,21 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
         return jobs_pb2.ListJobsResponse(jobs=self.jobs)
 
     async def GetJob(self, request: Any, context: Any) -> jobs_pb2.GetJobResponse:
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             return jobs_pb2.GetJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
     async def CheckpointJob(self, request: Any, context: Any) -> jobs_pb2.CheckpointJobResponse:
         """The current version of every running job is 8."""
         self.deadlines.append(context.time_remaining())
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             if not self.checkpoints:
                 raise ConfigError(f"job {self._find(request.job_id).job_id} is queued")
             return jobs_pb2.CheckpointJobResponse(checkpoint=self.checkpoints[-1])
         raise AssertionError
 
     async def StopJob(self, request: Any, context: Any) -> jobs_pb2.StopJobResponse:
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             job = self._find(request.job_id)
             job.state = jobs_pb2.JOB_STATE_STOPPED
             self.ended.set()
@@ -92,7 +94,7 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
         raise AssertionError
 
     async def ResumeJob(self, request: Any, context: Any) -> jobs_pb2.ResumeJobResponse:
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             job = self._find(request.job_id)
             job.state = jobs_pb2.JOB_STATE_RUNNING
             self.resumed += 1
@@ -101,13 +103,13 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
         raise AssertionError
 
     async def ListCheckpoints(self, request: Any, context: Any) -> jobs_pb2.ListCheckpointsResponse:
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             self._find(request.job_id)
             return jobs_pb2.ListCheckpointsResponse(checkpoints=self.checkpoints)
         raise AssertionError
 
     async def HoldCheckpoint(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.HoldCheckpointResponse]:
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             job_id = self._find(request.job_id).job_id
             known = {checkpoint.version: checkpoint for checkpoint in self.checkpoints}
             if not known:
@@ -140,9 +142,9 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
 @asynccontextmanager
 async def jobs_of(coordinator: CannedCoordinator) -> AsyncIterator[Jobs]:
     """The coordinator as the fine-tuning service uses it."""
-    server = rpc.new_server()
+    server = channel.new_server()
     jobs_pb2_grpc.add_JobsServiceServicer_to_server(coordinator, server)
-    port = rpc.listen(server, "127.0.0.1:0")
+    port = channel.listen(server, "127.0.0.1:0")
     await server.start()
     jobs = Jobs(f"127.0.0.1:{port}")
     try:

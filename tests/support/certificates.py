@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from gradstream.core.tls_diagnosis import Identity
+from gradstream.core.credentials.tls_diagnosis import Identity
 
 
 def _name(name: str, cluster: str) -> x509.Name:

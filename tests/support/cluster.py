@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 
 from gradstream.client import Client, FineTuningClient, Job
-from gradstream.core.tokens import ROLES
+from gradstream.core.credentials.tokens import ROLES
 from gradstream.proto.v1.parameter_server_pb2 import GetServerStatusRequest
 from gradstream.proto.v1.parameter_server_pb2_grpc import ParameterServerServiceStub
 from support.credentials import make_credentials

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from gradstream.core.authority import Authority
+from gradstream.core.credentials.authority import Authority
 
 
 def make_credentials(directory: Path, roles: Iterable[str]) -> None:

@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gradstream.core.base_model import find_base
-from gradstream.core.config import Recipe, absolute_paths, parse_recipe
-from gradstream.core.data import NO_TARGET, DataShard, Manifest
+from gradstream.core.data.manifest import NO_TARGET, DataShard, Manifest
+from gradstream.core.pretrained.base import find_base
+from gradstream.core.recipe.loading import absolute_paths, parse_recipe
+from gradstream.core.recipe.recipe import Recipe
 from support.tiny import LLAMA, VOCAB_SIZE
 
 ROW_LENGTH = 24

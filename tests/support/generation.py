@@ -12,11 +12,10 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from torch import nn
 
 from gradstream.core.errors import GradstreamError
-from gradstream.core.finetuning import Base, LoraConfig
-from gradstream.core.model import build
+from gradstream.core.model.model import build
+from gradstream.core.recipe.finetuning import Base, LoraConfig
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
-from gradstream.services.fine_tuning.models import ResidentLimits, ServedModels
-from gradstream.services.fine_tuning.scheduler import (
+from gradstream.services.fine_tuning.generation.batching import (
     EngineLimits,
     EngineStatus,
     GenerationRequest,
@@ -24,6 +23,7 @@ from gradstream.services.fine_tuning.scheduler import (
     Row,
     Scheduler,
 )
+from gradstream.services.fine_tuning.generation.models import ResidentLimits, ServedModels
 from support.tiny import GPT2, LLAMA
 
 TEXT = ["the cat sat on the mat, and the dog sat by the door", "Zoë said: naïve 東京 🎉", "2+3=5 and 4+4=8"]
@@ -77,7 +77,7 @@ def random_model(config: dict[str, Any], seed: int = 0) -> Any:
 
 def adapter_weights(bare_model: nn.Module, lora: LoraConfig, seed: int) -> dict[str, torch.Tensor]:
     """As a job's checkpoint names them."""
-    from gradstream.core.lora import add_adapters
+    from gradstream.core.model.lora import add_adapters
 
     generator = torch.Generator().manual_seed(seed)
     with_adapters = build(bare_model.config.to_dict(), "meta")

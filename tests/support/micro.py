@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradstream.core.config import parse_recipe
-from gradstream.core.data import parse_manifest
-from gradstream.core.fragments import cut
-from gradstream.core.model import inventory
-from gradstream.core.plan import Plan, Server
+from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.model.model import inventory
+from gradstream.core.plan.fragments import cut
+from gradstream.core.plan.plan import Plan, Server
+from gradstream.core.recipe.loading import parse_recipe
 
 MICRO_LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gradstream.core.schedules import Costs, Op, Schedule, simulate
-from gradstream.core.timeline import Span, SpanKind, Timeline
+from gradstream.core.pipeline.schedule import Op, Schedule
+from gradstream.core.pipeline.simulation import Costs, simulate
+from gradstream.core.telemetry.timeline import Span, SpanKind, Timeline
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 BEGIN_US = 1_700_000_000_000_000

@@ -24,9 +24,9 @@ import gradstream.coordinator.cli.serve
 import gradstream.coordinator.server
 import gradstream.services.parameter_server.server
 import gradstream.worker.job
-import gradstream.worker.loop
-from gradstream.coordinator.inventory import take_inventory, take_profile
-from gradstream.core import model
+import gradstream.worker.process
+from gradstream.coordinator.planning.inventory import take_inventory, take_profile
+from gradstream.core.model import model
 from support.tiny import GPT2, LLAMA, tiny_recipe
 
 model.preload()

@@ -14,17 +14,18 @@ import grpc.aio
 import pytest
 import torch
 
-from gradstream.core.bundles import Bundle, first_push_codec
+from gradstream.coordinator.planning.placement import place
 from gradstream.core.codecs import Payload, codec_on_wire
-from gradstream.core.config import parse_recipe
-from gradstream.core.data import parse_manifest
-from gradstream.core.fragments import cut
-from gradstream.core.model import inventory
-from gradstream.core.payloads import BundleCodec, CodecBook, split
-from gradstream.core.placement import place
-from gradstream.core.plan import Plan, Server
-from gradstream.core.rpc import listen, new_server, open_channel
-from gradstream.core.wire import Assembler, ParameterServerStub, add_parameter_server, checksum, frames, parse, verify
+from gradstream.core.codecs.payloads import BundleCodec, CodecBook, split
+from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.model.model import inventory
+from gradstream.core.plan.bundles import Bundle, first_push_codec
+from gradstream.core.plan.fragments import cut
+from gradstream.core.plan.plan import Plan, Server
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.rpc.channel import listen, new_server, open_channel
+from gradstream.core.wire.frames import Assembler, checksum, frames, parse, verify
+from gradstream.core.wire.stubs import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.leader import Decision

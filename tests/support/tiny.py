@@ -6,8 +6,9 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from gradstream.coordinator.data_prepare import prepare
-from gradstream.core.config import PrepareConfig, Recipe, absolute_paths, parse_recipe
+from gradstream.coordinator.data.prepare import prepare
+from gradstream.core.recipe.loading import absolute_paths, parse_recipe
+from gradstream.core.recipe.recipe import PrepareConfig, Recipe
 
 VOCAB_SIZE = 320
 SEQUENCE_LENGTH = 32

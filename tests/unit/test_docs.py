@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from gradstream.core import errors
 from gradstream.core.errors import GradstreamError
+from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.recipe.section import Section
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEST_PATH = re.compile(r"`(?:tests/)?((?:unit|integration|faults|fuzz|deploy)/[A-Za-z0-9_/]+\.py)`")
 
 
@@ -81,8 +86,47 @@ def test_what_is_there_is_not_said_to_be_missing() -> None:
     section = (ROOT / "README.md").read_text().partition("## What is not there yet")[2].partition("\n## ")[0]
     assert section
     for word, made in (
-        ("TLS", "core/gradstream/core/transport.py"),
-        ("authentication", "core/gradstream/core/guard.py"),
+        ("TLS", "core/gradstream/core/rpc/transport.py"),
+        ("authentication", "core/gradstream/core/rpc/guard.py"),
     ):
         assert (ROOT / made).exists()
         assert word not in section
+
+
+PARTS = "core|coordinator|services|worker|client|protos|tests|deploy|docs|benchmarks|examples|recipes"
+# Written by users, or by commands.
+MADE = {"deploy/.env"}
+FILE_PATH = re.compile(rf"`((?:{PARTS})/[A-Za-z0-9_./-]+)`")
+
+
+def _is_there(path: str) -> bool:
+    """A path from the root; or, in short, a module below `gradstream`, with or without `.py` and a name in it."""
+    if (ROOT / path).exists():
+        return True
+    short = ROOT / path.split("/")[0] / "gradstream" / path
+    module, _, name = short.name.partition(".")
+    if short.exists() or (name in ("", "py") and short.with_name(f"{module}.py").exists()):
+        return True
+    source = short.with_name(f"{module}.py")
+    return source.exists() and re.search(rf"^(?:def|class) {re.escape(name)}\b", source.read_text(), re.M) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_is_named_is_there(page: Path) -> None:
+    assert [path for path in FILE_PATH.findall(page.read_text()) if not _is_there(path) and path not in MADE] == []
+
+
+@pytest.mark.parametrize("recipe", [Recipe, FineTuningRecipe])
+def test_every_recipe_key_says_what_it_does(recipe: type[Section]) -> None:
+    """The site's reference and editors show it."""
+
+    def silent(section: type[Section], prefix: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            inner = [part for part in get_args(field.annotation) or (field.annotation,) if isinstance(part, type)]
+            below = [part for part in inner if issubclass(part, Section)]
+            for part in below:
+                yield from silent(part, f"{prefix}{name}.")
+            if not below and not field.description:
+                yield f"{prefix}{name}"
+
+    assert list(silent(recipe, "")) == []

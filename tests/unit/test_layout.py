@@ -1,16 +1,11 @@
 """The layout: imports point one way, and what people import first comes without torch."""
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from support.layout import DOCUMENT, FOLDERS, PARTS, ROOT, graph, imports, modules, order, picture, shown
 
-ROOT = Path(__file__).parents[2]
-PARTS = ["proto", "core", "client", "coordinator", "services", "worker"]
-FOLDERS = {part: ROOT / ("protos" if part == "proto" else part) / "gradstream" / part for part in PARTS}
 ALLOWED = {
     "proto": {"proto"},
     "core": {"proto", "core"},
@@ -21,30 +16,12 @@ ALLOWED = {
 }
 
 
-def modules() -> list[tuple[str, Path]]:
-    """Every module of gradstream with the part it belongs to."""
-    return [(part, path) for part in PARTS for path in sorted(FOLDERS[part].rglob("*.py"))]
-
-
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, part) of every import of gradstream in a file, also inside functions and `if TYPE_CHECKING`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import; write the whole name"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            if name.split(".")[0] == "gradstream":
-                yield node.lineno, name.split(".")[1]
-
-
 def test_imports_point_one_way() -> None:
     wrong = []
     for part, path in modules():
         cli = path.is_relative_to(FOLDERS["coordinator"] / "cli")
-        for line, imported in imports(path):
+        for line, name in imports(path):
+            imported = name.split(".")[1]
             if imported not in ALLOWED[part] | ({"client"} if cli else set()):
                 wrong.append(f"{path.relative_to(ROOT)}:{line}: {part} imports {imported}")
     assert not wrong, "\n".join(wrong)
@@ -52,9 +29,25 @@ def test_imports_point_one_way() -> None:
 
 def test_the_check_above_sees_every_part() -> None:
     """A part that moved, or a rule that matches nothing, would make it pass for nothing."""
-    seen = {(part, imported) for part, path in modules() for _, imported in imports(path)}
+    seen = {(part, name.split(".")[1]) for part, path in modules() for _, name in imports(path)}
     for part in PARTS:
         assert (part, "proto" if part in ("proto", "core") else "core") in seen, part
+
+
+def test_packages_have_one_order() -> None:
+    edges = graph()
+    print("\n".join(order(edges)))
+    assert {"core.plan", "core.storage", "coordinator.jobs", "worker.pipeline"} <= edges.keys()
+    assert "core.recipe" in edges["core.plan"]
+
+
+def test_a_circle_is_named() -> None:
+    with pytest.raises(ValueError, match=r"in a circle: (a ← b ← a|b ← a ← b)"):
+        order({"a": {"b"}, "b": {"a"}})
+
+
+def test_the_docs_show_the_packages_as_they_are() -> None:
+    assert picture(shown(graph())) in DOCUMENT.read_text("utf-8"), "run python tests/support/layout.py"
 
 
 def test_gradstream_is_a_namespace_package() -> None:
@@ -71,12 +64,12 @@ def test_gradstream_is_a_namespace_package() -> None:
     [
         "gradstream.client",
         "gradstream.core.errors",
-        "gradstream.core.config",
-        "gradstream.core.rpc",
-        "gradstream.core.data",
-        "gradstream.core.model",
-        "gradstream.core.checkpoint",
-        "gradstream.core.base_model",
+        "gradstream.core.recipe.recipe",
+        "gradstream.core.rpc.channel",
+        "gradstream.core.data.manifest",
+        "gradstream.core.model.model",
+        "gradstream.core.checkpoint.manifest",
+        "gradstream.core.pretrained.base",
         "gradstream.coordinator.cli",
     ],
 )

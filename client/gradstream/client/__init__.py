@@ -57,9 +57,11 @@ from gradstream.client._types import (
     Wait,
     WatchItem,
 )
-from gradstream.core.config import Recipe, load_recipe
-from gradstream.core.finetuning_recipe import FineTuningRecipe, load_finetuning_recipe
-from gradstream.core.timeline import Span, SpanKind, Timeline, chrome_trace
+from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe, load_finetuning_recipe
+from gradstream.core.recipe.loading import load_recipe
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.telemetry.timeline import Span, SpanKind, Timeline
+from gradstream.core.telemetry.trace import chrome_trace
 
 __all__ = [
     "AccessError",

@@ -16,12 +16,13 @@ from gradstream.client._connection import Connection, Peer
 from gradstream.client._errors import JobFailedError
 from gradstream.client._export import ExportWriter
 from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, WatchItem, watch_item
-from gradstream.core import access
-from gradstream.core.config import Recipe, absolute_paths, load_recipe, parse_recipe
 from gradstream.core.errors import BusyError, ConfigError, UnreachableError
-from gradstream.core.requests import new_request_id
-from gradstream.core.rpc import Backoff, ending
-from gradstream.core.timeline import Timeline
+from gradstream.core.recipe.loading import absolute_paths, load_recipe, parse_recipe
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.rpc import access
+from gradstream.core.rpc.requests import new_request_id
+from gradstream.core.rpc.retry import Backoff, ending
+from gradstream.core.telemetry.timeline import Timeline
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
 COORDINATOR = Peer(

@@ -24,17 +24,17 @@ from gradstream.client._fine_tuning_types import (
     GeneratedText,
 )
 from gradstream.client._types import ExportProgress, watch_item
-from gradstream.core import access
-from gradstream.core.config import absolute_path
 from gradstream.core.errors import BusyError, ConfigError, UnreachableError
-from gradstream.core.finetuning_recipe import (
+from gradstream.core.recipe.finetuning_recipe import (
     FineTuningRecipe,
     absolute_finetuning_paths,
     load_finetuning_recipe,
     parse_finetuning_recipe,
 )
-from gradstream.core.requests import new_request_id
-from gradstream.core.rpc import Backoff, ending
+from gradstream.core.recipe.recipe import absolute_path
+from gradstream.core.rpc import access
+from gradstream.core.rpc.requests import new_request_id
+from gradstream.core.rpc.retry import Backoff, ending
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc
 

@@ -11,8 +11,8 @@ from typing import Any
 from gradstream.client._async_client import AsyncClient
 from gradstream.client._loop_thread import LoopThread
 from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, WatchItem
-from gradstream.core.config import Recipe
-from gradstream.core.timeline import Timeline
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.telemetry.timeline import Timeline
 
 
 class Client:

@@ -14,15 +14,17 @@ from typing import Any, Generic, TypeVar
 import grpc
 import grpc.aio
 
-from gradstream.core.credentials import find_credentials
+from gradstream.core.credentials.store import find_credentials
 from gradstream.core.errors import ConfigError, CredentialsError, GradstreamError, UnreachableError
-from gradstream.core.reach import why_unreachable
-from gradstream.core.rpc import ERROR_CLASS_KEY, Backoff, error_from_rpc, open_channel
-from gradstream.core.transport import Transport
+from gradstream.core.rpc.channel import open_channel
+from gradstream.core.rpc.errors import ERROR_CLASS_KEY, error_from_rpc
+from gradstream.core.rpc.reach import why_unreachable
+from gradstream.core.rpc.retry import Backoff
+from gradstream.core.rpc.transport import Transport
 
 Stub = TypeVar("Stub")
 
-# A little more than the longest pause between two tries of a channel (gradstream.core.rpc).
+# A little more than the longest pause between two tries of a channel (gradstream.core.rpc.channel).
 RECONNECT_SECONDS = 3.5
 AGAIN_SECONDS = 10.0
 """How long a request whose answer was lost is made again."""

@@ -11,21 +11,23 @@ from pathlib import Path
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from gradstream.coordinator.controller import Controller, Timing
-from gradstream.coordinator.jobs_servicer import JobsServicer
-from gradstream.coordinator.reports import Reports
-from gradstream.coordinator.servicer import CoordinatorServicer
-from gradstream.coordinator.sqlite_state import SqliteState
-from gradstream.coordinator.views import Views
-from gradstream.core import __version__, access, probe, rpc
-from gradstream.core.audit import AuditLog
+from gradstream.coordinator.jobs.controller import Controller, Timing
+from gradstream.coordinator.jobs.reports import Reports
+from gradstream.coordinator.servicers.jobs import JobsServicer
+from gradstream.coordinator.servicers.nodes import CoordinatorServicer
+from gradstream.coordinator.servicers.views import Views
+from gradstream.coordinator.state.sqlite import SqliteState
+from gradstream.core import __version__
 from gradstream.core.errors import GradstreamError, one_line
-from gradstream.core.guard import Guard
 from gradstream.core.log import get_logger
-from gradstream.core.session import GRACE_SECONDS
-from gradstream.core.state_lock import lock_directory
-from gradstream.core.token_sources import FileTokens
-from gradstream.core.transport import PLAIN, Transport
+from gradstream.core.node import probe
+from gradstream.core.node.session import GRACE_SECONDS
+from gradstream.core.rpc import access, channel
+from gradstream.core.rpc.audit import AuditLog
+from gradstream.core.rpc.guard import Guard
+from gradstream.core.rpc.token_sources import FileTokens
+from gradstream.core.rpc.transport import PLAIN, Transport
+from gradstream.core.storage.state_lock import lock_directory
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc, probe_pb2
 
 HEALTH_CHECK_SECONDS = 5.0
@@ -75,7 +77,7 @@ class Coordinator:
                 tokens = FileTokens(self._tokens_path, lambda: self._transport.credentials().ca)
                 guards.append(Guard(tokens, AuditLog(self._state_dir).note))
                 self._tasks.append(asyncio.create_task(guards[0].run()))
-            self._server = rpc.new_server(*guards, takes_bulk=False)
+            self._server = channel.new_server(*guards, takes_bulk=False)
             coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
                 CoordinatorServicer(self.controller, reports, tokens), self._server
             )
@@ -86,7 +88,7 @@ class Coordinator:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
             if os.environ.get("GRADSTREAM_REFLECTION") == "1":
                 _add_reflection(self._server)
-            port = rpc.listen(self._server, self._listen, self._transport)
+            port = channel.listen(self._server, self._listen, self._transport)
             self.address = f"{self._listen.rpartition(':')[0]}:{port}"
             await self.controller.start()
             await self._check_health()
@@ -141,8 +143,9 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once nodes can register.
 
-    `root`: directory that stands for the one in which a recipe is submitted (gradstream.core.roots); empty: none.
-    `credentials` is the directory of the coordinator's own, `tokens` the table of tokens, by default tokens.json there.
+    `root`: directory that stands for the one in which a recipe is submitted (gradstream.core.recipe.roots); empty:
+    none. `credentials` is the directory of the coordinator's own, `tokens` the table of tokens, by default tokens.json
+    there.
     """
     if credentials is not None and tokens is None:
         tokens = credentials / TOKENS_NAME

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from gradstream.coordinator.cli import main
-from gradstream.core.authority import Authority
-from gradstream.core.credentials import from_pack, load, stored_for, to_pack
+from gradstream.core.credentials.authority import Authority
+from gradstream.core.credentials.store import from_pack, load, stored_for, to_pack
 
 GRADSTREAM = [sys.executable, "-m", "gradstream.coordinator.cli"]
 DAY = 86_400

@@ -19,12 +19,12 @@ import pytest
 from canned_jobs import CannedJobs, canned_job, canned_node
 from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
-from gradstream.coordinator.cli import _output as out
 from gradstream.coordinator.cli import main
-from gradstream.coordinator.cli._app import COMMANDS
-from gradstream.coordinator.cli._options import parse_size
+from gradstream.coordinator.cli.app import COMMANDS
+from gradstream.coordinator.cli.options import parse_size
+from gradstream.coordinator.cli.views import output as out
 from gradstream.core.errors import ConfigError
-from gradstream.core.schedules import make_schedule
+from gradstream.core.pipeline.schedule import make_schedule
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 ROOT = Path(__file__).parents[3]
@@ -246,18 +246,18 @@ def test_escape_sequences_of_others_are_shown_and_not_carried_out(
 
 
 def test_nothing_of_others_is_printed_as_it_is() -> None:
-    """What is printed without `_output` is constant, a recipe, or said to be shown."""
+    """What is printed without `views.output` is constant, a recipe, or said to be shown."""
     found = []
-    for path in sorted(Path(out.__file__).parent.glob("*.py")):
+    for path in sorted(Path(out.__file__).parents[1].rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"):
                 continue
             constant = all(isinstance(argument, ast.Constant) for argument in node.args)
             line = ast.get_source_segment(source, node) or ""
-            if not constant and "shown(" not in line and path.name not in ("_output.py", "recipes.py"):
+            if not constant and "shown(" not in line and path.name not in ("output.py", "recipes.py"):
                 found.append(f"{path.name}: {line}")
-    assert found == ['_app.py: print(f"gradstream {__version__}")']
+    assert found == ['app.py: print(f"gradstream {__version__}")']
 
 
 def test_status_says_what_needs_a_hand(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:

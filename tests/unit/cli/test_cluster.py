@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gradstream.coordinator.cli import _cluster
-from gradstream.coordinator.cli._cluster import ClusterError, LocalCluster
+from gradstream.coordinator.cli.local import cluster as _cluster
+from gradstream.coordinator.cli.local.cluster import ClusterError, LocalCluster
 
 FAKE = Path(__file__).with_name("fake_gradstream.py")
 
@@ -102,7 +102,7 @@ async def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
     program = f"""
 import asyncio, sys
 from pathlib import Path
-from gradstream.coordinator.cli._cluster import LocalCluster
+from gradstream.coordinator.cli.local.cluster import LocalCluster
 async def run():
     directory, command = Path({str(tmp_path)!r}), (sys.executable, {str(FAKE)!r})
     async with LocalCluster(directory, 1, 1, 1, print, command=command) as cluster:

@@ -18,16 +18,20 @@ import pytest
 from canned_jobs import serving_by
 from support.certificates import Authority
 
-from gradstream.coordinator.cli import _doctor_gather, main
-from gradstream.coordinator.cli._doctor_diagnosis import diagnose
-from gradstream.coordinator.cli._doctor_facts import ClusterFacts
-from gradstream.coordinator.cli._doctor_gather import Targets, gather, read_credentials
-from gradstream.coordinator.controller import Timing
+from gradstream.coordinator.cli import main
+from gradstream.coordinator.cli.doctor import gather as _doctor_gather
+from gradstream.coordinator.cli.doctor.diagnosis import diagnose
+from gradstream.coordinator.cli.doctor.facts import ClusterFacts
+from gradstream.coordinator.cli.doctor.gather import Targets, gather, read_credentials
+from gradstream.coordinator.jobs.controller import Timing
 from gradstream.coordinator.server import Coordinator
-from gradstream.core import access, probe, rpc, session
+from gradstream.core.credentials.tls_diagnosis import Cause, Identity
 from gradstream.core.errors import ConfigError
-from gradstream.core.session import NodeIdentity, NodeSession
-from gradstream.core.tls_diagnosis import Cause, Identity
+from gradstream.core.node import probe, session
+from gradstream.core.node.session import NodeIdentity, NodeSession
+from gradstream.core.rpc import access
+from gradstream.core.rpc import channel as rpc
+from gradstream.core.rpc import errors as rpc_errors
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
 SERVER, WORKER = coordinator_pb2.NODE_KIND_PARAMETER_SERVER, coordinator_pb2.NODE_KIND_WORKER
@@ -231,7 +235,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return handler
 
         async def refuse(request: Any, context: Any) -> None:
-            context.set_trailing_metadata(((rpc.ERROR_CLASS_KEY, "CredentialsError"),))
+            context.set_trailing_metadata(((rpc_errors.ERROR_CLASS_KEY, "CredentialsError"),))
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "token 12345678 was revoked; ask for a new one")
 
         return grpc.unary_unary_rpc_method_handler(

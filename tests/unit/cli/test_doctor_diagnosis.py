@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from gradstream.coordinator.cli._checks import Check
-from gradstream.coordinator.cli._doctor_diagnosis import diagnose
-from gradstream.coordinator.cli._doctor_facts import (
+from gradstream.coordinator.cli.doctor.checks import Check
+from gradstream.coordinator.cli.doctor.diagnosis import diagnose
+from gradstream.coordinator.cli.doctor.facts import (
     ClusterFacts,
     CredentialFacts,
     ModelFacts,
@@ -17,10 +17,10 @@ from gradstream.coordinator.cli._doctor_facts import (
     RefusedFacts,
     ServiceFacts,
 )
-from gradstream.core.certificate_facts import CertificateFacts
-from gradstream.core.machine import Machine
-from gradstream.core.probe import COORDINATOR, FINE_TUNING, SERVER, WORKER, Bandwidth, RoundTrip
-from gradstream.core.tls_diagnosis import Cause, Diagnosis
+from gradstream.core.credentials.certificate_facts import CertificateFacts
+from gradstream.core.credentials.tls_diagnosis import Cause, Diagnosis
+from gradstream.core.machine.facts import Machine
+from gradstream.core.node.probe import COORDINATOR, FINE_TUNING, SERVER, WORKER, Bandwidth, RoundTrip
 
 NOW = 1_800_000_000.0
 DAY = 86_400.0

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from gradstream.client import FineTuning, Job, RenderedExample, RenderedPiece
 from gradstream.coordinator.cli import main
-from gradstream.coordinator.cli._fine_tuning_views import TARGET_STYLE, example_text, held_out, print_comparisons
-from gradstream.coordinator.cli._progress import progress_facts
+from gradstream.coordinator.cli.views.fine_tunings import TARGET_STYLE, example_text, held_out, print_comparisons
+from gradstream.coordinator.cli.views.progress import progress_facts
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 
 
@@ -202,7 +202,7 @@ def test_the_hint_of_a_chat_says_chat(
     report = canned_report()
     report.format = "chat"
     hints: list[str] = []
-    monkeypatch.setattr("gradstream.coordinator.cli._output.hint", lambda *lines: hints.extend(lines))
+    monkeypatch.setattr("gradstream.coordinator.cli.views.output.hint", lambda *lines: hints.extend(lines))
     for examples, flag in ((report, " --chat"), (canned_report(), "")):
         service.created = canned_fine_tuning("made", examples=examples)
         assert main(["finetune", "create", str(recipe), "--wait"]) == 0

@@ -14,12 +14,13 @@ from canned_jobs import CannedJobs, canned_node
 from support.tiny import LLAMA
 
 from gradstream.coordinator.cli import main
-from gradstream.coordinator.cli._options import find_recipe, parse_bit_rate
-from gradstream.coordinator.inventory import Inventory
-from gradstream.core.config import Recipe, load_recipe
+from gradstream.coordinator.cli.options import find_recipe, parse_bit_rate
+from gradstream.coordinator.planning.inventory import Inventory
 from gradstream.core.errors import ConfigError
-from gradstream.core.model import inventory
-from gradstream.core.profile import SectionProfile, Workload, profile_sections
+from gradstream.core.model.model import inventory
+from gradstream.core.model.profile import SectionProfile, Workload, profile_sections
+from gradstream.core.recipe.loading import load_recipe
+from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import coordinator_pb2
 
 NEEDLESS = ["--workers", "4", "--servers", "2"]

@@ -18,13 +18,13 @@ import pytest
 
 from gradstream.coordinator.cli.serve import server_processes
 from gradstream.core.errors import ConfigError
-from gradstream.core.machine import arithmetic_threads
+from gradstream.core.machine.facts import arithmetic_threads
 
 FAKE = Path(__file__).with_name("fake_gradstream.py")
 PROGRAM = """
 import asyncio, json, sys
 from pathlib import Path
-from gradstream.coordinator.cli._processes import Child, run_children
+from gradstream.coordinator.cli.local.processes import Child, run_children
 from gradstream.core.errors import GradstreamError
 names, fake, ready = json.loads(sys.argv[1])
 children = [Child(name, [role, "--name", name]) for name, role in names]

@@ -10,7 +10,7 @@ from support.bases import save_base
 from support.micro import MICRO_LLAMA
 
 from gradstream.coordinator.cli import main
-from gradstream.core.data import DataShard, Manifest
+from gradstream.core.data.manifest import DataShard, Manifest
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 
 from canned_jobs import SUBMITTED_MS, canned_history, canned_job, serving_by
 
-from gradstream.core import rpc
 from gradstream.core.errors import CheckpointError, ConfigError, DataError
+from gradstream.core.rpc import errors as rpc_errors
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc, jobs_pb2
 
@@ -107,7 +107,7 @@ class CannedFineTunings(fine_tuning_pb2_grpc.FineTuningServiceServicer):
 
     async def CreateFineTuning(self, request: Any, context: Any) -> pb.CreateFineTuningResponse:
         self.requests.append(request)
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             if "/not/there" in request.recipe_json:
                 raise DataError("there is no file /not/there; correct data.path, or send the file with --upload")
             self.fine_tunings.insert(0, self.created)
@@ -120,7 +120,7 @@ class CannedFineTunings(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         return pb.ListFineTuningsResponse(fine_tunings=self.fine_tunings)
 
     async def GetFineTuning(self, request: Any, context: Any) -> pb.GetFineTuningResponse:
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             return pb.GetFineTuningResponse(fine_tuning=self._find(request.name))
         raise AssertionError
 
@@ -152,7 +152,7 @@ class CannedFineTunings(fine_tuning_pb2_grpc.FineTuningServiceServicer):
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
         words = ["x", " x"] if request.use_base else ["return", " a + b"]
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             if request.prompt == "too long":
                 raise ConfigError("the prompt's 70 tokens are more than the model's 64 positions; shorten the prompt")
             for count, word in enumerate(words, 1):
@@ -161,7 +161,7 @@ class CannedFineTunings(fine_tuning_pb2_grpc.FineTuningServiceServicer):
 
     async def ExportFineTuning(self, request: Any, context: Any) -> AsyncIterator[pb.ExportFineTuningResponse]:
         self.requests.append(request)
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             if request.HasField("version") and request.version != 12:
                 raise CheckpointError(f"task has no checkpoint of version {request.version}; there are: 12")
             yield export_piece("README.md", 4, b"card")

@@ -11,8 +11,10 @@ from typing import Any
 
 from grpc import StatusCode
 
-from gradstream.core import access, probe, rpc
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, GradstreamError
+from gradstream.core.node import probe
+from gradstream.core.rpc import access, channel
+from gradstream.core.rpc import errors as rpc_errors
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
 
 SUBMITTED_MS = 1_700_000_000_000
@@ -168,7 +170,7 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
         if self.lose_answers:
             self.lose_answers -= 1
             await context.abort(StatusCode.UNAVAILABLE, "going down")
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             if self.refuse is not None:
                 raise self.refuse
             return jobs_pb2.SubmitJobResponse(job=canned_job("tiny-2", state=jobs_pb2.JOB_STATE_QUEUED))
@@ -179,7 +181,7 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
 
     async def GetJob(self, request: Any, context: Any) -> jobs_pb2.GetJobResponse:
         self.requests.append(request)
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             self.on_get_job()
             return jobs_pb2.GetJobResponse(job=self._find(request.job_id))
         raise AssertionError
@@ -195,19 +197,19 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
 
     async def PauseJob(self, request: Any, context: Any) -> jobs_pb2.PauseJobResponse:
         self.requests.append(request)
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             return jobs_pb2.PauseJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
     async def ResumeJob(self, request: Any, context: Any) -> jobs_pb2.ResumeJobResponse:
         self.requests.append(request)
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             return jobs_pb2.ResumeJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
     async def StopJob(self, request: Any, context: Any) -> jobs_pb2.StopJobResponse:
         self.requests.append(request)
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             return jobs_pb2.StopJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
@@ -216,14 +218,14 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
 
     async def ExportCheckpoint(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
         self.requests.append(request)
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             if request.HasField("version") and request.version != 1:
                 raise CheckpointError(f"no checkpoint of version {request.version}; `gradstream ckpt ls` lists them")
             for part in self.export:
                 yield part
 
     async def GetTimeline(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.GetTimelineResponse]:
-        async with rpc.answering(context):
+        async with rpc_errors.answering(context):
             job = self._find(request.job_id)
             if not self.timelines:
                 raise DataError(f"there is no timeline of job {job.job_id} yet")
@@ -253,9 +255,9 @@ def serving_by(add: Callable[[Any], None], listen: str = "127.0.0.1:0") -> Itera
     thread.start()
 
     async def start() -> tuple[Any, int]:
-        server = rpc.new_server()
+        server = channel.new_server()
         add(server)
-        port = rpc.listen(server, listen)
+        port = channel.listen(server, listen)
         await server.start()
         return server, port
 

@@ -26,7 +26,7 @@ def transformers_imported() -> None:
     """The first import takes seconds; tests with short leases must not pay for it."""
     from coordinator_fakes import make_recipe
 
-    from gradstream.core.model import inventory
+    from gradstream.core.model.model import inventory
 
     inventory(make_recipe(Path("unused")).model.config)
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from gradstream.coordinator.controller import Timing
+from gradstream.coordinator.jobs.controller import Timing
 from gradstream.coordinator.server import Coordinator
-from gradstream.core import checkpoint
-from gradstream.core.config import Recipe
-from gradstream.core.data import DataShard, Manifest
-from gradstream.core.plan import Plan
-from gradstream.core.rpc import open_channel
-from gradstream.core.session import NodeIdentity, NodeSession
+from gradstream.core.checkpoint import manifest as checkpoint
+from gradstream.core.checkpoint import shard as checkpoint_shard
+from gradstream.core.data.manifest import DataShard, Manifest
+from gradstream.core.node.session import NodeIdentity, NodeSession
+from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.rpc.channel import open_channel
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc, plan_pb2
 
 SERVER = coordinator_pb2.NODE_KIND_PARAMETER_SERVER
@@ -294,7 +295,7 @@ def write_checkpoint(node: FakeNode, version: int) -> list[coordinator_pb2.Repor
             (fragment, {"weight": np.full(fragment.num_elements, fragment.index, dtype=np.float32)})
             for fragment in plan.fragments_of(server)
         ]
-        entry, digests = checkpoint.write_shard(directory, f"server-{server}.safetensors", plan.tensors, shard)
+        entry, digests = checkpoint_shard.write_shard(directory, f"server-{server}.safetensors", plan.tensors, shard)
         reports.append(
             coordinator_pb2.ReportCheckpointRequest(
                 job_id=plan.job_id,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from coordinator_fakes import make_manifest, make_recipe
 
-from gradstream.coordinator.active import ActiveJob
-from gradstream.coordinator.state import JobRecord
-from gradstream.core.finetuning import Base, FineTuning
+from gradstream.coordinator.jobs.active import ActiveJob
+from gradstream.coordinator.state.state import JobRecord
+from gradstream.core.recipe.finetuning import Base, FineTuning
 
 BASE = Base(kind="huggingface", path="/models/tiny", title="tiny", files=(), sha256="ab" * 32)
 

@@ -23,8 +23,9 @@ from gradstream.core.errors import (
     ProtocolError,
     UnreachableError,
 )
-from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, error_from_rpc, is_passing
-from gradstream.core.session import NodeIdentity
+from gradstream.core.node.session import NodeIdentity
+from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS
+from gradstream.core.rpc.errors import error_from_rpc, is_passing
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.parameter_server import shard as shard_module
 from gradstream.services.parameter_server.server import ParameterServer
@@ -252,7 +253,7 @@ async def test_a_server_that_failed_does_not_come_back_with_its_state(cluster: C
 async def test_a_coordinator_that_is_told_to_end_finishes_the_manifest(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gradstream.coordinator import reports
+    from gradstream.coordinator.jobs import reports
 
     real, began, go_on = reports.write_manifest, threading.Event(), threading.Event()
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from coordinator_fakes import WORKER, Cluster, report_checkpoint, step_report
 
-from gradstream.coordinator.benches import Benches, WorkerSight, find_stuck
-from gradstream.coordinator.membership import NodeEntry
-from gradstream.coordinator.stalls import has_recovered
+from gradstream.coordinator.jobs.stalls import has_recovered
+from gradstream.coordinator.nodes.benches import Benches, WorkerSight, find_stuck
+from gradstream.coordinator.nodes.membership import NodeEntry
 from gradstream.coordinator.timing import Timing, parse_timing
 from gradstream.core.errors import ConfigError
-from gradstream.core.leases import SLOTS
+from gradstream.core.plan.leases import SLOTS
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 TIMING = Timing(stall_seconds=30, stall_factor=10, first_slot_seconds=600, unreachable_seconds=30)

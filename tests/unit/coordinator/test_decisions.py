@@ -7,23 +7,16 @@ from pathlib import Path
 import pytest
 from coordinator_fakes import make_manifest, make_recipe
 
-from gradstream.coordinator.active import Pace, WaitClock
-from gradstream.coordinator.needs import NodeOffer, ServerBytes, human_bytes, server_bytes
-from gradstream.coordinator.planner import CheckpointAt, check_data, make_plan
-from gradstream.coordinator.reunion import ServerSight, Verdict, judge_servers
-from gradstream.coordinator.scheduler import (
-    Ending,
-    JobSight,
-    judge_end,
-    lease_slots,
-    missing_nodes,
-    next_job,
-)
-from gradstream.coordinator.state import JobRecord
-from gradstream.core.config import Recipe
+from gradstream.coordinator.jobs.active import Pace, WaitClock
+from gradstream.coordinator.jobs.decisions import Ending, JobSight, judge_end, lease_slots, missing_nodes, next_job
+from gradstream.coordinator.nodes.reunion import ServerSight, Verdict, judge_servers
+from gradstream.coordinator.planning.needs import NodeOffer, ServerBytes, human_bytes, server_bytes
+from gradstream.coordinator.planning.planner import CheckpointAt, check_data, make_plan
+from gradstream.coordinator.state.state import JobRecord
 from gradstream.core.errors import DataError, PlanError
-from gradstream.core.fragments import Tensor, cut
-from gradstream.core.plan import Plan
+from gradstream.core.plan.fragments import Tensor, cut
+from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 TENSORS = [Tensor(f"layer.{unit}", (64, 64), True, unit) for unit in range(8)]

@@ -11,12 +11,12 @@ import grpc.aio
 import pytest
 from coordinator_fakes import Cluster, report_checkpoint, step_report
 
-from gradstream.coordinator import timelines
-from gradstream.coordinator.controller import Controller
-from gradstream.core import files
+from gradstream.coordinator.jobs.controller import Controller
+from gradstream.coordinator.telemetry import timelines
 from gradstream.core.errors import UnreachableError
-from gradstream.core.rpc import error_from_rpc
-from gradstream.core.storage import StorageThreads
+from gradstream.core.rpc.errors import error_from_rpc
+from gradstream.core.storage import files
+from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import jobs_pb2
 
 SOON = 0.3
@@ -60,8 +60,8 @@ def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hung]:
 
     monkeypatch.setattr(files, "list_names", listed)
     monkeypatch.setattr(Path, "glob", globbed)
-    monkeypatch.setattr("gradstream.coordinator.controller.LOAD_SECONDS", SOON)
-    monkeypatch.setattr("gradstream.coordinator.checkpoints.CHOOSING_SECONDS", SOON)
+    monkeypatch.setattr("gradstream.coordinator.jobs.controller.LOAD_SECONDS", SOON)
+    monkeypatch.setattr("gradstream.coordinator.jobs.checkpoints.CHOOSING_SECONDS", SOON)
     monkeypatch.setattr(timelines.Timelines.__init__, "__defaults__", (SOON,))
     yield storage
     storage.go_on()

@@ -20,7 +20,7 @@ from coordinator_fakes import (
     step_report,
 )
 
-from gradstream.coordinator.planning import MadePlan
+from gradstream.coordinator.jobs.plan_making import MadePlan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 PAUSED, PLANNING, RUNNING = jobs_pb2.JOB_STATE_PAUSED, jobs_pb2.JOB_STATE_PLANNING, jobs_pb2.JOB_STATE_RUNNING
@@ -82,7 +82,7 @@ async def test_an_order_during_planning_waits_for_servers_on_their_way_back(
     job_id = (await hasty.jobs.SubmitJob(request)).job.job_id
     await worker.slots(2)
     await hasty.stub.ReportStep(step_report(job_id, 0))
-    monkeypatch.setattr("gradstream.coordinator.planning.make_plan", endless)
+    monkeypatch.setattr("gradstream.coordinator.jobs.plan_making.make_plan", endless)
     for server in servers[1:]:
         await server.kill()
     left = await hasty.event(job_id, "was silent for too long")

@@ -27,7 +27,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gradstream.coordinator.server import Coordinator, serve
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, GradstreamError, ProtocolError
-from gradstream.core.rpc import error_from_rpc, open_channel
+from gradstream.core.rpc.channel import open_channel
+from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 FINISHED, FAILED, STOPPED, PAUSED, RUNNING, QUEUED = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradstream.coordinator.membership import MAX_DEAD_NODES, MAX_REFUSED, SERVER, WORKER, Membership, NodeEntry
+from gradstream.coordinator.nodes.membership import MAX_DEAD_NODES, MAX_REFUSED, SERVER, WORKER, Membership, NodeEntry
 from gradstream.core.errors import BusyError, ConfigError
 from gradstream.proto.v1 import coordinator_pb2, probe_pb2
 

@@ -14,7 +14,7 @@ import pytest
 from coordinator_fakes import Cluster, make_recipe, report_checkpoint, report_validation, step_report
 
 from gradstream.core.errors import ConfigError, DataError, UnreachableError
-from gradstream.core.rpc import error_from_rpc
+from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 

@@ -12,18 +12,23 @@ import pytest
 from coordinator_fakes import PATIENCE_SECONDS, SERVER, WORKER, make_recipe
 from pydantic import ValidationError
 
-from gradstream.coordinator.forecast import Forecast, forecast
-from gradstream.coordinator.needs import NodeOffer, stage_need, worker_bytes
-from gradstream.coordinator.pipeline_planner import Pipeline, num_microbatches, plan_pipeline, sections_of_stages
-from gradstream.coordinator.planner import make_plan
-from gradstream.coordinator.scheduler import missing_nodes
-from gradstream.core.config import PipelineConfig, Recipe
-from gradstream.core.encoded_size import encoded_bytes
+from gradstream.coordinator.jobs.decisions import missing_nodes
+from gradstream.coordinator.planning.forecast import Forecast, forecast
+from gradstream.coordinator.planning.needs import NodeOffer, stage_need, worker_bytes
+from gradstream.coordinator.planning.pipeline_planner import (
+    Pipeline,
+    num_microbatches,
+    plan_pipeline,
+    sections_of_stages,
+)
+from gradstream.coordinator.planning.planner import make_plan
 from gradstream.core.errors import ConfigError, PlanError, ProtocolError
-from gradstream.core.fragments import Tensor
-from gradstream.core.plan import Plan
-from gradstream.core.profile import SectionProfile
-from gradstream.core.schedules import SPLIT
+from gradstream.core.model.profile import SectionProfile
+from gradstream.core.pipeline.schedule import SPLIT
+from gradstream.core.plan.fragments import Tensor
+from gradstream.core.plan.plan import Plan
+from gradstream.core.plan.sizes import encoded_bytes
+from gradstream.core.recipe.recipe import PipelineConfig, Recipe
 from gradstream.proto.v1 import jobs_pb2
 
 # An embedding, eight layers and a head that has the embedding's table: 16 k parameters each.

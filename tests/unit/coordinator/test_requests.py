@@ -9,7 +9,7 @@ import pytest
 from coordinator_fakes import Cluster, make_recipe
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.rpc import error_from_rpc
+from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.proto.v1 import jobs_pb2
 
 

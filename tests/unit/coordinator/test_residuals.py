@@ -10,10 +10,10 @@ import grpc.aio
 import pytest
 from coordinator_fakes import Cluster, FakeNode, make_recipe, report_checkpoint, step_report
 
-from gradstream.core import checkpoint
+from gradstream.core.checkpoint import manifest as checkpoint
+from gradstream.core.checkpoint.residual_files import residual_file_name
 from gradstream.core.errors import ProtocolError
-from gradstream.core.residual_files import residual_file_name
-from gradstream.core.rpc import error_from_rpc
+from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from coordinator_fakes import SERVER, TIMING, WORKER, Cluster, FakeNode, make_recipe, step_report
 
-from gradstream.coordinator.membership import Membership
-from gradstream.coordinator.planning import MadePlan, make_plan
-from gradstream.coordinator.reunion import Reunion, Verdict, judge_servers, refuses_connections
-from gradstream.core.plan import Plan
+from gradstream.coordinator.jobs.plan_making import MadePlan, make_plan
+from gradstream.coordinator.nodes.membership import Membership
+from gradstream.coordinator.nodes.reunion import Reunion, Verdict, judge_servers, refuses_connections
+from gradstream.core.plan.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 RUNNING = jobs_pb2.JOB_STATE_RUNNING
@@ -105,7 +105,7 @@ async def test_servers_that_come_back_while_a_plan_is_made_keep_the_old_one(
         await go_on.wait()
         return made
 
-    monkeypatch.setattr("gradstream.coordinator.planning.make_plan", slow)
+    monkeypatch.setattr("gradstream.coordinator.jobs.plan_making.make_plan", slow)
     for server in servers[1:]:
         await server.kill()
     await cluster.event(job_id, "was silent for too long")
@@ -259,7 +259,8 @@ async def test_a_refusal_is_told_from_silence() -> None:
 
 def test_nodes_come_back_within_the_patience_for_them() -> None:
     """The longest that a node may take: gRPC's own backoff, then ours."""
-    from gradstream.core.rpc import CHANNEL_OPTIONS, Backoff
+    from gradstream.core.rpc.channel import CHANNEL_OPTIONS
+    from gradstream.core.rpc.retry import Backoff
 
     reconnect = dict(CHANNEL_OPTIONS)["grpc.max_reconnect_backoff_ms"] / 1000
     backoff = Backoff(uniform=max)

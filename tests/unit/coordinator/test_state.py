@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from gradstream.coordinator.sqlite_state import SqliteState
-from gradstream.coordinator.state import JobRecord, State
+from gradstream.coordinator.state.sqlite import SqliteState
+from gradstream.coordinator.state.state import JobRecord, State
 from gradstream.core.errors import ConfigError, ProtocolError, UnreachableError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
@@ -195,7 +195,7 @@ def test_sqlite_survives_kill(tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from gradstream.coordinator.sqlite_state import SqliteState
+from gradstream.coordinator.state.sqlite import SqliteState
 from gradstream.proto.v1 import coordinator_pb2
 state = SqliteState(Path({str(tmp_path)!r}))
 for step in range(20):

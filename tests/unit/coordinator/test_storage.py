@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from coordinator_fakes import SERVER, Cluster, FakeNode, make_recipe, report_checkpoint, step_report, write_checkpoint
 
-from gradstream.coordinator import checkpoints, controller, planner, reports
-from gradstream.coordinator.checkpoints import bases_under, missing
+from gradstream.coordinator.jobs import checkpoints, controller, reports
+from gradstream.coordinator.jobs.checkpoints import bases_under, missing
+from gradstream.coordinator.planning import planner
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 FINISHED, PLANNING, RUNNING = (
@@ -295,7 +296,7 @@ async def test_a_server_that_does_not_write_where_the_coordinator_reads_is_named
     cluster: Cluster, look_often: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It sees what the coordinator wrote, and its own goes elsewhere: a mount that copies on write."""
-    from gradstream.core import shared_storage
+    from gradstream.core.storage import shared_storage
 
     real = shared_storage.write
 

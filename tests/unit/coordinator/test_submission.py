@@ -9,8 +9,9 @@ import pytest
 from coordinator_fakes import Cluster, make_recipe
 
 from gradstream.client import AsyncClient, Event
-from gradstream.core.config import Recipe, parse_recipe
 from gradstream.core.errors import ConfigError, DataError
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import Recipe
 
 
 def recipe_with(cluster: Cluster, config: dict[str, Any], **sections: Any) -> Recipe:

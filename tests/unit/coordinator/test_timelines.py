@@ -11,14 +11,15 @@ import grpc.aio
 import pytest
 from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
-from gradstream.coordinator import timelines
-from gradstream.coordinator.timelines import NUM_VERSIONS, TimelineFiles, check_timeline
-from gradstream.coordinator.views import Views
-from gradstream.core.config import PipelineConfig
+from gradstream.coordinator.servicers.views import Views
+from gradstream.coordinator.telemetry import timelines
+from gradstream.coordinator.telemetry.timelines import NUM_VERSIONS, TimelineFiles, check_timeline
 from gradstream.core.errors import ProtocolError
-from gradstream.core.rpc import error_from_rpc
-from gradstream.core.schedules import ideal_bubble, make_schedule, simulate
-from gradstream.core.timeline import MAX_SPANS
+from gradstream.core.pipeline.schedule import make_schedule
+from gradstream.core.pipeline.simulation import ideal_bubble, simulate
+from gradstream.core.recipe.recipe import PipelineConfig
+from gradstream.core.rpc.errors import error_from_rpc
+from gradstream.core.telemetry.timeline import MAX_SPANS
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 

@@ -20,10 +20,10 @@ from coordinator_fakes import (
     step_report,
 )
 
-from gradstream.coordinator.controller import Controller
-from gradstream.coordinator.sqlite_state import SqliteState
+from gradstream.coordinator.jobs.controller import Controller
+from gradstream.coordinator.state.sqlite import SqliteState
 from gradstream.core.errors import UnreachableError
-from gradstream.core.rpc import error_from_rpc
+from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 PATIENCE_SECONDS = 30.0
@@ -291,7 +291,7 @@ async def test_a_job_whose_record_cannot_be_read_ends_and_the_next_has_its_turn(
 
 
 def test_a_transition_is_one_transaction(tmp_path: Path) -> None:
-    from gradstream.coordinator.state import JobRecord
+    from gradstream.coordinator.state.state import JobRecord
 
     state = SqliteState(tmp_path)
     state.create_job(JobRecord("a-1", "a", "{}", "{}", "/a-1", 5))

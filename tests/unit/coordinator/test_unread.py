@@ -8,9 +8,9 @@ from pathlib import Path
 from support.credentials import make_credentials
 
 from gradstream.coordinator.server import Coordinator
-from gradstream.core import access
-from gradstream.core.rpc import open_channel
-from gradstream.core.transport import Transport
+from gradstream.core.rpc import access
+from gradstream.core.rpc.channel import open_channel
+from gradstream.core.rpc.transport import Transport
 
 PIECE = bytes(64 << 10)
 QUIET_SECONDS = 2.0

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from gradstream.core import constants
-from gradstream.core.finetuning import LoraConfig
-from gradstream.core.frozen_modules import HeldMatrix, replace_frozen
-from gradstream.core.lora import adapted_module, factors, frozen_name, merged_weight
-from gradstream.core.model import build, initial_weights, initialize_buffers, load_config
-from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
-from gradstream.core.twin import twin_config
+from gradstream.core.model import constants
+from gradstream.core.model.frozen_modules import HeldMatrix, replace_frozen
+from gradstream.core.model.lora import adapted_module, factors, frozen_name, merged_weight
+from gradstream.core.model.model import build, initial_weights, initialize_buffers, load_config
+from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.model.twin import twin_config
+from gradstream.core.recipe.finetuning import LoraConfig
 
 LORA = LoraConfig(rank=4, alpha=6)
 # Families whose default config is none that can be built.

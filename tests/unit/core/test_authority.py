@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradstream.core import authority as authority_module
-from gradstream.core import credentials as store
-from gradstream.core.authority import Authority, upkeep
-from gradstream.core.authority_files import Record, read_record
-from gradstream.core.credentials import Credentials, dns_name, load
+from gradstream.core.credentials import authority as authority_module
+from gradstream.core.credentials import store
+from gradstream.core.credentials.authority import Authority, upkeep
+from gradstream.core.credentials.authority_files import Record, read_record
+from gradstream.core.credentials.store import Credentials, dns_name, load
+from gradstream.core.credentials.tokens import PEOPLE_ROLES, ROLES, Token, TokenTable, check, utc
 from gradstream.core.errors import ConfigError, one_line
-from gradstream.core.tokens import PEOPLE_ROLES, ROLES, Token, TokenTable, check, utc
 
 NOW = 1_800_000_000
 DAY = 86_400

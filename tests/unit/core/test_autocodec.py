@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.autocodec import LADDER, TRIAL_STEPS, AutoState, Speeds, after_step, choose, predict
+from gradstream.services.parameter_server.autocodec import (
+    LADDER,
+    TRIAL_STEPS,
+    AutoState,
+    Speeds,
+    after_step,
+    choose,
+    predict,
+)
 
 SIZES = {"bf16": 4.0e7, "int8": 2.0e7, "int4": 1.05e7}
 

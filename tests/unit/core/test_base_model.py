@@ -16,11 +16,12 @@ from support.bases import CHAT_TEMPLATE, FAMILIES, change_json, full_checkpoint,
 from support.micro import MICRO_LLAMA
 from transformers import AutoModelForCausalLM
 
-from gradstream.core import base_files
-from gradstream.core.base_model import BaseReader, find_base, load_tokenizer
-from gradstream.core.checkpoint import WEIGHT, CheckpointReader
+from gradstream.core.checkpoint.manifest import WEIGHT
+from gradstream.core.checkpoint.shard import CheckpointReader
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError
-from gradstream.core.finetuning import FineTuning, LoraConfig
+from gradstream.core.pretrained import files as base_files
+from gradstream.core.pretrained.base import BaseReader, find_base, load_tokenizer
+from gradstream.core.recipe.finetuning import FineTuning, LoraConfig
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 

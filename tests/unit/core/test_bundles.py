@@ -9,20 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.bundles import (
-    LOSSLESS_ENOUGH,
-    Bundle,
-    bundle,
-    codec_for,
-    first_push_codec,
-)
 from gradstream.core.codecs import CODEC_NAMES, ResidualCodec, State, codec_named
-from gradstream.core.config import RESIDUAL_CODECS, CodecConfig
-from gradstream.core.downlink import downlink
-from gradstream.core.encoded_size import encoded_bytes
+from gradstream.core.codecs.payloads import BundleCodec, CodecBook, seed_of, slices, split
 from gradstream.core.errors import ProtocolError
-from gradstream.core.fragments import Tensor, cut
-from gradstream.core.payloads import BundleCodec, CodecBook, seed_of, slices, split
+from gradstream.core.plan.bundles import LOSSLESS_ENOUGH, Bundle, bundle, codec_for, first_push_codec
+from gradstream.core.plan.downlink import downlink
+from gradstream.core.plan.fragments import Tensor, cut
+from gradstream.core.plan.sizes import encoded_bytes
+from gradstream.core.recipe.recipe import RESIDUAL_CODECS, CodecConfig
 
 PULLS = [
     *("fp32", "bf16", "int8", "fp32-zstd", "bf16-zstd", "auto"),

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 import grpc.aio
 import pytest
 
-from gradstream.core.rpc import error_from_rpc, open_channel
-from gradstream.core.wire import WorkerStub
+from gradstream.core.rpc.channel import open_channel
+from gradstream.core.rpc.errors import error_from_rpc
+from gradstream.core.wire.stubs import WorkerStub
 
 BOUND_SECONDS = 20.0
 NUM_CANCELS = 60

@@ -15,31 +15,30 @@ from support.micro import MICRO_LLAMA
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradstream.core import checkpoint, files
-from gradstream.core.checkpoint import (
+from gradstream.coordinator.planning.placement import place
+from gradstream.core.checkpoint.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
     WEIGHT,
     CheckpointManifest,
-    CheckpointReader,
     directory_of,
-    export_huggingface,
-    huggingface_weights,
     list_checkpoints,
     read_manifest,
     remove_checkpoint,
     write_manifest,
-    write_shard,
 )
-from gradstream.core.config import parse_recipe
-from gradstream.core.data import parse_manifest
+from gradstream.core.checkpoint.shard import CheckpointReader, write_shard
+from gradstream.core.checkpoint.weights_files import sent_pieces
+from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.errors import CheckpointError
-from gradstream.core.fragments import cut
-from gradstream.core.model import initial_weights, inventory
-from gradstream.core.placement import place
-from gradstream.core.plan import Plan, Server
-from gradstream.core.storage import StorageThreads
-from gradstream.core.weights_files import sent_pieces
+from gradstream.core.model.model import initial_weights, inventory
+from gradstream.core.plan.fragments import cut
+from gradstream.core.plan.plan import Plan, Server
+from gradstream.core.pretrained import export
+from gradstream.core.pretrained.export import export_huggingface, huggingface_weights
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.storage import files
+from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import coordinator_pb2
 
 MODEL = MICRO_LLAMA
@@ -347,7 +346,7 @@ def test_the_manifest_says_what_was_trained(tmp_path: Path, data_path: Path) -> 
 def test_the_export_is_the_very_model(
     tmp_path: Path, data_path: Path, file_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "EXPORT_FILE_BYTES", file_bytes)
+    monkeypatch.setattr(export, "EXPORT_FILE_BYTES", file_bytes)
     destination = tmp_path / "out" / "model"
     export_huggingface(write(tmp_path, make_plan(data_path, 3)), destination)
     several = (destination / "model.safetensors.index.json").exists()
@@ -389,8 +388,8 @@ async def test_an_export_is_sent_in_pieces_of_tensors_and_never_held(
     tmp_path: Path, data_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a whole tensor in memory nor a file of weights on disk: a model may be larger than both."""
-    monkeypatch.setattr(checkpoint, "EXPORT_ELEMENTS", 100)
-    monkeypatch.setattr(checkpoint, "EXPORT_FILE_BYTES", 8 << 10)
+    monkeypatch.setattr(export, "EXPORT_ELEMENTS", 100)
+    monkeypatch.setattr(export, "EXPORT_FILE_BYTES", 8 << 10)
     directory = write(tmp_path, make_plan(data_path, 3))
     export_huggingface(directory, tmp_path / "model")
     read = CheckpointReader.read

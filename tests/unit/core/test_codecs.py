@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from gradstream.core.codecs import CODEC_NAMES, Codec, ResidualCodec, codec_named, codec_on_wire
 from gradstream.core.codecs._device import rotate, rotation_key
-from gradstream.core.encoded_size import BLOCK, encoded_bytes
 from gradstream.core.errors import ProtocolError
+from gradstream.core.kernels.blocks import BLOCK
+from gradstream.core.plan.sizes import encoded_bytes
 from gradstream.proto.v1 import plan_pb2
 
 CODECS = [codec_named(name) for name in CODEC_NAMES]
@@ -311,7 +312,7 @@ def test_ratios_are_what_the_table_says(name: str, ratio: float) -> None:
 def test_sizes_need_neither_torch_nor_numba() -> None:
     """The planner uses them."""
     code = (
-        "import sys, gradstream.core.encoded_size as e; assert e.encoded_bytes('int4', (3, 100)) == 158; "
+        "import sys, gradstream.core.plan.sizes as e; assert e.encoded_bytes('int4', (3, 100)) == 158; "
         "assert not {'torch', 'numba', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -321,19 +322,20 @@ def test_preload_compiles_all_that_the_codecs_call() -> None:
     """What it missed would stop a node for seconds in the middle of a step."""
     code = """
 import torch
-from gradstream.core import dense_kernels, kernels, residual_kernels
+from gradstream.core.kernels import codec, dense, residual
+from gradstream.core.kernels.preload import preload
 from gradstream.core.codecs import CODEC_NAMES, codec_named
-modules = (dense_kernels, kernels, residual_kernels)
+modules = (dense, codec, residual)
 compiled = [(name, k) for module in modules for name, k in vars(module).items() if hasattr(k, "signatures")]
-kernels.preload()
+preload()
 before = {name: len(k.signatures) for name, k in compiled}
 assert all(count for name, count in before.items() if not name.startswith("_")), before
 for name in CODEC_NAMES:
     for length in (1, 5000, 8192):
-        codec, out = codec_named(name), torch.zeros(length)
-        payload = codec.encode(torch.ones(length), seed=2**63)
-        codec.decode(payload, out, seed=2**63)
-        codec.decode_add(payload, out, seed=2**63)
+        made, out = codec_named(name), torch.zeros(length)
+        payload = made.encode(torch.ones(length), seed=2**63)
+        made.decode(payload, out, seed=2**63)
+        made.decode_add(payload, out, seed=2**63)
 assert before == {name: len(k.signatures) for name, k in compiled}, before
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradstream.core.codecs import ResidualCodec, State, codec_named
-from gradstream.core.encoded_size import powersgd_form, topk_kept
 from gradstream.core.errors import ProtocolError
+from gradstream.core.plan.sizes import powersgd_form, topk_kept
 
 
 def residual_codec(name: str) -> ResidualCodec:

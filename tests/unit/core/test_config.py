@@ -8,9 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.config import Recipe, load_recipe, parse_recipe
 from gradstream.core.errors import ConfigError
-from gradstream.core.finetuning_recipe import FineTuningRecipe, load_any_recipe
+from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe, load_any_recipe
+from gradstream.core.recipe.loading import load_recipe, parse_recipe
+from gradstream.core.recipe.recipe import Recipe
 
 TREE: dict[str, Any] = {
     "name": "tiny",

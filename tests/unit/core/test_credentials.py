@@ -21,11 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradstream.core import credentials
-from gradstream.core.authority import Authority
-from gradstream.core.credentials import Credentials, from_pack, load, save, to_pack
+from gradstream.core.credentials import store
+from gradstream.core.credentials.authority import Authority
+from gradstream.core.credentials.store import Credentials, from_pack, load, save, to_pack
+from gradstream.core.credentials.tokens import new_token, utc
 from gradstream.core.errors import ConfigError, one_line
-from gradstream.core.tokens import new_token, utc
 
 NOW = 1_800_000_000
 DAY = 86_400
@@ -76,9 +76,7 @@ def test_what_was_saved_is_loaded(made: Credentials, directory: Path) -> None:
 
 def test_only_the_owner_may_read_them(directory: Path) -> None:
     assert directory.stat().st_mode & 0o777 == 0o700
-    assert {path.name: path.stat().st_mode & 0o777 for path in directory.iterdir()} == dict.fromkeys(
-        credentials.FILES, 0o600
-    )
+    assert {path.name: path.stat().st_mode & 0o777 for path in directory.iterdir()} == dict.fromkeys(store.FILES, 0o600)
 
 
 def test_a_secret_that_others_may_read_is_warned_of(directory: Path) -> None:
@@ -94,7 +92,7 @@ def test_secrets_are_not_in_a_repr(made: Credentials) -> None:
     assert "PRIVATE KEY" not in repr(made)
 
 
-@pytest.mark.parametrize("name", credentials.FILES)
+@pytest.mark.parametrize("name", store.FILES)
 def test_a_missing_file_is_named(directory: Path, name: str) -> None:
     (directory / name).unlink()
     assert refusal(lambda: load(directory, NOW)).startswith(
@@ -108,7 +106,7 @@ def test_a_missing_directory(tmp_path: Path) -> None:
     assert f"{tmp_path}/file is not a directory; " in refusal(lambda: load(tmp_path / "file", NOW))
 
 
-@pytest.mark.parametrize("name", credentials.FILES)
+@pytest.mark.parametrize("name", store.FILES)
 def test_a_file_that_cannot_be_read(directory: Path, name: str) -> None:
     path = directory / name
     path.unlink()
@@ -123,7 +121,7 @@ def test_a_file_that_cannot_be_read(directory: Path, name: str) -> None:
     os.mkfifo(path)  # which nobody writes: reading must not wait
     assert refusal(lambda: load(directory, NOW)) == f"{path} is not a file; remove it"
     path.unlink()
-    path.write_bytes(b" " * (credentials.MAX_FILE_BYTES + 1))
+    path.write_bytes(b" " * (store.MAX_FILE_BYTES + 1))
     assert f"{path} has more than 65536 bytes" in refusal(lambda: load(directory, NOW))
 
 
@@ -202,7 +200,7 @@ def test_a_persons_certificate_beyond_its_time(tmp_path: Path) -> None:
 
 
 def test_a_ca_beyond_its_time(tmp_path: Path) -> None:
-    from gradstream.core import certificates
+    from gradstream.core.credentials import certificates
 
     ca = certificates.new_ca("0a1b2c3d", NOW, DAY)
     cert, key = certificates.new_leaf(ca, "0a1b2c3d", "worker", "w", NOW, NOW + 9 * DAY)
@@ -216,7 +214,7 @@ def test_a_ca_beyond_its_time(tmp_path: Path) -> None:
     ("role", "name", "cluster"), [("root", "w", "0a1b2c3d"), ("worker", "a b", "0a1b2c3d"), ("worker", "w", "example")]
 )
 def test_a_certificate_that_was_made_elsewhere(role: str, name: str, cluster: str) -> None:
-    from gradstream.core import certificates
+    from gradstream.core.credentials import certificates
 
     ca = certificates.new_ca(cluster, NOW, DAY)
     cert, key = certificates.new_leaf(ca, cluster, role, name, NOW, NOW + DAY)
@@ -300,14 +298,14 @@ def test_no_altered_certificate_breaks_the_packs_parser(made: Credentials, seed:
 
 
 def test_the_fingerprint_changes_when_they_are_replaced(directory: Path, made: Credentials, other: Credentials) -> None:
-    before = credentials.fingerprint(directory)
-    assert credentials.fingerprint(directory) == before
+    before = store.fingerprint(directory)
+    assert store.fingerprint(directory) == before
     save(directory, other)
-    after = credentials.fingerprint(directory)
+    after = store.fingerprint(directory)
     assert after != before
     (directory / "token").unlink()
-    assert credentials.fingerprint(directory) not in (before, after)
-    assert credentials.fingerprint(directory / "nowhere") == credentials.fingerprint(directory / "nothing")
+    assert store.fingerprint(directory) not in (before, after)
+    assert store.fingerprint(directory / "nowhere") == store.fingerprint(directory / "nothing")
 
 
 def test_who_loads_while_they_are_replaced_has_the_old_or_the_new(
@@ -336,7 +334,7 @@ def test_who_loads_while_they_are_replaced_has_the_old_or_the_new(
     assert failures == []
     assert seen <= {made.cluster, other.cluster}
     assert seen
-    assert sorted(path.name for path in directory.iterdir()) == sorted(credentials.FILES)
+    assert sorted(path.name for path in directory.iterdir()) == sorted(store.FILES)
 
 
 def test_who_holds_the_directorys_lock_holds_nobody_up(directory: Path, other: Credentials) -> None:
@@ -379,27 +377,33 @@ def test_where_credentials_for_an_address_are(
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     place = tmp_path / "gradstream" / "credentials" / name
-    assert credentials.store_for(address) == place
-    assert credentials.stored_for(address) is None
+    assert store.store_for(address) == place
+    assert store.stored_for(address) is None
     place.mkdir(parents=True)
-    assert credentials.stored_for(address) == place
+    assert store.stored_for(address) == place
 
 
 def test_without_xdg_they_are_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     place = tmp_path / ".config" / "gradstream" / "credentials" / "h_1"
     for value in ("", "relative"):
-        assert credentials.store_for("h:1", {"XDG_CONFIG_HOME": value}) == place
-    assert credentials.store_for("h:1", {}) == place
+        assert store.store_for("h:1", {"XDG_CONFIG_HOME": value}) == place
+    assert store.store_for("h:1", {}) == place
 
 
 @pytest.mark.parametrize("address", ["", "h", "h:", ":1", "h:0", "h:65536", "../x:1", "a/b:1", "h:1:2", "é:1", "a b:1"])
 def test_what_is_no_address(address: str) -> None:
-    assert "is not an address of the form host:port" in refusal(lambda: credentials.store_for(address))
+    assert "is not an address of the form host:port" in refusal(lambda: store.store_for(address))
 
 
 def test_cryptography_is_imported_when_it_is_needed() -> None:
-    modules = ["core.credentials", "core.tokens", "core.authority", "coordinator.cli.certs", "coordinator.cli.login"]
+    modules = [
+        "core.credentials.store",
+        "core.credentials.tokens",
+        "core.credentials.authority",
+        "coordinator.cli.certs",
+        "coordinator.cli.login",
+    ]
     imports = "; ".join(f"import gradstream.{module}" for module in modules)
     code = (
         f"import sys; {imports}; print([name for name in ('cryptography', 'fsspec', 'torch') if name in sys.modules])"

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradstream.core.decompression import PIECE_BYTES, DamagedError, compression_of, unpack
+from gradstream.core.data.decompression import PIECE_BYTES, DamagedError, compression_of, unpack
 
 TEXT = b"".join(b"line %d of a text\n" % number for number in range(3000))
 PACK: dict[str, Callable[[bytes], bytes]] = {

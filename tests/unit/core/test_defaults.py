@@ -8,11 +8,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.config import load_recipe, parse_recipe
-from gradstream.core.data import DataShard, Manifest
+from gradstream.core.data.manifest import DataShard, Manifest
 from gradstream.core.errors import ConfigError
-from gradstream.core.finetuning import LoraConfig
-from gradstream.core.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.loading import load_recipe, parse_recipe
 
 COUNTS = st.integers(1, 70)
 BATCH = {"global_batch": COUNTS, "num_slots": COUNTS, "microbatch": COUNTS}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.early_stopping import best_version, stops_early
+from gradstream.core.recipe.early_stopping import best_version, stops_early
 
 
 def test_the_best_version_has_the_lowest_loss_the_earlier_of_equal_ones() -> None:

@@ -8,7 +8,8 @@ import grpc
 import pytest
 
 from gradstream.core.errors import MAX_MESSAGE_CHARACTERS, ConfigError, DataError, nearest, one_line, plain_line
-from gradstream.core.rpc import answering, listen, new_server, open_channel
+from gradstream.core.rpc.channel import listen, new_server, open_channel
+from gradstream.core.rpc.errors import answering
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
 FOREIGN = {

@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gradstream.core.constants import FAMILIES, constants, constants_of, exported_constants
 from gradstream.core.errors import ConfigError
-from gradstream.core.finetuning import LoraConfig
-from gradstream.core.frozen_modules import HeldMatrix, replace_frozen
-from gradstream.core.lora import adapted_module, frozen_name
-from gradstream.core.model import build, initial_weights, initialize_buffers, load_config
-from gradstream.core.model_trial import ModelUse, Trial, try_model
-from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
-from gradstream.core.twin import twin_config
+from gradstream.core.model.constants import FAMILIES, constants, constants_of, exported_constants
+from gradstream.core.model.frozen_modules import HeldMatrix, replace_frozen
+from gradstream.core.model.lora import adapted_module, frozen_name
+from gradstream.core.model.model import build, initial_weights, initialize_buffers, load_config
+from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.model.trial import ModelUse, Trial, try_model
+from gradstream.core.model.twin import twin_config
+from gradstream.core.recipe.finetuning import LoraConfig
 
 # Families whose default config is none that can be built: what a config.json of them has.
 MORE: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.faults import VARIABLE, Fault, Faults, parse_faults
+from gradstream.core.node.faults import VARIABLE, Fault, Faults, parse_faults
 
 
 @pytest.fixture

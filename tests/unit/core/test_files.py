@@ -14,10 +14,10 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 
-from gradstream.core import files, shared_storage
-from gradstream.core.checkpoint import write_shard
+from gradstream.core.checkpoint.shard import write_shard
 from gradstream.core.errors import DataError
-from gradstream.core.fragments import Tensor, cut
+from gradstream.core.plan.fragments import Tensor, cut
+from gradstream.core.storage import files, shared_storage
 from gradstream.proto.v1 import coordinator_pb2
 
 

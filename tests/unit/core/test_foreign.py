@@ -12,13 +12,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from gradstream.coordinator.data import tokenizer as tokenization
-from gradstream.core.base_tokenizer import load_tokenizer
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.finetuning import Base
 from gradstream.core.foreign import Guarded, panics_caught, parsing
-from gradstream.core.rpc import answering, listen, new_server
+from gradstream.core.pretrained.tokenizer import load_tokenizer
+from gradstream.core.recipe.finetuning import Base
+from gradstream.core.rpc.channel import listen, new_server
+from gradstream.core.rpc.errors import answering
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
-from gradstream.services.fine_tuning.encoding import Encoder
+from gradstream.services.fine_tuning.examples.encoding import Encoder
 from gradstream.services.fine_tuning.threads import in_thread
 
 ROOT = Path(__file__).parents[3]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.fragments import Tensor, cut
+from gradstream.core.plan.fragments import Tensor, cut
 
 BLOCK = 256
 shapes = st.lists(st.lists(st.integers(0, 60), min_size=0, max_size=3).map(tuple), min_size=0, max_size=8)

@@ -11,10 +11,10 @@ import torch
 from support.tiny import GPT2, LLAMA, NO_DROPOUT, VOCAB_SIZE
 from torch import nn
 
-from gradstream.core import fused_layers
-from gradstream.core.fused_functions import Gated, Gelu, cross_entropy_sum
-from gradstream.core.fused_layers import fuse
-from gradstream.core.model import build
+from gradstream.core.model import fused_layers
+from gradstream.core.model.fused_functions import Gated, Gelu, cross_entropy_sum
+from gradstream.core.model.fused_layers import fuse
+from gradstream.core.model.model import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +93,8 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernels_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are called from here on."""
-    from gradstream.core import exp_kernels, layer_kernels
+    from gradstream.core.kernels import exp
+    from gradstream.core.kernels import layer as layer_kernels
 
     called: list[str] = []
 
@@ -106,7 +107,7 @@ def kernels_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for module, names in (
         (layer_kernels, ("squares", "norm", "norm_products", "norm_backward", "rotate")),
-        (exp_kernels, ("gated", "gated_backward", "gelu", "gelu_backward")),
+        (exp, ("gated", "gated_backward", "gelu", "gelu_backward")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, listen(name, getattr(module, name)))

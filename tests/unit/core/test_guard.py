@@ -16,16 +16,17 @@ import grpc.aio
 import pytest
 from support.credentials import make_credentials
 
-from gradstream.core import access
-from gradstream.core.authority import Authority
+from gradstream.core.credentials.authority import Authority
+from gradstream.core.credentials.tokens import ROLES, TokenTable
 from gradstream.core.errors import AccessError, BusyError, CredentialsError, GradstreamError, UnreachableError
-from gradstream.core.guard import READING_SECONDS, REQUEST_SECONDS, SENDING_SECONDS, Guard
-from gradstream.core.limits import Limit, Meter, Patience, Receiving
-from gradstream.core.refusals import AuditEvent
-from gradstream.core.rpc import MAX_STREAMS_A_CONNECTION, error_from_rpc, listen, new_server, open_channel
-from gradstream.core.token_sources import FollowedTokens
-from gradstream.core.tokens import ROLES, TokenTable
-from gradstream.core.transport import Transport
+from gradstream.core.rpc import access
+from gradstream.core.rpc.channel import MAX_STREAMS_A_CONNECTION, listen, new_server, open_channel
+from gradstream.core.rpc.errors import error_from_rpc
+from gradstream.core.rpc.guard import READING_SECONDS, REQUEST_SECONDS, SENDING_SECONDS, Guard
+from gradstream.core.rpc.limits import Limit, Meter, Patience, Receiving
+from gradstream.core.rpc.refusals import AuditEvent
+from gradstream.core.rpc.token_sources import FollowedTokens
+from gradstream.core.rpc.transport import Transport
 
 BOUND_SECONDS = 20.0
 FOREVER = "/gradstream.proto.v1.CoordinatorService/WatchTokens"
@@ -328,7 +329,7 @@ async def test_requests_are_read_in_turn_within_the_bound() -> None:
 
 async def test_refusals_are_bounded_and_told_once(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """A revoked person neither calls more often than others may, nor pushes older events out of the audit log."""
-    monkeypatch.setattr("gradstream.core.guard.PERSON_LIMIT", Limit(calls=64, calls_per_second=0.1, burst=50))
+    monkeypatch.setattr("gradstream.core.rpc.guard.PERSON_LIMIT", Limit(calls=64, calls_per_second=0.1, burst=50))
     table = door.tokens.table
     assert table is not None
     door.tokens.table = revoked(table, "submitter")
@@ -443,7 +444,7 @@ async def test_a_caller_that_stops_reading_is_cut_off(directory: Path) -> None:
 async def test_a_caller_that_reads_a_piece_now_and_then_is_cut_off(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradstream.core.limits.LEAST_BYTES_PER_SECOND", 1 << 30)
+    monkeypatch.setattr("gradstream.core.rpc.limits.LEAST_BYTES_PER_SECOND", 1 << 30)
     door = Door(directory, reading_seconds=1.5)
     await door.server.start()
     async with door.channel("worker") as channel:
@@ -522,7 +523,7 @@ async def test_calls_on_one_connection_are_bounded(door: Door) -> None:
 
 
 async def test_one_caller_cannot_take_all(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradstream.core.guard.SERVICE_LIMIT", Limit(calls=2, calls_per_second=1000, burst=1000))
+    monkeypatch.setattr("gradstream.core.rpc.guard.SERVICE_LIMIT", Limit(calls=2, calls_per_second=1000, burst=1000))
     async with door.channel("worker") as channel:
         streams = [channel.unary_stream(FOREVER)(b"") for _ in range(2)]
         for stream in streams:

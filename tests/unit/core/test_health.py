@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core.errors import ProtocolError, UnreachableError
-from gradstream.core.health import ask, main
+from gradstream.core.node.health import ask, main
 
 
 @pytest.fixture
@@ -57,6 +57,6 @@ def test_a_service_without_health_is_named(server: tuple[grpc.Server, str]) -> N
 
 def test_it_imports_little() -> None:
     """Every container runs it every few seconds."""
-    code = "import sys, gradstream.core.health; print(*sys.modules)"
+    code = "import sys, gradstream.core.node.health; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"numpy", "pydantic", "rich", "torch", "typer"}.isdisjoint(found)

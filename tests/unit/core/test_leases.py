@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.leases import Replica, assign_slots, form_replicas
+from gradstream.core.plan.leases import Replica, assign_slots, form_replicas
 
 WORKERS = ["a", "b", "c", "d", "e"]
 holders = st.lists(st.sampled_from(["", *WORKERS, "gone"]), max_size=24)

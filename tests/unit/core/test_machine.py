@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gradstream.core.machine import MOST_THREADS, arithmetic_threads, machine_id
+from gradstream.core.machine.facts import MOST_THREADS, arithmetic_threads, machine_id
 
 
 def test_processes_of_one_machine_have_one_id(tmp_path: Path) -> None:
-    program = "from gradstream.core.machine import machine_id; print(machine_id())"
+    program = "from gradstream.core.machine.facts import machine_id; print(machine_id())"
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == machine_id()
     assert machine_id(tmp_path / "none") == ""

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gradstream.core.memory import available_bytes
+from gradstream.core.machine.memory import available_bytes
 
 
 def test_a_limit_counts_where_it_is_less(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_a_limit_counts_where_it_is_less(tmp_path: Path) -> None:
 
 _TENSORS = """
 import resource, sys
-from gradstream.core import memory
+from gradstream.core.machine import memory
 
 memory.use_huge_pages()
 import torch

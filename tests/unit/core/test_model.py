@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.model import build, derive_seed, forward_units, initial_weights, inventory, load_config
+from gradstream.core.model.model import build, derive_seed, forward_units, initial_weights, inventory, load_config
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {

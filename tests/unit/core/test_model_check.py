@@ -11,13 +11,14 @@ from support.bases import FAMILIES, write_checkpoint
 from support.micro import MICRO_LLAMA
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradstream.core import model_check
-from gradstream.core.checkpoint import write_huggingface
-from gradstream.core.config import Recipe, ScheduleConfig, parse_recipe
-from gradstream.core.data import Manifest
+from gradstream.core.data.manifest import Manifest
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.model import build, inventory, load_config
-from gradstream.core.model_trial import describe
+from gradstream.core.model import check
+from gradstream.core.model.model import build, inventory, load_config
+from gradstream.core.model.trial import describe
+from gradstream.core.pretrained.export import write_huggingface
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import Recipe, ScheduleConfig
 
 MANIFEST = Manifest(token_dtype="uint16", vocab_size=60, end_of_text_id=3, tokenizer_sha256="0" * 64, shards=())
 GLM = {"model_type": "glm", "head_dim": 8, "pad_token_id": None} | {
@@ -99,7 +100,7 @@ def test_a_familys_own_padding_outside_of_the_vocabulary_is_named() -> None:
         ConfigError, match=r"pad_token_id 151329 \(the default of glm\) is outside of the vocabulary of"
     ):
         build(config, "meta")
-    filled = model_check.with_ends(recipe(config), MANIFEST).model.config
+    filled = check.with_ends(recipe(config), MANIFEST).model.config
     assert filled["pad_token_id"] is None
     assert describe(filled)["padding_ids"] == []
 
@@ -109,16 +110,16 @@ def test_ends_of_text_are_filled_in_or_must_agree(nested: bool) -> None:
     def config(**ids: Any) -> dict[str, Any]:
         return {"model_type": "llama", "text_config": ids} if nested else {"model_type": "llama", **ids}
 
-    filled = model_check.with_ends(recipe(config()), MANIFEST).model.config
+    filled = check.with_ends(recipe(config()), MANIFEST).model.config
     inner = filled["text_config"] if nested else filled
     assert (inner["eos_token_id"], inner["bos_token_id"], inner["pad_token_id"]) == (3, 3, None)
     agreed = recipe(config(eos_token_id=[5, 3], bos_token_id=3, pad_token_id=1))
-    assert model_check.with_ends(agreed, MANIFEST) == agreed
+    assert check.with_ends(agreed, MANIFEST) == agreed
     for key in ("eos_token_id", "bos_token_id"):
         with pytest.raises(DataError, match=rf"{key} is 2, and the documents of the data set .* token 3; set model"):
-            model_check.with_ends(recipe(config(**{key: 2})), MANIFEST)
+            check.with_ends(recipe(config(**{key: 2})), MANIFEST)
     with pytest.raises(DataError) as refused:
-        model_check.with_ends(recipe(config(eos_token_id=2, bos_token_id=1)), MANIFEST)
+        check.with_ends(recipe(config(eos_token_id=2, bos_token_id=1)), MANIFEST)
     prefix = "model.config.text_config." if nested else "model.config."
     assert str(refused.value) == (
         f"{prefix}eos_token_id is 2 and {prefix}bos_token_id is 1, and the documents of the data set data end with and "
@@ -128,12 +129,12 @@ def test_ends_of_text_are_filled_in_or_must_agree(nested: bool) -> None:
 
 def test_padding_must_not_be_what_is_trained_on() -> None:
     model = build(MICRO_LLAMA | {"pad_token_id": 5}, "meta")
-    assert model_check.padding_ids(model) == [5]
-    model_check.check_padding([5], MANIFEST, special={5})
-    model_check.check_padding([60], MANIFEST, special=())  # beyond the data's vocabulary
+    assert check.padding_ids(model) == [5]
+    check.check_padding([5], MANIFEST, special={5})
+    check.check_padding([60], MANIFEST, special=())  # beyond the data's vocabulary
     for token, special in ((5, ()), (3, {3})):
         with pytest.raises(DataError, match=f"pad_token_id is {token}, .* would never be trained"):
-            model_check.check_padding([token], MANIFEST, special)
+            check.check_padding([token], MANIFEST, special)
 
 
 @pytest.mark.parametrize(
@@ -148,12 +149,12 @@ def test_padding_must_not_be_what_is_trained_on() -> None:
     ],
 )
 def test_positions_are_the_familys_own_where_the_config_says_none(config: dict[str, Any], expected: Any) -> None:
-    found = model_check.positions(load_config(config))
+    found = check.positions(load_config(config))
     assert found == (tuple(expected) if expected else None)
     if found is not None:
-        model_check.check_positions(found, found[1], config["model_type"])
+        check.check_positions(found, found[1], config["model_type"])
         with pytest.raises(ConfigError, match=rf"{found[1] + 1} is longer than the {found[1]} positions of"):
-            model_check.check_positions(found, found[1] + 1, config["model_type"])
+            check.check_positions(found, found[1] + 1, config["model_type"])
 
 
 def test_sizes_that_do_not_go_together_are_refused_before_a_worker_computes() -> None:
@@ -177,8 +178,8 @@ def test_a_config_as_transformers_writes_it_has_no_unknown_key(family: str) -> N
 def test_an_unknown_key_is_named() -> None:
     found = describe(MICRO_LLAMA | {"favourite_colour": "blue", "nothing": None})
     assert (found["unknown_keys"], found["misspelt"]) == (["favourite_colour"], "")
-    assert model_check.unknown_warning(["a"], "llama") == ["model.config: a is not read by llama and changes nothing"]
-    assert model_check.unknown_warning(list("abcdefg"), "llama") == [
+    assert check.unknown_warning(["a"], "llama") == ["model.config: a is not read by llama and changes nothing"]
+    assert check.unknown_warning(list("abcdefg"), "llama") == [
         "model.config: a, b, c, d, e and 2 more are not read by llama and change nothing"
     ]
     assert "did you mean 'rms_norm_eps'?" in describe(MICRO_LLAMA | {"rms_norm_epss": 1e-5})["misspelt"]
@@ -199,13 +200,13 @@ def test_an_unknown_key_is_named() -> None:
     ],
 )
 def test_a_schedule_longer_than_the_run_is_a_warning(schedule: dict[str, Any], num_steps: int, message: str) -> None:
-    found = model_check.schedule_warnings(ScheduleConfig(**schedule), num_steps)
+    found = check.schedule_warnings(ScheduleConfig(**schedule), num_steps)
     assert len(found) == bool(message)
     assert message in "".join(found)
 
 
 def test_a_recipe_says_what_has_no_use() -> None:
-    found = model_check.recipe_warnings(
+    found = check.recipe_warnings(
         recipe(MICRO_LLAMA, cluster={"min_workers": 9}, pipeline={"schedule": "gpipe"}, schedule={"warmup_steps": 9})
     )
     assert [line.split()[0] for line in found] == [
@@ -213,7 +214,7 @@ def test_a_recipe_says_what_has_no_use() -> None:
         "pipeline.schedule",
         "cluster.min_workers",
     ]
-    assert model_check.recipe_warnings(recipe(MICRO_LLAMA)) == []
+    assert check.recipe_warnings(recipe(MICRO_LLAMA)) == []
 
 
 def test_shapes_alone_are_built() -> None:
@@ -225,7 +226,7 @@ def test_an_export_loads_by_itself_and_stops_at_the_datas_end(tmp_path: Path) ->
     odd = {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}, "quantization_config": None, "torch_dtype": "bfloat16"}
     architecture = {key: value for key, value in (MICRO_LLAMA | odd).items() if not key.endswith("os_token_id")}
     manifest = MANIFEST.model_copy(update={"end_of_text_id": 0})
-    config = model_check.with_ends(recipe(architecture), manifest).model.config
+    config = check.with_ends(recipe(architecture), manifest).model.config
     tensors = inventory(config)
     silent = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in tensors}  # so the first token is likeliest
     checkpoint = write_checkpoint(tmp_path / "checkpoint", config, tensors, silent)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from gradstream.core import files
+from gradstream.core.data.sources import SourceFile, open_filesystem
 from gradstream.core.errors import ConfigError
-from gradstream.core.paths import SCHEMES_VARIABLE, VARIABLE, AllowedPaths, check_scheme, own
-from gradstream.core.sources import SourceFile, open_filesystem
+from gradstream.core.storage import files
+from gradstream.core.storage.paths import SCHEMES_VARIABLE, VARIABLE, AllowedPaths, check_scheme, own
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.pipelines import BEGIN_US, simulated_timelines, stage_costs
 
-from gradstream.core.pipeline_timeline import bubble, measure, newest, runs
-from gradstream.core.schedules import SCHEDULES, ideal_bubble, make_schedule, simulate, unavailable
-from gradstream.core.timeline import PASSES, Span, SpanKind, Timeline
+from gradstream.coordinator.telemetry.pipeline_timeline import bubble, measure, newest, runs
+from gradstream.core.pipeline.schedule import SCHEDULES, make_schedule, unavailable
+from gradstream.core.pipeline.simulation import ideal_bubble, simulate
+from gradstream.core.telemetry.timeline import PASSES, Span, SpanKind, Timeline
 
 SHAPES = st.tuples(
     st.sampled_from(SCHEDULES), st.integers(2, 5), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2])

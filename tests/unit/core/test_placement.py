@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.fragments import Fragment, Tensor, cut
-from gradstream.core.placement import place
+from gradstream.coordinator.planning.placement import place
+from gradstream.core.plan.fragments import Fragment, Tensor, cut
 
 # A forward unit's tensors, by number of elements.
 units = st.lists(st.lists(st.integers(1, 5000), min_size=1, max_size=7), min_size=1, max_size=8)

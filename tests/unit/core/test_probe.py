@@ -11,8 +11,12 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from gradstream.core import __version__, access, machine, probe, rpc
-from gradstream.core.machine import Machine, MachineReader
+from gradstream.core import __version__
+from gradstream.core.machine import facts
+from gradstream.core.machine.facts import Machine, MachineReader
+from gradstream.core.node import probe
+from gradstream.core.rpc import access
+from gradstream.core.rpc import channel as rpc
 from gradstream.proto.v1 import probe_pb2, probe_pb2_grpc
 
 
@@ -149,33 +153,33 @@ async def _until_free(stub: Any) -> probe.Bandwidth:
 
 
 def test_a_containers_memory_is_its_limit(tmp_path: Path) -> None:
-    total, available = machine.read_memory(tmp_path)
+    total, available = facts.read_memory(tmp_path)
     assert 0 < available < total
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert machine.read_memory(tmp_path)[0] == total
+    assert facts.read_memory(tmp_path)[0] == total
     (tmp_path / "memory.max").write_text("100000\n")
-    assert machine.read_memory(tmp_path) == (100_000, 99_000)
+    assert facts.read_memory(tmp_path) == (100_000, 99_000)
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 400\n")
-    assert machine.read_memory(tmp_path) == (100_000, 99_400)
+    assert facts.read_memory(tmp_path) == (100_000, 99_400)
     (tmp_path / "memory.current").write_text("200000\n")
-    assert machine.read_memory(tmp_path) == (100_000, 0)
+    assert facts.read_memory(tmp_path) == (100_000, 0)
 
 
 def test_a_containers_memory_of_the_older_kind(tmp_path: Path) -> None:
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("70000")
     (tmp_path / "memory" / "memory.usage_in_bytes").write_text("30000")
-    assert machine.read_memory(tmp_path) == (70_000, 40_000)
+    assert facts.read_memory(tmp_path) == (70_000, 40_000)
 
 
 def test_disk_of_a_directory_that_is_not_there_yet(tmp_path: Path) -> None:
-    assert machine.free_disk_bytes(tmp_path / "a" / "b") == pytest.approx(machine.free_disk_bytes(tmp_path), rel=0.1)
+    assert facts.free_disk_bytes(tmp_path / "a" / "b") == pytest.approx(facts.free_disk_bytes(tmp_path), rel=0.1)
 
 
 async def test_a_disk_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "READ_SECONDS", 0.1)
-    free = machine.free_disk_bytes
+    monkeypatch.setattr(facts, "READ_SECONDS", 0.1)
+    free = facts.free_disk_bytes
     calls = 0
 
     def hangs(directory: Path) -> int | None:
@@ -184,7 +188,7 @@ async def test_a_disk_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatc
         time.sleep(0.5)
         return free(directory)
 
-    monkeypatch.setattr(machine, "free_disk_bytes", hangs)
+    monkeypatch.setattr(facts, "free_disk_bytes", hangs)
     reader = MachineReader(lambda: tmp_path)
     began = time.monotonic()
     assert (await reader.read()).free_disk_bytes is None

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from support.tiny import GPT2, LLAMA
 
-from gradstream.coordinator import inventory
-from gradstream.coordinator.inventory import take_inventory, take_profile
-from gradstream.core import profile
-from gradstream.core.config import TrainingConfig
+from gradstream.coordinator.planning import inventory
+from gradstream.coordinator.planning.inventory import take_inventory, take_profile
 from gradstream.core.errors import ConfigError
-from gradstream.core.profile import SectionProfile, Workload, profile_sections
+from gradstream.core.model import profile
+from gradstream.core.model.profile import SectionProfile, Workload, profile_sections
+from gradstream.core.recipe.recipe import TrainingConfig
 
 WORKLOAD = Workload(microbatch=2, sequence_length=32)
 TOKENS = 64
@@ -127,7 +127,7 @@ async def test_a_child_process_measures_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_it_is_imported_without_torch() -> None:
-    code = "import sys, gradstream.core.profile; print('torch' in sys.modules)"
+    code = "import sys, gradstream.core.model.profile; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gradstream.core.audit import AuditLog
-from gradstream.core.refusals import MANY, AuditEvent, Refusals
+from gradstream.core.rpc.audit import AuditLog
+from gradstream.core.rpc.refusals import MANY, AuditEvent, Refusals
 
 
 def event(

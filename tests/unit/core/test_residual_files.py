@@ -10,12 +10,12 @@ import pytest
 import torch
 from support.micro import micro_plan
 
-from gradstream.core.checkpoint import CheckpointManifest, FileEntry, ResidualEntry, _check_residuals
+from gradstream.core.checkpoint.manifest import CheckpointManifest, FileEntry, ResidualEntry, _check_residuals
+from gradstream.core.checkpoint.residual_files import read_residual, residual_file_name, write_residual
 from gradstream.core.codecs import ResidualCodec, State
+from gradstream.core.codecs.payloads import CodecBook
 from gradstream.core.errors import CheckpointError
-from gradstream.core.payloads import CodecBook
-from gradstream.core.plan import Plan
-from gradstream.core.residual_files import read_residual, residual_file_name, write_residual
+from gradstream.core.plan.plan import Plan
 
 
 def plan_of(codec: str = "powersgd") -> Plan:

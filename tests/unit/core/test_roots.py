@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gradstream.core.config import parse_recipe
-from gradstream.core.finetuning_recipe import parse_finetuning_recipe
-from gradstream.core.roots import moved, moved_finetuning_recipe, moved_recipe
+from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.roots import moved, moved_finetuning_recipe, moved_recipe
 
 HOME = "/home/me/project"
 ROOT = "/srv/gradstream"

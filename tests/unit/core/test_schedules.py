@@ -14,20 +14,9 @@ from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.schedules import (
-    SCHEDULES,
-    Action,
-    Costs,
-    Op,
-    Schedule,
-    choose_schedule,
-    ideal_bubble,
-    make_schedule,
-    parse_csv,
-    simulate,
-    unavailable,
-    validate,
-)
+from gradstream.core.pipeline.schedule import SCHEDULES, Action, Op, Schedule, make_schedule, parse_csv, unavailable
+from gradstream.core.pipeline.simulation import Costs, choose_schedule, ideal_bubble, simulate
+from gradstream.core.pipeline.validation import validate
 
 TORCH_NAMES = {
     "gpipe": "GPipe",

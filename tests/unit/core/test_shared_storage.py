@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gradstream.core import shared_storage
 from gradstream.core.errors import ProtocolError
-from gradstream.core.shared_storage import COORDINATOR, answer, clean_up, unseen, write
+from gradstream.core.storage import shared_storage
+from gradstream.core.storage.shared_storage import COORDINATOR, answer, clean_up, unseen, write
 from gradstream.proto.v1.coordinator_pb2 import StorageCheck
 
 ID = "0123456789abcdef"

@@ -4,7 +4,7 @@ from itertools import count
 
 import torch
 
-from gradstream.core.speed import matrix_flops, measure_flops
+from gradstream.core.machine.speed import matrix_flops, measure_flops
 
 
 def test_a_cpu_has_a_speed() -> None:

@@ -11,8 +11,8 @@ from support.tiny import GPT2, NO_DROPOUT
 from torch import nn
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.model import build, initial_weights
-from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.model.model import build, initial_weights
+from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
 
 NUM_LAYERS = 4
 COMMON: dict[str, Any] = {

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradstream.coordinator.planning.stages import SectionCost, StageOffer, cut_stages
 from gradstream.core.errors import ConfigError
-from gradstream.core.stages import SectionCost, StageOffer, cut_stages
 
 
 def sections_of(seconds: list[float], held: int = 10, activation: int = 1) -> list[SectionCost]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from gradstream.core.errors import UnreachableError
-from gradstream.core.storage import StorageThreads, place_of
+from gradstream.core.storage.pool import StorageThreads, place_of
 
 HUNG, OTHER = "ftp://hung/x", "ftp://other/x"
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from gradstream.core.tensor_files import TensorSpec, write_tensors
+from gradstream.core.storage.tensor_files import TensorSpec, write_tensors
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__"

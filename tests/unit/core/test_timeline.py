@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.pipelines import simulated_timelines, stage_costs
 
-from gradstream.core.schedules import make_schedule
-from gradstream.core.timeline import PASSES, Span, SpanKind, Timeline, chrome_trace, hidden
+from gradstream.core.pipeline.schedule import make_schedule
+from gradstream.core.telemetry.timeline import PASSES, Span, SpanKind, Timeline, hidden
+from gradstream.core.telemetry.trace import chrome_trace
 from gradstream.proto.v1 import coordinator_pb2
 
 SPANS = st.lists(

@@ -17,8 +17,10 @@ import grpc.aio
 import pytest
 from support.certificates import Authority
 
-from gradstream.core import access, probe, rpc, tls_diagnosis
-from gradstream.core.tls_diagnosis import Cause, Diagnosis, Identity, diagnose_connection
+from gradstream.core.credentials import tls_diagnosis
+from gradstream.core.credentials.tls_diagnosis import Cause, Diagnosis, Identity, diagnose_connection
+from gradstream.core.node import probe
+from gradstream.core.rpc import access, channel
 
 DAY_SECONDS = 86_400
 
@@ -36,7 +38,7 @@ def person(authority: Authority) -> Identity:
 @asynccontextmanager
 async def grpc_server(identity: Identity | None, trusted: bytes = b"") -> AsyncIterator[int]:
     """A gRPC server's port: in the clear without an identity, else one that wants certificates of the CA `trusted`."""
-    server = rpc.new_server()
+    server = channel.new_server()
     probe.add_probe(server, access.COORDINATOR)
     if identity is None:
         port = server.add_insecure_port("127.0.0.1:0")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from gradstream.core import token_sources
-from gradstream.core.authority import Authority
+from gradstream.core.credentials.authority import Authority
 from gradstream.core.errors import ConfigError
-from gradstream.core.token_sources import FileTokens
+from gradstream.core.rpc import token_sources
+from gradstream.core.rpc.token_sources import FileTokens
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ from support.bases import change_json, save_tokenizer
 from support.tokenizers import CHATML, byte_level, sentencepiece_like
 from transformers import AutoTokenizer
 
-from gradstream.core.base_tokenizer import load_tokenizer
 from gradstream.core.errors import ConfigError
-from gradstream.core.finetuning import Base
-from gradstream.services.fine_tuning.chat import chat_prompt_ids
-from gradstream.services.fine_tuning.encoding import Encoder
+from gradstream.core.pretrained.tokenizer import load_tokenizer
+from gradstream.core.recipe.finetuning import Base
+from gradstream.services.fine_tuning.examples.chat import chat_prompt_ids
+from gradstream.services.fine_tuning.examples.encoding import Encoder
 
 TEXTS = ["What is the capital?", "  two  blanks", "Paris.</s>hello\n there", "</s><s>\nuser", "é"]
 MESSAGES = [

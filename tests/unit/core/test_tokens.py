@@ -15,9 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradstream.core.errors import ConfigError, one_line
-from gradstream.core.strict_json import parse_object
-from gradstream.core.tokens import (
+from gradstream.core.credentials.tokens import (
     KEPT_AFTER_END_SECONDS,
     MAX_TABLE_BYTES,
     MAX_TOKENS,
@@ -32,6 +30,8 @@ from gradstream.core.tokens import (
     token_ids,
     utc,
 )
+from gradstream.core.errors import ConfigError, one_line
+from gradstream.core.storage.strict_json import parse_object
 
 CLUSTER = "0a1b2c3d"
 NOW = 1_800_000_000

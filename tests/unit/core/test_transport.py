@@ -14,10 +14,10 @@ import pytest
 from support.credentials import make_credentials
 from support.shards import until
 
-from gradstream.core import access, transport
-from gradstream.core.authority import Authority
-from gradstream.core.rpc import listen, new_server, open_channel
-from gradstream.core.transport import Transport
+from gradstream.core.credentials.authority import Authority
+from gradstream.core.rpc import access, transport
+from gradstream.core.rpc.channel import listen, new_server, open_channel
+from gradstream.core.rpc.transport import Transport
 
 BOUND_SECONDS = 20.0
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from gradstream.core.model import build
-from gradstream.core.model_trial import ModelUse, try_model
-from gradstream.core.twin import twin_config
+from gradstream.core.model.model import build
+from gradstream.core.model.trial import ModelUse, try_model
+from gradstream.core.model.twin import twin_config
 
 # Configs as a hub has them, at their own sizes.
 PHI3_LONG: dict[str, Any] = {

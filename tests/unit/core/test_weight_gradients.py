@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gradstream.core import weight_gradients
-from gradstream.core.weight_gradients import MOST_ROWS_IN_PLACE, WeightGradients, WeightPart, add_product
+from gradstream.core.model import weight_gradients
+from gradstream.core.model.weight_gradients import MOST_ROWS_IN_PLACE, WeightGradients, WeightPart, add_product
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gradstream.core.codecs import Payload
 from gradstream.core.errors import ProtocolError
-from gradstream.core.wire import ALIGNMENT_BYTES, PIECE_BYTES, Assembler, checksum, frame, frames, parse, verify
+from gradstream.core.wire.frames import ALIGNMENT_BYTES, PIECE_BYTES, Assembler, checksum, frame, frames, parse, verify
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.proto.v1 import plan_pb2
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from gradstream.coordinator.data.prepare import PrepareProgress, inspect, load_manifest, prepare
 from gradstream.coordinator.data.tokenizer import unknown_id
-from gradstream.coordinator.data_prepare import PrepareProgress, inspect, load_manifest, prepare
-from gradstream.core.checkpoint import added_token
-from gradstream.core.config import PrepareConfig, validated
 from gradstream.core.errors import ConfigError, DataError
+from gradstream.core.pretrained.added_tokens import added_token
+from gradstream.core.recipe.loading import validated
+from gradstream.core.recipe.recipe import PrepareConfig
 
 SPECIAL = ["<eos>", "<bos>", "<pad>", "</s>", "<|endoftext|>"]
 DOCUMENTS = [f"document {number} writes </s> and <eos>" for number in range(12)]

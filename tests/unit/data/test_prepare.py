@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
+from gradstream.coordinator.data.prepare import PrepareProgress, inspect, is_validation, load_manifest, prepare, verify
 from gradstream.coordinator.data.tokenizer import (
     BATCH_DOCUMENTS,
     BATCHES_PER_PROCESS,
@@ -26,16 +27,8 @@ from gradstream.coordinator.data.tokenizer import (
     TokenizerFile,
     encode,
 )
-from gradstream.coordinator.data_prepare import (
-    PrepareProgress,
-    inspect,
-    is_validation,
-    load_manifest,
-    prepare,
-    verify,
-)
-from gradstream.core.config import PrepareConfig
-from gradstream.core.data import Manifest
+from gradstream.core.data.manifest import Manifest
+from gradstream.core.recipe.recipe import PrepareConfig
 
 WORDS = [
     "the",
@@ -343,7 +336,7 @@ def _rows(tmp_path: Path, count: int) -> Path:
 
 def test_the_tokenizer_sample_is_bounded(tmp_path: Path) -> None:
     from gradstream.coordinator.data.tokenizer import _sample
-    from gradstream.core.sources import list_files
+    from gradstream.core.data.sources import list_files
 
     (tmp_path / "in").mkdir()
     for name in "abc":

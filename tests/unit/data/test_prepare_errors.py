@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradstream.coordinator.data_prepare import PrepareProgress, inspect, load_manifest, prepare, verify
-from gradstream.core.config import PrepareConfig, validated
+from gradstream.coordinator.data.prepare import PrepareProgress, inspect, load_manifest, prepare, verify
 from gradstream.core.errors import ConfigError, DataError, GradstreamError
+from gradstream.core.recipe.loading import validated
+from gradstream.core.recipe.recipe import PrepareConfig
 
 
 def options(*sources: Any, **more: Any) -> PrepareConfig:
@@ -185,7 +186,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    from gradstream.core.data_output import HashingFile, Output
+    from gradstream.core.data.output import HashingFile, Output
 
     with (
         pytest.raises(DataError, match=r"No space left on device.*; free some space or choose another path"),

@@ -19,12 +19,12 @@ import zstandard
 from support.tokenizers import byte_level
 
 from gradstream.coordinator.data.sources import Corpus
-from gradstream.core import source_rows
+from gradstream.core.data import rows as source_rows
+from gradstream.core.data.sources import list_files
 from gradstream.core.errors import DataError
-from gradstream.core.finetuning_recipe import ExamplesConfig
-from gradstream.core.sources import list_files
-from gradstream.services.fine_tuning.examples import prepare_examples, preview
-from gradstream.services.fine_tuning.reading import read_rows
+from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.services.fine_tuning.examples.dataset import prepare_examples, preview
+from gradstream.services.fine_tuning.examples.reading import read_rows
 
 TEXTS = [f"text number {number} é" for number in range(20)]
 LINES = "".join(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(TEXTS)).encode()

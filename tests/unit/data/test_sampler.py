@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradstream.core.data import DataShard, Manifest, SlotSampler, parse_manifest, permute, slot_group
+from gradstream.core.data.manifest import DataShard, Manifest, parse_manifest
+from gradstream.core.data.sampler import SlotSampler, permute, slot_group
 from gradstream.core.errors import DataError
 
 LENGTH = 16

@@ -12,9 +12,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from gradstream.core.data import DataShard, Manifest, SlotSampler
+from gradstream.core.data.manifest import DataShard, Manifest
+from gradstream.core.data.sampler import SlotSampler
 from gradstream.core.errors import DataError, UnreachableError
-from gradstream.worker.data import SlotReader
+from gradstream.worker.samples.data import SlotReader
 
 LENGTH = 16
 VOCABULARY = 1000

@@ -7,9 +7,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from gradstream.core import sources
+from gradstream.core.data import sources
+from gradstream.core.data.sources import find_files, without_password
 from gradstream.core.errors import ConfigError
-from gradstream.core.sources import find_files, without_password
 
 
 def write(path: Path, content: str = "some text") -> Path:

@@ -12,15 +12,15 @@ from support.bases import change_json, full_checkpoint, lora_checkpoint
 from support.chat_bases import WORDS, chat_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from gradstream.core.base_model import find_base
-from gradstream.core.base_tokenizer import end_ids, load_tokenizer, write_generation_config
-from gradstream.core.checkpoint import export_huggingface
 from gradstream.core.errors import ConfigError
-from gradstream.core.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.pretrained.base import find_base
+from gradstream.core.pretrained.export import export_huggingface
+from gradstream.core.pretrained.tokenizer import end_ids, load_tokenizer, write_generation_config
+from gradstream.core.recipe.finetuning import Base, FineTuning, LoraConfig
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
-from gradstream.services.fine_tuning.encoding import Encoder
-from gradstream.services.fine_tuning.export import export_adapter, export_merged
-from gradstream.services.fine_tuning.serving import Serving
+from gradstream.services.fine_tuning.examples.encoding import Encoder
+from gradstream.services.fine_tuning.export.directories import export_adapter, export_merged
+from gradstream.services.fine_tuning.generation.serving import Serving
 
 LAST = len(WORDS)
 """The first id that is free in the vocabulary; the model has 64."""

@@ -17,14 +17,14 @@ import pytest
 from support.tokenizers import CHATML, END_OF_TURN, MARKED, byte_level, sentencepiece_like
 from tokenizers import Tokenizer
 
-from gradstream.coordinator.data_prepare import verify
-from gradstream.core.data import NO_TARGET, Manifest, SlotSampler, parse_manifest
+from gradstream.coordinator.data.prepare import verify
+from gradstream.core.data.manifest import NO_TARGET, Manifest, parse_manifest
+from gradstream.core.data.sampler import SlotSampler
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
 from gradstream.proto.v1 import fine_tuning_pb2
-from gradstream.services.fine_tuning import examples as module
-from gradstream.services.fine_tuning.encoding import Encoder
-from gradstream.services.fine_tuning.examples import (
+from gradstream.services.fine_tuning.examples import dataset as module
+from gradstream.services.fine_tuning.examples.dataset import (
     Prepared,
     chat_prompt_ids,
     held_out_keys,
@@ -33,6 +33,7 @@ from gradstream.services.fine_tuning.examples import (
     preview,
     render_chat,
 )
+from gradstream.services.fine_tuning.examples.encoding import Encoder
 
 ROW_LENGTH = 64
 PAIRS = [{"prompt": f"Q: {n}+1?\nA:", "completion": f" {n + 1}"} for n in range(40)]

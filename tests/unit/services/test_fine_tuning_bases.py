@@ -11,7 +11,6 @@ import pytest
 from support.canned_coordinator import CannedCoordinator, jobs_of
 from support.tiny import LLAMA
 
-from gradstream.core.config import parse_recipe
 from gradstream.core.errors import (
     BusyError,
     CheckpointError,
@@ -22,13 +21,14 @@ from gradstream.core.errors import (
     ProtocolError,
     UnreachableError,
 )
-from gradstream.core.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.loading import parse_recipe
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.proto.v1.fine_tuning_pb2 import UploadExamplesRequest
-from gradstream.services.fine_tuning import preparation
 from gradstream.services.fine_tuning.bases import held_base, keep_base
-from gradstream.services.fine_tuning.coordinator import Jobs
-from gradstream.services.fine_tuning.preparation import check_data, receive
+from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.examples import preparation
+from gradstream.services.fine_tuning.examples.preparation import check_data, receive
 from gradstream.services.fine_tuning.store import Store
 
 RECIPE = parse_recipe(

@@ -12,15 +12,15 @@ from structlog.testing import capture_logs
 from support.canned_coordinator import CannedCoordinator, service
 from support.tiny import LLAMA
 
-from gradstream.core.config import parse_recipe
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError
-from gradstream.core.finetuning import Base
-from gradstream.core.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.loading import parse_recipe
 from gradstream.proto.v1 import jobs_pb2
-from gradstream.services.fine_tuning import jobs
-from gradstream.services.fine_tuning.coordinator import Jobs
-from gradstream.services.fine_tuning.jobs import FineTunings
-from gradstream.services.fine_tuning.serving import Serving
+from gradstream.services.fine_tuning import fine_tunings as jobs
+from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.fine_tunings import FineTunings
+from gradstream.services.fine_tuning.generation.serving import Serving
 from gradstream.services.fine_tuning.store import Record, Store
 
 BASE = Base(kind="huggingface", path="/models/tiny", title="tiny", files=(), sha256="ab" * 32)

@@ -8,12 +8,12 @@ from typing import Any, cast
 import pytest
 from support.canned_coordinator import CannedCoordinator, jobs_of
 
-from gradstream.core.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning import servicer
-from gradstream.services.fine_tuning.jobs import FineTunings
+from gradstream.services.fine_tuning.fine_tunings import FineTunings
+from gradstream.services.fine_tuning.generation.serving import Serving
 from gradstream.services.fine_tuning.servicer import FineTuningServicer
-from gradstream.services.fine_tuning.serving import Serving
 from gradstream.services.fine_tuning.store import Record, Store
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from support.tiny import LLAMA
 
-from gradstream.core.config import CodecConfig
-from gradstream.core.data import DataShard, Manifest
+from gradstream.core.data.manifest import DataShard, Manifest
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.finetuning import Base
-from gradstream.core.finetuning_recipe import FineTuningRecipe, parse_finetuning_recipe
+from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe, parse_finetuning_recipe
+from gradstream.core.recipe.recipe import CodecConfig
 from gradstream.services.fine_tuning.recipe import check_recipe, fit_length, make_recipe
 
 LENGTH = 16

@@ -21,15 +21,15 @@ from support.bases import (
 from support.micro import MICRO_LLAMA
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradstream.core.base_model import BaseReader, find_base
-from gradstream.core.checkpoint import export_huggingface
+from gradstream.core.checkpoint.weights_files import safetensors_file, sent_pieces, write_weights
 from gradstream.core.errors import CheckpointError, ConfigError
-from gradstream.core.finetuning import Base, FineTuning, LoraConfig
-from gradstream.core.storage import StorageThreads
-from gradstream.core.tensor_files import TensorSpec
-from gradstream.core.weights_files import safetensors_file, sent_pieces, write_weights
-from gradstream.services.fine_tuning import export
-from gradstream.services.fine_tuning.export import (
+from gradstream.core.pretrained.base import BaseReader, find_base
+from gradstream.core.pretrained.export import export_huggingface
+from gradstream.core.recipe.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.storage.pool import StorageThreads
+from gradstream.core.storage.tensor_files import TensorSpec
+from gradstream.services.fine_tuning.export import directories
+from gradstream.services.fine_tuning.export.directories import (
     CardFacts,
     DataFacts,
     Score,
@@ -100,7 +100,7 @@ def test_a_bf16_base_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Rounded once, and whole where there is no adapter; several files with an index, as the base itself."""
     lora = LoraConfig(rank=2, target_modules=("q_proj", "mlp.down_proj"))
     base, checkpoint = tuned(tmp_path, "llama", lora, dtype=torch.bfloat16, max_shard_size="5KB")
-    monkeypatch.setattr(export, "EXPORT_FILE_BYTES", 4096)
+    monkeypatch.setattr(directories, "EXPORT_FILE_BYTES", 4096)
     export_merged(checkpoint, tmp_path / "merged", "")
     assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 2
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -255,7 +255,7 @@ def test_one_tensor_at_a_time(tmp_path: Path) -> None:
         asked.append(name)
         yield tensor_bytes(tensors[name])
 
-    specs = [TensorSpec(name, export.DTYPE_NAMES[dtype], shape) for name, dtype, shape in kinds]
+    specs = [TensorSpec(name, directories.DTYPE_NAMES[dtype], shape) for name, dtype, shape in kinds]
     write_weights([safetensors_file("x.safetensors", specs, read)], tmp_path)
     assert asked == ["b", "c", "a", "d"]
     found = load_file(tmp_path / "x.safetensors")

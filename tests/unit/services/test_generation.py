@@ -22,15 +22,15 @@ from support.generation import (
 )
 
 from gradstream.core.errors import CheckpointError, ConfigError, UnreachableError
-from gradstream.core.finetuning import Base
-from gradstream.core.model import build
+from gradstream.core.model.model import build
+from gradstream.core.recipe.finetuning import Base
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
-from gradstream.services.fine_tuning.batch import Batch
-from gradstream.services.fine_tuning.evaluation import exact_match, num_new_tokens, spread
-from gradstream.services.fine_tuning.generation import Engine, EngineLimits, GenerationRequest, check_request
-from gradstream.services.fine_tuning.models import ServedModels
-from gradstream.services.fine_tuning.resident import NO_ADAPTER, ResidentBase
-from gradstream.services.fine_tuning.scheduler import EngineStatus, Scheduler
+from gradstream.services.fine_tuning.generation.batch import Batch
+from gradstream.services.fine_tuning.generation.batching import EngineStatus, Scheduler
+from gradstream.services.fine_tuning.generation.engine import Engine, EngineLimits, GenerationRequest, check_request
+from gradstream.services.fine_tuning.generation.evaluation import exact_match, num_new_tokens, spread
+from gradstream.services.fine_tuning.generation.models import ServedModels
+from gradstream.services.fine_tuning.generation.resident import NO_ADAPTER, ResidentBase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from support.chat_bases import chat_base
 
-from gradstream.core import files
 from gradstream.core.errors import UnreachableError
-from gradstream.core.finetuning_recipe import ExamplesConfig
-from gradstream.core.storage import StorageThreads
+from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.storage import files
+from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning import bases
-from gradstream.services.fine_tuning.preparation import answered
-from gradstream.services.fine_tuning.serving import Serving
+from gradstream.services.fine_tuning.examples.preparation import answered
+from gradstream.services.fine_tuning.generation.serving import Serving
 
 SOON = 2.0
 BOUND_SECONDS = 20.0
@@ -35,9 +35,9 @@ def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.
         return list_names(directory)
 
     monkeypatch.setattr(files, "list_names", listed)
-    for module in ("serving", "generation"):
-        monkeypatch.setattr(f"gradstream.services.fine_tuning.{module}.LOAD_SECONDS", SOON)
-    monkeypatch.setattr("gradstream.core.storage.RETRY_SECONDS", 0.01)
+    for module in ("serving", "engine"):
+        monkeypatch.setattr(f"gradstream.services.fine_tuning.generation.{module}.LOAD_SECONDS", SOON)
+    monkeypatch.setattr("gradstream.core.storage.pool.RETRY_SECONDS", 0.01)
     yield answers
     answers.set()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradstream.core.config import OptimizerConfig, ScheduleConfig
+from gradstream.core.recipe.recipe import OptimizerConfig, ScheduleConfig
 from gradstream.services.parameter_server.optimizer import BundleOptimizer, learning_rate
 
 PEAK = 2.0

@@ -28,15 +28,16 @@ from support.shards import (
     until,
 )
 
-from gradstream.core.bundles import codec_for
-from gradstream.core.checkpoint import directory_of, write_manifest, write_shard
+from gradstream.core.checkpoint.manifest import directory_of, write_manifest
+from gradstream.core.checkpoint.shard import write_shard
 from gradstream.core.codecs import codec_named
+from gradstream.core.codecs.payloads import seed_of
 from gradstream.core.errors import GradstreamError, StaleEpochError
-from gradstream.core.model import initial_weights
-from gradstream.core.payloads import seed_of
-from gradstream.core.plan import Plan
-from gradstream.core.rpc import error_from_rpc
-from gradstream.core.wire import Assembler, frame, frames
+from gradstream.core.model.model import initial_weights
+from gradstream.core.plan.bundles import codec_for
+from gradstream.core.plan.plan import Plan
+from gradstream.core.rpc.errors import error_from_rpc
+from gradstream.core.wire.frames import Assembler, frame, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.proto.v1 import plan_pb2
 from gradstream.services.parameter_server.bundle_state import BundleState

@@ -16,15 +16,16 @@ import torch
 from support.micro import MICRO_LLAMA, micro_plan
 from support.shards import Cluster, make_plan, same, serving, until
 
-from gradstream.core import faults
-from gradstream.core.checkpoint import COPY, CheckpointReader, directory_of, write_manifest
+from gradstream.core.checkpoint.manifest import directory_of, write_manifest
+from gradstream.core.checkpoint.shard import COPY, CheckpointReader
 from gradstream.core.codecs import codec_named
-from gradstream.core.downlink import downlink
+from gradstream.core.codecs.payloads import BundleCodec, CodecBook, slices, split
 from gradstream.core.errors import CheckpointError, StaleEpochError
-from gradstream.core.model import build, initial_weights
-from gradstream.core.payloads import BundleCodec, CodecBook, slices, split
-from gradstream.core.plan import Plan
-from gradstream.core.wire import Assembler, parse, verify
+from gradstream.core.model.model import build, initial_weights
+from gradstream.core.node import faults
+from gradstream.core.plan.downlink import downlink
+from gradstream.core.plan.plan import Plan
+from gradstream.core.wire.frames import Assembler, parse, verify
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.leader import Decision

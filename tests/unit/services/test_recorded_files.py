@@ -12,15 +12,15 @@ import pytest
 from support.bases import change_json, full_checkpoint, lora_checkpoint
 from support.chat_bases import chat_base
 
-from gradstream.core.base_model import find_base, load_tokenizer
-from gradstream.core.base_tokenizer import write_generation_config, write_tokenizer
-from gradstream.core.checkpoint import export_huggingface
 from gradstream.core.errors import CheckpointError, ConfigError
-from gradstream.core.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.pretrained.base import find_base, load_tokenizer
+from gradstream.core.pretrained.export import export_huggingface
+from gradstream.core.pretrained.tokenizer import write_generation_config, write_tokenizer
+from gradstream.core.recipe.finetuning import Base, FineTuning, LoraConfig
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning import bases
-from gradstream.services.fine_tuning.export import export_adapter, export_merged
-from gradstream.services.fine_tuning.serving import Serving
+from gradstream.services.fine_tuning.export.directories import export_adapter, export_merged
+from gradstream.services.fine_tuning.generation.serving import Serving
 
 CHANGED = "has changed since the base was found; restore the file, or begin again with the base as it is"
 LETTERS = "abcdefghij"

@@ -16,15 +16,15 @@ from support.tokenizers import CHATML, MARKED, TEXT, byte_level, sentencepiece_l
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gradstream.core.base_tokenizer import END_IDS
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.finetuning_recipe import ExamplesConfig
-from gradstream.services.fine_tuning.chat import chat_prompt_ids, render_conversation
-from gradstream.services.fine_tuning.conversations import conversation
-from gradstream.services.fine_tuning.encoding import Encoder
-from gradstream.services.fine_tuning.examples import prepare_examples, preview
-from gradstream.services.fine_tuning.preparation import check_data
-from gradstream.services.fine_tuning.reading import BadRowError
+from gradstream.core.pretrained.tokenizer import END_IDS
+from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.services.fine_tuning.examples.chat import chat_prompt_ids, render_conversation
+from gradstream.services.fine_tuning.examples.conversations import conversation
+from gradstream.services.fine_tuning.examples.dataset import prepare_examples, preview
+from gradstream.services.fine_tuning.examples.encoding import Encoder
+from gradstream.services.fine_tuning.examples.preparation import check_data
+from gradstream.services.fine_tuning.examples.reading import BadRowError
 
 PLAIN = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.data import NO_TARGET
-from gradstream.services.fine_tuning.rendering import Example
-from gradstream.services.fine_tuning.rows import pack, row_bytes
+from gradstream.core.data.manifest import NO_TARGET
+from gradstream.services.fine_tuning.examples.rendering import Example
+from gradstream.services.fine_tuning.examples.rows import pack, row_bytes
 
 ROW_LENGTH = 24
 PADDING = 9

@@ -8,8 +8,8 @@ import torch
 from support.generation import byte_fallback_tokenizer, byte_level_tokenizer
 
 from gradstream.core.errors import CheckpointError
-from gradstream.services.fine_tuning.sampling import choose, nucleus
-from gradstream.services.fine_tuning.text_stream import Detokenizer, StopScanner, TextStream
+from gradstream.services.fine_tuning.generation.sampling import choose, nucleus
+from gradstream.services.fine_tuning.generation.text_stream import Detokenizer, StopScanner, TextStream
 
 
 def seeded(seed: int) -> torch.Generator:

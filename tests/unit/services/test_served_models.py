@@ -23,14 +23,14 @@ from support.generation import (
 )
 
 from gradstream.core.errors import CheckpointError, ConfigError
-from gradstream.core.finetuning import Base, LoraConfig
-from gradstream.core.lora import peft_config
-from gradstream.core.model import build
-from gradstream.services.fine_tuning.batch import Batch
-from gradstream.services.fine_tuning.generation import EngineLimits
-from gradstream.services.fine_tuning.models import ResidentLimits, ServedModels
-from gradstream.services.fine_tuning.resident import NO_ADAPTER, ResidentBase
-from gradstream.services.fine_tuning.scheduler import EngineStatus, Scheduler
+from gradstream.core.model.lora import peft_config
+from gradstream.core.model.model import build
+from gradstream.core.recipe.finetuning import Base, LoraConfig
+from gradstream.services.fine_tuning.generation.batch import Batch
+from gradstream.services.fine_tuning.generation.batching import EngineStatus, Scheduler
+from gradstream.services.fine_tuning.generation.engine import EngineLimits
+from gradstream.services.fine_tuning.generation.models import ResidentLimits, ServedModels
+from gradstream.services.fine_tuning.generation.resident import NO_ADAPTER, ResidentBase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from gradstream.core.errors import UnreachableError
-from gradstream.core.stream_limits import (
+from gradstream.core.wire.stream_limits import (
     MOST_STREAMS_A_CONNECTION,
     held_bytes,
     more_than_usual_bytes,

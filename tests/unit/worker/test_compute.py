@@ -11,13 +11,13 @@ from support.micro import MICRO_LLAMA, micro_plan
 from torch import nn
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.fused_functions import cross_entropy_sum
-from gradstream.core.fused_layers import fuse
-from gradstream.core.model import build, derive_seed, forward_units, initial_weights, inventory
-from gradstream.core.schedules import Action, Op
-from gradstream.core.stage_module import sections_of
+from gradstream.core.model.fused_functions import cross_entropy_sum
+from gradstream.core.model.fused_layers import fuse
+from gradstream.core.model.model import build, derive_seed, forward_units, initial_weights, inventory
+from gradstream.core.model.stage_module import sections_of
+from gradstream.core.pipeline.schedule import Action, Op
 from gradstream.worker.compute import AbandonedError, Alone, SlotComputer, SlotTotals, Try, pick_device
-from gradstream.worker.data import Batch
+from gradstream.worker.samples.data import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,12 +13,12 @@ from support.tiny import GPT2, LLAMA, NO_DROPOUT
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from gradstream.core.base_model import find_base
 from gradstream.core.errors import CheckpointError, ConfigError
-from gradstream.core.finetuning import LoraConfig
-from gradstream.core.frozen_modules import Held, HeldEmbedding, HeldLinear, HeldMatrix
-from gradstream.core.lora import adapted_module, frozen_name
-from gradstream.core.model import build, initial_weights, initialize_buffers, inventory
+from gradstream.core.model.frozen_modules import Held, HeldEmbedding, HeldLinear, HeldMatrix
+from gradstream.core.model.lora import adapted_module, frozen_name
+from gradstream.core.model.model import build, initial_weights, initialize_buffers, inventory
+from gradstream.core.pretrained.base import find_base
+from gradstream.core.recipe.finetuning import LoraConfig
 from gradstream.worker.frozen import BaseStore
 
 CPU = torch.device("cpu")

@@ -16,18 +16,20 @@ import torch
 from support.micro import MICRO_LLAMA, micro_plan
 
 from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError
-from gradstream.core.faults import Faults
-from gradstream.core.plan import Plan
-from gradstream.core.rpc import error_from_rpc, listen, new_server, open_channel
-from gradstream.core.schedules import Action, Op
-from gradstream.core.wire import WorkerStub, add_worker, checksum, frame, frames
+from gradstream.core.node.faults import Faults
+from gradstream.core.pipeline.schedule import Action, Op
+from gradstream.core.plan.plan import Plan
+from gradstream.core.rpc.channel import listen, new_server, open_channel
+from gradstream.core.rpc.errors import error_from_rpc
+from gradstream.core.wire.frames import checksum, frame, frames
+from gradstream.core.wire.stubs import WorkerStub, add_worker
 from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker import neighbours
 from gradstream.worker.compute import AbandonedError
-from gradstream.worker.inbound import BACKWARD, FORWARD
-from gradstream.worker.neighbours import Neighbours, Place
-from gradstream.worker.servicer import WorkerServicer
+from gradstream.worker.pipeline import neighbours
+from gradstream.worker.pipeline.inbound import BACKWARD, FORWARD
+from gradstream.worker.pipeline.neighbours import Neighbours, Place
+from gradstream.worker.pipeline.servicer import WorkerServicer
 from gradstream.worker.timeline import Timeline
 
 BOUND_SECONDS = 20.0

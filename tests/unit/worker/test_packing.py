@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny import GPT2, LLAMA, NO_DROPOUT
 
-from gradstream.core.model import build
-from gradstream.worker.packing import layout_of
+from gradstream.core.model.model import build
+from gradstream.worker.samples.packing import layout_of
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 4))

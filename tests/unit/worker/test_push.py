@@ -7,10 +7,11 @@ from typing import Any
 import grpc
 import numpy as np
 
-from gradstream.core.faults import Faults
-from gradstream.core.plan import Server
-from gradstream.core.rpc import listen, new_server, open_channel
-from gradstream.core.wire import ParameterServerStub, add_parameter_server, checksum, parse
+from gradstream.core.node.faults import Faults
+from gradstream.core.plan.plan import Server
+from gradstream.core.rpc.channel import listen, new_server, open_channel
+from gradstream.core.wire.frames import checksum, parse
+from gradstream.core.wire.stubs import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.push import Contribution, PushStream
 from gradstream.worker.timeline import Timeline

@@ -10,10 +10,10 @@ import pytest
 import torch
 from support.micro import micro_plan
 
-from gradstream.core.bundles import Bundle
-from gradstream.core.payloads import CodecBook
-from gradstream.core.plan import Plan
-from gradstream.core.residual_files import read_residual, write_residual
+from gradstream.core.checkpoint.residual_files import read_residual, write_residual
+from gradstream.core.codecs.payloads import CodecBook
+from gradstream.core.plan.bundles import Bundle
+from gradstream.core.plan.plan import Plan
 from gradstream.worker.residuals import SlotResiduals, States
 
 CODECS = ["topk", "sign", "powersgd"]

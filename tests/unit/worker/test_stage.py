@@ -11,11 +11,12 @@ import pytest
 import torch
 from support.tiny import GPT2, LLAMA, NO_DROPOUT, VOCAB_SIZE
 
-from gradstream.core.fused_functions import cross_entropy_sum
-from gradstream.core.model import UnitDraws, initial_weights
-from gradstream.core.schedules import SCHEDULES, SPLIT, Action, Schedule, make_schedule, unavailable, validate
-from gradstream.core.stage_module import StageModule, stage_tensors
-from gradstream.core.weight_gradients import WeightPart
+from gradstream.core.model.fused_functions import cross_entropy_sum
+from gradstream.core.model.model import UnitDraws, initial_weights
+from gradstream.core.model.stage_module import StageModule, stage_tensors
+from gradstream.core.model.weight_gradients import WeightPart
+from gradstream.core.pipeline.schedule import SCHEDULES, SPLIT, Action, Schedule, make_schedule, unavailable
+from gradstream.core.pipeline.validation import validate
 from gradstream.worker.compute import last_backwards
 from gradstream.worker.stage import StageRunner
 

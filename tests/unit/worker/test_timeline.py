@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gradstream.core.timeline import MAX_SPANS, SpanKind
-from gradstream.core.timeline import Timeline as Reported
+from gradstream.core.telemetry.timeline import MAX_SPANS, SpanKind
+from gradstream.core.telemetry.timeline import Timeline as Reported
 from gradstream.worker.timeline import Timeline, clock_ns
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from support.micro import MICRO_LLAMA, micro_plan
 
-from gradstream.core.downlink import downlink
+from gradstream.core.codecs.payloads import BundleCodec, CodecBook
 from gradstream.core.errors import ProtocolError
-from gradstream.core.model import build, forward_units, initial_weights
-from gradstream.core.payloads import BundleCodec, CodecBook
-from gradstream.core.timeline import SpanKind
+from gradstream.core.model.model import build, forward_units, initial_weights
+from gradstream.core.plan.downlink import downlink
+from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.compute import AbandonedError
 from gradstream.worker.timeline import Timeline

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradstream.core.config import TrainingConfig
 from gradstream.core.errors import ConfigError
-from gradstream.core.exp_kernels import IGNORED
-from gradstream.core.fused_functions import cross_entropy_sum
-from gradstream.core.model import UnitDraws, build, hidden_size, initialize_buffers, router_loss_factor
-from gradstream.core.plan import Plan
-from gradstream.core.schedules import SPLIT, Action, Op, Row, Schedule, make_schedule
-from gradstream.core.stage_module import StageModule, sections_of, stage_tensors
-from gradstream.core.timeline import SpanKind
-from gradstream.worker.data import Batch
+from gradstream.core.kernels.exp import IGNORED
+from gradstream.core.model.fused_functions import cross_entropy_sum
+from gradstream.core.model.model import UnitDraws, build, hidden_size, initialize_buffers, router_loss_factor
+from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.pipeline.schedule import SPLIT, Action, Op, Row, Schedule, make_schedule
+from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.recipe import TrainingConfig
+from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.worker.frozen import STORE
-from gradstream.worker.packing import layout_of
+from gradstream.worker.samples.data import Batch
+from gradstream.worker.samples.packing import layout_of
 from gradstream.worker.stage import StageRunner
 from gradstream.worker.timeline import Timeline, clock_ns
 

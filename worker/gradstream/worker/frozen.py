@@ -8,11 +8,11 @@ from collections.abc import Mapping, Set
 import torch
 from torch import nn
 
-from gradstream.core.base_model import BaseReader
 from gradstream.core.errors import ConfigError
-from gradstream.core.finetuning import Base
-from gradstream.core.frozen_modules import Held, HeldMatrix, replace_frozen
-from gradstream.core.lora import frozen_name
+from gradstream.core.model.frozen_modules import Held, HeldMatrix, replace_frozen
+from gradstream.core.model.lora import frozen_name
+from gradstream.core.pretrained.base import BaseReader
+from gradstream.core.recipe.finetuning import Base
 
 
 class BaseStore:

@@ -25,18 +25,19 @@ from typing import Any, TypeVar
 import grpc.aio
 import torch
 
-from gradstream.core.access import SERVER
-from gradstream.core.bundles import is_tuned
 from gradstream.core.errors import one_line
-from gradstream.core.faults import Faults
-from gradstream.core.leases import SLOTS
 from gradstream.core.log import get_logger
-from gradstream.core.plan import Plan
-from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS, error_from_rpc, open_channel
-from gradstream.core.schedules import most_slots
-from gradstream.core.session import NodeSession
-from gradstream.core.timeline import SpanKind
-from gradstream.core.wire import ParameterServerStub
+from gradstream.core.node.faults import Faults
+from gradstream.core.node.session import NodeSession
+from gradstream.core.pipeline.schedule import most_slots
+from gradstream.core.plan.bundles import is_tuned
+from gradstream.core.plan.leases import SLOTS
+from gradstream.core.plan.plan import Plan
+from gradstream.core.rpc.access import SERVER
+from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS, open_channel
+from gradstream.core.rpc.errors import error_from_rpc
+from gradstream.core.telemetry.timeline import SpanKind
+from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.worker.compute import (
     AbandonedError,
@@ -47,15 +48,15 @@ from gradstream.worker.compute import (
     num_microbatches,
     num_samples,
 )
-from gradstream.worker.data import SlotReader, Split
-from gradstream.worker.inbound import FORWARD
-from gradstream.worker.neighbours import Neighbours, Place
 from gradstream.worker.outbound import Outbound
+from gradstream.worker.pipeline.inbound import FORWARD
+from gradstream.worker.pipeline.neighbours import Neighbours, Place
+from gradstream.worker.pipeline.servicer import WorkerServicer
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Pusher
-from gradstream.worker.readers import Readers
 from gradstream.worker.residuals import ResidualKeeper
-from gradstream.worker.servicer import WorkerServicer
+from gradstream.worker.samples.data import SlotReader, Split
+from gradstream.worker.samples.readers import Readers
 from gradstream.worker.timeline import RawSpan, Timeline, measure
 from gradstream.worker.weights import Inbox, WeightInstaller
 

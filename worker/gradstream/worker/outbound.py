@@ -16,7 +16,8 @@ import grpc.aio
 
 from gradstream.core.errors import one_line
 from gradstream.core.log import get_logger
-from gradstream.core.rpc import Backoff, error_from_rpc, refused_for_good
+from gradstream.core.rpc.errors import error_from_rpc, refused_for_good
+from gradstream.core.rpc.retry import Backoff
 
 log = get_logger()
 M = TypeVar("M")

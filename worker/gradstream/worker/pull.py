@@ -10,15 +10,17 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from gradstream.core.bundles import Bundle
 from gradstream.core.codecs import codec_on_wire
+from gradstream.core.codecs.payloads import CodecBook
 from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.log import get_logger
-from gradstream.core.payloads import CodecBook
-from gradstream.core.plan import Plan, Server
-from gradstream.core.rpc import Backoff, error_from_rpc, refused_for_good
-from gradstream.core.timeline import SpanKind
-from gradstream.core.wire import Assembler, ParameterServerStub, parse, verify
+from gradstream.core.plan.bundles import Bundle
+from gradstream.core.plan.plan import Plan, Server
+from gradstream.core.rpc.errors import error_from_rpc, refused_for_good
+from gradstream.core.rpc.retry import Backoff
+from gradstream.core.telemetry.timeline import SpanKind
+from gradstream.core.wire.frames import Assembler, parse, verify
+from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.timeline import Timeline, clock_ns
 from gradstream.worker.weights import Arrival, Inbox, pulled_codec

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-from gradstream.core.bundles import Bundle, first_push_codec
 from gradstream.core.codecs import Payload
+from gradstream.core.codecs.payloads import CodecBook
 from gradstream.core.errors import ProtocolError
-from gradstream.core.faults import Faults
-from gradstream.core.payloads import CodecBook
-from gradstream.core.plan import Plan, Server
-from gradstream.core.timeline import SpanKind
-from gradstream.core.wire import ParameterServerStub, checksum, frames
+from gradstream.core.node.faults import Faults
+from gradstream.core.plan.bundles import Bundle, first_push_codec
+from gradstream.core.plan.plan import Plan, Server
+from gradstream.core.telemetry.timeline import SpanKind
+from gradstream.core.wire.frames import checksum, frames
+from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.compute import Emit, SlotTotals
 from gradstream.worker.outbound import Call, Outbound

@@ -17,24 +17,24 @@ from functools import partial
 
 import torch
 
-from gradstream.core import files
-from gradstream.core.bundles import keeps_residuals
-from gradstream.core.checkpoint import (
+from gradstream.core.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointManifest,
     FileEntry,
     directory_of,
     read_manifest,
 )
+from gradstream.core.checkpoint.residual_files import read_residual, residual_file_name, write_residual
 from gradstream.core.codecs import Payload, State
-from gradstream.core.config import RESIDUAL_CODECS
+from gradstream.core.codecs.payloads import BundleCodec
 from gradstream.core.errors import CheckpointError
 from gradstream.core.log import get_logger
-from gradstream.core.payloads import BundleCodec
-from gradstream.core.plan import Plan
-from gradstream.core.residual_files import read_residual, residual_file_name, write_residual
-from gradstream.core.rpc import UNARY_TIMEOUT_SECONDS
-from gradstream.core.session import NodeSession
+from gradstream.core.node.session import NodeSession
+from gradstream.core.plan.bundles import keeps_residuals
+from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.recipe import RESIDUAL_CODECS
+from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS
+from gradstream.core.storage import files
 from gradstream.proto.v1 import coordinator_pb2
 
 log = get_logger()

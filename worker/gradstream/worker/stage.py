@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gradstream.core.fused_layers import fuse
-from gradstream.core.schedules import Action, Op
-from gradstream.core.weight_gradients import WeightGradients, WeightPart
+from gradstream.core.model.fused_layers import fuse
+from gradstream.core.model.weight_gradients import WeightGradients, WeightPart
+from gradstream.core.pipeline.schedule import Action, Op
 
 
 @dataclass

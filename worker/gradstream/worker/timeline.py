@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from gradstream.core.timeline import MAX_SPANS, Span, SpanKind, hidden, union
+from gradstream.core.telemetry.timeline import MAX_SPANS, Span, SpanKind, hidden, union
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradstream.core.bundles import Bundle
 from gradstream.core.codecs import Payload, PlaneCodec, codec_on_wire
-from gradstream.core.downlink import downlink
+from gradstream.core.codecs.payloads import BundleCodec, CodecBook, Slices, split
 from gradstream.core.errors import ProtocolError
-from gradstream.core.model import forward_units
-from gradstream.core.payloads import BundleCodec, CodecBook, Slices, split
-from gradstream.core.plan import Plan
-from gradstream.core.timeline import SpanKind
+from gradstream.core.model.model import forward_units
+from gradstream.core.plan.bundles import Bundle
+from gradstream.core.plan.downlink import downlink
+from gradstream.core.plan.plan import Plan
+from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.compute import AbandonedError
 from gradstream.worker.timeline import Timeline

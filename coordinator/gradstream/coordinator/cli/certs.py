@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._app import group
-from gradstream.coordinator.cli._options import CredentialsOption, OutputFormat, OutputOption
+from gradstream.coordinator.cli.app import group
+from gradstream.coordinator.cli.options import CredentialsOption, OutputFormat, OutputOption
+from gradstream.coordinator.cli.views import output as out
 
 if TYPE_CHECKING:
-    from gradstream.core.authority import Authority
-    from gradstream.core.credentials import Credentials
-    from gradstream.core.tokens import Token
+    from gradstream.core.credentials.authority import Authority
+    from gradstream.core.credentials.store import Credentials
+    from gradstream.core.credentials.tokens import Token
 
 app = group("Credentials of a cluster: issue, renew and revoke certificates and tokens.")
 
@@ -94,7 +94,7 @@ def init(
 
 def _ensure(directory: Path, tokens: Path | None, wanted: list[tuple[str, Path]], output: OutputFormat | None) -> None:
     """See that an authority and credentials are there and good; print what was done, without `output` only changes."""
-    from gradstream.core.authority import Authority
+    from gradstream.core.credentials.authority import Authority
 
     with Authority.init(_path(directory), None if tokens is None else _path(tokens)) as authority:
         rows = []
@@ -161,7 +161,7 @@ def show(
 
     When it is not good: exit code 2, and one line that says why.
     """
-    from gradstream.core.credentials import load
+    from gradstream.core.credentials.store import load
 
     found = load(_path(directory), time.time())
     for warning in found.warnings:
@@ -347,7 +347,7 @@ def _say_when(authority: Authority) -> None:
 
 
 def _open(directory: Path | None, read_only: bool = False) -> Authority:
-    from gradstream.core.authority import Authority
+    from gradstream.core.credentials.authority import Authority
     from gradstream.core.errors import ConfigError
 
     if directory is None:
@@ -361,8 +361,8 @@ def _path(path: Path) -> Path:
 
 def _parse_issue(item: str, authority: Path) -> tuple[str, Path]:
     """(role, directory) of a ROLE=DIR."""
+    from gradstream.core.credentials.tokens import ROLES
     from gradstream.core.errors import ConfigError, nearest
-    from gradstream.core.tokens import ROLES
 
     role, equals, directory = item.partition("=")
     if not equals or not directory:
@@ -375,7 +375,7 @@ def _parse_issue(item: str, authority: Path) -> tuple[str, Path]:
 
 
 def _print_pack(credentials: Credentials) -> None:
-    from gradstream.core.credentials import to_pack
+    from gradstream.core.credentials.store import to_pack
 
     out.print_line(to_pack(credentials))
     if sys.stdout.isatty():

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._app import group
-from gradstream.coordinator.cli._options import (
+from gradstream.coordinator.cli.app import group
+from gradstream.coordinator.cli.options import (
     CoordinatorOption,
     JobArgument,
     NewestJobArgument,
@@ -19,6 +18,7 @@ from gradstream.coordinator.cli._options import (
     OutputOption,
     open_client,
 )
+from gradstream.coordinator.cli.views import output as out
 from gradstream.core.shown import shown
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._app import group
-from gradstream.coordinator.cli._options import OutputFormat, OutputOption, OverrideOption, find_recipe, parse_size
+from gradstream.coordinator.cli.app import group
+from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, find_recipe, parse_size
+from gradstream.coordinator.cli.views import output as out
 
 if TYPE_CHECKING:
-    from gradstream.coordinator.data_prepare import DataSummary, PrepareProgress
-    from gradstream.core.config import PrepareConfig
+    from gradstream.coordinator.data.prepare import DataSummary, PrepareProgress
+    from gradstream.core.recipe.recipe import PrepareConfig
 
 PHASES = {"tokenizer": "training the tokenizer", "tokenize": "tokenizing", "done": "done"}
 
@@ -100,7 +100,7 @@ def prepare(
     else:
         config, path = _from_options(sources or [], out_path, overrides or [], given)
 
-    from gradstream.coordinator.data_prepare import inspect, prepare
+    from gradstream.coordinator.data.prepare import inspect, prepare
 
     begin = time.monotonic()
     last: list[PrepareProgress] = []
@@ -130,7 +130,7 @@ def inspect(
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Show what a data set holds; exit code 3 and one line when it is missing or corrupt."""
-    from gradstream.coordinator.data_prepare import inspect
+    from gradstream.coordinator.data.prepare import inspect
 
     summary = inspect(path, verify)
     if output is OutputFormat.json:
@@ -142,8 +142,8 @@ def inspect(
 def _from_recipe(
     recipe: str, overrides: list[str], options: list[str], out_path: str | None
 ) -> tuple[PrepareConfig, str]:
-    from gradstream.core.config import load_recipe
     from gradstream.core.errors import ConfigError
+    from gradstream.core.recipe.loading import load_recipe
 
     if options:
         raise ConfigError(
@@ -160,8 +160,8 @@ def _from_options(
 ) -> tuple[PrepareConfig, str]:
     from pydantic import ValidationError
 
-    from gradstream.core.config import PrepareConfig
     from gradstream.core.errors import ConfigError
+    from gradstream.core.recipe.recipe import PrepareConfig
 
     if overrides:
         raise ConfigError("-s overrides a recipe's keys; add --recipe or use the options of `gradstream data prepare`")

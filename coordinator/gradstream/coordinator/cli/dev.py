@@ -17,20 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._options import (
-    OutputFormat,
-    OutputOption,
-    OverrideOption,
-    RecipeArgument,
-    find_recipe,
-)
+from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, RecipeArgument, find_recipe
+from gradstream.coordinator.cli.views import output as out
 
 if TYPE_CHECKING:
     from gradstream.client import AsyncClient, Job
-    from gradstream.coordinator.cli._cluster import LocalCluster
-    from gradstream.coordinator.cli._progress import ProgressView
-    from gradstream.core.config import Recipe
+    from gradstream.coordinator.cli.local.cluster import LocalCluster
+    from gradstream.coordinator.cli.views.progress import ProgressView
+    from gradstream.core.recipe.recipe import Recipe
 
 SAMPLE_TOKENS = 120
 MEMORY_SHARE = 0.8
@@ -65,8 +59,8 @@ def dev(
 
     Ctrl-C stops the job at its next step with a checkpoint; a second one stops it at once.
     """
-    from gradstream.core.config import load_recipe
     from gradstream.core.errors import ConfigError
+    from gradstream.core.recipe.loading import load_recipe
 
     loaded = load_recipe(find_recipe(recipe), overrides or ())
     if run_root is not None:
@@ -101,9 +95,9 @@ def dev(
 
 def prepare_data(recipe: Recipe) -> None:
     """Prepare the recipe's data unless it is there. Raises ConfigError when it is not and the recipe cannot say how."""
-    from gradstream.core import files
-    from gradstream.core.data import MANIFEST_NAME
+    from gradstream.core.data.manifest import MANIFEST_NAME
     from gradstream.core.errors import ConfigError
+    from gradstream.core.storage import files
 
     path = recipe.data.path
     if MANIFEST_NAME in files.list_names(path):
@@ -113,7 +107,7 @@ def prepare_data(recipe: Recipe) -> None:
             f"data.path {path} holds no {MANIFEST_NAME}, and the recipe has no data.prepare; "
             f"prepare the data with `gradstream data prepare` or correct data.path"
         )
-    from gradstream.coordinator.data_prepare import PrepareProgress, prepare
+    from gradstream.coordinator.data.prepare import PrepareProgress, prepare
 
     out.say(f"preparing data in {path}")
     notes: list[str] = []
@@ -173,7 +167,7 @@ class _Run:
 
     async def run(self) -> int:
         """Run the job to its end; return the exit code. Raises JobFailedError, and whatever keeps it from running."""
-        from gradstream.coordinator.cli._cluster import LocalCluster
+        from gradstream.coordinator.cli.local.cluster import LocalCluster
 
         directory = Path(self.recipe.run_root) / f".dev-{os.getpid()}"
         shutil.rmtree(directory, ignore_errors=True)
@@ -215,7 +209,7 @@ class _Run:
 
     async def _run_job(self, cluster: LocalCluster) -> int:
         from gradstream.client import AsyncClient, JobFailedError
-        from gradstream.coordinator.cli._progress import ProgressView
+        from gradstream.coordinator.cli.views.progress import ProgressView
 
         async with AsyncClient(cluster.address, credentials=cluster.credentials) as client:
             self._client = client
@@ -325,8 +319,8 @@ class _Run:
 
 def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
     """Plot the losses, sample from the exported model and print what there is."""
-    from gradstream.coordinator.cli._loss_plot import plot_losses
     from gradstream.coordinator.cli.generate import generate_text
+    from gradstream.coordinator.cli.views.loss_plot import plot_losses
 
     job, exported = run.job, run.exported
     assert job is not None

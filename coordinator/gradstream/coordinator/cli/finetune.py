@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._app import group
-from gradstream.coordinator.cli._options import (
+from gradstream.coordinator.cli.app import group
+from gradstream.coordinator.cli.finetune_dev import dev
+from gradstream.coordinator.cli.options import (
     FineTuningArgument,
     NewestFineTuningArgument,
     OutputFormat,
@@ -23,7 +23,7 @@ from gradstream.coordinator.cli._options import (
     find_recipe,
     open_fine_tuning_client,
 )
-from gradstream.coordinator.cli.finetune_dev import dev
+from gradstream.coordinator.cli.views import output as out
 
 if TYPE_CHECKING:
     from gradstream.client import FineTuning, FineTuningClient, FineTuningRecipe, GeneratedText
@@ -82,7 +82,7 @@ def create(
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Begin a fine-tuning. Prints its name once its job is submitted."""
-    from gradstream.core.finetuning_recipe import load_finetuning_recipe
+    from gradstream.core.recipe.finetuning_recipe import load_finetuning_recipe
 
     asked = load_finetuning_recipe(find_recipe(recipe), overrides or ())
     with open_fine_tuning_client(service) as client:
@@ -93,7 +93,7 @@ def create(
             if output is OutputFormat.json:
                 out.print_json(preview.to_dict())
                 return
-            from gradstream.coordinator.cli._fine_tuning_views import print_preview
+            from gradstream.coordinator.cli.views.fine_tunings import print_preview
 
             print_preview(preview, asked.training)
             again = [recipe, *(word for each in overrides or () for word in ("-s", each)), *(["--upload"] * upload)]
@@ -102,7 +102,7 @@ def create(
         made = client.create(asked, request_id=request_id)
         made = _follow(client, made, output, lambda now: not wait and now.state != "preparing")
     _print_one(made, output)
-    from gradstream.coordinator.cli._fine_tuning_views import chat_flag
+    from gradstream.coordinator.cli.views.fine_tunings import chat_flag
 
     if made.state == "finished":
         out.hint(
@@ -129,8 +129,8 @@ def _follow(
 ) -> FineTuning:
     """Show progress until it has ended or `enough` holds. Raises FineTuningFailedError."""
     from gradstream.client import FineTuningFailedError
-    from gradstream.coordinator.cli._fine_tuning_views import FollowReporter
-    from gradstream.coordinator.cli._progress import ProgressView
+    from gradstream.coordinator.cli.views.fine_tunings import FollowReporter
+    from gradstream.coordinator.cli.views.progress import ProgressView
 
     try:
         with ProgressView() as view:
@@ -159,7 +159,7 @@ def ls(service: ServiceOption = None, output: OutputOption = OutputFormat.table)
         out.say("no fine-tunings yet")
         out.hint("create one: gradstream finetune create RECIPE")
         return
-    from gradstream.coordinator.cli._fine_tuning_views import fine_tunings_table
+    from gradstream.coordinator.cli.views.fine_tunings import fine_tunings_table
 
     out.console().print(fine_tunings_table(fine_tunings))
     out.hint(f"more about one: gradstream finetune status {fine_tunings[0].name}")
@@ -177,7 +177,7 @@ def status(
     if output is OutputFormat.json:
         out.print_json(found.to_dict())
         return
-    from gradstream.coordinator.cli._fine_tuning_views import fine_tuning_view
+    from gradstream.coordinator.cli.views.fine_tunings import fine_tuning_view
 
     out.console().print(fine_tuning_view(found))
 
@@ -342,7 +342,7 @@ def compare(
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Show what the base and what the fine-tuning's best version say, beside each other."""
-    from gradstream.coordinator.cli._fine_tuning_views import Comparison, held_out, print_comparisons
+    from gradstream.coordinator.cli.views.fine_tunings import Comparison, held_out, print_comparisons
     from gradstream.core.errors import ConfigError
 
     settings = _settings(max_new_tokens, temperature, top_p, seed, stop)

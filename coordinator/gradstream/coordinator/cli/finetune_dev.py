@@ -15,18 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._options import (
-    OutputFormat,
-    OutputOption,
-    OverrideOption,
-    RecipeArgument,
-    find_recipe,
-)
+from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, RecipeArgument, find_recipe
+from gradstream.coordinator.cli.views import output as out
 
 if TYPE_CHECKING:
     from gradstream.client import FineTuning
-    from gradstream.core.finetuning_recipe import FineTuningRecipe
+    from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe
 
 MEMORY_SHARE = 0.8
 SHOWN_SAMPLES = 5
@@ -50,9 +44,9 @@ def dev(
 
     Ctrl-C ends everything; checkpoints stay in the job's directory.
     """
-    from gradstream.coordinator.cli._recipe_checks import check_finetuning_recipe
+    from gradstream.coordinator.cli.recipe_checks import check_finetuning_recipe
     from gradstream.core.errors import ConfigError
-    from gradstream.core.finetuning_recipe import load_finetuning_recipe
+    from gradstream.core.recipe.finetuning_recipe import load_finetuning_recipe
 
     asked = load_finetuning_recipe(find_recipe(recipe), overrides or ())
     if asked.base_model.startswith("job:"):
@@ -73,7 +67,7 @@ def dev(
     if output is OutputFormat.json:
         out.print_json({**run.made.to_dict(), "adapter": str(run.exported)})
         return
-    from gradstream.coordinator.cli._fine_tuning_views import chat_flag, held_out, print_comparisons
+    from gradstream.coordinator.cli.views.fine_tunings import chat_flag, held_out, print_comparisons
 
     print_comparisons(run.made, held_out(run.made)[:SHOWN_SAMPLES])
     print()
@@ -95,9 +89,9 @@ async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
     import psutil
 
     from gradstream.client import AsyncFineTuningClient
-    from gradstream.coordinator.cli._cluster import LocalCluster
-    from gradstream.coordinator.cli._fine_tuning_views import FollowReporter
-    from gradstream.coordinator.cli._progress import ProgressView
+    from gradstream.coordinator.cli.local.cluster import LocalCluster
+    from gradstream.coordinator.cli.views.fine_tunings import FollowReporter
+    from gradstream.coordinator.cli.views.progress import ProgressView
 
     directory = Path(asked.run_root) / f".dev-{os.getpid()}"
     shutil.rmtree(directory, ignore_errors=True)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._options import CoordinatorOption, OutputFormat, OutputOption, open_client
+from gradstream.coordinator.cli.options import CoordinatorOption, OutputFormat, OutputOption, open_client
+from gradstream.coordinator.cli.views import output as out
 
 
 def generate(
@@ -64,10 +64,10 @@ def generate_text(
 
     Raises ConfigError when the directory is not a model's, and CheckpointError when it cannot be loaded.
     """
-    from gradstream.core.base_tokenizer import end_ids, load_tokenizer
     from gradstream.core.errors import CheckpointError, ConfigError
-    from gradstream.core.finetuning import Base
     from gradstream.core.foreign import parsing
+    from gradstream.core.pretrained.tokenizer import end_ids, load_tokenizer
+    from gradstream.core.recipe.finetuning import Base
 
     if (directory / "adapter_config.json").is_file():
         raise ConfigError(

@@ -1,4 +1,5 @@
-"""`gradstream health`: does a service serve? For scripts; containers ask with `python -m gradstream.core.health`."""
+"""`gradstream health`: does a service serve? For scripts; containers ask with `python -m
+gradstream.core.node.health`."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._options import CredentialsOption, OutputFormat, OutputOption
+from gradstream.coordinator.cli.options import CredentialsOption, OutputFormat, OutputOption
+from gradstream.coordinator.cli.views import output as out
 
 
 class Role(StrEnum):
@@ -31,8 +32,8 @@ def health(
 ) -> int:
     """Ask a service whether it serves. Exit code 0 when it does, 1 when it says no, 7 when it does not answer."""
     from gradstream.coordinator.cli.serve import check_address
-    from gradstream.core.credentials import find_credentials
-    from gradstream.core.health import ask
+    from gradstream.core.credentials.store import find_credentials
+    from gradstream.core.node.health import ask
 
     directory = find_credentials(check_address(address, "ADDRESS"), credentials)
     answer = ask(address, role, directory, timeout)

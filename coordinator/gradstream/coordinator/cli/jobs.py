@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._options import (
+from gradstream.coordinator.cli.options import (
     CoordinatorOption,
     JobArgument,
     NewestJobArgument,
@@ -19,6 +18,7 @@ from gradstream.coordinator.cli._options import (
     find_recipe,
     open_client,
 )
+from gradstream.coordinator.cli.views import output as out
 
 if TYPE_CHECKING:
     from gradstream.client import Client, Job, Node, Pipeline, ServerMemory
@@ -33,8 +33,8 @@ def submit(
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Submit a recipe to a cluster. Prints the new job's id."""
-    from gradstream.core.config import load_recipe
-    from gradstream.core.model_check import recipe_warnings
+    from gradstream.core.model.check import recipe_warnings
+    from gradstream.core.recipe.loading import load_recipe
 
     resolved = load_recipe(find_recipe(recipe), overrides or ())
     for warning in recipe_warnings(resolved):
@@ -43,7 +43,7 @@ def submit(
         job = client.submit(resolved, request_id=request_id)
         if watch:
             from gradstream.client import JobFailedError
-            from gradstream.coordinator.cli._progress import ProgressView
+            from gradstream.coordinator.cli.views.progress import ProgressView
 
             out.say(f"submitted {job.job_id}")
             try:
@@ -168,7 +168,7 @@ def job_view(job: Job, nodes: list[Node]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from gradstream.coordinator.cli._progress import counted_tokens
+    from gradstream.coordinator.cli.views.progress import counted_tokens
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
+from gradstream.coordinator.cli.views import output as out
 
 AddressesArgument = Annotated[
     list[str], typer.Argument(metavar="ADDRESS", help="HOST:PORT of the coordinator or the fine-tuning service.")
@@ -24,25 +24,25 @@ def login(addresses: AddressesArgument) -> None:
 
     A pack comes from `gradstream certs issue` or `gradstream certs show`.
     """
-    from gradstream.core import credentials
+    from gradstream.core.credentials import store
+    from gradstream.core.credentials.tokens import SERVICE_ROLES
     from gradstream.core.errors import ConfigError
-    from gradstream.core.tokens import SERVICE_ROLES
 
-    places = [(address, credentials.store_for(address)) for address in addresses]
-    pack = _read_pack(credentials.MAX_PACK_BYTES)
+    places = [(address, store.store_for(address)) for address in addresses]
+    pack = _read_pack(store.MAX_PACK_BYTES)
     if not pack.strip():
         raise ConfigError(
             "no pack came on stdin; pipe one: gradstream certs show DIR | gradstream login "
             f"{addresses[0]} (if you did, what made it has failed)"
         )
-    found = credentials.from_pack(pack, time.time(), "the pack on stdin")
+    found = store.from_pack(pack, time.time(), "the pack on stdin")
     if found.role in SERVICE_ROLES:
         raise ConfigError(
             f"the pack on stdin is a {found.role}'s, and login is for people; issue one to yourself: "
             f"`gradstream certs issue submitter --name NAME`"
         )
     for _, place in places:
-        credentials.save(place, found)
+        store.save(place, found)
     until = out.format_time(datetime.fromtimestamp(found.expires_at, UTC))
     for address, _ in places:
         out.print_line(
@@ -55,10 +55,10 @@ def logout(addresses: AddressesArgument) -> None:
 
     The token itself stays good: `gradstream certs revoke` ends it.
     """
-    from gradstream.core import credentials
+    from gradstream.core.credentials import store
     from gradstream.core.errors import ConfigError
 
-    places = [(address, credentials.store_for(address)) for address in addresses]
+    places = [(address, store.store_for(address)) for address in addresses]
     for address, place in places:
         if not os.path.isdir(place):
             raise ConfigError(f"no credentials are stored for {address}{_stored(place.parent)}")

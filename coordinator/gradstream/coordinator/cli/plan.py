@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._options import (
+from gradstream.coordinator.cli.options import (
     CoordinatorOption,
     OutputFormat,
     OutputOption,
@@ -19,14 +18,15 @@ from gradstream.coordinator.cli._options import (
     parse_bit_rate,
     parse_size,
 )
+from gradstream.coordinator.cli.views import output as out
 
 if TYPE_CHECKING:
-    from gradstream.coordinator.forecast import Forecast
-    from gradstream.coordinator.inventory import Inventory
-    from gradstream.coordinator.needs import NodeOffer
-    from gradstream.core.config import Recipe
-    from gradstream.core.data import Manifest
-    from gradstream.core.profile import SectionProfile
+    from gradstream.coordinator.planning.forecast import Forecast
+    from gradstream.coordinator.planning.inventory import Inventory
+    from gradstream.coordinator.planning.needs import NodeOffer
+    from gradstream.core.data.manifest import Manifest
+    from gradstream.core.model.profile import SectionProfile
+    from gradstream.core.recipe.recipe import Recipe
 
 DEFAULT_LINK = "10Gb/s"
 
@@ -56,10 +56,10 @@ def plan(
     Plans for the nodes of a live cluster; with --workers or --servers, for a cluster that need not exist. Times are
     measured on this machine, section by section, as if every worker were like it.
     """
-    from gradstream.coordinator.forecast import forecast
-    from gradstream.coordinator.planner import make_plan
-    from gradstream.core.config import load_recipe
+    from gradstream.coordinator.planning.forecast import forecast
+    from gradstream.coordinator.planning.planner import make_plan
     from gradstream.core.errors import ConfigError
+    from gradstream.core.recipe.loading import load_recipe
 
     # 1. What is asked.
     loaded = load_recipe(find_recipe(recipe), [*(overrides or ()), *(keys or ())])
@@ -104,7 +104,7 @@ def plan(
 
 def hypothetical(kind: str, count: int, memory_bytes: int) -> list[NodeOffer]:
     """Nodes that need not exist."""
-    from gradstream.coordinator.needs import NodeOffer
+    from gradstream.coordinator.planning.needs import NodeOffer
 
     return [NodeOffer(f"{kind}-{number}", f"{kind}-{number}", "", memory_bytes) for number in range(count)]
 
@@ -112,7 +112,7 @@ def hypothetical(kind: str, count: int, memory_bytes: int) -> list[NodeOffer]:
 def live_nodes(coordinator: str | None) -> tuple[list[NodeOffer], list[NodeOffer]]:
     """(servers, workers) that are live. Raises UnreachableError when no coordinator answers."""
     from gradstream.client import NodeKind
-    from gradstream.coordinator.needs import NodeOffer
+    from gradstream.coordinator.planning.needs import NodeOffer
     from gradstream.core.errors import UnreachableError, one_line
 
     try:
@@ -136,16 +136,16 @@ def live_nodes(coordinator: str | None) -> tuple[list[NodeOffer], list[NodeOffer
 def find_manifest(recipe: Recipe) -> Manifest | None:
     """The recipe's data set; None when it is not there. Raises DataError when it is there and cannot be used."""
     from gradstream.coordinator.data.inspection import load_manifest
-    from gradstream.core import files
-    from gradstream.core.data import MANIFEST_NAME
+    from gradstream.core.data.manifest import MANIFEST_NAME
+    from gradstream.core.storage import files
 
     return load_manifest(recipe.data.path) if MANIFEST_NAME in files.list_names(recipe.data.path) else None
 
 
 async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SectionProfile] | None]:
-    from gradstream.coordinator.inventory import take_inventory, take_profile
+    from gradstream.coordinator.planning.inventory import take_inventory, take_profile
     from gradstream.core.errors import ConfigError, one_line
-    from gradstream.core.model_trial import ModelUse
+    from gradstream.core.model.trial import ModelUse
 
     use = ModelUse.of(recipe)
     try:

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._app import group
-from gradstream.coordinator.cli._options import (
+from gradstream.coordinator.cli.app import group
+from gradstream.coordinator.cli.options import (
     OutputFormat,
     OutputOption,
     OverrideOption,
@@ -16,6 +15,7 @@ from gradstream.coordinator.cli._options import (
     bundled_recipes,
     find_recipe,
 )
+from gradstream.coordinator.cli.views import output as out
 
 app = group("Recipes: list, show and validate.")
 
@@ -24,7 +24,7 @@ app = group("Recipes: list, show and validate.")
 def ls(output: OutputOption = OutputFormat.table) -> None:
     """List the recipes that come along."""
     from gradstream.core.errors import GradstreamError, one_line
-    from gradstream.core.finetuning_recipe import load_any_recipe
+    from gradstream.core.recipe.finetuning_recipe import load_any_recipe
 
     rows = []
     for name, path in bundled_recipes().items():
@@ -54,9 +54,9 @@ def show(
     if not resolved and not overrides and output is OutputFormat.table:
         print(path.read_text(encoding="utf-8"), end="")
         return
-    from gradstream.coordinator.cli._recipe_checks import with_data
-    from gradstream.core.config import Recipe
-    from gradstream.core.finetuning_recipe import load_any_recipe
+    from gradstream.coordinator.cli.recipe_checks import with_data
+    from gradstream.core.recipe.finetuning_recipe import load_any_recipe
+    from gradstream.core.recipe.recipe import Recipe
 
     loaded = load_any_recipe(path, overrides or ())
     if isinstance(loaded, Recipe):
@@ -78,8 +78,8 @@ def validate(
 
     Exit code 2, 3 or 4 and one line when it is wrong. What is likely not meant is a warning.
     """
-    from gradstream.coordinator.cli._recipe_checks import check_finetuning_recipe, check_recipe
-    from gradstream.core.finetuning_recipe import FineTuningRecipe, load_any_recipe
+    from gradstream.coordinator.cli.recipe_checks import check_finetuning_recipe, check_recipe
+    from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe, load_any_recipe
 
     path = find_recipe(recipe)
     loaded = load_any_recipe(path, overrides or ())

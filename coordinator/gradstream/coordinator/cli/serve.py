@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstream.coordinator.cli._app import group
-from gradstream.coordinator.cli._options import parse_size
 from gradstream.coordinator.cli._running import run_until_done
-from gradstream.core.paths import restrict_process
+from gradstream.coordinator.cli.app import group
+from gradstream.coordinator.cli.options import parse_size
+from gradstream.core.storage.paths import restrict_process
 
 if TYPE_CHECKING:
-    from gradstream.coordinator.cli._processes import Child
+    from gradstream.coordinator.cli.local.processes import Child
 
 app = group("Run one role of a cluster: coordinator, parameter-server, worker or fine-tuning.")
 
@@ -243,7 +243,7 @@ def parameter_server(
         options += ["--credentials", str(credentials)] if credentials is not None else []
         options += ["--insecure"] if insecure else []
         children = server_processes(coordinator, name, listen, memory_bytes(memory), threads, processes, options)
-        from gradstream.coordinator.cli._processes import STOP_SECONDS, run_children
+        from gradstream.coordinator.cli.local.processes import STOP_SECONDS, run_children
 
         run_until_done(run_children(children, ready_file, stop_seconds=grace + STOP_SECONDS))
         return
@@ -268,9 +268,9 @@ def server_processes(
 
     Raises ConfigError when there are not enough ports from the one to listen on.
     """
-    from gradstream.coordinator.cli._processes import Child
+    from gradstream.coordinator.cli.local.processes import Child
     from gradstream.core.errors import ConfigError
-    from gradstream.core.machine import arithmetic_threads
+    from gradstream.core.machine.facts import arithmetic_threads
 
     host, _, first_port = listen.rpartition(":")
     if int(first_port) + count - 1 > 65535:
@@ -318,7 +318,7 @@ def worker(
     check_exposure(listen, credentials, insecure)
     check_address(coordinator, "--coordinator")
     _run(
-        "gradstream.worker.loop",
+        "gradstream.worker.process",
         coordinator,
         check_name(name or default_name()),
         listen,
@@ -448,7 +448,7 @@ def memory_bytes(memory: str | None, share: float = DEFAULT_MEMORY_SHARE) -> int
     """Bytes that the --memory option gives to jobs: a share of the machine's, or container's, when it is left out."""
     if memory is not None:
         return parse_size(memory)
-    from gradstream.core.memory import available_bytes
+    from gradstream.core.machine.memory import available_bytes
 
     return int(available_bytes() * share)
 
@@ -478,7 +478,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def _run(module: str, *arguments: Any) -> None:
-    from gradstream.core.memory import use_huge_pages
+    from gradstream.core.machine.memory import use_huge_pages
 
     use_huge_pages()
     serve = importlib.import_module(module).serve

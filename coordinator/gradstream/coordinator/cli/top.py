@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._options import (
+from gradstream.coordinator.cli.options import (
     CoordinatorOption,
     NewestJobArgument,
     OutputFormat,
     OutputOption,
     open_client,
 )
+from gradstream.coordinator.cli.views import output as out
 
 
 def top(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradstream.coordinator.cli import _output as out
-from gradstream.coordinator.cli._options import CoordinatorOption, NewestJobArgument, open_client
+from gradstream.coordinator.cli.options import CoordinatorOption, NewestJobArgument, open_client
+from gradstream.coordinator.cli.views import output as out
 
 if TYPE_CHECKING:
     from gradstream.client import Pipeline, Timeline
@@ -46,7 +46,7 @@ def trace(
 
 
 def _write_trace(path: Path, timelines: list[Timeline]) -> None:
-    from gradstream.core.timeline import chrome_trace
+    from gradstream.core.telemetry.trace import chrome_trace
 
     text = json.dumps(chrome_trace(timelines), allow_nan=False, separators=(",", ":"))
     _write(path, text.encode(), "-o")
@@ -59,9 +59,9 @@ def _write_trace(path: Path, timelines: list[Timeline]) -> None:
 
 
 def _write_gantt(path: Path, timelines: list[Timeline], pipeline: Pipeline | None) -> None:
-    from gradstream.coordinator.cli import _gantt
+    from gradstream.coordinator.cli.views import gantt as _gantt
+    from gradstream.coordinator.telemetry.pipeline_timeline import measure, newest, runs
     from gradstream.core.errors import ConfigError, DataError
-    from gradstream.core.pipeline_timeline import measure, newest, runs
 
     job_id = timelines[0].job_id
     if pipeline is None:
@@ -78,8 +78,8 @@ def _write_gantt(path: Path, timelines: list[Timeline], pipeline: Pipeline | Non
 
 
 def _write(path: Path, content: bytes, option: str) -> None:
-    from gradstream.core import files
     from gradstream.core.errors import ConfigError
+    from gradstream.core.storage import files
 
     try:
         files.write_atomic(str(path.expanduser().absolute()), lambda stream: stream.write(content))

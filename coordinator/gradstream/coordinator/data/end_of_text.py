@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gradstream.core.data.sources import open_filesystem
 from gradstream.core.errors import ConfigError, nearest, one_line
-from gradstream.core.sources import open_filesystem
 
 MAX_CONFIG_BYTES = 64 << 20
 DATA_MANIFEST = "manifest.json"

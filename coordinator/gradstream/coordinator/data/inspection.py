@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from gradstream.core.data import MANIFEST_NAME, Manifest, parse_manifest
+from gradstream.core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from gradstream.core.data.sources import open_filesystem, public_text
 from gradstream.core.errors import DataError, one_line
 from gradstream.core.foreign import parsing
-from gradstream.core.sources import open_filesystem, public_text
 
 BLOCK_BYTES = 1 << 20
 SAMPLE_TOKENS = 64

@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 
 from gradstream.coordinator.data.tokenizer import Document
-from gradstream.core.data import DataShard
-from gradstream.core.data_output import Output, ShardWriter, Split
+from gradstream.core.data.manifest import DataShard
+from gradstream.core.data.output import Output, ShardWriter, Split
 
 
 class SplitWriter:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any, Literal
 
-from gradstream.core.errors import DataError, nearest
-from gradstream.core.source_rows import (
+from gradstream.core.data.rows import (
     MISSING,
     PARQUET_ROWS,
     PROBE_BYTES,
@@ -23,7 +22,8 @@ from gradstream.core.source_rows import (
     json_rows,
     open_source,
 )
-from gradstream.core.sources import WITHOUT_ROWS, SourceFile
+from gradstream.core.data.sources import WITHOUT_ROWS, SourceFile
+from gradstream.core.errors import DataError, nearest
 
 Format = Literal["auto", "text", "jsonl", "json", "parquet"]
 

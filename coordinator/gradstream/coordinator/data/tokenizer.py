@@ -21,9 +21,9 @@ import numpy as np
 
 from gradstream.coordinator.data.end_of_text import find_end_of_text
 from gradstream.coordinator.data.sources import Format, NotTextError, read_documents
+from gradstream.core.data.sources import SourceFile, open_filesystem
 from gradstream.core.errors import ConfigError, DataError, one_line
 from gradstream.core.foreign import Guarded, parsing
-from gradstream.core.sources import SourceFile, open_filesystem
 
 END_OF_TEXT = "<|endoftext|>"
 """Ends a document where a tokenizer is trained and the recipe names no other."""

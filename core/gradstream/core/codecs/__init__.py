@@ -32,8 +32,8 @@ from gradstream.core.codecs._dense import Bf16, DenseCodec, Fp32, Int4, Int4Hada
 from gradstream.core.codecs._lossless import Bf16Zstd, Fp32Zstd, PlaneCodec
 from gradstream.core.codecs._powersgd import PowerSgd
 from gradstream.core.codecs._residual import Sign, TopK
-from gradstream.core.encoded_size import Shape
 from gradstream.core.errors import ProtocolError
+from gradstream.core.plan.sizes import Shape
 from gradstream.proto.v1 import plan_pb2
 
 __all__ = [

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstream.core import encoded_size
-from gradstream.core.encoded_size import Shape
 from gradstream.core.errors import ProtocolError
+from gradstream.core.plan import sizes
+from gradstream.core.plan.sizes import Shape
 from gradstream.proto.v1 import plan_pb2
 
 Payload = npt.NDArray[np.uint8]
@@ -34,7 +34,7 @@ class Codec(ABC):
 
     def encoded_bytes(self, shape: Shape) -> int:
         """Size of the payload of a slice, in bytes: exact, or the most it can be where the length varies."""
-        return encoded_size.encoded_bytes(self.name, shape)
+        return sizes.encoded_bytes(self.name, shape)
 
     def check_size(self, payload_bytes: int, shape: Shape) -> None:
         """Raise ProtocolError for a size that no payload of this shape has. For use before memory is allocated."""

@@ -12,11 +12,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from gradstream.core import dense_kernels
 from gradstream.core.codecs import _device
 from gradstream.core.codecs._base import Codec, Payload
-from gradstream.core.dense_kernels import I64, address_of, addresses_of
-from gradstream.core.encoded_size import BLOCK
+from gradstream.core.kernels import dense
+from gradstream.core.kernels.blocks import BLOCK
+from gradstream.core.kernels.dense import I64, address_of, addresses_of
 from gradstream.proto.v1 import plan_pb2
 
 
@@ -35,7 +35,7 @@ class DenseCodec(Codec):
             return _device.to_host(self.encode_by_torch(values.view(-1), seed))
         payload = np.empty(self.encoded_bytes((values.numel(),)), dtype=np.uint8)
         call = self._call(values, seed)
-        dense_kernels.encode(*call, addresses_of([values], call[1]), _address(payload))
+        dense.encode(*call, addresses_of([values], call[1]), _address(payload))
         return payload
 
     def encode_delta(self, values: torch.Tensor, held: torch.Tensor, seed: int = 0) -> Payload:
@@ -44,7 +44,7 @@ class DenseCodec(Codec):
         payload = np.empty(self.encoded_bytes((values.numel(),)), dtype=np.uint8)
         call = self._call(values, seed)
         addresses = addresses_of([values], call[1]), addresses_of([held], call[1])
-        dense_kernels.encode_delta(*call, *addresses, _address(payload))
+        dense.encode_delta(*call, *addresses, _address(payload))
         return payload
 
     def decode(self, payload: Payload, out: torch.Tensor, seed: int = 0) -> None:
@@ -57,7 +57,7 @@ class DenseCodec(Codec):
         self.check_size(payload.nbytes, tuple(out.shape))
         if out.device.type == "cpu":
             call = self._call(out, seed)
-            dense_kernels.decode(*call, _address(payload), addresses_of([out], call[1]), add)
+            dense.decode(*call, _address(payload), addresses_of([out], call[1]), add)
             return
         values_N = self.decode_by_torch(_device.from_host(payload, out.device), out.numel(), seed)
         out.view(-1).add_(values_N) if add else out.view(-1).copy_(values_N)
@@ -85,7 +85,7 @@ class Fp32(DenseCodec):
 
     name = "fp32"
     wire = plan_pb2.CODEC_FP32
-    kind = dense_kernels.FP32
+    kind = dense.FP32
 
     def encode_by_torch(self, values_N: torch.Tensor, seed: int) -> torch.Tensor:
         return values_N
@@ -99,7 +99,7 @@ class Bf16(DenseCodec):
 
     name = "bf16"
     wire = plan_pb2.CODEC_BF16
-    kind = dense_kernels.BF16
+    kind = dense.BF16
 
     def encode_by_torch(self, values_N: torch.Tensor, seed: int) -> torch.Tensor:
         return values_N.to(torch.bfloat16).view(torch.int16)
@@ -143,7 +143,7 @@ class Int8(ScaledCodec):
 
     name = "int8"
     wire = plan_pb2.CODEC_INT8
-    kind = dense_kernels.INT8
+    kind = dense.INT8
     bits = 8
     largest = 127
 
@@ -153,7 +153,7 @@ class Int4(ScaledCodec):
 
     name = "int4"
     wire = plan_pb2.CODEC_INT4
-    kind = dense_kernels.INT4
+    kind = dense.INT4
     bits = 4
     largest = 7
 
@@ -168,7 +168,7 @@ class Int4Hadamard(Int4):
 
     name = "int4-hadamard"
     wire = plan_pb2.CODEC_INT4_HADAMARD
-    kind = dense_kernels.HADAMARD
+    kind = dense.HADAMARD
 
     def key(self, seed: int) -> int:
         return _device.rotation_key(seed)

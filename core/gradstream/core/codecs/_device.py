@@ -1,7 +1,8 @@
 """The codecs as chains of torch operations, for tensors that are not in the CPU's memory; and the crossing itself.
 
-They give the bits of the kernels in `gradstream.core.kernels` and `residual_kernels`: every operation is elementwise
-IEEE arithmetic in the kernels' order. They run on any device, so the tests compare them with the kernels on the CPU.
+They give the bits of the kernels in `gradstream.core.kernels.codec` and `residual_kernels`: every operation is
+elementwise IEEE arithmetic in the kernels' order. They run on any device, so the tests compare them with the kernels
+on the CPU.
 
 Shape legend: N elements, B blocks, E = 256 elements a block.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from gradstream.core.codecs._base import Payload
-from gradstream.core.encoded_size import BLOCK
+from gradstream.core.kernels.blocks import BLOCK
 
 _WORD = 0xFFFFFFFF
 _LARGEST_BF16 = float(torch.finfo(torch.bfloat16).max)

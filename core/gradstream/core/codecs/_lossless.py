@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 import zstandard
 
-from gradstream.core import kernels
 from gradstream.core.codecs._base import Codec, Payload
 from gradstream.core.codecs._dense import Bf16, Fp32
-from gradstream.core.encoded_size import PLANE_HEADER_BYTES, PLANES
 from gradstream.core.errors import ProtocolError
-from gradstream.core.kernels import U8
+from gradstream.core.kernels import codec
+from gradstream.core.kernels.compiled import U8
+from gradstream.core.plan.sizes import PLANE_HEADER_BYTES, PLANES
 from gradstream.proto.v1 import plan_pb2
 
 _LEVEL = 1
@@ -51,7 +51,7 @@ class PlaneCodec(Codec):
         num_planes = PLANES[self.name]
         words_N = inner_payload.view(f"<u{num_planes}")
         planes_PN = np.empty((num_planes, len(words_N)), dtype=np.uint8)
-        kernels.split_planes(words_N, planes_PN)
+        codec.split_planes(words_N, planes_PN)
         compressor = _compressor()
         parts: list[bytes | npt.NDArray[np.uint8]] = []
         for plane_N in planes_PN:
@@ -80,7 +80,7 @@ class PlaneCodec(Codec):
             planes_PN[plane] = self._plane(payload[begin : begin + length], num_elements)
             begin += length
         words_N = np.zeros(num_elements, dtype=f"<u{num_planes}")
-        kernels.join_planes(planes_PN, words_N)
+        codec.join_planes(planes_PN, words_N)
         return words_N.view(np.uint8)
 
     def _plane(self, part: U8, num_elements: int) -> U8:

@@ -17,7 +17,7 @@ import torch
 from gradstream.core.codecs import _device
 from gradstream.core.codecs._base import Payload, ResidualCodec, State
 from gradstream.core.codecs._residual import residual_of
-from gradstream.core.encoded_size import Shape, powersgd_form
+from gradstream.core.plan.sizes import Shape, powersgd_form
 from gradstream.proto.v1 import plan_pb2
 
 

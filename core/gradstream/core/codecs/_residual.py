@@ -7,12 +7,13 @@ from abc import abstractmethod
 import numpy as np
 import torch
 
-from gradstream.core import residual_kernels
 from gradstream.core.codecs import _device
 from gradstream.core.codecs._base import Payload, ResidualCodec, State
-from gradstream.core.encoded_size import BLOCK, TOPK_CHUNK, TOPK_PART, Shape, topk_kept
 from gradstream.core.errors import ProtocolError
-from gradstream.core.kernels import F32, U8, U16
+from gradstream.core.kernels import residual as residual_kernels
+from gradstream.core.kernels.blocks import BLOCK, TOPK_CHUNK, TOPK_PART
+from gradstream.core.kernels.compiled import F32, U8, U16
+from gradstream.core.plan.sizes import Shape, topk_kept
 from gradstream.proto.v1 import plan_pb2
 
 _KEPT = TOPK_CHUNK // TOPK_PART

@@ -64,7 +64,7 @@ class ParameterServerServiceServicer(object):
     def Push(self, request_iterator, context):
         """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
         The first response only carries the window. Both PushRequest and PullResponse are framed by hand
-        (gradstream.core.wire); the bytes equal protobuf's own.
+        (gradstream.core.wire.frames); the bytes equal protobuf's own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

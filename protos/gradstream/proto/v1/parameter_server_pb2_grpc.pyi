@@ -36,7 +36,7 @@ class ParameterServerServiceStub:
     Push: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.PushRequest, _parameter_server_pb2.PushResponse]
     """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
     The first response only carries the window. Both PushRequest and PullResponse are framed by hand
-    (gradstream.core.wire); the bytes equal protobuf's own.
+    (gradstream.core.wire.frames); the bytes equal protobuf's own.
     """
     Pull: _grpc.UnaryStreamMultiCallable[_parameter_server_pb2.PullRequest, _parameter_server_pb2.PullResponse]
     """A worker asks for a version; the server answers when that version (or a later one) is published, then streams the
@@ -57,7 +57,7 @@ class ParameterServerServiceAsyncStub(ParameterServerServiceStub):
     Push: _aio.StreamStreamMultiCallable[_parameter_server_pb2.PushRequest, _parameter_server_pb2.PushResponse]  # type: ignore[assignment]
     """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
     The first response only carries the window. Both PushRequest and PullResponse are framed by hand
-    (gradstream.core.wire); the bytes equal protobuf's own.
+    (gradstream.core.wire.frames); the bytes equal protobuf's own.
     """
     Pull: _aio.UnaryStreamMultiCallable[_parameter_server_pb2.PullRequest, _parameter_server_pb2.PullResponse]  # type: ignore[assignment]
     """A worker asks for a version; the server answers when that version (or a later one) is published, then streams the
@@ -81,7 +81,7 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.PushResponse], _abc.AsyncIterator[_parameter_server_pb2.PushResponse]]:
         """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
         The first response only carries the window. Both PushRequest and PullResponse are framed by hand
-        (gradstream.core.wire); the bytes equal protobuf's own.
+        (gradstream.core.wire.frames); the bytes equal protobuf's own.
         """
 
     @_abc_1.abstractmethod

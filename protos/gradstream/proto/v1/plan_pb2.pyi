@@ -182,7 +182,7 @@ Global___PlanServer: _TypeAlias = PlanServer  # noqa: Y015
 @_typing.final
 class Plan(_message.Message):
     """Everything that stays fixed until the next epoch. Fragments are not listed: they follow from the tensors and
-    fragment_elements (gradstream.core.fragments.cut), so that a plan of 1.7 T parameters fits one message.
+    fragment_elements (gradstream.core.plan.fragments.cut), so that a plan of 1.7 T parameters fits one message.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -209,11 +209,11 @@ class Plan(_message.Message):
     epoch: _builtins.int
     """Rises by one with each new plan of the job; messages of another epoch are refused."""
     recipe_json: _builtins.str
-    """The resolved recipe as JSON (gradstream.core.config.Recipe)."""
+    """The resolved recipe as JSON (gradstream.core.recipe.recipe.Recipe)."""
     model_config_json: _builtins.str
     """The model's Hugging Face config.json."""
     data_manifest_json: _builtins.str
-    """The data manifest as JSON (gradstream.core.data.Manifest)."""
+    """The data manifest as JSON (gradstream.core.data.manifest.Manifest)."""
     fragment_elements: _builtins.int
     """Most elements that one fragment holds."""
     leader: _builtins.int
@@ -227,7 +227,7 @@ class Plan(_message.Message):
     num_chunks: _builtins.int
     """Stages that each worker of a replica has; worker w has stages w, w + P, ... where P is the number of its workers."""
     schedule: _builtins.str
-    """The schedule by which a replica's workers compute their microbatches (gradstream.core.schedules)."""
+    """The schedule by which a replica's workers compute their microbatches (gradstream.core.pipeline.schedule)."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """The model's inventory in forward order."""

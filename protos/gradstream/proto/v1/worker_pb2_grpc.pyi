@@ -37,7 +37,7 @@ class WorkerServiceStub:
     """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
-    of the schedule. StageRequest is framed by hand (gradstream.core.wire); the bytes equal protobuf's own.
+    of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's own.
     """
 
 @_typing.type_check_only
@@ -49,7 +49,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
     A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
-    of the schedule. StageRequest is framed by hand (gradstream.core.wire); the bytes equal protobuf's own.
+    of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's own.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -64,7 +64,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
-        of the schedule. StageRequest is framed by hand (gradstream.core.wire); the bytes equal protobuf's own.
+        of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's own.
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -12,14 +12,15 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gradstream.core import base_model, files
-from gradstream.core.base_tokenizer import TEMPLATES_DIRECTORY, record_tokenizer
-from gradstream.core.checkpoint import MANIFEST_NAME
+from gradstream.core.checkpoint.manifest import MANIFEST_NAME
 from gradstream.core.errors import CheckpointError, ConfigError
-from gradstream.core.finetuning import Base
-from gradstream.core.paths import local_of
+from gradstream.core.pretrained import base as base_model
+from gradstream.core.pretrained.tokenizer import TEMPLATES_DIRECTORY, record_tokenizer
+from gradstream.core.recipe.finetuning import Base
+from gradstream.core.storage import files
+from gradstream.core.storage.paths import local_of
 from gradstream.proto.v1 import jobs_pb2
-from gradstream.services.fine_tuning.coordinator import Jobs
+from gradstream.services.fine_tuning.coordinator_jobs import Jobs
 from gradstream.services.fine_tuning.threads import in_thread
 
 MAX_FOUND = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from enum import Enum
 
-from gradstream.core.early_stopping import best_version, stops_early
+from gradstream.core.recipe.early_stopping import best_version, stops_early
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.fine_tuning.store import Record, State
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gradstream.core import model, model_check
-from gradstream.core.config import (
+from gradstream.core.data.manifest import Manifest
+from gradstream.core.data.sampler import samples_by_slot
+from gradstream.core.errors import DataError
+from gradstream.core.model import check, model
+from gradstream.core.recipe.finetuning import Base, FineTuning
+from gradstream.core.recipe.finetuning_recipe import LEARNING_RATES, FineTuningRecipe
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
@@ -14,12 +20,7 @@ from gradstream.core.config import (
     Recipe,
     TrainingConfig,
     ValidationConfig,
-    parse_recipe,
 )
-from gradstream.core.data import Manifest, samples_by_slot
-from gradstream.core.errors import DataError
-from gradstream.core.finetuning import Base, FineTuning
-from gradstream.core.finetuning_recipe import LEARNING_RATES, FineTuningRecipe
 
 VALIDATION_PASSES = 10
 KEPT_CHECKPOINTS = 3
@@ -30,9 +31,9 @@ def fit_length(asked: FineTuningRecipe, model_config: Mapping[str, Any]) -> Fine
 
     Raises ConfigError when transformers does not know the config, or has no room for a length that is given.
     """
-    longest = model_check.positions(model.load_config(model_config))
+    longest = check.positions(model.load_config(model_config))
     length = asked.training.row_length(longest[1] if longest is not None else None)
-    model_check.check_positions(longest, length, model_config.get("model_type"))
+    check.check_positions(longest, length, model_config.get("model_type"))
     return asked.model_copy(update={"training": asked.training.model_copy(update={"sequence_length": length})})
 
 

@@ -11,18 +11,21 @@ from typing import Any
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from gradstream.core import __version__, access, files, probe
+from gradstream.core import __version__
 from gradstream.core import log as logging
-from gradstream.core.audit import AuditLog
 from gradstream.core.errors import AccessError, GradstreamError, UnreachableError, one_line
-from gradstream.core.ready import write_ready_file
-from gradstream.core.token_sources import FollowingServer
-from gradstream.core.transport import Transport
+from gradstream.core.node import probe
+from gradstream.core.node.ready import write_ready_file
+from gradstream.core.rpc import access
+from gradstream.core.rpc.audit import AuditLog
+from gradstream.core.rpc.token_sources import FollowingServer
+from gradstream.core.rpc.transport import Transport
+from gradstream.core.storage import files
 from gradstream.proto.v1 import fine_tuning_pb2, fine_tuning_pb2_grpc
-from gradstream.services.fine_tuning.coordinator import Jobs
-from gradstream.services.fine_tuning.jobs import FineTunings
+from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.fine_tunings import FineTunings
+from gradstream.services.fine_tuning.generation.serving import Serving
 from gradstream.services.fine_tuning.servicer import FineTuningServicer
-from gradstream.services.fine_tuning.serving import Serving
 from gradstream.services.fine_tuning.store import Store
 
 HEALTH_SERVICE = fine_tuning_pb2.DESCRIPTOR.services_by_name["FineTuningService"].full_name
@@ -45,7 +48,8 @@ async def serve(
     """Run a fine-tuning service until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once it listens;
     `credentials` is the directory of its own.
 
-    `root`: directory that stands for the one in which a recipe is submitted (gradstream.core.roots); empty: none.
+    `root`: directory that stands for the one in which a recipe is submitted (gradstream.core.recipe.roots); empty:
+    none.
 
     Raises ConfigError when address, device or state directory cannot be used.
     """

@@ -10,29 +10,29 @@ from typing import Any, TypeAlias
 import grpc.aio
 
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
-from gradstream.core.finetuning_recipe import (
+from gradstream.core.recipe.finetuning_recipe import (
     ExamplesConfig,
     FineTuningRecipe,
     absolute_finetuning_paths,
     parse_finetuning_recipe,
 )
-from gradstream.core.paging import MAX_PAGE_BYTES, start_of_page
-from gradstream.core.paths import AllowedPaths
-from gradstream.core.requests import checked_request_id
-from gradstream.core.roots import moved_finetuning_recipe
-from gradstream.core.rpc import answering
-from gradstream.core.storage import StorageThreads
+from gradstream.core.recipe.roots import moved_finetuning_recipe
+from gradstream.core.rpc.errors import answering
+from gradstream.core.rpc.paging import MAX_PAGE_BYTES, start_of_page
+from gradstream.core.rpc.requests import checked_request_id
+from gradstream.core.storage.paths import AllowedPaths
+from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc, jobs_pb2
 from gradstream.services.fine_tuning import views
 from gradstream.services.fine_tuning.bases import find_base, held_base, looked_at
-from gradstream.services.fine_tuning.coordinator import Jobs
-from gradstream.services.fine_tuning.examples import preview
-from gradstream.services.fine_tuning.exporting import Exports
-from gradstream.services.fine_tuning.jobs import FineTunings
-from gradstream.services.fine_tuning.preparation import check_data, receive
+from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.examples.dataset import preview
+from gradstream.services.fine_tuning.examples.preparation import check_data, receive
+from gradstream.services.fine_tuning.export.exports import Exports
+from gradstream.services.fine_tuning.fine_tunings import FineTunings
+from gradstream.services.fine_tuning.generation.serving import Serving
 from gradstream.services.fine_tuning.recipe import check_recipe, fit_length
-from gradstream.services.fine_tuning.serving import Serving
 from gradstream.services.fine_tuning.store import Record
 from gradstream.services.fine_tuning.threads import in_thread
 
@@ -69,7 +69,6 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         async with answering(context), self._uploads:
             path, sha256 = await receive(self._fine_tunings.store, messages)
             return pb.UploadExamplesResponse(path=path, sha256=sha256)
-        raise AssertionError("abort has raised")
 
     async def PreviewExamples(self, request: pb.PreviewExamplesRequest, context: Context) -> pb.PreviewExamplesResponse:
         async with answering(context), self._previews:
@@ -83,7 +82,6 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             count = min(request.num_examples, MAX_PREVIEWED)
             training = asked.training
             return await in_thread(preview, asked.data, tokenizer, training.row_length(), count, training.num_slots)
-        raise AssertionError("abort has raised")
 
     # -- fine-tunings ----------------------------------------------------------------------------------------------
 
@@ -99,7 +97,6 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
                 await self._check(asked)
                 record = await self._fine_tunings.create(asked, request_id)
             return pb.CreateFineTuningResponse(fine_tuning=await self._view(record))
-        raise AssertionError("abort has raised")
 
     async def ListFineTunings(self, request: pb.ListFineTuningsRequest, context: Context) -> pb.ListFineTuningsResponse:
         async with answering(context):
@@ -121,12 +118,10 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
                     break
                 response.fine_tunings.append(view)
             return response
-        raise AssertionError("abort has raised")
 
     async def GetFineTuning(self, request: pb.GetFineTuningRequest, context: Context) -> pb.GetFineTuningResponse:
         async with answering(context):
             return pb.GetFineTuningResponse(fine_tuning=await self._view(self._fine_tunings.find(request.name)))
-        raise AssertionError("abort has raised")
 
     async def WatchFineTuning(
         self, request: pb.WatchFineTuningRequest, context: Context
@@ -177,7 +172,6 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         async with answering(context):
             record = await self._fine_tunings.pause(request.name)
             return pb.PauseFineTuningResponse(fine_tuning=await self._view(record))
-        raise AssertionError("abort has raised")
 
     async def ResumeFineTuning(
         self, request: pb.ResumeFineTuningRequest, context: Context
@@ -185,7 +179,6 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         async with answering(context):
             record = await self._fine_tunings.resume(request.name)
             return pb.ResumeFineTuningResponse(fine_tuning=await self._view(record))
-        raise AssertionError("abort has raised")
 
     async def CancelFineTuning(
         self, request: pb.CancelFineTuningRequest, context: Context
@@ -193,7 +186,6 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         async with answering(context):
             record = await self._fine_tunings.cancel(request.name)
             return pb.CancelFineTuningResponse(fine_tuning=await self._view(record))
-        raise AssertionError("abort has raised")
 
     # -- results ---------------------------------------------------------------------------------------------------
 

@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gradstream.core import files, paths
 from gradstream.core.errors import ConfigError, GradstreamError, one_line
-from gradstream.core.finetuning import Base
-from gradstream.core.state_lock import lock_directory
+from gradstream.core.recipe.finetuning import Base
+from gradstream.core.storage import files, paths
+from gradstream.core.storage.state_lock import lock_directory
 
 RECORD_NAME = "record.json"
 DATA_PREFIX = "data-"

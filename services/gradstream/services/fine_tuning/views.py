@@ -6,7 +6,7 @@ import math
 
 from google.protobuf.json_format import ParseDict
 
-from gradstream.core.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
 from gradstream.proto.v1 import fine_tuning_pb2, jobs_pb2
 from gradstream.services.fine_tuning.store import Completions, Record, State
 

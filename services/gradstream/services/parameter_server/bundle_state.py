@@ -13,16 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstream.core import dense_kernels
-from gradstream.core.base_model import BaseReader
-from gradstream.core.bundles import Bundle
-from gradstream.core.checkpoint import COPY, WEIGHT, CheckpointReader
+from gradstream.core.checkpoint.manifest import WEIGHT
+from gradstream.core.checkpoint.shard import COPY, CheckpointReader
 from gradstream.core.codecs import Payload
-from gradstream.core.config import Recipe
-from gradstream.core.downlink import Downlink
+from gradstream.core.codecs.payloads import BundleCodec, CodecBook, slices
 from gradstream.core.errors import CheckpointError
-from gradstream.core.fragments import Fragment, Tensor
-from gradstream.core.payloads import BundleCodec, CodecBook, slices
+from gradstream.core.kernels import dense
+from gradstream.core.plan.bundles import Bundle
+from gradstream.core.plan.downlink import Downlink
+from gradstream.core.plan.fragments import Fragment, Tensor
+from gradstream.core.pretrained.base import BaseReader
+from gradstream.core.recipe.recipe import Recipe
 from gradstream.services.parameter_server.optimizer import STEP_COUNT, BundleOptimizer
 from gradstream.services.parameter_server.publication import Copy, publisher
 
@@ -86,7 +87,7 @@ class BundleState:
         if turn == self._num_turns - 1:
             # In fp64 and in a fixed order, fragment by fragment: the same whatever a bundle holds.
             norms_F = np.empty(len(self._sums))
-            dense_kernels.squared_norms(self._elements_F, self._sums.addresses_F, norms_F)
+            dense.squared_norms(self._elements_F, self._sums.addresses_F, norms_F)
             self.squared_norms = norms_F.tolist()
 
     # -- commit ----------------------------------------------------------------------------------------------------

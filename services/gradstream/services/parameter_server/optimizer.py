@@ -13,7 +13,7 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from gradstream.core.config import OptimizerConfig, ScheduleConfig
+from gradstream.core.recipe.recipe import OptimizerConfig, ScheduleConfig
 
 STEP_COUNT = "step"
 

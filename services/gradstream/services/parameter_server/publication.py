@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradstream.core.bundles import Bundle
 from gradstream.core.codecs import Payload, PlaneCodec
-from gradstream.core.downlink import Downlink
-from gradstream.core.payloads import BundleCodec, CodecBook, slices
-from gradstream.core.wire import checksum, frames
+from gradstream.core.codecs.payloads import BundleCodec, CodecBook, slices
+from gradstream.core.plan.bundles import Bundle
+from gradstream.core.plan.downlink import Downlink
+from gradstream.core.wire.frames import checksum, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 
 

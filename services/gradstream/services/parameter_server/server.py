@@ -16,25 +16,23 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import log as logging
-from gradstream.core import memory, model, probe
-from gradstream.core.access import SERVER
 from gradstream.core.errors import StaleEpochError, one_line
-from gradstream.core.faults import Faults
-from gradstream.core.machine import arithmetic_threads
-from gradstream.core.plan import Plan
-from gradstream.core.ready import write_ready_file
-from gradstream.core.rpc import (
-    UNARY_TIMEOUT_SECONDS,
-    Backoff,
-    error_from_rpc,
-    open_channel,
-    refused_for_good,
-)
-from gradstream.core.session import GRACE_SECONDS, NodeIdentity, NodeSession
-from gradstream.core.stream_limits import MAX_STREAM_MESSAGE_BYTES
-from gradstream.core.token_sources import FollowingServer
-from gradstream.core.transport import PLAIN, Transport
-from gradstream.core.wire import ParameterServerStub, add_parameter_server
+from gradstream.core.machine import memory
+from gradstream.core.machine.facts import arithmetic_threads
+from gradstream.core.model import model
+from gradstream.core.node import probe
+from gradstream.core.node.faults import Faults
+from gradstream.core.node.ready import write_ready_file
+from gradstream.core.node.session import GRACE_SECONDS, NodeIdentity, NodeSession
+from gradstream.core.plan.plan import Plan
+from gradstream.core.rpc.access import SERVER
+from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS, open_channel
+from gradstream.core.rpc.errors import error_from_rpc, refused_for_good
+from gradstream.core.rpc.retry import Backoff
+from gradstream.core.rpc.token_sources import FollowingServer
+from gradstream.core.rpc.transport import PLAIN, Transport
+from gradstream.core.wire.stream_limits import MAX_STREAM_MESSAGE_BYTES
+from gradstream.core.wire.stubs import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.leader import Decision

@@ -11,8 +11,8 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from gradstream.core.errors import ProtocolError, StaleEpochError
-from gradstream.core.rpc import answering
-from gradstream.core.wire import Assembler, frame, parse, verify
+from gradstream.core.rpc.errors import answering
+from gradstream.core.wire.frames import Assembler, frame, parse, verify
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.shard import Shard
 from gradstream.services.parameter_server.streams import Stream, Streams

@@ -19,20 +19,21 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeAlias, TypeVar
 
-from gradstream.core import files
-from gradstream.core.base_model import BaseReader
-from gradstream.core.bundles import first_push_codec, is_tuned
-from gradstream.core.checkpoint import CheckpointReader, FileEntry, State, directory_of, shard_file_name, write_shard
+from gradstream.core.checkpoint.manifest import FileEntry, State, directory_of, shard_file_name
+from gradstream.core.checkpoint.shard import CheckpointReader, write_shard
 from gradstream.core.codecs import Payload, codec_named, codec_on_wire
-from gradstream.core.downlink import downlink
+from gradstream.core.codecs.payloads import CodecBook, split
 from gradstream.core.errors import ProtocolError, StaleEpochError, one_line
-from gradstream.core.faults import Faults
-from gradstream.core.fragments import Fragment
 from gradstream.core.log import get_logger
-from gradstream.core.model import initial_weights
-from gradstream.core.payloads import CodecBook, split
-from gradstream.core.plan import Plan
-from gradstream.core.rpc import Backoff
+from gradstream.core.model.model import initial_weights
+from gradstream.core.node.faults import Faults
+from gradstream.core.plan.bundles import first_push_codec, is_tuned
+from gradstream.core.plan.downlink import downlink
+from gradstream.core.plan.fragments import Fragment
+from gradstream.core.plan.plan import Plan
+from gradstream.core.pretrained.base import BaseReader
+from gradstream.core.rpc.retry import Backoff
+from gradstream.core.storage import files
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.bundle_state import BundleState

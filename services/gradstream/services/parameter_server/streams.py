@@ -2,9 +2,9 @@
 
 A stream costs the server at most one contribution in assembly or one bundle being written, and the few messages that
 gRPC's flow control admits. So a bound on streams bounds memory. The bounds follow from how many workers the plan lets
-share the job (gradstream.core.stream_limits). Where one is reached the newcomer is told to come again; where half-sent
-contributions reach theirs, the one that was begun first goes, as an honest peer's is over in a moment and would be sent
-again.
+share the job (gradstream.core.wire.stream_limits). Where one is reached the newcomer is told to come again; where
+half-sent contributions reach theirs, the one that was begun first goes, as an honest peer's is over in a moment and
+would be sent again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from gradstream.core.errors import GradstreamError, UnreachableError
-from gradstream.core.stream_limits import (
+from gradstream.core.wire.stream_limits import (
     MOST_HALF_SENT_BYTES,
     MOST_STREAMS_A_CONNECTION,
     most_streams,

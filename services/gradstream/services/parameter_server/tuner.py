@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from gradstream.core import autocodec
-from gradstream.core.autocodec import AutoState, Speeds
-from gradstream.core.bundles import codec_for
-from gradstream.core.encoded_size import encoded_bytes
-from gradstream.core.plan import Plan
+from gradstream.core.plan.bundles import codec_for
+from gradstream.core.plan.plan import Plan
+from gradstream.core.plan.sizes import encoded_bytes
 from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.services.parameter_server import autocodec
+from gradstream.services.parameter_server.autocodec import AutoState, Speeds
 
 MOST_MEASURED = 4096
 """Connections whose measurements of a step are kept."""

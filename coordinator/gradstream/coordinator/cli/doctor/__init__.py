@@ -1,0 +1,1 @@
+"""`gradstream doctor`: facts, conclusions, and the command."""

@@ -1,0 +1,1 @@
+"""A cluster and its processes on this machine."""

@@ -1,0 +1,272 @@
+"""Fine-tunings, examples and comparisons as people see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from gradstream.coordinator.cli.views import output as out
+
+if TYPE_CHECKING:
+    from gradstream.client import Evaluation, ExamplesPreview, ExamplesReport, FineTuning, RenderedExample
+    from gradstream.coordinator.cli.views.progress import ProgressView
+    from gradstream.core.recipe.finetuning_recipe import FineTuningTraining
+
+SHOWN_FIELDS = 8
+TARGET_STYLE = "bold green"
+# Where there are no colours: marks that hardly any text has.
+TARGET_MARKS = ("⟦", "⟧")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What base and result say to one prompt; `expected` is None for a prompt of a person's own."""
+
+    prompt: str
+    expected: str | None
+    base: str
+    result: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As what `json.dumps` takes."""
+        return {"prompt": self.prompt, "expected": self.expected, "base": self.base, "result": self.result}
+
+
+class FollowReporter:
+    """Says what has changed, and shows the job's progress."""
+
+    def __init__(self, view: ProgressView):
+        self._view = view
+        self._said = ""
+
+    def __call__(self, now: FineTuning) -> None:
+        said = f"{now.name} {now.state}" + (f": {now.reason}" if now.reason else "")
+        if said != self._said and now.state != "failed":
+            self._said = said
+            self._view.say(said)
+        if now.job is not None:
+            self._view.update(now.job)
+
+
+def fine_tunings_table(fine_tunings: Sequence[FineTuning]) -> Any:
+    """All fine-tunings as a rich table."""
+    return out.make_table(
+        ["NAME", "STATE", "METHOD", "BASE", ">STEP", ">BEFORE", ">AFTER", ">BEST", "CREATED", "REASON"],
+        [
+            (
+                each.name,
+                out.state_text(each.state),
+                each.method,
+                short_base(each.base),
+                f"{each.job.version}/{each.job.num_steps}" if each.job is not None else "-",
+                out.format_loss(_first_loss(each)),
+                out.format_loss(_last_loss(each)),
+                each.best_version if each.best_version is not None else "-",
+                out.format_time(each.created),
+                each.reason,
+            )
+            for each in fine_tunings
+        ],
+    )
+
+
+def short_base(base: str) -> str:
+    """A base as a table has room for: a checkpoint as JOB@STEP, another directory by its name, job:ID as it is."""
+    path = PurePosixPath(base)
+    if path.parent.name == "checkpoints" and path.name.startswith("step-"):
+        return f"{path.parent.parent.name}@{path.name.removeprefix('step-').lstrip('0') or '0'}"
+    return path.name if path.is_absolute() else base
+
+
+def fine_tuning_view(each: FineTuning) -> Any:
+    """A fine-tuning as rich text: one fact a line."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(name: str, value: Any) -> None:
+        table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
+
+    row("fine-tuning", each.name)
+    row("state", out.state_text(each.state) + Text(f": {each.reason}" if each.reason else ""))
+    row("base", f"{each.base} (sha256 {each.base_sha256[:16]})" if each.base_sha256 else each.base)
+    trained = f", {out.format_count(each.num_trained_parameters)} parameters trained"
+    row("method", each.method + (trained if each.num_trained_parameters else ""))
+    if each.examples is not None:
+        row("examples", report_text(each.examples))
+    if each.job is not None:
+        job = each.job
+        row("job", out.styled(f"{job.job_id} ", None) + out.state_text(job.state) + Text(f": {job.reason}"))
+        row("step", f"{job.version} of {job.num_steps}{rates_text(each)}, ETA {out.format_duration(job.eta)}")
+        row("training loss", f"{out.format_loss(job.loss)} nats a token")
+        for wait in job.waits:
+            row("waits for", Text(f"{wait.what}, from {wait.whom}, {out.format_since(wait.since)}", style="yellow"))
+    if each.pushed_bytes_per_step:
+        row("push", f"{out.format_bytes(each.pushed_bytes_per_step)} a step over all workers")
+    row("before", evaluation_text(each.before, _first_loss(each)))
+    row("after", evaluation_text(each.after, _last_loss(each)))
+    if each.best_version is not None:
+        row("best version", each.best_version)
+    row("created", out.format_time(each.created))
+    return table
+
+
+def rates_text(each: FineTuning) -> str:
+    """Tokens a second, targets and all of them, with a comma before them; empty where nothing is measured."""
+    target = each.job.tokens_per_second if each.job is not None else 0.0
+    if not target:
+        return ""
+    report = each.examples
+    share = report.num_target_tokens / report.num_tokens if report is not None and report.num_tokens else 0.0
+    every = f" ({out.format_count(target / share)} tokens/s in all)" if share else ""
+    return f", {out.format_count(target)} target tokens/s{every}"
+
+
+def chat_flag(each: FineTuning) -> str:
+    """The flag with which a prompt is rendered as the examples were."""
+    return " --chat" if each.examples is not None and each.examples.format == "chat" else ""
+
+
+def evaluation_text(evaluation: Evaluation | None, loss: float | None = None) -> str:
+    """An evaluation on one line; where there is none yet, the loss if it is known."""
+    if evaluation is None:
+        return f"validation loss {loss:.4f} nats a token" if loss is not None else "not evaluated yet"
+    exact = f", {evaluation.num_exact} of {evaluation.num_prompts} exact" if evaluation.num_prompts else ""
+    return f"validation loss {evaluation.loss:.4f} nats a token, perplexity {evaluation.perplexity:.3f}{exact}"
+
+
+def report_text(report: ExamplesReport) -> str:
+    """What became of the rows, on one line."""
+    left_out = [
+        f"{count} {what}"
+        for count, what in (
+            (report.num_bad, "bad"),
+            (report.num_too_long, "too long"),
+            (report.num_truncated, "truncated"),
+        )
+        if count
+    ]
+    return (
+        f"{report.num_rows} rows of {report.format or 'no format'}: {report.num_train} to train on, "
+        f"{report.num_validation} held out{''.join(f', {text}' for text in left_out)}; "
+        f"{out.format_count(report.num_target_tokens)} target tokens in {report.num_packed_rows} rows of tokens"
+        f"{f'; {unused}' if (unused := unused_text(report)) else ''}"
+    )
+
+
+def unused_text(report: ExamplesReport) -> str:
+    """The fields that no example was made of, on one line; empty when there are none."""
+    fields = sorted(report.unused_fields.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{name} ({count} rows)" for name, count in fields[:SHOWN_FIELDS])
+    more = f" and {len(fields) - SHOWN_FIELDS} more" if len(fields) > SHOWN_FIELDS else ""
+    return f"fields not used: {shown}{more}" if fields else ""
+
+
+def example_text(example: RenderedExample, colours: bool) -> Any:
+    """A rendered example with its targets in colour, or between marks where there are no colours."""
+    from rich.text import Text
+
+    text = Text()
+    for piece in example.pieces:
+        if not piece.is_target:
+            text.append(piece.text)
+        elif colours:
+            text.append(piece.text, style=TARGET_STYLE)
+        else:
+            text.append(piece.text.join(TARGET_MARKS))
+    return text
+
+
+def steps_text(training: FineTuningTraining, report: ExamplesReport) -> str:
+    """How many steps the rows make, on one line."""
+    from gradstream.core.recipe.finetuning_recipe import FEW_STEPS, MORE_STEPS
+
+    steps = training.count_steps(report.num_packed_rows)
+    few = f"; few: {MORE_STEPS}" if steps < FEW_STEPS else ""
+    return f"{steps} steps of {training.global_batch} rows{few}"
+
+
+def print_preview(preview: ExamplesPreview, training: FineTuningTraining) -> None:
+    """Examples as they would be trained on, what would become of all rows, and how many steps they make."""
+    from rich.text import Text
+
+    console = out.console()
+    colours = console.is_terminal and console.color_system is not None
+    how = "in green" if colours else f"between {TARGET_MARKS[0]} and {TARGET_MARKS[1]}"
+    console.print(Text(f"what is trained on is {how}", style="dim"))
+    for example in preview.examples:
+        title = f"{example.origin}: {example.num_tokens} tokens, {example.num_targets} of them targets"
+        console.print()
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print(example_text(example, colours), soft_wrap=True)
+    console.print()
+    console.print(Text(report_text(preview.report)), soft_wrap=True)
+    console.print(Text(steps_text(training, preview.report)), soft_wrap=True)
+    for line in preview.report.notes:
+        console.print(Text(f"note: {line}"), soft_wrap=True)
+    for line in preview.report.bad_rows:
+        console.print(Text(f"bad: {line}", style="yellow"), soft_wrap=True)
+
+
+def held_out(found: FineTuning) -> list[Comparison]:
+    """What base and result made of the held-out prompts; nothing where there are none, as for text. Raises ConfigError
+    when that is not known yet."""
+    from gradstream.core.errors import ConfigError
+
+    if found.before is None or found.after is None:
+        ended = found.state in ("failed", "cancelled")
+        cure = "go on with it: gradstream finetune resume" if ended else "wait for its end"
+        raise ConfigError(f"{found.name} is {found.state} and has no result yet; {cure}, or compare with --prompt")
+    base = {sample.prompt: sample.generated for sample in found.before.samples}
+    samples = [sample for sample in found.after.samples if sample.prompt in base]
+    return [Comparison(each.prompt, each.expected, base[each.prompt], each.generated) for each in samples]
+
+
+def print_comparisons(each: FineTuning, comparisons: Iterable[Comparison]) -> None:
+    """Base beside result, prompt by prompt."""
+    from rich.text import Text
+
+    console = out.console()
+    out.print_table(
+        ["", ">LOSS", ">PERPLEXITY", ">EXACT"],
+        [
+            (
+                name,
+                f"{evaluation.loss:.4f}",
+                f"{evaluation.perplexity:.3f}",
+                f"{evaluation.num_exact} of {evaluation.num_prompts}" if evaluation.num_prompts else "-",
+            )
+            for name, evaluation in (("base", each.before), (each.name, each.after))
+            if evaluation is not None
+        ],
+    )
+    width = max(len("expected"), len("base"), len(each.name))
+    for comparison in comparisons:
+        console.print()
+        console.print(Text(comparison.prompt, style="bold"), soft_wrap=True)
+        said = [("base", comparison.base, "yellow"), (each.name, comparison.result, "green")]
+        if comparison.expected is not None:
+            said.insert(0, ("expected", comparison.expected, "cyan"))
+        for name, text, style in said:
+            # A model that has nothing to say says line after line of it.
+            lines = [line for line in text.splitlines() if line.strip()]
+            indented = ("\n" + " " * (width + 2)).join(lines) if lines else "(blank)"
+            console.print(Text.assemble((f"{name:<{width}}  ", style), indented), soft_wrap=True)
+
+
+def _first_loss(each: FineTuning) -> float | None:
+    if each.before is not None:
+        return each.before.loss
+    return each.job.initial_validation_loss if each.job is not None else None
+
+
+def _last_loss(each: FineTuning) -> float | None:
+    if each.after is not None:
+        return each.after.loss
+    # The job's last pass is that of the base until there is a second one, however many steps are done.
+    return each.job.validation_loss if each.job is not None and each.best_version is not None else None

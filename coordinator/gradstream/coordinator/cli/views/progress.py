@@ -1,0 +1,116 @@
+"""A job's progress while one waits: a bar on a terminal, else a plain line every few seconds. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from gradstream.coordinator.cli.views import output as out
+
+if TYPE_CHECKING:
+    from gradstream.client import Job
+
+LINE_INTERVAL_SECONDS = 5.0
+
+
+class ProgressView:
+    """Shows each Job given to `update`. A context manager, so that the terminal is left in order."""
+
+    def __init__(self, interactive: bool | None = None):
+        self._interactive = sys.stderr.isatty() if interactive is None else interactive
+        self._progress: Any = None
+        self._live: Any = None
+        self._task: Any = None
+        self._last_line = 0.0
+        self._last_text = ""
+
+    def __enter__(self) -> ProgressView:
+        if self._interactive:
+            from rich.live import Live
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            console = out.console(stderr=True)
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[place]}", markup=False),
+                console=console,
+            )
+            self._task = self._progress.add_task("starting", total=None, place="")
+            self._live = Live(self._progress, console=console, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, job: Job) -> None:
+        """Show the job's state."""
+        place, facts, wait = "  ".join(progress_place(job)), "  ".join(progress_facts(job)), progress_wait(job)
+        if self._live is not None:
+            from rich.console import Group
+            from rich.text import Text
+
+            self._progress.update(
+                self._task,
+                description=f"{job.job_id} {job.state}",
+                total=job.num_steps or None,
+                completed=job.version,
+                place=place,
+            )
+            # Two lines, or three: one alone is cut off on a terminal of 80 columns.
+            lines = [Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in (facts, wait) if line]
+            self._live.update(Group(self._progress, *lines))
+            return
+        text = "  ".join(filter(None, (f"{job.job_id} {job.state}", place, facts, wait)))
+        now = time.monotonic()
+        if text != self._last_text and (now - self._last_line >= LINE_INTERVAL_SECONDS or job.state.ended):
+            self._last_line, self._last_text = now, text
+            out.say(text)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False)
+        else:
+            out.say(text)
+
+
+def progress_place(job: Job) -> list[str]:
+    """How far it is: step and ETA."""
+    parts = [f"step {job.version}/{job.num_steps}"]
+    if job.eta is not None and not job.state.ended:
+        parts.append(f"ETA {out.format_duration(job.eta)}")
+    return parts
+
+
+def progress_facts(job: Job) -> list[str]:
+    """Losses and rates."""
+    parts = []
+    if job.loss is not None:
+        parts.append(f"loss {job.loss:.3f}")
+    if job.validation_loss is not None:
+        parts.append(f"validation {job.validation_loss:.3f}")
+    if job.tokens_per_second and not job.state.ended:
+        parts.append(f"{out.format_count(job.tokens_per_second)} {counted_tokens(job)}/s")
+        parts.append(f"up {out.format_rate(job.push_bytes_per_second)}")
+        parts.append(f"down {out.format_rate(job.pull_bytes_per_second)}")
+    return parts
+
+
+def counted_tokens(job: Job) -> str:
+    """Which tokens a job counts: of a fine-tuning those that it is trained to predict."""
+    return "target tokens" if job.recipe.get("finetuning") else "tokens"
+
+
+def progress_wait(job: Job) -> str:
+    """What the job waits for, while nothing moves."""
+    if not job.waits or job.state.ended:
+        return ""
+    wait = job.waits[0]
+    return f"waits for {wait.what} from {wait.whom} {out.format_since(wait.since)}".strip()

@@ -1,0 +1,236 @@
+"""Preparing a data set: from text to a manifest, a tokenizer and data shards of token ids.
+
+Phases: list the files, train or load the tokenizer, tokenize and write, publish. The result is a function of the input
+and the options alone, not of the number of processes. Memory is bounded: batches in flight and the largest document.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from hashlib import blake2b
+from typing import Literal
+
+from gradstream.coordinator.data import tokenizer as tokenization
+from gradstream.coordinator.data.inspection import DataSummary, SplitSummary, inspect, load_manifest, verify
+from gradstream.coordinator.data.output import SplitWriter
+from gradstream.coordinator.data.sources import NOT_TEXT, Corpus
+from gradstream.core.data.manifest import Manifest
+from gradstream.core.data.output import Output, Split
+from gradstream.core.data.sources import FoundFiles, SourceFile, find_files, is_local, open_filesystem, without_password
+from gradstream.core.errors import ConfigError, DataError
+from gradstream.core.recipe.recipe import PrepareConfig
+
+__all__ = [
+    "DataSummary",
+    "PrepareProgress",
+    "SplitSummary",
+    "inspect",
+    "is_validation",
+    "load_manifest",
+    "prepare",
+    "verify",
+]
+
+# Below this, starting processes takes longer than tokenizing.
+SERIAL_BYTES = 4 << 20
+PROGRESS_INTERVAL_BYTES = 256 << 10
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareProgress:
+    """How far preparation has come. Bytes are of text for the tokenizer, of stored files for tokenizing."""
+
+    phase: Literal["tokenizer", "tokenize", "done"]
+    bytes_done: int = 0
+    bytes_total: int = 0
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_skipped_files: int = 0
+    """files left out because they are not UTF-8 text"""
+    end_of_text: str = ""
+    """the token that ends a document, its id, and what says so; for people"""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """what the sources name and the data set does not hold, by reason"""
+    notes: tuple[str, ...] = ()
+    """what people should look at, a sentence each"""
+
+
+def prepare(
+    options: PrepareConfig,
+    out: str,
+    progress: Callable[[PrepareProgress], None] = lambda _: None,
+    *,
+    num_processes: int | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Make the data set `options` describes in the directory `out` (any fsspec path) and return its manifest.
+
+    `num_processes`: tokenizing processes, at most one a core; None chooses. `force` replaces a data set at `out`.
+    `progress` is called in this thread, often. After an error or an interrupt nothing half-written stays.
+
+    Raises ConfigError (sources, tokenizer, options or `out`) and DataError (contents), each with one line.
+    """
+    # Phase 1: list the files. What is wrong with the paths shows before anything is written.
+    found = find_files(options.sources)
+    files = _without_output(found, out)
+    if isinstance(options.end_of_text, int) and options.tokenizer is None:
+        raise ConfigError(
+            f"end_of_text {options.end_of_text} is an id, which a trained tokenizer gives out itself; name its text"
+        )
+    corpus = Corpus(files, options.text_field, options.max_bytes, options.format)
+    state = PrepareProgress("tokenizer")
+    with Output(out, force) as output:
+        # Phase 2: the tokenizer.
+        if options.tokenizer is not None:
+            tokenizer = tokenization.load(options.tokenizer, options.end_of_text)
+        else:
+            budget = min(tokenization.SAMPLE_BYTES, corpus.stored_bytes)
+
+            def sampled(num_bytes: int) -> None:
+                progress(replace(state, bytes_done=min(num_bytes, budget), bytes_total=budget))
+
+            tokenizer = tokenization.train(
+                files,
+                options.text_field,
+                options.vocab_size,
+                options.max_bytes,
+                sampled,
+                fmt=options.format,
+                end_of_text=str(options.end_of_text or tokenization.END_OF_TEXT),
+            )
+        state = replace(
+            state,
+            end_of_text=f"{tokenizer.end_of_text!r} (id {tokenizer.end_of_text_id}), by {tokenizer.origin}",
+        )
+        file = output.create(TOKENIZER_FILE)
+        with output.explained():
+            file.write(tokenizer.content)
+            tokenizer_sha256 = file.close()
+
+        # Phase 3: tokenize, and write in the order of the documents.
+        writers: dict[Split, SplitWriter] = {"train": SplitWriter(output, "train", options.num_shards)}
+        if options.validation_fraction > 0:
+            writers["validation"] = SplitWriter(output, "validation", options.num_shards)
+        num_unknown = 0
+        processes = _num_processes(num_processes, corpus.stored_bytes)
+        reported = -PROGRESS_INTERVAL_BYTES
+        # Closed here, not when it is collected: its processes must be gone before the files are.
+        with closing(tokenization.encode(corpus, tokenizer, processes)) as documents:
+            for index, document in enumerate(documents):
+                num_unknown += document.num_unknown
+                writers["validation" if is_validation(index, options.validation_fraction) else "train"].add(document)
+                if corpus.stored_bytes_done - reported >= PROGRESS_INTERVAL_BYTES:
+                    reported = corpus.stored_bytes_done
+                    progress(_tokenizing(state, corpus, writers))
+        left_out = dict(sorted((found.left_out + corpus.tally.left_out).items()))
+        _check_counts(options, left_out, writers)
+
+        # Phase 4: publish.
+        manifest = Manifest.model_validate(
+            {
+                "token_dtype": tokenizer.token_dtype,
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text_id": tokenizer.end_of_text_id,
+                "end_of_text": tokenizer.end_of_text,
+                "tokenizer_file": TOKENIZER_FILE,
+                "tokenizer_sha256": tokenizer_sha256,
+                "shards": tuple(shard for writer in writers.values() for shard in writer.close()),
+                "sources": tuple(without_password(source) for source in options.sources),
+                "read_as": dict(sorted(corpus.tally.read_as.items())),
+                "left_out": left_out,
+            }
+        )
+        output.publish(manifest)
+    state = replace(_tokenizing(state, corpus, writers), phase="done", bytes_done=corpus.stored_bytes)
+    progress(replace(state, left_out=left_out, notes=_notes(found, corpus, tokenizer, num_unknown)))
+    return manifest
+
+
+def _without_output(found: FoundFiles, out: str) -> list[SourceFile]:
+    """The files found, without those of a data set at `out`: its sources may be a directory that it lies in."""
+    filesystem, path = open_filesystem(out)
+    root = (os.path.realpath(path) if is_local(filesystem) else path).rstrip("/") + "/"
+
+    def is_ours(file: SourceFile) -> bool:
+        if str(file.filesystem.protocol) != str(filesystem.protocol):
+            return False
+        return f"{os.path.realpath(file.path) if is_local(filesystem) else file.path}".startswith(root)
+
+    kept = [file for file in found.files if not is_ours(file)]
+    found.left_out += Counter({"files of the data set itself": len(found.files) - len(kept)})
+    if not kept:
+        raise ConfigError(f"the sources name only files of the data set {out} itself; name files that hold text")
+    return kept
+
+
+def is_validation(index: int, fraction: float) -> bool:
+    """Whether document number `index` is held out: a pure function of the two.
+
+    Of every 1/fraction consecutive documents one is, at a scrambled place. So the number held out is the fraction to
+    within one document, however small the corpus (independent draws would leave data shards without any).
+    """
+    if fraction <= 0:
+        return False
+    share = Fraction(fraction).limit_denominator(1_000_000) or Fraction(1, 1_000_000)
+    block = math.floor(index * share)
+    begin, end = math.ceil(block / share), math.ceil((block + 1) / share)
+    digest = blake2b(str(block).encode(), digest_size=8).digest()
+    return index == begin + int.from_bytes(digest, "little") % (end - begin)
+
+
+def _tokenizing(state: PrepareProgress, corpus: Corpus, writers: dict[Split, SplitWriter]) -> PrepareProgress:
+    return replace(
+        state,
+        phase="tokenize",
+        bytes_done=min(corpus.stored_bytes_done, corpus.stored_bytes),
+        bytes_total=corpus.stored_bytes,
+        num_documents=sum(writer.num_documents for writer in writers.values()),
+        num_tokens=sum(writer.num_tokens for writer in writers.values()),
+        num_skipped_files=corpus.num_skipped_files,
+    )
+
+
+def _notes(
+    found: FoundFiles, corpus: Corpus, tokenizer: tokenization.TokenizerFile, num_unknown: int
+) -> tuple[str, ...]:
+    notes = [f"{what} ({count})" for what, count in sorted(corpus.tally.notes.items())]
+    if corpus.first_not_text:
+        notes.append(f"{NOT_TEXT} were left out ({corpus.num_skipped_files}), the first: {corpus.first_not_text}")
+    if found.num_repeated:
+        notes.append(f"files are read again under another name, a link; their text comes twice ({found.num_repeated})")
+    if num_unknown:
+        notes.append(f"texts hold what the tokenizer does not know, each a token for the unknown ({num_unknown})")
+    if tokenization.drops_characters(tokenizer.content):
+        notes.append("the tokenizer writes nothing for characters that it does not know: those of the texts are lost")
+    return tuple(notes)
+
+
+def _check_counts(options: PrepareConfig, left_out: Mapping[str, int], writers: dict[Split, SplitWriter]) -> None:
+    """Every data shard must have a document, since every slot must have a sample."""
+    total = sum(writer.num_documents for writer in writers.values())
+    if total == 0:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items()))
+        raise DataError(f"the sources hold no text{f' ({reasons})' if reasons else ''}; name files that do")
+    for split, writer in writers.items():
+        if writer.num_documents < options.num_shards:
+            cure = "lower num_shards or add documents (a file or a row each)"
+            if split == "validation":
+                cure = "raise validation_fraction, set it to 0, lower num_shards or add documents"
+            raise DataError(
+                f"{writer.num_documents} of {total} documents are for {split}, too few for num_shards "
+                f"{options.num_shards}; {cure}"
+            )
+
+
+def _num_processes(wanted: int | None, num_bytes: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted is None:
+        return cores if num_bytes > SERIAL_BYTES else 1
+    return max(1, min(wanted, cores))

@@ -1,0 +1,1 @@
+"""A job's life: what is compared with what should be, decided, stored and told."""

@@ -1,0 +1,148 @@
+"""Checkpoints of a job on disk: which exist, which to remove. Blocking; run in threads.
+
+The newest manifest on the disk is where a job goes on; if that one cannot be read the job fails rather than silently
+losing the steps up to it. Where the state knows a checkpoint that the disk does not show, the job is held: the disk may
+not be mounted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from contextlib import asynccontextmanager
+
+from gradstream.coordinator.planning.planner import CheckpointAt
+from gradstream.core.checkpoint import manifest as checkpoint
+from gradstream.core.errors import CheckpointError, UnreachableError
+from gradstream.core.storage import files
+from gradstream.proto.v1 import jobs_pb2
+
+CHOOSING_SECONDS = 60.0
+
+_DIRECTORY = re.compile(r"step-([0-9]{8,})")
+
+
+class Pins:
+    """Checkpoints that stay although there are newer ones: a plan starts from them, or an export reads them.
+
+    A caller that chooses one lists the disk and pins under `choosing(root)`; retention reads the pins and removes under
+    it. So no checkpoint goes between being chosen and being pinned.
+    """
+
+    def __init__(self) -> None:
+        self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._pins: Counter[tuple[str, int]] = Counter()
+
+    @asynccontextmanager
+    async def choosing(self, root: str) -> AsyncIterator[None]:
+        """Held while the checkpoints under `root` are chosen from, or removed. Raises UnreachableError when another
+        holds it for too long: its storage does not answer."""
+        lock = self._locks[root]
+        try:
+            async with asyncio.timeout(CHOOSING_SECONDS):
+                await lock.acquire()
+        except TimeoutError:
+            raise UnreachableError(
+                f"old checkpoints are being removed below {root}, whose storage has not answered for "
+                f"{CHOOSING_SECONDS:g} s; check that it is mounted and its server reachable"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def pin(self, root: str, version: int) -> Callable[[], None]:
+        """Keep a checkpoint until the function returned is called; a second call does nothing."""
+        pins = [(root, version)]
+        self._pins.update(pins)
+
+        def release() -> None:
+            self._pins.subtract(pins)
+            self._pins = +self._pins  # without those that nobody holds
+            pins.clear()
+
+        return release
+
+    def of(self, root: str) -> set[int]:
+        """The versions pinned under a root."""
+        return {version for where, version in self._pins if where == root}
+
+
+def bases_under(root: str, paths: Iterable[str]) -> set[int]:
+    """The versions under a root whose directories are among `paths`, the bases of jobs that have not ended."""
+    found = set()
+    for path in paths:
+        directory, name = os.path.split(os.path.normpath(path.removeprefix("file://")))
+        match = _DIRECTORY.fullmatch(name)
+        if match and directory == os.path.normpath(root.removeprefix("file://")):
+            found.add(int(match[1]))
+    return found
+
+
+def missing(root: str, on_disk: Collection[int], acknowledged: Collection[int], job_id: str) -> str:
+    """Why a job must not begin with what the disk shows: the newest checkpoint that was acknowledged is not there, nor
+    a newer one. Empty when it may."""
+    if not acknowledged or max(on_disk, default=-1) >= max(acknowledged):
+        return ""
+    line = (
+        f"the checkpoint of version {max(acknowledged)} was written and is not there now: "
+        f"{checkpoint.directory_of(root, max(acknowledged))}; mount or restore {root}"
+    )
+    return f"{line}, or `gradstream resume {job_id}` to go back to version {max(on_disk)}" if on_disk else line
+
+
+def root_of(run_directory: str) -> str:
+    """Where a job's checkpoints are."""
+    return files.join(run_directory, "checkpoints")
+
+
+def versions_on_disk(root: str) -> list[int]:
+    """Versions with a manifest, readable or not, oldest first."""
+    found = []
+    for name in files.list_names(root):
+        match = _DIRECTORY.fullmatch(name)
+        if match and checkpoint.MANIFEST_NAME in files.list_names(files.join(root, name)):
+            found.append(int(match[1]))
+    return sorted(found)
+
+
+def newest(root: str) -> tuple[CheckpointAt | None, list[int]]:
+    """The checkpoint to go on from, and all versions there are. Raises CheckpointError when its manifest is damaged."""
+    versions = versions_on_disk(root)
+    if not versions:
+        return None, []
+    directory = checkpoint.directory_of(root, versions[-1])
+    manifest = checkpoint.read_manifest(directory)
+    if manifest.version != versions[-1]:
+        raise CheckpointError(
+            f"{directory} holds version {manifest.version}; rename it back, or remove it to go back to an older one"
+        )
+    return CheckpointAt(manifest.version, directory), versions
+
+
+def remove_old(root: str, keep: int, pinned: Collection[int]) -> tuple[list[int], list[int]]:
+    """Remove all but the newest `keep` and the pinned ones; return (removed, left)."""
+    versions = versions_on_disk(root)
+    removed = [version for version in versions[: max(0, len(versions) - keep)] if version not in pinned]
+    for version in removed:
+        checkpoint.remove_checkpoint(root, version)
+    return removed, [version for version in versions if version not in removed]
+
+
+def as_message(root: str, manifest: checkpoint.CheckpointManifest) -> jobs_pb2.Checkpoint:
+    """A checkpoint as people's programs see it."""
+    return jobs_pb2.Checkpoint(
+        version=manifest.version,
+        path=checkpoint.directory_of(root, manifest.version),
+        num_bytes=manifest.num_bytes,
+        state_sha256=manifest.state_sha256,
+        unix_ms=manifest.unix_ms,
+    )
+
+
+def listing(root: str) -> list[jobs_pb2.Checkpoint]:
+    """All checkpoints, oldest first. Raises CheckpointError when a manifest is damaged."""
+    return [as_message(root, manifest) for manifest in checkpoint.list_checkpoints(root)]

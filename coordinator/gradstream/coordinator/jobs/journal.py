@@ -1,0 +1,101 @@
+"""Transitions of jobs on their way to the disk: a record and its events are one transaction.
+
+Everything follows one order: store, change the view in memory, send. What could not be stored has not happened, and the
+same transition is due again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gradstream.coordinator.state.notify import Notifier
+from gradstream.coordinator.state.state import JobRecord, State, Trouble
+from gradstream.coordinator.timing import unix_ms
+from gradstream.core.errors import UnreachableError, one_line
+from gradstream.core.log import get_logger
+from gradstream.core.rpc.retry import Backoff
+from gradstream.proto.v1 import jobs_pb2
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of a job's history."""
+
+    kind: str
+    message: str
+
+    def as_item(self) -> jobs_pb2.WatchJobResponse:
+        """The event as an item of a history, dated now."""
+        event = jobs_pb2.Event(unix_ms=unix_ms(), kind=self.kind, message=self.message)
+        return jobs_pb2.WatchJobResponse(event=event)
+
+
+class Journal:
+    """Stores transitions and wakes those who watch the job."""
+
+    def __init__(self, state: State, notifier: Notifier):
+        self._state = state
+        self._notifier = notifier
+        # Whether a job may be queued: saves reading all jobs at every tick of an idle cluster.
+        self.jobs_changed = True
+
+    def create(self, record: JobRecord, events: Sequence[Event]) -> None:
+        """Store a new job with its first events. Raises UnreachableError."""
+        self._state.create_job(record, [event.as_item() for event in events])
+        self._told(record.job_id, events)
+
+    def store(
+        self, record: JobRecord, events: Sequence[Event] = (), plan: bytes | None = None, **changes: Any
+    ) -> JobRecord:
+        """Store a transition of a job; return its new record. Raises UnreachableError, and then nothing has changed."""
+        changed = replace(record, **changes)
+        self._state.store_job(changed, [event.as_item() for event in events], plan)
+        self._told(record.job_id, events)
+        return changed
+
+    def note(self, job_id: str, kind: str, message: str) -> None:
+        """Add an event that belongs to no transition. On a full disk only the event is lost."""
+        log.info(message, job=job_id, kind=kind)
+        try:
+            self._notifier.append(job_id, [Event(kind, message).as_item()])
+        except UnreachableError as error:
+            log.error("an event was not stored", cause=one_line(error))
+
+    def _told(self, job_id: str, events: Sequence[Event]) -> None:
+        self.jobs_changed = True
+        for event in events:
+            log.info(event.message, job=job_id, kind=event.kind)
+        self._notifier.changed(job_id)
+
+
+@dataclass
+class Retry:
+    """When something that failed is tried again, why it failed, and since when. The clock is an argument."""
+
+    most_seconds: float
+    trouble: Trouble | None = None
+    _next_at: float = 0.0
+    _backoff: Backoff = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._backoff = Backoff(0.1, self.most_seconds)
+
+    def due(self, now: float) -> bool:
+        """Whether it is time for a try."""
+        return self.trouble is None or now >= self._next_at
+
+    def failed(self, cause: str, now: float) -> bool:
+        """Note a try that failed; return whether its cause is a new one, which is worth a line of the log."""
+        before = self.trouble
+        self.trouble = Trouble(cause, before.since_unix_ms if before is not None else unix_ms())
+        self._next_at = now + self._backoff.next()
+        return before is None or before.cause != cause
+
+    def succeeded(self) -> None:
+        """Note a try that went well."""
+        self.trouble = None
+        self._backoff.reset()

@@ -1,0 +1,119 @@
+"""Who may hold slots of the active job, and the lease table that should be. Reads the membership and the job; decides
+nothing durable."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+
+from gradstream.coordinator.jobs import decisions
+from gradstream.coordinator.jobs.active import ActiveJob
+from gradstream.coordinator.nodes.membership import WORKER, Membership, NodeEntry
+from gradstream.coordinator.planning import needs
+from gradstream.core.plan.leases import Replica, form_replicas
+from gradstream.core.plan.plan import Plan
+from gradstream.proto.v1 import plan_pb2
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A lease table that is to be stored, then seen, then sent."""
+
+    holders: list[str]
+    replicas: list[Replica]
+    reason: str
+
+
+class Leasing:
+    """Proposes lease tables for the active job."""
+
+    def __init__(self, members: Membership):
+        self._members = members
+
+    def workers(self, active: ActiveJob) -> list[NodeEntry]:
+        """The live workers with memory enough for the active job, oldest first."""
+        present = self._members.present(WORKER)
+        plan = active.plan
+        if plan is None:
+            return present
+        need = min(needs.stage_need(plan, place) for place in range(plan.replica_size))
+        return [node for node in present if needs.fits(node.memory_bytes, need)]
+
+    def candidates(self, active: ActiveJob, now: float) -> list[str]:
+        """The workers that may hold slots, expected ones first; benched ones only where there are no others."""
+        expected = self._expected(active, now)
+        able = list(dict.fromkeys([*expected, *(node.node_id for node in self.workers(active))]))
+        able = [node_id for node_id in able if not active.benches.failed(node_id)]
+        free = [node_id for node_id in able if not active.benches.benched(node_id)]
+        return free or able
+
+    def any_worker(self, active: ActiveJob, now: float) -> bool:
+        """Whether slots can be computed: in a pipeline that takes a whole replica."""
+        plan, workers = active.plan, self.candidates(active, now)
+        return bool(self._form(active, plan, workers)[0] if plan is not None and plan.has_pipeline else workers)
+
+    def propose(self, active: ActiveJob, now: float) -> Proposal:
+        """The lease table that the live workers make, and why."""
+        workers = self.candidates(active, now)
+        names = {node_id: self._members.name_of(node_id) for node_id in workers}
+        plan, replicas, formed = active.plan, active.replicas, ""
+        if plan is not None and plan.has_pipeline:
+            replicas, formed = self._form(active, plan, workers)
+            names = {chain.workers[0]: " → ".join(map(self._members.name_of, chain.workers)) for chain in replicas}
+            workers = [chain.workers[0] for chain in replicas]
+        holders, reason = decisions.lease_slots(active.holders, workers, active.resting, names, formed)
+        benched = active.benches.line()
+        return Proposal(holders, replicas, f"{reason}; {benched}" if benched else reason)
+
+    def table(self, active: ActiveJob, proposal: Proposal, number: int) -> plan_pb2.LeaseTable:
+        """A proposal as workers get it, under a number."""
+        return plan_pb2.LeaseTable(
+            job_id=active.job_id,
+            epoch=active.record.epoch,
+            number=number,
+            holders=proposal.holders,
+            reason=proposal.reason,
+            replicas=[
+                plan_pb2.Replica(
+                    number=replica.number, workers=[self._describe(active, worker) for worker in replica.workers]
+                )
+                for replica in proposal.replicas
+            ],
+        )
+
+    def standing_table(self, active: ActiveJob) -> plan_pb2.LeaseTable:
+        """The table that stands."""
+        standing = Proposal(active.holders, active.replicas, active.lease_reason)
+        return self.table(active, standing, active.lease_number)
+
+    def _describe(self, active: ActiveJob, node_id: str) -> plan_pb2.PipelineWorker:
+        node = self._members.get(node_id)
+        # One that has not come back since this process was restarted is where it was: it is the same process.
+        address = node.address if node is not None else active.addresses.get(node_id, "")
+        return plan_pb2.PipelineWorker(node_id=node_id, name=self._members.name_of(node_id), address=address)
+
+    def _expected(self, active: ActiveJob, now: float) -> Collection[str]:
+        """Holders that count although they cannot be spoken to.
+
+        Those that have registered and are about to open their stream, and, for a time after the coordinator was started
+        anew, those not seen since.
+        """
+        waiting = now < active.expect_holders_until
+        expected = []
+        for holder in active.members:
+            node = self._members.get(holder)
+            if (waiting and node is None) or (node is not None and node.alive and not node.present):
+                expected.append(holder)
+        return expected
+
+    def _form(self, active: ActiveJob, plan: Plan, workers: list[str]) -> tuple[list[Replica], str]:
+        """The replicas that the next lease table would have, and why."""
+        return form_replicas(
+            active.replicas, workers, plan.replica_size, active.lease_number + 1, partial(self._fits, plan)
+        )
+
+    def _fits(self, plan: Plan, worker: str, place: int) -> bool:
+        """Whether a worker's memory holds what a place of a replica needs; one that is about to come back did."""
+        node = self._members.get(worker)
+        return node is None or needs.fits(node.memory_bytes, needs.stage_need(plan, place))

@@ -1,0 +1,133 @@
+"""What people ask of a job: pause, resume, stop. Noted durably; the controller brings it about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gradstream.coordinator.jobs import decisions
+from gradstream.coordinator.jobs.active import ActiveJob
+from gradstream.coordinator.jobs.controller import (
+    FAILED,
+    FINISHED,
+    PAUSED,
+    QUEUED,
+    RUNNING,
+    STOPPED,
+    Controller,
+    unix_ms,
+)
+from gradstream.coordinator.jobs.journal import Event
+from gradstream.coordinator.state.state import JobRecord
+from gradstream.core.errors import ConfigError
+from gradstream.core.rpc.access import by_caller
+
+
+class Orders:
+    """Orders that may come at any time, in any state of a job."""
+
+    def __init__(self, controller: Controller):
+        self._controller = controller
+        self._journal = controller.journal
+
+    def pause(self, record: JobRecord) -> None:
+        """Rest at the next boundary, or at once where nothing runs. Raises ConfigError when the job has ended."""
+        if record.state in decisions.ENDED:
+            raise ConfigError(
+                f"job {record.job_id} is {decisions.STATE_WORDS[record.state]}; only a live job can be paused"
+            )
+        active = self._active_of(record)
+        if active is None:
+            if record.state == QUEUED:
+                event = Event("state", f"paused while queued{by_caller()}")
+                self._journal.store(record, [event], state=PAUSED, desired="pause", reason="paused before it had begun")
+            return
+        if active.record.desired != "pause" and active.state != PAUSED:
+            self._controller.update(active, Event("state", f"a pause was asked for{by_caller()}"), desired="pause")
+            active.boundary_session = 0
+        self._controller.reconcile()
+
+    def stop(self, record: JobRecord, now: bool) -> None:
+        """End at the next boundary with a checkpoint, or at once. Raises ConfigError when the job has ended."""
+        if record.state in decisions.ENDED:
+            raise ConfigError(f"job {record.job_id} is already {decisions.STATE_WORDS[record.state]}")
+        active = self._active_of(record)
+        if active is None:
+            event = Event("state", f"stopped before its turn{by_caller()}")
+            reason, ended = "stopped before its turn", unix_ms()
+            self._journal.store(record, [event], state=STOPPED, desired="stop", reason=reason, ended_unix_ms=ended)
+            return
+        asked = Event("state", f"a stop was asked for{by_caller()}")
+        if now:
+            reason = f"stopped at once at version {active.version}{self._controller.unsaved(active)}"
+            self._controller.end(active, STOPPED, reason, asked, desired="stop")
+        elif active.record.desired != "stop":
+            self._controller.update(active, asked, desired="stop")
+            active.boundary_session = 0
+        self._controller.reconcile()
+
+    def checkpoint(self, record: JobRecord) -> int:
+        """Have a checkpoint written at the next boundary, or of the version at hand where nobody computes; return the
+        version that it will be later than. Raises ConfigError when the job does not run."""
+        active = self._active_of(record)
+        if active is None or active.state != RUNNING or active.record.desired != "run":
+            raise ConfigError(
+                f"job {record.job_id} is {decisions.STATE_WORDS[record.state]}; only a running job can be asked for a "
+                f"checkpoint"
+            )
+        computes = self._controller.leasing.any_worker(active, self._controller.clock())
+        after = active.version if computes and active.version in active.checkpoints else active.version - 1
+        active.checkpoint_after, active.boundary_session = after, 0
+        self._controller.reconcile()
+        return after
+
+    def checkpoint_comes(self, record: JobRecord, after: int) -> bool:
+        """Whether a checkpoint of a later version than `after` is still to come of a job."""
+        active = self._active_of(record)
+        if active is None:
+            return False
+        if active.state != PAUSED:
+            return True
+        due = [active.halted_version, active.snapshot_due]
+        return any(version is not None and version > after and version not in active.checkpoints for version in due)
+
+    def resume(self, record: JobRecord, on_disk: Sequence[int] = ()) -> None:
+        """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished.
+
+        `on_disk` has the versions whose checkpoints are there, oldest first. Of a job that failed, or is held because a
+        newer one is missing, the newest of them is where it goes on.
+        """
+        if record.state == FINISHED:
+            raise ConfigError(f"job {record.job_id} is finished; submit a recipe with more steps instead")
+        active = self._active_of(record)
+        if record.state == FAILED or (active is not None and active.hold):
+            self._go_back(record, on_disk)
+        if active is not None:
+            event = Event("state", f"resumed{by_caller()}")
+            if active.state == PAUSED:
+                self._controller.set_state(active, RUNNING, "resumed", event, desired="run")
+            elif active.record.desired != "run":
+                self._controller.update(active, event, desired="run")
+            # From here on it is stored.
+            active.halted_version = None
+            active.held_until = 0.0
+            active.benches.clear()
+        elif record.state in (PAUSED, STOPPED, FAILED):
+            rank = min([job.rank for job in self._controller.state.list_jobs()], default=0) - 1
+            message = f"resumed{by_caller()}: first in the queue, goes on from its last checkpoint"
+            changes: dict[str, Any] = {"desired": "run", "reason": "resumed", "rank": rank, "ended_unix_ms": 0}
+            self._journal.store(record, [Event("state", message)], state=QUEUED, **changes)
+        self._controller.reconcile()
+
+    def _go_back(self, record: JobRecord, on_disk: Sequence[int]) -> None:
+        """Forget checkpoints later than the newest that is there. With none there is nothing to go back to."""
+        known = self._controller.state.checkpoint_versions(record.job_id)
+        if known and on_disk and on_disk[-1] < known[-1]:
+            gone = f"the checkpoint of version {known[-1]} is gone"
+            event = Event("checkpoint", f"goes back to version {on_disk[-1]}{by_caller()}: {gone}")
+            self._controller.state.forget_checkpoints(record.job_id, on_disk[-1], [event.as_item()])
+            self._controller.notifier.changed(record.job_id)
+
+    def _active_of(self, record: JobRecord) -> ActiveJob | None:
+        active = self._controller.active
+        return active if active is not None and active.job_id == record.job_id else None

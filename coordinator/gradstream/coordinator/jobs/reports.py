@@ -1,0 +1,317 @@
+"""What nodes report: steps, validation, checkpoint files, failures, log lines. Each counts once, however often it came.
+
+A report of an epoch that has been replaced is taken without effect: its node did nothing wrong and must not try for
+ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gradstream.coordinator.jobs import checkpoints, decisions
+from gradstream.coordinator.jobs.active import ActiveJob
+from gradstream.coordinator.jobs.controller import Controller
+from gradstream.coordinator.jobs.journal import Event
+from gradstream.coordinator.jobs.residuals import Standing, check_residual, standing
+from gradstream.coordinator.nodes.membership import WORKER, NodeEntry
+from gradstream.coordinator.state.state import JobRecord
+from gradstream.coordinator.telemetry.timelines import check_timeline
+from gradstream.core.checkpoint.manifest import directory_of, write_manifest
+from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError, one_line
+from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+
+MAX_LINE_CHARACTERS = 2000
+MANIFEST_RETRY_SECONDS = 2.0
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+log = get_logger()
+
+
+class Reports:
+    """Enters reports into the state and hands the controller what follows from them."""
+
+    def __init__(self, controller: Controller):
+        self._controller = controller
+        self._state = controller.state
+        controller.after_reconcile.append(self._write_manifests)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def step(self, report: coordinator_pb2.ReportStepRequest) -> None:
+        """A step was committed or skipped. Raises ProtocolError when it cannot be."""
+        record, active = self._job(report.job_id, report.epoch)
+        recipe = self._recipe(record, active)
+        training = recipe.training
+        most_tokens = training.global_batch * training.sequence_length
+        if (
+            report.step >= training.num_steps
+            or report.num_samples > training.global_batch
+            or report.num_tokens > most_tokens
+            or (report.epoch == record.epoch and report.step < record.start_version)
+        ):
+            raise ProtocolError(f"step report {report.step} of job {report.job_id} contradicts the recipe or the plan")
+        skipped = []
+        if report.skipped:
+            row = f"{report.consecutive_skips} in a row"
+            line = f"step {report.step} was skipped, loss or gradient was not finite ({row})"
+            skipped.append(Event("skip", line).as_item())
+        if not self._state.record_step(report, skipped):
+            return
+        self._controller.notifier.changed(record.job_id)
+        if active is None:
+            return
+        if report.epoch != record.epoch or report.step != active.version:
+            # Out of turn, or a late report of an earlier epoch that still counts: add it all up anew.
+            active.totals = self._state.step_totals(record.job_id, record.epoch, record.start_version)
+        else:
+            totals = active.totals
+            active.totals = replace(
+                totals,
+                num_steps=totals.num_steps + 1,
+                version=report.step + 1,
+                num_tokens=totals.num_tokens + report.num_tokens,
+                num_samples=totals.num_samples + report.num_samples,
+                num_skipped=totals.num_skipped + report.skipped,
+                last=report,
+            )
+        if report.epoch != record.epoch:
+            return
+        now = self._controller.clock()
+        active.pace.add(report, now)
+        active.progress_at = now
+        if report.halted and active.record.desired != "run":
+            active.halted_version = report.step + 1
+        elif report.halted:
+            # The request to halt was taken back after the leader had it: workers rest until they hear of a newer table.
+            active.leases_due = True
+        self._controller.reconcile()
+
+    # --- validation -------------------------------------------------------------------------------------------------
+
+    def validation(self, report: coordinator_pb2.ReportValidationRequest) -> None:
+        """A slot's part of a validation pass. Raises ProtocolError when there is no such pass or part."""
+        record, active = self._job(report.job_id, report.epoch)
+        recipe = self._recipe(record, active)
+        expected = recipe.validates(report.version) and report.slot < recipe.training.num_slots
+        if not expected or not report.num_tokens:
+            raise ProtocolError(
+                f"job {report.job_id} has no validation of version {report.version} with a slot {report.slot} "
+                f"of {report.num_tokens} tokens"
+            )
+        # Completed even when the part was known: a coordinator may have died between the two.
+        self._state.record_validation_part(report)
+        self._complete_validation(record.job_id, report.version, recipe.training.num_slots)
+        if active is not None:
+            active.take_validations(self._state)
+            active.progress_at = self._controller.clock()
+            self._controller.reconcile()
+
+    def _complete_validation(self, job_id: str, version: int, num_slots: int) -> None:
+        parts = self._state.validation_parts(job_id, version)
+        if len(parts) < num_slots:
+            return
+        # In slot order and correctly rounded, so that the mean has the same bits whoever reported first.
+        loss_sum = _total([parts[slot][0] for slot in range(num_slots)])
+        num_tokens = sum(tokens for _, tokens in parts.values())
+        validation = jobs_pb2.Validation(version=version, loss=loss_sum / num_tokens, num_tokens=num_tokens)
+        if self._state.record_validation(job_id, validation):
+            self._controller.notifier.changed(job_id)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
+        """A server's file of a checkpoint. Raises ProtocolError when it does not fit the plan."""
+        record, active = self._job(report.job_id, report.epoch)
+        if active is None or active.plan is None or report.epoch != record.epoch:
+            log.info("dropped a file of a replaced plan", job=report.job_id, epoch=report.epoch, version=report.version)
+            return
+        if (
+            report.server >= len(active.plan.servers)
+            or not record.start_version <= report.version <= active.num_steps
+            or not _FILE_NAME.fullmatch(report.file)
+            or not _SHA256.fullmatch(report.sha256)
+            or report.num_bytes >= 2**63
+            or any(len(digest.sha256) != 32 for digest in report.fragments)
+        ):
+            raise ProtocolError(
+                f"checkpoint report of server {report.server}, version {report.version} of job {report.job_id} "
+                f"does not fit the plan"
+            )
+        if self._state.record_checkpoint_file(report):
+            active.files.setdefault(report.version, {})[report.server] = report
+            active.progress_at = self._controller.clock()
+            self._controller.reconcile()
+
+    def residual(self, report: coordinator_pb2.ReportResidualRequest) -> None:
+        """A slot's residual of a checkpoint, or that the slot has none. Raises ProtocolError when it does not fit."""
+        record, active = self._job(report.job_id, report.epoch)
+        if active is None or active.plan is None or report.epoch != record.epoch:
+            log.info("dropped a residual of a replaced plan", job=report.job_id, version=report.version)
+            return
+        check_residual(report, active)
+        if self._state.record_residual(report):
+            active.take_residual(report)
+            active.progress_at = self._controller.clock()
+            self._controller.reconcile()
+
+    def _write_manifests(self, active: ActiveJob) -> None:
+        """Write the manifest of the oldest version that all servers, and all slots' residuals, are in of."""
+        if active.writing is not None or active.plan is None:
+            return
+        now = self._controller.clock()
+        for version in sorted(active.files):
+            if len(active.files[version]) < len(active.plan.servers) or not self.ledger_reaches(active, version):
+                continue
+            if now < active.unwritten.get(version, (0.0, ""))[0]:
+                continue
+            residuals = standing(active, version, self._controller.members, now)
+            if not residuals.owed:
+                active.writing = asyncio.create_task(self._write_manifest(active, version, residuals))
+                return
+
+    def ledger_reaches(self, active: ActiveJob, version: int) -> bool:
+        """Whether every step below a version was reported: the manifest's totals must be exact when it is loaded."""
+        record = active.record
+        totals = self._state.step_totals(record.job_id, record.epoch, record.start_version, below=version)
+        return totals.num_steps == version
+
+    async def _write_manifest(self, active: ActiveJob, version: int, residuals: Standing) -> None:
+        record, plan = active.record, active.plan
+        assert plan is not None
+        root = checkpoints.root_of(record.run_directory)
+        reports = [report for _, report in sorted(active.files[version].items())]
+        totals = self._state.step_totals(record.job_id, record.epoch, record.start_version, below=version)
+        progress = {
+            "num_tokens": totals.num_tokens,
+            "num_samples": totals.num_samples,
+            "num_skipped": totals.num_skipped,
+            "consecutive_skips": reports[0].consecutive_skips,
+        }
+        try:
+            directory = directory_of(root, version)
+            manifest = await self._controller.disk.call(
+                directory, write_manifest, directory, plan, version, reports, progress, residuals.entries
+            )
+            events = []
+            if residuals.lost:
+                slots = decisions.joined(residuals.lost)
+                line = (
+                    f"version {version}: the residuals of slots {slots} were lost with their worker; after going back"
+                )
+                events.append(Event("checkpoint", f"{line} to it these slots start without").as_item())
+            self._state.record_checkpoint(record.job_id, plan.epoch, checkpoints.as_message(root, manifest), events)
+            self._controller.notifier.changed(record.job_id)
+            if active.record.epoch == plan.epoch:
+                active.written(version)
+                active.progress_at = self._controller.clock()
+            active.checkpoints.add(version)
+            await self._remove_old(active, root)
+        except (GradstreamError, OSError) as error:
+            if active.record.epoch == plan.epoch:
+                self._hold_manifest(active, version, one_line(error))
+            return
+        finally:
+            active.writing = None
+        self._controller.reconcile()
+
+    def _hold_manifest(self, active: ActiveJob, version: int, why: str) -> None:
+        """A manifest could not be written: the servers hold the state, so the job goes on and it is tried again."""
+        known = active.unwritten.get(version, (0.0, ""))[1]
+        active.unwritten[version] = (self._controller.clock() + MANIFEST_RETRY_SECONDS, why)
+        if known != why:
+            line = f"the checkpoint of version {version} could not be written, trying again: {why}"
+            self._controller.journal.note(active.job_id, "checkpoint", line)
+
+    async def _remove_old(self, active: ActiveJob, root: str) -> None:
+        """Remove the checkpoints that are not kept. One that cannot be removed hurts nobody but the disk."""
+        keep = active.recipe.checkpoint.keep
+        try:
+            async with self._controller.pins.choosing(root):
+                pinned = self._controller.pinned_versions(active)
+                # To its end: what is pinned after the lock is let go of would not be spared.
+                removed, left = await self._controller.disk.finish(root, checkpoints.remove_old, root, keep, pinned)
+        except (OSError, UnreachableError) as error:
+            line = f"old checkpoints could not be removed: {one_line(error)}"
+            self._controller.journal.note(active.job_id, "checkpoint", line)
+            return
+        active.checkpoints.intersection_update(left)
+        if removed:
+            versions = ", ".join(map(str, removed))
+            line = f"removed version {versions}: the newest {keep} are kept"
+            self._controller.journal.note(active.job_id, "checkpoint", line)
+
+    # --- timelines --------------------------------------------------------------------------------------------------
+
+    def timeline(self, report: coordinator_pb2.ReportTimelineRequest) -> None:
+        """A worker's timeline of a version. Raises ProtocolError when it is nobody's or cannot be right."""
+        record, active = self._job(report.job_id, report.epoch)
+        node = self._controller.members.get(report.node_id)
+        if node is None or node.kind != WORKER:
+            raise ProtocolError(f"a timeline came from '{report.node_id[:100]}', which is no worker known here")
+        check_timeline(report, self._recipe(record, active).training.num_steps)
+        self._controller.timelines.take(record, node.name, report)
+
+    # --- failures and logs ------------------------------------------------------------------------------------------
+
+    def failure(self, report: coordinator_pb2.ReportFailureRequest) -> None:
+        """A node cannot go on: it is benched, and the job fails when nobody else could go on."""
+        record, active = self._job(report.job_id, report.epoch)
+        if active is None or report.epoch != record.epoch:
+            log.info("dropped a failure of a replaced plan", job=report.job_id, message=report.message[:500])
+            return
+        node = self._controller.members.get(report.node_id)
+        message = " ".join(report.message.split())[:MAX_LINE_CHARACTERS] or "it gave no reason"
+        if node is None:
+            log.warning("dropped a failure of a node that is not known here", job=report.job_id, message=message)
+            return
+        self._controller.node_failed(active, node, message)
+
+    def log_lines(self, node: NodeEntry, lines: Sequence[coordinator_pb2.LogLine]) -> None:
+        """Log lines of a node, to the history of the job they name or of the running one."""
+        active = self._controller.active
+        by_job: dict[str, list[jobs_pb2.WatchJobResponse]] = {}
+        for line in lines[:MAX_LINES_PER_HEARTBEAT]:
+            job_id = line.job_id or (active.job_id if active is not None else "")
+            line.text = line.text[:MAX_LINE_CHARACTERS]
+            item = jobs_pb2.WatchJobResponse(log=jobs_pb2.NodeLogLine(node=node.name, line=line))
+            by_job.setdefault(job_id, []).append(item)
+        for job_id, items in by_job.items():
+            known = active is not None and job_id == active.job_id
+            if known or (job_id and self._state.get_job(job_id) is not None):
+                self._controller.notifier.append(job_id, items)
+
+    def _job(self, job_id: str, epoch: int) -> tuple[JobRecord, ActiveJob | None]:
+        """The job of a report, and its view if it is the active one. Raises ProtocolError for what never was."""
+        active = self._controller.active
+        if active is not None and active.job_id == job_id:
+            record = active.record
+        else:
+            active = None
+            found = self._state.get_job(job_id)
+            if found is None:
+                raise ProtocolError(
+                    f"there is no job '{job_id[:100]}' here; was the coordinator's state directory lost?"
+                )
+            record = found
+        if not 1 <= epoch <= record.epoch:
+            raise ProtocolError(f"job {job_id} has had {record.epoch} epochs; the report speaks of epoch {epoch}")
+        return record, active
+
+    @staticmethod
+    def _recipe(record: JobRecord, active: ActiveJob | None) -> Recipe:
+        return active.recipe if active is not None else Recipe.model_validate_json(record.recipe_json)
+
+
+def _total(values: Sequence[float]) -> float:
+    """A correctly rounded sum; NaN where the terms have none (infinities of both signs)."""
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):
+        return math.nan

@@ -1,0 +1,78 @@
+"""What the decision on stuck workers needs to know, from heartbeats and step reports."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import Counter
+
+from gradstream.coordinator.jobs.active import ActiveJob
+from gradstream.coordinator.nodes.benches import WorkerSight
+from gradstream.coordinator.nodes.membership import Membership, NodeEntry
+from gradstream.core.plan.leases import SLOTS
+
+
+def worker_sights(active: ActiveJob, members: Membership, now: float) -> list[WorkerSight]:
+    """How the workers of the lease table look that can be spoken to."""
+    missing = missing_slots(active, members)
+    chains = [replica.workers for replica in active.replicas] or [(holder,) for holder in dict.fromkeys(active.holders)]
+    sights = []
+    for number, chain in enumerate(chains):
+        slots = tuple(slot for slot in missing if active.holders[slot] == chain[0])
+        for node_id in chain:
+            node = members.get(node_id)
+            if node is None or not node.present:
+                continue
+            given_at = active.given_at.get(node_id, now)
+            mine = node.activity if node.activity.job_id == active.job_id else None
+            since_given = now - given_at
+            sights.append(
+                WorkerSight(
+                    node_id=node_id,
+                    title=node.title,
+                    replica=number,
+                    slots=slots,
+                    still_seconds=min(since_given, now - node.progress_at),
+                    waiting=mine is not None and bool(mine.waiting_for),
+                    loading=mine is None or mine.phase == "loading",
+                    unreachable=mine.unreachable[:200] if mine is not None else "",
+                    # Before it had slots it had no reason to try.
+                    unreachable_seconds=min(since_given, _unreachable_seconds(node, now)),
+                )
+            )
+    return sights
+
+
+def _unreachable_seconds(node: NodeEntry, now: float) -> float:
+    return max(0.0, node.activity.unreachable_seconds) + now - node.last_heartbeat
+
+
+def missing_slots(active: ActiveJob, members: Membership) -> list[int]:
+    """The slots of the step under way of which some server of the plan misses contributions."""
+    if active.plan is None:
+        return []
+    missing: set[int] = set()
+    for server in active.plan.servers:
+        node = members.get(server.node_id)
+        if node is not None and node.present and node.activity.job_id == active.job_id:
+            missing.update(slot for slot in node.activity.missing_slots if slot < len(active.holders))
+    return sorted(missing)
+
+
+def slot_seconds(active: ActiveJob) -> float | None:
+    """The median time of a slot over the last steps; None before there are two."""
+    times = [report.unix_ms for report, _ in active.pace.steps]
+    if len(times) < 2:
+        return None
+    step_seconds = statistics.median(max(0, b - a) / 1000 for a, b in itertools.pairwise(times))
+    most = max(Counter(filter(None, active.holders)).values(), default=1)
+    return step_seconds / most
+
+
+def has_recovered(node: NodeEntry | None, since: float) -> bool:
+    """Whether a node that hung or was cut off at `since` is worth another try: it is gone, or it reaches its peers and
+    got something done or has let go of its slots. Without slots a worker has nothing to do."""
+    if node is None or not node.alive:
+        return True
+    moves = node.progress_at > since or node.activity.waiting_for == SLOTS
+    return moves and not node.activity.unreachable

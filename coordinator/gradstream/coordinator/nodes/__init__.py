@@ -1,0 +1,1 @@
+"""Who is there and who is silent: membership, sessions, benches, and what nodes share."""

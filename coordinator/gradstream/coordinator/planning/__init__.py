@@ -1,0 +1,1 @@
+"""Plans: pure functions from what is asked and offered to a plan with its reasons."""

@@ -1,0 +1,285 @@
+"""What a plan will cost, told before anything starts: time, memory, bytes on every link. A pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gradstream.coordinator.planning.needs import NodeOffer, fits, server_bytes, stage_need
+from gradstream.coordinator.planning.pipeline_planner import (
+    LATENCY_SECONDS,
+    group_speeds,
+    group_workers,
+    num_microbatches,
+    num_parameters,
+    sections_of_stages,
+    stage_costs,
+)
+from gradstream.core.model.profile import SectionProfile
+from gradstream.core.pipeline.schedule import Op, make_schedule
+from gradstream.core.pipeline.simulation import simulate
+from gradstream.core.plan.bundles import codec_for, first_push_codec
+from gradstream.core.plan.downlink import downlink
+from gradstream.core.plan.plan import Plan
+from gradstream.core.plan.sizes import encoded_bytes
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """A stage: its sections by name, its place, and its seconds forward and backward a microbatch."""
+
+    stage: int
+    place: int
+    sections: tuple[str, ...]
+    num_parameters: int
+    forward_seconds: float
+    backward_seconds: float
+    measured: bool
+
+
+@dataclass(frozen=True)
+class PlaceForecast:
+    """A place of a replica: the workers it is planned for, what each needs, and what the least of them offers (0: it
+    did not say)."""
+
+    place: int
+    workers: tuple[str, ...]
+    need_bytes: int
+    offered_bytes: int
+
+
+@dataclass(frozen=True)
+class ServerForecast:
+    """A parameter server: what it needs at most, of that all the time, and what it offers (0: it did not say)."""
+
+    server: str
+    num_parameters: int
+    need_bytes: int
+    state_bytes: int
+    offered_bytes: int
+
+
+@dataclass(frozen=True)
+class LinkForecast:
+    """Bytes of a step from one node to another: `kind` is push, pull, activations or gradients; a sender or receiver
+    "worker in place p" stands for each such worker."""
+
+    kind: str
+    sender: str
+    receiver: str
+    step_bytes: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The whole of it. Times are None where the sections' costs are not known. `step_seconds` is the sum of compute and
+    of what of push and pull is not hidden."""
+
+    num_parameters: int
+    num_replicas: int
+    num_microbatches: int
+    stages: tuple[StageForecast, ...]
+    places: tuple[PlaceForecast, ...]
+    servers: tuple[ServerForecast, ...]
+    links: tuple[LinkForecast, ...]
+    schedule: str
+    link_bits_per_second: float
+    compute_seconds: float | None
+    bubble: float | None
+    push_seconds: float
+    pull_seconds: float
+    exposed_seconds: float | None
+    step_seconds: float | None
+    tokens_per_second: float | None
+    reasons: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """This as what `json.dumps` takes."""
+        return asdict(self)
+
+
+def forecast(
+    plan: Plan,
+    reasons: dict[str, str],
+    profiles: Sequence[SectionProfile] | None,
+    servers: Sequence[NodeOffer],
+    workers: Sequence[NodeOffer],
+    link_bits_per_second: float,
+    latency_seconds: float = LATENCY_SECONDS,
+) -> Forecast:
+    """What a step of a plan costs on these nodes, each with a link of `link_bits_per_second` both ways.
+
+    Compute is that of the schedule's simulation, with messages between stages late by latency and transmission. Push
+    hides behind what is computed after the first slot's gradient began to be final, pull behind the forward pass of one
+    microbatch.
+
+    Left out: encoding and decoding, the servers' own work, commits and checkpoints, messages between stages that share
+    a link with push and pull, what messages carry besides tensors, variable-length codecs' gain, `codec: auto` beyond
+    its first choice, how the fastest worker compares to the processor on which the profile was taken, and nodes that
+    share a machine.
+    """
+    size = plan.replica_size
+    groups = _groups(plan, workers)
+    num_replicas = max(1, len(groups[0]))
+    share = -(-plan.num_slots // num_replicas)
+    microbatches = num_microbatches(plan.recipe.training, num_replicas)
+    pushed, pulled = _transfers(plan)
+    messages = _messages(plan, profiles) if size > 1 else []
+    # The node with most to send or receive decides: a worker of the busiest place, or a server with all workers.
+    per_second = link_bits_per_second / 8
+    push_seconds = _busiest(pushed, share, plan.num_slots) / per_second
+    pull_seconds = _busiest(pulled, 1, num_replicas) / per_second
+    compute = bubble = exposed = step = None
+    if profiles:
+        late = latency_seconds + max(messages, default=0) / per_second
+        recompute = plan.recipe.training.recompute
+        costs = stage_costs(_cut(plan, profiles), profiles, late, group_speeds(groups), recompute)
+        schedule = make_schedule(plan.schedule or "1f1b", size, microbatches, plan.num_chunks)
+        simulation = simulate(schedule, costs)
+        compute, bubble = simulation.makespan, max(0.0, simulation.bubble)
+        forward = min(cost[Op.FORWARD] for cost in costs.compute)
+        backward = min(cost[Op.BACKWARD] for cost in costs.compute)
+        exposed = max(0.0, push_seconds - compute * (1 - 1 / share) - backward) + max(0.0, pull_seconds - forward)
+        step = compute + exposed
+    tokens = plan.recipe.training.global_batch * plan.recipe.training.sequence_length
+    return Forecast(
+        num_parameters=plan.num_parameters,
+        num_replicas=num_replicas,
+        num_microbatches=microbatches,
+        stages=tuple(_stages(plan, profiles or ())),
+        places=tuple(
+            PlaceForecast(
+                place,
+                tuple(worker.name for worker in group),
+                _need(plan, place, profiles or ()),
+                min((worker.memory_bytes for worker in group if worker.memory_bytes), default=0),
+            )
+            for place, group in enumerate(groups)
+        ),
+        servers=tuple(_servers(plan, servers)),
+        links=tuple(_links(plan, pushed, pulled, messages, share, microbatches)),
+        schedule=plan.schedule,
+        link_bits_per_second=link_bits_per_second,
+        compute_seconds=compute,
+        bubble=bubble,
+        push_seconds=push_seconds,
+        pull_seconds=pull_seconds,
+        exposed_seconds=exposed,
+        step_seconds=step,
+        tokens_per_second=tokens / step if step else None,
+        reasons=reasons,
+    )
+
+
+Transfers = dict[tuple[int, int], int]
+"""Bytes by (place, server)."""
+
+
+def _groups(plan: Plan, workers: Sequence[NodeOffer]) -> Sequence[Sequence[NodeOffer]]:
+    """The workers of each place, for as many replicas as their memory allows."""
+    if not plan.has_pipeline:
+        return [[worker for worker in workers if fits(worker.memory_bytes, stage_need(plan))]]
+    size = plan.replica_size
+    for num_replicas in range(len(workers) // size, 0, -1):
+        for groups in group_workers(workers, size, num_replicas):
+            needs = [(worker, stage_need(plan, place)) for place, group in enumerate(groups) for worker in group]
+            if all(fits(worker.memory_bytes, need) for worker, need in needs):
+                return groups
+    return [[]] * size
+
+
+def _need(plan: Plan, place: int, profiles: Sequence[SectionProfile]) -> int:
+    """Bytes that the worker in a place needs. Without a pipeline the plan leaves activations out."""
+    need = stage_need(plan, place)
+    if not plan.has_pipeline:
+        need += sum(profile.activation_bytes for profile in profiles)
+        need += max((profile.working_bytes for profile in profiles), default=0)
+    return need
+
+
+def _transfers(plan: Plan) -> tuple[Transfers, Transfers]:
+    """What a worker of each place pushes to each server for one slot, and pulls from it for one version."""
+    codec = plan.recipe.codec
+    push, form = first_push_codec(codec), downlink(codec.pull)
+    pull, table = (form.delta, form.delta) if form.delta is not None else (form.full, codec.embedding)
+    pushed: Transfers = {}
+    pulled: Transfers = {}
+    for fragment in plan.fragments:
+        tensor, server = plan.tensors[fragment.tensor], plan.placement[fragment.index]
+        units = (tensor.unit, tensor.last_unit)[: plan.num_parts(tensor)]
+        places = [plan.stage_of(unit) % plan.replica_size for unit in units]
+        num_bytes = encoded_bytes(codec_for(tensor.kind, push, codec.embedding), fragment.shape)
+        for place in places:
+            pushed[place, server] = pushed.get((place, server), 0) + num_bytes
+        num_bytes = encoded_bytes(codec_for(tensor.kind, pull, table), fragment.shape)
+        for place in set(places):
+            pulled[place, server] = pulled.get((place, server), 0) + num_bytes
+    return pushed, pulled
+
+
+def _busiest(transfers: Transfers, per_worker: int, per_server: int) -> int:
+    """Bytes of the node that has most, when a worker has its own so many times and a server each place's."""
+    workers: dict[int, int] = {}
+    servers: dict[int, int] = {}
+    for (place, server), num_bytes in transfers.items():
+        workers[place] = workers.get(place, 0) + per_worker * num_bytes
+        servers[server] = servers.get(server, 0) + per_server * num_bytes
+    return max([*workers.values(), *servers.values()])
+
+
+def _messages(plan: Plan, profiles: Sequence[SectionProfile] | None) -> list[int]:
+    """Bytes of a microbatch's activations, or of their gradients, between each stage and the next."""
+    if not profiles:
+        return []
+    codec = plan.recipe.pipeline.activations
+    cut = _cut(plan, profiles)
+    return [encoded_bytes(codec, (profiles[sections[-1]].output_elements,)) for sections in cut[:-1]]
+
+
+def _links(
+    plan: Plan, pushed: Transfers, pulled: Transfers, messages: Sequence[int], share: int, microbatches: int
+) -> Iterator[LinkForecast]:
+    def worker(place: int) -> str:
+        return f"worker in place {place}" if plan.has_pipeline else "worker"
+
+    for (place, server), num_bytes in sorted(pushed.items()):
+        yield LinkForecast("push", worker(place), plan.servers[server].name, share * num_bytes)
+    for (place, server), num_bytes in sorted(pulled.items()):
+        yield LinkForecast("pull", plan.servers[server].name, worker(place), num_bytes)
+    for stage, num_bytes in enumerate(messages):
+        before, after = f"stage {stage}", f"stage {stage + 1}"
+        yield LinkForecast("activations", before, after, microbatches * num_bytes)
+        yield LinkForecast("gradients", after, before, microbatches * num_bytes)
+
+
+def _cut(plan: Plan, profiles: Sequence[SectionProfile]) -> list[range]:
+    return sections_of_stages(plan.stage_ends, profiles) if plan.has_pipeline else [range(len(profiles))]
+
+
+def _stages(plan: Plan, profiles: Sequence[SectionProfile]) -> Iterator[StageForecast]:
+    if not profiles:
+        return
+    for stage, sections in enumerate(_cut(plan, profiles)):
+        found = [profiles[section] for section in sections]
+        yield StageForecast(
+            stage=stage,
+            place=stage % plan.replica_size,
+            sections=tuple(profile.name for profile in found),
+            # Without a pipeline a tied tensor is one.
+            num_parameters=num_parameters(plan.tensors, [unit for profile in found for unit in profile.units])
+            if plan.has_pipeline
+            else plan.num_parameters,
+            forward_seconds=sum(profile.forward_seconds for profile in found),
+            backward_seconds=sum(profile.backward_seconds for profile in found),
+            measured=all(profile.measured for profile in found),
+        )
+
+
+def _servers(plan: Plan, offers: Sequence[NodeOffer]) -> Iterator[ServerForecast]:
+    offered = {offer.node_id: offer.memory_bytes for offer in offers}
+    for index, server in enumerate(plan.servers):
+        fragments = plan.fragments_of(index)
+        need = server_bytes(plan.recipe, fragments, plan.tensors)
+        count = sum(fragment.num_elements for fragment in fragments)
+        yield ServerForecast(server.name, count, need.most, need.state, offered.get(server.node_id, 0))

@@ -1,0 +1,223 @@
+"""Plans: a pure function from what the recipe asks and the cluster offers to a plan, with its reasons.
+
+All that can be known to fail is found here, before a byte is loaded: memory, vocabulary, data shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradstream.coordinator.planning.needs import NodeOffer, ServerBytes, fits, human_bytes, server_bytes, worker_bytes
+from gradstream.coordinator.planning.pipeline_planner import LATENCY_SECONDS, Pipeline, plan_pipeline
+from gradstream.coordinator.planning.placement import place
+from gradstream.core.data.manifest import Manifest
+from gradstream.core.data.sampler import SlotSampler
+from gradstream.core.errors import ConfigError, DataError, PlanError
+from gradstream.core.model.profile import SectionProfile
+from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut, num_fragments
+from gradstream.core.plan.plan import Plan, Server
+from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
+from gradstream.core.rpc.channel import MAX_MESSAGE_BYTES
+from gradstream.core.wire.stream_limits import more_than_usual_bytes
+
+# A plan travels in one message; its envelope needs a little too.
+MAX_PLAN_BYTES = MAX_MESSAGE_BYTES - (64 << 10)
+_NO_DATA = Manifest(token_dtype="uint32", vocab_size=1, end_of_text_id=0, tokenizer_sha256="0" * 64, shards=())
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointAt:
+    """Where a plan starts from."""
+
+    version: int
+    path: str
+
+
+def make_plan(
+    job_id: str,
+    recipe: Recipe,
+    manifest: Manifest | None,
+    tensors: Sequence[Tensor],
+    architecture: str,
+    servers: Sequence[NodeOffer],
+    workers: Sequence[NodeOffer],
+    epoch: int,
+    checkpoint: CheckpointAt | None,
+    checkpoint_root: str,
+    profiles: Sequence[SectionProfile] | None = None,
+    latency_seconds: float = LATENCY_SECONDS,
+    num_frozen_parameters: int = 0,
+) -> tuple[Plan, dict[str, str]]:
+    """Make the plan of an epoch on all the servers offered; return it with its reasons by subject.
+
+    `profiles` are those of the model's sections, wanted unless `pipeline.stages` is 1; `latency_seconds` is that of a
+    message between two workers of a pipeline; `num_frozen_parameters` are beside `tensors`, which are trained. Without
+    a manifest the data is not checked, and the plan not fit to run.
+
+    Raises DataError when the data does not fit the model, ConfigError when the model is empty or its pipeline cannot
+    be, PlanError when a server's memory, or that of every worker, is too small, or the workers are too few for a
+    replica.
+    """
+    if manifest is not None:
+        check_data(recipe, manifest)
+    fragment_elements = max(1, recipe.cluster.fragment_bytes // BYTES_PER_ELEMENT)
+    count = num_fragments(tensors, fragment_elements)
+    if count > MAX_PLAN_BYTES:  # at a byte each; so many are not even cut
+        raise PlanError(
+            f"the model would be cut into {count} fragments, more than the plan's {human_bytes(MAX_PLAN_BYTES)} can "
+            f"place; raise cluster.fragment_bytes (now {recipe.cluster.fragment_bytes}) or submit a smaller model"
+        )
+    fragments = cut(tensors, fragment_elements)
+    if not fragments:
+        raise ConfigError("the model has no parameters; check model.config")
+    if not servers:
+        raise PlanError("no parameter server is live; start one with `gradstream serve parameter-server`")
+    # By name, so that the same cluster gives the same plan in whatever order its servers registered.
+    chosen = sorted(servers, key=lambda server: server.name)[: len(fragments)]
+    placement, placement_reason = place(fragments, tensors, len(chosen))
+    memory_reason, needs = _check_server_memory(recipe, fragments, placement, chosen, tensors)
+    reasons: dict[str, str] = {}
+    pipeline = Pipeline()
+    if recipe.pipeline.stages == 1:
+        worker_need = worker_bytes(recipe, sum(tensor.num_elements for tensor in tensors), num_frozen_parameters)
+        _check_worker_memory(worker_need, workers)
+        if num_frozen_parameters:
+            pipeline = Pipeline(worker_bytes=(worker_need,))  # it does not follow from the tensors
+        memory_reason += f"; a worker needs {human_bytes(worker_need)} and its activations"
+    else:
+        if profiles is None:
+            raise ConfigError("pipeline.stages other than 1 needs the profile of the model's sections")
+        pipeline, reasons = plan_pipeline(recipe, tensors, profiles, workers, latency_seconds)
+    plan = Plan(
+        job_id=job_id,
+        epoch=epoch,
+        recipe=recipe,
+        model_config={**recipe.model.config, "architectures": [architecture]},
+        data_manifest=manifest if manifest is not None else _NO_DATA,
+        tensors=tuple(tensors),
+        fragment_elements=fragment_elements,
+        placement=tuple(placement),
+        servers=tuple(Server(server.node_id, server.name, server.address) for server in chosen),
+        leader=0,
+        start_version=checkpoint.version if checkpoint else 0,
+        checkpoint_path=checkpoint.path if checkpoint else "",
+        checkpoint_root=checkpoint_root,
+        stage_ends=pipeline.stage_ends,
+        num_chunks=pipeline.num_chunks,
+        schedule=pipeline.schedule,
+        worker_bytes=pipeline.worker_bytes,
+    )
+    _check_streams(recipe, plan.most_workers, chosen, needs)
+    plan_bytes = plan.to_proto().ByteSize()
+    if plan_bytes > MAX_PLAN_BYTES:
+        raise PlanError(
+            f"the plan takes {human_bytes(plan_bytes)}, more than the {human_bytes(MAX_PLAN_BYTES)} that one message "
+            f"may carry; raise cluster.fragment_bytes (now {recipe.cluster.fragment_bytes})"
+        )
+    idle = len(servers) - len(chosen)
+    names = ", ".join(server.name for server in chosen)
+    start = f"from the checkpoint of version {checkpoint.version}" if checkpoint else f"from {plan.source}"
+    reasons = {
+        "servers": f"servers: all {len(chosen)} that were live ({names}), led by {chosen[0].name}"
+        + (f"; {idle} more stay idle, as there are only {len(fragments)} fragments" if idle else ""),
+        "placement": f"placement: {placement_reason}",
+        "memory": f"memory: {memory_reason}",
+        "start": f"start: {start}",
+        **reasons,
+    }
+    return plan, reasons
+
+
+def check_data(recipe: Recipe, manifest: Manifest) -> None:
+    """What can be said of a recipe and its data without a cluster. Raises DataError with one line."""
+    config = recipe.model.config
+    text_config = config.get("text_config")
+    inner = text_config.get("vocab_size") if isinstance(text_config, dict) else None
+    vocab_size = config.get("vocab_size", inner)
+    if isinstance(vocab_size, int) and vocab_size < manifest.vocab_size:
+        raise DataError(
+            f"vocabulary mismatch: the data set {recipe.data.path} has {manifest.vocab_size} tokens, the model's "
+            f"vocab_size is {vocab_size}; set model.config.vocab_size={manifest.vocab_size} or prepare the data with a "
+            f"smaller vocabulary"
+        )
+    training = recipe.training
+    num_shards = len(manifest.split("train"))
+    if num_shards % training.num_slots:
+        cure = f"prepare it with a multiple of {training.num_slots}" if training.num_slots > 1 else "prepare it again"
+        raise DataError(
+            f"the data set {recipe.data.path} has {num_shards} training shards, which {training.num_slots} slots "
+            f"cannot share evenly; {cure} (data.prepare.num_shards) or change training.num_slots"
+        )
+    splits = ["train", "validation"] if recipe.validation.interval_steps else ["train"]
+    for split in splits:
+        for slot in range(training.num_slots):
+            SlotSampler(manifest, split, slot, training.num_slots, training.sequence_length, recipe.seed)
+
+
+def _check_server_memory(
+    recipe: Recipe,
+    fragments: Sequence[Fragment],
+    placement: Sequence[int],
+    servers: Sequence[NodeOffer],
+    tensors: Sequence[Tensor],
+) -> tuple[str, list[ServerBytes]]:
+    shards: list[list[Fragment]] = [[] for _ in servers]
+    for fragment in fragments:
+        shards[placement[fragment.index]].append(fragment)
+    needs = [server_bytes(recipe, shard, tensors) for shard in shards]
+    for server, needed in zip(servers, needs, strict=True):
+        need = needed.most
+        if server.memory_bytes and need > server.memory_bytes:
+            total = sum(other.most for other in needs)
+            num_parameters = sum(tensor.num_elements for tensor in tensors)
+            more = max(1, -(-total // server.memory_bytes) - len(servers))
+            raise PlanError(
+                f"parameter server {server.name} needs {human_bytes(need)} for its share of {num_parameters:,} "
+                f"parameters but offers {human_bytes(server.memory_bytes)} "
+                f"({human_bytes(need - server.memory_bytes)} missing); start {_at_least(more)} like it, "
+                f"or give it more memory, then `gradstream resume`; "
+                f"or submit a smaller model{_lighter(recipe.optimizer)}"
+            )
+    least, largest = min(needs, key=lambda needed: needed.most), max(needs, key=lambda needed: needed.most)
+    reason = (
+        f"a server needs {human_bytes(least.most)} to {human_bytes(largest.most)} "
+        f"({human_bytes(largest.state)} of state, {human_bytes(largest.checkpoint)} more while a checkpoint is "
+        f"written, at most {human_bytes(largest.early)} of contributions that wait)"
+    )
+    return reason, needs
+
+
+def _check_streams(
+    recipe: Recipe, num_workers: int, servers: Sequence[NodeOffer], needs: Sequence[ServerBytes]
+) -> None:
+    """Raise PlanError when a server has no room for what the streams of all workers can hold there."""
+    streams = more_than_usual_bytes(num_workers)
+    for server, needed in zip(servers, needs, strict=True):
+        if server.memory_bytes and needed.most + streams > server.memory_bytes:
+            raise PlanError(
+                f"up to {num_workers} workers may share this job (training.num_slots is {recipe.training.num_slots}), "
+                f"and their streams may hold {human_bytes(streams)} at parameter server {server.name}, which needs "
+                f"{human_bytes(needed.most)} for its share of the model and offers {human_bytes(server.memory_bytes)}; "
+                f"lower training.num_slots, or give it more memory, then `gradstream resume`"
+            )
+
+
+def _check_worker_memory(need: int, workers: Sequence[NodeOffer]) -> None:
+    """A worker that is too small is only left out, so the plan fails when all are."""
+    if not workers or any(fits(worker.memory_bytes, need) for worker in workers):
+        return
+    best = max(workers, key=lambda worker: worker.memory_bytes)
+    raise PlanError(
+        f"worker {best.name} needs {human_bytes(need)} for weights and gradients but offers "
+        f"{human_bytes(best.memory_bytes)} ({human_bytes(need - best.memory_bytes)} missing), and no other offers "
+        f"more; start a worker with more memory, then `gradstream resume`; or submit a smaller model"
+    )
+
+
+def _at_least(count: int) -> str:
+    return "another server" if count == 1 else f"at least {count} more servers"
+
+
+def _lighter(optimizer: OptimizerConfig) -> str:
+    return " or optimizer.kind=sgd" if optimizer.kind == "adamw" else ""

@@ -1,0 +1,1 @@
+"""What others call, and what they see: decode, check, call, encode."""

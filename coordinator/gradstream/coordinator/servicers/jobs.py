@@ -1,0 +1,389 @@
+"""JobsService: what people's programs call."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from gradstream.coordinator.jobs import checkpoints, decisions
+from gradstream.coordinator.jobs.active import nothing
+from gradstream.coordinator.jobs.controller import Controller, unix_ms
+from gradstream.coordinator.jobs.orders import Orders
+from gradstream.coordinator.nodes.membership import SERVER
+from gradstream.coordinator.planning import planner
+from gradstream.coordinator.planning.inventory import check_model, special_tokens
+from gradstream.coordinator.servicers.views import Views
+from gradstream.coordinator.state.state import JobRecord
+from gradstream.core.checkpoint.manifest import directory_of, read_manifest
+from gradstream.core.checkpoint.weights_files import sent_pieces
+from gradstream.core.credentials.tokens import expiring
+from gradstream.core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from gradstream.core.errors import (
+    BusyError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GradstreamError,
+    nearest,
+    one_line,
+)
+from gradstream.core.model import check as model_check
+from gradstream.core.pretrained.export import huggingface_weights, write_huggingface
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import Recipe, absolute_path
+from gradstream.core.recipe.roots import moved, moved_recipe
+from gradstream.core.rpc.errors import answering
+from gradstream.core.rpc.paging import MAX_PAGE_BYTES, start_of_page
+from gradstream.core.rpc.requests import Requests, checked_request_id
+from gradstream.core.rpc.token_sources import FileTokens
+from gradstream.core.storage import files
+from gradstream.core.storage.paths import AllowedPaths
+from gradstream.core.storage.pool import BULK_SECONDS, StorageThreads
+from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
+
+MAX_EXPORTS = 2
+MAX_HOLDS = 256
+"""Checkpoints that are kept for readers at once."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
+    """Jobs, their history and the cluster's state."""
+
+    def __init__(self, controller: Controller, views: Views, root: str = "", tokens: FileTokens | None = None):
+        """`tokens` is the table of tokens, which an admin may replace; None where nobody is asked for one."""
+        self._tokens = tokens
+        self._controller = controller
+        self._state = controller.state
+        self._views = views
+        self._root = root
+        self._orders = Orders(controller)
+        self._allowed = AllowedPaths.of_environment()
+        # Looks at paths that people name.
+        self._storage = StorageThreads()
+        # Reads what is exported.
+        self._bulk = StorageThreads(BULK_SECONDS)
+        self._requests = Requests()
+        self._exports = asyncio.Semaphore(MAX_EXPORTS)
+        self._num_holds = 0
+
+    async def SubmitJob(self, request: jobs_pb2.SubmitJobRequest, context: Context) -> jobs_pb2.SubmitJobResponse:
+        async with answering(context):
+            recipe = moved_recipe(parse_recipe(request.recipe_json), request.directory, self._root)
+            request_id = checked_request_id(request.request_id)
+            # The same request may be under way on another connection.
+            async with self._requests.one_at_a_time(request_id):
+                record = self._repeated(request_id, recipe) or await self._submit(request_id, recipe)
+                return jobs_pb2.SubmitJobResponse(job=self._views.job(record))
+
+    def _repeated(self, request_id: str, recipe: Recipe) -> JobRecord | None:
+        """The job that this request has made before. Raises ConfigError when that was of another recipe."""
+        record = self._state.job_of_request(request_id) if request_id else None
+        if record is None:
+            return None
+        # It is stored with what its data filled in.
+        if model_check.with_ends(recipe, parse_manifest(record.manifest_json)).model_dump_json() != record.recipe_json:
+            raise ConfigError(
+                f"request id {request_id} is that of job {record.job_id}, which has another recipe; take a new id for "
+                f"each job"
+            )
+        return record
+
+    async def _submit(self, request_id: str, recipe: Recipe) -> JobRecord:
+        manifest = await self._storage.call(recipe.data.path, find_data, recipe, self._allowed)
+        recipe = model_check.with_ends(recipe, manifest)
+        warnings = await check_model(
+            recipe, manifest, lambda: self._storage.call(recipe.data.path, special_tokens, recipe, manifest)
+        )
+        taken = [job.job_id for job in self._state.list_jobs()]
+        job_id, directory = await self._storage.call(recipe.run_root, make_run_directory, recipe, taken)
+        jobs = self._state.list_jobs()
+        record = JobRecord(
+            job_id=job_id,
+            name=recipe.name,
+            recipe_json=recipe.model_dump_json(),
+            manifest_json=manifest.model_dump_json(),
+            run_directory=str(directory),
+            submitted_unix_ms=unix_ms(),
+            reason="waits for its turn",
+            rank=max((job.rank for job in jobs), default=0) + 1,
+            request_id=request_id,
+        )
+        try:
+            self._controller.submit(record, warnings)
+        except GradstreamError:
+            # Nobody knows of it: a directory that stays would only take its name.
+            with suppress(OSError, GradstreamError):
+                await self._storage.call(recipe.run_root, directory.rmdir)
+            raise
+        return self._find(job_id)
+
+    async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
+        async with answering(context):
+            records = self._state.list_jobs()[::-1]
+            response = jobs_pb2.ListJobsResponse()
+            num_bytes = 0
+            for record in records[start_of_page([record.job_id for record in records], request.page_token) :]:
+                job = self._views.job(record)
+                num_bytes += job.ByteSize()
+                if response.jobs and num_bytes > MAX_PAGE_BYTES:
+                    response.next_page_token = response.jobs[-1].job_id
+                    break
+                response.jobs.append(job)
+                # A long list must not hold up heartbeats.
+                await asyncio.sleep(0)
+            return response
+
+    async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
+        async with answering(context):
+            record = self._find(request.job_id)
+            await self._controller.timelines.load(record)
+            return jobs_pb2.GetJobResponse(job=self._views.job(self._find(record.job_id)))
+
+    async def WatchJob(
+        self, request: jobs_pb2.WatchJobRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        async with answering(context):
+            job_id = self._find(request.job_id).job_id
+
+            def is_over() -> bool:
+                return not request.follow or self._find(job_id).state in decisions.ENDED
+
+            async for item in self._controller.notifier.follow(job_id, request.after_cursor, is_over):
+                yield item
+
+    async def PauseJob(self, request: jobs_pb2.PauseJobRequest, context: Context) -> jobs_pb2.PauseJobResponse:
+        async with answering(context):
+            self._orders.pause(self._find(request.job_id))
+            return jobs_pb2.PauseJobResponse(job=self._views.job(self._find(request.job_id)))
+
+    async def ResumeJob(self, request: jobs_pb2.ResumeJobRequest, context: Context) -> jobs_pb2.ResumeJobResponse:
+        async with answering(context):
+            record = self._find(request.job_id)
+            root = checkpoints.root_of(record.run_directory)
+            on_disk = await self._storage.call(root, checkpoints.versions_on_disk, root)
+            self._orders.resume(self._find(record.job_id), on_disk)
+            return jobs_pb2.ResumeJobResponse(job=self._views.job(self._find(request.job_id)))
+
+    async def StopJob(self, request: jobs_pb2.StopJobRequest, context: Context) -> jobs_pb2.StopJobResponse:
+        async with answering(context):
+            self._orders.stop(self._find(request.job_id), request.now)
+            return jobs_pb2.StopJobResponse(job=self._views.job(self._find(request.job_id)))
+
+    async def CheckpointJob(
+        self, request: jobs_pb2.CheckpointJobRequest, context: Context
+    ) -> jobs_pb2.CheckpointJobResponse:
+        async with answering(context):
+            record = self._find(request.job_id)
+            version = self._orders.checkpoint(record)
+            root = checkpoints.root_of(record.run_directory)
+            while True:
+                # Taken before looking, so that what comes in between is not slept through.
+                change = self._controller.notifier.change(record.job_id)
+                versions = await self._storage.call(root, checkpoints.versions_on_disk, root)
+                if versions and versions[-1] > version:
+                    listing = await self._storage.call(root, checkpoints.listing, root)
+                    return jobs_pb2.CheckpointJobResponse(checkpoint=listing[-1])
+                if not self._orders.checkpoint_comes(record, version):
+                    state = self._find(record.job_id).state
+                    raise CheckpointError(f"job {record.job_id} is {decisions.STATE_WORDS[state]} before its next step")
+                await change.wait()
+
+    async def ListCheckpoints(
+        self, request: jobs_pb2.ListCheckpointsRequest, context: Context
+    ) -> jobs_pb2.ListCheckpointsResponse:
+        async with answering(context):
+            record = self._find(request.job_id)
+            root = checkpoints.root_of(record.run_directory)
+            listing = await self._storage.call(root, checkpoints.listing, root)
+            return jobs_pb2.ListCheckpointsResponse(checkpoints=listing)
+
+    async def ExportCheckpoint(
+        self, request: jobs_pb2.ExportCheckpointRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
+        async with answering(context):
+            record = self._find(request.job_id)
+            version, release = await self._pinned(record, request)
+            try:
+                async with self._exports:
+                    directory = directory_of(checkpoints.root_of(record.run_directory), version)
+                    async for piece in _export(directory, self._bulk):
+                        yield piece
+            finally:
+                release()
+
+    async def HoldCheckpoint(
+        self, request: jobs_pb2.HoldCheckpointRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.HoldCheckpointResponse]:
+        async with answering(context):
+            if self._num_holds >= MAX_HOLDS:
+                raise BusyError(f"{MAX_HOLDS} checkpoints are being kept for readers already; ask again in a while")
+            self._num_holds += 1
+            release = nothing
+            try:
+                record = self._find(request.job_id)
+                version, release = await self._pinned(record, request)
+                root = checkpoints.root_of(record.run_directory)
+                manifest = await self._storage.call(root, read_manifest, directory_of(root, version))
+                yield jobs_pb2.HoldCheckpointResponse(checkpoint=checkpoints.as_message(root, manifest))
+                # Until the caller has read it, or is gone.
+                await asyncio.Event().wait()
+            finally:
+                release()
+                self._num_holds -= 1
+
+    async def _pinned(
+        self, record: JobRecord, request: jobs_pb2.ExportCheckpointRequest | jobs_pb2.HoldCheckpointRequest
+    ) -> tuple[int, Callable[[], None]]:
+        """The version to read and what lets go of it. Raises CheckpointError when there is none."""
+        root = checkpoints.root_of(record.run_directory)
+        async with self._controller.pins.choosing(root):
+            versions = await self._storage.call(root, checkpoints.versions_on_disk, root)
+            version = request.version if request.HasField("version") else versions[-1] if versions else 0
+            if not versions:
+                raise CheckpointError(f"job {record.job_id} has no checkpoint yet; wait for its first one")
+            if version not in versions:
+                known = f"there are versions {decisions.joined(versions)}"
+                raise CheckpointError(f"job {record.job_id} has no checkpoint of version {version}; {known}")
+            return version, self._controller.pins.pin(root, version)
+
+    async def GetTimeline(
+        self, request: jobs_pb2.GetTimelineRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.GetTimelineResponse]:
+        async with answering(context):
+            record = self._find(request.job_id)
+            found = False
+            async for timeline in self._controller.timelines.stream(record):
+                found = True
+                yield timeline
+            if not found:
+                raise DataError(
+                    f"there is no timeline of job {record.job_id} yet; workers send one at the end of each version"
+                )
+
+    async def CheckStorage(
+        self, request: jobs_pb2.CheckStorageRequest, context: Context
+    ) -> jobs_pb2.CheckStorageResponse:
+        async with answering(context):
+            directory = moved(request.directory, request.caller_directory, self._root)
+            if not directory.startswith("/"):
+                raise ConfigError(f"run_root {directory[:200]} is not an absolute path")
+            await self._storage.call(directory, self._allowed.check, "run_root", directory)
+            servers = self._controller.members.present(SERVER)
+            problem = await self._controller.storage.problem(directory, servers)
+            return jobs_pb2.CheckStorageResponse(problem=problem, num_servers=len(servers), directory=directory)
+
+    async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Context) -> jobs_pb2.ListNodesResponse:
+        return jobs_pb2.ListNodesResponse(
+            nodes=self._views.nodes(), refused=self._views.refused_nodes(), warnings=self._warnings()
+        )
+
+    async def PublishTokens(
+        self, request: jobs_pb2.PublishTokensRequest, context: Context
+    ) -> jobs_pb2.PublishTokensResponse:
+        async with answering(context):
+            if self._tokens is None:
+                raise ConfigError("this coordinator runs without credentials, so it has no table of tokens to replace")
+            take = partial(self._tokens.replace, request.table_json, request.signature, request.certificate)
+            table = await asyncio.to_thread(take)
+            return jobs_pb2.PublishTokensResponse(serial=table.serial, num_tokens=len(table.tokens))
+
+    def _warnings(self) -> list[str]:
+        return [] if self._tokens is None else expiring(self._tokens.table, time.time())
+
+    def _find(self, job_id: str) -> JobRecord:
+        """The job, the newest for an empty id. Raises ConfigError that suggests the nearest."""
+        record = self._state.get_job(job_id) if job_id else None
+        if record is not None:
+            return record
+        jobs = self._state.list_jobs()
+        if not job_id and jobs:
+            return jobs[-1]
+        if not jobs:
+            raise ConfigError("there is no job yet; submit one with `gradstream submit RECIPE`")
+        known = nearest(job_id, [job.job_id for job in jobs]) or "; `gradstream ls` lists them"
+        raise ConfigError(f"there is no job '{job_id[:100]}'{known}")
+
+
+def find_data(recipe: Recipe, allowed: AllowedPaths) -> Manifest:
+    """The manifest of the recipe's data set, which fits the recipe. Raises ConfigError for a path that must not be
+    opened, DataError for data that cannot be used. Blocks for as long as the storage does."""
+    check_paths(recipe, allowed)
+    manifest = read_data_manifest(recipe)
+    planner.check_data(recipe, manifest)
+    return manifest
+
+
+def check_paths(recipe: Recipe, allowed: AllowedPaths) -> None:
+    """Raise ConfigError for a recipe with a path that leads where this cluster's must not."""
+    allowed.check("run_root", recipe.run_root)
+    allowed.check("data.path", recipe.data.path)
+    if recipe.finetuning is not None:
+        base = recipe.finetuning.base
+        allowed.check("finetuning.base.path", base.path)
+        if base.tokenizer is not None:
+            allowed.check("finetuning.base.tokenizer.directory", base.tokenizer.directory)
+
+
+def read_data_manifest(recipe: Recipe) -> Manifest:
+    """The manifest of the recipe's data set. Raises DataError with the command that makes it."""
+    path = files.join(recipe.data.path, MANIFEST_NAME)
+    try:
+        return parse_manifest(files.read_bytes(path), origin=path)
+    except FileNotFoundError:
+        raise DataError(
+            f"there is no data set in {recipe.data.path}; make it with `gradstream data prepare --recipe …`, where the "
+            f"coordinator can read it"
+        ) from None
+    except GradstreamError:
+        raise
+    except Exception as error:  # every fsspec backend raises its own kind
+        raise DataError(f"the data set's {path} cannot be read ({one_line(error)}); check the path") from None
+
+
+def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
+    """A new job id and its directory. An id whose directory exists is skipped: its checkpoints are another job's."""
+    root = Path(absolute_path(recipe.run_root))
+    try:
+        # First, as a file in its place would look like a job's directory that is taken.
+        files.make_local_directory(root)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run_root {recipe.run_root} cannot be written ({error}); choose another") from None
+    number = 1
+    while True:
+        job_id = f"{recipe.name}-{number}"
+        directory = root / job_id
+        number += 1
+        if job_id in taken:
+            continue
+        try:
+            files.make_local_directory(directory, exist_ok=False)
+        except FileExistsError:
+            continue
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"run_root {recipe.run_root} cannot be written ({error}); choose another") from None
+        return job_id, directory
+
+
+async def _export(directory: str, storage: StorageThreads) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
+    """Send a checkpoint as the files of a Hugging Face directory.
+
+    The small ones come from a temporary directory, the weights piece by piece as they are read: neither memory nor disk
+    has to hold a model.
+    """
+    with tempfile.TemporaryDirectory(prefix="gradstream-export-") as temporary:
+        target = Path(temporary)
+        reader = await storage.call(directory, write_huggingface, directory, target, weights=False)
+        async for file, file_bytes, payload in files.directory_pieces(target):
+            yield jobs_pb2.ExportCheckpointResponse(file=file, file_bytes=file_bytes, payload=payload)
+    async for file, file_bytes, payload in sent_pieces(huggingface_weights(reader), storage, directory):
+        yield jobs_pb2.ExportCheckpointResponse(file=file, file_bytes=file_bytes, payload=payload)

@@ -1,0 +1,321 @@
+"""Jobs and nodes as people see them. What is shown is read off the state and the nodes' own words, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from gradstream.coordinator.jobs import decisions as scheduler
+from gradstream.coordinator.jobs.active import ActiveJob
+from gradstream.coordinator.jobs.controller import PAUSED, PLANNING, QUEUED, RUNNING, Controller, unix_ms
+from gradstream.coordinator.jobs.residuals import standing
+from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
+from gradstream.coordinator.state.state import JobRecord
+from gradstream.core.plan.plan import Plan, Server
+from gradstream.core.recipe.recipe import CodecConfig, Recipe
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
+
+# A running job without a step for this long says whom it waits for.
+STALL_SECONDS = 2.0
+
+
+class Views:
+    """Makes the messages of JobsService."""
+
+    def __init__(self, controller: Controller):
+        self._controller = controller
+        self._state = controller.state
+        controller.after_reconcile.append(self._keep_time)
+
+    def job(self, record: JobRecord) -> jobs_pb2.Job:
+        """One job: state, progress and what it waits for."""
+        active = self._controller.active
+        if active is not None and active.job_id == record.job_id:
+            record = active.record
+        else:
+            active = None
+        totals = (
+            active.totals
+            if active is not None
+            else self._state.step_totals(record.job_id, record.epoch, record.start_version)
+        )
+        recipe = active.recipe if active else Recipe.model_validate_json(record.recipe_json)
+        message = jobs_pb2.Job(
+            job_id=record.job_id,
+            name=record.name,
+            state=record.state,
+            reason=record.reason,
+            epoch=record.epoch,
+            version=totals.version,
+            num_steps=recipe.training.num_steps,
+            num_tokens=totals.num_tokens,
+            num_samples=totals.num_samples,
+            num_skipped=totals.num_skipped,
+            submitted_unix_ms=record.submitted_unix_ms,
+            ended_unix_ms=record.ended_unix_ms,
+            run_directory=record.run_directory,
+            recipe_json=record.recipe_json,
+            decisions=list(record.decisions.values()),
+        )
+        if totals.last is not None:
+            message.loss = totals.last.loss
+            message.codecs = codecs_line(recipe.codec, totals.last)
+        hidden_share = self._controller.timelines.share(record.job_id)
+        if hidden_share is not None:
+            message.hidden_share = hidden_share
+        plan = active.plan_message if active is not None else self._last_plan(record, recipe)
+        if plan is not None and plan.stage_ends:
+            message.pipeline.CopyFrom(self._pipeline(record.job_id, plan))
+        validations = self._state.validations(record.job_id)
+        if validations:
+            message.initial_validation_loss = validations[0].loss
+            message.validation_loss = validations[-1].loss
+        if active is not None:
+            self._add_live(message, active)
+        elif record.state == QUEUED:
+            message.waits.extend([*self._troubles(), self._turn(record)])
+        return message
+
+    def _last_plan(self, record: JobRecord, recipe: Recipe) -> plan_pb2.Plan | None:
+        """The plan under which a job with a pipeline ran last."""
+        # That of one without would be read for nothing, for every job of a list.
+        stored = self._state.load_plan(record.job_id, record.epoch) if recipe.pipeline.stages != 1 else None
+        return plan_pb2.Plan.FromString(stored) if stored is not None else None
+
+    def _pipeline(self, job_id: str, plan: plan_pb2.Plan) -> jobs_pb2.Pipeline:
+        """A plan's pipeline and its bubble, measured and ideal.
+
+        The ideal is that of the runs measured: how many microbatches they had follows from the slots that a replica
+        held then, which may be others than it holds now, or none.
+        """
+        num_stages = len(plan.stage_ends)
+        message = jobs_pb2.Pipeline(
+            num_stages=num_stages, num_workers=num_stages // max(1, plan.num_chunks), schedule=plan.schedule
+        )
+        bubble = self._controller.timelines.bubble(job_id)
+        if bubble is not None:
+            message.bubble, message.ideal_bubble = bubble
+        return message
+
+    def _add_live(self, message: jobs_pb2.Job, active: ActiveJob) -> None:
+        now = self._controller.clock()
+        message.waits.extend(self.waits(active))
+        if active.plan is None:
+            return
+        message.num_parameters = active.plan.num_parameters
+        name_of = self._controller.members.name_of
+        message.slot_holders.extend(name_of(holder) if holder else "" for holder in active.holders)
+        message.server_memory.extend(self._memory(active, active.plan))
+        if active.state != RUNNING:
+            return
+        steps, tokens, pushed = active.pace.per_second(now)
+        message.tokens_per_second, message.push_bytes_per_second = tokens, pushed
+        message.pull_bytes_per_second = sum(
+            node.sent_bytes_per_second(active.job_id) for node in self._controller.members.present(SERVER)
+        )
+        if steps > 0:
+            message.eta_seconds = max(0, active.num_steps - active.version) / steps
+
+    def _memory(self, active: ActiveJob, plan: Plan) -> Iterator[jobs_pb2.ServerMemory]:
+        """What each server says it holds of the job; servers that have not loaded it are left out."""
+        for index, server in enumerate(plan.servers):
+            node = self._controller.members.get(server.node_id)
+            if node is None or node.activity.job_id != active.job_id or not node.activity.num_parameters:
+                continue
+            activity, predicted = node.activity, active.predicted_bytes[index]
+            yield jobs_pb2.ServerMemory(
+                name=server.name,
+                num_parameters=activity.num_parameters,
+                state_bytes=activity.state_bytes,
+                predicted_state_bytes=predicted.state,
+                early_bytes=activity.early_bytes,
+                most_early_bytes=predicted.early,
+            )
+
+    def _turn(self, record: JobRecord) -> jobs_pb2.Wait:
+        active = self._controller.active
+        if active is not None:
+            whom = f"job {active.job_id}, which is {scheduler.STATE_WORDS[active.state]}"
+        else:
+            whom = "the jobs queued before it"
+        return jobs_pb2.Wait(what="its turn", whom=whom, since_unix_ms=record.submitted_unix_ms)
+
+    def _keep_time(self, active: ActiveJob) -> None:
+        """At every reconcile, so that "since" is true however seldom somebody asks."""
+        self.waits(active)
+
+    # --- waits ------------------------------------------------------------------------------------------------------
+
+    def waits(self, active: ActiveJob) -> list[jobs_pb2.Wait]:
+        """What the active job waits for and since when."""
+        own = active.waits.stamp(self._waits_for(active), unix_ms())
+        return [*self._troubles(), *self._retries(active), *own, *self._nodes_waits(active)]
+
+    def _troubles(self) -> list[jobs_pb2.Wait]:
+        """Why the coordinator cannot store what happens, and since when."""
+        troubles = [trouble for trouble in (self._controller.retry.trouble, self._state.trouble) if trouble is not None]
+        if not troubles:
+            return []
+        since = min(trouble.since_unix_ms for trouble in troubles)
+        return [jobs_pb2.Wait(what=troubles[0].cause, whom="the coordinator", since_unix_ms=since)]
+
+    def _retries(self, active: ActiveJob) -> Iterator[jobs_pb2.Wait]:
+        """What the coordinator tries again for the job."""
+        trouble = active.planning_retry.trouble
+        if trouble is not None:
+            yield jobs_pb2.Wait(what=trouble.cause, whom="the coordinator", since_unix_ms=trouble.since_unix_ms)
+
+    def _waits_for(self, active: ActiveJob) -> list[tuple[str, str]]:
+        benched = [
+            (f"{bench.title} to be tried again, benched: {bench.reason}", bench.title)
+            for bench in active.benches.current()
+        ]
+        if active.state == PLANNING:
+            return [*self._planning_waits(active), *benched]
+        if active.plan is None:
+            return []
+        waits = self._silent_servers(active)
+        if active.state == PAUSED:
+            if active.snapshot_due is not None:
+                waits.append(self._checkpoint_wait(active, active.snapshot_due))
+            return [*waits, ("to be resumed", "`gradstream resume`")] if active.record.desired == "pause" else waits
+        free = [slot for slot, holder in enumerate(active.holders) if not holder and not active.resting]
+        if free:
+            lacking = active.lease_reason.partition("no replica: ")[2]
+            whom = f"a replica for slots {scheduler.joined(free)} ({lacking})" if lacking else ""
+            waits.append((whom or f"a worker for slots {scheduler.joined(free)}", "a worker to register"))
+            waits.extend(benched)
+        leader = active.plan.servers[active.plan.leader].name
+        done = active.version >= active.num_steps
+        if active.record.desired != "run" and not active.resting and not done and active.snapshot_due is None:
+            waits.append((f"the end of step {active.version}, to {active.record.desired} there", leader))
+        boundary = active.halted_version if active.halted_version is not None else active.num_steps if done else None
+        boundary = active.snapshot_due if boundary is None else boundary
+        if boundary is not None and boundary not in active.checkpoints:
+            waits.append(self._checkpoint_wait(active, boundary))
+        if done and not active.fully_validated:
+            waits.append(self._validation_wait(active))
+        return waits
+
+    def _planning_waits(self, active: ActiveJob) -> list[tuple[str, str]]:
+        """What a job in planning waits for."""
+        if active.record.desired != "run":
+            return self._silent_servers(active)
+        if active.hold:
+            return [(active.hold, "the operator of the storage")]
+        if active.planning is not None:
+            return [("the plan to be made", "the coordinator")]
+        servers, workers = self._controller.plannable(active)
+        if frozenset(node.node_id for node in (*servers, *workers)) == active.refused_nodes:
+            return [(f"nodes that can hold the job: {active.refusal}", "a node to register")]
+        missing = scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers)
+        return [*missing, *self._silent_servers(active)]
+
+    def _silent_servers(self, active: ActiveJob) -> list[tuple[str, str]]:
+        """The silent servers whose state is waited for, and for how long."""
+        if active.plan is None:
+            return []
+        seconds = self._controller.timing.reunion_seconds
+        cure = "; `gradstream stop --now` gives it up" if active.record.desired == "stop" else ""
+        waits = []
+        for server in active.plan.servers:
+            absence = active.reunion.absences.get(server.node_id)
+            if absence is None or absence.refuses:
+                continue
+            if active.reunion.company_since is None:
+                fate = "silent; its state is waited for as long as no server can be reached"
+            else:
+                fate = f"silent; its state is waited for, {seconds:g} s at most"
+            waits.append((f"parameter server {server.name} to come back ({fate}{cure})", server.name))
+        return waits
+
+    def _checkpoint_wait(self, active: ActiveJob, version: int) -> tuple[str, str]:
+        assert active.plan is not None
+        reported = active.files.get(version, {})
+        late = [self._with_cause(s) for index, s in enumerate(active.plan.servers) if index not in reported]
+        owed = standing(active, version, self._controller.members, self._controller.clock()).owed
+        late += sorted({self._controller.members.name_of(holder) for holder in owed.values() if holder})
+        if version in active.unwritten:
+            return f"the checkpoint of version {version}: {active.unwritten[version][1]}", "the storage to be mended"
+        return f"the checkpoint of version {version}", ", ".join(late) or "the coordinator, to write its manifest"
+
+    def _with_cause(self, server: Server) -> str:
+        """A server's name and what it says that it waits for, other than slots."""
+        node = self._controller.members.get(server.node_id)
+        cause = node.activity.waiting_for if node is not None else ""
+        return f"{server.name}: it waits for {cause}" if cause.startswith("the disk") else server.name
+
+    def _validation_wait(self, active: ActiveJob) -> tuple[str, str]:
+        parts = self._state.validation_parts(active.job_id, active.num_steps)
+        late = [slot for slot in range(len(active.holders)) if slot not in parts]
+        return f"the last validation pass, slots {scheduler.joined(late)}", self._holders_of(active, late)
+
+    def _holders_of(self, active: ActiveJob, slots: Sequence[int]) -> str:
+        holders = [active.holders[slot] for slot in slots if slot < len(active.holders)]
+        names = {self._controller.members.name_of(holder) for holder in holders if holder}
+        return ", ".join(sorted(names)) or "a worker to register"
+
+    def _nodes_waits(self, active: ActiveJob) -> list[jobs_pb2.Wait]:
+        """When no step comes: what the nodes of the job say, in their own words and with their own times."""
+        idle_seconds = self._controller.clock() - active.progress_at
+        if active.state != RUNNING or idle_seconds < STALL_SECONDS:
+            return []
+        waits = []
+        for node in [*self._servers_of(active), *self._controller.members.present(WORKER)]:
+            activity = node.activity
+            if activity.job_id != active.job_id:
+                continue
+            since = activity.waiting_since_unix_ms or unix_ms() - int(idle_seconds * 1000)
+            if activity.missing_slots:
+                slots = list(activity.missing_slots)[: len(active.holders)]
+                what = f"contributions of slots {scheduler.joined(slots)} to step {activity.step} at {node.name}"
+                waits.append(jobs_pb2.Wait(what=what, whom=self._holders_of(active, slots), since_unix_ms=since))
+            elif activity.waiting_for:
+                waits.append(
+                    jobs_pb2.Wait(what=activity.waiting_for, whom=f"asked by {node.name}", since_unix_ms=since)
+                )
+            elif activity.phase not in ("", "idle", "waiting"):
+                what = f"step {activity.step}: {activity.phase}"
+                waits.append(jobs_pb2.Wait(what=what, whom=node.name, since_unix_ms=since))
+        return waits
+
+    def _servers_of(self, active: ActiveJob) -> list[NodeEntry]:
+        servers = active.plan.servers if active.plan is not None else ()
+        nodes = [self._controller.members.get(server.node_id) for server in servers]
+        return [node for node in nodes if node is not None and node.present]
+
+    # --- nodes ------------------------------------------------------------------------------------------------------
+
+    def nodes(self) -> list[jobs_pb2.Node]:
+        """All nodes, live ones first."""
+        return [
+            jobs_pb2.Node(
+                node_id=node.node_id,
+                name=node.name,
+                kind=node.kind,
+                address=node.address,
+                alive=node.alive,
+                last_heartbeat_unix_ms=node.last_heartbeat_unix_ms,
+                activity=node.activity,
+                memory_bytes=node.memory_bytes,
+                device=node.device,
+                flops_per_second=node.flops_per_second,
+                vitals=node.vitals,
+            )
+            for node in self._controller.members.all()
+        ]
+
+    def refused_nodes(self) -> list[jobs_pb2.RefusedNode]:
+        """Nodes that were not let in."""
+        return self._controller.members.refused()
+
+
+def codecs_line(codec: CodecConfig, last: coordinator_pb2.ReportStepRequest) -> str:
+    """The codecs of a step for people, with the reason where they were chosen automatically."""
+    push, chosen = _codec_name(last.push_codec), _codec_name(last.pull_codec)
+    pull = f"delta-{chosen}" if codec.pull == "auto" else codec.pull
+    reason = f" (auto: {last.codec_reason})" if last.codec_reason else ""
+    return f"push {push}, pull {pull}{reason}"
+
+
+def _codec_name(wire: plan_pb2.Codec.ValueType) -> str:
+    return plan_pb2.Codec.Name(wire).removeprefix("CODEC_").lower().replace("_", "-")

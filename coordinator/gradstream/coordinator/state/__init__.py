@@ -1,0 +1,1 @@
+"""What the coordinator remembers across a restart, and those who watch it grow."""

@@ -1,0 +1,1 @@
+"""Workers' timelines, kept beside the job, and what a pipeline's say together."""

@@ -1,0 +1,367 @@
+"""Workers' timelines: kept on disk beside the job, bounded, so that they outlive the job and the coordinator.
+
+A job's `timeline/` holds numbered segments, each a row of records: length, CRC-32 and a GetTimelineResponse. Segments
+are only appended to; a record cut short by a crash ends its segment, and the next start begins another. A segment goes
+when the last NUM_VERSIONS timelines of all its workers are in later ones, or when there are more than MAX_BYTES.
+
+All of a job's happens in order, in threads. The event loop hands over records and reads one number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import threading
+import zlib
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, ParamSpec, TypeVar
+
+from google.protobuf.message import DecodeError
+
+from gradstream.coordinator.state.state import JobRecord
+from gradstream.coordinator.telemetry.pipeline_timeline import Bubble, Run, measure, runs
+from gradstream.core.errors import ProtocolError, UnreachableError, one_line
+from gradstream.core.log import get_logger
+from gradstream.core.storage.pool import CALL_SECONDS, StorageThreads
+from gradstream.core.telemetry.timeline import MAX_SPANS, PASSES, Timeline
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+NUM_VERSIONS = 64
+MAX_BYTES = 128 << 20
+SEGMENT_BYTES = 4 << 20
+MAX_PENDING_BYTES = 16 << 20
+MAX_WORKERS = 1024
+MAX_JOBS = 16
+# Versions whose timelines still come in, and passes that are kept of each until they have come.
+NUM_OPEN_VERSIONS = 2
+MAX_OPEN_PASSES = 1 << 16
+# Microseconds that JSON's readers still take for whole numbers.
+_MAX_US = 1 << 53
+_RECORD = struct.Struct("<II")
+_KINDS = frozenset(coordinator_pb2.SpanKind.values()) - {coordinator_pb2.SPAN_KIND_UNSPECIFIED}
+
+log = get_logger()
+
+
+def check_timeline(report: coordinator_pb2.ReportTimelineRequest, num_steps: int) -> None:
+    """Raises ProtocolError for a timeline that no worker can have recorded."""
+    wrong = ""
+    if report.version > num_steps:
+        wrong = f"it is of version {report.version}, and the job has {num_steps} steps"
+    elif len(report.spans) > MAX_SPANS:
+        wrong = f"it has {len(report.spans)} spans where {MAX_SPANS} are allowed"
+    elif not report.hidden_us <= report.communication_us < _MAX_US:
+        wrong = f"it says that compute hid {report.hidden_us} of {report.communication_us} us of communication"
+    elif any(span.kind not in _KINDS for span in report.spans):
+        wrong = "it has a span of an unknown kind"
+    elif any(span.begin_unix_us >= _MAX_US or span.duration_us >= _MAX_US for span in report.spans):
+        wrong = "it has a span outside of all time"
+    if wrong:
+        raise ProtocolError(f"the timeline of {report.node_id[:100]} cannot be right: {wrong}")
+
+
+@dataclass
+class _Segment:
+    """A file of records: how many of which worker, and its size."""
+
+    path: Path
+    num_bytes: int = 0
+    num_records: Counter[str] = field(default_factory=Counter)
+
+
+class _Window:
+    """(communication, hidden) in microseconds of the last timelines of each worker, and their sums."""
+
+    def __init__(self) -> None:
+        self.communication_us = 0
+        self.hidden_us = 0
+        self._workers: OrderedDict[str, deque[tuple[int, int]]] = OrderedDict()
+
+    def add(self, worker: str, communication_us: int, hidden_us: int) -> None:
+        """Take a timeline's numbers; the oldest of the worker, and the worker longest unheard of, make room."""
+        entries = self._workers.setdefault(worker, deque())
+        self._workers.move_to_end(worker)
+        entries.append((communication_us, hidden_us))
+        self.communication_us += communication_us
+        self.hidden_us += hidden_us
+        if len(entries) > NUM_VERSIONS:
+            self._forget(entries.popleft())
+        if len(self._workers) > MAX_WORKERS:
+            for entry in self._workers.popitem(last=False)[1]:
+                self._forget(entry)
+
+    def _forget(self, entry: tuple[int, int]) -> None:
+        self.communication_us -= entry[0]
+        self.hidden_us -= entry[1]
+
+
+class _Pipeline:
+    """The bubble over the last versions.
+
+    It takes the timelines of all workers of a replica, which come one by one. A version is measured when others have
+    begun after it, and a timeline that is later still, or beyond MAX_OPEN_PASSES, leaves its replica out.
+    """
+
+    def __init__(self) -> None:
+        self.bubble: Bubble | None = None
+        self._open: OrderedDict[tuple[int, int], list[Timeline]] = OrderedDict()
+        self._measured: deque[list[Run]] = deque(maxlen=NUM_VERSIONS)
+        # Epoch, and its number of stages as far as timelines have shown them.
+        self._num_stages = (0, 0)
+
+    def add(self, record: jobs_pb2.GetTimelineResponse) -> None:
+        """Take the passes of a timeline, if it has any."""
+        if not any(span.HasField("stage") for span in record.timeline.spans):
+            return
+        timeline = Timeline.from_proto(record.worker, record.timeline)
+        timeline = replace(timeline, spans=tuple(span for span in timeline.spans if span.kind in PASSES))
+        timelines = self._open.setdefault((timeline.epoch, timeline.version), [])
+        if sum(len(other.spans) for other in timelines) + len(timeline.spans) <= MAX_OPEN_PASSES:
+            timelines.append(timeline)
+        num_stages = 1 + max((span.stage or 0 for span in timeline.spans), default=0)
+        self._num_stages = max(self._num_stages, (timeline.epoch, num_stages))
+        if len(self._open) > NUM_OPEN_VERSIONS:
+            (epoch, _), whole = self._open.popitem(last=False)
+            self._measured.append(runs(whole, self._num_stages[1] if epoch == self._num_stages[0] else 0))
+            self.bubble = measure([run for found in self._measured for run in found])
+
+
+class TimelineFiles:
+    """The timelines of one job. Blocking, but for `share`, `bubble` and `is_loaded`."""
+
+    def __init__(self, directory: Path):
+        self.share: float | None = None
+        """Hidden communication as a share of all over the timelines kept; None while there is none."""
+        self.bubble: Bubble | None = None
+        """Share of their time in which a pipeline's workers waited; None while there is none."""
+        self._directory = directory
+        self._segments: list[_Segment] | None = None
+        self._window = _Window()
+        self._pipeline = _Pipeline()
+        self._appending = False
+        self._complained = False
+        # A thread that was given up may come back.
+        self._lock = threading.RLock()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether what is on disk was read."""
+        return self._segments is not None
+
+    def load(self) -> None:
+        """Read what is on disk, once."""
+        with self._lock:
+            self._load()
+
+    def _load(self) -> None:
+        if self._segments is not None:
+            return
+        segments: list[_Segment] = []
+        try:
+            for path in self._paths():
+                segment = _Segment(path)
+                for _, record in _records(path):
+                    segment.num_records[record.worker] += 1
+                    self._add(record)
+                segment.num_bytes = path.stat().st_size
+                segments.append(segment)
+        finally:
+            self._segments = segments
+
+    def append(self, record: jobs_pb2.GetTimelineResponse) -> None:
+        """Add a timeline. One that cannot be written is logged, the first time, and lost."""
+        with self._lock:
+            self._append(record)
+
+    def _append(self, record: jobs_pb2.GetTimelineResponse) -> None:
+        self._load()
+        assert self._segments is not None
+        self._add(record)
+        payload = record.SerializeToString()
+        try:
+            if not self._appending or self._segments[-1].num_bytes >= SEGMENT_BYTES:
+                number = int(self._segments[-1].path.stem) + 1 if self._segments else 1
+                self._directory.mkdir(exist_ok=True)
+                self._segments.append(_Segment(self._directory / f"{number:08d}.records"))
+            segment = self._segments[-1]
+            # After a record that was cut short nothing more could be read: until this one is whole, there is none.
+            self._appending = False
+            with segment.path.open("ab") as stream:
+                stream.write(_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
+            self._appending = True
+            segment.num_bytes += _RECORD.size + len(payload)
+            segment.num_records[record.worker] += 1
+            self._drop_old(self._segments)
+        except OSError as error:
+            if not self._complained:
+                log.warning("timelines cannot be kept", directory=str(self._directory), cause=one_line(error))
+            self._complained = True
+
+    def index(self) -> list[tuple[Path, int]]:
+        """File and offset of the last timelines of each worker, in the order in which they came."""
+        kept: dict[str, deque[tuple[Path, int]]] = {}
+        for path in self._paths():
+            for offset, record in _records(path):
+                kept.setdefault(record.worker, deque(maxlen=NUM_VERSIONS)).append((path, offset))
+        return sorted(place for places in kept.values() for place in places)
+
+    def _paths(self) -> list[Path]:
+        """The segments on disk, in order; what others put beside them does not count."""
+        return sorted(path for path in self._directory.glob("*.records") if path.stem.isdecimal())
+
+    def _add(self, record: jobs_pb2.GetTimelineResponse) -> None:
+        window, timeline = self._window, record.timeline
+        window.add(record.worker, timeline.communication_us, timeline.hidden_us)
+        self.share = window.hidden_us / window.communication_us if window.communication_us else None
+        self._pipeline.add(record)
+        self.bubble = self._pipeline.bubble
+
+    @staticmethod
+    def _drop_old(segments: list[_Segment]) -> None:
+        total_bytes = sum(segment.num_bytes for segment in segments)
+        while len(segments) > 1:
+            later = Counter[str]()
+            for segment in segments[1:]:
+                later.update(segment.num_records)
+            if total_bytes <= MAX_BYTES and any(later[name] < NUM_VERSIONS for name in segments[0].num_records):
+                return
+            oldest = segments[0]
+            oldest.path.unlink(missing_ok=True)
+            segments.pop(0)
+            total_bytes -= oldest.num_bytes
+
+
+class Timelines:
+    """The timelines of all jobs, for the event loop. Jobs whose storage hangs hold up no others."""
+
+    def __init__(self, call_seconds: float = CALL_SECONDS) -> None:
+        self._storage = StorageThreads(call_seconds)
+        self._call_seconds = call_seconds
+        self._jobs: OrderedDict[str, TimelineFiles] = OrderedDict()
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._writing: set[asyncio.Task[None]] = set()
+        self._pending_bytes = 0
+
+    def take(self, record: JobRecord, worker: str, report: coordinator_pb2.ReportTimelineRequest) -> None:
+        """Keep a checked report. Dropped when the disk does not keep up: what waits for it is bounded."""
+        # What a peer hides in fields that nobody reads must not reach the disk.
+        report.DiscardUnknownFields()
+        num_bytes = report.ByteSize()
+        if self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
+            return
+        self._pending_bytes += num_bytes
+        entry = jobs_pb2.GetTimelineResponse(worker=worker, timeline=report)
+        task = asyncio.create_task(self._append(record, entry, num_bytes))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    async def _append(self, record: JobRecord, entry: jobs_pb2.GetTimelineResponse, num_bytes: int) -> None:
+        try:
+            await self._in_turn(record, self._files(record).append, entry)
+        except UnreachableError as error:
+            log.warning("a timeline was not kept", job=record.job_id, cause=one_line(error))
+        finally:
+            self._pending_bytes -= num_bytes
+
+    def share(self, job_id: str) -> float | None:
+        """Share of the job's communication that compute hid, if it was loaded and there is one."""
+        files = self._jobs.get(job_id)
+        return files.share if files is not None else None
+
+    def bubble(self, job_id: str) -> Bubble | None:
+        """Share of their time in which the workers of the job's pipeline waited, if it was loaded and there is one."""
+        files = self._jobs.get(job_id)
+        return files.bubble if files is not None else None
+
+    async def load(self, record: JobRecord) -> None:
+        """Read what is on disk of a job, unless that was done. Where its storage does not answer, what is known has to
+        do."""
+        files = self._files(record)
+        if not files.is_loaded:
+            try:
+                await self._in_turn(record, files.load)
+            except UnreachableError as error:
+                log.warning("timelines cannot be read", job=record.job_id, cause=one_line(error))
+
+    async def stream(self, record: JobRecord) -> AsyncIterator[jobs_pb2.GetTimelineResponse]:
+        """The timelines kept of a job, all that was taken before among them; one at a time in memory. Raises
+        UnreachableError when their storage does not answer."""
+        for path, offset in await self._in_turn(record, self._files(record).index):
+            entry = await self._storage.call(record.run_directory, _record_at, path, offset)
+            if entry is not None:
+                yield entry
+
+    async def close(self) -> None:
+        """Write what is pending."""
+        if self._writing:
+            await asyncio.wait(self._writing, timeout=self._call_seconds)
+
+    async def _in_turn(self, record: JobRecord, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a job's function after those that were called before. Raises UnreachableError when its storage, or that
+        of one before, does not answer."""
+        turn = self._turns.setdefault(record.job_id, asyncio.Lock())
+        try:
+            async with asyncio.timeout(self._call_seconds):
+                await turn.acquire()
+        except TimeoutError:
+            raise UnreachableError(
+                f"{record.run_directory} has not answered for {self._call_seconds:g} s; check that it is mounted"
+            ) from None
+        try:
+            return await self._storage.call(record.run_directory, function, *args, **kwargs)
+        finally:
+            turn.release()
+
+    def _files(self, record: JobRecord) -> TimelineFiles:
+        files = self._jobs.get(record.job_id)
+        if files is None:
+            files = self._jobs[record.job_id] = TimelineFiles(Path(record.run_directory) / "timeline")
+        self._jobs.move_to_end(record.job_id)
+        if len(self._jobs) > MAX_JOBS:
+            gone, _ = self._jobs.popitem(last=False)
+            if (turn := self._turns.get(gone)) is not None and not turn.locked():
+                del self._turns[gone]
+        return files
+
+
+def _records(path: Path) -> Iterator[tuple[int, jobs_pb2.GetTimelineResponse]]:
+    """Offset and content of a segment's records, up to the first that is not whole."""
+    try:
+        with path.open("rb") as stream:
+            offset = 0
+            while (record := _read(stream)) is not None:
+                yield offset, record
+                offset = stream.tell()
+    except OSError:
+        return
+
+
+def _record_at(path: Path, offset: int) -> jobs_pb2.GetTimelineResponse | None:
+    """The record at an offset; None when it is gone."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            return _read(stream)
+    except OSError:
+        return None
+
+
+def _read(stream: IO[bytes]) -> jobs_pb2.GetTimelineResponse | None:
+    """The next record; None where there is no whole one."""
+    head = stream.read(_RECORD.size)
+    if len(head) < _RECORD.size:
+        return None
+    num_bytes, crc32 = _RECORD.unpack(head)
+    payload = stream.read(num_bytes) if num_bytes <= SEGMENT_BYTES else b""
+    if len(payload) < num_bytes or zlib.crc32(payload) != crc32:
+        return None
+    try:
+        return jobs_pb2.GetTimelineResponse.FromString(payload)
+    except DecodeError:
+        return None

@@ -1,0 +1,1 @@
+"""Checkpoints: the manifest and the files it names."""

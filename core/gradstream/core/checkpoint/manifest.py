@@ -1,0 +1,304 @@
+"""Checkpoints: consistent versions of weights and optimizer state on any fsspec path.
+
+A checkpoint is a directory `step-00000100/` with one safetensors file a server and a manifest, written last by
+rename: without a manifest there is no checkpoint. It names tensors and slices, not servers, so it loads onto any
+number of servers, bit for bit. A file's keys are `KIND/TENSOR[BEGIN:END]`, KIND being "weight" or a name of optimizer
+state.
+
+Writing and reading is in core because servers, coordinator and tools share the format (docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gradstream.core.data.manifest import Count, Digest, FileName
+from gradstream.core.errors import CheckpointError, ConfigError, DataError, one_line
+from gradstream.core.plan.fragments import Fragment, Tensor, cut, num_fragments
+from gradstream.core.recipe.finetuning import FineTuning
+from gradstream.core.storage import files
+from gradstream.core.storage.tensor_files import TensorSpec, bytes_of, write_tensors
+from gradstream.proto.v1 import coordinator_pb2
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from gradstream.core.plan.plan import Plan
+
+State: TypeAlias = "dict[str, npt.NDArray[np.float32]]"
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+WEIGHT = "weight"
+_DIRECTORY = re.compile(r"step-([0-9]{8,})")
+_FILE_OF_EPOCH = re.compile(r"epoch-([0-9]{4,20})-[A-Za-z0-9._-]+\.safetensors")
+
+
+class TensorEntry(BaseModel):
+    """One tensor of the model's inventory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    shape: tuple[Count, ...]
+    decay: bool
+    unit: Count
+
+    def tensor(self) -> Tensor:
+        return Tensor(self.name, self.shape, self.decay, self.unit)
+
+
+class FileEntry(BaseModel):
+    """One server's file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: FileName
+    num_bytes: Count
+    sha256: Digest
+
+
+class ResidualEntry(FileEntry):
+    """One slot's residual (gradstream.core.checkpoint.residual_files)."""
+
+    slot: Count
+
+
+class CheckpointManifest(BaseModel):
+    """What a checkpoint consists of. `placement[fragment]` is the index of the file that holds the fragment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    job_id: str
+    epoch: Count
+    version: Count
+    unix_ms: Count
+    recipe: dict[str, Any]
+    architecture: dict[str, Any]
+    end_of_text_id: Count
+    tensors: tuple[TensorEntry, ...]
+    fragment_elements: Annotated[Count, Field(gt=0)]
+    placement: tuple[int, ...]
+    files: tuple[FileEntry, ...]
+    state_sha256: Digest
+    progress: dict[str, int]
+    residuals: tuple[ResidualEntry, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(entry.num_bytes for entry in (*self.files, *self.residuals))
+
+    def fragments(self) -> list[Fragment]:
+        """The fragments as they were cut when this was written."""
+        return cut([entry.tensor() for entry in self.tensors], self.fragment_elements)
+
+    @property
+    def finetuning(self) -> FineTuning | None:
+        """What the recipe says of fine-tuning. Raises CheckpointError when that makes no sense."""
+        section = self.recipe.get("finetuning")
+        try:
+            return FineTuning.model_validate(section) if section else None
+        except ValidationError as error:
+            raise CheckpointError(
+                f"the checkpoint of job {self.job_id} has a recipe whose fine-tuning cannot be "
+                f"({error.errors()[0]['msg']}); take another checkpoint"
+            ) from None
+
+
+def directory_of(root: str, version: int) -> str:
+    """Directory of a version's checkpoint under `root`."""
+    return files.join(root, f"step-{version:08d}")
+
+
+def shard_file_name(epoch: int, server: int, num_servers: int) -> str:
+    """A server's file; its epoch is in the name, so that servers of two plans never write to one path."""
+    return f"epoch-{epoch:04d}-shard-{server:03d}-of-{num_servers:03d}.safetensors"
+
+
+def fragment_digest(state: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
+    """sha256 of one fragment's state: the weights, then the optimizer's arrays by name."""
+    digest = hashlib.sha256()
+    for kind in [WEIGHT, *sorted(set(state) - {WEIGHT})]:
+        digest.update(kind.encode())
+        digest.update(bytes_of(state[kind]))
+    return digest.digest()
+
+
+def state_digest(fragment_digests: Sequence[bytes]) -> str:
+    """Hex sha256 over all fragments in order: the identity of a version, whoever held it."""
+    return hashlib.sha256(b"".join(fragment_digests)).hexdigest()
+
+
+def write_tensor_file(
+    directory: str,
+    file: str,
+    specs: Sequence[TensorSpec],
+    contents: Callable[[str], npt.NDArray[Any]],
+    metadata: Mapping[str, str],
+) -> FileEntry:
+    """Write a safetensors file of a checkpoint, whole or not at all, and its directory if need be. Raises OSError."""
+    files.make_directory(directory)
+    written: list[tuple[int, str]] = []
+    files.write_atomic(
+        files.join(directory, file),
+        lambda stream: written.append(write_tensors(stream, specs, contents, metadata)),
+        judged=True,
+    )
+    num_bytes, sha256 = written[-1]
+    return FileEntry(file=file, num_bytes=num_bytes, sha256=sha256)
+
+
+def write_manifest(
+    directory: str,
+    plan: Plan,
+    version: int,
+    reports: Sequence[coordinator_pb2.ReportCheckpointRequest],
+    progress: Mapping[str, int],
+    residuals: Sequence[ResidualEntry] = (),
+) -> CheckpointManifest:
+    """Make the checkpoint exist, from all servers' reports. Raises CheckpointError when they do not fit the plan, or a
+    file is not seen here with the size that was reported.
+
+    The tokenizer is copied beside the weights, so that a checkpoint can be exported where the data is no more.
+    """
+    by_server = {report.server: report for report in reports}
+    digests = {digest.fragment: digest.sha256 for report in reports for digest in report.fragments}
+    if sorted(by_server) != list(range(len(plan.servers))) or sorted(digests) != list(range(len(plan.fragments))):
+        raise CheckpointError(f"checkpoint of version {version}: the servers' reports do not cover the plan")
+    manifest = CheckpointManifest(
+        job_id=plan.job_id,
+        epoch=plan.epoch,
+        version=version,
+        unix_ms=int(time.time() * 1000),
+        recipe=plan.recipe.model_dump(mode="json"),
+        architecture=plan.model_config,
+        end_of_text_id=plan.data_manifest.end_of_text_id,
+        tensors=tuple(TensorEntry(name=t.name, shape=t.shape, decay=t.decay, unit=t.unit) for t in plan.tensors),
+        fragment_elements=plan.fragment_elements,
+        placement=plan.placement,
+        files=tuple(
+            FileEntry(file=report.file, num_bytes=report.num_bytes, sha256=report.sha256)
+            for _, report in sorted(by_server.items())
+        ),
+        state_sha256=state_digest([digests[index] for index in range(len(plan.fragments))]),
+        progress=dict(progress),
+        residuals=tuple(residuals),
+    )
+    _check_files(directory, plan, manifest.files)
+    _check_residuals(directory, manifest.residuals)
+    source = files.join(plan.recipe.data.path, plan.data_manifest.tokenizer_file)
+    try:
+        tokenizer = files.read_verified(source, plan.data_manifest.tokenizer_sha256)
+    except (OSError, DataError, ConfigError) as error:
+        raise CheckpointError(f"the tokenizer {source} cannot be copied into the checkpoint ({error})") from None
+    files.write_atomic(files.join(directory, TOKENIZER_NAME), lambda stream: stream.write(tokenizer), judged=True)
+    text = manifest.model_dump_json(indent=1).encode()
+    files.write_atomic(files.join(directory, MANIFEST_NAME), lambda stream: stream.write(text), judged=True)
+    keep = {entry.file for entry in (*manifest.files, *manifest.residuals)}
+    for name in files.list_names(directory):
+        # Of a plan that never got to its manifest. What a newer plan's servers write, or are still writing, stays.
+        match = _FILE_OF_EPOCH.fullmatch(name)
+        if match is not None and int(match[1]) <= plan.epoch and name not in keep:
+            files.remove(files.join(directory, name))
+    return manifest
+
+
+def _check_files(directory: str, plan: Plan, entries: Sequence[FileEntry]) -> None:
+    """Raise CheckpointError when a server's file is not seen from here as reported: it may have a disk of its own."""
+    for server, entry in zip(plan.servers, entries, strict=True):
+        found = _not_as_reported(directory, entry)
+        if found:
+            raise CheckpointError(
+                f"parameter server {server.name} reported {found}; let it write to the coordinator's run_root "
+                f"({plan.checkpoint_root}), on a file system that both share"
+            )
+
+
+def _check_residuals(directory: str, residuals: Sequence[ResidualEntry]) -> None:
+    """Raise CheckpointError when a worker's file is not seen from here as reported."""
+    for residual in residuals:
+        found = _not_as_reported(directory, residual)
+        if found:
+            raise CheckpointError(
+                f"the worker of slot {residual.slot} reported {found}; a codec that keeps residuals needs workers that "
+                f"see the coordinator's run_root"
+            )
+
+
+def _not_as_reported(directory: str, entry: FileEntry) -> str:
+    """What was reported of a file and what is seen of it; empty when they agree."""
+    path = files.join(directory, entry.file)
+    num_bytes = files.size_of(path)
+    if num_bytes == entry.num_bytes:
+        return ""
+    seen = "is not there" if num_bytes is None else f"has {num_bytes} bytes"
+    return f"{path} of {entry.num_bytes} bytes, and seen from the coordinator it {seen}"
+
+
+def read_manifest(directory: str) -> CheckpointManifest:
+    """Read and check a manifest. Raises CheckpointError with one line."""
+    path = files.join(directory, MANIFEST_NAME)
+    try:
+        return parse_manifest(directory, files.read_bytes(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST_NAME}") from None
+    except OSError as error:
+        raise CheckpointError(_damaged_manifest(directory, one_line(error))) from None
+
+
+def parse_manifest(directory: str, content: bytes) -> CheckpointManifest:
+    """Check the contents of a manifest. Raises CheckpointError with one line."""
+    path = files.join(directory, MANIFEST_NAME)
+    try:
+        manifest = CheckpointManifest.model_validate_json(content)
+    except ValidationError as error:
+        raise CheckpointError(_damaged_manifest(directory, error.errors()[0]["msg"])) from None
+    tensors = [entry.tensor() for entry in manifest.tensors]
+    known = range(len(manifest.files))
+    if (
+        len(manifest.placement) != num_fragments(tensors, manifest.fragment_elements)
+        or not all(file in known for file in manifest.placement)
+        or len({tensor.name for tensor in tensors}) < len(tensors)
+    ):
+        raise CheckpointError(
+            f"checkpoint manifest {path} contradicts itself; restore it, "
+            f"or remove {directory} to go back to an older one"
+        )
+    return manifest
+
+
+def _damaged_manifest(directory: str, detail: str) -> str:
+    return (
+        f"checkpoint manifest {files.join(directory, MANIFEST_NAME)} is damaged ({detail}); restore it, or remove "
+        f"{directory} to go back to an older one"
+    )
+
+
+def list_checkpoints(root: str) -> list[CheckpointManifest]:
+    """The checkpoints under `root`, oldest first. Directories without a manifest do not count."""
+    found = []
+    for name in files.list_names(root):
+        directory = files.join(root, name)
+        if _DIRECTORY.fullmatch(name) and MANIFEST_NAME in files.list_names(directory):
+            try:
+                found.append(read_manifest(directory))
+            except CheckpointError:
+                if MANIFEST_NAME in files.list_names(directory):
+                    raise  # else it was removed meanwhile
+    return sorted(found, key=lambda manifest: manifest.version)
+
+
+def remove_checkpoint(root: str, version: int) -> None:
+    """Remove a checkpoint, its manifest first, so that no half of it can pass for a whole."""
+    directory = directory_of(root, version)
+    files.remove(files.join(directory, MANIFEST_NAME))
+    files.remove(directory)

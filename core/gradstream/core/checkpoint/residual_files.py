@@ -1,0 +1,83 @@
+"""Residuals in a checkpoint: one safetensors file a slot, beside the servers' files.
+
+A file's keys are `KEY/TENSOR[BEGIN:END]`, KEY being one of the codec's state ("residual", "basis"); its metadata names
+the codec. Residuals are not part of the version's identity (`state_sha256`): they belong to slots, not to weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from safetensors import safe_open
+
+from gradstream.core.checkpoint.manifest import FileEntry, write_tensor_file
+from gradstream.core.checkpoint.shard import slice_name, verified_file
+from gradstream.core.codecs import ResidualCodec, State
+from gradstream.core.codecs.payloads import CodecBook
+from gradstream.core.errors import CheckpointError
+from gradstream.core.foreign import parsing
+from gradstream.core.plan.fragments import Fragment
+from gradstream.core.plan.plan import Plan
+from gradstream.core.storage import files
+from gradstream.core.storage.tensor_files import TensorSpec
+
+
+def residual_file_name(epoch: int, slot: int, node_id: str) -> str:
+    """A name that no other worker writes to, should two hold the slot for a moment."""
+    return f"epoch-{epoch:04d}-residual-slot-{slot:03d}-{node_id}.safetensors"
+
+
+def write_residual(directory: str, file: str, plan: Plan, states: Mapping[int, State]) -> FileEntry:
+    """Write a slot's states, by fragment, all on the CPU. Raises OSError."""
+    arrays = {
+        f"{key}/{slice_name(plan.tensors, plan.fragments[index])}": array.contiguous()
+        for index, state in states.items()
+        for key, array in state.items()
+    }
+    specs = [TensorSpec(name, "F32", tuple(array.shape)) for name, array in arrays.items()]
+    metadata = {"format": "gradstream", "codec": plan.recipe.codec.push}
+    return write_tensor_file(directory, file, specs, lambda name: arrays[name].reshape(-1).numpy(), metadata)
+
+
+def read_residual(directory: str, entry: FileEntry, plan: Plan) -> tuple[dict[int, State], str]:
+    """A slot's states by fragment, or, when they do not fit the plan, none and why.
+
+    Raises CheckpointError for a damaged file.
+    """
+    path = files.join(directory, entry.file)
+    local = verified_file(directory, entry)
+    states: dict[int, State] = {}
+
+    def refused(cause: str) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint file {path} cannot be read ({cause}); restore it, or remove {directory} to go back to an "
+            f"older checkpoint"
+        )
+
+    with parsing(refused), safe_open(local, framework="pt") as opened:
+        codec = (opened.metadata() or {}).get("codec", "none")
+        if codec != plan.recipe.codec.push:
+            return {}, f"it was kept by codec {codec}, the job's is {plan.recipe.codec.push}"
+        left = set(opened.keys())
+        for fragment, fresh in _fresh_states(plan):
+            state = {}
+            for key, like in fresh.items():
+                name = f"{key}/{slice_name(plan.tensors, fragment)}"
+                if name not in left or tuple(opened.get_slice(name).get_shape()) != tuple(like.shape):
+                    return {}, f"the model was cut into other fragments: it has no {name} of shape {[*like.shape]}"
+                state[key] = opened.get_tensor(name).to(torch.float32, copy=True)
+                left.discard(name)
+            states[fragment.index] = state
+        if left:
+            return {}, f"the model was cut into other fragments: {min(left)} is none of the plan's"
+    return states, ""
+
+
+def _fresh_states(plan: Plan) -> Iterator[tuple[Fragment, State]]:
+    """Each fragment that keeps a residual, and the state that it would begin with."""
+    book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
+    for bundle in plan.bundles:
+        for codec, fragment in zip(book.of(bundle, plan.recipe.codec.push).codecs, bundle.fragments, strict=True):
+            if isinstance(codec, ResidualCodec):
+                yield fragment, codec.new_state(fragment.shape)

@@ -1,0 +1,215 @@
+"""A bundle's payload: its fragments' payloads, one after the other, each in the codec of its tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import overload
+
+import numpy as np
+import torch
+
+from gradstream.core.codecs import Codec, DenseCodec, Payload, ResidualCodec, State, codec_named
+from gradstream.core.errors import ProtocolError
+from gradstream.core.kernels import dense
+from gradstream.core.kernels.dense import I64, address_of, addresses_of
+from gradstream.core.plan.bundles import Bundle, codec_for
+from gradstream.core.plan.fragments import Tensor
+
+
+class Slices(Sequence[torch.Tensor]):
+    """Each fragment of a bundle as a flat view of memory that stays where it is: made once, with what the kernels need.
+
+    A view costs as much as the arithmetic over thousands of elements, and torch lets go of the interpreter's lock for
+    each, which may not come back soon on a machine with more to do than cores.
+    """
+
+    def __init__(self, bundle: Bundle, views: Sequence[torch.Tensor]):
+        self.bundle = bundle
+        self._views = list(views)
+
+    @cached_property
+    def addresses_F(self) -> I64:
+        """Where they lie in the CPU's memory."""
+        elements_F = np.array([fragment.num_elements for fragment in self.bundle.fragments], dtype=np.int64)
+        return addresses_of(self._views, elements_F)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        return self._views[index]
+
+
+def slices(flat_N: torch.Tensor, bundle: Bundle) -> Slices:
+    """The fragments of a bundle in a flat tensor of all its elements."""
+    return Slices(bundle, [flat_N[begin:end] for begin, end in bundle.bounds])
+
+
+def seed_of(version: int, fragment: int) -> int:
+    """The seed with which a fragment's payload of a step, or of a version, is encoded."""
+    return version << 32 | fragment
+
+
+class BundleCodec:
+    """How one bundle is written as bytes when the job's codec is `codec` and its embeddings have `embedding`.
+
+    Flat tensors are fp32, contiguous, of the bundle's elements laid end to end. Stateless but for what is given in.
+    """
+
+    def __init__(self, bundle: Bundle, tensors: Sequence[Tensor], codec: str, embedding: str):
+        self.bundle = bundle
+        self.codec = codec_named(codec)
+        self.codecs: tuple[Codec, ...] = tuple(
+            codec_named(codec_for(tensors[fragment.tensor].kind, codec, embedding)) for fragment in bundle.fragments
+        )
+        self._sizes = [
+            codec.encoded_bytes(fragment.shape) for codec, fragment in zip(self.codecs, bundle.fragments, strict=True)
+        ]
+        self.most_bytes = sum(self._sizes)
+        """The most bytes that a payload can have."""
+        self._offsets = [0, *accumulate(self._sizes)][:-1]
+        self._dense_codecs = [codec for codec in self.codecs if isinstance(codec, DenseCodec)]
+        # Where a payload would begin at an odd address the kernels are given copies, one by one.
+        self._dense = len(self._dense_codecs) == len(self.codecs) and not any(offset % 4 for offset in self._offsets)
+        self._kinds_F = np.array([codec.kind for codec in self._dense_codecs], dtype=np.int64)
+        self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
+        self._offsets_F = np.array(self._offsets, dtype=np.int64)
+
+    def check_sizes(self, fragment_bytes: Sequence[int], payload_bytes: int) -> None:
+        """Raise ProtocolError for announced sizes that no payload has; before anything is allocated for it."""
+        if self._dense and list(fragment_bytes) == self._sizes and payload_bytes == self.most_bytes:
+            return
+        if len(fragment_bytes) != len(self.codecs):
+            raise ProtocolError(f"sizes of {len(fragment_bytes)} fragments, but there are {len(self.codecs)}")
+        for codec, fragment, size in zip(self.codecs, self.bundle.fragments, fragment_bytes, strict=True):
+            codec.check_size(size, fragment.shape)
+        if sum(fragment_bytes) != payload_bytes:
+            raise ProtocolError(f"{payload_bytes} bytes announced, but its fragments have {sum(fragment_bytes)}")
+
+    def encode(self, values: Sequence[torch.Tensor], version: int) -> list[Payload]:
+        """Each fragment's payload; `values` are the fragments' slices."""
+        if not self._together(values):
+            return [
+                codec.encode(slice_N.view(fragment.shape), seed_of(version, fragment.index))
+                for codec, fragment, slice_N in zip(self.codecs, self.bundle.fragments, values, strict=True)
+            ]
+        payload, payloads = self._allocate()
+        dense.encode(*self._call(version), self._at(values), address_of(payload) + self._offsets_F)
+        return payloads
+
+    def encode_with(self, values: Sequence[torch.Tensor], states: dict[int, State], version: int) -> list[Payload]:
+        """As `encode`; the residuals of codecs that keep one are kept in `states`, by fragment."""
+        payloads = []
+        for codec, fragment, slice_N in zip(self.codecs, self.bundle.fragments, values, strict=True):
+            seed = seed_of(version, fragment.index)
+            if isinstance(codec, ResidualCodec):
+                state = states.get(fragment.index)
+                if state is None:
+                    state = states[fragment.index] = codec.new_state(fragment.shape, slice_N.device)
+                payloads.append(codec.encode_with(slice_N.view(fragment.shape), state, seed))
+            else:
+                payloads.append(codec.encode(slice_N.view(fragment.shape), seed))
+        return payloads
+
+    def encode_delta(self, values: Sequence[torch.Tensor], held: Sequence[torch.Tensor], version: int) -> list[Payload]:
+        """Each fragment's payload of values - held, which is added to `held` as the receiver will."""
+        if not self._together(values):
+            return [
+                codec.encode_delta(
+                    slice_N.view(fragment.shape), held_N.view(fragment.shape), seed_of(version, fragment.index)
+                )
+                for codec, fragment, slice_N, held_N in zip(
+                    self.codecs, self.bundle.fragments, values, held, strict=True
+                )
+            ]
+        payload, payloads = self._allocate()
+        into_F = address_of(payload) + self._offsets_F
+        dense.encode_delta(*self._call(version), self._at(values), self._at(held), into_F)
+        return payloads
+
+    def decode(self, payloads: Sequence[Payload], out: Sequence[torch.Tensor], version: int) -> None:
+        """Write the values over the fragments' slices. Raises ProtocolError."""
+        if self._together(out):
+            self._decode_together(payloads, out, version, add=False)
+            return
+        for codec, fragment, payload, out_N in zip(self.codecs, self.bundle.fragments, payloads, out, strict=True):
+            codec.decode(payload, out_N.view(fragment.shape), seed_of(version, fragment.index))
+
+    def decode_add(self, payloads: Sequence[Payload], out: Sequence[torch.Tensor], version: int) -> None:
+        """Add the values to the fragments' slices. Raises ProtocolError."""
+        if self._together(out):
+            self._decode_together(payloads, out, version, add=True)
+            return
+        for codec, fragment, payload, out_N in zip(self.codecs, self.bundle.fragments, payloads, out, strict=True):
+            codec.decode_add(payload, out_N.view(fragment.shape), seed_of(version, fragment.index))
+
+    # -- all fragments in one call -----------------------------------------------------------------------------------
+
+    def _together(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the kernels can take all fragments at once."""
+        return self._dense and tensors[0].device.type == "cpu"
+
+    def _at(self, tensors: Sequence[torch.Tensor]) -> I64:
+        if isinstance(tensors, Slices) and tensors.bundle is self.bundle:
+            return tensors.addresses_F
+        return addresses_of(tensors, self._elements_F)
+
+    def _call(self, version: int) -> tuple[I64, I64, I64]:
+        """Kinds, elements and keys of a call."""
+        keys = [
+            codec.key(seed_of(version, fragment.index))
+            for codec, fragment in zip(self._dense_codecs, self.bundle.fragments, strict=True)
+        ]
+        return self._kinds_F, self._elements_F, np.array(keys, dtype=np.int64)
+
+    def _allocate(self) -> tuple[Payload, list[Payload]]:
+        """A payload, and its fragments' payloads as views of it."""
+        payload = np.empty(self.most_bytes, dtype=np.uint8)
+        return payload, [payload[begin : begin + size] for begin, size in zip(self._offsets, self._sizes, strict=True)]
+
+    def _decode_together(
+        self, payloads: Sequence[Payload], out: Sequence[torch.Tensor], version: int, add: bool
+    ) -> None:
+        self.check_sizes([len(payload) for payload in payloads], sum(map(len, payloads)))
+        from_F = np.array([address_of(payload) for payload in payloads], dtype=np.int64)
+        dense.decode(*self._call(version), from_F, self._at(out), add)
+
+
+class CodecBook:
+    """The codecs of a job's bundles, each made once. For both ends of a link, any thread."""
+
+    def __init__(self, tensors: Sequence[Tensor], embedding: str):
+        self._tensors = tensors
+        self._embedding = embedding
+        self._made: dict[tuple[int, str, str], BundleCodec] = {}
+
+    def of(self, bundle: Bundle, codec: str) -> BundleCodec:
+        """For gradients and for whole copies."""
+        return self._get(bundle, codec, self._embedding)
+
+    def delta(self, bundle: Bundle, codec: str) -> BundleCodec:
+        """For differences of weights, of which an embedding's are as dense as a matrix's."""
+        return self._get(bundle, codec, codec)
+
+    def _get(self, bundle: Bundle, codec: str, embedding: str) -> BundleCodec:
+        key = (bundle.index, codec, embedding)
+        if key not in self._made:
+            self._made[key] = BundleCodec(bundle, self._tensors, codec, embedding)
+        return self._made[key]
+
+
+def split(payload: Payload, fragment_bytes: Sequence[int]) -> list[Payload]:
+    """A bundle's payload as its fragments' payloads: views, or copies where one would begin at an odd address, which
+    the kernels are not compiled for."""
+    pieces, begin = [], 0
+    for size in fragment_bytes:
+        piece = payload[begin : begin + size]
+        pieces.append(piece.copy() if begin % 4 else piece)
+        begin += size
+    return pieces

@@ -1,0 +1,1 @@
+"""Certificates and tokens: the authority, what it issues, and what is wrong when a connection is refused."""

@@ -1,0 +1,1 @@
+"""Data sets: the manifest, which samples a slot takes, sources and their rows."""

@@ -1,0 +1,199 @@
+"""Fused CPU kernels of the codecs with a residual. For how they are written see `kernels`.
+
+Each adds the residual, encodes, and leaves the new residual in place of the old one, in one pass over whole blocks.
+Their input is finite: `sum_is_finite` has looked.
+
+Shape legend: B blocks of E elements, C chunks of E elements, K elements kept of a chunk, Y bytes of sign bits a block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int32, uint32, uint64
+
+from gradstream.core.kernels.blocks import BLOCK, TOPK_CHUNK
+from gradstream.core.kernels.compiled import F32, INFINITY_BITS, MAGNITUDE_BITS, U8, U16, kernel
+
+_GROUP = 64
+_NUM_GROUPS = TOPK_CHUNK // _GROUP
+
+
+@kernel
+def sum_is_finite(values_BE: F32, residual_BE: F32) -> bool:
+    """Whether value + residual is finite everywhere. E is 256."""
+    sums_bits = np.empty(BLOCK, np.int32)
+    sums = sums_bits.view(np.float32)
+    for block in range(values_BE.shape[0]):
+        for i in range(BLOCK):
+            sums[i] = values_BE[block, i] + residual_BE[block, i]
+        magnitude = int32(0)
+        for i in range(BLOCK):
+            magnitude = max(magnitude, sums_bits[i] & int32(MAGNITUDE_BITS))
+        if magnitude >= int32(INFINITY_BITS):
+            return False
+    return True
+
+
+@kernel
+def sign_encode(values_BE: F32, residual_BE: F32, scales_B: F32, signs_BY: U8) -> None:
+    """scale = mean |value + residual| of each block of 256; one bit an element, 1 for negative, the first one lowest.
+
+    The mean adds the second half of the magnitudes to the first, and so on with what is left: an order that vectorizes
+    and that torch can repeat. Each is divided by 256 first, which is exact and cannot overflow.
+    """
+    half = BLOCK // 2
+    sums_bits = np.empty(BLOCK, np.int32)
+    sums = sums_bits.view(np.float32)
+    magnitudes = np.empty(BLOCK, np.float32)
+    flags = np.empty(BLOCK, np.uint8)
+    flag_words = flags.view(np.uint64)
+    for block in range(values_BE.shape[0]):
+        for i in range(BLOCK):
+            sums[i] = values_BE[block, i] + residual_BE[block, i]
+        for i in range(BLOCK):
+            magnitudes[i] = abs(sums[i]) * np.float32(1 / BLOCK)
+        width = half
+        while width >= 1:
+            for i in range(width):
+                magnitudes[i] += magnitudes[width + i]
+            width //= 2
+        scale = magnitudes[0]
+        scales_B[block] = scale
+        for i in range(BLOCK):
+            flags[i] = np.uint8(uint32(sums_bits[i]) >> uint32(31))
+        for i in range(BLOCK // 8):
+            # The product gathers the lowest bits of eight bytes in its highest byte.
+            signs_BY[block, i] = np.uint8((flag_words[i] * uint64(0x0102040810204080)) >> uint64(56))
+        for i in range(BLOCK):
+            residual_BE[block, i] = sums[i] - (scale if flags[i] == 0 else -scale)
+
+
+@kernel
+def sign_decode(scales_B: F32, signs_BY: U8, out_BE: F32, add: bool) -> None:
+    """out = ±scale; added to `out` if `add`."""
+    flags = np.empty(BLOCK, np.uint8)
+    flag_words = flags.view(np.uint64)
+    for block in range(out_BE.shape[0]):
+        scale = scales_B[block]
+        for i in range(BLOCK // 8):
+            # Eight copies of the byte, each left with one of its bits.
+            copies = uint64(signs_BY[block, i]) * uint64(0x0101010101010101)
+            flag_words[i] = copies & uint64(0x8040201008040201)
+        if add:
+            for i in range(BLOCK):
+                out_BE[block, i] += scale if flags[i] == 0 else -scale
+        else:
+            for i in range(BLOCK):
+                out_BE[block, i] = scale if flags[i] == 0 else -scale
+
+
+@kernel
+def topk_encode(values_CE: F32, residual_CE: F32, indices_CK: U16, halves_CK: U16) -> None:
+    """Of each chunk of 4096 sums value + residual the K <= 64 largest magnitudes: ascending indices, and bf16 values.
+
+    Of equal magnitudes the first are taken. Instead of sorting, the K-th largest bit pattern (magnitudes order like
+    their patterns) is found by bisection, counting how many reach the middle: vectorized passes over a chunk that stays
+    in the first-level cache. The least of 64 groups' maxima is where it starts, since 64 elements reach that.
+    """
+    keep = indices_CK.shape[1]
+    sums_bits = np.empty(TOPK_CHUNK, np.int32)
+    sums = sums_bits.view(np.float32)
+    magnitudes = np.empty(TOPK_CHUNK, np.int32)
+    largest = np.empty(_NUM_GROUPS, np.int32)
+    candidates = np.empty(TOPK_CHUNK, np.int32)
+    half_bits = np.empty(1, np.uint32)
+    half_value = half_bits.view(np.float32)
+    for chunk in range(values_CE.shape[0]):
+        for i in range(TOPK_CHUNK):
+            sums[i] = values_CE[chunk, i] + residual_CE[chunk, i]
+            residual_CE[chunk, i] = sums[i]
+        for i in range(TOPK_CHUNK):
+            magnitudes[i] = sums_bits[i] & int32(MAGNITUDE_BITS)
+        low, high = int32(MAGNITUDE_BITS), int32(0)
+        for group in range(_NUM_GROUPS):
+            most = int32(0)
+            for i in range(_GROUP):
+                most = max(most, magnitudes[group * _GROUP + i])
+            largest[group] = most
+            low, high = min(low, most), max(high, most)
+        # At least `keep` reach `low`, fewer than `keep` reach `high`.
+        high += int32(1)
+        while high - low > 1:
+            middle = int32(low + (high - low) // 2)
+            count = int32(0)
+            for i in range(TOPK_CHUNK):
+                count = int32(count + int32(magnitudes[i] >= middle))  # int32 + int32 is wider to numba
+            if count >= keep:
+                low = middle
+                if count == keep:
+                    break
+            else:
+                high = middle
+        above = int32(0)
+        for i in range(TOPK_CHUNK):
+            above = int32(above + int32(magnitudes[i] > low))
+        ties = keep - above
+        # Written whether it is one or not: no branch to mispredict.
+        num_candidates = 0
+        for group in range(_NUM_GROUPS):
+            if largest[group] >= low:
+                for i in range(group * _GROUP, (group + 1) * _GROUP):
+                    candidates[num_candidates] = i
+                    num_candidates += magnitudes[i] >= low
+        place = 0
+        for candidate in range(num_candidates):
+            i = candidates[candidate]
+            if magnitudes[i] == low:
+                if ties == 0:
+                    continue
+                ties -= 1
+            bits = uint32(sums_bits[i])
+            # To nearest even, except that what would round to infinity stays the largest finite number.
+            half = uint32(bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
+            if half & uint32(0x7FFF) >= uint32(0x7F80):
+                half -= uint32(1)
+            half_bits[0] = half << uint32(16)
+            indices_CK[chunk, place] = i
+            halves_CK[chunk, place] = half
+            residual_CE[chunk, i] = sums[i] - half_value[0]
+            place += 1
+
+
+@kernel
+def topk_indices_hold(indices_CK: U16, num_elements: int) -> bool:
+    """Whether every chunk's indices rise and stay below `num_elements`."""
+    for chunk in range(indices_CK.shape[0]):
+        previous = np.int64(-1)
+        for i in range(indices_CK.shape[1]):
+            index = np.int64(indices_CK[chunk, i])
+            if index <= previous:
+                return False
+            previous = index
+        if previous >= num_elements:
+            return False
+    return True
+
+
+@kernel
+def topk_add(indices_CK: U16, halves_CK: U16, out_CE: F32) -> None:
+    """out[index] += value. The indices have been checked."""
+    half_bits = np.empty(1, np.uint32)
+    half_value = half_bits.view(np.float32)
+    for chunk in range(indices_CK.shape[0]):
+        for i in range(indices_CK.shape[1]):
+            half_bits[0] = uint32(halves_CK[chunk, i]) << uint32(16)
+            out_CE[chunk, indices_CK[chunk, i]] += half_value[0]
+
+
+def preload() -> None:
+    """Compile every kernel, or load it from the cache."""
+    values_BE, residual_BE = np.ones((1, BLOCK), np.float32), np.zeros((1, BLOCK), np.float32)
+    scales_B, signs_BY = np.empty(1, np.float32), np.empty((1, BLOCK // 8), np.uint8)
+    sum_is_finite(values_BE, residual_BE)
+    sign_encode(values_BE, residual_BE, scales_B, signs_BY)
+    sign_decode(scales_B, signs_BY, residual_BE, True)
+    values_CE, residual_CE = np.ones((1, TOPK_CHUNK), np.float32), np.zeros((1, TOPK_CHUNK), np.float32)
+    indices_CK, halves_CK = np.empty((1, 64), np.uint16), np.empty((1, 64), np.uint16)
+    topk_encode(values_CE, residual_CE, indices_CK, halves_CK)
+    topk_indices_hold(indices_CK, TOPK_CHUNK)
+    topk_add(indices_CK, halves_CK, residual_CE)

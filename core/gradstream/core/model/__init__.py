@@ -1,0 +1,1 @@
+"""Models: inventory, stages, adapters, gradients, and whether one can be trained."""

@@ -1,0 +1,386 @@
+"""What each section of a model costs: time, memory, and what it passes on, of one microbatch on this machine.
+
+Sections are measured one at a time, layers of equal shapes once, so a model of any number of layers takes seconds and
+never more memory than its largest section. What is too large to be measured here is estimated from its matrices.
+
+Left out: what a stage does once however many sections it has (masks, positions), which each section's time contains;
+what zero-bubble keeps between the parts of a backward pass; other processors than this machine's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from gradstream.core.errors import ConfigError, one_line
+from gradstream.core.machine import memory
+from gradstream.core.machine.speed import matrix_flops
+from gradstream.core.model.model import hidden_size
+from gradstream.core.model.trial import PLAIN_USE, ModelUse, describe
+from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.recipe import TrainingConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from gradstream.core.model.stage_module import Section, StageModule
+
+# What is larger than one of these is estimated.
+MOST_PARAMETERS = 300_000_000
+MOST_BYTES = 4 << 30
+MOST_SECONDS = 5.0
+# A section's passes are repeated as often as they fit into so many seconds, within these bounds.
+REPEAT_SECONDS = 2.0
+LEAST_REPEATS, MOST_REPEATS = 2, 10
+_MATRIX = 1024
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What goes through a section at once, and how it is computed: the recipe's keys that a cost depends on."""
+
+    microbatch: int
+    sequence_length: int
+    precision: str = "fp32"
+    recompute: bool = False
+    num_threads: int = 1
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> Workload:
+        """That of a recipe."""
+        return cls(
+            training.microbatch,
+            training.sequence_length,
+            training.precision,
+            training.recompute,
+            training.num_threads,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a microbatch."""
+        return self.microbatch * self.sequence_length
+
+
+@dataclass(frozen=True)
+class SectionProfile:
+    """The costs of a section for one microbatch. `units` are indices of forward units.
+
+    `num_parameters` counts a tied tensor in each section that uses it. A backward pass takes `backward_seconds`, or, in
+    two parts, `backward_input_seconds` and `backward_weight_seconds`. `activation_bytes` are kept from the forward to
+    the backward pass, the section's input among them; `working_bytes` more are needed while the backward pass computes
+    them again, if it does. It passes on `output_elements`. `measured` is false for an estimate.
+    """
+
+    name: str
+    units: tuple[int, ...]
+    num_parameters: int
+    forward_seconds: float
+    backward_seconds: float
+    backward_input_seconds: float
+    backward_weight_seconds: float
+    activation_bytes: int
+    working_bytes: int
+    output_elements: int
+    measured: bool
+
+
+def profile_sections(
+    model_config: Mapping[str, Any], workload: Workload, lora: LoraConfig | None = None
+) -> list[SectionProfile]:
+    """The profile of every section, in forward order, with as many threads as torch is set to. With adapters all else
+    is frozen, and its gradients are not computed.
+
+    Raises ConfigError for a model that cannot be built, or not be cut into pipeline stages.
+    """
+    from gradstream.core.model.model import build, forward_units
+    from gradstream.core.model.stage_module import sections_of
+
+    model = build(model_config, "meta", lora)
+    units = [unit for _, unit in forward_units(model)]
+    sections = sections_of(model)
+    rate = _flops_per_second(workload)
+    known: dict[object, SectionProfile] = {}
+    profiles = []
+    for index, section in enumerate(sections):
+        modules = [units[unit] for unit in section.units]
+        inner = 0 < index < len(sections) - 1
+        shapes = tuple(tuple(parameter.shape) for module in modules for parameter in module.parameters())
+        key = shapes if inner else index
+        if key not in known:
+            found = _estimate(model, section, modules, workload, rate, inner)
+            if _is_measurable(found):
+                try:
+                    found = _measure(model_config, index, found, workload, lora)
+                except ConfigError:
+                    raise
+                except Exception as error:  # a family's own code, given what it was not made for
+                    cause = one_line(error)[:200]
+                    raise ConfigError(
+                        f"model.config: {type(model).__name__} cannot be cut into pipeline stages: '{section.name}' "
+                        f"alone fails ({cause}); use stages: 1"
+                    ) from None
+            known[key] = found
+        profiles.append(replace(known[key], name=section.name, units=section.units))
+    return profiles
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+def _flops_per_second(workload: Workload) -> float:
+    """What a matrix product of middling size reaches here."""
+    with _autocast(workload):
+        return matrix_flops("cpu", _MATRIX, 3)
+
+
+def _estimate(
+    model: nn.Module,
+    section: Section,
+    modules: list[nn.Module],
+    workload: Workload,
+    flops_per_second: float,
+    inner: bool,
+) -> SectionProfile:
+    """From the shapes alone: a matrix takes 2 operations a parameter and token forward and twice that backward, and
+    keeps its input and its output; what is only looked up takes nothing."""
+    from torch import nn
+
+    tables = {id(m.weight) for module in modules for m in module.modules() if isinstance(m, nn.Embedding)}
+    # In a head a tied table is a matrix.
+    first = 0 in section.units
+    parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
+    matrices = [p for p in parameters if p.dim() > 1 and not (first and id(p) in tables)]
+    hidden, tokens = hidden_size(model), workload.num_tokens
+    operations = 2 * tokens * sum(p.numel() for p in matrices)
+    kept = sum(sum(p.shape[-2:]) for p in matrices)
+    if inner:
+        operations += 2 * tokens * workload.sequence_length * hidden  # attention to what lies before
+    if matrices:
+        kept += 2 * hidden  # the inputs of norms
+    forward = operations / flops_per_second
+    frozen = not any(p.requires_grad for p in matrices if p.numel() == max(m.numel() for m in matrices))
+    activation_bytes, input_bytes = 4 * tokens * kept, (8 if first else 4 * hidden) * tokens
+    again = inner and workload.recompute
+    columns = _outputs(matrices, hidden, first or inner)
+    return SectionProfile(
+        name=section.name,
+        units=section.units,
+        num_parameters=sum(p.numel() for p in parameters),
+        forward_seconds=forward,
+        backward_seconds=((3 if again else 2) - frozen) * forward,
+        backward_input_seconds=0.0 if first else (2 if again else 1) * forward,
+        backward_weight_seconds=0.0 if frozen and not first else (2 if first else 1) * forward,
+        activation_bytes=input_bytes if again else max(input_bytes, activation_bytes),
+        working_bytes=activation_bytes if again else 0,
+        output_elements=tokens * columns,
+        measured=False,
+    )
+
+
+def _outputs(matrices: list[nn.Parameter], hidden: int, passes_on: bool) -> int:
+    """Elements a token of what a section gives: hidden states, or the logits of the last."""
+    return hidden if passes_on or not matrices else max(p.shape[0] for p in matrices)
+
+
+def _is_measurable(estimate: SectionProfile) -> bool:
+    # Weights and gradients; activations, and as much again of gradients on the way.
+    num_bytes = 8 * estimate.num_parameters + 2 * (estimate.activation_bytes + estimate.working_bytes)
+    seconds = estimate.forward_seconds + estimate.backward_seconds
+    return estimate.num_parameters <= MOST_PARAMETERS and num_bytes <= MOST_BYTES and seconds <= MOST_SECONDS
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    model_config: Mapping[str, Any],
+    index: int,
+    estimate: SectionProfile,
+    workload: Workload,
+    lora: LoraConfig | None,
+) -> SectionProfile:
+    """The estimate with everything replaced that can be measured on a stage of this section alone."""
+    import torch
+
+    from gradstream.core.model.fused_functions import cross_entropy_sum
+    from gradstream.core.model.fused_layers import fuse
+    from gradstream.core.model.stage_module import StageModule
+
+    stage = StageModule(model_config, range(index, index + 1), "cpu", lora).train()
+    fuse(stage)
+    for module in stage.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:  # frozen: on a worker it comes from the base
+                setattr(
+                    module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+                )
+    size = (workload.microbatch, workload.sequence_length)
+    with torch.random.fork_rng(devices=[]):
+        with torch.no_grad():
+            for parameter in stage.parameters():
+                # Small, so that no pass overflows; never zero, which some processors multiply faster.
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.02)
+                else:
+                    parameter.fill_(1.0)
+        config: Any = stage.model.config
+        targets_BT = torch.randint(0, config.get_text_config().vocab_size, size)
+        received = targets_BT if stage.first else torch.randn(*size, hidden_size(stage.model))
+
+        def forward() -> tuple[torch.Tensor, torch.Tensor]:
+            given = received if stage.first else received.detach().requires_grad_()
+            with _autocast(workload):
+                result = stage(given)
+            if stage.last:
+                logits_NV = result.float().flatten(0, 1)
+                result = cross_entropy_sum(logits_NV, targets_BT.flatten())
+            return given, result
+
+        activation_bytes, working_bytes = _kept_bytes(stage, forward, workload.recompute and not stage.first)
+        seconds = _time_passes(stage, forward)
+    return replace(
+        estimate,
+        forward_seconds=seconds[0],
+        backward_seconds=seconds[1],
+        backward_input_seconds=seconds[2],
+        backward_weight_seconds=seconds[3],
+        activation_bytes=activation_bytes,
+        working_bytes=working_bytes,
+        measured=True,
+    )
+
+
+Forward = Callable[[], "tuple[torch.Tensor, torch.Tensor]"]
+
+
+def _kept_bytes(stage: StageModule, forward: Forward, recompute: bool) -> tuple[int, int]:
+    """(bytes kept between the passes, bytes more when a pass is computed again), and from here on the stage recomputes
+    if it shall."""
+    kept = _saved_bytes(stage, forward)
+    if not recompute:
+        return kept, 0
+    model: Any = stage.model
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    kept_now = _saved_bytes(stage, forward)
+    return kept_now, max(0, kept - kept_now)
+
+
+def _saved_bytes(stage: StageModule, forward: Forward) -> int:
+    """Bytes of the storages, each once and without the parameters', that autograd saves in a forward pass, and of its
+    input."""
+    import torch
+
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
+    # They are kept, so that no storage takes the place of another that is gone.
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        received, _ = forward()
+    note(received)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, float, float]:
+    """Seconds, each the least of several runs, of a forward and a backward pass, and of the latter's two parts.
+
+    The first stage has no gradient to give away, so its pass has one part alone, that of the weights.
+    """
+    import torch
+
+    from gradstream.core.model.weight_gradients import WeightGradients
+
+    weight_gradients = WeightGradients(stage, split=False)
+
+    def run() -> tuple[float, float, float, float]:
+        weight_gradients.split = False
+        begin = time.perf_counter()
+        _, result = forward()
+        forward_seconds = time.perf_counter() - begin
+        if not result.requires_grad:
+            return forward_seconds, 0.0, 0.0, 0.0  # a first section without an adapter
+        gradient = None if stage.last else torch.ones_like(result)
+        backward_seconds = _seconds(lambda: result.backward(gradient))  # type: ignore[no-untyped-call]
+        if stage.first:
+            return forward_seconds, backward_seconds, 0.0, backward_seconds
+        weight_gradients.split = True
+        received, result = forward()
+        begin = time.perf_counter()
+        _, weight_part = weight_gradients.backward_input(result, gradient, received)
+        input_seconds = time.perf_counter() - begin
+        weight_seconds = _seconds(weight_part.add)
+        return forward_seconds, backward_seconds, input_seconds, weight_seconds
+
+    run()  # warms up; from here on there are gradients to add to
+    begin = time.perf_counter()
+    runs = [run() for _ in range(LEAST_REPEATS)]
+    while len(runs) < MOST_REPEATS and time.perf_counter() - begin < REPEAT_SECONDS:
+        runs.append(run())
+    forward_seconds, backward_seconds, input_seconds, weight_seconds = map(min, zip(*runs, strict=True))
+    return forward_seconds, backward_seconds, input_seconds, weight_seconds
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _autocast(workload: Workload) -> torch.autocast:
+    import torch
+
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=workload.precision == "bf16")
+
+
+# --- the child process ------------------------------------------------------------------------------------------------
+
+
+def question(
+    model_config: Mapping[str, Any], workload: Workload, lora: LoraConfig | None = None, use: ModelUse = PLAIN_USE
+) -> str:
+    """What `python -m gradstream.core.model.profile` reads: the same text for the same profile."""
+    adapters = lora.model_dump(mode="json") if lora is not None else None
+    asked = {"model_config": model_config, "workload": asdict(workload), "lora": adapters, "use": asdict(use)}
+    return json.dumps(asked, sort_keys=True)
+
+
+def parse_answer(answer: Mapping[str, Any]) -> list[SectionProfile]:
+    """What it wrote. Raises ConfigError with its reason when that is an error."""
+    if "error" in answer:
+        raise ConfigError(answer["error"])
+    return [SectionProfile(**{**section, "units": tuple(section["units"])}) for section in answer["sections"]]
+
+
+def _main() -> None:
+    """`python -m gradstream.core.model.profile`: a model and a workload on stdin, the sections' profiles and the
+    model's inventory on stdout, both JSON."""
+    memory.use_huge_pages()  # as workers do
+    import torch
+
+    asked = json.load(sys.stdin)
+    workload = Workload(**asked["workload"])
+    torch.set_num_threads(workload.num_threads)
+    try:
+        lora = LoraConfig.model_validate(asked["lora"]) if asked["lora"] else None
+        # First whether the model is taken at all.
+        found = describe(asked["model_config"], lora, ModelUse(**asked["use"]))
+        sections = profile_sections(asked["model_config"], workload, lora)
+        answer: dict[str, Any] = {"sections": list(map(asdict, sections)), "inventory": found}
+    except ConfigError as error:
+        answer = {"error": str(error)}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,214 @@
+"""A pipeline stage as a module: the whole model of transformers with the sections of other stages taken out.
+
+The model's own forward pass runs on every stage, so masks, rotary embeddings and whatever else a family computes on the
+way are its own. Layers of other stages pass on what they are given; where a stage begins, what it received takes the
+place of what the model computed so far.
+
+Shape legend: B samples, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradstream.core.errors import ConfigError
+from gradstream.core.model.model import build, forward_units, initialize_buffers
+from gradstream.core.recipe.finetuning import LoraConfig
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is never cut: the embedding, one layer, or the final norm and head. `units` are indices of forward units."""
+
+    name: str
+    units: tuple[int, ...]
+
+
+def sections_of(model: nn.Module) -> list[Section]:
+    """The sections of a decoder, in forward order. Raises ConfigError for a model that cannot be taken apart so."""
+    units = forward_units(model)
+    names = [name for name, _ in units]
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    layers = [
+        index for index, name in enumerate(names) if any(name == f"{path}.{name.rsplit('.', 1)[-1]}" for path in lists)
+    ]
+    # A list inside a layer belongs to that layer.
+    if not layers or layers != list(range(layers[0], layers[-1] + 1)):
+        raise ConfigError("model.config: the model's layers are not one list, so it cannot be cut into pipeline stages")
+    before, after = tuple(range(layers[0])), tuple(range(layers[-1] + 1, len(names)))
+    for name, unit in units[: layers[0]]:
+        # Some families define their final norm up there: by its place alone nobody can tell when it is used.
+        if _has_parameters(unit) and not isinstance(unit, nn.Embedding):
+            raise ConfigError(
+                f"model.config: '{name}' lies before the layers and is no embedding, so the model cannot be cut into "
+                f"pipeline stages; use stages: 1"
+            )
+    return [
+        Section("embedding", before),
+        *(Section(names[index], (index,)) for index in layers),
+        Section("head", after),
+    ]
+
+
+class StageModule(nn.Module):
+    """Sections `sections` (a range over `sections_of`) of a model, on a device, with weights yet to be filled in; with
+    adapters, frozen ones stay on the meta device.
+
+    Parameters of the other sections do not exist. Names are those of the whole model.
+    """
+
+    def __init__(
+        self,
+        model_config: Mapping[str, Any],
+        sections: range,
+        device: torch.device | str = "cpu",
+        lora: LoraConfig | None = None,
+    ):
+        super().__init__()
+        self.model = build(model_config, "meta", lora)
+        every = sections_of(self.model)
+        if not sections or sections.start < 0 or sections.stop > len(every) or sections.step != 1:
+            raise ConfigError(
+                f"stage of sections {sections.start} to {sections.stop - 1}: "
+                f"the model has sections 0 to {len(every) - 1}"
+            )
+        self.first, self.last = sections.start == 0, sections.stop == len(every)
+        self._received: torch.Tensor | None = None
+        units = [unit for _, unit in forward_units(self.model)]
+        places = _places(self.model)
+
+        def replace(unit: int, new: nn.Module) -> None:
+            for module, name in places[id(units[unit])]:
+                setattr(module, name, new)
+
+        for number, section in enumerate(every):
+            for unit in section.units:
+                if number in sections:
+                    continue
+                if 0 < number < len(every) - 1:
+                    replace(unit, self._placeholder(number, sections, units[unit]))
+                elif _has_parameters(units[unit]):  # others, rotary embeddings say, are what each stage needs
+                    replace(unit, _Nothing() if number == 0 else _PassedOn(units[unit]))
+        if not self.first and sections.start < len(every) - 1:
+            entry = units[every[sections.start].units[0]]
+            entry.register_forward_pre_hook(self._take, with_kwargs=True)
+        if sections.stop == len(every) - 1:
+            units[every[sections.stop - 1].units[-1]].register_forward_hook(_end)
+        initialize_buffers(self.model, device)
+
+    def forward(self, received: torch.Tensor, **layout: torch.Tensor) -> torch.Tensor:
+        """The first stage takes token ids, (B, T), the others activations, (B, T, D). The last one gives logits,
+        (B, T, V), the others activations. `layout` is what else the model's forward pass is told: position_ids. Raises
+        ConfigError for a family of which this cannot be made."""
+        model: Any = self.model if self.last else self.model.base_model
+        result: torch.Tensor
+        try:
+            if self.first:
+                output = model(input_ids=received, use_cache=False, **layout)
+            else:
+                self._received = received
+                output = model(inputs_embeds=received, use_cache=False, **layout)
+            result = output.logits if self.last else output.last_hidden_state
+        except _StageEndError as end:
+            result = end.hidden_states
+        finally:
+            unused, self._received = self._received is not None, None
+        if result.shape[:2] != received.shape[:2] or unused:
+            # Its loop takes something else from a layer than the hidden states that `_PassedOn` gives.
+            raise ConfigError(
+                f"model.config: {type(self.model).__name__} cannot be cut into pipeline stages: a stage turned "
+                f"{tuple(received.shape[:2])} tokens into {tuple(result.shape[:2])}; use stages: 1"
+            )
+        return result
+
+    def _take(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if "hidden_states" in keywords:
+            return arguments, {**keywords, "hidden_states": self._taken()}
+        return (self._taken(), *arguments[1:]), keywords
+
+    def _taken(self) -> torch.Tensor:
+        received, self._received = self._received, None
+        assert received is not None
+        return received
+
+    def _placeholder(self, number: int, sections: range, layer: nn.Module) -> nn.Module:
+        """What stands in place of layer `number`, which is another stage's."""
+        if number == sections.stop:
+            return _End(layer)
+        # Only the head: what the last layer gave is what the stage received.
+        is_entry = number == sections.start - 1 and self.last and len(sections) == 1
+        return _PassedOn(layer, self._taken if is_entry else None)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The parents of each module, by its id, and its names there."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found.setdefault(id(child), []).append((parent, name))
+    return found
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+class _StageEndError(Exception):
+    """The stage has computed all that is its own; the rest of the model's forward pass is other stages'."""
+
+    def __init__(self, hidden_states: torch.Tensor):
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+def _end(module: nn.Module, arguments: object, result: Any) -> None:
+    raise _StageEndError(result[0] if isinstance(result, tuple) else result)
+
+
+class _Nothing(nn.Module):
+    """In place of an embedding: what is added to the received activations, which replace the sum anyway."""
+
+    def forward(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros((1, 1, 1), device=ids.device)
+
+
+class _PassedOn(nn.Module):
+    """In place of a layer or norm of another stage. It keeps the plain attributes that a model's loop may look at, and
+    gives what it gets, or what `take` returns."""
+
+    def __init__(self, original: nn.Module, take: Callable[[], torch.Tensor] | None = None):
+        super().__init__()
+        plain = {key: value for key, value in vars(original).items() if isinstance(value, (str, int, float))}
+        self.__dict__.update({key: value for key, value in plain.items() if key not in self.__dict__})
+        self._take = take
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states if self._take is None else self._take()
+
+
+class _End(_PassedOn):
+    """In place of the first layer after a stage: what this layer would get is what the stage gives."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        raise _StageEndError(hidden_states)
+
+
+def stage_tensors(module: StageModule, names: Collection[str]) -> dict[tuple[str, int], nn.Parameter]:
+    """The stage's trained parameters by (tensor, part), where `names` are the whole model's tensors.
+
+    A tied tensor has two parts, its use as an embedding and that as a head, whose gradients add up apart from each
+    other: whether one stage has both or two have one each must make no difference. So a stage with both has it twice.
+    """
+    tied: Mapping[str, str] = getattr(module.model, "all_tied_weights_keys", None) or {}
+    found: dict[tuple[str, int], nn.Parameter] = {}
+    for name, parameter in module.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        key = (name, 0) if name in names else (tied[name], 1)
+        found[key] = parameter
+    return found

@@ -1,0 +1,1 @@
+"""Pipeline schedules: as tables, their validator and their simulator."""

@@ -1,0 +1,228 @@
+"""Pipeline schedules: which microbatch each worker computes when, as tables; a validator and a simulator of them.
+
+A pipeline has `num_workers` workers with `num_chunks` stages each. Stage s is on worker s % num_workers, so a worker's
+chunk c is stage c * num_workers + worker, and each stage's neighbours are on the neighbouring workers, in a ring.
+
+Tables are in the notation of torch.distributed.pipelining, "2F0" for the forward pass of microbatch 0 on stage 2, and
+are what torch's runtime loads as CSV.
+
+All schedules here have one shape: some forwards to fill the pipeline, then a forward and a backward in turn, then the
+backwards that are left. They differ in how many forwards come first, and in whether the backward is split:
+
+- gpipe (Huang et al. 2019): all forwards first.
+- 1f1b (PipeDream-flush, Narayanan et al. 2021): one for each worker behind this one, so that the first backward arrives
+  when it is due.
+- eager-1f1b: two for each. The extra ones are on their way while a link with latency carries the others.
+- interleaved-1f1b (Narayanan et al. 2021): two for each, and rounds through all chunks but the last.
+- zero-bubble (ZB-H1, Qi et al. 2024): the backward pass of the inputs alone, which the worker before waits for, comes
+  at once; that of the weights fills the time in which the worker would wait.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from itertools import islice
+
+from gradstream.core.errors import ConfigError
+
+
+class Op(StrEnum):
+    """What is computed. A full backward is the same as that of the inputs and then that of the weights."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
+
+
+@dataclass(frozen=True, order=True)
+class Action:
+    """One computation of one microbatch on one stage."""
+
+    stage: int
+    op: Op
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op}{self.microbatch}"
+
+
+Row = tuple[Action, ...]
+"""The actions of one worker, in order."""
+
+SCHEDULES = ("gpipe", "1f1b", "eager-1f1b", "interleaved-1f1b", "zero-bubble")
+SPLIT = ("zero-bubble",)
+"""Schedules whose backward pass has two parts."""
+_ACTION = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
+MAX_MISSING = 100_000
+"""Actions that a table may lack to be told the first of them."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A table: one row a worker."""
+
+    name: str
+    num_microbatches: int
+    num_chunks: int
+    rows: tuple[Row, ...]
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_stages(self) -> int:
+        return self.num_workers * self.num_chunks
+
+    def worker_of(self, stage: int) -> int:
+        """The worker that has a stage."""
+        return stage % self.num_workers
+
+    @cached_property
+    def split(self) -> bool:
+        """Whether backward passes are in two parts."""
+        return any(action.op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT) for row in self.rows for action in row)
+
+    @property
+    def last_op(self) -> Op:
+        """The op after which a microbatch's activations are given up."""
+        return Op.BACKWARD_WEIGHT if self.split else Op.BACKWARD
+
+    def needs(self, action: Action) -> list[Action]:
+        """The actions whose results an action uses."""
+        stage, microbatch = action.stage, action.microbatch
+        backward = Op.BACKWARD_INPUT if self.split else Op.BACKWARD
+        if action.op is Op.FORWARD:
+            return [Action(stage - 1, Op.FORWARD, microbatch)] if stage else []
+        if action.op is Op.BACKWARD_WEIGHT:
+            return [Action(stage, Op.BACKWARD_INPUT, microbatch)]
+        own = Action(stage, Op.FORWARD, microbatch)
+        return [own] if stage == self.num_stages - 1 else [own, Action(stage + 1, backward, microbatch)]
+
+    def to_csv(self) -> str:
+        """A line a worker, as torch.distributed.pipelining loads it ("compute_only")."""
+        return "".join(",".join(map(str, row)) + "\n" for row in self.rows)
+
+
+def make_schedule(name: str, num_workers: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
+    """The table of a schedule. Raises ConfigError for a combination that does not exist."""
+    reason = unavailable(name, num_workers, num_microbatches, num_chunks)
+    if reason:
+        raise ConfigError(reason)
+    rows = tuple(_row(name, worker, num_workers, num_microbatches, num_chunks) for worker in range(num_workers))
+    return Schedule(name, num_microbatches, num_chunks, rows)
+
+
+def unavailable(name: str, num_workers: int, num_microbatches: int, num_chunks: int) -> str:
+    """Why there is no such schedule; empty if there is."""
+    if name not in SCHEDULES:
+        return f"schedule '{name}' is not known; there are {', '.join(SCHEDULES)}"
+    if min(num_workers, num_microbatches, num_chunks) < 1:
+        return f"schedule {name}: workers, microbatches and chunks must each be at least 1"
+    if num_chunks > 1 and name not in ("interleaved-1f1b", "zero-bubble"):
+        return (
+            f"schedule {name} has one chunk a worker, not {num_chunks}; interleaved-1f1b and zero-bubble have several"
+        )
+    if num_chunks == 1 and name == "interleaved-1f1b":
+        return "schedule interleaved-1f1b needs at least 2 chunks a worker; with one it is eager-1f1b"
+    rounds = _num_rounds(num_workers, num_microbatches)
+    if num_chunks > 1 and num_microbatches % rounds:
+        return (
+            f"schedule {name}: {num_microbatches} microbatches cannot go in {rounds} equal rounds through the "
+            f"{num_chunks} chunks of {num_workers} workers; use a multiple of {num_workers}"
+        )
+    return ""
+
+
+def most_slots(name: str, num_workers: int, per_slot: int, num_chunks: int, num_slots: int) -> int:
+    """How many of `num_slots` slots with `per_slot` microbatches each one table can take one after the other."""
+    if not name:
+        return 1
+    return next(
+        (
+            count
+            for count in range(num_slots, 1, -1)
+            if not unavailable(name, num_workers, count * per_slot, num_chunks)
+        ),
+        1,
+    )
+
+
+def parse_csv(text: str, name: str = "custom") -> Schedule:
+    """A table in torch's notation; empty cells are idle time and are left out. Raises ConfigError."""
+    rows = []
+    for line in text.strip().splitlines():
+        actions = []
+        for cell in filter(None, (cell.strip() for cell in line.split(","))):
+            match = _ACTION.fullmatch(cell)
+            if match is None:
+                raise ConfigError(f"schedule: '{cell}' is not an action such as 0F3, 2B0, 1I0 or 1W0")
+            actions.append(Action(int(match[1]), Op(match[2]), int(match[3])))
+        rows.append(tuple(actions))
+    actions = [action for row in rows for action in row]
+    if not actions:
+        raise ConfigError("schedule: the table is empty")
+    num_stages = 1 + max(action.stage for action in actions)
+    if num_stages % len(rows):
+        raise ConfigError(f"schedule: {num_stages} stages cannot be dealt to {len(rows)} workers")
+    num_microbatches = 1 + max(action.microbatch for action in actions)
+    return Schedule(name, num_microbatches, num_stages // len(rows), tuple(rows))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _num_rounds(num_workers: int, num_microbatches: int) -> int:
+    """Through all its chunks a worker goes with one round of microbatches after another."""
+    return max(1, num_microbatches // num_workers)
+
+
+def _row(name: str, worker: int, num_workers: int, num_microbatches: int, num_chunks: int) -> Row:
+    round_size = num_microbatches // _num_rounds(num_workers, num_microbatches) if num_chunks > 1 else num_microbatches
+    behind = num_workers - 1 - worker
+    total = num_chunks * num_microbatches
+    fill = {
+        "gpipe": total,
+        "1f1b": behind,
+        "eager-1f1b": 2 * behind,
+        "interleaved-1f1b": (num_chunks - 1) * round_size + 2 * behind,
+        "zero-bubble": (num_chunks - 1) * round_size + behind,
+    }[name]
+    split = name == "zero-bubble"
+    forwards = _passes(worker, num_workers, num_microbatches, num_chunks, round_size, Op.FORWARD)
+    backward = Op.BACKWARD_INPUT if split else Op.BACKWARD
+    backwards = _passes(worker, num_workers, num_microbatches, num_chunks, round_size, backward)
+    weights = _passes(worker, num_workers, num_microbatches, num_chunks, round_size, Op.BACKWARD_WEIGHT)
+    row = list(islice(forwards, min(fill, total)))
+    for number, action in enumerate(backwards):
+        row += islice(forwards, 1)
+        row.append(action)
+        # A worker late in the pipeline has little to wait for: its weights' passes come later, when those before it
+        # have nothing else to do either.
+        if split and number >= worker:
+            row += islice(weights, 1)
+    if split:
+        row += weights
+    return tuple(row)
+
+
+def _passes(
+    worker: int, num_workers: int, num_microbatches: int, num_chunks: int, round_size: int, op: Op
+) -> Iterator[Action]:
+    """One pass over all microbatches and chunks of a worker: forwards go up through the chunks, backwards down."""
+    chunks = range(num_chunks) if op is Op.FORWARD else range(num_chunks - 1, -1, -1)
+    for begin in range(0, num_microbatches, round_size):
+        for chunk in chunks:
+            for microbatch in range(begin, begin + round_size):
+                yield Action(chunk * num_workers + worker, op, microbatch)
+
+
+# --- validity ---------------------------------------------------------------------------------------------------------
+
+
+# --- time -------------------------------------------------------------------------------------------------------------

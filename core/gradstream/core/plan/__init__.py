@@ -1,0 +1,1 @@
+"""The plan that every process of a job agrees on for one epoch; fragments and bundles."""

@@ -1,0 +1,262 @@
+"""The plan: what every process of a job agrees on for one epoch. See docs/protocol.md."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from gradstream.core.data.manifest import Manifest, parse_manifest
+from gradstream.core.data.sampler import samples_by_slot
+from gradstream.core.errors import ProtocolError, one_line
+from gradstream.core.plan.bundles import Bundle, Use, bundle
+from gradstream.core.plan.fragments import Fragment, Tensor, TensorKind, cut, num_fragments
+from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.proto.v1 import plan_pb2
+
+_KINDS: dict[TensorKind, plan_pb2.TensorKind.ValueType] = {
+    "matrix": plan_pb2.TENSOR_KIND_MATRIX,
+    "embedding": plan_pb2.TENSOR_KIND_EMBEDDING,
+    "vector": plan_pb2.TENSOR_KIND_VECTOR,
+}
+_KINDS_ON_WIRE = {wire: kind for kind, wire in _KINDS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A parameter server as a plan names it."""
+
+    node_id: str
+    name: str
+    address: str
+
+    @property
+    def title(self) -> str:
+        """The server for error messages and `status`."""
+        return f"parameter server {self.name} at {self.address}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One epoch's plan. The fragments follow from the tensors and `fragment_elements`.
+
+    Pipeline stage s has the forward units before `stage_ends[s]` that no stage before it has. Worker w of a replica has
+    stages w, w + P, ..., `num_chunks` in all, where P is the number of its workers, and needs `worker_bytes[w]` of
+    memory. No `stage_ends`: one stage with everything, and no `worker_bytes`.
+    """
+
+    job_id: str
+    epoch: int
+    recipe: Recipe
+    model_config: dict[str, Any]
+    data_manifest: Manifest
+    tensors: tuple[Tensor, ...]
+    fragment_elements: int
+    placement: tuple[int, ...]
+    servers: tuple[Server, ...]
+    leader: int
+    start_version: int
+    checkpoint_path: str
+    checkpoint_root: str
+    stage_ends: tuple[int, ...] = ()
+    num_chunks: int = 1
+    schedule: str = ""
+    worker_bytes: tuple[int, ...] = ()
+
+    @cached_property
+    def fragments(self) -> tuple[Fragment, ...]:
+        """All fragments, in forward order."""
+        return tuple(cut(self.tensors, self.fragment_elements))
+
+    @cached_property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """All bundles, in forward order."""
+        uses = [Use(self.stage_of(tensor.unit), self.num_parts(tensor)) for tensor in self.tensors]
+        return tuple(bundle(self.fragments, self.placement, self.fragment_elements, uses))
+
+    @cached_property
+    def held_out_samples(self) -> tuple[int, ...]:
+        """Samples that each slot has of the validation split."""
+        length = self.recipe.training.sequence_length
+        return tuple(samples_by_slot(self.data_manifest, "validation", self.num_slots, length))
+
+    @property
+    def has_pipeline(self) -> bool:
+        """Whether the job's gradients are those of stages, be it of a single one."""
+        return bool(self.stage_ends)
+
+    @property
+    def num_stages(self) -> int:
+        return max(1, len(self.stage_ends))
+
+    @property
+    def replica_size(self) -> int:
+        """Workers of a replica."""
+        return self.num_stages // self.num_chunks
+
+    def stage_of(self, unit: int) -> int:
+        """The stage that has a forward unit."""
+        return bisect_right(self.stage_ends, unit) if self.stage_ends else 0
+
+    def num_parts(self, tensor: Tensor) -> int:
+        """In how many parts a slot's gradient of a tensor comes. A tied one has two wherever it may be used by two
+        stages, also when it is used by one: how many there are must make no difference."""
+        return 2 if self.has_pipeline and tensor.is_tied else 1
+
+    def stages_of_worker(self, worker: int) -> list[int]:
+        """The stages of worker number `worker` of a replica."""
+        return list(range(worker, self.num_stages, self.replica_size))
+
+    def uses_of_worker(self, worker: int) -> list[tuple[int, int]]:
+        """The (tensor, part) of which worker number `worker` of a replica computes gradients, in forward order."""
+        stages = set(self.stages_of_worker(worker))
+        return [
+            (number, part)
+            for number, tensor in enumerate(self.tensors)
+            for part, unit in enumerate((tensor.unit, tensor.last_unit)[: self.num_parts(tensor)])
+            if self.stage_of(unit) in stages
+        ]
+
+    @property
+    def source(self) -> str:
+        """Where the servers' first weights come from, for people."""
+        tuning = self.recipe.finetuning
+        if self.checkpoint_path:
+            return self.checkpoint_path
+        seed = f"seed {self.recipe.seed}"
+        if tuning is None:
+            return seed
+        return tuning.base.title if tuning.lora is None else f"{tuning.base.title}, its adapters from {seed}"
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters, when they alone are trained."""
+        return self.recipe.lora
+
+    @property
+    def architecture(self) -> str:
+        """Name of the model's transformers class."""
+        return str(next(iter(self.model_config.get("architectures") or [""])))
+
+    @property
+    def num_slots(self) -> int:
+        return self.recipe.training.num_slots
+
+    @property
+    def most_workers(self) -> int:
+        """How many workers can hold a slot, or a stage of one, at the same time."""
+        return self.num_slots * self.replica_size
+
+    @property
+    def num_steps(self) -> int:
+        return self.recipe.training.num_steps
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.num_elements for tensor in self.tensors)
+
+    def fragments_of(self, server: int) -> list[Fragment]:
+        """The fragments that server number `server` holds, in forward order."""
+        return [fragment for fragment in self.fragments if self.placement[fragment.index] == server]
+
+    def bundles_of(self, server: int) -> list[Bundle]:
+        """The bundles that server number `server` holds, in forward order."""
+        return [bundle for bundle in self.bundles if bundle.server == server]
+
+    def server_index(self, node_id: str) -> int | None:
+        """The index of the server with this node id, or None when the plan does not name it."""
+        return next((index for index, server in enumerate(self.servers) if server.node_id == node_id), None)
+
+    def to_proto(self) -> plan_pb2.Plan:
+        """The message that carries this plan."""
+        return plan_pb2.Plan(
+            job_id=self.job_id,
+            epoch=self.epoch,
+            recipe_json=self.recipe.model_dump_json(),
+            model_config_json=json.dumps(self.model_config),
+            data_manifest_json=self.data_manifest.model_dump_json(),
+            tensors=[
+                plan_pb2.Tensor(
+                    name=tensor.name,
+                    shape=tensor.shape,
+                    decay=tensor.decay,
+                    unit=tensor.unit,
+                    kind=_KINDS[tensor.kind],
+                    last_unit=tensor.last_unit,
+                )
+                for tensor in self.tensors
+            ],
+            fragment_elements=self.fragment_elements,
+            placement=self.placement,
+            servers=[
+                plan_pb2.PlanServer(node_id=server.node_id, name=server.name, address=server.address)
+                for server in self.servers
+            ],
+            leader=self.leader,
+            start_version=self.start_version,
+            checkpoint_path=self.checkpoint_path,
+            checkpoint_root=self.checkpoint_root,
+            stage_ends=self.stage_ends,
+            num_chunks=self.num_chunks,
+            schedule=self.schedule,
+            worker_bytes=self.worker_bytes,
+        )
+
+    @classmethod
+    def from_proto(cls, message: plan_pb2.Plan) -> Plan:
+        """Check and decode a plan. Raises ProtocolError when it contradicts itself, ConfigError and DataError for what
+        is wrong with its recipe and its data manifest."""
+        try:
+            model_config = json.loads(message.model_config_json)
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(
+                f"plan {message.job_id}/{message.epoch} has a model config that is not JSON ({one_line(error)})"
+            ) from None
+        plan = cls(
+            job_id=message.job_id,
+            epoch=message.epoch,
+            recipe=parse_recipe(message.recipe_json),
+            model_config=model_config,
+            data_manifest=parse_manifest(message.data_manifest_json),
+            tensors=tuple(_tensor(t) for t in message.tensors),
+            fragment_elements=message.fragment_elements,
+            placement=tuple(message.placement),
+            servers=tuple(Server(s.node_id, s.name, s.address) for s in message.servers),
+            leader=message.leader,
+            start_version=message.start_version,
+            checkpoint_path=message.checkpoint_path,
+            checkpoint_root=message.checkpoint_root,
+            stage_ends=tuple(message.stage_ends),
+            num_chunks=message.num_chunks or 1,
+            schedule=message.schedule,
+            worker_bytes=tuple(message.worker_bytes),
+        )
+        ends = plan.stage_ends
+        if plan.num_stages % plan.num_chunks or sorted(set(ends)) != list(ends):
+            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} has stages that cannot be: {list(ends)}")
+        if plan.worker_bytes and len(plan.worker_bytes) != plan.replica_size:
+            raise ProtocolError(
+                f"plan {plan.job_id}/{plan.epoch} says what {len(plan.worker_bytes)} workers need, but a replica has "
+                f"{plan.replica_size}"
+            )
+        if not isinstance(model_config, dict):
+            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} has a model config that is no JSON object")
+        count = num_fragments(plan.tensors, plan.fragment_elements)
+        if not plan.fragment_elements or len(plan.placement) != count:
+            raise ProtocolError(
+                f"plan {plan.job_id}/{plan.epoch} places {len(plan.placement)} fragments but has {count}"
+            )
+        if not plan.servers or max(plan.placement, default=0) >= len(plan.servers) or plan.leader >= len(plan.servers):
+            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} names a server that it does not list")
+        return plan
+
+
+def _tensor(message: plan_pb2.Tensor) -> Tensor:
+    kind = _KINDS_ON_WIRE.get(message.kind)
+    if kind is None:
+        raise ProtocolError(f"tensor '{message.name}' of the plan has an unknown kind {message.kind}")
+    return Tensor(message.name, tuple(message.shape), message.decay, message.unit, kind, message.last_unit)

@@ -1,0 +1,1 @@
+"""Pretrained models: read as bases, and written for others."""

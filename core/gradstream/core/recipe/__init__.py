@@ -1,0 +1,1 @@
+"""Recipes: what a person writes, its defaults, and how it is read."""

@@ -1,0 +1,187 @@
+"""Fine-tuning recipes: what a person writes. The fine-tuning service makes a `Recipe` of it, once base and data are
+known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from gradstream.core.recipe.defaults import FINE_TUNING, SEQUENCE_LENGTH, check_batch, fit_batch
+from gradstream.core.recipe.files import load_tree
+from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.loading import load_recipe, validated
+from gradstream.core.recipe.recipe import (
+    ClusterConfig,
+    CodecConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    Recipe,
+    ScheduleConfig,
+    absolute_path,
+    check_sections,
+)
+from gradstream.core.recipe.section import NonNegative, Positive, Section
+
+DEFAULT_EPOCHS = 3.0
+FEW_STEPS = 20
+"""So few teach a model next to nothing."""
+MORE_STEPS = "raise training.num_epochs, or lower training.global_batch or training.sequence_length"
+LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
+"""By method, where the recipe gives none. LoRA wants about ten times the rate of full fine-tuning (Biderman et al.,
+"LoRA Learns Less and Forgets Less", 2024)."""
+
+
+class ExamplesConfig(Section):
+    """The task's data: JSONL or Parquet rows, or plain text."""
+
+    path: str = Field(description="a file, a directory or a glob on any fsspec path: .jsonl, .parquet or text")
+    validation_path: str | None = Field(default=None, description="held-out rows; a share of `path` when absent")
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of rows held out, by their content")
+    format: Literal["auto", "prompt-completion", "chat", "text"] = Field(
+        default="auto", description="auto: by the fields of the first row that has any of those below"
+    )
+    prompt_field: str = Field(default="prompt", description="prompt-completion: the field of what comes before")
+    completion_field: str = Field(default="completion", description="prompt-completion: the field that is trained on")
+    messages_field: str = Field(default="messages", description="chat: the field of the conversation")
+    text_field: str = Field(default="text", description="text: the field that is trained on as a whole")
+    bad_rows: Literal["fail", "skip"] = Field(default="fail", description="what happens when a row cannot be used")
+    too_long: Literal["fail", "skip", "truncate"] = Field(
+        default="fail", description="what happens to an example longer than training.sequence_length"
+    )
+    packing: bool = Field(default=True, description="several examples in a row; none sees another")
+
+
+class FineTuningTraining(Section):
+    """The batch. Of num_steps and num_epochs one is given."""
+
+    num_steps: Positive | None = Field(default=None, description="optimizer updates")
+    num_epochs: float | None = Field(default=None, gt=0, description="passes over the rows; 3 when neither is given")
+    num_slots: Positive = Field(
+        default=FINE_TUNING.num_slots,
+        description="fixed parts of the global batch; where left out, as many of 2 as divide the batch",
+    )
+    global_batch: Positive = Field(default=FINE_TUNING.global_batch, description="rows a step, over all slots")
+    microbatch: Positive = Field(
+        default=FINE_TUNING.microbatch,
+        description="rows that go through the model at once; where left out, as many of 4 as divide a slot's",
+    )
+    sequence_length: Positive | None = Field(
+        default=None, description="tokens a row; 256, or the base's positions where these are fewer, when absent"
+    )
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="fp32, or bf16 autocast")
+    recompute: bool = Field(default=False, description="recompute activations in the backward pass to save memory")
+    num_threads: Positive = Field(default=1, description="threads that a worker on a CPU computes with")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit(cls, tree: Any) -> Any:
+        return {**tree, **fit_batch(tree, FINE_TUNING)} if isinstance(tree, Mapping) else tree
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> FineTuningTraining:
+        check_batch(self.global_batch, self.num_slots, self.microbatch)
+        if self.num_steps is not None and self.num_epochs is not None:
+            raise ValueError("training.num_steps and training.num_epochs say the same; give one of them")
+        return self
+
+    def row_length(self, longest: int | None = None) -> int:
+        """Tokens a row, for a base that takes no more than `longest` of them."""
+        if self.sequence_length is not None:
+            return self.sequence_length
+        return SEQUENCE_LENGTH if longest is None else min(SEQUENCE_LENGTH, longest)
+
+    def count_steps(self, num_rows: int) -> int:
+        """Optimizer updates, given the rows of the training split."""
+        if self.num_steps is not None:
+            return self.num_steps
+        epochs = self.num_epochs if self.num_epochs is not None else DEFAULT_EPOCHS
+        return max(1, math.ceil(num_rows * epochs / self.global_batch))
+
+
+class FineTuningOptimizer(OptimizerConfig):
+    """As for pretraining, with other defaults."""
+
+    learning_rate: float | None = Field(default=None, gt=0, description="by method: lora 2e-4, full 2e-5")  # type: ignore[assignment]
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="adamw only: decay of both moments")
+    weight_decay: float = Field(default=0.0, ge=0, description="on matrices only, not on norms and biases")
+
+
+class FineTuningValidation(Section):
+    """Validation passes, each with a checkpoint: the best one is the result."""
+
+    interval_steps: Positive | None = Field(default=None, description="a tenth of the job when absent")
+    patience: NonNegative = Field(default=0, description="passes without a new best after which the job ends; 0: never")
+    num_exact_match: NonNegative = Field(
+        default=32, description="held-out prompts completed before and after, to count exact matches"
+    )
+
+
+class FineTuningRecipe(Section):
+    """A whole fine-tuning recipe."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="of the job and of its adapter")
+    description: str = Field(default="", description="for people")
+    seed: NonNegative = Field(default=0, description="of adapters, rows and dropout")
+    run_root: str = Field(default="runs", description="as in a training recipe")
+    base_model: str = Field(
+        description="a Hugging Face directory, a checkpoint's directory, job:ID (its current version) or job:ID@VERSION"
+    )
+    method: Literal["lora", "full"] = Field(default="lora", description="train adapters, or all weights")
+    lora: LoraConfig = LoraConfig()
+    held: Literal["fp32", "bf16", "int8"] = Field(
+        default="bf16", description="lora only: how workers hold the frozen base"
+    )
+    data: ExamplesConfig
+    training: FineTuningTraining = FineTuningTraining()
+    optimizer: FineTuningOptimizer = FineTuningOptimizer()
+    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup_steps=0, min_ratio=0.1)
+    codec: CodecConfig = CodecConfig()
+    validation: FineTuningValidation = FineTuningValidation()
+    pipeline: PipelineConfig = PipelineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FineTuningRecipe:
+        check_sections(self.run_root, self.pipeline, self.codec)
+        return self
+
+
+def load_any_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe | FineTuningRecipe:
+    """Read a recipe of either kind: one with a `base_model` is a fine-tuning's. Raises ConfigError with one line."""
+    overrides = list(overrides)
+    is_finetuning = "base_model" in load_tree(path, overrides)
+    return load_finetuning_recipe(path, overrides) if is_finetuning else load_recipe(path, overrides)
+
+
+def load_finetuning_recipe(path: str | Path, overrides: Iterable[str] = ()) -> FineTuningRecipe:
+    """Read a fine-tuning recipe with its bases (`base: other.yaml`), apply `key.sub=value` overrides and validate.
+
+    Relative local paths are made absolute against the current directory. Raises ConfigError with one line.
+    """
+    return absolute_finetuning_paths(parse_finetuning_recipe(load_tree(path, overrides), origin=str(path)))
+
+
+def parse_finetuning_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> FineTuningRecipe:
+    """Validate a fine-tuning recipe given as a mapping or as JSON. Raises ConfigError with one line."""
+    return validated(FineTuningRecipe, tree, origin)
+
+
+def absolute_finetuning_paths(recipe: FineTuningRecipe) -> FineTuningRecipe:
+    """The recipe with local relative paths made absolute; `job:ID` stays."""
+    data = recipe.data.model_copy(
+        update={
+            "path": absolute_path(recipe.data.path),
+            "validation_path": absolute_path(recipe.data.validation_path) if recipe.data.validation_path else None,
+        }
+    )
+    return recipe.model_copy(
+        update={
+            "run_root": absolute_path(recipe.run_root),
+            "base_model": absolute_path(recipe.base_model),
+            "data": data,
+        }
+    )

@@ -1,0 +1,75 @@
+"""From a recipe file or a recipe's JSON to a validated recipe; what is wrong is one line with the key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
+
+from gradstream.core.errors import ConfigError, one_line
+from gradstream.core.recipe.defaults import (
+    fit_recipe,
+)
+from gradstream.core.recipe.files import absolute_path as absolute_path
+from gradstream.core.recipe.files import load_tree
+from gradstream.core.recipe.recipe import Recipe, S, _num_shards
+from gradstream.core.recipe.section import explain
+
+MAX_RECIPE_CHARACTERS = 1 << 20
+"""As JSON. A list of jobs with their recipes is one message."""
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file with its bases, apply `key.sub=value` overrides and validate.
+
+    Relative paths in the recipe are made absolute against the current directory, except model.config and base, which
+    are relative to the file that names them. Where the data set is on this machine, what the recipe leaves out follows
+    from it too. Raises ConfigError with one line.
+    """
+    tree = load_tree(path, overrides)
+    if "base_model" in tree:
+        raise ConfigError(f"{path} is a fine-tuning recipe; use `gradstream finetune create` or `finetune dev`")
+    return absolute_paths(parse_recipe(fit_recipe(tree, _num_shards(tree)), origin=str(path)))
+
+
+def parse_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> Recipe:
+    """Validate a recipe given as a mapping or as JSON. Raises ConfigError with one line."""
+    return validated(Recipe, tree, origin)
+
+
+def validated(kind: type[S], tree: Mapping[str, Any] | str, origin: str) -> S:
+    """A section of kind `kind` given as a mapping or as JSON, which can be written as JSON again. Raises ConfigError
+    with one line."""
+    if isinstance(tree, str) and len(tree) > MAX_RECIPE_CHARACTERS:
+        raise ConfigError(f"{origin}: it has more than the {MAX_RECIPE_CHARACTERS >> 10} KiB that a recipe may have")
+    try:
+        data = json.loads(tree) if isinstance(tree, str) else tree
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: not JSON ({one_line(error)})") from None
+    try:
+        section = kind.model_validate(data)
+        section.model_dump_json()
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {explain(error, kind)}") from None
+    except PydanticSerializationError as error:
+        raise ConfigError(f"{origin}: it cannot be written as JSON ({one_line(error)}); correct that text") from None
+    return section
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with local relative paths (run_root, data.path, sources, tokenizer) made absolute."""
+    data = recipe.data
+    if data.prepare is not None:
+        prepare = data.prepare.model_copy(
+            update={
+                "sources": [absolute_path(source) for source in data.prepare.sources],
+                "tokenizer": absolute_path(data.prepare.tokenizer) if data.prepare.tokenizer else None,
+            }
+        )
+        data = data.model_copy(update={"prepare": prepare})
+    data = data.model_copy(update={"path": absolute_path(data.path)})
+    return recipe.model_copy(update={"run_root": absolute_path(recipe.run_root), "data": data})

@@ -1,0 +1,372 @@
+"""Recipes: what a job trains, on what, and how. One pydantic model a component; an unknown key is an error.
+
+A recipe file is YAML. `base: other.yaml` starts from another recipe (mappings merge, everything else replaces), and
+`key.sub=value` overrides come last. `load_recipe` resolves all of it; its result is what the coordinator stores, and
+with the seed and the data it determines every bit of the result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from gradstream.core.data.manifest import MANIFEST_NAME, parse_manifest
+from gradstream.core.errors import GradstreamError
+from gradstream.core.recipe import defaults
+from gradstream.core.recipe.defaults import (
+    PRETRAINING,
+    check_batch,
+    fit_batch,
+    fit_recipe,
+    longest_sequence,
+    text_section,
+)
+from gradstream.core.recipe.files import absolute_path as absolute_path
+from gradstream.core.recipe.files import is_url
+from gradstream.core.recipe.finetuning import FineTuning, LoraConfig
+from gradstream.core.recipe.model_config import check_fields, check_special_ids
+from gradstream.core.recipe.section import NonNegative, Positive, Section
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+S = TypeVar("S", bound=Section)
+
+
+RESIDUAL_CODECS = frozenset({"topk", "sign", "powersgd"})
+"""Codecs that keep what they could not send."""
+
+
+class ModelConfig(Section):
+    """Which model: the contents of a Hugging Face config.json, written out or by path."""
+
+    config: dict[str, Any] = Field(description="a Hugging Face config.json as a mapping, or its path")
+
+    @field_validator("config")
+    @classmethod
+    def _is_json(cls, config: dict[str, Any]) -> dict[str, Any]:
+        try:
+            # UTF-8 too: pydantic would write half of a surrogate pair in a key as another one.
+            json.dumps(config, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"model.config holds what JSON has no word for ({error})") from None
+        check_fields(config)
+        return config
+
+
+class TrainingConfig(Section):
+    """The batch and how a worker computes it. All of it shapes the trajectory.
+
+    Of global_batch, num_slots and microbatch what is left out follows from what is given
+    (gradstream.core.recipe.defaults).
+    """
+
+    num_steps: Positive = Field(description="optimizer updates")
+    num_slots: Positive = Field(
+        default=PRETRAINING.num_slots,
+        description="fixed parts of the global batch; most workers that can share a step; where left out, as many of 4 "
+        "as divide the batch",
+    )
+    global_batch: Positive = Field(default=PRETRAINING.global_batch, description="samples a step, over all slots")
+    microbatch: Positive = Field(
+        default=PRETRAINING.microbatch,
+        description="samples that go through the model at once; where left out, as many of 8 as divide a slot's",
+    )
+    sequence_length: Positive = Field(
+        default=defaults.SEQUENCE_LENGTH, description="target tokens a sample; at most the model's positions"
+    )
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="fp32, or bf16 autocast")
+    recompute: bool = Field(default=False, description="recompute activations in the backward pass to save memory")
+    num_threads: Positive = Field(default=1, description="threads that a worker on a CPU computes with")
+    max_consecutive_skips: Positive = Field(
+        default=10, description="steps in a row with a non-finite gradient after which the job fails"
+    )
+
+    @property
+    def slot_batch(self) -> int:
+        """Samples a slot."""
+        return self.global_batch // self.num_slots
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit(cls, tree: Any) -> Any:
+        return {**tree, **fit_batch(tree, PRETRAINING)} if isinstance(tree, Mapping) else tree
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainingConfig:
+        check_batch(self.global_batch, self.num_slots, self.microbatch)
+        return self
+
+
+class OptimizerConfig(Section):
+    """The update rule that the servers apply."""
+
+    kind: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW, or SGD with momentum, as torch has them")
+    learning_rate: float = Field(default=1e-3, gt=0, description="highest rate, which the schedule scales")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="adamw only: decay of both moments")
+    eps: float = Field(default=1e-8, gt=0, description="adamw only: added to the root of the second moment")
+    weight_decay: float = Field(default=0.1, ge=0, description="on matrices only, not on norms and biases")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only: decay of the momentum")
+    nesterov: bool = Field(default=True, description="sgd only: Nesterov's form")
+    clip_norm: float = Field(default=1.0, gt=0, description="global gradient norm above which the gradient is scaled")
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps, as a factor on optimizer.learning_rate."""
+
+    kind: Literal["cosine", "wsd", "constant"] = Field(
+        default="cosine", description="cosine decay; wsd: constant, then linear decay; or constant"
+    )
+    warmup_steps: NonNegative = Field(default=0, description="steps in which the rate rises linearly from 0")
+    min_ratio: float = Field(default=0.1, ge=0, le=1, description="the factor at the end (cosine, wsd)")
+    decay_steps: NonNegative = Field(default=0, description="wsd only: length of the linear decay at the end")
+
+
+class CodecConfig(Section):
+    """How tensors travel."""
+
+    push: Literal[
+        "fp32",
+        "bf16",
+        "int8",
+        "int4",
+        "int4-hadamard",
+        "fp32-zstd",
+        "bf16-zstd",
+        "topk",
+        "sign",
+        "powersgd",
+        "auto",
+    ] = Field(default="int8", description="gradients, worker to server")
+    pull: Literal[
+        "fp32",
+        "bf16",
+        "int8",
+        "fp32-zstd",
+        "bf16-zstd",
+        "delta-bf16",
+        "delta-int8",
+        "delta-int4",
+        "delta-int4-hadamard",
+        "xor-fp32",
+        "xor-bf16",
+        "auto",
+    ] = Field(default="delta-int8", description="weights, server to worker")
+    embedding: Literal["bf16", "int8", "int4"] = Field(
+        default="int8", description="of embeddings, where push or pull is coarser than bf16"
+    )
+    keyframe_versions: Positive = Field(
+        default=1000, description="versions after which workers that pull deltas get whole weights again"
+    )
+
+
+class PrepareConfig(Section):
+    """How `gradstream data prepare` makes the data set when it is not there yet."""
+
+    sources: list[str] = Field(
+        min_length=1,
+        description="files, globs, directories on any fsspec path; 'stdlib:' is Python's standard library",
+    )
+    format: Literal["auto", "text", "jsonl", "json", "parquet"] = Field(
+        default="auto", description="what the files hold; auto: by their names, then by their content"
+    )
+    tokenizer: str | None = Field(default=None, description="path of a tokenizer.json; trained when absent")
+    end_of_text: str | int | None = Field(
+        default=None, description="token, or its id, that ends a document; default: by the files beside the tokenizer"
+    )
+    vocab_size: Positive = Field(
+        default=defaults.VOCABULARY_SIZE, description="size of the byte-level BPE to train; at most the model's"
+    )
+    text_field: str = Field(default="text", description="of rows: the field that holds the text; a.b: b in a")
+    validation_fraction: float = Field(default=0.02, ge=0, lt=1, description="share of documents held out")
+    num_shards: Positive = Field(
+        default=defaults.NUM_SHARDS, description="training data shards; a multiple of num_slots"
+    )
+    max_bytes: Positive | None = Field(default=None, description="stop after about this many bytes of text")
+
+    @field_validator("sources")
+    @classmethod
+    def _named(cls, value: list[str]) -> list[str]:
+        if not all(source.strip() for source in value):
+            raise ValueError("one of the sources is empty; name a file, a glob or a directory")
+        return value
+
+    @field_validator("end_of_text", mode="before")
+    @classmethod
+    def _token_or_id(cls, value: Any) -> Any:
+        if value is not None and type(value) not in (str, int):
+            raise ValueError(f"end_of_text {value!r} is neither a token's text nor its id")
+        return value
+
+
+class DataConfig(Section):
+    """Where the prepared data set is."""
+
+    path: str = Field(description="directory of manifest.json, on any fsspec path")
+    prepare: PrepareConfig | None = Field(default=None, description="how `gradstream data prepare` makes it")
+
+
+class ValidationConfig(Section):
+    """Validation passes; one is also made before the first step and one after the last."""
+
+    interval_steps: NonNegative = Field(default=100, description="0: no validation passes at all")
+    num_samples: Positive = Field(
+        default=defaults.NUM_VALIDATION_SAMPLES, description="samples a pass, over all slots; a multiple of num_slots"
+    )
+
+
+class CheckpointConfig(Section):
+    """Checkpoints; the last version always gets one."""
+
+    interval_steps: NonNegative = Field(default=100, description="0: only the last")
+    keep: Positive = Field(default=3, description="how many of the newest to keep")
+
+
+class PipelineConfig(Section):
+    """How the model is cut into stages that workers compute one after the other.
+
+    Of it only whether `stages` is 1, and `activations`, shape the trajectory: with more stages, or auto, a tied
+    embedding's gradient comes in two parts.
+    """
+
+    stages: Positive | Literal["auto"] = Field(
+        default=1, description="pipeline stages of a replica; auto: as few as fit the workers' memory"
+    )
+    chunks: Positive = Field(default=1, description="stages that each worker has, for interleaved schedules")
+    schedule: Literal["auto", "gpipe", "1f1b", "eager-1f1b", "interleaved-1f1b", "zero-bubble"] = Field(
+        default="auto", description="in what order workers compute microbatches; auto: the fastest that fits"
+    )
+    activations: Literal["fp32", "bf16", "int8"] = Field(
+        default="fp32", description="what travels between stages; with fp32 a cut changes no bit"
+    )
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which there is no replica."""
+        return 1 if self.stages == "auto" else self.stages // self.chunks
+
+    @model_validator(mode="after")
+    def _whole(self) -> PipelineConfig:
+        if self.chunks > 1 and self.stages == 1:
+            raise ValueError(f"pipeline.chunks {self.chunks} needs pipeline.stages, a multiple of it; give that too")
+        if self.chunks > 1 and self.schedule not in ("auto", "interleaved-1f1b", "zero-bubble"):
+            raise ValueError(
+                f"pipeline.schedule {self.schedule} has one chunk a worker, not {self.chunks}; use interleaved-1f1b or "
+                f"zero-bubble, or leave pipeline.chunks out"
+            )
+        if self.chunks == 1 and self.schedule == "interleaved-1f1b":
+            raise ValueError(
+                "pipeline.schedule interleaved-1f1b needs pipeline.chunks of at least 2; with one it is eager-1f1b"
+            )
+        if self.stages != "auto" and self.stages % self.chunks:
+            raise ValueError(
+                f"stages {self.stages} is not divisible by chunks {self.chunks}; every worker has as many stages"
+            )
+        return self
+
+
+class ClusterConfig(Section):
+    """What the job needs of the cluster.
+
+    Of it only fragment_bytes shapes the trajectory: the squared norms follow the cut.
+    """
+
+    min_servers: Positive = Field(default=1, description="parameter servers that the job waits for before it starts")
+    min_workers: Positive = Field(default=1, description="workers that the job waits for before it starts")
+    fragment_bytes: Positive = Field(default=4 << 20, description="most bytes of fp32 a fragment holds")
+
+
+def check_sections(run_root: str, pipeline: PipelineConfig, codec: CodecConfig) -> None:
+    """What recipes of both kinds have: raise ValueError for what does not go together."""
+    if is_url(run_root):
+        raise ValueError(f"run_root {run_root} is not a directory of this machine; give a local path")
+    if pipeline.stages != 1 and codec.push in RESIDUAL_CODECS:
+        raise ValueError(
+            f"codec.push {codec.push} keeps a residual for each slot, which pipeline stages cannot share; use "
+            f"codec.push=int8 or pipeline.stages=1"
+        )
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="jobs are called NAME-1, NAME-2, …")
+    description: str = Field(default="", description="for people")
+    seed: NonNegative = Field(default=0, description="of initial weights, samples and dropout")
+    run_root: str = Field(
+        default="runs",
+        description="directory in which each job gets one of its own; the coordinator and all servers share it",
+    )
+    model: ModelConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    codec: CodecConfig = CodecConfig()
+    data: DataConfig
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    finetuning: FineTuning | None = Field(default=None, description="written by the fine-tuning service")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit(cls, tree: Any) -> Any:
+        return fit_recipe(tree) if isinstance(tree, Mapping) else tree
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.finetuning is None:  # a base is as it is
+            check_special_ids(self.model.config)
+        longest = longest_sequence(self.model.config)
+        if longest is not None and self.training.sequence_length > longest[1]:
+            raise ValueError(
+                f"training.sequence_length {self.training.sequence_length} is longer than the model's "
+                f"{longest[1]} positions; lower it or raise model.config.{longest[0]}"
+            )
+        check_sections(self.run_root, self.pipeline, self.codec)
+        prepare = self.data.prepare
+        if prepare is not None and prepare.num_shards % self.training.num_slots:
+            raise ValueError(
+                f"data.prepare.num_shards {prepare.num_shards} is not divisible by training.num_slots "
+                f"{self.training.num_slots}; every slot draws from its own group of data shards"
+            )
+        num_words = text_section(self.model.config).get("vocab_size")
+        trained = prepare.vocab_size if prepare is not None and prepare.tokenizer is None else 0
+        if isinstance(num_words, int) and trained > num_words:
+            raise ValueError(
+                f"data.prepare.vocab_size {trained} is more than the model's {num_words} words; lower it or raise "
+                f"model.config.vocab_size"
+            )
+        if self.validation.num_samples % self.training.num_slots:
+            raise ValueError(
+                f"validation.num_samples {self.validation.num_samples} is not divisible by training.num_slots "
+                f"{self.training.num_slots}"
+            )
+        return self
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters, when they alone are trained."""
+        return self.finetuning.lora if self.finetuning is not None else None
+
+    def validates(self, version: int) -> bool:
+        """Whether a validation pass is made at this version: the first, the last, and every interval."""
+        interval, num_steps = self.validation.interval_steps, self.training.num_steps
+        return interval > 0 and version <= num_steps and (version % interval == 0 or version == num_steps)
+
+
+def _num_shards(tree: Mapping[str, Any]) -> dict[str, int] | None:
+    """Data shards of each split of a recipe's data set; None when it is not here, or cannot be read: whoever needs it
+    says so."""
+    data = tree.get("data")
+    path = data.get("path") if isinstance(data, Mapping) else None
+    if not isinstance(path, str) or is_url(path):
+        return None
+    try:
+        manifest = parse_manifest((Path(absolute_path(path)) / MANIFEST_NAME).read_bytes())
+    except (OSError, GradstreamError):
+        return None
+    return {split: len(manifest.split(split)) for split in ("train", "validation")}

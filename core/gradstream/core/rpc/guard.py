@@ -1,0 +1,394 @@
+"""At a server's door: who calls, by certificate and token, and whether the call's rule lets them.
+
+A call is admitted, or refused with one line, before its request is read: every call is served as a stream on the wire,
+of which the guard itself reads a unary request once the caller is known. So a caller that is refused makes the server
+hold nothing, and all requests together are bounded (`limits.Receiving`). A call that is under way ends when its token
+expires or is revoked. What is audited is noted with its caller and its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import inspect
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from gradstream.core.credentials.store import dns_name
+from gradstream.core.credentials.tokens import PEOPLE_ROLES, ROLES, Token, TokenTable, check
+from gradstream.core.errors import (
+    AccessError,
+    BusyError,
+    CredentialsError,
+    GradstreamError,
+    ProtocolError,
+    UnreachableError,
+)
+from gradstream.core.log import get_logger
+from gradstream.core.rpc import access
+from gradstream.core.rpc.access import Caller
+from gradstream.core.rpc.channel import MAX_MESSAGE_BYTES
+from gradstream.core.rpc.errors import abort, answering
+from gradstream.core.rpc.limits import LEAST_RATE, PERSON_LIMIT, SERVICE_LIMIT, Meter, Patience, Receiving
+from gradstream.core.rpc.refusals import AuditEvent, Refusals
+from gradstream.core.rpc.transport import AUTHORIZATION, BEARER
+
+log = get_logger()
+
+LOOK_SECONDS = 1.0
+"""How long a call may go on after its token has expired or was revoked."""
+SENDING_SECONDS = 30.0
+"""How long the response that is being sent then may take."""
+REQUEST_SECONDS = 20.0
+"""How long a caller may take to send the request of a call that it has begun."""
+READING_SECONDS = 60.0
+"""How long a caller may leave a response unread, or an upload without its next message, before its call is cut off:
+what the call holds, others may want."""
+MAX_IDLE_METERS = 1024
+
+_END = object()
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class TokenSource(Protocol):
+    """Where a server has its table of tokens from."""
+
+    @property
+    def table(self) -> TokenTable | None:
+        """The newest; None as long as there is none."""
+
+    def refresh(self) -> None:
+        """Look at once whether there is a newer one, where that can be told: a token may be newer than the table."""
+
+
+Note = Callable[[AuditEvent], None]
+"""Takes an event for the audit log."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call that is under way."""
+
+    token_text: str
+    task: asyncio.Task[Any]
+    subject: str = ""
+    """The job or fine-tuning that its request names."""
+    refusal: str = ""
+    refused_at: float = 0.0
+    is_sending: bool = False
+    """Whether gRPC has a response of it in hand."""
+
+    def end(self, refusal: str, now: float) -> None:
+        """End it with a refusal that the caller gets to hear: at once, or when the response in hand has been sent.
+
+        Where gRPC's sending is cancelled the caller may get no status, and wait for ever. One that has not taken the
+        response after `SENDING_SECONDS` does not listen anyway.
+        """
+        is_new = not self.refusal
+        if is_new:
+            self.refusal, self.refused_at = refusal, now
+        if now - self.refused_at >= SENDING_SECONDS if self.is_sending else is_new:
+            self.task.cancel()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the connection of a call proves of its caller; empty where it has no certificate."""
+
+    role: str
+    name: str
+    certificate_sha256: str
+    """Of the certificate, in hex."""
+    host: str
+
+
+def decide(
+    method: str, token_text: str, certificate_sha256: str, table: TokenTable | None, now: float
+) -> tuple[Token | None, GradstreamError | None]:
+    """The entry of a good token, and why its call is refused (None: it is not). `now` is in Unix seconds.
+
+    A token counts only on a connection that shows the certificate that it was issued with.
+    """
+    if table is None:
+        return None, UnreachableError("no table of tokens has come from the coordinator yet; try again later")
+    token, reason = check(token_text, table, now)
+    if token is None:
+        return None, CredentialsError(reason)
+    if not hmac.compare_digest(token.certificate_sha256, certificate_sha256):
+        return token, CredentialsError(
+            f"token {token.id} was issued with another certificate than the connection shows; use all files of one "
+            f"credential as they were issued"
+        )
+    admitted, reason = access.may(token.role, method)
+    return token, None if admitted else AccessError(reason)
+
+
+class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub is generic, the class is not
+    """Admits calls to one server. `run` must run beside it."""
+
+    def __init__(
+        self,
+        tokens: TokenSource,
+        note: Note | None = None,
+        clock: Callable[[], float] = time.time,
+        request_seconds: float = REQUEST_SECONDS,
+        reading_seconds: float = READING_SECONDS,
+    ):
+        self._tokens = tokens
+        self._note = note
+        self._clock = clock
+        self._request_seconds = request_seconds
+        self._reading_seconds = reading_seconds
+        self._calls: set[_Call] = set()
+        self._meters: dict[tuple[str, str], Meter] = {}
+        self.receiving = Receiving()
+        self._refusals = Refusals()
+        self._guarded: dict[str, tuple[Any, Any]] = {}
+
+    async def run(self) -> None:
+        """End calls whose token has expired or was revoked, for as long as this runs."""
+        try:
+            while True:
+                await asyncio.sleep(LOOK_SECONDS)
+                self.end_revoked()
+                self._write(self._refusals.due(self._clock()))
+        finally:
+            self._write(self._refusals.rest())
+
+    def end_revoked(self) -> None:
+        """End calls whose token has expired or was revoked."""
+        table, now = self._tokens.table, self._clock()
+        verdicts: dict[str, str] = {}
+        for call in self._calls:
+            if call.token_text not in verdicts:
+                token, reason = check(call.token_text, table, now) if table is not None else (None, "")
+                verdicts[call.token_text] = "" if token is not None else reason
+            if verdicts[call.token_text]:
+                call.end(verdicts[call.token_text], now)
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        """See grpc.aio.ServerInterceptor."""
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        kept = self._guarded.get(details.method)
+        if kept is None or kept[0] is not handler:
+            self._guarded[details.method] = kept = (handler, self._guard(handler, details.method))
+        return kept[1]
+
+    def _guard(self, handler: Any, method: str) -> Any:
+        """The same handler behind the door."""
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+        async def respond(request: Any, call: _Call, context: Context) -> None:
+            if not inspect.isasyncgenfunction(behaviour):
+                response = await behaviour(request, context)
+                if not handler.response_streaming:
+                    await context.write(response)
+                return
+            patience = Patience(self._reading_seconds)
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    call.is_sending = True
+                    try:
+                        # Not yielded: while gRPC sends what was, a task that is cancelled ends outside of this code.
+                        async with asyncio.timeout(patience.begin(time.monotonic())):
+                            await context.write(response)
+                    except TimeoutError:
+                        raise UnreachableError(_unread(patience)) from None
+                    finally:
+                        call.is_sending = False
+                    patience.end(time.monotonic(), partial(_size, response))
+                    if call.refusal:
+                        raise asyncio.CancelledError
+
+        async def serve(requests: Any, context: Context) -> None:
+            async with self._admitted(method, context) as (call, meter), answering(context):
+                if handler.request_streaming:
+                    # Where both sides stream, either may have nothing to say for a long time.
+                    await respond(requests if handler.response_streaming else self._timely(requests), call, context)
+                    return
+                async with self._received(requests, handler.request_deserializer, meter) as request:
+                    call.subject = _subject(request)
+                    await respond(request, call, context)
+
+        return grpc.stream_stream_rpc_method_handler(
+            serve,
+            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
+            response_serializer=handler.response_serializer,
+        )
+
+    async def _timely(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """The messages of a stream that is answered at its end, as long as none keeps the call waiting."""
+        patience, is_first = Patience(self._request_seconds), True
+        while True:
+            seconds = patience.begin(time.monotonic())
+            try:
+                async with asyncio.timeout(seconds):
+                    message = await anext(requests, _END)
+            except TimeoutError:
+                cause = f"less than {LEAST_RATE} comes" if patience.is_worn else "nothing came"
+                raise UnreachableError(f"{cause} on this stream for {seconds:.3g} s; send it again") from None
+            if message is _END:
+                return
+            if is_first:
+                patience, is_first = Patience(self._reading_seconds), False
+            else:
+                patience.end(time.monotonic(), partial(_size, message))
+            yield message
+
+    @asynccontextmanager
+    async def _received(self, requests: AsyncIterator[bytes], deserialize: Any, meter: Meter) -> AsyncIterator[Any]:
+        """The request of an admitted call, whose bytes count against the server's bound for as long as it is served."""
+        held = MAX_MESSAGE_BYTES
+        await self.receiving.reserve(meter, held)
+        try:
+            try:
+                async with asyncio.timeout(self._request_seconds):
+                    message = await anext(requests, None)
+            except TimeoutError:
+                raise UnreachableError(
+                    f"the request of this call did not come within {self._request_seconds:g} s; send it again"
+                ) from None
+            if message is None:
+                raise ProtocolError("the call has no request; do both sides run the same gradstream version?")
+            self.receiving.release(meter, held - len(message))
+            held = len(message)
+            try:
+                request = deserialize(message) if deserialize is not None else message
+            except Exception:  # of foreign bytes, in which the parser finds faults of many kinds
+                raise ProtocolError("the request of this call is not a valid message") from None
+            del message
+            yield request
+        finally:
+            self.receiving.release(meter, held)
+
+    @asynccontextmanager
+    async def _admitted(self, method: str, context: Context) -> AsyncIterator[tuple[_Call, Meter]]:
+        rule = access.rule_of(method)
+        audited = rule is not None and rule.audited
+        shown, text = shown_by(context), token_of(context)
+        caller = Caller(shown.name, shown.role, shown.host)
+        # Of each certificate, whatever becomes of its calls: who is refused may not ask more often than who is not.
+        meter = self._meter(shown)
+        busy = meter.enter(time.monotonic())
+        error = BusyError(busy) if busy else self._refusal(method, text, shown)
+        if error is not None:
+            if not busy:
+                meter.leave()
+            self._refused(method, caller, error)
+            await abort(context, error)
+        task = asyncio.current_task()
+        assert task is not None
+        call = _Call(text, task)
+        self._calls.add(call)
+        access.caller.set(caller)
+        outcome = "ok"
+        try:
+            yield call, meter
+        except asyncio.CancelledError:
+            outcome = call.refusal or "broken off"
+            if not call.refusal:
+                raise
+            task.uncancel()
+            await abort(context, CredentialsError(call.refusal))
+        except BaseException as failure:
+            outcome = f"failed: {context.details() or failure}"
+            raise
+        finally:
+            self._calls.discard(call)
+            meter.leave()
+            if audited:
+                self._write([self._event(method, caller, call.subject, outcome)])
+
+    def _refusal(self, method: str, text: str, shown: Shown) -> GradstreamError | None:
+        """Why a call is refused; None when it is admitted."""
+        token, error = decide(method, text, shown.certificate_sha256, self._tokens.table, self._clock())
+        if token is None:
+            self._tokens.refresh()
+            token, error = decide(method, text, shown.certificate_sha256, self._tokens.table, self._clock())
+        return error
+
+    def _meter(self, shown: Shown) -> Meter:
+        key = (shown.certificate_sha256, shown.host)
+        meter = self._meters.get(key)
+        if meter is None:
+            if len(self._meters) >= MAX_IDLE_METERS:
+                self._meters = {key: meter for key, meter in self._meters.items() if meter.under_way}
+            limit = PERSON_LIMIT if shown.role in PEOPLE_ROLES else SERVICE_LIMIT
+            meter = self._meters[key] = Meter(limit)
+        return meter
+
+    def _refused(self, method: str, caller: Caller, error: GradstreamError) -> None:
+        # That there is no table yet is nobody's fault, and health checks ask every few seconds.
+        if not isinstance(error, UnreachableError):
+            event = self._event(method, caller, "", f"refused: {error}")
+            self._write(self._refusals.add(event, type(error).__name__))
+
+    def _event(self, method: str, caller: Caller, subject: str, outcome: str) -> AuditEvent:
+        call, unix_ms = method.rpartition("/")[2], int(self._clock() * 1000)
+        return AuditEvent(unix_ms, call, str(caller), caller.peer, subject, " ".join(outcome.split()))
+
+    def _write(self, events: list[AuditEvent]) -> None:
+        for event in events:
+            if event.outcome != "ok":
+                log.warning(
+                    "a call was not answered",
+                    call=event.call,
+                    caller=event.caller,
+                    peer=event.peer,
+                    cause=event.outcome,
+                    times=event.times,
+                )
+            if self._note is not None:
+                self._note(event)
+
+
+def _unread(patience: Patience) -> str:
+    if patience.is_worn:
+        return f"the caller has read less than {LEAST_RATE} for long; call again where the network is faster"
+    return f"the caller has not read for {patience.left_seconds:.3g} s; call again"
+
+
+def _size(message: Any) -> int:
+    return len(message) if isinstance(message, bytes) else int(message.ByteSize())
+
+
+def _subject(request: Any) -> str:
+    found = next((str(value) for name in ("job_id", "name") if (value := getattr(request, name, ""))), "")
+    return found[:200]
+
+
+def token_of(context: Context) -> str:
+    """The bearer token of a call; empty when it has none."""
+    for key, value in context.invocation_metadata() or ():
+        if key == AUTHORIZATION and isinstance(value, str) and value.startswith(BEARER):
+            return value[len(BEARER) :]
+    return ""
+
+
+def shown_by(context: Context) -> Shown:
+    """What the connection of a call proves of its caller."""
+    found = context.auth_context()
+    names = {name.decode(errors="replace") for name in found.get("x509_subject_alternative_name", ())}
+    role = next((role for role in ROLES if dns_name(role) in names), "")
+    name = b"".join(found.get("x509_common_name", ())).decode(errors="replace")
+    certificate = b"".join(found.get("x509_pem_cert", ()))
+    return Shown(role, name, _sha256(certificate) if certificate else "", context.peer().rpartition(":")[0])
+
+
+@lru_cache(maxsize=MAX_IDLE_METERS)
+def _sha256(pem: bytes) -> str:
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.decode("ascii"))).hexdigest()

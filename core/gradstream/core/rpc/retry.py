@@ -1,0 +1,44 @@
+"""When to try again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from gradstream.core.rpc.channel import C
+
+
+@contextmanager
+def ending(call: C) -> Iterator[C]:
+    """A call whose responses are read inside, ended when they are left: one that nobody reads any more and nobody has
+    cancelled stays open, and its connection with it."""
+    try:
+        yield call
+    finally:
+        call.cancel()
+
+
+class Backoff:
+    """Endless jittered exponential backoff, in seconds."""
+
+    def __init__(
+        self,
+        first_seconds: float = 0.1,
+        last_seconds: float = 3.0,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ):
+        self._first = first_seconds
+        self._last = last_seconds
+        self._uniform = uniform
+        self._attempt = 0
+
+    def reset(self) -> None:
+        """Start again from the first delay."""
+        self._attempt = 0
+
+    def next(self) -> float:
+        """Seconds to wait before the next try."""
+        ceiling = min(self._last, self._first * 2 ** min(self._attempt, 20))
+        self._attempt += 1
+        return self._uniform(ceiling / 2, ceiling)

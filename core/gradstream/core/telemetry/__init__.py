@@ -1,0 +1,1 @@
+"""What nodes and steps tell of themselves."""

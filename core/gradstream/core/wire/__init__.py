@@ -1,0 +1,1 @@
+"""The data plane's messages and calls."""

@@ -1,0 +1,191 @@
+"""The coordinator as the fine-tuning service uses it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any, TypeVar
+
+import grpc.aio
+
+from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
+from gradstream.core.log import get_logger
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.rpc.access import COORDINATOR
+from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS, open_channel
+from gradstream.core.rpc.errors import error_from_rpc, is_passing
+from gradstream.core.rpc.reach import why_unreachable
+from gradstream.core.rpc.retry import Backoff, ending
+from gradstream.core.rpc.transport import PLAIN, Transport
+from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
+from gradstream.services.fine_tuning.lifecycle import ENDED_JOBS
+
+T = TypeVar("T")
+
+log = get_logger()
+
+
+class Jobs:
+    """Jobs of a coordinator. Methods raise the coordinator's error, UnreachableError when it does not answer."""
+
+    def __init__(self, address: str, transport: Transport = PLAIN):
+        self.address = address
+        self._transport = transport
+        self.channel = open_channel(address, COORDINATOR, transport)
+        self._stub: jobs_pb2_grpc.JobsServiceAsyncStub = jobs_pb2_grpc.JobsServiceStub(self.channel)
+
+    async def close(self) -> None:
+        """End all calls."""
+        await self.channel.close(None)
+
+    async def check(self) -> None:
+        """Raise UnreachableError when the coordinator does not answer, CredentialsError when they are why."""
+        try:
+            await self._call(self._stub.ListNodes, jobs_pb2.ListNodesRequest())
+        except UnreachableError as error:
+            raise await why_unreachable(self.address, COORDINATOR, self._transport) or error from None
+
+    async def submit(self, recipe: Recipe, request_id: str) -> jobs_pb2.Job:
+        """Queue a job; the same one again for a request id that was taken."""
+        request = jobs_pb2.SubmitJobRequest(recipe_json=recipe.model_dump_json(), request_id=request_id)
+        return (await self._call(self._stub.SubmitJob, request)).job
+
+    async def all(self) -> list[jobs_pb2.Job]:
+        """All jobs, newest first."""
+        found: list[jobs_pb2.Job] = []
+        request = jobs_pb2.ListJobsRequest()
+        while True:
+            page = await self._call(self._stub.ListJobs, request)
+            found += page.jobs
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    async def find(self, recipe: Recipe) -> jobs_pb2.Job | None:
+        """The job of exactly this recipe, if it was submitted."""
+        for job in await self.all():
+            try:
+                if job.name == recipe.name and parse_recipe(job.recipe_json) == recipe:
+                    return job
+            except ConfigError:
+                continue
+        return None
+
+    async def get(self, job_id: str) -> jobs_pb2.Job:
+        """One job."""
+        return (await self._call(self._stub.GetJob, jobs_pb2.GetJobRequest(job_id=job_id))).job
+
+    async def pause(self, job_id: str) -> jobs_pb2.Job:
+        """Pause at the next step boundary."""
+        return (await self._call(self._stub.PauseJob, jobs_pb2.PauseJobRequest(job_id=job_id))).job
+
+    async def resume(self, job_id: str) -> jobs_pb2.Job:
+        """Go on."""
+        return (await self._call(self._stub.ResumeJob, jobs_pb2.ResumeJobRequest(job_id=job_id))).job
+
+    async def stop(self, job_id: str) -> jobs_pb2.Job:
+        """End at once."""
+        return (await self._call(self._stub.StopJob, jobs_pb2.StopJobRequest(job_id=job_id, now=True))).job
+
+    async def checkpoint(self, job_id: str) -> None:
+        """Have a running job write a checkpoint at its next step, however long that takes. Raises ConfigError when it
+        does not run, CheckpointError when it rests or ends before."""
+        # No deadline: a step may take minutes. Keepalive finds out whether the coordinator is there.
+        await self._call(self._stub.CheckpointJob, jobs_pb2.CheckpointJobRequest(job_id=job_id), None)
+
+    async def checkpoints(self, job_id: str) -> list[jobs_pb2.Checkpoint]:
+        """A job's checkpoints, oldest first."""
+        request = jobs_pb2.ListCheckpointsRequest(job_id=job_id)
+        return list((await self._call(self._stub.ListCheckpoints, request)).checkpoints)
+
+    @asynccontextmanager
+    async def held(self, job_id: str, version: int | None = None) -> AsyncIterator[jobs_pb2.Checkpoint]:
+        """A job's checkpoint, by default the last one, which is not removed as long as it is read inside. A coordinator
+        that was restarted meanwhile is asked again."""
+        kept: asyncio.Future[jobs_pb2.Checkpoint] = asyncio.get_running_loop().create_future()
+        holding = asyncio.create_task(self._hold(job_id, version, kept))
+        try:
+            try:
+                async with asyncio.timeout(UNARY_TIMEOUT_SECONDS):
+                    checkpoint = await kept
+            except TimeoutError:
+                raise UnreachableError(f"coordinator {self.address} does not answer") from None
+            yield checkpoint
+        finally:
+            holding.cancel()
+            await asyncio.gather(holding, return_exceptions=True)
+
+    async def _hold(self, job_id: str, version: int | None, kept: asyncio.Future[jobs_pb2.Checkpoint]) -> None:
+        backoff = Backoff()
+        while True:
+            request = jobs_pb2.HoldCheckpointRequest(job_id=job_id, version=version)
+            try:
+                with ending(self._stub.HoldCheckpoint(request)) as responses:
+                    async for response in responses:
+                        version = response.checkpoint.version
+                        if not kept.done():
+                            kept.set_result(response.checkpoint)
+            except grpc.aio.AioRpcError as rpc_error:
+                if not kept.done():
+                    kept.set_exception(self._error(rpc_error))
+                    return
+            await asyncio.sleep(backoff.next())
+
+    async def watch(self, job_id: str) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        """A job's history from its beginning, each item once, until it has ended; waits for a coordinator that is
+        away."""
+        cursor = 0
+        backoff = Backoff()
+        while True:
+            try:
+                request = jobs_pb2.WatchJobRequest(job_id=job_id, after_cursor=cursor, follow=True)
+                with ending(self._stub.WatchJob(request)) as items:
+                    async for item in items:
+                        backoff.reset()
+                        if item.cursor > cursor:
+                            cursor = item.cursor
+                            yield item
+                # A coordinator that shuts down may end a stream in good order too.
+                if (await self.get(job_id)).state in ENDED_JOBS:
+                    return
+            except grpc.aio.AioRpcError as rpc_error:
+                error = self._error(rpc_error)
+                if not is_passing(error):
+                    raise error from None
+            except GradstreamError as error:
+                if not is_passing(error):
+                    raise
+            await asyncio.sleep(backoff.next())
+
+    async def patiently(self, call: Callable[[], Awaitable[T]], on_wait: Callable[[str], object]) -> T:
+        """The result of `call`, which is made again for as long as the coordinator does not answer, or refuses for a
+        reason that passes; `on_wait` is told for whom one waits, and since when."""
+        backoff = Backoff()
+        since = ""
+        while True:
+            try:
+                return await call()
+            except GradstreamError as error:
+                if not is_passing(error):
+                    raise
+                if not since:
+                    since = f"{datetime.now().astimezone():%H:%M:%S}"
+                    log.warning("the coordinator does not answer as it should", cause=one_line(error))
+                away = isinstance(error, UnreachableError)
+                which = "does not answer" if away else f"refuses ({one_line(error)})"
+                on_wait(f"waits for coordinator {self.address}, which {which}, since {since}")
+            await asyncio.sleep(backoff.next())
+
+    async def _call(
+        self, method: Callable[..., Awaitable[T]], request: Any, timeout: float | None = UNARY_TIMEOUT_SECONDS
+    ) -> T:
+        try:
+            return await method(request, timeout=timeout)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._error(rpc_error) from None
+
+    def _error(self, rpc_error: grpc.aio.AioRpcError) -> GradstreamError:
+        return error_from_rpc(rpc_error, f"coordinator {self.address}")

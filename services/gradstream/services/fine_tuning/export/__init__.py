@@ -1,0 +1,1 @@
+"""What came of a fine-tuning, as files for others."""

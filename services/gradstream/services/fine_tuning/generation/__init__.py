@@ -1,0 +1,1 @@
+"""Generation with bases and results: batching, sampling, streaming."""

@@ -1,0 +1,153 @@
+"""Generates text with many models, streamed, for many callers at once.
+
+One thread computes; the event loop checks requests, hands them over and gets pieces of text back. A caller that goes
+away frees its row before the next token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import AsyncGenerator, Callable
+
+from gradstream.core.errors import ConfigError, GradstreamError
+from gradstream.core.storage.pool import LOAD_SECONDS, StorageThreads
+from gradstream.services.fine_tuning.generation.batching import (
+    UNFINISHED,
+    EngineLimits,
+    EngineStatus,
+    GenerationRequest,
+    Piece,
+    Row,
+    Scheduler,
+)
+from gradstream.services.fine_tuning.generation.models import Profile, Served, ServedModels
+from gradstream.services.fine_tuning.generation.text_stream import special_tokens
+
+__all__ = ["Engine", "EngineLimits", "EngineStatus", "GenerationRequest", "Piece", "check_request"]
+
+MAX_STOP_TEXTS = 16
+MAX_STOP_CHARACTERS = 1024
+
+
+class Engine:
+    """Generates text. `close` it when done."""
+
+    def __init__(self, models: ServedModels, limits: EngineLimits | None = None):
+        self.models = models
+        self.limits = limits or EngineLimits()
+        self._scheduler = Scheduler(models, self.limits)
+        self._storage = StorageThreads(LOAD_SECONDS)
+        self._thread: threading.Thread | None = None
+
+    async def profile(self, model: str) -> Profile:
+        """A model's tokenizer and bounds, without loading its weights. Raises ConfigError for an unknown model,
+        UnreachableError when its storage does not answer."""
+        return await self._profile(self.models.find(model))
+
+    async def _profile(self, served: Served) -> Profile:
+        return await self._storage.call(served.base.path, self.models.profile, served)
+
+    async def generate(self, request: GenerationRequest, patient: bool = False) -> AsyncGenerator[Piece, None]:
+        """Yield the completion in pieces, the last of which alone has a finish reason.
+
+        Nothing happens before the first piece is asked for. Close the generator (`aclosing`) when it is left early.
+        `patient` requests are never refused for being too many; whoever makes them bounds their number.
+        Raises ConfigError for a request that cannot be met, UnreachableError when too many wait or the service ends,
+        and CheckpointError when the model cannot be loaded.
+        """
+        served = self.models.find(request.model)
+        profile = await self._profile(served)
+        check_request(request, profile)
+        pieces: asyncio.Queue[Piece | GradstreamError] = asyncio.Queue()  # bounded by max_new_tokens
+        row = Row(request, served, profile, _deliverer(asyncio.get_running_loop(), pieces), patient)
+        self._scheduler.submit(row)
+        self._start()
+        try:
+            while True:
+                piece = await pieces.get()
+                if isinstance(piece, GradstreamError):
+                    raise piece
+                yield piece
+                if piece.finish_reason != UNFINISHED:
+                    return
+        finally:
+            self._scheduler.cancel(row)
+
+    def status(self) -> EngineStatus:
+        """How many are served and wait now."""
+        return self._scheduler.status()
+
+    async def close(self) -> None:
+        """End all generations, with an error, and the thread."""
+        self._scheduler.close()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._compute, name="generation", daemon=True)
+            self._thread.start()
+
+    def _compute(self) -> None:
+        try:
+            while self._scheduler.wait():
+                self._scheduler.step()
+        finally:
+            self._scheduler.close()
+            self._scheduler.abandon()
+
+
+def check_request(request: GenerationRequest, profile: Profile) -> None:
+    """Raises ConfigError, in one line with the cure, for a request that a model of this profile cannot meet."""
+    num_prompt = len(request.prompt_ids)
+    if num_prompt == 0:
+        raise ConfigError("the prompt has no token; give it some text")
+    strange = [token for token in request.prompt_ids if not 0 <= token < profile.vocab_size]
+    if strange:
+        raise ConfigError(
+            f"the prompt has token {strange[0]} and the model knows {profile.vocab_size}; its tokenizer is another's"
+        )
+    if request.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {request.max_new_tokens}; ask for at least 1")
+    longest = profile.max_positions
+    if longest is not None and num_prompt + request.max_new_tokens > longest:
+        room = longest - num_prompt
+        cure = f"ask for at most {room} new tokens, or shorten the prompt" if room > 0 else "shorten the prompt"
+        raise ConfigError(
+            f"the prompt's {num_prompt} tokens and max_new_tokens {request.max_new_tokens} are more than the model's "
+            f"{longest} positions; {cure}"
+        )
+    if not (math.isfinite(request.temperature) and request.temperature >= 0):
+        raise ConfigError(f"temperature is {request.temperature}; it must be 0 (the likeliest token) or more")
+    if not 0 <= request.top_p <= 1:
+        raise ConfigError(f"top_p is {request.top_p}; it must be 0 (the likeliest token) to 1 (all tokens)")
+    if not 0 <= request.seed < 2**64:
+        raise ConfigError(f"seed is {request.seed}; it must be at least 0 and below 2**64")
+    if len(request.stop) > MAX_STOP_TEXTS:
+        raise ConfigError(f"there are {len(request.stop)} stop texts; give at most {MAX_STOP_TEXTS}")
+    for text in request.stop:
+        if not 0 < len(text) <= MAX_STOP_CHARACTERS:
+            raise ConfigError(f"a stop text has {len(text)} characters; give it 1 to {MAX_STOP_CHARACTERS}")
+    special = special_tokens(profile.tokenizer)
+    for text in request.stop:
+        if text not in special and (found := next((token for token in special if token and token in text), None)):
+            raise ConfigError(
+                f"stop text {text!r} has the special token {found!r} in it, which is no part of any text; give the "
+                f"token alone"
+            )
+
+
+def _deliverer(
+    loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Piece | GradstreamError]
+) -> Callable[[Piece | GradstreamError], None]:
+    """Hands pieces from the thread that computes to the event loop."""
+
+    def deliver(piece: Piece | GradstreamError) -> None:
+        try:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        except RuntimeError:
+            pass  # the loop is closed: nobody is there to read it
+
+    return deliver

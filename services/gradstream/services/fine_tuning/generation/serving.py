@@ -1,0 +1,173 @@
+"""Bases and results as models that generate: what the service asks of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import torch
+
+from gradstream.core.checkpoint.manifest import WEIGHT, read_manifest
+from gradstream.core.checkpoint.shard import CheckpointReader
+from gradstream.core.errors import CheckpointError, ConfigError
+from gradstream.core.pretrained.base import BaseReader, load_tokenizer
+from gradstream.core.recipe.finetuning import Base
+from gradstream.core.storage.pool import LOAD_SECONDS, StorageThreads
+from gradstream.proto.v1 import fine_tuning_pb2 as pb
+from gradstream.services.fine_tuning.bases import find_base, looked_at
+from gradstream.services.fine_tuning.examples.dataset import chat_prompt_ids
+from gradstream.services.fine_tuning.examples.encoding import Encoder
+from gradstream.services.fine_tuning.examples.rendering import Prompt
+from gradstream.services.fine_tuning.generation.engine import Engine, EngineLimits, GenerationRequest
+from gradstream.services.fine_tuning.generation.evaluation import exact_match
+from gradstream.services.fine_tuning.generation.models import ResidentLimits, ServedModels
+from gradstream.services.fine_tuning.store import Completed, Completions
+from gradstream.services.fine_tuning.threads import in_thread
+
+DEFAULT_NEW_TOKENS = 128
+MAX_SERVED = 64
+MAX_TOKENIZERS = 8
+CACHE_SHARE = 0.25
+
+
+class CheckpointWeights(Mapping[str, torch.Tensor]):
+    """The trained tensors of a checkpoint, read when they are asked for. Raises CheckpointError when it is damaged."""
+
+    def __init__(self, directory: str):
+        self._directory = directory
+        self._names = [entry.name for entry in read_manifest(directory).tensors]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        reader = CheckpointReader(self._directory)
+        shape = reader.shape(name)
+        return torch.from_numpy(reader.read(WEIGHT, name, 0, math.prod(shape))).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Serving:
+    """Generates with bases, and with the checkpoints of fine-tunings."""
+
+    def __init__(self, device: str, memory_bytes: int):
+        """`memory_bytes`: for models, and for the keys and values of what is being generated."""
+        chosen = torch.device(resolve_device(device))
+        cache_bytes = int(memory_bytes * CACHE_SHARE)
+        limits = ResidentLimits(
+            bases_bytes=memory_bytes - cache_bytes,
+            # A GPU has little memory and is fast at this; a processor is neither.
+            dtype=torch.float32 if chosen.type == "cpu" else torch.bfloat16,
+            device=chosen,
+        )
+        self._models = ServedModels(BaseReader, load_tokenizer, limits)
+        self.engine = Engine(self._models, EngineLimits(cache_bytes=cache_bytes))
+        self._storage = StorageThreads(LOAD_SECONDS)
+        self._served: OrderedDict[str, None] = OrderedDict()
+        self._tokenizers: OrderedDict[str, tuple[Any, Encoder]] = OrderedDict()
+
+    async def close(self) -> None:
+        """End all generations."""
+        await self.engine.close()
+
+    async def tokenizer(self, base: Base) -> tuple[Any, Encoder]:
+        """The tokenizer of a base, and how texts are encoded with it. Raises ConfigError when it has none to use."""
+        known = self._tokenizers.get(base.tokenizer_key)
+        if known is None:
+            known = await self._storage.call(base.path, _load_tokenizer, base)
+            self._tokenizers[base.tokenizer_key] = known
+            while len(self._tokenizers) > MAX_TOKENIZERS:
+                self._tokenizers.popitem(last=False)
+        return known
+
+    async def complete(self, base: Base, checkpoint: str | None, prompts: Sequence[Prompt]) -> Completions:
+        """What a model makes of held-out prompts."""
+        model = await self._serve(base, checkpoint)
+        found = await exact_match(self.engine, model, prompts)
+        samples = tuple(
+            Completed(prompt=sample.prompt, expected=sample.expected, generated=sample.generated)
+            for sample in found.samples
+        )
+        return Completions(num_prompts=found.num_prompts, num_exact=found.num_exact, samples=samples)
+
+    async def generate(
+        self, base: Base, checkpoint: str | None, request: pb.GenerateRequest
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """The completion in pieces. Raises ConfigError, CheckpointError and UnreachableError as the engine does."""
+        ids = await self._prompt_ids(base, request)
+        model = await self._serve(base, checkpoint)
+        num_new = request.max_new_tokens
+        if not request.HasField("max_new_tokens"):
+            # Nobody has asked for more than there is room for.
+            longest = (await self.engine.profile(model)).max_positions
+            num_new = DEFAULT_NEW_TOKENS if longest is None else max(1, min(DEFAULT_NEW_TOKENS, longest - len(ids)))
+        asked = GenerationRequest(
+            model,
+            tuple(ids),
+            max_new_tokens=num_new,
+            temperature=request.temperature,
+            top_p=request.top_p if request.HasField("top_p") else 1.0,
+            seed=request.seed,
+            stop=tuple(request.stop),
+        )
+        async with aclosing(self.engine.generate(asked)) as pieces:
+            async for piece in pieces:
+                yield pb.GenerateResponse(
+                    text=piece.text, num_tokens=piece.num_tokens, finish_reason=piece.finish_reason
+                )
+
+    async def _prompt_ids(self, base: Base, request: pb.GenerateRequest) -> list[int]:
+        if request.prompt and request.messages:
+            raise ConfigError("give a prompt or messages, not both")
+        tokenizer, encoder = await self.tokenizer(base)
+        if request.messages:
+            messages = [{"role": message.role, "content": message.content} for message in request.messages]
+            return await asyncio.to_thread(chat_prompt_ids, messages, tokenizer, encoder)
+        ids, _ = await asyncio.to_thread(encoder.pieces, [(request.prompt, False)], True)
+        return ids
+
+    async def _serve(self, base: Base, checkpoint: str | None) -> str:
+        """Let a model generate; its name there. Raises UnreachableError when its storage does not answer: the thread
+        that computes for everybody must not wait for it."""
+        for path in filter(None, (base.path, checkpoint)):
+            await self._storage.call(path, looked_at, path)
+        name = checkpoint if checkpoint is not None else f"{base.sha256} {base.tokenizer_key}"
+        if name not in self._served:
+            if checkpoint is None:
+                self._models.add_base(name, base)
+            else:
+                await in_thread(self._add_checkpoint, checkpoint)
+            self._served[name] = None
+        self._served.move_to_end(name)
+        while len(self._served) > MAX_SERVED:
+            self._models.remove(self._served.popitem(last=False)[0])
+        return name
+
+    def _add_checkpoint(self, directory: str) -> None:
+        finetuning = read_manifest(directory).finetuning
+        if finetuning is None:
+            raise CheckpointError(f"checkpoint {directory} is not of a fine-tuning; name it as a base instead")
+        if finetuning.lora is None:
+            self._models.add_base(directory, find_base(directory, directory)[0])
+        else:
+            self._models.add_adapter(directory, finetuning.base, finetuning.lora, CheckpointWeights(directory))
+
+
+def resolve_device(device: str) -> str:
+    """ "cpu" or "cuda" for "auto". Raises ConfigError when there is no GPU and one is asked for."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no GPU that torch can use; use --device cpu")
+    return device
+
+
+def _load_tokenizer(base: Base) -> tuple[Any, Encoder]:
+    tokenizer = load_tokenizer(base)
+    return tokenizer, Encoder(tokenizer)

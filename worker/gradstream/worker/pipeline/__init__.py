@@ -1,0 +1,1 @@
+"""A worker's neighbours in a pipeline."""

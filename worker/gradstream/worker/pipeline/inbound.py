@@ -1,0 +1,149 @@
+"""What a neighbour in a pipeline sends: which tensors will come, in which order, and those that wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from gradstream.core.errors import ProtocolError
+from gradstream.core.pipeline.schedule import Op, Schedule, make_schedule
+from gradstream.core.pipeline.validation import validate
+from gradstream.proto.v1 import worker_pb2 as pb
+from gradstream.worker.compute import Try
+
+FORWARD, BACKWARD = pb.DIRECTION_FORWARD, pb.DIRECTION_BACKWARD
+WORDS = {FORWARD: "activation", BACKWARD: "gradient"}
+Key = tuple[int, int]
+"""(stage that computed it, microbatch counted over the try's slots)."""
+
+
+@lru_cache(maxsize=64)
+def sequence(schedule: Schedule, sender: int, receiver: int, direction: pb.Direction.ValueType) -> tuple[Key, ...]:
+    """The tensors that one worker sends another in a direction, in the order in which it computes them."""
+    found = []
+    for action in schedule.rows[sender]:
+        if action.op is Op.FORWARD:
+            to, there = action.stage + 1, FORWARD
+        elif action.op in (Op.BACKWARD, Op.BACKWARD_INPUT):
+            to, there = action.stage - 1, BACKWARD
+        else:
+            continue
+        if there == direction and 0 <= to < schedule.num_stages and schedule.worker_of(to) == receiver:
+            found.append((action.stage, action.microbatch))
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)
+def window_of(schedule: Schedule, worker: int) -> int:
+    """Tensors that may wait at a worker. With the validator's bound no sender ever has to hold back what is needed."""
+    if schedule.name in ("forward", "gpipe"):
+        return schedule.num_microbatches * schedule.num_chunks
+    # Beyond these it is the same for any number of microbatches.
+    most = 8 * schedule.num_workers * schedule.num_chunks
+    if schedule.num_microbatches > most:
+        schedule = make_schedule(schedule.name, schedule.num_workers, most, schedule.num_chunks)
+    return max(2, validate(schedule).waiting_messages[worker])
+
+
+@dataclass
+class _Expected:
+    """The tensors that one try brings, in their order, and how many have come."""
+
+    attempt: Try
+    order: tuple[Key, ...]
+    places: dict[Key, int]
+    num_arrived: int = 0
+
+
+class InboundStream:
+    """A stream that a neighbour has opened."""
+
+    def __init__(self) -> None:
+        self.num_taken = 0
+        self.changed = asyncio.Event()
+        """The neighbour shall be told how far it may go."""
+
+
+class Inbound:
+    """What one neighbour sends in one direction."""
+
+    def __init__(self, title: str, direction: pb.Direction.ValueType):
+        self.title = title
+        self.direction = direction
+        self.arrived: dict[tuple[int, Key], tuple[torch.Tensor, float]] = {}  # by try number
+        self.stream: InboundStream | None = None  # the one opened last; an older one counts no more
+        self._expected: deque[_Expected] = deque()
+        self._newest = 0  # try of which a tensor has come: the neighbour is done with those before it
+        self._most_waiting = 0
+        self._posted: deque[torch.Tensor] = deque()
+
+    def begin(self, attempt: Try, order: tuple[Key, ...], window: int, posted: Sequence[torch.Tensor]) -> None:
+        """One more try: these tensors will come, in this order, after those of the tries before. `posted` are buffers
+        to decode into."""
+        while self._expected and self._expected[0].num_arrived == len(self._expected[0].order):
+            self._expected.popleft()
+        self._expected.append(_Expected(attempt, order, {key: place for place, key in enumerate(order)}))
+        # Never less than was granted before: tensors may be under way by that.
+        self._most_waiting = max(self._most_waiting, window)
+        self._posted = deque(posted)
+        self.tell()
+
+    def open(self) -> InboundStream:
+        """The neighbour has opened a stream; one that it had before is over."""
+        self.tell()
+        self.stream = InboundStream()
+        return self.stream
+
+    def tell(self) -> None:
+        """Tell the neighbour how far it may go."""
+        if self.stream is not None:
+            self.stream.changed.set()
+
+    def forget_before(self, number: int) -> None:
+        """Tries with lower numbers are void."""
+        self._expected = deque(expected for expected in self._expected if expected.attempt.number >= number)
+        self.arrived = {key: value for key, value in self.arrived.items() if key[0] >= number}
+
+    @property
+    def window(self) -> int:
+        """Tensors that may come before one is used."""
+        return max(0, self._most_waiting - len(self.arrived))
+
+    def expect(self, number: int, key: Key, what: str) -> Try | None:
+        """The try of a tensor if it is the next one to come; None for one that came already or is of a try that is
+        over. Raises ProtocolError for any other."""
+        expected = next((found for found in self._expected if found.attempt.number == number), None)
+        if expected is None or number < self._newest:
+            return None
+        place = expected.places.get(key)
+        if place is None:
+            raise ProtocolError(f"{what}: this worker gets no such {WORDS[self.direction]} from it in this try")
+        if place < expected.num_arrived:
+            return None
+        if place > expected.num_arrived:
+            stage, microbatch = expected.order[expected.num_arrived]
+            raise ProtocolError(f"{what}: out of order, that of microbatch {microbatch} from stage {stage} comes first")
+        if not self.window:
+            raise ProtocolError(f"{what}: {self._most_waiting} tensors wait here already")
+        return expected.attempt
+
+    def buffer(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A posted buffer, or a new one where microbatches differ in shape."""
+        if self._posted and tuple(self._posted[0].shape) == shape:
+            return self._posted.popleft()
+        return torch.empty(shape)
+
+    def take(self, number: int, key: Key, tensor: torch.Tensor, loss_sum: float) -> bool:
+        """A tensor that was expected is here; False when its try has become void meanwhile."""
+        for expected in self._expected:
+            if expected.attempt.number == number and expected.places.get(key) == expected.num_arrived:
+                self.arrived[number, key] = (tensor, loss_sum)
+                self._newest = number
+                expected.num_arrived += 1
+                return True
+        return False

@@ -1,0 +1,226 @@
+"""The worker's process: registers with the coordinator and works on the job that it is given."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from gradstream.core import log as logging
+from gradstream.core.errors import ProtocolError
+from gradstream.core.machine import memory
+from gradstream.core.machine.speed import measure_flops
+from gradstream.core.model.model import preload
+from gradstream.core.node import probe
+from gradstream.core.node.faults import Faults
+from gradstream.core.node.ready import write_ready_file
+from gradstream.core.node.session import GRACE_SECONDS, NodeIdentity, NodeSession
+from gradstream.core.plan.plan import Plan
+from gradstream.core.rpc.access import WORKER
+from gradstream.core.rpc.token_sources import FollowingServer
+from gradstream.core.rpc.transport import Transport
+from gradstream.core.wire.stubs import add_worker
+from gradstream.proto.v1 import coordinator_pb2, plan_pb2
+from gradstream.worker.compute import pick_device
+from gradstream.worker.job import JobRun
+from gradstream.worker.pipeline.neighbours import Place
+from gradstream.worker.pipeline.servicer import WorkerServicer
+
+log = logging.get_logger()
+
+DROP_SECONDS = 10.0
+"""For a worker that ends to stop what it computes."""
+
+
+class Worker:
+    """Carries out the coordinator's directives: one job at a time."""
+
+    def __init__(
+        self,
+        coordinator: str,
+        identity: NodeIdentity,
+        device: torch.device,
+        cache_directory: Path,
+        faults: Faults,
+        log_buffer: logging.LogBuffer,
+        transport: Transport,
+        grace_seconds: float = GRACE_SECONDS,
+    ):
+        self.session = NodeSession(
+            coordinator,
+            identity,
+            self._activity,
+            self._held,
+            self._on_directive,
+            log_buffer,
+            transport,
+            self._drain,
+            grace_seconds,
+        )
+        self._device = device
+        self._cache_directory = cache_directory
+        self._faults = faults
+        self.servicer = WorkerServicer()
+        self._plan: Plan | None = None
+        self._job: JobRun | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._process = psutil.Process()
+
+    async def run(self) -> None:
+        """Work until the session is left. Raises the coordinator's error when it refuses this node."""
+        try:
+            await self.session.run()
+        finally:
+            try:
+                # A device, or a storage, that does not answer keeps a thread for ever.
+                async with asyncio.timeout(DROP_SECONDS):
+                    await self._drop()
+            except TimeoutError:
+                log.warning("ends although what it computes does not", seconds=DROP_SECONDS)
+
+    async def _on_directive(self, directive: coordinator_pb2.SessionResponse) -> None:
+        kind = directive.WhichOneof("directive")
+        if kind == "plan":
+            plan = Plan.from_proto(directive.plan)
+            held = self._plan
+            if held is not None and (held.job_id, held.epoch) == (plan.job_id, plan.epoch):
+                return
+            await self._drop()
+            log.info("takes part in a job", job=plan.job_id, epoch=plan.epoch, device=str(self._device))
+            self._plan = plan
+            if not plan.has_pipeline:
+                self._begin(plan, None)
+        elif kind == "leases" and self._plan is not None:
+            table, plan = directive.leases, self._plan
+            if (table.job_id, table.epoch) == (plan.job_id, plan.epoch):
+                await self._take_leases(plan, table)
+        elif kind == "release" and self._plan is not None and self._plan.job_id == directive.release.job_id:
+            log.info("the job was released", job=directive.release.job_id, reason=directive.release.reason)
+            await self._drop()
+
+    async def _take_leases(self, plan: Plan, table: plan_pb2.LeaseTable) -> None:
+        place = place_in(table.replicas, self.session.node_id)
+        if place is not None:
+            if len(place.replica.workers) != plan.replica_size:
+                raise ProtocolError(f"lease table {table.number} has a replica of {len(place.replica.workers)} workers")
+            if self._job is not None and self._job.worker != place.index:
+                # Other stages: nothing of what it holds is of use.
+                await self._drop()
+                self._plan = plan
+            if self._job is None:
+                log.info("takes a place in a replica", job=plan.job_id, place=place.index, table=place.replica.number)
+                self._begin(plan, place)
+        if self._job is not None:
+            self._job.take_leases(table.number, table.holders, place)
+
+    def _begin(self, plan: Plan, place: Place | None) -> None:
+        self._job = JobRun(plan, self.session, self._device, self._cache_directory, self._faults, self.servicer, place)
+        self._task = asyncio.create_task(self._run_job(self._job))
+
+    async def _run_job(self, job: JobRun) -> None:
+        try:
+            await job.run()
+        except Exception as error:
+            if self._job is job:
+                # Nothing of it is held any more: the coordinator sends the plan again when it is to be tried again.
+                self._job = self._plan = None
+            memory.give_back()
+            await self.session.report_failure(job.plan.job_id, job.plan.epoch, error)
+
+    async def _drain(self) -> None:
+        """Finish the residuals that are being written for a checkpoint."""
+        if self._job is not None:
+            await self._job.drain()
+
+    async def _drop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        if self._job is not None:
+            self._job = None
+            memory.give_back()
+        self._plan = None
+
+    def _activity(self) -> coordinator_pb2.Activity:
+        activity = coordinator_pb2.Activity(phase="idle") if self._job is None else self._job.activity()
+        activity.resident_bytes = self._process.memory_info().rss
+        return activity
+
+    def _held(self) -> list[coordinator_pb2.HeldJob]:
+        plan = self._plan
+        if plan is None:
+            return []
+        version = max(0, self._job.version) if self._job is not None else 0
+        return [coordinator_pb2.HeldJob(job_id=plan.job_id, epoch=plan.epoch, version=version)]
+
+
+async def serve(
+    coordinator: str,
+    name: str,
+    listen_address: str,
+    cache_directory: Path,
+    memory_bytes: int,
+    device: str,
+    ready_file: Path | None,
+    credentials: Path | None = None,
+    grace_seconds: float = GRACE_SECONDS,
+) -> None:
+    """Run a worker until SIGTERM or SIGINT; `credentials` is the directory of its own. Raises GradstreamError when it
+    cannot start or is refused.
+
+    It ends once residuals that are being written and its reports are done with, after `grace_seconds` at the latest.
+    """
+    log_buffer = logging.LogBuffer()
+    logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
+    # Before the imports that take seconds: a port that is taken is told at once.
+    transport = Transport(credentials)
+    door = FollowingServer(transport, listen_address)
+    preload()
+    memory.settle()
+    picked = pick_device(device)
+    described = f"{picked} ({torch.cuda.get_device_name(picked)})" if picked.type == "cuda" else str(picked)
+    flops = await asyncio.to_thread(measure_flops, picked)
+    identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, door.address, memory_bytes, described, flops)
+    identity.disk_directory = lambda: cache_directory
+    node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer, transport, grace_seconds)
+    add_worker(node.servicer, door.server)
+    probe.add_probe(door.server, WORKER, identity.disk_directory)
+    health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, door.server)
+    await door.server.start()
+    await health_servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def tell_health() -> None:
+        # Only a worker that the coordinator has accepted can be of use.
+        await node.session.registered.wait()
+        await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    health_task = asyncio.create_task(tell_health())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, node.session.leave)
+    if ready_file is not None:
+        write_ready_file(ready_file, name)
+    try:
+        async with door.following(node.session.channel, node.session.peer):
+            await node.run()
+    finally:
+        health_task.cancel()
+        await health_servicer.enter_graceful_shutdown()
+        await door.server.stop(grace=1.0)
+
+
+def place_in(replicas: Sequence[plan_pb2.Replica], node_id: str) -> Place | None:
+    """A worker's place in a lease table."""
+    for replica in replicas:
+        for index, member in enumerate(replica.workers):
+            if member.node_id == node_id:
+                return Place(replica, index)
+    return None

@@ -1,5 +1,5 @@
-"""Credentials over several machines: the commands of the README, with an authority on one machine and, on another, a
-coordinator that has a copy of its credentials. What is issued and revoked later takes effect when it is published."""
+"""Credentials over several machines: the commands of docs/cluster.md, with an authority on one machine and, on another,
+a coordinator that has a copy of its credentials. What is issued and revoked later takes effect when it is published."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from gradstream.core.credentials.authority import Authority
 from gradstream.core.credentials.store import from_pack, save
 from gradstream.core.errors import GradstreamError
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "cluster.md"
 ADDRESS = "10.0.0.1:7000"
 
 
 def commands(section: str) -> list[str]:
-    """The `gradstream certs` commands of the blocks after a line of the README, in order, comments left out."""
-    text = README.read_text().split(section, 1)[1].split("\n- ", 1)[0].replace("\\\n", " ")
+    """The `gradstream certs` commands of the blocks after a line of the page, in order, comments left out."""
+    text = PAGE.read_text().split(section, 1)[1].split("\n- ", 1)[0].replace("\\\n", " ")
     lines = [line.split("  #")[0].strip() for line in text.splitlines() if line.startswith("gradstream certs")]
     assert len(lines) == 7
     return lines

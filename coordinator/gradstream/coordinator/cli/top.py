@@ -51,16 +51,16 @@ def top(
                     }
                     out.print_json_line(document)
                 else:
-                    view = _view(client.address, nodes, job, trouble)
+                    shown = view(client.address, nodes, job, trouble)
                     if sys.stdout.isatty():
                         if live is None:
                             from rich.live import Live
 
-                            live = Live(view, console=out.console(), screen=False, auto_refresh=False)
+                            live = Live(shown, console=out.console(), screen=False, auto_refresh=False)
                             live.start()
-                        live.update(view, refresh=True)
+                        live.update(shown, refresh=True)
                     else:
-                        out.console().print(view)
+                        out.console().print(shown)
                 looked += 1
                 if count is not None and looked >= count:
                     return
@@ -72,7 +72,8 @@ def top(
                 live.stop()
 
 
-def _view(address: str, nodes: list[Any], job: Any, trouble: str) -> Any:
+def view(address: str, nodes: list[Any], job: Any, trouble: str) -> Any:
+    """What is shown at one look: nodes, and the job with its decisions and slots; `trouble` in red."""
     from rich.console import Group
     from rich.text import Text
 

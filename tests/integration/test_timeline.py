@@ -67,7 +67,7 @@ def test_timeline_of_a_job_outlives_it_and_its_coordinator(tiny_data: Path, tmp_
     assert sorted(again, key=lambda timeline: (timeline.worker, timeline.version)) == timelines
     assert cluster.client.job(job_id).hidden_share == pytest.approx(share)
     path = tmp_path / "trace.json"
-    assert main(["trace", job_id, "-c", cluster.address, "-o", str(path)]) == 0
+    assert main(["trace", job_id, "-c", cluster.address, "--to", str(path)]) == 0
     events = json.loads(path.read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X" and event["cat"] != "version"]
     assert len(spans) == sum(len(timeline.spans) for timeline in timelines)

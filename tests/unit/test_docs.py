@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import typer
 
+from gradstream.coordinator.cli.app import app
 from gradstream.core import errors
 from gradstream.core.errors import GradstreamError
 from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe
@@ -130,3 +133,49 @@ def test_every_recipe_key_says_what_it_does(recipe: type[Section]) -> None:
                 yield f"{prefix}{name}"
 
     assert list(silent(recipe, "")) == []
+
+
+def _shown_commands(page: Path) -> Iterator[list[str]]:
+    """Each `gradstream …` line of the page's blocks, as words, without comments and what follows a pipe."""
+    for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"\s[|<>]{1,2}\s", re.split(r"\s#", line)[0]):
+                if part.strip().startswith("gradstream "):
+                    yield shlex.split(part)[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_is_shown_is_there(page: Path) -> None:
+    top: Any = typer.main.get_command(app)
+    wrong = []
+    for words in _shown_commands(page):
+        command, context, inner = top, top.context_class(top), iter(words)
+        for word in inner:
+            if word.startswith("-"):
+                options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+                if word.split("=")[0] not in options and word != "--help":
+                    wrong.append(f"gradstream {' '.join(words)}: no option {word}")
+            elif hasattr(command, "list_commands"):
+                found = command.get_command(context, word)
+                if found is None:
+                    wrong.append(f"gradstream {' '.join(words)}: no command {word}")
+                    break
+                command, context = found, found.context_class(found, parent=context)
+    assert wrong == []
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    """-o is the output's format, -s a key of the recipe, -c the coordinator."""
+    top: Any = typer.main.get_command(app)
+    meanings: dict[str, set[str]] = {"-o": set(), "-s": set(), "-c": set()}
+
+    def look(command: Any, context: Any) -> None:
+        for each in command.params:
+            for option in set(each.opts) & set(meanings):
+                meanings[option].update(each.opts)
+        for name in getattr(command, "list_commands", lambda _: [])(context):
+            below = command.get_command(context, name)
+            look(below, below.context_class(below, parent=context))
+
+    look(top, top.context_class(top))
+    assert meanings == {"-o": {"-o", "--output"}, "-s": {"-s", "--set"}, "-c": {"-c", "--coordinator"}}

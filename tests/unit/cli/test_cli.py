@@ -314,7 +314,7 @@ def test_trace(
     )
     names = [event["name"] for event in json.loads(Path("tiny-1-trace.json").read_text())["traceEvents"]]
     assert (names.count("send 0"), names.count("compute slot 1"), names.count("version 8")) == (3, 3, 2)
-    assert main(["trace", "tiny-1", "-c", address, "-o", "other.json"]) == 0
+    assert main(["trace", "tiny-1", "-c", address, "--to", "other.json"]) == 0
     assert Path("other.json").read_text() == Path("tiny-1-trace.json").read_text()
     capsys.readouterr()
     # What cannot be done is said in one line, and leaves nothing behind.
@@ -322,8 +322,8 @@ def test_trace(
     jobs_before = jobs.timelines
     for arguments, code, message in [
         (["trace", "nope"], 2, "no job 'nope'"),
-        (["trace", "-o", "nowhere/x.json"], 2, "nowhere/x.json cannot be written (No such file or directory)"),
-        (["trace", "-o", "directory"], 2, "directory cannot be written (Is a directory)"),
+        (["trace", "--to", "nowhere/x.json"], 2, "nowhere/x.json cannot be written (No such file or directory)"),
+        (["trace", "--to", "directory"], 2, "directory cannot be written (Is a directory)"),
         (["trace", "tiny-1"], 3, "no timeline of job tiny-1 yet"),
     ]:
         jobs.timelines = [] if code == 3 else jobs_before
@@ -367,7 +367,7 @@ def test_gantt(
     assert Path("tiny.png").read_bytes().startswith(b"\x89PNG")
     assert not Path("tiny-1-trace.json").exists()
     jobs.timelines = found
-    assert main(["trace", "-c", address, "--gantt", "tiny.png", "-o", "tiny.json"]) == 0
+    assert main(["trace", "-c", address, "--gantt", "tiny.png", "--to", "tiny.json"]) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["tiny.png", "tiny.json"]
     assert "1F11" in [event["name"] for event in json.loads(Path("tiny.json").read_text())["traceEvents"]]
     # What cannot be done is said in one line, and leaves nothing behind.

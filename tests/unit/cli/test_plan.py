@@ -58,7 +58,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plan_for_people(recipe: str, here: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", recipe, "pipeline.stages=2", "-s", "pipeline.schedule=1f1b", *NEEDLESS]) == 0
+    assert main(["plan", recipe, "-s", "pipeline.stages=2", "-s", "pipeline.schedule=1f1b", *NEEDLESS]) == 0
     captured = capsys.readouterr()
     for part in (
         "parameters on 2 servers, 4 workers",
@@ -97,7 +97,7 @@ def test_a_live_cluster_is_asked(
         canned_node("worker-1"),
         canned_node("worker-2", alive=False),
     ]
-    assert main(["plan", recipe, "pipeline.stages=2", "-c", address, "-o", "json"]) == 0
+    assert main(["plan", recipe, "-s", "pipeline.stages=2", "-c", address, "-o", "json"]) == 0
     places = json.loads(capsys.readouterr().out)["places"]
     assert [(place["workers"], place["offered_bytes"]) for place in places] == [
         (["worker-0"], 1 << 30),
@@ -111,15 +111,15 @@ def test_a_live_cluster_is_asked(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([*NEEDLESS, "trainin.x=1"], 2, "did you mean 'training'?"),
-        ([*NEEDLESS, "seed"], 2, "override 'seed' is not of the form key.sub=value"),
+        ([*NEEDLESS, "-s", "trainin.x=1"], 2, "did you mean 'training'?"),
+        ([*NEEDLESS, "-s", "seed"], 2, "override 'seed' is not of the form key.sub=value"),
         ([*NEEDLESS, "--link", "fast"], 2, "'fast' is not a link's speed; write it in bits a second, like 1Gb/s"),
         ([*NEEDLESS, "--memory", "much"], 2, "'much' is not a size"),
         (["--memory", "1GiB"], 2, "say how many with --workers and --servers"),
-        ([*NEEDLESS, "pipeline.stages=9"], 5, "pipeline.stages 9 needs 9 workers, 4 are live"),
-        ([*NEEDLESS, "pipeline.stages=3", "pipeline.chunks=2"], 2, "stages 3 is not divisible by chunks 2"),
-        (["--workers", "5", "pipeline.stages=5"], 2, "pipeline.stages 5 is more than the model's 4 sections"),
-        ([*NEEDLESS, "--memory", "256KiB", "pipeline.stages=2"], 5, " missing); "),
+        ([*NEEDLESS, "-s", "pipeline.stages=9"], 5, "pipeline.stages 9 needs 9 workers, 4 are live"),
+        ([*NEEDLESS, "-s", "pipeline.stages=3", "-s", "pipeline.chunks=2"], 2, "stages 3 is not divisible by chunks 2"),
+        (["--workers", "5", "-s", "pipeline.stages=5"], 2, "pipeline.stages 5 is more than the model's 4 sections"),
+        ([*NEEDLESS, "--memory", "256KiB", "-s", "pipeline.stages=2"], 5, " missing); "),
     ],
 )
 def test_errors_are_one_line(
@@ -153,7 +153,7 @@ def test_a_family_that_cannot_be_cut(recipe: str, capsys: pytest.CaptureFixture[
     captured = capsys.readouterr()
     assert "a step takes" not in captured.out
     assert "warning: times are not known: model.config: 'model.decoder.final_layer_norm' lies before" in captured.err
-    assert main(["plan", recipe, *NEEDLESS, "pipeline.stages=2"]) == 2
+    assert main(["plan", recipe, *NEEDLESS, "-s", "pipeline.stages=2"]) == 2
     assert "so the model cannot be cut into pipeline stages; use stages: 1" in capsys.readouterr().err
 
 

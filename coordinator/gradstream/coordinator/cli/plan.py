@@ -33,16 +33,12 @@ DEFAULT_LINK = "10Gb/s"
 
 def plan(
     recipe: RecipeArgument,
-    keys: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the recipe, as -s does.", show_default=False),
-    ] = None,
     overrides: OverrideOption = None,
     servers: Annotated[
-        int | None, typer.Option("--servers", min=1, help="Plan for so many servers instead of a live cluster's.")
+        int | None, typer.Option("--servers", min=1, help="Number of servers to plan for, instead of a live cluster's.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Plan for so many workers instead of a live cluster's.")
+        int | None, typer.Option("--workers", min=1, help="Number of workers to plan for, instead of a live cluster's.")
     ] = None,
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="SIZE", help="What each of them offers; left out: enough.")
@@ -62,7 +58,7 @@ def plan(
     from gradstream.core.recipe.loading import load_recipe
 
     # 1. What is asked.
-    loaded = load_recipe(find_recipe(recipe), [*(overrides or ()), *(keys or ())])
+    loaded = load_recipe(find_recipe(recipe), overrides or ())
     bits_per_second = parse_bit_rate(link)
     memory_bytes = parse_size(memory) if memory is not None else 0
     if servers is not None or workers is not None:

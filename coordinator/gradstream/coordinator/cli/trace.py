@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 def trace(
     job_id: NewestJobArgument = None,
-    output: Annotated[
+    to: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Where to write.", show_default="JOB-trace.json"),
+        typer.Option("--to", metavar="FILE", help="Where to write.", show_default="JOB-trace.json"),
     ] = None,
     gantt: Annotated[
         Path | None,
         typer.Option(
             "--gantt",
             metavar="FILE.png",
-            help="Draw the last whole version of a job with a pipeline instead; with -o, as well.",
+            help="Draw the last whole version of a job with a pipeline instead; with --to, as well.",
         ),
     ] = None,
     coordinator: CoordinatorOption = None,
@@ -41,15 +41,15 @@ def trace(
         pipeline = client.job(timelines[0].job_id).pipeline if gantt is not None else None
     if gantt is not None:
         _write_gantt(gantt, timelines, pipeline)
-    if gantt is None or output is not None:
-        _write_trace(output if output is not None else Path(f"{timelines[0].job_id}-trace.json"), timelines)
+    if gantt is None or to is not None:
+        _write_trace(to if to is not None else Path(f"{timelines[0].job_id}-trace.json"), timelines)
 
 
 def _write_trace(path: Path, timelines: list[Timeline]) -> None:
     from gradstream.core.telemetry.trace import chrome_trace
 
     text = json.dumps(chrome_trace(timelines), allow_nan=False, separators=(",", ":"))
-    _write(path, text.encode(), "-o")
+    _write(path, text.encode(), "--to")
     num_versions = len({(timeline.epoch, timeline.version) for timeline in timelines})
     num_workers = len({timeline.worker for timeline in timelines})
     out.print_line(

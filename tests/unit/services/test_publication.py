@@ -31,7 +31,7 @@ from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.leader import Decision
 from gradstream.services.parameter_server.publication import Copy, Publisher, publisher
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
-from gradstream.worker.compute import AbandonedError
+from gradstream.worker.attempt import AbandonedError
 from gradstream.worker.pull import Puller
 from gradstream.worker.timeline import Timeline
 from gradstream.worker.weights import Arrival, Inbox, WeightInstaller

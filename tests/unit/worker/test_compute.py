@@ -16,8 +16,10 @@ from gradstream.core.model.fused_layers import fuse
 from gradstream.core.model.model import build, derive_seed, forward_units, initial_weights, inventory
 from gradstream.core.model.stage_module import sections_of
 from gradstream.core.pipeline.schedule import Action, Op
-from gradstream.worker.compute import AbandonedError, Alone, SlotComputer, SlotTotals, Try, pick_device
+from gradstream.worker.attempt import AbandonedError, Alone, SlotTotals, Try
+from gradstream.worker.compute import SlotComputer, _LastPass
 from gradstream.worker.samples.data import Batch
+from gradstream.worker.stage_build import pick_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,9 +162,9 @@ def test_the_stage_before_gets_its_gradient_before_the_servers_get_those_of_the_
     left: list[int] = []
     emit_rest = SlotComputer._emit_rest
 
-    def counting(self: SlotComputer, stage: int, emitted: set[tuple[int, int]]) -> None:
-        left.append(len(set(self._uses_of_stage[stage]) - emitted))
-        emit_rest(self, stage, emitted)
+    def counting(self: SlotComputer, stage: int, last_pass: _LastPass) -> None:
+        left.append(len(set(self._uses_of_stage[stage]) - last_pass.emitted))
+        emit_rest(self, stage, last_pass)
 
     monkeypatch.setattr(SlotComputer, "_emit_rest", counting)
     sections = sections_of(build(model, "meta"))

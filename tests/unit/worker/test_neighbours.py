@@ -25,7 +25,7 @@ from gradstream.core.wire.frames import checksum, frame, frames
 from gradstream.core.wire.stubs import WorkerStub, add_worker
 from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.compute import AbandonedError
+from gradstream.worker.attempt import AbandonedError
 from gradstream.worker.pipeline import neighbours
 from gradstream.worker.pipeline.inbound import BACKWARD, FORWARD
 from gradstream.worker.pipeline.neighbours import Neighbours, Place

@@ -17,7 +17,7 @@ from gradstream.core.model.model import build, forward_units, initial_weights
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.worker.compute import AbandonedError
+from gradstream.worker.attempt import AbandonedError
 from gradstream.worker.timeline import Timeline
 from gradstream.worker.weights import Arrival, Inbox, WeightInstaller
 

@@ -1,7 +1,7 @@
-"""The stages that a worker has, on its device: the passes of one or several slots, and validation.
+"""The passes of one or several slots, and validation, on the stages that a worker has.
 
 A worker of a job without a pipeline has one stage, the whole model. What is computed in which order is a row of a
-schedule; what neighbours send and get goes through an `Exchange`.
+schedule; what neighbours send and get goes through an `Exchange`, finished gradients to the slot's `Emit`.
 
 Shape legend: B samples, T target tokens a sample, V vocabulary.
 """
@@ -9,138 +9,25 @@ Shape legend: B samples, T target tokens a sample, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
 
-from gradstream.core.errors import ConfigError
 from gradstream.core.kernels.exp import IGNORED
 from gradstream.core.model.fused_functions import cross_entropy_sum
-from gradstream.core.model.model import UnitDraws, build, hidden_size, initialize_buffers, router_loss_factor
-from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
-from gradstream.core.pipeline.schedule import SPLIT, Action, Op, Row, Schedule, make_schedule
+from gradstream.core.model.model import UnitDraws, hidden_size
+from gradstream.core.pipeline.schedule import SPLIT, Action, Op, Row
 from gradstream.core.plan.plan import Plan
-from gradstream.core.recipe.recipe import TrainingConfig
 from gradstream.core.telemetry.timeline import SpanKind
-from gradstream.worker.frozen import STORE
+from gradstream.worker.attempt import AbandonedError, Emit, Exchange, SlotTotals, Try, schedule_for
 from gradstream.worker.samples.data import Batch
 from gradstream.worker.samples.packing import layout_of
 from gradstream.worker.stage import StageRunner
+from gradstream.worker.stage_build import Use, build_stages
 from gradstream.worker.timeline import Timeline, clock_ns
-
-
-class AbandonedError(Exception):
-    """The slot is no longer wanted: its step was committed, or the plan replaced, while it was computed."""
-
-
-@dataclass(frozen=True)
-class SlotTotals:
-    """What a slot adds to the step besides its gradient."""
-
-    num_tokens: int
-    num_samples: int
-    loss_sum: float
-
-
-@dataclass(frozen=True)
-class Try:
-    """Slots that are computed one after the other without a pause, at one version; `number` rises with each try of a
-    replica. A validation pass has one slot and no backward."""
-
-    number: int
-    version: int
-    slots: tuple[int, ...]
-    validate: bool = False
-
-
-Emit = Callable[[int, int, torch.Tensor, SlotTotals], None]
-"""Called with (tensor, part, gradient, totals); the gradient is given away."""
-
-
-class Exchange(Protocol):
-    """How a try's activations and gradients reach the neighbours; called from the compute thread."""
-
-    def receive(self, action: Action) -> tuple[torch.Tensor, float]:
-        """What `action` needs of a neighbour, and for a backward pass the microbatch's loss. Waits; raises
-        AbandonedError when it will not come."""
-
-    def send(self, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
-        """Give what `action` has computed to the neighbour that needs it."""
-
-
-class Alone:
-    """The exchange of a worker that is its own neighbour."""
-
-    def __init__(self) -> None:
-        self._given: dict[tuple[int, int, bool], tuple[torch.Tensor, float]] = {}
-
-    def receive(self, action: Action) -> tuple[torch.Tensor, float]:
-        forward = action.op is Op.FORWARD
-        return self._given.pop((action.stage + (-1 if forward else 1), action.microbatch, forward))
-
-    def send(self, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
-        self._given[action.stage, action.microbatch, action.op is Op.FORWARD] = (tensor, loss_sum)
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device to compute on: "auto" takes CUDA when there is one. Raises ConfigError when it is not there."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise ConfigError(f"--device {wanted}: use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return device
-
-
-@lru_cache(maxsize=64)
-def schedule_of(name: str, num_workers: int, num_microbatches: int, num_chunks: int) -> Schedule:
-    """The table of a training run; without a pipeline each microbatch's two passes follow each other."""
-    return make_schedule(name or "1f1b", num_workers, num_microbatches, num_chunks)
-
-
-@lru_cache(maxsize=64)
-def forward_schedule(num_workers: int, num_microbatches: int, num_chunks: int) -> Schedule:
-    """The table of a validation pass: all microbatches through a worker's first stage, then through its next."""
-    rows = tuple(
-        tuple(
-            Action(chunk * num_workers + worker, Op.FORWARD, microbatch)
-            for chunk in range(num_chunks)
-            for microbatch in range(num_microbatches)
-        )
-        for worker in range(num_workers)
-    )
-    return Schedule("forward", num_microbatches, num_chunks, rows)
-
-
-def num_samples(plan: Plan, attempt: Try) -> int:
-    """Samples of each of a try's slots: in a validation pass all that its slot has, where the recipe asks for more."""
-    if not attempt.validate:
-        return plan.recipe.training.slot_batch
-    return min(plan.recipe.validation.num_samples // plan.num_slots, plan.held_out_samples[attempt.slots[0]])
-
-
-def num_microbatches(plan: Plan, attempt: Try) -> int:
-    """Microbatches of each of a try's slots; the last one of a validation pass may have fewer samples."""
-    return -(-num_samples(plan, attempt) // plan.recipe.training.microbatch)
-
-
-def schedule_for(plan: Plan, attempt: Try) -> Schedule:
-    """The table by which all workers of a replica compute a try."""
-    count = len(attempt.slots) * num_microbatches(plan, attempt)
-    if attempt.validate:
-        return forward_schedule(plan.replica_size, count, plan.num_chunks)
-    return schedule_of(plan.schedule, plan.replica_size, count, plan.num_chunks)
 
 
 class SlotComputer:
@@ -151,33 +38,21 @@ class SlotComputer:
         self.device = device
         self.plan = plan
         self.worker = worker
-        self.models: list[nn.Module] = []
-        self.parameters: dict[tuple[int, int], nn.Parameter] = {}
         self._timeline = timeline or Timeline()
         self._training = plan.recipe.training
-        self._stages: dict[int, _Stage] = {}
-        self._uses_of_stage: dict[int, list[tuple[int, int]]] = {}
-        self._held: set[str] = set()  # tensors of the frozen base
-        for stage in plan.stages_of_worker(worker):
-            module = self._build(stage)
-            model = module.model if isinstance(module, StageModule) else module
-            if self._training.recompute:
-                model.activation_checkpointing_enable(  # type: ignore[operator]
-                    activation_checkpointing_kwargs={"use_reentrant": False}
-                )
-            self.models.append(model)
-            self._stages[stage] = _Stage(module, self._training, device)
-        STORE.keep(self._held)
+        built = build_stages(plan, device, worker)
+        self.models, self.parameters = built.models, built.parameters
+        self._stages, self._uses_of_stage = built.stages, built.uses_of_stage
         self.hidden_size = hidden_size(self.models[0])
         self._draws = [UnitDraws(model, plan.recipe.seed) for model in self.models]
-        self._targets: dict[int, torch.Tensor] = {}
-        self._layouts: dict[int, dict[str, torch.Tensor]] = {}
         # What is computed again for the first part of a backward pass would have to be kept for the second.
         split = plan.schedule in SPLIT or (plan.has_pipeline and not self._training.recompute)
         self._runner = StageRunner(self._stages, plan.num_stages, self._loss_sum, self._begin, split, self._on_added)
         self._use_of = {id(parameter): use for use, parameter in self.parameters.items()}
-        self._emit: Callable[[tuple[int, int], torch.Tensor], None] | None = None
+        self._microbatches = _Microbatches()
         self._key: Callable[[int], tuple[object, ...]] = lambda microbatch: ()
+        self._last_pass: _LastPass | None = None
+        """Set while the backward pass runs after which a stage's gradients of a slot are final."""
 
     @property
     def model(self) -> nn.Module:
@@ -199,16 +74,16 @@ class SlotComputer:
         """Compute this worker's part of a try's gradients at the weights in place.
 
         Without packed rows only workers with the first or the last stage need `batches`, which are by slot.
-        `begin_slot(slot)`, called before the first backward pass of a slot, gives the function that is called from
+        `begin_slot(slot)`, called before the first backward pass of a slot, gives the `Emit` that is called from
         inside its last ones as soon as a tensor's gradient, summed over the slot's target tokens, is final: last layers
         first. Raises AbandonedError when `wanted()` turns false.
         """
-        training, slots = self._training, attempt.slots
+        slots = attempt.slots
         schedule = schedule_for(self.plan, attempt)
         row = schedule.rows[self.worker]
         per_slot = schedule.num_microbatches // len(slots)
-        inputs = self._split(slots, batches)
-        # The same for a slot whoever computes it.
+        self._microbatches = self._split(slots, batches)
+        # The same for a slot on every worker that computes it.
         self._key = lambda number: ("step", attempt.version, slots[number // per_slot], number % per_slot)
         for stage in self._stages.values():
             stage.train()
@@ -220,41 +95,23 @@ class SlotComputer:
                 if action.op is Op.FORWARD and not wanted():
                     raise AbandonedError
                 number = action.microbatch // per_slot
-                slot, emitted = slots[number], set[tuple[int, int]]()
+                slot = slots[number]
                 if action.op is not Op.FORWARD and number not in emits:
                     emits[number] = begin_slot(slot)
-                received = self._receive(action, inputs, exchange, losses)
+                received = self._receive(action, exchange, losses)
                 if action in finals:
                     own = range(number * per_slot, (number + 1) * per_slot)
-                    totals = SlotTotals(
-                        batches[slot].num_targets
-                        if slot in batches
-                        else training.slot_batch * training.sequence_length,
-                        training.slot_batch,
-                        math.fsum(losses[microbatch] for microbatch in own),
-                    )
-
-                    def on_final(
-                        use: tuple[int, int],
-                        gradient: torch.Tensor,
-                        emitted: set[tuple[int, int]] = emitted,
-                        emit: Emit = emits[number],
-                        totals: SlotTotals = totals,
-                    ) -> None:
-                        if not wanted():
-                            raise AbandonedError
-                        emitted.add(use)
-                        emit(*use, gradient, totals)
-
-                    self._emit = on_final
+                    loss_sum = math.fsum(losses[microbatch] for microbatch in own)
+                    totals = self._totals(batches.get(slot), loss_sum)
+                    self._last_pass = _LastPass(emits[number], totals, wanted)
                 self._pass(action, received, slot, per_slot, exchange, losses)
-                if self._emit is not None:
-                    self._emit_rest(action.stage, emitted)
-                    self._emit = None
+                if self._last_pass is not None:
+                    self._emit_rest(action.stage, self._last_pass)
+                    self._last_pass = None
         finally:
-            self._emit = None
+            self._last_pass = None
             self._runner.abandon()
-            self._forget()
+            self._microbatches = _Microbatches()
 
     @torch.no_grad()
     def evaluate(
@@ -263,7 +120,7 @@ class SlotComputer:
         """On the worker with the last stage, the sum of the loss over the slot's target tokens, in nats, and their
         number. Raises AbandonedError."""
         schedule = schedule_for(self.plan, attempt)
-        inputs = self._split(attempt.slots, {} if batch is None else {attempt.slots[0]: batch})
+        self._microbatches = self._split(attempt.slots, {} if batch is None else {attempt.slots[0]: batch})
         self._key = lambda number: ()
         for stage in self._stages.values():
             stage.eval()
@@ -272,7 +129,7 @@ class SlotComputer:
             for action in schedule.rows[self.worker]:
                 if not wanted():
                     raise AbandonedError
-                received = self._receive(action, inputs, exchange, losses)
+                received = self._receive(action, exchange, losses)
                 assert received is not None
                 self._begin(action.microbatch)
                 result = self._stages[action.stage](received)
@@ -281,21 +138,19 @@ class SlotComputer:
                 else:
                     exchange.send(action, result, 0.0)
         finally:
-            self._forget()
+            self._microbatches = _Microbatches()
         if batch is None or not losses:
             return None
         return math.fsum(losses.values()), batch.num_targets
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
-    def _receive(
-        self, action: Action, inputs: Sequence[torch.Tensor], exchange: Exchange, losses: dict[int, float]
-    ) -> torch.Tensor | None:
+    def _receive(self, action: Action, exchange: Exchange, losses: dict[int, float]) -> torch.Tensor | None:
         if action.op is Op.BACKWARD_WEIGHT:
             return None
         if action.op is Op.FORWARD:
             if not action.stage:
-                return inputs[action.microbatch]
+                return self._microbatches.inputs[action.microbatch]
             return exchange.receive(action)[0].to(self.device)
         if action.stage == self.plan.num_stages - 1:
             return None
@@ -332,50 +187,50 @@ class SlotComputer:
                 microbatch=action.microbatch % per_slot,
             )
 
-    def _emit_rest(self, stage: int, emitted: set[tuple[int, int]]) -> None:
+    def _emit_rest(self, stage: int, last_pass: _LastPass) -> None:
         """Give away zeros for what has no path from the loss to it, as the step waits for it."""
-        assert self._emit is not None
         for use in reversed(self._uses_of_stage[stage]):
-            if use not in emitted:
+            if use not in last_pass.emitted:
                 parameter = self.parameters[use]
                 gradient, parameter.grad = parameter.grad, None
-                self._emit(use, torch.zeros_like(parameter) if gradient is None else gradient)
+                last_pass.emit(use, torch.zeros_like(parameter) if gradient is None else gradient)
 
     def _on_added(self, parameter: torch.Tensor) -> None:
         """A gradient was added up; in the last backward pass of a slot it is final."""
-        if self._emit is not None and parameter.grad is not None:
+        if self._last_pass is not None and parameter.grad is not None:
             gradient, parameter.grad = parameter.grad, None
-            self._emit(self._use_of[id(parameter)], gradient)
+            self._last_pass.emit(self._use_of[id(parameter)], gradient)
 
     def _begin(self, microbatch: int) -> None:
         key = self._key(microbatch)
         for draws in self._draws:
             draws.key = key
         for stage in self._stages.values():
-            stage.layout = self._layouts.get(microbatch, {})
+            stage.layout = self._microbatches.layouts.get(microbatch, {})
 
-    def _forget(self) -> None:
-        self._targets.clear()
-        self._layouts.clear()
-
-    def _split(self, slots: Sequence[int], batches: Mapping[int, Batch]) -> list[torch.Tensor]:
-        """The microbatches' inputs, in the order of the slots; their targets and layouts are kept for the passes."""
-        inputs: list[torch.Tensor] = []
+    def _split(self, slots: Sequence[int], batches: Mapping[int, Batch]) -> _Microbatches:
+        """Cut the slots' batches into microbatches, on the device."""
+        found = _Microbatches()
         for slot in slots:
             if slot not in batches:
                 continue
             for begin in range(0, len(batches[slot]), self._training.microbatch):
                 piece = batches[slot].piece(begin, begin + self._training.microbatch)
-                number = len(inputs)
-                self._targets[number] = torch.from_numpy(np.ascontiguousarray(piece.targets)).to(self.device)
                 if piece.examples is not None:
                     layout = layout_of(piece.examples)
-                    self._layouts[number] = {key: tensor.to(self.device) for key, tensor in layout.items()}
-                inputs.append(torch.from_numpy(np.ascontiguousarray(piece.inputs)).to(self.device))
-        return inputs
+                    found.layouts[len(found.inputs)] = {key: layout[key].to(self.device) for key in layout}
+                found.targets.append(torch.from_numpy(np.ascontiguousarray(piece.targets)).to(self.device))
+                found.inputs.append(torch.from_numpy(np.ascontiguousarray(piece.inputs)).to(self.device))
+        return found
+
+    def _totals(self, batch: Batch | None, loss_sum: float) -> SlotTotals:
+        """What a slot adds to the step; without its batch, which only packed rows need, all tokens are targets."""
+        training = self._training
+        num_tokens = training.slot_batch * training.sequence_length if batch is None else batch.num_targets
+        return SlotTotals(num_tokens, training.slot_batch, loss_sum)
 
     def _loss_sum(self, logits_BTV: torch.Tensor, microbatch: int) -> torch.Tensor:
-        targets_N = self._targets[microbatch].flatten()
+        targets_N = self._microbatches.targets[microbatch].flatten()
         loss_sum = cross_entropy_sum(logits_BTV.float().flatten(0, 1), targets_N)
         router_loss = self._stages[self.plan.num_stages - 1].router_loss
         if router_loss is None:
@@ -383,84 +238,33 @@ class SlotComputer:
         # transformers adds it to the mean over a batch's targets; here sums are divided by the step's targets.
         return loss_sum + router_loss * int((targets_N != IGNORED).sum())
 
-    # -- model -----------------------------------------------------------------------------------------------------
 
-    def _build(self, stage: int) -> nn.Module:
-        """The module of a stage; its parameters are entered under their tensors. Raises ConfigError when they are not
-        the plan's."""
-        plan = self.plan
-        uses = [use for use in plan.uses_of_worker(self.worker) if plan.stage_of(_unit(plan, use)) == stage]
-        self._uses_of_stage[stage] = uses
-        module: nn.Module
-        if plan.has_pipeline:
-            module = StageModule(plan.model_config, _sections(plan, stage), self.device, plan.lora)
-            names = {tensor.name for tensor in plan.tensors}
-            found = stage_tensors(module, names)  # type: ignore[arg-type]
-        else:
-            module = build(plan.model_config, "meta", plan.lora)
-            initialize_buffers(module, self.device)
-            if plan.lora is None:
-                module.tie_weights()  # type: ignore[operator]  # tied tensors lie apart after the move
-            found = {(name, 0): parameter for name, parameter in module.named_parameters()}
-        tuning = plan.recipe.finetuning
-        if tuning is not None and plan.lora is not None:
-            model = module.model if isinstance(module, StageModule) else module
-            self._held |= STORE.fill(model, tuning.base, tuning.held, self.device)
-        for use in uses:
-            tensor = plan.tensors[use[0]]
-            parameter = found.get((tensor.name, use[1]))
-            if parameter is None or tuple(parameter.shape) != tensor.shape:
-                raise ConfigError(
-                    f"the plan's tensor '{tensor.name}' is not in this worker's model; "
-                    f"install the same transformers version on every machine"
-                )
-            self.parameters[use] = parameter
-            if use[1] and (use[0], 0) in self.parameters:
-                parameter.data = self.parameters[use[0], 0].data  # both parts here: one copy of the weights
-        own = {id(self.parameters[use]) for use in uses}
-        for (name, _), parameter in found.items():
-            if parameter.requires_grad and id(parameter) not in own:
-                raise ConfigError(
-                    f"the plan has no tensor for '{name}' of this worker's model; "
-                    f"install the same transformers version on every machine"
-                )
-        return module
+@dataclass(frozen=True)
+class _Microbatches:
+    """What is computed from, by the number of the microbatch, in the order of the slots; empty on a worker that has
+    neither the first nor the last stage, unless rows are packed."""
+
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    targets: list[torch.Tensor] = field(default_factory=list)
+    layouts: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """What packed rows need besides their tokens."""
 
 
-class _Stage(nn.Module):
-    """A stage's module, or the whole model, under the recipe's precision: activations or token ids in, activations or
-    logits out."""
+class _LastPass:
+    """The backward pass after which a stage's gradients of a slot are final. Gives them to the slot's `Emit`."""
 
-    def __init__(self, module: nn.Module, training: TrainingConfig, device: torch.device):
-        super().__init__()
-        self.module = module
-        self._training = training
-        self._device = device
-        self._router_factor = 0.0 if isinstance(module, StageModule) else router_loss_factor(module)
-        self.router_loss: torch.Tensor | None = None
-        """What the last forward pass in training adds to the mean loss of its targets."""
-        self.layout: Mapping[str, torch.Tensor] = {}
-        """What the passes of the microbatch at hand are told of it besides its tokens."""
+    def __init__(self, emit: Emit, totals: SlotTotals, wanted: Callable[[], bool]):
+        self.emitted: set[Use] = set()
+        self._emit = emit
+        self._totals = totals
+        self._wanted = wanted
 
-    def forward(self, received: torch.Tensor) -> torch.Tensor:
-        with autocast(self._training, self._device):
-            if isinstance(self.module, StageModule):
-                result: torch.Tensor = self.module(received, **self.layout)
-            else:
-                output = self.module(input_ids=received, use_cache=False, **self.layout)
-                result = output.logits
-                if self._router_factor and self.training:
-                    self.router_loss = self._router_factor * output.aux_loss
-                else:
-                    self.router_loss = None
-        return result
-
-
-@contextmanager
-def autocast(training: TrainingConfig, device: torch.device) -> Iterator[None]:
-    """bf16 autocast when the recipe asks for it."""
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.precision == "bf16"):
-        yield
+    def emit(self, use: Use, gradient: torch.Tensor) -> None:
+        """Give a gradient away. Raises AbandonedError."""
+        if not self._wanted():
+            raise AbandonedError
+        self.emitted.add(use)
+        self._emit(*use, gradient, self._totals)
 
 
 _SPANS = {
@@ -478,21 +282,3 @@ def last_backwards(row: Row, per_slot: int) -> set[Action]:
         if action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
             last[action.stage, action.microbatch // per_slot] = action
     return set(last.values())
-
-
-def _unit(plan: Plan, use: tuple[int, int]) -> int:
-    tensor = plan.tensors[use[0]]
-    return tensor.last_unit if use[1] else tensor.unit
-
-
-def _sections(plan: Plan, stage: int) -> range:
-    """The sections of a stage. Raises ConfigError where the plan's cut is not between sections."""
-    begin, end = (0, *plan.stage_ends)[stage], plan.stage_ends[stage]
-    sections = sections_of(build(plan.model_config, "meta", plan.lora))
-    own = [number for number, section in enumerate(sections) if section.units and begin <= section.units[0] < end]
-    if not own or sections[own[0]].units[0] != begin or sections[own[-1]].units[-1] != end - 1:
-        raise ConfigError(
-            f"the plan's stage {stage} has units {begin} to {end - 1}, which are not whole sections of this worker's "
-            f"model; install the same transformers version on every machine"
-        )
-    return range(own[0], own[-1] + 1)

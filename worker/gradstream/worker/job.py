@@ -39,15 +39,8 @@ from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2
-from gradstream.worker.compute import (
-    AbandonedError,
-    Alone,
-    Exchange,
-    SlotComputer,
-    Try,
-    num_microbatches,
-    num_samples,
-)
+from gradstream.worker.attempt import AbandonedError, Alone, Exchange, Try, num_microbatches, num_samples
+from gradstream.worker.compute import SlotComputer
 from gradstream.worker.outbound import Outbound
 from gradstream.worker.pipeline.inbound import FORWARD
 from gradstream.worker.pipeline.neighbours import Neighbours, Place

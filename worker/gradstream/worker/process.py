@@ -27,10 +27,10 @@ from gradstream.core.rpc.token_sources import FollowingServer
 from gradstream.core.rpc.transport import Transport
 from gradstream.core.wire.stubs import add_worker
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
-from gradstream.worker.compute import pick_device
 from gradstream.worker.job import JobRun
 from gradstream.worker.pipeline.neighbours import Place
 from gradstream.worker.pipeline.servicer import WorkerServicer
+from gradstream.worker.stage_build import pick_device
 
 log = logging.get_logger()
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -23,7 +24,7 @@ from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.core.wire.frames import checksum, frames
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.worker.compute import Emit, SlotTotals
+from gradstream.worker.attempt import Emit, SlotTotals
 from gradstream.worker.outbound import Call, Outbound
 from gradstream.worker.residuals import SlotResiduals
 from gradstream.worker.timeline import Timeline, clock_ns
@@ -103,6 +104,56 @@ def _acknowledges(response: pb.PushResponse, header: pb.ContributionHeader) -> b
     return keys[0] == keys[1]
 
 
+@dataclass(frozen=True)
+class _SlotOfStep:
+    """A slot of a step that is being encoded, with the codec that the servers had named when it began."""
+
+    step: int
+    slot: int
+    codec: str
+    futures: list[Future[None]] = field(default_factory=list)
+    """One for each of its contributions."""
+
+
+class SlotEmit:
+    """Takes the gradients of one slot: hands those of a bundle on as soon as all are there. The `Emit` of a slot.
+
+    `bundles_of` are by (tensor, part), `tensors_of` by (bundle, part). `encode(bundle, part, gradients, totals)` is
+    called once for each (bundle, part); `spoils()` tells whether a fault is injected into the slot.
+    """
+
+    def __init__(
+        self,
+        bundles_of: Mapping[tuple[int, int], list[Bundle]],
+        tensors_of: Mapping[tuple[int, int], set[int]],
+        encode: Callable[[Bundle, int, dict[int, torch.Tensor], SlotTotals], None],
+        spoils: Callable[[], bool],
+    ):
+        self._bundles_of = bundles_of
+        self._tensors_of = tensors_of
+        self._encode = encode
+        self._spoils = spoils
+        self._missing = {key: set(tensors) for key, tensors in tensors_of.items()}
+        self._num_bundles = {use: len(bundles) for use, bundles in bundles_of.items()}  # not handed on yet
+        self._gradients: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __call__(self, tensor: int, part: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
+        if self._spoils():
+            gradient.fill_(float("nan"))
+        self._gradients[tensor, part] = gradient
+        for bundle in self._bundles_of[tensor, part]:
+            missing = self._missing[bundle.index, part]
+            missing.discard(tensor)
+            if missing:
+                continue
+            needed = {index: self._gradients[index, part] for index in self._tensors_of[bundle.index, part]}
+            self._encode(bundle, part, needed, totals)
+            for index in needed:  # a gradient lives until its last bundle is encoded
+                self._num_bundles[index, part] -= 1
+                if not self._num_bundles[index, part]:
+                    del self._gradients[index, part]
+
+
 class Pusher:
     """Gathers gradients into bundles, encodes these in a thread of its own and hands them to the servers' streams.
 
@@ -122,20 +173,19 @@ class Pusher:
         self._codec = first_push_codec(plan.recipe.codec)
         self.residuals = SlotResiduals(plan)
         self._bundles_of: dict[tuple[int, int], list[Bundle]] = {}
-        self._needs: dict[tuple[int, int], set[int]] = {}
-        """The tensors of a (bundle, part)."""
+        self._tensors_of: dict[tuple[int, int], set[int]] = {}
         uses = set(plan.uses_of_worker(worker))
         for bundle in plan.bundles:
             tensors = {fragment.tensor for fragment in bundle.fragments}
             for part in range(bundle.num_parts):
                 if uses.issuperset((tensor, part) for tensor in tensors):
-                    self._needs[bundle.index, part] = tensors
+                    self._tensors_of[bundle.index, part] = tensors
                     for tensor in tensors:
                         self._bundles_of.setdefault((tensor, part), []).append(bundle)
         self._loop = asyncio.get_running_loop()
         # One thread keeps the order of the backward pass, and leaves the cores to it.
         self.encode_thread = ThreadPoolExecutor(1, "encode")
-        self._encoding: deque[list[Future[None]]] = deque()
+        self._encoding: deque[_SlotOfStep] = deque()
         self._failed: asyncio.Future[None] = self._loop.create_future()
 
     async def run(self) -> None:
@@ -168,61 +218,40 @@ class Pusher:
         Waits until at most one slot is being encoded: gradients of at most two are held.
         """
         while len(self._encoding) > 1:
-            for future in self._encoding.popleft():
+            for future in self._encoding.popleft().futures:
                 future.result()
-        encoding: list[Future[None]] = []
-        self._encoding.append(encoding)
-        missing = {key: set(tensors) for key, tensors in self._needs.items()}
-        num_bundles = {use: len(bundles) for use, bundles in self._bundles_of.items()}
-        gradients: dict[tuple[int, int], torch.Tensor] = {}
-        codec = self._codec
-
-        def emit(tensor: int, part: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
-            if self._faults.spoils(step, slot):
-                gradient.fill_(float("nan"))
-            gradients[tensor, part] = gradient
-            for bundle in self._bundles_of[tensor, part]:
-                missing[bundle.index, part].discard(tensor)
-                if missing[bundle.index, part]:
-                    continue
-                needed = {index: gradients[index, part] for index in self._needs[bundle.index, part]}
-                future = self.encode_thread.submit(self._encode, codec, step, slot, bundle, part, needed, totals)
-                future.add_done_callback(self._encoded)
-                encoding.append(future)
-                for index in needed:  # a gradient lives until its last bundle is encoded
-                    num_bundles[index, part] -= 1
-                    if not num_bundles[index, part]:
-                        del gradients[index, part]
-
-        return emit
+        key = _SlotOfStep(step, slot, self._codec)
+        self._encoding.append(key)
+        encode = partial(self._encode_later, key)
+        return SlotEmit(self._bundles_of, self._tensors_of, encode, partial(self._faults.spoils, step, slot))
 
     def close(self) -> None:
         """Stop encoding."""
         self.encode_thread.shutdown(wait=True, cancel_futures=True)
 
+    def _encode_later(
+        self, key: _SlotOfStep, bundle: Bundle, part: int, gradients: dict[int, torch.Tensor], totals: SlotTotals
+    ) -> None:
+        future = self.encode_thread.submit(self._encode, key, bundle, part, gradients, totals)
+        future.add_done_callback(self._encoded)
+        key.futures.append(future)
+
     def _encode(
-        self,
-        codec_name: str,
-        step: int,
-        slot: int,
-        bundle: Bundle,
-        part: int,
-        gradients: dict[int, torch.Tensor],
-        totals: SlotTotals,
+        self, key: _SlotOfStep, bundle: Bundle, part: int, gradients: dict[int, torch.Tensor], totals: SlotTotals
     ) -> None:
         begin_ns = clock_ns()
-        codec = self._book.of(bundle, codec_name)
+        codec = self._book.of(bundle, key.codec)
         slices = [
             gradients[fragment.tensor].reshape(-1)[fragment.begin : fragment.end].float()
             for fragment in bundle.fragments
         ]
-        payloads = self.residuals.encode(codec, slices, step, slot)
+        payloads = self.residuals.encode(codec, slices, key.step, key.slot)
         num_bytes = sum(map(len, payloads))
         header = pb.ContributionHeader(
             job_id=self._plan.job_id,
             epoch=self._plan.epoch,
-            step=step,
-            slot=slot,
+            step=key.step,
+            slot=key.slot,
             bundle=bundle.index,
             part=part,
             codec=codec.codec.wire,
@@ -234,4 +263,4 @@ class Pusher:
             slot_loss_sum=totals.loss_sum,
         )
         self._loop.call_soon_threadsafe(self.streams[bundle.server].put, Contribution(header, payloads))
-        self._timeline.add(SpanKind.ENCODE, begin_ns, clock_ns(), slot, bundle.index, num_bytes)
+        self._timeline.add(SpanKind.ENCODE, begin_ns, clock_ns(), key.slot, bundle.index, num_bytes)

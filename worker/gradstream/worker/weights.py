@@ -25,7 +25,7 @@ from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.plan import Plan
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.worker.compute import AbandonedError
+from gradstream.worker.attempt import AbandonedError
 from gradstream.worker.timeline import Timeline
 
 

@@ -14,7 +14,7 @@ from gradstream.core.errors import ProtocolError
 from gradstream.core.pipeline.schedule import Op, Schedule, make_schedule
 from gradstream.core.pipeline.validation import validate
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.compute import Try
+from gradstream.worker.attempt import Try
 
 FORWARD, BACKWARD = pb.DIRECTION_FORWARD, pb.DIRECTION_BACKWARD
 WORDS = {FORWARD: "activation", BACKWARD: "gradient"}

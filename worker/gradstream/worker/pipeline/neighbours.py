@@ -35,7 +35,7 @@ from gradstream.core.rpc.transport import PLAIN, Transport
 from gradstream.core.wire.frames import checksum
 from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.compute import AbandonedError, Try, num_microbatches, num_samples, schedule_for
+from gradstream.worker.attempt import AbandonedError, Try, num_microbatches, num_samples, schedule_for
 from gradstream.worker.pipeline.inbound import BACKWARD, FORWARD, WORDS, Inbound, Key, sequence, window_of
 from gradstream.worker.pipeline.links import Link, Outgoing
 from gradstream.worker.timeline import Timeline

@@ -1,0 +1,112 @@
+"""A try: slots that a replica computes in one go, at one version. Its schedule, and its two ends: where activations and
+gradients of a pipeline go (`Exchange`), and where finished gradients go (`Emit`).
+
+`try` is a keyword of Python: a variable that holds one is called `attempt`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+
+from gradstream.core.pipeline.schedule import Action, Op, Schedule, make_schedule
+from gradstream.core.plan.plan import Plan
+
+
+class AbandonedError(Exception):
+    """The slot is no longer wanted: its step was committed, or the plan replaced, while it was computed."""
+
+
+@dataclass(frozen=True)
+class SlotTotals:
+    """What a slot adds to the step besides its gradient."""
+
+    num_tokens: int
+    num_samples: int
+    loss_sum: float
+
+
+@dataclass(frozen=True)
+class Try:
+    """Slots that are computed one after the other without a pause, at one version; `number` rises with each try of a
+    replica. A validation pass has one slot and no backward."""
+
+    number: int
+    version: int
+    slots: tuple[int, ...]
+    validate: bool = False
+
+
+class Emit(Protocol):
+    """Takes the final gradients of one slot, each (tensor, part) once. Called from the compute thread."""
+
+    def __call__(self, tensor: int, part: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
+        """Take a gradient: the caller uses it no more."""
+
+
+class Exchange(Protocol):
+    """How a try's activations and gradients reach the neighbours; called from the compute thread."""
+
+    def receive(self, action: Action) -> tuple[torch.Tensor, float]:
+        """What `action` needs of a neighbour, and for a backward pass the microbatch's loss. Waits; raises
+        AbandonedError when it will not come."""
+
+    def send(self, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
+        """Give what `action` has computed to the neighbour that needs it."""
+
+
+class Alone:
+    """The exchange of a worker that is its own neighbour."""
+
+    def __init__(self) -> None:
+        self._given: dict[tuple[int, int, bool], tuple[torch.Tensor, float]] = {}
+
+    def receive(self, action: Action) -> tuple[torch.Tensor, float]:
+        forward = action.op is Op.FORWARD
+        return self._given.pop((action.stage + (-1 if forward else 1), action.microbatch, forward))
+
+    def send(self, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
+        self._given[action.stage, action.microbatch, action.op is Op.FORWARD] = (tensor, loss_sum)
+
+
+def num_samples(plan: Plan, attempt: Try) -> int:
+    """Samples of each of a try's slots: in a validation pass all that its slot has, where the recipe asks for more."""
+    if not attempt.validate:
+        return plan.recipe.training.slot_batch
+    return min(plan.recipe.validation.num_samples // plan.num_slots, plan.held_out_samples[attempt.slots[0]])
+
+
+def num_microbatches(plan: Plan, attempt: Try) -> int:
+    """Microbatches of each of a try's slots; the last one of a validation pass may have fewer samples."""
+    return -(-num_samples(plan, attempt) // plan.recipe.training.microbatch)
+
+
+def schedule_for(plan: Plan, attempt: Try) -> Schedule:
+    """The table by which all workers of a replica compute a try."""
+    count = len(attempt.slots) * num_microbatches(plan, attempt)
+    if attempt.validate:
+        return forward_schedule(plan.replica_size, count, plan.num_chunks)
+    return schedule_of(plan.schedule, plan.replica_size, count, plan.num_chunks)
+
+
+@lru_cache(maxsize=64)
+def schedule_of(name: str, num_workers: int, num_microbatches: int, num_chunks: int) -> Schedule:
+    """The table of a training run; without a pipeline each microbatch's two passes follow each other."""
+    return make_schedule(name or "1f1b", num_workers, num_microbatches, num_chunks)
+
+
+@lru_cache(maxsize=64)
+def forward_schedule(num_workers: int, num_microbatches: int, num_chunks: int) -> Schedule:
+    """The table of a validation pass: all microbatches through a worker's first stage, then through its next."""
+    rows = tuple(
+        tuple(
+            Action(chunk * num_workers + worker, Op.FORWARD, microbatch)
+            for chunk in range(num_chunks)
+            for microbatch in range(num_microbatches)
+        )
+        for worker in range(num_workers)
+    )
+    return Schedule("forward", num_microbatches, num_chunks, rows)

@@ -1,0 +1,167 @@
+"""Builds the modules of a worker's stages, without weights, and checks them against the plan's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from gradstream.core.errors import ConfigError
+from gradstream.core.model.model import build, initialize_buffers, router_loss_factor
+from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.recipe import TrainingConfig
+from gradstream.worker.frozen import STORE
+
+Use = tuple[int, int]
+"""(tensor, part): a use of one of the plan's tensors by a stage."""
+
+
+class Stage(nn.Module):
+    """A stage's module, or the whole model, under the recipe's precision: activations or token ids in, activations or
+    logits out."""
+
+    def __init__(self, module: nn.Module, training: TrainingConfig, device: torch.device):
+        super().__init__()
+        self.module = module
+        self._training = training
+        self._device = device
+        self._router_factor = 0.0 if isinstance(module, StageModule) else router_loss_factor(module)
+        self.router_loss: torch.Tensor | None = None
+        """What the last forward pass in training adds to the mean loss of its targets."""
+        self.layout: Mapping[str, torch.Tensor] = {}
+        """What the passes of the microbatch at hand are told of it besides its tokens."""
+
+    def forward(self, received: torch.Tensor) -> torch.Tensor:
+        with autocast(self._training, self._device):
+            if isinstance(self.module, StageModule):
+                result: torch.Tensor = self.module(received, **self.layout)
+            else:
+                output = self.module(input_ids=received, use_cache=False, **self.layout)
+                result = output.logits
+                if self._router_factor and self.training:
+                    self.router_loss = self._router_factor * output.aux_loss
+                else:
+                    self.router_loss = None
+        return result
+
+
+@dataclass(frozen=True)
+class BuiltStages:
+    """The stages of one worker, by their index in the plan, and what of the plan's tensors is in them."""
+
+    stages: dict[int, Stage] = field(default_factory=dict)
+    models: list[nn.Module] = field(default_factory=list)
+    """The model of transformers of each stage, in the order of `stages`."""
+    parameters: dict[Use, nn.Parameter] = field(default_factory=dict)
+    uses_of_stage: dict[int, list[Use]] = field(default_factory=dict)
+
+
+def build_stages(plan: Plan, device: torch.device, worker: int) -> BuiltStages:
+    """Build the stages of worker number `worker` of a replica. Raises ConfigError when their parameters are not the
+    plan's tensors."""
+    training = plan.recipe.training
+    built = BuiltStages()
+    held: set[str] = set()  # tensors of the frozen base
+    for stage in plan.stages_of_worker(worker):
+        uses = [use for use in plan.uses_of_worker(worker) if plan.stage_of(_unit(plan, use)) == stage]
+        module, found = _build_module(plan, stage, device)
+        model = module.model if isinstance(module, StageModule) else module
+        tuning = plan.recipe.finetuning
+        if tuning is not None and plan.lora is not None:
+            held |= STORE.fill(model, tuning.base, tuning.held, device)
+        _enter_parameters(plan, uses, found, built.parameters)
+        if training.recompute:
+            model.activation_checkpointing_enable(  # type: ignore[operator]
+                activation_checkpointing_kwargs={"use_reentrant": False}
+            )
+        built.models.append(model)
+        built.stages[stage] = Stage(module, training, device)
+        built.uses_of_stage[stage] = uses
+    STORE.keep(held)
+    return built
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device to compute on: "auto" takes CUDA when there is one. Raises ConfigError when it is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"--device {wanted}: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+@contextmanager
+def autocast(training: TrainingConfig, device: torch.device) -> Iterator[None]:
+    """bf16 autocast when the recipe asks for it."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.precision == "bf16"):
+        yield
+
+
+def _build_module(
+    plan: Plan, stage: int, device: torch.device
+) -> tuple[nn.Module, dict[tuple[str, int], nn.Parameter]]:
+    """The module of a stage, and its parameters by (name of the tensor, part)."""
+    if plan.has_pipeline:
+        module = StageModule(plan.model_config, _sections(plan, stage), device, plan.lora)
+        names = {tensor.name for tensor in plan.tensors}
+        return module, stage_tensors(module, names)
+    model = build(plan.model_config, "meta", plan.lora)
+    initialize_buffers(model, device)
+    if plan.lora is None:
+        model.tie_weights()  # type: ignore[operator]  # tied tensors lie apart after the move
+    return model, {(name, 0): parameter for name, parameter in model.named_parameters()}
+
+
+def _enter_parameters(
+    plan: Plan,
+    uses: Sequence[Use],
+    found: Mapping[tuple[str, int], nn.Parameter],
+    parameters: dict[Use, nn.Parameter],
+) -> None:
+    """Enter a stage's parameters under their tensors. Raises ConfigError when they are not the plan's."""
+    for use in uses:
+        tensor = plan.tensors[use[0]]
+        parameter = found.get((tensor.name, use[1]))
+        if parameter is None or tuple(parameter.shape) != tensor.shape:
+            raise ConfigError(
+                f"the plan's tensor '{tensor.name}' is not in this worker's model; "
+                f"install the same transformers version on every machine"
+            )
+        parameters[use] = parameter
+        if use[1] and (use[0], 0) in parameters:
+            parameter.data = parameters[use[0], 0].data  # both parts here: one copy of the weights
+    own = {id(parameters[use]) for use in uses}
+    for (name, _), parameter in found.items():
+        if parameter.requires_grad and id(parameter) not in own:
+            raise ConfigError(
+                f"the plan has no tensor for '{name}' of this worker's model; "
+                f"install the same transformers version on every machine"
+            )
+
+
+def _unit(plan: Plan, use: Use) -> int:
+    tensor = plan.tensors[use[0]]
+    return tensor.last_unit if use[1] else tensor.unit
+
+
+def _sections(plan: Plan, stage: int) -> range:
+    """The sections of a stage. Raises ConfigError where the plan's cut is not between sections."""
+    begin, end = (0, *plan.stage_ends)[stage], plan.stage_ends[stage]
+    sections = sections_of(build(plan.model_config, "meta", plan.lora))
+    own = [number for number, section in enumerate(sections) if section.units and begin <= section.units[0] < end]
+    if not own or sections[own[0]].units[0] != begin or sections[own[-1]].units[-1] != end - 1:
+        raise ConfigError(
+            f"the plan's stage {stage} has units {begin} to {end - 1}, which are not whole sections of this worker's "
+            f"model; install the same transformers version on every machine"
+        )
+    return range(own[0], own[-1] + 1)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import typer
+import yaml
 
 from gradstream.coordinator.cli.app import app
 from gradstream.core import errors
@@ -179,3 +180,39 @@ def test_an_option_means_the_same_in_every_command() -> None:
 
     look(top, top.context_class(top))
     assert meanings == {"-o": {"-o", "--output"}, "-s": {"-s", "--set"}, "-c": {"-c", "--coordinator"}}
+
+
+def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        for part in get_args(field.annotation) or (field.annotation,):
+            if isinstance(part, type) and issubclass(part, Section):
+                yield from _keys(part, f"{prefix}{name}.")
+
+
+KEYS = {*_keys(Recipe), *_keys(FineTuningRecipe)}
+SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
+FREE = ("model.config.", "finetuning.base.")
+"""Below these are the keys of other formats."""
+OTHERS = (".py", ".png", ".safetensors", ".weight")
+"""Ends of names that are files or tensors."""
+
+
+def _named_keys(page: Path) -> Iterator[str]:
+    """Keys in the page's words, in its commands' overrides, and in its recipes."""
+    text = page.read_text()
+    yield from re.findall(rf"(?<![\w./-])((?:{'|'.join(sorted(SECTIONS))})\.[a-z][a-z_.]*[a-z])(?![\w(/]|\.py)", text)
+    for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        tree = yaml.safe_load(block)
+        if isinstance(tree, dict) and {"name", "base"} & tree.keys():
+            for key, value in tree.items():
+                yield key
+                yield from (f"{key}.{name}" for name in value) if isinstance(value, dict) else ()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_key_that_is_named_is_there(page: Path) -> None:
+    named = {
+        key for key in _named_keys(page) if key != "base" and not key.startswith(FREE) and not key.endswith(OTHERS)
+    }
+    assert sorted(named - KEYS) == []

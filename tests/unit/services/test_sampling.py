@@ -109,6 +109,17 @@ def test_pieces_are_the_whole_text_of_any_tokens(tokenizer: Any) -> None:
         assert "Hello" + "".join(pieces_of(tokenizer, prompt_ids, ids)) == whole, ids
 
 
+@pytest.mark.parametrize("num_faces", [1, 3, 8])
+def test_a_prompt_whose_end_is_many_bytes_is_read_from_their_beginning(tokenizer: Any, num_faces: int) -> None:
+    """A family of joined emoji is some 18 byte tokens; a run of them read from its middle is no text."""
+    text = "so " + "\N{WOMAN}\N{ZERO WIDTH JOINER}" * num_faces + "\N{GIRL} it is"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    cuts = [cut for cut in range(1, len(ids)) if text.startswith(tokenizer.decode(ids[:cut]))]
+    assert len(cuts) > num_faces
+    for cut in cuts:
+        assert tokenizer.decode(ids[:cut]) + "".join(pieces_of(tokenizer, ids[:cut], ids[cut:])) == text, cut
+
+
 def test_a_prompt_that_ends_within_a_character_is_completed() -> None:
     tokenizer = byte_level_tokenizer()
     ids = tokenizer.encode("a\N{SNOWMAN}b", add_special_tokens=False)

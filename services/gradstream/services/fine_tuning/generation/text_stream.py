@@ -29,7 +29,12 @@ class Detokenizer:
         self._tokenizer = tokenizer
         # Left out of all that is decoded: a run of byte tokens goes on across them.
         self._special = set(special_tokens(tokenizer).values())
-        self._ids = [token for token in prompt_ids if token not in self._special][-CONTEXT_TOKENS:]
+        ids = [token for token in prompt_ids if token not in self._special]
+        begin = max(0, len(ids) - CONTEXT_TOKENS)
+        # A run of byte tokens from its middle on is no text.
+        while begin > 0 and self._is_byte(ids[begin]):
+            begin -= 1
+        self._ids = ids[begin:]
         self._before = self._decode(self._ids)
         self._num_before = len(self._ids)
 
@@ -40,13 +45,16 @@ class Detokenizer:
         self._ids.append(token)
         text = self._decode(self._ids)
         # A run of byte tokens is read as a whole: one that does not fit makes all of them unreadable.
-        if text.endswith(_INCOMPLETE) or _BYTE_TOKEN.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or ""):
+        if text.endswith(_INCOMPLETE) or self._is_byte(token):
             return ""
         return self._settle(text)
 
     def flush(self) -> str:
         """The rest, when no more tokens come: what was incomplete becomes U+FFFD."""
         return self._settle(self._decode(self._ids))
+
+    def _is_byte(self, token: int) -> bool:
+        return _BYTE_TOKEN.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "") is not None
 
     def _settle(self, text: str) -> str:
         new = text[_num_common(self._before, text) :]

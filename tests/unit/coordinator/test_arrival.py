@@ -27,7 +27,7 @@ from gradstream.core.node.session import NodeIdentity
 from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS
 from gradstream.core.rpc.errors import error_from_rpc, is_passing
 from gradstream.proto.v1 import jobs_pb2
-from gradstream.services.parameter_server import shard as shard_module
+from gradstream.services.parameter_server import checkpointing
 from gradstream.services.parameter_server.server import ParameterServer
 
 PASSING = [
@@ -174,13 +174,13 @@ async def real_server(cluster: Cluster, grace_seconds: float) -> AsyncIterator[t
 
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Shards are written once the event returned is set."""
-    real, go_on = shard_module.write_shard, threading.Event()
+    real, go_on = checkpointing.write_shard, threading.Event()
 
     def writing(*arguments: Any) -> Any:
         go_on.wait(60)
         return real(*arguments)
 
-    monkeypatch.setattr(shard_module, "write_shard", writing)
+    monkeypatch.setattr(checkpointing, "write_shard", writing)
     return go_on
 
 
@@ -189,7 +189,7 @@ def begin_checkpoint(server: ParameterServer, version: int) -> None:
     shard = server.shard
     assert shard is not None
     copies = [copy for state in shard.bundles.values() for copy in state.snapshot()]
-    shard._begin_checkpoint(version, copies)
+    shard.checkpoints.begin(version, copies, 0)
 
 
 def taken_files(cluster: Cluster, job_id: str) -> list[int]:

@@ -183,7 +183,7 @@ async def test_two_workers_that_hold_the_same_slots_are_harmless() -> None:
         results = Counter((r.slot, r.bundle, r.result) for responses in streams for r in responses)
         assert all(results[(*key, pb.PUSH_RESULT_ACCEPTED)] == 1 for key in cluster.all_keys())
         weights = await cluster.pull(1)
-        assert cluster.shards[0].received_bytes == sum(f.num_bytes for f in FRAGMENTS) * NUM_SLOTS
+        assert cluster.shards[0].accumulation.received_bytes == sum(f.num_bytes for f in FRAGMENTS) * NUM_SLOTS
     async with serving(make_plan(1)) as once:
         await once.push(once.all_keys())
         assert same(weights, await once.pull(1))
@@ -282,12 +282,12 @@ async def test_a_disk_that_takes_no_checkpoint_costs_no_state(tmp_path: Path) ->
         await cluster.push(cluster.all_keys())
         await cluster.pull(1)
         shard = cluster.shards[0]
-        await until(lambda: shard._unwritten is not None)
+        await until(lambda: shard.checkpoints.unwritten is not None)
         since = shard.activity().waiting_since_unix_ms
         await cluster.push(cluster.all_keys(), step=1)
         await cluster.pull(2)
         await cluster.push(cluster.all_keys()[:0], step=2)
-        await until(lambda: shard._unwritten is not None)
+        await until(lambda: shard.checkpoints.unwritten is not None)
         activity = shard.activity()
         assert activity.step == 2
         # Since the disk fails, and not since the newest checkpoint.
@@ -296,7 +296,7 @@ async def test_a_disk_that_takes_no_checkpoint_costs_no_state(tmp_path: Path) ->
         root.unlink()
         await until(lambda: len(cluster.checkpoints) == 1)
         assert cluster.checkpoints[0].version == 2
-        assert shard._unwritten is None
+        assert shard.checkpoints.unwritten is None
         assert cluster.failures == []
 
 
@@ -313,7 +313,7 @@ async def test_whatever_keeps_a_checkpoint_from_the_disk_costs_no_state(
             raise left.pop()
         return write_shard(*given)
 
-    monkeypatch.setattr("gradstream.services.parameter_server.shard.write_shard", fails_once)
+    monkeypatch.setattr("gradstream.services.parameter_server.checkpointing.write_shard", fails_once)
     async with serving(plan) as cluster:
         await cluster.push(cluster.all_keys())
         await until(lambda: len(cluster.checkpoints) == 1)
@@ -369,7 +369,7 @@ async def test_steps_go_on_over_checkpoints_that_nobody_takes_the_reports_of(tmp
             await take(report)
 
         for shard in cluster.shards:
-            shard._report_checkpoint = later
+            shard.checkpoints._report = later
         for step in range(4):
             await cluster.push(cluster.all_keys(), step=step)
             await cluster.pull(step + 1)

@@ -28,6 +28,8 @@ from gradstream.services.parameter_server.optimizer import STEP_COUNT, BundleOpt
 from gradstream.services.parameter_server.publication import Copy, publisher
 
 State = dict[str, npt.NDArray[np.float32]]
+FragmentState = tuple[Fragment, State]
+"""A fragment and its arrays by name, as a checkpoint has them."""
 
 
 class BundleState:
@@ -37,13 +39,13 @@ class BundleState:
         self.bundle = bundle
         self.published_version = -1
         self.next_turn = 0
-        self.adding = False
-        self.early: dict[int, list[Payload]] = {}
-        """Contributions that wait, by their turn."""
+        """The turn of the contribution that is added next, or is being added."""
         self.squared_norms = [0.0] * len(bundle.fragments)
         self._tensors = [tensors[fragment.tensor] for fragment in bundle.fragments]
         self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
         self._num_turns = recipe.training.num_slots * bundle.num_parts
+        self._early: dict[int, list[Payload]] = {}  # contributions that are not in the sum yet, by their turn
+        self._adding = False  # whether they are being added
         self._weights_N = torch.zeros(bundle.num_elements)
         self._sum_N = torch.zeros(bundle.num_elements)
         self._weights = slices(self._weights_N, bundle)
@@ -62,7 +64,7 @@ class BundleState:
 
     def has(self, turn: int) -> bool:
         """Whether this contribution to the current step was taken."""
-        return turn < self.next_turn or turn in self.early
+        return turn < self.next_turn or turn in self._early
 
     def has_slot(self, slot: int) -> bool:
         """Whether all parts of a slot's contribution to the current step were taken."""
@@ -73,13 +75,24 @@ class BundleState:
         """Whether every contribution is in the sum."""
         return self.next_turn == self._num_turns
 
-    @property
-    def ready_to_add(self) -> bool:
-        """Whether the contribution whose turn it is has arrived and nothing is being added."""
-        return not self.adding and self.next_turn in self.early
+    def take(self, turn: int, payloads: list[Payload]) -> None:
+        """Keep a contribution, still encoded, until its turn comes."""
+        self._early[turn] = payloads
 
-    def add_next(self, codec: BundleCodec, payloads: Sequence[Payload], step: int, turn: int) -> None:
-        """Add a contribution to the sum; worker thread. After the last one, take the squared norms."""
+    def start_adding(self) -> bool:
+        """Whether the contribution whose turn it is has arrived and nothing is being added: then the caller adds.
+
+        It calls `add_next`, then `finish_adding`, again and again while that returns True.
+        """
+        if self._adding or self.next_turn not in self._early:
+            return False
+        self._adding = True
+        return True
+
+    def add_next(self, codec: BundleCodec, step: int) -> None:
+        """Add the contribution whose turn it is to the sum; worker thread. After the last one, take the squared
+        norms."""
+        turn, payloads = self.next_turn, self._early[self.next_turn]
         if turn == 0:
             codec.decode(payloads, self._sums, step)
         else:
@@ -89,6 +102,14 @@ class BundleState:
             norms_F = np.empty(len(self._sums))
             dense.squared_norms(self._elements_F, self._sums.addresses_F, norms_F)
             self.squared_norms = norms_F.tolist()
+
+    def finish_adding(self) -> bool:
+        """Take note that the contribution whose turn it was is in the sum; whether the next one has arrived too."""
+        # Only now: until it is added, a second copy must find it.
+        del self._early[self.next_turn]
+        self.next_turn += 1
+        self._adding = self.next_turn in self._early
+        return self._adding
 
     # -- commit ----------------------------------------------------------------------------------------------------
 
@@ -106,7 +127,7 @@ class BundleState:
         """Let workers have `version`, and be ready for that step's contributions."""
         self.published_version = version
         self.next_turn = 0
-        self.early.clear()
+        self._early.clear()
 
     def delta(self) -> Copy | None:
         """What a worker that holds the version before gets; None: the whole copy."""
@@ -119,7 +140,7 @@ class BundleState:
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> list[tuple[Fragment, State]]:
+    def snapshot(self) -> list[FragmentState]:
         """Each fragment with a copy of its weights, its optimizer state and the workers' copy; worker thread."""
         states = self._optimizer.state()
         saved_N = self._publisher.saved()
@@ -175,4 +196,4 @@ class BundleState:
     @property
     def early_bytes(self) -> int:
         """Bytes of contributions that wait for their turn."""
-        return sum(len(payload) for payloads in self.early.values() for payload in payloads)
+        return sum(len(payload) for payloads in self._early.values() for payload in payloads)

@@ -117,7 +117,7 @@ class ParameterServer:
         elif kind == "boundary":
             shard, request = self.shard, directive.boundary
             if shard is not None and (shard.plan.job_id, shard.plan.epoch) == (request.job_id, request.epoch):
-                shard.request_boundary(request)
+                shard.request_boundary()
         elif kind == "snapshot":
             shard, asked = self.shard, directive.snapshot
             if shard is not None and (shard.plan.job_id, shard.plan.epoch) == (asked.job_id, asked.epoch):
@@ -218,7 +218,7 @@ class ParameterServer:
 
     def _held(self) -> list[coordinator_pb2.HeldJob]:
         shard = self.shard
-        if shard is None or shard.version < 0 or shard.failed:
+        if shard is None or not shard.loaded or shard.failed:
             return []
         return [coordinator_pb2.HeldJob(job_id=shard.plan.job_id, epoch=shard.plan.epoch, version=shard.version)]
 

@@ -1,67 +1,48 @@
-"""A server's share of a job for one epoch: takes contributions, walks from version to version with the other servers.
+"""A server's share of a job for one epoch: its state, who waits for it, and the versions that it publishes.
 
 Everything runs on the event loop but the arithmetic, which goes to the thread pool. The life of step t:
-  1. accumulate: contributions are added in slot order as their turn comes; early ones wait, still encoded;
-  2. complete: every fragment has every slot; the leader is told and answers with the decision;
-  3. apply: the optimizer runs over each fragment, which is then published as version t + 1.
+  1. accumulate (`accumulation.py`): contributions are added in slot order as their turn comes; early ones wait, still
+     encoded;
+  2. complete (`commit.py`): every fragment has every slot; the leader is told and answers with the decision;
+  3. apply (`commit.py`): the optimizer runs over each fragment, which is then published as version t + 1.
+A snapshot of a version that gets a checkpoint is written meanwhile (`checkpointing.py`).
+
+The other modules compute and say what should be done; the shard alone changes the version, its phase and the codecs,
+starts tasks and wakes who waits. A pull that comes while the shard loads waits for the start version, as for any other.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
-from gradstream.core.checkpoint.manifest import FileEntry, State, directory_of, shard_file_name
-from gradstream.core.checkpoint.shard import CheckpointReader, write_shard
 from gradstream.core.codecs import Payload, codec_named, codec_on_wire
-from gradstream.core.codecs.payloads import CodecBook, split
-from gradstream.core.errors import ProtocolError, StaleEpochError, one_line
+from gradstream.core.codecs.payloads import CodecBook
+from gradstream.core.errors import StaleEpochError
 from gradstream.core.log import get_logger
-from gradstream.core.model.model import initial_weights
 from gradstream.core.node.faults import Faults
 from gradstream.core.plan.bundles import first_push_codec, is_tuned
 from gradstream.core.plan.downlink import downlink
-from gradstream.core.plan.fragments import Fragment
 from gradstream.core.plan.plan import Plan
-from gradstream.core.pretrained.base import BaseReader
-from gradstream.core.rpc.retry import Backoff
-from gradstream.core.storage import files
-from gradstream.proto.v1 import coordinator_pb2, plan_pb2
+from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.services.parameter_server.bundle_state import BundleState
-from gradstream.services.parameter_server.leader import Decision, Leader, decide_commit
-from gradstream.services.parameter_server.optimizer import learning_rate
+from gradstream.services.parameter_server import commit
+from gradstream.services.parameter_server.accumulation import Accumulation
+from gradstream.services.parameter_server.bundle_state import BundleState, FragmentState
+from gradstream.services.parameter_server.checkpointing import CheckpointWriter
+from gradstream.services.parameter_server.commit import CompletedStep, Update
+from gradstream.services.parameter_server.leader import Decision, Leader
+from gradstream.services.parameter_server.loading import load_bundles
 from gradstream.services.parameter_server.publication import Copy
 from gradstream.services.parameter_server.tuner import Tuner
 
 log = get_logger()
 T = TypeVar("T")
-Written: TypeAlias = tuple[FileEntry, list[bytes]]
-
-
-@dataclass(frozen=True)
-class SlotTotals:
-    """What every contribution of a slot says about the slot."""
-
-    num_tokens: int
-    num_samples: int
-    loss_sum: float
-
-    def same_counts(self, other: SlotTotals) -> bool:
-        """Whether both count the same tokens and samples."""
-        return (self.num_tokens, self.num_samples) == (other.num_tokens, other.num_samples)
-
-    def same_loss(self, other: SlotTotals) -> bool:
-        """Whether both have the same loss; NaN is the same as NaN."""
-        return self.loss_sum == other.loss_sum or (math.isnan(self.loss_sum) and math.isnan(other.loss_sum))
 
 
 @dataclass
@@ -89,56 +70,41 @@ class Shard:
     ):
         self.plan = plan
         self.index = index
-        self.version = -1
+        self.version = -1  # while it loads
         self.checkpointed = False  # whether `version` gets a checkpoint
         self.failed = False  # whether something went wrong for good: what is held is of no use any more
         self.phase = Phase("loading", time.time())
-        self.received_bytes = 0
         self.sent_bytes = 0
-        self.num_dropped = 0
         recipe = plan.recipe
         form = downlink(recipe.codec.pull)
         self.push_codec = codec_named(first_push_codec(recipe.codec))
         self.pull_codec = form.delta or form.full
-        self._book = CodecBook(plan.tensors, recipe.codec.embedding)
+        book = CodecBook(plan.tensors, recipe.codec.embedding)
         self.bundles = {
-            bundle.index: BundleState(bundle, plan.tensors, recipe, form, self._book)
-            for bundle in plan.bundles_of(index)
+            bundle.index: BundleState(bundle, plan.tensors, recipe, form, book) for bundle in plan.bundles_of(index)
         }
+        self.accumulation = Accumulation(plan, index, self.bundles, book, executor)
+        self.checkpoints = CheckpointWriter(plan, index, report_checkpoint, self._spawn)
         self._tuner = Tuner(plan) if is_tuned(recipe.codec) and index == plan.leader else None
         self.leader = Leader(len(plan.servers), plan.start_version, self._decide) if index == plan.leader else None
         self._executor = executor
         self._complete_at_leader = complete_at_leader
         self._report_step = report_step
-        self._report_checkpoint = report_checkpoint
         self._report_failure = report_failure
         self._faults = faults or Faults("")
-        self._slots: dict[int, SlotTotals] = {}
-        self._step_bytes = 0
-        self._num_complete = 0
         self._consecutive_skips = 0
-        self._boundary: coordinator_pb2.BoundaryRequest | None = None
+        self._halt = False  # on the leader: whether the job halts at the next boundary
         self._full_copies = asyncio.Lock()
         self._changed = asyncio.Event()
         self._closed: StaleEpochError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._checkpoint_task: asyncio.Task[None] | None = None
-        # Reports of files that the coordinator has not taken yet, by version.
-        self._unreported: dict[int, asyncio.Task[None]] = {}
-        # The last version whose checkpoint was begun, or was there at the start.
-        self._checkpoint_version = plan.start_version
-        self._snapshots = False  # whether a copy of the version at hand is being made
-        # Why no checkpoint can be written, and since when (Unix seconds); None while one can.
-        self._unwritten: tuple[str, float] | None = None
-        self._trouble: tuple[str, float] | None = None  # the same, until a checkpoint has been written
-        # Since when (Unix seconds) a step waits for the checkpoint before to be written.
-        self._settling_since: float | None = None
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
         """Initialize the fragments from the seed or from the plan's checkpoint, and publish the start version."""
-        await self._run(self._load)
+        states = list(self.bundles.values())
+        self._consecutive_skips = await self._run(load_bundles, self.plan, states, self.pull_codec)
         for state in self.bundles.values():
             state.begin_step(self.plan.start_version)
         self._enter(self.plan.start_version)
@@ -151,27 +117,10 @@ class Shard:
             source=self.plan.source,
         )
 
-    def _load(self) -> None:
-        plan = self.plan
-        if plan.checkpoint_path:
-            reader = CheckpointReader(plan.checkpoint_path)
-            for state in self.bundles.values():
-                state.load(reader)
-            self._consecutive_skips = reader.manifest.progress.get("consecutive_skips", 0)
-        elif (tuning := plan.recipe.finetuning) is not None and plan.lora is None:
-            base = BaseReader(tuning.base)
-            for state in self.bundles.values():
-                state.take_base(base)
-        else:
-            wanted: dict[str, list[tuple[BundleState, int]]] = {}
-            for state in self.bundles.values():
-                for number, fragment in enumerate(state.bundle.fragments):
-                    wanted.setdefault(plan.tensors[fragment.tensor].name, []).append((state, number))
-            for name, tensor in initial_weights(plan.model_config, plan.recipe.seed, set(wanted), plan.lora):
-                for state, number in wanted[name]:
-                    state.initialize(number, tensor)
-        for state in self.bundles.values():
-            state.publish(plan.start_version, self.pull_codec)
+    @property
+    def loaded(self) -> bool:
+        """Whether the start version has been published."""
+        return self.version >= 0
 
     async def close(self, reason: str) -> None:
         """Stop at once; everyone who waits gets a StaleEpochError."""
@@ -179,334 +128,111 @@ class Shard:
         if self.leader is not None:
             self.leader.close(self._closed)
         self._notify()
-        tasks = [*self._tasks, *([self._checkpoint_task] if self._checkpoint_task else [])]
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         # Streams that are told of the end one by one still know the shard; its memory is free now.
-        self.bundles = {}
-
-    async def drain(self) -> None:
-        """Wait until a checkpoint that is being written is reported."""
-        if self._checkpoint_task is not None:
-            await asyncio.gather(self._checkpoint_task, return_exceptions=True)
-        await asyncio.gather(*self._unreported.values(), return_exceptions=True)
+        self.bundles.clear()
 
     # -- push ------------------------------------------------------------------------------------------------------
 
     def check(self, header: pb.ContributionHeader) -> None:
         """Check a header of this epoch against the plan before anything is allocated for it. Raises ProtocolError."""
-        state = self.bundles.get(header.bundle)
-        if state is None:
-            raise ProtocolError(f"bundle {header.bundle} is not held by server {self.index}")
-        what = f"contribution to bundle {header.bundle} from slot {header.slot} of step {header.step}"
-        if header.slot >= self.plan.num_slots:
-            raise ProtocolError(f"{what}: the job has {self.plan.num_slots} slots")
-        if header.part >= state.bundle.num_parts:
-            raise ProtocolError(f"{what}: part {header.part}, but its tensors have {state.bundle.num_parts}")
-        if header.step >= self.plan.num_steps:
-            raise ProtocolError(f"{what}: the job has {self.plan.num_steps} steps")
-        if header.step > self.version:
-            raise ProtocolError(f"{what}: step {self.version} is under way here")
-        codec = self.push_codec
-        if header.step < self.version:
-            codec = codec_on_wire(header.codec)  # of a step that is over: it will be dropped, but must be sound
-        if header.codec != codec.wire:
-            name = plan_pb2.Codec.Name(header.codec) if header.codec in plan_pb2.Codec.values() else header.codec
-            raise ProtocolError(f"{what}: codec {name}, but it is {codec.name} here")
-        try:
-            self._book.of(state.bundle, codec.name).check_sizes(header.fragment_bytes, header.payload_bytes)
-        except ProtocolError as error:
-            raise ProtocolError(f"{what}: {error}") from None
-        training = self.plan.recipe.training
-        most_tokens = training.slot_batch * training.sequence_length
-        if not 0 < header.slot_tokens <= most_tokens or header.slot_samples > training.slot_batch:
-            raise ProtocolError(
-                f"{what}: {header.slot_tokens} tokens of {header.slot_samples} samples, but a slot has at most "
-                f"{most_tokens} of {training.slot_batch}"
-            )
+        self.accumulation.check(header, self.version, self.push_codec)
 
     def offer(self, header: pb.ContributionHeader, payload: Payload) -> pb.PushResult.ValueType:
         """Take a checked and verified contribution, once. Raises ProtocolError."""
+        result = self.accumulation.offer(header, payload, self.version)
         state = self.bundles[header.bundle]
-        if header.step < self.version:
-            self.num_dropped += 1
-            return pb.PUSH_RESULT_STALE
-        turn = state.turn(header.slot, header.part)
-        if state.has(turn):
-            self.num_dropped += 1
-            return pb.PUSH_RESULT_DUPLICATE
-        totals = SlotTotals(header.slot_tokens, header.slot_samples, header.slot_loss_sum)
-        known = self._slots.setdefault(header.slot, totals)
-        if not known.same_loss(totals):
-            # Two workers computed parts of one slot and round differently: the step is as good, but its bits now depend
-            # on who computed what.
-            log.warning(
-                "two workers differ on a slot's loss; are they of one kind?",
-                job=self.plan.job_id,
-                step=header.step,
-                slot=header.slot,
-            )
-        if not known.same_counts(totals):
-            raise ProtocolError(
-                f"slot {header.slot} of step {header.step}: {totals} differs from {known} of an earlier contribution"
-            )
-        state.early[turn] = split(payload, header.fragment_bytes)
-        self._step_bytes += payload.nbytes
-        self.received_bytes += payload.nbytes
-        self._add_if_ready(state)
-        return pb.PUSH_RESULT_ACCEPTED
-
-    def _add_if_ready(self, state: BundleState) -> None:
-        if state.ready_to_add:
-            state.adding = True
+        if result == pb.PUSH_RESULT_ACCEPTED and state.start_adding():
             self._spawn(self._add(state))
+        return result
 
     async def _add(self, state: BundleState) -> None:
-        codec = self._book.of(state.bundle, self.push_codec.name)
-        while state.next_turn in state.early:
-            turn = state.next_turn
-            await self._run(state.add_next, codec, state.early[turn], self.version, turn)
-            # Only now: until it is added, a second copy must find it.
-            state.next_turn += 1
-            del state.early[turn]
-        state.adding = False
-        if state.complete:
-            self._num_complete += 1
-            if self._num_complete == len(self.bundles):
-                self._spawn(self._commit())
+        if await self.accumulation.add(state, self.version, self.push_codec):
+            self._spawn(self._commit())
 
     # -- commit ----------------------------------------------------------------------------------------------------
 
     async def _commit(self) -> None:
-        step = self.version
+        """Every bundle has every contribution: learn the leader's decision, apply it, publish the next version."""
+        plan, step = self.plan, self.version
         self.phase = Phase("committing", time.time())
-        report = pb.CompleteStepRequest(
-            job_id=self.plan.job_id,
-            epoch=self.plan.epoch,
-            step=step,
-            server=self.index,
-            squared_norms=[norm for state in self.bundles.values() for norm in state.squared_norms],
-            num_tokens=sum(totals.num_tokens for totals in self._slots.values()),
-            pushed_bytes=self._step_bytes,
-        )
+        totals = self.accumulation.totals()
+        report = commit.completion(plan, self.index, step, self.bundles.values(), totals)
         decision = await (self.leader.complete(report) if self.leader else self._complete_at_leader(report))
         self._faults.decided(step)
         # From here on version step + 1 is decided. No worker can contribute to it before it has pulled every
         # fragment, so a contribution that arrives while fragments are being updated belongs to the step that is over.
         # Before workers hear of the version:
+        update = commit.update_of(plan, decision)
         self.checkpointed = decision.checkpoint
         push_codec, self.push_codec = self.push_codec.wire, codec_on_wire(decision.push_codec)
-        self.pull_codec = codec_on_wire(decision.pull_codec).name
+        self.pull_codec = update.pull_codec
         self._enter(step + 1, "applying")
         self._consecutive_skips = decision.consecutive_skips
-        recipe = self.plan.recipe
-        rate = learning_rate(step, self.plan.num_steps, recipe.optimizer, recipe.schedule)
-        num_samples = sum(totals.num_samples for totals in self._slots.values())
-        self._slots.clear()
-        self._step_bytes = 0
-        self._num_complete = 0
-        checkpoint = decision.checkpoint
-        if checkpoint:
-            await self._settle_checkpoint()
-        copies = await asyncio.gather(
-            *(self._apply(state, decision, rate, checkpoint) for state in self.bundles.values())
-        )
+        self.accumulation.begin_step()
+        if decision.checkpoint:
+            await self.checkpoints.settle()
+        snapshots = await asyncio.gather(*(self._apply(state, update) for state in self.bundles.values()))
         self._enter(step + 1)
-        whole = [copy for copy in copies if copy is not None]
-        if checkpoint and len(whole) == len(copies):
-            self._begin_checkpoint(step + 1, list(chain.from_iterable(whole)))
-        elif checkpoint:
-            del whole, copies
+        whole = [snapshot for snapshot in snapshots if snapshot is not None]
+        if decision.checkpoint and len(whole) == len(snapshots):
+            self.checkpoints.begin(step + 1, list(chain.from_iterable(whole)), self._consecutive_skips)
+        elif decision.checkpoint:
+            del whole, snapshots
             self.request_snapshot(step + 1)
         if self.leader is not None:
-            await self._report_step(self._step_report(decision, rate, num_samples, push_codec))
+            reason = self._tuner.reason if self._tuner is not None else ""
+            await self._report_step(commit.step_report(plan, update, totals.num_samples, push_codec, reason))
 
-    async def _apply(
-        self, state: BundleState, decision: Decision, rate: float, checkpoint: bool
-    ) -> list[tuple[Fragment, State]] | None:
-        """Update a bundle and publish it; its copy for a checkpoint, None where there is no memory for one."""
-
-        def work() -> list[tuple[Fragment, State]] | None:
-            if not decision.skip:
-                state.apply(decision.num_tokens, decision.clip_scale, rate)
-            state.publish(decision.step + 1, self.pull_codec)
-            try:
-                return state.snapshot() if checkpoint else []
-            except Exception as error:
-                self._note_unwritten(error)
-                return None
-
-        copies = await self._run(work)
-        state.begin_step(decision.step + 1)
+    async def _apply(self, state: BundleState, update: Update) -> list[FragmentState] | None:
+        """Update a bundle and publish it; its snapshot, None where there is no memory for one."""
+        applied = await self._run(commit.apply, state, update)
+        if applied.snapshot is None:
+            self.checkpoints.note_unwritten(applied.cause)
+        state.begin_step(update.decision.step + 1)
         self._notify()
-        return copies
+        return applied.snapshot
 
     def _decide(self, step: int, reports: Mapping[int, pb.CompleteStepRequest]) -> Decision:
-        try:
-            loss_sum = math.fsum(totals.loss_sum for _, totals in sorted(self._slots.items()))
-        except (OverflowError, ValueError):  # beyond fp64, or inf - inf
-            loss_sum = math.nan
-        recipe = self.plan.recipe
-        decision, reason = decide_commit(step, reports, loss_sum, recipe.optimizer.clip_norm, self._consecutive_skips)
-        if decision.skip:
-            log.warning("step skipped", job=self.plan.job_id, step=step, reason=reason)
-        version = step + 1
-        interval = recipe.checkpoint.interval_steps
-        halt = self._boundary is not None
-        due = version == self.plan.num_steps or (interval > 0 and version % interval == 0)
-        checkpoint = due or halt
-        self._boundary = None
+        """On the leader, once all servers have completed a step: decide on it, and on the next one's codecs."""
+        halt, self._halt = self._halt, False
         push, pull = self.push_codec.name, self.pull_codec
         if self._tuner is not None:
             self._tuner.committed(time.monotonic())
-            push = self._tuner.codec if self._tuner.push else push
-            pull = self._tuner.codec if self._tuner.pull else pull
-        return replace(
-            decision,
-            checkpoint=checkpoint,
-            halt=halt,
-            push_codec=codec_named(push).wire,
-            pull_codec=codec_named(pull).wire,
+            push, pull = self._tuner.codecs(push, pull)
+        loss_sum = self.accumulation.totals().loss_sum
+        decision, reason = commit.decide(
+            self.plan, CompletedStep(step, reports, loss_sum, self._consecutive_skips, halt, push, pull)
         )
+        if decision.skip:
+            log.warning("step skipped", job=self.plan.job_id, step=step, reason=reason)
+        return decision
 
-    def request_boundary(self, request: coordinator_pb2.BoundaryRequest) -> None:
+    def request_boundary(self) -> None:
         """On the leader: checkpoint at the next commit and say in its report that the job halts there."""
-        self._boundary = request
+        self._halt = True
 
-    def _step_report(
-        self, decision: Decision, rate: float, num_samples: int, push_codec: plan_pb2.Codec.ValueType
-    ) -> coordinator_pb2.ReportStepRequest:
-        return coordinator_pb2.ReportStepRequest(
-            job_id=self.plan.job_id,
-            epoch=self.plan.epoch,
-            step=decision.step,
-            num_tokens=decision.num_tokens,
-            num_samples=num_samples,
-            loss=decision.loss,
-            grad_norm=decision.grad_norm,
-            learning_rate=rate,
-            skipped=decision.skip,
-            consecutive_skips=decision.consecutive_skips,
-            unix_ms=int(time.time() * 1000),
-            halted=decision.halt,
-            pushed_bytes=decision.pushed_bytes,
-            push_codec=push_codec,
-            pull_codec=decision.pull_codec,
-            codec_reason=self._tuner.reason if self._tuner is not None else "",
-        )
+    # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def request_snapshot(self, version: int) -> None:
         """Write a checkpoint of `version`, without a commit, if this is the version at hand and it has none yet."""
-        if self._can_snapshot(version) and not self._snapshots:
-            self._snapshots = True
-            self._spawn(self._snapshot(version))
+        self.checkpoints.save(version, self._consecutive_skips, lambda: self._at_hand(version), self._snapshot)
 
-    async def _snapshot(self, version: int) -> None:
-        """Try until the copies are made, or another version is at hand: whatever goes wrong costs no state."""
-        backoff = Backoff(1.0, 30.0)
-        try:
-            while self._can_snapshot(version):
-                try:
-                    await self._take_snapshot(version)
-                except Exception as error:
-                    self._note_unwritten(error)
-                    await asyncio.sleep(backoff.next())
-        finally:
-            self._snapshots = False
-            if self._checkpoint_version < version:
-                self._unwritten = None
-
-    async def _take_snapshot(self, version: int) -> None:
-        await self._settle_checkpoint()
-        copies = await asyncio.gather(*(self._run(state.snapshot) for state in self.bundles.values()))
-        # A step may have been decided meanwhile: its update may be in the copies.
-        if self._can_snapshot(version):
-            self._begin_checkpoint(version, list(chain.from_iterable(copies)))
-
-    def _can_snapshot(self, version: int) -> bool:
+    def _at_hand(self, version: int) -> bool:
+        """Whether the bundles hold `version`, and no update of it is under way."""
         settled = self._closed is None and self.phase.name not in ("loading", "applying")
-        return settled and self.version == version > self._checkpoint_version
+        return settled and self.version == version
 
-    async def _settle_checkpoint(self) -> None:
-        """Wait until no copy is on its way to the disk: one at a time bounds the memory. One that the disk does not
-        take makes room for the newer one."""
-        if self._checkpoint_task is not None and self._unwritten is not None:
-            self._checkpoint_task.cancel()
-            self._unwritten = None
-        if self._checkpoint_task is not None:
-            self._settling_since = time.time()
-            await asyncio.gather(self._checkpoint_task, return_exceptions=True)
-            self._settling_since = None
+    async def _snapshot(self) -> list[FragmentState]:
+        states = self.bundles.values()
+        return list(chain.from_iterable(await asyncio.gather(*(self._run(state.snapshot) for state in states))))
 
-    def _begin_checkpoint(self, version: int, copies: list[tuple[Fragment, State]]) -> None:
-        self._checkpoint_version = version
-        writing = self._write_checkpoint(version, copies, self._consecutive_skips)
-        self._checkpoint_task = asyncio.create_task(self._guard(writing))
-
-    def _note_unwritten(self, error: Exception) -> None:
-        """Remember why no checkpoint can be written, for `status`."""
-        cause, known = one_line(error), self._trouble
-        if known is None or known[0] != cause:
-            log.error("a checkpoint cannot be written, trying again", job=self.plan.job_id, cause=cause)
-        self._trouble = self._unwritten = (cause, known[1] if known is not None else time.time())
-
-    async def _write_file(self, directory: str, file: str, copies: list[tuple[Fragment, State]]) -> Written:
-        """Write this server's file of a checkpoint, as often as it takes: whatever keeps it from the disk costs no
-        state."""
-        backoff = Backoff(1.0, 30.0)
-        while True:
-            try:
-                written = await asyncio.to_thread(write_shard, directory, file, self.plan.tensors, copies)
-                self._trouble = self._unwritten = None
-                return written
-            except Exception as error:
-                self._note_unwritten(error)
-            await asyncio.sleep(backoff.next())
-
-    async def _write_checkpoint(self, version: int, copies: list[tuple[Fragment, State]], num_skips: int) -> None:
-        plan = self.plan
-        # In the order of their indices, whatever bundles they lie in.
-        copies.sort(key=lambda copy: copy[0].index)
-        directory = directory_of(plan.checkpoint_root, version)
-        file = shard_file_name(plan.epoch, self.index, len(plan.servers))
-        began = time.monotonic()
-        entry, digests = await self._write_file(directory, file, copies)
-        log.info(
-            "checkpoint shard written",
-            job=plan.job_id,
-            version=version,
-            file=files.join(directory, file),
-            seconds=round(time.monotonic() - began, 2),
-        )
-        report = coordinator_pb2.ReportCheckpointRequest(
-            job_id=plan.job_id,
-            epoch=plan.epoch,
-            version=version,
-            server=self.index,
-            file=entry.file,
-            num_bytes=entry.num_bytes,
-            sha256=entry.sha256,
-            fragments=[
-                coordinator_pb2.FragmentDigest(fragment=fragment.index, sha256=digest)
-                for (fragment, _), digest in zip(copies, digests, strict=True)
-            ],
-            consecutive_skips=num_skips,
-        )
-        # On its own: the next checkpoint, and so the step before it, must not wait for the coordinator.
-        self._unreported[version] = self._spawn(self._report_file(report))
-        # Nobody removes old checkpoints while the coordinator is away.
-        while len(self._unreported) > max(2, plan.recipe.checkpoint.keep):
-            oldest = min(self._unreported)
-            self._unreported.pop(oldest).cancel()
-            log.info("a checkpoint's file makes room for newer ones, unreported", job=plan.job_id, version=oldest)
-            await asyncio.to_thread(_remove, directory_of(plan.checkpoint_root, oldest), file)
-
-    async def _report_file(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
-        try:
-            await self._report_checkpoint(report)
-        finally:
-            self._unreported.pop(report.version, None)
+    async def drain(self) -> None:
+        """Wait until a checkpoint that is being written is reported."""
+        await self.checkpoints.drain()
 
     # -- pull ------------------------------------------------------------------------------------------------------
 
@@ -547,10 +273,9 @@ class Shard:
 
     def missing_slots(self) -> list[int]:
         """Slots of the step under way of which some contribution has not arrived."""
-        if self.version < 0 or self.version >= self.plan.num_steps:
+        if not self.loaded or self.version >= self.plan.num_steps:
             return []
-        states = self.bundles.values()
-        return [slot for slot in range(self.plan.num_slots) if not all(state.has_slot(slot) for state in states)]
+        return self.accumulation.missing_slots()
 
     def activity(self) -> coordinator_pb2.Activity:
         """What the shard does, for heartbeats."""
@@ -563,10 +288,8 @@ class Shard:
             names = ", ".join(self.plan.servers[server].name for server in absent)
             waiting_for = f"the commit of step {self.version} by {names}" if names else ""
         since = self.phase.since
-        if self._unwritten is not None:
-            waiting_for, since = f"the disk to take its checkpoint: {self._unwritten[0]}", self._unwritten[1]
-        elif self._settling_since is not None:
-            waiting_for, since = "the disk to take its last checkpoint", self._settling_since
+        if (waiting := self.checkpoints.waiting()) is not None:
+            waiting_for, since = waiting
         finished = self.version >= self.plan.num_steps
         states = self.bundles.values()
         return coordinator_pb2.Activity(
@@ -576,11 +299,11 @@ class Shard:
             waiting_for=waiting_for,
             waiting_since_unix_ms=int(since * 1000) if waiting_for else 0,
             sent_bytes=self.sent_bytes,
-            received_bytes=self.received_bytes,
+            received_bytes=self.accumulation.received_bytes,
             missing_slots=missing,
             state_bytes=sum(state.state_bytes for state in states),
             early_bytes=sum(state.early_bytes for state in states),
-            num_parameters=sum(state.bundle.num_elements for state in states) if self.version >= 0 else 0,
+            num_parameters=sum(state.bundle.num_elements for state in states) if self.loaded else 0,
         )
 
     def status(self) -> pb.GetServerStatusResponse:
@@ -594,12 +317,13 @@ class Shard:
             state_bytes=sum(state.state_bytes for state in states),
             early_bytes=sum(state.early_bytes for state in states),
             missing_slots=self.missing_slots(),
-            num_dropped=self.num_dropped,
+            num_dropped=self.accumulation.num_dropped,
         )
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def check_epoch(self, job_id: str, epoch: int) -> None:
+        """Raise StaleEpochError unless this is the plan in force here."""
         if self._closed is not None:
             raise self._closed
         if job_id != self.plan.job_id or epoch != self.plan.epoch:
@@ -636,10 +360,3 @@ class Shard:
         except Exception as error:
             self.failed = True
             await self._report_failure(error)
-
-
-def _remove(directory: str, file: str) -> None:
-    """Remove a file that nobody knows of, and its directory if that is empty then."""
-    with suppress(OSError):
-        files.remove(files.join(directory, file))
-        os.rmdir(directory)

@@ -43,6 +43,10 @@ class Tuner:
         """The codec of the step under way."""
         return self._state.codec
 
+    def codecs(self, push: str, pull: str) -> tuple[str, str]:
+        """The codecs of the step under way: this tuner's where it may change them, else `push` and `pull`."""
+        return self.codec if self.push else push, self.codec if self.pull else pull
+
     @property
     def reason(self) -> str:
         """Why it is this one."""

@@ -1,0 +1,159 @@
+"""The contributions to the step under way: checked, kept until their turn comes, added in slot order.
+
+The way of a contribution: `check` its header before memory is allocated for it, `offer` it once it is whole and its
+checksum is right, `add` what has arrived in turn. Slot order makes the sum independent of the order of arrival.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from gradstream.core.codecs import Codec, Payload, codec_on_wire
+from gradstream.core.codecs.payloads import CodecBook, split
+from gradstream.core.errors import ProtocolError
+from gradstream.core.log import get_logger
+from gradstream.core.plan.plan import Plan
+from gradstream.core.wire.slot_totals import SlotTotals
+from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.proto.v1 import plan_pb2
+from gradstream.services.parameter_server.bundle_state import BundleState
+
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What all slots add to a step besides their gradients. `loss_sum` is NaN where the slots' losses have no sum."""
+
+    num_tokens: int
+    num_samples: int
+    loss_sum: float
+    pushed_bytes: int
+    """Payload bytes that reached this server."""
+
+
+class Accumulation:
+    """The contributions to the step under way on one server. `bundles` is the owner's and read only."""
+
+    def __init__(
+        self, plan: Plan, server: int, bundles: Mapping[int, BundleState], book: CodecBook, executor: Executor
+    ):
+        self.received_bytes = 0
+        self.num_dropped = 0
+        self._plan = plan
+        self._server = server
+        self._bundles = bundles
+        self._book = book
+        self._executor = executor
+        self._slots: dict[int, SlotTotals] = {}
+        self._step_bytes = 0
+        self._num_complete = 0
+
+    def check(self, header: pb.ContributionHeader, version: int, push_codec: Codec) -> None:
+        """Check a header of this epoch against the plan, and the version and codec under way, before anything is
+        allocated for it. Raises ProtocolError."""
+        state = self._bundles.get(header.bundle)
+        if state is None:
+            raise ProtocolError(f"bundle {header.bundle} is not held by server {self._server}")
+        what = f"contribution to bundle {header.bundle} from slot {header.slot} of step {header.step}"
+        if header.slot >= self._plan.num_slots:
+            raise ProtocolError(f"{what}: the job has {self._plan.num_slots} slots")
+        if header.part >= state.bundle.num_parts:
+            raise ProtocolError(f"{what}: part {header.part}, but its tensors have {state.bundle.num_parts}")
+        if header.step >= self._plan.num_steps:
+            raise ProtocolError(f"{what}: the job has {self._plan.num_steps} steps")
+        if header.step > version:
+            raise ProtocolError(f"{what}: step {version} is under way here")
+        codec = push_codec
+        if header.step < version:
+            codec = codec_on_wire(header.codec)  # of a step that is over: it will be dropped, but must be sound
+        if header.codec != codec.wire:
+            name = plan_pb2.Codec.Name(header.codec) if header.codec in plan_pb2.Codec.values() else header.codec
+            raise ProtocolError(f"{what}: codec {name}, but it is {codec.name} here")
+        try:
+            self._book.of(state.bundle, codec.name).check_sizes(header.fragment_bytes, header.payload_bytes)
+        except ProtocolError as error:
+            raise ProtocolError(f"{what}: {error}") from None
+        training = self._plan.recipe.training
+        most_tokens = training.slot_batch * training.sequence_length
+        if not 0 < header.slot_tokens <= most_tokens or header.slot_samples > training.slot_batch:
+            raise ProtocolError(
+                f"{what}: {header.slot_tokens} tokens of {header.slot_samples} samples, but a slot has at most "
+                f"{most_tokens} of {training.slot_batch}"
+            )
+
+    def offer(self, header: pb.ContributionHeader, payload: Payload, version: int) -> pb.PushResult.ValueType:
+        """Take a checked and verified contribution, once; how it was taken. Raises ProtocolError."""
+        state = self._bundles[header.bundle]
+        if header.step < version:
+            self.num_dropped += 1
+            return pb.PUSH_RESULT_STALE
+        turn = state.turn(header.slot, header.part)
+        if state.has(turn):
+            self.num_dropped += 1
+            return pb.PUSH_RESULT_DUPLICATE
+        self._compare(header)
+        state.take(turn, split(payload, header.fragment_bytes))
+        self._step_bytes += payload.nbytes
+        self.received_bytes += payload.nbytes
+        return pb.PUSH_RESULT_ACCEPTED
+
+    def _compare(self, header: pb.ContributionHeader) -> None:
+        """Compare what a contribution says about its slot with what the slot's first one said. Raises ProtocolError."""
+        totals = SlotTotals(header.slot_tokens, header.slot_samples, header.slot_loss_sum)
+        known = self._slots.setdefault(header.slot, totals)
+        if not known.same_loss(totals):
+            # Two workers computed parts of one slot and round differently: the step is as good, but its bits now depend
+            # on who computed what.
+            log.warning(
+                "two workers differ on a slot's loss; are they of one kind?",
+                job=self._plan.job_id,
+                step=header.step,
+                slot=header.slot,
+            )
+        if not known.same_counts(totals):
+            raise ProtocolError(
+                f"slot {header.slot} of step {header.step}: {totals} differs from {known} of an earlier contribution"
+            )
+
+    async def add(self, state: BundleState, version: int, push_codec: Codec) -> bool:
+        """Add a bundle's contributions as their turn comes, after its `start_adding`; whether with them every bundle of
+        this server is complete."""
+        codec = self._book.of(state.bundle, push_codec.name)
+        loop = asyncio.get_running_loop()
+        more = True
+        while more:
+            await loop.run_in_executor(self._executor, state.add_next, codec, version)
+            more = state.finish_adding()
+        if not state.complete:
+            return False
+        self._num_complete += 1
+        return self._num_complete == len(self._bundles)
+
+    def totals(self) -> StepTotals:
+        """What the slots that have arrived add to the step."""
+        try:
+            loss_sum = math.fsum(totals.loss_sum for _, totals in sorted(self._slots.items()))
+        except (OverflowError, ValueError):  # beyond fp64, or inf - inf
+            loss_sum = math.nan
+        return StepTotals(
+            num_tokens=sum(totals.num_tokens for totals in self._slots.values()),
+            num_samples=sum(totals.num_samples for totals in self._slots.values()),
+            loss_sum=loss_sum,
+            pushed_bytes=self._step_bytes,
+        )
+
+    def begin_step(self) -> None:
+        """Forget the step that is over. The bundles begin theirs one by one, as each is published."""
+        self._slots.clear()
+        self._step_bytes = 0
+        self._num_complete = 0
+
+    def missing_slots(self) -> list[int]:
+        """Slots of which some contribution has not arrived."""
+        states = self._bundles.values()
+        return [slot for slot in range(self._plan.num_slots) if not all(state.has_slot(slot) for state in states)]

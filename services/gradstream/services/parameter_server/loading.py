@@ -1,0 +1,42 @@
+"""The start of a shard: its bundles' weights and state from a checkpoint, a pretrained model or the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradstream.core.checkpoint.shard import CheckpointReader
+from gradstream.core.model.model import initial_weights
+from gradstream.core.plan.plan import Plan
+from gradstream.core.pretrained.base import BaseReader
+from gradstream.services.parameter_server.bundle_state import BundleState
+
+
+def load_bundles(plan: Plan, states: Sequence[BundleState], pull_codec: str) -> int:
+    """Fill the bundles as the plan says and publish its start version; worker thread. Return the number of consecutive
+    skips before it. Raises CheckpointError."""
+    num_skips = 0
+    if plan.checkpoint_path:
+        reader = CheckpointReader(plan.checkpoint_path)
+        for state in states:
+            state.load(reader)
+        num_skips = reader.manifest.progress.get("consecutive_skips", 0)
+    elif (tuning := plan.recipe.finetuning) is not None and plan.lora is None:
+        base = BaseReader(tuning.base)
+        for state in states:
+            state.take_base(base)
+    else:
+        _initialize(plan, states)
+    for state in states:
+        state.publish(plan.start_version, pull_codec)
+    return num_skips
+
+
+def _initialize(plan: Plan, states: Sequence[BundleState]) -> None:
+    """Draw the initial weights from the seed, one whole tensor at a time."""
+    wanted: dict[str, list[tuple[BundleState, int]]] = {}
+    for state in states:
+        for number, fragment in enumerate(state.bundle.fragments):
+            wanted.setdefault(plan.tensors[fragment.tensor].name, []).append((state, number))
+    for name, tensor in initial_weights(plan.model_config, plan.recipe.seed, set(wanted), plan.lora):
+        for state, number in wanted[name]:
+            state.initialize(number, tensor)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from gradstream.coordinator.cli import serve
+from gradstream.core.recipe.finetuning_recipe import load_any_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"
@@ -129,3 +130,12 @@ def test_the_dockerfile_runs_nothing_as_root_and_names_every_service() -> None:
     for target in ("coordinator", "parameter-server", "worker", "fine-tuning"):
         assert re.search(rf"^FROM service AS {target}\nEXPOSE \d+\nHEALTHCHECK ", runtime, re.MULTILINE), target
     assert "RUN --mount" not in text
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "recipes").glob("*.yaml"), ROOT / "deploy" / "test-recipe.yaml"]),
+    ids=lambda path: path.name,
+)
+def test_every_recipe_that_comes_along_is_valid(path: Path) -> None:
+    assert load_any_recipe(path, ["base_model=/somewhere"] if "finetune" in path.name else []).name

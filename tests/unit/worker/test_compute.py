@@ -16,7 +16,8 @@ from gradstream.core.model.fused_layers import fuse
 from gradstream.core.model.model import build, derive_seed, forward_units, initial_weights, inventory
 from gradstream.core.model.stage_module import sections_of
 from gradstream.core.pipeline.schedule import Action, Op
-from gradstream.worker.attempt import AbandonedError, Alone, SlotTotals, Try
+from gradstream.core.wire.slot_totals import SlotTotals
+from gradstream.worker.attempt import AbandonedError, Alone, Try
 from gradstream.worker.compute import SlotComputer, _LastPass
 from gradstream.worker.samples.data import Batch
 from gradstream.worker.stage_build import pick_device

@@ -14,19 +14,11 @@ import torch
 
 from gradstream.core.pipeline.schedule import Action, Op, Schedule, make_schedule
 from gradstream.core.plan.plan import Plan
+from gradstream.core.wire.slot_totals import SlotTotals
 
 
 class AbandonedError(Exception):
     """The slot is no longer wanted: its step was committed, or the plan replaced, while it was computed."""
-
-
-@dataclass(frozen=True)
-class SlotTotals:
-    """What a slot adds to the step besides its gradient."""
-
-    num_tokens: int
-    num_samples: int
-    loss_sum: float
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from gradstream.core.model.model import UnitDraws, hidden_size
 from gradstream.core.pipeline.schedule import SPLIT, Action, Op, Row
 from gradstream.core.plan.plan import Plan
 from gradstream.core.telemetry.timeline import SpanKind
-from gradstream.worker.attempt import AbandonedError, Emit, Exchange, SlotTotals, Try, schedule_for
+from gradstream.core.wire.slot_totals import SlotTotals
+from gradstream.worker.attempt import AbandonedError, Emit, Exchange, Try, schedule_for
 from gradstream.worker.samples.data import Batch
 from gradstream.worker.samples.packing import layout_of
 from gradstream.worker.stage import StageRunner

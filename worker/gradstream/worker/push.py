@@ -22,9 +22,10 @@ from gradstream.core.plan.bundles import Bundle, first_push_codec
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.core.wire.frames import checksum, frames
+from gradstream.core.wire.slot_totals import SlotTotals
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.worker.attempt import Emit, SlotTotals
+from gradstream.worker.attempt import Emit
 from gradstream.worker.outbound import Call, Outbound
 from gradstream.worker.residuals import SlotResiduals
 from gradstream.worker.timeline import Timeline, clock_ns

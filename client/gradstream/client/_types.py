@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
+from gradstream.core import job_states
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 
@@ -33,7 +34,7 @@ class JobState(StrEnum):
     @property
     def ended(self) -> bool:
         """Whether the job makes no more steps unless it is resumed."""
-        return self in (JobState.FINISHED, JobState.FAILED, JobState.STOPPED)
+        return self in _ENDED
 
 
 class NodeKind(StrEnum):
@@ -45,6 +46,7 @@ class NodeKind(StrEnum):
 
 
 _JOB_STATES = {number: JobState(name.removeprefix("JOB_STATE_").lower()) for name, number in jobs_pb2.JobState.items()}
+_ENDED = frozenset(_JOB_STATES[number] for number in job_states.ENDED)
 _NODE_KINDS = {
     number: NodeKind(name.removeprefix("NODE_KIND_").lower().replace("_", "-"))
     for name, number in coordinator_pb2.NodeKind.items()

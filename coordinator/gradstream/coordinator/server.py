@@ -11,12 +11,13 @@ from pathlib import Path
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from gradstream.coordinator.jobs.controller import Controller, Timing
+from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.reports import Reports
 from gradstream.coordinator.servicers.jobs import JobsServicer
 from gradstream.coordinator.servicers.nodes import CoordinatorServicer
 from gradstream.coordinator.servicers.views import Views
 from gradstream.coordinator.state.sqlite import SqliteState
+from gradstream.coordinator.timing import Timing
 from gradstream.core import __version__
 from gradstream.core.errors import GradstreamError, one_line
 from gradstream.core.log import get_logger

@@ -23,8 +23,8 @@ from gradstream.coordinator.cli.doctor import gather as _doctor_gather
 from gradstream.coordinator.cli.doctor.diagnosis import diagnose
 from gradstream.coordinator.cli.doctor.facts import ClusterFacts
 from gradstream.coordinator.cli.doctor.gather import Targets, gather, read_credentials
-from gradstream.coordinator.jobs.controller import Timing
 from gradstream.coordinator.server import Coordinator
+from gradstream.coordinator.timing import Timing
 from gradstream.core.credentials.tls_diagnosis import Cause, Identity
 from gradstream.core.errors import ConfigError
 from gradstream.core.node import probe, session

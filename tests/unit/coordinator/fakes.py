@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gradstream.coordinator.jobs.controller import Timing
 from gradstream.coordinator.server import Coordinator
+from gradstream.coordinator.timing import Timing
 from gradstream.core.checkpoint import manifest as checkpoint
 from gradstream.core.checkpoint import shard as checkpoint_shard
 from gradstream.core.data.manifest import DataShard, Manifest

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from coordinator_fakes import SERVER, Cluster, FakeNode, make_recipe, report_checkpoint, step_report, write_checkpoint
 
-from gradstream.coordinator.jobs import checkpoints, controller, reports
+from gradstream.coordinator.jobs import checkpoints, plan_making, reports
 from gradstream.coordinator.jobs.checkpoints import bases_under, missing
 from gradstream.coordinator.planning import planner
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_was_acknowledged_must_be_there() -> None:
 
 @pytest.fixture
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(plan_making, "HOLD_SECONDS", 0.05)
 
 
 async def lose_a_server(cluster: Cluster, job_id: str, ps: list[FakeNode], hide: Callable[[Path], object]) -> FakeNode:

@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from gradstream.coordinator.jobs.decisions import JobSight
 from gradstream.coordinator.jobs.journal import Retry
 from gradstream.coordinator.nodes.benches import Benches
 from gradstream.coordinator.nodes.reunion import Reunion
 from gradstream.coordinator.planning.needs import ServerBytes, server_bytes
 from gradstream.coordinator.state.state import JobRecord, State, StepTotals
 from gradstream.core.data.manifest import Manifest, parse_manifest
+from gradstream.core.job_states import PAUSED
 from gradstream.core.plan.leases import Replica
 from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.early_stopping import best_version, stops_early
@@ -269,9 +271,7 @@ class ActiveJob:
     @property
     def resting(self) -> bool:
         """Whether no slot shall be computed: paused, or halted and about to be."""
-        return self.record.state == jobs_pb2.JOB_STATE_PAUSED or (
-            self.halted_version is not None and self.record.desired != "run"
-        )
+        return self.record.state == PAUSED or (self.halted_version is not None and self.record.desired != "run")
 
     @property
     def snapshot_due(self) -> int | None:
@@ -290,6 +290,24 @@ class ActiveJob:
         """Whether a person waits for a checkpoint that no server has begun to report."""
         after = self.checkpoint_after
         return after is not None and self.checkpoint_awaited and all(version <= after for version in self.files)
+
+    def sight(self, any_worker: bool, settled: bool) -> JobSight:
+        """How the job looks to the decision where it goes. The job must have a plan."""
+        return JobSight(
+            desired=self.record.desired,
+            state=self.state,
+            version=self.version,
+            num_steps=self.num_steps,
+            halted_version=self.halted_version,
+            checkpoints=self.checkpoints,
+            validated=self.fully_validated,
+            any_worker=any_worker,
+            early=self.early_ending,
+            start_version=self.record.start_version,
+            settled=settled,
+            failing=self.failing,
+            checkpoint_awaited=self.checkpoint_awaited,
+        )
 
     @property
     def members(self) -> list[str]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from gradstream.coordinator.jobs.active import ActiveJob
 from gradstream.coordinator.jobs.leasing import Leasing
 from gradstream.coordinator.nodes.membership import Membership, NodeEntry
-from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+from gradstream.core.job_states import RUNNING
+from gradstream.proto.v1 import coordinator_pb2
 
 SNAPSHOT_SECONDS = 1.0
 """Between requests for a checkpoint of the version at hand."""
@@ -26,7 +27,7 @@ class Boundaries:
     def ask_for_boundary(self, active: ActiveJob, now: float) -> None:
         """Ask the leader, once a stream, for a checkpoint at its next commit, if a pause, a stop or a person waits."""
         wanted = active.record.desired != "run" or active.checkpoint_wanted
-        runs = active.state == jobs_pb2.JOB_STATE_RUNNING and not active.resting
+        runs = active.state == RUNNING and not active.resting
         if not wanted or active.plan is None or not runs:
             return
         leader = self._members.get(active.plan.servers[active.plan.leader].node_id)

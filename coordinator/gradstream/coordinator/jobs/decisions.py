@@ -7,25 +7,15 @@ from dataclasses import dataclass
 from enum import Enum
 
 from gradstream.coordinator.state.state import JobRecord, StepTotals
+from gradstream.core.job_states import PAUSED, QUEUED
 from gradstream.core.plan.leases import assign_slots
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import jobs_pb2
 
-ENDED = (jobs_pb2.JOB_STATE_FINISHED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_STOPPED)
-STATE_WORDS = {
-    jobs_pb2.JOB_STATE_QUEUED: "queued",
-    jobs_pb2.JOB_STATE_PLANNING: "planning",
-    jobs_pb2.JOB_STATE_RUNNING: "running",
-    jobs_pb2.JOB_STATE_PAUSED: "paused",
-    jobs_pb2.JOB_STATE_FINISHED: "finished",
-    jobs_pb2.JOB_STATE_FAILED: "failed",
-    jobs_pb2.JOB_STATE_STOPPED: "stopped",
-}
-
 
 def next_job(jobs: Iterable[JobRecord]) -> JobRecord | None:
     """The queued job whose turn it is: the one of the lowest rank, which is the oldest or one resumed since."""
-    queued = [job for job in jobs if job.state == jobs_pb2.JOB_STATE_QUEUED]
+    queued = [job for job in jobs if job.state == QUEUED]
     return min(queued, key=lambda job: job.rank, default=None)
 
 
@@ -103,7 +93,7 @@ def judge_end(job: JobSight) -> tuple[Ending, str]:
     """
     if job.early:
         return Ending.FINISH, f"ended early at version {job.version}: {job.early}"
-    boundary, paused = job.boundary, job.state == jobs_pb2.JOB_STATE_PAUSED
+    boundary, paused = job.boundary, job.state == PAUSED
     if job.version >= job.num_steps and job.version in job.checkpoints and job.validated:
         return Ending.FINISH, f"all {job.num_steps} steps are done"
     if job.desired == "stop":

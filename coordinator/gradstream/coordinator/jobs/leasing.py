@@ -1,5 +1,7 @@
-"""Who may hold slots of the active job, and the lease table that should be. Reads the membership and the job; decides
-nothing durable."""
+"""Which workers may hold slots of the active job, which of them are stuck, and what the lease table should be.
+
+Reads the membership and the job; stores nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
-from gradstream.coordinator.jobs import decisions
+from gradstream.coordinator.jobs import decisions, stalls
 from gradstream.coordinator.jobs.active import ActiveJob
+from gradstream.coordinator.nodes.benches import find_stuck, stuck_workers
 from gradstream.coordinator.nodes.membership import WORKER, Membership, NodeEntry
 from gradstream.coordinator.planning import needs
+from gradstream.coordinator.timing import Timing
 from gradstream.core.plan.leases import Replica, form_replicas
 from gradstream.core.plan.plan import Plan
 from gradstream.proto.v1 import plan_pb2
@@ -28,8 +32,9 @@ class Proposal:
 class Leasing:
     """Proposes lease tables for the active job."""
 
-    def __init__(self, members: Membership):
+    def __init__(self, members: Membership, timing: Timing):
         self._members = members
+        self._timing = timing
 
     def workers(self, active: ActiveJob) -> list[NodeEntry]:
         """The live workers with memory enough for the active job, oldest first."""
@@ -52,6 +57,27 @@ class Leasing:
         """Whether slots can be computed: in a pipeline that takes a whole replica."""
         plan, workers = active.plan, self.candidates(active, now)
         return bool(self._form(active, plan, workers)[0] if plan is not None and plan.has_pipeline else workers)
+
+    def can_end_step(self, active: ActiveJob, now: float) -> bool:
+        """Whether the step under way can end: its slots can be computed, and not all workers are stuck."""
+        return self.any_worker(active, now) and not self._all_stuck(active, now)
+
+    def _all_stuck(self, active: ActiveJob, now: float) -> bool:
+        """Whether the step under way has no end because none of its workers gets anything done."""
+        sights = stalls.worker_sights(active, self._members, now)
+        stuck = stuck_workers(sights, stalls.slot_seconds(active), self._timing)
+        return bool(stuck) and len(stuck) >= len(self.candidates(active, now))
+
+    def bench_stuck(self, active: ActiveJob, now: float) -> None:
+        """Bench workers that heartbeat but get nothing done, or that cannot reach a peer: their slots move."""
+        if active.resting:
+            return
+        sights = stalls.worker_sights(active, self._members, now)
+        num_able = len(self.candidates(active, now))
+        for node_id, reason in find_stuck(sights, num_able, stalls.slot_seconds(active), self._timing):
+            node = self._members.get(node_id)
+            if node is not None:
+                active.benches.bench(node_id, node.title, reason, False, now)
 
     def propose(self, active: ActiveJob, now: float) -> Proposal:
         """The lease table that the live workers make, and why."""
@@ -97,7 +123,7 @@ class Leasing:
         """Holders that count although they cannot be spoken to.
 
         Those that have registered and are about to open their stream, and, for a time after the coordinator was started
-        anew, those not seen since.
+        again, those not seen since.
         """
         waiting = now < active.expect_holders_until
         expected = []

@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gradstream.coordinator.jobs import decisions
 from gradstream.coordinator.jobs.active import ActiveJob
-from gradstream.coordinator.jobs.controller import (
-    FAILED,
-    FINISHED,
-    PAUSED,
-    QUEUED,
-    RUNNING,
-    STOPPED,
-    Controller,
-    unix_ms,
-)
+from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.journal import Event
 from gradstream.coordinator.state.state import JobRecord
+from gradstream.coordinator.timing import unix_ms
 from gradstream.core.errors import ConfigError
+from gradstream.core.job_states import ENDED, FAILED, FINISHED, PAUSED, QUEUED, RUNNING, STATE_WORDS, STOPPED
 from gradstream.core.rpc.access import by_caller
 
 
@@ -32,10 +24,8 @@ class Orders:
 
     def pause(self, record: JobRecord) -> None:
         """Rest at the next boundary, or at once where nothing runs. Raises ConfigError when the job has ended."""
-        if record.state in decisions.ENDED:
-            raise ConfigError(
-                f"job {record.job_id} is {decisions.STATE_WORDS[record.state]}; only a live job can be paused"
-            )
+        if record.state in ENDED:
+            raise ConfigError(f"job {record.job_id} is {STATE_WORDS[record.state]}; only a live job can be paused")
         active = self._active_of(record)
         if active is None:
             if record.state == QUEUED:
@@ -43,14 +33,16 @@ class Orders:
                 self._journal.store(record, [event], state=PAUSED, desired="pause", reason="paused before it had begun")
             return
         if active.record.desired != "pause" and active.state != PAUSED:
-            self._controller.update(active, Event("state", f"a pause was asked for{by_caller()}"), desired="pause")
+            self._controller.transitions.update(
+                active, Event("state", f"a pause was asked for{by_caller()}"), desired="pause"
+            )
             active.boundary_session = 0
         self._controller.reconcile()
 
     def stop(self, record: JobRecord, now: bool) -> None:
         """End at the next boundary with a checkpoint, or at once. Raises ConfigError when the job has ended."""
-        if record.state in decisions.ENDED:
-            raise ConfigError(f"job {record.job_id} is already {decisions.STATE_WORDS[record.state]}")
+        if record.state in ENDED:
+            raise ConfigError(f"job {record.job_id} is already {STATE_WORDS[record.state]}")
         active = self._active_of(record)
         if active is None:
             event = Event("state", f"stopped before its turn{by_caller()}")
@@ -59,10 +51,10 @@ class Orders:
             return
         asked = Event("state", f"a stop was asked for{by_caller()}")
         if now:
-            reason = f"stopped at once at version {active.version}{self._controller.unsaved(active)}"
-            self._controller.end(active, STOPPED, reason, asked, desired="stop")
+            reason = f"stopped at once at version {active.version}{self._controller.transitions.unsaved(active)}"
+            self._controller.transitions.end(active, STOPPED, reason, asked, desired="stop")
         elif active.record.desired != "stop":
-            self._controller.update(active, asked, desired="stop")
+            self._controller.transitions.update(active, asked, desired="stop")
             active.boundary_session = 0
         self._controller.reconcile()
 
@@ -72,8 +64,7 @@ class Orders:
         active = self._active_of(record)
         if active is None or active.state != RUNNING or active.record.desired != "run":
             raise ConfigError(
-                f"job {record.job_id} is {decisions.STATE_WORDS[record.state]}; only a running job can be asked for a "
-                f"checkpoint"
+                f"job {record.job_id} is {STATE_WORDS[record.state]}; only a running job can be asked for a checkpoint"
             )
         computes = self._controller.leasing.any_worker(active, self._controller.clock())
         after = active.version if computes and active.version in active.checkpoints else active.version - 1
@@ -105,9 +96,9 @@ class Orders:
         if active is not None:
             event = Event("state", f"resumed{by_caller()}")
             if active.state == PAUSED:
-                self._controller.set_state(active, RUNNING, "resumed", event, desired="run")
+                self._controller.transitions.set_state(active, RUNNING, "resumed", event, desired="run")
             elif active.record.desired != "run":
-                self._controller.update(active, event, desired="run")
+                self._controller.transitions.update(active, event, desired="run")
             # From here on it is stored.
             active.halted_version = None
             active.held_until = 0.0

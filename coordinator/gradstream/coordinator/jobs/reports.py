@@ -7,6 +7,7 @@ ever.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.telemetry.timelines import check_timeline
 from gradstream.core.checkpoint.manifest import directory_of, write_manifest
 from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError, one_line
+from gradstream.core.job_states import ENDED
 from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
@@ -68,7 +70,7 @@ class Reports:
         if active is None:
             return
         if report.epoch != record.epoch or report.step != active.version:
-            # Out of turn, or a late report of an earlier epoch that still counts: add it all up anew.
+            # Out of turn, or a late report of an earlier epoch that still counts: add it all up again.
             active.totals = self._state.step_totals(record.job_id, record.epoch, record.start_version)
         else:
             totals = active.totals
@@ -234,7 +236,7 @@ class Reports:
         keep = active.recipe.checkpoint.keep
         try:
             async with self._controller.pins.choosing(root):
-                pinned = self._controller.pinned_versions(active)
+                pinned = self._pinned(active, root)
                 # To its end: what is pinned after the lock is let go of would not be spared.
                 removed, left = await self._controller.disk.finish(root, checkpoints.remove_old, root, keep, pinned)
         except (OSError, UnreachableError) as error:
@@ -246,6 +248,16 @@ class Reports:
             versions = ", ".join(map(str, removed))
             line = f"removed version {versions}: the newest {keep} are kept"
             self._controller.journal.note(active.job_id, "checkpoint", line)
+
+    def _pinned(self, active: ActiveJob, root: str) -> set[int]:
+        """The versions under `root` whose checkpoints stay, however old: those that a plan starts from or an export
+        reads, those that may be a fine-tuning's result, and the bases of jobs that have not ended."""
+        bases = [
+            base
+            for record in self._state.list_jobs()
+            if record.state not in ENDED and (base := _base_path(record.recipe_json))
+        ]
+        return self._controller.pins.of(root) | active.candidates | checkpoints.bases_under(root, bases)
 
     # --- timelines --------------------------------------------------------------------------------------------------
 
@@ -307,6 +319,12 @@ class Reports:
     @staticmethod
     def _recipe(record: JobRecord, active: ActiveJob | None) -> Recipe:
         return active.recipe if active is not None else Recipe.model_validate_json(record.recipe_json)
+
+
+def _base_path(recipe_json: str) -> str:
+    """Where the base of a fine-tuning's recipe lies; empty for any other job."""
+    finetuning = json.loads(recipe_json).get("finetuning") or {}
+    return str((finetuning.get("base") or {}).get("path", ""))
 
 
 def _total(values: Sequence[float]) -> float:

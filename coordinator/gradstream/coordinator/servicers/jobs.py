@@ -15,13 +15,14 @@ import grpc.aio
 
 from gradstream.coordinator.jobs import checkpoints, decisions
 from gradstream.coordinator.jobs.active import nothing
-from gradstream.coordinator.jobs.controller import Controller, unix_ms
+from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.orders import Orders
 from gradstream.coordinator.nodes.membership import SERVER
 from gradstream.coordinator.planning import planner
 from gradstream.coordinator.planning.inventory import check_model, special_tokens
 from gradstream.coordinator.servicers.views import Views
 from gradstream.coordinator.state.state import JobRecord
+from gradstream.coordinator.timing import unix_ms
 from gradstream.core.checkpoint.manifest import directory_of, read_manifest
 from gradstream.core.checkpoint.weights_files import sent_pieces
 from gradstream.core.credentials.tokens import expiring
@@ -35,6 +36,7 @@ from gradstream.core.errors import (
     nearest,
     one_line,
 )
+from gradstream.core.job_states import ENDED, STATE_WORDS
 from gradstream.core.model import check as model_check
 from gradstream.core.pretrained.export import huggingface_weights, write_huggingface
 from gradstream.core.recipe.loading import parse_recipe
@@ -156,7 +158,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             job_id = self._find(request.job_id).job_id
 
             def is_over() -> bool:
-                return not request.follow or self._find(job_id).state in decisions.ENDED
+                return not request.follow or self._find(job_id).state in ENDED
 
             async for item in self._controller.notifier.follow(job_id, request.after_cursor, is_over):
                 yield item
@@ -195,7 +197,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                     return jobs_pb2.CheckpointJobResponse(checkpoint=listing[-1])
                 if not self._orders.checkpoint_comes(record, version):
                     state = self._find(record.job_id).state
-                    raise CheckpointError(f"job {record.job_id} is {decisions.STATE_WORDS[state]} before its next step")
+                    raise CheckpointError(f"job {record.job_id} is {STATE_WORDS[state]} before its next step")
                 await change.wait()
 
     async def ListCheckpoints(

@@ -11,11 +11,12 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from gradstream.coordinator.jobs.controller import Controller, unix_ms
+from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.reports import Reports
 from gradstream.coordinator.nodes.membership import KIND_WORDS, SERVER, WORKER
 from gradstream.coordinator.nodes.sessions import Session as NodeStream
 from gradstream.coordinator.state.state import JobRecord
+from gradstream.coordinator.timing import unix_ms
 from gradstream.core import __version__
 from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.errors import AccessError, ConfigError, DataError, GradstreamError, ProtocolError, one_line
@@ -116,11 +117,11 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         try:
             message: coordinator_pb2.SessionRequest | None = first
             while message is not None:
-                if not self._controller.heartbeat(session, message.activity):
+                if not self._controller.nodes.heartbeat(session, message.activity, self._controller.clock()):
                     why = "this stream counts no more"
                     break
                 if message.HasField("vitals"):
-                    self._controller.note_vitals(session, message.vitals)
+                    self._controller.nodes.note_vitals(session, message.vitals)
                 if message.log:
                     self._log(session, message)
                 if message.leaving:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gradstream.coordinator.jobs import decisions as scheduler
+from gradstream.coordinator.jobs import decisions
 from gradstream.coordinator.jobs.active import ActiveJob
-from gradstream.coordinator.jobs.controller import PAUSED, PLANNING, QUEUED, RUNNING, Controller, unix_ms
+from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.residuals import standing
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
 from gradstream.coordinator.state.state import JobRecord
+from gradstream.coordinator.timing import unix_ms
+from gradstream.core.job_states import PAUSED, PLANNING, QUEUED, RUNNING, STATE_WORDS
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.recipe.recipe import CodecConfig, Recipe
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
@@ -134,7 +136,7 @@ class Views:
     def _turn(self, record: JobRecord) -> jobs_pb2.Wait:
         active = self._controller.active
         if active is not None:
-            whom = f"job {active.job_id}, which is {scheduler.STATE_WORDS[active.state]}"
+            whom = f"job {active.job_id}, which is {STATE_WORDS[active.state]}"
         else:
             whom = "the jobs queued before it"
         return jobs_pb2.Wait(what="its turn", whom=whom, since_unix_ms=record.submitted_unix_ms)
@@ -181,8 +183,8 @@ class Views:
         free = [slot for slot, holder in enumerate(active.holders) if not holder and not active.resting]
         if free:
             lacking = active.lease_reason.partition("no replica: ")[2]
-            whom = f"a replica for slots {scheduler.joined(free)} ({lacking})" if lacking else ""
-            waits.append((whom or f"a worker for slots {scheduler.joined(free)}", "a worker to register"))
+            whom = f"a replica for slots {decisions.joined(free)} ({lacking})" if lacking else ""
+            waits.append((whom or f"a worker for slots {decisions.joined(free)}", "a worker to register"))
             waits.extend(benched)
         leader = active.plan.servers[active.plan.leader].name
         done = active.version >= active.num_steps
@@ -204,10 +206,10 @@ class Views:
             return [(active.hold, "the operator of the storage")]
         if active.planning is not None:
             return [("the plan to be made", "the coordinator")]
-        servers, workers = self._controller.plannable(active)
-        if frozenset(node.node_id for node in (*servers, *workers)) == active.refused_nodes:
+        nodes = self._controller.plan_making.nodes(active)
+        if nodes.ids == active.refused_nodes:
             return [(f"nodes that can hold the job: {active.refusal}", "a node to register")]
-        missing = scheduler.missing_nodes(active.recipe, len(servers), len(workers), active.need_workers)
+        missing = decisions.missing_nodes(active.recipe, len(nodes.servers), len(nodes.workers), active.need_workers)
         return [*missing, *self._silent_servers(active)]
 
     def _silent_servers(self, active: ActiveJob) -> list[tuple[str, str]]:
@@ -247,7 +249,7 @@ class Views:
     def _validation_wait(self, active: ActiveJob) -> tuple[str, str]:
         parts = self._state.validation_parts(active.job_id, active.num_steps)
         late = [slot for slot in range(len(active.holders)) if slot not in parts]
-        return f"the last validation pass, slots {scheduler.joined(late)}", self._holders_of(active, late)
+        return f"the last validation pass, slots {decisions.joined(late)}", self._holders_of(active, late)
 
     def _holders_of(self, active: ActiveJob, slots: Sequence[int]) -> str:
         holders = [active.holders[slot] for slot in slots if slot < len(active.holders)]
@@ -267,7 +269,7 @@ class Views:
             since = activity.waiting_since_unix_ms or unix_ms() - int(idle_seconds * 1000)
             if activity.missing_slots:
                 slots = list(activity.missing_slots)[: len(active.holders)]
-                what = f"contributions of slots {scheduler.joined(slots)} to step {activity.step} at {node.name}"
+                what = f"contributions of slots {decisions.joined(slots)} to step {activity.step} at {node.name}"
                 waits.append(jobs_pb2.Wait(what=what, whom=self._holders_of(active, slots), since_unix_ms=since))
             elif activity.waiting_for:
                 waits.append(

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gradstream.core.job_states import QUEUED
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 MAX_LOG_LINES = 50_000
@@ -25,7 +26,7 @@ class JobRecord:
     manifest_json: str
     run_directory: str
     submitted_unix_ms: int
-    state: jobs_pb2.JobState.ValueType = jobs_pb2.JOB_STATE_QUEUED
+    state: jobs_pb2.JobState.ValueType = QUEUED
     reason: str = ""
     desired: str = "run"
     # Queued jobs run in rising order of rank; a resumed one gets a rank below all others.

@@ -14,12 +14,12 @@ from typing import Any
 
 from gradstream.core.checkpoint.manifest import MANIFEST_NAME
 from gradstream.core.errors import CheckpointError, ConfigError
+from gradstream.core.job_states import RUNNING
 from gradstream.core.pretrained import base as base_model
 from gradstream.core.pretrained.tokenizer import TEMPLATES_DIRECTORY, record_tokenizer
 from gradstream.core.recipe.finetuning import Base
 from gradstream.core.storage import files
 from gradstream.core.storage.paths import local_of
-from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.fine_tuning.coordinator_jobs import Jobs
 from gradstream.services.fine_tuning.threads import in_thread
 
@@ -73,7 +73,7 @@ async def held_base(jobs: Jobs, base_model: str) -> AsyncIterator[tuple[str, str
     match = _JOB.fullmatch(base_model)
     if match is None:
         raise ConfigError(f"base_model '{base_model}' is not of the form job:ID or job:ID@VERSION")
-    if match[2] is None and (await jobs.get(match[1])).state == jobs_pb2.JOB_STATE_RUNNING:
+    if match[2] is None and (await jobs.get(match[1])).state == RUNNING:
         # It may rest, or end, by the time that it is asked; then its last checkpoint is the newest there is.
         with suppress(ConfigError, CheckpointError):
             await jobs.checkpoint(match[1])

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
+from gradstream.core import job_states
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.recipe.loading import parse_recipe
@@ -21,7 +22,6 @@ from gradstream.core.rpc.reach import why_unreachable
 from gradstream.core.rpc.retry import Backoff, ending
 from gradstream.core.rpc.transport import PLAIN, Transport
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
-from gradstream.services.fine_tuning.lifecycle import ENDED_JOBS
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class Jobs:
                             cursor = item.cursor
                             yield item
                 # A coordinator that shuts down may end a stream in good order too.
-                if (await self.get(job_id)).state in ENDED_JOBS:
+                if (await self.get(job_id)).state in job_states.ENDED:
                     return
             except grpc.aio.AioRpcError as rpc_error:
                 error = self._error(rpc_error)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from google.protobuf.json_format import MessageToDict
 
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError, nearest, one_line
+from gradstream.core.job_states import FINISHED
 from gradstream.core.log import get_logger
 from gradstream.core.recipe.finetuning_recipe import FEW_STEPS, MORE_STEPS, FineTuningRecipe, parse_finetuning_recipe
 from gradstream.core.recipe.loading import parse_recipe
@@ -145,7 +146,7 @@ class FineTunings:
             if not record.job_id:
                 return self._restart(name, state="preparing", reason="resumed")
             job = await self._jobs.get(record.job_id)
-            if job.state != jobs_pb2.JOB_STATE_FINISHED:
+            if job.state != FINISHED:
                 await self._jobs.resume(record.job_id)
                 return record if not record.has_ended else self._restart(name, state="training", reason="resumed")
             outcome = after_job(job, record.best_version)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from enum import Enum
 
+from gradstream.core import job_states
 from gradstream.core.recipe.early_stopping import best_version, stops_early
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.fine_tuning.store import Record, State
-
-ENDED_JOBS = (jobs_pb2.JOB_STATE_FINISHED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_STOPPED)
 
 
 class Phase(Enum):
@@ -35,11 +34,11 @@ def next_phase(record: Record) -> Phase:
 
 def after_job(job: jobs_pb2.Job, version: int | None) -> tuple[State, str] | None:
     """State and reason that follow from the job's; None while it goes on."""
-    if job.state not in ENDED_JOBS:
+    if job.state not in job_states.ENDED:
         return None
-    if job.state == jobs_pb2.JOB_STATE_FAILED:
+    if job.state == job_states.FAILED:
         return "failed", f"job {job.job_id} failed: {job.reason}"
-    if job.state == jobs_pb2.JOB_STATE_STOPPED:
+    if job.state == job_states.STOPPED:
         return "cancelled", f"job {job.job_id} {job.reason or 'was stopped'}"
     if version is None:
         return "failed", (

@@ -1,0 +1,26 @@
+"""The states of a job's life: their numbers on the wire, their names for people, and which of them end it."""
+
+from __future__ import annotations
+
+from gradstream.proto.v1 import jobs_pb2
+
+QUEUED = jobs_pb2.JOB_STATE_QUEUED
+PLANNING = jobs_pb2.JOB_STATE_PLANNING
+RUNNING = jobs_pb2.JOB_STATE_RUNNING
+PAUSED = jobs_pb2.JOB_STATE_PAUSED
+FINISHED = jobs_pb2.JOB_STATE_FINISHED
+FAILED = jobs_pb2.JOB_STATE_FAILED
+STOPPED = jobs_pb2.JOB_STATE_STOPPED
+
+ENDED = (FINISHED, FAILED, STOPPED)
+"""A job in one of them makes no more steps unless it is resumed."""
+
+STATE_WORDS = {
+    QUEUED: "queued",
+    PLANNING: "planning",
+    RUNNING: "running",
+    PAUSED: "paused",
+    FINISHED: "finished",
+    FAILED: "failed",
+    STOPPED: "stopped",
+}

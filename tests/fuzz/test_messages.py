@@ -36,7 +36,8 @@ from gradstream.core.wire.frames import Assembler, frames, parse, verify
 from gradstream.proto.v1 import coordinator_pb2, fine_tuning_pb2, jobs_pb2, plan_pb2, worker_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server import autocodec
-from gradstream.services.parameter_server.leader import Decision, Leader, decide_commit
+from gradstream.services.parameter_server.commit import Decision, decide_commit
+from gradstream.services.parameter_server.leader import Leader
 from gradstream.services.parameter_server.tuner import Tuner
 from gradstream.worker.pipeline.inbound import FORWARD
 from gradstream.worker.pipeline.neighbours import Neighbours, Place, check_hello

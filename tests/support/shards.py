@@ -28,7 +28,7 @@ from gradstream.core.wire.frames import Assembler, checksum, frames, parse, veri
 from gradstream.core.wire.stubs import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.services.parameter_server.leader import Decision
+from gradstream.services.parameter_server.commit import Decision
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 from gradstream.services.parameter_server.shard import Shard
 from support.micro import MICRO_LLAMA

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from gradstream.core.errors import ProtocolError
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.services.parameter_server.leader import Decision, Leader, decide_commit
+from gradstream.services.parameter_server.commit import Decision, decide_commit
+from gradstream.services.parameter_server.leader import Leader
 
 
 def report(server: int, squared_norms: list[float], step: int = 3, num_tokens: int = 64) -> pb.CompleteStepRequest:

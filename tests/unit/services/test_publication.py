@@ -28,7 +28,7 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.wire.frames import Assembler, parse, verify
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.bundle_state import BundleState
-from gradstream.services.parameter_server.leader import Decision
+from gradstream.services.parameter_server.commit import Decision
 from gradstream.services.parameter_server.publication import Copy, Publisher, publisher
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 from gradstream.worker.attempt import AbandonedError

@@ -6,19 +6,74 @@ A server's own order of these phases is `Shard._commit`; who waits for whom is i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from gradstream.core.codecs import codec_named, codec_on_wire
-from gradstream.core.errors import one_line
+from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.plan.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.accumulation import StepTotals
 from gradstream.services.parameter_server.bundle_state import BundleState, FragmentState
-from gradstream.services.parameter_server.leader import Decision, decide_commit
 from gradstream.services.parameter_server.optimizer import learning_rate
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all servers do with a step."""
+
+    step: int
+    skip: bool
+    clip_scale: float
+    num_tokens: int
+    grad_norm: float
+    loss: float
+    pushed_bytes: int
+    consecutive_skips: int
+    checkpoint: bool = False
+    halt: bool = False
+    push_codec: plan_pb2.Codec.ValueType = plan_pb2.CODEC_UNSPECIFIED
+    pull_codec: plan_pb2.Codec.ValueType = plan_pb2.CODEC_UNSPECIFIED
+
+    @classmethod
+    def from_proto(cls, answer: pb.CompleteStepResponse, step: int) -> Decision:
+        """The decision on `step` as another server learns it; norm, loss and bytes are the leader's to report. Raises
+        ProtocolError for one that no leader makes."""
+        if answer.step != step or not answer.num_tokens or not 0 <= answer.clip_scale <= 1:
+            raise ProtocolError(
+                f"the leader decided on step {answer.step} of {answer.num_tokens} tokens with a scale of "
+                f"{answer.clip_scale:g}, when it was asked for step {step}"
+            )
+        return cls(
+            step=answer.step,
+            skip=answer.skip,
+            clip_scale=answer.clip_scale,
+            num_tokens=answer.num_tokens,
+            grad_norm=math.nan,
+            loss=math.nan,
+            pushed_bytes=0,
+            consecutive_skips=answer.consecutive_skips,
+            checkpoint=answer.checkpoint,
+            push_codec=answer.push_codec,
+            pull_codec=answer.pull_codec,
+        )
+
+    def to_proto(self) -> pb.CompleteStepResponse:
+        """The answer that carries the decision to the other servers."""
+        return pb.CompleteStepResponse(
+            step=self.step,
+            skip=self.skip,
+            clip_scale=self.clip_scale,
+            num_tokens=self.num_tokens,
+            checkpoint=self.checkpoint,
+            consecutive_skips=self.consecutive_skips,
+            push_codec=self.push_codec,
+            pull_codec=self.pull_codec,
+        )
+
 
 # -- complete ----------------------------------------------------------------------------------------------------------
 
@@ -39,6 +94,35 @@ def completion(
 
 
 # -- decide ------------------------------------------------------------------------------------------------------------
+
+
+def decide_commit(
+    step: int,
+    reports: Mapping[int, pb.CompleteStepRequest],
+    loss_sum: float,
+    clip_norm: float,
+    consecutive_skips: int,
+) -> tuple[Decision, str]:
+    """Commit or skip a step that all servers have completed; return (decision, reason).
+
+    The global norm sums every fragment's squared norm exactly (math.fsum), so it does not depend on which server held
+    what. The scale is that of torch.nn.utils.clip_grad_norm_.
+    """
+    num_tokens = next(iter(reports.values())).num_tokens
+    pushed_bytes = sum(report.pushed_bytes for report in reports.values())
+    squared = [value for report in reports.values() for value in report.squared_norms]
+    finite = all(map(math.isfinite, squared)) and math.isfinite(loss_sum)
+    try:
+        grad_norm = math.sqrt(math.fsum(squared)) / num_tokens if finite else math.nan
+    except OverflowError:  # of finite norms the sum may not be
+        finite, grad_norm = False, math.nan
+    loss = loss_sum / num_tokens
+    base = Decision(step, False, 1.0, num_tokens, grad_norm, loss, pushed_bytes, 0)
+    if not finite:
+        skips = consecutive_skips + 1
+        return replace(base, skip=True, consecutive_skips=skips), f"the gradient of step {step} is not finite"
+    scale = min(1.0, clip_norm / (grad_norm + 1e-6))
+    return replace(base, clip_scale=scale), "all servers have every contribution"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from gradstream.core.wire.stream_limits import MAX_STREAM_MESSAGE_BYTES
 from gradstream.core.wire.stubs import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.services.parameter_server.leader import Decision
+from gradstream.services.parameter_server.commit import Decision
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 from gradstream.services.parameter_server.shard import Shard
 

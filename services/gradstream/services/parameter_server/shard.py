@@ -35,8 +35,8 @@ from gradstream.services.parameter_server import commit
 from gradstream.services.parameter_server.accumulation import Accumulation
 from gradstream.services.parameter_server.bundle_state import BundleState, FragmentState
 from gradstream.services.parameter_server.checkpointing import CheckpointWriter
-from gradstream.services.parameter_server.commit import CompletedStep, Update
-from gradstream.services.parameter_server.leader import Decision, Leader
+from gradstream.services.parameter_server.commit import CompletedStep, Decision, Update
+from gradstream.services.parameter_server.leader import Leader
 from gradstream.services.parameter_server.loading import load_bundles
 from gradstream.services.parameter_server.publication import Copy
 from gradstream.services.parameter_server.tuner import Tuner

@@ -139,3 +139,10 @@ def test_the_dockerfile_runs_nothing_as_root_and_names_every_service() -> None:
 )
 def test_every_recipe_that_comes_along_is_valid(path: Path) -> None:
     assert load_any_recipe(path, ["base_model=/somewhere"] if "finetune" in path.name else []).name
+
+
+def test_paths_are_limited_for_services_and_not_for_people(services: dict[str, Any]) -> None:
+    """`cli` prepares data from wherever its user says."""
+    serving = {"coordinator", "parameter-server", "worker", "worker-gpu", "fine-tuning"}
+    limited = {name for name, service in services.items() if "GRADSTREAM_PATHS" in service.get("environment", {})}
+    assert limited == serving

@@ -1,0 +1,215 @@
+"""The tries of a version: which one comes next, and this worker's part of it.
+
+Without a pipeline, and on the first worker of a replica, the next try follows from the slots that are held and those
+that are done. The others compute the tries that the first worker begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from typing import TypeVar
+
+from gradstream.core.node.faults import Faults
+from gradstream.core.pipeline.schedule import most_slots
+from gradstream.core.plan.plan import Plan
+from gradstream.core.telemetry.timeline import SpanKind
+from gradstream.worker.attempt import Alone, Exchange, Try, num_microbatches, num_samples
+from gradstream.worker.compute import SlotComputer
+from gradstream.worker.held_slots import HeldSlots
+from gradstream.worker.pipeline.inbound import FORWARD
+from gradstream.worker.pipeline.neighbours import Neighbours, Place
+from gradstream.worker.push import Pusher
+from gradstream.worker.residuals import ResidualKeeper
+from gradstream.worker.samples.data import SlotReader, Split
+from gradstream.worker.samples.readers import Readers
+from gradstream.worker.status import Reports, Status
+from gradstream.worker.timeline import Timeline
+from gradstream.worker.weights import Inbox
+
+T = TypeVar("T")
+Done = set[tuple[int, bool]]
+"""(slot, whether it was the validation pass) of what was computed at a version."""
+
+
+def next_slots(
+    plan: Plan, version: int, held: Sequence[int], done: Collection[tuple[int, bool]]
+) -> tuple[tuple[int, ...], bool] | None:
+    """The slots of the next try at a version, and whether it is a validation pass; None when all of it is done."""
+    recipe = plan.recipe
+    for slot in held:
+        if recipe.validates(version) and (slot, True) not in done:
+            return (slot,), True
+        if version < recipe.training.num_steps and (slot, False) not in done:
+            return _together(plan, version, slot, held, done), False
+    return None
+
+
+def _together(
+    plan: Plan, version: int, first: int, held: Sequence[int], done: Collection[tuple[int, bool]]
+) -> tuple[int, ...]:
+    """The slots that are computed in one go: in a pipeline, so that it is filled once and not for each."""
+    slots = [first]
+    if plan.replica_size > 1 and not plan.recipe.validates(version):
+        slots += [slot for slot in held if slot > first and (slot, False) not in done]
+    per_slot = num_microbatches(plan, Try(0, version, (first,)))
+    count = most_slots(plan.schedule, plan.replica_size, per_slot, plan.num_chunks, len(slots))
+    return tuple(slots[:count])
+
+
+class Tries:
+    """Gives the tries of a version one after the other, and waits while there is none."""
+
+    def __init__(self, plan: Plan, held: HeldSlots, status: Status, timeline: Timeline):
+        self._plan = plan
+        self._held = held
+        self._status = status
+        self._timeline = timeline
+
+    async def begin(self, version: int, done: Done, neighbours: Neighbours | None) -> Try | None:
+        """On the first worker: begin the next try of a version; None when all of it is done."""
+        found = next_slots(self._plan, version, self._held.slots, done)
+        if found is None:
+            return None
+        slots, validate = found
+        if neighbours is None:
+            return Try(0, version, slots, validate)
+        flushed = neighbours.begin(version, slots, validate)
+        return await self._status.wait(f"{neighbours.links[FORWARD].title} to take what it was sent", flushed)
+
+    async def follow(
+        self, version: int, place: Place, neighbours: Neighbours, upcoming: asyncio.Task[Inbox]
+    ) -> Try | None:
+        """On the others: the next try of this version that the first worker begins. None when something else has
+        happened: the next version or a lease table has come, or the try is void."""
+        waiting_for = f"work at version {version} from {place.title(0)}"
+        if version >= self._plan.num_steps:
+            waiting_for = "the end of the job"
+        leases = asyncio.ensure_future(self._held.next_change())
+        coming = asyncio.ensure_future(neighbours.next_try())
+        wait = self._status.wait
+        try:
+            with self._timeline.span(SpanKind.WAIT):
+                await wait(waiting_for, asyncio.wait([coming, upcoming, leases], return_when=asyncio.FIRST_COMPLETED))
+                if coming.done() and coming.result().version > version:
+                    # It is there when this worker has that version, too.
+                    waiting_for = f"version {coming.result().version}"
+                    await wait(waiting_for, asyncio.wait([upcoming, leases], return_when=asyncio.FIRST_COMPLETED))
+        finally:
+            leases.cancel()
+            coming.cancel()
+        if not coming.done() or coming.result().version > version:
+            return None
+        attempt = coming.result()
+        neighbours.took(attempt)
+        return attempt if attempt.version == version and neighbours.is_valid(attempt) else None
+
+    async def wait_for_next(self, version: int, upcoming: asyncio.Task[Inbox]) -> None:
+        """Wait for the next version, or for a lease table."""
+        if version >= self._plan.num_steps:
+            waiting_for = "the end of the job"
+        else:
+            waiting_for = f"version {version + 1} from {', '.join(server.name for server in self._plan.servers)}"
+        leases = asyncio.ensure_future(self._held.next_change())
+        try:
+            with self._timeline.span(SpanKind.WAIT):
+                await self._status.wait(
+                    waiting_for, asyncio.wait([upcoming, leases], return_when=asyncio.FIRST_COMPLETED)
+                )
+        finally:
+            leases.cancel()
+
+
+class TryRunner:
+    """Computes this worker's part of a try: reads the samples, runs the passes in the compute thread, and hands on what
+    they give: gradients to the pusher, a validation loss to the reports."""
+
+    def __init__(
+        self,
+        computer: SlotComputer,
+        compute_thread: Executor,
+        readers: Readers,
+        keeper: ResidualKeeper,
+        pusher: Pusher,
+        faults: Faults,
+        timeline: Timeline,
+        status: Status,
+        reports: Reports,
+    ):
+        self._plan = computer.plan
+        self._computer = computer
+        self._compute_thread = compute_thread
+        self._readers = readers
+        self._keeper = keeper
+        self._pusher = pusher
+        self._faults = faults
+        self._timeline = timeline
+        self._status = status
+        self._reports = reports
+
+    async def run(self, attempt: Try, neighbours: Neighbours | None, is_current: Callable[[], bool]) -> None:
+        """Compute a try. Raises AbandonedError when it has become void, or `is_current()` turns false: the next
+        version has come, or the job has ended."""
+        readers = await self._readers_of(attempt)
+        for slot in attempt.slots:
+            await self._status.wait(f"the residual of slot {slot}", self._keeper.load(attempt.version, slot))
+        self._keeper.take_up(attempt.version, list(attempt.slots))
+
+        def wanted() -> bool:
+            return (neighbours is None or neighbours.is_valid(attempt)) and is_current()
+
+        def goes_on() -> bool:
+            # Asked once a microbatch.
+            self._status.count_microbatch()
+            return wanted()
+
+        exchange: Exchange = Alone()
+        if neighbours is not None:
+            neighbours.run(attempt, wanted)
+            exchange = neighbours
+        self._status.enter("validating" if attempt.validate else "computing")
+        if not attempt.validate:
+            await self._compute(partial(self._train, readers, attempt, goes_on, exchange))
+            return
+        slot = attempt.slots[0]
+        found = await self._compute(partial(self._validate, readers.get(slot), attempt, goes_on, exchange))
+        if found is not None:
+            self._reports.validation(attempt.version, slot, *found)
+
+    async def _readers_of(self, attempt: Try) -> dict[int, SlotReader]:
+        """The readers of a try's slots; none where this worker's stages need no tokens."""
+        split: Split = "validation" if attempt.validate else "train"
+        stages = self._plan.stages_of_worker(self._computer.worker)
+        # A stage in the middle needs to know of packed rows which tokens may see which.
+        packed = self._plan.data_manifest.layout == "rows"
+        reads = packed or 0 in stages or self._plan.num_stages - 1 in stages
+        readers = {}
+        for slot in attempt.slots if reads else ():
+            coming = self._readers.get(split, slot)
+            readers[slot] = await self._status.wait(f"the {split} data shards of slot {slot}", coming)
+        return readers
+
+    async def _compute(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._compute_thread, function)
+
+    # -- in the compute thread -------------------------------------------------------------------------------------
+
+    def _train(
+        self, readers: Mapping[int, SlotReader], attempt: Try, wanted: Callable[[], bool], exchange: Exchange
+    ) -> None:
+        step = attempt.version
+        batch = self._plan.recipe.training.slot_batch
+        for slot in attempt.slots:
+            self._faults.before_slot(step, slot)
+        batches = {slot: reader.batch(step, batch) for slot, reader in readers.items()}
+        with self._timeline.computing(SpanKind.COMPUTE, attempt.slots[0]):
+            self._computer.run(attempt, batches, partial(self._pusher.submit, step), wanted, exchange)
+
+    def _validate(
+        self, reader: SlotReader | None, attempt: Try, wanted: Callable[[], bool], exchange: Exchange
+    ) -> tuple[float, int] | None:
+        batch = None if reader is None else reader.validation_batch(num_samples(self._plan, attempt))
+        with self._timeline.computing(SpanKind.VALIDATE, attempt.slots[0]):
+            return self._computer.evaluate(attempt, batch, wanted, exchange)

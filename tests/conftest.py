@@ -23,8 +23,8 @@ settings.load_profile("gradstream")
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """torch computes with one thread, as recipes have it by default: only then layers are fused, and for small models
-    more threads cost more than they bring."""
+    """torch computes with one thread, as recipes have it by default: for small models more threads cost more than they
+    bring."""
     import torch
 
     before = torch.get_num_threads()

@@ -29,8 +29,6 @@ from gradstream.core.codecs import CODEC_NAMES, codec_named
 from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.data.sources import list_files
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, ProtocolError
-from gradstream.core.pipeline.schedule import parse_csv
-from gradstream.core.pipeline.validation import validate
 from gradstream.core.plan.plan import Plan
 from gradstream.core.pretrained import base as base_model
 from gradstream.core.recipe.finetuning_recipe import ExamplesConfig, load_any_recipe, parse_finetuning_recipe
@@ -485,9 +483,3 @@ def size(data: bytes) -> None:
 def bit_rate(data: bytes) -> None:
     """`--link 1Gb/s`."""
     assert 0 < parse_bit_rate(data.decode("utf-8", "surrogateescape")) < 1e18
-
-
-@target(ConfigError, seeds=lambda: [b"0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n", b"0F0,,0I0,0W0\n"])
-def schedule(data: bytes) -> None:
-    """A schedule's table."""
-    validate(parse_csv(data.decode("utf-8", "replace")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -120,11 +119,6 @@ class Evaluation(_Value):
             num_exact=message.num_exact,
             samples=tuple(Sample(sample.prompt, sample.expected, sample.generated) for sample in message.samples),
         )
-
-    @property
-    def exact_share(self) -> float:
-        """Share of the prompts that were completed exactly; NaN when there were none."""
-        return self.num_exact / self.num_prompts if self.num_prompts else math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,8 @@ def test_a_fine_tuning_is_typed(client: FineTuningClient) -> None:
     assert found.job.job_id == "task-1"
     assert found.before is not None
     assert found.after is not None
-    assert (found.before.loss, found.after.loss, found.after.exact_share) == (3.25, 0.5, 0.5)
+    assert (found.before.loss, found.after.loss) == (3.25, 0.5)
+    assert (found.after.num_exact, found.after.num_prompts) == (1, 2)
     assert found.after.samples[0].generated == "return a + b"
     assert found.examples is not None
     assert found.examples.bad_rows == ("task.jsonl:4: the completion is empty",)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[2]
-FILES = ("unit/core/test_weight_gradients.py", "unit/core/test_fused_layers.py", "unit/worker/test_compute.py")
+FILES = ("unit/core/test_weight_gradients.py", "unit/worker/test_compute.py")
 ARITHMETIC = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 """SSE kernels. Their blocks are smaller: MKL's sums of 128 products already have other bits when they are added in
 place, which those of AVX2 and AVX-512 have from some hundred on."""

@@ -11,8 +11,6 @@ from support.micro import MICRO_LLAMA, micro_plan
 from torch import nn
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.model.fused_functions import cross_entropy_sum
-from gradstream.core.model.fused_layers import fuse
 from gradstream.core.model.model import build, derive_seed, forward_units, initial_weights, inventory
 from gradstream.core.model.stage_module import sections_of
 from gradstream.core.pipeline.schedule import Action, Op
@@ -100,7 +98,6 @@ def plain_autograd(model_config: dict[str, Any], slot: int, microbatch: int) -> 
     model = build(model_config)
     load(model, model_config)
     model.train()
-    fuse(model)  # what that changes is a test of its own
     under_way = [0]
 
     def begin(name: str) -> None:  # what a unit draws depends on its name and the microbatch alone
@@ -111,7 +108,7 @@ def plain_autograd(model_config: dict[str, Any], slot: int, microbatch: int) -> 
     loss_sum = 0.0
     for under_way[0], piece in enumerate(torch.from_numpy(TOKENS).split(microbatch)):
         logits_BTV = model(input_ids=piece[:, :-1], use_cache=False).logits
-        loss = cross_entropy_sum(logits_BTV.flatten(0, 1), piece[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), piece[:, 1:].flatten(), reduction="sum")
         loss.backward()
         loss_sum += float(loss.detach())
     return {name: parameter.grad for name, parameter in model.named_parameters()}, loss_sum

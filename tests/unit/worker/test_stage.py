@@ -11,7 +11,6 @@ import pytest
 import torch
 from support.tiny import GPT2, LLAMA, NO_DROPOUT, VOCAB_SIZE
 
-from gradstream.core.model.fused_functions import cross_entropy_sum
 from gradstream.core.model.model import UnitDraws, initial_weights
 from gradstream.core.model.stage_module import StageModule, stage_tensors
 from gradstream.core.model.weight_gradients import WeightPart
@@ -78,7 +77,8 @@ class Pipeline:
             draws.key = (microbatch,)
 
     def loss_sum(self, logits_BTV: torch.Tensor, microbatch: int) -> torch.Tensor:
-        return cross_entropy_sum(logits_BTV.flatten(0, 1), self.tokens[microbatch, :, 1:].flatten())
+        targets_N = self.tokens[microbatch, :, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction="sum")
 
     def run(self, most_actions: int = 10**9) -> None:
         """Go round the workers; each computes as far as it can, but not more than `most_actions` in all."""

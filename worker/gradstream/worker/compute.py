@@ -16,15 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradstream.core.kernels.exp import IGNORED
-from gradstream.core.model.fused_functions import cross_entropy_sum
 from gradstream.core.model.model import UnitDraws, hidden_size
 from gradstream.core.pipeline.schedule import SPLIT, Action, Op, Row
 from gradstream.core.plan.plan import Plan
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.core.wire.slot_totals import SlotTotals
 from gradstream.worker.attempt import AbandonedError, Emit, Exchange, Try, schedule_for
-from gradstream.worker.samples.data import Batch
+from gradstream.worker.samples.data import IGNORED, Batch
 from gradstream.worker.samples.packing import layout_of
 from gradstream.worker.stage import StageRunner
 from gradstream.worker.stage_build import Use, build_stages
@@ -232,7 +230,8 @@ class SlotComputer:
 
     def _loss_sum(self, logits_BTV: torch.Tensor, microbatch: int) -> torch.Tensor:
         targets_N = self._microbatches.targets[microbatch].flatten()
-        loss_sum = cross_entropy_sum(logits_BTV.float().flatten(0, 1), targets_N)
+        logits_NV = logits_BTV.float().flatten(0, 1)
+        loss_sum = nn.functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum")
         router_loss = self._stages[self.plan.num_stages - 1].router_loss
         if router_loss is None:
             return loss_sum

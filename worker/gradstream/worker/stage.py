@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gradstream.core.model.fused_layers import fuse
 from gradstream.core.model.weight_gradients import WeightGradients, WeightPart
 from gradstream.core.pipeline.schedule import Action, Op
 
@@ -48,8 +47,6 @@ class StageRunner:
         on_added: Callable[[nn.Parameter], None] = lambda parameter: None,
     ):
         self._stages = stages
-        for stage in stages.values():
-            fuse(stage)
         self._gradients = {
             index: WeightGradients(stage, split and index > 0, on_added) for index, stage in stages.items()
         }

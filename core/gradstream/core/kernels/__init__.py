@@ -1,1 +1,1 @@
-"""Compiled CPU kernels: of the codecs, and of a decoder's layers."""
+"""Compiled CPU kernels of the codecs."""

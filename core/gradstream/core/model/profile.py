@@ -208,12 +208,9 @@ def _measure(
     """The estimate with everything replaced that can be measured on a stage of this section alone."""
     import torch
 
-    from gradstream.core.model.fused_functions import cross_entropy_sum
-    from gradstream.core.model.fused_layers import fuse
     from gradstream.core.model.stage_module import StageModule
 
     stage = StageModule(model_config, range(index, index + 1), "cpu", lora).train()
-    fuse(stage)
     for module in stage.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:  # frozen: on a worker it comes from the base
@@ -239,7 +236,7 @@ def _measure(
                 result = stage(given)
             if stage.last:
                 logits_NV = result.float().flatten(0, 1)
-                result = cross_entropy_sum(logits_NV, targets_BT.flatten())
+                result = torch.nn.functional.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
             return given, result
 
         activation_bytes, working_bytes = _kept_bytes(stage, forward, workload.recompute and not stage.first)

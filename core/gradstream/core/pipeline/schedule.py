@@ -20,7 +20,6 @@ backwards that are left. They differ in how many forwards come first, and in whe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -57,7 +56,6 @@ Row = tuple[Action, ...]
 SCHEDULES = ("gpipe", "1f1b", "eager-1f1b", "interleaved-1f1b", "zero-bubble")
 SPLIT = ("zero-bubble",)
 """Schedules whose backward pass has two parts."""
-_ACTION = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 MAX_MISSING = 100_000
 """Actions that a table may lack to be told the first of them."""
 
@@ -151,27 +149,6 @@ def most_slots(name: str, num_workers: int, per_slot: int, num_chunks: int, num_
         ),
         1,
     )
-
-
-def parse_csv(text: str, name: str = "custom") -> Schedule:
-    """A table in torch's notation; empty cells are idle time and are left out. Raises ConfigError."""
-    rows = []
-    for line in text.strip().splitlines():
-        actions = []
-        for cell in filter(None, (cell.strip() for cell in line.split(","))):
-            match = _ACTION.fullmatch(cell)
-            if match is None:
-                raise ConfigError(f"schedule: '{cell}' is not an action such as 0F3, 2B0, 1I0 or 1W0")
-            actions.append(Action(int(match[1]), Op(match[2]), int(match[3])))
-        rows.append(tuple(actions))
-    actions = [action for row in rows for action in row]
-    if not actions:
-        raise ConfigError("schedule: the table is empty")
-    num_stages = 1 + max(action.stage for action in actions)
-    if num_stages % len(rows):
-        raise ConfigError(f"schedule: {num_stages} stages cannot be dealt to {len(rows)} workers")
-    num_microbatches = 1 + max(action.microbatch for action in actions)
-    return Schedule(name, num_microbatches, num_stages // len(rows), tuple(rows))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

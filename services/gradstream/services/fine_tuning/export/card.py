@@ -46,7 +46,6 @@ class CardFacts:
     num_target_tokens: int | None = None
     before: Score | None = None
     after: Score | None = None
-    energy_joules: float | None = None
     description: str = ""
 
 
@@ -105,9 +104,8 @@ def _figures(facts: CardFacts) -> str:
     lines = ["| held-out examples | before | after |", "|---|---|---|"]
     rows = zip(names, column(facts.before), column(facts.after), strict=True)
     lines += [f"| {name} | {before} | {after} |" for name, before, after in rows]
-    energy = UNKNOWN if facts.energy_joules is None else f"{facts.energy_joules:,.0f} J"
     lines += ["", f"- parameters trained: {_count(facts.num_trained_parameters)}"]
-    lines += [f"- target tokens trained on: {_count(facts.num_target_tokens)}", f"- energy: {energy}"]
+    lines += [f"- target tokens trained on: {_count(facts.num_target_tokens)}", f"- energy: {UNKNOWN}"]
     return "\n".join(lines)
 
 

@@ -40,7 +40,8 @@ from gradstream.services.parameter_server.commit import Decision, decide_commit
 from gradstream.services.parameter_server.leader import Leader
 from gradstream.services.parameter_server.tuner import Tuner
 from gradstream.worker.pipeline.inbound import FORWARD
-from gradstream.worker.pipeline.neighbours import Neighbours, Place, check_hello
+from gradstream.worker.pipeline.neighbours import Neighbours, check_hello
+from gradstream.worker.pipeline.place import Place
 from gradstream.worker.timeline import Timeline as Spans
 from gradstream.worker.weights import pulled_codec
 

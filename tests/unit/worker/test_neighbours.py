@@ -28,7 +28,8 @@ from gradstream.proto.v1 import worker_pb2 as pb
 from gradstream.worker.attempt import AbandonedError
 from gradstream.worker.pipeline import neighbours
 from gradstream.worker.pipeline.inbound import BACKWARD, FORWARD
-from gradstream.worker.pipeline.neighbours import Neighbours, Place
+from gradstream.worker.pipeline.neighbours import Neighbours
+from gradstream.worker.pipeline.place import Place
 from gradstream.worker.pipeline.servicer import WorkerServicer
 from gradstream.worker.timeline import Timeline
 

@@ -36,7 +36,7 @@ from gradstream.worker.attempt import AbandonedError
 from gradstream.worker.compute import SlotComputer
 from gradstream.worker.held_slots import HeldSlots
 from gradstream.worker.pipeline.membership import Membership
-from gradstream.worker.pipeline.neighbours import Place
+from gradstream.worker.pipeline.place import Place
 from gradstream.worker.pipeline.servicer import WorkerServicer
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Pusher

@@ -28,7 +28,7 @@ from gradstream.core.rpc.transport import Transport
 from gradstream.core.wire.stubs import add_worker
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.worker.job import JobRun
-from gradstream.worker.pipeline.neighbours import Place
+from gradstream.worker.pipeline.place import Place
 from gradstream.worker.pipeline.servicer import WorkerServicer
 from gradstream.worker.stage_build import pick_device
 

@@ -20,7 +20,8 @@ from gradstream.worker.attempt import Alone, Exchange, Try, num_microbatches, nu
 from gradstream.worker.compute import SlotComputer
 from gradstream.worker.held_slots import HeldSlots
 from gradstream.worker.pipeline.inbound import FORWARD
-from gradstream.worker.pipeline.neighbours import Neighbours, Place
+from gradstream.worker.pipeline.neighbours import Neighbours
+from gradstream.worker.pipeline.place import Place
 from gradstream.worker.push import Pusher
 from gradstream.worker.residuals import ResidualKeeper
 from gradstream.worker.samples.data import SlotReader, Split

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from gradstream.core.node.faults import Faults
 from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.transport import Transport
-from gradstream.worker.pipeline.neighbours import Neighbours, Place
+from gradstream.worker.pipeline.neighbours import Neighbours
+from gradstream.worker.pipeline.place import Place
 from gradstream.worker.pipeline.servicer import WorkerServicer
 from gradstream.worker.timeline import Timeline
 

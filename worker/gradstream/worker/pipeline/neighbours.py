@@ -20,51 +20,31 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from gradstream.core.codecs import Payload, codec_named
-from gradstream.core.errors import ConfigError, ProtocolError, StaleEpochError
+from gradstream.core.errors import ProtocolError, StaleEpochError
 from gradstream.core.log import get_logger
 from gradstream.core.node.faults import Faults
 from gradstream.core.pipeline.schedule import Action, Op
 from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.transport import PLAIN, Transport
 from gradstream.core.wire.frames import checksum
-from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.attempt import AbandonedError, Try, num_microbatches, num_samples, schedule_for
+from gradstream.worker.attempt import AbandonedError, Try, schedule_for
+from gradstream.worker.pipeline.checks import HeaderChecks
 from gradstream.worker.pipeline.inbound import BACKWARD, FORWARD, WORDS, Inbound, Key, sequence, window_of
 from gradstream.worker.pipeline.links import Link, Outgoing
+from gradstream.worker.pipeline.place import Place, Shapes
 from gradstream.worker.timeline import Timeline
 
 log = get_logger()
 
 MOST_REASON_CHARACTERS = 300
-MOST_UPCOMING_TRIES = 64
-"""Beyond its neighbour's credit the first worker begins a try or two; void ones do not count."""
 MOST_ELEMENTS_AT_ONCE = 1 << 18
 """Up to so many are encoded by the thread that has computed them: on a busy machine waking another takes longer."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A worker's place in a replica: the replica as the lease table has it, and the index among its workers."""
-
-    replica: plan_pb2.Replica
-    index: int
-
-    @property
-    def is_first(self) -> bool:
-        """Whether it begins tries."""
-        return self.index == 0
-
-    def title(self, index: int) -> str:
-        """A member for people."""
-        member = self.replica.workers[index]
-        return f"worker {member.name} at {member.address} (place {index} of its replica)"
 
 
 class Neighbours:
@@ -91,14 +71,14 @@ class Neighbours:
         self.links: dict[pb.Direction.ValueType, Link] = {}
         self.waiting: tuple[str, float] | None = None
         """What the compute thread waits for, and since when in Unix seconds."""
-        self._hidden_size = hidden_size
         self.received_bytes = 0
-        self._largest = (plan.recipe.training.microbatch, plan.recipe.training.sequence_length, hidden_size)
+        self._shapes = Shapes(plan, hidden_size)
         self._faults = faults
         self._on_error = on_error
         self._on_void = on_void
         self._timeline = timeline
         self._codec = codec_named(plan.recipe.pipeline.activations)
+        self._checks = HeaderChecks(plan, place, self._shapes, self._codec)
         self._is_raw = self._codec.name == "fp32"  # sent from where they lie, used where they arrive
         self._loop = asyncio.get_running_loop()
         self._condition = threading.Condition()
@@ -112,6 +92,11 @@ class Neighbours:
         # What is large is encoded, and whatever comes decoded, off the compute thread and off the event loop.
         self._thread = ThreadPoolExecutor(1, "neighbours")
         self._encodes_apart = False  # whether it has had anything to encode
+        self._open_streams(transport)
+        self._tasks = [asyncio.create_task(self._keep(link)) for link in self.links.values()]
+
+    def _open_streams(self, transport: Transport) -> None:
+        plan, place = self.plan, self.place
         size, index, chunks = plan.replica_size, place.index, plan.num_chunks > 1
         # Activations go up the ring, gradients down; between the last worker and the first only with several chunks.
         for direction, step in ((FORWARD, 1), (BACKWARD, -1)):
@@ -128,7 +113,6 @@ class Neighbours:
                 self.links[direction] = Link(place.title(after), place.replica.workers[after].address, hello, transport)
             if chunks or not wraps_in:
                 self.inbounds[direction] = Inbound(place.title(before), direction)
-        self._tasks = [asyncio.create_task(self._keep(link)) for link in self.links.values()]
 
     async def close(self) -> None:
         """End all streams; whoever waits gets AbandonedError."""
@@ -220,7 +204,7 @@ class Neighbours:
             for direction in self.inbounds
         }
         window = window_of(schedule, index)
-        shape = self._shape(attempt, 0)
+        shape = self._shapes.of(attempt, 0)
         count = 0 if self._is_raw else window
         posted = [[torch.empty(shape) for _ in range(min(count, len(order)))] for order in orders.values()]
         self._forget_before(void_before)
@@ -240,13 +224,6 @@ class Neighbours:
         if not self.place.is_first:
             self._upcoming.append(attempt)
         self._changed.set()
-
-    def _shape(self, attempt: Try, microbatch: int) -> tuple[int, int, int]:
-        """Samples, tokens and hidden size of a microbatch's activations."""
-        training = self.plan.recipe.training
-        before = microbatch % num_microbatches(self.plan, attempt) * training.microbatch
-        left = num_samples(self.plan, attempt) - before
-        return min(training.microbatch, left), training.sequence_length, self._hidden_size
 
     # -- the compute thread's side ---------------------------------------------------------------------------------
 
@@ -293,7 +270,7 @@ class Neighbours:
         slot = attempt.slots[action.microbatch // (schedule.num_microbatches // len(attempt.slots))]
         self._faults.sent(attempt.version, slot)
         # By the largest of all, so that a worker's tensors take one way and stay in order.
-        if tensor.device.type == "cpu" and math.prod(self._largest) <= MOST_ELEMENTS_AT_ONCE:
+        if tensor.device.type == "cpu" and math.prod(self._shapes.largest) <= MOST_ELEMENTS_AT_ONCE:
             self._encode(attempt, action, tensor, loss_sum)
             return
         self._encodes_apart = True
@@ -333,69 +310,7 @@ class Neighbours:
     def check(self, inbound: Inbound, header: pb.StageHeader) -> bool:
         """Check a message's header before anything is allocated for it; whether its payload is to be used. Raises
         ProtocolError that names the neighbour."""
-        kind = header.WhichOneof("content")
-        forward = inbound.direction == FORWARD
-        if kind == "begin":
-            if not forward or self.place.is_first:
-                raise ProtocolError(f"{inbound.title}: a try that it may not begin")
-            self._check_try(inbound, header.begin)
-        elif kind == "abandon":
-            if forward or self.place.index + 1 == self.plan.replica_size:
-                raise ProtocolError(f"{inbound.title}: it abandons a try towards the wrong side")
-        elif kind != "tensor":
-            raise ProtocolError(f"{inbound.title}: a message without content")
-        if kind != "tensor":
-            if header.payload_bytes:
-                raise ProtocolError(f"{inbound.title}: {header.payload_bytes} bytes with a message that has none")
-            return False
-        return self._check_tensor(inbound, header)
-
-    def _check_try(self, inbound: Inbound, begin: pb.StageTry) -> None:
-        training = self.plan.recipe.training
-        what = f"{inbound.title}: try {begin.number}"
-        last = training.num_steps + begin.validate
-        slots = list(begin.slots)
-        if begin.version >= last:
-            raise ProtocolError(f"{what}: version {begin.version}, but the job has {training.num_steps} steps")
-        if not slots or max(slots) >= training.num_slots or len(set(slots)) < len(slots):
-            raise ProtocolError(f"{what}: slots {slots}, but the job has {training.num_slots}")
-        if begin.validate and len(slots) != 1:
-            raise ProtocolError(f"{what}: a validation pass of {len(slots)} slots")
-        if begin.void_before > begin.number:
-            raise ProtocolError(f"{what}: it makes itself void")
-        if len(self._upcoming) >= MOST_UPCOMING_TRIES:
-            raise ProtocolError(f"{what}: {MOST_UPCOMING_TRIES} tries wait here already")
-        try:
-            schedule_for(self.plan, Try(begin.number, begin.version, tuple(slots), begin.validate))
-        except ConfigError as error:
-            raise ProtocolError(f"{what}: {error}") from None
-
-    def _check_tensor(self, inbound: Inbound, header: pb.StageHeader) -> bool:
-        tensor, latest = header.tensor, self.latest
-        what = (
-            f"{inbound.title}, {WORDS[inbound.direction]} of microbatch {tensor.microbatch} from stage {tensor.stage} "
-            f"of try {tensor.try_number}"
-        )
-        if latest is None or tensor.try_number > latest.number:
-            raise ProtocolError(f"{what}: that try has not begun here")
-        if tensor.codec != self._codec.wire:
-            name = plan_pb2.Codec.Name(tensor.codec) if tensor.codec in plan_pb2.Codec.values() else tensor.codec
-            raise ProtocolError(f"{what}: codec {name}, but the recipe says activations: {self._codec.name}")
-        attempt = inbound.expect(tensor.try_number, (tensor.stage, tensor.microbatch), what)
-        if attempt is None:
-            # It is going to be dropped, but must be no larger than a tensor can be.
-            most = self._codec.encoded_bytes((math.prod(self._largest),))
-            if header.payload_bytes > most:
-                raise ProtocolError(f"{what}: {header.payload_bytes} bytes, more than the {most} of any microbatch")
-            return False
-        shape = self._shape(attempt, tensor.microbatch)
-        if tuple(tensor.shape) != shape:
-            raise ProtocolError(f"{what}: shape {list(tensor.shape)}, but it is {list(shape)} here")
-        try:
-            self._codec.check_size(header.payload_bytes, (math.prod(shape),))
-        except ProtocolError as error:
-            raise ProtocolError(f"{what}: {error}") from None
-        return True
+        return self._checks.check(inbound, header, self.latest, len(self._upcoming))
 
     async def take(self, inbound: Inbound, header: pb.StageHeader, payload: Payload) -> None:
         """Act on a checked message that is whole. Raises ProtocolError."""

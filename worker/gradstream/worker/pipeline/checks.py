@@ -1,0 +1,97 @@
+"""Checks of what a neighbour says, by the header alone: before anything is allocated for a message."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gradstream.core.codecs import Codec
+from gradstream.core.errors import ConfigError, ProtocolError
+from gradstream.core.plan.plan import Plan
+from gradstream.proto.v1 import plan_pb2
+from gradstream.proto.v1 import worker_pb2 as pb
+from gradstream.worker.attempt import Try, schedule_for
+from gradstream.worker.pipeline.inbound import FORWARD, WORDS, Inbound
+from gradstream.worker.pipeline.place import Place, Shapes
+
+MOST_UPCOMING_TRIES = 64
+"""Beyond its neighbour's credit the first worker begins a try or two; void ones do not count."""
+
+
+@dataclass(frozen=True)
+class HeaderChecks:
+    """The checks of one worker in one place; `codec` is that of activations."""
+
+    plan: Plan
+    place: Place
+    shapes: Shapes
+    codec: Codec
+
+    def check(self, inbound: Inbound, header: pb.StageHeader, latest: Try | None, num_upcoming: int) -> bool:
+        """Whether a message's payload is to be used. Raises ProtocolError that names the neighbour.
+
+        `latest` is the newest try that has begun here; `num_upcoming` wait to be computed.
+        """
+        kind = header.WhichOneof("content")
+        forward = inbound.direction == FORWARD
+        if kind == "begin":
+            if not forward or self.place.is_first:
+                raise ProtocolError(f"{inbound.title}: a try that it may not begin")
+            self._check_try(inbound, header.begin, num_upcoming)
+        elif kind == "abandon":
+            if forward or self.place.index + 1 == self.plan.replica_size:
+                raise ProtocolError(f"{inbound.title}: it abandons a try towards the wrong side")
+        elif kind != "tensor":
+            raise ProtocolError(f"{inbound.title}: a message without content")
+        if kind != "tensor":
+            if header.payload_bytes:
+                raise ProtocolError(f"{inbound.title}: {header.payload_bytes} bytes with a message that has none")
+            return False
+        return self._check_tensor(inbound, header, latest)
+
+    def _check_try(self, inbound: Inbound, begin: pb.StageTry, num_upcoming: int) -> None:
+        training = self.plan.recipe.training
+        what = f"{inbound.title}: try {begin.number}"
+        last = training.num_steps + begin.validate
+        slots = list(begin.slots)
+        if begin.version >= last:
+            raise ProtocolError(f"{what}: version {begin.version}, but the job has {training.num_steps} steps")
+        if not slots or max(slots) >= training.num_slots or len(set(slots)) < len(slots):
+            raise ProtocolError(f"{what}: slots {slots}, but the job has {training.num_slots}")
+        if begin.validate and len(slots) != 1:
+            raise ProtocolError(f"{what}: a validation pass of {len(slots)} slots")
+        if begin.void_before > begin.number:
+            raise ProtocolError(f"{what}: it makes itself void")
+        if num_upcoming >= MOST_UPCOMING_TRIES:
+            raise ProtocolError(f"{what}: {MOST_UPCOMING_TRIES} tries wait here already")
+        try:
+            schedule_for(self.plan, Try(begin.number, begin.version, tuple(slots), begin.validate))
+        except ConfigError as error:
+            raise ProtocolError(f"{what}: {error}") from None
+
+    def _check_tensor(self, inbound: Inbound, header: pb.StageHeader, latest: Try | None) -> bool:
+        tensor = header.tensor
+        what = (
+            f"{inbound.title}, {WORDS[inbound.direction]} of microbatch {tensor.microbatch} from stage {tensor.stage} "
+            f"of try {tensor.try_number}"
+        )
+        if latest is None or tensor.try_number > latest.number:
+            raise ProtocolError(f"{what}: that try has not begun here")
+        if tensor.codec != self.codec.wire:
+            name = plan_pb2.Codec.Name(tensor.codec) if tensor.codec in plan_pb2.Codec.values() else tensor.codec
+            raise ProtocolError(f"{what}: codec {name}, but the recipe says activations: {self.codec.name}")
+        attempt = inbound.expect(tensor.try_number, (tensor.stage, tensor.microbatch), what)
+        if attempt is None:
+            # It is going to be dropped, but must be no larger than a tensor can be.
+            most = self.codec.encoded_bytes((math.prod(self.shapes.largest),))
+            if header.payload_bytes > most:
+                raise ProtocolError(f"{what}: {header.payload_bytes} bytes, more than the {most} of any microbatch")
+            return False
+        shape = self.shapes.of(attempt, tensor.microbatch)
+        if tuple(tensor.shape) != shape:
+            raise ProtocolError(f"{what}: shape {list(tensor.shape)}, but it is {list(shape)} here")
+        try:
+            self.codec.check_size(header.payload_bytes, (math.prod(shape),))
+        except ProtocolError as error:
+            raise ProtocolError(f"{what}: {error}") from None
+        return True

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.reports import Reports
@@ -21,7 +19,7 @@ from gradstream.coordinator.timing import Timing
 from gradstream.core import __version__
 from gradstream.core.errors import GradstreamError, one_line
 from gradstream.core.log import get_logger
-from gradstream.core.node import probe
+from gradstream.core.node import probe, process
 from gradstream.core.node.session import GRACE_SECONDS
 from gradstream.core.rpc import access, channel
 from gradstream.core.rpc.audit import AuditLog
@@ -31,8 +29,6 @@ from gradstream.core.rpc.transport import PLAIN, Transport
 from gradstream.core.storage.state_lock import lock_directory
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc, probe_pb2
 
-HEALTH_CHECK_SECONDS = 5.0
-STOP_GRACE_SECONDS = 1.0
 TOKENS_NAME = "tokens.json"
 
 log = get_logger()
@@ -60,7 +56,6 @@ class Coordinator:
         self._root = root
         self._transport = transport
         self._tokens_path = tokens
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
 
@@ -86,20 +81,20 @@ class Coordinator:
                 JobsServicer(self.controller, views, self._root, tokens), self._server
             )
             probe.add_probe(self._server, access.COORDINATOR, lambda: self._state_dir)
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+            self._health = process.Health(self._server, *_service_names())
             if os.environ.get("GRADSTREAM_REFLECTION") == "1":
                 _add_reflection(self._server)
             port = channel.listen(self._server, self._listen, self._transport)
             self.address = f"{self._listen.rpartition(':')[0]}:{port}"
             await self.controller.start()
-            await self._check_health()
+            await self._health.set(await self._is_healthy())
             await self._server.start()
         except BaseException:
             for task in self._tasks:
                 task.cancel()
             self._lock.close()
             raise
-        self._tasks.append(asyncio.create_task(self._watch_health()))
+        self._tasks.append(asyncio.create_task(self._health.watch(self._is_healthy, process.HEALTH_CHECK_SECONDS)))
 
     async def stop(self) -> None:
         """Stop serving. Nodes stay up and work on; they register again with the next coordinator."""
@@ -107,29 +102,21 @@ class Coordinator:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        with suppress(GradstreamError):
-            await self._health.enter_graceful_shutdown()
+        await self._health.shut_down()
         await self.controller.stop(self._grace_seconds)
-        await self._server.stop(STOP_GRACE_SECONDS)
+        await self._server.stop(process.STOP_GRACE_SECONDS)
         await self.controller.timelines.close()
         self._state.close()
         self._lock.close()
 
-    async def _watch_health(self) -> None:
-        while True:
-            await asyncio.sleep(HEALTH_CHECK_SECONDS)
-            await self._check_health()
-
-    async def _check_health(self) -> None:
-        """SERVING means that reports can be stored, not just that the process runs."""
-        status = health_pb2.HealthCheckResponse.SERVING
+    async def _is_healthy(self) -> bool:
+        """Whether reports can be stored: SERVING means that, not just that the process runs."""
         try:
             self._state.check_writable()
         except GradstreamError as error:
             log.error("not healthy", cause=one_line(error))
-            status = health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", *_service_names()):
-            await self._health.set(service, status)
+            return False
+        return True
 
 
 async def serve(
@@ -152,24 +139,14 @@ async def serve(
         tokens = credentials / TOKENS_NAME
     coordinator = Coordinator(listen, state_dir, timing, root, Transport(credentials), tokens, grace_seconds)
     await coordinator.start()
-    try:
+    async with AsyncExitStack() as stack:
+        ready = process.ReadyFile(ready_file)
+        stack.callback(ready.remove)
+        stack.push_async_callback(coordinator.stop)
         log.info("coordinator ready", address=coordinator.address, state=str(state_dir), version=__version__)
-        if ready_file is not None:
-            await asyncio.to_thread(_write_atomic, ready_file, f"{coordinator.address}\n")
-        ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, ended.set)
-        try:
-            await ended.wait()
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+        await asyncio.to_thread(ready.write, coordinator.address)
+        await process.until_signal()
         log.info("stopping; nodes stay up and will register with the next coordinator")
-    finally:
-        await coordinator.stop()
-        if ready_file is not None:
-            ready_file.unlink(missing_ok=True)
 
 
 def _service_names() -> list[str]:
@@ -184,9 +161,3 @@ def _add_reflection(server: grpc.aio.Server) -> None:
     from grpc_reflection.v1alpha import reflection
 
     reflection.enable_server_reflection([*_service_names(), reflection.SERVICE_NAME], server)
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

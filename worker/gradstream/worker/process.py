@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import log as logging
 from gradstream.core.errors import ProtocolError
 from gradstream.core.machine import memory
 from gradstream.core.machine.speed import measure_flops
 from gradstream.core.model.model import preload
-from gradstream.core.node import probe
+from gradstream.core.node import probe, process
 from gradstream.core.node.faults import Faults
-from gradstream.core.node.ready import write_ready_file
 from gradstream.core.node.session import GRACE_SECONDS, NodeIdentity, NodeSession
 from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.access import WORKER
@@ -178,7 +174,7 @@ async def serve(
     It ends once residuals that are being written and its reports are done with, after `grace_seconds` at the latest.
     """
     log_buffer = logging.LogBuffer()
-    logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
+    process.configure_log(log_buffer)
     # Before the imports that take seconds: a port that is taken is told at once.
     transport = Transport(credentials)
     door = FollowingServer(transport, listen_address)
@@ -192,29 +188,9 @@ async def serve(
     node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer, transport, grace_seconds)
     add_worker(node.servicer, door.server)
     probe.add_probe(door.server, WORKER, identity.disk_directory)
-    health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, door.server)
+    health = process.Health(door.server)
     await door.server.start()
-    await health_servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-
-    async def tell_health() -> None:
-        # Only a worker that the coordinator has accepted can be of use.
-        await node.session.registered.wait()
-        await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-
-    health_task = asyncio.create_task(tell_health())
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, node.session.leave)
-    if ready_file is not None:
-        write_ready_file(ready_file, name)
-    try:
-        async with door.following(node.session.channel, node.session.peer):
-            await node.run()
-    finally:
-        health_task.cancel()
-        await health_servicer.enter_graceful_shutdown()
-        await door.server.stop(grace=1.0)
+    await process.run_node(node, door, health, ready_file, name)
 
 
 def place_in(replicas: Sequence[plan_pb2.Replica], node_id: str) -> Place | None:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
-
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import __version__
-from gradstream.core import log as logging
-from gradstream.core.errors import AccessError, GradstreamError, UnreachableError, one_line
-from gradstream.core.node import probe
-from gradstream.core.node.ready import write_ready_file
+from gradstream.core.errors import AccessError, UnreachableError, one_line
+from gradstream.core.log import get_logger
+from gradstream.core.node import probe, process
 from gradstream.core.rpc import access
 from gradstream.core.rpc.audit import AuditLog
 from gradstream.core.rpc.token_sources import FollowingServer
@@ -29,10 +23,8 @@ from gradstream.services.fine_tuning.servicer import FineTuningServicer
 from gradstream.services.fine_tuning.store import Store
 
 HEALTH_SERVICE = fine_tuning_pb2.DESCRIPTOR.services_by_name["FineTuningService"].full_name
-HEALTH_CHECK_SECONDS = 5.0
-STOP_GRACE_SECONDS = 1.0
 
-log = logging.get_logger()
+log = get_logger()
 
 
 async def serve(
@@ -53,7 +45,7 @@ async def serve(
 
     Raises ConfigError when address, device or state directory cannot be used.
     """
-    logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"))
+    process.configure_log()
     async with AsyncExitStack() as stack:
         # 1. What may be refused.
         transport = Transport(credentials)
@@ -72,52 +64,40 @@ async def serve(
             FineTuningServicer(fine_tunings, jobs, serving, root), server
         )
         probe.add_probe(server, access.FINE_TUNING, lambda: state_directory)
-        health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-        for service in ("", HEALTH_SERVICE):
-            await health_servicer.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        health = process.Health(server, HEALTH_SERVICE)
+        await health.set(False)
         await stack.enter_async_context(door.following(jobs.channel, f"coordinator {coordinator}"))
         await server.start()
-        stack.push_async_callback(server.stop, STOP_GRACE_SECONDS)
+        stack.push_async_callback(server.stop, process.STOP_GRACE_SECONDS)
         fine_tunings.start()
-        health_task = asyncio.create_task(_tell_health(health_servicer, store, jobs))
+        health_task = asyncio.create_task(health.watch(_HealthCheck(store, jobs).check))
         stack.callback(health_task.cancel)
         log.info("fine-tuning service ready", address=address, state=str(state_directory), version=__version__)
-        if ready_file is not None:
-            write_ready_file(ready_file, address)
-            stack.callback(ready_file.unlink, missing_ok=True)
+        ready = process.ReadyFile(ready_file)
+        stack.callback(ready.remove)
+        ready.write(address)
         # 3. Until somebody ends it.
-        await _signalled()
+        await process.until_signal()
         log.info("stopping; jobs go on, and the next service follows them")
-        with suppress(GradstreamError):
-            await health_servicer.enter_graceful_shutdown()
+        await health.shut_down()
 
 
-async def _signalled() -> None:
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
-
-
-async def _tell_health(servicer: Any, store: Store, jobs: Jobs) -> None:
+class _HealthCheck:
     """SERVING means that fine-tunings can be noted and submitted, not just that the process runs."""
-    healthy: bool | None = None
-    while True:
-        cause = await _ailment(store, jobs)
-        if (not cause) != healthy:
-            healthy = not cause
+
+    def __init__(self, store: Store, jobs: Jobs):
+        self._store = store
+        self._jobs = jobs
+        self._was_healthy: bool | None = None
+
+    async def check(self) -> bool:
+        """Whether the service is of use; a change is logged."""
+        cause = await _ailment(self._store, self._jobs)
+        healthy = not cause
+        if healthy != self._was_healthy:
+            self._was_healthy = healthy
             log.info("healthy") if healthy else log.error("not healthy", cause=cause)
-            status = health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING
-            for service in ("", HEALTH_SERVICE):
-                await servicer.set(service, status)
-        await asyncio.sleep(HEALTH_CHECK_SECONDS)
+        return healthy
 
 
 async def _ailment(store: Store, jobs: Jobs) -> str:

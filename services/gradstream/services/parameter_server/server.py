@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,16 +11,14 @@ import grpc
 import grpc.aio
 import psutil
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from gradstream.core import log as logging
 from gradstream.core.errors import StaleEpochError, one_line
 from gradstream.core.machine import memory
 from gradstream.core.machine.facts import arithmetic_threads
 from gradstream.core.model import model
-from gradstream.core.node import probe
+from gradstream.core.node import probe, process
 from gradstream.core.node.faults import Faults
-from gradstream.core.node.ready import write_ready_file
 from gradstream.core.node.session import GRACE_SECONDS, NodeIdentity, NodeSession
 from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.access import SERVER
@@ -243,7 +239,7 @@ async def serve(
     where others reach it (host:port), None where it listens.
     """
     log_buffer = logging.LogBuffer()
-    logging.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), log_buffer)
+    process.configure_log(log_buffer)
     # Before the imports that take seconds: a port that is taken is told at once.
     transport = Transport(credentials)
     door = FollowingServer(transport, listen_address, max_message_bytes=MAX_STREAM_MESSAGE_BYTES)
@@ -258,29 +254,7 @@ async def serve(
     )
     add_parameter_server(node.servicer, door.server)
     probe.add_probe(door.server, SERVER, identity.disk_directory)
-    health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, door.server)
+    health = process.Health(door.server, HEALTH_SERVICE)
     await door.server.start()
-    for service in ("", HEALTH_SERVICE):
-        await health_servicer.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
-
-    async def tell_health() -> None:
-        # Only a server that the coordinator has accepted can be of use. Losing the coordinator later stops no step.
-        await node.session.registered.wait()
-        for service in ("", HEALTH_SERVICE):
-            await health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
-
-    health_task = asyncio.create_task(tell_health())
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, node.session.leave)
     log.info("parameter server listens", address=door.address, name=name)
-    if ready_file is not None:
-        write_ready_file(ready_file, door.address)
-    try:
-        async with door.following(node.session.channel, node.session.peer):
-            await node.run()
-    finally:
-        health_task.cancel()
-        await health_servicer.enter_graceful_shutdown()
-        await door.server.stop(grace=1.0)
+    await process.run_node(node, door, health, ready_file, door.address)

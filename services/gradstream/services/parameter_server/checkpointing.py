@@ -210,7 +210,7 @@ class CheckpointWriter:
 
 
 def _remove(directory: str, file: str) -> None:
-    """Remove a file that nobody knows of, and its directory if that is empty then."""
+    """Remove a file that was not reported, and its directory if that is empty then."""
     with suppress(OSError):
         files.remove(files.join(directory, file))
         os.rmdir(directory)

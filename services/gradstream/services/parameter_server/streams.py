@@ -34,7 +34,7 @@ class Stream:
         self.ended: GradstreamError | None = None
 
     def begin(self, num_bytes: int) -> None:
-        """A contribution of so many bytes is going to be assembled."""
+        """A contribution of `num_bytes` is going to be assembled."""
         self._streams.make_room(self, num_bytes)
         self.half_sent_bytes = num_bytes
 

@@ -31,7 +31,7 @@ def health(
     output: OutputOption = OutputFormat.table,
 ) -> int:
     """Ask a service whether it serves. Exit code 0 when it does, 1 when it says no, 7 when it does not answer."""
-    from gradstream.coordinator.cli.serve import check_address
+    from gradstream.coordinator.cli.role_checks import check_address
     from gradstream.core.credentials.store import find_credentials
     from gradstream.core.node.health import ask
 

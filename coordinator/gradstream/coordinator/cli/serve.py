@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
-import socket
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +16,34 @@ import typer
 
 from gradstream.coordinator.cli._running import run_until_done
 from gradstream.coordinator.cli.app import group
-from gradstream.coordinator.cli.options import parse_size
+from gradstream.coordinator.cli.role_checks import (
+    check_address,
+    check_exposure,
+    check_name,
+    default_name,
+    memory_bytes,
+    root_directory,
+    writable_directory,
+)
+from gradstream.coordinator.cli.role_options import (
+    AdvertiseOption,
+    CredentialsOption,
+    Device,
+    GraceOption,
+    InsecureOption,
+    ListenOption,
+    LogLevel,
+    LogLevelOption,
+    MemoryOption,
+    NameOption,
+    NodeCoordinatorOption,
+    ParentOption,
+    ProcessesOption,
+    ReadyFileOption,
+    RootOption,
+    ThreadsOption,
+    TimingOption,
+)
 from gradstream.core.storage.paths import restrict_process
 
 if TYPE_CHECKING:
@@ -27,132 +51,11 @@ if TYPE_CHECKING:
 
 app = group("Run one role of a cluster: coordinator, parameter-server, worker or fine-tuning.")
 
-DEFAULT_MEMORY_SHARE = 0.8
 # It is mostly on a machine that others work on too.
 FINE_TUNING_MEMORY_SHARE = 0.4
-MAX_PROCESSES = 64
 # Less than the time after which deploy/compose.yaml kills the container.
 GRACE_SECONDS = 20.0
 SERVER_GRACE_SECONDS = 50.0
-
-
-class LogLevel(StrEnum):
-    """How much a role logs."""
-
-    debug = "debug"
-    info = "info"
-    warning = "warning"
-    error = "error"
-
-
-class Device(StrEnum):
-    """What a role computes on."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-ListenOption = Annotated[
-    str, typer.Option("--listen", metavar="HOST:PORT", help="Where to listen; port 0 is any free one.")
-]
-NodeCoordinatorOption = Annotated[
-    str,
-    typer.Option(
-        "--coordinator", "-c", envvar="GRADSTREAM_COORDINATOR", metavar="HOST:PORT", help="The coordinator's address."
-    ),
-]
-NameOption = Annotated[
-    str | None,
-    typer.Option("--name", help="Name among the cluster's nodes.", show_default="the host's name and the process id"),
-]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--memory", metavar="SIZE", help="Memory that jobs may use, like 4GiB.", show_default="80 % of the machine's"
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        metavar="N",
-        min=1,
-        help="Threads for arithmetic of a process.",
-        show_default="its share of the cores, at most 8",
-    ),
-]
-ProcessesOption = Annotated[
-    int,
-    typer.Option(
-        "--processes",
-        metavar="N",
-        min=1,
-        max=MAX_PROCESSES,
-        help="Run N servers NAME-0, NAME-1 and so on, each an event loop of its own, on ports from --listen's on; "
-        "--memory is shared evenly.",
-    ),
-]
-RootOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--root",
-        metavar="DIR",
-        help="Stands for the directory in which people submit: what a recipe has below it is here below DIR.",
-        show_default="paths stay as they are",
-    ),
-]
-ReadyFileOption = Annotated[
-    Path | None,
-    typer.Option("--ready-file", metavar="PATH", help="Written when the role is up: its address, or a worker's name."),
-]
-GraceOption = Annotated[
-    float,
-    typer.Option(
-        "--grace",
-        metavar="SECONDS",
-        min=0,
-        help="On SIGTERM: time to finish a checkpoint that is being written and to send reports.",
-    ),
-]
-LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="How much to log.")]
-CredentialsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--credentials",
-        envvar="GRADSTREAM_CREDENTIALS",
-        metavar="DIR",
-        help="Directory of this role's credentials; without them all is in the clear.",
-        show_default=False,
-    ),
-]
-TimingOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--timing",
-        metavar="KEY=SECONDS",
-        help="Another time than the default, as often as needed: lease_seconds=10 until a node without heartbeats is "
-        "silent, reunion_seconds=30 for which the state of silent servers is waited for, unreachable_seconds=30 and "
-        "stall_seconds=30 until a worker that reaches no server, or gets nothing done, gives up its slots.",
-        show_default=False,
-    ),
-]
-AdvertiseOption = Annotated[
-    str | None,
-    typer.Option(
-        "--advertise",
-        metavar="HOST:PORT",
-        help="Where workers and other servers reach this one, if that is not where it listens: behind a published port "
-        "or a proxy.",
-        show_default="the address that it listens on",
-    ),
-]
-InsecureOption = Annotated[
-    bool, typer.Option("--insecure", help="Serve in the clear, without credentials, also beyond this machine.")
-]
-ParentOption = Annotated[
-    int | None, typer.Option("--die-with-parent", metavar="PID", hidden=True, help="End when process PID ends.")
-]
 
 
 @app.command()
@@ -376,81 +279,6 @@ def fine_tuning(
         root_directory(root),
         credentials,
     )
-
-
-def root_directory(root: Path | None) -> str:
-    """The --root option as an absolute path; empty without one."""
-    return str(root.expanduser().absolute()) if root is not None else ""
-
-
-def default_name() -> str:
-    """host-pid, which no two live nodes of a cluster share."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname().split('.')[0] or 'node'}-{os.getpid()}")
-
-
-def check_name(name: str) -> str:
-    """`name` if it can be a node's name. Raises ConfigError when not."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
-        from gradstream.core.errors import ConfigError
-
-        raise ConfigError(f"--name '{name}': a name has 1 to 63 letters, digits, dots, dashes and underscores")
-    return name
-
-
-def check_address(address: str, option: str) -> str:
-    """`address` if it is host:port. Raises ConfigError when not."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit() or int(port) > 65535:
-        from gradstream.core.errors import ConfigError
-
-        raise ConfigError(f"{option} '{address}' is not of the form host:port, like 127.0.0.1:7000")
-    return address
-
-
-def writable_directory(directory: Path, option: str) -> Path:
-    """`directory` as an absolute path, made if it is not there. Raises ConfigError when it cannot be written."""
-    import tempfile
-
-    from gradstream.core.errors import ConfigError
-
-    found = directory.expanduser().absolute()
-    try:
-        found.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=found):
-            return found
-    except OSError as error:
-        raise ConfigError(
-            f"{option} {found} cannot be written ({error.strerror}); make it writable for this user or choose another"
-        ) from None
-
-
-def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> None:
-    """Raises ConfigError when a role would serve whoever can reach this machine, and nobody has said that it may."""
-    import ipaddress
-
-    from gradstream.core.errors import ConfigError
-
-    if credentials is not None and insecure:
-        raise ConfigError("--credentials and --insecure contradict each other; leave one out")
-    host = listen.rpartition(":")[0].strip("[]")
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if credentials is None and not insecure and not is_loopback:
-        raise ConfigError(
-            f"--listen {listen} is open to other machines, and there are no credentials; name some with --credentials "
-            f"(`gradstream certs init` makes them), or say --insecure on a network where you trust everybody"
-        )
-
-
-def memory_bytes(memory: str | None, share: float = DEFAULT_MEMORY_SHARE) -> int:
-    """Bytes that the --memory option gives to jobs: a share of the machine's, or container's, when it is left out."""
-    if memory is not None:
-        return parse_size(memory)
-    from gradstream.core.machine.memory import available_bytes
-
-    return int(available_bytes() * share)
 
 
 def _prepare(log_level: LogLevel, parent: int | None) -> None:

@@ -1,0 +1,87 @@
+"""What the options of `gradstream serve` must hold, and what they mean where they are left out."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+from gradstream.coordinator.cli.options import parse_size
+
+DEFAULT_MEMORY_SHARE = 0.8
+
+
+def root_directory(root: Path | None) -> str:
+    """The --root option as an absolute path; empty without one."""
+    return str(root.expanduser().absolute()) if root is not None else ""
+
+
+def default_name() -> str:
+    """host-pid, which no two live nodes of a cluster share."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname().split('.')[0] or 'node'}-{os.getpid()}")
+
+
+def check_name(name: str) -> str:
+    """`name` if it can be a node's name. Raises ConfigError when not."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+        from gradstream.core.errors import ConfigError
+
+        raise ConfigError(f"--name '{name}': a name has 1 to 63 letters, digits, dots, dashes and underscores")
+    return name
+
+
+def check_address(address: str, option: str) -> str:
+    """`address` if it is host:port. Raises ConfigError when not."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit() or int(port) > 65535:
+        from gradstream.core.errors import ConfigError
+
+        raise ConfigError(f"{option} '{address}' is not of the form host:port, like 127.0.0.1:7000")
+    return address
+
+
+def writable_directory(directory: Path, option: str) -> Path:
+    """`directory` as an absolute path, made if it is not there. Raises ConfigError when it cannot be written."""
+    import tempfile
+
+    from gradstream.core.errors import ConfigError
+
+    found = directory.expanduser().absolute()
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=found):
+            return found
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {found} cannot be written ({error.strerror}); make it writable for this user or choose another"
+        ) from None
+
+
+def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> None:
+    """Raises ConfigError when a role would serve whoever can reach this machine, and nobody has said that it may."""
+    import ipaddress
+
+    from gradstream.core.errors import ConfigError
+
+    if credentials is not None and insecure:
+        raise ConfigError("--credentials and --insecure contradict each other; leave one out")
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if credentials is None and not insecure and not is_loopback:
+        raise ConfigError(
+            f"--listen {listen} is open to other machines, and there are no credentials; name some with --credentials "
+            f"(`gradstream certs init` makes them), or say --insecure on a network where you trust everybody"
+        )
+
+
+def memory_bytes(memory: str | None, share: float = DEFAULT_MEMORY_SHARE) -> int:
+    """Bytes that the --memory option gives to jobs: a share of the machine's, or container's, when it is left out."""
+    if memory is not None:
+        return parse_size(memory)
+    from gradstream.core.machine.memory import available_bytes
+
+    return int(available_bytes() * share)

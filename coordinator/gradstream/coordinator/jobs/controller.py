@@ -138,7 +138,7 @@ class Controller:
             return None
         node, session = opened
         if active is not None:
-            self._welcome(node, active)
+            self._note_arrival(node, active)
         number = active.lease_number if active is not None else 0
         self.reconcile()
         under_way = active is not None and self.active is active and active.state in (RUNNING, PAUSED)
@@ -149,7 +149,7 @@ class Controller:
                 self.nodes.send(node, coordinator_pb2.SessionResponse(leases=self.leasing.standing_table(active)))
         return session
 
-    def _welcome(self, node: NodeEntry, active: ActiveJob) -> None:
+    def _note_arrival(self, node: NodeEntry, active: ActiveJob) -> None:
         """Note that a node is here, and send a worker the plan."""
         self._note_node(f"{node.title} is here ({node.device})")
         if active.plan is not None and active.state in (RUNNING, PAUSED) and node.kind == WORKER:
@@ -317,7 +317,7 @@ class Controller:
                     active.planning_retry.succeeded()
                 except Exception as error:
                     setback = plan_making.judge_error(error, record, plan_making.STORED)
-            cause = self._suffer(active, setback, nodes)
+            cause = self._take_setback(active, setback, nodes)
         finally:
             active.planning = None
             release()
@@ -338,7 +338,7 @@ class Controller:
         self.transitions.take_plan(active, made)
         return True
 
-    def _suffer(self, active: ActiveJob, setback: Setback, nodes: PlanNodes) -> str:
+    def _take_setback(self, active: ActiveJob, setback: Setback, nodes: PlanNodes) -> str:
         """Do what follows from a setback; return what the next attempt waits for, "" when for nothing."""
         if setback.refusal:
             active.refusal, active.refused_nodes = setback.refusal, nodes.ids
@@ -349,7 +349,7 @@ class Controller:
                 return f"the failure to be stored ({setback.failure}): {one_line(error)}"
         return setback.cause
 
-    # --- servers ----------------------------------------------------------------------------------------------------
+    # --- a job with a plan ------------------------------------------------------------------------------------------
 
     def _judge_servers(self, active: ActiveJob, now: float) -> None:
         verdict, reason = self.servers.look(active, now)
@@ -366,8 +366,6 @@ class Controller:
         else:
             self.transitions.set_state(active, PLANNING, f"{reason}; going back to the last checkpoint", event)
             self._advance_plan(active, now)
-
-    # --- endings ----------------------------------------------------------------------------------------------------
 
     def _judge_end(self, active: ActiveJob, now: float) -> None:
         skips = decisions.judge_skips(active.totals, active.record.epoch, active.recipe)
@@ -388,8 +386,6 @@ class Controller:
             line = self.boundaries.ask_for_snapshot(active, now)
             if line:
                 self.journal.note(active.job_id, "checkpoint", line)
-
-    # --- leases -----------------------------------------------------------------------------------------------------
 
     def _lease(self, active: ActiveJob, now: float) -> None:
         """Bring the lease table in line with the live workers."""

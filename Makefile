@@ -35,8 +35,8 @@ demo-finetune: $(STAMP)  ## Teach the demo's model a task with LoRA (trains the 
 test: $(STAMP)  ## Run all tests, two files at a time (JOBS=1: one after the other).
 	$(BIN)/python -m pytest $(PARALLEL) --durations 10
 
-test-unit: $(STAMP)  ## Run the tests that start no cluster.
-	$(BIN)/python -m pytest $(PARALLEL) --durations 10 tests/unit tests/fuzz
+test-unit: $(STAMP)  ## Run the unit tests without the sweeps over all model families.
+	$(BIN)/python -m pytest $(PARALLEL) --durations 10 -m "not slow" tests/unit
 
 fuzz: $(STAMP)  ## Fuzz the parsers long: EXAMPLES=100000, or TARGET=wire SECONDS=600 by atheris.
 ifdef TARGET

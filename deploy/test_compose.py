@@ -32,7 +32,7 @@ TARGETS = ("credentials", "coordinator", "parameter-server", "worker", "fine-tun
 SERVICES = ("coordinator", "parameter-server", "worker", "fine-tuning")
 USER = "10001"
 RECIPE = "deploy/test-recipe.yaml"
-NUM_STEPS = 60
+NUM_STEPS = 180
 START_SECONDS = 300.0
 JOB_SECONDS = 600.0
 

@@ -30,7 +30,7 @@ gpt_bigcode gpt_neox gpt_oss granite granitemoe granitemoehybrid helium hunyuan_
 llama minicpm3 mistral mixtral nanochat olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi phi3 qwen2 qwen2_moe
 qwen3 qwen3_moe recurrent_gemma seed_oss smollm3 stablelm starcoder2 vaultgemma"""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(params=FAMILIES.split())

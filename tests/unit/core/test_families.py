@@ -27,6 +27,8 @@ from gradstream.core.model.trial import ModelUse, Trial, try_model
 from gradstream.core.model.twin import twin_config
 from gradstream.core.recipe.finetuning import LoraConfig
 
+pytestmark = pytest.mark.slow
+
 # Families whose default config is none that can be built: what a config.json of them has.
 MORE: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},

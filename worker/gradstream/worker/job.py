@@ -7,8 +7,8 @@ them, the others follow.
           ▲                                                        │
           └────────────────────────────────────────────────────────┘
 
-The next version is asked for as soon as all of one is here, so its fragments arrive while the worker still waits for
-nothing else, and from then on a worker whose slots others have computed in the meantime learns it at once.
+A worker requests version t + 1 once version t has fully arrived. So the fragments of version t + 1 arrive as soon as
+there are any, and a worker whose slots others have computed in the meantime learns it at once.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Inbox:
             sink.arrived(self, arrival)
 
     def fail(self, error: Exception | None = None) -> None:
-        """Nothing more will come: whoever waits for a bundle gets `error`, or AbandonedError to pull again."""
+        """Nothing more will come: a thread that waits for a bundle gets `error`, or AbandonedError to pull again."""
         with self._lock:
             self.failed, self.error = True, error
             sink = self._sink

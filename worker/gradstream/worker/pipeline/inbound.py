@@ -76,7 +76,7 @@ class Inbound:
         self.title = title
         self.direction = direction
         self.arrived: dict[tuple[int, Key], tuple[torch.Tensor, float]] = {}  # by try number
-        self.stream: InboundStream | None = None  # the one opened last; an older one counts no more
+        self.stream: InboundStream | None = None  # the one opened last; it supersedes older ones
         self._expected: deque[_Expected] = deque()
         self._newest = 0  # try of which a tensor has come: the neighbour is done with those before it
         self._most_waiting = 0

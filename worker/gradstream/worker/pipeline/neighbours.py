@@ -44,7 +44,7 @@ log = get_logger()
 
 MOST_REASON_CHARACTERS = 300
 MOST_ELEMENTS_AT_ONCE = 1 << 18
-"""Up to so many are encoded by the thread that has computed them: on a busy machine waking another takes longer."""
+"""Tensors up to this size are encoded by the compute thread: on a busy machine waking another thread takes longer."""
 
 
 class Neighbours:
@@ -115,7 +115,7 @@ class Neighbours:
                 self.inbounds[direction] = Inbound(place.title(before), direction)
 
     async def close(self) -> None:
-        """End all streams; whoever waits gets AbandonedError."""
+        """End all streams. A thread that waits in `receive` gets AbandonedError."""
         self.end()
         for task in self._tasks:
             task.cancel()

@@ -2,7 +2,7 @@
 
 Where the worker sees the data set on a local path, it reads the data shards in place. Otherwise it copies them to its
 cache, from the fsspec path where it can reach that, else by `fetch` (from the coordinator). A cached file is named by
-its sha256, so jobs and slots share it and a data set prepared anew cannot be confused with the old one.
+its sha256, so jobs and slots share it and a data set prepared again cannot be confused with the old one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Batch:
 
 
 class SlotReader:
-    """Reads the samples of slot `slot` of `num_slots`: a pure function of (manifest, seed, step), whoever reads.
+    """Reads the samples of slot `slot` of `num_slots`: a pure function of (manifest, seed, step).
 
     `path`: the data set's directory, on any fsspec path. `cache_directory`: where copies go. `fetch`: streams the named
     file of the data set when `path` cannot be seen from here; None when there is nobody to ask.

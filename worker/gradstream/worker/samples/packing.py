@@ -8,7 +8,7 @@ import torch
 
 
 def layout_of(examples_BT: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
-    """From the numbers of the examples that tokens belong to: position_ids, (B, T), which begin anew in each example.
+    """From the numbers of the examples that tokens belong to: position_ids, (B, T), which start at 0 in each example.
 
     Each family makes its own masks of them, one for each kind of layer: no token sees another example, and windows and
     chunks stay. A mask given whole would replace them all. A family that does otherwise is refused when its job is

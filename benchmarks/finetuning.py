@@ -64,7 +64,7 @@ SMOKE_MODEL = {
 }
 ROW_LENGTH, NUM_SLOTS, NUM_STEPS, NUM_WARM_STEPS = 128, 4, 5, 1
 NUM_WORKERS = 2
-MOST_BYTES = 8 << 30
+MAX_BYTES = 8 << 30
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def main() -> None:
             assert recipe.finetuning is not None
             adapters = 4 * sum(tensor.num_elements for tensor in inventory(model, recipe.finetuning.lora))
             results.append(
-                at_most(f"memory_share_{case}", num_bytes / MOST_BYTES, 1.0, f"{num_bytes / 2**30:.2f} GiB of 8")
+                at_most(f"memory_share_{case}", num_bytes / MAX_BYTES, 1.0, f"{num_bytes / 2**30:.2f} GiB of 8")
             )
             results.append(
                 at_most(

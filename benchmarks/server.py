@@ -15,7 +15,7 @@ from standalone import Child, Usage, make_plan, payloads_of, run_sender, run_ser
 from gradstream.core.wire.frames import PIECE_BYTES
 
 NUM_SENDERS = [1, 2, 4, 8, 16, 32, 64]
-MOST_PROCESSES = 4
+MAX_PROCESSES = 4
 NUM_SLOTS = 64
 SMOKE_SENDERS = 2
 NUM_ROUNDS = 3
@@ -39,11 +39,11 @@ def main() -> None:
     with ExitStack() as stack:
         server = Child(run_server, "server")
         stack.callback(server.close)
-        senders = [Child(run_sender, f"sender-{number}") for number in range(min(MOST_PROCESSES, max(counts)))]
+        senders = [Child(run_sender, f"sender-{number}") for number in range(min(MAX_PROCESSES, max(counts)))]
         for sender in senders:
             stack.callback(sender.close)
         for num_senders in counts:
-            num_processes = min(MOST_PROCESSES, num_senders)
+            num_processes = min(MAX_PROCESSES, num_senders)
             address = server.ask("load", plan)
             for sender in senders[:num_processes]:
                 sender.ask("connect", address, plan, num_senders // num_processes)

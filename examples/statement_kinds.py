@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[type[ast.stmt], ...]] = {
     "error": (ast.Raise, ast.Assert),
     "result": (ast.Return,),
 }
-MOST_CHARACTERS = 30
+MAX_CHARACTERS = 30
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "lib2to3"}
 
 
@@ -42,7 +42,7 @@ def statements(path: Path) -> Iterator[tuple[str, str]]:
         for kind, types in KINDS.items():
             if isinstance(node, types):
                 line = lines[node.lineno - 1].strip()  # type: ignore[attr-defined]
-                if len(line) <= MOST_CHARACTERS:
+                if len(line) <= MAX_CHARACTERS:
                     yield line, kind
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support.fuzzing import WORDS
 
-MOST_BYTES = 20_000
+MAX_BYTES = 20_000
 FINDINGS = Path("fuzz-findings")
 # numba compiles these from their bytecode, which must be its own.
 KERNELS = ["gradstream.core.kernels.codec", "gradstream.core.kernels.dense", "gradstream.core.kernels.residual"]
@@ -36,7 +36,7 @@ def main() -> None:
         words = Path(directory) / "words"
         lines = ["".join(f"\\x{byte:02x}" for byte in word) for word in WORDS if 0 < len(word) < 60]
         words.write_text("".join(f'"{line}"\n' for line in lines))
-        flags = [f"-max_total_time={seconds}", f"-max_len={MOST_BYTES}", f"-dict={words}", "-timeout=20"]
+        flags = [f"-max_total_time={seconds}", f"-max_len={MAX_BYTES}", f"-dict={words}", "-timeout=20"]
         flags += ["-rss_limit_mb=4096", f"-artifact_prefix={FINDINGS}/{name}-", "-print_final_stats=1"]
         atheris.Setup([sys.argv[0], *flags, *options, str(corpus)], lambda data: void(target.check(data)))
         atheris.Fuzz()

@@ -18,7 +18,7 @@ import pytest
 from standalone import Child, Usage, header_of, make_plan, payloads_of, run_sender, run_server
 
 from gradstream.core.wire.frames import PIECE_BYTES, checksum, frame, frames
-from gradstream.core.wire.stream_limits import MOST_HALF_SENT_BYTES, MOST_STREAMS_A_CONNECTION, most_streams_a_host
+from gradstream.core.wire.stream_limits import MAX_DATA_STREAMS_A_CONNECTION, MAX_HALF_SENT_BYTES, most_streams_a_host
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 
@@ -29,7 +29,7 @@ LARGEST = max(BUNDLES, key=lambda index: PAYLOADS[index].nbytes)
 SMALLEST = min(BUNDLES, key=lambda index: PAYLOADS[index].nbytes)
 NUM_STEPS = 3
 MIB = 1 << 20
-MOST_STREAMS_A_HOST = most_streams_a_host(PLAN.most_workers)
+MAX_STREAMS_A_HOST = most_streams_a_host(PLAN.most_workers)
 SLACK_SECONDS = 2.0  # a scheduler's hiccup on a busy machine; an attack that works stops steps altogether
 
 
@@ -135,20 +135,20 @@ async def until_ended(call: grpc.aio.Call) -> str:
 
 
 async def test_pullers_that_never_read(honest: Honest) -> None:
-    num_attackers = MOST_STREAMS_A_HOST // MOST_STREAMS_A_CONNECTION - 1  # the honest worker is of the same host
+    num_attackers = MAX_STREAMS_A_HOST // MAX_DATA_STREAMS_A_CONNECTION - 1  # the honest worker is of the same host
     async with AsyncExitStack() as stack:
 
         async def attack() -> None:
             request = pb.PullRequest(job_id=PLAN.job_id, epoch=PLAN.epoch, min_version=0, bundles=BUNDLES * 50)
             for _ in range(num_attackers):
                 attacker = await stack.enter_async_context(Attacker(honest.address))
-                for _ in range(MOST_STREAMS_A_CONNECTION):
+                for _ in range(MAX_DATA_STREAMS_A_CONNECTION):
                     call = attacker.stub.Pull(request)
                     # It has begun, as its first message shows; nothing is read after it.
                     assert isinstance(await call.read(), bytes)
 
         # Of each: a fragment that was overtaken meanwhile, a piece of it as a message, and that in gRPC's buffers.
-        most = num_attackers * MOST_STREAMS_A_CONNECTION * (PAYLOADS[LARGEST].nbytes + 2 * PIECE_BYTES)
+        most = num_attackers * MAX_DATA_STREAMS_A_CONNECTION * (PAYLOADS[LARGEST].nbytes + 2 * PIECE_BYTES)
         await honest.beside(attack(), slower=2.0, growth_bytes=most)
 
 
@@ -186,21 +186,21 @@ async def test_a_pusher_that_never_reads_is_not_read_from(honest: Honest) -> Non
 async def test_half_sent_contributions_hold_no_more_than_their_bound(honest: Honest) -> None:
     """More are left half sent than may be: those begun first go, an honest one gets through."""
     size = PAYLOADS[LARGEST].nbytes
-    num_fitting = MOST_HALF_SENT_BYTES // size
+    num_fitting = MAX_HALF_SENT_BYTES // size
     calls: list[grpc.aio.StreamStreamCall[bytes, pb.PushResponse]] = []
     async with AsyncExitStack() as stack:
 
         async def attack() -> None:
             while len(calls) < num_fitting + 8:
                 attacker = await stack.enter_async_context(Attacker(honest.address))
-                for _ in range(MOST_STREAMS_A_CONNECTION):
+                for _ in range(MAX_DATA_STREAMS_A_CONNECTION):
                     calls.append(await attacker.half_send())
             for call in calls[: len(calls) - num_fitting]:
                 assert "half sent while others needed the room; send it again" in await until_ended(call)
             assert not any(call.done() for call in calls[-num_fitting + 8 :])
 
         # Of each stream also a piece in gRPC's buffers.
-        growth = MOST_HALF_SENT_BYTES + (num_fitting + 8) * PIECE_BYTES + 64 * MIB
+        growth = MAX_HALF_SENT_BYTES + (num_fitting + 8) * PIECE_BYTES + 64 * MIB
         await honest.beside(attack(), slower=2.0, growth_bytes=growth)
 
 
@@ -211,10 +211,10 @@ async def test_streams_are_bounded_by_connection_and_by_host(honest: Honest) -> 
         async def attack() -> None:
             num_ended = 0
             attackers = []
-            for number in range(MOST_STREAMS_A_HOST // MOST_STREAMS_A_CONNECTION - 1):
+            for number in range(MAX_STREAMS_A_HOST // MAX_DATA_STREAMS_A_CONNECTION - 1):
                 attacker = await stack.enter_async_context(Attacker(honest.address))
                 attackers.append(attacker)
-                calls = [attacker.stub.Pull(request) for _ in range(MOST_STREAMS_A_CONNECTION + 1)]
+                calls = [attacker.stub.Pull(request) for _ in range(MAX_DATA_STREAMS_A_CONNECTION + 1)]
                 done, _ = await asyncio.wait(
                     [asyncio.ensure_future(until_ended(call)) for call in calls],
                     timeout=20,
@@ -229,16 +229,16 @@ async def test_streams_are_bounded_by_connection_and_by_host(honest: Honest) -> 
         refused = 0
         for _ in range(2):
             attacker = await stack.enter_async_context(Attacker(honest.address))
-            for _ in range(MOST_STREAMS_A_CONNECTION):
+            for _ in range(MAX_DATA_STREAMS_A_CONNECTION):
                 call = attacker.stub.Pull(request)
                 try:
                     async with asyncio.timeout(0.3):
                         await call.code()
                     refused += 1
-                    assert f"already has {MOST_STREAMS_A_HOST} streams open here" in str(await call.details())
+                    assert f"already has {MAX_STREAMS_A_HOST} streams open here" in str(await call.details())
                 except TimeoutError:
                     pass
-        assert refused == MOST_STREAMS_A_CONNECTION
+        assert refused == MAX_DATA_STREAMS_A_CONNECTION
     honest.steps()  # everything is free again once they are gone
 
 

@@ -444,7 +444,7 @@ async def test_a_caller_that_stops_reading_is_cut_off(directory: Path) -> None:
 async def test_a_caller_that_reads_a_piece_now_and_then_is_cut_off(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradstream.core.rpc.limits.LEAST_BYTES_PER_SECOND", 1 << 30)
+    monkeypatch.setattr("gradstream.core.rpc.limits.MIN_BYTES_PER_SECOND", 1 << 30)
     door = Door(directory, reading_seconds=1.5)
     await door.server.start()
     async with door.channel("worker") as channel:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gradstream.core.machine.facts import MOST_THREADS, arithmetic_threads, machine_id
+from gradstream.core.machine.facts import MAX_THREADS, arithmetic_threads, machine_id
 
 
 def test_processes_of_one_machine_have_one_id(tmp_path: Path) -> None:
@@ -22,4 +22,4 @@ def test_servers_that_share_a_machine_share_its_cores(monkeypatch: pytest.Monkey
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     assert [arithmetic_threads(), arithmetic_threads(2), arithmetic_threads(4), arithmetic_threads(9)] == [6, 3, 1, 1]
     monkeypatch.setattr("os.cpu_count", lambda: 96)
-    assert arithmetic_threads(3) == MOST_THREADS
+    assert arithmetic_threads(3) == MAX_THREADS

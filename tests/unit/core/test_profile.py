@@ -71,7 +71,7 @@ def test_layers_of_equal_shapes_are_measured_once(monkeypatch: pytest.MonkeyPatc
     assert len({section.forward_seconds for section in found[1:6]}) == 1
 
 
-@pytest.mark.parametrize("limit", ["MOST_PARAMETERS", "MOST_BYTES", "MOST_SECONDS"])
+@pytest.mark.parametrize("limit", ["MAX_PARAMETERS", "MAX_BYTES", "MAX_SECONDS"])
 def test_what_is_too_large_is_estimated(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = of(LLAMA)
     monkeypatch.setattr(profile, limit, 0)

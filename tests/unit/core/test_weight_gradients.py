@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradstream.core.model import weight_gradients
-from gradstream.core.model.weight_gradients import MOST_ROWS_IN_PLACE, WeightGradients, WeightPart, add_product
+from gradstream.core.model.weight_gradients import MAX_ROWS_IN_PLACE, WeightGradients, WeightPart, add_product
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,7 +31,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.table = nn.Embedding(50, 48)
-        self.positions = nn.Embedding(2 * MOST_ROWS_IN_PLACE, 48)
+        self.positions = nn.Embedding(2 * MAX_ROWS_IN_PLACE, 48)
         self.first = nn.Linear(48, 80)
         self.second = Conv1D(96, 80)
         self.third = nn.Linear(96, 48, bias=False)
@@ -133,11 +133,11 @@ def plain_autograd(net: Net, num_tokens: int, precision: torch.dtype) -> dict[st
 def small_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers large enough for the real bound would take seconds a microbatch."""
     net = Net()
-    monkeypatch.setattr(weight_gradients, "FEWEST_ELEMENTS_IN_PLACE", net.third.weight.numel())
+    monkeypatch.setattr(weight_gradients, "MIN_ELEMENTS_IN_PLACE", net.third.weight.numel())
     assert net.first.weight.numel() < net.third.weight.numel() < net.second.weight.numel()
 
 
-sizes = pytest.mark.parametrize("num_tokens", [1, 2, 33, 128, MOST_ROWS_IN_PLACE, MOST_ROWS_IN_PLACE + 100])
+sizes = pytest.mark.parametrize("num_tokens", [1, 2, 33, 128, MAX_ROWS_IN_PLACE, MAX_ROWS_IN_PLACE + 100])
 
 
 @sizes

@@ -132,7 +132,7 @@ async def test_a_record_that_cannot_be_written_is_written_later(
     end: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk is said with cause and since when, and it fails nothing that goes on without it."""
-    monkeypatch.setattr(jobs, "MOST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(jobs, "MAX_RETRY_SECONDS", 0.01)
     coordinator = CannedCoordinator()
     note(tmp_path)
     async with service(coordinator, tmp_path) as fine_tunings:

@@ -8,7 +8,7 @@ import pytest
 
 from gradstream.core.errors import UnreachableError
 from gradstream.core.wire.stream_limits import (
-    MOST_STREAMS_A_CONNECTION,
+    MAX_DATA_STREAMS_A_CONNECTION,
     held_bytes,
     more_than_usual_bytes,
     most_streams,
@@ -23,7 +23,7 @@ async def test_all_workers_of_a_plan_find_room_behind_one_address(num_workers: i
     streams = Streams(lambda: num_workers)
     with ExitStack() as stack:
         for number in range(most_streams_a_host(num_workers)):
-            stack.enter_context(streams.admit(f"ipv4:10.0.0.66:{number // MOST_STREAMS_A_CONNECTION}"))
+            stack.enter_context(streams.admit(f"ipv4:10.0.0.66:{number // MAX_DATA_STREAMS_A_CONNECTION}"))
         with pytest.raises(UnreachableError, match=r"host ipv4:10\.0\.0\.66 already has"):
             stack.enter_context(streams.admit("ipv4:10.0.0.66:9999"))
         for worker in range(num_workers):

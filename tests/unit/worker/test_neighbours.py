@@ -129,12 +129,12 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 # --- what neighbours do for each other --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most_at_once", [neighbours.MOST_ELEMENTS_AT_ONCE, 0])
+@pytest.mark.parametrize("most_at_once", [neighbours.MAX_ELEMENTS_AT_ONCE, 0])
 @pytest.mark.parametrize(("activations", "error"), [("fp32", 0.0), ("bf16", 2**-8), ("int8", 2**-6)])
 async def test_tensors_and_losses_arrive(
     make_chain: MakeChain, activations: str, error: float, most_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbours, "MOST_ELEMENTS_AT_ONCE", most_at_once)
+    monkeypatch.setattr(neighbours, "MAX_ELEMENTS_AT_ONCE", most_at_once)
     chain = await make_chain(activations=activations)
     first, second = (node.neighbours for node in chain.nodes)
     attempt = await first.begin(2, SLOTS, False)
@@ -410,7 +410,7 @@ async def test_tensors_under_way_when_the_next_try_begins_are_taken(make_chain: 
 async def test_a_try_begins_behind_what_is_still_being_encoded(
     make_chain: MakeChain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbours, "MOST_ELEMENTS_AT_ONCE", 0)
+    monkeypatch.setattr(neighbours, "MAX_ELEMENTS_AT_ONCE", 0)
     first, second = (node.neighbours for node in (await make_chain()).nodes)
     first.run(await first.begin(0, SLOTS, False), lambda: True)
     await until(lambda: first.links[FORWARD].empty, "the try to be taken")

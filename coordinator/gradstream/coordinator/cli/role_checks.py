@@ -59,7 +59,7 @@ def writable_directory(directory: Path, option: str) -> Path:
 
 
 def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> None:
-    """Raises ConfigError when a role would serve whoever can reach this machine, and nobody has said that it may."""
+    """Raises ConfigError when a role would serve everybody who can reach this machine without --insecure."""
     import ipaddress
 
     from gradstream.core.errors import ConfigError

@@ -134,7 +134,7 @@ def fragment_digest(state: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
 
 
 def state_digest(fragment_digests: Sequence[bytes]) -> str:
-    """Hex sha256 over all fragments in order: the identity of a version, whoever held it."""
+    """Hex sha256 over all fragments in order: the identity of a version on any servers."""
     return hashlib.sha256(b"".join(fragment_digests)).hexdigest()
 
 

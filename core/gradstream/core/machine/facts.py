@@ -14,7 +14,7 @@ from gradstream.proto.v1 import probe_pb2
 
 CGROUP = Path("/sys/fs/cgroup")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-MOST_THREADS = 8
+MAX_THREADS = 8
 """Of a server: more would read and write memory no faster."""
 READ_SECONDS = 1.0
 """How long a disk may take to answer, and for how long an answer is good."""
@@ -62,8 +62,8 @@ def machine_id(path: Path = BOOT_ID) -> str:
 
 
 def arithmetic_threads(num_servers: int = 1) -> int:
-    """Threads of each of the servers that share this machine's cores evenly; at most MOST_THREADS."""
-    return max(1, min(MOST_THREADS, (os.cpu_count() or 1) // num_servers))
+    """Threads of each of the servers that share this machine's cores evenly; at most MAX_THREADS."""
+    return max(1, min(MAX_THREADS, (os.cpu_count() or 1) // num_servers))
 
 
 def read_memory(cgroup: Path = CGROUP) -> tuple[int, int]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 GENERATOR_LOCK = threading.Lock()
 """transformers draws from the process's one generator. A shard that was dropped while it loaded may still be drawing in
 its thread when the next one begins."""
-MOST_KEPT_ELEMENTS = 1 << 24
+MAX_KEPT_ELEMENTS = 1 << 24
 """Of one tensor that a constructor makes; a larger one is not allocated."""
 _KEPT = "_constructed"
 
@@ -79,7 +79,7 @@ def _real_values() -> Iterator[None]:
             if func in valued and kwargs.get("device") is None:
                 # transformers asks an empty tensor for the device, and initializes nothing on the meta device.
                 on_meta = func(*args, **{**kwargs, "device": "meta"})
-                if not 0 < on_meta.numel() <= MOST_KEPT_ELEMENTS:
+                if not 0 < on_meta.numel() <= MAX_KEPT_ELEMENTS:
                     return on_meta
                 kwargs["device"] = "cpu"
             return func(*args, **kwargs)

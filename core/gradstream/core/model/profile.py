@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from gradstream.core.model.stage_module import Section, StageModule
 
 # What is larger than one of these is estimated.
-MOST_PARAMETERS = 300_000_000
-MOST_BYTES = 4 << 30
-MOST_SECONDS = 5.0
+MAX_PARAMETERS = 300_000_000
+MAX_BYTES = 4 << 30
+MAX_SECONDS = 5.0
 # A section's passes are repeated as often as they fit into so many seconds, within these bounds.
 REPEAT_SECONDS = 2.0
-LEAST_REPEATS, MOST_REPEATS = 2, 10
+MIN_REPEATS, MAX_REPEATS = 2, 10
 _MATRIX = 1024
 
 
@@ -192,7 +192,7 @@ def _is_measurable(estimate: SectionProfile) -> bool:
     # Weights and gradients; activations, and as much again of gradients on the way.
     num_bytes = 8 * estimate.num_parameters + 2 * (estimate.activation_bytes + estimate.working_bytes)
     seconds = estimate.forward_seconds + estimate.backward_seconds
-    return estimate.num_parameters <= MOST_PARAMETERS and num_bytes <= MOST_BYTES and seconds <= MOST_SECONDS
+    return estimate.num_parameters <= MAX_PARAMETERS and num_bytes <= MAX_BYTES and seconds <= MAX_SECONDS
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
@@ -321,8 +321,8 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
 
     run()  # warms up; from here on there are gradients to add to
     begin = time.perf_counter()
-    runs = [run() for _ in range(LEAST_REPEATS)]
-    while len(runs) < MOST_REPEATS and time.perf_counter() - begin < REPEAT_SECONDS:
+    runs = [run() for _ in range(MIN_REPEATS)]
+    while len(runs) < MAX_REPEATS and time.perf_counter() - begin < REPEAT_SECONDS:
         runs.append(run())
     forward_seconds, backward_seconds, input_seconds, weight_seconds = map(min, zip(*runs, strict=True))
     return forward_seconds, backward_seconds, input_seconds, weight_seconds

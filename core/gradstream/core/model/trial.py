@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 NUM_TOKENS = 24
 EXAMPLES = (9, 6, 7, 2)
 """Tokens of the examples of the packed row that is tried; the last one stands for padding."""
-MOST_PARAMETERS = 20_000_000
+MAX_PARAMETERS = 20_000_000
 """Of a model without a twin, which is tried itself."""
 TOLERANCE = 2e-4
 _LAYER = re.compile(r"\.\d+\.")
@@ -302,7 +302,7 @@ def _small_model(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], nn.Mo
             raise
         whole = build(model_config, "meta")
         num_parameters = sum(parameter.numel() for parameter in whole.parameters())
-        if num_parameters > MOST_PARAMETERS:
+        if num_parameters > MAX_PARAMETERS:
             raise ConfigError(
                 f"model.config: no small model of this family could be made to try it, and with {num_parameters:,} "
                 f"parameters this one is too large; this model family is not supported ({one_line(error)[:150]})"

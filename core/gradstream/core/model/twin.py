@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 NUM_HEADS, HEAD_SIZE, HIDDEN, WINDOW, VOCABULARY = 4, 24, 96, 4, 64
-MOST_LAYERS = 2
+MAX_LAYERS = 2
 """Of a family without a list of its layers' kinds; those with one keep each kind, and its neighbours in order."""
-MOST_FIRST_LAYERS = 6
+MAX_FIRST_LAYERS = 6
 """The most layers of a twin that has its model's first layers, until each kind has come."""
 
 _LAYERS = re.compile(r"(num_|n_)?(hidden_|decoder_|encoder_)?layers?|num_blocks")
@@ -40,7 +40,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"linear_num_(key|value)_heads", NUM_HEADS),
     (r"(hidden|embedding|input_embedding|output_embedding)_size|d_model|n_embd|emb_dim", HIDDEN),
     (r"embedding_dim|word_embed_proj_dim|lru_width|prompt_mid_dim", HIDDEN),
-    (r"num_layers_per_stack", MOST_LAYERS),
+    (r"num_layers_per_stack", MAX_LAYERS),
     (r"mamba_d_ssm", 2 * HIDDEN),
     (r"qk_head_dim", 2 * HEAD_SIZE),
     (r"rotary_dim", HEAD_SIZE // 2),
@@ -82,7 +82,7 @@ def _twin_config(config_json: str) -> str:
     # By the numbers of the layers that begin a kind, which is enough where lists say it; else all up to the last one.
     tried = [first]
     ways = [sorted(seen.values())]
-    if max(seen.values()) < MOST_FIRST_LAYERS:
+    if max(seen.values()) < MAX_FIRST_LAYERS:
         ways.append(list(range(max(seen.values()) + 1)))
     for kept in ways:
         tried.append(_shrunk_config(model_config, (len(wanted), kept)))
@@ -136,7 +136,7 @@ def _shrunk(tree: Mapping[str, Any], asked: tuple[int, Sequence[int]] | None) ->
     kept = _kept_layers(tree)
     if asked is not None and kept is not None and max(_counts(tree)) == asked[0]:
         kept = list(asked[1])
-        kept += [layer for layer in range(asked[0]) if layer not in kept][: max(0, MOST_LAYERS - len(kept))]
+        kept += [layer for layer in range(asked[0]) if layer not in kept][: max(0, MAX_LAYERS - len(kept))]
     small = {key: _small(key, value, tree, kept) for key, value in tree.items()}
     _keep_relations(small, tree)
     shared = tree.get("num_kv_shared_layers")
@@ -187,10 +187,10 @@ def _kept_layers(tree: Mapping[str, Any]) -> list[int] | None:
     first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
     last = {kind: layer for layer, kind in enumerate(kinds)}
     kept = sorted({*first.values(), *last.values()})
-    if len(kept) > 2 * MOST_LAYERS:  # a number of its own for each layer is no kind
-        kept = kept[: 2 * MOST_LAYERS]
+    if len(kept) > 2 * MAX_LAYERS:  # a number of its own for each layer is no kind
+        kept = kept[: 2 * MAX_LAYERS]
     rest = [layer for layer in range(count) if layer not in kept]
-    return sorted(kept + rest[: max(0, MOST_LAYERS - len(kept))])
+    return sorted(kept + rest[: max(0, MAX_LAYERS - len(kept))])
 
 
 def _small(key: str, value: Any, tree: Mapping[str, Any], kept: list[int] | None) -> Any:

@@ -22,12 +22,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-MOST_ROWS_IN_PLACE = 384
+MAX_ROWS_IN_PLACE = 384
 """With more tokens than this the product is made first and added then, as autograd does it: there is little to gain.
 The two ways may round differently, from a number of rows on that depends on the BLAS and the processor. Which way is
 taken depends on the recipe alone, so that all schedules, stages and workers have the same bits."""
 
-FEWEST_ELEMENTS_IN_PLACE = 1 << 18
+MIN_ELEMENTS_IN_PLACE = 1 << 18
 """Where backward passes come in one part, a matrix with fewer elements than this is left to autograd, which makes the
 product first: one pass over them more takes less time than what a layer of ours costs in Python."""
 
@@ -50,7 +50,7 @@ def add_product(weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor) -
     total = weight.grad
     if total is None:
         weight.grad = left.t().mm(right).to(weight.dtype)
-    elif _is_large(weight) and total.dtype is right.dtype and 1 < right.shape[0] <= MOST_ROWS_IN_PLACE:
+    elif _is_large(weight) and total.dtype is right.dtype and 1 < right.shape[0] <= MAX_ROWS_IN_PLACE:
         total.addmm_(left.t(), right)
     else:
         total.add_(left.t().mm(right))
@@ -181,7 +181,7 @@ class WeightGradients:
 
 
 def _is_large(weight: torch.Tensor) -> bool:
-    return weight.numel() >= FEWEST_ELEMENTS_IN_PLACE
+    return weight.numel() >= MIN_ELEMENTS_IN_PLACE
 
 
 def _is_known(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding | Conv1D]:

@@ -2,7 +2,7 @@
 
 Some classes take vocabulary, merges and post-processor out of tokenizer.json and put normalizer, pre-tokenizer and
 decoder of their own in the place of the file's. LlamaTokenizer writes a blank before the first word alone, where the
-file of Llama 2 says: before every piece between special tokens. Whoever loads a base or a result with AutoTokenizer
+file of Llama 2 says: before every piece between special tokens. A user who loads a base or a result with AutoTokenizer
 gets those tokens, so they are the ones to train on.
 """
 

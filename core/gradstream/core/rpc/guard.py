@@ -38,7 +38,7 @@ from gradstream.core.rpc import access
 from gradstream.core.rpc.access import Caller
 from gradstream.core.rpc.channel import MAX_MESSAGE_BYTES
 from gradstream.core.rpc.errors import abort, answering
-from gradstream.core.rpc.limits import LEAST_RATE, PERSON_LIMIT, SERVICE_LIMIT, Meter, Patience, Receiving
+from gradstream.core.rpc.limits import MIN_RATE, PERSON_LIMIT, SERVICE_LIMIT, Meter, Patience, Receiving
 from gradstream.core.rpc.refusals import AuditEvent, Refusals
 from gradstream.core.rpc.transport import AUTHORIZATION, BEARER
 
@@ -239,7 +239,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
                 async with asyncio.timeout(seconds):
                     message = await anext(requests, _END)
             except TimeoutError:
-                cause = f"less than {LEAST_RATE} comes" if patience.is_worn else "nothing came"
+                cause = f"less than {MIN_RATE} comes" if patience.is_worn else "nothing came"
                 raise UnreachableError(f"{cause} on this stream for {seconds:.3g} s; send it again") from None
             if message is _END:
                 return
@@ -358,7 +358,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
 
 def _unread(patience: Patience) -> str:
     if patience.is_worn:
-        return f"the caller has read less than {LEAST_RATE} for long; call again where the network is faster"
+        return f"the caller has read less than {MIN_RATE} for long; call again where the network is faster"
     return f"the caller has not read for {patience.left_seconds:.3g} s; call again"
 
 

@@ -57,9 +57,9 @@ class Meter:
         self.under_way -= 1
 
 
-LEAST_BYTES_PER_SECOND = 128 << 10
+MIN_BYTES_PER_SECOND = 128 << 10
 """Of a stream that the peer keeps waiting."""
-LEAST_RATE = f"{LEAST_BYTES_PER_SECOND >> 10} KiB a second"
+MIN_RATE = f"{MIN_BYTES_PER_SECOND >> 10} KiB a second"
 SHORT_SHARE = 1 / 60
 """Of the patience at the beginning: waits that are shorter cost nothing and are never cut off."""
 
@@ -97,14 +97,14 @@ class Patience:
         assert self._at is not None
         waited, self._at = now - self._at, now
         if waited > self.most_seconds * SHORT_SHARE:
-            self._add(num_bytes() / LEAST_BYTES_PER_SECOND - waited)
+            self._add(num_bytes() / MIN_BYTES_PER_SECOND - waited)
 
     def _add(self, seconds: float) -> None:
         self.left_seconds = min(self.most_seconds, max(0.0, self.left_seconds + seconds))
 
 
-MOST_REQUEST_BYTES = 128 << 20
-MOST_REQUEST_BYTES_A_CALLER = 32 << 20
+MAX_REQUEST_BYTES = 128 << 20
+MAX_REQUEST_BYTES_A_CALLER = 32 << 20
 
 
 class Receiving:
@@ -114,7 +114,7 @@ class Receiving:
     No caller can take it all, so none can keep others out.
     """
 
-    def __init__(self, most_bytes: int = MOST_REQUEST_BYTES, most_bytes_a_caller: int = MOST_REQUEST_BYTES_A_CALLER):
+    def __init__(self, most_bytes: int = MAX_REQUEST_BYTES, most_bytes_a_caller: int = MAX_REQUEST_BYTES_A_CALLER):
         self._most_bytes = most_bytes
         self._most_bytes_a_caller = most_bytes_a_caller
         self._held: Counter[Meter] = Counter()

@@ -27,7 +27,7 @@ log = get_logger()
 
 LOOK_SECONDS = 1.0
 """How long a change of the file may go unnoticed."""
-LEAST_LOOK_SECONDS = 0.05
+MIN_LOOK_SECONDS = 0.05
 """Those who knock with tokens that nobody knows do not make it look more often."""
 
 
@@ -69,7 +69,7 @@ class FileTokens:
 
     def refresh(self) -> None:
         """Look at the file now, if the last look is not from just now."""
-        if time.monotonic() - self._looked_at >= LEAST_LOOK_SECONDS:
+        if time.monotonic() - self._looked_at >= MIN_LOOK_SECONDS:
             self._looked_at = -math.inf
 
     def replace(self, data: bytes, signature: bytes, certificate: bytes) -> TokenTable:

@@ -1,1 +1,1 @@
-"""What nodes and steps tell of themselves."""
+"""Timelines: what a worker did and when, and the trace formats of it."""

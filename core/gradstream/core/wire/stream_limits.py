@@ -6,14 +6,14 @@ room, also when all of them are behind one address, and the planner counts the m
 
 from __future__ import annotations
 
-from gradstream.core.rpc.limits import MOST_REQUEST_BYTES
+from gradstream.core.rpc.limits import MAX_REQUEST_BYTES
 from gradstream.core.wire.frames import PIECE_BYTES
 
-LEAST_STREAMS_A_HOST = 64
+MIN_STREAMS_A_HOST = 64
 """Also where a plan has fewer than 26 workers. The fifth of a container's memory that jobs are not given covers what
 they can hold (768 MiB of 819, of a container of 4 GiB)."""
-MOST_STREAMS_A_CONNECTION = 8
-MOST_HALF_SENT_BYTES = 128 << 20
+MAX_DATA_STREAMS_A_CONNECTION = 8
+MAX_HALF_SENT_BYTES = 128 << 20
 MAX_STREAM_MESSAGE_BYTES = PIECE_BYTES + (64 << 10)
 """A piece and its header."""
 WINDOW_BYTES = 4 << 20
@@ -23,7 +23,7 @@ WINDOW_BYTES = 4 << 20
 def most_streams_a_host(num_workers: int) -> int:
     """Streams of one address, where `num_workers` can share a job: each has a push and a pull, and every other one may
     have left one behind on a connection that broke."""
-    return max(5 * num_workers // 2, LEAST_STREAMS_A_HOST)
+    return max(5 * num_workers // 2, MIN_STREAMS_A_HOST)
 
 
 def most_streams(num_workers: int) -> int:
@@ -34,7 +34,7 @@ def most_streams(num_workers: int) -> int:
 def held_bytes(num_workers: int) -> int:
     """The most bytes that all peers together can make a server hold beside its shard: of each stream a window,
     contributions half sent, and requests."""
-    return most_streams(num_workers) * WINDOW_BYTES + MOST_HALF_SENT_BYTES + MOST_REQUEST_BYTES
+    return most_streams(num_workers) * WINDOW_BYTES + MAX_HALF_SENT_BYTES + MAX_REQUEST_BYTES
 
 
 def more_than_usual_bytes(num_workers: int) -> int:

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 MAX_CHOICES = 5
 CHOICE_SECONDS = 0.5
-MOST_RETRY_SECONDS = 5.0  # between two tries to write a record to a full disk
+MAX_RETRY_SECONDS = 5.0  # between two tries to write a record to a full disk
 
 log = get_logger()
 
@@ -240,7 +240,7 @@ class FineTunings:
             Phase.FOLLOW: self._follow,
             Phase.EVALUATE: self._evaluate,
         }
-        backoff, failure = Backoff(last_seconds=MOST_RETRY_SECONDS), ""
+        backoff, failure = Backoff(last_seconds=MAX_RETRY_SECONDS), ""
         while (phase := next_phase(self.find(name))) is not Phase.NOTHING:
             try:
                 if failure:

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 
 from gradstream.core.errors import GradstreamError, UnreachableError
 from gradstream.core.wire.stream_limits import (
-    MOST_HALF_SENT_BYTES,
-    MOST_STREAMS_A_CONNECTION,
+    MAX_DATA_STREAMS_A_CONNECTION,
+    MAX_HALF_SENT_BYTES,
     most_streams,
     most_streams_a_host,
 )
@@ -64,8 +64,8 @@ class Streams:
     def __init__(
         self,
         num_workers: Callable[[], int] = lambda: 0,
-        most_a_connection: int = MOST_STREAMS_A_CONNECTION,
-        most_half_sent_bytes: int = MOST_HALF_SENT_BYTES,
+        most_a_connection: int = MAX_DATA_STREAMS_A_CONNECTION,
+        most_half_sent_bytes: int = MAX_HALF_SENT_BYTES,
     ):
         """`num_workers` says how many workers can share the job that is in force; 0: there is none."""
         self.half_sent: dict[Stream, None] = {}  # in the order in which they were begun

@@ -11,7 +11,7 @@ from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server import autocodec
 from gradstream.services.parameter_server.autocodec import AutoState, Speeds
 
-MOST_MEASURED = 4096
+MAX_MEASURED = 4096
 """Connections whose measurements of a step are kept."""
 
 
@@ -55,7 +55,7 @@ class Tuner:
     def measured(self, peer: str, measurement: pb.LinkMeasurement) -> None:
         """Take what the worker behind `peer` saw over its last step, if it saw something of everything."""
         seen = (measurement.compute_seconds, measurement.push_bytes_per_second, measurement.pull_bytes_per_second)
-        room = len(self._measured) < MOST_MEASURED or peer in self._measured
+        room = len(self._measured) < MAX_MEASURED or peer in self._measured
         if room and all(math.isfinite(value) and value > 0 for value in seen):
             self._measured[peer] = measurement
 

@@ -14,7 +14,7 @@ from gradstream.worker.attempt import Try, schedule_for
 from gradstream.worker.pipeline.inbound import FORWARD, WORDS, Inbound
 from gradstream.worker.pipeline.place import Place, Shapes
 
-MOST_UPCOMING_TRIES = 64
+MAX_UPCOMING_TRIES = 64
 """Beyond its neighbour's credit the first worker begins a try or two; void ones do not count."""
 
 
@@ -62,8 +62,8 @@ class HeaderChecks:
             raise ProtocolError(f"{what}: a validation pass of {len(slots)} slots")
         if begin.void_before > begin.number:
             raise ProtocolError(f"{what}: it makes itself void")
-        if num_upcoming >= MOST_UPCOMING_TRIES:
-            raise ProtocolError(f"{what}: {MOST_UPCOMING_TRIES} tries wait here already")
+        if num_upcoming >= MAX_UPCOMING_TRIES:
+            raise ProtocolError(f"{what}: {MAX_UPCOMING_TRIES} tries wait here already")
         try:
             schedule_for(self.plan, Try(begin.number, begin.version, tuple(slots), begin.validate))
         except ConfigError as error:

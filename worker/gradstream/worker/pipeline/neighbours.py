@@ -42,8 +42,8 @@ from gradstream.worker.timeline import Timeline
 
 log = get_logger()
 
-MOST_REASON_CHARACTERS = 300
-MOST_ELEMENTS_AT_ONCE = 1 << 18
+MAX_REASON_CHARACTERS = 300
+MAX_ELEMENTS_AT_ONCE = 1 << 18
 """Tensors up to this size are encoded by the compute thread: on a busy machine waking another thread takes longer."""
 
 
@@ -270,7 +270,7 @@ class Neighbours:
         slot = attempt.slots[action.microbatch // (schedule.num_microbatches // len(attempt.slots))]
         self._faults.sent(attempt.version, slot)
         # By the largest of all, so that a worker's tensors take one way and stay in order.
-        if tensor.device.type == "cpu" and math.prod(self._shapes.largest) <= MOST_ELEMENTS_AT_ONCE:
+        if tensor.device.type == "cpu" and math.prod(self._shapes.largest) <= MAX_ELEMENTS_AT_ONCE:
             self._encode(attempt, action, tensor, loss_sum)
             return
         self._encodes_apart = True
@@ -328,14 +328,14 @@ class Neighbours:
     def _heard_abandon(self, inbound: Inbound, abandon: pb.StageAbandon) -> None:
         if self.latest is None or not self._void_before <= abandon.number <= self.latest.number:
             return
-        reason = " ".join(abandon.reason[:MOST_REASON_CHARACTERS].split())
+        reason = " ".join(abandon.reason[:MAX_REASON_CHARACTERS].split())
         log.info("a try was abandoned", number=abandon.number, by=inbound.title, reason=reason)
         if self.place.is_first:
             self.void()
             self._on_void()
         elif abandon.number > self._abandoned:
             self._abandoned = abandon.number
-            told = pb.StageAbandon(number=abandon.number, reason=abandon.reason[:MOST_REASON_CHARACTERS])
+            told = pb.StageAbandon(number=abandon.number, reason=abandon.reason[:MAX_REASON_CHARACTERS])
             self.links[BACKWARD].put(Outgoing(pb.StageHeader(abandon=told), []))
 
     async def _take_tensor(self, inbound: Inbound, header: pb.StageHeader, payload: Payload) -> None:

@@ -19,7 +19,7 @@ from gradstream.worker.pipeline.neighbours import Neighbours, check_hello
 
 log = get_logger()
 
-MOST_EARLY_STREAMS = 64
+MAX_EARLY_STREAMS = 64
 """Streams that may wait until this worker has taken up the table that made their senders its neighbours."""
 EARLY_SECONDS = 30.0
 
@@ -106,8 +106,8 @@ class WorkerServicer:
     async def _await(self, hello: pb.StageHello) -> Neighbours:
         """The neighbours that a stream is for; the sender may have heard of them before this worker has."""
         if self._is_early(hello):
-            if self._num_early >= MOST_EARLY_STREAMS:
-                raise UnreachableError(f"{MOST_EARLY_STREAMS} streams wait here already; try again later")
+            if self._num_early >= MAX_EARLY_STREAMS:
+                raise UnreachableError(f"{MAX_EARLY_STREAMS} streams wait here already; try again later")
             self._num_early += 1
             try:
                 async with asyncio.timeout(EARLY_SECONDS):

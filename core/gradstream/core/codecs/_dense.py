@@ -1,6 +1,6 @@
 """Codecs that send every element: fp32, bf16, and blocks of small integers with a shared scale.
 
-In the CPU's memory they are calls of dense_kernels, which a bundle makes for all its fragments at once; on other
+In the CPU's memory they are calls of `kernels.dense`, which a bundle makes for all its fragments at once; on other
 devices chains of torch operations that give the same bits.
 """
 
@@ -21,7 +21,7 @@ from gradstream.proto.v1 import plan_pb2
 
 
 class DenseCodec(Codec):
-    """A codec that dense_kernels knows, as `kind`."""
+    """A codec that `kernels.dense` knows, as `kind`."""
 
     kind: ClassVar[int]
 

@@ -1,6 +1,6 @@
 """The codecs as chains of torch operations, for tensors that are not in the CPU's memory; and the crossing itself.
 
-They give the bits of the kernels in `gradstream.core.kernels.codec` and `residual_kernels`: every operation is
+They give the bits of the kernels in `gradstream.core.kernels.codec` and `residual`: every operation is
 elementwise IEEE arithmetic in the kernels' order. They run on any device, so the tests compare them with the kernels
 on the CPU.
 

@@ -3,7 +3,7 @@
 A model has many small tensors, and what a call from Python costs (views, checks, taking the interpreter's lock back
 while other threads want it) is what tens of thousands of elements cost. So the fragments of a bundle are one call,
 given as arrays of addresses; it returns when the last one is done, and holds no lock meanwhile. The arithmetic is that
-of kernels.py, fragment by fragment: no bit depends on what is in a call together.
+of `codec`, fragment by fragment: no bit depends on what is in a call together.
 
 Shape legend: F fragments. Addresses are of contiguous fp32 values, and of payloads that begin at multiples of 4 bytes.
 A payload of int8 and int4 is all scales, then all quotients; a short last block is encoded as if zeros followed.

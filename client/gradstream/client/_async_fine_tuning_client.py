@@ -25,13 +25,13 @@ from gradstream.client._fine_tuning_types import (
 )
 from gradstream.client._types import ExportProgress, watch_item
 from gradstream.core.errors import BusyError, ConfigError, UnreachableError
+from gradstream.core.recipe.files import absolute_path
 from gradstream.core.recipe.finetuning_recipe import (
     FineTuningRecipe,
     absolute_finetuning_paths,
     load_finetuning_recipe,
     parse_finetuning_recipe,
 )
-from gradstream.core.recipe.recipe import absolute_path
 from gradstream.core.rpc import access
 from gradstream.core.rpc.requests import new_request_id
 from gradstream.core.rpc.retry import Backoff, ending

@@ -39,8 +39,9 @@ from gradstream.core.errors import (
 from gradstream.core.job_states import ENDED, STATE_WORDS
 from gradstream.core.model import check as model_check
 from gradstream.core.pretrained.export import huggingface_weights, write_huggingface
+from gradstream.core.recipe.files import absolute_path
 from gradstream.core.recipe.loading import parse_recipe
-from gradstream.core.recipe.recipe import Recipe, absolute_path
+from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.recipe.roots import moved, moved_recipe
 from gradstream.core.rpc.errors import answering
 from gradstream.core.rpc.paging import MAX_PAGE_BYTES, start_of_page

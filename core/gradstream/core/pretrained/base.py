@@ -33,8 +33,8 @@ from gradstream.core.pretrained.weights import (
     identity,
     model_parameters,
 )
+from gradstream.core.recipe.files import absolute_path
 from gradstream.core.recipe.finetuning import Base, BaseFile
-from gradstream.core.recipe.recipe import absolute_path
 from gradstream.core.storage import files
 
 if TYPE_CHECKING:

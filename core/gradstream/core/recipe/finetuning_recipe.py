@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from gradstream.core.recipe.defaults import FINE_TUNING, SEQUENCE_LENGTH, check_batch, fit_batch
-from gradstream.core.recipe.files import load_tree
+from gradstream.core.recipe.files import absolute_path, load_tree
 from gradstream.core.recipe.finetuning import LoraConfig
 from gradstream.core.recipe.loading import load_recipe, validated
 from gradstream.core.recipe.recipe import (
@@ -21,7 +21,6 @@ from gradstream.core.recipe.recipe import (
     PipelineConfig,
     Recipe,
     ScheduleConfig,
-    absolute_path,
     check_sections,
 )
 from gradstream.core.recipe.section import NonNegative, Positive, Section

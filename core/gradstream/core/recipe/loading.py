@@ -10,13 +10,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from gradstream.core.errors import ConfigError, one_line
+from gradstream.core.data.manifest import MANIFEST_NAME, parse_manifest
+from gradstream.core.errors import ConfigError, GradstreamError, one_line
 from gradstream.core.recipe.defaults import (
     fit_recipe,
 )
-from gradstream.core.recipe.files import absolute_path as absolute_path
-from gradstream.core.recipe.files import load_tree
-from gradstream.core.recipe.recipe import Recipe, S, _num_shards
+from gradstream.core.recipe.files import absolute_path, is_url, load_tree
+from gradstream.core.recipe.recipe import Recipe, S
 from gradstream.core.recipe.section import explain
 
 MAX_RECIPE_CHARACTERS = 1 << 20
@@ -73,3 +73,17 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         data = data.model_copy(update={"prepare": prepare})
     data = data.model_copy(update={"path": absolute_path(data.path)})
     return recipe.model_copy(update={"run_root": absolute_path(recipe.run_root), "data": data})
+
+
+def _num_shards(tree: Mapping[str, Any]) -> dict[str, int] | None:
+    """Data shards of each split of a recipe's data set; None when it is not here, or cannot be read: what
+    needs it says so."""
+    data = tree.get("data")
+    path = data.get("path") if isinstance(data, Mapping) else None
+    if not isinstance(path, str) or is_url(path):
+        return None
+    try:
+        manifest = parse_manifest((Path(absolute_path(path)) / MANIFEST_NAME).read_bytes())
+    except (OSError, GradstreamError):
+        return None
+    return {split: len(manifest.split(split)) for split in ("train", "validation")}

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from gradstream.core.data.manifest import MANIFEST_NAME, parse_manifest
-from gradstream.core.errors import GradstreamError
 from gradstream.core.recipe import defaults
 from gradstream.core.recipe.defaults import (
     PRETRAINING,
@@ -25,7 +22,6 @@ from gradstream.core.recipe.defaults import (
     longest_sequence,
     text_section,
 )
-from gradstream.core.recipe.files import absolute_path as absolute_path
 from gradstream.core.recipe.files import is_url
 from gradstream.core.recipe.finetuning import FineTuning, LoraConfig
 from gradstream.core.recipe.model_config import check_fields, check_special_ids
@@ -356,17 +352,3 @@ class Recipe(Section):
         """Whether a validation pass is made at this version: the first, the last, and every interval."""
         interval, num_steps = self.validation.interval_steps, self.training.num_steps
         return interval > 0 and version <= num_steps and (version % interval == 0 or version == num_steps)
-
-
-def _num_shards(tree: Mapping[str, Any]) -> dict[str, int] | None:
-    """Data shards of each split of a recipe's data set; None when it is not here, or cannot be read: whoever needs it
-    says so."""
-    data = tree.get("data")
-    path = data.get("path") if isinstance(data, Mapping) else None
-    if not isinstance(path, str) or is_url(path):
-        return None
-    try:
-        manifest = parse_manifest((Path(absolute_path(path)) / MANIFEST_NAME).read_bytes())
-    except (OSError, GradstreamError):
-        return None
-    return {split: len(manifest.split(split)) for split in ("train", "validation")}

@@ -20,7 +20,7 @@ from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.recipe.section import Section
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEST_PATH = re.compile(r"`(?:tests/)?((?:unit|integration|faults|fuzz|deploy)/[A-Za-z0-9_/]+\.py)`")
 
 
@@ -34,7 +34,7 @@ def rows(text: str) -> list[list[str]]:
     return cells
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_test_that_is_named_is_there(page: Path) -> None:
     absent = [path for path in TEST_PATH.findall(page.read_text()) if not (ROOT / "tests" / path).exists()]
     assert absent == []
@@ -61,6 +61,21 @@ def test_each_row_of_security_about_paths_names_its_test() -> None:
     found = rows(section.partition("\n## ")[0])[1:]
     assert len(found) >= 6
     assert all(TEST_PATH.search(row[-1]) for row in found)
+
+
+def test_the_index_of_decisions_has_each_record() -> None:
+    """One row a record: its number, its title as a link, its subject."""
+    expected = []
+    for page in (ROOT / "docs" / "decisions").glob("*.md"):
+        text = page.read_text()
+        subject = text.splitlines()[0].removeprefix("# ").removesuffix(": decisions")
+        for heading in re.findall(r"^## (\d+\. .+)$", text, re.MULTILINE):
+            number, _, title = heading.partition(". ")
+            anchor = re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).lower())
+            expected.append([number, f"[{title}](decisions/{page.name}#{anchor})", subject])
+    assert len({number for number, *_ in expected}) == len(expected) > 80
+    index = (ROOT / "docs" / "decisions.md").read_text().partition("## By number")[2]
+    assert rows(index)[1:] == sorted(expected, key=lambda row: int(row[0]))
 
 
 def test_protocol_has_every_call() -> None:
@@ -115,7 +130,7 @@ def _is_there(path: str) -> bool:
     return source.exists() and re.search(rf"^(?:def|class) {re.escape(name)}\b", source.read_text(), re.M) is not None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_is_named_is_there(page: Path) -> None:
     assert [path for path in FILE_PATH.findall(page.read_text()) if not _is_there(path) and path not in MADE] == []
 
@@ -145,7 +160,7 @@ def _shown_commands(page: Path) -> Iterator[list[str]]:
                     yield shlex.split(part)[1:]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_that_is_shown_is_there(page: Path) -> None:
     top: Any = typer.main.get_command(app)
     wrong = []
@@ -210,7 +225,7 @@ def _named_keys(page: Path) -> Iterator[str]:
                 yield from (f"{key}.{name}" for name in value) if isinstance(value, dict) else ()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_recipe_key_that_is_named_is_there(page: Path) -> None:
     named = {
         key for key in _named_keys(page) if key != "base" and not key.startswith(FREE) and not key.endswith(OTHERS)

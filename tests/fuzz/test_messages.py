@@ -196,9 +196,9 @@ def test_measurements_of_links_are_taken(found: list[pb.LinkMeasurement]) -> Non
 # -- neighbours in a pipeline ------------------------------------------------------------------------------------------
 
 HEADERS = {
-    "begin": worker_pb2.StageHeader(begin=worker_pb2.StageTry(number=1, version=0, slots=[0, 1])),
+    "begin": worker_pb2.StageHeader(begin=worker_pb2.StageAttempt(number=1, version=0, slots=[0, 1])),
     "tensor": worker_pb2.StageHeader(
-        tensor=worker_pb2.StageTensor(try_number=1, stage=0, microbatch=0, shape=SHAPE, codec=plan_pb2.CODEC_FP32),
+        tensor=worker_pb2.StageTensor(attempt_number=1, stage=0, microbatch=0, shape=SHAPE, codec=plan_pb2.CODEC_FP32),
         payload_bytes=4 * math.prod(SHAPE),
     ),
     "abandon": worker_pb2.StageHeader(abandon=worker_pb2.StageAbandon(number=1, reason="so")),

@@ -281,7 +281,7 @@ def test_bad_input_is_one_line(
         client.wait(client.create(tree).name, poll_seconds=0.05)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    # Nothing of it is in the way of the next try, nor in the cluster.
+    # Nothing of it is in the way of the next attempt, nor in the cluster.
     assert "bad" not in [job.name for job in cluster.client.jobs()]
 
 

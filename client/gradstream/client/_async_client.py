@@ -93,7 +93,8 @@ class AsyncClient:
 
     @property
     def unreachable_since(self) -> datetime | None:
-        """Since when (local time) every try to reach the coordinator has failed; None when the last one succeeded."""
+        """Since when (local time) every attempt to reach the coordinator has failed; None when the last one
+        succeeded."""
         return self._connection.unreachable_since
 
     # ---- Jobs ------------------------------------------------------------------------------------------------------

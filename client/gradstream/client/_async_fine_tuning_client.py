@@ -106,7 +106,7 @@ class AsyncFineTuningClient:
 
     @property
     def unreachable_since(self) -> datetime | None:
-        """Since when (local time) every try to reach the service has failed; None when the last one succeeded."""
+        """Since when (local time) every attempt to reach the service has failed; None when the last one succeeded."""
         return self._connection.unreachable_since
 
     # ---- Examples --------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Client:
 
     @property
     def unreachable_since(self) -> datetime | None:
-        """Since when every try to reach the coordinator has failed; None when the last one succeeded."""
+        """Since when every attempt to reach the coordinator has failed; None when the last one succeeded."""
         return self._client.unreachable_since
 
     def submit(

@@ -24,7 +24,7 @@ from gradstream.core.rpc.transport import Transport
 
 Stub = TypeVar("Stub")
 
-# A little more than the longest pause between two tries of a channel (gradstream.core.rpc.channel).
+# A little more than the longest pause between two attempts of a channel (gradstream.core.rpc.channel).
 RECONNECT_SECONDS = 3.5
 AGAIN_SECONDS = 10.0
 """How long a request whose answer was lost is made again."""
@@ -67,7 +67,7 @@ class Connection(Generic[Stub]):
         self.address = address
         self.transport = Transport(find_credentials(address, credentials))
         self.unreachable_since: datetime | None = None
-        """Since when (local time) every try has failed; None when the last one succeeded."""
+        """Since when (local time) every attempt has failed; None when the last one succeeded."""
         self._peer = peer
         self._make_stub = make_stub
         self._connect_timeout_seconds = connect_timeout_seconds
@@ -86,7 +86,7 @@ class Connection(Generic[Stub]):
             self._channel = open_channel(self.address, self._peer.role, self.transport)
         channel = self._channel
         state = channel.get_state(try_to_connect=True)
-        # A channel that has failed before is waited for until its next try, so that the old answer does not count.
+        # A channel that has failed before is waited for until its next attempt, so that the old answer does not count.
         failed_before = state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
         try:
             async with asyncio.timeout(min(RECONNECT_SECONDS if failed_before else 60, self._connect_timeout_seconds)):

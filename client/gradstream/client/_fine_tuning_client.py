@@ -61,7 +61,7 @@ class FineTuningClient:
 
     @property
     def unreachable_since(self) -> datetime | None:
-        """Since when every try to reach the service has failed; None when the last one succeeded."""
+        """Since when every attempt to reach the service has failed; None when the last one succeeded."""
         return self._client.unreachable_since
 
     def upload(self, path: str | Path) -> str:

@@ -25,7 +25,7 @@ class Timing:
     adopt_grace_seconds: float = 15.0
     # Between looks at the clock; events are acted upon at once.
     tick_seconds: float = 0.2
-    # Most between two tries of what failed, such as a write to a full disk.
+    # Most between two attempts of what failed, such as a write to a full disk.
     retry_seconds: float = 2.0
     # A worker that cannot reach a parameter server or a neighbour for so long gives up its slots.
     unreachable_seconds: float = 30.0

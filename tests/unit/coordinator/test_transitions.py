@@ -80,7 +80,7 @@ async def test_leases_that_could_not_be_stored_are_due_again(cluster: Cluster) -
         await second.die()
         await until(lambda: controller.retry.trouble is not None)
         job = await cluster.job(job_id)
-        await asyncio.sleep(0.5)  # tries go on meanwhile
+        await asyncio.sleep(0.5)  # attempts go on meanwhile
         # Neither seen nor sent.
         assert (active.holders, active.lease_number) == before
         assert [d for d in first.directives if d.HasField("leases")] == tables
@@ -101,17 +101,17 @@ async def test_tries_of_a_full_disk_are_spaced(cluster: Cluster, monkeypatch: py
     _, (first, second) = await cluster.running(job_id, workers=2)
     await first.slots(1)
     controller = controller_of(cluster)
-    tries = []
+    attempts = []
     store = controller.state.store_job
-    monkeypatch.setattr(controller.state, "store_job", lambda *args, **more: (tries.append(1), store(*args, **more)))
+    monkeypatch.setattr(controller.state, "store_job", lambda *args, **more: (attempts.append(1), store(*args, **more)))
     with failing_disk(cluster):
         await second.die()
         await until(lambda: controller.retry.trouble is not None)
-        del tries[:]
+        del attempts[:]
         for _ in range(50):  # whatever asks for a look
             controller.reconcile()
             await asyncio.sleep(0.02)
-        assert 1 <= len(tries) <= 12
+        assert 1 <= len(attempts) <= 12
     await first.slots(2)
 
 

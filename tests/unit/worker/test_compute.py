@@ -15,7 +15,7 @@ from gradstream.core.model.model import build, derive_seed, forward_units, initi
 from gradstream.core.model.stage_module import sections_of
 from gradstream.core.pipeline.schedule import Action, Op
 from gradstream.core.wire.slot_totals import SlotTotals
-from gradstream.worker.attempt import AbandonedError, Alone, Try
+from gradstream.worker.attempt import AbandonedError, Alone, Attempt
 from gradstream.worker.compute import SlotComputer, _LastPass
 from gradstream.worker.samples.data import Batch
 from gradstream.worker.stage_build import pick_device
@@ -73,14 +73,14 @@ def run_slot(
     wanted: Callable[[], bool],
 ) -> SlotTotals:
     computer.run(
-        Try(0, step, (slot,)), {slot: Batch(tokens[:, :-1], tokens[:, 1:])}, lambda _: emitted, wanted, Alone()
+        Attempt(0, step, (slot,)), {slot: Batch(tokens[:, :-1], tokens[:, 1:])}, lambda _: emitted, wanted, Alone()
     )
     (totals,) = emitted.totals
     return totals
 
 
 def evaluate(computer: SlotComputer, wanted: Callable[[], bool] = lambda: True) -> tuple[float, int]:
-    found = computer.evaluate(Try(0, 0, (0,), True), Batch(TOKENS[:, :-1], TOKENS[:, 1:]), wanted, Alone())
+    found = computer.evaluate(Attempt(0, 0, (0,), True), Batch(TOKENS[:, :-1], TOKENS[:, 1:]), wanted, Alone())
     assert found is not None
     return found
 
@@ -182,7 +182,7 @@ def test_the_stage_before_gets_its_gradient_before_the_servers_get_those_of_the_
         gradients[tensor, part] = gradient
 
     batch = Batch(TOKENS[:, :-1], TOKENS[:, 1:])
-    computer.run(Try(0, 2, (1,)), {1: batch}, lambda slot: emit, lambda: True, Recording(order))
+    computer.run(Attempt(0, 2, (1,)), {1: batch}, lambda slot: emit, lambda: True, Recording(order))
     assert left == [0, 0], "of each stage"
     assert set(gradients) == set(computer.parameters)
     last = [item for item in order if isinstance(item, Action) and item.op is Op.BACKWARD][-1]

@@ -138,7 +138,7 @@ async def test_tensors_and_losses_arrive(
     chain = await make_chain(activations=activations)
     first, second = (node.neighbours for node in chain.nodes)
     attempt = await first.begin(2, SLOTS, False)
-    followed = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
+    followed = await asyncio.wait_for(second.next_attempt(), BOUND_SECONDS)
     assert followed == attempt
     first.run(attempt, lambda: True)
     second.run(followed, lambda: True)
@@ -156,23 +156,23 @@ async def test_tensors_and_losses_arrive(
     assert not chain.nodes[1].errors
 
 
-async def test_a_try_goes_down_the_whole_chain_and_an_abandon_up(make_chain: MakeChain) -> None:
+async def test_an_attempt_goes_down_the_whole_chain_and_an_abandon_up(make_chain: MakeChain) -> None:
     chain = await make_chain(num_stages=3)
     first, _, third = (node.neighbours for node in chain.nodes)
     attempt = await first.begin(0, SLOTS, False)
-    followed = await asyncio.wait_for(third.next_try(), BOUND_SECONDS)
+    followed = await asyncio.wait_for(third.next_attempt(), BOUND_SECONDS)
     assert followed.number == attempt.number
     third.abandon(followed, "its weights broke off")
     await until(lambda: chain.nodes[0].voids == 1, "the first worker to hear of it")
     assert not first.is_valid(attempt)
     again = await first.begin(0, SLOTS, False)
     assert again.number > attempt.number
-    await until(lambda: not third.is_valid(attempt), "the last one to hear of the next try")
+    await until(lambda: not third.is_valid(attempt), "the last one to hear of the next attempt")
     third.took(followed)
-    assert (await third.next_try()).number == again.number
+    assert (await third.next_attempt()).number == again.number
 
 
-async def test_nothing_of_an_abandoned_try_is_used(make_chain: MakeChain) -> None:
+async def test_nothing_of_an_abandoned_attempt_is_used(make_chain: MakeChain) -> None:
     chain = await make_chain()
     first, second = (node.neighbours for node in chain.nodes)
     attempt = await first.begin(0, SLOTS, False)
@@ -186,14 +186,14 @@ async def test_nothing_of_an_abandoned_try_is_used(make_chain: MakeChain) -> Non
     first.send(Action(0, Op.FORWARD, 0), torch.full(SHAPE, 9.0), 0.0)
     await until(lambda: again.number in {number for number, _ in inbound.arrived}, "the second one to arrive")
     assert {number for number, _ in inbound.arrived} == {again.number}
-    followed = await second.next_try()
+    followed = await second.next_attempt()
     assert followed.number == again.number
     second.run(followed, lambda: True)
     received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, 0))
     assert torch.equal(received, torch.full(SHAPE, 9.0))
 
 
-async def test_a_waiting_worker_is_told_that_its_try_is_void(make_chain: MakeChain) -> None:
+async def test_a_waiting_worker_is_told_that_its_attempt_is_void(make_chain: MakeChain) -> None:
     chain = await make_chain()
     first = chain.nodes[0].neighbours
     attempt = await first.begin(0, SLOTS, False)
@@ -223,7 +223,7 @@ async def test_after_a_break_what_is_missing_comes_again_and_nothing_twice(make_
     first.send(Action(0, Op.FORWARD, 1), activation(1), 0.0)
     assert listen(second.server, second.address)
     await second.server.start()
-    second.neighbours.run(await second.neighbours.next_try(), lambda: True)
+    second.neighbours.run(await second.neighbours.next_attempt(), lambda: True)
     for microbatch in range(2):
         received, _ = await chain.compute(second.neighbours.receive, Action(1, Op.FORWARD, microbatch))
         assert torch.equal(received, activation(microbatch))
@@ -240,7 +240,7 @@ async def test_credit_bounds_what_waits(make_chain: MakeChain) -> None:
     for microbatch in range(4):  # more than 1f1b ever sends ahead
         first.send(Action(0, Op.FORWARD, microbatch), activation(microbatch), 0.0)
     await until(lambda: len(inbound.arrived) == 2 and not inbound.window, "the window to be full")
-    second.run(await second.next_try(), lambda: True)
+    second.run(await second.next_attempt(), lambda: True)
     for microbatch in range(4):
         received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, microbatch))
         assert torch.equal(received, activation(microbatch))
@@ -260,7 +260,7 @@ def tensor_messages(
     values: torch.Tensor | None = None, crc32c: int | None = None, num_bytes: int | None = None, **changes: Any
 ) -> list[bytes]:
     payload = (activation(0) if values is None else values).numpy().view(np.uint8).reshape(-1)
-    fields = {"try_number": 1, "stage": 0, "microbatch": 0, "shape": SHAPE, "codec": plan_pb2.CODEC_FP32, **changes}
+    fields = {"attempt_number": 1, "stage": 0, "microbatch": 0, "shape": SHAPE, "codec": plan_pb2.CODEC_FP32, **changes}
     header = pb.StageHeader(
         tensor=pb.StageTensor(**fields),
         payload_bytes=len(payload) if num_bytes is None else num_bytes,
@@ -304,7 +304,7 @@ async def answer(node: Node, messages: list[bytes], opening: pb.StageHello | Non
         pytest.param(tensor_messages(microbatch=1), "out of order, that of microbatch 0 from stage 0", id="order"),
         pytest.param(tensor_messages(microbatch=4), "gets no such activation", id="microbatch"),
         pytest.param(tensor_messages(stage=1), "gets no such activation", id="stage"),
-        pytest.param(tensor_messages(try_number=2), "that try has not begun here", id="try"),
+        pytest.param(tensor_messages(attempt_number=2), "that attempt has not begun here", id="attempt"),
         pytest.param(tensor_messages(crc32c=1), "checksum .* is not the announced 00000001", id="checksum"),
         pytest.param(tensor_messages(num_bytes=5), "fp32 payload of 5 bytes where 256 elements take 1024", id="size"),
         pytest.param(tensor_messages(num_bytes=1 << 40), "fp32 payload of 1099511627776 bytes", id="huge"),
@@ -314,15 +314,19 @@ async def answer(node: Node, messages: list[bytes], opening: pb.StageHello | Non
         pytest.param([b"\x22\x01x"], "unexpected field", id="garbage"),
         pytest.param([frame(b"\xff\xff\xff")], "not a valid message", id="no-protobuf"),
         pytest.param(
-            [message(begin=pb.StageTry(number=9, version=99, slots=[0]))], "version 99, but the job", id="version"
+            [message(begin=pb.StageAttempt(number=9, version=99, slots=[0]))], "version 99, but the job", id="version"
         ),
-        pytest.param([message(begin=pb.StageTry(number=9, slots=[0, 0]))], r"slots \[0, 0\]", id="slots"),
-        pytest.param([message(begin=pb.StageTry(number=9, slots=[2]))], r"slots \[2\]", id="slot"),
-        pytest.param([message(begin=pb.StageTry(number=9))], r"slots \[\]", id="no-slots"),
+        pytest.param([message(begin=pb.StageAttempt(number=9, slots=[0, 0]))], r"slots \[0, 0\]", id="slots"),
+        pytest.param([message(begin=pb.StageAttempt(number=9, slots=[2]))], r"slots \[2\]", id="slot"),
+        pytest.param([message(begin=pb.StageAttempt(number=9))], r"slots \[\]", id="no-slots"),
         pytest.param(
-            [message(begin=pb.StageTry(number=9, slots=[0, 1], validate=True))], "validation pass of 2", id="validate"
+            [message(begin=pb.StageAttempt(number=9, slots=[0, 1], validate=True))],
+            "validation pass of 2",
+            id="validate",
         ),
-        pytest.param([message(begin=pb.StageTry(number=9, slots=[0], void_before=10))], "makes itself void", id="void"),
+        pytest.param(
+            [message(begin=pb.StageAttempt(number=9, slots=[0], void_before=10))], "makes itself void", id="void"
+        ),
     ],
 )
 async def test_what_breaks_the_protocol_is_refused_by_name_and_nothing_is_used(
@@ -331,7 +335,7 @@ async def test_what_breaks_the_protocol_is_refused_by_name_and_nothing_is_used(
     chain = await make_chain()
     first, second = (node.neighbours for node in chain.nodes)
     await first.begin(0, SLOTS, False)
-    attempt = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
+    attempt = await asyncio.wait_for(second.next_attempt(), BOUND_SECONDS)
     with pytest.raises(ProtocolError, match=words) as caught:
         raise await answer(chain.nodes[1], messages)
     assert "worker w0 at 127.0.0.1:" in str(caught.value)
@@ -377,11 +381,11 @@ async def test_streams_of_a_replica_that_was_formed_anew_end(make_chain: MakeCha
     # The new replica starts from nothing.
     first, now = (node.neighbours for node in chain.nodes)
     attempt = await first.begin(0, SLOTS, False)
-    assert (await asyncio.wait_for(now.next_try(), BOUND_SECONDS)).number == attempt.number == 1
+    assert (await asyncio.wait_for(now.next_attempt(), BOUND_SECONDS)).number == attempt.number == 1
     assert not old[1].inbounds[FORWARD].arrived
 
 
-async def test_tensors_under_way_when_the_next_try_begins_are_taken(make_chain: MakeChain) -> None:
+async def test_tensors_under_way_when_the_next_attempt_begins_are_taken(make_chain: MakeChain) -> None:
     """A validation pass has more room than training; what was sent by that stays welcome."""
     chain = await make_chain(num_samples=16)  # eight, four microbatches, a slot
     first, second = (node.neighbours for node in chain.nodes)
@@ -392,14 +396,14 @@ async def test_tensors_under_way_when_the_next_try_begins_are_taken(make_chain: 
     training = await first.begin(0, SLOTS, False)
     first.run(training, lambda: True)
     first.send(Action(0, Op.FORWARD, 0), activation(9), 0.0)
-    followed = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
+    followed = await asyncio.wait_for(second.next_attempt(), BOUND_SECONDS)
     second.took(followed)
     assert followed.validate
     second.run(followed, lambda: True)
     for microbatch in range(4):
         received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, microbatch))
         assert torch.equal(received, activation(microbatch))
-    followed = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
+    followed = await asyncio.wait_for(second.next_attempt(), BOUND_SECONDS)
     assert followed.number == training.number
     second.run(followed, lambda: True)
     received, _ = await chain.compute(second.receive, Action(1, Op.FORWARD, 0))
@@ -407,13 +411,13 @@ async def test_tensors_under_way_when_the_next_try_begins_are_taken(make_chain: 
     assert not chain.nodes[0].errors
 
 
-async def test_a_try_begins_behind_what_is_still_being_encoded(
+async def test_an_attempt_begins_behind_what_is_still_being_encoded(
     make_chain: MakeChain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(neighbours, "MAX_ELEMENTS_AT_ONCE", 0)
     first, second = (node.neighbours for node in (await make_chain()).nodes)
     first.run(await first.begin(0, SLOTS, False), lambda: True)
-    await until(lambda: first.links[FORWARD].empty, "the try to be taken")
+    await until(lambda: first.links[FORWARD].empty, "the attempt to be taken")
     go_on = threading.Event()
     first._thread.submit(go_on.wait, BOUND_SECONDS)  # the tensor is encoded after it
     first.send(Action(0, Op.FORWARD, 0), activation(0), 0.0)
@@ -422,22 +426,22 @@ async def test_a_try_begins_behind_what_is_still_being_encoded(
     assert not beginning.done()
     go_on.set()
     attempt = await asyncio.wait_for(beginning, BOUND_SECONDS)
-    # What the second one is told of the next try comes behind the tensor.
-    await until(lambda: second.latest == attempt, "the next try to be known")
+    # What the second one is told of the next attempt comes behind the tensor.
+    await until(lambda: second.latest == attempt, "the next attempt to be known")
     assert (1, (0, 0)) in second.inbounds[FORWARD].arrived
 
 
-async def test_a_late_tensor_of_a_void_try_may_be_larger_than_those_of_the_next(make_chain: MakeChain) -> None:
+async def test_a_late_tensor_of_a_void_attempt_may_be_larger_than_those_of_the_next(make_chain: MakeChain) -> None:
     chain = await make_chain(num_samples=2)  # one sample a slot: half of a training microbatch
     first, second = (node.neighbours for node in chain.nodes)
     attempt = await first.begin(0, SLOTS, False)
-    followed = await asyncio.wait_for(second.next_try(), BOUND_SECONDS)
+    followed = await asyncio.wait_for(second.next_attempt(), BOUND_SECONDS)
     second.run(followed, lambda: True)
     first.void()
     again = await first.begin(1, (0,), True)
     assert first.latest == again
     second.send(Action(1, Op.BACKWARD, 0), activation(0), 1.0)  # it has not heard yet, or just now
-    await until(lambda: not second.is_valid(attempt), "the second one to hear of the next try")
+    await until(lambda: not second.is_valid(attempt), "the second one to hear of the next attempt")
     await until(lambda: second.links[BACKWARD].empty, "what it sent to be taken")
     assert not first.inbounds[BACKWARD].arrived
     assert not chain.nodes[1].errors
@@ -451,13 +455,13 @@ async def test_a_tensor_that_cannot_be_encoded_is_an_error_and_not_a_silence(mak
     await until(lambda: bool(chain.nodes[0].errors), "the error to be told")
 
 
-async def test_tries_do_not_pile_up(make_chain: MakeChain) -> None:
+async def test_attempts_do_not_pile_up(make_chain: MakeChain) -> None:
     second = (await make_chain()).nodes[1].neighbours
     inbound = second.inbounds[FORWARD]
     for number in range(1, 66):
-        header = pb.StageHeader(begin=pb.StageTry(number=number, slots=[0]))
+        header = pb.StageHeader(begin=pb.StageAttempt(number=number, slots=[0]))
         if number == 65:
-            with pytest.raises(ProtocolError, match=r"worker w0 at .*: try 65: 64 tries wait here already"):
+            with pytest.raises(ProtocolError, match=r"worker w0 at .*: attempt 65: 64 attempts wait here already"):
                 second.check(inbound, header)
             break
         assert not second.check(inbound, header)

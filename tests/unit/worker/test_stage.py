@@ -196,7 +196,9 @@ def test_gradients_of_one_slot_have_nothing_of_the_next(
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zero-bubble"])
-def test_an_abandoned_try_leaves_nothing(name: str, model: tuple[dict[str, Any], Gradients, dict[int, float]]) -> None:
+def test_an_abandoned_attempt_leaves_nothing(
+    name: str, model: tuple[dict[str, Any], Gradients, dict[int, float]]
+) -> None:
     config, expected, losses = model
     pipeline = Pipeline(config, make_schedule(name, 2, NUM_MICROBATCHES))
     for most_actions in (1, 7, 12):

@@ -1,7 +1,5 @@
-"""A try: slots that a replica computes in one go, at one version. Its schedule, and its two ends: where activations and
-gradients of a pipeline go (`Exchange`), and where finished gradients go (`Emit`).
-
-`try` is a keyword of Python: a variable that holds one is called `attempt`.
+"""An attempt: slots that a replica computes in one go, at one version. Its schedule, and its two ends: where
+activations and gradients of a pipeline go (`Exchange`), and where finished gradients go (`Emit`).
 """
 
 from __future__ import annotations
@@ -22,9 +20,9 @@ class AbandonedError(Exception):
 
 
 @dataclass(frozen=True)
-class Try:
-    """Slots that are computed one after the other without a pause, at one version; `number` rises with each try of a
-    replica. A validation pass has one slot and no backward."""
+class Attempt:
+    """Slots that are computed one after the other without a pause, at one version; `number` rises with each attempt of
+    a replica. A validation pass has one slot and no backward."""
 
     number: int
     version: int
@@ -40,7 +38,7 @@ class Emit(Protocol):
 
 
 class Exchange(Protocol):
-    """How a try's activations and gradients reach the neighbours; called from the compute thread."""
+    """How an attempt's activations and gradients reach the neighbours; called from the compute thread."""
 
     def receive(self, action: Action) -> tuple[torch.Tensor, float]:
         """What `action` needs of a neighbour, and for a backward pass the microbatch's loss. Waits; raises
@@ -64,20 +62,21 @@ class Alone:
         self._given[action.stage, action.microbatch, action.op is Op.FORWARD] = (tensor, loss_sum)
 
 
-def num_samples(plan: Plan, attempt: Try) -> int:
-    """Samples of each of a try's slots: in a validation pass all that its slot has, where the recipe asks for more."""
+def num_samples(plan: Plan, attempt: Attempt) -> int:
+    """Samples of each of an attempt's slots: in a validation pass all that its slot has, where the recipe asks for
+    more."""
     if not attempt.validate:
         return plan.recipe.training.slot_batch
     return min(plan.recipe.validation.num_samples // plan.num_slots, plan.held_out_samples[attempt.slots[0]])
 
 
-def num_microbatches(plan: Plan, attempt: Try) -> int:
-    """Microbatches of each of a try's slots; the last one of a validation pass may have fewer samples."""
+def num_microbatches(plan: Plan, attempt: Attempt) -> int:
+    """Microbatches of each of an attempt's slots; the last one of a validation pass may have fewer samples."""
     return -(-num_samples(plan, attempt) // plan.recipe.training.microbatch)
 
 
-def schedule_for(plan: Plan, attempt: Try) -> Schedule:
-    """The table by which all workers of a replica compute a try."""
+def schedule_for(plan: Plan, attempt: Attempt) -> Schedule:
+    """The table by which all workers of a replica compute an attempt."""
     count = len(attempt.slots) * num_microbatches(plan, attempt)
     if attempt.validate:
         return forward_schedule(plan.replica_size, count, plan.num_chunks)

@@ -21,7 +21,7 @@ from gradstream.core.pipeline.schedule import SPLIT, Action, Op, Row
 from gradstream.core.plan.plan import Plan
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.core.wire.slot_totals import SlotTotals
-from gradstream.worker.attempt import AbandonedError, Emit, Exchange, Try, schedule_for
+from gradstream.worker.attempt import AbandonedError, Attempt, Emit, Exchange, schedule_for
 from gradstream.worker.samples.data import IGNORED, Batch
 from gradstream.worker.samples.packing import layout_of
 from gradstream.worker.stage import StageRunner
@@ -64,13 +64,13 @@ class SlotComputer:
 
     def run(
         self,
-        attempt: Try,
+        attempt: Attempt,
         batches: Mapping[int, Batch],
         begin_slot: Callable[[int], Emit],
         wanted: Callable[[], bool],
         exchange: Exchange,
     ) -> None:
-        """Compute this worker's part of a try's gradients at the weights in place.
+        """Compute this worker's part of an attempt's gradients at the weights in place.
 
         Without packed rows only workers with the first or the last stage need `batches`, which are by slot.
         `begin_slot(slot)`, called before the first backward pass of a slot, gives the `Emit` that is called from
@@ -114,7 +114,7 @@ class SlotComputer:
 
     @torch.no_grad()
     def evaluate(
-        self, attempt: Try, batch: Batch | None, wanted: Callable[[], bool], exchange: Exchange
+        self, attempt: Attempt, batch: Batch | None, wanted: Callable[[], bool], exchange: Exchange
     ) -> tuple[float, int] | None:
         """On the worker with the last stage, the sum of the loss over the slot's target tokens, in nats, and their
         number. Raises AbandonedError."""

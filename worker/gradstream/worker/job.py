@@ -1,7 +1,7 @@
 """A worker's part of one job under one plan: pull a version, compute the slots it holds, push, and again.
 
-In a pipeline it is the replica that holds the slots, and the worker has a place in it. The first worker begins tries of
-them, the others follow.
+In a pipeline it is the replica that holds the slots, and the worker has a place in it. The first worker begins attempts
+of them, the others follow.
 
     install version t ── compute my slots of step t ── wait for version t + 1, or for more slots
           ▲                                                        │
@@ -33,6 +33,7 @@ from gradstream.core.rpc.channel import open_channel
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.worker.attempt import AbandonedError
+from gradstream.worker.attempts import AttemptRunner, Attempts, Done
 from gradstream.worker.compute import SlotComputer
 from gradstream.worker.held_slots import HeldSlots
 from gradstream.worker.pipeline.membership import Membership
@@ -44,7 +45,6 @@ from gradstream.worker.residuals import ResidualKeeper
 from gradstream.worker.samples.readers import Readers
 from gradstream.worker.status import Reports, Status
 from gradstream.worker.timeline import Timeline, measure
-from gradstream.worker.tries import Done, Tries, TryRunner
 from gradstream.worker.weights import Inbox, WeightInstaller
 
 log = get_logger()
@@ -109,7 +109,7 @@ class JobRun:
         self._readers = Readers(plan, session, cache_directory)
         self._status = Status()
         self._reports = Reports(plan, session, self._timeline, self._puller)
-        self._tries = Tries(plan, self._held, self._status, self._timeline)
+        self._attempts = Attempts(plan, self._held, self._status, self._timeline)
         self._unsettled = False  # whether it was given slots since it last told what residuals it has
         self._superseded = False
 
@@ -174,7 +174,7 @@ class JobRun:
     # -- the walk over versions ------------------------------------------------------------------------------------
 
     async def _walk(self, model: LoadedModel) -> None:
-        runner = TryRunner(
+        runner = AttemptRunner(
             model.computer,
             self._compute_thread,
             self._readers,
@@ -242,7 +242,9 @@ class JobRun:
         self._unsettled = False
         self._keeper.arrived(inbox.version, inbox.checkpoint, self._held.last)
 
-    async def _work(self, model: LoadedModel, runner: TryRunner, inbox: Inbox, upcoming: asyncio.Task[Inbox]) -> bool:
+    async def _work(
+        self, model: LoadedModel, runner: AttemptRunner, inbox: Inbox, upcoming: asyncio.Task[Inbox]
+    ) -> bool:
         """Do this version's slots until the next version comes; False when the version must be pulled again."""
         version = self.version = inbox.version
         for stream in self._pusher.streams:
@@ -266,13 +268,13 @@ class JobRun:
                 if membership.again:
                     done.clear()
                     membership.again = False
-                attempt = await self._tries.begin(version, done, membership.neighbours)
+                attempt = await self._attempts.begin(version, done, membership.neighbours)
                 if attempt is None:
-                    await self._tries.wait_for_next(version, upcoming)
+                    await self._attempts.wait_for_next(version, upcoming)
                     continue
             else:
                 assert membership.neighbours is not None
-                attempt = await self._tries.follow(version, place, membership.neighbours, upcoming)
+                attempt = await self._attempts.follow(version, place, membership.neighbours, upcoming)
                 if attempt is None:
                     continue
             try:

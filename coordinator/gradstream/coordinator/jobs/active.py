@@ -24,7 +24,7 @@ from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 NUM_RATE_STEPS = 20
 RETRY_SECONDS = 30.0
-"""Most between two tries to make a plan."""
+"""Most between two attempts to make a plan."""
 
 
 def nothing() -> None:
@@ -129,10 +129,12 @@ class ActiveJob:
     # What each server of the plan was predicted to need.
     predicted_bytes: list[ServerBytes] = field(default_factory=list)
     planning: asyncio.Task[None] | None = None
-    # Why no plan could be made or stored, and when the next try is; and what the last event said of a wait for servers.
+    # Why no plan could be made or stored, and when the next attempt is; and what the last event said of a wait for
+    # servers.
     planning_retry: Retry = field(default_factory=lambda: Retry(RETRY_SECONDS))
     planning_reason: str = ""
-    # Why the nodes of the last try could not hold the plan, and which they were; another set of nodes is tried again.
+    # Why the nodes of the last attempt could not hold the plan, and which they were; another set of nodes is tried
+    # again.
     refusal: str = ""
     refused_nodes: frozenset[str] | None = None
     # Until then (our clock) a refusal stands whatever nodes there are; then it is looked at again.

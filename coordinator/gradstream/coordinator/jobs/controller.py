@@ -302,16 +302,16 @@ class Controller:
     async def _make_plan(self, active: ActiveJob, nodes: PlanNodes) -> None:
         record, release = active.record, nothing
         try:
-            attempt = await self.plan_making.attempt(active, nodes)
-            release = attempt.release
-            if attempt.line:
-                self.journal.note(active.job_id, "plan", attempt.line)
-            if attempt.is_held:
+            outcome = await self.plan_making.make(active, nodes)
+            release = outcome.release
+            if outcome.line:
+                self.journal.note(active.job_id, "plan", outcome.line)
+            if outcome.is_held:
                 return
-            setback = attempt.setback
-            if attempt.made is not None:
+            setback = outcome.setback
+            if outcome.made is not None:
                 try:
-                    if self._accept_plan(active, attempt.made, nodes):
+                    if self._accept_plan(active, outcome.made, nodes):
                         active.release_start()
                         active.release_start, release = release, nothing
                     active.planning_retry.succeeded()

@@ -85,17 +85,17 @@ class Retry:
         self._backoff = Backoff(0.1, self.most_seconds)
 
     def due(self, now: float) -> bool:
-        """Whether it is time for a try."""
+        """Whether it is time for an attempt."""
         return self.trouble is None or now >= self._next_at
 
     def failed(self, cause: str, now: float) -> bool:
-        """Note a try that failed; return whether its cause is a new one, which is worth a line of the log."""
+        """Note an attempt that failed; return whether its cause is a new one, which is worth a line of the log."""
         before = self.trouble
         self.trouble = Trouble(cause, before.since_unix_ms if before is not None else unix_ms())
         self._next_at = now + self._backoff.next()
         return before is None or before.cause != cause
 
     def succeeded(self) -> None:
-        """Note a try that went well."""
+        """Note an attempt that went well."""
         self.trouble = None
         self._backoff.reset()

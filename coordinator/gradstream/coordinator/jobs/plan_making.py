@@ -93,9 +93,9 @@ class Setback:
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """What came of an attempt: a plan, a hold or a setback. The checkpoint that the plan starts from stays pinned until
-    `release` is called."""
+class PlanOutcome:
+    """What came of making a plan: a plan, a hold or a setback. The checkpoint that the plan starts from stays pinned
+    until `release` is called."""
 
     nodes: PlanNodes
     made: MadePlan | None = None
@@ -144,7 +144,7 @@ class PlanMaking:
         missing = decisions.missing_nodes(active.recipe, num_servers, num_workers, active.need_workers)
         return None if missing else nodes
 
-    async def attempt(self, active: ActiveJob, nodes: PlanNodes) -> Attempt:
+    async def make(self, active: ActiveJob, nodes: PlanNodes) -> PlanOutcome:
         """Try to make a plan. Raises nothing but CancelledError."""
         record = active.record
         root = checkpoints.root_of(record.run_directory)
@@ -158,11 +158,11 @@ class PlanMaking:
             line = note_hold(active, hold, self._clock())
             made = await make_plan(active, nodes, start) if not hold else None
         except Exception as error:
-            return Attempt(nodes, setback=judge_error(error, record, waits_for), release=release)
+            return PlanOutcome(nodes, setback=judge_error(error, record, waits_for), release=release)
         except BaseException:
             release()
             raise
-        return Attempt(nodes, made, bool(hold), line, release=release)
+        return PlanOutcome(nodes, made, bool(hold), line, release=release)
 
 
 async def choose_start(root: str, pins: checkpoints.Pins, disk: StorageThreads) -> Start:

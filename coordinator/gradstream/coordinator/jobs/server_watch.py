@@ -70,9 +70,9 @@ class ServerWatch:
         """Try whether the machines of silent servers still listen."""
         assert active.plan is not None
         for server in active.reunion.due_rings(active.plan, grace_seconds, now):
-            self._spawn(self._try(active, server.node_id, server.address))
+            self._spawn(self._probe(active, server.node_id, server.address))
 
-    async def _try(self, active: ActiveJob, node_id: str, address: str) -> None:
+    async def _probe(self, active: ActiveJob, node_id: str, address: str) -> None:
         refused = await refuses_connections(address)
         absence = active.reunion.absences.get(node_id)
         if absence is not None:

@@ -70,8 +70,8 @@ def slot_seconds(active: ActiveJob) -> float | None:
 
 
 def has_recovered(node: NodeEntry | None, since: float) -> bool:
-    """Whether a node that hung or was cut off at `since` is worth another try: it is gone, or it reaches its peers and
-    got something done or has let go of its slots. Without slots a worker has nothing to do."""
+    """Whether a node that hung or was cut off at `since` is worth another attempt: it is gone, or it reaches its peers
+    and got something done or has let go of its slots. Without slots a worker has nothing to do."""
     if node is None or not node.alive:
         return True
     moves = node.progress_at > since or node.activity.waiting_for == SLOTS

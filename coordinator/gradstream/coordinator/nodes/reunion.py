@@ -20,7 +20,7 @@ from gradstream.coordinator.nodes.membership import SERVER, Membership
 from gradstream.core.plan.plan import Plan, Server
 
 RING_SECONDS = 0.5
-"""Between two tries to connect to a silent server."""
+"""Between two attempts to connect to a silent server."""
 CONNECT_SECONDS = 2.0
 VISIT_SECONDS = 10.0
 """For how long a newcomer that was told to ask again counts as company: it asks at least every 3 s."""
@@ -84,7 +84,7 @@ class Absence:
         return self.num_refusals >= REFUSALS
 
     def heard(self, refused: bool) -> None:
-        """Take the outcome of a try to connect."""
+        """Take the outcome of an attempt to connect."""
         self.num_refusals = self.num_refusals + 1 if refused else 0
 
 

@@ -95,10 +95,10 @@ def diagnose_connection(
     found = _reach(host, port, timeout_seconds)
     if found is not None:
         return found
-    attempt = _Attempt(host, port, role, now, timeout_seconds)
+    peer = _Peer(host, port, role, now, timeout_seconds)
     if identity is None:
-        return attempt.in_clear()
-    return check_own(identity, now) or attempt.with_tls(identity)
+        return peer.in_clear()
+    return check_own(identity, now) or peer.with_tls(identity)
 
 
 def check_own(identity: Identity, now: float) -> Diagnosis | None:
@@ -173,7 +173,7 @@ def _is_known(host: str, timeout_seconds: float) -> bool:
     return bool(found)
 
 
-class _Attempt:
+class _Peer:
     """Connections to one peer that listens."""
 
     def __init__(self, host: str, port: int, role: str, now: float, timeout_seconds: float):

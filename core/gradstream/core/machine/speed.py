@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     import torch
 
 CPU_SIZE, GPU_SIZE = 384, 4096
-NUM_TRIES = 7
+NUM_ATTEMPTS = 7
 PAUSE_SECONDS = 0.03
-"""Between tries: one moment of what else the machine does shall not slow down them all."""
+"""Between attempts: one moment of what else the machine does shall not slow down them all."""
 
 
 def measure_flops(device: torch.device) -> float:
@@ -25,8 +25,8 @@ def measure_flops(device: torch.device) -> float:
     torch.set_num_threads(1)
     try:
         if device.type == "cuda":
-            return matrix_flops(device, GPU_SIZE, NUM_TRIES, PAUSE_SECONDS)
-        return matrix_flops(device, CPU_SIZE, NUM_TRIES, PAUSE_SECONDS, time.thread_time)
+            return matrix_flops(device, GPU_SIZE, NUM_ATTEMPTS, PAUSE_SECONDS)
+        return matrix_flops(device, CPU_SIZE, NUM_ATTEMPTS, PAUSE_SECONDS, time.thread_time)
     finally:
         torch.set_num_threads(threads)
 
@@ -34,18 +34,18 @@ def measure_flops(device: torch.device) -> float:
 def matrix_flops(
     device: torch.device | str,
     size: int,
-    num_tries: int,
+    num_attempts: int,
     pause_seconds: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Operations a second of the product of two square matrices, under the threads and autocast in force: the best of
-    several tries, `pause_seconds` apart, by a clock in seconds."""
+    several attempts, `pause_seconds` apart, by a clock in seconds."""
     import torch
 
     left_NN = torch.ones(size, size, device=device)
     best = float("inf")
     with torch.no_grad():
-        for number in range(num_tries):
+        for number in range(num_attempts):
             if number:
                 time.sleep(pause_seconds)
             begin = clock()

@@ -31,14 +31,14 @@ class Backoff:
         self._first = first_seconds
         self._last = last_seconds
         self._uniform = uniform
-        self._attempt = 0
+        self._failures = 0
 
     def reset(self) -> None:
         """Start again from the first delay."""
-        self._attempt = 0
+        self._failures = 0
 
     def next(self) -> float:
-        """Seconds to wait before the next try."""
-        ceiling = min(self._last, self._first * 2 ** min(self._attempt, 20))
-        self._attempt += 1
+        """Seconds to wait before the next attempt."""
+        ceiling = min(self._last, self._first * 2 ** min(self._failures, 20))
+        self._failures += 1
         return self._uniform(ceiling / 2, ceiling)

@@ -433,7 +433,7 @@ class RefusedNode(_message.Message):
     reason: _builtins.str
     """One line for people: why, and what to do."""
     unix_ms: _builtins.int
-    """Unix time in milliseconds of its last try."""
+    """Unix time in milliseconds of its last attempt."""
     def __init__(
         self,
         *,
@@ -1297,7 +1297,7 @@ class ListNodesResponse(_message.Message):
 
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedNode]:
-        """Those refused since the coordinator began and not registered since; the newest try first, at most 64."""
+        """Those refused since the coordinator began and not registered since; the newest attempt first, at most 64."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

@@ -83,9 +83,9 @@ class StageHello(_message.Message):
 Global___StageHello: _TypeAlias = StageHello  # noqa: Y015
 
 @_typing.final
-class StageTry(_message.Message):
-    """The first worker of a replica begins a try: all slots in it are computed from their first microbatch. Each worker
-    passes it on to the next.
+class StageAttempt(_message.Message):
+    """The first worker of a replica begins an attempt: all slots in it are computed from their first microbatch. Each
+    worker passes it on to the next.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -96,13 +96,13 @@ class StageTry(_message.Message):
     VALIDATE_FIELD_NUMBER: _builtins.int
     VOID_BEFORE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
-    """Rises by one with each try of the replica."""
+    """Rises by one with each attempt of the replica."""
     version: _builtins.int
     """The version of the weights, which is also the step."""
     validate: _builtins.bool
     """True: a validation pass, which has no backward."""
     void_before: _builtins.int
-    """Tries with lower numbers are void: whatever belongs to them is dropped. Those from here on are computed in turn."""
+    """Attempts with lower numbers are void: whatever belongs to them is dropped. Those from here on are computed in turn."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The slots, one after the other. In one with a validation pass only one."""
@@ -122,18 +122,18 @@ class StageTry(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___StageTry: _TypeAlias = StageTry  # noqa: Y015
+Global___StageAttempt: _TypeAlias = StageAttempt  # noqa: Y015
 
 @_typing.final
 class StageAbandon(_message.Message):
-    """A worker cannot go on with a try. It travels up the pipeline; the first worker begins another try."""
+    """A worker cannot go on with an attempt. It travels up the pipeline; the first worker begins another attempt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NUMBER_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     number: _builtins.int
-    """The try."""
+    """The attempt."""
     reason: _builtins.str
     """Why, for people."""
     def __init__(
@@ -156,18 +156,18 @@ class StageTensor(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TRY_NUMBER_FIELD_NUMBER: _builtins.int
+    ATTEMPT_NUMBER_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     MICROBATCH_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     LOSS_SUM_FIELD_NUMBER: _builtins.int
-    try_number: _builtins.int
-    """The try."""
+    attempt_number: _builtins.int
+    """The attempt."""
     stage: _builtins.int
     """The stage that computed it."""
     microbatch: _builtins.int
-    """The microbatch, counted over the try's slots."""
+    """The microbatch, counted over the attempt's slots."""
     codec: _plan_pb2.Codec.ValueType
     """How its elements are written as bytes."""
     loss_sum: _builtins.float
@@ -179,7 +179,7 @@ class StageTensor(_message.Message):
     def __init__(
         self,
         *,
-        try_number: _builtins.int = ...,
+        attempt_number: _builtins.int = ...,
         stage: _builtins.int = ...,
         microbatch: _builtins.int = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
@@ -188,7 +188,7 @@ class StageTensor(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "loss_sum", b"loss_sum", "microbatch", b"microbatch", "shape", b"shape", "stage", b"stage", "try_number", b"try_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_number", b"attempt_number", "codec", b"codec", "loss_sum", b"loss_sum", "microbatch", b"microbatch", "shape", b"shape", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -218,7 +218,7 @@ class StageHeader(_message.Message):
         """First message of the stream."""
 
     @_builtins.property
-    def begin(self) -> Global___StageTry:
+    def begin(self) -> Global___StageAttempt:
         """Down the pipeline."""
 
     @_builtins.property
@@ -233,7 +233,7 @@ class StageHeader(_message.Message):
         self,
         *,
         hello: Global___StageHello | None = ...,
-        begin: Global___StageTry | None = ...,
+        begin: Global___StageAttempt | None = ...,
         abandon: Global___StageAbandon | None = ...,
         tensor: Global___StageTensor | None = ...,
         payload_bytes: _builtins.int = ...,
@@ -287,8 +287,8 @@ class StageResponse(_message.Message):
     NUM_TAKEN_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     num_taken: _builtins.int
-    """Messages taken from this stream: tries, abandons and tensors. What was sent and not taken is sent again on the next
-    stream after a break.
+    """Messages taken from this stream: attempts, abandons and tensors. What was sent and not taken is sent again on the
+    next stream after a break.
     """
     window: _builtins.int
     """Tensors that may be under way beyond those taken."""

@@ -49,8 +49,9 @@ class WorkerServiceServicer(object):
     def Stream(self, request_iterator, context):
         """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
-        A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
-        of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's own.
+        A worker streams to a neighbour: first a hello, then attempts, one after the other, each with its tensors in the
+        order of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's
+        own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

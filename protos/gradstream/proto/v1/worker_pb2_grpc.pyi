@@ -36,8 +36,9 @@ class WorkerServiceStub:
     Stream: _grpc.StreamStreamMultiCallable[_worker_pb2.StageRequest, _worker_pb2.StageResponse]
     """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
-    A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
-    of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's own.
+    A worker streams to a neighbour: first a hello, then attempts, one after the other, each with its tensors in the
+    order of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's
+    own.
     """
 
 @_typing.type_check_only
@@ -48,8 +49,9 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     Stream: _aio.StreamStreamMultiCallable[_worker_pb2.StageRequest, _worker_pb2.StageResponse]  # type: ignore[assignment]
     """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
     buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
-    A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
-    of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's own.
+    A worker streams to a neighbour: first a hello, then attempts, one after the other, each with its tensors in the
+    order of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's
+    own.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -63,8 +65,9 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.StageResponse], _abc.AsyncIterator[_worker_pb2.StageResponse]]:
         """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
-        A worker streams to a neighbour: first a hello, then tries, one after the other, each with its tensors in the order
-        of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's own.
+        A worker streams to a neighbour: first a hello, then attempts, one after the other, each with its tensors in the
+        order of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's
+        own.
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

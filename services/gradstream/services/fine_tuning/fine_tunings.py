@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 MAX_CHOICES = 5
 CHOICE_SECONDS = 0.5
-MAX_RETRY_SECONDS = 5.0  # between two tries to write a record to a full disk
+MAX_RETRY_SECONDS = 5.0  # between two attempts to write a record to a full disk
 
 log = get_logger()
 
@@ -207,14 +207,14 @@ class FineTunings:
     async def held_checkpoint(self, name: str, version: int | None = None) -> AsyncIterator[tuple[int, str]]:
         """As `checkpoint`; what is chosen is not removed while it is read inside."""
         async with AsyncExitStack() as stack:
-            for tries_left in reversed(range(MAX_CHOICES)):
+            for attempts_left in reversed(range(MAX_CHOICES)):
                 chosen, path = self.checkpoint(name, version)
                 try:
                     await stack.enter_async_context(self._jobs.held(self.find(name).job_id, chosen))
                     break
                 except CheckpointError:
                     # It was removed since it was the best: of the better one the job's history tells in a moment.
-                    if version is not None or not tries_left:
+                    if version is not None or not attempts_left:
                         raise
                     await asyncio.sleep(CHOICE_SECONDS)
                 except GradstreamError as error:

@@ -3,7 +3,7 @@
 STATE/lock
 STATE/fine-tunings/NAME/record.json    replaced as a whole, so a kill at any moment leaves the old or the new one
 STATE/fine-tunings/NAME/prompts.json   held-out prompts to complete
-STATE/fine-tunings/NAME/data-N/        the N-th try at preparing the data
+STATE/fine-tunings/NAME/data-N/        the N-th attempt at preparing the data
     STATE/fine-tunings/NAME/base/          the base, where it is a job's checkpoint
 STATE/uploads/                         files of examples that were sent
 STATE/temporary/                       exports and uploads under way; emptied when the service starts
@@ -199,7 +199,7 @@ class Store:
             ) from None
 
     def next_data_directory(self, name: str) -> Path:
-        """Where the next try at preparing the data goes; what an interrupted one has left is removed."""
+        """Where the next attempt at preparing the data goes; what an interrupted one has left is removed."""
         found = [path for path in self.directory(name).iterdir() if path.name.startswith(DATA_PREFIX)]
         numbers = [int(match[1]) for path in found if (match := re.fullmatch(rf"{DATA_PREFIX}(\d+)", path.name))]
         for path in found:

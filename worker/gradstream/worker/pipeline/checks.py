@@ -10,12 +10,12 @@ from gradstream.core.errors import ConfigError, ProtocolError
 from gradstream.core.plan.plan import Plan
 from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.attempt import Try, schedule_for
+from gradstream.worker.attempt import Attempt, schedule_for
 from gradstream.worker.pipeline.inbound import FORWARD, WORDS, Inbound
 from gradstream.worker.pipeline.place import Place, Shapes
 
-MAX_UPCOMING_TRIES = 64
-"""Beyond its neighbour's credit the first worker begins a try or two; void ones do not count."""
+MAX_UPCOMING_ATTEMPTS = 64
+"""Beyond its neighbour's credit the first worker begins an attempt or two; void ones do not count."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,20 @@ class HeaderChecks:
     shapes: Shapes
     codec: Codec
 
-    def check(self, inbound: Inbound, header: pb.StageHeader, latest: Try | None, num_upcoming: int) -> bool:
+    def check(self, inbound: Inbound, header: pb.StageHeader, latest: Attempt | None, num_upcoming: int) -> bool:
         """Whether a message's payload is to be used. Raises ProtocolError that names the neighbour.
 
-        `latest` is the newest try that has begun here; `num_upcoming` wait to be computed.
+        `latest` is the newest attempt that has begun here; `num_upcoming` wait to be computed.
         """
         kind = header.WhichOneof("content")
         forward = inbound.direction == FORWARD
         if kind == "begin":
             if not forward or self.place.is_first:
-                raise ProtocolError(f"{inbound.title}: a try that it may not begin")
-            self._check_try(inbound, header.begin, num_upcoming)
+                raise ProtocolError(f"{inbound.title}: an attempt that it may not begin")
+            self._check_attempt(inbound, header.begin, num_upcoming)
         elif kind == "abandon":
             if forward or self.place.index + 1 == self.plan.replica_size:
-                raise ProtocolError(f"{inbound.title}: it abandons a try towards the wrong side")
+                raise ProtocolError(f"{inbound.title}: it abandons an attempt towards the wrong side")
         elif kind != "tensor":
             raise ProtocolError(f"{inbound.title}: a message without content")
         if kind != "tensor":
@@ -49,9 +49,9 @@ class HeaderChecks:
             return False
         return self._check_tensor(inbound, header, latest)
 
-    def _check_try(self, inbound: Inbound, begin: pb.StageTry, num_upcoming: int) -> None:
+    def _check_attempt(self, inbound: Inbound, begin: pb.StageAttempt, num_upcoming: int) -> None:
         training = self.plan.recipe.training
-        what = f"{inbound.title}: try {begin.number}"
+        what = f"{inbound.title}: attempt {begin.number}"
         last = training.num_steps + begin.validate
         slots = list(begin.slots)
         if begin.version >= last:
@@ -62,25 +62,25 @@ class HeaderChecks:
             raise ProtocolError(f"{what}: a validation pass of {len(slots)} slots")
         if begin.void_before > begin.number:
             raise ProtocolError(f"{what}: it makes itself void")
-        if num_upcoming >= MAX_UPCOMING_TRIES:
-            raise ProtocolError(f"{what}: {MAX_UPCOMING_TRIES} tries wait here already")
+        if num_upcoming >= MAX_UPCOMING_ATTEMPTS:
+            raise ProtocolError(f"{what}: {MAX_UPCOMING_ATTEMPTS} attempts wait here already")
         try:
-            schedule_for(self.plan, Try(begin.number, begin.version, tuple(slots), begin.validate))
+            schedule_for(self.plan, Attempt(begin.number, begin.version, tuple(slots), begin.validate))
         except ConfigError as error:
             raise ProtocolError(f"{what}: {error}") from None
 
-    def _check_tensor(self, inbound: Inbound, header: pb.StageHeader, latest: Try | None) -> bool:
+    def _check_tensor(self, inbound: Inbound, header: pb.StageHeader, latest: Attempt | None) -> bool:
         tensor = header.tensor
         what = (
             f"{inbound.title}, {WORDS[inbound.direction]} of microbatch {tensor.microbatch} from stage {tensor.stage} "
-            f"of try {tensor.try_number}"
+            f"of attempt {tensor.attempt_number}"
         )
-        if latest is None or tensor.try_number > latest.number:
-            raise ProtocolError(f"{what}: that try has not begun here")
+        if latest is None or tensor.attempt_number > latest.number:
+            raise ProtocolError(f"{what}: that attempt has not begun here")
         if tensor.codec != self.codec.wire:
             name = plan_pb2.Codec.Name(tensor.codec) if tensor.codec in plan_pb2.Codec.values() else tensor.codec
             raise ProtocolError(f"{what}: codec {name}, but the recipe says activations: {self.codec.name}")
-        attempt = inbound.expect(tensor.try_number, (tensor.stage, tensor.microbatch), what)
+        attempt = inbound.expect(tensor.attempt_number, (tensor.stage, tensor.microbatch), what)
         if attempt is None:
             # It is going to be dropped, but must be no larger than a tensor can be.
             most = self.codec.encoded_bytes((math.prod(self.shapes.largest),))

@@ -14,12 +14,12 @@ from gradstream.core.errors import ProtocolError
 from gradstream.core.pipeline.schedule import Op, Schedule, make_schedule
 from gradstream.core.pipeline.validation import validate
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.attempt import Try
+from gradstream.worker.attempt import Attempt
 
 FORWARD, BACKWARD = pb.DIRECTION_FORWARD, pb.DIRECTION_BACKWARD
 WORDS = {FORWARD: "activation", BACKWARD: "gradient"}
 Key = tuple[int, int]
-"""(stage that computed it, microbatch counted over the try's slots)."""
+"""(stage that computed it, microbatch counted over the attempt's slots)."""
 
 
 @lru_cache(maxsize=64)
@@ -52,9 +52,9 @@ def window_of(schedule: Schedule, worker: int) -> int:
 
 @dataclass
 class _Expected:
-    """The tensors that one try brings, in their order, and how many have come."""
+    """The tensors that one attempt brings, in their order, and how many have come."""
 
-    attempt: Try
+    attempt: Attempt
     order: tuple[Key, ...]
     places: dict[Key, int]
     num_arrived: int = 0
@@ -75,16 +75,16 @@ class Inbound:
     def __init__(self, title: str, direction: pb.Direction.ValueType):
         self.title = title
         self.direction = direction
-        self.arrived: dict[tuple[int, Key], tuple[torch.Tensor, float]] = {}  # by try number
+        self.arrived: dict[tuple[int, Key], tuple[torch.Tensor, float]] = {}  # by attempt number
         self.stream: InboundStream | None = None  # the one opened last; it supersedes older ones
         self._expected: deque[_Expected] = deque()
-        self._newest = 0  # try of which a tensor has come: the neighbour is done with those before it
+        self._newest = 0  # attempt of which a tensor has come: the neighbour is done with those before it
         self._most_waiting = 0
         self._posted: deque[torch.Tensor] = deque()
 
-    def begin(self, attempt: Try, order: tuple[Key, ...], window: int, posted: Sequence[torch.Tensor]) -> None:
-        """One more try: these tensors will come, in this order, after those of the tries before. `posted` are buffers
-        to decode into."""
+    def begin(self, attempt: Attempt, order: tuple[Key, ...], window: int, posted: Sequence[torch.Tensor]) -> None:
+        """One more attempt: these tensors will come, in this order, after those of the attempts before. `posted` are
+        buffers to decode into."""
         while self._expected and self._expected[0].num_arrived == len(self._expected[0].order):
             self._expected.popleft()
         self._expected.append(_Expected(attempt, order, {key: place for place, key in enumerate(order)}))
@@ -105,7 +105,7 @@ class Inbound:
             self.stream.changed.set()
 
     def forget_before(self, number: int) -> None:
-        """Tries with lower numbers are void."""
+        """Attempts with lower numbers are void."""
         self._expected = deque(expected for expected in self._expected if expected.attempt.number >= number)
         self.arrived = {key: value for key, value in self.arrived.items() if key[0] >= number}
 
@@ -114,15 +114,15 @@ class Inbound:
         """Tensors that may come before one is used."""
         return max(0, self._most_waiting - len(self.arrived))
 
-    def expect(self, number: int, key: Key, what: str) -> Try | None:
-        """The try of a tensor if it is the next one to come; None for one that came already or is of a try that is
-        over. Raises ProtocolError for any other."""
+    def expect(self, number: int, key: Key, what: str) -> Attempt | None:
+        """The attempt of a tensor if it is the next one to come; None for one that came already or is of an attempt
+        that is over. Raises ProtocolError for any other."""
         expected = next((found for found in self._expected if found.attempt.number == number), None)
         if expected is None or number < self._newest:
             return None
         place = expected.places.get(key)
         if place is None:
-            raise ProtocolError(f"{what}: this worker gets no such {WORDS[self.direction]} from it in this try")
+            raise ProtocolError(f"{what}: this worker gets no such {WORDS[self.direction]} from it in this attempt")
         if place < expected.num_arrived:
             return None
         if place > expected.num_arrived:
@@ -139,7 +139,7 @@ class Inbound:
         return torch.empty(shape)
 
     def take(self, number: int, key: Key, tensor: torch.Tensor, loss_sum: float) -> bool:
-        """A tensor that was expected is here; False when its try has become void meanwhile."""
+        """A tensor that was expected is here; False when its attempt has become void meanwhile."""
         for expected in self._expected:
             if expected.attempt.number == number and expected.places.get(key) == expected.num_arrived:
                 self.arrived[number, key] = (tensor, loss_sum)

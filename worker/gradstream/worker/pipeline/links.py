@@ -28,15 +28,15 @@ class Outgoing:
     payloads: list[Payload]
 
     @property
-    def try_number(self) -> int:
+    def attempt_number(self) -> int:
         kind = self.header.WhichOneof("content")
         if kind == "tensor":
-            return self.header.tensor.try_number
+            return self.header.tensor.attempt_number
         return self.header.begin.number if kind == "begin" else self.header.abandon.number
 
 
 class Link(Outbound[Outgoing]):
-    """The messages to one neighbour in one direction: at most those of one try."""
+    """The messages to one neighbour in one direction: at most those of one attempt."""
 
     kind = "a neighbour"
 
@@ -52,8 +52,8 @@ class Link(Outbound[Outgoing]):
         self._flushed = asyncio.Event()
 
     def forget_before(self, number: int) -> None:
-        """Drop what belongs to earlier tries and was not sent yet."""
-        self._waiting = deque(message for message in self._waiting if message.try_number >= number)
+        """Drop what belongs to earlier attempts and was not sent yet."""
+        self._waiting = deque(message for message in self._waiting if message.attempt_number >= number)
         self._flushed.set()
 
     async def flush(self) -> None:

@@ -17,7 +17,7 @@ from gradstream.worker.timeline import Timeline
 class Membership:
     """Owns the neighbours of one worker: makes them, has the servicer serve them, and closes them. On the event loop.
 
-    `on_again` is called on the first worker when another one has abandoned a try, after `again` was set.
+    `on_again` is called on the first worker when another one has abandoned an attempt, after `again` was set.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Membership:
         self.place = place
         self.neighbours: Neighbours | None = None
         self.again = False
-        """Whether a try was abandoned after this worker, the first one, was done with it."""
+        """Whether an attempt was abandoned after this worker, the first one, was done with it."""
         self._plan = plan
         self._servicer = servicer
         self._faults = faults

@@ -1,9 +1,9 @@
 """A worker's neighbours in a pipeline: activations and gradients to them and from them, over one stream a neighbour and
 direction.
 
-The first worker of a replica begins tries, and each passes them on to the next. They are computed in turn; what belongs
-to an abandoned one is dropped, so nothing of it is ever used. Which tensors a try brings, and in which order,
-follows from its schedule: whatever else comes is refused before a byte is allocated for it.
+The first worker of a replica begins attempts, and each passes them on to the next. They are computed in turn; what
+belongs to an abandoned one is dropped, so nothing of it is ever used. Which tensors an attempt brings, and in which
+order, follows from its schedule: whatever else comes is refused before a byte is allocated for it.
 
 A tensor that was sent stays with the sender until the neighbour has it. After a break what is missing goes again, and
 what came twice is dropped.
@@ -33,7 +33,7 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.transport import PLAIN, Transport
 from gradstream.core.wire.frames import checksum
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.attempt import AbandonedError, Try, schedule_for
+from gradstream.worker.attempt import AbandonedError, Attempt, schedule_for
 from gradstream.worker.pipeline.checks import HeaderChecks
 from gradstream.worker.pipeline.inbound import BACKWARD, FORWARD, WORDS, Inbound, Key, sequence, window_of
 from gradstream.worker.pipeline.links import Link, Outgoing
@@ -48,10 +48,10 @@ MAX_ELEMENTS_AT_ONCE = 1 << 18
 
 
 class Neighbours:
-    """The neighbours of one worker in one place, and the try that is under way: the `Exchange` of a SlotComputer.
+    """The neighbours of one worker in one place, and the attempt that is under way: the `Exchange` of a SlotComputer.
 
     `on_error` is called with what makes going on impossible; on the first worker, `on_void` when another one has
-    abandoned a try.
+    abandoned an attempt.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Neighbours:
         transport: Transport = PLAIN,
     ):
         self.plan, self.place = plan, place
-        self.latest: Try | None = None
+        self.latest: Attempt | None = None
         self.inbounds: dict[pb.Direction.ValueType, Inbound] = {}
         self.links: dict[pb.Direction.ValueType, Link] = {}
         self.waiting: tuple[str, float] | None = None
@@ -82,12 +82,12 @@ class Neighbours:
         self._is_raw = self._codec.name == "fp32"  # sent from where they lie, used where they arrive
         self._loop = asyncio.get_running_loop()
         self._condition = threading.Condition()
-        self._running: Try | None = None
+        self._running: Attempt | None = None
         self._wanted: Callable[[], bool] = lambda: True
         self._void_before = 0
         self._ended = False
-        self._abandoned = 0  # the highest try that was told to be
-        self._upcoming: deque[Try] = deque()
+        self._abandoned = 0  # the highest attempt that was told to be
+        self._upcoming: deque[Attempt] = deque()
         self._changed = asyncio.Event()
         # What is large is encoded, and whatever comes decoded, off the compute thread and off the event loop.
         self._thread = ThreadPoolExecutor(1, "neighbours")
@@ -132,38 +132,39 @@ class Neighbours:
         except Exception as error:
             self._on_error(error)
 
-    # -- tries -----------------------------------------------------------------------------------------------------
+    # -- attempts -----------------------------------------------------------------------------------------------------
 
-    async def begin(self, version: int, slots: tuple[int, ...], validate: bool) -> Try:
-        """On the first worker: begin a try, and tell the others. Waits until what this one has sent before is under
-        way: the neighbours' credit bounds how far it runs ahead of them."""
+    async def begin(self, version: int, slots: tuple[int, ...], validate: bool) -> Attempt:
+        """On the first worker: begin an attempt, and tell the others. Waits until what this one has sent before is
+        under way: the neighbours' credit bounds how far it runs ahead of them."""
         if self._encodes_apart:
             await self._loop.run_in_executor(self._thread, lambda: None)  # what is being encoded comes first
         await self.links[FORWARD].flush()
         number = self.latest.number + 1 if self.latest is not None else 1
-        attempt = Try(number, version, slots, validate)
+        attempt = Attempt(number, version, slots, validate)
         self._take_up(attempt, self._void_before)
         return attempt
 
-    async def next_try(self) -> Try:
-        """On the others: wait for the next try."""
+    async def next_attempt(self) -> Attempt:
+        """On the others: wait for the next attempt."""
         while not self._upcoming:
             self._changed.clear()
             await self._changed.wait()
         return self._upcoming[0]
 
-    def took(self, attempt: Try) -> None:
-        """A try that `next_try` gave is no longer to come."""
+    def took(self, attempt: Attempt) -> None:
+        """An attempt that `next_attempt` gave is no longer to come."""
         if self._upcoming and self._upcoming[0] is attempt:
             self._upcoming.popleft()
 
-    def is_valid(self, attempt: Try) -> bool:
-        """Whether a try has not been abandoned."""
+    def is_valid(self, attempt: Attempt) -> bool:
+        """Whether an attempt has not been abandoned."""
         return not self._ended and attempt.number >= self._void_before
 
-    def abandon(self, attempt: Try, reason: str) -> None:
-        """This worker cannot go on with a try: on the first one all are void, else it is asked to begin another."""
-        log.info("a try is abandoned", number=attempt.number, step=attempt.version, reason=reason)
+    def abandon(self, attempt: Attempt, reason: str) -> None:
+        """This worker cannot go on with an attempt: on the first one all are void, else it is asked to begin
+        another."""
+        log.info("an attempt is abandoned", number=attempt.number, step=attempt.version, reason=reason)
         if self.place.is_first:
             self.void()
         else:
@@ -171,13 +172,13 @@ class Neighbours:
             self.links[BACKWARD].put(Outgoing(header, []))
 
     def void(self) -> None:
-        """Nothing of the tries that have begun is wanted any more."""
+        """Nothing of the attempts that have begun is wanted any more."""
         if self.latest is not None:
             self._forget_before(self.latest.number + 1)
         self.wake()
 
     def end(self) -> None:
-        """They are neighbours no more: no try is valid, nor will be."""
+        """They are neighbours no more: no attempt is valid, nor will be."""
         self._ended = True
         self.void()
 
@@ -196,7 +197,7 @@ class Neighbours:
             link.forget_before(number)
         self._upcoming = deque(attempt for attempt in self._upcoming if attempt.number >= number)
 
-    def _take_up(self, attempt: Try, void_before: int) -> None:
+    def _take_up(self, attempt: Attempt, void_before: int) -> None:
         schedule = schedule_for(self.plan, attempt)
         size, index = self.plan.replica_size, self.place.index
         orders = {
@@ -213,7 +214,7 @@ class Neighbours:
             for inbound, buffers in zip(self.inbounds.values(), posted, strict=True):
                 inbound.begin(attempt, orders[inbound.direction], window, buffers)
         if index + 1 < size:
-            begin = pb.StageTry(
+            begin = pb.StageAttempt(
                 number=attempt.number,
                 version=attempt.version,
                 slots=attempt.slots,
@@ -227,8 +228,8 @@ class Neighbours:
 
     # -- the compute thread's side ---------------------------------------------------------------------------------
 
-    def run(self, attempt: Try, wanted: Callable[[], bool]) -> None:
-        """From now on `receive` and `send` are those of this try; earlier ones are over here."""
+    def run(self, attempt: Attempt, wanted: Callable[[], bool]) -> None:
+        """From now on `receive` and `send` are those of this attempt; earlier ones are over here."""
         with self._condition:
             self._running, self._wanted = attempt, wanted
             for inbound in self.inbounds.values():
@@ -282,13 +283,13 @@ class Neighbours:
         if isinstance(error, Exception):
             self._loop.call_soon_threadsafe(self._on_error, error)
 
-    def _encode(self, attempt: Try, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
+    def _encode(self, attempt: Attempt, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
         flat = tensor.detach().float().contiguous().reshape(-1)
         in_place = self._is_raw and flat.device.type == "cpu"
         payload: Payload = flat.numpy().view(np.uint8) if in_place else self._codec.encode(flat)
         header = pb.StageHeader(
             tensor=pb.StageTensor(
-                try_number=attempt.number,
+                attempt_number=attempt.number,
                 stage=action.stage,
                 microbatch=action.microbatch,
                 shape=tensor.shape,
@@ -301,7 +302,7 @@ class Neighbours:
         link = self.links[FORWARD if action.op is Op.FORWARD else BACKWARD]
         self._loop.call_soon_threadsafe(self._put, link, attempt, Outgoing(header, [payload]))
 
-    def _put(self, link: Link, attempt: Try, message: Outgoing) -> None:
+    def _put(self, link: Link, attempt: Attempt, message: Outgoing) -> None:
         if self.is_valid(attempt):
             link.put(message)
 
@@ -318,7 +319,7 @@ class Neighbours:
         if kind == "begin":
             begin = header.begin
             if self.latest is None or begin.number > self.latest.number:
-                attempt = Try(begin.number, begin.version, tuple(begin.slots), begin.validate)
+                attempt = Attempt(begin.number, begin.version, tuple(begin.slots), begin.validate)
                 self._take_up(attempt, begin.void_before)
         elif kind == "abandon":
             self._heard_abandon(inbound, header.abandon)
@@ -329,7 +330,7 @@ class Neighbours:
         if self.latest is None or not self._void_before <= abandon.number <= self.latest.number:
             return
         reason = " ".join(abandon.reason[:MAX_REASON_CHARACTERS].split())
-        log.info("a try was abandoned", number=abandon.number, by=inbound.title, reason=reason)
+        log.info("an attempt was abandoned", number=abandon.number, by=inbound.title, reason=reason)
         if self.place.is_first:
             self.void()
             self._on_void()
@@ -354,7 +355,7 @@ class Neighbours:
             values = inbound.buffer(shape)
             await self._loop.run_in_executor(self._thread, self._codec.decode, payload, values.view(-1))
         with self._condition:
-            if inbound.take(tensor.try_number, (tensor.stage, tensor.microbatch), values, tensor.loss_sum):
+            if inbound.take(tensor.attempt_number, (tensor.stage, tensor.microbatch), values, tensor.loss_sum):
                 self.received_bytes += len(payload)
                 self._condition.notify_all()
 

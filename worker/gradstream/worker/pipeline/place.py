@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gradstream.core.plan.plan import Plan
 from gradstream.proto.v1 import plan_pb2
-from gradstream.worker.attempt import Try, num_microbatches, num_samples
+from gradstream.worker.attempt import Attempt, num_microbatches, num_samples
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Place:
 
     @property
     def is_first(self) -> bool:
-        """Whether it begins tries."""
+        """Whether it begins attempts."""
         return self.index == 0
 
     def title(self, index: int) -> str:
@@ -40,8 +40,8 @@ class Shapes:
         training = self.plan.recipe.training
         return training.microbatch, training.sequence_length, self.hidden_size
 
-    def of(self, attempt: Try, microbatch: int) -> tuple[int, int, int]:
-        """That of a try's microbatch; the last one of a validation pass may have fewer samples."""
+    def of(self, attempt: Attempt, microbatch: int) -> tuple[int, int, int]:
+        """That of an attempt's microbatch; the last one of a validation pass may have fewer samples."""
         training = self.plan.recipe.training
         before = microbatch % num_microbatches(self.plan, attempt) * training.microbatch
         left = num_samples(self.plan, attempt) - before

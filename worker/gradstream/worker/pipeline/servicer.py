@@ -43,7 +43,7 @@ class WorkerServicer:
         self._changed = asyncio.Event()
 
     async def Stream(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.StageResponse]:
-        """A neighbour's tries, abandons and tensors in; credit out."""
+        """A neighbour's attempts, abandons and tensors in; credit out."""
         async with answering(context):
             hello = await _hello(messages)
             neighbours = await self._await(hello)

@@ -1,7 +1,7 @@
-"""The tries of a version: which one comes next, and this worker's part of it.
+"""The attempts of a version: which one comes next, and this worker's part of it.
 
-Without a pipeline, and on the first worker of a replica, the next try follows from the slots that are held and those
-that are done. The others compute the tries that the first worker begins.
+Without a pipeline, and on the first worker of a replica, the next attempt follows from the slots that are held and
+those that are done. The others compute the attempts that the first worker begins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gradstream.core.node.faults import Faults
 from gradstream.core.pipeline.schedule import most_slots
 from gradstream.core.plan.plan import Plan
 from gradstream.core.telemetry.timeline import SpanKind
-from gradstream.worker.attempt import Alone, Exchange, Try, num_microbatches, num_samples
+from gradstream.worker.attempt import Alone, Attempt, Exchange, num_microbatches, num_samples
 from gradstream.worker.compute import SlotComputer
 from gradstream.worker.held_slots import HeldSlots
 from gradstream.worker.pipeline.inbound import FORWARD
@@ -38,7 +38,7 @@ Done = set[tuple[int, bool]]
 def next_slots(
     plan: Plan, version: int, held: Sequence[int], done: Collection[tuple[int, bool]]
 ) -> tuple[tuple[int, ...], bool] | None:
-    """The slots of the next try at a version, and whether it is a validation pass; None when all of it is done."""
+    """The slots of the next attempt at a version, and whether it is a validation pass; None when all of it is done."""
     recipe = plan.recipe
     for slot in held:
         if recipe.validates(version) and (slot, True) not in done:
@@ -55,13 +55,13 @@ def _together(
     slots = [first]
     if plan.replica_size > 1 and not plan.recipe.validates(version):
         slots += [slot for slot in held if slot > first and (slot, False) not in done]
-    per_slot = num_microbatches(plan, Try(0, version, (first,)))
+    per_slot = num_microbatches(plan, Attempt(0, version, (first,)))
     count = most_slots(plan.schedule, plan.replica_size, per_slot, plan.num_chunks, len(slots))
     return tuple(slots[:count])
 
 
-class Tries:
-    """Gives the tries of a version one after the other, and waits while there is none."""
+class Attempts:
+    """Gives the attempts of a version one after the other, and waits while there is none."""
 
     def __init__(self, plan: Plan, held: HeldSlots, status: Status, timeline: Timeline):
         self._plan = plan
@@ -69,27 +69,27 @@ class Tries:
         self._status = status
         self._timeline = timeline
 
-    async def begin(self, version: int, done: Done, neighbours: Neighbours | None) -> Try | None:
-        """On the first worker: begin the next try of a version; None when all of it is done."""
+    async def begin(self, version: int, done: Done, neighbours: Neighbours | None) -> Attempt | None:
+        """On the first worker: begin the next attempt of a version; None when all of it is done."""
         found = next_slots(self._plan, version, self._held.slots, done)
         if found is None:
             return None
         slots, validate = found
         if neighbours is None:
-            return Try(0, version, slots, validate)
+            return Attempt(0, version, slots, validate)
         flushed = neighbours.begin(version, slots, validate)
         return await self._status.wait(f"{neighbours.links[FORWARD].title} to take what it was sent", flushed)
 
     async def follow(
         self, version: int, place: Place, neighbours: Neighbours, upcoming: asyncio.Task[Inbox]
-    ) -> Try | None:
-        """On the others: the next try of this version that the first worker begins. None when something else has
-        happened: the next version or a lease table has come, or the try is void."""
+    ) -> Attempt | None:
+        """On the others: the next attempt of this version that the first worker begins. None when something else has
+        happened: the next version or a lease table has come, or the attempt is void."""
         waiting_for = f"work at version {version} from {place.title(0)}"
         if version >= self._plan.num_steps:
             waiting_for = "the end of the job"
         leases = asyncio.ensure_future(self._held.next_change())
-        coming = asyncio.ensure_future(neighbours.next_try())
+        coming = asyncio.ensure_future(neighbours.next_attempt())
         wait = self._status.wait
         try:
             with self._timeline.span(SpanKind.WAIT):
@@ -123,9 +123,9 @@ class Tries:
             leases.cancel()
 
 
-class TryRunner:
-    """Computes this worker's part of a try: reads the samples, runs the passes in the compute thread, and hands on what
-    they give: gradients to the pusher, a validation loss to the reports."""
+class AttemptRunner:
+    """Computes this worker's part of an attempt: reads the samples, runs the passes in the compute thread, and hands on
+    what they give: gradients to the pusher, a validation loss to the reports."""
 
     def __init__(
         self,
@@ -150,8 +150,8 @@ class TryRunner:
         self._status = status
         self._reports = reports
 
-    async def run(self, attempt: Try, neighbours: Neighbours | None, is_current: Callable[[], bool]) -> None:
-        """Compute a try. Raises AbandonedError when it has become void, or `is_current()` turns false: the next
+    async def run(self, attempt: Attempt, neighbours: Neighbours | None, is_current: Callable[[], bool]) -> None:
+        """Compute an attempt. Raises AbandonedError when it has become void, or `is_current()` turns false: the next
         version has come, or the job has ended."""
         readers = await self._readers_of(attempt)
         for slot in attempt.slots:
@@ -179,8 +179,8 @@ class TryRunner:
         if found is not None:
             self._reports.validation(attempt.version, slot, *found)
 
-    async def _readers_of(self, attempt: Try) -> dict[int, SlotReader]:
-        """The readers of a try's slots; none where this worker's stages need no tokens."""
+    async def _readers_of(self, attempt: Attempt) -> dict[int, SlotReader]:
+        """The readers of an attempt's slots; none where this worker's stages need no tokens."""
         split: Split = "validation" if attempt.validate else "train"
         stages = self._plan.stages_of_worker(self._computer.worker)
         # A stage in the middle needs to know of packed rows which tokens may see which.
@@ -198,7 +198,7 @@ class TryRunner:
     # -- in the compute thread -------------------------------------------------------------------------------------
 
     def _train(
-        self, readers: Mapping[int, SlotReader], attempt: Try, wanted: Callable[[], bool], exchange: Exchange
+        self, readers: Mapping[int, SlotReader], attempt: Attempt, wanted: Callable[[], bool], exchange: Exchange
     ) -> None:
         step = attempt.version
         batch = self._plan.recipe.training.slot_batch
@@ -209,7 +209,7 @@ class TryRunner:
             self._computer.run(attempt, batches, partial(self._pusher.submit, step), wanted, exchange)
 
     def _validate(
-        self, reader: SlotReader | None, attempt: Try, wanted: Callable[[], bool], exchange: Exchange
+        self, reader: SlotReader | None, attempt: Attempt, wanted: Callable[[], bool], exchange: Exchange
     ) -> tuple[float, int] | None:
         batch = None if reader is None else reader.validation_batch(num_samples(self._plan, attempt))
         with self._timeline.computing(SpanKind.VALIDATE, attempt.slots[0]):

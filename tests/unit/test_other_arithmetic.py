@@ -14,8 +14,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).parents[2]
-FILES = ("unit/core/test_weight_gradients.py", "unit/worker/test_compute.py")
+TESTS = Path(__file__).parents[1]
+FILES = ("unit/core/model/test_weight_gradients.py", "unit/worker/test_compute.py")
 ARITHMETIC = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 """SSE kernels. Their blocks are smaller: MKL's sums of 128 products already have other bits when they are added in
 place, which those of AVX2 and AVX-512 have from some hundred on."""

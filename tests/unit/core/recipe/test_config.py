@@ -265,7 +265,7 @@ def test_binary_files_and_directories_are_no_recipes(tmp_path: Path) -> None:
 
 
 def test_the_recipes_that_come_along_are_valid() -> None:
-    paths = sorted((Path(__file__).parents[3] / "recipes").glob("**/*.yaml"))
+    paths = sorted((Path(__file__).parents[4] / "recipes").glob("**/*.yaml"))
     assert paths
     kinds = {type(load_any_recipe(path)) for path in paths}
     assert kinds == {Recipe, FineTuningRecipe}
@@ -273,4 +273,4 @@ def test_the_recipes_that_come_along_are_valid() -> None:
 
 def test_a_fine_tuning_recipe_is_told_from_others() -> None:
     with pytest.raises(ConfigError, match="is a fine-tuning recipe; use `gradstream finetune create`"):
-        load_recipe(Path(__file__).parents[3] / "recipes" / "stdlib-finetune.yaml")
+        load_recipe(Path(__file__).parents[4] / "recipes" / "stdlib-finetune.yaml")

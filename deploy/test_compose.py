@@ -264,7 +264,7 @@ def examples(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def finetuning_recipe(directory: Path, base_job: str) -> Path:
+def fine_tuning_recipe(directory: Path, base_job: str) -> Path:
     """A fine-tuning of a few steps on the job's model."""
     examples(directory / "letters.jsonl")
     recipe = directory / "letters.yaml"
@@ -326,7 +326,7 @@ def walk(cluster: Cluster, steps: Steps) -> None:
         assert found == wanted, (job, found, wanted)
 
     with steps.step("fine-tuning: examples sent from outside"):
-        recipe = finetuning_recipe(directory, first)
+        recipe = fine_tuning_recipe(directory, first)
         cluster.cli("finetune", "create", str(recipe), "--upload", "--wait")
         made = cluster.json("finetune", "status", "letters")
         assert made["state"] == "finished", made

@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from gradstream.coordinator.cli.app import COMMANDS, EPILOG, app
 from gradstream.core import errors
-from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe
+from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.recipe.section import Section
 

@@ -31,7 +31,7 @@ from gradstream.core.data.sources import list_files
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, ProtocolError
 from gradstream.core.plan.plan import Plan
 from gradstream.core.pretrained import base as base_model
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig, load_any_recipe, parse_finetuning_recipe
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig, load_any_recipe, parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import load_recipe, parse_recipe
 from gradstream.core.wire.frames import Assembler, frames, parse
 from gradstream.proto.v1 import jobs_pb2, plan_pb2
@@ -161,7 +161,7 @@ RECIPE = {
     "data": {"path": "/tmp/data", "prepare": {"sources": ["a", "b"], "num_shards": 2, "vocab_size": 64}},
     "validation": {"num_samples": 4},
     "pipeline": {"stages": "auto"},
-    "finetuning": {
+    "fine_tuning": {
         "method": "lora",
         "lora": {"rank": 2, "target_modules": ["q_proj"]},
         "base": {
@@ -208,10 +208,10 @@ def recipe_json(data: bytes) -> None:
 
 
 @target(ConfigError, seeds=lambda: [json.dumps(TASK).encode()])
-def finetuning_recipe_json(data: bytes) -> None:
+def fine_tuning_recipe_json(data: bytes) -> None:
     """A fine-tuning recipe as it is sent."""
-    found = parse_finetuning_recipe(data.decode("utf-8", "replace"))
-    assert parse_finetuning_recipe(found.model_dump_json()) == found
+    found = parse_fine_tuning_recipe(data.decode("utf-8", "replace"))
+    assert parse_fine_tuning_recipe(found.model_dump_json()) == found
 
 
 def _yaml_seeds() -> list[bytes]:

@@ -20,7 +20,7 @@ from gradstream.coordinator.data.sources import NotTextError, read_documents
 from gradstream.core.data.sources import list_files
 from gradstream.core.errors import ConfigError, DataError, GradstreamError, ProtocolError
 from gradstream.core.pretrained.base import find_base, load_tokenizer
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 from gradstream.services.fine_tuning.examples import reading
 from gradstream.services.fine_tuning.examples.chat import chat_prompt_ids, chat_template, render_conversation
 from gradstream.services.fine_tuning.examples.conversations import conversation

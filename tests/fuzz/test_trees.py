@@ -30,7 +30,7 @@ from gradstream.core.errors import CheckpointError, ConfigError, DataError
 from gradstream.core.model.model import build
 from gradstream.core.pretrained.base import BaseReader, find_base, load_tokenizer
 from gradstream.core.pretrained.export import write_huggingface
-from gradstream.core.recipe.finetuning_recipe import load_any_recipe, load_finetuning_recipe, parse_finetuning_recipe
+from gradstream.core.recipe.fine_tuning_recipe import load_any_recipe, load_fine_tuning_recipe, parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import absolute_paths, load_recipe, parse_recipe
 from gradstream.services.fine_tuning.examples.dataset import load_prepared
 from gradstream.services.fine_tuning.examples.preparation import check_data as check_examples
@@ -60,9 +60,9 @@ def test_a_recipe_is_taken_or_refused(tree: Any) -> None:
 @fuzzed(2)
 @given(mutated_tree(TASK))
 def test_a_fine_tuning_recipe_is_taken_or_refused(tree: Any) -> None:
-    recipe = taken(lambda: parse_finetuning_recipe(tree), ConfigError)
+    recipe = taken(lambda: parse_fine_tuning_recipe(tree), ConfigError)
     if recipe is not None:
-        assert parse_finetuning_recipe(recipe.model_dump_json()) == recipe
+        assert parse_fine_tuning_recipe(recipe.model_dump_json()) == recipe
         taken(lambda: check_examples(recipe.data), DataError, ConfigError)
 
 
@@ -70,7 +70,7 @@ def test_a_fine_tuning_recipe_is_taken_or_refused(tree: Any) -> None:
 @given(mutated_tree(RECIPE), mutated_tree(TASK))
 def test_recipe_files_are_taken_or_refused(tmp_path: Path, recipe: Any, task: Any) -> None:
     """As YAML, which has more kinds of values than JSON."""
-    for tree, load in ((recipe, load_recipe), (task, load_finetuning_recipe), (task, load_any_recipe)):
+    for tree, load in ((recipe, load_recipe), (task, load_fine_tuning_recipe), (task, load_any_recipe)):
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(tree, allow_unicode=False), encoding="utf-8", errors="surrogateescape")
         found = taken(lambda load=load, path=path: load(path), ConfigError)
@@ -260,7 +260,7 @@ def test_what_is_damaged_here_was_whole(checkpoint: Path, base: Path, tmp_path: 
     use(base)
     read_all(checkpoint)
     parse_recipe(RECIPE)
-    parse_finetuning_recipe(TASK)
+    parse_fine_tuning_recipe(TASK)
     build(MICRO_LLAMA, "meta")
 
 

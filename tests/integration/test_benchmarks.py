@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["codecs", "finetuning", "parity", "pipeline", "server", "step", "transport"]
+NAMES = ["codecs", "fine_tuning", "parity", "pipeline", "server", "step", "transport"]
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +34,7 @@ def test_every_benchmark_is_tried_here() -> None:
     ("name", "options"),
     [
         ("codecs", []),
-        ("finetuning", []),  # with the cluster of bench-step
+        ("fine_tuning", []),  # with the cluster of bench-step
         ("parity", []),
         ("pipeline", ["--no-gradstream"]),
         ("server", []),

@@ -17,7 +17,7 @@ from gradstream.core.checkpoint import shard as checkpoint_shard
 from gradstream.core.checkpoint.manifest import CheckpointManifest, TensorEntry
 from gradstream.core.model.model import build, inventory, load_config
 from gradstream.core.plan.fragments import Tensor, cut
-from gradstream.core.recipe.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.recipe.fine_tuning import Base, FineTuning, LoraConfig
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.storage import files
 from support.micro import MICRO_LLAMA
@@ -67,7 +67,7 @@ def write_checkpoint(
     architecture: Mapping[str, Any],
     tensors: list[Tensor],
     weights: Mapping[str, np.ndarray],
-    finetuning: FineTuning | None = None,
+    fine_tuning: FineTuning | None = None,
 ) -> str:
     """A checkpoint in one file with these weights, as if a job had written it."""
     fragments = cut(tensors, 200)
@@ -81,7 +81,7 @@ def write_checkpoint(
         "model": {"config": dict(architecture)},
         "training": {"num_steps": 4, "num_slots": 1, "global_batch": 1, "microbatch": 1, "sequence_length": 8},
         "data": {"path": "data"},
-        "finetuning": finetuning.model_dump(mode="json") if finetuning else None,
+        "fine_tuning": fine_tuning.model_dump(mode="json") if fine_tuning else None,
     }
     manifest = CheckpointManifest(
         job_id="tiny-1",
@@ -106,17 +106,17 @@ def write_checkpoint(
     return str(directory)
 
 
-def full_checkpoint(directory: Path, architecture: Mapping[str, Any], finetuning: FineTuning | None = None) -> str:
+def full_checkpoint(directory: Path, architecture: Mapping[str, Any], fine_tuning: FineTuning | None = None) -> str:
     """A checkpoint of a whole model with random weights."""
     tensors = inventory(architecture)
-    return write_checkpoint(directory, architecture, tensors, _random(tensors), finetuning)
+    return write_checkpoint(directory, architecture, tensors, _random(tensors), fine_tuning)
 
 
 def lora_checkpoint(directory: Path, base: Base, config: Mapping[str, Any], lora: LoraConfig) -> str:
     """A checkpoint of a LoRA job on a base; neither factor is zero, as after training."""
     tensors = inventory(config, lora)
-    finetuning = FineTuning(base=base, method="lora", lora=lora)
-    return write_checkpoint(directory, config, tensors, _random(tensors), finetuning)
+    fine_tuning = FineTuning(base=base, method="lora", lora=lora)
+    return write_checkpoint(directory, config, tensors, _random(tensors), fine_tuning)
 
 
 def _random(tensors: list[Tensor]) -> dict[str, np.ndarray]:
@@ -127,7 +127,7 @@ def _random(tensors: list[Tensor]) -> dict[str, np.ndarray]:
 def adapted_model(checkpoint_directory: str, config: Mapping[str, Any], base_directory: Path) -> torch.nn.Module:
     """The model as workers have it: the base in fp32 with the checkpoint's adapters on it."""
     reader = checkpoint_shard.CheckpointReader(checkpoint_directory)
-    lora = LoraConfig.model_validate(reader.manifest.recipe["finetuning"]["lora"])
+    lora = LoraConfig.model_validate(reader.manifest.recipe["fine_tuning"]["lora"])
     plain = AutoModelForCausalLM.from_pretrained(base_directory, dtype=torch.float32)
     model = build(config, lora=lora)
     state = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}

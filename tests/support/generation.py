@@ -13,7 +13,7 @@ from torch import nn
 
 from gradstream.core.errors import GradstreamError
 from gradstream.core.model.model import build
-from gradstream.core.recipe.finetuning import Base, LoraConfig
+from gradstream.core.recipe.fine_tuning import Base, LoraConfig
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.generation.batching import (
     EngineLimits,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gradstream.coordinator.cli import serve
-from gradstream.core.recipe.finetuning_recipe import load_any_recipe
+from gradstream.core.recipe.fine_tuning_recipe import load_any_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "deploy" / "compose.yaml"

@@ -15,7 +15,7 @@ import yaml
 from gradstream.coordinator.cli.app import app
 from gradstream.core import errors
 from gradstream.core.errors import GradstreamError
-from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe
+from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.recipe.section import Section
 
@@ -207,7 +207,7 @@ def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 KEYS = {*_keys(Recipe), *_keys(FineTuningRecipe)}
 SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
-FREE = ("model.config.", "finetuning.base.")
+FREE = ("model.config.", "fine_tuning.base.")
 """Below these are the keys of other formats."""
 OTHERS = (".py", ".png", ".safetensors", ".weight")
 """Ends of names that are files or tensors."""

@@ -57,7 +57,7 @@ from gradstream.client._types import (
     Wait,
     WatchItem,
 )
-from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe, load_finetuning_recipe
+from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_fine_tuning_recipe
 from gradstream.core.recipe.loading import load_recipe
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.telemetry.timeline import Span, SpanKind, Timeline
@@ -114,6 +114,6 @@ __all__ = [
     "chrome_trace",
     "default_address",
     "default_fine_tuning_address",
-    "load_finetuning_recipe",
+    "load_fine_tuning_recipe",
     "load_recipe",
 ]

@@ -26,11 +26,11 @@ from gradstream.client._fine_tuning_types import (
 from gradstream.client._types import ExportProgress, watch_item
 from gradstream.core.errors import BusyError, ConfigError, UnreachableError
 from gradstream.core.recipe.files import absolute_path
-from gradstream.core.recipe.finetuning_recipe import (
+from gradstream.core.recipe.fine_tuning_recipe import (
     FineTuningRecipe,
-    absolute_finetuning_paths,
-    load_finetuning_recipe,
-    parse_finetuning_recipe,
+    absolute_fine_tuning_paths,
+    load_fine_tuning_recipe,
+    parse_fine_tuning_recipe,
 )
 from gradstream.core.rpc import access
 from gradstream.core.rpc.requests import new_request_id
@@ -365,11 +365,11 @@ class AsyncFineTuningClient:
 async def _resolve(recipe: AnyRecipe, overrides: Iterable[str]) -> FineTuningRecipe:
     overrides = tuple(overrides)
     if isinstance(recipe, str | Path):
-        return await asyncio.to_thread(load_finetuning_recipe, recipe, overrides)
+        return await asyncio.to_thread(load_fine_tuning_recipe, recipe, overrides)
     if overrides:
         raise ConfigError("overrides go with the path of a recipe; change the mapping or the FineTuningRecipe instead")
-    parsed = recipe if isinstance(recipe, FineTuningRecipe) else parse_finetuning_recipe(recipe)
-    return absolute_finetuning_paths(parsed)
+    parsed = recipe if isinstance(recipe, FineTuningRecipe) else parse_fine_tuning_recipe(recipe)
+    return absolute_fine_tuning_paths(parsed)
 
 
 def _message(message: Mapping[str, str]) -> pb.ChatMessage:

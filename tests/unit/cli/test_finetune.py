@@ -213,7 +213,7 @@ def test_the_hint_of_a_chat_says_chat(
 def test_rates_say_which_tokens_they_count(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
     report = canned_report()
     report.num_tokens = 2 * report.num_target_tokens
-    job = canned_job("task-1", tokens_per_second=1200.0, recipe_json=json.dumps({"finetuning": {"method": "lora"}}))
+    job = canned_job("task-1", tokens_per_second=1200.0, recipe_json=json.dumps({"fine_tuning": {"method": "lora"}}))
     running = {"state": pb.FINE_TUNING_STATE_TRAINING, "before": None, "after": None, "job": job}
     service.fine_tunings = [canned_fine_tuning(examples=report, **running)]
     assert main(["finetune", "status"]) == 0

@@ -105,7 +105,7 @@ def test_public_names_are_pinned() -> None:
         "chrome_trace",
         "default_address",
         "default_fine_tuning_address",
-        "load_finetuning_recipe",
+        "load_fine_tuning_recipe",
         "load_recipe",
     ]
     assert all(hasattr(gradstream.client, name) for name in gradstream.client.__all__)

@@ -15,7 +15,7 @@ from gradstream.coordinator.data import tokenizer as tokenization
 from gradstream.core.errors import ConfigError, DataError
 from gradstream.core.foreign import Guarded, panics_caught, parsing
 from gradstream.core.pretrained.tokenizer import load_tokenizer
-from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.fine_tuning import Base
 from gradstream.core.rpc.channel import listen, new_server
 from gradstream.core.rpc.errors import answering
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc

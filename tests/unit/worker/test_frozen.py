@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from support.finetuning import write_base
+from support.fine_tuning import write_base
 from support.tiny import GPT2, LLAMA, NO_DROPOUT
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -18,7 +18,7 @@ from gradstream.core.model.frozen_modules import Held, HeldEmbedding, HeldLinear
 from gradstream.core.model.lora import adapted_module, frozen_name
 from gradstream.core.model.model import build, initial_weights, initialize_buffers, inventory
 from gradstream.core.pretrained.base import find_base
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.worker.frozen import BaseStore
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from gradstream.core.errors import ConfigError
 from gradstream.core.model.frozen_modules import Held, HeldMatrix, replace_frozen
 from gradstream.core.model.lora import frozen_name
 from gradstream.core.pretrained.base import BaseReader
-from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.fine_tuning import Base
 
 
 class BaseStore:

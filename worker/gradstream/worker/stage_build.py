@@ -70,7 +70,7 @@ def build_stages(plan: Plan, device: torch.device, worker: int) -> BuiltStages:
         uses = [use for use in plan.uses_of_worker(worker) if plan.stage_of(_unit(plan, use)) == stage]
         module, found = _build_module(plan, stage, device)
         model = module.model if isinstance(module, StageModule) else module
-        tuning = plan.recipe.finetuning
+        tuning = plan.recipe.fine_tuning
         if tuning is not None and plan.lora is not None:
             held |= STORE.fill(model, tuning.base, tuning.held, device)
         _enter_parameters(plan, uses, found, built.parameters)

@@ -82,9 +82,9 @@ def create(
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Begin a fine-tuning. Prints its name once its job is submitted."""
-    from gradstream.core.recipe.finetuning_recipe import load_finetuning_recipe
+    from gradstream.core.recipe.fine_tuning_recipe import load_fine_tuning_recipe
 
-    asked = load_finetuning_recipe(find_recipe(recipe), overrides or ())
+    asked = load_fine_tuning_recipe(find_recipe(recipe), overrides or ())
     with open_fine_tuning_client(service) as client:
         if upload:
             asked = _uploaded(client, asked)

@@ -20,7 +20,7 @@ from gradstream.coordinator.cli.views import output as out
 
 if TYPE_CHECKING:
     from gradstream.client import FineTuning
-    from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe
+    from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe
 
 MEMORY_SHARE = 0.8
 SHOWN_SAMPLES = 5
@@ -44,11 +44,11 @@ def dev(
 
     Ctrl-C ends everything; checkpoints stay in the job's directory.
     """
-    from gradstream.coordinator.cli.recipe_checks import check_finetuning_recipe
+    from gradstream.coordinator.cli.recipe_checks import check_fine_tuning_recipe
     from gradstream.core.errors import ConfigError
-    from gradstream.core.recipe.finetuning_recipe import load_finetuning_recipe
+    from gradstream.core.recipe.fine_tuning_recipe import load_fine_tuning_recipe
 
-    asked = load_finetuning_recipe(find_recipe(recipe), overrides or ())
+    asked = load_fine_tuning_recipe(find_recipe(recipe), overrides or ())
     if asked.base_model.startswith("job:"):
         raise ConfigError(
             f"base_model {asked.base_model} is a job of another cluster; give a checkpoint's directory, such as "
@@ -61,7 +61,7 @@ def dev(
     for what, have, need in (("servers", servers, least_servers), ("workers", workers, least_workers)):
         if have < need:
             raise ConfigError(f"--{what} {have} is fewer than the {need} that the recipe needs; start more")
-    for warning in check_finetuning_recipe(asked):
+    for warning in check_fine_tuning_recipe(asked):
         out.warn(warning)
     run = asyncio.run(_run(asked, servers, workers))
     if output is OutputFormat.json:

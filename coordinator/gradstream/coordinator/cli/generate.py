@@ -67,7 +67,7 @@ def generate_text(
     from gradstream.core.errors import CheckpointError, ConfigError
     from gradstream.core.foreign import parsing
     from gradstream.core.pretrained.tokenizer import end_ids, load_tokenizer
-    from gradstream.core.recipe.finetuning import Base
+    from gradstream.core.recipe.fine_tuning import Base
 
     if (directory / "adapter_config.json").is_file():
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gradstream.core.data.manifest import Manifest
-    from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe
+    from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe
     from gradstream.core.recipe.recipe import Recipe
 
 
@@ -50,7 +50,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     return asyncio.run(check_model(recipe, manifest, read_special))
 
 
-def check_finetuning_recipe(asked: FineTuningRecipe) -> list[str]:
+def check_fine_tuning_recipe(asked: FineTuningRecipe) -> list[str]:
     """Compare a fine-tuning recipe with its base, where that is here; return warnings. Raises ConfigError or
     CheckpointError, as the fine-tuning service would."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks are about the small trial model

@@ -24,7 +24,7 @@ app = group("Recipes: list, show and validate.")
 def ls(output: OutputOption = OutputFormat.table) -> None:
     """List the recipes that come along."""
     from gradstream.core.errors import GradstreamError, one_line
-    from gradstream.core.recipe.finetuning_recipe import load_any_recipe
+    from gradstream.core.recipe.fine_tuning_recipe import load_any_recipe
 
     rows = []
     for name, path in bundled_recipes().items():
@@ -55,7 +55,7 @@ def show(
         print(path.read_text(encoding="utf-8"), end="")
         return
     from gradstream.coordinator.cli.recipe_checks import with_data
-    from gradstream.core.recipe.finetuning_recipe import load_any_recipe
+    from gradstream.core.recipe.fine_tuning_recipe import load_any_recipe
     from gradstream.core.recipe.recipe import Recipe
 
     loaded = load_any_recipe(path, overrides or ())
@@ -78,14 +78,14 @@ def validate(
 
     Exit code 2, 3 or 4 and one line when it is wrong. What is likely not meant is a warning.
     """
-    from gradstream.coordinator.cli.recipe_checks import check_finetuning_recipe, check_recipe
-    from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe, load_any_recipe
+    from gradstream.coordinator.cli.recipe_checks import check_fine_tuning_recipe, check_recipe
+    from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_any_recipe
 
     path = find_recipe(recipe)
     loaded = load_any_recipe(path, overrides or ())
     tokens = None
     if isinstance(loaded, FineTuningRecipe):
-        warnings = check_finetuning_recipe(loaded)
+        warnings = check_fine_tuning_recipe(loaded)
         line = f"{loaded.method} on {loaded.base_model}, examples in {loaded.data.path}"
         hint = f"run it here: gradstream finetune dev {recipe}; with a service: gradstream finetune create {recipe}"
     else:

@@ -254,7 +254,7 @@ class ActiveJob:
     @property
     def early_ending(self) -> str:
         """Why the job ends although steps are left; "" to go on. It waits for the checkpoint of its result."""
-        tuning = self.recipe.finetuning
+        tuning = self.recipe.fine_tuning
         best, reason = stops_early(self.validations, tuning.patience if tuning is not None else 0)
         return reason if best in self.checkpoints else ""
 
@@ -264,7 +264,7 @@ class ActiveJob:
 
         A checkpoint that a pause has made is mostly not among them: its version never gets a loss.
         """
-        if self.recipe.finetuning is None:
+        if self.recipe.fine_tuning is None:
             return set()
         best = best_version(self.validations, self.checkpoints)
         awaited = {version for version in self.checkpoints - self.validations.keys() if self.recipe.validates(version)}

@@ -25,6 +25,7 @@ from gradstream.core.checkpoint.manifest import directory_of, write_manifest
 from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.job_states import ENDED
 from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
+from gradstream.core.recipe.fine_tuning import with_new_key
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
@@ -323,8 +324,8 @@ class Reports:
 
 def _base_path(recipe_json: str) -> str:
     """Where the base of a fine-tuning's recipe lies; empty for any other job."""
-    finetuning = json.loads(recipe_json).get("finetuning") or {}
-    return str((finetuning.get("base") or {}).get("path", ""))
+    fine_tuning = with_new_key(json.loads(recipe_json)).get("fine_tuning") or {}
+    return str((fine_tuning.get("base") or {}).get("path", ""))
 
 
 def _total(values: Sequence[float]) -> float:

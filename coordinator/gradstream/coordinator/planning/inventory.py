@@ -21,7 +21,7 @@ from gradstream.core.model import profile
 from gradstream.core.model.profile import SectionProfile, Workload
 from gradstream.core.model.trial import PLAIN_USE, ModelUse
 from gradstream.core.plan.fragments import Tensor
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.core.recipe.recipe import Recipe, TrainingConfig
 from gradstream.core.storage import files
 
@@ -117,7 +117,7 @@ async def check_model(
     model_type = recipe.model.config.get("model_type")
     model_check.check_positions(found.positions, recipe.training.sequence_length, model_type)
     warnings = model_check.recipe_warnings(recipe)
-    if recipe.finetuning is not None:
+    if recipe.fine_tuning is not None:
         return warnings  # a base has the config that it has
     if found.misspelt:
         raise ConfigError(found.misspelt)

@@ -96,8 +96,8 @@ def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int
         slot += 2 * BYTES_PER_ELEMENT * num_parameters
     arriving = encoded_bytes(pull, (num_parameters,))
     frozen = 0
-    if recipe.finetuning is not None:
-        frozen = num_frozen_parameters * HELD_BYTES[recipe.finetuning.held]
+    if recipe.fine_tuning is not None:
+        frozen = num_frozen_parameters * HELD_BYTES[recipe.fine_tuning.held]
     return frozen + 3 * BYTES_PER_ELEMENT * num_parameters + recipe.training.num_slots * slot + arriving
 
 

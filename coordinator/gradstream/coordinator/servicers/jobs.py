@@ -93,8 +93,9 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         record = self._state.job_of_request(request_id) if request_id else None
         if record is None:
             return None
-        # It is stored with what its data filled in.
-        if model_check.with_ends(recipe, parse_manifest(record.manifest_json)).model_dump_json() != record.recipe_json:
+        # It is stored with what its data filled in, and perhaps with an older key.
+        stored = parse_recipe(record.recipe_json).model_dump_json()
+        if model_check.with_ends(recipe, parse_manifest(record.manifest_json)).model_dump_json() != stored:
             raise ConfigError(
                 f"request id {request_id} is that of job {record.job_id}, which has another recipe; take a new id for "
                 f"each job"
@@ -330,11 +331,11 @@ def check_paths(recipe: Recipe, allowed: AllowedPaths) -> None:
     """Raise ConfigError for a recipe with a path that leads where this cluster's must not."""
     allowed.check("run_root", recipe.run_root)
     allowed.check("data.path", recipe.data.path)
-    if recipe.finetuning is not None:
-        base = recipe.finetuning.base
-        allowed.check("finetuning.base.path", base.path)
+    if recipe.fine_tuning is not None:
+        base = recipe.fine_tuning.base
+        allowed.check("fine_tuning.base.path", base.path)
         if base.tokenizer is not None:
-            allowed.check("finetuning.base.tokenizer.directory", base.tokenizer.directory)
+            allowed.check("fine_tuning.base.tokenizer.directory", base.tokenizer.directory)
 
 
 def read_data_manifest(recipe: Recipe) -> Manifest:

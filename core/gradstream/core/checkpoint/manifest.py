@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gradstream.core.data.manifest import Count, Digest, FileName
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, one_line
 from gradstream.core.plan.fragments import Fragment, Tensor, cut, num_fragments
-from gradstream.core.recipe.finetuning import FineTuning
+from gradstream.core.recipe.fine_tuning import FineTuning, with_new_key
 from gradstream.core.storage import files
 from gradstream.core.storage.tensor_files import TensorSpec, bytes_of, write_tensors
 from gradstream.proto.v1 import coordinator_pb2
@@ -102,9 +102,9 @@ class CheckpointManifest(BaseModel):
         return cut([entry.tensor() for entry in self.tensors], self.fragment_elements)
 
     @property
-    def finetuning(self) -> FineTuning | None:
+    def fine_tuning(self) -> FineTuning | None:
         """What the recipe says of fine-tuning. Raises CheckpointError when that makes no sense."""
-        section = self.recipe.get("finetuning")
+        section = with_new_key(self.recipe).get("fine_tuning")
         try:
             return FineTuning.model_validate(section) if section else None
         except ValidationError as error:

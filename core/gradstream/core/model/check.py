@@ -59,7 +59,7 @@ def with_ends(recipe: Recipe, manifest: Manifest) -> Recipe:
     Padding is none unless the config names some: a family's own default may be a word of this vocabulary. A
     fine-tuning's recipe stays, its base says all this. Raises DataError, with both values, where they differ.
     """
-    if recipe.finetuning is not None:
+    if recipe.fine_tuning is not None:
         return recipe
     config = dict(recipe.model.config)
     nested = text_section(config) is not config

@@ -28,7 +28,7 @@ from gradstream.core.model.construction import (
 )
 from gradstream.core.model.lora import add_adapters, initial_adapter, is_from_base
 from gradstream.core.plan.fragments import Tensor, TensorKind
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.core.recipe.model_config import check_fields
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from gradstream.core.machine import memory
 from gradstream.core.machine.speed import matrix_flops
 from gradstream.core.model.model import hidden_size
 from gradstream.core.model.trial import PLAIN_USE, ModelUse, describe
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.core.recipe.recipe import TrainingConfig
 
 if TYPE_CHECKING:

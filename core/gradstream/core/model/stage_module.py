@@ -18,7 +18,7 @@ from torch import nn
 
 from gradstream.core.errors import ConfigError
 from gradstream.core.model.model import build, forward_units, initialize_buffers
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 
 
 @dataclass(frozen=True)

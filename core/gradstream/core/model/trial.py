@@ -35,7 +35,7 @@ from gradstream.core.model.model import (
     router_loss_factor,
 )
 from gradstream.core.model.twin import twin_config
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class ModelUse:
     @classmethod
     def of(cls, recipe: Recipe) -> ModelUse:
         """That of a recipe."""
-        return cls(recipe.pipeline.stages != 1, recipe.finetuning is not None)
+        return cls(recipe.pipeline.stages != 1, recipe.fine_tuning is not None)
 
 
 PLAIN_USE = ModelUse()

@@ -13,7 +13,7 @@ from gradstream.core.data.sampler import samples_by_slot
 from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.plan.bundles import Bundle, Use, bundle
 from gradstream.core.plan.fragments import Fragment, Tensor, TensorKind, cut, num_fragments
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import plan_pb2
@@ -124,7 +124,7 @@ class Plan:
     @property
     def source(self) -> str:
         """Where the servers' first weights come from, for people."""
-        tuning = self.recipe.finetuning
+        tuning = self.recipe.fine_tuning
         if self.checkpoint_path:
             return self.checkpoint_path
         seed = f"seed {self.recipe.seed}"

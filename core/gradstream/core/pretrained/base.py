@@ -34,7 +34,7 @@ from gradstream.core.pretrained.weights import (
     model_parameters,
 )
 from gradstream.core.recipe.files import absolute_path
-from gradstream.core.recipe.finetuning import Base, BaseFile
+from gradstream.core.recipe.fine_tuning import Base, BaseFile
 from gradstream.core.storage import files
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _find_huggingface(path: str, title: str, names: Sequence[str], hashed: bool)
 
 def _find_checkpoint(path: str, title: str, hashed: bool) -> tuple[Base, dict[str, Any]]:
     manifest = read_manifest(path)
-    if manifest.finetuning is not None and manifest.finetuning.method == "lora":
+    if manifest.fine_tuning is not None and manifest.fine_tuning.method == "lora":
         raise ConfigError(
             f"{path} is an adapter's checkpoint and has no whole model; export it merged and start from that directory"
         )

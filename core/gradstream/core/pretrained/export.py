@@ -12,7 +12,7 @@ from gradstream.core.checkpoint.weights_files import Buffer, WeightsFile, weight
 from gradstream.core.errors import CheckpointError, one_line
 from gradstream.core.model.constants import exported_constants
 from gradstream.core.recipe.defaults import longest_sequence, text_section
-from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.fine_tuning import Base
 from gradstream.core.storage import files
 from gradstream.core.storage.tensor_files import TensorSpec, bytes_of
 
@@ -60,21 +60,21 @@ def write_huggingface(directory: str, destination: Path, weights: bool = True, c
     from gradstream.core.pretrained import tokenizer as base_tokenizer
 
     reader = CheckpointReader(directory)
-    finetuning = reader.manifest.finetuning
-    if finetuning is not None and finetuning.method == "lora":
+    fine_tuning = reader.manifest.fine_tuning
+    if fine_tuning is not None and fine_tuning.method == "lora":
         raise CheckpointError(
             f"{directory} holds adapters, not a whole model; export it with `gradstream finetune export`"
         )
     if weights:
         write_weights(huggingface_weights(reader), destination)
     write_config(reader, destination)
-    if finetuning is None:
+    if fine_tuning is None:
         write_tokenizer(reader.manifest, _tokenizer_of(reader), destination)
     else:
         # Where the base is gone, the checkpoint's own tokenizer has to do; one that is there must be the one it was.
-        tokenizer = finetuning.base.tokenizer
+        tokenizer = fine_tuning.base.tokenizer
         if tokenizer is not None and base_files.is_there(tokenizer.directory):
-            base_tokenizer.record_tokenizer(finetuning.base)
+            base_tokenizer.record_tokenizer(fine_tuning.base)
         base = Base(kind="checkpoint", path=directory, title=directory, files=(), sha256="0" * 64)
         base_tokenizer.write_tokenizer(base, destination)
         base_tokenizer.write_generation_config(base, destination, chat)

@@ -29,7 +29,7 @@ from gradstream.core.pretrained.added_tokens import (
 from gradstream.core.pretrained.files import SmallFiles
 from gradstream.core.pretrained.tokenizer_class import ADDED_TOKENS, FAMILY, as_its_class
 from gradstream.core.recipe.defaults import text_section
-from gradstream.core.recipe.finetuning import Base, TokenizerFiles
+from gradstream.core.recipe.fine_tuning import Base, TokenizerFiles
 from gradstream.core.storage import files
 from gradstream.core.storage.paths import AllowedPaths
 
@@ -201,10 +201,10 @@ def _origin(directory: str) -> Base | None:
     try:
         first = directory
         for _ in range(MAX_BASES):
-            finetuning = read_manifest(first).finetuning
-            if finetuning is None:
+            fine_tuning = read_manifest(first).fine_tuning
+            if fine_tuning is None:
                 return None
-            base = finetuning.base
+            base = fine_tuning.base
             # What a file says is followed no further than what a submitter says.
             AllowedPaths.of_environment().check(f"{first}: its base", base.path)
             if base.tokenizer is not None:

@@ -18,7 +18,7 @@ from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.model.model import build
 from gradstream.core.pretrained import files as base_files
 from gradstream.core.pretrained.files import open_safetensors, read_json
-from gradstream.core.recipe.finetuning import Base, BaseFile
+from gradstream.core.recipe.fine_tuning import Base, BaseFile
 from gradstream.core.storage import files
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from gradstream.core.recipe.defaults import (
     text_section,
 )
 from gradstream.core.recipe.files import is_url
-from gradstream.core.recipe.finetuning import FineTuning, LoraConfig
+from gradstream.core.recipe.fine_tuning import FineTuning, LoraConfig, with_new_key
 from gradstream.core.recipe.model_config import check_fields, check_special_ids
 from gradstream.core.recipe.section import NonNegative, Positive, Section
 
@@ -305,16 +305,16 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     pipeline: PipelineConfig = PipelineConfig()
     cluster: ClusterConfig = ClusterConfig()
-    finetuning: FineTuning | None = Field(default=None, description="written by the fine-tuning service")
+    fine_tuning: FineTuning | None = Field(default=None, description="written by the fine-tuning service")
 
     @model_validator(mode="before")
     @classmethod
     def _fit(cls, tree: Any) -> Any:
-        return fit_recipe(tree) if isinstance(tree, Mapping) else tree
+        return fit_recipe(with_new_key(tree)) if isinstance(tree, Mapping) else tree
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.finetuning is None:  # a base is as it is
+        if self.fine_tuning is None:  # a base is as it is
             check_special_ids(self.model.config)
         longest = longest_sequence(self.model.config)
         if longest is not None and self.training.sequence_length > longest[1]:
@@ -346,7 +346,7 @@ class Recipe(Section):
     @property
     def lora(self) -> LoraConfig | None:
         """The adapters, when they alone are trained."""
-        return self.finetuning.lora if self.finetuning is not None else None
+        return self.fine_tuning.lora if self.fine_tuning is not None else None
 
     def validates(self, version: int) -> bool:
         """Whether a validation pass is made at this version: the first, the last, and every interval."""

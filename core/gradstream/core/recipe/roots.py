@@ -10,7 +10,7 @@ from __future__ import annotations
 import os.path
 from pathlib import PurePosixPath
 
-from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe
+from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe
 from gradstream.core.recipe.recipe import Recipe
 
 
@@ -35,7 +35,7 @@ def moved_recipe(recipe: Recipe, directory: str, root: str) -> Recipe:
     return recipe.model_copy(update={"run_root": moved(recipe.run_root, directory, root), "data": data})
 
 
-def moved_finetuning_recipe(recipe: FineTuningRecipe, directory: str, root: str) -> FineTuningRecipe:
+def moved_fine_tuning_recipe(recipe: FineTuningRecipe, directory: str, root: str) -> FineTuningRecipe:
     """The same for a fine-tuning: run_root, the base and the examples."""
     data = recipe.data
     held_out = data.validation_path

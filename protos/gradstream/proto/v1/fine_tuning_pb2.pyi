@@ -577,7 +577,9 @@ class CreateFineTuningRequest(_message.Message):
     DIRECTORY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     recipe_json: _builtins.str
-    """The fine-tuning recipe as JSON (gradstream.core.recipe.finetuning_recipe.FineTuningRecipe); paths in it are absolute or URLs."""
+    """The fine-tuning recipe as JSON (gradstream.core.recipe.fine_tuning_recipe.FineTuningRecipe); paths in it are
+    absolute or URLs.
+    """
     directory: _builtins.str
     """As in SubmitJobRequest, for the service's root."""
     request_id: _builtins.str

@@ -17,7 +17,7 @@ from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.job_states import RUNNING
 from gradstream.core.pretrained import base as base_model
 from gradstream.core.pretrained.tokenizer import TEMPLATES_DIRECTORY, record_tokenizer
-from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.fine_tuning import Base
 from gradstream.core.storage import files
 from gradstream.core.storage.paths import local_of
 from gradstream.services.fine_tuning.coordinator_jobs import Jobs

@@ -19,7 +19,7 @@ from google.protobuf.json_format import MessageToDict
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError, nearest, one_line
 from gradstream.core.job_states import FINISHED
 from gradstream.core.log import get_logger
-from gradstream.core.recipe.finetuning_recipe import FEW_STEPS, MORE_STEPS, FineTuningRecipe, parse_finetuning_recipe
+from gradstream.core.recipe.fine_tuning_recipe import FEW_STEPS, MORE_STEPS, FineTuningRecipe, parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.rpc.requests import Requests
 from gradstream.core.rpc.retry import Backoff
@@ -267,7 +267,7 @@ class FineTunings:
             self._notify(name)
 
     async def _prepare(self, name: str) -> None:
-        asked = parse_finetuning_recipe(self.find(name).recipe_json)
+        asked = parse_fine_tuning_recipe(self.find(name).recipe_json)
         # 1. The base. One that was found before is the one to go on with.
         noted = self.find(name).base
         if noted is not None:
@@ -370,7 +370,7 @@ class FineTunings:
     async def _complete(self, record: Record, checkpoint: str | None) -> Completions:
         """What the base, or a checkpoint, makes of the held-out prompts."""
         assert record.base is not None
-        count = parse_finetuning_recipe(record.recipe_json).validation.num_exact_match
+        count = parse_fine_tuning_recipe(record.recipe_json).validation.num_exact_match
         if not count:
             return Completions()
         data = parse_recipe(record.job_recipe_json).data.path

@@ -9,8 +9,8 @@ from gradstream.core.data.manifest import Manifest
 from gradstream.core.data.sampler import samples_by_slot
 from gradstream.core.errors import DataError
 from gradstream.core.model import check, model
-from gradstream.core.recipe.finetuning import Base, FineTuning
-from gradstream.core.recipe.finetuning_recipe import LEARNING_RATES, FineTuningRecipe
+from gradstream.core.recipe.fine_tuning import Base, FineTuning
+from gradstream.core.recipe.fine_tuning_recipe import LEARNING_RATES, FineTuningRecipe
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import (
     CheckpointConfig,
@@ -103,7 +103,7 @@ def _assemble(
         "checkpoint": CheckpointConfig(interval_steps=interval, keep=KEPT_CHECKPOINTS),
         "pipeline": asked.pipeline,
         "cluster": asked.cluster,
-        "finetuning": FineTuning(
+        "fine_tuning": FineTuning(
             base=base,
             method=asked.method,
             lora=asked.lora if asked.method == "lora" else None,

@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 import grpc.aio
 
 from gradstream.core.errors import ConfigError, GradstreamError, UnreachableError, one_line
-from gradstream.core.recipe.finetuning_recipe import (
+from gradstream.core.recipe.fine_tuning_recipe import (
     ExamplesConfig,
     FineTuningRecipe,
-    absolute_finetuning_paths,
-    parse_finetuning_recipe,
+    absolute_fine_tuning_paths,
+    parse_fine_tuning_recipe,
 )
-from gradstream.core.recipe.roots import moved_finetuning_recipe
+from gradstream.core.recipe.roots import moved_fine_tuning_recipe
 from gradstream.core.rpc.errors import answering
 from gradstream.core.rpc.paging import MAX_PAGE_BYTES, start_of_page
 from gradstream.core.rpc.requests import checked_request_id
@@ -223,10 +223,10 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
 
     def _parsed(self, request: pb.CreateFineTuningRequest | pb.PreviewExamplesRequest) -> FineTuningRecipe:
         """A recipe as it was sent, with its paths as they are here. Raises ConfigError."""
-        asked = parse_finetuning_recipe(request.recipe_json)
-        if absolute_finetuning_paths(asked) != asked:
+        asked = parse_fine_tuning_recipe(request.recipe_json)
+        if absolute_fine_tuning_paths(asked) != asked:
             raise ConfigError("the recipe holds relative paths; make them absolute, as the client does")
-        return moved_finetuning_recipe(asked, request.directory, self._root)
+        return moved_fine_tuning_recipe(asked, request.directory, self._root)
 
     async def _check(self, asked: FineTuningRecipe) -> None:
         """Look at a recipe's paths. Raises ConfigError, DataError when its data is not to be found, UnreachableError

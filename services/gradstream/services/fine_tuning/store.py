@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gradstream.core.errors import ConfigError, GradstreamError, one_line
-from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.fine_tuning import Base
 from gradstream.core.storage import files, paths
 from gradstream.core.storage.state_lock import lock_directory
 

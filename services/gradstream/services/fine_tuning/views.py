@@ -6,7 +6,7 @@ import math
 
 from google.protobuf.json_format import ParseDict
 
-from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.fine_tuning_recipe import parse_fine_tuning_recipe
 from gradstream.proto.v1 import fine_tuning_pb2, jobs_pb2
 from gradstream.services.fine_tuning.store import Completions, Record, State
 
@@ -24,7 +24,7 @@ MAX_SAMPLE_CHARACTERS = 4000
 
 def fine_tuning(record: Record, job: jobs_pb2.Job | None, pushed_bytes: int) -> fine_tuning_pb2.FineTuning:
     """A record as a message, with its job as the coordinator shows it."""
-    asked = parse_finetuning_recipe(record.recipe_json)
+    asked = parse_fine_tuning_recipe(record.recipe_json)
     message = fine_tuning_pb2.FineTuning(
         name=record.name,
         state=STATES[record.state],

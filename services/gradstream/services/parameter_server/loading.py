@@ -20,7 +20,7 @@ def load_bundles(plan: Plan, states: Sequence[BundleState], pull_codec: str) -> 
         for state in states:
             state.load(reader)
         num_skips = reader.manifest.progress.get("consecutive_skips", 0)
-    elif (tuning := plan.recipe.finetuning) is not None and plan.lora is None:
+    elif (tuning := plan.recipe.fine_tuning) is not None and plan.lora is None:
         base = BaseReader(tuning.base)
         for state in states:
             state.take_base(base)

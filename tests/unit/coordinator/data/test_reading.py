@@ -22,7 +22,7 @@ from gradstream.coordinator.data.sources import Corpus
 from gradstream.core.data import rows as source_rows
 from gradstream.core.data.sources import list_files
 from gradstream.core.errors import DataError
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 from gradstream.services.fine_tuning.examples.dataset import prepare_examples, preview
 from gradstream.services.fine_tuning.examples.reading import read_rows
 

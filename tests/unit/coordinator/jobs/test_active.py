@@ -9,7 +9,7 @@ from coordinator_fakes import make_manifest, make_recipe
 
 from gradstream.coordinator.jobs.active import ActiveJob
 from gradstream.coordinator.state.state import JobRecord
-from gradstream.core.recipe.finetuning import Base, FineTuning
+from gradstream.core.recipe.fine_tuning import Base, FineTuning
 
 BASE = Base(kind="huggingface", path="/models/tiny", title="tiny", files=(), sha256="ab" * 32)
 
@@ -33,11 +33,11 @@ def test_the_checkpoints_that_may_be_a_result(
     recipe = recipe.model_copy(
         update={
             "validation": recipe.validation.model_copy(update={"interval_steps": 4}),
-            "finetuning": FineTuning(base=BASE, method="full"),
+            "fine_tuning": FineTuning(base=BASE, method="full"),
         }
     )
     record = JobRecord("tiny-1", "tiny", recipe.model_dump_json(), "", str(tmp_path), submitted_unix_ms=1)
     job = ActiveJob(record, recipe, make_manifest(), checkpoints=checkpoints, validations=validations)
     assert job.candidates == candidates
-    plain = ActiveJob(record, recipe.model_copy(update={"finetuning": None}), make_manifest(), checkpoints=checkpoints)
+    plain = ActiveJob(record, recipe.model_copy(update={"fine_tuning": None}), make_manifest(), checkpoints=checkpoints)
     assert plain.candidates == set()

@@ -19,7 +19,7 @@ from gradstream.core.model.lora import adapted_module, factors, frozen_name, mer
 from gradstream.core.model.model import build, initial_weights, initialize_buffers, load_config
 from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
 from gradstream.core.model.twin import twin_config
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 
 LORA = LoraConfig(rank=4, alpha=6)
 # Families whose default config is none that can be built.

@@ -25,7 +25,7 @@ from gradstream.core.model.model import build, initial_weights, initialize_buffe
 from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
 from gradstream.core.model.trial import ModelUse, Trial, try_model
 from gradstream.core.model.twin import twin_config
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from gradstream.core.checkpoint.shard import CheckpointReader
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError
 from gradstream.core.pretrained import files as base_files
 from gradstream.core.pretrained.base import BaseReader, find_base, load_tokenizer
-from gradstream.core.recipe.finetuning import FineTuning, LoraConfig
+from gradstream.core.recipe.fine_tuning import FineTuning, LoraConfig
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -441,8 +441,8 @@ def test_the_tokenizer(pristine: Path, directory: Path, tmp_path: Path) -> None:
     other = load_tokenizer(find_base(str(directory))[0])
     assert (other.eos_token_id, other.chat_template) == (0, "other")
     # A fine-tuning's checkpoint keeps the template of what it began from, as long as that is there.
-    finetuning = FineTuning(base=find_base(str(directory))[0], method="full")
-    tuned = find_base(full_checkpoint(tmp_path / "step-00000004", found, finetuning))[0]
+    fine_tuning = FineTuning(base=find_base(str(directory))[0], method="full")
+    tuned = find_base(full_checkpoint(tmp_path / "step-00000004", found, fine_tuning))[0]
     assert load_tokenizer(tuned).chat_template == "other"
     shutil.rmtree(directory)
     # What was found with the template does not go on without it.

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from gradstream.core.errors import ConfigError
 from gradstream.core.pretrained.tokenizer import load_tokenizer
-from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.fine_tuning import Base
 from gradstream.services.fine_tuning.examples.chat import chat_prompt_ids
 from gradstream.services.fine_tuning.examples.encoding import Encoder
 

@@ -1,5 +1,6 @@
 """Recipes: one line that names the mistake and the cure; bases, overrides and the trip through JSON."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe, load_any_recipe
+from gradstream.core.recipe.fine_tuning import KEY, OLD_KEY, Base, FineTuning, with_new_key
+from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_any_recipe
 from gradstream.core.recipe.loading import load_recipe, parse_recipe
 from gradstream.core.recipe.recipe import Recipe
 
@@ -274,3 +276,12 @@ def test_the_recipes_that_come_along_are_valid() -> None:
 def test_a_fine_tuning_recipe_is_told_from_others() -> None:
     with pytest.raises(ConfigError, match="is a fine-tuning recipe; use `gradstream finetune create`"):
         load_recipe(Path(__file__).parents[4] / "recipes" / "stdlib-finetune.yaml")
+
+
+def test_a_recipe_with_the_older_key_of_fine_tuning_is_read() -> None:
+    base = Base(kind="huggingface", path="/models/tiny", title="tiny", files=(), sha256="ab" * 32)
+    recipe = parse_recipe(TREE | {KEY: FineTuning(base=base, method="full").model_dump(mode="json")})
+    older = recipe.model_dump_json().replace(f'"{KEY}":', f'"{OLD_KEY}":')
+    assert OLD_KEY in json.loads(older)
+    assert parse_recipe(older) == recipe
+    assert with_new_key(json.loads(older)) == json.loads(recipe.model_dump_json())

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from gradstream.core.data.manifest import DataShard, Manifest
 from gradstream.core.errors import ConfigError
-from gradstream.core.recipe.finetuning import LoraConfig
-from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.fine_tuning import LoraConfig
+from gradstream.core.recipe.fine_tuning_recipe import parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import load_recipe, parse_recipe
 
 COUNTS = st.integers(1, 70)
@@ -72,7 +72,7 @@ def test_a_batch_follows_from_any_of_its_keys(given: dict[str, Any], batch: tupl
     ],
 )
 def test_a_fine_tuning_batch_follows_from_any_of_its_keys(given: dict[str, int], batch: tuple[int, int, int]) -> None:
-    training = parse_finetuning_recipe(fine_tuning(**given)).training
+    training = parse_fine_tuning_recipe(fine_tuning(**given)).training
     assert (training.global_batch, training.num_slots, training.microbatch) == batch
 
 
@@ -82,13 +82,13 @@ def test_a_fine_tuning_recipe_is_whole_or_contradicts_itself(batch: dict[str, in
     whole = batch.get("global_batch")
     possible = whole is None or divides(whole, *(batch[key] for key in ("num_slots", "microbatch") if key in batch))
     try:
-        recipe = parse_finetuning_recipe(fine_tuning(**batch))
+        recipe = parse_fine_tuning_recipe(fine_tuning(**batch))
     except ConfigError:
         assert not possible
         return
     assert possible
     assert recipe.training.model_dump().items() >= batch.items()
-    assert parse_finetuning_recipe(recipe.model_dump_json()) == recipe
+    assert parse_fine_tuning_recipe(recipe.model_dump_json()) == recipe
     assert divides(recipe.training.global_batch, recipe.training.num_slots, recipe.training.microbatch)
 
 
@@ -229,9 +229,9 @@ def test_a_pipeline_that_no_schedule_can_run_is_refused_at_once(pipeline: dict[s
     ],
 )
 def test_lora_keys_of_peft_are_taken(lora: dict[str, Any], expected: dict[str, Any]) -> None:
-    found = parse_finetuning_recipe(fine_tuning() | {"lora": lora})
+    found = parse_fine_tuning_recipe(fine_tuning() | {"lora": lora})
     assert found.lora.model_dump().items() >= expected.items()
-    assert parse_finetuning_recipe(found.model_dump_json()) == found
+    assert parse_fine_tuning_recipe(found.model_dump_json()) == found
 
 
 def test_a_whole_config_of_peft_is_taken() -> None:
@@ -239,7 +239,7 @@ def test_a_whole_config_of_peft_is_taken() -> None:
 
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
     config |= {"target_modules": sorted(config["target_modules"]), "peft_type": "LORA"}  # as in its JSON
-    assert parse_finetuning_recipe(fine_tuning() | {"lora": config}).lora == LoraConfig(
+    assert parse_fine_tuning_recipe(fine_tuning() | {"lora": config}).lora == LoraConfig(
         rank=4, alpha=8, target_modules=("q_proj",)
     )
 
@@ -264,5 +264,5 @@ def test_a_whole_config_of_peft_is_taken() -> None:
 )
 def test_lora_keys_that_mean_something_else_are_answered(lora: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        parse_finetuning_recipe(fine_tuning() | {"lora": lora})
+        parse_fine_tuning_recipe(fine_tuning() | {"lora": lora})
     assert message in str(refused.value)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.fine_tuning_recipe import parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import parse_recipe
-from gradstream.core.recipe.roots import moved, moved_finetuning_recipe, moved_recipe
+from gradstream.core.recipe.roots import moved, moved_fine_tuning_recipe, moved_recipe
 
 HOME = "/home/me/project"
 ROOT = "/srv/gradstream"
@@ -46,12 +46,12 @@ def test_a_recipe_moves_its_data_and_its_runs() -> None:
 
 def test_a_fine_tuning_moves_its_base_and_its_examples() -> None:
     data = {"path": f"{HOME}/a.jsonl", "validation_path": "/srv/gradstream/fine-tuning/uploads/b.jsonl"}
-    recipe = parse_finetuning_recipe(
+    recipe = parse_fine_tuning_recipe(
         {"name": "a", "run_root": f"{HOME}/runs", "base_model": f"{HOME}/models/m", "data": data}
     )
-    found = moved_finetuning_recipe(recipe, HOME, ROOT)
+    found = moved_fine_tuning_recipe(recipe, HOME, ROOT)
     assert found.run_root == "/srv/gradstream/runs"
     assert found.base_model == "/srv/gradstream/models/m"
     assert found.data.path == "/srv/gradstream/a.jsonl"
     assert found.data.validation_path == data["validation_path"]
-    assert moved_finetuning_recipe(recipe, HOME, "") == recipe
+    assert moved_fine_tuning_recipe(recipe, HOME, "") == recipe

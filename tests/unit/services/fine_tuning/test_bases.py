@@ -21,7 +21,7 @@ from gradstream.core.errors import (
     ProtocolError,
     UnreachableError,
 )
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.proto.v1.fine_tuning_pb2 import UploadExamplesRequest

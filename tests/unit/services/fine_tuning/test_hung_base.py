@@ -11,7 +11,7 @@ import pytest
 from support.chat_bases import chat_base
 
 from gradstream.core.errors import UnreachableError
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 from gradstream.core.storage import files
 from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2 as pb

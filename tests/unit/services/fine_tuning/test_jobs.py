@@ -13,8 +13,8 @@ from support.canned_coordinator import CannedCoordinator, service
 from support.tiny import LLAMA
 
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError
-from gradstream.core.recipe.finetuning import Base
-from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.fine_tuning import Base
+from gradstream.core.recipe.fine_tuning_recipe import parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.fine_tuning import fine_tunings as jobs
@@ -24,7 +24,7 @@ from gradstream.services.fine_tuning.generation.serving import Serving
 from gradstream.services.fine_tuning.store import Record, Store
 
 BASE = Base(kind="huggingface", path="/models/tiny", title="tiny", files=(), sha256="ab" * 32)
-ASKED = parse_finetuning_recipe(
+ASKED = parse_fine_tuning_recipe(
     {
         "name": "task",
         "base_model": "/models/tiny",

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from support.canned_coordinator import CannedCoordinator, jobs_of
 
-from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.fine_tuning_recipe import parse_fine_tuning_recipe
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning import servicer
 from gradstream.services.fine_tuning.fine_tunings import FineTunings
@@ -20,7 +20,7 @@ from gradstream.services.fine_tuning.store import Record, Store
 async def test_they_come_in_pages_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the oldest too, all that is known comes: nothing is left out where a message fills."""
     monkeypatch.setattr(servicer, "MAX_PAGE_BYTES", 1)
-    recipe = parse_finetuning_recipe(
+    recipe = parse_fine_tuning_recipe(
         {"name": "task", "base_model": "/models/tiny", "data": {"path": "/data/task.jsonl"}}
     ).model_dump_json()
     store, serving = Store(tmp_path), Serving("cpu", 1 << 30)
@@ -48,7 +48,7 @@ async def test_a_repeated_request_needs_nothing_of_what_the_first_one_was_made_o
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     recipe = {"name": "task", "base_model": str(tmp_path / "base"), "data": {"path": str(data)}}
     recipe["run_root"] = str(tmp_path / "runs")
-    asked = pb.CreateFineTuningRequest(recipe_json=parse_finetuning_recipe(recipe).model_dump_json(), request_id="one")
+    asked = pb.CreateFineTuningRequest(recipe_json=parse_fine_tuning_recipe(recipe).model_dump_json(), request_id="one")
     store, serving = Store(tmp_path / "state"), Serving("cpu", 1 << 30)
     context = cast(Any, None)  # only a refusal has a use for it
     async with jobs_of(CannedCoordinator()) as jobs:

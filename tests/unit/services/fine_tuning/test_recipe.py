@@ -9,8 +9,8 @@ from support.tiny import LLAMA
 
 from gradstream.core.data.manifest import DataShard, Manifest
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.recipe.finetuning import Base
-from gradstream.core.recipe.finetuning_recipe import FineTuningRecipe, parse_finetuning_recipe
+from gradstream.core.recipe.fine_tuning import Base
+from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, parse_fine_tuning_recipe
 from gradstream.core.recipe.recipe import CodecConfig
 from gradstream.services.fine_tuning.recipe import check_recipe, fit_length, make_recipe
 
@@ -28,7 +28,7 @@ def asked(**sections: Any) -> FineTuningRecipe:
     }
     for key, value in sections.items():
         tree[key] = {**tree[key], **value} if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
-    return parse_finetuning_recipe(tree)
+    return parse_fine_tuning_recipe(tree)
 
 
 def rows(train: list[int], validation: list[int], length: int = LENGTH) -> Manifest:
@@ -70,10 +70,10 @@ def test_a_job_of_adapters() -> None:
     assert made.validation.interval_steps == made.checkpoint.interval_steps == 3
     # None of the passes' checkpoints is removed: 0, 3, …, 36, 38.
     assert made.checkpoint.keep == 3
-    assert made.finetuning is not None
-    assert made.finetuning.base == BASE
-    assert made.finetuning.lora == asked().lora
-    assert made.finetuning.held == "bf16"
+    assert made.fine_tuning is not None
+    assert made.fine_tuning.base == BASE
+    assert made.fine_tuning.lora == asked().lora
+    assert made.fine_tuning.held == "bf16"
 
 
 def test_a_job_of_the_whole_model() -> None:
@@ -84,9 +84,9 @@ def test_a_job_of_the_whole_model() -> None:
     assert made.optimizer.weight_decay == 0.0
     assert made.codec == CodecConfig(push="int8", pull="delta-int8")
     assert made.validation.interval_steps == made.checkpoint.interval_steps == 5
-    assert made.finetuning is not None
-    assert made.finetuning.lora is None
-    assert made.finetuning.patience == 2
+    assert made.fine_tuning is not None
+    assert made.fine_tuning.lora is None
+    assert made.fine_tuning.patience == 2
 
 
 def test_what_is_given_stays() -> None:
@@ -122,7 +122,7 @@ def test_rows_are_no_longer_than_the_base_takes() -> None:
     none = asked(training={"sequence_length": None})
     assert fit_length(none, LLAMA).training.sequence_length == 64
     assert fit_length(none, LLAMA | {"max_position_embeddings": 512}).training.sequence_length == 256
-    fitted = fit_length(parse_finetuning_recipe(none.model_dump_json()), LLAMA)
+    fitted = fit_length(parse_fine_tuning_recipe(none.model_dump_json()), LLAMA)
     assert make_recipe(fitted, BASE, LLAMA, rows([4, 4], [2, 2], length=64), "/data").training.sequence_length == 64
     assert fit_length(asked(), LLAMA).training.sequence_length == LENGTH
     with pytest.raises(ConfigError, match=r"training\.sequence_length 65 is longer than the 64 positions of llama"):

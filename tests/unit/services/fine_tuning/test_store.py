@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.fine_tuning import Base
 from gradstream.services.fine_tuning.store import Completed, Completions, Record, Store
 
 BASE = Base(kind="huggingface", path="/models/tiny", title="tiny", files=(), sha256="ab" * 32)

@@ -12,7 +12,7 @@ from gradstream.coordinator.cli.views import output as out
 if TYPE_CHECKING:
     from gradstream.client import Evaluation, ExamplesPreview, ExamplesReport, FineTuning, RenderedExample
     from gradstream.coordinator.cli.views.progress import ProgressView
-    from gradstream.core.recipe.finetuning_recipe import FineTuningTraining
+    from gradstream.core.recipe.fine_tuning_recipe import FineTuningTraining
 
 SHOWN_FIELDS = 8
 TARGET_STYLE = "bold green"
@@ -184,7 +184,7 @@ def example_text(example: RenderedExample, colours: bool) -> Any:
 
 def steps_text(training: FineTuningTraining, report: ExamplesReport) -> str:
     """How many steps the rows make, on one line."""
-    from gradstream.core.recipe.finetuning_recipe import FEW_STEPS, MORE_STEPS
+    from gradstream.core.recipe.fine_tuning_recipe import FEW_STEPS, MORE_STEPS
 
     steps = training.count_steps(report.num_packed_rows)
     few = f"; few: {MORE_STEPS}" if steps < FEW_STEPS else ""

@@ -105,7 +105,9 @@ def progress_facts(job: Job) -> list[str]:
 
 def counted_tokens(job: Job) -> str:
     """Which tokens a job counts: of a fine-tuning those that it is trained to predict."""
-    return "target tokens" if job.recipe.get("finetuning") else "tokens"
+    from gradstream.core.recipe.fine_tuning import with_new_key
+
+    return "target tokens" if with_new_key(job.recipe).get("fine_tuning") else "tokens"
 
 
 def progress_wait(job: Job) -> str:

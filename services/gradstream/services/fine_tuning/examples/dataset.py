@@ -19,7 +19,7 @@ from gradstream.core.data.manifest import MANIFEST_NAME, Manifest, parse_manifes
 from gradstream.core.data.output import Output, Split
 from gradstream.core.data.sources import WITHOUT_ROWS, SourceFile, find_files, without_password
 from gradstream.core.errors import ConfigError, DataError, one_line, plain_line
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 from gradstream.core.storage import files
 from gradstream.proto.v1 import fine_tuning_pb2
 from gradstream.services.fine_tuning.examples.chat import chat_prompt_ids, chat_template, render_chat

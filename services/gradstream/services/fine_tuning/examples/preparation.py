@@ -15,8 +15,8 @@ from gradstream.core.data.sources import find_files
 from gradstream.core.errors import DataError, GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.model import model
 from gradstream.core.pretrained import base as base_model
-from gradstream.core.recipe.finetuning import Base
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig, FineTuningRecipe
+from gradstream.core.recipe.fine_tuning import Base
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig, FineTuningRecipe
 from gradstream.core.storage import files
 from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2

@@ -18,7 +18,7 @@ from gradstream.core.data.rows import (
 )
 from gradstream.core.data.sources import SourceFile
 from gradstream.core.errors import ConfigError, DataError, nearest, plain_line
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 
 Format = Literal["prompt-completion", "chat", "text", "alpaca"]
 SHAREGPT_FIELD = "conversations"

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 from gradstream.services.fine_tuning.examples.chat import chat_prompt, chat_template, render_conversation
 from gradstream.services.fine_tuning.examples.conversations import (
     REPLY_FIELDS,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.fine_tuning import Base
 
 UNKNOWN = "not measured"
 

@@ -24,7 +24,7 @@ from gradstream.core.model.model import build
 from gradstream.core.pretrained.base import BaseReader
 from gradstream.core.pretrained.export import EXPORT_FILE_BYTES, huggingface_weights, write_config, write_huggingface
 from gradstream.core.pretrained.tokenizer import write_generation_config, write_tokenizer
-from gradstream.core.recipe.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.recipe.fine_tuning import Base, FineTuning, LoraConfig
 from gradstream.core.storage import files
 from gradstream.core.storage.tensor_files import TensorSpec, bytes_of
 from gradstream.services.fine_tuning.export.card import CardFacts, DataFacts, Score, model_card
@@ -68,7 +68,7 @@ def export_merged(
     or gone, or when `destination` is not empty, and ConfigError for a checkpoint of no fine-tuning.
     """
     with files.whole_directory(destination) as temporary:
-        if _finetuning(checkpoint_directory, CheckpointReader(checkpoint_directory)).method == "lora":
+        if _fine_tuning(checkpoint_directory, CheckpointReader(checkpoint_directory)).method == "lora":
             adapter = _Adapter(checkpoint_directory)
             reader = BaseReader(adapter.base)
             made = _merged_weights(reader, adapter)
@@ -83,11 +83,11 @@ def export_merged(
     return made
 
 
-def _finetuning(directory: str, reader: CheckpointReader) -> FineTuning:
-    finetuning = reader.manifest.finetuning
-    if finetuning is None:
+def _fine_tuning(directory: str, reader: CheckpointReader) -> FineTuning:
+    fine_tuning = reader.manifest.fine_tuning
+    if fine_tuning is None:
         raise ConfigError(f"checkpoint {directory} is not of a fine-tuning; `gradstream ckpt export` exports it")
-    return finetuning
+    return fine_tuning
 
 
 class _Adapter:
@@ -95,13 +95,13 @@ class _Adapter:
 
     def __init__(self, directory: str):
         self._reader = CheckpointReader(directory)
-        finetuning = _finetuning(directory, self._reader)
-        if finetuning.lora is None:
+        fine_tuning = _fine_tuning(directory, self._reader)
+        if fine_tuning.lora is None:
             raise ConfigError(
                 f"checkpoint {directory} is of a full fine-tuning, which has no adapter; export it merged"
             )
-        self.base: Base = finetuning.base
-        self.lora: LoraConfig = finetuning.lora
+        self.base: Base = fine_tuning.base
+        self.lora: LoraConfig = fine_tuning.lora
         self.names = [entry.name for entry in self._reader.manifest.tensors]
         self.modules = {module for name in self.names if (module := adapted_module(name)) is not None}
         self._model = build(self._reader.manifest.architecture, "meta")

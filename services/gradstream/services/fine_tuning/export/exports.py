@@ -13,7 +13,7 @@ from google.protobuf.json_format import ParseDict
 from gradstream.core.checkpoint.manifest import read_manifest
 from gradstream.core.checkpoint.weights_files import WeightsFile, sent_pieces
 from gradstream.core.errors import CheckpointError, ConfigError
-from gradstream.core.recipe.finetuning_recipe import parse_finetuning_recipe
+from gradstream.core.recipe.fine_tuning_recipe import parse_fine_tuning_recipe
 from gradstream.core.storage import files
 from gradstream.core.storage.pool import BULK_SECONDS, StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2
@@ -42,7 +42,7 @@ class Exports:
         Raises ConfigError or CheckpointError when there is nothing of the kind to export.
         """
         record = self._fine_tunings.find(name)
-        asked = parse_finetuning_recipe(record.recipe_json)
+        asked = parse_fine_tuning_recipe(record.recipe_json)
         if kind == fine_tuning_pb2.EXPORT_KIND_ADAPTER and asked.method != "lora":
             raise ConfigError(f"{record.name} is a full fine-tuning and has no adapter; export it with --merged")
         adapter = asked.method == "lora" and kind != fine_tuning_pb2.EXPORT_KIND_MERGED
@@ -74,7 +74,7 @@ def _export(record: Record, version: int, checkpoint: str, destination: Path, ad
 
 def card_facts(record: Record, version: int, num_target_tokens: int | None) -> CardFacts:
     """What the card of a version says. Raises CheckpointError when the fine-tuning has no base yet."""
-    asked = parse_finetuning_recipe(record.recipe_json)
+    asked = parse_fine_tuning_recipe(record.recipe_json)
     if record.base is None:
         raise CheckpointError(f"{record.name} is {record.state} and has no base yet; wait until it trains")
     report = ParseDict(record.examples or {}, fine_tuning_pb2.ExamplesReport())

@@ -19,7 +19,7 @@ import torch
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError, nearest, one_line
 from gradstream.core.foreign import panics_caught
 from gradstream.core.pretrained.tokenizer import end_ids, end_ids_in
-from gradstream.core.recipe.finetuning import Base, LoraConfig
+from gradstream.core.recipe.fine_tuning import Base, LoraConfig
 from gradstream.services.fine_tuning.generation.resident import (
     NO_ADAPTER,
     BaseTensors,

@@ -14,7 +14,7 @@ from torch import nn
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.model.lora import freeze, is_from_base, peft_config
 from gradstream.core.model.model import build, initialize_buffers
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 
 # peft's own word for rows without an adapter.
 NO_ADAPTER = "__base__"

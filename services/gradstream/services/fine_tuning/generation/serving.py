@@ -15,7 +15,7 @@ from gradstream.core.checkpoint.manifest import WEIGHT, read_manifest
 from gradstream.core.checkpoint.shard import CheckpointReader
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.pretrained.base import BaseReader, load_tokenizer
-from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.fine_tuning import Base
 from gradstream.core.storage.pool import LOAD_SECONDS, StorageThreads
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.bases import find_base, looked_at
@@ -150,13 +150,13 @@ class Serving:
         return name
 
     def _add_checkpoint(self, directory: str) -> None:
-        finetuning = read_manifest(directory).finetuning
-        if finetuning is None:
+        fine_tuning = read_manifest(directory).fine_tuning
+        if fine_tuning is None:
             raise CheckpointError(f"checkpoint {directory} is not of a fine-tuning; name it as a base instead")
-        if finetuning.lora is None:
+        if fine_tuning.lora is None:
             self._models.add_base(directory, find_base(directory, directory)[0])
         else:
-            self._models.add_adapter(directory, finetuning.base, finetuning.lora, CheckpointWeights(directory))
+            self._models.add_adapter(directory, fine_tuning.base, fine_tuning.lora, CheckpointWeights(directory))
 
 
 def resolve_device(device: str) -> str:

@@ -21,7 +21,7 @@ from gradstream.coordinator.data.prepare import verify
 from gradstream.core.data.manifest import NO_TARGET, Manifest, parse_manifest
 from gradstream.core.data.sampler import SlotSampler
 from gradstream.core.errors import ConfigError, DataError
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 from gradstream.proto.v1 import fine_tuning_pb2
 from gradstream.services.fine_tuning.examples import dataset as module
 from gradstream.services.fine_tuning.examples.dataset import (

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gradstream.core.errors import ConfigError, DataError
 from gradstream.core.pretrained.tokenizer import END_IDS
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 from gradstream.services.fine_tuning.examples.chat import chat_prompt_ids, render_conversation
 from gradstream.services.fine_tuning.examples.conversations import conversation
 from gradstream.services.fine_tuning.examples.dataset import prepare_examples, preview

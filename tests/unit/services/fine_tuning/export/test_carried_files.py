@@ -16,7 +16,7 @@ from gradstream.core.errors import ConfigError
 from gradstream.core.pretrained.base import find_base
 from gradstream.core.pretrained.export import export_huggingface
 from gradstream.core.pretrained.tokenizer import end_ids, load_tokenizer, write_generation_config
-from gradstream.core.recipe.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.recipe.fine_tuning import Base, FineTuning, LoraConfig
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.examples.encoding import Encoder
 from gradstream.services.fine_tuning.export.directories import export_adapter, export_merged

@@ -25,7 +25,7 @@ from gradstream.core.checkpoint.weights_files import safetensors_file, sent_piec
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.pretrained.base import BaseReader, find_base
 from gradstream.core.pretrained.export import export_huggingface
-from gradstream.core.recipe.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.recipe.fine_tuning import Base, FineTuning, LoraConfig
 from gradstream.core.storage.pool import StorageThreads
 from gradstream.core.storage.tensor_files import TensorSpec
 from gradstream.services.fine_tuning.export import directories
@@ -234,7 +234,7 @@ def test_an_adapter_of_another_model(tmp_path: Path) -> None:
     _, checkpoint = tuned(tmp_path)
     gpt2 = find_base(str(save_base(tmp_path / "gpt2", "gpt2")))[0]
     manifest = json.loads((Path(checkpoint) / "manifest.json").read_text())
-    manifest["recipe"]["finetuning"]["base"] = gpt2.model_dump(mode="json")
+    manifest["recipe"]["fine_tuning"]["base"] = gpt2.model_dump(mode="json")
     change_json(Path(checkpoint) / "manifest.json", recipe=manifest["recipe"])
     with pytest.raises(CheckpointError, match=r"no weight for the adapter of 'model\.layers\.0\.mlp\.down_proj'"):
         export_merged(checkpoint, tmp_path / "merged", "")

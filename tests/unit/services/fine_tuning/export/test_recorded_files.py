@@ -16,7 +16,7 @@ from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.pretrained.base import find_base, load_tokenizer
 from gradstream.core.pretrained.export import export_huggingface
 from gradstream.core.pretrained.tokenizer import write_generation_config, write_tokenizer
-from gradstream.core.recipe.finetuning import Base, FineTuning, LoraConfig
+from gradstream.core.recipe.fine_tuning import Base, FineTuning, LoraConfig
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning import bases
 from gradstream.services.fine_tuning.export.directories import export_adapter, export_merged

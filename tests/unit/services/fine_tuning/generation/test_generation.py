@@ -23,7 +23,7 @@ from support.generation import (
 
 from gradstream.core.errors import CheckpointError, ConfigError, UnreachableError
 from gradstream.core.model.model import build
-from gradstream.core.recipe.finetuning import Base
+from gradstream.core.recipe.fine_tuning import Base
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.generation.batch import Batch
 from gradstream.services.fine_tuning.generation.batching import EngineStatus, Scheduler

@@ -25,7 +25,7 @@ from support.generation import (
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.model.lora import peft_config
 from gradstream.core.model.model import build
-from gradstream.core.recipe.finetuning import Base, LoraConfig
+from gradstream.core.recipe.fine_tuning import Base, LoraConfig
 from gradstream.services.fine_tuning.generation.batch import Batch
 from gradstream.services.fine_tuning.generation.batching import EngineStatus, Scheduler
 from gradstream.services.fine_tuning.generation.engine import EngineLimits

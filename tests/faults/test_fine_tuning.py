@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.cluster import Cluster
-from support.finetuning import tuning_recipe, write_base, write_rows
+from support.fine_tuning import tuning_recipe, write_base, write_rows
 
 from gradstream.core.pretrained.base import find_base
 
@@ -24,7 +24,7 @@ def test_killed_workers_and_a_killed_cluster_change_no_bit(cluster: Cluster, tmp
             name=name,
             training={"num_steps": 8},
             cluster={"min_workers": num_workers},
-            finetuning={"held": "bf16", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
+            fine_tuning={"held": "bf16", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
         )
         return cluster.client.submit(recipe).job_id
 

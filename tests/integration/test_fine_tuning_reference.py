@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from support.cluster import Cluster, running
-from support.finetuning import ROW_LENGTH, tuning_recipe, write_base, write_rows
+from support.fine_tuning import ROW_LENGTH, tuning_recipe, write_base, write_rows
 from support.tiny import GPT2, LLAMA, NO_DROPOUT
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +39,7 @@ def train_reference(recipe: Recipe, base: Path, data: Path) -> list[float]:
     """Mean training loss of every step, of examples that are computed one by one."""
     torch.set_num_threads(1)
     manifest = parse_manifest((data / "manifest.json").read_bytes())
-    training, tuning = recipe.training, recipe.finetuning
+    training, tuning = recipe.training, recipe.fine_tuning
     assert tuning is not None
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if tuning.lora is not None:
@@ -108,7 +108,7 @@ def test_losses_equal_those_of_one_process(
         optimizer={"clip_norm": 0.5, "learning_rate": 1e-2 if method == "lora" else 1e-3},
         checkpoint={"interval_steps": 0},
         validation={"interval_steps": 10},
-        finetuning=tuning,
+        fine_tuning=tuning,
         cluster={"min_workers": 2, "min_servers": 2},
     )
     job = two_of_each.client.submit(recipe)

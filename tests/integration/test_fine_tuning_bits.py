@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.cluster import Cluster
-from support.finetuning import random_rows, tuning_recipe, write_base, write_rows
+from support.fine_tuning import random_rows, tuning_recipe, write_base, write_rows
 from support.tiny import GPT2, LLAMA
 
 from gradstream.client import Event, Validation
@@ -31,7 +31,7 @@ def test_same_bits_on_any_number_of_workers_servers_and_stages(cluster: Cluster,
             tmp_path / "runs",
             name=f"{model}-{name}",
             codec={"push": "bf16", "pull": "delta-int8"},
-            finetuning={"held": "int8", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "rslora": True}},
+            fine_tuning={"held": "int8", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "rslora": True}},
             training={"recompute": name == "recomputed", "num_steps": 4},
             pipeline=pipeline,
             cluster={"min_workers": num_workers, "min_servers": num_servers},
@@ -72,7 +72,7 @@ def test_the_best_version_is_kept_and_ends_the_job(cluster: Cluster, tmp_path: P
         training={"num_steps": 40},
         optimizer={"learning_rate": 0.3},
         checkpoint={"keep": 1},
-        finetuning={"patience": 3},
+        fine_tuning={"patience": 3},
     )
     cluster.start_coordinator()
     cluster.start_servers("server-0")

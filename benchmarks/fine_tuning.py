@@ -1,11 +1,11 @@
-"""bench-finetuning: LoRA on a Llama of 135 M parameters (SmolLM's shape, random weights) against peft in one process.
+"""bench-fine_tuning: LoRA on a Llama of 135 M parameters (SmolLM's shape, random weights) against peft in one process.
 
 The cluster is a coordinator, a parameter server and two workers of one thread; the rival is peft and torch's AdamW in
 one process with two threads, on the same rows, microbatches and adapters. Memory is the proportional set size (what
 processes share counts once) of all processes of a side, at its highest.
 
-    make bench-finetuning
-    python benchmarks/finetuning.py --held int8 --no-peft
+    make bench-fine_tuning
+    python benchmarks/fine_tuning.py --held int8 --no-peft
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from step import cluster, process
 from gradstream.client import Client, Step
 from gradstream.core.model.model import inventory
 from gradstream.core.pretrained.base import find_base, load_tokenizer
-from gradstream.core.recipe.finetuning_recipe import ExamplesConfig
+from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.services.fine_tuning.examples.dataset import prepare_examples
@@ -78,7 +78,7 @@ def main() -> None:
         return
     model, size = (SMOKE_MODEL, "tiny") if arguments.smoke else (MODEL, "135m")
     held_as = arguments.held or (["bf16"] if arguments.smoke else ["bf16", "int8"])
-    cases = chosen("finetuning", {f"{size}_{held}": held for held in held_as}, arguments.only)
+    cases = chosen("fine_tuning", {f"{size}_{held}": held for held in held_as}, arguments.only)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="gradstream-bench-") as temporary:
@@ -93,8 +93,8 @@ def main() -> None:
             recipe = recipe_of(base, data, Path(temporary), held)
             seconds, num_bytes, loss, pushed = measure_cluster(recipe, Path(temporary))
             say(held, seconds, num_bytes, loss)
-            assert recipe.finetuning is not None
-            adapters = 4 * sum(tensor.num_elements for tensor in inventory(model, recipe.finetuning.lora))
+            assert recipe.fine_tuning is not None
+            adapters = 4 * sum(tensor.num_elements for tensor in inventory(model, recipe.fine_tuning.lora))
             results.append(
                 at_most(f"memory_share_{case}", num_bytes / MAX_BYTES, 1.0, f"{num_bytes / 2**30:.2f} GiB of 8")
             )
@@ -116,7 +116,7 @@ def main() -> None:
                         f"{num_bytes / 2**30:.2f} GiB, loss {rival[2]:.4f} / {loss:.4f}",
                     )
                 )
-    report("finetuning", results)
+    report("fine_tuning", results)
 
 
 def say(name: str, seconds: float, num_bytes: int, loss: float) -> None:
@@ -182,7 +182,7 @@ def recipe_of(base: Path, data: Path, temporary: Path, held: str) -> Recipe:
             "validation": {"interval_steps": 0},
             "checkpoint": {"interval_steps": 0},
             "cluster": {"min_workers": NUM_WORKERS},
-            "finetuning": {
+            "fine_tuning": {
                 "base": found.model_dump(mode="json"),
                 "method": "lora",
                 "lora": {"rank": 16, "alpha": 32},
@@ -241,7 +241,7 @@ def run_peft(recipe: Recipe) -> None:
     from gradstream.worker.samples.data import SlotReader
     from gradstream.worker.samples.packing import layout_of
 
-    tuning, training = recipe.finetuning, recipe.training
+    tuning, training = recipe.fine_tuning, recipe.training
     assert tuning is not None
     assert tuning.lora is not None
     model: Any = AutoModelForCausalLM.from_pretrained(tuning.base.path, dtype=torch.float32)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from gradstream.core.recipe.defaults import FINE_TUNING, SEQUENCE_LENGTH, check_batch, fit_batch
 from gradstream.core.recipe.files import absolute_path, load_tree
-from gradstream.core.recipe.finetuning import LoraConfig
+from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.core.recipe.loading import load_recipe, validated
 from gradstream.core.recipe.recipe import (
     ClusterConfig,
@@ -152,24 +152,24 @@ class FineTuningRecipe(Section):
 def load_any_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe | FineTuningRecipe:
     """Read a recipe of either kind: one with a `base_model` is a fine-tuning's. Raises ConfigError with one line."""
     overrides = list(overrides)
-    is_finetuning = "base_model" in load_tree(path, overrides)
-    return load_finetuning_recipe(path, overrides) if is_finetuning else load_recipe(path, overrides)
+    is_fine_tuning = "base_model" in load_tree(path, overrides)
+    return load_fine_tuning_recipe(path, overrides) if is_fine_tuning else load_recipe(path, overrides)
 
 
-def load_finetuning_recipe(path: str | Path, overrides: Iterable[str] = ()) -> FineTuningRecipe:
+def load_fine_tuning_recipe(path: str | Path, overrides: Iterable[str] = ()) -> FineTuningRecipe:
     """Read a fine-tuning recipe with its bases (`base: other.yaml`), apply `key.sub=value` overrides and validate.
 
     Relative local paths are made absolute against the current directory. Raises ConfigError with one line.
     """
-    return absolute_finetuning_paths(parse_finetuning_recipe(load_tree(path, overrides), origin=str(path)))
+    return absolute_fine_tuning_paths(parse_fine_tuning_recipe(load_tree(path, overrides), origin=str(path)))
 
 
-def parse_finetuning_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> FineTuningRecipe:
+def parse_fine_tuning_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> FineTuningRecipe:
     """Validate a fine-tuning recipe given as a mapping or as JSON. Raises ConfigError with one line."""
     return validated(FineTuningRecipe, tree, origin)
 
 
-def absolute_finetuning_paths(recipe: FineTuningRecipe) -> FineTuningRecipe:
+def absolute_fine_tuning_paths(recipe: FineTuningRecipe) -> FineTuningRecipe:
     """The recipe with local relative paths made absolute; `job:ID` stays."""
     data = recipe.data.model_copy(
         update={

@@ -1,7 +1,7 @@
 """What a recipe says of fine-tuning: the base it starts from, and what of the model is trained.
 
 The fine-tuning service writes this section; a person writes a `FineTuningRecipe`
-(gradstream.core.recipe.finetuning_recipe).
+(gradstream.core.recipe.fine_tuning_recipe).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pydantic import Field, field_validator, model_validator
 from gradstream.core.data.manifest import Digest, FileName
 from gradstream.core.recipe.section import NonNegative, Positive, Section
 
+KEY, OLD_KEY = "fine_tuning", "finetuning"
+"""The section's key in a recipe; and in the recipes of older checkpoints and state directories, which are read."""
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
 """Keys of peft's LoraConfig that have another name here; both are taken."""
@@ -68,6 +70,13 @@ _INSTEAD = {
     "layers_to_transform": "name the layers' modules in lora.target_modules, such as layers.0.self_attn.q_proj",
 }
 MODULE_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+
+
+def with_new_key(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe's JSON with the section under `KEY`, also when it is under `OLD_KEY`."""
+    if OLD_KEY not in recipe or KEY in recipe:
+        return recipe
+    return {KEY if name == OLD_KEY else name: section for name, section in recipe.items()}
 
 
 class LoraConfig(Section):

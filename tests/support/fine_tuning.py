@@ -110,7 +110,7 @@ def write_rows(directory: Path, num_train: int = 24, num_validation: int = 8, nu
 
 
 def tuning_recipe(base_directory: Path, data: Path, run_root: Path, **sections: Any) -> Recipe:
-    """A fine-tuning as the service submits it: LoRA, unless `finetuning` says otherwise."""
+    """A fine-tuning as the service submits it: LoRA, unless `fine_tuning` says otherwise."""
     base, _ = find_base(str(base_directory))
     config = json.loads((base_directory / "config.json").read_text())
     tree: dict[str, Any] = {
@@ -131,7 +131,7 @@ def tuning_recipe(base_directory: Path, data: Path, run_root: Path, **sections: 
         "data": {"path": str(data)},
         "validation": {"interval_steps": 2, "num_samples": 8},
         "checkpoint": {"interval_steps": 2, "keep": 10},
-        "finetuning": {
+        "fine_tuning": {
             "base": base.model_dump(mode="json"),
             "method": "lora",
             "lora": {"rank": 4, "alpha": 8},

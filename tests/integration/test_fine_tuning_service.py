@@ -13,7 +13,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.cluster import Cluster, running, wait_until
-from support.finetuning import write_base
+from support.fine_tuning import write_base
 
 from gradstream.client import (
     CheckpointError,

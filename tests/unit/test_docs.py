@@ -21,6 +21,7 @@ from gradstream.core.recipe.section import Section
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CONCEPTS = sorted((ROOT / "docs" / "concepts").glob("*.md"))
 TEST_PATH = re.compile(r"`(?:tests/)?((?:unit|integration|faults|fuzz|deploy)/[A-Za-z0-9_/]+\.py)`")
 
 
@@ -133,6 +134,28 @@ def _is_there(path: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_is_named_is_there(page: Path) -> None:
     assert [path for path in FILE_PATH.findall(page.read_text()) if not _is_there(path) and path not in MADE] == []
+
+
+@pytest.mark.parametrize("page", CONCEPTS, ids=lambda page: page.stem)
+def test_a_concept_page_has_its_parts_in_order(page: Path) -> None:
+    """Contract, files in reading order, how it fails, how it is tested: each with what it must name."""
+    sections = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n?)*)", page.read_text("utf-8"), re.MULTILINE))
+    wanted = ["Contract", "Files in reading order", "How it fails", "How it is tested"]
+    assert [title for title in sections if title in wanted] == wanted
+    assert len(FILE_PATH.findall(sections["Files in reading order"])) >= 8
+    assert len(rows(sections["How it fails"])) >= 4
+    assert len(TEST_PATH.findall(sections["How it is tested"])) >= 4
+
+
+def test_the_site_leads_to_every_page() -> None:
+    """mkdocs only notes a page that its navigation leaves out."""
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2]
+    named = set(re.findall(r"[\w/-]+\.md", navigation))
+    written = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert written <= named
+    assert {page.relative_to(ROOT / "docs").as_posix() for page in CONCEPTS} <= set(
+        re.findall(r"\]\(([\w/-]+\.md)\)", (ROOT / "docs" / "architecture.md").read_text("utf-8"))
+    )
 
 
 @pytest.mark.parametrize("recipe", [Recipe, FineTuningRecipe])

@@ -12,18 +12,24 @@ from gradstream.core.data.output import Output, ShardWriter, Split
 class SplitWriter:
     """Distributes the documents of one split over its data shards: each goes to the one with the fewest tokens.
 
-    So no shard is empty once there are as many documents as shards, and their sizes differ by at most one document.
+    So the sizes of shards differ by at most one document, and a split with fewer documents than `max_shards` has one
+    shard for each.
     """
 
-    def __init__(self, output: Output, split: Split, num_shards: int):
+    def __init__(self, output: Output, split: Split, max_shards: int):
         self._output = output
-        self._shards = [ShardWriter(output, split, number) for number in range(num_shards)]
-        self._fewest = [(0, number) for number in range(num_shards)]  # a heap; ties go to the lower number
+        self._split: Split = split
+        self._max_shards = max_shards
+        self._shards: list[ShardWriter] = []
+        self._fewest: list[tuple[int, int]] = []  # a heap of (tokens, shard); ties go to the lower number
         self.num_documents = 0
         self.num_tokens = 0
 
     def add(self, document: Document) -> None:
         """Append a document. Raises DataError when it cannot be written."""
+        if len(self._shards) < self._max_shards:
+            self._shards.append(ShardWriter(self._output, self._split, len(self._shards)))
+            heapq.heappush(self._fewest, (0, len(self._shards) - 1))
         num_tokens, number = self._fewest[0]
         with self._output.explained():
             self._shards[number].add(document.tokens, document.num_tokens)

@@ -19,6 +19,7 @@ from typing import Literal
 from gradstream.coordinator.data import tokenizer as tokenization
 from gradstream.coordinator.data.inspection import DataSummary, SplitSummary, inspect, load_manifest, verify
 from gradstream.coordinator.data.output import SplitWriter
+from gradstream.coordinator.data.pieces import Division, divide, enough_documents
 from gradstream.coordinator.data.sources import NOT_TEXT, Corpus
 from gradstream.core.data.manifest import Manifest
 from gradstream.core.data.output import Output, Split
@@ -41,6 +42,7 @@ __all__ = [
 SERIAL_BYTES = 4 << 20
 PROGRESS_INTERVAL_BYTES = 256 << 10
 TOKENIZER_FILE = "tokenizer.json"
+SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,15 @@ def prepare(
         raise ConfigError(
             f"end_of_text {options.end_of_text} is an id, which a trained tokenizer gives out itself; name its text"
         )
-    corpus = Corpus(files, options.text_field, options.max_bytes, options.format)
+    # How it is divided, which the number and the length of the documents decide.
+    division = divide(
+        Corpus(files, options.text_field, options.max_bytes, options.format).measure(
+            enough_documents(options.num_shards, options.validation_fraction)
+        ),
+        options.num_shards,
+        options.validation_fraction,
+    )
+    corpus = Corpus(files, options.text_field, options.max_bytes, options.format, division.piece_bytes)
     state = PrepareProgress("tokenizer")
     with Output(out, force) as output:
         # Phase 2: the tokenizer.
@@ -115,9 +125,7 @@ def prepare(
             tokenizer_sha256 = file.close()
 
         # Phase 3: tokenize, and write in the order of the documents.
-        writers: dict[Split, SplitWriter] = {"train": SplitWriter(output, "train", options.num_shards)}
-        if options.validation_fraction > 0:
-            writers["validation"] = SplitWriter(output, "validation", options.num_shards)
+        writers = {split: SplitWriter(output, split, options.num_shards) for split in SPLITS}
         num_unknown = 0
         processes = _num_processes(num_processes, corpus.stored_bytes)
         reported = -PROGRESS_INTERVAL_BYTES
@@ -125,12 +133,12 @@ def prepare(
         with closing(tokenization.encode(corpus, tokenizer, processes)) as documents:
             for index, document in enumerate(documents):
                 num_unknown += document.num_unknown
-                writers["validation" if is_validation(index, options.validation_fraction) else "train"].add(document)
+                writers["validation" if is_validation(index, division.validation_fraction) else "train"].add(document)
                 if corpus.stored_bytes_done - reported >= PROGRESS_INTERVAL_BYTES:
                     reported = corpus.stored_bytes_done
                     progress(_tokenizing(state, corpus, writers))
         left_out = dict(sorted((found.left_out + corpus.tally.left_out).items()))
-        _check_counts(options, left_out, writers)
+        _check_counts(left_out, writers)
 
         # Phase 4: publish.
         manifest = Manifest.model_validate(
@@ -145,11 +153,13 @@ def prepare(
                 "sources": tuple(without_password(source) for source in options.sources),
                 "read_as": dict(sorted(corpus.tally.read_as.items())),
                 "left_out": left_out,
+                "num_split_documents": corpus.num_split,
+                "piece_bytes": division.piece_bytes if corpus.num_split else 0,
             }
         )
         output.publish(manifest)
     state = replace(_tokenizing(state, corpus, writers), phase="done", bytes_done=corpus.stored_bytes)
-    progress(replace(state, left_out=left_out, notes=_notes(found, corpus, tokenizer, num_unknown)))
+    progress(replace(state, left_out=left_out, notes=_notes(options, found, corpus, division, tokenizer, num_unknown)))
     return manifest
 
 
@@ -198,13 +208,25 @@ def _tokenizing(state: PrepareProgress, corpus: Corpus, writers: dict[Split, Spl
 
 
 def _notes(
-    found: FoundFiles, corpus: Corpus, tokenizer: tokenization.TokenizerFile, num_unknown: int
+    options: PrepareConfig,
+    found: FoundFiles,
+    corpus: Corpus,
+    division: Division,
+    tokenizer: tokenization.TokenizerFile,
+    num_unknown: int,
 ) -> tuple[str, ...]:
     notes = [f"{what} ({count})" for what, count in sorted(corpus.tally.notes.items())]
     if corpus.first_not_text:
         notes.append(f"{NOT_TEXT} were left out ({corpus.num_skipped_files}), the first: {corpus.first_not_text}")
     if found.num_repeated:
         notes.append(f"files are read again under another name, a link; their text comes twice ({found.num_repeated})")
+    if division.validation_fraction == 0 and options.validation_fraction != 0:
+        notes.append("nothing was held out, since there is a single short text; add text, or train without validation")
+    if corpus.num_split:
+        notes.append(
+            f"long documents were split at paragraphs, lines or sentences into pieces of about "
+            f"{-(-corpus.piece_bytes >> 10)} KiB, each a document of the data set ({corpus.num_split})"
+        )
     if num_unknown:
         notes.append(f"texts hold what the tokenizer does not know, each a token for the unknown ({num_unknown})")
     if tokenization.drops_characters(tokenizer.content):
@@ -212,21 +234,10 @@ def _notes(
     return tuple(notes)
 
 
-def _check_counts(options: PrepareConfig, left_out: Mapping[str, int], writers: dict[Split, SplitWriter]) -> None:
-    """Every data shard must have a document, since every slot must have a sample."""
-    total = sum(writer.num_documents for writer in writers.values())
-    if total == 0:
+def _check_counts(left_out: Mapping[str, int], writers: Mapping[Split, SplitWriter]) -> None:
+    if not any(writer.num_documents for writer in writers.values()):
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items()))
         raise DataError(f"the sources hold no text{f' ({reasons})' if reasons else ''}; name files that do")
-    for split, writer in writers.items():
-        if writer.num_documents < options.num_shards:
-            cure = "lower num_shards or add documents (a file or a row each)"
-            if split == "validation":
-                cure = "raise validation_fraction, set it to 0, lower num_shards or add documents"
-            raise DataError(
-                f"{writer.num_documents} of {total} documents are for {split}, too few for num_shards "
-                f"{options.num_shards}; {cure}"
-            )
 
 
 def _num_processes(wanted: int | None, num_bytes: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any, Literal
 
+from gradstream.coordinator.data.pieces import Extent, split_document
 from gradstream.core.data.rows import (
     MISSING,
     PARQUET_ROWS,
@@ -168,14 +169,25 @@ def _no_field(where: str, text_field: str, fields: list[str], by_content: bool =
 class Corpus:
     """The documents of several files, in order, with what has been read so far. Blank documents are left out.
 
-    `max_bytes`: stop at so many bytes of text; the document that crosses the line is cut.
+    `max_bytes`: stop after this number of bytes of text; the document that crosses the line is cut.
+    `piece_bytes`: split documents into pieces of about this size; 0: take them as they are.
     """
 
-    def __init__(self, files: list[SourceFile], text_field: str, max_bytes: int | None = None, fmt: Format = "auto"):
+    def __init__(
+        self,
+        files: list[SourceFile],
+        text_field: str,
+        max_bytes: int | None = None,
+        fmt: Format = "auto",
+        piece_bytes: int = 0,
+    ):
         self._files = files
         self._text_field = text_field
         self._max_bytes = max_bytes
         self._format = fmt
+        self.piece_bytes = piece_bytes
+        self.num_split = 0
+        """documents that were split into pieces"""
         self.tally = Tally()
         self.first_not_text = ""
         """the name of the first file that is not UTF-8 text"""
@@ -211,7 +223,7 @@ class Corpus:
                     # Text can be larger than its compressed file; never report more than the file.
                     self.stored_bytes_done = finished + min(file.num_bytes, self.num_bytes - before)
                     if text:
-                        yield text
+                        yield from self._pieces(text)
                     if self._full():
                         break
                 self.tally.left_out += Counter({WITHOUT_ROWS: int(not any_row)})
@@ -226,6 +238,29 @@ class Corpus:
                 return
             finished += file.num_bytes
             self.stored_bytes_done = finished
+
+    def measure(self, enough: int) -> Extent:
+        """How much text there is, from reading it, or from reading the first `enough` documents where there are more.
+
+        Raises DataError as iterating does.
+        """
+        lengths: list[int] = []
+        for text in self:
+            lengths.append(len(text.encode("utf-8")))
+            if len(lengths) >= enough:
+                limit = self.stored_bytes
+                plain = (file.num_bytes for file in self._files if file.kind == "text" and file.compression is None)
+                longest = max(*lengths, *(min(size, limit) for size in plain))
+                return Extent(tuple(lengths), limit, longest, whole=False)
+        return Extent(tuple(lengths), sum(lengths), max(lengths, default=0), whole=True)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        if not self.piece_bytes:
+            yield text
+            return
+        pieces = list(split_document(text, self.piece_bytes))
+        self.num_split += len(pieces) > 1
+        yield from pieces
 
     def _remaining(self) -> int | None:
         return None if self._max_bytes is None else max(0, self._max_bytes - self.num_bytes)

@@ -12,7 +12,7 @@ from gradstream.coordinator.planning.needs import NodeOffer, ServerBytes, fits, 
 from gradstream.coordinator.planning.pipeline_planner import LATENCY_SECONDS, Pipeline, plan_pipeline
 from gradstream.coordinator.planning.placement import place
 from gradstream.core.data.manifest import Manifest
-from gradstream.core.data.sampler import SlotSampler
+from gradstream.core.data.sampler import check_samples
 from gradstream.core.errors import ConfigError, DataError, PlanError
 from gradstream.core.model.profile import SectionProfile
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut, num_fragments
@@ -142,17 +142,8 @@ def check_data(recipe: Recipe, manifest: Manifest) -> None:
             f"smaller vocabulary"
         )
     training = recipe.training
-    num_shards = len(manifest.split("train"))
-    if num_shards % training.num_slots:
-        cure = f"prepare it with a multiple of {training.num_slots}" if training.num_slots > 1 else "prepare it again"
-        raise DataError(
-            f"the data set {recipe.data.path} has {num_shards} training shards, which {training.num_slots} slots "
-            f"cannot share evenly; {cure} (data.prepare.num_shards) or change training.num_slots"
-        )
-    splits = ["train", "validation"] if recipe.validation.interval_steps else ["train"]
-    for split in splits:
-        for slot in range(training.num_slots):
-            SlotSampler(manifest, split, slot, training.num_slots, training.sequence_length, recipe.seed)
+    for split in ["train", "validation"] if recipe.validation.interval_steps else ["train"]:
+        check_samples(manifest, split, training.num_slots, training.sequence_length)
 
 
 def _check_server_memory(

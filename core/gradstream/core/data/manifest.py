@@ -76,6 +76,9 @@ class Manifest(BaseModel):
     """files that were read, by what they were read as"""
     left_out: dict[str, Count] = Field(default_factory=dict)
     """what the sources name and the data set does not hold, by reason"""
+    num_split_documents: Count = 0
+    """long documents that were split into pieces of about `piece_bytes`, each a document of the data set"""
+    piece_bytes: Count = 0
     layout: Literal["windows", "rows"] = "windows"
     row_length: Count = 0
 

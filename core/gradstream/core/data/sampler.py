@@ -5,22 +5,32 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate
 
 from gradstream.core.data.manifest import DataShard, Manifest
 from gradstream.core.errors import DataError
 
 
-def slot_group(manifest: Manifest, split: str, slot: int, num_slots: int) -> list[DataShard]:
-    """The data shards that slot `slot` draws from: every num_slots-th one of the split. The groups do not overlap."""
-    return manifest.split(split)[slot::num_slots]
+@dataclass(frozen=True, slots=True)
+class SampleRange:
+    """The samples `first` to `first + count - 1` of a data shard; `count` is at least 1."""
+
+    shard: DataShard
+    first: int
+    count: int
 
 
-def samples_by_slot(manifest: Manifest, split: str, num_slots: int, sequence_length: int) -> list[int]:
-    """Samples that each slot has of a split."""
-    return [
-        sum(manifest.num_samples(shard, sequence_length) for shard in slot_group(manifest, split, slot, num_slots))
-        for slot in range(num_slots)
-    ]
+def check_samples(manifest: Manifest, split: str, num_slots: int, sequence_length: int) -> None:
+    """Raise DataError when a slot would have no sample of the split."""
+    counts = samples_by_slot(manifest, split, num_slots, sequence_length)
+    if all(counts):
+        return
+    total = sum(counts)
+    raise DataError(
+        f"the data set has {total} {split} sample{'' if total == 1 else 's'} of {sequence_length} tokens, too few for "
+        f"{num_slots} slots; add text or lower training.sequence_length or training.num_slots"
+        f"{', or set validation.interval_steps=0' if split == 'validation' else ''}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +41,63 @@ class SampleAddress:
     window: int
 
 
+def slot_groups(manifest: Manifest, split: str, num_slots: int, sequence_length: int) -> list[list[SampleRange]]:
+    """The samples that each slot draws from: its group. Groups do not overlap, and cover every sample of the split.
+
+    Where the number of data shards is a multiple of `num_slots`, a group is every num_slots-th shard, whole. Where it
+    is not, or where a slot would have no sample, the samples of the split, in the order of the shards, are cut into
+    `num_slots` consecutive ranges, which differ by at most one sample. A group is empty only where the split has fewer
+    samples than there are slots. Raises DataError for rows of another length.
+    """
+    shards = [
+        SampleRange(shard, 0, count)
+        for shard in manifest.split(split)
+        if (count := manifest.num_samples(shard, sequence_length))
+    ]
+    files = [shard.file for shard in manifest.split(split)]
+    if len(files) % num_slots == 0:
+        slot_of = {file: number % num_slots for number, file in enumerate(files)}
+        groups = [[part for part in shards if slot_of[part.shard.file] == slot] for slot in range(num_slots)]
+        if all(groups):
+            return groups
+    total = sum(part.count for part in shards)
+    return [_cut(shards, total * slot // num_slots, total * (slot + 1) // num_slots) for slot in range(num_slots)]
+
+
+def _cut(parts: list[SampleRange], begin: int, end: int) -> list[SampleRange]:
+    """Samples [begin, end) of all samples of `parts`."""
+    found, passed = [], 0
+    for part in parts:
+        first, last = max(begin - passed, 0), min(end - passed, part.count)
+        if first < last:
+            found.append(SampleRange(part.shard, part.first + first, last - first))
+        passed += part.count
+    return found
+
+
+def samples_by_slot(manifest: Manifest, split: str, num_slots: int, sequence_length: int) -> list[int]:
+    """Samples that each slot has of a split."""
+    groups = slot_groups(manifest, split, num_slots, sequence_length)
+    return [sum(part.count for part in group) for group in groups]
+
+
 class SlotSampler:
     """Which samples slot `slot` takes at each step: a pure function of (seed, step, slot).
 
-    Over an epoch every window of the slot's group is taken exactly once, in an order that depends on seed, slot and
+    Over a data epoch every window of the slot's group is taken exactly once, in an order that depends on seed, slot and
     epoch: a Feistel permutation with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains",
     2002), which needs no memory and does not change with the version of a library.
 
-    Raises DataError when the group has no sample.
+    Raises DataError when the slot has no sample.
     """
 
     def __init__(self, manifest: Manifest, split: str, slot: int, num_slots: int, sequence_length: int, seed: int):
         self._slot = slot
         self._seed = seed
-        self._files: list[str] = []
-        self._starts: list[int] = [0]
-        for shard in slot_group(manifest, split, slot, num_slots):
-            samples = manifest.num_samples(shard, sequence_length)
-            if samples:
-                self._files.append(shard.file)
-                self._starts.append(self._starts[-1] + samples)
-        if not self._files:
-            raise DataError(
-                f"slot {slot} of {num_slots} has no {split} sample of {sequence_length} tokens; "
-                f"prepare at least {num_slots} larger {split} data shards or lower training.sequence_length"
-            )
+        self._parts = slot_groups(manifest, split, num_slots, sequence_length)[slot]
+        self._starts = [0, *accumulate(part.count for part in self._parts)]
+        if not self._parts:
+            check_samples(manifest, split, num_slots, sequence_length)
 
     @property
     def num_samples(self) -> int:
@@ -63,9 +105,9 @@ class SlotSampler:
         return self._starts[-1]
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """The token files the samples come from."""
-        return tuple(self._files)
+    def shards(self) -> tuple[DataShard, ...]:
+        """The data shards that the samples come from."""
+        return tuple(part.shard for part in self._parts)
 
     def samples(self, step: int, count: int) -> list[SampleAddress]:
         """The `count` samples of step `step`, in order."""
@@ -81,8 +123,9 @@ class SlotSampler:
         return self._locate(permute(position, self.num_samples, f"{self._seed}/{self._slot}/{epoch}"))
 
     def _locate(self, position: int) -> SampleAddress:
-        shard = bisect_right(self._starts, position) - 1
-        return SampleAddress(self._files[shard], position - self._starts[shard])
+        number = bisect_right(self._starts, position) - 1
+        part = self._parts[number]
+        return SampleAddress(part.shard.file, part.first + position - self._starts[number])
 
 
 def permute(value: int, size: int, key: str) -> int:

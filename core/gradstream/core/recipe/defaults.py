@@ -6,10 +6,12 @@ two given values disagree, validation refuses them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradstream.core.data.manifest import Manifest
 
 SEQUENCE_LENGTH = 256
 NUM_SHARDS = 8
@@ -81,18 +83,16 @@ def check_batch(global_batch: int, num_slots: int, microbatch: int) -> None:
         )
 
 
-def fit_recipe(tree: Mapping[str, Any], num_shards: Mapping[str, int] | None = None) -> dict[str, Any]:
+def fit_recipe(tree: Mapping[str, Any], manifest: Manifest | None = None) -> dict[str, Any]:
     """A pretraining recipe with what it leaves out of its batch, sequence length, data and validation filled in.
 
-    `num_shards` are those of each split of its data set, where that is there already.
+    `manifest` is that of its data set, where the data set is there already.
     """
     filled = dict(tree)
     training, validation = _section(tree, "training"), _section(tree, "validation")
     prepare, config = _section(_section(tree, "data"), "prepare"), _section(_section(tree, "model"), "config")
-    # 1. The batch. What every slot has an equal part of limits the number of slots.
-    there = num_shards or {}
-    shared = (there.get("train") or _count(prepare.get("num_shards")), _count(validation.get("num_samples")))
-    training |= fit_batch(training, PRETRAINING, math.gcd(*(each or 0 for each in shared)))
+    # 1. The batch. Every slot has an equal part of the validation samples, which limits the number of slots.
+    training |= fit_batch(training, PRETRAINING, _count(validation.get("num_samples")) or 0)
     longest = longest_sequence(config)
     if longest is not None:
         _default(training, "sequence_length", min(SEQUENCE_LENGTH, longest[1]))
@@ -102,9 +102,14 @@ def fit_recipe(tree: Mapping[str, Any], num_shards: Mapping[str, int] | None = N
     _default(prepare, "num_shards", -(-NUM_SHARDS // slots) * slots)
     if prepare.get("tokenizer") is None and num_words is not None and num_words >= SMALLEST_VOCABULARY:
         _default(prepare, "vocab_size", min(VOCABULARY_SIZE, num_words))
-    # 3. Validation: none of a data set that holds nothing out.
-    _default(validation, "num_samples", -(-NUM_VALIDATION_SAMPLES // slots) * slots)
-    if prepare.get("validation_fraction") == 0 if num_shards is None else not there.get("validation"):
+    # 3. Validation: as much as the data set holds out; none where it has no sample for every slot.
+    wanted, held_out = -(-NUM_VALIDATION_SAMPLES // slots) * slots, None
+    if manifest is not None and manifest.layout == "windows":
+        length = _count(training.get("sequence_length")) or SEQUENCE_LENGTH
+        held_out = sum(shard.num_samples(length) for shard in manifest.split("validation"))
+        wanted = max(slots, min(wanted, held_out // slots * slots))
+    _default(validation, "num_samples", wanted)
+    if prepare.get("validation_fraction") == 0 if held_out is None else held_out < slots:
         _default(validation, "interval_steps", 0)
     # What is not there, or no section, is left to validation.
     if isinstance(tree.get("training"), Mapping):

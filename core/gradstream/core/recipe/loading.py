@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from gradstream.core.data.manifest import MANIFEST_NAME, parse_manifest
+from gradstream.core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.errors import ConfigError, GradstreamError, one_line
 from gradstream.core.recipe.defaults import (
     fit_recipe,
@@ -33,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     tree = load_tree(path, overrides)
     if "base_model" in tree:
         raise ConfigError(f"{path} is a fine-tuning recipe; use `gradstream finetune create` or `finetune dev`")
-    return absolute_paths(parse_recipe(fit_recipe(tree, _num_shards(tree)), origin=str(path)))
+    return absolute_paths(parse_recipe(fit_recipe(tree, _manifest(tree)), origin=str(path)))
 
 
 def parse_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> Recipe:
@@ -75,15 +75,14 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"run_root": absolute_path(recipe.run_root), "data": data})
 
 
-def _num_shards(tree: Mapping[str, Any]) -> dict[str, int] | None:
-    """Data shards of each split of a recipe's data set; None when it is not here, or cannot be read: what
-    needs it says so."""
+def _manifest(tree: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of a recipe's data set; None when it is not on this machine, or cannot be read: what needs it says
+    so."""
     data = tree.get("data")
     path = data.get("path") if isinstance(data, Mapping) else None
     if not isinstance(path, str) or is_url(path):
         return None
     try:
-        manifest = parse_manifest((Path(absolute_path(path)) / MANIFEST_NAME).read_bytes())
+        return parse_manifest((Path(absolute_path(path)) / MANIFEST_NAME).read_bytes())
     except (OSError, GradstreamError):
         return None
-    return {split: len(manifest.split(split)) for split in ("train", "validation")}

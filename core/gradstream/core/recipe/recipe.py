@@ -176,9 +176,14 @@ class PrepareConfig(Section):
         default=defaults.VOCABULARY_SIZE, description="size of the byte-level BPE to train; at most the model's"
     )
     text_field: str = Field(default="text", description="of rows: the field that holds the text; a.b: b in a")
-    validation_fraction: float = Field(default=0.02, ge=0, lt=1, description="share of documents held out")
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="share of documents held out; default: 0.02, of less than 3 MiB of text more, up to 0.1",
+    )
     num_shards: Positive = Field(
-        default=defaults.NUM_SHARDS, description="training data shards; a multiple of num_slots"
+        default=defaults.NUM_SHARDS, description="data shards of a split; a split with fewer documents has fewer"
     )
     max_bytes: Positive | None = Field(default=None, description="stop after about this many bytes of text")
 
@@ -324,11 +329,6 @@ class Recipe(Section):
             )
         check_sections(self.run_root, self.pipeline, self.codec)
         prepare = self.data.prepare
-        if prepare is not None and prepare.num_shards % self.training.num_slots:
-            raise ValueError(
-                f"data.prepare.num_shards {prepare.num_shards} is not divisible by training.num_slots "
-                f"{self.training.num_slots}; every slot draws from its own group of data shards"
-            )
         num_words = text_section(self.model.config).get("vocab_size")
         trained = prepare.vocab_size if prepare is not None and prepare.tokenizer is None else 0
         if isinstance(num_words, int) and trained > num_words:

@@ -93,16 +93,6 @@ CASES: dict[str, tuple[Callable[[Path], PrepareConfig], type[GradstreamError], s
         DataError,
         r"a\.txt\.gz is damaged: no gzip data: .*; restore",
     ),
-    "few documents": (
-        lambda p: options(rows(p / "rows.jsonl"), num_shards=10),
-        DataError,
-        r"9 of 12 documents are for train, too few for num_shards 10; lower num_shards or add documents",
-    ),
-    "few held out": (
-        lambda p: options(rows(p / "rows.jsonl"), validation_fraction=0.01),
-        DataError,
-        r"of 12 documents are for validation, too few for num_shards 2; raise validation_fraction",
-    ),
     "small vocabulary": (
         lambda p: options(rows(p / "rows.jsonl"), vocab_size=256),
         ConfigError,
@@ -164,8 +154,8 @@ def test_a_data_set_is_not_overwritten_and_survives_a_failed_force(tmp_path: Pat
     manifest = prepare(options(rows(tmp_path / "rows.jsonl")), out)
     with pytest.raises(ConfigError, match=r"already holds a data set; choose another path or replace it with --force"):
         prepare(options(tmp_path / "rows.jsonl"), out)
-    with pytest.raises(DataError, match="too few"):
-        prepare(options(tmp_path / "rows.jsonl", num_shards=50), out, force=True)
+    with pytest.raises(ConfigError, match="too small"):
+        prepare(options(tmp_path / "rows.jsonl", vocab_size=256), out, force=True)
     assert verify(out) == manifest
 
 

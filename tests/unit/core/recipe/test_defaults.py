@@ -118,7 +118,7 @@ def test_a_pretraining_recipe_is_whole_or_contradicts_itself(
     tree = pretraining(**written)
     whole, slots = batch.get("global_batch"), batch.get("num_slots")
     possible = whole is None or divides(whole, *(batch[key] for key in ("num_slots", "microbatch") if key in batch))
-    possible &= all(slots is None or count is None or count % slots == 0 for count in (num_shards, num_samples))
+    possible &= slots is None or num_samples is None or num_samples % slots == 0
     try:
         recipe = parse_recipe(tree)
     except ConfigError:
@@ -131,7 +131,8 @@ def test_a_pretraining_recipe_is_whole_or_contradicts_itself(
         if isinstance(keys, dict) and name != "data":
             assert dumped[name].items() >= keys.items()
     assert recipe.data.prepare is not None
-    assert recipe.data.prepare.num_shards % recipe.training.num_slots == 0
+    if num_shards is None:
+        assert recipe.data.prepare.num_shards % recipe.training.num_slots == 0
     if held_out == 0:
         assert not any(recipe.validates(version) for version in range(4))
     if positions is not None:
@@ -141,19 +142,20 @@ def test_a_pretraining_recipe_is_whole_or_contradicts_itself(
 
 
 @pytest.mark.parametrize("count", range(1, 70))
-@pytest.mark.parametrize(("section", "key"), [("prepare", "num_shards"), ("validation", "num_samples")])
-def test_slots_follow_from_what_they_share(section: str, key: str, count: int) -> None:
-    slots = parse_recipe(pretraining(**{section: {key: count}})).training.num_slots
+def test_slots_follow_from_what_they_share(count: int) -> None:
+    slots = parse_recipe(pretraining(validation={"num_samples": count})).training.num_slots
     assert count % slots == 0
     assert slots == max(each for each in (1, 2, 4) if count % each == 0)
 
 
 @pytest.mark.parametrize(
-    ("num_train", "num_validation", "slots", "interval"), [(2, 2, 2, 100), (8, 8, 4, 100), (3, 3, 1, 100), (4, 0, 4, 0)]
+    ("num_train", "num_validation", "interval", "num_samples"),
+    [(2, 2, 0, 4), (3, 4, 100, 4), (8, 70, 100, 64), (4, 0, 0, 4)],
 )
 def test_a_data_set_that_is_there_counts_too(
-    tmp_path: Path, num_train: int, num_validation: int, slots: int, interval: int
+    tmp_path: Path, num_train: int, num_validation: int, interval: int, num_samples: int
 ) -> None:
+    """Validation is as much as is held out, and off where a slot would have no sample. Shards bind no slots."""
     shards = [
         DataShard(
             file=f"{split}-{number}.tokens",
@@ -172,12 +174,14 @@ def test_a_data_set_that_is_there_counts_too(
         token_dtype="uint16", vocab_size=9, end_of_text_id=0, tokenizer_sha256="0" * 64, shards=tuple(shards)
     )
     (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
-    tree = pretraining(training={"global_batch": 4})
+    tree = pretraining(training={"sequence_length": 8})
     tree["data"] = {"path": str(tmp_path)}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert (recipe.training.num_slots, recipe.validation.interval_steps) == (slots, interval)
-    assert load_recipe(tmp_path / "recipe.yaml", ["training.num_slots=1"]).training.num_slots == 1
+    assert recipe.training.num_slots == 4
+    assert (recipe.validation.interval_steps, recipe.validation.num_samples) == (interval, num_samples)
+    asked = load_recipe(tmp_path / "recipe.yaml", ["validation.interval_steps=7", "validation.num_samples=40"])
+    assert (asked.validation.interval_steps, asked.validation.num_samples) == (7, 40)
 
 
 def test_positions_of_a_text_config_count_too() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstream.core.data.manifest import NO_TARGET, ROW_PLANES, DataShard, Manifest
-from gradstream.core.data.sampler import SampleAddress, SlotSampler, slot_group
+from gradstream.core.data.sampler import SampleAddress, SlotSampler
 from gradstream.core.errors import DataError, GradstreamError, one_line
 
 Split = Literal["train", "validation"]
@@ -92,8 +92,7 @@ class SlotReader:
         self._path = path
         self._cache_directory = cache_directory
         self._fetch = fetch
-        used = set(self._sampler.files)
-        self._shards = [shard for shard in slot_group(manifest, split, slot, num_slots) if shard.file in used]
+        self._shards = self._sampler.shards
         for shard in self._shards:
             if shard.num_bytes != manifest.num_bytes(shard.num_tokens):
                 raise DataError(

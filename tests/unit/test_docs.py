@@ -254,3 +254,31 @@ def test_every_recipe_key_that_is_named_is_there(page: Path) -> None:
         key for key in _named_keys(page) if key != "base" and not key.startswith(FREE) and not key.endswith(OTHERS)
     }
     assert sorted(named - KEYS) == []
+
+
+def test_the_leaderboard_names_commits_and_commands_newest_first() -> None:
+    found = rows((ROOT / "docs" / "leaderboard.md").read_text("utf-8"))[1:]
+    assert len(found) > 15
+    benchmarks = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    patterns = re.findall(r"^([\w-]+%?):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    for date, case, figure, _, commit, machine, command in found:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", date)
+        assert re.search(r"\d", figure)
+        assert re.fullmatch(r"`[0-9a-f]{7}`", commit)
+        assert machine
+        target = re.fullmatch(r"`make ([\w-]+)`", command)
+        assert target, command
+        assert any(re.fullmatch(pattern.replace("%", r"\w+"), target[1]) for pattern in patterns), command
+        name = target[1].removeprefix("bench-")
+        assert name in benchmarks
+        assert case.startswith(f"{name},")
+    dates = [row[0] for row in found]
+    assert dates == sorted(dates, reverse=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_make_target_that_is_named_is_there(page: Path) -> None:
+    patterns = re.findall(r"^([\w-]+%?):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    benchmarks = {f"bench-{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")} | {"bench-NAME"}
+    named = re.findall(r"(?:`|^)make ([a-z][\w-]*)", page.read_text("utf-8"), re.MULTILINE)
+    assert [name for name in named if name not in patterns and name not in benchmarks] == []

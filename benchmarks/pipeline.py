@@ -35,7 +35,7 @@ from sides import Side, Turn, gradstream_side, torch_side
 from step import MODELS, network_of
 
 from gradstream.coordinator.data.prepare import prepare
-from gradstream.coordinator.planning.stages import SectionCost, StageOffer, cut_stages
+from gradstream.coordinator.planning.stages import SegmentCost, StageOffer, cut_stages
 from gradstream.core.model.model import inventory
 from gradstream.core.pipeline.schedule import Op, make_schedule
 from gradstream.core.pipeline.simulation import Costs, simulate
@@ -289,10 +289,10 @@ def balanced_ends(recipe: Recipe) -> tuple[int, ...]:
         if tensor.kind == "matrix" or tensor.last_unit != tensor.unit:
             work[tensor.last_unit] = work.get(tensor.last_unit, 0) + tensor.num_elements
     units = sorted(work)
-    sections = [SectionCost(str(unit), work[unit], 0, 0) for unit in units]
+    segments = [SegmentCost(str(unit), work[unit], 0, 0) for unit in units]
     stages = recipe.pipeline.stages
     assert isinstance(stages, int)
-    cut, _ = cut_stages(sections, [StageOffer("", 1.0, 0, 0)] * stages)
+    cut, _ = cut_stages(segments, [StageOffer("", 1.0, 0, 0)] * stages)
     return tuple(units[end] if end < len(units) else units[-1] + 1 for end in cut.ends)
 
 

@@ -34,7 +34,7 @@ from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
 from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.model.model import build, initial_weights
-from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.model.stage_module import StageModule, segments_of, stage_tensors
 from gradstream.core.pipeline.schedule import make_schedule
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import Recipe
@@ -117,8 +117,8 @@ class Rank:
         self._own = range(rank, num_stages, self._num_ranks)
         self.last = num_stages - 1 in self._own
         weights = dict(initial_weights(recipe.model.config, recipe.seed))
-        sections = stage_sections(recipe, stage_ends)
-        stages = [StageModule(recipe.model.config, sections[stage]) for stage in self._own]
+        segments = stage_segments(recipe, stage_ends)
+        stages = [StageModule(recipe.model.config, segments[stage]) for stage in self._own]
         found = {key: (stage, held) for stage in stages for key, held in stage_tensors(stage, weights).items()}
         for (name, _), (_, parameter) in found.items():
             parameter.data.copy_(weights[name])
@@ -182,10 +182,10 @@ class Rank:
         return squared.sqrt()
 
 
-def stage_sections(recipe: Recipe, stage_ends: Sequence[int]) -> list[range]:
-    """The sections of each stage, whose ends are given in forward units as a plan has them."""
-    every = sections_of(build(recipe.model.config, "meta"))
-    ends = [sum(all(unit < end for unit in section.units) for section in every) for end in stage_ends]
+def stage_segments(recipe: Recipe, stage_ends: Sequence[int]) -> list[range]:
+    """The segments of each stage, whose ends are given in forward units as a plan has them."""
+    every = segments_of(build(recipe.model.config, "meta"))
+    ends = [sum(all(unit < end for unit in segment.units) for segment in every) for end in stage_ends]
     return [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 

@@ -147,7 +147,7 @@ class Asked:
     def __init__(self, models: ServedModels, request: GenerationRequest, patient: bool = False):
         served = models.find(request.model)
         self.delivered: list[Piece | GradstreamError] = []
-        self.row = Row(request, served, models.profile(served), self.delivered.append, patient)
+        self.row = Row(request, served, models.facts(served), self.delivered.append, patient)
 
     @property
     def pieces(self) -> list[Piece]:

@@ -18,7 +18,7 @@ from gradstream.coordinator.cli.options import find_recipe, parse_bit_rate
 from gradstream.coordinator.planning.inventory import Inventory
 from gradstream.core.errors import ConfigError
 from gradstream.core.model.model import inventory
-from gradstream.core.model.profile import SectionProfile, Workload, profile_sections
+from gradstream.core.model.profile import SegmentProfile, Workload, profile_segments
 from gradstream.core.recipe.loading import load_recipe
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import coordinator_pb2
@@ -49,10 +49,10 @@ def recipe(tmp_path: Path) -> str:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is looked at in this process: a child takes seconds to import what is imported here."""
 
-    async def look(recipe: Recipe) -> tuple[Inventory, list[SectionProfile]]:
+    async def look(recipe: Recipe) -> tuple[Inventory, list[SegmentProfile]]:
         config = recipe.model.config
         found = Inventory(tuple(inventory(config)), "LlamaForCausalLM", 0)
-        return found, profile_sections(config, Workload.of(recipe.training))
+        return found, profile_segments(config, Workload.of(recipe.training))
 
     monkeypatch.setattr(importlib.import_module("gradstream.coordinator.cli.plan"), "_look_at_model", look)
 
@@ -83,7 +83,7 @@ def test_a_plan_without_a_pipeline(recipe: str, here: None, capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)
     assert (found["num_replicas"], len(found["servers"]), found["bubble"]) == (2, 1, pytest.approx(0))
     assert found["link_bits_per_second"] == 1e8
-    assert [stage["sections"][0] for stage in found["stages"]] == ["embedding"]
+    assert [stage["segments"][0] for stage in found["stages"]] == ["embedding"]
     assert set(found["reasons"]) == {"servers", "placement", "memory", "start"}
 
 
@@ -118,7 +118,7 @@ def test_a_live_cluster_is_asked(
         (["--memory", "1GiB"], 2, "say how many with --workers and --servers"),
         ([*NEEDLESS, "-s", "pipeline.stages=9"], 5, "pipeline.stages 9 needs 9 workers, 4 are live"),
         ([*NEEDLESS, "-s", "pipeline.stages=3", "-s", "pipeline.chunks=2"], 2, "stages 3 is not divisible by chunks 2"),
-        (["--workers", "5", "-s", "pipeline.stages=5"], 2, "pipeline.stages 5 is more than the model's 4 sections"),
+        (["--workers", "5", "-s", "pipeline.stages=5"], 2, "pipeline.stages 5 is more than the model's 4 segments"),
         ([*NEEDLESS, "--memory", "256KiB", "-s", "pipeline.stages=2"], 5, " missing); "),
     ],
 )

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradstream.core.errors import ConfigError
 from gradstream.core.model.model import build, derive_seed, forward_units, initial_weights, inventory
-from gradstream.core.model.stage_module import sections_of
+from gradstream.core.model.stage_module import segments_of
 from gradstream.core.pipeline.schedule import Action, Op
 from gradstream.core.wire.slot_totals import SlotTotals
 from gradstream.worker.attempt import AbandonedError, Alone, Attempt
@@ -165,8 +165,8 @@ def test_the_stage_before_gets_its_gradient_before_the_servers_get_those_of_the_
         emit_rest(self, stage, last_pass)
 
     monkeypatch.setattr(SlotComputer, "_emit_rest", counting)
-    sections = sections_of(build(model, "meta"))
-    stage_ends = (sections[2].units[0], sections[-1].units[-1] + 1)
+    segments = segments_of(build(model, "meta"))
+    stage_ends = (segments[2].units[0], segments[-1].units[-1] + 1)
     plan = replace(micro_plan(model), stage_ends=stage_ends, num_chunks=2, schedule="interleaved-1f1b")
     computer = SlotComputer(plan, CPU)
     weights, tensors = dict(initial_weights(model, 0)), inventory(model)

@@ -48,8 +48,8 @@ class Pipeline:
         self.tokens = torch.randint(
             0, VOCAB_SIZE, (schedule.num_microbatches, 2, 13), generator=torch.Generator().manual_seed(1)
         )
-        num_sections, num_stages = NUM_LAYERS + 2, schedule.num_stages
-        bounds = [num_sections * stage // num_stages for stage in range(num_stages + 1)]
+        num_segments, num_stages = NUM_LAYERS + 2, schedule.num_stages
+        bounds = [num_segments * stage // num_stages for stage in range(num_stages + 1)]
         self.stages = [StageModule(config, range(bounds[stage], bounds[stage + 1])) for stage in range(num_stages)]
         for stage in self.stages:
             stage.train()

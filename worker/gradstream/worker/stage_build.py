@@ -11,7 +11,7 @@ from torch import nn
 
 from gradstream.core.errors import ConfigError
 from gradstream.core.model.model import build, initialize_buffers, router_loss_factor
-from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.model.stage_module import StageModule, segments_of, stage_tensors
 from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.recipe import TrainingConfig
 from gradstream.worker.frozen import STORE
@@ -112,7 +112,7 @@ def _build_module(
 ) -> tuple[nn.Module, dict[tuple[str, int], nn.Parameter]]:
     """The module of a stage, and its parameters by (name of the tensor, part)."""
     if plan.has_pipeline:
-        module = StageModule(plan.model_config, _sections(plan, stage), device, plan.lora)
+        module = StageModule(plan.model_config, _segments(plan, stage), device, plan.lora)
         names = {tensor.name for tensor in plan.tensors}
         return module, stage_tensors(module, names)
     model = build(plan.model_config, "meta", plan.lora)
@@ -154,14 +154,14 @@ def _unit(plan: Plan, use: Use) -> int:
     return tensor.last_unit if use[1] else tensor.unit
 
 
-def _sections(plan: Plan, stage: int) -> range:
-    """The sections of a stage. Raises ConfigError where the plan's cut is not between sections."""
+def _segments(plan: Plan, stage: int) -> range:
+    """The segments of a stage. Raises ConfigError where the plan's cut is not between segments."""
     begin, end = (0, *plan.stage_ends)[stage], plan.stage_ends[stage]
-    sections = sections_of(build(plan.model_config, "meta", plan.lora))
-    own = [number for number, section in enumerate(sections) if section.units and begin <= section.units[0] < end]
-    if not own or sections[own[0]].units[0] != begin or sections[own[-1]].units[-1] != end - 1:
+    segments = segments_of(build(plan.model_config, "meta", plan.lora))
+    own = [number for number, segment in enumerate(segments) if segment.units and begin <= segment.units[0] < end]
+    if not own or segments[own[0]].units[0] != begin or segments[own[-1]].units[-1] != end - 1:
         raise ConfigError(
-            f"the plan's stage {stage} has units {begin} to {end - 1}, which are not whole sections of this worker's "
+            f"the plan's stage {stage} has units {begin} to {end - 1}, which are not whole segments of this worker's "
             f"model; install the same transformers version on every machine"
         )
     return range(own[0], own[-1] + 1)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gradstream.coordinator.planning.inventory import Inventory
     from gradstream.coordinator.planning.needs import NodeOffer
     from gradstream.core.data.manifest import Manifest
-    from gradstream.core.model.profile import SectionProfile
+    from gradstream.core.model.profile import SegmentProfile
     from gradstream.core.recipe.recipe import Recipe
 
 DEFAULT_LINK = "10Gb/s"
@@ -50,7 +50,7 @@ def plan(
     """Tell what a recipe will take before anything starts: stage cut, memory, bytes on each link, seconds a step.
 
     Plans for the nodes of a live cluster; with --workers or --servers, for a cluster that need not exist. Times are
-    measured on this machine, section by section, as if every worker were like it.
+    measured on this machine, segment by segment, as if every worker were like it.
     """
     from gradstream.coordinator.planning.forecast import forecast
     from gradstream.coordinator.planning.planner import make_plan
@@ -138,7 +138,7 @@ def find_manifest(recipe: Recipe) -> Manifest | None:
     return load_manifest(recipe.data.path) if MANIFEST_NAME in files.list_names(recipe.data.path) else None
 
 
-async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SectionProfile] | None]:
+async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SegmentProfile] | None]:
     from gradstream.coordinator.planning.inventory import take_inventory, take_profile
     from gradstream.core.errors import ConfigError, one_line
     from gradstream.core.model.trial import ModelUse
@@ -166,12 +166,12 @@ def _print(told: Forecast, recipe: Recipe) -> None:
     print()
     if told.stages:
         out.print_table(
-            ["STAGE", "PLACE", "SECTIONS", ">PARAMETERS", ">FORWARD", ">BACKWARD", ""],
+            ["STAGE", "PLACE", "SEGMENTS", ">PARAMETERS", ">FORWARD", ">BACKWARD", ""],
             [
                 (
                     stage.stage,
                     stage.place,
-                    _span(stage.sections),
+                    _span(stage.segments),
                     out.format_count(stage.num_parameters),
                     _seconds(stage.forward_seconds),
                     _seconds(stage.backward_seconds),

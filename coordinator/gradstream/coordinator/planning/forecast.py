@@ -13,10 +13,10 @@ from gradstream.coordinator.planning.pipeline_planner import (
     group_workers,
     num_microbatches,
     num_parameters,
-    sections_of_stages,
+    segments_of_stages,
     stage_costs,
 )
-from gradstream.core.model.profile import SectionProfile
+from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.pipeline.schedule import Op, make_schedule
 from gradstream.core.pipeline.simulation import simulate
 from gradstream.core.plan.bundles import codec_for, first_push_codec
@@ -27,11 +27,11 @@ from gradstream.core.plan.sizes import encoded_bytes
 
 @dataclass(frozen=True)
 class StageForecast:
-    """A stage: its sections by name, its place, and its seconds forward and backward a microbatch."""
+    """A stage: its segments by name, its place, and its seconds forward and backward a microbatch."""
 
     stage: int
     place: int
-    sections: tuple[str, ...]
+    segments: tuple[str, ...]
     num_parameters: int
     forward_seconds: float
     backward_seconds: float
@@ -73,7 +73,7 @@ class LinkForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The whole of it. Times are None where the sections' costs are not known. `step_seconds` is the sum of compute and
+    """The whole of it. Times are None where the segments' costs are not known. `step_seconds` is the sum of compute and
     of what of push and pull is not hidden."""
 
     num_parameters: int
@@ -102,7 +102,7 @@ class Forecast:
 def forecast(
     plan: Plan,
     reasons: dict[str, str],
-    profiles: Sequence[SectionProfile] | None,
+    profiles: Sequence[SegmentProfile] | None,
     servers: Sequence[NodeOffer],
     workers: Sequence[NodeOffer],
     link_bits_per_second: float,
@@ -189,7 +189,7 @@ def _groups(plan: Plan, workers: Sequence[NodeOffer]) -> Sequence[Sequence[NodeO
     return [[]] * size
 
 
-def _need(plan: Plan, place: int, profiles: Sequence[SectionProfile]) -> int:
+def _need(plan: Plan, place: int, profiles: Sequence[SegmentProfile]) -> int:
     """Bytes that the worker in a place needs. Without a pipeline the plan leaves activations out."""
     need = stage_need(plan, place)
     if not plan.has_pipeline:
@@ -228,13 +228,13 @@ def _busiest(transfers: Transfers, per_worker: int, per_server: int) -> int:
     return max([*workers.values(), *servers.values()])
 
 
-def _messages(plan: Plan, profiles: Sequence[SectionProfile] | None) -> list[int]:
+def _messages(plan: Plan, profiles: Sequence[SegmentProfile] | None) -> list[int]:
     """Bytes of a microbatch's activations, or of their gradients, between each stage and the next."""
     if not profiles:
         return []
     codec = plan.recipe.pipeline.activations
     cut = _cut(plan, profiles)
-    return [encoded_bytes(codec, (profiles[sections[-1]].output_elements,)) for sections in cut[:-1]]
+    return [encoded_bytes(codec, (profiles[segments[-1]].output_elements,)) for segments in cut[:-1]]
 
 
 def _links(
@@ -253,19 +253,19 @@ def _links(
         yield LinkForecast("gradients", after, before, microbatches * num_bytes)
 
 
-def _cut(plan: Plan, profiles: Sequence[SectionProfile]) -> list[range]:
-    return sections_of_stages(plan.stage_ends, profiles) if plan.has_pipeline else [range(len(profiles))]
+def _cut(plan: Plan, profiles: Sequence[SegmentProfile]) -> list[range]:
+    return segments_of_stages(plan.stage_ends, profiles) if plan.has_pipeline else [range(len(profiles))]
 
 
-def _stages(plan: Plan, profiles: Sequence[SectionProfile]) -> Iterator[StageForecast]:
+def _stages(plan: Plan, profiles: Sequence[SegmentProfile]) -> Iterator[StageForecast]:
     if not profiles:
         return
-    for stage, sections in enumerate(_cut(plan, profiles)):
-        found = [profiles[section] for section in sections]
+    for stage, segments in enumerate(_cut(plan, profiles)):
+        found = [profiles[segment] for segment in segments]
         yield StageForecast(
             stage=stage,
             place=stage % plan.replica_size,
-            sections=tuple(profile.name for profile in found),
+            segments=tuple(profile.name for profile in found),
             # Without a pipeline a tied tensor is one.
             num_parameters=num_parameters(plan.tensors, [unit for profile in found for unit in profile.units])
             if plan.has_pipeline

@@ -1,4 +1,4 @@
-"""The model's inventory and the profile of its sections, taken in a child process.
+"""The model's inventory and the profile of its segments, taken in a child process.
 
 Importing transformers holds the interpreter for seconds; in the coordinator's own process that stalls heartbeats (7
 to 19 s were seen). A child also gives back its memory, and cannot take the coordinator down with it.
@@ -18,7 +18,7 @@ from gradstream.core.data.manifest import Manifest
 from gradstream.core.errors import ConfigError, DataError, one_line
 from gradstream.core.model import check as model_check
 from gradstream.core.model import profile
-from gradstream.core.model.profile import SectionProfile, Workload
+from gradstream.core.model.profile import SegmentProfile, Workload
 from gradstream.core.model.trial import PLAIN_USE, ModelUse
 from gradstream.core.plan.fragments import Tensor
 from gradstream.core.recipe.fine_tuning import LoraConfig
@@ -46,7 +46,7 @@ class Inventory:
 
 
 _inventories: dict[str, Inventory] = {}
-_profiles: dict[str, list[SectionProfile]] = {}
+_profiles: dict[str, list[SegmentProfile]] = {}
 _under_way: dict[str, asyncio.Task[Inventory]] = {}
 
 
@@ -87,11 +87,11 @@ async def take_profile(
     training: TrainingConfig,
     lora: LoraConfig | None = None,
     use: ModelUse = PLAIN_USE,
-) -> list[SectionProfile]:
-    """What each section of a model costs on this machine; the same again for as long as this process lives. The child
+) -> list[SegmentProfile]:
+    """What each segment of a model costs on this machine; the same again for as long as this process lives. The child
     that measures tells the inventory as well: `take_inventory` needs none of its own after it.
 
-    Raises ConfigError as `take_inventory` does, or when the model cannot be cut into sections.
+    Raises ConfigError as `take_inventory` does, or when the model cannot be cut into segments.
     """
     key = profile.question(model_config, Workload.of(training), lora, use)
     if key not in _profiles:

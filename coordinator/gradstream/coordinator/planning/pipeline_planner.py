@@ -14,9 +14,9 @@ from functools import lru_cache
 from itertools import pairwise
 
 from gradstream.coordinator.planning.needs import NodeOffer, human_bytes, worker_bytes
-from gradstream.coordinator.planning.stages import SectionCost, StageCut, StageOffer, cut_stages
+from gradstream.coordinator.planning.stages import SegmentCost, StageCut, StageOffer, cut_stages
 from gradstream.core.errors import ConfigError, PlanError
-from gradstream.core.model.profile import SectionProfile
+from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.pipeline.schedule import SCHEDULES, SPLIT, Op, Schedule, make_schedule, unavailable
 from gradstream.core.pipeline.simulation import Costs, choose_schedule, simulate
 from gradstream.core.plan.fragments import Tensor
@@ -46,7 +46,7 @@ class Pipeline:
 def plan_pipeline(
     recipe: Recipe,
     tensors: Sequence[Tensor],
-    profiles: Sequence[SectionProfile],
+    profiles: Sequence[SegmentProfile],
     workers: Sequence[NodeOffer],
     latency_seconds: float = LATENCY_SECONDS,
 ) -> tuple[Pipeline, dict[str, str]]:
@@ -56,11 +56,11 @@ def plan_pipeline(
     is too small. `auto` takes the fewest stages with which every worker is of use, else those with which most are.
     `latency_seconds` is that of a message between two workers.
 
-    Raises PlanError when the workers are too few or too small, ConfigError when the model has too few sections for so
+    Raises PlanError when the workers are too few or too small, ConfigError when the model has too few segments for so
     many stages or the schedule does not exist for them.
     """
     config = recipe.pipeline
-    costs = section_costs(recipe, tensors, profiles)
+    costs = segment_costs(recipe, tensors, profiles)
     _check(config, len(workers), [cost.name for cost in costs])
     sizes = list(_sizes(config, len(workers), len(costs)))
     # Should none do, the one that comes nearest says what is missing: most stages, only the largest workers.
@@ -87,15 +87,15 @@ def plan_pipeline(
     raise refusal
 
 
-def section_costs(recipe: Recipe, tensors: Sequence[Tensor], profiles: Sequence[SectionProfile]) -> list[SectionCost]:
-    """The sections as the cut needs them. A tied tensor counts in both of its sections."""
+def segment_costs(recipe: Recipe, tensors: Sequence[Tensor], profiles: Sequence[SegmentProfile]) -> list[SegmentCost]:
+    """The segments as the cut needs them. A tied tensor counts in both of its segments."""
     # Between the parts of a backward pass lies what was computed again for the first.
     keeps = recipe.training.recompute and recipe.pipeline.schedule in SPLIT
     costs = []
     for profile in profiles:
         trained = num_parameters(tensors, profile.units)
         costs.append(
-            SectionCost(
+            SegmentCost(
                 profile.name,
                 profile.forward_seconds + profile.backward_seconds,
                 worker_bytes(recipe, trained, max(0, profile.num_parameters - trained)),
@@ -140,7 +140,7 @@ def num_microbatches(training: TrainingConfig, num_replicas: int) -> int:
 
 def stage_costs(
     cut: Sequence[range],
-    profiles: Sequence[SectionProfile],
+    profiles: Sequence[SegmentProfile],
     latency_seconds: float,
     speeds: Sequence[float],
     recompute: bool,
@@ -149,8 +149,8 @@ def stage_costs(
     away: all of its backward pass is that of the weights. The others give theirs away before they make those of the
     weights, unless they recompute."""
     compute = []
-    for stage, sections in enumerate(cut):
-        found = [profiles[section] for section in sections]
+    for stage, segments in enumerate(cut):
+        found = [profiles[segment] for segment in segments]
         backward = sum(profile.backward_seconds for profile in found)
         of_input = sum(profile.backward_input_seconds for profile in found) if stage else 0.0
         of_weights = sum(profile.backward_weight_seconds for profile in found) if stage else backward
@@ -165,8 +165,8 @@ def stage_costs(
     return Costs(compute, latency_seconds, input_first=not recompute)
 
 
-def sections_of_stages(stage_ends: Sequence[int], profiles: Sequence[SectionProfile]) -> list[range]:
-    """The sections of each stage, whose ends are in forward units."""
+def segments_of_stages(stage_ends: Sequence[int], profiles: Sequence[SegmentProfile]) -> list[range]:
+    """The segments of each stage, whose ends are in forward units."""
     ends = _unit_ends(profiles)
     bounds = [0, *(ends.index(end) + 1 for end in stage_ends)]
     return [range(begin, end) for begin, end in pairwise(bounds)]
@@ -175,7 +175,7 @@ def sections_of_stages(stage_ends: Sequence[int], profiles: Sequence[SectionProf
 # --- which numbers are tried ------------------------------------------------------------------------------------------
 
 
-def _check(config: PipelineConfig, num_workers: int, sections: Sequence[str]) -> None:
+def _check(config: PipelineConfig, num_workers: int, segments: Sequence[str]) -> None:
     least = config.least_workers
     if num_workers < least:
         chunks = f" ({config.chunks} a worker)" if config.chunks > 1 else ""
@@ -185,21 +185,21 @@ def _check(config: PipelineConfig, num_workers: int, sections: Sequence[str]) ->
             f"{least - num_workers} more with `gradstream serve worker`, or set pipeline.stages=auto"
         )
     stages = config.chunks if config.stages == "auto" else config.stages
-    if stages > len(sections):
+    if stages > len(segments):
         raise ConfigError(
-            f"pipeline.stages {stages} is more than the model's {len(sections)} sections ({sections[0]} to "
-            f"{sections[-1]}); use at most {len(sections) // config.chunks * config.chunks}"
+            f"pipeline.stages {stages} is more than the model's {len(segments)} segments ({segments[0]} to "
+            f"{segments[-1]}); use at most {len(segments) // config.chunks * config.chunks}"
         )
 
 
-def _sizes(config: PipelineConfig, num_workers: int, num_sections: int) -> Iterator[tuple[int, int]]:
+def _sizes(config: PipelineConfig, num_workers: int, num_segments: int) -> Iterator[tuple[int, int]]:
     """(workers of a replica, replicas) in the order in which they are preferred."""
     if config.stages != "auto":
         size = config.least_workers
         for num_replicas in range(num_workers // size, 0, -1):
             yield size, num_replicas
         return
-    sizes = range(1, min(num_workers, num_sections // config.chunks) + 1)
+    sizes = range(1, min(num_workers, num_segments // config.chunks) + 1)
     for size in sizes:
         yield size, num_workers // size
     fewer = [(size, replicas) for size in sizes for replicas in range(1, num_workers // size)]
@@ -211,8 +211,8 @@ def _sizes(config: PipelineConfig, num_workers: int, num_sections: int) -> Itera
 
 def _fit(
     recipe: Recipe,
-    profiles: Sequence[SectionProfile],
-    costs: Sequence[SectionCost],
+    profiles: Sequence[SegmentProfile],
+    costs: Sequence[SegmentCost],
     groups: Groups,
     latency_seconds: float,
 ) -> tuple[float, Pipeline, dict[str, str]]:
@@ -235,7 +235,7 @@ def _fit(
     lean = min(names, key=lambda name: sum(lives[name]))
     cut, cut_reason = _cut(costs, profiles, groups, chunks, lives[lean])
     speeds = group_speeds(groups)
-    stage_cost = stage_costs(cut.sections, profiles, latency_seconds, speeds, training.recompute)
+    stage_cost = stage_costs(cut.segments, profiles, latency_seconds, speeds, training.recompute)
     # 2. The schedule.
     if config.schedule == "auto":
         rooms = [_room(place, size, cut, costs, profiles, groups) for place in range(size)]
@@ -251,7 +251,7 @@ def _fit(
         schedule_reason = f"{schedule.name} as pipeline.schedule says, it takes {seconds:.3g} s"
     # 3. What each worker needs with both.
     needs = tuple(
-        _need(place, _make_all(schedule.name, size, runs, chunks), cut.sections, costs, profiles)
+        _need(place, _make_all(schedule.name, size, runs, chunks), cut.segments, costs, profiles)
         for place in range(size)
     )
     ends = _unit_ends(profiles)
@@ -269,15 +269,15 @@ def _fit(
         + f"; {cut_reason}"
         + (f"; speeds by place {', '.join(f'{speed:.2g}' for speed in speeds)}" if min(speeds) < 1 else "")
         + f"; a worker needs {', '.join(map(human_bytes, needs))} by its place"
-        + (f"; times of {len(estimated)} of {len(profiles)} sections are estimates" if estimated else ""),
+        + (f"; times of {len(estimated)} of {len(profiles)} segments are estimates" if estimated else ""),
         "schedule": f"schedule: {schedule_reason} for {_count(now, 'microbatch')} a run",
     }
     return max(cut.seconds), pipeline, reasons
 
 
 def _cut(
-    costs: Sequence[SectionCost],
-    profiles: Sequence[SectionProfile],
+    costs: Sequence[SegmentCost],
+    profiles: Sequence[SegmentProfile],
     groups: Groups,
     chunks: int,
     live: Sequence[int],
@@ -311,15 +311,15 @@ def _room(
     place: int,
     size: int,
     cut: StageCut,
-    costs: Sequence[SectionCost],
-    profiles: Sequence[SectionProfile],
+    costs: Sequence[SegmentCost],
+    profiles: Sequence[SegmentProfile],
     groups: Groups,
 ) -> int:
     """Microbatches of one stage of which a place's workers can hold the activations."""
-    stages = [[costs[section] for section in cut.sections[stage]] for stage in range(place, len(cut.ends), size)]
-    held = sum(section.held_bytes for stage in stages for section in stage)
-    held += max(profiles[section].working_bytes for section in range(len(profiles)))
-    each = max(sum(section.activation_bytes for section in stage) for stage in stages)
+    stages = [[costs[segment] for segment in cut.segments[stage]] for stage in range(place, len(cut.ends), size)]
+    held = sum(segment.held_bytes for stage in stages for segment in stage)
+    held += max(profiles[segment].working_bytes for segment in range(len(profiles)))
+    each = max(sum(segment.activation_bytes for segment in stage) for stage in stages)
     return max(0, _memory(groups[place]) - held) // max(1, each)
 
 
@@ -327,13 +327,13 @@ def _need(
     place: int,
     schedules: Sequence[Schedule],
     cut: Sequence[range],
-    costs: Sequence[SectionCost],
-    profiles: Sequence[SectionProfile],
+    costs: Sequence[SegmentCost],
+    profiles: Sequence[SegmentProfile],
 ) -> int:
     """Bytes that the worker in a place needs at most, by the longest of its rows."""
-    mine = [section for stage in range(place, len(cut), schedules[0].num_workers) for section in cut[stage]]
-    held = sum(costs[section].held_bytes for section in mine) + max(profiles[s].working_bytes for s in mine)
-    activations = [sum(costs[section].activation_bytes for section in sections) for sections in cut]
+    mine = [segment for stage in range(place, len(cut), schedules[0].num_workers) for segment in cut[stage]]
+    held = sum(costs[segment].held_bytes for segment in mine) + max(profiles[s].working_bytes for s in mine)
+    activations = [sum(costs[segment].activation_bytes for segment in segments) for segments in cut]
     most = 0
     for schedule in schedules:
         now = 0
@@ -375,8 +375,8 @@ def _stage_live(name: str, size: int, runs: tuple[int, ...], chunks: int) -> tup
     return tuple(most)
 
 
-def _unit_ends(profiles: Sequence[SectionProfile]) -> list[int]:
-    """For each section, the first forward unit after it."""
+def _unit_ends(profiles: Sequence[SegmentProfile]) -> list[int]:
+    """For each segment, the first forward unit after it."""
     return [max(profile.units) + 1 for profile in profiles]
 
 

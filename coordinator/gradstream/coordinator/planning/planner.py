@@ -14,7 +14,7 @@ from gradstream.coordinator.planning.placement import place
 from gradstream.core.data.manifest import Manifest
 from gradstream.core.data.sampler import check_samples
 from gradstream.core.errors import ConfigError, DataError, PlanError
-from gradstream.core.model.profile import SectionProfile
+from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut, num_fragments
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
@@ -45,13 +45,13 @@ def make_plan(
     epoch: int,
     checkpoint: CheckpointAt | None,
     checkpoint_root: str,
-    profiles: Sequence[SectionProfile] | None = None,
+    profiles: Sequence[SegmentProfile] | None = None,
     latency_seconds: float = LATENCY_SECONDS,
     num_frozen_parameters: int = 0,
 ) -> tuple[Plan, dict[str, str]]:
     """Make the plan of an epoch on all the servers offered; return it with its reasons by subject.
 
-    `profiles` are those of the model's sections, wanted unless `pipeline.stages` is 1; `latency_seconds` is that of a
+    `profiles` are those of the model's segments, wanted unless `pipeline.stages` is 1; `latency_seconds` is that of a
     message between two workers of a pipeline; `num_frozen_parameters` are beside `tensors`, which are trained. Without
     a manifest the data is not checked, and the plan not fit to run.
 
@@ -87,7 +87,7 @@ def make_plan(
         memory_reason += f"; a worker needs {human_bytes(worker_need)} and its activations"
     else:
         if profiles is None:
-            raise ConfigError("pipeline.stages other than 1 needs the profile of the model's sections")
+            raise ConfigError("pipeline.stages other than 1 needs the profile of the model's segments")
         pipeline, reasons = plan_pipeline(recipe, tensors, profiles, workers, latency_seconds)
     plan = Plan(
         job_id=job_id,

@@ -1,7 +1,7 @@
 """Workers' timelines: kept on disk beside the job, bounded, so that they outlive the job and the coordinator.
 
-A job's `timeline/` holds numbered segments, each a row of records: length, CRC-32 and a GetTimelineResponse. Segments
-are only appended to; a record cut short by a crash ends its segment, and the next start begins another. A segment goes
+A job's `timeline/` holds numbered files, each a row of records: length, CRC-32 and a GetTimelineResponse. Files
+are only appended to; a record cut short by a crash ends its file, and the next start begins another. A file goes
 when the last NUM_VERSIONS timelines of all its workers are in later ones, or when there are more than MAX_BYTES.
 
 All of a job's happens in order, in threads. The event loop hands over records and reads one number.
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 NUM_VERSIONS = 64
 MAX_BYTES = 128 << 20
-SEGMENT_BYTES = 4 << 20
+FILE_BYTES = 4 << 20
 MAX_PENDING_BYTES = 16 << 20
 MAX_WORKERS = 1024
 MAX_JOBS = 16
@@ -67,7 +67,7 @@ def check_timeline(report: coordinator_pb2.ReportTimelineRequest, num_steps: int
 
 
 @dataclass
-class _Segment:
+class _RecordFile:
     """A file of records: how many of which worker, and its size."""
 
     path: Path
@@ -141,7 +141,7 @@ class TimelineFiles:
         self.bubble: Bubble | None = None
         """Share of their time in which a pipeline's workers waited; None while there is none."""
         self._directory = directory
-        self._segments: list[_Segment] | None = None
+        self._files: list[_RecordFile] | None = None
         self._window = _Window()
         self._pipeline = _Pipeline()
         self._appending = False
@@ -152,7 +152,7 @@ class TimelineFiles:
     @property
     def is_loaded(self) -> bool:
         """Whether what is on disk was read."""
-        return self._segments is not None
+        return self._files is not None
 
     def load(self) -> None:
         """Read what is on disk, once."""
@@ -160,19 +160,19 @@ class TimelineFiles:
             self._load()
 
     def _load(self) -> None:
-        if self._segments is not None:
+        if self._files is not None:
             return
-        segments: list[_Segment] = []
+        files: list[_RecordFile] = []
         try:
             for path in self._paths():
-                segment = _Segment(path)
+                file = _RecordFile(path)
                 for _, record in _records(path):
-                    segment.num_records[record.worker] += 1
+                    file.num_records[record.worker] += 1
                     self._add(record)
-                segment.num_bytes = path.stat().st_size
-                segments.append(segment)
+                file.num_bytes = path.stat().st_size
+                files.append(file)
         finally:
-            self._segments = segments
+            self._files = files
 
     def append(self, record: jobs_pb2.GetTimelineResponse) -> None:
         """Add a timeline. One that cannot be written is logged, the first time, and lost."""
@@ -181,23 +181,23 @@ class TimelineFiles:
 
     def _append(self, record: jobs_pb2.GetTimelineResponse) -> None:
         self._load()
-        assert self._segments is not None
+        assert self._files is not None
         self._add(record)
         payload = record.SerializeToString()
         try:
-            if not self._appending or self._segments[-1].num_bytes >= SEGMENT_BYTES:
-                number = int(self._segments[-1].path.stem) + 1 if self._segments else 1
+            if not self._appending or self._files[-1].num_bytes >= FILE_BYTES:
+                number = int(self._files[-1].path.stem) + 1 if self._files else 1
                 self._directory.mkdir(exist_ok=True)
-                self._segments.append(_Segment(self._directory / f"{number:08d}.records"))
-            segment = self._segments[-1]
+                self._files.append(_RecordFile(self._directory / f"{number:08d}.records"))
+            file = self._files[-1]
             # After a record that was cut short nothing more could be read: until this one is whole, there is none.
             self._appending = False
-            with segment.path.open("ab") as stream:
+            with file.path.open("ab") as stream:
                 stream.write(_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
             self._appending = True
-            segment.num_bytes += _RECORD.size + len(payload)
-            segment.num_records[record.worker] += 1
-            self._drop_old(self._segments)
+            file.num_bytes += _RECORD.size + len(payload)
+            file.num_records[record.worker] += 1
+            self._drop_old(self._files)
         except OSError as error:
             if not self._complained:
                 log.warning("timelines cannot be kept", directory=str(self._directory), cause=one_line(error))
@@ -212,7 +212,7 @@ class TimelineFiles:
         return sorted(place for places in kept.values() for place in places)
 
     def _paths(self) -> list[Path]:
-        """The segments on disk, in order; what others put beside them does not count."""
+        """The files on disk, in order; what others put beside them does not count."""
         return sorted(path for path in self._directory.glob("*.records") if path.stem.isdecimal())
 
     def _add(self, record: jobs_pb2.GetTimelineResponse) -> None:
@@ -223,17 +223,17 @@ class TimelineFiles:
         self.bubble = self._pipeline.bubble
 
     @staticmethod
-    def _drop_old(segments: list[_Segment]) -> None:
-        total_bytes = sum(segment.num_bytes for segment in segments)
-        while len(segments) > 1:
+    def _drop_old(files: list[_RecordFile]) -> None:
+        total_bytes = sum(file.num_bytes for file in files)
+        while len(files) > 1:
             later = Counter[str]()
-            for segment in segments[1:]:
-                later.update(segment.num_records)
-            if total_bytes <= MAX_BYTES and any(later[name] < NUM_VERSIONS for name in segments[0].num_records):
+            for file in files[1:]:
+                later.update(file.num_records)
+            if total_bytes <= MAX_BYTES and any(later[name] < NUM_VERSIONS for name in files[0].num_records):
                 return
-            oldest = segments[0]
+            oldest = files[0]
             oldest.path.unlink(missing_ok=True)
-            segments.pop(0)
+            files.pop(0)
             total_bytes -= oldest.num_bytes
 
 
@@ -331,7 +331,7 @@ class Timelines:
 
 
 def _records(path: Path) -> Iterator[tuple[int, jobs_pb2.GetTimelineResponse]]:
-    """Offset and content of a segment's records, up to the first that is not whole."""
+    """Offset and content of a file's records, up to the first that is not whole."""
     try:
         with path.open("rb") as stream:
             offset = 0
@@ -358,7 +358,7 @@ def _read(stream: IO[bytes]) -> jobs_pb2.GetTimelineResponse | None:
     if len(head) < _RECORD.size:
         return None
     num_bytes, crc32 = _RECORD.unpack(head)
-    payload = stream.read(num_bytes) if num_bytes <= SEGMENT_BYTES else b""
+    payload = stream.read(num_bytes) if num_bytes <= FILE_BYTES else b""
     if len(payload) < num_bytes or zlib.crc32(payload) != crc32:
         return None
     try:

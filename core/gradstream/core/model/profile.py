@@ -1,9 +1,9 @@
-"""What each section of a model costs: time, memory, and what it passes on, of one microbatch on this machine.
+"""What each segment of a model costs: time, memory, and what it passes on, of one microbatch on this machine.
 
-Sections are measured one at a time, layers of equal shapes once, so a model of any number of layers takes seconds and
-never more memory than its largest section. What is too large to be measured here is estimated from its matrices.
+Segments are measured one at a time, layers of equal shapes once, so a model of any number of layers takes seconds and
+never more memory than its largest segment. What is too large to be measured here is estimated from its matrices.
 
-Left out: what a stage does once however many sections it has (masks, positions), which each section's time contains;
+Left out: what a stage does once however many segments it has (masks, positions), which each segment's time contains;
 what zero-bubble keeps between the parts of a backward pass; other processors than this machine's.
 """
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from gradstream.core.model.stage_module import Section, StageModule
+    from gradstream.core.model.stage_module import Segment, StageModule
 
 # What is larger than one of these is estimated.
 MAX_PARAMETERS = 300_000_000
 MAX_BYTES = 4 << 30
 MAX_SECONDS = 5.0
-# A section's passes are repeated as often as they fit into so many seconds, within these bounds.
+# A segment's passes are repeated as often as they fit into so many seconds, within these bounds.
 REPEAT_SECONDS = 2.0
 MIN_REPEATS, MAX_REPEATS = 2, 10
 _MATRIX = 1024
@@ -42,7 +42,7 @@ _MATRIX = 1024
 
 @dataclass(frozen=True)
 class Workload:
-    """What goes through a section at once, and how it is computed: the recipe's keys that a cost depends on."""
+    """What goes through a segment at once, and how it is computed: the recipe's keys that a cost depends on."""
 
     microbatch: int
     sequence_length: int
@@ -68,12 +68,12 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class SectionProfile:
-    """The costs of a section for one microbatch. `units` are indices of forward units.
+class SegmentProfile:
+    """The costs of a segment for one microbatch. `units` are indices of forward units.
 
-    `num_parameters` counts a tied tensor in each section that uses it. A backward pass takes `backward_seconds`, or, in
+    `num_parameters` counts a tied tensor in each segment that uses it. A backward pass takes `backward_seconds`, or, in
     two parts, `backward_input_seconds` and `backward_weight_seconds`. `activation_bytes` are kept from the forward to
-    the backward pass, the section's input among them; `working_bytes` more are needed while the backward pass computes
+    the backward pass, the segment's input among them; `working_bytes` more are needed while the backward pass computes
     them again, if it does. It passes on `output_elements`. `measured` is false for an estimate.
     """
 
@@ -90,30 +90,30 @@ class SectionProfile:
     measured: bool
 
 
-def profile_sections(
+def profile_segments(
     model_config: Mapping[str, Any], workload: Workload, lora: LoraConfig | None = None
-) -> list[SectionProfile]:
-    """The profile of every section, in forward order, with as many threads as torch is set to. With adapters all else
+) -> list[SegmentProfile]:
+    """The profile of every segment, in forward order, with as many threads as torch is set to. With adapters all else
     is frozen, and its gradients are not computed.
 
     Raises ConfigError for a model that cannot be built, or not be cut into pipeline stages.
     """
     from gradstream.core.model.model import build, forward_units
-    from gradstream.core.model.stage_module import sections_of
+    from gradstream.core.model.stage_module import segments_of
 
     model = build(model_config, "meta", lora)
     units = [unit for _, unit in forward_units(model)]
-    sections = sections_of(model)
+    segments = segments_of(model)
     rate = _flops_per_second(workload)
-    known: dict[object, SectionProfile] = {}
+    known: dict[object, SegmentProfile] = {}
     profiles = []
-    for index, section in enumerate(sections):
-        modules = [units[unit] for unit in section.units]
-        inner = 0 < index < len(sections) - 1
+    for index, segment in enumerate(segments):
+        modules = [units[unit] for unit in segment.units]
+        inner = 0 < index < len(segments) - 1
         shapes = tuple(tuple(parameter.shape) for module in modules for parameter in module.parameters())
         key = shapes if inner else index
         if key not in known:
-            found = _estimate(model, section, modules, workload, rate, inner)
+            found = _estimate(model, segment, modules, workload, rate, inner)
             if _is_measurable(found):
                 try:
                     found = _measure(model_config, index, found, workload, lora)
@@ -122,11 +122,11 @@ def profile_sections(
                 except Exception as error:  # a family's own code, given what it was not made for
                     cause = one_line(error)[:200]
                     raise ConfigError(
-                        f"model.config: {type(model).__name__} cannot be cut into pipeline stages: '{section.name}' "
+                        f"model.config: {type(model).__name__} cannot be cut into pipeline stages: '{segment.name}' "
                         f"alone fails ({cause}); use stages: 1"
                     ) from None
             known[key] = found
-        profiles.append(replace(known[key], name=section.name, units=section.units))
+        profiles.append(replace(known[key], name=segment.name, units=segment.units))
     return profiles
 
 
@@ -141,19 +141,19 @@ def _flops_per_second(workload: Workload) -> float:
 
 def _estimate(
     model: nn.Module,
-    section: Section,
+    segment: Segment,
     modules: list[nn.Module],
     workload: Workload,
     flops_per_second: float,
     inner: bool,
-) -> SectionProfile:
+) -> SegmentProfile:
     """From the shapes alone: a matrix takes 2 operations a parameter and token forward and twice that backward, and
     keeps its input and its output; what is only looked up takes nothing."""
     from torch import nn
 
     tables = {id(m.weight) for module in modules for m in module.modules() if isinstance(m, nn.Embedding)}
     # In a head a tied table is a matrix.
-    first = 0 in section.units
+    first = 0 in segment.units
     parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
     matrices = [p for p in parameters if p.dim() > 1 and not (first and id(p) in tables)]
     hidden, tokens = hidden_size(model), workload.num_tokens
@@ -168,9 +168,9 @@ def _estimate(
     activation_bytes, input_bytes = 4 * tokens * kept, (8 if first else 4 * hidden) * tokens
     again = inner and workload.recompute
     columns = _outputs(matrices, hidden, first or inner)
-    return SectionProfile(
-        name=section.name,
-        units=section.units,
+    return SegmentProfile(
+        name=segment.name,
+        units=segment.units,
         num_parameters=sum(p.numel() for p in parameters),
         forward_seconds=forward,
         backward_seconds=((3 if again else 2) - frozen) * forward,
@@ -184,11 +184,11 @@ def _estimate(
 
 
 def _outputs(matrices: list[nn.Parameter], hidden: int, passes_on: bool) -> int:
-    """Elements a token of what a section gives: hidden states, or the logits of the last."""
+    """Elements a token of what a segment gives: hidden states, or the logits of the last."""
     return hidden if passes_on or not matrices else max(p.shape[0] for p in matrices)
 
 
-def _is_measurable(estimate: SectionProfile) -> bool:
+def _is_measurable(estimate: SegmentProfile) -> bool:
     # Weights and gradients; activations, and as much again of gradients on the way.
     num_bytes = 8 * estimate.num_parameters + 2 * (estimate.activation_bytes + estimate.working_bytes)
     seconds = estimate.forward_seconds + estimate.backward_seconds
@@ -201,11 +201,11 @@ def _is_measurable(estimate: SectionProfile) -> bool:
 def _measure(
     model_config: Mapping[str, Any],
     index: int,
-    estimate: SectionProfile,
+    estimate: SegmentProfile,
     workload: Workload,
     lora: LoraConfig | None,
-) -> SectionProfile:
-    """The estimate with everything replaced that can be measured on a stage of this section alone."""
+) -> SegmentProfile:
+    """The estimate with everything replaced that can be measured on a stage of this segment alone."""
     import torch
 
     from gradstream.core.model.stage_module import StageModule
@@ -306,7 +306,7 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
         _, result = forward()
         forward_seconds = time.perf_counter() - begin
         if not result.requires_grad:
-            return forward_seconds, 0.0, 0.0, 0.0  # a first section without an adapter
+            return forward_seconds, 0.0, 0.0, 0.0  # a first segment without an adapter
         gradient = None if stage.last else torch.ones_like(result)
         backward_seconds = _seconds(lambda: result.backward(gradient))  # type: ignore[no-untyped-call]
         if stage.first:
@@ -352,15 +352,15 @@ def question(
     return json.dumps(asked, sort_keys=True)
 
 
-def parse_answer(answer: Mapping[str, Any]) -> list[SectionProfile]:
+def parse_answer(answer: Mapping[str, Any]) -> list[SegmentProfile]:
     """What it wrote. Raises ConfigError with its reason when that is an error."""
     if "error" in answer:
         raise ConfigError(answer["error"])
-    return [SectionProfile(**{**section, "units": tuple(section["units"])}) for section in answer["sections"]]
+    return [SegmentProfile(**{**segment, "units": tuple(segment["units"])}) for segment in answer["segments"]]
 
 
 def _main() -> None:
-    """`python -m gradstream.core.model.profile`: a model and a workload on stdin, the sections' profiles and the
+    """`python -m gradstream.core.model.profile`: a model and a workload on stdin, the segments' profiles and the
     model's inventory on stdout, both JSON."""
     memory.use_huge_pages()  # as workers do
     import torch
@@ -372,8 +372,8 @@ def _main() -> None:
         lora = LoraConfig.model_validate(asked["lora"]) if asked["lora"] else None
         # First whether the model is taken at all.
         found = describe(asked["model_config"], lora, ModelUse(**asked["use"]))
-        sections = profile_sections(asked["model_config"], workload, lora)
-        answer: dict[str, Any] = {"sections": list(map(asdict, sections)), "inventory": found}
+        segments = profile_segments(asked["model_config"], workload, lora)
+        answer: dict[str, Any] = {"segments": list(map(asdict, segments)), "inventory": found}
     except ConfigError as error:
         answer = {"error": str(error)}
     json.dump(answer, sys.stdout)

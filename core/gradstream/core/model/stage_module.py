@@ -1,4 +1,4 @@
-"""A pipeline stage as a module: the whole model of transformers with the sections of other stages taken out.
+"""A pipeline stage as a module: the whole model of transformers with the segments of other stages taken out.
 
 The model's own forward pass runs on every stage, so masks, rotary embeddings and whatever else a family computes on the
 way are its own. Layers of other stages pass on what they are given; where a stage begins, what it received takes the
@@ -22,15 +22,15 @@ from gradstream.core.recipe.fine_tuning import LoraConfig
 
 
 @dataclass(frozen=True)
-class Section:
+class Segment:
     """What is never cut: the embedding, one layer, or the final norm and head. `units` are indices of forward units."""
 
     name: str
     units: tuple[int, ...]
 
 
-def sections_of(model: nn.Module) -> list[Section]:
-    """The sections of a decoder, in forward order. Raises ConfigError for a model that cannot be taken apart so."""
+def segments_of(model: nn.Module) -> list[Segment]:
+    """The segments of a decoder, in forward order. Raises ConfigError for a model that cannot be taken apart so."""
     units = forward_units(model)
     names = [name for name, _ in units]
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -49,35 +49,35 @@ def sections_of(model: nn.Module) -> list[Section]:
                 f"pipeline stages; use stages: 1"
             )
     return [
-        Section("embedding", before),
-        *(Section(names[index], (index,)) for index in layers),
-        Section("head", after),
+        Segment("embedding", before),
+        *(Segment(names[index], (index,)) for index in layers),
+        Segment("head", after),
     ]
 
 
 class StageModule(nn.Module):
-    """Sections `sections` (a range over `sections_of`) of a model, on a device, with weights yet to be filled in; with
+    """Segments `segments` (a range over `segments_of`) of a model, on a device, with weights yet to be filled in; with
     adapters, frozen ones stay on the meta device.
 
-    Parameters of the other sections do not exist. Names are those of the whole model.
+    Parameters of the other segments do not exist. Names are those of the whole model.
     """
 
     def __init__(
         self,
         model_config: Mapping[str, Any],
-        sections: range,
+        segments: range,
         device: torch.device | str = "cpu",
         lora: LoraConfig | None = None,
     ):
         super().__init__()
         self.model = build(model_config, "meta", lora)
-        every = sections_of(self.model)
-        if not sections or sections.start < 0 or sections.stop > len(every) or sections.step != 1:
+        every = segments_of(self.model)
+        if not segments or segments.start < 0 or segments.stop > len(every) or segments.step != 1:
             raise ConfigError(
-                f"stage of sections {sections.start} to {sections.stop - 1}: "
-                f"the model has sections 0 to {len(every) - 1}"
+                f"stage of segments {segments.start} to {segments.stop - 1}: "
+                f"the model has segments 0 to {len(every) - 1}"
             )
-        self.first, self.last = sections.start == 0, sections.stop == len(every)
+        self.first, self.last = segments.start == 0, segments.stop == len(every)
         self._received: torch.Tensor | None = None
         units = [unit for _, unit in forward_units(self.model)]
         places = _places(self.model)
@@ -86,19 +86,19 @@ class StageModule(nn.Module):
             for module, name in places[id(units[unit])]:
                 setattr(module, name, new)
 
-        for number, section in enumerate(every):
-            for unit in section.units:
-                if number in sections:
+        for number, segment in enumerate(every):
+            for unit in segment.units:
+                if number in segments:
                     continue
                 if 0 < number < len(every) - 1:
-                    replace(unit, self._placeholder(number, sections, units[unit]))
+                    replace(unit, self._placeholder(number, segments, units[unit]))
                 elif _has_parameters(units[unit]):  # others, rotary embeddings say, are what each stage needs
                     replace(unit, _Nothing() if number == 0 else _PassedOn(units[unit]))
-        if not self.first and sections.start < len(every) - 1:
-            entry = units[every[sections.start].units[0]]
+        if not self.first and segments.start < len(every) - 1:
+            entry = units[every[segments.start].units[0]]
             entry.register_forward_pre_hook(self._take, with_kwargs=True)
-        if sections.stop == len(every) - 1:
-            units[every[sections.stop - 1].units[-1]].register_forward_hook(_end)
+        if segments.stop == len(every) - 1:
+            units[every[segments.stop - 1].units[-1]].register_forward_hook(_end)
         initialize_buffers(self.model, device)
 
     def forward(self, received: torch.Tensor, **layout: torch.Tensor) -> torch.Tensor:
@@ -136,12 +136,12 @@ class StageModule(nn.Module):
         assert received is not None
         return received
 
-    def _placeholder(self, number: int, sections: range, layer: nn.Module) -> nn.Module:
+    def _placeholder(self, number: int, segments: range, layer: nn.Module) -> nn.Module:
         """What stands in place of layer `number`, which is another stage's."""
-        if number == sections.stop:
+        if number == segments.stop:
             return _End(layer)
         # Only the head: what the last layer gave is what the stage received.
-        is_entry = number == sections.start - 1 and self.last and len(sections) == 1
+        is_entry = number == segments.start - 1 and self.last and len(segments) == 1
         return _PassedOn(layer, self._taken if is_entry else None)
 
 

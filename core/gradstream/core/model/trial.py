@@ -5,7 +5,7 @@ A family's own code is not believed but run, with drawn weights (at its initial 
 1. nothing is left unset: every parameter and buffer gets its value from a constructor or from `_init_weights`;
 2. it is causal: when tokens from position k on change, logits before k do not move;
 3. transformers' own training loss is the cross-entropy of the logits, or that and a router loss that is added;
-4. for a pipeline, sections computed on their own give what the whole model gives;
+4. for a pipeline, segments computed on their own give what the whole model gives;
 5. for packed rows, an example's logits are those that it has alone, windows and chunks included;
 6. for adapters, frozen modules held in few bytes with adapters on them give what merged weights give.
 
@@ -178,18 +178,18 @@ class Trial:
             )
 
     def check_stages(self) -> None:
-        """Raise ConfigError when sections computed one after the other give other logits than the whole model."""
+        """Raise ConfigError when segments computed one after the other give other logits than the whole model."""
         import torch
 
-        from gradstream.core.model.stage_module import StageModule, sections_of
+        from gradstream.core.model.stage_module import StageModule, segments_of
 
         self.model.eval()
         wanted = self.logits(self.ids)
         weights = dict(self.model.named_parameters())
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        sections = sections_of(self.model)
+        segments = segments_of(self.model)
         found = self.ids
-        for number, section in enumerate(sections):
+        for number, segment in enumerate(segments):
             try:
                 stage = StageModule(self.config, range(number, number + 1)).eval()
                 with torch.no_grad():
@@ -199,9 +199,9 @@ class Trial:
             except ConfigError:
                 raise
             except Exception as error:  # as of `try_model`
-                raise ConfigError(self._uncut(f"'{section.name}' alone fails ({one_line(error)[:200]})")) from None
+                raise ConfigError(self._uncut(f"'{segment.name}' alone fails ({one_line(error)[:200]})")) from None
         if found.shape != wanted.shape or _differ(found, wanted):
-            raise ConfigError(self._uncut("its sections one after the other give other logits than the whole model"))
+            raise ConfigError(self._uncut("its segments one after the other give other logits than the whole model"))
 
     def _uncut(self, cause: str) -> str:
         return f"model.config: {self.name} cannot be cut into pipeline stages: {cause}; use stages: 1"

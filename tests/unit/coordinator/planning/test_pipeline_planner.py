@@ -19,11 +19,11 @@ from gradstream.coordinator.planning.pipeline_planner import (
     Pipeline,
     num_microbatches,
     plan_pipeline,
-    sections_of_stages,
+    segments_of_stages,
 )
 from gradstream.coordinator.planning.planner import make_plan
 from gradstream.core.errors import ConfigError, PlanError, ProtocolError
-from gradstream.core.model.profile import SectionProfile
+from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.pipeline.schedule import SPLIT
 from gradstream.core.plan.fragments import Tensor
 from gradstream.core.plan.plan import Plan
@@ -41,12 +41,12 @@ TENSORS = [
 ACTIVATIONS = 10_000
 
 
-def profiles(seconds: float = 1.0, activation_bytes: int = ACTIVATIONS, **more: Any) -> list[SectionProfile]:
+def profiles(seconds: float = 1.0, activation_bytes: int = ACTIVATIONS, **more: Any) -> list[SegmentProfile]:
     """Layers of `seconds` forward and twice that backward; embedding and head cost next to nothing."""
 
-    def section(name: str, unit: int, seconds: float) -> SectionProfile:
+    def segment(name: str, unit: int, seconds: float) -> SegmentProfile:
         values: dict[str, Any] = {"working_bytes": 0, "measured": True, **more}
-        return SectionProfile(
+        return SegmentProfile(
             name,
             (unit,),
             WIDE,
@@ -59,8 +59,8 @@ def profiles(seconds: float = 1.0, activation_bytes: int = ACTIVATIONS, **more: 
             **values,
         )
 
-    layers = [section(f"layers.{unit - 1}", unit, seconds) for unit in range(1, NUM_LAYERS + 1)]
-    return [section("embedding", 0, 0.01), *layers, section("head", NUM_LAYERS + 1, 0.01)]
+    layers = [segment(f"layers.{unit - 1}", unit, seconds) for unit in range(1, NUM_LAYERS + 1)]
+    return [segment("embedding", 0, 0.01), *layers, segment("head", NUM_LAYERS + 1, 0.01)]
 
 
 def recipe_of(tmp_path: Path, training: dict[str, Any] | None = None, **pipeline: Any) -> Recipe:
@@ -75,12 +75,12 @@ def workers(*memories: int) -> list[NodeOffer]:
     return [NodeOffer(f"w-{n}.00", f"w-{n}", f"host:{n}", memory) for n, memory in enumerate(memories)]
 
 
-def section_bytes(recipe: Recipe, num_sections: int = 1) -> int:
-    return num_sections * worker_bytes(recipe, WIDE)
+def segment_bytes(recipe: Recipe, num_segments: int = 1) -> int:
+    return num_segments * worker_bytes(recipe, WIDE)
 
 
 def planned(
-    recipe: Recipe, offers: list[NodeOffer], found: list[SectionProfile] | None = None
+    recipe: Recipe, offers: list[NodeOffer], found: list[SegmentProfile] | None = None
 ) -> tuple[Pipeline, dict[str, str]]:
     return plan_pipeline(recipe, TENSORS, found if found is not None else profiles(), offers)
 
@@ -112,24 +112,24 @@ def test_a_slow_worker_gets_a_smaller_stage(tmp_path: Path) -> None:
     assert cut(1e10, 0.0)[0] == NUM_LAYERS / 2, "one that did not measure counts as fast"
 
 
-def test_the_table_counts_in_both_of_its_sections(tmp_path: Path) -> None:
+def test_the_table_counts_in_both_of_its_segments(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, schedule="1f1b")
     made, _ = planned(recipe, workers(0, 0))
     # Place 0 holds two microbatches at once, place 1 one.
-    assert made.worker_bytes == tuple(section_bytes(recipe, 5) + live * 5 * ACTIVATIONS for live in (2, 1))
+    assert made.worker_bytes == tuple(segment_bytes(recipe, 5) + live * 5 * ACTIVATIONS for live in (2, 1))
 
 
 def test_memory_is_that_of_a_replica_that_is_alone(tmp_path: Path) -> None:
     """gpipe holds every microbatch of a run: all 16 of the step, once the other replicas are gone."""
     recipe = recipe_of(tmp_path, schedule="gpipe")
     made, reasons = planned(recipe, workers(*[0] * 8))
-    assert made.worker_bytes == tuple(section_bytes(recipe, 5) + 16 * 5 * ACTIVATIONS for _ in range(2))
+    assert made.worker_bytes == tuple(segment_bytes(recipe, 5) + 16 * 5 * ACTIVATIONS for _ in range(2))
     assert " for 4 microbatches a run" in reasons["schedule"]
 
 
 def test_a_small_worker_gets_the_place_that_fits_it(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, schedule="1f1b")
-    small = section_bytes(recipe, 3) + 3 * ACTIVATIONS
+    small = segment_bytes(recipe, 3) + 3 * ACTIVATIONS
     made, _ = planned(recipe, workers(small, 0))
     assert [[worker.name for worker in group] for group in made.groups] == [["w-1"], ["w-0"]]
     assert made.stage_ends == (7, 10)
@@ -143,8 +143,8 @@ def test_the_smallest_go_first_where_that_is_faster(tmp_path: Path) -> None:
     """The head alone takes half of the time: it goes with the small worker's place, which is then the last."""
     recipe = recipe_of(tmp_path, schedule="gpipe")
     found = profiles()
-    found[0] = SectionProfile("embedding", (0,), WIDE, 8.0, 16.0, 8.0, 8.0, 0, 0, 1000, True)
-    small = section_bytes(recipe, 1)
+    found[0] = SegmentProfile("embedding", (0,), WIDE, 8.0, 16.0, 8.0, 8.0, 0, 0, 1000, True)
+    small = segment_bytes(recipe, 1)
     made, _ = planned(recipe, workers(0, small), found)
     assert [[worker.name for worker in group] for group in made.groups] == [["w-1"], ["w-0"]]
     assert made.stage_ends == (1, 10)
@@ -160,7 +160,7 @@ def test_a_worker_that_is_too_small_is_left_out(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_names_worker_stage_and_missing_bytes(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, schedule="1f1b")
-    need, offered = section_bytes(recipe, 5) + 5 * ACTIVATIONS, section_bytes(recipe, 4)
+    need, offered = segment_bytes(recipe, 5) + 5 * ACTIVATIONS, segment_bytes(recipe, 4)
     with pytest.raises(PlanError) as caught:
         planned(recipe, workers(offered, offered))
     found = re.fullmatch(
@@ -192,7 +192,7 @@ def test_too_few_workers(tmp_path: Path, pipeline: dict[str, Any], count: int, m
 
 
 def test_what_can_never_be_is_the_recipes_fault(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"pipeline.stages 12 is more than the model's 10 sections .* at most 10"):
+    with pytest.raises(ConfigError, match=r"pipeline.stages 12 is more than the model's 10 segments .* at most 10"):
         planned(recipe_of(tmp_path, stages=12), workers(*[0] * 12))
     with pytest.raises(ValidationError, match="schedule 1f1b has one chunk a worker, not 2"):
         recipe_of(tmp_path, stages=4, chunks=2, schedule="1f1b")
@@ -213,7 +213,7 @@ def test_chunks_share_a_workers_memory(tmp_path: Path) -> None:
     with pytest.raises(
         PlanError, match=r"worker w-\d needs .* missing\).*; each of a worker's 2 stages is offered an equal share"
     ):
-        planned(recipe, workers(section_bytes(recipe, 3), section_bytes(recipe, 3)))
+        planned(recipe, workers(segment_bytes(recipe, 3), segment_bytes(recipe, 3)))
 
 
 def test_auto_takes_the_fewest_stages_that_fit(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_auto_takes_the_fewest_stages_that_fit(tmp_path: Path) -> None:
     assert reasons["stages"].startswith(
         "stages: 1, the fewest that fit the workers' memory, in 4 replicas of 1 worker;"
     )
-    room = section_bytes(recipe, 6)
+    room = segment_bytes(recipe, 6)
     made, _ = planned(recipe, workers(*[room] * 4))
     assert (len(made.stage_ends), len(made.groups[0])) == (2, 2)
     # Three stages would use all three, but the fewest that fit come first.
@@ -232,7 +232,7 @@ def test_auto_takes_the_fewest_stages_that_fit(tmp_path: Path) -> None:
     # One that holds everything does not make the others idle.
     assert len(planned(recipe, workers(0, room, room, room))[0].stage_ends) == 2
     with pytest.raises(PlanError, match="for stage"):
-        planned(recipe, workers(*[section_bytes(recipe, 2)] * 3))
+        planned(recipe, workers(*[segment_bytes(recipe, 2)] * 3))
 
 
 def test_recomputation_needs_one_layer_more(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_split_backward_pass_keeps_what_is_recomputed(tmp_path: Path) -> None:
         for recompute, more in ((False, {}), (True, {"working_bytes": 777}))
     ]
     plain, more = (pipeline.worker_bytes for pipeline, _ in once)
-    # For each of 5 sections and 2 microbatches under way, and once more for a layer that computes.
+    # For each of 5 segments and 2 microbatches under way, and once more for a layer that computes.
     assert [b - a for a, b in zip(plain, more, strict=True)] == [777 * (2 * 5 + 1)] * 2
     free, reasons = planned(recipe_of(tmp_path, {"recompute": True}), workers(0, 0), profiles(working_bytes=777))
     assert free.schedule not in SPLIT
@@ -263,9 +263,9 @@ def test_auto_schedules_by_time_and_memory(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     free, reasons = planned(recipe, workers(0, 0))
     assert "gpipe" in reasons["schedule"]
-    tight, reasons = planned(recipe, workers(*[section_bytes(recipe, 5) + 2 * 5 * ACTIVATIONS] * 2))
+    tight, reasons = planned(recipe, workers(*[segment_bytes(recipe, 5) + 2 * 5 * ACTIVATIONS] * 2))
     assert "not enough memory for gpipe" in reasons["schedule"]
-    assert max(tight.worker_bytes) <= section_bytes(recipe, 5) + 2 * 5 * ACTIVATIONS
+    assert max(tight.worker_bytes) <= segment_bytes(recipe, 5) + 2 * 5 * ACTIVATIONS
     assert free.stage_ends == tight.stage_ends
     assert "are estimates" in planned(recipe, workers(0, 0), profiles(measured=False))[1]["stages"]
 
@@ -290,7 +290,7 @@ def test_a_plan_with_stages_reads_back(tmp_path: Path) -> None:
     assert Plan.from_proto(made.to_proto()) == made
     assert set(reasons) == {"servers", "placement", "memory", "start", "stages", "schedule"}
     assert [stage_need(made, place) for place in range(2)] == list(made.worker_bytes)
-    assert sections_of_stages(made.stage_ends, profiles()) == [range(5), range(5, 10)]
+    assert segments_of_stages(made.stage_ends, profiles()) == [range(5), range(5, 10)]
     message = made.to_proto()
     message.worker_bytes.append(1)
     with pytest.raises(ProtocolError, match="what 3 workers need, but a replica has 2"):
@@ -325,7 +325,7 @@ def test_a_forecast_of_a_pipeline(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, schedule="gpipe", activations="int8")
     found = told(recipe, workers(0, 0, 0, 0), num_servers=1)
     assert (found.num_replicas, found.num_microbatches, found.schedule) == (2, 8, "gpipe")
-    assert [stage.sections for stage in found.stages][1] == (*(f"layers.{n}" for n in range(4, 8)), "head")
+    assert [stage.segments for stage in found.stages][1] == (*(f"layers.{n}" for n in range(4, 8)), "head")
     assert [(place.place, place.workers) for place in found.places] == [(0, ("w-0", "w-1")), (1, ("w-2", "w-3"))]
     # 8 microbatches through 2 stages of 4.01 s forward. A backward pass takes 8.02 s in one part (first stage) and
     # 2 x 4.411 s in two; for the second part of the last one nobody waits.

@@ -48,7 +48,7 @@ def kept(directory: Path) -> list[tuple[str, int]]:
 
 
 def test_keeps_the_last_versions_of_each_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timelines, "SEGMENT_BYTES", 1000)
+    monkeypatch.setattr(timelines, "FILE_BYTES", 1000)
     files = TimelineFiles(tmp_path / "timeline")
     assert files.share is None
     for version in range(3 * NUM_VERSIONS):
@@ -65,21 +65,21 @@ def test_keeps_the_last_versions_of_each_worker(tmp_path: Path, monkeypatch: pyt
     assert again.share == pytest.approx(share)
 
 
-def test_segments_that_are_outlived_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timelines, "SEGMENT_BYTES", 1000)
+def test_files_that_are_outlived_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timelines, "FILE_BYTES", 1000)
     files = TimelineFiles(tmp_path / "timeline")
     sizes = []
     for version in range(6 * NUM_VERSIONS):
         files.append(entry(version))
         sizes.append(sum(path.stat().st_size for path in (tmp_path / "timeline").iterdir()))
     record_bytes = sizes[0]
-    # Never less than what is kept, never more than one segment beyond it.
+    # Never less than what is kept, never more than one file beyond it.
     assert sizes[-1] >= NUM_VERSIONS * record_bytes
     assert max(sizes) <= (NUM_VERSIONS + 2) * (record_bytes + 8) + 1000
 
 
 def test_disk_is_bounded_however_many_workers_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timelines, "SEGMENT_BYTES", 2000)
+    monkeypatch.setattr(timelines, "FILE_BYTES", 2000)
     monkeypatch.setattr(timelines, "MAX_BYTES", 20_000)
     files = TimelineFiles(tmp_path / "timeline")
     for number in range(1000):
@@ -93,20 +93,20 @@ def test_a_record_cut_short_costs_only_itself(tmp_path: Path) -> None:
     files = TimelineFiles(directory)
     for version in range(3):
         files.append(entry(version))
-    [segment] = directory.iterdir()
-    segment.write_bytes(segment.read_bytes()[:-5])
+    [file] = directory.iterdir()
+    file.write_bytes(file.read_bytes()[:-5])
     assert kept(directory) == [("worker-0", 0), ("worker-0", 1)]
     again = TimelineFiles(directory)
     again.append(entry(3))
     again.append(entry(4))
     assert [version for _, version in kept(directory)] == [0, 1, 3, 4]
-    # A flipped bit ends its segment and no other.
-    damaged = bytearray(segment.read_bytes())
+    # A flipped bit ends its file and no other.
+    damaged = bytearray(file.read_bytes())
     damaged[20] ^= 1
-    segment.write_bytes(damaged)
+    file.write_bytes(damaged)
     assert [version for _, version in kept(directory)] == [3, 4]
     # A length that lies allocates nothing.
-    segment.write_bytes(b"\xff" * 64)
+    file.write_bytes(b"\xff" * 64)
     assert [version for _, version in kept(directory)] == [3, 4]
 
 

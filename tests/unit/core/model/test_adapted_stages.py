@@ -17,7 +17,7 @@ from gradstream.core.model import constants
 from gradstream.core.model.frozen_modules import HeldMatrix, replace_frozen
 from gradstream.core.model.lora import adapted_module, factors, frozen_name, merged_weight
 from gradstream.core.model.model import build, initial_weights, initialize_buffers, load_config
-from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.model.stage_module import StageModule, segments_of, stage_tensors
 from gradstream.core.model.twin import twin_config
 from gradstream.core.recipe.fine_tuning import LoraConfig
 
@@ -79,10 +79,10 @@ def test_stages_with_adapters_and_a_merged_export_are_the_whole_model(
     wanted_BTV = whole(input_ids=ids_BT, use_cache=False).logits
     wanted_BTV.square().mean().backward()
 
-    num_sections = len(sections_of(whole))
+    num_segments = len(segments_of(whole))
     found: dict[str, torch.Tensor] = {}
     inputs, outputs, received = [], [], ids_BT
-    for cut in pairwise([0, 2, num_sections - 1, num_sections]):
+    for cut in pairwise([0, 2, num_segments - 1, num_segments]):
         stage = StageModule(config, range(*cut), lora=LORA).eval()
         hold(stage.model, weights)
         with torch.no_grad():

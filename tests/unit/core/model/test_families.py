@@ -22,7 +22,7 @@ from gradstream.core.model.constants import FAMILIES, constants, constants_of, e
 from gradstream.core.model.frozen_modules import HeldMatrix, replace_frozen
 from gradstream.core.model.lora import adapted_module, frozen_name
 from gradstream.core.model.model import build, initial_weights, initialize_buffers, load_config
-from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.model.stage_module import StageModule, segments_of, stage_tensors
 from gradstream.core.model.trial import ModelUse, Trial, try_model
 from gradstream.core.model.twin import twin_config
 from gradstream.core.recipe.fine_tuning import LoraConfig
@@ -204,8 +204,8 @@ def check_stages(
     wanted_BTV: torch.Tensor,
     gradients: dict[str, torch.Tensor | None],
 ) -> None:
-    num_sections = len(sections_of(whole))
-    stages = [StageModule(config, range(*cut)).eval() for cut in pairwise([0, 2, num_sections - 1, num_sections])]
+    num_segments = len(segments_of(whole))
+    stages = [StageModule(config, range(*cut)).eval() for cut in pairwise([0, 2, num_segments - 1, num_segments])]
     tensors = [stage_tensors(stage, weights) for stage in stages]
     inputs, outputs = [], []
     received = ids_BT

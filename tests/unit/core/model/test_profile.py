@@ -1,4 +1,4 @@
-"""What a model's sections cost: measured, estimated, and asked of a child process."""
+"""What a model's segments cost: measured, estimated, and asked of a child process."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from gradstream.coordinator.planning import inventory
 from gradstream.coordinator.planning.inventory import take_inventory, take_profile
 from gradstream.core.errors import ConfigError
 from gradstream.core.model import profile
-from gradstream.core.model.profile import SectionProfile, Workload, profile_sections
+from gradstream.core.model.profile import SegmentProfile, Workload, profile_segments
 from gradstream.core.recipe.recipe import TrainingConfig
 
 WORKLOAD = Workload(microbatch=2, sequence_length=32)
 TOKENS = 64
 
 
-def of(config: dict[str, Any], workload: Workload = WORKLOAD) -> list[SectionProfile]:
-    return profile_sections(config, workload)
+def of(config: dict[str, Any], workload: Workload = WORKLOAD) -> list[SegmentProfile]:
+    return profile_segments(config, workload)
 
 
 @pytest.mark.parametrize("config", [LLAMA, {**LLAMA, "tie_word_embeddings": True}, GPT2])
-def test_every_section_is_measured(config: dict[str, Any]) -> None:
+def test_every_segment_is_measured(config: dict[str, Any]) -> None:
     found = of(config)
-    assert [section.name for section in found][::3] == ["embedding", "head"]
-    assert all(section.measured for section in found)
-    assert all(section.forward_seconds > 0 and section.backward_seconds > 0 for section in found)
-    assert all(section.backward_weight_seconds > 0 for section in found)
+    assert [segment.name for segment in found][::3] == ["embedding", "head"]
+    assert all(segment.measured for segment in found)
+    assert all(segment.forward_seconds > 0 and segment.backward_seconds > 0 for segment in found)
+    assert all(segment.backward_weight_seconds > 0 for segment in found)
     # The embedding has no gradient to give away, so all of its pass is that of the weights.
-    assert [section.backward_input_seconds > 0 for section in found] == [False, True, True, True]
-    assert [unit for section in found for unit in section.units] == list(
+    assert [segment.backward_input_seconds > 0 for segment in found] == [False, True, True, True]
+    assert [unit for segment in found for unit in segment.units] == list(
         range(len(found[-1].units) + found[-1].units[0])
     )
-    assert [section.output_elements for section in found] == [TOKENS * 32] * 3 + [TOKENS * 320]
+    assert [segment.output_elements for segment in found] == [TOKENS * 32] * 3 + [TOKENS * 320]
 
 
 def test_what_autograd_keeps() -> None:
@@ -51,7 +51,7 @@ def test_what_autograd_keeps() -> None:
     again = of(LLAMA, replace(WORKLOAD, recompute=True))
     assert again[1].activation_bytes == 4 * TOKENS * 32  # its input alone
     assert again[1].activation_bytes + again[1].working_bytes == pytest.approx(layer.activation_bytes, rel=0.05)
-    assert [section.working_bytes > 0 for section in again] == [False, True, True, False]
+    assert [segment.working_bytes > 0 for segment in again] == [False, True, True, False]
     assert again[3].activation_bytes == head.activation_bytes
 
 
@@ -59,16 +59,16 @@ def test_layers_of_equal_shapes_are_measured_once(monkeypatch: pytest.MonkeyPatc
     measured: list[int] = []
     measure = profile._measure
 
-    def counted(config: Any, index: int, estimate: SectionProfile, workload: Workload, lora: None) -> SectionProfile:
+    def counted(config: Any, index: int, estimate: SegmentProfile, workload: Workload, lora: None) -> SegmentProfile:
         measured.append(index)
         return measure(config, index, estimate, workload, lora)
 
     monkeypatch.setattr(profile, "_measure", counted)
     found = of({**LLAMA, "num_hidden_layers": 5})
     assert measured == [0, 1, 6]
-    assert [section.name for section in found[1:6]] == [f"model.layers.{number}" for number in range(5)]
-    assert [section.units for section in found[:6]] == [(number,) for number in range(6)]
-    assert len({section.forward_seconds for section in found[1:6]}) == 1
+    assert [segment.name for segment in found[1:6]] == [f"model.layers.{number}" for number in range(5)]
+    assert [segment.units for segment in found[:6]] == [(number,) for number in range(6)]
+    assert len({segment.forward_seconds for segment in found[1:6]}) == 1
 
 
 @pytest.mark.parametrize("limit", ["MAX_PARAMETERS", "MAX_BYTES", "MAX_SECONDS"])
@@ -77,11 +77,11 @@ def test_what_is_too_large_is_estimated(limit: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(profile, limit, 0)
     found = of(LLAMA)
     layers = found[1:3]
-    assert not any(section.measured for section in layers)
+    assert not any(segment.measured for segment in layers)
     for mine, real in zip(found, measured, strict=True):
         assert (mine.num_parameters, mine.output_elements) == (real.num_parameters, real.output_elements)
         assert mine.activation_bytes == pytest.approx(real.activation_bytes, rel=0.3)
-    assert all(section.backward_seconds == pytest.approx(2 * section.forward_seconds) for section in layers)
+    assert all(segment.backward_seconds == pytest.approx(2 * segment.forward_seconds) for segment in layers)
     recomputed = of(LLAMA, replace(WORKLOAD, recompute=True))[1]
     assert (recomputed.activation_bytes, recomputed.working_bytes) == (4 * TOKENS * 32, layers[0].activation_bytes)
 
@@ -89,7 +89,7 @@ def test_what_is_too_large_is_estimated(limit: str, monkeypatch: pytest.MonkeyPa
 def test_a_model_that_no_machine_holds_is_estimated() -> None:
     large = {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
     embedding, layer, _, head = of({**large, "num_key_value_heads": 8, "vocab_size": 128_000})
-    assert [section.measured for section in (embedding, layer, head)] == [False] * 3
+    assert [segment.measured for segment in (embedding, layer, head)] == [False] * 3
     assert layer.num_parameters == 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192
     assert layer.forward_seconds > 0
     assert embedding.forward_seconds == 0  # nothing but looked up
@@ -115,8 +115,8 @@ async def test_a_child_process_measures_once(monkeypatch: pytest.MonkeyPatch) ->
     for cache in ("_inventories", "_profiles"):
         monkeypatch.setattr(inventory, cache, {})
     found = await take_profile(LLAMA, training)
-    assert [(section.name, section.units) for section in found] == [
-        (section.name, section.units) for section in of(LLAMA)
+    assert [(segment.name, segment.units) for segment in found] == [
+        (segment.name, segment.units) for segment in of(LLAMA)
     ]
     assert await take_profile(LLAMA, training) is found
     with pytest.raises(ConfigError, match=r"model.config.model_type 'lama' is not known"):
@@ -133,5 +133,5 @@ def test_it_is_imported_without_torch() -> None:
 
 def test_a_profile_survives_json() -> None:
     found = of(LLAMA)
-    answer = json.loads(json.dumps({"sections": [profile.asdict(section) for section in found]}))
+    answer = json.loads(json.dumps({"segments": [profile.asdict(segment) for segment in found]}))
     assert profile.parse_answer(answer) == found

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradstream.core.errors import ConfigError
 from gradstream.core.model.model import build, initial_weights
-from gradstream.core.model.stage_module import StageModule, sections_of, stage_tensors
+from gradstream.core.model.stage_module import StageModule, segments_of, stage_tensors
 
 NUM_LAYERS = 4
 COMMON: dict[str, Any] = {
@@ -51,7 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 CUTS = {
     "whole": [0, NUM_LAYERS + 2],
     "halves": [0, 3, NUM_LAYERS + 2],
-    "every section": list(range(NUM_LAYERS + 3)),
+    "every segment": list(range(NUM_LAYERS + 3)),
 }
 
 
@@ -106,13 +106,13 @@ def test_stages_have_the_bits_of_the_whole_model(family: str, cut: str) -> None:
 def test_a_stage_has_no_parameters_but_its_own() -> None:
     config = FAMILIES["llama"]
     whole = build(config, "meta")
-    sections = sections_of(whole)
-    assert [section.name for section in sections] == [
+    segments = segments_of(whole)
+    assert [segment.name for segment in segments] == [
         "embedding",
         *(f"model.layers.{i}" for i in range(NUM_LAYERS)),
         "head",
     ]
-    stages = [StageModule(config, range(number, number + 1)) for number in range(len(sections))]
+    stages = [StageModule(config, range(number, number + 1)) for number in range(len(segments))]
     names = [{name.removeprefix("model.") for name, _ in stage.named_parameters()} for stage in stages]
     assert set.union(*names) == {name for name, _ in whole.named_parameters()}
     assert sum(map(len, names)) == len(set.union(*names))
@@ -120,12 +120,12 @@ def test_a_stage_has_no_parameters_but_its_own() -> None:
     assert names[-1] == {"model.norm.weight", "lm_head.weight"}
 
 
-def test_a_family_whose_sections_are_not_in_order_is_refused() -> None:
+def test_a_family_whose_segments_are_not_in_order_is_refused() -> None:
     config = {**COMMON, "model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32}
     with pytest.raises(
         ConfigError, match=r"'model.decoder.final_layer_norm' lies before the layers and is no embedding"
     ):
-        sections_of(build(config, "meta"))
+        segments_of(build(config, "meta"))
 
 
 def test_a_family_that_takes_its_layers_results_apart_is_refused() -> None:
@@ -143,7 +143,7 @@ def test_a_family_that_takes_its_layers_results_apart_is_refused() -> None:
         stage(torch.zeros(2, 8, 32))
 
 
-@pytest.mark.parametrize("sections", [range(0), range(3, 8), range(-1, 2)])
-def test_sections_that_do_not_exist(sections: range) -> None:
-    with pytest.raises(ConfigError, match="the model has sections 0 to 5"):
-        StageModule(FAMILIES["llama"], sections)
+@pytest.mark.parametrize("segments", [range(0), range(3, 8), range(-1, 2)])
+def test_segments_that_do_not_exist(segments: range) -> None:
+    with pytest.raises(ConfigError, match="the model has segments 0 to 5"):
+        StageModule(FAMILIES["llama"], segments)

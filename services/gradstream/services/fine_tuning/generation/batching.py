@@ -20,7 +20,7 @@ from gradstream.core.errors import GradstreamError, UnreachableError, one_line
 from gradstream.core.foreign import panics_caught
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.generation.batch import Batch, peak_positions
-from gradstream.services.fine_tuning.generation.models import Profile, Served, ServedModels
+from gradstream.services.fine_tuning.generation.models import BaseFacts, Served, ServedModels
 from gradstream.services.fine_tuning.generation.resident import ResidentBase
 from gradstream.services.fine_tuning.generation.sampling import choose
 from gradstream.services.fine_tuning.generation.text_stream import TextStream, special_tokens
@@ -73,7 +73,7 @@ class Row:
 
     request: GenerationRequest
     served: Served
-    profile: Profile
+    facts: BaseFacts
     deliver: Callable[[Piece | GradstreamError], None]  # called by the thread that computes
     patient: bool = False  # may wait beyond max_waiting: whoever asks bounds how many there are
     cancelled: bool = False
@@ -84,10 +84,10 @@ class Row:
 
     def __post_init__(self) -> None:
         request = self.request
-        special = special_tokens(self.profile.tokenizer)
+        special = special_tokens(self.facts.tokenizer)
         self.stop_ids = frozenset(special[text] for text in request.stop if text in special)
         texts = [text for text in request.stop if text not in special]
-        self.text = TextStream(self.profile.tokenizer, request.prompt_ids, texts)
+        self.text = TextStream(self.facts.tokenizer, request.prompt_ids, texts)
         self.generator = torch.Generator().manual_seed(request.seed)
 
     def choose(self, logits_V: torch.Tensor) -> int:
@@ -96,7 +96,7 @@ class Row:
 
     def take(self, token: int) -> Piece | None:
         """What can be shown after `token`; None when that is nothing new."""
-        if token in self.profile.end_ids:
+        if token in self.facts.end_ids:
             return self._last(self.text.flush(), pb.FINISH_REASON_END_OF_TEXT)
         if token in self.stop_ids:
             return self._last(self.text.flush(), pb.FINISH_REASON_STOP)

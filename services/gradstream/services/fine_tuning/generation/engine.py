@@ -22,7 +22,7 @@ from gradstream.services.fine_tuning.generation.batching import (
     Row,
     Scheduler,
 )
-from gradstream.services.fine_tuning.generation.models import Profile, Served, ServedModels
+from gradstream.services.fine_tuning.generation.models import BaseFacts, Served, ServedModels
 from gradstream.services.fine_tuning.generation.text_stream import special_tokens
 
 __all__ = ["Engine", "EngineLimits", "EngineStatus", "GenerationRequest", "Piece", "check_request"]
@@ -41,13 +41,13 @@ class Engine:
         self._storage = StorageThreads(LOAD_SECONDS)
         self._thread: threading.Thread | None = None
 
-    async def profile(self, model: str) -> Profile:
+    async def facts(self, model: str) -> BaseFacts:
         """A model's tokenizer and bounds, without loading its weights. Raises ConfigError for an unknown model,
         UnreachableError when its storage does not answer."""
-        return await self._profile(self.models.find(model))
+        return await self._facts(self.models.find(model))
 
-    async def _profile(self, served: Served) -> Profile:
-        return await self._storage.call(served.base.path, self.models.profile, served)
+    async def _facts(self, served: Served) -> BaseFacts:
+        return await self._storage.call(served.base.path, self.models.facts, served)
 
     async def generate(self, request: GenerationRequest, patient: bool = False) -> AsyncGenerator[Piece, None]:
         """Yield the completion in pieces, the last of which alone has a finish reason.
@@ -58,10 +58,10 @@ class Engine:
         and CheckpointError when the model cannot be loaded.
         """
         served = self.models.find(request.model)
-        profile = await self._profile(served)
-        check_request(request, profile)
+        facts = await self._facts(served)
+        check_request(request, facts)
         pieces: asyncio.Queue[Piece | GradstreamError] = asyncio.Queue()  # bounded by max_new_tokens
-        row = Row(request, served, profile, _deliverer(asyncio.get_running_loop(), pieces), patient)
+        row = Row(request, served, facts, _deliverer(asyncio.get_running_loop(), pieces), patient)
         self._scheduler.submit(row)
         self._start()
         try:
@@ -99,19 +99,19 @@ class Engine:
             self._scheduler.abandon()
 
 
-def check_request(request: GenerationRequest, profile: Profile) -> None:
-    """Raises ConfigError, in one line with the cure, for a request that a model of this profile cannot meet."""
+def check_request(request: GenerationRequest, facts: BaseFacts) -> None:
+    """Raises ConfigError, in one line with the cure, for a request that a model of these facts cannot meet."""
     num_prompt = len(request.prompt_ids)
     if num_prompt == 0:
         raise ConfigError("the prompt has no token; give it some text")
-    strange = [token for token in request.prompt_ids if not 0 <= token < profile.vocab_size]
+    strange = [token for token in request.prompt_ids if not 0 <= token < facts.vocab_size]
     if strange:
         raise ConfigError(
-            f"the prompt has token {strange[0]} and the model knows {profile.vocab_size}; its tokenizer is another's"
+            f"the prompt has token {strange[0]} and the model knows {facts.vocab_size}; its tokenizer is another's"
         )
     if request.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {request.max_new_tokens}; ask for at least 1")
-    longest = profile.max_positions
+    longest = facts.max_positions
     if longest is not None and num_prompt + request.max_new_tokens > longest:
         room = longest - num_prompt
         cure = f"ask for at most {room} new tokens, or shorten the prompt" if room > 0 else "shorten the prompt"
@@ -130,7 +130,7 @@ def check_request(request: GenerationRequest, profile: Profile) -> None:
     for text in request.stop:
         if not 0 < len(text) <= MAX_STOP_CHARACTERS:
             raise ConfigError(f"a stop text has {len(text)} characters; give it 1 to {MAX_STOP_CHARACTERS}")
-    special = special_tokens(profile.tokenizer)
+    special = special_tokens(facts.tokenizer)
     for text in request.stop:
         if text not in special and (found := next((token for token in special if token and token in text), None)):
             raise ConfigError(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.generation.engine import Engine, GenerationRequest
-from gradstream.services.fine_tuning.generation.models import Profile
+from gradstream.services.fine_tuning.generation.models import BaseFacts
 
 # Tokens beyond those of the expected completion: room for the end of text, or to see that it does not come.
 MARGIN_TOKENS = 8
@@ -56,14 +56,14 @@ async def exact_match(
     """
     if not prompts:
         return ExactMatch(0, 0, [])
-    profile = await engine.profile(model)
+    facts = await engine.facts(model)
     generated = [""] * len(prompts)
     left = iter(range(len(prompts)))
 
     async def complete_next() -> None:
         for index in left:
             ids, _, expected = prompts[index]
-            generated[index] = await _complete(engine, model, profile, ids, expected, max_new_tokens)
+            generated[index] = await _complete(engine, model, facts, ids, expected, max_new_tokens)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -80,10 +80,10 @@ async def exact_match(
 
 
 async def _complete(
-    engine: Engine, model: str, profile: Profile, ids: Sequence[int], expected: str, max_new_tokens: int
+    engine: Engine, model: str, facts: BaseFacts, ids: Sequence[int], expected: str, max_new_tokens: int
 ) -> str:
-    num_expected = len(profile.tokenizer.encode(expected, add_special_tokens=False))
-    count = num_new_tokens(len(ids), num_expected, max_new_tokens, profile.max_positions)
+    num_expected = len(facts.tokenizer.encode(expected, add_special_tokens=False))
+    count = num_new_tokens(len(ids), num_expected, max_new_tokens, facts.max_positions)
     if count < 1 or not ids:
         return ""
     request = GenerationRequest(model, tuple(ids), max_new_tokens=count)

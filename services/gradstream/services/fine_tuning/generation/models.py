@@ -29,7 +29,7 @@ from gradstream.services.fine_tuning.generation.resident import (
     max_positions,
 )
 
-MAX_PROFILES = 16
+MAX_KNOWN_BASES = 16
 _NUMBERS = itertools.count()
 
 
@@ -45,7 +45,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Profile:
+class BaseFacts:
     """What must be known of a base before and after the arithmetic."""
 
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
@@ -79,8 +79,8 @@ class ServedModels:
         self._load_tokenizer = load_tokenizer
         self._lock = threading.Lock()
         self._served: dict[str, Served] = {}
-        self._profile_lock = threading.Lock()
-        self._profiles: OrderedDict[str, Profile] = OrderedDict()
+        self._facts_lock = threading.Lock()
+        self._known_facts: OrderedDict[str, BaseFacts] = OrderedDict()
         self._num_bytes: dict[str, int] = {}
         # Both by when they were last asked for, the longest ago first.
         self._bases: OrderedDict[str, ResidentBase] = OrderedDict()
@@ -122,20 +122,20 @@ class ServedModels:
         listed = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
         raise ConfigError(f"no model '{name}' can generate{nearest(name, known)}; there are: {listed or 'none yet'}")
 
-    def profile(self, served: Served) -> Profile:
+    def facts(self, served: Served) -> BaseFacts:
         """A model's tokenizer and bounds, without loading its weights; reads files, so not for an event loop."""
         key = f"{served.base.sha256} {served.base.tokenizer_key}"
-        with self._profile_lock:
-            profile = self._profiles.get(key)
-        if profile is None:
+        with self._facts_lock:
+            facts = self._known_facts.get(key)
+        if facts is None:
             # Without the lock: what one storage takes, or never answers, is no matter of others.
-            profile = _profile(self._open_base(served.base).config, self._load_tokenizer(served.base))
-        with self._profile_lock:
-            self._profiles[key] = profile
-            self._profiles.move_to_end(key)
-            if len(self._profiles) > MAX_PROFILES:
-                self._profiles.popitem(last=False)
-        return profile
+            facts = _facts_of(self._open_base(served.base).config, self._load_tokenizer(served.base))
+        with self._facts_lock:
+            self._known_facts[key] = facts
+            self._known_facts.move_to_end(key)
+            if len(self._known_facts) > MAX_KNOWN_BASES:
+                self._known_facts.popitem(last=False)
+        return facts
 
     def acquire(self, served: Served) -> ResidentBase | None:
         """The model in memory, which stays there until it is released as often; None while others that are in use
@@ -218,7 +218,7 @@ class ServedModels:
         return True
 
 
-def _profile(config: Mapping[str, Any], tokenizer: Any) -> Profile:
+def _facts_of(config: Mapping[str, Any], tokenizer: Any) -> BaseFacts:
     # A chat model's tokenizer may name the end of a turn, and its config the end of a document.
     ends = end_ids(tokenizer) | {*end_ids_in(config)}
-    return Profile(tokenizer, max_positions(config), int(config["vocab_size"]), ends)
+    return BaseFacts(tokenizer, max_positions(config), int(config["vocab_size"]), ends)

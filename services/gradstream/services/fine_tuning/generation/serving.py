@@ -105,7 +105,7 @@ class Serving:
         num_new = request.max_new_tokens
         if not request.HasField("max_new_tokens"):
             # Nobody has asked for more than there is room for.
-            longest = (await self.engine.profile(model)).max_positions
+            longest = (await self.engine.facts(model)).max_positions
             num_new = DEFAULT_NEW_TOKENS if longest is None else max(1, min(DEFAULT_NEW_TOKENS, longest - len(ids)))
         asked = GenerationRequest(
             model,

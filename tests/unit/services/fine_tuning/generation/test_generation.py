@@ -271,12 +271,12 @@ def test_rows_wait_for_memory_for_their_keys_and_values(bases: MemoryBases) -> N
 def test_requests_that_cannot_be_met_are_refused(change: dict[str, Any], message: str, bases: MemoryBases) -> None:
     models = bases.served()
     models.add_base("base", bases.add("base", random_model(CONFIGS["llama"])))
-    profile = models.profile(models.find("base"))
+    facts = models.facts(models.find("base"))
     fields: dict[str, Any] = {"model": "base", "prompt_ids": (5,), "max_new_tokens": 30}
-    check_request(GenerationRequest(**fields), profile)
-    check_request(GenerationRequest(**{**fields, "prompt_ids": (5,) * 34}), profile)  # just fits
+    check_request(GenerationRequest(**fields), facts)
+    check_request(GenerationRequest(**{**fields, "prompt_ids": (5,) * 34}), facts)  # just fits
     with pytest.raises(ConfigError, match=message):
-        check_request(GenerationRequest(**{**fields, **change}), profile)
+        check_request(GenerationRequest(**{**fields, **change}), facts)
 
 
 # --- the engine ---
@@ -339,7 +339,7 @@ async def test_loading_that_fails_reaches_the_caller(bases: MemoryBases) -> None
     models.add_base("base", bases.add("base", random_model(CONFIGS["llama"])))
     engine = Engine(models)
     try:
-        await engine.profile("base")
+        await engine.facts("base")
         opened[0] = unreadable
         with pytest.raises(CheckpointError, match=r"^model 'base' cannot be loaded \(OSError: no such file\)$"):
             await collected(engine, ask("base", PROMPTS[0]))

@@ -164,7 +164,7 @@ def test_bases_make_room_for_each_other_and_are_waited_for(bases: MemoryBases) -
     drain(scheduler)
     assert bases.num_reads == {"plain": 2, "other": 1}
     assert len(models.resident_bases()) == 1
-    # Opened for two profiles, two sizes and three loads; the first model is gone before the second is loaded.
+    # Opened for the facts twice, two sizes and three loads; the first model is gone before the second is loaded.
     assert num_alive == [0] * 7
     assert [one.text for one in asked] == [
         text_of(bases, PROMPTS[0], greedy_of(model, PROMPTS[0])) for model in (plain, other, plain)

@@ -16,8 +16,8 @@ from gradstream.core.recipe.defaults import (
     fit_recipe,
 )
 from gradstream.core.recipe.files import absolute_path, is_url, load_tree
+from gradstream.core.recipe.problems import explain
 from gradstream.core.recipe.recipe import Recipe, S
-from gradstream.core.recipe.section import explain
 
 MAX_RECIPE_CHARACTERS = 1 << 20
 """As JSON. A list of jobs with their recipes is one message."""

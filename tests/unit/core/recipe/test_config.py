@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from gradstream.core.errors import ConfigError
 from gradstream.core.recipe.fine_tuning import KEY, OLD_KEY, Base, FineTuning, with_new_key
-from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_any_recipe
+from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_any_recipe, parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import load_recipe, parse_recipe
+from gradstream.core.recipe.problems import OTHER_NAMES, all_keys
 from gradstream.core.recipe.recipe import Recipe
 
 TREE: dict[str, Any] = {
@@ -96,8 +97,56 @@ def test_positions_of_gpt2_are_known_too() -> None:
     assert "longer than the model's 16 positions" in refusal(tree)
 
 
-def test_several_mistakes_are_counted() -> None:
-    assert "(and 1 more)" in refusal(changed(training={"num_steps": 0, "microbatch": 0}))
+def test_all_mistakes_are_told_at_once() -> None:
+    tree = changed(training={"num_steps": 0, "microbatch": 0}, pipeline={"stages": "two"}, optimizer={"lr": 1})
+    del tree["data"]
+    told = refusal(tree)
+    assert told.startswith("recipe: 5 problems: (1) ")
+    for part in ("'training.num_steps'", "'training.microbatch'", "'pipeline.stages", "'optimizer.lr'", "'data' is"):
+        assert told.count(part) == 1
+    many = refusal(changed() | {f"key{number}": 1 for number in range(40)})
+    assert "40 problems" in many
+    assert many.endswith("; and 28 more")
+
+
+@pytest.mark.parametrize(
+    ("tree", "written", "meant"),
+    [
+        (changed() | {"lr": 1e-3}, "lr", "optimizer.learning_rate"),
+        (changed(training={"learning_rate": 1e-3}), "training.learning_rate", "optimizer.learning_rate"),
+        (changed(training={"batch_size": 8}), "training.batch_size", "training.global_batch"),
+        (changed(training={"gradient_accumulation_steps": 8}), "training.gradient_acc", "training.global_batch"),
+        (changed(training={"max_steps": 8}), "training.max_steps", "training.num_steps"),
+        (changed(training={"epochs": 8}), "training.epochs", "training.num_steps"),
+        (changed() | {"seq_len": 8}, "seq_len", "training.sequence_length"),
+        (changed(optimizer={"warmup_steps": 8}), "optimizer.warmup_steps", "schedule.warmup_steps"),
+    ],
+)
+def test_names_of_other_tools_are_understood(tree: Any, written: str, meant: str) -> None:
+    told = refusal(tree)
+    assert f"unknown key '{written}" in told
+    assert f"did you mean '{meant}'?" in told
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lora_r", "lora.rank"),
+        ("r", "lora.rank"),
+        ("epochs", "training.num_epochs"),
+        ("model_name_or_path", "base_model"),
+    ],
+)
+def test_names_of_other_tools_are_understood_for_fine_tunings(key: str, meant: str) -> None:
+    tree = {"name": "tiny", "base_model": "base", "data": {"path": "rows.jsonl"}, key: 3}
+    with pytest.raises(ConfigError, match=f"unknown key '{key}'; did you mean '{meant}'"):
+        parse_fine_tuning_recipe(tree)
+
+
+def test_every_meant_key_exists() -> None:
+    keys = set(all_keys(Recipe)) | set(all_keys(FineTuningRecipe))
+    assert {key for meant in OTHER_NAMES.values() for key in meant} <= keys
+    assert not set(OTHER_NAMES) & {key for key in keys if "." not in key}
 
 
 @given(

@@ -18,7 +18,7 @@ CODECS = [{"push": "fp32", "pull": "fp32"}, {"push": "int8", "pull": "delta-int8
 def test_kill_everything_and_resume_elsewhere(
     cluster: Cluster, tiny_data: Path, tmp_path: Path, codec: dict[str, Any]
 ) -> None:
-    """Where workers pull differences, the copy to which they are differences is resumed as well."""
+    """Where workers pull differences, the reference is resumed as well."""
     training = {"num_steps": 24}
     seed = random.randrange(1 << 30)
     kill_at = random.Random(seed).randrange(3, 20)

@@ -89,7 +89,8 @@ def test_gpt2_with_dropout_has_the_same_bits(tiny_data: Path, tmp_path: Path) ->
 
 @pytest.mark.timeout(300)
 def test_a_worker_that_joins_a_job_that_pulls_differences_changes_no_bit(tiny_data: Path, tmp_path: Path) -> None:
-    """It gets the copy that the others hold. The job is as long as the worker takes to come; checkpoints compare."""
+    """It gets the reference, which the others hold. The job is as long as the worker takes to come; checkpoints
+    compare."""
     recipe = tiny_recipe(
         tiny_data,
         tmp_path / "runs",

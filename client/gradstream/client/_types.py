@@ -133,7 +133,8 @@ class Wait(_Value):
 class ServerMemory(_Value):
     """What a server holds of a job, and what its plan predicted, in bytes.
 
-    State is weights, moments, accumulators and published copies; early are contributions that wait for their turn.
+    State is weights, moments, accumulators, reference and published bundles; early are contributions that wait for
+    their turn.
     """
 
     name: str

@@ -32,11 +32,11 @@ class NodeOffer:
 class ServerBytes:
     """Memory that a server needs for its fragments, in bytes."""
 
-    # Held all the time: master copy, moments, accumulator and the published copies, encoded or as workers hold them.
+    # Held all the time: master weights, moments, accumulator, reference, and the published bundles, encoded.
     state: int
     # On top while a checkpoint is written: a copy of what is saved.
     checkpoint: int
-    # On top for a version that a newcomer pulls, where the others pull differences: the whole copy for it.
+    # On top for a version that a newcomer pulls, where the others pull differences: the whole bundles for it.
     newcomer: int
     # Most that contributions can take which wait for their turn.
     early: int
@@ -59,13 +59,13 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
     array = BYTES_PER_ELEMENT * sum(fragment.num_elements for fragment in fragments)
     form, embedding = downlink(recipe.codec.pull), recipe.codec.embedding
     whole = encoded(form.full, embedding)
-    saved = (1 + NUM_MOMENTS[recipe.optimizer.kind] + form.keeps_copy) * array
+    saved = (1 + NUM_MOMENTS[recipe.optimizer.kind] + form.keeps_reference) * array
     if form.delta is None:
-        copies, newcomer = whole, 0
+        published, newcomer = whole, 0
     else:
-        copies, newcomer = (array if form.keeps_copy else whole), whole
-        copies += encoded(form.delta, form.delta)
-    state = (2 + NUM_MOMENTS[recipe.optimizer.kind]) * array + copies
+        published, newcomer = (array if form.keeps_reference else whole), whole
+        published += encoded(form.delta, form.delta)
+    state = (2 + NUM_MOMENTS[recipe.optimizer.kind]) * array + published
     push = first_push_codec(recipe.codec)
     early = recipe.training.num_slots * encoded(push, embedding)
     if recipe.pipeline.stages != 1:  # of a tied tensor both parts

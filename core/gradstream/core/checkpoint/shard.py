@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 from gradstream.core.checkpoint.manifest import FileEntry, State, fragment_digest, read_manifest, write_tensor_file
 
-COPY = "copy"  # of the weights as workers hold them, where they pull differences
+REFERENCE = "copy"  # the weights as workers hold them, where they pull differences; the kind's name in files
 
 
 def write_shard(
@@ -124,10 +124,10 @@ def verified_file(directory: str, entry: FileEntry) -> str:
         return str(inner)
     import tempfile
 
-    with tempfile.NamedTemporaryFile(prefix="gradstream-", suffix=".safetensors", delete=False) as copy:
+    with tempfile.NamedTemporaryFile(prefix="gradstream-", suffix=".safetensors", delete=False) as local:
         for piece in files.pieces(path):
-            copy.write(piece)
-    return copy.name
+            local.write(piece)
+    return local.name
 
 
 def slice_name(tensors: Sequence[Tensor], fragment: Fragment) -> str:

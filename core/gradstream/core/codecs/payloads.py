@@ -190,7 +190,7 @@ class CodecBook:
         self._made: dict[tuple[int, str, str], BundleCodec] = {}
 
     def of(self, bundle: Bundle, codec: str) -> BundleCodec:
-        """For gradients and for whole copies."""
+        """For gradients and for whole bundles."""
         return self._get(bundle, codec, self._embedding)
 
     def delta(self, bundle: Bundle, codec: str) -> BundleCodec:

@@ -1,13 +1,13 @@
 """How weights come down: the forms that `codec.pull` names.
 
-| pull                  | a worker that holds the version before gets            | a newcomer gets        | copy    |
-|-----------------------|--------------------------------------------------------|------------------------|---------|
-| fp32, bf16, int8, …   | the weights in that codec                              | the same               | —       |
-| delta-int8, -int4, …  | the difference to the workers' copy, in that codec     | the copy, in fp32      | 4 bytes |
-| xor-fp32, xor-bf16    | the bits that changed, byte-sorted and zstd-compressed | the weights, in it     | —       |
-| auto                  | a delta, in the codec chosen for the version           | the copy, in fp32      | 4 bytes |
+| pull                  | a worker that holds the version before gets            | a newcomer gets        | reference |
+|-----------------------|--------------------------------------------------------|------------------------|-----------|
+| fp32, bf16, int8, …   | the weights in that codec                              | the same               | —         |
+| delta-int8, -int4, …  | the difference to the reference, in that codec         | the reference, in fp32 | 4 bytes   |
+| xor-fp32, xor-bf16    | the bits that changed, byte-sorted and zstd-compressed | the weights, in it     | —         |
+| auto                  | a delta, in the codec chosen for the version           | the reference, in fp32 | 4 bytes   |
 
-The copy is what every worker holds: the server keeps it too, adds to it exactly what it sends, and takes the next
+The reference is what every worker holds: the server keeps it too, adds to it exactly what it sends, and takes the next
 difference to it, so an error of one version is corrected in the next and never adds up (the error feedback of
 downlink compression in DoubleSqueeze, Tang et al. 2019). It is part of the trajectory, and of checkpoints.
 """
@@ -21,7 +21,7 @@ from gradstream.core.plan.bundles import AUTO_FIRST
 
 @dataclass(frozen=True)
 class Downlink:
-    """`full`: codec of a whole copy. `delta`: codec of a difference, None where every pull is whole. `xor`: the
+    """`full`: codec of a whole bundle. `delta`: codec of a difference, None where every pull is whole. `xor`: the
     difference is of bits, not of values."""
 
     full: str
@@ -29,8 +29,8 @@ class Downlink:
     xor: bool = False
 
     @property
-    def keeps_copy(self) -> bool:
-        """Whether the server holds, and checkpoints save, the copy that workers hold."""
+    def keeps_reference(self) -> bool:
+        """Whether the server holds, and checkpoints save, the reference."""
         return self.delta is not None and not self.xor
 
 

@@ -68,7 +68,7 @@ class Fragment:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its fp32 master copy."""
+        """Bytes of its fp32 master weights."""
         return self.num_elements * BYTES_PER_ELEMENT
 
 

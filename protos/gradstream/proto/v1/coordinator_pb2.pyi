@@ -265,7 +265,9 @@ class Activity(_message.Message):
     resident_bytes: _builtins.int
     """Bytes of memory that the process has resident."""
     state_bytes: _builtins.int
-    """For a server, bytes of the job's state that it holds: weights, moments, accumulators and copies."""
+    """For a server, bytes of the job's state that it holds: weights, moments, accumulators, reference and published
+    bundles.
+    """
     early_bytes: _builtins.int
     """For a server, bytes of contributions that wait for their turn."""
     num_parameters: _builtins.int

@@ -325,7 +325,7 @@ class ServerMemory(_message.Message):
     num_parameters: _builtins.int
     """Parameters that it holds."""
     state_bytes: _builtins.int
-    """Bytes of state that it holds: weights, moments, accumulators and copies."""
+    """Bytes of state that it holds: weights, moments, accumulators, reference and published bundles."""
     predicted_state_bytes: _builtins.int
     """Bytes of state that the plan predicted."""
     early_bytes: _builtins.int

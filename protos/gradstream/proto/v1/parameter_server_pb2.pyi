@@ -31,7 +31,7 @@ class _PushResultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PushResult
     PUSH_RESULT_ACCEPTED: _PushResult.ValueType  # 1
     """Taken, to be added in its turn."""
     PUSH_RESULT_DUPLICATE: _PushResult.ValueType  # 2
-    """Had it already; this copy was dropped."""
+    """Had it already; the duplicate was dropped."""
     PUSH_RESULT_STALE: _PushResult.ValueType  # 3
     """Its step is committed; it was dropped."""
 
@@ -43,7 +43,7 @@ PUSH_RESULT_UNSPECIFIED: PushResult.ValueType  # 0
 PUSH_RESULT_ACCEPTED: PushResult.ValueType  # 1
 """Taken, to be added in its turn."""
 PUSH_RESULT_DUPLICATE: PushResult.ValueType  # 2
-"""Had it already; this copy was dropped."""
+"""Had it already; the duplicate was dropped."""
 PUSH_RESULT_STALE: PushResult.ValueType  # 3
 """Its step is committed; it was dropped."""
 Global___PushResult: _TypeAlias = PushResult  # noqa: Y015
@@ -299,8 +299,8 @@ class WeightsHeader(_message.Message):
     bundle: _builtins.int
     """Index of the bundle in the plan."""
     codec: _plan_pb2.Codec.ValueType
-    """The codec of this copy, from which, with a tensor's kind, follows that of each fragment; CODEC_UNSPECIFIED in the
-    stream's first response, which has no payload.
+    """The codec of these weights, from which, with a tensor's kind, follows that of each fragment; CODEC_UNSPECIFIED in
+    the stream's first response, which has no payload.
     """
     payload_bytes: _builtins.int
     """Bytes of the payload over all its pieces."""
@@ -513,7 +513,7 @@ class GetServerStatusResponse(_message.Message):
     num_parameters: _builtins.int
     """Parameters held."""
     state_bytes: _builtins.int
-    """Bytes of weights, optimizer state, accumulators and published copies."""
+    """Bytes of weights, optimizer state, accumulators, reference and published bundles."""
     early_bytes: _builtins.int
     """Bytes of contributions that wait for their turn."""
     num_dropped: _builtins.int

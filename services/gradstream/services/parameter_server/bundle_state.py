@@ -1,4 +1,4 @@
-"""One bundle on its server: master weights, optimizer, the sum in progress, and the copies that workers pull.
+"""One bundle on its server: master weights, optimizer, the sum in progress, and what workers pull.
 
 Methods marked "worker thread" run in the server's thread pool, one at a time for a bundle; everything else on the
 event loop. A bundle's fragments lie end to end in flat tensors; norms, digests and checkpoints see them one by one.
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from gradstream.core.checkpoint.manifest import WEIGHT
-from gradstream.core.checkpoint.shard import COPY, CheckpointReader
+from gradstream.core.checkpoint.shard import REFERENCE, CheckpointReader
 from gradstream.core.codecs import Payload
 from gradstream.core.codecs.payloads import BundleCodec, CodecBook, slices
 from gradstream.core.errors import CheckpointError
@@ -25,7 +25,7 @@ from gradstream.core.plan.fragments import Fragment, Tensor
 from gradstream.core.pretrained.base import BaseReader
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.services.parameter_server.optimizer import STEP_COUNT, BundleOptimizer
-from gradstream.services.parameter_server.publication import Copy, publisher
+from gradstream.services.parameter_server.publication import PublishedBundle, publisher
 
 State = dict[str, npt.NDArray[np.float32]]
 FragmentState = tuple[Fragment, State]
@@ -105,7 +105,7 @@ class BundleState:
 
     def finish_adding(self) -> bool:
         """Take note that the contribution whose turn it was is in the sum; whether the next one has arrived too."""
-        # Only now: until it is added, a second copy must find it.
+        # Only now: until it is added, a duplicate must find it.
         del self._early[self.next_turn]
         self.next_turn += 1
         self._adding = self.next_turn in self._early
@@ -119,7 +119,7 @@ class BundleState:
         self._optimizer.step(rate)
 
     def publish(self, version: int, codec: str) -> None:
-        """Make the copies of a version; `codec` is that of its differences. Worker thread."""
+        """Make what workers pull of a version; `codec` is that of its differences. Worker thread."""
         with self._publishing:
             self._publisher.publish(version, codec)
 
@@ -129,27 +129,27 @@ class BundleState:
         self.next_turn = 0
         self._early.clear()
 
-    def delta(self) -> Copy | None:
-        """What a worker that holds the version before gets; None: the whole copy."""
+    def delta(self) -> PublishedBundle | None:
+        """What a worker that holds the version before gets; None: the whole bundle."""
         return self._publisher.delta
 
-    def full(self) -> Copy:
-        """The whole copy of the published version; worker thread."""
+    def full(self) -> PublishedBundle:
+        """The whole bundle at the published version; worker thread."""
         with self._publishing:
             return self._publisher.full()
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> list[FragmentState]:
-        """Each fragment with a copy of its weights, its optimizer state and the workers' copy; worker thread."""
+        """Each fragment with a copy of its weights, its optimizer state and the reference; worker thread."""
         states = self._optimizer.state()
         saved_N = self._publisher.saved()
-        copies = slices(saved_N, self.bundle) if saved_N is not None else []
+        references = slices(saved_N, self.bundle) if saved_N is not None else []
         found = []
         for number, fragment in enumerate(self.bundle.fragments):
             state = {WEIGHT: self._weights[number].numpy(), **states[number]}
-            if copies:
-                state[COPY] = copies[number].numpy()
+            if references:
+                state[REFERENCE] = references[number].numpy()
             found.append((fragment, {name: array.copy() for name, array in state.items()}))
         return found
 
@@ -165,10 +165,10 @@ class BundleState:
             self._weights[number].copy_(torch.from_numpy(slice_N))
 
     def load(self, reader: CheckpointReader) -> None:
-        """Take weights, optimizer state and the workers' copy from a checkpoint. Raises CheckpointError."""
+        """Take weights, optimizer state and the reference from a checkpoint. Raises CheckpointError."""
         saved_N = self._publisher.saved()
-        copy_N = None if saved_N is None else torch.empty_like(saved_N)
-        copies = [] if copy_N is None else slices(copy_N, self.bundle)
+        reference_N = None if saved_N is None else torch.empty_like(saved_N)
+        references = [] if reference_N is None else slices(reference_N, self.bundle)
         states: list[State] = []
         for number, (fragment, tensor) in enumerate(zip(self.bundle.fragments, self._tensors, strict=True)):
             name, begin, end = tensor.name, fragment.begin, fragment.end
@@ -182,15 +182,15 @@ class BundleState:
             state = {kind: reader.read(kind, name, begin, end) for kind in kinds - {STEP_COUNT}}
             state |= {kind: reader.scalar(kind, name, begin) for kind in kinds & {STEP_COUNT}}
             states.append(state)
-            if copies:
-                copies[number].copy_(torch.from_numpy(reader.read(COPY, name, begin, end)))
+            if references:
+                references[number].copy_(torch.from_numpy(reader.read(REFERENCE, name, begin, end)))
         self._optimizer.load(states)
-        if copy_N is not None:
-            self._publisher.restore(copy_N)
+        if reference_N is not None:
+            self._publisher.restore(reference_N)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights, sum, optimizer state and copies."""
+        """Bytes of weights, sum, optimizer state, reference and published bundles."""
         return 8 * self.bundle.num_elements + self._optimizer.state_bytes + self._publisher.state_bytes
 
     @property

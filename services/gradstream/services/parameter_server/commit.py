@@ -199,7 +199,7 @@ class Applied:
 
 
 def apply(state: BundleState, update: Update) -> Applied:
-    """Update a bundle's weights, make the copies that workers pull, and the snapshot where a checkpoint is due; worker
+    """Update a bundle's weights, make what workers pull, and the snapshot where a checkpoint is due; worker
     thread."""
     decision = update.decision
     if not decision.skip:

@@ -1,4 +1,4 @@
-"""What workers pull of a bundle: whole copies and differences, as messages that are framed once for all workers.
+"""What workers pull of a bundle: the whole or a difference, as messages that are framed once for all workers.
 
 `publish` and `full` run in the server's thread pool, one at a time for a bundle.
 """
@@ -20,7 +20,7 @@ from gradstream.proto.v1 import parameter_server_pb2 as pb
 
 
 @dataclass(frozen=True)
-class Copy:
+class PublishedBundle:
     """One version of a bundle as messages, ready to be sent to any number of workers."""
 
     version: int
@@ -28,7 +28,7 @@ class Copy:
     num_bytes: int
 
 
-def frame_copy(version: int, codec: BundleCodec, payloads: list[Payload], delta: bool) -> Copy:
+def frame_bundle(version: int, codec: BundleCodec, payloads: list[Payload], delta: bool) -> PublishedBundle:
     """Frame a version's payloads."""
     num_bytes = sum(map(len, payloads))
     header = pb.WeightsHeader(
@@ -40,33 +40,33 @@ def frame_copy(version: int, codec: BundleCodec, payloads: list[Payload], delta:
         delta=delta,
         fragment_bytes=[len(payload) for payload in payloads],
     )
-    return Copy(version, tuple(frames(header, payloads)), num_bytes)
+    return PublishedBundle(version, tuple(frames(header, payloads)), num_bytes)
 
 
 class Publisher(ABC):
-    """Makes each version's copies of one bundle from its weights."""
+    """Makes what workers pull of one bundle at each version."""
 
-    delta: Copy | None = None
-    """What a worker that holds the version before gets; None: it gets the whole copy too."""
+    delta: PublishedBundle | None = None
+    """What a worker that holds the version before gets; None: it gets the whole bundle too."""
 
     def __init__(self, bundle: Bundle, weights_N: torch.Tensor):
         self._bundle = bundle
         self._weights_N = weights_N
         self._weights = slices(weights_N, bundle)
-        self._full: Copy | None = None
+        self._full: PublishedBundle | None = None
 
     @abstractmethod
     def publish(self, version: int, codec: str) -> None:
-        """Make the copies of a version from the weights as they are; `codec` is that of its differences."""
+        """Make what workers pull of a version from the weights as they are; `codec` is that of its differences."""
 
     @abstractmethod
-    def full(self) -> Copy:
-        """The whole copy of the version published last."""
+    def full(self) -> PublishedBundle:
+        """The whole bundle at the version published last."""
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the copies, encoded or not."""
-        return sum(copy.num_bytes for copy in (self.delta, self._full) if copy is not None)
+        """Bytes of the reference and of what is framed."""
+        return sum(framed.num_bytes for framed in (self.delta, self._full) if framed is not None)
 
     def saved(self) -> torch.Tensor | None:
         """What a checkpoint must hold beside the weights, of the bundle's elements; None if nothing."""
@@ -86,26 +86,26 @@ class WholePublisher(Publisher):
 
     def publish(self, version: int, codec: str) -> None:
         payloads = self._codec.encode(self._weights, version)
-        self._full = frame_copy(version, self._codec, payloads, delta=False)
+        self._full = frame_bundle(version, self._codec, payloads, delta=False)
 
-    def full(self) -> Copy:
+    def full(self) -> PublishedBundle:
         assert self._full is not None
         return self._full
 
 
 class DeltaPublisher(Publisher):
-    """Differences to the copy that the workers hold; a newcomer gets that copy, in fp32, as they hold it.
+    """Differences to the reference, which the workers hold; a newcomer gets the reference in fp32.
 
-    At every `keyframe_versions`-th version all get the weights in fp32, so that no copy that went wrong unnoticed lives
-    for ever.
+    At every `keyframe_versions`-th version all get the weights in fp32, so that no reference that went wrong unnoticed
+    lives for ever.
     """
 
     def __init__(self, bundle: Bundle, weights_N: torch.Tensor, book: CodecBook, keyframe_versions: int):
         super().__init__(bundle, weights_N)
         self._book = book
         self._keyframe_versions = keyframe_versions
-        self._copy_N = torch.zeros_like(weights_N)
-        self._copies = slices(self._copy_N, bundle)
+        self._reference_N = torch.zeros_like(weights_N)
+        self._references = slices(self._reference_N, bundle)
         self._restored = False
         self._version = -1
 
@@ -115,30 +115,30 @@ class DeltaPublisher(Publisher):
         self._version = version
         if first:
             if not self._restored:
-                self._copy_N.copy_(self._weights_N)
+                self._reference_N.copy_(self._weights_N)
         elif version % self._keyframe_versions == 0:
-            self._copy_N.copy_(self._weights_N)
+            self._reference_N.copy_(self._weights_N)
         else:
             bundle_codec = self._book.delta(self._bundle, codec)
-            payloads = bundle_codec.encode_delta(self._weights, self._copies, version)
-            self.delta = frame_copy(version, bundle_codec, payloads, delta=True)
+            payloads = bundle_codec.encode_delta(self._weights, self._references, version)
+            self.delta = frame_bundle(version, bundle_codec, payloads, delta=True)
 
-    def full(self) -> Copy:
+    def full(self) -> PublishedBundle:
         if self._full is None:
             codec = self._book.of(self._bundle, "fp32")
-            payloads = codec.encode(self._copies, self._version)
-            self._full = frame_copy(self._version, codec, payloads, delta=False)
+            payloads = codec.encode(self._references, self._version)
+            self._full = frame_bundle(self._version, codec, payloads, delta=False)
         return self._full
 
     @property
     def state_bytes(self) -> int:
-        return super().state_bytes + 4 * self._copy_N.numel()
+        return super().state_bytes + 4 * self._reference_N.numel()
 
     def saved(self) -> torch.Tensor:
-        return self._copy_N
+        return self._reference_N
 
     def restore(self, saved_N: torch.Tensor) -> None:
-        self._copy_N.copy_(saved_N)
+        self._reference_N.copy_(saved_N)
         self._restored = True
 
 
@@ -162,11 +162,11 @@ class XorPublisher(Publisher):
             for plane, now, before in zip(self._delta_codec.codecs, payloads, held, strict=True):
                 assert isinstance(plane, PlaneCodec)
                 packed.append(plane.pack(np.bitwise_xor(now, before)))
-            self.delta = frame_copy(version, self._delta_codec, packed, delta=True)
+            self.delta = frame_bundle(version, self._delta_codec, packed, delta=True)
 
-    def full(self) -> Copy:
+    def full(self) -> PublishedBundle:
         if self._full is None:
-            self._full = frame_copy(self._version, self._full_codec, self._held, delta=False)
+            self._full = frame_bundle(self._version, self._full_codec, self._held, delta=False)
         return self._full
 
     @property

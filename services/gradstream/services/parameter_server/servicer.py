@@ -116,15 +116,15 @@ class ParameterServerServicer:
                 yield frame(first.SerializeToString())
                 holds = request.HasField("held_version") and request.held_version + 1 == version
                 for index in request.bundles:
-                    copy = await shard.copy(request.job_id, request.epoch, index, version, holds)
-                    if copy is None:
+                    published = await shard.published(request.job_id, request.epoch, index, version, holds)
+                    if published is None:
                         await context.abort(
                             grpc.StatusCode.ABORTED, f"version {version} was overtaken during the pull; pull again"
                         )
                         return
-                    for message in copy.messages:
+                    for message in published.messages:
                         yield message
-                    shard.sent_bytes += copy.num_bytes
+                    shard.sent_bytes += published.num_bytes
 
     async def CompleteStep(self, request: pb.CompleteStepRequest, context: Context) -> pb.CompleteStepResponse:
         """On the leader: another server is done with a step."""

@@ -38,7 +38,7 @@ from gradstream.services.parameter_server.checkpointing import CheckpointWriter
 from gradstream.services.parameter_server.commit import CompletedStep, Decision, Update
 from gradstream.services.parameter_server.leader import Leader
 from gradstream.services.parameter_server.loading import load_bundles
-from gradstream.services.parameter_server.publication import Copy
+from gradstream.services.parameter_server.publication import PublishedBundle
 from gradstream.services.parameter_server.tuner import Tuner
 
 log = get_logger()
@@ -94,7 +94,7 @@ class Shard:
         self._faults = faults or Faults("")
         self._consecutive_skips = 0
         self._halt = False  # on the leader: whether the job halts at the next boundary
-        self._full_copies = asyncio.Lock()
+        self._full_lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._closed: StaleEpochError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -244,7 +244,9 @@ class Shard:
                 return self.version
             await self._changed.wait()
 
-    async def copy(self, job_id: str, epoch: int, bundle: int, version: int, holds: bool) -> Copy | None:
+    async def published(
+        self, job_id: str, epoch: int, bundle: int, version: int, holds: bool
+    ) -> PublishedBundle | None:
         """Wait until a bundle is published at `version`; what a worker gets that `holds` the version before, or does
         not. None when the bundle has moved on. Raises StaleEpochError."""
         while True:
@@ -255,13 +257,13 @@ class Shard:
             if state.published_version > version:
                 return None
             await self._changed.wait()
-        copy = state.delta() if holds else None
-        if copy is None:
-            async with self._full_copies:
-                # One at a time: a crowd of newcomers waits for the copy that the first one had made.
-                copy = await self._run(state.full)
+        published = state.delta() if holds else None
+        if published is None:
+            async with self._full_lock:
+                # One at a time: a crowd of newcomers waits for the bundle that the first one had made.
+                published = await self._run(state.full)
         # The next version may be in the making, though not published yet.
-        return copy if copy.version == version else None
+        return published if published.version == version else None
 
     def measured(self, peer: str, measurement: pb.LinkMeasurement) -> None:
         """Take what the worker behind `peer` saw of its speed and its links; only a leader that tunes has use for

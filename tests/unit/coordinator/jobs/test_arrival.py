@@ -188,8 +188,8 @@ def begin_checkpoint(server: ParameterServer, version: int) -> None:
     """As the shard does after a commit."""
     shard = server.shard
     assert shard is not None
-    copies = [copy for state in shard.bundles.values() for copy in state.snapshot()]
-    shard.checkpoints.begin(version, copies, 0)
+    states = [found for state in shard.bundles.values() for found in state.snapshot()]
+    shard.checkpoints.begin(version, states, 0)
 
 
 def taken_files(cluster: Cluster, job_id: str) -> list[int]:

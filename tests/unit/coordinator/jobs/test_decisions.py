@@ -133,10 +133,10 @@ def test_the_memory_of_a_server_is_predicted(recipe: Recipe) -> None:
     # adamw, bf16 both ways, 2 slots: 16 bytes of arrays, 12 for a checkpoint in flight and 2 published an element;
     # 2 slots × 2 bytes that wait.
     assert needed() == ServerBytes(18 * 1024, 12 * 1024, 0, 4 * 1024)
-    # Differences: the workers' copy in fp32, which is saved too, one difference, and the whole for a newcomer.
+    # Differences: the reference in fp32, which is saved too, one difference, and the whole for a newcomer.
     int8 = 1024 + 16
     assert needed(pull="delta-int8", push="int8") == ServerBytes(20 * 1024 + int8, 16 * 1024, 4 * 1024, 2 * int8)
-    # Changed bits: the encoded copy is what workers hold; nothing more is saved. A plane has a header of 4 bytes.
+    # Changed bits: the encoded weights are what workers hold; nothing more is saved. A plane has a header of 4 bytes.
     assert needed(pull="xor-fp32") == ServerBytes(20 * 1024 + 4 * 1028, 12 * 1024, 4 * 1024, 4 * 1024)
     assert needed(pull="xor-bf16") == ServerBytes(18 * 1024 + 2 * 1028, 12 * 1024, 2 * 1024, 4 * 1024)
     # What is no matrix is sent finer, but for differences to embeddings.

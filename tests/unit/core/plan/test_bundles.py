@@ -102,8 +102,8 @@ def test_every_pull_of_a_recipe_leads_to_codecs(pull: Any) -> None:
     if form.delta is not None:
         codec_named(form.delta)
     # A difference is taken to what a newcomer gets too: that must be the copy as it is, not a rounded one.
-    assert not form.keeps_copy or form.full == "fp32"
-    assert form.keeps_copy == (pull.startswith("delta") or pull == "auto")
+    assert not form.keeps_reference or form.full == "fp32"
+    assert form.keeps_reference == (pull.startswith("delta") or pull == "auto")
 
 
 def mixed_bundle(odd: bool = True) -> tuple[Bundle, list[Tensor]]:

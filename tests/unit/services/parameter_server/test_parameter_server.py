@@ -161,14 +161,14 @@ async def test_early_contributions_wait_encoded_and_are_counted_as_memory() -> N
 @pytest.mark.parametrize("num_servers", [1, 2])
 async def test_duplicates_count_once(num_servers: int) -> None:
     async with serving(make_plan(num_servers)) as cluster:
-        # Not all of a step, so that the step cannot be over before the copies come.
+        # Not all of a step, so that the step cannot be over before the duplicates come.
         most = cluster.all_keys()[:-1]
         accepted = await cluster.push(most)
         assert {response.result for response in accepted} == {pb.PUSH_RESULT_ACCEPTED}
         assert sorted((response.slot, response.bundle) for response in accepted) == most
-        copies = await cluster.push(most)
-        assert {response.result for response in copies} == {pb.PUSH_RESULT_DUPLICATE}
-        assert len(copies) == len(most)
+        duplicates = await cluster.push(most)
+        assert {response.result for response in duplicates} == {pb.PUSH_RESULT_DUPLICATE}
+        assert len(duplicates) == len(most)
         assert sum(status.num_dropped for status in await cluster.status()) == len(most)
         await cluster.push(cluster.all_keys()[-1:])
         weights = await cluster.pull(1)

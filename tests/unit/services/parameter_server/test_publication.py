@@ -17,7 +17,7 @@ from support.micro import MICRO_LLAMA, micro_plan
 from support.shards import Cluster, make_plan, same, serving, until
 
 from gradstream.core.checkpoint.manifest import directory_of, write_manifest
-from gradstream.core.checkpoint.shard import COPY, CheckpointReader
+from gradstream.core.checkpoint.shard import REFERENCE, CheckpointReader
 from gradstream.core.codecs import codec_named
 from gradstream.core.codecs.payloads import BundleCodec, CodecBook, slices, split
 from gradstream.core.errors import CheckpointError, StaleEpochError
@@ -29,7 +29,7 @@ from gradstream.core.wire.frames import Assembler, parse, verify
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.commit import Decision
-from gradstream.services.parameter_server.publication import Copy, Publisher, publisher
+from gradstream.services.parameter_server.publication import PublishedBundle, Publisher, publisher
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 from gradstream.worker.attempt import AbandonedError
 from gradstream.worker.pull import Puller
@@ -71,23 +71,23 @@ class Publication:
 
     def arrivals(self, holds_before: bool) -> list[Arrival]:
         """What a worker gets that holds the version before, or nothing."""
-        copies = [(one.delta if holds_before else None) or one.full() for one in self.publishers]
-        assert {copy.version for copy in copies} == {self.version}
-        return [arrival_of(copy) for copy in copies]
+        bundles = [(one.delta if holds_before else None) or one.full() for one in self.publishers]
+        assert {published.version for published in bundles} == {self.version}
+        return [arrival_of(published) for published in bundles]
 
 
-def arrival_of(copy: Copy) -> Arrival:
-    """A copy as a worker takes it from the wire."""
+def arrival_of(published: PublishedBundle) -> Arrival:
+    """A bundle as a worker takes it from the wire."""
     assembler: Assembler[pb.WeightsHeader] = Assembler()
     whole = None
-    for message in copy.messages:
+    for message in published.messages:
         encoded, piece = parse(message)
         if encoded is not None:
             assembler.begin(pb.WeightsHeader.FromString(bytes(encoded)))
         whole = assembler.add(piece)
     assert whole is not None
-    verify(*whole, "copy")
-    assert whole[1].nbytes == copy.num_bytes
+    verify(*whole, "bundle")
+    assert whole[1].nbytes == published.num_bytes
     return Arrival(*whole)
 
 
@@ -161,11 +161,11 @@ def test_followers_and_newcomers_hold_the_same_bits_at_every_version(pull: str) 
             with worker(plan) as newcomer:
                 newcomer.take(version, publication.arrivals(holds_before=False))
                 assert same(follower.bits(), newcomer.bits()), version
-            keyframe = publication.form.keeps_copy and version % KEYFRAME_VERSIONS == 0
+            keyframe = publication.form.keeps_reference and version % KEYFRAME_VERSIONS == 0
             whole = publication.form.delta is None or version == 0 or keyframe
             assert {arrival.header.delta for arrival in arrivals} == {not whole}
             # The form that the worker holds them in: exact, but for the difference that is still to come.
-            if not publication.form.keeps_copy or whole:
+            if not publication.form.keeps_reference or whole:
                 assert same(follower.bits(), rounded(plan, publication.weights, publication.form.full, version))
             else:
                 assert not same(follower.bits(), bits_of(plan, publication.weights))
@@ -222,7 +222,7 @@ def test_a_difference_carries_what_the_last_one_left_out() -> None:
 
 @pytest.mark.parametrize("pull", DELTA)
 @pytest.mark.parametrize("at", [1, 3, 4, 5])
-def test_a_restored_copy_goes_on_with_the_same_bits(pull: str, at: int) -> None:
+def test_a_restored_reference_goes_on_with_the_same_bits(pull: str, at: int) -> None:
     """Also where the checkpoint is at a keyframe, or right after one."""
     plan = micro_plan(codec={"pull": pull, "keyframe_versions": KEYFRAME_VERSIONS})
     through, resumed = Publication(plan), Publication(plan)
@@ -252,7 +252,7 @@ def test_a_restored_copy_goes_on_with_the_same_bits(pull: str, at: int) -> None:
 
 
 @pytest.mark.parametrize("pull", [*WHOLE, *XOR])
-def test_only_forms_that_keep_a_copy_save_one(pull: str) -> None:
+def test_only_forms_that_keep_a_reference_save_one(pull: str) -> None:
     publication = Publication(micro_plan(codec={"pull": pull}))
     publication.publish(0)
     assert all(one.saved() is None for one in publication.publishers)
@@ -272,7 +272,7 @@ def test_state_bytes_count_what_is_held() -> None:
     array = 4 * publication.plan.num_parameters
     assert held["fp32"] == (array, 0, array)
     assert held["bf16"] == (array // 2, 0, array // 2)
-    assert held["delta-int8"] == (array, array, array)  # the whole copy is framed for a newcomer alone
+    assert held["delta-int8"] == (array, array, array)  # the whole bundle is framed for a newcomer alone
     assert held["xor-bf16"] == (array // 2, array // 2, array // 2)
 
 
@@ -516,40 +516,41 @@ async def test_the_next_version_is_asked_for_when_the_pull_under_way_is_over(bre
 
 @pytest.mark.parametrize("pull", ["bf16", "delta-int8", "xor-bf16"])
 async def test_a_version_in_the_making_is_not_given_for_the_one_asked(pull: str) -> None:
-    """Between `publish` and `begin_step` a bundle's copies are of the next version, its published version is not."""
+    """Between `publish` and `begin_step` what workers pull of a bundle is of the next version, its published version is
+    not."""
     async with serving(steps_plan(1, pull)) as cluster:
         shard = cluster.shards[0]
         state = shard.bundles[0]
         for holds in (False, True):
-            copy = await shard.copy("job", 5, 0, 0, holds)
-            assert copy is not None
-            assert copy.version == 0
+            published = await shard.published("job", 5, 0, 0, holds)
+            assert published is not None
+            assert published.version == 0
         await asyncio.to_thread(state.publish, 1, shard.pull_codec)
         for holds in (False, True):
-            assert await shard.copy("job", 5, 0, 0, holds) is None
+            assert await shard.published("job", 5, 0, 0, holds) is None
         state.begin_step(1)
         for holds in (False, True):
-            copy = await shard.copy("job", 5, 0, 1, holds)
-            assert copy is not None
-            assert copy.version == 1
-            assert arrival_of(copy).header.delta == (holds and pull != "bf16")
+            published = await shard.published("job", 5, 0, 1, holds)
+            assert published is not None
+            assert published.version == 1
+            assert arrival_of(published).header.delta == (holds and pull != "bf16")
 
 
 @pytest.mark.parametrize("pull", ["int8", "delta-int8", "xor-fp32"])
-def test_whole_copies_made_while_versions_are_published_are_of_one_version(pull: str) -> None:
-    """Two threads of a server: one publishes, the other makes copies for newcomers."""
+def test_whole_bundles_made_while_versions_are_published_are_of_one_version(pull: str) -> None:
+    """Two threads of a server: one publishes, the other makes whole bundles for newcomers."""
     plan = micro_plan(codec={"pull": pull, "keyframe_versions": 3})
     form, book = downlink(pull), CodecBook(plan.tensors, "bf16")
     bundle = max(plan.bundles, key=lambda one: one.num_elements)
     state = BundleState(bundle, plan.tensors, plan.recipe, form, book)
     codec = book.of(bundle, form.full)
 
-    def content(copy: Copy) -> tuple[int, bytes]:
-        arrival = arrival_of(copy)
-        assert arrival.header.version == copy.version
+    def content(published: PublishedBundle) -> tuple[int, bytes]:
+        arrival = arrival_of(published)
+        assert arrival.header.version == published.version
         out_N = torch.empty(bundle.num_elements)
-        codec.decode(split(arrival.payload, arrival.header.fragment_bytes), slices(out_N, bundle), copy.version)
-        return copy.version, out_N.numpy().tobytes()
+        codec.decode(split(arrival.payload, arrival.header.fragment_bytes), slices(out_N, bundle), published.version)
+        return published.version, out_N.numpy().tobytes()
 
     def publish(version: int) -> None:
         for number, fragment in enumerate(bundle.fragments):
@@ -573,7 +574,7 @@ def test_whole_copies_made_while_versions_are_published_are_of_one_version(pull:
 
 
 @pytest.mark.parametrize("pull", ["delta-int8", "delta-int4-hadamard"])
-async def test_a_checkpoint_holds_the_copy_and_goes_on_bit_for_bit(pull: str, tmp_path: Path) -> None:
+async def test_a_checkpoint_holds_the_reference_and_goes_on_bit_for_bit(pull: str, tmp_path: Path) -> None:
     """On another number of servers, whose bundles are others."""
     (tmp_path / "tokenizer.json").write_text("{}")
     root = str(tmp_path / "checkpoints")
@@ -582,13 +583,13 @@ async def test_a_checkpoint_holds_the_copy_and_goes_on_bit_for_bit(pull: str, tm
         through = await walked(cluster, held=True)
         await until(lambda: len(cluster.checkpoints) == STEPS)
         reports = {report.version: report for report in cluster.checkpoints}
-    # Version 4 is a keyframe, whose copy is the weights; version 3's is what came of three differences.
+    # Version 4 is a keyframe, whose reference is the weights; version 3's is what came of three differences.
     for start in (3, 4):
         directory = directory_of(root, start)
         write_manifest(directory, plan, start, [reports[start]], {})
         reader = CheckpointReader(directory)
         for fragment in plan.fragments:
-            saved = reader.read(COPY, plan.tensors[fragment.tensor].name, fragment.begin, fragment.end)
+            saved = reader.read(REFERENCE, plan.tensors[fragment.tensor].name, fragment.begin, fragment.end)
             assert torch.equal(torch.from_numpy(saved), through[start][fragment.index])
         resumed = steps_plan(3, pull, epoch=6, start_version=start, checkpoint_path=directory)
         async with serving(resumed) as other:
@@ -597,8 +598,8 @@ async def test_a_checkpoint_holds_the_copy_and_goes_on_bit_for_bit(pull: str, tm
             assert same(left, right)
 
 
-def test_a_copy_of_zeros_is_not_what_a_restored_publisher_gives() -> None:
-    """A checkpoint's copy is taken even where the plan starts at a version that would be a keyframe."""
+def test_a_reference_of_zeros_is_not_what_a_restored_publisher_gives() -> None:
+    """A checkpoint's reference is taken even where the plan starts at a version that would be a keyframe."""
     plan = micro_plan(codec={"pull": "delta-int8", "keyframe_versions": 1})
     publication = Publication(plan)
     publication.walk()

@@ -166,14 +166,7 @@ async def _ask_child(module: str, question: str, done: str) -> dict[str, Any]:
     # subprocess in a thread, not asyncio's: under uvloop that forks, and a fork beside gRPC's threads crashed 7 of 120
     # children (see docs/decisions.md).
     try:
-        child = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-m", module],
-            input=question.encode(),
-            capture_output=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
+        child = await asyncio.to_thread(_run_child, module, question)
     except subprocess.TimeoutExpired:
         raise ConfigError(
             f"model.config: no model was {done} within {TIMEOUT_SECONDS:.0f} s; is it far too large?"
@@ -185,3 +178,13 @@ async def _ask_child(module: str, question: str, done: str) -> dict[str, Any]:
         cause = last or f"the process that does it ended with status {child.returncode}"
         raise ConfigError(f"model.config: the model cannot be {done} ({cause})") from None
     return answer
+
+
+def _run_child(module: str, question: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", module],
+        input=question.encode(),
+        capture_output=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )

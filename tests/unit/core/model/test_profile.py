@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -109,12 +110,16 @@ def test_a_family_that_cannot_be_cut_is_refused() -> None:
         of(config)
 
 
-async def test_a_child_process_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_child_process_measures_once(
+    monkeypatch: pytest.MonkeyPatch, start_child: Callable[[str, str], subprocess.CompletedProcess[bytes]]
+) -> None:
     training = TrainingConfig(num_steps=1, num_slots=2, global_batch=4, microbatch=2, sequence_length=32)
     expected = await take_inventory(LLAMA)
     for cache in ("_inventories", "_profiles"):
         monkeypatch.setattr(inventory, cache, {})
-    found = await take_profile(LLAMA, training)
+    with monkeypatch.context() as patch:
+        patch.setattr(inventory, "_run_child", start_child)
+        found = await take_profile(LLAMA, training)
     assert [(segment.name, segment.units) for segment in found] == [
         (segment.name, segment.units) for segment in of(LLAMA)
     ]

@@ -164,7 +164,7 @@ def _keep(cache: dict[str, Any], key: str, found: Any) -> None:
 
 async def _ask_child(module: str, question: str, done: str) -> dict[str, Any]:
     # subprocess in a thread, not asyncio's: under uvloop that forks, and a fork beside gRPC's threads crashed 7 of 120
-    # children (see docs/decisions.md).
+    # children (docs/decisions.md, 9).
     try:
         child = await asyncio.to_thread(_run_child, module, question)
     except subprocess.TimeoutExpired:

@@ -5,7 +5,7 @@ rename: without a manifest there is no checkpoint. It names tensors and slices, 
 number of servers, bit for bit. A file's keys are `KIND/TENSOR[BEGIN:END]`, KIND being "weight" or a name of optimizer
 state.
 
-Writing and reading is in core because servers, coordinator and tools share the format (docs/decisions.md).
+Writing and reading is in core because servers, coordinator and tools share the format (docs/decisions.md, 1).
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ async def second_worker() -> Neighbours:
     workers = [plan_pb2.PipelineWorker(node_id=name, name=name, address="127.0.0.1:1") for name in ("w0", "w1")]
     place = Place(plan_pb2.Replica(number=1, workers=workers), 1)
     recipe = PLAN.recipe.model_copy(update={"pipeline": PLAN.recipe.pipeline.model_copy(update={"stages": 2})})
-    plan = dataclasses.replace(PLAN, recipe=recipe, stage_ends=(2, 6), schedule="1f1b")
+    plan = dataclasses.replace(PLAN, recipe=recipe, stage_ends=(2, 6), pipeline_schedule="1f1b")
     return Neighbours(plan, place, SHAPE[2], Faults(""), Spans(), lambda error: None, lambda: None)
 
 

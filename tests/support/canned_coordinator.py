@@ -16,7 +16,7 @@ from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.rpc import channel
 from gradstream.core.rpc import errors as rpc_errors
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
-from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.coordinator_jobs import CoordinatorJobs
 from gradstream.services.fine_tuning.fine_tunings import FineTunings
 from gradstream.services.fine_tuning.generation.serving import Serving
 from gradstream.services.fine_tuning.store import Store
@@ -140,13 +140,13 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
 
 
 @asynccontextmanager
-async def jobs_of(coordinator: CannedCoordinator) -> AsyncIterator[Jobs]:
+async def jobs_of(coordinator: CannedCoordinator) -> AsyncIterator[CoordinatorJobs]:
     """The coordinator as the fine-tuning service uses it."""
     server = channel.new_server()
     jobs_pb2_grpc.add_JobsServiceServicer_to_server(coordinator, server)
     port = channel.listen(server, "127.0.0.1:0")
     await server.start()
-    jobs = Jobs(f"127.0.0.1:{port}")
+    jobs = CoordinatorJobs(f"127.0.0.1:{port}")
     try:
         yield jobs
     finally:

@@ -16,12 +16,12 @@ from gradstream.core.model.model import build
 from gradstream.core.recipe.fine_tuning import Base, LoraConfig
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.generation.batching import (
+    Batcher,
     EngineLimits,
     EngineStatus,
     GenerationRequest,
     Piece,
     Row,
-    Scheduler,
 )
 from gradstream.services.fine_tuning.generation.models import ResidentLimits, ServedModels
 from support.tiny import GPT2, LLAMA
@@ -170,25 +170,25 @@ class Asked:
         return error
 
 
-def submit(scheduler: Scheduler, models: ServedModels, *requests: GenerationRequest) -> list[Asked]:
+def submit(batcher: Batcher, models: ServedModels, *requests: GenerationRequest) -> list[Asked]:
     asked = [Asked(models, request) for request in requests]
     for one in asked:
-        scheduler.submit(one.row)
+        batcher.submit(one.row)
     return asked
 
 
-def drain(scheduler: Scheduler) -> None:
+def drain(batcher: Batcher) -> None:
     for _ in range(1000):
-        if scheduler.status() == EngineStatus(0, 0):
+        if batcher.status() == EngineStatus(0, 0):
             return
-        scheduler.step()
-    raise AssertionError(f"still {scheduler.status()}")
+        batcher.step()
+    raise AssertionError(f"still {batcher.status()}")
 
 
 def generated(models: ServedModels, *requests: GenerationRequest, **limits: int) -> list[Asked]:
-    scheduler = Scheduler(models, EngineLimits(**limits))
-    asked = submit(scheduler, models, *requests)
-    drain(scheduler)
+    batcher = Batcher(models, EngineLimits(**limits))
+    asked = submit(batcher, models, *requests)
+    drain(batcher)
     return asked
 
 

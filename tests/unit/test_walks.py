@@ -44,7 +44,7 @@ SUBMIT = [
     (f"{COORDINATOR}/planning/planner.py", "make_plan", "Plan("),
     (f"{COORDINATOR}/jobs/leasing.py", "Leasing", "decisions."),
     (f"{WORKER}/process.py", "Worker", "Plan.from_proto("),
-    (f"{WORKER}/job.py", "JobRun", "Pusher("),
+    (f"{WORKER}/job.py", "WorkerJob", "Pusher("),
 ]
 
 

@@ -167,7 +167,7 @@ def test_the_stage_before_gets_its_gradient_before_the_servers_get_those_of_the_
     monkeypatch.setattr(SlotComputer, "_emit_rest", counting)
     segments = segments_of(build(model, "meta"))
     stage_ends = (segments[2].units[0], segments[-1].units[-1] + 1)
-    plan = replace(micro_plan(model), stage_ends=stage_ends, num_chunks=2, schedule="interleaved-1f1b")
+    plan = replace(micro_plan(model), stage_ends=stage_ends, num_chunks=2, pipeline_schedule="interleaved-1f1b")
     computer = SlotComputer(plan, CPU)
     weights, tensors = dict(initial_weights(model, 0)), inventory(model)
     with torch.no_grad():

@@ -80,7 +80,7 @@ def schedule_for(plan: Plan, attempt: Attempt) -> Schedule:
     count = len(attempt.slots) * num_microbatches(plan, attempt)
     if attempt.validate:
         return forward_schedule(plan.replica_size, count, plan.num_chunks)
-    return schedule_of(plan.schedule, plan.replica_size, count, plan.num_chunks)
+    return schedule_of(plan.pipeline_schedule, plan.replica_size, count, plan.num_chunks)
 
 
 @lru_cache(maxsize=64)

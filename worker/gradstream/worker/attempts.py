@@ -56,7 +56,7 @@ def _together(
     if plan.replica_size > 1 and not plan.recipe.validates(version):
         slots += [slot for slot in held if slot > first and (slot, False) not in done]
     per_slot = num_microbatches(plan, Attempt(0, version, (first,)))
-    count = most_slots(plan.schedule, plan.replica_size, per_slot, plan.num_chunks, len(slots))
+    count = most_slots(plan.pipeline_schedule, plan.replica_size, per_slot, plan.num_chunks, len(slots))
     return tuple(slots[:count])
 
 

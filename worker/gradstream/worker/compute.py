@@ -45,7 +45,7 @@ class SlotComputer:
         self.hidden_size = hidden_size(self.models[0])
         self._draws = [UnitDraws(model, plan.recipe.seed) for model in self.models]
         # What is computed again for the first part of a backward pass would have to be kept for the second.
-        split = plan.schedule in SPLIT or (plan.has_pipeline and not self._training.recompute)
+        split = plan.pipeline_schedule in SPLIT or (plan.has_pipeline and not self._training.recompute)
         self._runner = StageRunner(self._stages, plan.num_stages, self._loss_sum, self._begin, split, self._on_added)
         self._use_of = {id(parameter): use for use, parameter in self.parameters.items()}
         self._microbatches = _Microbatches()

@@ -75,7 +75,7 @@ def load_model(plan: Plan, device: torch.device, worker: int, timeline: Timeline
     return LoadedModel(computer, installer)
 
 
-class JobRun:
+class WorkerJob:
     """See the module's docstring. `run` ends only by an error or by being cancelled."""
 
     def __init__(

@@ -23,7 +23,7 @@ from gradstream.core.rpc.token_sources import FollowingServer
 from gradstream.core.rpc.transport import Transport
 from gradstream.core.wire.stubs import add_worker
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
-from gradstream.worker.job import JobRun
+from gradstream.worker.job import WorkerJob
 from gradstream.worker.pipeline.place import Place
 from gradstream.worker.pipeline.servicer import WorkerServicer
 from gradstream.worker.stage_build import pick_device
@@ -64,7 +64,7 @@ class Worker:
         self._faults = faults
         self.servicer = WorkerServicer()
         self._plan: Plan | None = None
-        self._job: JobRun | None = None
+        self._job: WorkerJob | None = None
         self._task: asyncio.Task[None] | None = None
         self._process = psutil.Process()
 
@@ -116,10 +116,12 @@ class Worker:
             self._job.take_leases(table.number, table.holders, place)
 
     def _begin(self, plan: Plan, place: Place | None) -> None:
-        self._job = JobRun(plan, self.session, self._device, self._cache_directory, self._faults, self.servicer, place)
+        self._job = WorkerJob(
+            plan, self.session, self._device, self._cache_directory, self._faults, self.servicer, place
+        )
         self._task = asyncio.create_task(self._run_job(self._job))
 
-    async def _run_job(self, job: JobRun) -> None:
+    async def _run_job(self, job: WorkerJob) -> None:
         try:
             await job.run()
         except Exception as error:

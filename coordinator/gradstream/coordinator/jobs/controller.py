@@ -27,7 +27,7 @@ from gradstream.coordinator.jobs.transitions import Transitions
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
 from gradstream.coordinator.nodes.registry import NodeRegistry
 from gradstream.coordinator.nodes.reunion import Verdict
-from gradstream.coordinator.nodes.sessions import Session
+from gradstream.coordinator.nodes.sessions import OpenSession
 from gradstream.coordinator.nodes.storage_checks import StorageChecks
 from gradstream.coordinator.planning.needs import human_bytes
 from gradstream.coordinator.state.notify import Notifier
@@ -130,7 +130,7 @@ class Controller:
         self.servers.keep_name(self.active, request, now)
         return self.nodes.register(request, now)
 
-    def open_session(self, node_id: str) -> Session | None:
+    def open_session(self, node_id: str) -> OpenSession | None:
         """Begin a node's stream and queue what it must know; None when the node is not registered."""
         active = self.active
         opened = self.nodes.open_session(node_id, active.plan_message if active is not None else None)
@@ -158,7 +158,7 @@ class Controller:
                 has = human_bytes(node.memory_bytes)
                 self._note_node(f"{node.title} offers {has}, too little for this model: no slots")
 
-    def close_session(self, session: Session, why: str) -> None:
+    def close_session(self, session: OpenSession, why: str) -> None:
         """A stream has ended; its node is silent at once unless it has another by now."""
         node = self.nodes.close_session(session, why)
         if node is not None and not self._closing:

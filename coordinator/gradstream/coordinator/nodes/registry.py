@@ -7,7 +7,7 @@ the caller.
 from __future__ import annotations
 
 from gradstream.coordinator.nodes.membership import Membership, NodeEntry
-from gradstream.coordinator.nodes.sessions import Hub, Session
+from gradstream.coordinator.nodes.sessions import Hub, OpenSession
 from gradstream.coordinator.timing import Timing, unix_ms
 from gradstream.core.log import get_logger
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
@@ -33,7 +33,7 @@ class NodeRegistry:
         log.info("registered", node=node.node_id, address=node.address, holds=dict(node.holds))
         return node
 
-    def open_session(self, node_id: str, in_force: plan_pb2.Plan | None) -> tuple[NodeEntry, Session] | None:
+    def open_session(self, node_id: str, in_force: plan_pb2.Plan | None) -> tuple[NodeEntry, OpenSession] | None:
         """Begin a node's stream, and release the plans that it holds besides the one in force; None when the node is
         not registered."""
         node = self.members.open_session(node_id)
@@ -45,11 +45,11 @@ class NodeRegistry:
                 self.release(node, job_id, "the coordinator has no such job running under this epoch")
         return node, session
 
-    def heartbeat(self, session: Session, activity: coordinator_pb2.Activity, now: float) -> bool:
+    def heartbeat(self, session: OpenSession, activity: coordinator_pb2.Activity, now: float) -> bool:
         """Renew a node's lease; False when the stream has been superseded."""
         return self.members.heartbeat(session.node_id, session.number, activity, now, unix_ms())
 
-    def note_vitals(self, session: Session, vitals: coordinator_pb2.Vitals) -> None:
+    def note_vitals(self, session: OpenSession, vitals: coordinator_pb2.Vitals) -> None:
         """Keep what a node reports of its machine."""
         self.members.note_vitals(session.node_id, vitals)
 
@@ -71,7 +71,7 @@ class NodeRegistry:
 
     # --- departure --------------------------------------------------------------------------------------------------
 
-    def close_session(self, session: Session, why: str) -> NodeEntry | None:
+    def close_session(self, session: OpenSession, why: str) -> NodeEntry | None:
         """Note that a stream has ended. Return the node, which is silent now; None when it has another stream."""
         self._hub.close(session, why)
         return self.members.close_session(session.node_id, session.number)

@@ -11,7 +11,7 @@ from gradstream.proto.v1 import coordinator_pb2
 MAX_QUEUED = 64
 
 
-class Session:
+class OpenSession:
     """One stream to a node. A node that does not read what it is sent loses it, and gets all anew with the next."""
 
     def __init__(self, node_id: str, number: int):
@@ -43,15 +43,15 @@ class Hub:
     """The open streams, one a node."""
 
     def __init__(self) -> None:
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, OpenSession] = {}
 
-    def open(self, node: NodeEntry) -> Session:
+    def open(self, node: NodeEntry) -> OpenSession:
         """Begin a node's stream; an older one ends."""
         self.end(node.node_id, "a newer stream took its place")
-        session = self._sessions[node.node_id] = Session(node.node_id, node.session)
+        session = self._sessions[node.node_id] = OpenSession(node.node_id, node.session)
         return session
 
-    def close(self, session: Session, why: str) -> None:
+    def close(self, session: OpenSession, why: str) -> None:
         """A stream has ended by itself."""
         session.end(why)
         if self._sessions.get(session.node_id) is session:

@@ -135,7 +135,7 @@ def forecast(
         late = latency_seconds + max(messages, default=0) / per_second
         recompute = plan.recipe.training.recompute
         costs = stage_costs(_cut(plan, profiles), profiles, late, group_speeds(groups), recompute)
-        schedule = make_schedule(plan.schedule or "1f1b", size, microbatches, plan.num_chunks)
+        schedule = make_schedule(plan.pipeline_schedule or "1f1b", size, microbatches, plan.num_chunks)
         simulation = simulate(schedule, costs)
         compute, bubble = simulation.makespan, max(0.0, simulation.bubble)
         forward = min(cost[Op.FORWARD] for cost in costs.compute)
@@ -159,7 +159,7 @@ def forecast(
         ),
         servers=tuple(_servers(plan, servers)),
         links=tuple(_links(plan, pushed, pulled, messages, share, microbatches)),
-        schedule=plan.schedule,
+        schedule=plan.pipeline_schedule,
         link_bits_per_second=link_bits_per_second,
         compute_seconds=compute,
         bubble=bubble,

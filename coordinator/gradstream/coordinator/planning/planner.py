@@ -105,7 +105,7 @@ def make_plan(
         checkpoint_root=checkpoint_root,
         stage_ends=pipeline.stage_ends,
         num_chunks=pipeline.num_chunks,
-        schedule=pipeline.schedule,
+        pipeline_schedule=pipeline.schedule,
         worker_bytes=pipeline.worker_bytes,
     )
     _check_streams(recipe, plan.most_workers, chosen, needs)

@@ -14,7 +14,7 @@ import grpc.aio
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.reports import Reports
 from gradstream.coordinator.nodes.membership import KIND_WORDS, SERVER, WORKER
-from gradstream.coordinator.nodes.sessions import Session as NodeStream
+from gradstream.coordinator.nodes.sessions import OpenSession
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.timing import unix_ms
 from gradstream.core import __version__
@@ -109,7 +109,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     async def _read(
         self,
-        session: NodeStream,
+        session: OpenSession,
         first: coordinator_pb2.SessionRequest,
         requests: AsyncIterator[coordinator_pb2.SessionRequest],
     ) -> None:
@@ -132,7 +132,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             # At once, before the writer comes round to it: slots must not wait for a dead worker.
             self._controller.close_session(session, why)
 
-    def _log(self, session: NodeStream, message: coordinator_pb2.SessionRequest) -> None:
+    def _log(self, session: OpenSession, message: coordinator_pb2.SessionRequest) -> None:
         node = self._controller.members.get(session.node_id)
         if node is not None:
             try:

@@ -91,7 +91,7 @@ class Views:
         """
         num_stages = len(plan.stage_ends)
         message = jobs_pb2.Pipeline(
-            num_stages=num_stages, num_workers=num_stages // max(1, plan.num_chunks), schedule=plan.schedule
+            num_stages=num_stages, num_workers=num_stages // max(1, plan.num_chunks), schedule=plan.pipeline_schedule
         )
         bubble = self._controller.timelines.bubble(job_id)
         if bubble is not None:

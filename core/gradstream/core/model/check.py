@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradstream.core.data.manifest import Manifest
-    from gradstream.core.recipe.recipe import Recipe, ScheduleConfig
+    from gradstream.core.recipe.recipe import LearningRateScheduleConfig, Recipe
 from gradstream.core.recipe.model_config import TEXTS, _ids, _outside
 
 METADATA = frozenset(
@@ -209,7 +209,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     return found
 
 
-def schedule_warnings(schedule: ScheduleConfig, num_steps: int) -> list[str]:
+def schedule_warnings(schedule: LearningRateScheduleConfig, num_steps: int) -> list[str]:
     """A warm-up or a decay that does not fit into the run, or that the kind of schedule does not have."""
     warmup, decay = schedule.warmup_steps, schedule.decay_steps
     found = []

@@ -64,7 +64,7 @@ class Plan:
     checkpoint_root: str
     stage_ends: tuple[int, ...] = ()
     num_chunks: int = 1
-    schedule: str = ""
+    pipeline_schedule: str = ""
     worker_bytes: tuple[int, ...] = ()
 
     @cached_property
@@ -202,7 +202,7 @@ class Plan:
             checkpoint_root=self.checkpoint_root,
             stage_ends=self.stage_ends,
             num_chunks=self.num_chunks,
-            schedule=self.schedule,
+            pipeline_schedule=self.pipeline_schedule,
             worker_bytes=self.worker_bytes,
         )
 
@@ -232,7 +232,7 @@ class Plan:
             checkpoint_root=message.checkpoint_root,
             stage_ends=tuple(message.stage_ends),
             num_chunks=message.num_chunks or 1,
-            schedule=message.schedule,
+            pipeline_schedule=message.pipeline_schedule,
             worker_bytes=tuple(message.worker_bytes),
         )
         ends = plan.stage_ends

@@ -17,10 +17,10 @@ from gradstream.core.recipe.loading import load_recipe, validated
 from gradstream.core.recipe.recipe import (
     ClusterConfig,
     CodecConfig,
+    LearningRateScheduleConfig,
     OptimizerConfig,
     PipelineConfig,
     Recipe,
-    ScheduleConfig,
     check_sections,
 )
 from gradstream.core.recipe.section import NonNegative, Positive, Section
@@ -137,7 +137,7 @@ class FineTuningRecipe(Section):
     data: ExamplesConfig
     training: FineTuningTraining = FineTuningTraining()
     optimizer: FineTuningOptimizer = FineTuningOptimizer()
-    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup_steps=0, min_ratio=0.1)
+    schedule: LearningRateScheduleConfig = LearningRateScheduleConfig(kind="cosine", warmup_steps=0, min_ratio=0.1)
     codec: CodecConfig = CodecConfig()
     validation: FineTuningValidation = FineTuningValidation()
     pipeline: PipelineConfig = PipelineConfig()

@@ -109,7 +109,7 @@ class OptimizerConfig(Section):
     clip_norm: float = Field(default=1.0, gt=0, description="global gradient norm above which the gradient is scaled")
 
 
-class ScheduleConfig(Section):
+class LearningRateScheduleConfig(Section):
     """The learning rate over the steps, as a factor on optimizer.learning_rate."""
 
     kind: Literal["cosine", "wsd", "constant"] = Field(
@@ -303,7 +303,7 @@ class Recipe(Section):
     model: ModelConfig
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: LearningRateScheduleConfig = LearningRateScheduleConfig()
     codec: CodecConfig = CodecConfig()
     data: DataConfig
     validation: ValidationConfig = ValidationConfig()

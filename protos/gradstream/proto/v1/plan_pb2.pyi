@@ -202,7 +202,7 @@ class Plan(_message.Message):
     CHECKPOINT_ROOT_FIELD_NUMBER: _builtins.int
     STAGE_ENDS_FIELD_NUMBER: _builtins.int
     NUM_CHUNKS_FIELD_NUMBER: _builtins.int
-    SCHEDULE_FIELD_NUMBER: _builtins.int
+    PIPELINE_SCHEDULE_FIELD_NUMBER: _builtins.int
     WORKER_BYTES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job this plan belongs to."""
@@ -226,7 +226,7 @@ class Plan(_message.Message):
     """Directory under which the servers write checkpoints."""
     num_chunks: _builtins.int
     """Stages that each worker of a replica has; worker w has stages w, w + P, ... where P is the number of its workers."""
-    schedule: _builtins.str
+    pipeline_schedule: _builtins.str
     """The schedule by which a replica's workers compute their microbatches (gradstream.core.pipeline.schedule)."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
@@ -268,12 +268,12 @@ class Plan(_message.Message):
         checkpoint_root: _builtins.str = ...,
         stage_ends: _abc.Iterable[_builtins.int] | None = ...,
         num_chunks: _builtins.int = ...,
-        schedule: _builtins.str = ...,
+        pipeline_schedule: _builtins.str = ...,
         worker_bytes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "checkpoint_root", b"checkpoint_root", "data_manifest_json", b"data_manifest_json", "epoch", b"epoch", "fragment_elements", b"fragment_elements", "job_id", b"job_id", "leader", b"leader", "model_config_json", b"model_config_json", "num_chunks", b"num_chunks", "placement", b"placement", "recipe_json", b"recipe_json", "schedule", b"schedule", "servers", b"servers", "stage_ends", b"stage_ends", "start_version", b"start_version", "tensors", b"tensors", "worker_bytes", b"worker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "checkpoint_root", b"checkpoint_root", "data_manifest_json", b"data_manifest_json", "epoch", b"epoch", "fragment_elements", b"fragment_elements", "job_id", b"job_id", "leader", b"leader", "model_config_json", b"model_config_json", "num_chunks", b"num_chunks", "pipeline_schedule", b"pipeline_schedule", "placement", b"placement", "recipe_json", b"recipe_json", "servers", b"servers", "stage_ends", b"stage_ends", "start_version", b"start_version", "tensors", b"tensors", "worker_bytes", b"worker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

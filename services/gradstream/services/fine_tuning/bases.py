@@ -20,7 +20,7 @@ from gradstream.core.pretrained.tokenizer import TEMPLATES_DIRECTORY, record_tok
 from gradstream.core.recipe.fine_tuning import Base
 from gradstream.core.storage import files
 from gradstream.core.storage.paths import local_of
-from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.coordinator_jobs import CoordinatorJobs
 from gradstream.services.fine_tuning.threads import in_thread
 
 MAX_FOUND = 16
@@ -61,7 +61,7 @@ def looked_at(path: str) -> None:
 
 
 @asynccontextmanager
-async def held_base(jobs: Jobs, base_model: str) -> AsyncIterator[tuple[str, str]]:
+async def held_base(jobs: CoordinatorJobs, base_model: str) -> AsyncIterator[tuple[str, str]]:
     """Directory and title of what a recipe calls its base: a path, `job:ID@VERSION`, or `job:ID`, which is a running
     job's current version, and the last one of any other. A job's checkpoint is not removed while it is read inside.
 
@@ -81,7 +81,7 @@ async def held_base(jobs: Jobs, base_model: str) -> AsyncIterator[tuple[str, str
         yield checkpoint.path, f"job:{match[1]}@{checkpoint.version}"
 
 
-async def keep_base(jobs: Jobs, base_model: str, directory: Path) -> tuple[str, str]:
+async def keep_base(jobs: CoordinatorJobs, base_model: str, directory: Path) -> tuple[str, str]:
     """As held_base; a job's checkpoint is kept in `directory`, for a job removes its old ones as it goes on.
 
     Files are linked, so they take no more room; where that cannot be, they are copied.

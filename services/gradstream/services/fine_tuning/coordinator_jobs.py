@@ -28,7 +28,7 @@ T = TypeVar("T")
 log = get_logger()
 
 
-class Jobs:
+class CoordinatorJobs:
     """Jobs of a coordinator. Methods raise the coordinator's error, UnreachableError when it does not answer."""
 
     def __init__(self, address: str, transport: Transport = PLAIN):

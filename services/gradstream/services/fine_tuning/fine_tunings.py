@@ -26,7 +26,7 @@ from gradstream.core.rpc.retry import Backoff
 from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.fine_tuning.bases import find_base, keep_base
-from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.coordinator_jobs import CoordinatorJobs
 from gradstream.services.fine_tuning.examples.dataset import load_prepared
 from gradstream.services.fine_tuning.examples.preparation import answered, prepare
 from gradstream.services.fine_tuning.generation.serving import Serving
@@ -47,7 +47,7 @@ log = get_logger()
 class FineTunings:
     """The fine-tunings of a service."""
 
-    def __init__(self, store: Store, jobs: Jobs, serving: Serving):
+    def __init__(self, store: Store, jobs: CoordinatorJobs, serving: Serving):
         self.store = store
         self._jobs = jobs
         self._serving = serving

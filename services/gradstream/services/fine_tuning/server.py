@@ -16,7 +16,7 @@ from gradstream.core.rpc.token_sources import FollowingServer
 from gradstream.core.rpc.transport import Transport
 from gradstream.core.storage import files
 from gradstream.proto.v1 import fine_tuning_pb2, fine_tuning_pb2_grpc
-from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.coordinator_jobs import CoordinatorJobs
 from gradstream.services.fine_tuning.fine_tunings import FineTunings
 from gradstream.services.fine_tuning.generation.serving import Serving
 from gradstream.services.fine_tuning.servicer import FineTuningServicer
@@ -53,7 +53,7 @@ async def serve(
         server, address = door.server, door.address
         store = Store(state_directory)
         stack.callback(store.close)
-        jobs = Jobs(coordinator, transport)
+        jobs = CoordinatorJobs(coordinator, transport)
         stack.push_async_callback(jobs.close)
         serving = Serving(device, memory_bytes)
         stack.push_async_callback(serving.close)
@@ -85,7 +85,7 @@ async def serve(
 class _HealthCheck:
     """SERVING means that fine-tunings can be noted and submitted, not just that the process runs."""
 
-    def __init__(self, store: Store, jobs: Jobs):
+    def __init__(self, store: Store, jobs: CoordinatorJobs):
         self._store = store
         self._jobs = jobs
         self._was_healthy: bool | None = None
@@ -100,7 +100,7 @@ class _HealthCheck:
         return healthy
 
 
-async def _ailment(store: Store, jobs: Jobs) -> str:
+async def _ailment(store: Store, jobs: CoordinatorJobs) -> str:
     """Why the service is of no use; empty when it is."""
     try:
         await asyncio.to_thread(files.write_atomic, str(store.temporary / "alive"), lambda stream: stream.write(b""))

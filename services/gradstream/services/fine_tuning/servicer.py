@@ -26,7 +26,7 @@ from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc, jobs_pb2
 from gradstream.services.fine_tuning import views
 from gradstream.services.fine_tuning.bases import find_base, held_base, looked_at
-from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.coordinator_jobs import CoordinatorJobs
 from gradstream.services.fine_tuning.examples.dataset import preview
 from gradstream.services.fine_tuning.examples.preparation import check_data, receive
 from gradstream.services.fine_tuning.export.exports import Exports
@@ -48,7 +48,7 @@ _Items: TypeAlias = asyncio.Queue[pb.WatchFineTuningResponse | Exception | None]
 class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
     """What people's programs call."""
 
-    def __init__(self, fine_tunings: FineTunings, jobs: Jobs, serving: Serving, root: str = ""):
+    def __init__(self, fine_tunings: FineTunings, jobs: CoordinatorJobs, serving: Serving, root: str = ""):
         self._fine_tunings = fine_tunings
         self._jobs = jobs
         self._serving = serving

@@ -13,12 +13,12 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from gradstream.core.recipe.recipe import OptimizerConfig, ScheduleConfig
+from gradstream.core.recipe.recipe import LearningRateScheduleConfig, OptimizerConfig
 
 STEP_COUNT = "step"
 
 
-def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
+def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedule: LearningRateScheduleConfig) -> float:
     """The learning rate of step `step` of `num_steps`, both counted from 0.
 
     Linear warm-up over `warmup_steps`, then: cosine to `min_ratio` (Loshchilov and Hutter, 2016); WSD, constant and a

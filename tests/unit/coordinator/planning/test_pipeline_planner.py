@@ -300,7 +300,7 @@ def test_a_plan_with_stages_reads_back(tmp_path: Path) -> None:
 def test_without_a_pipeline_nothing_changes(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, stages=1)
     made, reasons = plan(recipe, workers(0))
-    assert (made.stage_ends, made.schedule, made.worker_bytes) == ((), "", ())
+    assert (made.stage_ends, made.pipeline_schedule, made.worker_bytes) == ((), "", ())
     assert stage_need(made) == worker_bytes(recipe, made.num_parameters)
     assert set(reasons) == {"servers", "placement", "memory", "start"}
 
@@ -387,7 +387,7 @@ async def test_a_coordinator_plans_stages_and_keeps_what_they_need(cluster: Any)
     message = (await cluster.event(job_id, "stages: 2, in 1 replica of 2 workers")).event.message
     assert "schedule: 1f1b as pipeline.schedule says" in message
     plan = await first.plan_of(1)
-    assert (plan.num_stages, plan.schedule, len(plan.worker_bytes)) == (2, "1f1b", 2)
+    assert (plan.num_stages, plan.pipeline_schedule, len(plan.worker_bytes)) == (2, "1f1b", 2)
     assert all(stage_need(plan, place) < worker_bytes(recipe, 2 * plan.num_parameters) for place in range(2))
     await cluster.restart()
     stored = cluster.coordinator.controller.active.plan

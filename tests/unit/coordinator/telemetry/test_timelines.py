@@ -204,7 +204,7 @@ async def test_a_pipeline_is_shown_with_its_bubble(cluster: Any) -> None:
     plan = plan_pb2.Plan()
     plan.CopyFrom(active.plan_message)
     plan.stage_ends.extend([1, 2, 3, 4])
-    plan.num_chunks, plan.schedule = 2, "interleaved-1f1b"
+    plan.num_chunks, plan.pipeline_schedule = 2, "interleaved-1f1b"
     active.plan_message = plan
     shown = (await cluster.job(job_id)).pipeline
     assert (shown.num_stages, shown.num_workers, shown.schedule) == (4, 2, "interleaved-1f1b")

@@ -18,7 +18,7 @@ from gradstream.core.model.model import build, inventory, load_config
 from gradstream.core.model.trial import describe
 from gradstream.core.pretrained.export import write_huggingface
 from gradstream.core.recipe.loading import parse_recipe
-from gradstream.core.recipe.recipe import Recipe, ScheduleConfig
+from gradstream.core.recipe.recipe import LearningRateScheduleConfig, Recipe
 
 MANIFEST = Manifest(token_dtype="uint16", vocab_size=60, end_of_text_id=3, tokenizer_sha256="0" * 64, shards=())
 GLM = {"model_type": "glm", "head_dim": 8, "pad_token_id": None} | {
@@ -200,7 +200,7 @@ def test_an_unknown_key_is_named() -> None:
     ],
 )
 def test_a_schedule_longer_than_the_run_is_a_warning(schedule: dict[str, Any], num_steps: int, message: str) -> None:
-    found = check.schedule_warnings(ScheduleConfig(**schedule), num_steps)
+    found = check.schedule_warnings(LearningRateScheduleConfig(**schedule), num_steps)
     assert len(found) == bool(message)
     assert message in "".join(found)
 

@@ -26,7 +26,7 @@ from gradstream.core.recipe.loading import parse_recipe
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.proto.v1.fine_tuning_pb2 import UploadExamplesRequest
 from gradstream.services.fine_tuning.bases import held_base, keep_base
-from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.coordinator_jobs import CoordinatorJobs
 from gradstream.services.fine_tuning.examples import preparation
 from gradstream.services.fine_tuning.examples.preparation import check_data, receive
 from gradstream.services.fine_tuning.store import Store
@@ -41,7 +41,7 @@ RECIPE = parse_recipe(
 )
 
 
-async def resolved(jobs: Jobs, base_model: str) -> tuple[str, str]:
+async def resolved(jobs: CoordinatorJobs, base_model: str) -> tuple[str, str]:
     async with held_base(jobs, base_model) as found:
         return found
 

@@ -18,7 +18,7 @@ from gradstream.core.recipe.fine_tuning_recipe import parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.proto.v1 import jobs_pb2
 from gradstream.services.fine_tuning import fine_tunings as jobs
-from gradstream.services.fine_tuning.coordinator_jobs import Jobs
+from gradstream.services.fine_tuning.coordinator_jobs import CoordinatorJobs
 from gradstream.services.fine_tuning.fine_tunings import FineTunings
 from gradstream.services.fine_tuning.generation.serving import Serving
 from gradstream.services.fine_tuning.store import Record, Store
@@ -240,7 +240,7 @@ async def test_a_name_is_taken_once_there_was_a_job(tmp_path: Path) -> None:
 async def test_a_coordinator_that_is_away_is_waited_for(tmp_path: Path) -> None:
     """The record says for whom it waits, and since when; jobs that trained are not forgotten."""
     note(tmp_path)
-    store, jobs, serving = Store(tmp_path), Jobs("127.0.0.1:9"), Serving("cpu", 1 << 30)
+    store, jobs, serving = Store(tmp_path), CoordinatorJobs("127.0.0.1:9"), Serving("cpu", 1 << 30)
     fine_tunings = FineTunings(store, jobs, serving)
     fine_tunings.start()
     try:

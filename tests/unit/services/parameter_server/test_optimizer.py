@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradstream.core.recipe.recipe import OptimizerConfig, ScheduleConfig
+from gradstream.core.recipe.recipe import LearningRateScheduleConfig, OptimizerConfig
 from gradstream.services.parameter_server.optimizer import BundleOptimizer, learning_rate
 
 PEAK = 2.0
@@ -26,7 +26,7 @@ every_rule = pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIG
 
 
 def rate(step: int, num_steps: int = 100, **schedule: Any) -> float:
-    return learning_rate(step, num_steps, OPTIMIZER, ScheduleConfig(**schedule))
+    return learning_rate(step, num_steps, OPTIMIZER, LearningRateScheduleConfig(**schedule))
 
 
 def gradients(count: int) -> list[torch.Tensor]:

@@ -46,7 +46,7 @@ def plan_of(activations: str = "fp32", num_stages: int = 2, num_samples: int = 8
     validation = plan.recipe.validation.model_copy(update={"num_samples": num_samples})
     recipe = plan.recipe.model_copy(update={"pipeline": pipeline, "validation": validation})
     ends = {2: (2, 6), 3: (2, 3, 6)}[num_stages]
-    return dataclasses.replace(plan, recipe=recipe, stage_ends=ends, schedule="1f1b")
+    return dataclasses.replace(plan, recipe=recipe, stage_ends=ends, pipeline_schedule="1f1b")
 
 
 class Node:

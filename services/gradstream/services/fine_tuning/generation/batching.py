@@ -131,7 +131,7 @@ class _Running:
         return peak_positions(now + new) * self.resident.position_bytes
 
 
-class Scheduler:
+class Batcher:
     """The queue and the batches. Any thread submits and cancels; one thread steps."""
 
     def __init__(self, models: ServedModels, limits: EngineLimits):

@@ -15,12 +15,12 @@ from gradstream.core.errors import ConfigError, GradstreamError
 from gradstream.core.storage.pool import LOAD_SECONDS, StorageThreads
 from gradstream.services.fine_tuning.generation.batching import (
     UNFINISHED,
+    Batcher,
     EngineLimits,
     EngineStatus,
     GenerationRequest,
     Piece,
     Row,
-    Scheduler,
 )
 from gradstream.services.fine_tuning.generation.models import BaseFacts, Served, ServedModels
 from gradstream.services.fine_tuning.generation.text_stream import special_tokens
@@ -37,7 +37,7 @@ class Engine:
     def __init__(self, models: ServedModels, limits: EngineLimits | None = None):
         self.models = models
         self.limits = limits or EngineLimits()
-        self._scheduler = Scheduler(models, self.limits)
+        self._batcher = Batcher(models, self.limits)
         self._storage = StorageThreads(LOAD_SECONDS)
         self._thread: threading.Thread | None = None
 
@@ -62,7 +62,7 @@ class Engine:
         check_request(request, facts)
         pieces: asyncio.Queue[Piece | GradstreamError] = asyncio.Queue()  # bounded by max_new_tokens
         row = Row(request, served, facts, _deliverer(asyncio.get_running_loop(), pieces), patient)
-        self._scheduler.submit(row)
+        self._batcher.submit(row)
         self._start()
         try:
             while True:
@@ -73,15 +73,15 @@ class Engine:
                 if piece.finish_reason != UNFINISHED:
                     return
         finally:
-            self._scheduler.cancel(row)
+            self._batcher.cancel(row)
 
     def status(self) -> EngineStatus:
         """How many are served and wait now."""
-        return self._scheduler.status()
+        return self._batcher.status()
 
     async def close(self) -> None:
         """End all generations, with an error, and the thread."""
-        self._scheduler.close()
+        self._batcher.close()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
@@ -92,11 +92,11 @@ class Engine:
 
     def _compute(self) -> None:
         try:
-            while self._scheduler.wait():
-                self._scheduler.step()
+            while self._batcher.wait():
+                self._batcher.step()
         finally:
-            self._scheduler.close()
-            self._scheduler.abandon()
+            self._batcher.close()
+            self._batcher.abandon()
 
 
 def check_request(request: GenerationRequest, facts: BaseFacts) -> None:

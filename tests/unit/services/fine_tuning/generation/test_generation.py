@@ -26,7 +26,7 @@ from gradstream.core.model.model import build
 from gradstream.core.recipe.fine_tuning import Base
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.generation.batch import Batch
-from gradstream.services.fine_tuning.generation.batching import EngineStatus, Scheduler
+from gradstream.services.fine_tuning.generation.batching import Batcher, EngineStatus
 from gradstream.services.fine_tuning.generation.engine import Engine, EngineLimits, GenerationRequest, check_request
 from gradstream.services.fine_tuning.generation.evaluation import exact_match, num_new_tokens, spread
 from gradstream.services.fine_tuning.generation.models import ServedModels
@@ -149,21 +149,21 @@ def test_a_stop_text_ends_the_text_before_it(bases: MemoryBases) -> None:
 def test_a_cancelled_row_leaves_before_the_next_token(bases: MemoryBases) -> None:
     models = bases.served()
     models.add_base("base", bases.add("base", random_model(CONFIGS["llama"])))
-    scheduler = Scheduler(models, EngineLimits(max_batch=2))
-    first, second, third = submit(scheduler, models, *(ask("base", PROMPTS[index], 30) for index in range(3)))
-    scheduler.step()
-    scheduler.step()
-    assert scheduler.status() == EngineStatus(num_running=2, num_waiting=1)
-    scheduler.cancel(first.row)
+    batcher = Batcher(models, EngineLimits(max_batch=2))
+    first, second, third = submit(batcher, models, *(ask("base", PROMPTS[index], 30) for index in range(3)))
+    batcher.step()
+    batcher.step()
+    assert batcher.status() == EngineStatus(num_running=2, num_waiting=1)
+    batcher.cancel(first.row)
     num_tokens = first.row.num_tokens
-    scheduler.step()
+    batcher.step()
     assert first.row.num_tokens == num_tokens
-    assert scheduler.status() == EngineStatus(num_running=2, num_waiting=0)  # the third has its place
+    assert batcher.status() == EngineStatus(num_running=2, num_waiting=0)  # the third has its place
     (resident,) = models.resident_bases()
     assert resident.num_users == 2
-    scheduler.cancel(third.row)
-    scheduler.cancel(third.row)
-    drain(scheduler)
+    batcher.cancel(third.row)
+    batcher.cancel(third.row)
+    drain(batcher)
     assert resident.num_users == 0
     assert [second.text] == [one.text for one in generated(models, ask("base", PROMPTS[1], 30))]
     assert not first.finished
@@ -173,13 +173,13 @@ def test_a_cancelled_row_leaves_before_the_next_token(bases: MemoryBases) -> Non
 def test_a_row_joins_a_batch_whose_last_row_ends_at_that_token(bases: MemoryBases) -> None:
     models = bases.served()
     models.add_base("base", bases.add("base", random_model(CONFIGS["llama"])))
-    scheduler = Scheduler(models, EngineLimits())
-    (first,) = submit(scheduler, models, ask("base", PROMPTS[0], 2))
-    scheduler.step()
-    (second,) = submit(scheduler, models, ask("base", PROMPTS[1]))
-    scheduler.step()
+    batcher = Batcher(models, EngineLimits())
+    (first,) = submit(batcher, models, ask("base", PROMPTS[0], 2))
+    batcher.step()
+    (second,) = submit(batcher, models, ask("base", PROMPTS[1]))
+    batcher.step()
     assert first.finished
-    drain(scheduler)
+    drain(batcher)
     assert second.text == generated(models, ask("base", PROMPTS[1]))[0].text
 
 
@@ -188,21 +188,21 @@ def test_what_goes_wrong_in_a_batch_ends_its_rows_and_no_others(bases: MemoryBas
     for family in ("llama", "gpt2"):
         models.add_base(family, bases.add(family, random_model(CONFIGS[family])))
     whole = [one.text for one in generated(models, ask("llama", PROMPTS[0]), ask("gpt2", PROMPTS[0]))]
-    scheduler = Scheduler(models, EngineLimits())
-    failed, other = submit(scheduler, models, ask("llama", PROMPTS[0]), ask("gpt2", PROMPTS[0]))
-    scheduler.step()
+    batcher = Batcher(models, EngineLimits())
+    failed, other = submit(batcher, models, ask("llama", PROMPTS[0]), ask("gpt2", PROMPTS[0]))
+    batcher.step()
 
     def fail(*_: Any) -> None:
         raise RuntimeError("out of\nmemory")
 
     failing: Any = models.resident_bases()[0].model
     hook = failing.model.layers[1].register_forward_pre_hook(fail)  # the first layer's keys have grown already
-    scheduler.step()
+    batcher.step()
     hook.remove()
     error = failed.delivered.pop()
     assert str(error).startswith("generating failed (RuntimeError: out of memory);")
-    (again,) = submit(scheduler, models, ask("llama", PROMPTS[0]))
-    drain(scheduler)
+    (again,) = submit(batcher, models, ask("llama", PROMPTS[0]))
+    drain(batcher)
     assert [again.text, other.text] == whole
     assert [resident.num_users for resident in models.resident_bases()] == [0, 0]
 
@@ -210,17 +210,17 @@ def test_what_goes_wrong_in_a_batch_ends_its_rows_and_no_others(bases: MemoryBas
 def test_waiting_is_bounded_and_cancelled_too(bases: MemoryBases) -> None:
     models = bases.served()
     models.add_base("base", bases.add("base", random_model(CONFIGS["llama"])))
-    scheduler = Scheduler(models, EngineLimits(max_batch=1, max_waiting=2))
+    batcher = Batcher(models, EngineLimits(max_batch=1, max_waiting=2))
     request = ask("base", PROMPTS[0], 3)
-    first, second = submit(scheduler, models, request, request)
+    first, second = submit(batcher, models, request, request)
     with pytest.raises(UnreachableError, match=r"^busy: 0 requests are being generated and 2 wait already; ask again"):
-        submit(scheduler, models, request)
+        submit(batcher, models, request)
     patient = Asked(models, request, patient=True)
-    scheduler.submit(patient.row)
-    scheduler.cancel(first.row)
-    submit(scheduler, models, request)
-    assert scheduler.status() == EngineStatus(0, 3)
-    drain(scheduler)
+    batcher.submit(patient.row)
+    batcher.cancel(first.row)
+    submit(batcher, models, request)
+    assert batcher.status() == EngineStatus(0, 3)
+    drain(batcher)
     assert first.delivered == []
     assert second.text == patient.text
 
@@ -230,20 +230,20 @@ def test_rows_wait_for_memory_for_their_keys_and_values(bases: MemoryBases) -> N
     models.add_base("base", bases.add("base", random_model(CONFIGS["llama"])))
     position_bytes = 2 * 2 * 1 * 16 * 4  # keys and values, layers, heads, elements, fp32
     requests = [ask("base", PROMPTS[index], 10) for index in (0, 1, 2)]  # 13, 11 and 18 positions at most
-    scheduler = Scheduler(models, EngineLimits(cache_bytes=26 * position_bytes))
-    asked = submit(scheduler, models, *requests)
-    scheduler.step()
+    batcher = Batcher(models, EngineLimits(cache_bytes=26 * position_bytes))
+    asked = submit(batcher, models, *requests)
+    batcher.step()
     (resident,) = models.resident_bases()
     assert resident.position_bytes == position_bytes
-    assert scheduler.status() == EngineStatus(2, 1)
-    drain(scheduler)
+    assert batcher.status() == EngineStatus(2, 1)
+    drain(batcher)
     assert [one.text for one in asked] == [one.text for one in generated(models, *requests)]
     # One that alone needs more is served alone.
-    scheduler = Scheduler(models, EngineLimits(cache_bytes=1))
-    submit(scheduler, models, *requests)
-    scheduler.step()
-    assert scheduler.status() == EngineStatus(1, 2)
-    drain(scheduler)
+    batcher = Batcher(models, EngineLimits(cache_bytes=1))
+    submit(batcher, models, *requests)
+    batcher.step()
+    assert batcher.status() == EngineStatus(1, 2)
+    drain(batcher)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from gradstream.core.model.lora import peft_config
 from gradstream.core.model.model import build
 from gradstream.core.recipe.fine_tuning import Base, LoraConfig
 from gradstream.services.fine_tuning.generation.batch import Batch
-from gradstream.services.fine_tuning.generation.batching import EngineStatus, Scheduler
+from gradstream.services.fine_tuning.generation.batching import Batcher, EngineStatus
 from gradstream.services.fine_tuning.generation.engine import EngineLimits
 from gradstream.services.fine_tuning.generation.models import ResidentLimits, ServedModels
 from gradstream.services.fine_tuning.generation.resident import NO_ADAPTER, ResidentBase
@@ -119,11 +119,11 @@ def test_adapters_are_loaded_on_demand_and_the_longest_unused_makes_room(bases: 
     assert together[0].text == text_of(bases, PROMPTS[0], greedy_of(bare, PROMPTS[0]))
     assert digest(dict(models.resident_bases()[0].model.named_parameters())) == before
     # Three at once have no room: the third waits until one has gone.
-    scheduler = Scheduler(models, EngineLimits())
-    asked = submit(scheduler, models, *(ask(name, PROMPTS[0], 4) for name in ("one", "two", "three", "base")))
-    scheduler.step()
-    assert scheduler.status() == EngineStatus(2, 2)
-    drain(scheduler)
+    batcher = Batcher(models, EngineLimits())
+    asked = submit(batcher, models, *(ask(name, PROMPTS[0], 4) for name in ("one", "two", "three", "base")))
+    batcher.step()
+    assert batcher.status() == EngineStatus(2, 2)
+    drain(batcher)
     assert [one.text for one in asked[:3]] == [
         one.text for one in generated(models, *(ask(name, PROMPTS[0], 4) for name in ("one", "two", "three")))
     ]
@@ -133,13 +133,13 @@ def test_an_adapter_that_is_replaced_goes_on_for_those_who_have_it(bases: Memory
     models = bases.served()
     bare = with_adapters(bases, models, "one", "two")
     two = generated(models, ask("two", PROMPTS[0]))[0].text
-    scheduler = Scheduler(models, EngineLimits())
-    (old,) = submit(scheduler, models, ask("one", PROMPTS[0]))
-    scheduler.step()
+    batcher = Batcher(models, EngineLimits())
+    (old,) = submit(batcher, models, ask("one", PROMPTS[0]))
+    batcher.step()
     lora = LoraConfig(rank=2)
     models.add_adapter("one", models.find("one").base, lora, adapter_weights(bare, lora, 1))
-    (new,) = submit(scheduler, models, ask("one", PROMPTS[0]))
-    drain(scheduler)
+    (new,) = submit(batcher, models, ask("one", PROMPTS[0]))
+    drain(batcher)
     assert new.text == two != old.text
 
 
@@ -156,12 +156,12 @@ def test_bases_make_room_for_each_other_and_are_waited_for(bases: MemoryBases) -
     models = ServedModels(opened, lambda base: bases.tokenizer, limits)
     models.add_base("plain", bases.add("plain", plain))
     models.add_base("other", bases.add("other", other))
-    scheduler = Scheduler(models, EngineLimits())
-    asked = submit(scheduler, models, *(ask(name, PROMPTS[0]) for name in ("plain", "other", "plain")))
-    scheduler.step()
-    assert scheduler.status() == EngineStatus(1, 2)  # nobody is overtaken
+    batcher = Batcher(models, EngineLimits())
+    asked = submit(batcher, models, *(ask(name, PROMPTS[0]) for name in ("plain", "other", "plain")))
+    batcher.step()
+    assert batcher.status() == EngineStatus(1, 2)  # nobody is overtaken
     resident.append(weakref.ref(models.resident_bases()[0].model))
-    drain(scheduler)
+    drain(batcher)
     assert bases.num_reads == {"plain": 2, "other": 1}
     assert len(models.resident_bases()) == 1
     # Opened for the facts twice, two sizes and three loads; the first model is gone before the second is loaded.
@@ -176,11 +176,11 @@ def test_two_bases_generate_side_by_side(bases: MemoryBases) -> None:
     models = bases.served()
     for number, model in enumerate(both):
         models.add_base(f"base{number}", bases.add(f"base{number}", model))
-    scheduler = Scheduler(models, EngineLimits())
-    asked = submit(scheduler, models, ask("base0", PROMPTS[0]), ask("base1", PROMPTS[0]))
-    scheduler.step()
-    assert scheduler.status() == EngineStatus(2, 0)
-    drain(scheduler)
+    batcher = Batcher(models, EngineLimits())
+    asked = submit(batcher, models, ask("base0", PROMPTS[0]), ask("base1", PROMPTS[0]))
+    batcher.step()
+    assert batcher.status() == EngineStatus(2, 0)
+    drain(batcher)
     assert [one.text for one in asked] == [text_of(bases, PROMPTS[0], greedy_of(model, PROMPTS[0])) for model in both]
 
 

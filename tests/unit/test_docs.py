@@ -232,7 +232,7 @@ KEYS = {*_keys(Recipe), *_keys(FineTuningRecipe)}
 SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
 FREE = ("model.config.", "fine_tuning.base.")
 """Below these are the keys of other formats."""
-OTHERS = (".py", ".png", ".safetensors", ".weight")
+OTHERS = (".py", ".md", ".png", ".safetensors", ".weight")
 """Ends of names that are files or tensors."""
 
 

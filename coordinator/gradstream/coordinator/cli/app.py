@@ -28,6 +28,7 @@ EPILOG = (
 
 # Name, module below gradstream.coordinator.cli, attribute (a function, or a typer.Typer for a group), one line of help.
 COMMANDS: tuple[tuple[str, str, str, str], ...] = (
+    ("init", "init", "init", "Write a first recipe that fits your text and machines."),
     ("dev", "dev", "dev", "Train a recipe here: start a cluster on this machine, run the job, show the result."),
     ("submit", "jobs", "submit", "Submit a recipe to a cluster."),
     ("plan", "plan", "plan", "Tell what a recipe will take before anything starts: cut, memory, bytes, time."),

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradstream.coordinator.cli.app import group
-from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, find_recipe, parse_size
+from gradstream.coordinator.cli.options import (
+    OutputFormat,
+    OutputOption,
+    OverrideOption,
+    data_path,
+    find_recipe,
+    parse_size,
+)
 from gradstream.coordinator.cli.views import output as out
 
 if TYPE_CHECKING:
@@ -35,7 +42,13 @@ def prepare(
         ),
     ] = None,
     out_path: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="Where the data set goes, on any fsspec path.")
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where the data set goes, on any fsspec path.",
+            show_default="data/NAME by the source",
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -58,12 +71,10 @@ def prepare(
     ] = None,
     num_shards: Annotated[
         int | None,
-        typer.Option(
-            help="Data shards for training, and as many for validation: a multiple of num_slots.", show_default="8"
-        ),
+        typer.Option(help="Data shards of each split; very little text has fewer.", show_default="8"),
     ] = None,
     validation_fraction: Annotated[
-        float | None, typer.Option(help="Share of documents held out.", show_default="0.02")
+        float | None, typer.Option(help="Share of documents held out.", show_default="0.02; of little text up to 0.1")
     ] = None,
     text_field: Annotated[
         str | None, typer.Option(help="Of rows: the field that holds the text; a.b is b in a.", show_default="text")
@@ -83,7 +94,7 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Replace a data set that is already there.")] = False,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Make a data set (tokenizer, data shards, manifest) from text, of a recipe or of SOURCES with --out."""
+    """Make a data set (tokenizer, data shards, manifest) from SOURCES, or as a recipe says."""
     options = {
         "vocab_size": vocab_size,
         "tokenizer": tokenizer,
@@ -121,6 +132,8 @@ def prepare(
         return
     _print_summary(summary, last[0].end_of_text)
     out.say(f"prepared in {seconds:.1f} s")
+    if recipe is None:
+        out.hint(f"a recipe for it: gradstream init {path}")
 
 
 @data_app.command()
@@ -166,11 +179,9 @@ def _from_options(
     if overrides:
         raise ConfigError("-s overrides a recipe's keys; add --recipe or use the options of `gradstream data prepare`")
     if not sources:
-        raise ConfigError("nothing to prepare; give SOURCES and --out, or --recipe")
-    if out_path is None:
-        raise ConfigError("where should the data set go? add --out DIR")
+        raise ConfigError("nothing to prepare; name files, globs or directories, or a --recipe")
     try:
-        return PrepareConfig(sources=sources, **given), out_path
+        return PrepareConfig(sources=sources, **given), out_path or data_path(sources)
     except ValidationError as error:
         problem = error.errors()[0]
         name = "--" + str(problem["loc"][0]).replace("_", "-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -104,6 +105,24 @@ def parse_bit_rate(text: str) -> float:
     if not 0 < rate < 1e18:
         raise ConfigError(f"'{text}' is not a link's speed; write it in bits a second, like 1Gb/s or 100Mb/s")
     return rate
+
+
+def data_name(sources: Sequence[str]) -> str:
+    """What to call data when nobody says it, by its first source: a file's name without suffixes, of a glob the
+    directory before it."""
+    fixed: list[str] = []
+    for part in re.split(r"[/:]+", sources[0]):
+        if any(character in part for character in "*?["):
+            break
+        fixed.append(part)
+    last = next((part for part in reversed(fixed) if part not in ("", ".", "..", "~")), "")
+    plain = re.sub(r"[^a-z0-9_-]+", "-", last.lower().split(".")[0] or last.lower()).strip("-_")
+    return plain[:40] or "mine"
+
+
+def data_path(sources: Sequence[str]) -> str:
+    """Where the data set of sources goes when nobody says it."""
+    return f"data/{data_name(sources)}"
 
 
 def open_client(coordinator: str | None) -> Client:

@@ -1,3 +1,3 @@
-"""What every part of gradstream shares: plans, fragments, codecs, the wire, recipes, errors."""
+"""The parts that all packages of gradstream share: plans, fragments, codecs, wire formats, recipes, errors."""
 
 __version__ = "0.1.0"

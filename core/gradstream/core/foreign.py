@@ -1,8 +1,10 @@
-"""The boundary around parsers written in other languages: tokenizers and safetensors (Rust), pyarrow and zstd (C++, C),
-and jinja templates, which are programs of other people.
+"""Error handling around foreign parsers and programs.
 
-Rust code that panics raises `PanicException`, which is no `Exception`: `except Exception` does not catch it, a task
-ends without a word, and gRPC leaves the call unanswered. Inside this boundary a panic is an error like any other.
+Foreign are the parsers written in other languages (tokenizers and safetensors in Rust, pyarrow in C++, zstd in C) and
+jinja templates, which are programs of other people.
+
+A panic in Rust raises `PanicException`, which is not an `Exception`: `except Exception` does not catch it, a task ends
+without a log line, and gRPC leaves the call unanswered. The functions here turn a panic into an ordinary error.
 """
 
 from __future__ import annotations
@@ -16,31 +18,31 @@ from typing import Any
 from gradstream.core.errors import DataError, GradstreamError, one_line
 
 MAX_CAUSE_CHARACTERS = 300
-# Every other BaseException means that code failed. These four are how Python ends a program, a generator or a task.
+# With these four Python ends a program, a generator or a task. Every other BaseException means that code failed.
 _ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 Refuse = Callable[[str], GradstreamError]
-"""Makes the error for people from the parser's own words."""
+"""Makes the error for people from the parser's message."""
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether `error` is a failure that `except Exception` lets pass."""
+    """Whether `error` is a failure that `except Exception` does not catch."""
     return not isinstance(error, (Exception, *_ENDINGS))
 
 
 def panic_error(panic: BaseException) -> DataError:
-    """A panic as an error with one line, where nothing says more about the data that the parser met."""
+    """The error for a panic where the caller does not know which data the parser was reading."""
     return DataError(f"a parser crashed on its input ({cause_of(panic)}); get the file again, or leave it out")
 
 
 def cause_of(error: BaseException) -> str:
-    """The words of a parser on one line, shortened."""
+    """A parser's message on one line, shortened."""
     return one_line(error)[:MAX_CAUSE_CHARACTERS]
 
 
 @contextmanager
 def panics_caught() -> Iterator[None]:
-    """Raise DataError for a panic inside; everything else passes."""
+    """Raise DataError for a panic inside the block; other errors pass unchanged."""
     try:
         yield
     except BaseException as error:
@@ -51,8 +53,10 @@ def panics_caught() -> Iterator[None]:
 
 @contextmanager
 def parsing(refuse: Refuse) -> Iterator[None]:
-    """Whatever a parser raises inside, panics included, becomes the error that `refuse` makes of its words. Errors of
-    gradstream pass as they are."""
+    """Replace an error that a parser raises inside the block, panics included, by the error that `refuse` makes.
+
+    Errors of gradstream pass unchanged.
+    """
     try:
         yield
     except GradstreamError:
@@ -64,7 +68,7 @@ def parsing(refuse: Refuse) -> Iterator[None]:
 
 
 class Guarded:
-    """An object of another language whose methods are called inside `parsing(refuse)`."""
+    """A wrapper that calls the methods of a foreign object inside `parsing(refuse)`."""
 
     def __init__(self, inner: Any, refuse: Refuse):
         object.__setattr__(self, "_inner", inner)

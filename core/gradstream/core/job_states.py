@@ -1,4 +1,4 @@
-"""The states of a job's life: their numbers on the wire, their names for people, and which of them end it."""
+"""The states of a job: their numbers on the wire, their names for people, and the states in which a job has ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FAILED = jobs_pb2.JOB_STATE_FAILED
 STOPPED = jobs_pb2.JOB_STATE_STOPPED
 
 ENDED = (FINISHED, FAILED, STOPPED)
-"""A job in one of them makes no more steps unless it is resumed."""
+"""A job in one of these states makes no more steps unless it is resumed."""
 
 STATE_WORDS = {
     QUEUED: "queued",

@@ -1,4 +1,4 @@
-"""Logging: structlog to stderr, and a bounded buffer of lines that a node's heartbeats carry to the coordinator."""
+"""Logging: structlog to stderr, and a bounded buffer of lines that heartbeats carry to the coordinator."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ MAX_LINES_PER_HEARTBEAT = 200
 
 
 class LogBuffer:
-    """Keeps the newest lines until a heartbeat takes them; older ones fall out."""
+    """The newest log lines that no heartbeat has taken yet. When the buffer is full, the oldest line is dropped."""
 
     def __init__(self, max_lines: int = 1000):
         self._lines: deque[coordinator_pb2.LogLine] = deque(maxlen=max_lines)
 
     def take(self) -> list[coordinator_pb2.LogLine]:
-        """Remove and return the oldest lines, as many as one heartbeat may carry."""
+        """Remove and return the oldest lines, at most MAX_LINES_PER_HEARTBEAT."""
         return [self._lines.popleft() for _ in range(min(len(self._lines), MAX_LINES_PER_HEARTBEAT))]
 
     def __call__(self, _: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        """As a structlog processor: copy the line."""
+        """Copy the line into the buffer (a structlog processor)."""
         fields = {
             key: value for key, value in event.items() if key not in ("event", "level", "timestamp", "job", "node")
         }
@@ -43,12 +43,12 @@ class LogBuffer:
 
 
 def _shown(_: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """As a structlog processor: what peers wrote must not move the cursor of who reads the log."""
+    """Write out control characters (a structlog processor): a peer's text must not move the reader's cursor."""
     return {key: shown(value) if isinstance(value, str) else value for key, value in event.items()}
 
 
 class _Stderr:
-    """Whatever sys.stderr is when a line is written, not what it was when logging was configured."""
+    """A stream that looks up sys.stderr at each write, because sys.stderr may change after logging was configured."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text)
@@ -58,7 +58,7 @@ class _Stderr:
 
 
 def configure(level: str = "info", buffer: LogBuffer | None = None, json_lines: bool | None = None) -> None:
-    """Send log lines to stderr: readable, or JSON when `json_lines` or GRADSTREAM_LOG_FORMAT=json says so."""
+    """Send log lines to stderr as text, or as JSON if `json_lines` is true or GRADSTREAM_LOG_FORMAT is "json"."""
     if json_lines is None:
         json_lines = os.environ.get("GRADSTREAM_LOG_FORMAT") == "json"
     processors: list[Any] = [

@@ -1,4 +1,4 @@
-"""A thread for one call that may never end: neither the process nor an event loop waits for it."""
+"""Threads for calls that may never end. Neither the process nor an event loop waits for such a thread."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def start_call(name: str, function: Callable[[], T], ended: Callable[[], None] = lambda: None) -> asyncio.Future[T]:
-    """Call `function` in a daemon thread of that name; the future of the running event loop gets its result or error.
+    """Call `function` in a daemon thread with this name; the future, of the running event loop, gets the outcome.
 
-    A parser's panic is a DataError. `ended` is called on the event loop when the call has returned, also when the
-    future was cancelled. A call that was given up goes on, so only functions may be called that may end late, or never.
+    A parser's panic becomes a DataError. `ended` is called on the event loop when the call has returned, also if the
+    future was cancelled. Cancelling does not stop the call: use functions that may safely end late or never.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()

@@ -1,1 +1,1 @@
-"""Pipeline schedules: as tables, their validator and their simulator."""
+"""Pipeline schedules as tables, with a validator and a simulator."""

@@ -1,21 +1,24 @@
-"""Pipeline schedules: which microbatch each worker computes when, as tables; a validator and a simulator of them.
+"""Pipeline schedules as tables: the order in which each worker computes its microbatches.
+
+`validation` checks a table, `simulation` computes its duration.
 
 A pipeline has `num_workers` workers with `num_chunks` stages each. Stage s is on worker s % num_workers, so a worker's
 chunk c is stage c * num_workers + worker, and each stage's neighbours are on the neighbouring workers, in a ring.
 
-Tables are in the notation of torch.distributed.pipelining, "2F0" for the forward pass of microbatch 0 on stage 2, and
-are what torch's runtime loads as CSV.
+Tables use the notation of torch.distributed.pipelining: "2F0" is the forward pass of microbatch 0 on stage 2. Torch's
+runtime can load them as CSV.
 
-All schedules here have one shape: some forwards to fill the pipeline, then a forward and a backward in turn, then the
-backwards that are left. They differ in how many forwards come first, and in whether the backward is split:
+All schedules have three phases: forwards that fill the pipeline, then a forward and a backward in turn, then the
+remaining backwards. They differ in the number of forwards in the first phase, and in whether the backward is split:
 
-- gpipe (Huang et al. 2019): all forwards first.
-- 1f1b (PipeDream-flush, Narayanan et al. 2021): one for each worker behind this one, so that the first backward arrives
-  when it is due.
-- eager-1f1b: two for each. The extra ones are on their way while a link with latency carries the others.
-- interleaved-1f1b (Narayanan et al. 2021): two for each, and rounds through all chunks but the last.
-- zero-bubble (ZB-H1, Qi et al. 2024): the backward pass of the inputs alone, which the worker before waits for, comes
-  at once; that of the weights fills the time in which the worker would wait.
+- gpipe (Huang et al. 2019): all forwards.
+- 1f1b (PipeDream-flush, Narayanan et al. 2021): one forward for each worker behind this one. The first backward then
+  arrives when it is due.
+- eager-1f1b: two forwards for each worker behind this one. The second ones overlap the latency of the links.
+- interleaved-1f1b (Narayanan et al. 2021): two forwards for each worker behind this one, and one round through all
+  chunks but the last.
+- zero-bubble (ZB-H1, Qi et al. 2024): split backwards. The pass for the inputs, for which the worker before waits, comes
+  at once. The pass for the weights fills the time in which the worker would wait.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from gradstream.core.errors import ConfigError
 
 
 class Op(StrEnum):
-    """What is computed. A full backward is the same as that of the inputs and then that of the weights."""
+    """Kinds of computation. BACKWARD does the work of BACKWARD_INPUT and then BACKWARD_WEIGHT."""
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -57,12 +60,12 @@ SCHEDULES = ("gpipe", "1f1b", "eager-1f1b", "interleaved-1f1b", "zero-bubble")
 SPLIT = ("zero-bubble",)
 """Schedules whose backward pass has two parts."""
 MAX_MISSING = 100_000
-"""Actions that a table may lack to be told the first of them."""
+"""Number of missing actions up to which the validator names the first one."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A table: one row a worker."""
+    """A schedule's table, with one row for each worker."""
 
     name: str
     num_microbatches: int
@@ -83,12 +86,12 @@ class Schedule:
 
     @cached_property
     def split(self) -> bool:
-        """Whether backward passes are in two parts."""
+        """Whether backward passes are split into two parts."""
         return any(action.op in (Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT) for row in self.rows for action in row)
 
     @property
     def last_op(self) -> Op:
-        """The op after which a microbatch's activations are given up."""
+        """The op after which a microbatch's activations are freed."""
         return Op.BACKWARD_WEIGHT if self.split else Op.BACKWARD
 
     def needs(self, action: Action) -> list[Action]:
@@ -103,7 +106,7 @@ class Schedule:
         return [own] if stage == self.num_stages - 1 else [own, Action(stage + 1, backward, microbatch)]
 
     def to_csv(self) -> str:
-        """A line a worker, as torch.distributed.pipelining loads it ("compute_only")."""
+        """The table as CSV, one line for each worker, as torch.distributed.pipelining loads it ("compute_only")."""
         return "".join(",".join(map(str, row)) + "\n" for row in self.rows)
 
 
@@ -117,7 +120,7 @@ def make_schedule(name: str, num_workers: int, num_microbatches: int, num_chunks
 
 
 def unavailable(name: str, num_workers: int, num_microbatches: int, num_chunks: int) -> str:
-    """Why there is no such schedule; empty if there is."""
+    """The reason why there is no such schedule; empty if there is one."""
     if name not in SCHEDULES:
         return f"schedule '{name}' is not known; there are {', '.join(SCHEDULES)}"
     if min(num_workers, num_microbatches, num_chunks) < 1:
@@ -138,7 +141,10 @@ def unavailable(name: str, num_workers: int, num_microbatches: int, num_chunks: 
 
 
 def most_slots(name: str, num_workers: int, per_slot: int, num_chunks: int, num_slots: int) -> int:
-    """How many of `num_slots` slots with `per_slot` microbatches each one table can take one after the other."""
+    """The largest number of slots, at most `num_slots`, that one table can compute one after the other.
+
+    Each slot has `per_slot` microbatches.
+    """
     if not name:
         return 1
     return next(
@@ -155,7 +161,7 @@ def most_slots(name: str, num_workers: int, per_slot: int, num_chunks: int, num_
 
 
 def _num_rounds(num_workers: int, num_microbatches: int) -> int:
-    """Through all its chunks a worker goes with one round of microbatches after another."""
+    """Number of rounds. A worker takes one round of microbatches through all its chunks before the next round."""
     return max(1, num_microbatches // num_workers)
 
 
@@ -179,8 +185,8 @@ def _row(name: str, worker: int, num_workers: int, num_microbatches: int, num_ch
     for number, action in enumerate(backwards):
         row += islice(forwards, 1)
         row.append(action)
-        # A worker late in the pipeline has little to wait for: its weights' passes come later, when those before it
-        # have nothing else to do either.
+        # A worker late in the pipeline waits little at first. Its passes for the weights come later, when the workers
+        # before it compute theirs too.
         if split and number >= worker:
             row += islice(weights, 1)
     if split:
@@ -191,15 +197,12 @@ def _row(name: str, worker: int, num_workers: int, num_microbatches: int, num_ch
 def _passes(
     worker: int, num_workers: int, num_microbatches: int, num_chunks: int, round_size: int, op: Op
 ) -> Iterator[Action]:
-    """One pass over all microbatches and chunks of a worker: forwards go up through the chunks, backwards down."""
+    """The actions of one op over all microbatches and chunks of a worker.
+
+    Forwards go through the chunks in ascending order, backwards in descending order.
+    """
     chunks = range(num_chunks) if op is Op.FORWARD else range(num_chunks - 1, -1, -1)
     for begin in range(0, num_microbatches, round_size):
         for chunk in chunks:
             for microbatch in range(begin, begin + round_size):
                 yield Action(chunk * num_workers + worker, op, microbatch)
-
-
-# --- validity ---------------------------------------------------------------------------------------------------------
-
-
-# --- time -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How long a schedule takes with the costs at hand, and which schedule is the fastest. Pure functions."""
+"""Simulation of schedules with measured costs, and the choice of the fastest one. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from gradstream.core.pipeline.validation import live_activations
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: of each op on each stage, `compute[stage][op]`, and of a message between two workers, `latency`. A full
-    backward may be given as its two parts, and a split one by halves of the full one. `input_first`: also a full one
-    makes the gradient of the inputs first, and gives it away before it makes those of the weights."""
+    """The costs of a pipeline in seconds.
+
+    `compute[stage][op]` is the time of each op on each stage, `latency` the time of a message between two workers.
+    Where a full backward is missing, its time is the sum of its two parts. Where a part is missing, its time is half of
+    the full backward. With `input_first` a full backward computes the gradient of the inputs first, and sends it before
+    it computes the gradients of the weights.
+    """
 
     compute: Sequence[Mapping[Op, float]]
     latency: float = 0.0
@@ -30,7 +34,7 @@ class Costs:
         return seconds[Op.BACKWARD] / 2
 
     def until_given(self, action: Action) -> float:
-        """Seconds from an action's begin until others can have what it gives."""
+        """Seconds from an action's begin until its result can be sent."""
         if self.input_first and action.op is Op.BACKWARD:
             action = Action(action.stage, Op.BACKWARD_INPUT, action.microbatch)
         return self.of(action)
@@ -38,8 +42,11 @@ class Costs:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a schedule takes. `begins[worker][i]` is when the row's action i begins; `bubble` is the share of the
-    workers' time in which they wait."""
+    """The result of a simulation.
+
+    `makespan` is the duration in seconds. `bubble` is the share of the workers' time in which they wait.
+    `begins[worker][i]` is the time at which action i of the worker's row begins.
+    """
 
     makespan: float
     bubble: float
@@ -47,7 +54,7 @@ class Simulation:
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Simulation:
-    """Run a valid table with each worker in its own order, each action as soon as what it needs is there."""
+    """Simulate a valid table: each worker keeps its row's order and begins an action once its inputs have arrived."""
     given: dict[Action, float] = {}
     begins: list[list[float]] = [[] for _ in schedule.rows]
     free = [0.0] * schedule.num_workers
@@ -78,8 +85,10 @@ def simulate(schedule: Schedule, costs: Costs) -> Simulation:
 
 
 def ideal_bubble(num_workers: int, num_microbatches: int) -> float:
-    """The share of time that GPipe and 1F1B wait when all stages take equally long and give what the neighbour needs at
-    the end of a pass: (P - 1) / (M + P - 1)."""
+    """The bubble of GPipe and 1F1B when all stages take equally long and send at the end of a pass.
+
+    It is (P - 1) / (M + P - 1), for P workers and M microbatches.
+    """
     return (num_workers - 1) / (num_microbatches + num_workers - 1)
 
 
@@ -92,15 +101,16 @@ def choose_schedule(
     other_runs: Collection[int] = (),
     names: Collection[str] = SCHEDULES,
 ) -> tuple[Schedule, str]:
-    """The fastest schedule, of those named, of which every worker can hold the activations, and why.
+    """Choose the fastest schedule in `names` whose activations fit into every worker's memory; return it and why.
 
-    `costs` has the stages of all chunks; `most_live[worker]` is how many microbatches of one stage its memory holds.
-    The schedule must exist and fit for runs of `other_runs` microbatches too, which a replica may come to compute.
-    Between equals the one that holds less wins. Raises ConfigError when none fits.
+    `costs` has the stages of all chunks. `most_live[worker]` is the number of microbatches of one stage that the
+    worker's memory holds. The schedule must also exist and fit for runs of `other_runs` microbatches, which a replica
+    may have to compute later. Of equally fast schedules, the one that holds fewer activations wins. Raises ConfigError
+    when none fits.
     """
     runs = sorted({num_microbatches, *other_runs})
     tried: list[tuple[float, int, int, Schedule]] = []
-    too_large: dict[str, int] = {}  # with the worker that lacks most
+    too_large: dict[str, int] = {}  # schedule: the worker that lacks the most memory
     reasons = []
     for order, name in enumerate(names):
         reason = next(filter(None, (unavailable(name, num_workers, run, num_chunks) for run in runs)), "")
@@ -108,14 +118,14 @@ def choose_schedule(
             reasons.append(reason)
             continue
         schedule = make_schedule(name, num_workers, num_microbatches, num_chunks)
-        # Not by `validate`, which takes long for many microbatches: made tables are valid.
+        # `validate` is not called: it takes long for many microbatches, and tables of `make_schedule` are valid.
         made = [make_schedule(name, num_workers, run, num_chunks) for run in runs]
         live = tuple(map(max, zip(*map(live_activations, made), strict=True)))
         lacking = [max(0, held - most) for held, most in zip(live, most_live, strict=True)]
         if any(lacking):
             too_large[name] = lacking.index(max(lacking))
             continue
-        # To the microsecond, so that rounding does not decide.
+        # Rounded to the microsecond: rounding errors must not decide between equal schedules.
         makespan = round(simulate(schedule, costs).makespan, 6)
         tried.append((makespan, max(live), order, schedule))
     if not tried and not too_large:

@@ -1,4 +1,4 @@
-"""Whether a schedule can run, and what it keeps in memory. Pure functions."""
+"""The validator of schedules, and the activations that a schedule keeps in memory. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from gradstream.core.pipeline.schedule import MAX_MISSING, Action, Op, Row, Sche
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the validator finds of a valid table, by worker: `live_activations` is the largest number of (stage,
-    microbatch) whose activations a worker holds at once; `waiting_messages` the largest number of activations and
-    gradients from neighbours that wait at a worker, however the workers' speeds may be."""
+    """Upper bounds of a valid table, by worker.
+
+    `live_activations` is the largest number of (stage, microbatch) pairs whose activations the worker holds at once.
+    `waiting_messages` is the largest number of activations and gradients from neighbours that wait at the worker, for
+    any speeds of the workers.
+    """
 
     live_activations: tuple[int, ...]
     waiting_messages: tuple[int, ...]
 
 
 def validate(schedule: Schedule) -> Bounds:
-    """Check that a table computes every microbatch on every stage once, each stage on its own worker, and can be run to
-    its end. Raises ConfigError with the first action that is wrong."""
+    """Check a table: every stage computes every microbatch once, on the right worker, and no worker waits for ever.
+
+    Raises ConfigError with the first action that is wrong.
+    """
     rows, num_stages = schedule.rows, schedule.num_stages
     ops = [Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT] if schedule.split else [Op.FORWARD, Op.BACKWARD]
     expected, found = num_stages * schedule.num_microbatches * len(ops), sum(map(len, rows))
-    if expected > found + MAX_MISSING:  # by a number that means nothing: the rest is not even listed
+    if expected > found + MAX_MISSING:  # the counts cannot be meant: do not build the set of missing actions
         raise ConfigError(
             f"schedule: {found} actions, where {num_stages} stages and {schedule.num_microbatches} microbatches need "
             f"{expected}"
@@ -57,7 +62,7 @@ def validate(schedule: Schedule) -> Bounds:
 
 
 def _advance(schedule: Schedule, done: set[Action], places: list[int], limits: Sequence[int]) -> None:
-    """Run every row from its place as far as it goes, or to its limit."""
+    """Run every row from its place until an action's inputs are missing, or up to its limit."""
     moved = True
     while moved:
         moved = False
@@ -69,7 +74,7 @@ def _advance(schedule: Schedule, done: set[Action], places: list[int], limits: S
 
 
 def live_activations(schedule: Schedule) -> tuple[int, ...]:
-    """By worker, the largest number of (stage, microbatch) whose activations it holds at once."""
+    """By worker, the largest number of (stage, microbatch) pairs whose activations it holds at once."""
     return tuple(_most_live(row, schedule.last_op) for row in schedule.rows)
 
 
@@ -82,7 +87,7 @@ def _most_live(row: Row, last: Op) -> int:
 
 
 def _most_waiting(schedule: Schedule, worker: int) -> int:
-    """Messages that wait at a worker when all others run ahead as far as they can without it."""
+    """Largest number of messages that wait at a worker while all other workers run as far ahead as they can."""
     row = schedule.rows[worker]
     # Neighbours' actions, and where in this row they are used.
     needed = {
@@ -96,7 +101,7 @@ def _most_waiting(schedule: Schedule, worker: int) -> int:
     limits = list(map(len, schedule.rows))
     most = 0
     for held in range(len(row) + 1):
-        # This worker has done `held` of its actions, and stands still; the others go on until they need it.
+        # This worker has done `held` of its actions and stops there; the others continue until they need its results.
         limits[worker] = held
         _advance(schedule, done, places, limits)
         most = max(most, sum(item in done and place >= held for item, place in needed.items()))

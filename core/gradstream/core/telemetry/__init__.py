@@ -1,1 +1,1 @@
-"""Timelines: what a worker did and when, and the trace formats of it."""
+"""Timelines of workers, and their trace format."""

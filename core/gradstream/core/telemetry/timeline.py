@@ -1,8 +1,8 @@
-"""Timelines: what a worker did and when, how much of its communication compute hid, and Chrome's trace format.
+"""Timelines: the spans of a worker's work, and how much of its communication overlapped compute.
 
-Pure functions over spans. A span's kind says what happened (`SpanKind`). Times are Unix microseconds of the worker's
-own clock: those of one worker compare exactly, those of several as well as their clocks agree. How long the workers of
-a pipeline wait is in `coordinator/telemetry/pipeline_timeline`.
+Pure functions over spans. Times are Unix microseconds by the worker's own clock: times of one worker compare exactly,
+times of several workers as exactly as their clocks agree. `coordinator/telemetry/pipeline_timeline` computes how long
+the workers of a pipeline wait.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from gradstream.core.pipeline.schedule import Op
 from gradstream.proto.v1 import coordinator_pb2
 
 MAX_SPANS = 4096
-"""Most spans of one version that a worker keeps and the coordinator takes."""
+"""Maximum number of spans of one version that a worker keeps and the coordinator accepts."""
 
 
 class SpanKind(StrEnum):
-    """What a span shows."""
+    """Kinds of spans."""
 
     COMPUTE = "compute"
     WAIT = "wait"
@@ -39,16 +39,16 @@ _COMMUNICATION = (SpanKind.SEND, SpanKind.RECEIVE)
 _WIRE = {kind: coordinator_pb2.SpanKind.Value(f"SPAN_KIND_{kind.name}") for kind in SpanKind}
 _KINDS = {number: kind for kind, number in _WIRE.items()}
 PASSES = (SpanKind.FORWARD, SpanKind.BACKWARD, SpanKind.BACKWARD_INPUT, SpanKind.BACKWARD_WEIGHT)
-"""What a worker of a pipeline does with a microbatch."""
+"""The passes of a pipeline."""
 OPS = {SpanKind[op.name]: op for op in Op}
-"""The passes as schedules call them."""
+"""The op of a schedule for each kind of pass."""
 
 
 class Span(NamedTuple):
-    """Something that a worker did.
+    """One piece of a worker's work, with its begin and duration.
 
-    `item` is the bundle, for what is done to one; `num_bytes` counts payload. `stage` and `microbatch` say which pass
-    of a pipeline it is.
+    `item` is the number of the bundle that the work is about, if any. `num_bytes` counts payload bytes. `stage` and
+    `microbatch` are set for the passes of a pipeline.
     """
 
     kind: SpanKind
@@ -78,8 +78,8 @@ class Span(NamedTuple):
 class Timeline:
     """A worker's spans from installing version `version` to installing the next.
 
-    During `communication_us` microseconds something was being sent or received, and during `hidden_us` of them the
-    worker computed as well.
+    `communication_us` is the time in microseconds during which the worker sent or received; during `hidden_us` of it
+    the worker computed as well.
     """
 
     worker: str
@@ -92,7 +92,7 @@ class Timeline:
 
     @classmethod
     def from_proto(cls, worker: str, message: coordinator_pb2.ReportTimelineRequest) -> Timeline:
-        """The timeline that a message describes. Spans of a kind that this version does not know are left out."""
+        """The timeline in a message. Spans of a kind that this version of gradstream does not know are left out."""
         return cls(
             worker=worker,
             job_id=message.job_id,
@@ -118,10 +118,10 @@ class Timeline:
 
 
 def hidden(spans: Iterable[Span]) -> tuple[int, int]:
-    """How much of the communication compute hid; return (communication, hidden), both in microseconds.
+    """Measure the overlap of communication with compute; return (communication, hidden), both in microseconds.
 
-    Communication is the time during which at least one SEND or RECEIVE is under way, hidden that part of it during
-    which a COMPUTE span is, too. Overlapping spans count once.
+    Communication is the time during which at least one SEND or RECEIVE span is under way. Hidden is the part of it
+    during which a COMPUTE span is under way as well. Overlapping spans count once.
     """
     communication: list[tuple[int, int]] = []
     compute: list[tuple[int, int]] = []
@@ -135,7 +135,7 @@ def hidden(spans: Iterable[Span]) -> tuple[int, int]:
     for begin, end in left:
         while at < len(right) and right[at][1] <= begin:
             at += 1
-        # An interval of compute may reach into the next one of communication: `at` stays on it.
+        # An interval of compute may reach into the next interval of communication: `at` does not move past it.
         for begin_other, end_other in right[at:]:
             if begin_other >= end:
                 break
@@ -144,7 +144,7 @@ def hidden(spans: Iterable[Span]) -> tuple[int, int]:
 
 
 def union(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Disjoint intervals in order that cover what the given ones cover."""
+    """The union of intervals, as disjoint intervals in order."""
     merged: list[tuple[int, int]] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:

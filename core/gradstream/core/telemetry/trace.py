@@ -11,7 +11,7 @@ from gradstream.core.telemetry.timeline import OPS, PASSES, Span, SpanKind, Time
 _NUM_LANES = 1000
 
 
-# The tracks of a worker from top to bottom. All passes are in one, as a worker computes one after the other.
+# The tracks of a worker from top to bottom. All passes share one track, because a worker computes one at a time.
 _TRACKS: tuple[tuple[str, tuple[SpanKind, ...]], ...] = (
     (str(SpanKind.COMPUTE), (SpanKind.COMPUTE,)),
     ("passes", PASSES),
@@ -20,13 +20,13 @@ _TRACKS: tuple[tuple[str, tuple[SpanKind, ...]], ...] = (
 
 
 def chrome_trace(timelines: Sequence[Timeline]) -> dict[str, Any]:
-    """The timelines as Chrome's trace event format (JSON object form), which Perfetto and chrome://tracing open.
+    """Timelines in Chrome's trace event format (JSON object form), which Perfetto and chrome://tracing open.
 
-    One process a worker; below it a thread that shows the versions and one for each kind of span, with one for all
-    passes of a pipeline. Spans of a kind that overlap get as many threads ("send", "send 2", ...) as are under way at
-    once, since events of one thread must nest. A pass is called as in schedules: "1F3" is the forward pass of
-    microbatch 3 on stage 1. Arrows (flow events) lead from it to what waits for it on the next stage. Timestamps are
-    microseconds from the earliest span.
+    Each worker is a process. Its threads show the versions, each kind of span, and all passes of a pipeline together.
+    Events of one thread must nest: a kind whose spans overlap gets several threads ("send", "send 2", ...).
+    A pass has the name that schedules use: "1F3" is the forward pass of microbatch 3 on stage 1. Arrows (flow events)
+    lead from a pass to the pass of the next stage that uses its result. Timestamps are microseconds from the earliest
+    span.
     """
     origin_us = min((span.begin_us for timeline in timelines for span in timeline.spans), default=0)
     events: list[dict[str, Any]] = []
@@ -50,13 +50,13 @@ def chrome_trace(timelines: Sequence[Timeline]) -> dict[str, Any]:
                 events.append(_span_event(process, thread, span, timeline, origin_us))
                 if kinds is PASSES:
                     passes.append(_Placed(process, thread, span, timeline))
-    # After all spans: a flow event belongs to the span before it that is around its time.
+    # After all spans: a flow event binds to the enclosing span among the events before it.
     events += _flow_events(passes, origin_us)
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"origin_unix_us": origin_us}}
 
 
 def _lanes(spans: Sequence[Span]) -> list[int]:
-    """A lane for each span, which must be in order of begin: the lowest one that is free."""
+    """The lowest free lane for each span. The spans must be sorted by their begin."""
     free: list[int] = []
     busy: list[tuple[int, int]] = []
     lanes: list[int] = []
@@ -79,7 +79,7 @@ def _name(what: str, process: int, thread: int, name: str) -> dict[str, Any]:
 
 
 def _version_events(process: int, timelines: Sequence[Timeline], origin_us: int) -> list[dict[str, Any]]:
-    """Each version from its first span to the next one's first, or to its own last."""
+    """An event for each version, from its first span to the next version's first span, or to its own last end."""
     if not timelines:
         return []
     begins = [min(span.begin_us for span in timeline.spans) for timeline in timelines]
@@ -140,7 +140,7 @@ def _title(span: Span) -> str:
 
 
 class _Placed(NamedTuple):
-    """A pass and where a trace shows it."""
+    """A pass, with the process and thread that show it in a trace."""
 
     process: int
     thread: int
@@ -149,9 +149,9 @@ class _Placed(NamedTuple):
 
 
 def _flow_events(passes: Sequence[_Placed], origin_us: int) -> list[dict[str, Any]]:
-    """Arrows from each forward pass to that of the next stage, and from each backward pass to that of the stage before.
+    """Arrows from each forward pass to the next stage's, and from each backward pass to the previous stage's.
 
-    Where a pass was computed again, after a worker was lost, the last of each kind counts.
+    Where a pass was recomputed after the loss of a worker, the last one counts.
     """
     steps = {SpanKind.FORWARD: 1, SpanKind.BACKWARD: -1, SpanKind.BACKWARD_INPUT: -1}
     found: dict[tuple[int, ...], _Placed] = {}
@@ -169,9 +169,9 @@ def _flow_events(passes: Sequence[_Placed], origin_us: int) -> list[dict[str, An
         common = {"cat": "flow", "name": "activations" if step == 1 else "gradients", "id": number}
         in_us = target.span.begin_us - origin_us
         begin_us = source.span.begin_us - origin_us
-        # Its last microsecond, as at its end the next span may have begun; a gradient may have left earlier.
+        # The last microsecond of the source: at its end the next span may have begun. A gradient may have left earlier.
         out_us = max(begin_us, min(begin_us + source.span.duration_us - 1, in_us))
         events.append({"ph": "s", **common, "pid": source.process, "tid": source.thread, "ts": out_us})
-        # To the span around this time, not to the next one to begin.
+        # Bind to the enclosing span ("bp": "e"), not to the next span that begins.
         events.append({"ph": "f", "bp": "e", **common, "pid": target.process, "tid": target.thread, "ts": in_us})
     return events

@@ -17,8 +17,8 @@ remaining backwards. They differ in the number of forwards in the first phase, a
 - eager-1f1b: two forwards for each worker behind this one. The second ones overlap the latency of the links.
 - interleaved-1f1b (Narayanan et al. 2021): two forwards for each worker behind this one, and one round through all
   chunks but the last.
-- zero-bubble (ZB-H1, Qi et al. 2024): split backwards. The pass for the inputs, for which the worker before waits, comes
-  at once. The pass for the weights fills the time in which the worker would wait.
+- zero-bubble (ZB-H1, Qi et al. 2024): split backwards. The pass for the inputs, for which the worker before waits,
+  comes at once. The pass for the weights fills the time in which the worker would wait.
 """
 
 from __future__ import annotations

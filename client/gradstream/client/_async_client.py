@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ import grpc.aio
 from gradstream.client._connection import Connection, Peer
 from gradstream.client._errors import JobFailedError
 from gradstream.client._export import ExportWriter
-from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, WatchItem, watch_item
+from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, StepMetrics, WatchItem, watch_item
 from gradstream.core.errors import BusyError, ConfigError, UnreachableError
 from gradstream.core.recipe.loading import absolute_paths, load_recipe, parse_recipe
 from gradstream.core.recipe.recipe import Recipe
@@ -149,21 +149,28 @@ class AsyncClient:
         return Job.from_proto(response.job)
 
     async def watch(
-        self, job_id: str | None = None, *, follow: bool = True, after_cursor: int = 0
+        self,
+        job_id: str | None = None,
+        *,
+        follow: bool = True,
+        after_cursor: int = 0,
+        kinds: Iterable[str] = (),
     ) -> AsyncIterator[WatchItem]:
-        """A job's history: events, steps, validations, log lines and checkpoints, in order, each once.
+        """A job's history: events, steps, validations, log lines and checkpoints, in order, each once. `kinds` asks for
+        some of them alone, by what `to_dict` has as `type`: "event", "step", "validation", "log", "checkpoint".
 
         With `follow` it goes on until the job has ended, and survives a coordinator that goes away, or is too busy, for
         a while: it asks again from the last cursor, with endless backoff (`unreachable_since` tells). Without, it ends
         after what is recorded. The first call raises UnreachableError like any other.
         """
         job_id = (await self.job(job_id)).job_id
+        kinds = tuple(kinds)
         cursor = after_cursor
         backoff = Backoff()
         while True:
             try:
                 # 1. All that the coordinator has, and with follow all that it will have.
-                request = jobs_pb2.WatchJobRequest(job_id=job_id, after_cursor=cursor, follow=follow)
+                request = jobs_pb2.WatchJobRequest(job_id=job_id, after_cursor=cursor, follow=follow, kinds=kinds)
                 stub = await self._connection.connect()
                 with ending(stub.WatchJob(request)) as messages:
                     async for message in messages:
@@ -236,6 +243,32 @@ class AsyncClient:
         request = jobs_pb2.StopJobRequest(job_id=job_id, now=now)
         response = await self._connection.call(lambda stub, timeout: stub.StopJob(request, timeout=timeout))
         return Job.from_proto(response.job)
+
+    async def metrics(
+        self, job_id: str | None = None, *, first_step: int = 0, every: int = 1
+    ) -> AsyncIterator[StepMetrics]:
+        """What the ledger has of each step of a job's trajectory, by rising step, from `first_step` on.
+
+        With `every` above 1: the steps that it divides, those whose version was validated, and the last one. `job_id`
+        may also be a job's name, as fine-tunings have one: it stands for the newest job of that name.
+
+        Raises ConfigError when there is no such job, UnreachableError when the connection broke.
+        """
+        async for rows in self._metrics_pages(job_id, first_step, every):
+            for row in rows:
+                yield row
+
+    async def _metrics_pages(
+        self, job_id: str | None, first_step: int, every: int
+    ) -> AsyncIterator[Sequence[StepMetrics]]:
+        request = jobs_pb2.GetMetricsRequest(job_id=job_id or "", first_step=first_step, every=every)
+        stub = await self._connection.connect()
+        try:
+            with ending(stub.GetMetrics(request)) as pages:
+                async for page in pages:
+                    yield [StepMetrics.from_proto(row) for row in page.rows]
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._connection.error(rpc_error) from None
 
     async def timeline(self, job_id: str | None = None) -> list[Timeline]:
         """What the workers did and when, over the last versions of a job; `chrome_trace` makes a trace file of it.

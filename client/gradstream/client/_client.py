@@ -10,7 +10,7 @@ from typing import Any
 
 from gradstream.client._async_client import AsyncClient
 from gradstream.client._loop_thread import LoopThread
-from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, WatchItem
+from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, StepMetrics, WatchItem
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.telemetry.timeline import Timeline
 
@@ -82,9 +82,16 @@ class Client:
         """One job; the newest when no id is given."""
         return self._thread.run(self._client.job(job_id))
 
-    def watch(self, job_id: str | None = None, *, follow: bool = True, after_cursor: int = 0) -> Iterator[WatchItem]:
+    def watch(
+        self,
+        job_id: str | None = None,
+        *,
+        follow: bool = True,
+        after_cursor: int = 0,
+        kinds: Iterable[str] = (),
+    ) -> Iterator[WatchItem]:
         """A job's history, in order, each item once. See AsyncClient.watch."""
-        return self._thread.iterate(self._client.watch(job_id, follow=follow, after_cursor=after_cursor))
+        return self._thread.iterate(self._client.watch(job_id, follow=follow, after_cursor=after_cursor, kinds=kinds))
 
     def wait(
         self,
@@ -107,6 +114,18 @@ class Client:
     def stop(self, job_id: str, now: bool = False) -> Job:
         """End a job at its next step boundary or, with `now`, at once."""
         return self._thread.run(self._client.stop(job_id, now))
+
+    def metrics(self, job_id: str | None = None, *, first_step: int = 0, every: int = 1) -> Iterator[StepMetrics]:
+        """What the ledger has of each step of a job's trajectory, by rising step, from `first_step` on.
+
+        With `every` above 1: the steps that it divides, those whose version was validated, and the last one. `job_id`
+        may also be a job's name, as fine-tunings have one: it stands for the newest job of that name.
+
+        Raises ConfigError when there is no such job, UnreachableError when the connection broke.
+        """
+        # A page at a time: to go to the other thread and back for every row would take longer than all the rest.
+        for rows in self._thread.iterate(self._client._metrics_pages(job_id, first_step, every)):
+            yield from rows
 
     def timeline(self, job_id: str | None = None) -> list[Timeline]:
         """What the workers did and when, over the last versions of a job. See AsyncClient.timeline."""

@@ -357,6 +357,55 @@ class Step(_WatchValue):
 
 
 @dataclass(frozen=True, slots=True)
+class StepMetrics(_Value):
+    """What a job's ledger has of one step. Step t starts from version t: both losses are of that version.
+
+    The last version has no step yet: where it was validated, a row comes last that has `step`, `num_tokens` and
+    `validation_loss` alone.
+    """
+
+    step: int
+    epoch: int | None
+    time: datetime | None
+    """Of the commit."""
+    num_tokens: int
+    """Target tokens trained on from the job's beginning to the end of this step."""
+    loss: float | None
+    """In nats a target token; NaN where a skipped step had no finite one."""
+    validation_loss: float | None
+    """In nats a target token; None where there was no validation pass."""
+    learning_rate: float | None
+    grad_norm: float | None
+    """Global, before clipping."""
+    step_time: timedelta | None
+    """From the commit before to this one; None for an epoch's first step and after a boundary at which the job may
+    have rested."""
+    pushed_bytes: int | None
+    """Payload bytes of gradients that the servers took in."""
+    pulled_bytes: int | None
+    """Payload bytes of weights that the servers sent; None where an earlier gradstream reported the step."""
+    skipped: bool
+
+    @classmethod
+    def from_proto(cls, message: jobs_pb2.StepMetrics) -> StepMetrics:
+        """The row that a message describes."""
+        return cls(
+            step=message.step,
+            epoch=message.epoch or None,
+            time=_time_or_none(message.unix_ms),
+            num_tokens=message.num_tokens,
+            loss=message.loss if message.HasField("loss") else None,
+            validation_loss=message.validation_loss if message.HasField("validation_loss") else None,
+            learning_rate=message.learning_rate if message.HasField("learning_rate") else None,
+            grad_norm=message.grad_norm if message.HasField("grad_norm") else None,
+            step_time=_duration(message.step_seconds) if message.HasField("step_seconds") else None,
+            pushed_bytes=message.pushed_bytes if message.HasField("pushed_bytes") else None,
+            pulled_bytes=message.pulled_bytes if message.HasField("pulled_bytes") else None,
+            skipped=message.skipped,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Validation(_WatchValue):
     """A validation pass over version `version`. `loss` is in nats a target token."""
 

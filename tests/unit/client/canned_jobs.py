@@ -119,6 +119,28 @@ def canned_timeline(worker: str = "worker-0", version: int = 7) -> jobs_pb2.GetT
     return jobs_pb2.GetTimelineResponse(worker=worker, timeline=timeline)
 
 
+def canned_metrics(num_steps: int = 3) -> list[jobs_pb2.StepMetrics]:
+    """Steps whose loss falls by 0.5, the second of them skipped, and the last version's validation."""
+    rows = [
+        jobs_pb2.StepMetrics(
+            step=step,
+            epoch=1,
+            unix_ms=SUBMITTED_MS + 500 * step,
+            num_tokens=1000 * (step + 1),
+            loss=float("nan") if step == 1 else 8.0 - 0.5 * step,
+            learning_rate=1e-3,
+            grad_norm=2.0,
+            step_seconds=0.5 if step else None,
+            pushed_bytes=3 << 20,
+            pulled_bytes=2 << 20 if step else None,
+            skipped=step == 1,
+        )
+        for step in range(num_steps)
+    ]
+    last = jobs_pb2.StepMetrics(step=num_steps, num_tokens=1000 * num_steps, validation_loss=6.25)
+    return [*rows, last]
+
+
 def canned_checkpoint() -> jobs_pb2.Checkpoint:
     """A checkpoint."""
     return jobs_pb2.Checkpoint(
@@ -140,6 +162,7 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
         self.warnings: list[str] = []
         self.history = canned_history()
         self.timelines = [canned_timeline(), canned_timeline(version=8), canned_timeline("worker-1", 8)]
+        self.metrics = canned_metrics()
         self.export = [
             piece("config.json", 2, b"{}"),
             piece("model.safetensors", 6, b"abc"),
@@ -231,6 +254,13 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
                 raise DataError(f"there is no timeline of job {job.job_id} yet")
             for timeline in self.timelines:
                 yield timeline
+
+    async def GetMetrics(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.GetMetricsResponse]:
+        self.requests.append(request)
+        async with rpc_errors.answering(context):
+            self._find(request.job_id)
+            for first in range(0, len(self.metrics), 1000):
+                yield jobs_pb2.GetMetricsResponse(rows=self.metrics[first : first + 1000])
 
     async def ListNodes(self, request: Any, context: Any) -> jobs_pb2.ListNodesResponse:
         return jobs_pb2.ListNodesResponse(nodes=self.nodes, warnings=self.warnings)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from canned_jobs import SUBMITTED_MS, CannedJobs, canned_job, piece, serving
+from canned_jobs import SUBMITTED_MS, CannedJobs, canned_job, canned_metrics, piece, serving
 
 import gradstream.client
 from gradstream.client import (
@@ -97,6 +97,7 @@ def test_public_names_are_pinned() -> None:
         "SpanKind",
         "StaleEpochError",
         "Step",
+        "StepMetrics",
         "Timeline",
         "UnreachableError",
         "Validation",
@@ -185,15 +186,43 @@ async def test_timeline(jobs: CannedJobs, address: str) -> None:
             await client.timeline()
 
 
+async def test_metrics(jobs: CannedJobs, address: str) -> None:
+    async with AsyncClient(address) as client:
+        first, second, third, last = [row async for row in client.metrics("tiny-1", first_step=2, every=5)]
+        (request,) = jobs.requests
+        assert (request.job_id, request.first_step, request.every) == ("tiny-1", 2, 5)
+        assert (first.step, first.epoch, first.loss, first.num_tokens) == (0, 1, 8.0, 1000)
+        assert (first.step_time, first.pulled_bytes, first.validation_loss) == (None, None, None)
+        assert (second.step_time, second.pulled_bytes, second.skipped) == (timedelta(seconds=0.5), 2 << 20, True)
+        # NaN is no JSON.
+        assert (second.to_dict()["loss"], second.to_dict()["step_time_seconds"]) == (None, 0.5)
+        assert third.time == datetime.fromtimestamp(SUBMITTED_MS / 1000 + 1, UTC)
+        assert (last.step, last.num_tokens, last.validation_loss) == (3, 3000, 6.25)
+        assert (last.epoch, last.time, last.loss, last.learning_rate, last.grad_norm) == (None, None, None, None, None)
+        with pytest.raises(ConfigError, match="no job 'x'"):
+            _ = [row async for row in client.metrics("x")]
+
+
+def test_metrics_of_a_long_job(jobs: CannedJobs, address: str) -> None:
+    jobs.metrics = canned_metrics(2500)
+    with Client(address) as client:
+        assert [row.step for row in client.metrics()] == list(range(2501))
+        # Left early, nothing goes on.
+        assert next(iter(client.metrics())).step == 0
+
+
 async def test_watch_gives_each_item_once_over_a_break(jobs: CannedJobs, address: str) -> None:
     jobs.jobs = [canned_job(state=jobs_pb2.JOB_STATE_FINISHED)]
     jobs.break_watch_after = [2, 5]
     async with AsyncClient(address) as client:
-        items = [item async for item in client.watch("tiny-1")]
+        items = [item async for item in client.watch("tiny-1", kinds=["event", "log"])]
     assert [type(item) for item in items] == [Event, Step, Validation, LogLine, Checkpoint]
     assert [item.cursor for item in items] == [1, 2, 3, 5, 6]
     asked = [request.after_cursor for request in jobs.requests if isinstance(request, jobs_pb2.WatchJobRequest)]
     assert asked == [0, 2, 5]
+    assert [tuple(request.kinds) for request in jobs.requests if isinstance(request, jobs_pb2.WatchJobRequest)] == [
+        ("event", "log")
+    ] * 3
     # NaN is no JSON.
     assert items[1].to_dict()["loss"] is None
     assert items[3].to_dict()["type"] == "log"

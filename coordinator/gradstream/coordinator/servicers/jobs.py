@@ -22,6 +22,7 @@ from gradstream.coordinator.planning import planner
 from gradstream.coordinator.planning.inventory import check_model, special_tokens
 from gradstream.coordinator.servicers.views import Views
 from gradstream.coordinator.state.state import JobRecord
+from gradstream.coordinator.telemetry import metrics
 from gradstream.coordinator.timing import unix_ms
 from gradstream.core.checkpoint.manifest import directory_of, read_manifest
 from gradstream.core.checkpoint.weights_files import sent_pieces
@@ -55,6 +56,8 @@ from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 MAX_EXPORTS = 2
 MAX_HOLDS = 256
 """Checkpoints that are kept for readers at once."""
+
+HISTORY_KINDS = tuple(field.name for field in jobs_pb2.WatchJobResponse.DESCRIPTOR.oneofs_by_name["item"].fields)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -149,7 +152,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
         async with answering(context):
-            record = self._find(request.job_id)
+            record = self._named(request.job_id)
             await self._controller.timelines.load(record)
             return jobs_pb2.GetJobResponse(job=self._views.job(self._find(record.job_id)))
 
@@ -157,12 +160,17 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self, request: jobs_pb2.WatchJobRequest, context: Context
     ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
         async with answering(context):
-            job_id = self._find(request.job_id).job_id
+            job_id = self._named(request.job_id).job_id
+            for kind in request.kinds:
+                if kind not in HISTORY_KINDS:
+                    raise ConfigError(f"a history has no items of kind '{kind[:100]}'{nearest(kind, HISTORY_KINDS)}")
 
             def is_over() -> bool:
                 return not request.follow or self._find(job_id).state in ENDED
 
-            async for item in self._controller.notifier.follow(job_id, request.after_cursor, is_over):
+            async for item in self._controller.notifier.follow(
+                job_id, request.after_cursor, is_over, tuple(request.kinds)
+            ):
                 yield item
 
     async def PauseJob(self, request: jobs_pb2.PauseJobRequest, context: Context) -> jobs_pb2.PauseJobResponse:
@@ -274,6 +282,16 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                     f"there is no timeline of job {record.job_id} yet; workers send one at the end of each version"
                 )
 
+    async def GetMetrics(
+        self, request: jobs_pb2.GetMetricsRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.GetMetricsResponse]:
+        async with answering(context):
+            for rows in metrics.pages(self._state, self._named(request.job_id), request.first_step, request.every):
+                if rows:
+                    yield jobs_pb2.GetMetricsResponse(rows=rows)
+                # A long job must not hold up heartbeats.
+                await asyncio.sleep(0)
+
     async def CheckStorage(
         self, request: jobs_pb2.CheckStorageRequest, context: Context
     ) -> jobs_pb2.CheckStorageResponse:
@@ -303,6 +321,15 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     def _warnings(self) -> list[str]:
         return [] if self._tokens is None else expiring(self._tokens.table, time.time())
+
+    def _named(self, name: str) -> JobRecord:
+        """The job of an id, else the newest one of a name, as fine-tunings have; the newest for an empty one. Raises
+        ConfigError that suggests the nearest."""
+        if name and self._state.get_job(name) is None:
+            found = [job for job in self._state.list_jobs() if job.name == name]
+            if found:
+                return found[-1]
+        return self._find(name)
 
     def _find(self, job_id: str) -> JobRecord:
         """The job, the newest for an empty id. Raises ConfigError that suggests the nearest."""

@@ -34,14 +34,15 @@ class Notifier:
         return self._changes.setdefault(job_id, asyncio.Event())
 
     async def follow(
-        self, job_id: str, after_cursor: int, is_over: Callable[[], bool]
+        self, job_id: str, after_cursor: int, is_over: Callable[[], bool], kinds: Sequence[str] = ()
     ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
-        """The items after a cursor, until all were sent and `is_over` says that no more will come."""
+        """The items after a cursor, of all kinds or of these, until all were sent and `is_over` says that no more will
+        come."""
         while True:
             # Taken before reading, so that what is added in between is not slept through.
             change = self.change(job_id)
             over = is_over()
-            page = self._state.read_history(job_id, after_cursor, PAGE_ITEMS)
+            page = self._state.read_history(job_id, after_cursor, PAGE_ITEMS, kinds)
             for item in page:
                 yield item
                 after_cursor = item.cursor

@@ -252,11 +252,14 @@ class SqliteState(State):
                 pending = 0
             self._untrimmed[job_id] = pending
 
-    def read_history(self, job_id: str, after_cursor: int, limit: int) -> list[jobs_pb2.WatchJobResponse]:
+    def read_history(
+        self, job_id: str, after_cursor: int, limit: int, kinds: Sequence[str] = ()
+    ) -> list[jobs_pb2.WatchJobResponse]:
         items = []
+        among = f" AND kind IN ({', '.join('?' * len(kinds))})" if kinds else ""
         for cursor, data in self._read(
-            "SELECT cursor, item FROM history WHERE job_id = ? AND cursor > ? ORDER BY cursor LIMIT ?",
-            (job_id, min(after_cursor, 2**63 - 1), limit),
+            f"SELECT cursor, item FROM history WHERE job_id = ? AND cursor > ?{among} ORDER BY cursor LIMIT ?",
+            (job_id, min(after_cursor, 2**63 - 1), *kinds, limit),
         ):
             item = jobs_pb2.WatchJobResponse.FromString(data)
             item.cursor = cursor
@@ -304,6 +307,16 @@ class SqliteState(State):
             num_skipped=skipped,
             last=coordinator_pb2.ReportStepRequest.FromString(report),
         )
+
+    def read_steps(
+        self, job_id: str, epoch: int, start_version: int, first: int, limit: int
+    ) -> list[coordinator_pb2.ReportStepRequest]:
+        values = {"job": job_id, "epoch": epoch, "start": start_version, "below": 2**63 - 1}
+        rows = self._read(
+            f"SELECT report FROM steps WHERE {_TRAJECTORY} AND step >= :first ORDER BY step LIMIT :limit",
+            {**values, "first": min(first, 2**63 - 1), "limit": limit},
+        )
+        return [coordinator_pb2.ReportStepRequest.FromString(report) for (report,) in rows]
 
     def record_validation_part(self, report: coordinator_pb2.ReportValidationRequest) -> bool:
         with self._transaction("record_validation_part", durable=True) as db:

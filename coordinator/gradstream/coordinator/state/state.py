@@ -111,8 +111,10 @@ class State(ABC):
         """Add items to a job's history; their `cursor` is ignored. The oldest log lines beyond a bound fall out."""
 
     @abstractmethod
-    def read_history(self, job_id: str, after_cursor: int, limit: int) -> list[jobs_pb2.WatchJobResponse]:
-        """At most `limit` items after a cursor, oldest first."""
+    def read_history(
+        self, job_id: str, after_cursor: int, limit: int, kinds: Sequence[str] = ()
+    ) -> list[jobs_pb2.WatchJobResponse]:
+        """At most `limit` items after a cursor, oldest first; of all kinds, or of these."""
 
     @abstractmethod
     def record_step(
@@ -127,6 +129,12 @@ class State(ABC):
 
         For a step before `start_version` the row of the highest epoch counts; from there on only rows of `epoch` do.
         """
+
+    @abstractmethod
+    def read_steps(
+        self, job_id: str, epoch: int, start_version: int, first: int, limit: int
+    ) -> list[coordinator_pb2.ReportStepRequest]:
+        """At most `limit` steps from `first` on, by rising step, of the trajectory of `step_totals`."""
 
     @abstractmethod
     def record_validation_part(self, report: coordinator_pb2.ReportValidationRequest) -> bool:

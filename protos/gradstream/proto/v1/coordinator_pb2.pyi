@@ -619,6 +619,7 @@ class ReportStepRequest(_message.Message):
     PUSH_CODEC_FIELD_NUMBER: _builtins.int
     PULL_CODEC_FIELD_NUMBER: _builtins.int
     CODEC_REASON_FIELD_NUMBER: _builtins.int
+    PULLED_BYTES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
@@ -651,6 +652,10 @@ class ReportStepRequest(_message.Message):
     """The codec in which the version after it was published."""
     codec_reason: _builtins.str
     """With `codec: auto`, why these codecs; empty otherwise."""
+    pulled_bytes: _builtins.int
+    """Payload bytes of weights that all servers have sent to workers since the step before. Absent in rows of an earlier
+    gradstream.
+    """
     def __init__(
         self,
         *,
@@ -670,12 +675,15 @@ class ReportStepRequest(_message.Message):
         push_codec: _plan_pb2.Codec.ValueType = ...,
         pull_codec: _plan_pb2.Codec.ValueType = ...,
         codec_reason: _builtins.str = ...,
+        pulled_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pulled_bytes", b"_pulled_bytes", "pulled_bytes", b"pulled_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec_reason", b"codec_reason", "consecutive_skips", b"consecutive_skips", "epoch", b"epoch", "grad_norm", b"grad_norm", "halted", b"halted", "job_id", b"job_id", "learning_rate", b"learning_rate", "loss", b"loss", "num_samples", b"num_samples", "num_tokens", b"num_tokens", "pull_codec", b"pull_codec", "push_codec", b"push_codec", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "unix_ms", b"unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pulled_bytes", b"_pulled_bytes", "codec_reason", b"codec_reason", "consecutive_skips", b"consecutive_skips", "epoch", b"epoch", "grad_norm", b"grad_norm", "halted", b"halted", "job_id", b"job_id", "learning_rate", b"learning_rate", "loss", b"loss", "num_samples", b"num_samples", "num_tokens", b"num_tokens", "pull_codec", b"pull_codec", "pulled_bytes", b"pulled_bytes", "push_codec", b"push_codec", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "unix_ms", b"unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__pulled_bytes: _TypeAlias = _typing.Literal["pulled_bytes"]  # noqa: Y015
+    _WhichOneofArgType__pulled_bytes: _TypeAlias = _typing.Literal["_pulled_bytes", b"_pulled_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pulled_bytes) -> _WhichOneofReturnType__pulled_bytes | None: ...
 
 Global___ReportStepRequest: _TypeAlias = ReportStepRequest  # noqa: Y015
 

@@ -740,22 +740,28 @@ class WatchJobRequest(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     AFTER_CURSOR_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job; empty for the newest."""
     after_cursor: _builtins.int
     """The cursor of the last item seen; 0 to start from the beginning."""
     follow: _builtins.bool
     """True: go on until the job has ended. False: end when everything recorded was sent."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only items of these kinds: event, step, validation, log, checkpoint. Empty: all."""
+
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         after_cursor: _builtins.int = ...,
         follow: _builtins.bool = ...,
+        kinds: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_cursor", b"after_cursor", "follow", b"follow", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_cursor", b"after_cursor", "follow", b"follow", "job_id", b"job_id", "kinds", b"kinds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1208,6 +1214,157 @@ class GetTimelineResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTimelineResponse: _TypeAlias = GetTimelineResponse  # noqa: Y015
+
+@_typing.final
+class GetMetricsRequest(_message.Message):
+    """Asks for a job's metrics."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    EVERY_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job, or a job's name: the newest job of that name. Empty for the newest job."""
+    first_step: _builtins.int
+    """The first step asked for."""
+    every: _builtins.int
+    """Only steps that this number divides, steps whose version was validated, and the last one. 0 or 1: all steps."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        first_step: _builtins.int = ...,
+        every: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["every", b"every", "first_step", b"first_step", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetMetricsRequest: _TypeAlias = GetMetricsRequest  # noqa: Y015
+
+@_typing.final
+class GetMetricsResponse(_message.Message):
+    """A page of a job's metrics."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepMetrics]:
+        """By rising step, at most 1000."""
+
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[Global___StepMetrics] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetMetricsResponse: _TypeAlias = GetMetricsResponse  # noqa: Y015
+
+@_typing.final
+class StepMetrics(_message.Message):
+    """What the ledger has of one step. Step t starts from version t: `loss` and `validation_loss` are both of that version.
+    The last version has no step yet: its row, which comes where the version was validated, has step and validation_loss.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    UNIX_MS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    GRAD_NORM_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    PUSHED_BYTES_FIELD_NUMBER: _builtins.int
+    PULLED_BYTES_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The step."""
+    epoch: _builtins.int
+    """The epoch of the plan under which it was committed; 0 in a row without a step."""
+    unix_ms: _builtins.int
+    """Unix time in milliseconds of the commit; 0 in a row without a step."""
+    num_tokens: _builtins.int
+    """Target tokens trained on from the job's beginning to the end of this step."""
+    loss: _builtins.float
+    """Mean training loss over the step's target tokens, in nats."""
+    validation_loss: _builtins.float
+    """Validation loss of the version that the step starts from, in nats; absent where there was no validation pass."""
+    learning_rate: _builtins.float
+    """Learning rate that the step used."""
+    grad_norm: _builtins.float
+    """Global gradient norm before clipping."""
+    step_seconds: _builtins.float
+    """Seconds from the commit before to this one; absent for an epoch's first step and after a boundary at which the job
+    may have rested.
+    """
+    pushed_bytes: _builtins.int
+    """Payload bytes of contributions that the servers took in."""
+    pulled_bytes: _builtins.int
+    """Payload bytes of weights that the servers sent; absent where an earlier gradstream reported the step."""
+    skipped: _builtins.bool
+    """True when norm or loss was not finite and the weights stayed as they were."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        unix_ms: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        loss: _builtins.float | None = ...,
+        validation_loss: _builtins.float | None = ...,
+        learning_rate: _builtins.float | None = ...,
+        grad_norm: _builtins.float | None = ...,
+        step_seconds: _builtins.float | None = ...,
+        pushed_bytes: _builtins.int | None = ...,
+        pulled_bytes: _builtins.int | None = ...,
+        skipped: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_pulled_bytes", b"_pulled_bytes", "_pushed_bytes", b"_pushed_bytes", "_step_seconds", b"_step_seconds", "_validation_loss", b"_validation_loss", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "step_seconds", b"step_seconds", "validation_loss", b"validation_loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_pulled_bytes", b"_pulled_bytes", "_pushed_bytes", b"_pushed_bytes", "_step_seconds", b"_step_seconds", "_validation_loss", b"_validation_loss", "epoch", b"epoch", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_tokens", b"num_tokens", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "unix_ms", b"unix_ms", "validation_loss", b"validation_loss"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__grad_norm: _TypeAlias = _typing.Literal["grad_norm"]  # noqa: Y015
+    _WhichOneofArgType__grad_norm: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__pulled_bytes: _TypeAlias = _typing.Literal["pulled_bytes"]  # noqa: Y015
+    _WhichOneofArgType__pulled_bytes: _TypeAlias = _typing.Literal["_pulled_bytes", b"_pulled_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__pushed_bytes: _TypeAlias = _typing.Literal["pushed_bytes"]  # noqa: Y015
+    _WhichOneofArgType__pushed_bytes: _TypeAlias = _typing.Literal["_pushed_bytes", b"_pushed_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__step_seconds: _TypeAlias = _typing.Literal["step_seconds"]  # noqa: Y015
+    _WhichOneofArgType__step_seconds: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
+    _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grad_norm) -> _WhichOneofReturnType__grad_norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pulled_bytes) -> _WhichOneofReturnType__pulled_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pushed_bytes) -> _WhichOneofReturnType__pushed_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_seconds) -> _WhichOneofReturnType__step_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_loss) -> _WhichOneofReturnType__validation_loss | None: ...
+
+Global___StepMetrics: _TypeAlias = StepMetrics  # noqa: Y015
 
 @_typing.final
 class CheckStorageRequest(_message.Message):

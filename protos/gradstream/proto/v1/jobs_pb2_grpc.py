@@ -95,6 +95,11 @@ class JobsServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineResponse.FromString,
                 _registered_method=True)
+        self.GetMetrics = channel.unary_stream(
+                '/gradstream.proto.v1.JobsService/GetMetrics',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetMetricsRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetMetricsResponse.FromString,
+                _registered_method=True)
         self.PublishTokens = channel.unary_unary(
                 '/gradstream.proto.v1.JobsService/PublishTokens',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PublishTokensRequest.SerializeToString,
@@ -202,6 +207,13 @@ class JobsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMetrics(self, request, context):
+        """Streams what the ledger has of each step of a job's current trajectory, in pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PublishTokens(self, request, context):
         """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says.
         """
@@ -286,6 +298,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.GetTimeline,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineResponse.SerializeToString,
+            ),
+            'GetMetrics': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetMetrics,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetMetricsRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetMetricsResponse.SerializeToString,
             ),
             'PublishTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.PublishTokens,
@@ -628,6 +645,33 @@ class JobsService(object):
             '/gradstream.proto.v1.JobsService/GetTimeline',
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetTimelineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gradstream.proto.v1.JobsService/GetMetrics',
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetMetricsRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.GetMetricsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,6 +61,8 @@ class JobsServiceStub:
     """
     GetTimeline: _grpc.UnaryStreamMultiCallable[_jobs_pb2.GetTimelineRequest, _jobs_pb2.GetTimelineResponse]
     """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
+    GetMetrics: _grpc.UnaryStreamMultiCallable[_jobs_pb2.GetMetricsRequest, _jobs_pb2.GetMetricsResponse]
+    """Streams what the ledger has of each step of a job's current trajectory, in pages."""
     PublishTokens: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.PublishTokensRequest, _jobs_pb2.PublishTokensResponse]
     """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says."""
     CheckStorage: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CheckStorageRequest, _jobs_pb2.CheckStorageResponse]
@@ -103,6 +105,8 @@ class JobsServiceAsyncStub(JobsServiceStub):
     """
     GetTimeline: _aio.UnaryStreamMultiCallable[_jobs_pb2.GetTimelineRequest, _jobs_pb2.GetTimelineResponse]  # type: ignore[assignment]
     """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
+    GetMetrics: _aio.UnaryStreamMultiCallable[_jobs_pb2.GetMetricsRequest, _jobs_pb2.GetMetricsResponse]  # type: ignore[assignment]
+    """Streams what the ledger has of each step of a job's current trajectory, in pages."""
     PublishTokens: _aio.UnaryUnaryMultiCallable[_jobs_pb2.PublishTokensRequest, _jobs_pb2.PublishTokensResponse]  # type: ignore[assignment]
     """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says."""
     CheckStorage: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CheckStorageRequest, _jobs_pb2.CheckStorageResponse]  # type: ignore[assignment]
@@ -214,6 +218,14 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_jobs_pb2.GetTimelineResponse], _abc.AsyncIterator[_jobs_pb2.GetTimelineResponse]]:
         """Streams the timelines that the coordinator keeps of a job: those of its last versions."""
+
+    @_abc_1.abstractmethod
+    def GetMetrics(
+        self,
+        request: _jobs_pb2.GetMetricsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_jobs_pb2.GetMetricsResponse], _abc.AsyncIterator[_jobs_pb2.GetMetricsResponse]]:
+        """Streams what the ledger has of each step of a job's current trajectory, in pages."""
 
     @_abc_1.abstractmethod
     def PublishTokens(

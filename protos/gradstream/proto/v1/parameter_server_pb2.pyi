@@ -381,6 +381,7 @@ class CompleteStepRequest(_message.Message):
     SQUARED_NORMS_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     PUSHED_BYTES_FIELD_NUMBER: _builtins.int
+    PULLED_BYTES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
@@ -393,6 +394,8 @@ class CompleteStepRequest(_message.Message):
     """Target tokens of the step; all servers must have the same."""
     pushed_bytes: _builtins.int
     """Payload bytes that the server took in for the step."""
+    pulled_bytes: _builtins.int
+    """Payload bytes of weights that the server has sent to workers since it completed the step before."""
     @_builtins.property
     def squared_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Squared norm of each of the server's summed fragments, in the order of their indices. Sent one by one, so that the
@@ -409,10 +412,11 @@ class CompleteStepRequest(_message.Message):
         squared_norms: _abc.Iterable[_builtins.float] | None = ...,
         num_tokens: _builtins.int = ...,
         pushed_bytes: _builtins.int = ...,
+        pulled_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job_id", b"job_id", "num_tokens", b"num_tokens", "pushed_bytes", b"pushed_bytes", "server", b"server", "squared_norms", b"squared_norms", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job_id", b"job_id", "num_tokens", b"num_tokens", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "server", b"server", "squared_norms", b"squared_norms", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,6 +32,7 @@ class Decision:
     grad_norm: float
     loss: float
     pushed_bytes: int
+    pulled_bytes: int
     consecutive_skips: int
     checkpoint: bool = False
     halt: bool = False
@@ -55,6 +56,7 @@ class Decision:
             grad_norm=math.nan,
             loss=math.nan,
             pushed_bytes=0,
+            pulled_bytes=0,
             consecutive_skips=answer.consecutive_skips,
             checkpoint=answer.checkpoint,
             push_codec=answer.push_codec,
@@ -79,9 +81,10 @@ class Decision:
 
 
 def completion(
-    plan: Plan, server: int, step: int, states: Iterable[BundleState], totals: StepTotals
+    plan: Plan, server: int, step: int, states: Iterable[BundleState], totals: StepTotals, pulled_bytes: int
 ) -> pb.CompleteStepRequest:
-    """What a server tells the leader once its bundles have every contribution to the step."""
+    """What a server tells the leader once its bundles have every contribution to the step. `pulled_bytes` it has sent
+    to workers since it completed the step before."""
     return pb.CompleteStepRequest(
         job_id=plan.job_id,
         epoch=plan.epoch,
@@ -90,6 +93,7 @@ def completion(
         squared_norms=[norm for state in states for norm in state.squared_norms],
         num_tokens=totals.num_tokens,
         pushed_bytes=totals.pushed_bytes,
+        pulled_bytes=pulled_bytes,
     )
 
 
@@ -110,6 +114,7 @@ def decide_commit(
     """
     num_tokens = next(iter(reports.values())).num_tokens
     pushed_bytes = sum(report.pushed_bytes for report in reports.values())
+    pulled_bytes = sum(report.pulled_bytes for report in reports.values())
     squared = [value for report in reports.values() for value in report.squared_norms]
     finite = all(map(math.isfinite, squared)) and math.isfinite(loss_sum)
     try:
@@ -117,7 +122,7 @@ def decide_commit(
     except OverflowError:  # of finite norms the sum may not be
         finite, grad_norm = False, math.nan
     loss = loss_sum / num_tokens
-    base = Decision(step, False, 1.0, num_tokens, grad_norm, loss, pushed_bytes, 0)
+    base = Decision(step, False, 1.0, num_tokens, grad_norm, loss, pushed_bytes, pulled_bytes, 0)
     if not finite:
         skips = consecutive_skips + 1
         return replace(base, skip=True, consecutive_skips=skips), f"the gradient of step {step} is not finite"
@@ -233,6 +238,7 @@ def step_report(
         unix_ms=int(time.time() * 1000),
         halted=decision.halt,
         pushed_bytes=decision.pushed_bytes,
+        pulled_bytes=decision.pulled_bytes,
         push_codec=push_codec,
         pull_codec=decision.pull_codec,
         codec_reason=codec_reason,

@@ -75,6 +75,8 @@ class Shard:
         self.failed = False  # whether something went wrong for good: what is held is of no use any more
         self.phase = Phase("loading", time.time())
         self.sent_bytes = 0
+        # Of them, those sent before the last step was completed.
+        self._counted_bytes = 0
         recipe = plan.recipe
         form = downlink(recipe.codec.pull)
         self.push_codec = codec_named(first_push_codec(recipe.codec))
@@ -160,7 +162,8 @@ class Shard:
         plan, step = self.plan, self.version
         self.phase = Phase("committing", time.time())
         totals = self.accumulation.totals()
-        report = commit.completion(plan, self.index, step, self.bundles.values(), totals)
+        pulled_bytes, self._counted_bytes = self.sent_bytes - self._counted_bytes, self.sent_bytes
+        report = commit.completion(plan, self.index, step, self.bundles.values(), totals, pulled_bytes)
         decision = await (self.leader.complete(report) if self.leader else self._complete_at_leader(report))
         self._faults.decided(step)
         # From here on version step + 1 is decided. No worker can contribute to it before it has pulled every

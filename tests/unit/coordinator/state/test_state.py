@@ -79,6 +79,14 @@ def test_history_is_read_in_pages_by_cursor(state: State) -> None:
     assert first[0].cursor < first[1].cursor < rest[0].cursor
 
 
+def test_history_of_some_kinds(state: State) -> None:
+    line = jobs_pb2.WatchJobResponse(log=jobs_pb2.NodeLogLine(node="w"))
+    state.append("a-1", [event("0"), line, event("1"), line, event("2")])
+    assert [item.event.message for item in state.read_history("a-1", 0, 2, ["event"])] == ["0", "1"]
+    assert len(state.read_history("a-1", 0, 9, ["event", "log"])) == 5
+    assert state.read_history("a-1", 0, 9, ["step"]) == []
+
+
 def test_log_lines_are_bounded_and_other_items_are_not(state: State) -> None:
     state.append("a-1", [event("kept")])
     line = jobs_pb2.NodeLogLine(node="w", line=coordinator_pb2.LogLine(text="x"))
@@ -112,6 +120,22 @@ def test_totals_follow_the_current_trajectory_over_rollbacks(state: State) -> No
     assert state.step_totals("a-1", 3, 5).num_tokens == 1 + 1 + 100 + 1 + 10
     below = state.step_totals("a-1", 3, 2, below=2)
     assert (below.num_steps, below.num_tokens, below.version) == (2, 2, 2)
+
+
+def test_steps_are_read_in_pages_along_the_current_trajectory(state: State) -> None:
+    for step in range(6):
+        state.record_step(make_step(step, epoch=1))
+    # Epoch 2 starts from version 4: what epoch 1 did from there on is not read.
+    assert [(row.step, row.epoch) for row in state.read_steps("a-1", 2, 4, 0, 10)] == [(s, 1) for s in range(4)]
+    state.record_step(make_step(4, epoch=2))
+    pages = [state.read_steps("a-1", 2, 4, first, 2) for first in (0, 2, 4, 6)]
+    assert [[(row.step, row.epoch) for row in page] for page in pages] == [
+        [(0, 1), (1, 1)],
+        [(2, 1), (3, 1)],
+        [(4, 2)],
+        [],
+    ]
+    assert state.read_steps("a-1", 2, 4, 2**64 - 1, 2) == []
 
 
 def test_no_steps_means_the_start_version(state: State) -> None:

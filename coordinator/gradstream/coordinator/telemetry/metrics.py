@@ -1,0 +1,101 @@
+"""A job's metrics: what the ledger has of each step, as rows. There is no other record of them.
+
+Step t starts from version t, so the row of step t has the training loss and the validation loss of version t. The last
+version has no step: where it was validated, a row without a step comes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from gradstream.coordinator.state.state import JobRecord, State
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+
+PAGE_STEPS = 1000
+"""Steps that are read at a time: a page's rows take less than 0.2 MiB."""
+
+
+def pages(state: State, record: JobRecord, first_step: int, every: int) -> Iterator[list[jobs_pb2.StepMetrics]]:
+    """The rows of a job's current trajectory, as GetMetricsRequest asks for them. A page may be empty: between two of
+    them the caller lets others run."""
+    first_step = min(first_step, 2**63 - 1)
+    validations = {item.version: item.loss for item in state.validations(record.job_id)}
+    before = state.step_totals(record.job_id, record.epoch, record.start_version, below=first_step)
+    rows = _Rows(validations, first_step, every, before.num_tokens)
+    # The step before gives the first one's time.
+    next_step = max(0, first_step - 1)
+    while True:
+        reports = state.read_steps(record.job_id, record.epoch, record.start_version, next_step, PAGE_STEPS)
+        yield list(rows.take(reports))
+        if len(reports) < PAGE_STEPS:
+            break
+        next_step = reports[-1].step + 1
+    yield list(rows.last())
+
+
+class _Rows:
+    """Makes rows of reports, which come by rising step."""
+
+    def __init__(self, validations: Mapping[int, float], first_step: int, every: int, num_tokens: int):
+        self._validations = validations
+        self._first_step = first_step
+        self._every = max(1, every)
+        self._num_tokens = num_tokens
+        self._before: coordinator_pb2.ReportStepRequest | None = None
+        # The last step's row, which is shown whether `every` divides it or not.
+        self._held: jobs_pb2.StepMetrics | None = None
+
+    def take(self, reports: Iterable[coordinator_pb2.ReportStepRequest]) -> Iterator[jobs_pb2.StepMetrics]:
+        """The rows of more reports that were asked for."""
+        for report in reports:
+            if report.step >= self._first_step:
+                self._num_tokens += report.num_tokens
+                self._held = row_of(report, self._before, self._num_tokens, self._validations.get(report.step))
+                if report.step % self._every == 0 or report.step in self._validations:
+                    yield self._held
+                    self._held = None
+            self._before = report
+
+    def last(self) -> Iterator[jobs_pb2.StepMetrics]:
+        """The rows at the end: the last step's, if it was not among the others, and that of the last version."""
+        if self._held is not None:
+            yield self._held
+        version = self._before.step + 1 if self._before is not None else 0
+        if version >= self._first_step and version in self._validations:
+            yield jobs_pb2.StepMetrics(
+                step=version, num_tokens=self._num_tokens, validation_loss=self._validations[version]
+            )
+
+
+def row_of(
+    report: coordinator_pb2.ReportStepRequest,
+    before: coordinator_pb2.ReportStepRequest | None,
+    num_tokens: int,
+    validation_loss: float | None,
+) -> jobs_pb2.StepMetrics:
+    """The row of a step. `before` is the report of the step before, `num_tokens` counts to the end of this one."""
+    return jobs_pb2.StepMetrics(
+        step=report.step,
+        epoch=report.epoch,
+        unix_ms=report.unix_ms,
+        num_tokens=num_tokens,
+        loss=report.loss,
+        validation_loss=validation_loss,
+        learning_rate=report.learning_rate,
+        grad_norm=report.grad_norm,
+        step_seconds=step_seconds(report, before),
+        pushed_bytes=report.pushed_bytes,
+        pulled_bytes=report.pulled_bytes if report.HasField("pulled_bytes") else None,
+        skipped=report.skipped,
+    )
+
+
+def step_seconds(
+    report: coordinator_pb2.ReportStepRequest, before: coordinator_pb2.ReportStepRequest | None
+) -> float | None:
+    """Seconds from one commit to the next by the leader's clock. None where that is not how long the step took: the
+    step before is of another epoch, is missing, or ended at a boundary at which the job may have rested."""
+    if before is None or before.epoch != report.epoch or before.step + 1 != report.step or before.halted:
+        return None
+    # A clock that was set back must not make a step shorter than nothing.
+    return max(0, report.unix_ms - before.unix_ms) / 1000

@@ -22,7 +22,7 @@ from support.pipelines import simulated_timelines, stage_costs, timeline_message
 from gradstream.coordinator.cli import main
 from gradstream.coordinator.cli.app import COMMANDS
 from gradstream.coordinator.cli.options import parse_size
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 from gradstream.core.errors import ConfigError
 from gradstream.core.pipeline.schedule import make_schedule
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
@@ -246,16 +246,16 @@ def test_escape_sequences_of_others_are_shown_and_not_carried_out(
 
 
 def test_nothing_of_others_is_printed_as_it_is() -> None:
-    """What is printed without `views.output` is constant, a recipe, or said to be shown."""
+    """What is printed without `views.terminal` is constant, a recipe, or said to be shown."""
     found = []
-    for path in sorted(Path(out.__file__).parents[1].rglob("*.py")):
+    for path in sorted(Path(terminal.__file__).parents[1].rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"):
                 continue
             constant = all(isinstance(argument, ast.Constant) for argument in node.args)
             line = ast.get_source_segment(source, node) or ""
-            if not constant and "shown(" not in line and path.name not in ("output.py", "recipes.py"):
+            if not constant and "shown(" not in line and path.name not in ("terminal.py", "recipes.py"):
                 found.append(f"{path.name}: {line}")
     assert found == ['app.py: print(f"gradstream {__version__}")']
 
@@ -542,9 +542,9 @@ def test_bad_sizes(text: str) -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [out.format_bytes(n) for n in (0, 1023, 1536, 5 << 40)] == ["0 B", "1023 B", "1.5 KiB", "5.0 TiB"]
-    assert [out.format_count(n) for n in (0, 999, 1500, 2e6)] == ["0", "999", "1.5 k", "2.0 M"]
-    assert [out.format_duration(n) for n in (None, 5, 65, 7500, 200_000)] == [
+    assert [terminal.format_bytes(n) for n in (0, 1023, 1536, 5 << 40)] == ["0 B", "1023 B", "1.5 KiB", "5.0 TiB"]
+    assert [terminal.format_count(n) for n in (0, 999, 1500, 2e6)] == ["0", "999", "1.5 k", "2.0 M"]
+    assert [terminal.format_duration(n) for n in (None, 5, 65, 7500, 200_000)] == [
         "-",
         "5 s",
         "1 min 05 s",

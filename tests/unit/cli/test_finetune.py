@@ -202,7 +202,7 @@ def test_the_hint_of_a_chat_says_chat(
     report = canned_report()
     report.format = "chat"
     hints: list[str] = []
-    monkeypatch.setattr("gradstream.coordinator.cli.views.output.hint", lambda *lines: hints.extend(lines))
+    monkeypatch.setattr("gradstream.coordinator.cli.views.terminal.hint", lambda *lines: hints.extend(lines))
     for examples, flag in ((report, " --chat"), (canned_report(), "")):
         service.created = canned_fine_tuning("made", examples=examples)
         assert main(["finetune", "create", str(recipe), "--wait"]) == 0

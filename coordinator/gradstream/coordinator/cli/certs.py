@@ -14,7 +14,7 @@ import typer
 
 from gradstream.coordinator.cli.app import group
 from gradstream.coordinator.cli.options import CredentialsOption, OutputFormat, OutputOption
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.core.credentials.authority import Authority
@@ -89,7 +89,7 @@ def init(
         except (
             ConfigError
         ) as error:  # a disk that is full, a command that holds the authority: the next time it may be over
-            out.warn(str(error))
+            terminal.warn(str(error))
 
 
 def _ensure(directory: Path, tokens: Path | None, wanted: list[tuple[str, Path]], output: OutputFormat | None) -> None:
@@ -109,20 +109,20 @@ def _ensure(directory: Path, tokens: Path | None, wanted: list[tuple[str, Path]]
     if output is None:
         for row in rows:
             if row["action"] != "kept":
-                out.say(f"{row['directory']}: {row['role']} {row['action']}: {row['reason']}")
+                terminal.say(f"{row['directory']}: {row['role']} {row['action']}: {row['reason']}")
         return
     if output is OutputFormat.json:
-        out.print_json({"cluster": authority.cluster, **where, "credentials": rows})
+        terminal.print_json({"cluster": authority.cluster, **where, "credentials": rows})
         return
-    out.print_line(
+    terminal.print_line(
         f"cluster {authority.cluster}: authority in {where['directory']}, tokens in {where['tokens']}", flush=True
     )
     if authority.published_path is None:
         _say_when(authority)
     if rows:
-        out.print_table(["ROLE", "CREDENTIAL", "DIRECTORY", "WHY"], [_cells(row) for row in rows])
+        terminal.print_table(["ROLE", "CREDENTIAL", "DIRECTORY", "WHY"], [_cells(row) for row in rows])
     else:
-        out.hint(f"first credential: gradstream certs issue admin --name NAME --authority {where['directory']}")
+        terminal.hint(f"first credential: gradstream certs issue admin --name NAME --authority {where['directory']}")
 
 
 @app.command()
@@ -149,8 +149,8 @@ def issue(
     if directory is None:
         _print_pack(made)
         return
-    out.print_line(made.source)
-    out.hint(f"{role} '{name}', good until {out.format_time(_time(made.expires_at))}")
+    terminal.print_line(made.source)
+    terminal.hint(f"{role} '{name}', good until {terminal.format_time(_time(made.expires_at))}")
 
 
 @app.command()
@@ -165,7 +165,7 @@ def show(
 
     found = load(_path(directory), time.time())
     for warning in found.warnings:
-        out.warn(warning)
+        terminal.warn(warning)
     _print_pack(found)
 
 
@@ -180,20 +180,20 @@ def ls(authority: AuthorityOption = None, output: OutputOption = OutputFormat.ta
         tokens = opened.tokens()
         _warn_of_ca(opened)
     if output is OutputFormat.json:
-        out.print_json([_token_dict(token, now) for token in tokens])
+        terminal.print_json([_token_dict(token, now) for token in tokens])
         return
     if not tokens:
-        out.say("no tokens yet; `gradstream certs issue ROLE --name NAME` makes one")
+        terminal.say("no tokens yet; `gradstream certs issue ROLE --name NAME` makes one")
         return
-    out.print_table(
+    terminal.print_table(
         ["ID", "ROLE", "NAME", "ISSUED", "EXPIRES", "STATE"],
         [
             (
                 token.id,
                 token.role,
                 token.name,
-                out.format_time(_time(token.issued_at)),
-                out.format_time(_time(token.expires_at)),
+                terminal.format_time(_time(token.issued_at)),
+                terminal.format_time(_time(token.expires_at)),
                 _state_text(token, now),
             )
             for token in tokens
@@ -218,17 +218,17 @@ def revoke(
     if revoked:
         _say_when(opened)
     if any(token.role in ("coordinator", "fine-tuning") for token in revoked):
-        out.warn(
+        terminal.warn(
             "people's commands know this service by the CA alone: until the CA is rotated (`gradstream certs rotate "
             "--ca`), they would still talk to who holds its key"
         )
     if output is OutputFormat.json:
-        out.print_json([_token_dict(token, time.time()) for token in revoked])
+        terminal.print_json([_token_dict(token, time.time()) for token in revoked])
         return
     for token in revoked:
-        out.print_line(f"revoked token {token.id} of {token.holder}")
+        terminal.print_line(f"revoked token {token.id} of {token.holder}")
     if not revoked:
-        out.say(f"no token of '{name_or_id}' was good any more")
+        terminal.say(f"no token of '{name_or_id}' was good any more")
 
 
 @app.command()
@@ -285,19 +285,19 @@ def rotate(
     if directories and not finish:
         _say_when(opened)
     if output is OutputFormat.json:
-        out.print_json({"credentials": rows, "awaited": [_token_dict(token, now) for token in waiting]})
+        terminal.print_json({"credentials": rows, "awaited": [_token_dict(token, now) for token in waiting]})
         return
     for row in rows:
         done = "trusts the new CA alone" if finish else "renewed, good"
-        until = out.format_time(datetime.fromisoformat(row["expires_at"]))
-        out.print_line(f"{row['directory']}: {row['role']} '{row['name']}' {done} until {until}")
+        until = terminal.format_time(datetime.fromisoformat(row["expires_at"]))
+        terminal.print_line(f"{row['directory']}: {row['role']} '{row['name']}' {done} until {until}")
     if ca and finish:
-        out.say("the old CA is dropped")
+        terminal.say("the old CA is dropped")
     elif waiting:
         holders = ", ".join(f"{token.holder} ({token.id})" for token in waiting)
-        out.say(f"before `gradstream certs rotate --ca --finish`, renew or revoke: {holders}")
+        terminal.say(f"before `gradstream certs rotate --ca --finish`, renew or revoke: {holders}")
     elif ca or opened.is_rotating:
-        out.say("all credentials are of the new CA; end the rotation with `gradstream certs rotate --ca --finish`")
+        terminal.say("all credentials are of the new CA; end the rotation with `gradstream certs rotate --ca --finish`")
 
 
 @app.command()
@@ -321,12 +321,12 @@ def publish(
     with _open(authority, read_only=True) as opened:
         if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):\d{1,5}", target):
             place = opened.publish(_path(Path(target)))
-            out.say(f"table {opened.serial} with {len(opened.tokens())} tokens is in {place}; {_READS}")
+            terminal.say(f"table {opened.serial} with {len(opened.tokens())} tokens is in {place}; {_READS}")
             return
         table, signature, certificate = opened.signed()
     with Client(target, credentials=credentials) as client:
         serial, num_tokens = client.publish_tokens(table, signature, certificate)
-    out.say(
+    terminal.say(
         f"table {serial} with {num_tokens} tokens is in force at the coordinator {target}; the other services follow "
         f"within about 2 seconds"
     )
@@ -338,12 +338,12 @@ _READS = "a coordinator that reads this very file takes it up within a second, a
 def _say_when(authority: Authority) -> None:
     """Say when and where a change takes effect."""
     if authority.published_path is None:
-        out.say(
+        terminal.say(
             "takes effect once it is published: gradstream certs publish HOST:PORT (the coordinator), or a path where "
             f"it reads, with --authority {authority.directory}"
         )
         return
-    out.say(f"published to {authority.published_path}; {_READS}")
+    terminal.say(f"published to {authority.published_path}; {_READS}")
 
 
 def _open(directory: Path | None, read_only: bool = False) -> Authority:
@@ -377,17 +377,19 @@ def _parse_issue(item: str, authority: Path) -> tuple[str, Path]:
 def _print_pack(credentials: Credentials) -> None:
     from gradstream.core.credentials.store import to_pack
 
-    out.print_line(to_pack(credentials))
+    terminal.print_line(to_pack(credentials))
     if sys.stdout.isatty():
-        out.warn(
+        terminal.warn(
             f"this is the secret of {credentials.role} '{credentials.name}'; better pipe it: | gradstream login ADDRESS"
         )
 
 
 def _warn_of_ca(authority: Authority) -> None:
     if authority.ca_expires_at - time.time() < CA_WARNING_SECONDS:
-        expires = out.format_time(_time(authority.ca_expires_at))
-        out.warn(f"the CA expires on {expires}, and no credential outlives it; renew it: gradstream certs rotate --ca")
+        expires = terminal.format_time(_time(authority.ca_expires_at))
+        terminal.warn(
+            f"the CA expires on {expires}, and no credential outlives it; renew it: gradstream certs rotate --ca"
+        )
 
 
 def _until(credentials: Credentials) -> dict[str, str]:
@@ -407,11 +409,11 @@ def _state(token: Token, now: float) -> str:
 def _state_text(token: Token, now: float) -> Any:
     state = _state(token, now)
     if state == "revoked":
-        return out.styled(f"revoked {out.format_time(_time(token.revoked_at or 0))}", "red")
+        return terminal.styled(f"revoked {terminal.format_time(_time(token.revoked_at or 0))}", "red")
     if state == "expired":
-        return out.styled("expired", "yellow")
+        return terminal.styled("expired", "yellow")
     left = token.expires_at - now
-    return out.styled(f"good, {out.format_duration(left)} left", "green" if left > SOON_SECONDS else "yellow")
+    return terminal.styled(f"good, {terminal.format_duration(left)} left", "green" if left > SOON_SECONDS else "yellow")
 
 
 def _token_dict(token: Token, now: float) -> dict[str, Any]:

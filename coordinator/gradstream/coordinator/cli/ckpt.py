@@ -18,7 +18,7 @@ from gradstream.coordinator.cli.options import (
     OutputOption,
     open_client,
 )
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 from gradstream.core.shown import shown
 
 if TYPE_CHECKING:
@@ -37,19 +37,21 @@ def ls(
     with open_client(coordinator) as client:
         checkpoints = client.checkpoints(job_id)
     if output is OutputFormat.json:
-        out.print_json([{k: v for k, v in c.to_dict().items() if k not in ("type", "cursor")} for c in checkpoints])
+        terminal.print_json(
+            [{k: v for k, v in c.to_dict().items() if k not in ("type", "cursor")} for c in checkpoints]
+        )
         return
     if not checkpoints:
-        out.say("no checkpoints yet")
+        terminal.say("no checkpoints yet")
         return
-    out.print_table(
+    terminal.print_table(
         [">VERSION", ">SIZE", "TIME", "STATE SHA256", "PATH"],
         [
-            (c.version, out.format_bytes(c.num_bytes), out.format_time(c.time), c.state_sha256[:16], c.path)
+            (c.version, terminal.format_bytes(c.num_bytes), terminal.format_time(c.time), c.state_sha256[:16], c.path)
             for c in checkpoints
         ],
     )
-    out.hint(f"export the last: gradstream ckpt export {job_id or 'JOB'} DIRECTORY")
+    terminal.hint(f"export the last: gradstream ckpt export {job_id or 'JOB'} DIRECTORY")
 
 
 @app.command()
@@ -62,10 +64,10 @@ def now(
     with open_client(coordinator) as client:
         made = client.checkpoint(job_id)
     if output is OutputFormat.json:
-        out.print_json({k: v for k, v in made.to_dict().items() if k not in ("type", "cursor")})
+        terminal.print_json({k: v for k, v in made.to_dict().items() if k not in ("type", "cursor")})
         return
-    out.print_line(made.path)
-    out.hint(f"version {made.version}, {out.format_bytes(made.num_bytes)}")
+    terminal.print_line(made.path)
+    terminal.hint(f"version {made.version}, {terminal.format_bytes(made.num_bytes)}")
 
 
 @app.command()
@@ -81,10 +83,10 @@ def export(
         path = client.export(job_id, directory, version, ExportReporter())
     if output is OutputFormat.json:
         files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
-        out.print_json({"directory": str(path), "files": files})
+        terminal.print_json({"directory": str(path), "files": files})
     else:
-        out.print_line(str(path))
-    out.hint(f'try it: gradstream generate {path} --prompt "..."')
+        terminal.print_line(str(path))
+    terminal.hint(f'try it: gradstream generate {path} --prompt "..."')
 
 
 class ExportReporter:
@@ -99,5 +101,5 @@ class ExportReporter:
         done = progress.received_bytes == progress.file_bytes
         if self._interactive and (done or time.monotonic() - self._last > 0.1):
             self._last = time.monotonic()
-            sizes = f"{out.format_bytes(progress.received_bytes)} of {out.format_bytes(progress.file_bytes)}"
+            sizes = f"{terminal.format_bytes(progress.received_bytes)} of {terminal.format_bytes(progress.file_bytes)}"
             print(f"\r\033[K{shown(progress.file)}: {sizes}", end="\n" if done else "", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from gradstream.coordinator.cli.options import (
     find_recipe,
     parse_size,
 )
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.coordinator.data.prepare import DataSummary, PrepareProgress
@@ -124,16 +124,16 @@ def prepare(
         prepare(config, path, progress, force=force)
     seconds = time.monotonic() - begin
     for note in last[0].notes:
-        out.warn(note)
+        terminal.warn(note)
     summary = inspect(path)
     if output is OutputFormat.json:
         more = {"num_skipped_files": last[0].num_skipped_files, "notes": last[0].notes}
-        out.print_json({**asdict(summary), "seconds": round(seconds, 3), **more})
+        terminal.print_json({**asdict(summary), "seconds": round(seconds, 3), **more})
         return
     _print_summary(summary, last[0].end_of_text)
-    out.say(f"prepared in {seconds:.1f} s")
+    terminal.say(f"prepared in {seconds:.1f} s")
     if recipe is None:
-        out.hint(f"a recipe for it: gradstream init {path}")
+        terminal.hint(f"a recipe for it: gradstream init {path}")
 
 
 @data_app.command()
@@ -147,7 +147,7 @@ def inspect(
 
     summary = inspect(path, verify)
     if output is OutputFormat.json:
-        out.print_json(asdict(summary))
+        terminal.print_json(asdict(summary))
         return
     _print_summary(summary)
 
@@ -197,7 +197,7 @@ def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
         def line(state: PrepareProgress) -> None:
             if state.phase not in said and state.phase != "done":
                 said.append(state.phase)
-                out.say(PHASES[state.phase])
+                terminal.say(PHASES[state.phase])
 
         yield line
         return
@@ -211,7 +211,7 @@ def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
         TextColumn("{task.fields[facts]}", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=out.console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
         task = bar.add_task("listing files", total=None, facts="")
         phase = ""
 
@@ -220,7 +220,7 @@ def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
             if state.phase != phase:
                 phase = state.phase
                 bar.reset(task, description=PHASES[phase])  # the time left of one phase says nothing of the next
-            facts = f"{out.format_count(state.num_tokens)} tokens" if state.num_tokens else ""
+            facts = f"{terminal.format_count(state.num_tokens)} tokens" if state.num_tokens else ""
             bar.update(task, total=state.bytes_total or None, completed=state.bytes_done, facts=facts)
 
         yield update
@@ -229,22 +229,22 @@ def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
 def _print_summary(summary: DataSummary, end_of_text: str = "") -> None:
     rows = []
     for name, split in (("train", summary.train), ("validation", summary.validation)):
-        spread = f"{out.format_count(split.smallest_shard)} to {out.format_count(split.largest_shard)}"
+        spread = f"{terminal.format_count(split.smallest_shard)} to {terminal.format_count(split.largest_shard)}"
         rows.append(
             (
                 name,
                 split.num_shards,
                 split.num_documents,
-                out.format_count(split.num_tokens),
-                out.format_bytes(split.num_bytes),
+                terminal.format_count(split.num_tokens),
+                terminal.format_bytes(split.num_bytes),
                 spread if split.num_shards else "-",
             )
         )
-    out.print_table(["SPLIT", ">SHARDS", ">DOCUMENTS", ">TOKENS", ">SIZE", ">TOKENS A SHARD"], rows)
+    terminal.print_table(["SPLIT", ">SHARDS", ">DOCUMENTS", ">TOKENS", ">SIZE", ">TOKENS A SHARD"], rows)
     checked = ", all hashes right" if summary.verified else ""
-    out.print_line(f"{summary.path}: {summary.token_dtype}, vocabulary of {summary.vocab_size}{checked}")
-    out.print_line(f"end of text: {end_of_text or f'{summary.end_of_text!r} (id {summary.end_of_text_id})'}")
+    terminal.print_line(f"{summary.path}: {summary.token_dtype}, vocabulary of {summary.vocab_size}{checked}")
+    terminal.print_line(f"end of text: {end_of_text or f'{summary.end_of_text!r} (id {summary.end_of_text_id})'}")
     for name, counts in (("files read as", summary.read_as), ("left out", summary.left_out)):
         if counts:
-            out.print_line(f"{name}: {', '.join(f'{what} ({count})' for what, count in counts.items())}")
-    out.print_line(f"begins: {summary.sample[:100]!r}")
+            terminal.print_line(f"{name}: {', '.join(f'{what} ({count})' for what, count in counts.items())}")
+    terminal.print_line(f"begins: {summary.sample[:100]!r}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, RecipeArgument, find_recipe
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.client import AsyncClient, Job
@@ -109,7 +109,7 @@ def prepare_data(recipe: Recipe) -> None:
         )
     from gradstream.coordinator.data.prepare import PrepareProgress, prepare
 
-    out.say(f"preparing data in {path}")
+    terminal.say(f"preparing data in {path}")
     notes: list[str] = []
 
     def remember(progress: PrepareProgress) -> None:
@@ -125,14 +125,14 @@ def prepare_data(recipe: Recipe) -> None:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(),
-            console=out.console(stderr=True),
+            console=terminal.console(stderr=True),
             transient=True,
         ) as bar:
             task = bar.add_task("data", total=None, facts="")
 
             def show(progress: PrepareProgress) -> None:
                 remember(progress)
-                facts = f"{progress.num_documents} documents, {out.format_count(progress.num_tokens)} tokens"
+                facts = f"{progress.num_documents} documents, {terminal.format_count(progress.num_tokens)} tokens"
                 bar.update(
                     task,
                     description=progress.phase,
@@ -144,10 +144,10 @@ def prepare_data(recipe: Recipe) -> None:
             manifest = prepare(recipe.data.prepare, path, show)
     num_tokens = sum(shard.num_tokens for shard in manifest.shards)
     for note in notes:
-        out.warn(note)
+        terminal.warn(note)
     for what, count in manifest.left_out.items():
-        out.say(f"left out: {what} ({count})")
-    out.say(f"data is ready: {out.format_count(num_tokens)} tokens in {len(manifest.shards)} data shards")
+        terminal.say(f"left out: {what} ({count})")
+    terminal.say(f"data is ready: {terminal.format_count(num_tokens)} tokens in {len(manifest.shards)} data shards")
 
 
 @dataclass
@@ -181,14 +181,14 @@ class _Run:
         loop.add_signal_handler(signal.SIGINT, self._on_interrupt)
         for number in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_terminate)
-        out.say(f"starting a coordinator, {self.num_servers} parameter servers and {self.num_workers} workers")
+        terminal.say(f"starting a coordinator, {self.num_servers} parameter servers and {self.num_workers} workers")
         try:
             cluster = LocalCluster(
                 directory,
                 self.num_servers,
                 self.num_workers,
                 self._memory_bytes(),
-                on_news=out.warn,
+                on_news=terminal.warn,
                 fine_tuning=self.fine_tuning,
             )
             async with cluster:
@@ -216,9 +216,9 @@ class _Run:
             # 1. Submit.
             job = self.job = await client.submit(self.recipe)
             cluster.move_logs(Path(job.run_directory) / "logs")
-            out.say(f"submitted {job.job_id}; files in {job.run_directory}")
-            out.say(f"look at it from another terminal: gradstream top -c {cluster.address}")
-            out.say("processes: " + ", ".join(f"{name} {pid}" for name, pid in cluster.pids.items()))
+            terminal.say(f"submitted {job.job_id}; files in {job.run_directory}")
+            terminal.say(f"look at it from another terminal: gradstream top -c {cluster.address}")
+            terminal.say("processes: " + ", ".join(f"{name} {pid}" for name, pid in cluster.pids.items()))
             # 2. Follow it to its end.
             with ProgressView() as view:
                 cluster.on_news = view.say
@@ -237,25 +237,27 @@ class _Run:
                     await asyncio.wait({collector}, timeout=5)
                     raise
                 finally:
-                    cluster.on_news = out.warn
+                    cluster.on_news = terminal.warn
                     for task in (waiter, collector):
                         task.cancel()
                     await asyncio.gather(waiter, collector, return_exceptions=True)
             # 3. Export what there is.
             checkpoints = await client.checkpoints(job.job_id)
             if not checkpoints:
-                out.say(f"{job.job_id} {job.state} at step {job.version} without a checkpoint")
+                terminal.say(f"{job.job_id} {job.state} at step {job.version} without a checkpoint")
                 return 130 if self.interrupts else 1
             if job.state == "finished":
                 self.exported = await client.export(job.job_id, Path(job.run_directory) / "export")
             else:
                 last = checkpoints[-1]
-                out.say(f"{job.job_id} {job.state} at step {job.version}; its last checkpoint is {last.path}")
+                terminal.say(f"{job.job_id} {job.state} at step {job.version}; its last checkpoint is {last.path}")
             # 4. Stay, if wanted.
             if self.keep:
-                out.say(f"the cluster stays up at {cluster.address} until Ctrl-C")
+                terminal.say(f"the cluster stays up at {cluster.address} until Ctrl-C")
                 if self.fine_tuning:
-                    out.say(f"fine-tune with it: gradstream finetune create --service {cluster.fine_tuning_address}")
+                    terminal.say(
+                        f"fine-tune with it: gradstream finetune create --service {cluster.fine_tuning_address}"
+                    )
                 self._client = None
                 self._interrupted.clear()
                 await self._interrupted.wait()
@@ -272,7 +274,7 @@ class _Run:
             elif isinstance(item, Validation):
                 self.validation[item.version] = item.loss
             elif isinstance(item, Event) and item.kind not in QUIET_EVENTS:
-                view.say(f"{out.format_time(item.time)} {item.kind}: {item.message}")
+                view.say(f"{terminal.format_time(item.time)} {item.kind}: {item.message}")
 
     def _on_interrupt(self) -> None:
         self.interrupts += 1
@@ -283,7 +285,7 @@ class _Run:
                 self._main.cancel()
             return
         now = self.interrupts == 2
-        out.say(
+        terminal.say(
             f"\nstopping {job.job_id} at once"
             if now
             else f"\nstopping {job.job_id} at its next step, with a checkpoint; Ctrl-C again stops it at once"
@@ -298,7 +300,7 @@ class _Run:
         try:
             await client.stop(job_id, now)
         except GradstreamError as error:
-            out.warn(f"{one_line(error)}; Ctrl-C {'again ' if now else 'three times '}ends everything")
+            terminal.warn(f"{one_line(error)}; Ctrl-C {'again ' if now else 'three times '}ends everything")
 
     def _on_terminate(self) -> None:
         self._terminated = True
@@ -332,7 +334,7 @@ def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
         prompt = "def " if prepare is not None and "stdlib:" in prepare.sources else ""
     sample = generate_text(exported, prompt, max_new_tokens=SAMPLE_TOKENS)
     if output is OutputFormat.json:
-        out.print_json(
+        terminal.print_json(
             {
                 "job": job.to_dict(),
                 "initial_validation_loss": job.initial_validation_loss,
@@ -347,18 +349,18 @@ def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
     print()
     print("a sample from the exported model:")
     for line in (prompt + sample).splitlines():
-        out.print_text(f"    {line}")
+        terminal.print_text(f"    {line}")
     print()
     if job.initial_validation_loss is not None and job.validation_loss is not None:
-        out.print_line(
+        terminal.print_line(
             f"validation loss: {job.initial_validation_loss:.4f} before, {job.validation_loss:.4f} after "
             f"{job.version} steps (nats a token)"
         )
-    out.print_line(f"loss curve:      {picture}")
-    out.print_line(f"model:           {exported}")
-    out.print_line(f"checkpoints:     {Path(job.run_directory) / 'checkpoints'}")
-    out.print_line(f"logs:            {Path(job.run_directory) / 'logs'}")
-    out.hint(
+    terminal.print_line(f"loss curve:      {picture}")
+    terminal.print_line(f"model:           {exported}")
+    terminal.print_line(f"checkpoints:     {Path(job.run_directory) / 'checkpoints'}")
+    terminal.print_line(f"logs:            {Path(job.run_directory) / 'logs'}")
+    terminal.hint(
         f'try next: gradstream generate {exported} --prompt "{prompt or "Once"}"',
         f"          gradstream serve coordinator --state {Path(job.run_directory) / 'state'}   (its history)",
     )

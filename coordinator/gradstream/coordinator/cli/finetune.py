@@ -23,7 +23,7 @@ from gradstream.coordinator.cli.options import (
     find_recipe,
     open_fine_tuning_client,
 )
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.client import FineTuning, FineTuningClient, FineTuningRecipe, GeneratedText
@@ -91,13 +91,13 @@ def create(
         if dry_run:
             preview = client.preview(asked, (), num_examples)
             if output is OutputFormat.json:
-                out.print_json(preview.to_dict())
+                terminal.print_json(preview.to_dict())
                 return
             from gradstream.coordinator.cli.views.fine_tunings import print_preview
 
             print_preview(preview, asked.training)
             again = [recipe, *(word for each in overrides or () for word in ("-s", each)), *(["--upload"] * upload)]
-            out.hint(f"begin: gradstream finetune create {shlex.join(again)}")
+            terminal.hint(f"begin: gradstream finetune create {shlex.join(again)}")
             return
         made = client.create(asked, request_id=request_id)
         made = _follow(client, made, output, lambda now: not wait and now.state != "preparing")
@@ -105,13 +105,13 @@ def create(
     from gradstream.coordinator.cli.views.fine_tunings import chat_flag
 
     if made.state == "finished":
-        out.hint(
+        terminal.hint(
             f"look: gradstream finetune compare {made.name}",
             f"use it: gradstream finetune generate {made.name} --prompt TEXT{chat_flag(made)}",
             f"take it: gradstream finetune export {made.name} --to DIR",
         )
     else:
-        out.hint(f"watch it: gradstream finetune watch {made.name}, gradstream finetune status {made.name}")
+        terminal.hint(f"watch it: gradstream finetune watch {made.name}, gradstream finetune status {made.name}")
 
 
 def _uploaded(client: FineTuningClient, asked: FineTuningRecipe) -> FineTuningRecipe:
@@ -120,7 +120,7 @@ def _uploaded(client: FineTuningClient, asked: FineTuningRecipe) -> FineTuningRe
     if asked.data.validation_path is not None:
         paths["validation_path"] = client.upload(asked.data.validation_path)
     for path in paths.values():
-        out.say(f"sent {Path(path).name}")
+        terminal.say(f"sent {Path(path).name}")
     return asked.model_copy(update={"data": asked.data.model_copy(update=paths)})
 
 
@@ -137,10 +137,10 @@ def _follow(
             return client.wait(made.name, FollowReporter(view), until=enough, poll_seconds=0.5)
     except FineTuningFailedError as error:
         if output is OutputFormat.json:
-            out.print_json(error.fine_tuning.to_dict())
+            terminal.print_json(error.fine_tuning.to_dict())
         raise
     except KeyboardInterrupt:
-        out.say(f"\ndetached; {made.name} goes on. Cancel it with: gradstream finetune cancel {made.name}")
+        terminal.say(f"\ndetached; {made.name} goes on. Cancel it with: gradstream finetune cancel {made.name}")
         return client.get(made.name)
 
 
@@ -153,16 +153,16 @@ def ls(service: ServiceOption = None, output: OutputOption = OutputFormat.table)
     with open_fine_tuning_client(service) as client:
         fine_tunings = client.list()
     if output is OutputFormat.json:
-        out.print_json([each.to_dict() for each in fine_tunings])
+        terminal.print_json([each.to_dict() for each in fine_tunings])
         return
     if not fine_tunings:
-        out.say("no fine-tunings yet")
-        out.hint("create one: gradstream finetune create RECIPE")
+        terminal.say("no fine-tunings yet")
+        terminal.hint("create one: gradstream finetune create RECIPE")
         return
     from gradstream.coordinator.cli.views.fine_tunings import fine_tunings_table
 
-    out.console().print(fine_tunings_table(fine_tunings))
-    out.hint(f"more about one: gradstream finetune status {fine_tunings[0].name}")
+    terminal.console().print(fine_tunings_table(fine_tunings))
+    terminal.hint(f"more about one: gradstream finetune status {fine_tunings[0].name}")
 
 
 @app.command()
@@ -175,11 +175,11 @@ def status(
     with open_fine_tuning_client(service) as client:
         found = client.get(name)
     if output is OutputFormat.json:
-        out.print_json(found.to_dict())
+        terminal.print_json(found.to_dict())
         return
     from gradstream.coordinator.cli.views.fine_tunings import fine_tuning_view
 
-    out.console().print(fine_tuning_view(found))
+    terminal.console().print(fine_tuning_view(found))
 
 
 @app.command()
@@ -207,7 +207,7 @@ def watch(
                         continue
                 _show(item, output)
         except KeyboardInterrupt:
-            out.say(f"\ndetached; {name} goes on. Look again with: gradstream finetune watch {name}")
+            terminal.say(f"\ndetached; {name} goes on. Look again with: gradstream finetune watch {name}")
             return
     if last is not None and last.state == "failed":
         raise FineTuningFailedError(last)
@@ -219,21 +219,23 @@ def _show(item: Any, output: OutputFormat) -> None:
     from gradstream.client import Checkpoint, Event, FineTuning, Validation
 
     if output is OutputFormat.json:
-        out.print_json_line(
+        terminal.print_json_line(
             {"type": "fine-tuning", **item.to_dict()} if isinstance(item, FineTuning) else item.to_dict()
         )
         return
     if isinstance(item, FineTuning):
-        line = Text.assemble(f"{item.name} ", out.state_text(item.state), f": {item.reason}" if item.reason else "")
+        line = Text.assemble(
+            f"{item.name} ", terminal.state_text(item.state), f": {item.reason}" if item.reason else ""
+        )
     elif isinstance(item, Validation):
-        line = Text(f"validation loss {out.format_loss(item.loss)} at version {item.version}")
+        line = Text(f"validation loss {terminal.format_loss(item.loss)} at version {item.version}")
     elif isinstance(item, Checkpoint):
-        line = Text(f"checkpoint of version {item.version}, {out.format_bytes(item.num_bytes)}", style="dim")
+        line = Text(f"checkpoint of version {item.version}, {terminal.format_bytes(item.num_bytes)}", style="dim")
     elif isinstance(item, Event) and item.kind not in ("step", "validation", "checkpoint"):
-        line = Text.assemble((f"{out.format_time(item.time)} {item.kind}: ", "cyan"), item.message)
+        line = Text.assemble((f"{terminal.format_time(item.time)} {item.kind}: ", "cyan"), item.message)
     else:
         return
-    out.console().print(line, soft_wrap=True)
+    terminal.console().print(line, soft_wrap=True)
 
 
 # ---- Steering them ---------------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def pause(name: FineTuningArgument, service: ServiceOption = None, output: Outpu
     """Pause a fine-tuning's job at its next step boundary."""
     with open_fine_tuning_client(service) as client:
         _print_one(client.pause(name), output)
-    out.hint(f"go on with: gradstream finetune resume {name}")
+    terminal.hint(f"go on with: gradstream finetune resume {name}")
 
 
 @app.command()
@@ -252,7 +254,7 @@ def resume(name: FineTuningArgument, service: ServiceOption = None, output: Outp
     """Go on with a paused, failed or cancelled fine-tuning."""
     with open_fine_tuning_client(service) as client:
         _print_one(client.resume(name), output)
-    out.hint(f"watch it: gradstream finetune watch {name}")
+    terminal.hint(f"watch it: gradstream finetune watch {name}")
 
 
 @app.command()
@@ -260,15 +262,15 @@ def cancel(name: FineTuningArgument, service: ServiceOption = None, output: Outp
     """End a fine-tuning at once; its checkpoints stay."""
     with open_fine_tuning_client(service) as client:
         _print_one(client.cancel(name), output)
-    out.hint(f"start it again: gradstream finetune resume {name}")
+    terminal.hint(f"start it again: gradstream finetune resume {name}")
 
 
 def _print_one(each: FineTuning, output: OutputFormat) -> None:
     if output is OutputFormat.json:
-        out.print_json(each.to_dict())
+        terminal.print_json(each.to_dict())
     else:
         job = f", job {each.job.job_id} {each.job.state}" if each.job is not None else ""
-        out.print_line(f"{each.name} {each.state}{job}" + (f": {each.reason}" if each.reason else ""))
+        terminal.print_line(f"{each.name} {each.state}{job}" + (f": {each.reason}" if each.reason else ""))
 
 
 # ---- Using them ------------------------------------------------------------------------------------------------------
@@ -297,14 +299,14 @@ def generate(
             for piece in client.generate(name, _prompt(prompt, chat, system), base=base, **settings):
                 pieces.append(piece)
                 if output is OutputFormat.table:
-                    out.print_text(piece.text, end="")
+                    terminal.print_text(piece.text, end="")
         except KeyboardInterrupt:
             if pieces and output is OutputFormat.table:
                 print()
             raise
     last = pieces[-1] if pieces else None
     if output is OutputFormat.json:
-        out.print_json(
+        terminal.print_json(
             {
                 "name": name,
                 "base": base,
@@ -318,7 +320,7 @@ def generate(
     else:
         print()
     if last is not None and last.finish_reason == "length":
-        out.hint(f"it ended at {last.num_tokens} tokens; more with --max-new-tokens")
+        terminal.hint(f"it ended at {last.num_tokens} tokens; more with --max-new-tokens")
 
 
 @app.command()
@@ -362,7 +364,7 @@ def compare(
             if not comparisons:
                 raise ConfigError(f"{found.name} has no held-out prompts; compare with --prompt")
     if output is OutputFormat.json:
-        out.print_json(
+        terminal.print_json(
             {
                 "name": found.name,
                 "before": found.before.to_dict() if found.before else None,
@@ -390,9 +392,9 @@ def export(
         path = client.export(name, to, kind="merged" if merged else None, version=version, on_progress=ExportReporter())
     if output is OutputFormat.json:
         files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
-        out.print_json({"directory": str(path), "files": files})
+        terminal.print_json({"directory": str(path), "files": files})
     else:
-        out.print_line(str(path))
+        terminal.print_line(str(path))
 
 
 def _prompt(prompt: str, chat: bool, system: str | None) -> Any:

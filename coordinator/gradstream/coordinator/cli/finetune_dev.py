@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, RecipeArgument, find_recipe
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.client import FineTuning
@@ -62,17 +62,17 @@ def dev(
         if have < need:
             raise ConfigError(f"--{what} {have} is fewer than the {need} that the recipe needs; start more")
     for warning in check_fine_tuning_recipe(asked):
-        out.warn(warning)
+        terminal.warn(warning)
     run = asyncio.run(_run(asked, servers, workers))
     if output is OutputFormat.json:
-        out.print_json({**run.made.to_dict(), "adapter": str(run.exported)})
+        terminal.print_json({**run.made.to_dict(), "adapter": str(run.exported)})
         return
     from gradstream.coordinator.cli.views.fine_tunings import chat_flag, held_out, print_comparisons
 
     print_comparisons(run.made, held_out(run.made)[:SHOWN_SAMPLES])
     print()
-    out.print_line(f"result: {run.exported}")
-    out.hint(
+    terminal.print_line(f"result: {run.exported}")
+    terminal.hint(
         f"use it: gradstream serve fine-tuning --state {os.path.relpath(run.exported.parent / 'fine-tuning')}",
         f"        gradstream finetune generate {run.made.name} --prompt TEXT{chat_flag(run.made)}",
     )
@@ -97,11 +97,11 @@ async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     memory = int(psutil.virtual_memory().total * MEMORY_SHARE / (servers + workers + 1))
-    out.say(f"starting a cluster: parameter servers {servers}, workers {workers}, and a fine-tuning service")
+    terminal.say(f"starting a cluster: parameter servers {servers}, workers {workers}, and a fine-tuning service")
     run_directory: Path | None = None
     try:
         async with (
-            LocalCluster(directory, servers, workers, memory, on_news=out.warn, fine_tuning=True) as cluster,
+            LocalCluster(directory, servers, workers, memory, on_news=terminal.warn, fine_tuning=True) as cluster,
             AsyncFineTuningClient(cluster.fine_tuning_address, credentials=cluster.credentials) as client,
         ):
             # 1. Create it, and follow it to its end.
@@ -118,7 +118,7 @@ async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
                     made = waiter.result()
                 finally:
                     waiter.cancel()
-                    cluster.on_news = out.warn
+                    cluster.on_news = terminal.warn
             # 2. Take what came of it.
             assert made.job is not None
             run_directory = Path(made.job.run_directory)
@@ -131,4 +131,4 @@ async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
                     os.replace(directory / name, run_directory / name)
             shutil.rmtree(directory, ignore_errors=True)
         else:
-            out.say(f"logs and state are in {directory}")
+            terminal.say(f"logs and state are in {directory}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gradstream.coordinator.cli.options import CoordinatorOption, OutputFormat, OutputOption, open_client
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 
 def generate(
@@ -46,9 +46,9 @@ def generate(
                 exported = client.export(source, Path(temporary) / "export", None, ExportReporter())
             text = generate_text(exported, prompt, **settings)
     if output is OutputFormat.json:
-        out.print_json({"prompt": prompt, "text": text, **settings})
+        terminal.print_json({"prompt": prompt, "text": text, **settings})
     else:
-        out.print_text(prompt + text)
+        terminal.print_text(prompt + text)
 
 
 def generate_text(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gradstream.coordinator.cli.options import CredentialsOption, OutputFormat, OutputOption
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 
 class Role(StrEnum):
@@ -38,7 +38,7 @@ def health(
     directory = find_credentials(check_address(address, "ADDRESS"), credentials)
     answer = ask(address, role, directory, timeout)
     if output is OutputFormat.json:
-        out.print_json({"address": address, "status": answer})
+        terminal.print_json({"address": address, "status": answer})
     else:
-        out.print_line(answer)
+        terminal.print_line(answer)
     return 0 if answer == "SERVING" else 1

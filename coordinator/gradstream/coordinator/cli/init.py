@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradstream.coordinator.cli.options import OutputFormat, OutputOption, data_name, data_path, parse_bit_rate
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.coordinator.planning.first_recipe import FirstRecipe, Machines, OwnModel, Text
@@ -90,16 +90,16 @@ def init(
     # 3. The file.
     _write(target, render(found))
     if output is OutputFormat.json:
-        out.print_json({"path": str(target), "recipe": recipe.model_dump(mode="json"), "reasons": found.reasons})
+        terminal.print_json({"path": str(target), "recipe": recipe.model_dump(mode="json"), "reasons": found.reasons})
         return
-    out.print_line(f"{target}: {found.reasons['model']}")
-    out.print_line(f"{recipe.training.num_steps} steps: {found.reasons['training.num_steps']}")
-    out.print_line(f"codec {recipe.codec.push} up, {recipe.codec.pull} down: {found.reasons['codec']}")
+    terminal.print_line(f"{target}: {found.reasons['model']}")
+    terminal.print_line(f"{recipe.training.num_steps} steps: {found.reasons['training.num_steps']}")
+    terminal.print_line(f"codec {recipe.codec.push} up, {recipe.codec.pull} down: {found.reasons['codec']}")
     if rate is None:
-        out.hint(f"train it here: gradstream dev {target}")
+        terminal.hint(f"train it here: gradstream dev {target}")
         return
     commands = [f"data: gradstream data prepare --recipe {target}"] if text.sources else []
-    out.hint(*commands, f"forecast: gradstream plan {target} --link {link}", f"train: gradstream submit {target}")
+    terminal.hint(*commands, f"forecast: gradstream plan {target} --link {link}", f"train: gradstream submit {target}")
 
 
 # --- what there is ----------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def measure_step(found: FirstRecipe, machines: Machines) -> float:
         profiles = await take_profile(recipe.model.config, recipe.training, None, use)
         return await take_inventory(recipe.model.config, None, use), profiles
 
-    out.say("measuring the model on this machine")
+    terminal.say("measuring the model on this machine")
     inventory, profiles = asyncio.run(look())
     servers = hypothetical("server", machines.num_servers, 0)
     workers = hypothetical("worker", machines.num_workers, 0)

@@ -18,7 +18,7 @@ from gradstream.coordinator.cli.options import (
     find_recipe,
     open_client,
 )
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.client import Client, Job, Node, Pipeline, ServerMemory
@@ -38,35 +38,35 @@ def submit(
 
     resolved = load_recipe(find_recipe(recipe), overrides or ())
     for warning in recipe_warnings(resolved):
-        out.warn(warning)
+        terminal.warn(warning)
     with open_client(coordinator) as client:
         job = client.submit(resolved, request_id=request_id)
         if watch:
             from gradstream.client import JobFailedError
             from gradstream.coordinator.cli.views.progress import ProgressView
 
-            out.say(f"submitted {job.job_id}")
+            terminal.say(f"submitted {job.job_id}")
             try:
                 with ProgressView() as view:
                     job = client.wait(job.job_id, view.update)
             except KeyboardInterrupt:
-                out.say(f"detached; {job.job_id} goes on. Stop it with: gradstream stop {job.job_id}")
+                terminal.say(f"detached; {job.job_id} goes on. Stop it with: gradstream stop {job.job_id}")
                 return
             except JobFailedError as error:
                 _print_job(error.job, output)
                 raise
         _print_job(job, output)
     if job.state == "finished":
-        out.hint(f"export it: gradstream ckpt export {job.job_id} DIRECTORY")
+        terminal.hint(f"export it: gradstream ckpt export {job.job_id} DIRECTORY")
     else:
-        out.hint(f"watch it: gradstream status {job.job_id}, gradstream logs -f {job.job_id}, gradstream top")
+        terminal.hint(f"watch it: gradstream status {job.job_id}, gradstream logs -f {job.job_id}, gradstream top")
 
 
 def _print_job(job: Job, output: OutputFormat) -> None:
     if output is OutputFormat.json:
-        out.print_json(job.to_dict())
+        terminal.print_json(job.to_dict())
     else:
-        out.print_line(job.job_id)
+        terminal.print_line(job.job_id)
 
 
 def ls(coordinator: CoordinatorOption = None, output: OutputOption = OutputFormat.table) -> None:
@@ -74,30 +74,30 @@ def ls(coordinator: CoordinatorOption = None, output: OutputOption = OutputForma
     with open_client(coordinator) as client:
         jobs = client.jobs()
     if output is OutputFormat.json:
-        out.print_json([job.to_dict() for job in jobs])
+        terminal.print_json([job.to_dict() for job in jobs])
         return
     if not jobs:
-        out.say("no jobs yet")
-        out.hint("submit one: gradstream submit stdlib-gpt")
+        terminal.say("no jobs yet")
+        terminal.hint("submit one: gradstream submit stdlib-gpt")
         return
-    out.print_table(
+    terminal.print_table(
         ["JOB", "STATE", ">STEP", ">LOSS", ">VALIDATION", ">TOKENS/S", "ETA", "SUBMITTED", "REASON"],
         [
             (
                 job.job_id,
-                out.state_text(job.state),
+                terminal.state_text(job.state),
                 f"{job.version}/{job.num_steps}",
-                out.format_loss(job.loss),
-                out.format_loss(job.validation_loss),
-                out.format_count(job.tokens_per_second) if job.state == "running" else "-",
-                out.format_duration(job.eta),
-                out.format_time(job.submitted),
+                terminal.format_loss(job.loss),
+                terminal.format_loss(job.validation_loss),
+                terminal.format_count(job.tokens_per_second) if job.state == "running" else "-",
+                terminal.format_duration(job.eta),
+                terminal.format_time(job.submitted),
                 job.reason,
             )
             for job in jobs
         ],
     )
-    out.hint(f"more about one: gradstream status {jobs[0].job_id}")
+    terminal.hint(f"more about one: gradstream status {jobs[0].job_id}")
 
 
 def status(
@@ -114,24 +114,24 @@ def status(
         job = client.job(job_id) if job_id else _newest(client)
     if output is OutputFormat.json:
         found = {"job": job.to_dict() if job else None, "nodes": [node.to_dict() for node in nodes]}
-        out.print_json({**found, "warnings": warnings})
+        terminal.print_json({**found, "warnings": warnings})
         return
     for warning in warnings:
-        out.warn(warning)
+        terminal.warn(warning)
     if job_id is None:
-        console = out.console()
+        console = terminal.console()
         if nodes:
             console.print(nodes_table(nodes))
         else:
             console.print(f"coordinator {client.address}: no nodes have registered")
         console.print()
     if job is None:
-        out.say("no jobs yet")
-        out.hint("submit one: gradstream submit stdlib-gpt")
+        terminal.say("no jobs yet")
+        terminal.hint("submit one: gradstream submit stdlib-gpt")
         return
-    out.console().print(job_view(job, nodes))
+    terminal.console().print(job_view(job, nodes))
     if not job.state.ended:
-        out.hint(f"follow it: gradstream logs -f {job.job_id}, gradstream top")
+        terminal.hint(f"follow it: gradstream logs -f {job.job_id}, gradstream top")
 
 
 def _newest(client: Client) -> Job | None:
@@ -141,22 +141,22 @@ def _newest(client: Client) -> Job | None:
 
 def nodes_table(nodes: list[Node]) -> Any:
     """The nodes of a cluster as a rich table."""
-    return out.make_table(
+    return terminal.make_table(
         ["NODE", "KIND", "ALIVE", "PHASE", ">STEP", ">SENT", ">RECEIVED", ">RESIDENT", "DEVICE", "WAITS FOR"],
         [
             (
-                out.styled(node.name, out.node_style(node.name)),
+                terminal.styled(node.name, terminal.node_style(node.name)),
                 node.kind,
-                out.styled("yes", "green")
+                terminal.styled("yes", "green")
                 if node.alive
-                else out.styled(f"no, last heard {out.format_time(node.last_heartbeat)}", "red"),
+                else terminal.styled(f"no, last heard {terminal.format_time(node.last_heartbeat)}", "red"),
                 node.activity.phase,
                 node.activity.step or "-",
-                out.format_bytes(node.activity.sent_bytes),
-                out.format_bytes(node.activity.received_bytes),
-                out.format_bytes(node.activity.resident_bytes),
+                terminal.format_bytes(node.activity.sent_bytes),
+                terminal.format_bytes(node.activity.received_bytes),
+                terminal.format_bytes(node.activity.resident_bytes),
                 node.device,
-                f"{node.activity.waiting_for} {out.format_since(node.activity.waiting_since)}".strip(),
+                f"{node.activity.waiting_for} {terminal.format_since(node.activity.waiting_since)}".strip(),
             )
             for node in nodes
         ],
@@ -178,40 +178,44 @@ def job_view(job: Job, nodes: list[Node]) -> Any:
         table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
 
     row("job", job.job_id)
-    row("state", out.state_text(job.state) + (Text(f": {job.reason}") if job.reason else Text()))
+    row("state", terminal.state_text(job.state) + (Text(f": {job.reason}") if job.reason else Text()))
     percent = f" ({100 * job.version / job.num_steps:.0f} %)" if job.num_steps else ""
     row("step", f"{job.version} of {job.num_steps}{percent}, epoch {job.epoch}, skipped {job.num_skipped}")
-    row("trained on", f"{out.format_count(job.num_tokens)} {counted_tokens(job)} in {job.num_samples} samples")
-    row("training loss", f"{out.format_loss(job.loss)} nats a token")
+    row("trained on", f"{terminal.format_count(job.num_tokens)} {counted_tokens(job)} in {job.num_samples} samples")
+    row("training loss", f"{terminal.format_loss(job.loss)} nats a token")
     first = f" (at the start {job.initial_validation_loss:.4f})" if job.initial_validation_loss is not None else ""
-    row("validation loss", f"{out.format_loss(job.validation_loss)} nats a token{first}")
+    row("validation loss", f"{terminal.format_loss(job.validation_loss)} nats a token{first}")
     if not job.state.ended:
         row(
             "rates",
-            f"{out.format_count(job.tokens_per_second)} {counted_tokens(job)}/s, "
-            f"up {out.format_rate(job.push_bytes_per_second)}, "
-            f"down {out.format_rate(job.pull_bytes_per_second)}, ETA {out.format_duration(job.eta)}",
+            f"{terminal.format_count(job.tokens_per_second)} {counted_tokens(job)}/s, "
+            f"up {terminal.format_rate(job.push_bytes_per_second)}, "
+            f"down {terminal.format_rate(job.pull_bytes_per_second)}, ETA {terminal.format_duration(job.eta)}",
         )
     if job.num_parameters:
-        row("parameters", f"{out.format_count(job.num_parameters)} ({job.num_parameters})")
+        row("parameters", f"{terminal.format_count(job.num_parameters)} ({job.num_parameters})")
     if job.codecs:
         row("codecs", job.codecs)
     if job.hidden_share is not None:
-        row("overlap", f"communication hidden by compute: {out.format_share(job.hidden_share)}")
+        row("overlap", f"communication hidden by compute: {terminal.format_share(job.hidden_share)}")
     if job.pipeline is not None:
         row("pipeline", pipeline_text(job.pipeline))
     for index, memory in enumerate(job.server_memory):
         row("memory" if index == 0 else "", memory_text(memory))
-    row("submitted", out.format_time(job.submitted) + (f", ended {out.format_time(job.ended)}" if job.ended else ""))
+    row(
+        "submitted",
+        terminal.format_time(job.submitted) + (f", ended {terminal.format_time(job.ended)}" if job.ended else ""),
+    )
     row("files", job.run_directory)
     if not job.state.ended:
         for index, holder in enumerate(job.slot_holders):
             row("slots" if index == 0 else "", f"slot {index}: {holder or 'nobody'}")
         for index, decision in enumerate(job.decisions):
             row("decisions" if index == 0 else "", decision)
-        waits = [f"{wait.what}, from {wait.whom}, {out.format_since(wait.since)}" for wait in job.waits]
+        waits = [f"{wait.what}, from {wait.whom}, {terminal.format_since(wait.since)}" for wait in job.waits]
         waits += [
-            f"{node.name} waits for {node.activity.waiting_for} {out.format_since(node.activity.waiting_since)}".strip()
+            f"{node.name} waits for {node.activity.waiting_for} "
+            f"{terminal.format_since(node.activity.waiting_since)}".strip()
             for node in nodes
             if node.activity.waiting_for
             and node.activity.job_id == job.job_id
@@ -232,9 +236,9 @@ def pipeline_text(pipeline: Pipeline) -> str:
     workers = f"{pipeline.num_workers} worker{'s' * (pipeline.num_workers != 1)}"
     waits = ""
     if pipeline.bubble is not None:
-        waits = f", bubble {out.format_share(pipeline.bubble)}"
+        waits = f", bubble {terminal.format_share(pipeline.bubble)}"
         if pipeline.ideal_bubble is not None:
-            waits += f" (ideal {out.format_share(pipeline.ideal_bubble)})"
+            waits += f" (ideal {terminal.format_share(pipeline.ideal_bubble)})"
     return f"{stages} on {workers}, schedule {pipeline.schedule}{waits}"
 
 
@@ -242,10 +246,10 @@ def memory_text(memory: ServerMemory) -> str:
     """A server's memory on one line."""
     parameters = max(1, memory.num_parameters)
     return (
-        f"{memory.name}: holds {out.format_bytes(memory.state_bytes)} for {out.format_count(memory.num_parameters)} "
-        f"parameters, {memory.state_bytes / parameters:.2f} B each (predicted "
-        f"{memory.predicted_state_bytes / parameters:.2f}); contributions that wait: "
-        f"{out.format_bytes(memory.early_bytes)} of at most {out.format_bytes(memory.most_early_bytes)}"
+        f"{memory.name}: holds {terminal.format_bytes(memory.state_bytes)} for "
+        f"{terminal.format_count(memory.num_parameters)} parameters, {memory.state_bytes / parameters:.2f} B each "
+        f"(predicted {memory.predicted_state_bytes / parameters:.2f}); contributions that wait: "
+        f"{terminal.format_bytes(memory.early_bytes)} of at most {terminal.format_bytes(memory.most_early_bytes)}"
     )
 
 
@@ -264,22 +268,22 @@ def logs(
         if not isinstance(item, LogLine):
             return
         if output is OutputFormat.json:
-            out.print_json_line(item.to_dict())
+            terminal.print_json_line(item.to_dict())
             return
         console.print(
             Text.assemble(
-                (out.format_time(item.time), "dim"),
+                (terminal.format_time(item.time), "dim"),
                 " ",
-                (f"{item.node:<14}", out.node_style(item.node)),
+                (f"{item.node:<14}", terminal.node_style(item.node)),
                 " ",
-                (f"{item.level:<7}", out.LEVEL_STYLES.get(item.level, "")),
+                (f"{item.level:<7}", terminal.LEVEL_STYLES.get(item.level, "")),
                 " ",
                 item.text,
             ),
             soft_wrap=True,
         )
 
-    console = out.console()
+    console = terminal.console()
     _watch(coordinator, job_id, follow, show, "logs -f")
 
 
@@ -298,15 +302,17 @@ def events(
         if not isinstance(item, Event):
             return
         if output is OutputFormat.json:
-            out.print_json_line(item.to_dict())
+            terminal.print_json_line(item.to_dict())
             return
         style = "red" if item.kind == "failure" else "yellow" if item.kind == "skip" else "cyan"
         console.print(
-            Text.assemble((out.format_time(item.time), "dim"), " ", (f"{item.kind:<10}", style), " ", item.message),
+            Text.assemble(
+                (terminal.format_time(item.time), "dim"), " ", (f"{item.kind:<10}", style), " ", item.message
+            ),
             soft_wrap=True,
         )
 
-    console = out.console()
+    console = terminal.console()
     _watch(coordinator, job_id, follow, show, "events -f")
 
 
@@ -319,7 +325,7 @@ def _watch(coordinator: str | None, job_id: str | None, follow: bool, show: Any,
         except KeyboardInterrupt:
             if not follow:
                 raise
-            out.say(f"\ndetached; {job_id} goes on. Look again with: gradstream {command} {job_id}")
+            terminal.say(f"\ndetached; {job_id} goes on. Look again with: gradstream {command} {job_id}")
 
 
 def pause(
@@ -328,7 +334,7 @@ def pause(
     """Pause a job at its next step boundary, with a checkpoint."""
     with open_client(coordinator) as client:
         _print_changed(client.pause(job_id), output)
-    out.hint(f"go on with: gradstream resume {job_id}")
+    terminal.hint(f"go on with: gradstream resume {job_id}")
 
 
 def resume(
@@ -337,7 +343,7 @@ def resume(
     """Go on with a paused job; start a stopped or failed one again from its last checkpoint."""
     with open_client(coordinator) as client:
         _print_changed(client.resume(job_id), output)
-    out.hint(f"watch it: gradstream status {job_id}")
+    terminal.hint(f"watch it: gradstream status {job_id}")
 
 
 def stop(
@@ -349,11 +355,11 @@ def stop(
     """End a job at its next step boundary with a checkpoint, or at once without one."""
     with open_client(coordinator) as client:
         _print_changed(client.stop(job_id, now), output)
-    out.hint(f"its checkpoints: gradstream ckpt ls {job_id}; start again: gradstream resume {job_id}")
+    terminal.hint(f"its checkpoints: gradstream ckpt ls {job_id}; start again: gradstream resume {job_id}")
 
 
 def _print_changed(job: Job, output: OutputFormat) -> None:
     if output is OutputFormat.json:
-        out.print_json(job.to_dict())
+        terminal.print_json(job.to_dict())
     else:
-        out.print_line(f"{job.job_id} {job.state}" + (f": {job.reason}" if job.reason else ""))
+        terminal.print_line(f"{job.job_id} {job.state}" + (f": {job.reason}" if job.reason else ""))

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 AddressesArgument = Annotated[
     list[str], typer.Argument(metavar="ADDRESS", help="HOST:PORT of the coordinator or the fine-tuning service.")
@@ -43,9 +43,9 @@ def login(addresses: AddressesArgument) -> None:
         )
     for _, place in places:
         store.save(place, found)
-    until = out.format_time(datetime.fromtimestamp(found.expires_at, UTC))
+    until = terminal.format_time(datetime.fromtimestamp(found.expires_at, UTC))
     for address, _ in places:
-        out.print_line(
+        terminal.print_line(
             f"logged in to {address} as {found.role} '{found.name}' of cluster {found.cluster}, until {until}"
         )
 
@@ -72,7 +72,7 @@ def logout(addresses: AddressesArgument) -> None:
             pass  # named twice
         except OSError as error:
             raise ConfigError(f"{place} cannot be removed ({error.strerror}); remove it yourself") from None
-        out.print_line(f"logged out of {address}")
+        terminal.print_line(f"logged out of {address}")
 
 
 def _stored(directory: Path) -> str:
@@ -89,7 +89,7 @@ def _read_pack(most_bytes: int) -> bytes:
     stdin = sys.stdin.buffer
     if not sys.stdin.isatty():
         return stdin.read(most_bytes + 1)
-    out.say("paste the pack, or pipe one: gradstream certs show DIR | gradstream login ADDRESS")
+    terminal.say("paste the pack, or pipe one: gradstream certs show DIR | gradstream login ADDRESS")
     text = b""
     # A pack is one JSON object, on one line: nobody should have to know of Ctrl-D.
     while len(text) <= most_bytes and (line := stdin.readline(most_bytes)):

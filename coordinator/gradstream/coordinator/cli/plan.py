@@ -18,7 +18,7 @@ from gradstream.coordinator.cli.options import (
     parse_bit_rate,
     parse_size,
 )
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.coordinator.planning.forecast import Forecast
@@ -73,7 +73,7 @@ def plan(
     # 2. What is known of data and model.
     manifest = find_manifest(loaded)
     if manifest is None:
-        out.warn(f"data.path {loaded.data.path} holds no data set yet, so the data was not checked")
+        terminal.warn(f"data.path {loaded.data.path} holds no data set yet, so the data was not checked")
     found, profiles = asyncio.run(_look_at_model(loaded))
     # 3. The plan, and what follows from it.
     made, reasons = make_plan(
@@ -92,10 +92,10 @@ def plan(
     )
     told = forecast(made, reasons, profiles, server_offers, worker_offers, bits_per_second)
     if output is OutputFormat.json:
-        out.print_json(told.to_dict())
+        terminal.print_json(told.to_dict())
         return
     _print(told, loaded)
-    out.hint(f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}")
+    terminal.hint(f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}")
 
 
 def hypothetical(kind: str, count: int, memory_bytes: int) -> list[NodeOffer]:
@@ -152,7 +152,7 @@ async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SegmentProfile
             raise
         # A model that cannot be cut can be trained whole.
         found = await take_inventory(recipe.model.config, recipe.lora, use)
-        out.warn(f"times are not known: {one_line(error)}")
+        terminal.warn(f"times are not known: {one_line(error)}")
         return found, None
     return await take_inventory(recipe.model.config, recipe.lora, use), profiles
 
@@ -162,17 +162,17 @@ async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SegmentProfile
 
 def _print(told: Forecast, recipe: Recipe) -> None:
     where = f"{len(told.servers)} servers, {told.num_replicas * len(told.places)} workers"
-    out.print_line(f"{recipe.name}: {out.format_count(told.num_parameters)} parameters on {where}")
+    terminal.print_line(f"{recipe.name}: {terminal.format_count(told.num_parameters)} parameters on {where}")
     print()
     if told.stages:
-        out.print_table(
+        terminal.print_table(
             ["STAGE", "PLACE", "SEGMENTS", ">PARAMETERS", ">FORWARD", ">BACKWARD", ""],
             [
                 (
                     stage.stage,
                     stage.place,
                     _span(stage.segments),
-                    out.format_count(stage.num_parameters),
+                    terminal.format_count(stage.num_parameters),
                     _seconds(stage.forward_seconds),
                     _seconds(stage.backward_seconds),
                     "" if stage.measured else "estimated",
@@ -181,7 +181,7 @@ def _print(told: Forecast, recipe: Recipe) -> None:
             ],
         )
         print()
-    out.print_table(
+    terminal.print_table(
         ["NODE", "NAMES", ">NEEDS", ">OFFERS"],
         [
             *(
@@ -199,22 +199,22 @@ def _print(told: Forecast, recipe: Recipe) -> None:
         ],
     )
     print()
-    out.print_table(
+    terminal.print_table(
         ["LINK", "FROM", "TO", ">BYTES A STEP"],
-        [(link.kind, link.sender, link.receiver, out.format_bytes(link.step_bytes)) for link in told.links],
+        [(link.kind, link.sender, link.receiver, terminal.format_bytes(link.step_bytes)) for link in told.links],
     )
     print()
     if told.step_seconds is not None and told.compute_seconds is not None and told.bubble is not None:
         idle = f", {100 * told.bubble:.0f} % of it idle in the pipeline" if len(told.places) > 1 else ""
-        out.print_line(
+        terminal.print_line(
             f"a step takes about {_seconds(told.step_seconds)}: compute {_seconds(told.compute_seconds)} for "
             f"{told.num_microbatches} microbatches a replica{idle}; push {_seconds(told.push_seconds)} and pull "
             f"{_seconds(told.pull_seconds)} at {told.link_bits_per_second / 1e9:g} Gb/s, of which "
             f"{_seconds(told.exposed_seconds or 0)} are not hidden"
         )
-        out.print_line(f"that is {out.format_count(told.tokens_per_second or 0)} tokens/s")
+        terminal.print_line(f"that is {terminal.format_count(told.tokens_per_second or 0)} tokens/s")
     for reason in told.reasons.values():
-        out.print_line(reason)
+        terminal.print_line(reason)
 
 
 def _span(names: tuple[str, ...]) -> str:
@@ -227,7 +227,7 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def _memory(need: int, offered: int) -> tuple[str, str]:
-    return out.format_bytes(need), out.format_bytes(offered) if offered else "not said"
+    return terminal.format_bytes(need), terminal.format_bytes(offered) if offered else "not said"
 
 
 def _seconds(seconds: float) -> str:

@@ -15,7 +15,7 @@ from gradstream.coordinator.cli.options import (
     bundled_recipes,
     find_recipe,
 )
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 app = group("Recipes: list, show and validate.")
 
@@ -34,10 +34,10 @@ def ls(output: OutputOption = OutputFormat.table) -> None:
             description = f"broken: {one_line(error)}"
         rows.append({"name": name, "description": description, "path": str(path)})
     if output is OutputFormat.json:
-        out.print_json(rows)
+        terminal.print_json(rows)
         return
-    out.print_table(["RECIPE", "DESCRIPTION"], [(row["name"], row["description"]) for row in rows])
-    out.hint("see one: gradstream recipes show NAME; run one here: gradstream dev NAME")
+    terminal.print_table(["RECIPE", "DESCRIPTION"], [(row["name"], row["description"]) for row in rows])
+    terminal.hint("see one: gradstream recipes show NAME; run one here: gradstream dev NAME")
 
 
 @app.command()
@@ -63,7 +63,7 @@ def show(
         loaded, _ = with_data(loaded)
     tree = loaded.model_dump(mode="json")
     if output is OutputFormat.json:
-        out.print_json(tree)
+        terminal.print_json(tree)
         return
     import yaml
 
@@ -94,14 +94,14 @@ def validate(
         tokens = training.num_steps * training.global_batch * training.sequence_length
         line = (
             f"{training.num_steps} steps of {training.global_batch} samples of {training.sequence_length} tokens = "
-            f"{out.format_count(tokens)} tokens in {training.num_slots} slots"
+            f"{terminal.format_count(tokens)} tokens in {training.num_slots} slots"
         )
         hint = f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}"
     if output is OutputFormat.json:
         more = {"num_tokens": tokens} if tokens is not None else {}
-        out.print_json({"valid": True, "name": loaded.name, "path": str(path), **more, "warnings": warnings})
+        terminal.print_json({"valid": True, "name": loaded.name, "path": str(path), **more, "warnings": warnings})
         return
     for warning in warnings:
-        out.warn(warning)
-    out.print_line(f"{loaded.name} is valid: {line}")
-    out.hint(hint)
+        terminal.warn(warning)
+    terminal.print_line(f"{loaded.name} is valid: {line}")
+    terminal.hint(hint)

@@ -15,7 +15,7 @@ from gradstream.coordinator.cli.options import (
     OutputOption,
     open_client,
 )
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 
 def top(
@@ -49,18 +49,18 @@ def top(
                         "nodes": [node.to_dict() for node in nodes],
                         "error": trouble or None,
                     }
-                    out.print_json_line(document)
+                    terminal.print_json_line(document)
                 else:
                     shown = view(client.address, nodes, job, trouble)
                     if sys.stdout.isatty():
                         if live is None:
                             from rich.live import Live
 
-                            live = Live(shown, console=out.console(), screen=False, auto_refresh=False)
+                            live = Live(shown, console=terminal.console(), screen=False, auto_refresh=False)
                             live.start()
                         live.update(shown, refresh=True)
                     else:
-                        out.console().print(shown)
+                        terminal.console().print(shown)
                 looked += 1
                 if count is not None and looked >= count:
                     return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradstream.coordinator.cli.options import CoordinatorOption, NewestJobArgument, open_client
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.client import Pipeline, Timeline
@@ -52,7 +52,7 @@ def _write_trace(path: Path, timelines: list[Timeline]) -> None:
     _write(path, text.encode(), "--to")
     num_versions = len({(timeline.epoch, timeline.version) for timeline in timelines})
     num_workers = len({timeline.worker for timeline in timelines})
-    out.print_line(
+    terminal.print_line(
         f"{path}: {num_versions} version{'s' * (num_versions != 1)} of {timelines[0].job_id} by {num_workers} "
         f"worker{'s' * (num_workers != 1)}; open it in https://ui.perfetto.dev or chrome://tracing"
     )
@@ -71,10 +71,12 @@ def _write_gantt(path: Path, timelines: list[Timeline], pipeline: Pipeline | Non
     if bubble is None:
         raise DataError(f"there is no version of job {job_id} yet of which the passes of all stages are known")
     version = found[0].version
-    shares = f"bubble {out.format_share(bubble.measured)} (ideal {out.format_share(bubble.ideal)})"
+    shares = f"bubble {terminal.format_share(bubble.measured)} (ideal {terminal.format_share(bubble.ideal)})"
     _write(path, _gantt.draw(found, f"{job_id}, version {version}: {pipeline.schedule}, {shares}"), "--gantt")
     num_workers = len({worker for run in found for worker in run.workers})
-    out.print_line(f"{path}: version {version} of {job_id} by {num_workers} worker{'s' * (num_workers != 1)}, {shares}")
+    terminal.print_line(
+        f"{path}: version {version} of {job_id} by {num_workers} worker{'s' * (num_workers != 1)}, {shares}"
+    )
 
 
 def _write(path: Path, content: bytes, option: str) -> None:

@@ -18,7 +18,7 @@ import typer
 
 from gradstream.coordinator.cli.doctor.checks import Check
 from gradstream.coordinator.cli.options import CoordinatorOption, CredentialsOption, OutputFormat, OutputOption
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,7 @@ def doctor(
         check_loopback,
         lambda: check_cluster(coordinator, fine_tuning, credentials, run_root),
     ]
-    console = out.console()
+    console = terminal.console()
     for test in tests:
         for check in _guarded(test):
             checks.append(check)
@@ -78,9 +78,9 @@ def doctor(
                 _print(console, check)
     failed = any(check.result == "fail" for check in checks)
     if output is OutputFormat.json:
-        out.print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+        terminal.print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
     elif not failed:
-        out.hint("train something here: gradstream dev stdlib-gpt")
+        terminal.hint("train something here: gradstream dev stdlib-gpt")
     return 1 if failed else 0
 
 
@@ -173,7 +173,7 @@ def check_memory() -> list[Check]:
     import psutil
 
     memory = psutil.virtual_memory()
-    message = f"{out.format_bytes(memory.available)} of {out.format_bytes(memory.total)} free"
+    message = f"{terminal.format_bytes(memory.available)} of {terminal.format_bytes(memory.total)} free"
     if memory.available < MIN_MEMORY_BYTES:
         return [Check("memory", "warn", message, "end other programs, or train a small model")]
     return [Check("memory", "ok", message)]
@@ -182,7 +182,7 @@ def check_memory() -> list[Check]:
 def check_disk(directory: Path) -> list[Check]:
     """Enough disk is free where runs go, and it can be written."""
     free = shutil.disk_usage(directory).free
-    message = f"{out.format_bytes(free)} free in {directory}"
+    message = f"{terminal.format_bytes(free)} free in {directory}"
     if not os.access(directory, os.W_OK):
         return [Check("disk", "warn", f"{directory} cannot be written", "use another directory")]
     if free < MIN_DISK_BYTES:
@@ -232,7 +232,9 @@ def check_loopback() -> list[Check]:
         cure = "look for a firewall on the loopback interface or a broken grpcio"
         return [Check("grpc loopback", "fail", one_line(error), cure)]
     rate = 2 * len(payload) / seconds
-    return [Check("grpc loopback", "ok", f"1 MiB there and back in {1000 * seconds:.1f} ms ({out.format_rate(rate)})")]
+    return [
+        Check("grpc loopback", "ok", f"1 MiB there and back in {1000 * seconds:.1f} ms ({terminal.format_rate(rate)})")
+    ]
 
 
 def check_cluster(
@@ -251,6 +253,6 @@ def check_cluster(
     directory = find_credentials(address, credentials) if address else credentials
     place = os.path.abspath(os.path.expanduser(run_root)) if run_root else None
     targets = Targets(coordinator, fine_tuning, directory, place)
-    with out.console(stderr=True).status("looking at the cluster") as status:
+    with terminal.console(stderr=True).status("looking at the cluster") as status:
         facts = asyncio.run(gather(targets, lambda what: status.update(f"looking at {what}")))
     return diagnose(facts)

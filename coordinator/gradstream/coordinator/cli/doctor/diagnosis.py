@@ -15,7 +15,7 @@ from gradstream.coordinator.cli.doctor.facts import (
     ServiceFacts,
     StorageFacts,
 )
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 from gradstream.core.credentials.certificate_facts import CertificateFacts
 from gradstream.core.credentials.tls_diagnosis import Cause
 from gradstream.core.credentials.tokens import utc
@@ -150,7 +150,7 @@ def _refused(name: str, facts: ServiceFacts, refusal: Refusal, version: str, who
 
 
 def _described(facts: ServiceFacts) -> str:
-    parts = [f"gradstream {facts.version}", f"up {out.format_duration(facts.uptime_seconds)}", *_link_words(facts)]
+    parts = [f"gradstream {facts.version}", f"up {terminal.format_duration(facts.uptime_seconds)}", *_link_words(facts)]
     if facts.machine is not None:
         parts.append(_machine_words(facts.machine))
     return ", ".join(parts)
@@ -162,14 +162,14 @@ def _link_words(facts: ServiceFacts) -> list[str]:
         words.append(f"{1000 * facts.round_trip.seconds:.1f} ms there and back")
     if facts.bandwidth is not None:
         up, down = facts.bandwidth.up_bytes_per_second, facts.bandwidth.down_bytes_per_second
-        words.append(f"{out.format_bit_rate(up)} up and {out.format_bit_rate(down)} down")
+        words.append(f"{terminal.format_bit_rate(up)} up and {terminal.format_bit_rate(down)} down")
     return words
 
 
 def _machine_words(machine: Machine) -> str:
-    free = f"{out.format_bytes(machine.available_memory_bytes)} of memory"
+    free = f"{terminal.format_bytes(machine.available_memory_bytes)} of memory"
     if machine.free_disk_bytes is not None:
-        free += f" and {out.format_bytes(machine.free_disk_bytes)} of disk"
+        free += f" and {terminal.format_bytes(machine.free_disk_bytes)} of disk"
     return f"{free} free"
 
 
@@ -187,7 +187,7 @@ def _clock(name: str, round_trip: RoundTrip | None, whose: str) -> Iterator[Chec
     if apart - round_trip.seconds / 2 <= SKEW_WARN_SECONDS:
         return
     way = "ahead of" if round_trip.clock_ahead_seconds > 0 else "behind"
-    shown = f"{apart:.1f} s" if apart < 60 else out.format_duration(apart)
+    shown = f"{apart:.1f} s" if apart < 60 else terminal.format_duration(apart)
     yield Check(
         name,
         "fail" if apart - round_trip.seconds / 2 > SKEW_FAIL_SECONDS else "warn",
@@ -211,20 +211,20 @@ def _machine(name: str, machine: Machine, offered_bytes: int = 0) -> Iterator[Ch
         yield Check(
             name,
             "warn",
-            f"it offers jobs {out.format_bytes(offered_bytes)} of memory and may use "
-            f"{out.format_bytes(machine.total_memory_bytes)}: it would be killed",
+            f"it offers jobs {terminal.format_bytes(offered_bytes)} of memory and may use "
+            f"{terminal.format_bytes(machine.total_memory_bytes)}: it would be killed",
             f"start it with --memory {0.8 * machine.total_memory_bytes / 2**30:.1f}GiB, or give it more",
         )
     if machine.available_memory_bytes < MIN_MEMORY_BYTES:
-        message = f"{out.format_bytes(machine.available_memory_bytes)} of memory left"
+        message = f"{terminal.format_bytes(machine.available_memory_bytes)} of memory left"
         yield Check(name, "warn", message, "end other programs there, or give its container more")
     free = machine.free_disk_bytes
     if free is not None and free < MIN_DISK_BYTES:
         yield Check(
             name,
             "fail" if free < FULL_DISK_BYTES else "warn",
-            f"{out.format_bytes(free)} of disk left in {machine.disk_directory}; a checkpoint takes about 12 bytes a "
-            "parameter",
+            f"{terminal.format_bytes(free)} of disk left in {machine.disk_directory}; a checkpoint takes about 12 "
+            "bytes a parameter",
             "free some space there, or choose a larger disk",
         )
 
@@ -242,7 +242,7 @@ def _nodes(facts: ClusterFacts) -> Iterator[Check]:
         yield Check("cluster", "warn", message, cure)
     for refused in facts.refused:
         cause, _, cure = refused.reason.partition("; ")
-        message = f"was refused {out.format_duration(refused.age_seconds)} ago: {cause}"
+        message = f"was refused {terminal.format_duration(refused.age_seconds)} ago: {cause}"
         yield Check(refused.title, "fail" if refused.age_seconds < RECENT_SECONDS else "warn", message, cure)
     alive = [node for node in facts.nodes if node.alive]
     missing = [
@@ -257,7 +257,9 @@ def _nodes(facts: ClusterFacts) -> Iterator[Check]:
         yield Check("nodes", "ok", message)
     gone = [node for node in facts.nodes if not node.alive and node.last_heard_seconds < RECENT_SECONDS]
     if gone:
-        names = ", ".join(f"{node.title} ({out.format_duration(node.last_heard_seconds)} ago)" for node in gone[:8])
+        names = ", ".join(
+            f"{node.title} ({terminal.format_duration(node.last_heard_seconds)} ago)" for node in gone[:8]
+        )
         more = f" and {len(gone) - 8} more" if len(gone) > 8 else ""
         yield Check("nodes", "warn", f"gone lately: {names}{more}", "look at their logs, unless you stopped them")
     if facts.num_not_called:
@@ -356,7 +358,7 @@ def _links(facts: ClusterFacts) -> Iterator[Check]:
                 yield Check(
                     title,
                     "warn",
-                    f"{out.format_bit_rate(_slower(found))}: an export of {_model_words(model)} would take "
+                    f"{terminal.format_bit_rate(_slower(found))}: an export of {_model_words(model)} would take "
                     f"{_seconds(seconds)}",
                     "export where the link is faster, or leave files on the cluster's disk",
                 )
@@ -374,7 +376,7 @@ def _step_link(title: str, service: ServiceFacts, model: ModelFacts | None) -> I
             continue
         times.append(f"{_seconds(num_bytes / rate if rate else float('inf'))} with {codec}")
     message = (
-        f"the slowest from here is that to {title}, {out.format_bit_rate(rate)}: a step's gradients of "
+        f"the slowest from here is that to {title}, {terminal.format_bit_rate(rate)}: a step's gradients of "
         f"{_model_words(model)} take {', '.join(times)}"
     )
     if 8 * rate < SLOW_BITS_PER_SECOND:
@@ -398,7 +400,7 @@ def _slower(service: ServiceFacts) -> float:
 
 
 def _model_words(model: ModelFacts) -> str:
-    return f"{model.title} ({out.format_count(model.num_parameters).strip()} parameters)"
+    return f"{model.title} ({terminal.format_count(model.num_parameters).strip()} parameters)"
 
 
 def _seconds(seconds: float) -> str:
@@ -406,4 +408,4 @@ def _seconds(seconds: float) -> str:
         return "for ever"
     if seconds < 0.995:
         return f"{seconds:.2g} s"
-    return f"{seconds:.1f} s" if seconds < 60 else out.format_duration(seconds)
+    return f"{seconds:.1f} s" if seconds < 60 else terminal.format_duration(seconds)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.client import Evaluation, ExamplesPreview, ExamplesReport, FineTuning, RenderedExample
@@ -52,19 +52,19 @@ class FollowReporter:
 
 def fine_tunings_table(fine_tunings: Sequence[FineTuning]) -> Any:
     """All fine-tunings as a rich table."""
-    return out.make_table(
+    return terminal.make_table(
         ["NAME", "STATE", "METHOD", "BASE", ">STEP", ">BEFORE", ">AFTER", ">BEST", "CREATED", "REASON"],
         [
             (
                 each.name,
-                out.state_text(each.state),
+                terminal.state_text(each.state),
                 each.method,
                 short_base(each.base),
                 f"{each.job.version}/{each.job.num_steps}" if each.job is not None else "-",
-                out.format_loss(_first_loss(each)),
-                out.format_loss(_last_loss(each)),
+                terminal.format_loss(_first_loss(each)),
+                terminal.format_loss(_last_loss(each)),
                 each.best_version if each.best_version is not None else "-",
-                out.format_time(each.created),
+                terminal.format_time(each.created),
                 each.reason,
             )
             for each in fine_tunings
@@ -93,26 +93,28 @@ def fine_tuning_view(each: FineTuning) -> Any:
         table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
 
     row("fine-tuning", each.name)
-    row("state", out.state_text(each.state) + Text(f": {each.reason}" if each.reason else ""))
+    row("state", terminal.state_text(each.state) + Text(f": {each.reason}" if each.reason else ""))
     row("base", f"{each.base} (sha256 {each.base_sha256[:16]})" if each.base_sha256 else each.base)
-    trained = f", {out.format_count(each.num_trained_parameters)} parameters trained"
+    trained = f", {terminal.format_count(each.num_trained_parameters)} parameters trained"
     row("method", each.method + (trained if each.num_trained_parameters else ""))
     if each.examples is not None:
         row("examples", report_text(each.examples))
     if each.job is not None:
         job = each.job
-        row("job", out.styled(f"{job.job_id} ", None) + out.state_text(job.state) + Text(f": {job.reason}"))
-        row("step", f"{job.version} of {job.num_steps}{rates_text(each)}, ETA {out.format_duration(job.eta)}")
-        row("training loss", f"{out.format_loss(job.loss)} nats a token")
+        row("job", terminal.styled(f"{job.job_id} ", None) + terminal.state_text(job.state) + Text(f": {job.reason}"))
+        row("step", f"{job.version} of {job.num_steps}{rates_text(each)}, ETA {terminal.format_duration(job.eta)}")
+        row("training loss", f"{terminal.format_loss(job.loss)} nats a token")
         for wait in job.waits:
-            row("waits for", Text(f"{wait.what}, from {wait.whom}, {out.format_since(wait.since)}", style="yellow"))
+            row(
+                "waits for", Text(f"{wait.what}, from {wait.whom}, {terminal.format_since(wait.since)}", style="yellow")
+            )
     if each.pushed_bytes_per_step:
-        row("push", f"{out.format_bytes(each.pushed_bytes_per_step)} a step over all workers")
+        row("push", f"{terminal.format_bytes(each.pushed_bytes_per_step)} a step over all workers")
     row("before", evaluation_text(each.before, _first_loss(each)))
     row("after", evaluation_text(each.after, _last_loss(each)))
     if each.best_version is not None:
         row("best version", each.best_version)
-    row("created", out.format_time(each.created))
+    row("created", terminal.format_time(each.created))
     return table
 
 
@@ -123,8 +125,8 @@ def rates_text(each: FineTuning) -> str:
         return ""
     report = each.examples
     share = report.num_target_tokens / report.num_tokens if report is not None and report.num_tokens else 0.0
-    every = f" ({out.format_count(target / share)} tokens/s in all)" if share else ""
-    return f", {out.format_count(target)} target tokens/s{every}"
+    every = f" ({terminal.format_count(target / share)} tokens/s in all)" if share else ""
+    return f", {terminal.format_count(target)} target tokens/s{every}"
 
 
 def chat_flag(each: FineTuning) -> str:
@@ -154,7 +156,7 @@ def report_text(report: ExamplesReport) -> str:
     return (
         f"{report.num_rows} rows of {report.format or 'no format'}: {report.num_train} to train on, "
         f"{report.num_validation} held out{''.join(f', {text}' for text in left_out)}; "
-        f"{out.format_count(report.num_target_tokens)} target tokens in {report.num_packed_rows} rows of tokens"
+        f"{terminal.format_count(report.num_target_tokens)} target tokens in {report.num_packed_rows} rows of tokens"
         f"{f'; {unused}' if (unused := unused_text(report)) else ''}"
     )
 
@@ -195,7 +197,7 @@ def print_preview(preview: ExamplesPreview, training: FineTuningTraining) -> Non
     """Examples as they would be trained on, what would become of all rows, and how many steps they make."""
     from rich.text import Text
 
-    console = out.console()
+    console = terminal.console()
     colours = console.is_terminal and console.color_system is not None
     how = "in green" if colours else f"between {TARGET_MARKS[0]} and {TARGET_MARKS[1]}"
     console.print(Text(f"what is trained on is {how}", style="dim"))
@@ -231,8 +233,8 @@ def print_comparisons(each: FineTuning, comparisons: Iterable[Comparison]) -> No
     """Base beside result, prompt by prompt."""
     from rich.text import Text
 
-    console = out.console()
-    out.print_table(
+    console = terminal.console()
+    terminal.print_table(
         ["", ">LOSS", ">PERPLEXITY", ">EXACT"],
         [
             (

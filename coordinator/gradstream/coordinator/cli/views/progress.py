@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from gradstream.coordinator.cli.views import output as out
+from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
     from gradstream.client import Job
@@ -31,7 +31,7 @@ class ProgressView:
             from rich.live import Live
             from rich.progress import BarColumn, Progress, TextColumn
 
-            console = out.console(stderr=True)
+            console = terminal.console(stderr=True)
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
@@ -71,21 +71,21 @@ class ProgressView:
         now = time.monotonic()
         if text != self._last_text and (now - self._last_line >= LINE_INTERVAL_SECONDS or job.state.ended):
             self._last_line, self._last_text = now, text
-            out.say(text)
+            terminal.say(text)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self._live is not None:
             self._live.console.print(text, markup=False)
         else:
-            out.say(text)
+            terminal.say(text)
 
 
 def progress_place(job: Job) -> list[str]:
     """How far it is: step and ETA."""
     parts = [f"step {job.version}/{job.num_steps}"]
     if job.eta is not None and not job.state.ended:
-        parts.append(f"ETA {out.format_duration(job.eta)}")
+        parts.append(f"ETA {terminal.format_duration(job.eta)}")
     return parts
 
 
@@ -97,9 +97,9 @@ def progress_facts(job: Job) -> list[str]:
     if job.validation_loss is not None:
         parts.append(f"validation {job.validation_loss:.3f}")
     if job.tokens_per_second and not job.state.ended:
-        parts.append(f"{out.format_count(job.tokens_per_second)} {counted_tokens(job)}/s")
-        parts.append(f"up {out.format_rate(job.push_bytes_per_second)}")
-        parts.append(f"down {out.format_rate(job.pull_bytes_per_second)}")
+        parts.append(f"{terminal.format_count(job.tokens_per_second)} {counted_tokens(job)}/s")
+        parts.append(f"up {terminal.format_rate(job.push_bytes_per_second)}")
+        parts.append(f"down {terminal.format_rate(job.pull_bytes_per_second)}")
     return parts
 
 
@@ -115,4 +115,4 @@ def progress_wait(job: Job) -> str:
     if not job.waits or job.state.ended:
         return ""
     wait = job.waits[0]
-    return f"waits for {wait.what} from {wait.whom} {out.format_since(wait.since)}".strip()
+    return f"waits for {wait.what} from {wait.whom} {terminal.format_since(wait.since)}".strip()

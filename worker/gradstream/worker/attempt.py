@@ -1,5 +1,6 @@
-"""An attempt: slots that a replica computes in one go, at one version. Its schedule, and its two ends: where
-activations and gradients of a pipeline go (`Exchange`), and where finished gradients go (`Emit`).
+"""An attempt (slots that a replica computes in one go, at one version), its schedule and its two interfaces.
+
+`Exchange` carries the activations and gradients of a pipeline; `Emit` takes the finished gradients of a slot.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from gradstream.core.wire.slot_totals import SlotTotals
 
 
 class AbandonedError(Exception):
-    """The slot is no longer wanted: its step was committed, or the plan replaced, while it was computed."""
+    """The attempt was abandoned: its step was committed, or its plan replaced, during the computation."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """Slots that are computed one after the other without a pause, at one version; `number` rises with each attempt of
-    a replica. A validation pass has one slot and no backward."""
+    """Slots that are computed one after the other without a pause, at one version.
+
+    `number` rises with each attempt of a replica. A validation pass has one slot and no backward passes.
+    """
 
     number: int
     version: int
@@ -34,22 +37,25 @@ class Emit(Protocol):
     """Takes the final gradients of one slot, each (tensor, part) once. Called from the compute thread."""
 
     def __call__(self, tensor: int, part: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
-        """Take a gradient: the caller uses it no more."""
+        """Take a gradient. The caller must not use the gradient afterwards."""
 
 
 class Exchange(Protocol):
-    """How an attempt's activations and gradients reach the neighbours; called from the compute thread."""
+    """Exchanges an attempt's activations and gradients with the neighbours. Called from the compute thread."""
 
     def receive(self, action: Action) -> tuple[torch.Tensor, float]:
-        """What `action` needs of a neighbour, and for a backward pass the microbatch's loss. Waits; raises
-        AbandonedError when it will not come."""
+        """Wait for the tensor that `action` needs from a neighbour.
+
+        Returns it with the microbatch's loss, which only backward passes use. Raises AbandonedError when the tensor
+        will not come.
+        """
 
     def send(self, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
-        """Give what `action` has computed to the neighbour that needs it."""
+        """Send the tensor that `action` has computed to the neighbour that needs it."""
 
 
 class Alone:
-    """The exchange of a worker that is its own neighbour."""
+    """The exchange of a worker that has no neighbours: its stages pass tensors to each other in memory."""
 
     def __init__(self) -> None:
         self._given: dict[tuple[int, int, bool], tuple[torch.Tensor, float]] = {}
@@ -63,20 +69,22 @@ class Alone:
 
 
 def num_samples(plan: Plan, attempt: Attempt) -> int:
-    """Samples of each of an attempt's slots: in a validation pass all that its slot has, where the recipe asks for
-    more."""
+    """Number of samples in each slot of an attempt.
+
+    A validation pass takes all held-out samples of its slot where the recipe asks for more than there are.
+    """
     if not attempt.validate:
         return plan.recipe.training.slot_batch
     return min(plan.recipe.validation.num_samples // plan.num_slots, plan.held_out_samples[attempt.slots[0]])
 
 
 def num_microbatches(plan: Plan, attempt: Attempt) -> int:
-    """Microbatches of each of an attempt's slots; the last one of a validation pass may have fewer samples."""
+    """Number of microbatches in each slot of an attempt. The last one of a validation pass may have fewer samples."""
     return -(-num_samples(plan, attempt) // plan.recipe.training.microbatch)
 
 
 def schedule_for(plan: Plan, attempt: Attempt) -> Schedule:
-    """The table by which all workers of a replica compute an attempt."""
+    """The schedule by which all workers of a replica compute an attempt."""
     count = len(attempt.slots) * num_microbatches(plan, attempt)
     if attempt.validate:
         return forward_schedule(plan.replica_size, count, plan.num_chunks)
@@ -85,13 +93,13 @@ def schedule_for(plan: Plan, attempt: Attempt) -> Schedule:
 
 @lru_cache(maxsize=64)
 def schedule_of(name: str, num_workers: int, num_microbatches: int, num_chunks: int) -> Schedule:
-    """The table of a training run; without a pipeline each microbatch's two passes follow each other."""
+    """The schedule of a training attempt. Without a pipeline each microbatch's backward pass follows its forward."""
     return make_schedule(name or "1f1b", num_workers, num_microbatches, num_chunks)
 
 
 @lru_cache(maxsize=64)
 def forward_schedule(num_workers: int, num_microbatches: int, num_chunks: int) -> Schedule:
-    """The table of a validation pass: all microbatches through a worker's first stage, then through its next."""
+    """The schedule of a validation pass: all microbatches through a worker's first stage, then through its next."""
     rows = tuple(
         tuple(
             Action(chunk * num_workers + worker, Op.FORWARD, microbatch)

@@ -1,7 +1,7 @@
-"""The attempts of a version: which one comes next, and this worker's part of it.
+"""Chooses the next attempt of a version, and computes this worker's part of an attempt.
 
-Without a pipeline, and on the first worker of a replica, the next attempt follows from the slots that are held and
-those that are done. The others compute the attempts that the first worker begins.
+Without a pipeline, and on the first worker of a replica, the next attempt follows from the slots that the worker holds
+and those that are done. The other workers compute the attempts that the first worker begins.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from gradstream.worker.weights import Inbox
 
 T = TypeVar("T")
 Done = set[tuple[int, bool]]
-"""(slot, whether it was the validation pass) of what was computed at a version."""
+"""What was computed at a version, as (slot, whether it was the validation pass)."""
 
 
 def next_slots(
     plan: Plan, version: int, held: Sequence[int], done: Collection[tuple[int, bool]]
 ) -> tuple[tuple[int, ...], bool] | None:
-    """The slots of the next attempt at a version, and whether it is a validation pass; None when all of it is done."""
+    """The slots of the next attempt at a version, and whether it is a validation pass; None when nothing is left."""
     recipe = plan.recipe
     for slot in held:
         if recipe.validates(version) and (slot, True) not in done:
@@ -51,7 +51,7 @@ def next_slots(
 def _together(
     plan: Plan, version: int, first: int, held: Sequence[int], done: Collection[tuple[int, bool]]
 ) -> tuple[int, ...]:
-    """The slots that are computed in one go: in a pipeline, so that it is filled once and not for each."""
+    """The slots of one attempt: several in a pipeline, which is then filled once and not once a slot."""
     slots = [first]
     if plan.replica_size > 1 and not plan.recipe.validates(version):
         slots += [slot for slot in held if slot > first and (slot, False) not in done]
@@ -61,7 +61,7 @@ def _together(
 
 
 class Attempts:
-    """Gives the attempts of a version one after the other, and waits while there is none."""
+    """Gives out the attempts of a version one after the other, and waits while there is none."""
 
     def __init__(self, plan: Plan, held: HeldSlots, status: Status, timeline: Timeline):
         self._plan = plan
@@ -70,7 +70,7 @@ class Attempts:
         self._timeline = timeline
 
     async def begin(self, version: int, done: Done, neighbours: Neighbours | None) -> Attempt | None:
-        """On the first worker: begin the next attempt of a version; None when all of it is done."""
+        """Begin the next attempt of a version, on the first worker. Returns None when nothing is left to compute."""
         found = next_slots(self._plan, version, self._held.slots, done)
         if found is None:
             return None
@@ -83,8 +83,10 @@ class Attempts:
     async def follow(
         self, version: int, place: Place, neighbours: Neighbours, upcoming: asyncio.Task[Inbox]
     ) -> Attempt | None:
-        """On the others: the next attempt of this version that the first worker begins. None when something else has
-        happened: the next version or a lease table has come, or the attempt is void."""
+        """Wait for the next attempt of this version that the first worker begins; called on the other workers.
+
+        Returns None when the next version or a lease table comes first, or when the attempt is void.
+        """
         waiting_for = f"work at version {version} from {place.title(0)}"
         if version >= self._plan.num_steps:
             waiting_for = "the end of the job"
@@ -95,7 +97,7 @@ class Attempts:
             with self._timeline.span(SpanKind.WAIT):
                 await wait(waiting_for, asyncio.wait([coming, upcoming, leases], return_when=asyncio.FIRST_COMPLETED))
                 if coming.done() and coming.result().version > version:
-                    # It is there when this worker has that version, too.
+                    # The attempt stays queued until this worker has that version, too.
                     waiting_for = f"version {coming.result().version}"
                     await wait(waiting_for, asyncio.wait([upcoming, leases], return_when=asyncio.FIRST_COMPLETED))
         finally:
@@ -124,8 +126,11 @@ class Attempts:
 
 
 class AttemptRunner:
-    """Computes this worker's part of an attempt: reads the samples, runs the passes in the compute thread, and hands on
-    what they give: gradients to the pusher, a validation loss to the reports."""
+    """Computes this worker's part of an attempt.
+
+    Reads the samples, runs the passes in the compute thread, and passes gradients to the pusher and a validation loss
+    to the reports.
+    """
 
     def __init__(
         self,
@@ -151,8 +156,11 @@ class AttemptRunner:
         self._reports = reports
 
     async def run(self, attempt: Attempt, neighbours: Neighbours | None, is_current: Callable[[], bool]) -> None:
-        """Compute an attempt. Raises AbandonedError when it has become void, or `is_current()` turns false: the next
-        version has come, or the job has ended."""
+        """Compute an attempt.
+
+        Raises AbandonedError when the attempt has become void, or when `is_current()` turns false because the next
+        version has come or the job has ended.
+        """
         readers = await self._readers_of(attempt)
         for slot in attempt.slots:
             await self._status.wait(f"the residual of slot {slot}", self._keeper.load(attempt.version, slot))
@@ -162,7 +170,7 @@ class AttemptRunner:
             return (neighbours is None or neighbours.is_valid(attempt)) and is_current()
 
         def goes_on() -> bool:
-            # Asked once a microbatch.
+            # Called once a microbatch.
             self._status.count_microbatch()
             return wanted()
 
@@ -180,10 +188,10 @@ class AttemptRunner:
             self._reports.validation(attempt.version, slot, *found)
 
     async def _readers_of(self, attempt: Attempt) -> dict[int, SlotReader]:
-        """The readers of an attempt's slots; none where this worker's stages need no tokens."""
+        """The readers of an attempt's slots. Empty where this worker's stages need no tokens."""
         split: Split = "validation" if attempt.validate else "train"
         stages = self._plan.stages_of_worker(self._computer.worker)
-        # A stage in the middle needs to know of packed rows which tokens may see which.
+        # With packed rows, stages in the middle need tokens too: the attention mask is made from them.
         packed = self._plan.data_manifest.layout == "rows"
         reads = packed or 0 in stages or self._plan.num_stages - 1 in stages
         readers = {}

@@ -1,7 +1,8 @@
-"""The passes of one or several slots, and validation, on the stages that a worker has.
+"""Training and validation passes of an attempt's slots on the stages that a worker has.
 
-A worker of a job without a pipeline has one stage, the whole model. What is computed in which order is a row of a
-schedule; what neighbours send and get goes through an `Exchange`, finished gradients to the slot's `Emit`.
+A worker of a job without a pipeline has one stage, the whole model. The worker's row of the schedule gives the order
+of the passes. Activations and gradients go to and come from neighbours through an `Exchange`; finished gradients go to
+the slot's `Emit`.
 
 Shape legend: B samples, T target tokens a sample, V vocabulary.
 """
@@ -30,8 +31,10 @@ from gradstream.worker.timeline import Timeline, clock_ns
 
 
 class SlotComputer:
-    """Holds the stages of worker number `worker` of a replica. Its methods run in the worker's compute thread, one at a
-    time. `parameters` are by (tensor, part) of the plan."""
+    """Holds the stages of worker number `worker` of a replica and computes attempts on them.
+
+    All methods run in the worker's compute thread, one at a time. `parameters` are by (tensor, part) of the plan.
+    """
 
     def __init__(self, plan: Plan, device: torch.device, worker: int = 0, timeline: Timeline | None = None):
         self.device = device
@@ -44,14 +47,14 @@ class SlotComputer:
         self._stages, self._uses_of_stage = built.stages, built.uses_of_stage
         self.hidden_size = hidden_size(self.models[0])
         self._draws = [UnitDraws(model, plan.recipe.seed) for model in self.models]
-        # What is computed again for the first part of a backward pass would have to be kept for the second.
+        # A split backward pass would have to keep the recomputed activations of its first part for the second.
         split = plan.pipeline_schedule in SPLIT or (plan.has_pipeline and not self._training.recompute)
         self._runner = StageRunner(self._stages, plan.num_stages, self._loss_sum, self._begin, split, self._on_added)
         self._use_of = {id(parameter): use for use, parameter in self.parameters.items()}
         self._microbatches = _Microbatches()
         self._key: Callable[[int], tuple[object, ...]] = lambda microbatch: ()
         self._last_pass: _LastPass | None = None
-        """Set while the backward pass runs after which a stage's gradients of a slot are final."""
+        """Set during the backward pass after which a stage's gradients of a slot are final."""
 
     @property
     def model(self) -> nn.Module:
@@ -59,7 +62,7 @@ class SlotComputer:
         return self.models[0]
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self._runner.close()
 
     def run(
@@ -70,19 +73,19 @@ class SlotComputer:
         wanted: Callable[[], bool],
         exchange: Exchange,
     ) -> None:
-        """Compute this worker's part of an attempt's gradients at the weights in place.
+        """Compute this worker's part of an attempt's gradients at the installed weights.
 
-        Without packed rows only workers with the first or the last stage need `batches`, which are by slot.
-        `begin_slot(slot)`, called before the first backward pass of a slot, gives the `Emit` that is called from
-        inside its last ones as soon as a tensor's gradient, summed over the slot's target tokens, is final: last layers
-        first. Raises AbandonedError when `wanted()` turns false.
+        `batches` are by slot; without packed rows only workers with the first or the last stage need them.
+        `begin_slot(slot)` is called before the first backward pass of a slot and returns the slot's `Emit`. `Emit` is
+        called during the slot's last backward passes, last layers first, as soon as a tensor's gradient, summed over
+        the slot's target tokens, is final. Raises AbandonedError when `wanted()` turns false.
         """
         slots = attempt.slots
         schedule = schedule_for(self.plan, attempt)
         row = schedule.rows[self.worker]
         per_slot = schedule.num_microbatches // len(slots)
         self._microbatches = self._split(slots, batches)
-        # The same for a slot on every worker that computes it.
+        # A slot has the same key on every worker that computes it.
         self._key = lambda number: ("step", attempt.version, slots[number // per_slot], number % per_slot)
         for stage in self._stages.values():
             stage.train()
@@ -116,8 +119,11 @@ class SlotComputer:
     def evaluate(
         self, attempt: Attempt, batch: Batch | None, wanted: Callable[[], bool], exchange: Exchange
     ) -> tuple[float, int] | None:
-        """On the worker with the last stage, the sum of the loss over the slot's target tokens, in nats, and their
-        number. Raises AbandonedError."""
+        """Compute this worker's part of a validation pass.
+
+        Returns, on the worker with the last stage, the sum of the loss over the slot's target tokens in nats and the
+        number of those tokens; elsewhere None. Raises AbandonedError.
+        """
         schedule = schedule_for(self.plan, attempt)
         self._microbatches = self._split(attempt.slots, {} if batch is None else {attempt.slots[0]: batch})
         self._key = lambda number: ()
@@ -175,7 +181,7 @@ class SlotComputer:
             sending_ns = clock_ns() - sent_ns
 
         self._runner.run(action, received, give)
-        end_ns = clock_ns() - sending_ns  # a pass is what is computed
+        end_ns = clock_ns() - sending_ns  # the span of a pass leaves out the time for sending
         if self.plan.has_pipeline:
             self._timeline.add(
                 _SPANS[action.op],
@@ -187,7 +193,7 @@ class SlotComputer:
             )
 
     def _emit_rest(self, stage: int, last_pass: _LastPass) -> None:
-        """Give away zeros for what has no path from the loss to it, as the step waits for it."""
+        """Emit zeros for parameters without a path from the loss, because the step waits for their gradients."""
         for use in reversed(self._uses_of_stage[stage]):
             if use not in last_pass.emitted:
                 parameter = self.parameters[use]
@@ -195,7 +201,7 @@ class SlotComputer:
                 last_pass.emit(use, torch.zeros_like(parameter) if gradient is None else gradient)
 
     def _on_added(self, parameter: torch.Tensor) -> None:
-        """A gradient was added up; in the last backward pass of a slot it is final."""
+        """Emit a parameter's summed gradient if this is the last backward pass of a slot: it is final then."""
         if self._last_pass is not None and parameter.grad is not None:
             gradient, parameter.grad = parameter.grad, None
             self._last_pass.emit(self._use_of[id(parameter)], gradient)
@@ -223,7 +229,10 @@ class SlotComputer:
         return found
 
     def _totals(self, batch: Batch | None, loss_sum: float) -> SlotTotals:
-        """What a slot adds to the step; without its batch, which only packed rows need, all tokens are targets."""
+        """What a slot adds to the step's totals.
+
+        Only slots of packed rows need their batch here: in other slots all tokens are targets.
+        """
         training = self._training
         num_tokens = training.slot_batch * training.sequence_length if batch is None else batch.num_targets
         return SlotTotals(num_tokens, training.slot_batch, loss_sum)
@@ -235,23 +244,26 @@ class SlotComputer:
         router_loss = self._stages[self.plan.num_stages - 1].router_loss
         if router_loss is None:
             return loss_sum
-        # transformers adds it to the mean over a batch's targets; here sums are divided by the step's targets.
+        # transformers adds the router loss to the mean over a batch's targets. Here losses are sums, which the server
+        # divides by the step's targets, so it is multiplied by the number of targets.
         return loss_sum + router_loss * int((targets_N != IGNORED).sum())
 
 
 @dataclass(frozen=True)
 class _Microbatches:
-    """What is computed from, by the number of the microbatch, in the order of the slots; empty on a worker that has
-    neither the first nor the last stage, unless rows are packed."""
+    """Inputs and targets by number of microbatch, in the order of the slots.
+
+    Empty on a worker that has neither the first nor the last stage, unless rows are packed.
+    """
 
     inputs: list[torch.Tensor] = field(default_factory=list)
     targets: list[torch.Tensor] = field(default_factory=list)
     layouts: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """What packed rows need besides their tokens."""
+    """By microbatch, what `layout_of` returns for packed rows."""
 
 
 class _LastPass:
-    """The backward pass after which a stage's gradients of a slot are final. Gives them to the slot's `Emit`."""
+    """The backward pass after which a stage's gradients of a slot are final. Passes them to the slot's `Emit`."""
 
     def __init__(self, emit: Emit, totals: SlotTotals, wanted: Callable[[], bool]):
         self.emitted: set[Use] = set()
@@ -260,7 +272,7 @@ class _LastPass:
         self._wanted = wanted
 
     def emit(self, use: Use, gradient: torch.Tensor) -> None:
-        """Give a gradient away. Raises AbandonedError."""
+        """Pass a gradient to the slot's `Emit`. Raises AbandonedError."""
         if not self._wanted():
             raise AbandonedError
         self.emitted.add(use)

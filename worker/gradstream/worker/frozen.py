@@ -1,4 +1,4 @@
-"""The frozen base of a fine-tuning job on a worker: read once, held in few bytes, shared by the jobs that follow."""
+"""The frozen base of fine-tuning jobs on a worker: read once, held in few bytes, used again by later jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradstream.core.recipe.fine_tuning import Base
 
 
 class BaseStore:
-    """The tensors of one base that this process holds: those of the last one that a job asked for. Thread-safe."""
+    """Holds tensors of one base: the one that a job requested last. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -25,24 +25,23 @@ class BaseStore:
         self._vectors: dict[str, torch.Tensor] = {}
 
     def keep(self, names: Set[str]) -> None:
-        """Let go of all tensors but these: of a base that nobody asks for any more, and of stages that this worker has
-        no more."""
+        """Release all tensors but these: tensors of another base, and of stages that this worker no longer has."""
         with self._lock:
             self._matrices = {name: matrix for name, matrix in self._matrices.items() if name in names}
             self._vectors = {name: vector for name, vector in self._vectors.items() if name in names}
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are held."""
+        """Bytes of the tensors that this process holds."""
         matrices = sum(matrix.num_bytes for matrix in self._matrices.values())
         return matrices + sum(vector.nbytes for vector in self._vectors.values())
 
     def fill(self, model: nn.Module, base: Base, held: Held, device: torch.device) -> set[str]:
-        """Give a model's frozen parameters, which are on the meta device, their values; return the names of the base's
-        tensors that it has.
+        """Fill a model's frozen parameters, which are on the meta device, with the base's values.
 
-        Tensors that an earlier job left here are used again. Raises CheckpointError when the base cannot be read or is
-        not the one that the job was made with, ConfigError when the model has a tensor that it has not.
+        Returns the names of the base's tensors that the model has. Tensors that an earlier job left here are used
+        again. Raises CheckpointError when the base cannot be read or is not the one that the job was made with, and
+        ConfigError when the model has a tensor that the base lacks.
         """
         with self._lock:
             key = (base.sha256, held, str(device))
@@ -76,4 +75,4 @@ class BaseStore:
 
 
 STORE = BaseStore()
-"""This process's."""
+"""The store of this process."""

@@ -1,4 +1,4 @@
-"""The slots that a worker holds by the newest lease table."""
+"""The slots that a worker holds according to the newest lease table."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class HeldSlots:
         """The number of the newest lease table."""
         self.slots: list[int] = []
         self.last: list[int] = []
-        """Those of the last table that gave this worker any."""
+        """The slots from the last table that gave this worker any."""
         self._changed = asyncio.Event()
 
     def take(self, table: int, slots: list[int]) -> None:
-        """Take the slots of a newer table."""
+        """Take over the slots of a newer table."""
         self.table, self.slots = table, slots
         if slots:
             self.last = slots
         self.wake()
 
     def wake(self) -> None:
-        """Make the task that waits for a change look again."""
+        """Wake the task that waits for a change, so that it checks its condition again."""
         self._changed.set()
 
     def next_change(self) -> Coroutine[Any, Any, bool]:
-        """Wait for a change from the moment of this call on."""
-        self._changed.clear()  # now, not when the result is awaited: a table may come between
+        """Return a coroutine that waits for the next change after this call."""
+        self._changed.clear()  # now, not when the coroutine is awaited: a table may come in between
         return self._changed.wait()

@@ -1,14 +1,14 @@
-"""A worker's part of one job under one plan: pull a version, compute the slots it holds, push, and again.
+"""A worker's part of one job under one plan: pull a version, compute the held slots, push, repeat.
 
-In a pipeline it is the replica that holds the slots, and the worker has a place in it. The first worker begins attempts
-of them, the others follow.
+In a pipeline the replica holds the slots and the worker has a place in the replica. The first worker begins attempts;
+the others follow.
 
     install version t ── compute my slots of step t ── wait for version t + 1, or for more slots
           ▲                                                        │
           └────────────────────────────────────────────────────────┘
 
-A worker requests version t + 1 once version t has fully arrived. So the fragments of version t + 1 arrive as soon as
-there are any, and a worker whose slots others have computed in the meantime learns it at once.
+A worker requests version t + 1 once version t has fully arrived. So fragments of version t + 1 arrive as soon as a
+server publishes them, and a worker whose slots others have computed in the meantime notices at once.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class LoadedModel:
     installer: WeightInstaller
 
     def close(self) -> None:
-        """Stop decoding, and let go of the model."""
+        """Stop decoding and release the model."""
         self.installer.close()
         self.computer.close()
 
 
 def load_model(plan: Plan, device: torch.device, worker: int, timeline: Timeline) -> LoadedModel:
-    """Build the stages of worker number `worker` of a replica; called in the compute thread. Raises ConfigError."""
+    """Build the stages of worker number `worker` of a replica. Called in the compute thread. Raises ConfigError."""
     torch.set_num_threads(plan.recipe.training.num_threads)
     computer = SlotComputer(plan, device, worker, timeline)
     try:
@@ -76,7 +76,7 @@ def load_model(plan: Plan, device: torch.device, worker: int, timeline: Timeline
 
 
 class WorkerJob:
-    """See the module's docstring. `run` ends only by an error or by being cancelled."""
+    """A worker's part of one job under one plan. `run` ends only with an error or by cancellation."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class WorkerJob:
         servicer: WorkerServicer,
         place: Place | None = None,
     ):
-        """`place` is that in a replica, None in a job without a pipeline."""
+        """`place` is the worker's place in a replica, None in a job without a pipeline."""
         self.plan = plan
         self.version = -1
         self.worker = place.index if place is not None else 0
@@ -110,14 +110,17 @@ class WorkerJob:
         self._status = Status()
         self._reports = Reports(plan, session, self._timeline, self._puller)
         self._attempts = Attempts(plan, self._held, self._status, self._timeline)
-        self._unsettled = False  # whether it was given slots since it last told what residuals it has
+        self._unsettled = False  # whether this worker was given slots since its residuals last followed a version
         self._superseded = False
 
     # -- directives ------------------------------------------------------------------------------------------------
 
     def take_leases(self, number: int, holders: Sequence[str], place: Place | None = None) -> None:
-        """Take a new lease table, if it is newer than the one in hand. In a pipeline, `place` is this worker's by that
-        table, with the stages that it has already; None when it has none."""
+        """Take over a lease table if it is newer than the current one.
+
+        In a pipeline, `place` is this worker's place in that table, or None when the worker has no place there. The
+        place's stages must be those that the worker has loaded.
+        """
         if number <= self._held.table:
             return
         holder_id = self._session.node_id
@@ -134,7 +137,7 @@ class WorkerJob:
     # -- for heartbeats --------------------------------------------------------------------------------------------
 
     def activity(self) -> coordinator_pb2.Activity:
-        """What the worker does."""
+        """The worker's activity, for heartbeats."""
         return self._status.activity(
             self.plan.job_id, self.version, self._pusher, self._puller, self._membership.neighbours
         )
@@ -168,7 +171,7 @@ class WorkerJob:
                 await channel.close(None)
 
     async def drain(self) -> None:
-        """Wait until residuals that are being written for a checkpoint are reported, or on their way."""
+        """Wait until the residuals that are being written for a checkpoint are reported, or their reports queued."""
         await self._keeper.drain()
 
     # -- the walk over versions ------------------------------------------------------------------------------------
@@ -208,10 +211,10 @@ class WorkerJob:
             await _cancelled(upcoming)
 
     async def _rest(self, upcoming: asyncio.Task[Inbox] | None) -> None:
-        """Wait for slots. Without them there is nothing to pull for; whatever comes later is pulled when slots come.
+        """Wait for slots, without pulling weights: the worker pulls again once it holds slots.
 
-        Where residuals are kept, though, it must still be known whether the next version has a checkpoint: a pause
-        takes the slots away as soon as that version is decided.
+        Exception: where codecs keep residuals, the worker still waits to learn whether the next version has a
+        checkpoint, because a pause takes the slots away as soon as that version is decided.
         """
         if upcoming is None and self._unsettled:
             upcoming = asyncio.create_task(self._puller.next(self.plan.start_version))
@@ -236,7 +239,7 @@ class WorkerJob:
             await self._status.wait(SLOTS, self._held.next_change())
 
     async def _hear_of(self, inbox: Inbox) -> None:
-        """Let the slots' residuals follow a version, and join its checkpoint if it has one."""
+        """Bring the slots' residuals to a version, and write them if that version has a checkpoint."""
         if self._keeper.busy:
             await self._status.wait("its last residuals to be written", self._keeper.drain())
         self._unsettled = False
@@ -245,7 +248,7 @@ class WorkerJob:
     async def _work(
         self, model: LoadedModel, runner: AttemptRunner, inbox: Inbox, upcoming: asyncio.Task[Inbox]
     ) -> bool:
-        """Do this version's slots until the next version comes; False when the version must be pulled again."""
+        """Compute this version's slots until the next version comes. Returns False if it must be pulled again."""
         version = self.version = inbox.version
         for stream in self._pusher.streams:
             stream.forget_before(version)
@@ -260,10 +263,10 @@ class WorkerJob:
             if not self._held.slots:
                 return False
             if place is not None and not membership.has_met:
-                # What another replica has computed may be lost with one of its members.
+                # What this worker computed in another replica may be lost with a member of that replica.
                 done.clear()
                 await membership.meet(place, model.computer.hidden_size)
-                continue  # another table may have come meanwhile
+                continue  # another table may have come in the meantime
             if place is None or place.is_first:
                 if membership.again:
                     done.clear()

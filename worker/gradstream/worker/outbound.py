@@ -1,4 +1,4 @@
-"""Messages leaving over a stream: in order, each until the peer has taken it, sent again after a break.
+"""Messages sent over a stream, in order. Each is kept until the peer has taken it, and sent again after a break.
 
 Everything here runs on the event loop.
 """
@@ -25,10 +25,10 @@ Call: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
 
 
 class Outbound(ABC, Generic[M]):
-    """Delivers messages to the peer `title`. What is a message, and how far the peer lets one go, is the subclass's."""
+    """Delivers messages to the peer `title`. Subclasses define the messages and the peer's flow control."""
 
     kind: ClassVar[str]
-    """What the peer is to this worker, for the log."""
+    """The kind of peer, as log messages name it."""
 
     def __init__(self, title: str):
         self.title = title
@@ -51,11 +51,11 @@ class Outbound(ABC, Generic[M]):
 
     @property
     def cut_off_since(self) -> float | None:
-        """Since when (Unix seconds) the peer could not be reached for what waits for it; None when nothing waits."""
+        """Unix time in seconds since which waiting messages cannot reach the peer; None when none waits."""
         return None if self.empty else self.unreachable_since
 
     async def run(self) -> None:
-        """Keep a stream open. Raises ProtocolError when the peer refuses a message for good."""
+        """Keep a stream open. Raises ProtocolError when the peer refuses a message for a reason that does not pass."""
         backoff = Backoff()
         while True:
             await self._until_wanted()
@@ -70,7 +70,7 @@ class Outbound(ABC, Generic[M]):
                     log.warning(
                         f"the stream to {self.kind} broke, trying again", peer=self.title, cause=one_line(error)
                     )
-            # Exactly what was not taken goes again; the peer drops what it has.
+            # All messages that were not acknowledged are sent again; the peer drops those that it has.
             self._waiting.extendleft(reversed(self._under_way))
             self._under_way.clear()
             await asyncio.sleep(backoff.next())
@@ -87,7 +87,7 @@ class Outbound(ABC, Generic[M]):
                 self._changed.set()
         finally:
             call.cancel()
-            # gRPC leaves the iterator of a call that broke suspended; it must not take what the next stream shall send.
+            # gRPC leaves the iterator of a broken call suspended. It must not take messages of the next stream.
             self._num_streams += 1
             self._changed.set()
 
@@ -108,19 +108,19 @@ class Outbound(ABC, Generic[M]):
     # -- of the subclass -------------------------------------------------------------------------------------------
 
     async def _until_wanted(self) -> None:
-        """Wait until there is a use for a stream."""
+        """Wait until a stream is needed."""
 
     @abstractmethod
     def _begin(self) -> Iterable[bytes]:
-        """A stream begins, with nothing under way; return the frames that come first."""
+        """Prepare for a new stream, on which nothing is under way yet. Returns the frames to send first."""
 
     @abstractmethod
     def _open(self, messages: AsyncIterator[bytes]) -> Call:
-        """Open a stream of these messages."""
+        """Open a stream that sends these messages."""
 
     @abstractmethod
     def _heard(self, response: Any) -> None:
-        """Take a response: remove what the peer has taken from `_under_way`. Raises ProtocolError."""
+        """Handle a response: remove the messages that the peer has taken from `_under_way`. Raises ProtocolError."""
 
     @abstractmethod
     def _may_send(self, message: M) -> bool:
@@ -128,4 +128,4 @@ class Outbound(ABC, Generic[M]):
 
     @abstractmethod
     def _sending(self, message: M) -> Iterable[bytes]:
-        """Note that a message, in `_under_way` by now, is on its way; return its frames."""
+        """Record that a message, which is in `_under_way` by now, is being sent; return its frames."""

@@ -1,4 +1,4 @@
-"""The worker's process: registers with the coordinator and works on the job that it is given."""
+"""The worker's process: registers with the coordinator and computes the job that the coordinator assigns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gradstream.worker.stage_build import pick_device
 log = logging.get_logger()
 
 DROP_SECONDS = 10.0
-"""For a worker that ends to stop what it computes."""
+"""Time that a worker which ends gives its computation to stop."""
 
 
 class Worker:
@@ -69,16 +69,16 @@ class Worker:
         self._process = psutil.Process()
 
     async def run(self) -> None:
-        """Work until the session is left. Raises the coordinator's error when it refuses this node."""
+        """Work until the session ends. Raises the coordinator's error when the coordinator refuses this node."""
         try:
             await self.session.run()
         finally:
             try:
-                # A device, or a storage, that does not answer keeps a thread for ever.
+                # A device or a storage that does not answer blocks a thread without end.
                 async with asyncio.timeout(DROP_SECONDS):
                     await self._drop()
             except TimeoutError:
-                log.warning("ends although what it computes does not", seconds=DROP_SECONDS)
+                log.warning("the computation did not stop in time; the worker ends without it", seconds=DROP_SECONDS)
 
     async def _on_directive(self, directive: coordinator_pb2.SessionResponse) -> None:
         kind = directive.WhichOneof("directive")
@@ -106,7 +106,7 @@ class Worker:
             if len(place.replica.workers) != plan.replica_size:
                 raise ProtocolError(f"lease table {table.number} has a replica of {len(place.replica.workers)} workers")
             if self._job is not None and self._job.worker != place.index:
-                # Other stages: nothing of what it holds is of use.
+                # Another place has other stages: nothing that this worker has loaded is of use.
                 await self._drop()
                 self._plan = plan
             if self._job is None:
@@ -126,7 +126,7 @@ class Worker:
             await job.run()
         except Exception as error:
             if self._job is job:
-                # Nothing of it is held any more: the coordinator sends the plan again when it is to be tried again.
+                # The worker no longer holds the plan: to retry the job, the coordinator sends it again.
                 self._job = self._plan = None
             memory.give_back()
             await self.session.report_failure(job.plan.job_id, job.plan.epoch, error)
@@ -170,14 +170,14 @@ async def serve(
     credentials: Path | None = None,
     grace_seconds: float = GRACE_SECONDS,
 ) -> None:
-    """Run a worker until SIGTERM or SIGINT; `credentials` is the directory of its own. Raises GradstreamError when it
-    cannot start or is refused.
+    """Run a worker until SIGTERM or SIGINT; `credentials` is the directory of its credentials.
 
-    It ends once residuals that are being written and its reports are done with, after `grace_seconds` at the latest.
+    The worker ends once residuals that are being written are complete and its reports are sent, after `grace_seconds`
+    at the latest. Raises GradstreamError when it cannot start or is refused.
     """
     log_buffer = logging.LogBuffer()
     process.configure_log(log_buffer)
-    # Before the imports that take seconds: a port that is taken is told at once.
+    # Before the imports that take seconds, so that an error about a port in use comes at once.
     transport = Transport(credentials)
     door = FollowingServer(transport, listen_address)
     preload()
@@ -196,7 +196,7 @@ async def serve(
 
 
 def place_in(replicas: Sequence[plan_pb2.Replica], node_id: str) -> Place | None:
-    """A worker's place in a lease table."""
+    """The worker's place in a lease table's replicas, None if it has none."""
     for replica in replicas:
         for index, member in enumerate(replica.workers):
             if member.node_id == node_id:

@@ -1,4 +1,4 @@
-"""Weights coming: one version pulled from all servers at once, each in forward order, into an inbox."""
+"""Pulls one version of the weights from all servers at once, from each in forward order, into an inbox."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OvertakenError(Exception):
 
 
 class ServerPull:
-    """One server's part of a pull: first the version, then its bundles. `push_codec` is known with the version."""
+    """One server's part of a pull: first the version, then its bundles. The version's answer sets `push_codec`."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class ServerPull:
         self.server = server
         self.push_codec = ""
         self.checkpoint = False
-        # Since when (Unix seconds) the server does not answer; None when it does.
+        # Unix time in seconds since which the server does not answer; None when it answers.
         self.unreachable_since: float | None = None
         self._plan = plan
         self._stub = stub
@@ -57,7 +57,7 @@ class ServerPull:
         self._call: grpc.aio.UnaryStreamCall[pb.PullRequest, bytes] | None = None
 
     async def version(self, min_version: int, held_version: int | None, measured: pb.LinkMeasurement | None) -> int:
-        """Ask for a version and return which one comes; waits as long as it takes. Raises ProtocolError."""
+        """Request a version and return the one that the server will send. Waits without limit. Raises ProtocolError."""
         backoff = Backoff()
         self.unreachable_since = None
         while True:
@@ -90,17 +90,19 @@ class ServerPull:
             await asyncio.sleep(backoff.next())
 
     async def receive(self, inbox: Inbox, timeline: Timeline) -> int:
-        """Move this server's bundles into the inbox; return their bytes. Raises OvertakenError, ProtocolError,
-        AioRpcError."""
+        """Move this server's bundles into the inbox; return the number of their bytes.
+
+        Raises OvertakenError, ProtocolError, AioRpcError.
+        """
         if self._call is None:
             raise RuntimeError("version() comes first")
         missing = set(self._bundles)
         assembler: Assembler[pb.WeightsHeader] = Assembler()
         num_bytes = 0
-        # The stream carries one bundle after another: one's first byte is under way when the last one's last is here.
+        # The stream carries one bundle after another: a bundle's first byte follows the last byte of the bundle before.
         begin_ns = clock_ns()
         try:
-            # read() all through: grpc.aio does not allow to mix it with iteration.
+            # Always read(): grpc.aio does not allow mixing read() with iteration.
             while isinstance(message := await self._call.read(), bytes):
                 encoded, piece = parse(message)
                 if encoded is not None:
@@ -153,20 +155,20 @@ class ServerPull:
 
 
 class Puller:
-    """Pulls whole versions of what worker number `worker` of a replica needs of the model."""
+    """Pulls whole versions of the tensors that worker number `worker` of a replica needs."""
 
     def __init__(self, plan: Plan, stubs: list[ParameterServerStub], timeline: Timeline, worker: int = 0):
         book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
         self._plan = plan
         self._timeline = timeline
-        # By server, once a plan: a pull is made a version.
+        # One target a server. They are made once a plan, because every version has a pull.
         needed = {tensor for tensor, _ in plan.uses_of_worker(worker)}
         targets = [
             (server, {bundle.index: bundle for bundle in plan.bundles_of(index) if bundle.is_of(needed)}, stub, book)
             for index, (server, stub) in enumerate(zip(plan.servers, stubs, strict=True))
         ]
-        # A server that holds nothing of a stage knows of nothing that its worker waits for. A stage without anything
-        # that is trained still has to hear of versions.
+        # Servers that hold none of the worker's bundles are not asked. A worker whose stages have nothing trainable
+        # still has to learn of new versions: it asks the leader.
         self._targets = [target for target in targets if target[1]] or [targets[plan.leader]]
         self._receiving: asyncio.Task[None] | None = None
         self._inbox: Inbox | None = None  # of the last pull
@@ -177,19 +179,19 @@ class Puller:
 
     @property
     def cut_off(self) -> tuple[str, float] | None:
-        """The server that has not answered for longest, and since when (Unix seconds); None when all do."""
+        """The server that has not answered for longest, and since when in Unix seconds; None when all answer."""
         silent = [(pull.server.title, pull.unreachable_since) for pull in self._asking]
         return min(((title, since) for title, since in silent if since is not None), key=lambda p: p[1], default=None)
 
     async def next(
         self, min_version: int, held_version: int | None = None, measured: pb.LinkMeasurement | None = None
     ) -> Inbox:
-        """Wait until all servers have a common version of at least `min_version` under way; return its inbox, filling.
+        """Wait until all servers send a common version of at least `min_version`; return its inbox, which fills up.
 
-        `held_version` is the one that this worker holds, or will hold when the pull under way is over: the version
-        after it may come as differences. With it, the request waits until the pull under way is over: while bundles
-        come, the worker that waits for them, and servers beside it that make them, have no time for it. Without it, a
-        pull under way is given up as soon as a version is answered.
+        `held_version` is the version that this worker holds, or will hold when the pull under way is over; the version
+        after it may come as differences. With `held_version` the request is sent only when the pull under way is over:
+        the worker waits for that pull's bundles, and servers on the same machine need the processor to make them.
+        Without `held_version` a pull under way is given up as soon as the servers have answered with a version.
         """
         if held_version is not None:
             await self.settled()
@@ -200,7 +202,7 @@ class Puller:
             versions = list(
                 await asyncio.gather(*(pull.version(min_version, held_version, measured) for pull in pulls))
             )
-            # Servers publish a commit within moments of each other: ask those that are behind for the latest again.
+            # Servers publish a commit within moments of each other: request the latest version from those behind it.
             while len(set(versions)) > 1:
                 latest = max(versions)
                 behind = [index for index, version in enumerate(versions) if version < latest]
@@ -225,7 +227,7 @@ class Puller:
         self.num_bundles += 1
 
     async def settled(self) -> None:
-        """Wait until no pull is under way: all of its bundles are here, or it broke off."""
+        """Wait until no pull is under way: all of its bundles have arrived, or it broke off."""
         if self._receiving is not None:
             await asyncio.wait([self._receiving])
 

@@ -1,6 +1,6 @@
-"""Gradients leaving: encoded off the compute thread, streamed to the server of each bundle, sent again after a break.
+"""Encodes gradients off the compute thread and streams them to each bundle's server; sends again after a break.
 
-Everything here but `Pusher.submit` runs on the event loop.
+Everything here except `Pusher.submit` and the encoding runs on the event loop.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gradstream.worker.residuals import SlotResiduals
 from gradstream.worker.timeline import Timeline, clock_ns
 
 DEFAULT_WINDOW_BYTES = 4 << 20
-"""Bytes that may be under way before the server has named its window."""
+"""Bytes that may be under way before the server has told its window."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Contribution:
 
 
 class PushStream(Outbound[Contribution]):
-    """The contributions to one server: at most those of the worker's slots of one step."""
+    """Sends contributions to one server; it holds at most those of the worker's slots of one step."""
 
     kind = "a parameter server"
 
@@ -53,12 +53,12 @@ class PushStream(Outbound[Contribution]):
         self._stub = stub
         self._faults = faults
         self._timeline = timeline
-        self._begun_ns: deque[int] = deque()  # of those under way
+        self._begun_ns: deque[int] = deque()  # when each contribution under way was begun
         self._under_way_bytes = 0
         self._window_bytes = DEFAULT_WINDOW_BYTES
 
     def forget_before(self, step: int) -> None:
-        """Drop what belongs to committed steps and was not sent yet."""
+        """Drop contributions to committed steps that were not sent yet."""
         self._waiting = deque(c for c in self._waiting if c.header.step >= step)
 
     # -- Outbound --------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class PushStream(Outbound[Contribution]):
         self._faults.acknowledged(response.step, response.slot)
 
     def _may_send(self, message: Contribution) -> bool:
-        # What is larger than the window goes alone.
+        # A contribution larger than the window is sent alone.
         return not self._under_way or (self._under_way_bytes + message.header.payload_bytes <= self._window_bytes)
 
     def _sending(self, message: Contribution) -> Iterable[bytes]:
@@ -100,27 +100,27 @@ class PushStream(Outbound[Contribution]):
 
 
 def _acknowledges(response: pb.PushResponse, header: pb.ContributionHeader) -> bool:
-    """Whether a response is about the contribution with this header."""
+    """Return whether a response acknowledges the contribution with this header."""
     keys = [(item.step, item.slot, item.bundle, item.part) for item in (response, header)]
     return keys[0] == keys[1]
 
 
 @dataclass(frozen=True)
 class _SlotOfStep:
-    """A slot of a step that is being encoded, with the codec that the servers had named when it began."""
+    """A slot of a step that is being encoded, with the codec that the servers named before the slot began."""
 
     step: int
     slot: int
     codec: str
     futures: list[Future[None]] = field(default_factory=list)
-    """One for each of its contributions."""
+    """One for each contribution of the slot."""
 
 
 class SlotEmit:
-    """Takes the gradients of one slot: hands those of a bundle on as soon as all are there. The `Emit` of a slot.
+    """The `Emit` of a slot: collects its gradients, and encodes a bundle as soon as all its gradients are there.
 
     `bundles_of` are by (tensor, part), `tensors_of` by (bundle, part). `encode(bundle, part, gradients, totals)` is
-    called once for each (bundle, part); `spoils()` tells whether a fault is injected into the slot.
+    called once for each (bundle, part). `spoils()` returns whether a fault is injected into the slot.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class SlotEmit:
         self._encode = encode
         self._spoils = spoils
         self._missing = {key: set(tensors) for key, tensors in tensors_of.items()}
-        self._num_bundles = {use: len(bundles) for use, bundles in bundles_of.items()}  # not handed on yet
+        self._num_bundles = {use: len(bundles) for use, bundles in bundles_of.items()}  # not encoded yet
         self._gradients: dict[tuple[int, int], torch.Tensor] = {}
 
     def __call__(self, tensor: int, part: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
@@ -149,16 +149,16 @@ class SlotEmit:
                 continue
             needed = {index: self._gradients[index, part] for index in self._tensors_of[bundle.index, part]}
             self._encode(bundle, part, needed, totals)
-            for index in needed:  # a gradient lives until its last bundle is encoded
+            for index in needed:  # a gradient is kept until its last bundle is given to be encoded
                 self._num_bundles[index, part] -= 1
                 if not self._num_bundles[index, part]:
                     del self._gradients[index, part]
 
 
 class Pusher:
-    """Gathers gradients into bundles, encodes these in a thread of its own and hands them to the servers' streams.
+    """Gathers gradients into bundles, encodes the bundles in a separate thread and queues them on the servers' streams.
 
-    They are the bundles of which worker number `worker` of a replica has the gradients.
+    Handles the bundles whose gradients worker number `worker` of a replica has.
     """
 
     def __init__(
@@ -184,14 +184,17 @@ class Pusher:
                     for tensor in tensors:
                         self._bundles_of.setdefault((tensor, part), []).append(bundle)
         self._loop = asyncio.get_running_loop()
-        # One thread keeps the order of the backward pass, and leaves the cores to it.
+        # A single thread keeps the order of the backward pass and leaves the other cores to that pass.
         self.encode_thread = ThreadPoolExecutor(1, "encode")
         self._encoding: deque[_SlotOfStep] = deque()
         self._failed: asyncio.Future[None] = self._loop.create_future()
 
     async def run(self) -> None:
-        """Keep all streams open. Raises ProtocolError when a server refuses a contribution for good, and whatever keeps
-        one from being encoded: a step would wait for it for ever."""
+        """Keep all streams open.
+
+        Raises ProtocolError when a server refuses a contribution for a reason that does not pass. Raises any error of
+        the encoding, because the step would wait for that contribution without end.
+        """
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch_encoding())
             for stream in self.streams:
@@ -210,13 +213,13 @@ class Pusher:
             self._failed.set_exception(error)
 
     def use_codec(self, codec: str) -> None:
-        """The codec of the contributions from the next slot on, as the servers have named it."""
+        """Use the codec that the servers have named for all contributions from the next slot on."""
         self._codec = codec
 
     def submit(self, step: int, slot: int) -> Emit:
-        """What a slot's gradients are given to; called in the compute thread.
+        """Return the `Emit` that takes a slot's gradients. Called in the compute thread.
 
-        Waits until at most one slot is being encoded: gradients of at most two are held.
+        Waits until at most one slot is being encoded, so gradients of at most two slots are held.
         """
         while len(self._encoding) > 1:
             for future in self._encoding.popleft().futures:

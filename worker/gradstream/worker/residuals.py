@@ -1,10 +1,11 @@
-"""What the slots' codecs have not sent yet: kept a step apart, part of each checkpoint, loaded again on resuming.
+"""The residuals of slots' codecs: kept per step, written to each checkpoint, loaded on resuming.
 
-A slot's residual at version t and the one that its step leaves behind are two. So a slot that is computed again, after
-a pause or a pull that broke off, is encoded from the same residual, to the same bytes; and the residual of version t
-can be copied for its checkpoint while step t is being encoded.
+A slot's residual at version t and the residual that step t leaves behind are kept separately. So a slot that is
+computed again, after a pause or a pull that broke off, is encoded from the same residual, to the same bytes. The
+residual of version t can also be copied for its checkpoint while step t is being encoded.
 
-A slot goes on from its residual only on the worker that encoded all of its last step; on any other it starts from zero.
+A slot continues from its residual only on the worker that encoded all of its last step. On any other worker the
+residual starts from zero.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ from gradstream.proto.v1 import coordinator_pb2
 log = get_logger()
 
 States = dict[int, State]
-"""A slot's states by fragment."""
+"""A slot's codec states by fragment."""
 
 
 @dataclass
 class _Slot:
-    """One slot at `step`: `before` is its residual at that version, `after` what the step leaves behind so far."""
+    """One slot at `step`. `before` is its residual at that version, `after` what the step leaves behind so far."""
 
     codec: str
     step: int
-    fresh: bool  # `before` is zero because nothing was here to go on from
+    fresh: bool  # `before` is zero because this worker had no residual to continue from
     before: States = field(default_factory=dict)
     after: States = field(default_factory=dict)
     encoded: set[int] = field(default_factory=set)  # bundles of `step`
@@ -67,7 +68,7 @@ class SlotResiduals:
         self.on_fresh: Callable[[int, int], None] = lambda version, slot: None
 
     def encode(self, codec: BundleCodec, slices: Sequence[torch.Tensor], step: int, slot: int) -> list[Payload]:
-        """The payloads of a bundle of a slot's gradient. Again for the same step: the same payloads."""
+        """Encode a bundle of a slot's gradient. Idempotent: the same step gives the same payloads again."""
         if codec.codec.name not in RESIDUAL_CODECS:
             return codec.encode(slices, step)
         held = self._at(step, slot, codec.codec.name)
@@ -78,16 +79,16 @@ class SlotResiduals:
         return payloads
 
     def adopt(self, slot: int, states: States) -> None:
-        """Go on from the residual that the checkpoint of the plan's start version has."""
+        """Continue from the residual in the checkpoint of the plan's start version."""
         self._slots[slot] = _Slot(self._plan.recipe.codec.push, self._plan.start_version, False, states)
 
     def settle(self, version: int, slots: Iterable[int]) -> None:
-        """Bring slots to a version: those that have nothing to go on from start from zero there."""
+        """Bring slots' residuals to a version. Those that cannot continue from an earlier one start from zero there."""
         for slot in slots:
             self._at(version, slot, self._plan.recipe.codec.push)
 
     def snapshot(self, version: int) -> dict[int, States]:
-        """Copies, on the CPU, of the residuals at a version of all slots that have one there."""
+        """Copy to the CPU the residuals at a version, of all slots that have one there."""
         found = {}
         for slot, held in self._slots.items():
             if held.step == version and not held.fresh:
@@ -116,7 +117,10 @@ class SlotResiduals:
 
 
 class ResidualKeeper:
-    """Takes the residuals to checkpoints and back. On the event loop; a job whose codec keeps none costs nothing."""
+    """Writes residuals to checkpoints and loads them back. Runs on the event loop.
+
+    Does nothing in a job whose codec keeps no residuals.
+    """
 
     def __init__(self, plan: Plan, session: NodeSession, residuals: SlotResiduals, encode_thread: Executor):
         self.active = keeps_residuals(plan.recipe.codec)
@@ -138,33 +142,33 @@ class ResidualKeeper:
         return self._saving is not None and not self._saving.done()
 
     async def drain(self) -> None:
-        """Wait until they are: one version's copies at a time bound the memory."""
+        """Wait until they are written. Copies of one version at a time bound the memory."""
         if self._saving is not None:
             await asyncio.wait([self._saving])
 
     def arrived(self, version: int, checkpoint: bool, slots: Sequence[int]) -> None:
-        """A version is known, and whether it has a checkpoint; `slots` are those that this worker holds or held last.
+        """Bring residuals to a version that has arrived, and write them if that version has a checkpoint.
 
-        To be called before anything of that version is encoded.
+        `slots` are those that this worker holds or held last. Call this before anything of that version is encoded.
         """
         if not self.active:
             return
         if checkpoint and version > self._saved_version:
             self._saved_version = version
-            # Behind all that is still being encoded of the step before, in the same thread.
+            # In the encode thread, after everything of the step before that is still to be encoded.
             copies = self._encode_thread.submit(self._residuals.snapshot, version)
             self._saving = asyncio.create_task(self._save(version, copies))
         self.take_up(version, slots)
 
     def take_up(self, version: int, slots: Sequence[int]) -> None:
-        """Slots are going to be computed here from a version on."""
+        """Bring residuals to a version for slots that this worker will compute from there on."""
         if self.active and version > self._plan.start_version:
             self._encode_thread.submit(self._residuals.settle, version, list(slots))
 
     async def load(self, version: int, slot: int) -> None:
-        """At the plan's start version: take a slot's residual from the checkpoint, if it has one that fits.
+        """Load a slot's residual from the checkpoint, at the plan's start version and if the residual fits.
 
-        Raises CheckpointError for a damaged one.
+        Raises CheckpointError when the residual is damaged.
         """
         directory = self._plan.checkpoint_path
         if not self.active or not directory or version != self._plan.start_version or slot in self._loaded:
@@ -177,7 +181,7 @@ class ResidualKeeper:
             self._encode_thread.submit(self._residuals.adopt, slot, states)
 
     def close(self) -> None:
-        """Give up what is being written."""
+        """Give up residuals that are being written."""
         if self._saving is not None:
             self._saving.cancel()
 
@@ -207,7 +211,10 @@ class ResidualKeeper:
             await self._session.report_failure(plan.job_id, plan.epoch, error)
 
     def _write(self, version: int, slot: int, states: States) -> FileEntry | None:
-        """Write a slot's file; None when its checkpoint was completed without it meanwhile. Raises CheckpointError."""
+        """Write a slot's file. Returns None when the checkpoint was completed without it in the meantime.
+
+        Raises CheckpointError.
+        """
         plan = self._plan
         directory = directory_of(plan.checkpoint_root, version)
         file = residual_file_name(plan.epoch, slot, self._session.node_id)
@@ -216,7 +223,8 @@ class ResidualKeeper:
             try:
                 return write_residual(directory, file, plan, states)
             except FileNotFoundError:
-                # Removed under our hands: the slot was taken over, and the checkpoint is whole, or gone, without it.
+                # The file was removed: another worker took the slot over, and the checkpoint was completed, or
+                # removed, without this file.
                 log.info("a slot's residual came too late for its checkpoint", slot=slot, version=version)
                 return None
         except OSError as error:
@@ -227,7 +235,7 @@ class ResidualKeeper:
             ) from None
 
     def _fresh(self, version: int, slot: int) -> None:
-        """In the encode thread: a slot has nothing to go on from."""
+        """Report that a slot's residual starts from zero. Runs in the encode thread."""
         self._loop.call_soon_threadsafe(self._report, version, slot, None)
 
     def _report(self, version: int, slot: int, entry: FileEntry | None) -> None:
@@ -244,7 +252,7 @@ class ResidualKeeper:
 
 
 def _restore(before: States, after: States, index: int) -> None:
-    """Make a fragment's state in `after` equal to that in `before`, in the memory that it has."""
+    """Copy a fragment's state from `before` to `after`, into the memory that `after` already has."""
     state, spare = before.get(index), after.get(index)
     if state is None:
         after.pop(index, None)

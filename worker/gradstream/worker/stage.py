@@ -1,8 +1,8 @@
-"""One worker's stages of a pipeline: computes the actions of a schedule, one at a time.
+"""Computes the actions of a schedule on one worker's stages of a pipeline, one at a time.
 
-What neighbours sent is given in, what they are to get is handed to a callback: how it travels is not known here.
-Gradients add up in the parameters' `grad`, microbatch after microbatch in the order of the schedule's row, which is
-that of one process.
+The caller passes in the tensors from neighbours and a callback that takes the tensors for neighbours; this module does
+not know about transport. Gradients add up in the parameters' `grad`, microbatch after microbatch, in the order of the
+schedule's row. A single process would add them in the same order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gradstream.core.pipeline.schedule import Action, Op
 
 @dataclass
 class _Live:
-    """One microbatch on one stage between its forward and its last backward pass."""
+    """State of one microbatch on one stage between its forward and its last backward pass."""
 
     received: torch.Tensor
     result: torch.Tensor  # activations, or the loss
@@ -28,13 +28,13 @@ class _Live:
 
 
 class StageRunner:
-    """`stages` (StageModule, or a whole model that gives logits) by their index among `num_stages`;
-    `loss_sum(logits, microbatch)` is the last stage's loss.
+    """Runs the passes of `stages`, which are by their index among `num_stages`.
 
-    `begin(microbatch)` is called before each action: it seeds what the passes of a microbatch draw. `split`: backward
-    passes of all stages but the first come in two parts, also where the schedule has them in one: the neighbour gets
-    its gradient before those of the matrices are made. `on_added(parameter)` is called whenever a backward pass has
-    added all of a parameter's gradient to its `grad`.
+    A stage is a StageModule, or a whole model that gives logits. `loss_sum(logits, microbatch)` computes the last
+    stage's loss. `begin(microbatch)` is called before each action and seeds the random draws of a microbatch's passes.
+    With `split`, backward passes of all stages but the first run in two parts, also where the schedule has them in one:
+    the neighbour gets its gradient before the gradients of the matrices are computed. `on_added(parameter)` is called
+    whenever a backward pass has added all of a parameter's gradient to its `grad`.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class StageRunner:
         self.most_live = 0
 
     def close(self) -> None:
-        """Call `on_added` no more."""
+        """Stop calling `on_added`."""
         for gradients in self._gradients.values():
             gradients.close()
 
     def run(self, action: Action, received: torch.Tensor | None, give: Callable[[torch.Tensor], None]) -> None:
-        """Compute an action. `give(tensor)` is called with what the neighbour needs of it, if any: as soon as that is
-        there, so that the action may go on.
+        """Compute an action. `give(tensor)` is called with the result for the neighbour as soon as it is computed.
 
-        A forward pass is given token ids (first stage) or the activations of the stage before, and gives its own; a
-        backward pass is given the gradient of what this stage gave, and gives that of what it received. The last stage
-        gives no activations, the first no gradient, and they are given none.
+        The action may go on after that call. A forward pass receives token ids (first stage) or the activations of the
+        stage before, and gives its own activations. A backward pass receives the gradient of the activations that this
+        stage gave, and gives the gradient of those that it received. The last stage gives no activations and receives
+        no gradient; the first stage gives no gradient.
         """
         self._begin(action.microbatch)
         if action.op is Op.FORWARD:
@@ -96,7 +96,7 @@ class StageRunner:
             give(live.received.grad)
 
     def abandon(self) -> None:
-        """Forget every microbatch under way, and what it has added."""
+        """Drop all microbatches under way and the gradients that they have added."""
         self._live.clear()
         self.losses.clear()
         for stage in self._stages.values():
@@ -116,8 +116,8 @@ class StageRunner:
             give(result.detach())
 
     def _backward_of_first(self, action: Action, live: _Live, received: torch.Tensor | None) -> None:
-        """Token ids have no gradient: all of a pass is that of the weights."""
+        """Run a backward pass of the first stage: token ids have no gradient, so only weights get one."""
         if action.op is Op.BACKWARD_INPUT:
             live.gradient = received
-        elif live.result.requires_grad:  # else a stage without an adapter: nobody wants its gradient
+        elif live.result.requires_grad:  # otherwise the stage has no adapter and needs no gradient
             live.result.backward(received if action.op is Op.BACKWARD else live.gradient)  # type: ignore[no-untyped-call]

@@ -21,8 +21,10 @@ Use = tuple[int, int]
 
 
 class Stage(nn.Module):
-    """A stage's module, or the whole model, under the recipe's precision: activations or token ids in, activations or
-    logits out."""
+    """A stage's module, or the whole model, under the recipe's precision.
+
+    Takes activations or token ids; returns activations or logits.
+    """
 
     def __init__(self, module: nn.Module, training: TrainingConfig, device: torch.device):
         super().__init__()
@@ -31,9 +33,9 @@ class Stage(nn.Module):
         self._device = device
         self._router_factor = 0.0 if isinstance(module, StageModule) else router_loss_factor(module)
         self.router_loss: torch.Tensor | None = None
-        """What the last forward pass in training adds to the mean loss of its targets."""
+        """The term that the last forward pass in training adds to the mean loss of its targets."""
         self.layout: Mapping[str, torch.Tensor] = {}
-        """What the passes of the microbatch at hand are told of it besides its tokens."""
+        """Inputs of the current microbatch's passes besides its tokens."""
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
         with autocast(self._training, self._device):
@@ -51,18 +53,20 @@ class Stage(nn.Module):
 
 @dataclass(frozen=True)
 class BuiltStages:
-    """The stages of one worker, by their index in the plan, and what of the plan's tensors is in them."""
+    """The stages of one worker, by their index in the plan, and the plan's tensors in them."""
 
     stages: dict[int, Stage] = field(default_factory=dict)
     models: list[nn.Module] = field(default_factory=list)
-    """The model of transformers of each stage, in the order of `stages`."""
+    """The transformers model of each stage, in the order of `stages`."""
     parameters: dict[Use, nn.Parameter] = field(default_factory=dict)
     uses_of_stage: dict[int, list[Use]] = field(default_factory=dict)
 
 
 def build_stages(plan: Plan, device: torch.device, worker: int) -> BuiltStages:
-    """Build the stages of worker number `worker` of a replica. Raises ConfigError when their parameters are not the
-    plan's tensors."""
+    """Build the stages of worker number `worker` of a replica.
+
+    Raises ConfigError when their parameters are not the plan's tensors.
+    """
     training = plan.recipe.training
     built = BuiltStages()
     held: set[str] = set()  # tensors of the frozen base
@@ -86,7 +90,7 @@ def build_stages(plan: Plan, device: torch.device, worker: int) -> BuiltStages:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device to compute on: "auto" takes CUDA when there is one. Raises ConfigError when it is not there."""
+    """Choose the device to compute on: "auto" takes CUDA if present. Raises ConfigError when the device is missing."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -102,7 +106,7 @@ def pick_device(wanted: str) -> torch.device:
 
 @contextmanager
 def autocast(training: TrainingConfig, device: torch.device) -> Iterator[None]:
-    """bf16 autocast when the recipe asks for it."""
+    """Use bf16 autocast when the recipe requests it."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.precision == "bf16"):
         yield
 
@@ -110,7 +114,7 @@ def autocast(training: TrainingConfig, device: torch.device) -> Iterator[None]:
 def _build_module(
     plan: Plan, stage: int, device: torch.device
 ) -> tuple[nn.Module, dict[tuple[str, int], nn.Parameter]]:
-    """The module of a stage, and its parameters by (name of the tensor, part)."""
+    """Build the module of a stage; return it and its parameters by (name of the tensor, part)."""
     if plan.has_pipeline:
         module = StageModule(plan.model_config, _segments(plan, stage), device, plan.lora)
         names = {tensor.name for tensor in plan.tensors}
@@ -118,7 +122,7 @@ def _build_module(
     model = build(plan.model_config, "meta", plan.lora)
     initialize_buffers(model, device)
     if plan.lora is None:
-        model.tie_weights()  # type: ignore[operator]  # tied tensors lie apart after the move
+        model.tie_weights()  # type: ignore[operator]  # the move has separated tied tensors
     return model, {(name, 0): parameter for name, parameter in model.named_parameters()}
 
 
@@ -128,7 +132,7 @@ def _enter_parameters(
     found: Mapping[tuple[str, int], nn.Parameter],
     parameters: dict[Use, nn.Parameter],
 ) -> None:
-    """Enter a stage's parameters under their tensors. Raises ConfigError when they are not the plan's."""
+    """Add a stage's parameters to `parameters` under the plan's tensors. Raises ConfigError when they do not match."""
     for use in uses:
         tensor = plan.tensors[use[0]]
         parameter = found.get((tensor.name, use[1]))
@@ -139,7 +143,7 @@ def _enter_parameters(
             )
         parameters[use] = parameter
         if use[1] and (use[0], 0) in parameters:
-            parameter.data = parameters[use[0], 0].data  # both parts here: one copy of the weights
+            parameter.data = parameters[use[0], 0].data  # both parts are on this worker: keep one copy of the weights
     own = {id(parameters[use]) for use in uses}
     for (name, _), parameter in found.items():
         if parameter.requires_grad and id(parameter) not in own:
@@ -155,7 +159,7 @@ def _unit(plan: Plan, use: Use) -> int:
 
 
 def _segments(plan: Plan, stage: int) -> range:
-    """The segments of a stage. Raises ConfigError where the plan's cut is not between segments."""
+    """The segments of a stage. Raises ConfigError when the plan cuts inside a segment."""
     begin, end = (0, *plan.stage_ends)[stage], plan.stage_ends[stage]
     segments = segments_of(build(plan.model_config, "meta", plan.lora))
     own = [number for number, segment in enumerate(segments) if segment.units and begin <= segment.units[0] < end]

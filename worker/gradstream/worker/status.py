@@ -1,4 +1,4 @@
-"""What a worker tells the coordinator of its job: its activity in heartbeats, validation losses, timelines."""
+"""A worker's reports on its job to the coordinator: its activity in heartbeats, validation losses, timelines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 
 class Status:
-    """What a job's task does or waits for, and since when. On the event loop, but for `count_microbatch`."""
+    """The current activity of a job's task: its phase, what it waits for, and since when.
+
+    Runs on the event loop, except `count_microbatch`.
+    """
 
     def __init__(self) -> None:
         self._phase = "loading"
@@ -37,11 +40,11 @@ class Status:
         self._num_microbatches = 0  # begun
 
     def enter(self, phase: str) -> None:
-        """A phase begins, in which nothing is waited for."""
+        """Enter a phase, in which the task waits for nothing."""
         self._phase, self._waiting_for, self._since = phase, "", time.time()
 
     async def wait(self, waiting_for: str, what: Awaitable[T]) -> T:
-        """Await something while `status` says what."""
+        """Await `what`; until it is done, `status` shows `waiting_for`."""
         self._waiting_for, self._since = waiting_for, time.time()
         try:
             return await what
@@ -49,14 +52,16 @@ class Status:
             self._waiting_for, self._since = "", time.time()
 
     def count_microbatch(self) -> None:
-        """A microbatch begins; called in the compute thread."""
+        """Count a microbatch that begins. Called in the compute thread."""
         self._num_microbatches += 1
 
     def activity(
         self, job_id: str, version: int, pusher: Pusher, puller: Puller, neighbours: Neighbours | None
     ) -> coordinator_pb2.Activity:
-        """What the worker does, for heartbeats. A peer that cannot be reached comes first, then what the compute thread
-        waits for."""
+        """The worker's activity, for heartbeats.
+
+        As the reason of a wait, a peer that cannot be reached comes first, then what the compute thread waits for.
+        """
         links = neighbours.links.values() if neighbours is not None else ()
         outbounds: list[Outbound[Any]] = [*pusher.streams, *links]
         waiting_for, since = self._waiting_for, self._since
@@ -82,7 +87,7 @@ class Status:
 
 
 def _cut_off(outbounds: Sequence[Outbound[Any]], puller: Puller) -> tuple[str, float]:
-    """The peer that could not be reached for longest, and since when (Unix seconds); ("", 0) when all can."""
+    """The peer that has been unreachable for longest, and since when in Unix seconds; ("", 0) when there is none."""
     found = [(outbound.title, outbound.cut_off_since) for outbound in outbounds]
     known = [(title, since) for title, since in found if since is not None]
     pulled = puller.cut_off
@@ -90,7 +95,7 @@ def _cut_off(outbounds: Sequence[Outbound[Any]], puller: Puller) -> tuple[str, f
 
 
 class Reports:
-    """Reports of one job to the coordinator, in the background: the coordinator is not in the path of a step."""
+    """Sends reports of one job in the background, because the coordinator is not in the path of a step."""
 
     def __init__(self, plan: Plan, session: NodeSession, timeline: Timeline, puller: Puller):
         self._plan = plan
@@ -117,17 +122,17 @@ class Reports:
         self._session.report_later(partial(self._session.stub.ReportValidation, report, timeout=UNARY_TIMEOUT_SECONDS))
 
     def timeline(self, taken: list[RawSpan], version: int) -> None:
-        """Report the timeline of a version that is over: once, as it may be lost."""
+        """Report the timeline of a version that is over. Best effort: it is sent once and may be lost."""
         late = self._timeline_report is not None and not self._timeline_report.done()
-        # A report that is still under way is waited for by dropping this one: steps can be faster than the coordinator.
+        # While an earlier report is under way this one is dropped: steps can be faster than the coordinator.
         if version >= 0 and taken and not late:
             self._timeline_report = asyncio.create_task(self._send_timeline(taken, version))
 
     async def _send_timeline(self, taken: list[RawSpan], version: int) -> None:
         plan = self._plan
         if version + 1 < plan.num_steps:
-            # The weights that the worker waits for are more urgent. (After the last step it waits for nothing, and the
-            # job may be over before they are here.)
+            # The weights that the worker waits for are more urgent. After the last step the worker waits for none, and
+            # the job may end before they have arrived.
             await self._puller.settled()
         report = await asyncio.to_thread(
             self._timeline.report, taken, plan.job_id, plan.epoch, version, self._session.node_id

@@ -1,7 +1,7 @@
-"""A worker's timeline of the version that it works on: recorded by all its threads, sent when the version is
-over and all of the next one is here.
+"""Records a worker's timeline of the version that it works on, from all its threads.
 
-Recording must cost next to nothing: a span is one tuple appended to a deque, which is atomic without a lock.
+The timeline is sent when the version is over and all of the next one has arrived. Recording must cost next to nothing:
+a span is one tuple appended to a deque, which is atomic without a lock.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 
 clock_ns = time.perf_counter_ns
-"""The clock of `begin_ns` and `end_ns`: never set back, in nanoseconds."""
+"""The monotonic clock of `begin_ns` and `end_ns`, in nanoseconds."""
 
 RawSpan = tuple[SpanKind, int, int, int | None, int | None, int, int | None, int | None]
-"""A span as it is recorded: the fields of Span, but with begin and end in nanoseconds of `clock_ns`."""
+"""A recorded span: the fields of Span, but with begin and end in nanoseconds of `clock_ns`."""
 
 
 class Timeline:
@@ -28,7 +28,7 @@ class Timeline:
 
     def __init__(self) -> None:
         self._spans: deque[RawSpan] = deque()
-        # The steady clock's zero in Unix time. Taken once, so that a clock that is set leaves no jump in a timeline.
+        # The monotonic clock's zero in Unix time. It is read once, so setting the clock makes no jump in a timeline.
         self._epoch_ns = time.time_ns() - clock_ns()
         self._computing: _Piece | None = None
 
@@ -43,7 +43,7 @@ class Timeline:
         stage: int | None = None,
         microbatch: int | None = None,
     ) -> None:
-        """Record a span by its two times on `clock_ns`. After the first MAX_SPANS of a version nothing is recorded."""
+        """Record a span by its two times on `clock_ns`. Spans after the first MAX_SPANS of a version are dropped."""
         if len(self._spans) < MAX_SPANS:
             self._spans.append((kind, begin_ns, end_ns, slot, item, num_bytes, stage, microbatch))
 
@@ -51,7 +51,7 @@ class Timeline:
     def span(
         self, kind: SpanKind, slot: int | None = None, item: int | None = None, num_bytes: int = 0
     ) -> Iterator[None]:
-        """Record what happens inside as a span."""
+        """Record the body of the `with` statement as a span."""
         begin_ns = clock_ns()
         try:
             yield
@@ -60,7 +60,7 @@ class Timeline:
 
     @contextmanager
     def computing(self, kind: SpanKind, slot: int) -> Iterator[None]:
-        """Record a pass of the model as spans of `kind` (COMPUTE or VALIDATE), one for each piece between `waiting`."""
+        """Record a pass of the model as spans of `kind` (COMPUTE or VALIDATE), one for each piece between waits."""
         piece = self._computing = _Piece(kind, slot, clock_ns())
         try:
             yield
@@ -84,17 +84,17 @@ class Timeline:
                 piece.begin_ns = end_ns
 
     def take(self) -> list[RawSpan]:
-        """What was recorded since the last `take`; a span that is under way falls to the next one."""
-        # As many as there are now: other threads go on adding.
+        """Remove and return the spans recorded since the last `take`. Spans still under way come with the next one."""
+        # Take the number that is there now: other threads go on adding.
         return [self._spans.popleft() for _ in range(len(self._spans))]
 
     def report(
         self, taken: list[RawSpan], job_id: str, epoch: int, version: int, node_id: str
     ) -> coordinator_pb2.ReportTimelineRequest:
-        """The report of what was taken. A few milliseconds of work, best done in a thread."""
+        """Make the report of taken spans. It costs a few milliseconds, so call it in a thread."""
         spans = []
         for kind, begin_ns, end_ns, slot, item, num_bytes, stage, microbatch in taken[:MAX_SPANS]:
-            # Both times rounded alike, so that what touched still touches.
+            # Both times are rounded the same way, so adjacent spans stay adjacent.
             begin_us, end_us = (self._epoch_ns + begin_ns) // 1000, (self._epoch_ns + end_ns) // 1000
             spans.append(Span(kind, begin_us, end_us - begin_us, slot, item, num_bytes, stage, microbatch))
         communication_us, hidden_us = hidden(spans)
@@ -110,7 +110,10 @@ class Timeline:
 
 
 def measure(taken: Sequence[RawSpan]) -> pb.LinkMeasurement | None:
-    """What a version's spans say of this worker's speed and its links; None when it computed or sent nothing."""
+    """Compute this worker's speed and its links' rates from a version's spans.
+
+    Returns None when the worker computed, sent or received nothing.
+    """
     compute_ns = sum(end - begin for kind, begin, end, *_ in taken if kind is SpanKind.COMPUTE)
     push, pull = _bytes_per_second(taken, SpanKind.SEND), _bytes_per_second(taken, SpanKind.RECEIVE)
     if not compute_ns or not push or not pull:
@@ -119,7 +122,7 @@ def measure(taken: Sequence[RawSpan]) -> pb.LinkMeasurement | None:
 
 
 def _bytes_per_second(taken: Sequence[RawSpan], kind: SpanKind) -> float:
-    """Payload bytes of a kind of span over the time during which at least one was under way."""
+    """Payload bytes of a kind of span, divided by the time during which at least one such span was under way."""
     spans = [span for span in taken if span[0] is kind]
     busy_ns = sum(end - begin for begin, end in union([(begin, end) for _, begin, end, *_ in spans]))
     return 1e9 * sum(span[5] for span in spans) / busy_ns if busy_ns else 0.0
@@ -127,7 +130,7 @@ def _bytes_per_second(taken: Sequence[RawSpan], kind: SpanKind) -> float:
 
 @dataclass(slots=True)
 class _Piece:
-    """The piece of a pass that the compute thread is at."""
+    """The piece of a pass that the compute thread is working on."""
 
     kind: SpanKind
     slot: int

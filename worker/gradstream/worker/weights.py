@@ -1,8 +1,8 @@
-"""Weights arriving: an inbox a version, and hooks that hold each layer's forward pass until its weights are in place.
+"""Installs arriving weights, and delays each layer's forward pass until its weights are in place.
 
-An inbox takes bundles, still encoded, from the pulls of all servers. Until it is installed nothing of it touches the
-model, so a slot that is being computed at the old version is safe. Once installed, each bundle is decoded into its
-parameters as it arrives, and the forward pass of a unit waits for that unit's bundles alone.
+There is one inbox a version. An inbox takes bundles, still encoded, from the pulls of all servers. Until an inbox is
+installed it does not touch the model, so a slot that is being computed at the old version is safe. After that, each
+bundle is decoded into its parameters as it arrives, and the forward pass of a unit waits for that unit's bundles alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Arrival:
 
 
 class Inbox:
-    """The bundles of one version as they arrive. `put` and `fail` run on the event loop."""
+    """Collects the bundles of one version as they arrive. `put` and `fail` run on the event loop."""
 
     def __init__(self, version: int, push_codec: str, checkpoint: bool = False):
         self.version = version
@@ -60,7 +60,10 @@ class Inbox:
             sink.arrived(self, arrival)
 
     def fail(self, error: Exception | None = None) -> None:
-        """Nothing more will come: a thread that waits for a bundle gets `error`, or AbandonedError to pull again."""
+        """Mark that no more bundles will come.
+
+        A thread that waits for a bundle gets `error`, or AbandonedError, after which the version is pulled again.
+        """
         with self._lock:
             self.failed, self.error = True, error
             sink = self._sink
@@ -68,7 +71,7 @@ class Inbox:
             sink.wake()
 
     def connect(self, sink: WeightInstaller) -> list[Arrival]:
-        """From now on give bundles to `sink`; return those that have arrived."""
+        """Give bundles to `sink` from now on; return those that have already arrived."""
         with self._lock:
             self._sink = sink
             arrived, self._arrived = self._arrived, []
@@ -76,7 +79,7 @@ class Inbox:
 
 
 class WeightInstaller:
-    """Decodes bundles into the parameters and gates the forward pass."""
+    """Decodes bundles into the parameters, and delays forward passes until their weights are in place."""
 
     def __init__(
         self,
@@ -85,8 +88,10 @@ class WeightInstaller:
         parameters: Mapping[tuple[int, int], nn.Parameter],
         timeline: Timeline,
     ):
-        """`models` are the worker's stages, `parameters` theirs by (tensor, part) of the plan; two parts of one tensor
-        share their memory."""
+        """`models` are the worker's stages, `parameters` their parameters by (tensor, part) of the plan.
+
+        Two parts of one tensor share their memory.
+        """
         self._pull = plan.recipe.codec.pull
         self._book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
         self._timeline = timeline
@@ -108,7 +113,7 @@ class WeightInstaller:
             self._gate(model)
 
     def install(self, inbox: Inbox) -> None:
-        """Begin to put a version in place; the compute thread must be idle. What was in place is overwritten."""
+        """Begin to overwrite the weights with a version. The compute thread must be idle."""
         with self._condition:
             self._inbox = inbox
             self._missing = dict(self._needed)
@@ -120,12 +125,12 @@ class WeightInstaller:
         self._executor.submit(self._decode, inbox, arrival)
 
     def wake(self) -> None:
-        """Make waiting forward passes look again."""
+        """Wake waiting forward passes to check their condition again."""
         with self._condition:
             self._condition.notify_all()
 
     def wait_all(self) -> None:
-        """Wait until the whole version is in place. Raises AbandonedError when it will not be."""
+        """Wait until the whole version is in place. Raises AbandonedError when the version will not become complete."""
         self._wait(list(self._parameters))
 
     def close(self) -> None:
@@ -135,12 +140,12 @@ class WeightInstaller:
     def _decode(self, inbox: Inbox, arrival: Arrival) -> None:
         header, bundle = arrival.header, self._bundles[arrival.header.bundle]
         try:
-            # Also when the next version was installed meanwhile, as that may be a difference to this one.
+            # A bundle is also decoded when the next version is already installed, as that may be a difference to it.
             if header.delta and self._held.get(bundle.index) != inbox.version - 1:
-                inbox.fail()  # of a version that broke off before it was whole: pulled again, whole
+                inbox.fail()  # a difference to a version that broke off: the weights are pulled again in full
                 return
             if inbox is not self._inbox and self._held.get(bundle.index, -1) > inbox.version:
-                return  # late: a newer version of it is in place
+                return  # late: a newer version of this bundle is in place
             self._held.pop(bundle.index, None)
             with (
                 torch.no_grad(),
@@ -176,7 +181,7 @@ class WeightInstaller:
                 codec.codecs, full.codecs, bundle.fragments, payloads, slices, strict=True
             ):
                 assert isinstance(plane, PlaneCodec)
-                # The parameter has the bits of the copy it was decoded from, so encoding it gives them back.
+                # Encoding the parameter gives back exactly the bits that it was decoded from.
                 held = whole.encode(slice_N)
                 whole.decode(np.bitwise_xor(held, plane.unpack(payload, fragment.shape)), slice_N)
         elif header.delta:
@@ -192,7 +197,10 @@ class WeightInstaller:
                         self._condition.wait()
 
     def _in_place(self, tensors: Sequence[int]) -> bool:
-        """Whether the tensors are complete; the condition must be held. Raises what keeps them from ever being."""
+        """Return whether the tensors are complete. The caller must hold the condition.
+
+        Raises the error that keeps the tensors from becoming complete.
+        """
         if self._error is not None:
             raise self._error
         if not any(self._missing[tensor] for tensor in tensors):
@@ -202,7 +210,7 @@ class WeightInstaller:
         return False
 
     def _gate(self, model: nn.Module) -> None:
-        """Hook every forward unit, and every module above the units for parameters of its own."""
+        """Hook every forward unit, and every module outside the units that has parameters of its own."""
         number = self._number
         covered: set[int] = set()
         for _, unit in forward_units(model):
@@ -220,7 +228,7 @@ class WeightInstaller:
 
 
 def pulled_codec(book: CodecBook, bundle: Bundle, pull: str, header: pb.WeightsHeader) -> BundleCodec:
-    """The codec of a pulled bundle. Raises ProtocolError for one that the recipe's `codec.pull` does not lead to."""
+    """The codec of a pulled bundle. Raises ProtocolError when it does not follow from the recipe's `codec.pull`."""
     form, name = downlink(pull), codec_on_wire(header.codec).name
     if header.delta:
         if form.delta is None or (name != form.delta and pull != "auto"):

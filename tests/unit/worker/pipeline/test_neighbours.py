@@ -375,7 +375,7 @@ async def test_streams_of_a_replica_that_was_formed_anew_end(make_chain: MakeCha
     refused = asyncio.ensure_future(answer(second, [], hello()))
     await until(lambda: old[1].inbounds[FORWARD].stream is not before, "the stream to be open")
     await chain.form(number=2)
-    with pytest.raises(StaleEpochError, match="formed anew"):
+    with pytest.raises(StaleEpochError, match="formed again"):
         raise await refused
     await old[1].close()
     # The new replica starts from nothing.

@@ -1,4 +1,4 @@
-"""Checks of what a neighbour says, by the header alone: before anything is allocated for a message."""
+"""Checks of a neighbour's messages by their headers alone, before anything is allocated for a message."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from gradstream.worker.pipeline.inbound import FORWARD, WORDS, Inbound
 from gradstream.worker.pipeline.place import Place, Shapes
 
 MAX_UPCOMING_ATTEMPTS = 64
-"""Beyond its neighbour's credit the first worker begins an attempt or two; void ones do not count."""
+"""Attempts that may wait at a worker, void ones not counted. Beyond its neighbour's credit the first worker begins only
+one or two."""
 
 
 @dataclass(frozen=True)
 class HeaderChecks:
-    """The checks of one worker in one place; `codec` is that of activations."""
+    """The checks of one worker in one place. `codec` is the codec of activations."""
 
     plan: Plan
     place: Place
@@ -28,9 +29,10 @@ class HeaderChecks:
     codec: Codec
 
     def check(self, inbound: Inbound, header: pb.StageHeader, latest: Attempt | None, num_upcoming: int) -> bool:
-        """Whether a message's payload is to be used. Raises ProtocolError that names the neighbour.
+        """Check a message's header; return whether its payload is to be used.
 
-        `latest` is the newest attempt that has begun here; `num_upcoming` wait to be computed.
+        `latest` is the newest attempt that has begun here; `num_upcoming` is the number of attempts that wait to be
+        computed. Raises ProtocolError that names the neighbour.
         """
         kind = header.WhichOneof("content")
         forward = inbound.direction == FORWARD
@@ -82,7 +84,7 @@ class HeaderChecks:
             raise ProtocolError(f"{what}: codec {name}, but the recipe says activations: {self.codec.name}")
         attempt = inbound.expect(tensor.attempt_number, (tensor.stage, tensor.microbatch), what)
         if attempt is None:
-            # It is going to be dropped, but must be no larger than a tensor can be.
+            # The payload will be dropped, but it must not be larger than any tensor can be.
             most = self.codec.encoded_bytes((math.prod(self.shapes.largest),))
             if header.payload_bytes > most:
                 raise ProtocolError(f"{what}: {header.payload_bytes} bytes, more than the {most} of any microbatch")

@@ -1,4 +1,4 @@
-"""What a neighbour in a pipeline sends: which tensors will come, in which order, and those that wait."""
+"""Tensors from a neighbour in a pipeline: those expected, in their order, and those that have arrived."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Key = tuple[int, int]
 
 @lru_cache(maxsize=64)
 def sequence(schedule: Schedule, sender: int, receiver: int, direction: pb.Direction.ValueType) -> tuple[Key, ...]:
-    """The tensors that one worker sends another in a direction, in the order in which it computes them."""
+    """The tensors that one worker sends to another in a direction, in the order in which it computes them."""
     found = []
     for action in schedule.rows[sender]:
         if action.op is Op.FORWARD:
@@ -40,10 +40,13 @@ def sequence(schedule: Schedule, sender: int, receiver: int, direction: pb.Direc
 
 @lru_cache(maxsize=64)
 def window_of(schedule: Schedule, worker: int) -> int:
-    """Tensors that may wait at a worker. With the validator's bound no sender ever has to hold back what is needed."""
+    """The number of tensors that may wait at a worker.
+
+    The schedule's validator computes this bound. With it no sender ever has to hold back a tensor that is needed.
+    """
     if schedule.name in ("forward", "gpipe"):
         return schedule.num_microbatches * schedule.num_chunks
-    # Beyond these it is the same for any number of microbatches.
+    # Beyond this number of microbatches the bound stays the same.
     most = 8 * schedule.num_workers * schedule.num_chunks
     if schedule.num_microbatches > most:
         schedule = make_schedule(schedule.name, schedule.num_workers, most, schedule.num_chunks)
@@ -52,7 +55,7 @@ def window_of(schedule: Schedule, worker: int) -> int:
 
 @dataclass
 class _Expected:
-    """The tensors that one attempt brings, in their order, and how many have come."""
+    """The tensors expected for one attempt, in their order, and how many have arrived."""
 
     attempt: Attempt
     order: tuple[Key, ...]
@@ -66,11 +69,11 @@ class InboundStream:
     def __init__(self) -> None:
         self.num_taken = 0
         self.changed = asyncio.Event()
-        """The neighbour shall be told how far it may go."""
+        """Set when the neighbour must be told its credit."""
 
 
 class Inbound:
-    """What one neighbour sends in one direction."""
+    """The tensors that one neighbour sends in one direction."""
 
     def __init__(self, title: str, direction: pb.Direction.ValueType):
         self.title = title
@@ -78,45 +81,50 @@ class Inbound:
         self.arrived: dict[tuple[int, Key], tuple[torch.Tensor, float]] = {}  # by attempt number
         self.stream: InboundStream | None = None  # the one opened last; it supersedes older ones
         self._expected: deque[_Expected] = deque()
-        self._newest = 0  # attempt of which a tensor has come: the neighbour is done with those before it
+        self._newest = 0  # newest attempt of which a tensor has come: the neighbour is done with earlier ones
         self._most_waiting = 0
         self._posted: deque[torch.Tensor] = deque()
 
     def begin(self, attempt: Attempt, order: tuple[Key, ...], window: int, posted: Sequence[torch.Tensor]) -> None:
-        """One more attempt: these tensors will come, in this order, after those of the attempts before. `posted` are
-        buffers to decode into."""
+        """Expect the tensors of one more attempt, in this order, after those of earlier attempts.
+
+        `posted` are buffers to decode into.
+        """
         while self._expected and self._expected[0].num_arrived == len(self._expected[0].order):
             self._expected.popleft()
         self._expected.append(_Expected(attempt, order, {key: place for place, key in enumerate(order)}))
-        # Never less than was granted before: tensors may be under way by that.
+        # Never less than was granted before: tensors may be under way on that grant.
         self._most_waiting = max(self._most_waiting, window)
         self._posted = deque(posted)
         self.tell()
 
     def open(self) -> InboundStream:
-        """The neighbour has opened a stream; one that it had before is over."""
+        """Begin a stream that the neighbour has opened. It supersedes the neighbour's earlier stream."""
         self.tell()
         self.stream = InboundStream()
         return self.stream
 
     def tell(self) -> None:
-        """Tell the neighbour how far it may go."""
+        """Have the neighbour told its credit."""
         if self.stream is not None:
             self.stream.changed.set()
 
     def forget_before(self, number: int) -> None:
-        """Attempts with lower numbers are void."""
+        """Drop the tensors of attempts with lower numbers, which are void."""
         self._expected = deque(expected for expected in self._expected if expected.attempt.number >= number)
         self.arrived = {key: value for key, value in self.arrived.items() if key[0] >= number}
 
     @property
     def window(self) -> int:
-        """Tensors that may come before one is used."""
+        """The number of tensors that may still come before one is used."""
         return max(0, self._most_waiting - len(self.arrived))
 
     def expect(self, number: int, key: Key, what: str) -> Attempt | None:
-        """The attempt of a tensor if it is the next one to come; None for one that came already or is of an attempt
-        that is over. Raises ProtocolError for any other."""
+        """Return the attempt of a tensor that is the next one to come.
+
+        Returns None for a tensor that came already or belongs to an attempt that is over. Raises ProtocolError for any
+        other tensor.
+        """
         expected = next((found for found in self._expected if found.attempt.number == number), None)
         if expected is None or number < self._newest:
             return None
@@ -133,13 +141,13 @@ class Inbound:
         return expected.attempt
 
     def buffer(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """A posted buffer, or a new one where microbatches differ in shape."""
+        """Return a posted buffer, or a new one where microbatches differ in shape."""
         if self._posted and tuple(self._posted[0].shape) == shape:
             return self._posted.popleft()
         return torch.empty(shape)
 
     def take(self, number: int, key: Key, tensor: torch.Tensor, loss_sum: float) -> bool:
-        """A tensor that was expected is here; False when its attempt has become void meanwhile."""
+        """Store a tensor that was expected. Returns False when its attempt has become void in the meantime."""
         for expected in self._expected:
             if expected.attempt.number == number and expected.places.get(key) == expected.num_arrived:
                 self.arrived[number, key] = (tensor, loss_sum)

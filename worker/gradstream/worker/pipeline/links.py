@@ -1,4 +1,4 @@
-"""Streams to neighbours in a pipeline: each message until the neighbour has taken it, within its credit."""
+"""Streams to neighbours in a pipeline: each message is kept until the neighbour has taken it, within its credit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Outgoing:
 
 
 class Link(Outbound[Outgoing]):
-    """The messages to one neighbour in one direction: at most those of one attempt."""
+    """Sends messages to one neighbour in one direction; it holds at most those of one attempt."""
 
     kind = "a neighbour"
 
@@ -52,18 +52,18 @@ class Link(Outbound[Outgoing]):
         self._flushed = asyncio.Event()
 
     def forget_before(self, number: int) -> None:
-        """Drop what belongs to earlier attempts and was not sent yet."""
+        """Drop messages of earlier attempts that were not sent yet."""
         self._waiting = deque(message for message in self._waiting if message.attempt_number >= number)
         self._flushed.set()
 
     async def flush(self) -> None:
-        """Wait until everything is under way."""
+        """Wait until all messages are under way."""
         while self._waiting:
             self._flushed.clear()
             await self._flushed.wait()
 
     async def close(self) -> None:
-        """Close the channel; `run` must have ended. A second time does nothing."""
+        """Close the channel; `run` must have ended. Idempotent."""
         channel, self._channel = self._channel, None
         if channel is not None:
             await channel.close(None)
@@ -85,7 +85,7 @@ class Link(Outbound[Outgoing]):
         self._num_taken, self._window = response.num_taken, response.window
 
     def _may_send(self, message: Outgoing) -> bool:
-        # What is no tensor takes no room.
+        # Only tensors use credit.
         if not message.header.HasField("tensor"):
             return True
         return sum(other.header.HasField("tensor") for other in self._under_way) < self._window

@@ -1,4 +1,4 @@
-"""A worker's place in a replica by the newest lease table, and the neighbours that it has met."""
+"""A worker's place in a replica according to the newest lease table, and its connections to its neighbours there."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from gradstream.worker.timeline import Timeline
 
 
 class Membership:
-    """Owns the neighbours of one worker: makes them, has the servicer serve them, and closes them. On the event loop.
+    """Owns the neighbours of one worker: creates them, has the servicer serve them, and closes them.
 
-    `on_again` is called on the first worker when another one has abandoned an attempt, after `again` was set.
+    Runs on the event loop. `on_again` is called on the first worker when another worker has abandoned an attempt, after
+    `again` was set.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Membership:
         self.place = place
         self.neighbours: Neighbours | None = None
         self.again = False
-        """Whether an attempt was abandoned after this worker, the first one, was done with it."""
+        """Whether another worker abandoned an attempt, so that this one, the first, must begin its slots again."""
         self._plan = plan
         self._servicer = servicer
         self._faults = faults
@@ -45,7 +46,7 @@ class Membership:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def move(self, place: Place | None) -> None:
-        """Take the place of a newer lease table. The neighbours in another replica are none any more."""
+        """Take the place that a newer lease table gives. Neighbours in another replica are ended."""
         self.place = place
         if self.neighbours is not None and (
             place is None or place.replica.number != self.neighbours.place.replica.number
@@ -54,7 +55,7 @@ class Membership:
 
     @property
     def has_met(self) -> bool:
-        """Whether the neighbours in the worker's place were met. Not where there is no place."""
+        """Whether the neighbours of the worker's place were met. False where the worker has no place."""
         return self.place is not None and self.place.replica.number == self._met
 
     async def meet(self, place: Place, hidden_size: int) -> None:
@@ -83,11 +84,11 @@ class Membership:
         self._met = 0
 
     async def watch(self) -> None:
-        """Never return. Raises what makes going on with a neighbour impossible."""
+        """Wait without end, until an error makes it impossible to go on with a neighbour; raise that error."""
         await self._failed
 
     def wake(self) -> None:
-        """Make the compute thread look whether it is wanted."""
+        """Wake the compute thread to check whether its attempt is still wanted."""
         if self.neighbours is not None:
             self.neighbours.wake()
 

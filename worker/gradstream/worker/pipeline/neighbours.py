@@ -1,14 +1,14 @@
-"""A worker's neighbours in a pipeline: activations and gradients to them and from them, over one stream a neighbour and
+"""Exchanges activations and gradients with a worker's neighbours in a pipeline, over one stream a neighbour and
 direction.
 
-The first worker of a replica begins attempts, and each passes them on to the next. They are computed in turn; what
-belongs to an abandoned one is dropped, so nothing of it is ever used. Which tensors an attempt brings, and in which
-order, follows from its schedule: whatever else comes is refused before a byte is allocated for it.
+The first worker of a replica begins attempts, and each worker passes them on to the next. Attempts are computed in
+turn. Tensors of an abandoned attempt are dropped and never used. The schedule of an attempt determines which tensors
+come and in which order; any other tensor is refused before a byte is allocated for it.
 
-A tensor that was sent stays with the sender until the neighbour has it. After a break what is missing goes again, and
-what came twice is dropped.
+The sender keeps a tensor until the neighbour has it. After a break the sender sends the missing tensors again, and the
+receiver drops duplicates.
 
-`Neighbours.receive` and `send` run in the compute thread; all else on the event loop.
+`Neighbours.receive` and `send` run in the compute thread; everything else runs on the event loop.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ log = get_logger()
 
 MAX_REASON_CHARACTERS = 300
 MAX_ELEMENTS_AT_ONCE = 1 << 18
-"""Tensors up to this size are encoded by the compute thread: on a busy machine waking another thread takes longer."""
+"""The compute thread itself encodes tensors up to this size: on a busy machine waking another thread takes longer."""
 
 
 class Neighbours:
     """The neighbours of one worker in one place, and the attempt that is under way: the `Exchange` of a SlotComputer.
 
-    `on_error` is called with what makes going on impossible; on the first worker, `on_void` when another one has
-    abandoned an attempt.
+    `on_error` is called with an error after which this worker cannot go on. On the first worker, `on_void` is called
+    when another worker has abandoned an attempt.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Neighbours:
         self.inbounds: dict[pb.Direction.ValueType, Inbound] = {}
         self.links: dict[pb.Direction.ValueType, Link] = {}
         self.waiting: tuple[str, float] | None = None
-        """What the compute thread waits for, and since when in Unix seconds."""
+        """The tensor that the compute thread waits for, in words, and since when in Unix seconds."""
         self.received_bytes = 0
         self._shapes = Shapes(plan, hidden_size)
         self._faults = faults
@@ -79,26 +79,27 @@ class Neighbours:
         self._timeline = timeline
         self._codec = codec_named(plan.recipe.pipeline.activations)
         self._checks = HeaderChecks(plan, place, self._shapes, self._codec)
-        self._is_raw = self._codec.name == "fp32"  # sent from where they lie, used where they arrive
+        self._is_raw = self._codec.name == "fp32"  # tensors are sent and used without a copy
         self._loop = asyncio.get_running_loop()
         self._condition = threading.Condition()
         self._running: Attempt | None = None
         self._wanted: Callable[[], bool] = lambda: True
         self._void_before = 0
         self._ended = False
-        self._abandoned = 0  # the highest attempt that was told to be
+        self._abandoned = 0  # the highest attempt whose abandonment was passed on
         self._upcoming: deque[Attempt] = deque()
         self._changed = asyncio.Event()
-        # What is large is encoded, and whatever comes decoded, off the compute thread and off the event loop.
+        # Encodes large tensors and decodes all arriving ones, off the compute thread and off the event loop.
         self._thread = ThreadPoolExecutor(1, "neighbours")
-        self._encodes_apart = False  # whether it has had anything to encode
+        self._encodes_apart = False  # whether that thread was ever given a tensor to encode
         self._open_streams(transport)
         self._tasks = [asyncio.create_task(self._keep(link)) for link in self.links.values()]
 
     def _open_streams(self, transport: Transport) -> None:
         plan, place = self.plan, self.place
         size, index, chunks = plan.replica_size, place.index, plan.num_chunks > 1
-        # Activations go up the ring, gradients down; between the last worker and the first only with several chunks.
+        # Activations go up the ring, gradients go down. The last and the first worker are linked only with several
+        # chunks.
         for direction, step in ((FORWARD, 1), (BACKWARD, -1)):
             after, before = (index + step) % size, (index - step) % size
             wraps_out, wraps_in = index + step != after, index - step != before
@@ -135,10 +136,13 @@ class Neighbours:
     # -- attempts -----------------------------------------------------------------------------------------------------
 
     async def begin(self, version: int, slots: tuple[int, ...], validate: bool) -> Attempt:
-        """On the first worker: begin an attempt, and tell the others. Waits until what this one has sent before is
-        under way: the neighbours' credit bounds how far it runs ahead of them."""
+        """Begin an attempt, on the first worker, and tell the other workers.
+
+        Waits until all earlier messages of this worker are under way, so the neighbours' credit bounds how far it runs
+        ahead of them.
+        """
         if self._encodes_apart:
-            await self._loop.run_in_executor(self._thread, lambda: None)  # what is being encoded comes first
+            await self._loop.run_in_executor(self._thread, lambda: None)  # wait for tensors that are being encoded
         await self.links[FORWARD].flush()
         number = self.latest.number + 1 if self.latest is not None else 1
         attempt = Attempt(number, version, slots, validate)
@@ -146,24 +150,26 @@ class Neighbours:
         return attempt
 
     async def next_attempt(self) -> Attempt:
-        """On the others: wait for the next attempt."""
+        """Wait for the next attempt. Called on all workers but the first."""
         while not self._upcoming:
             self._changed.clear()
             await self._changed.wait()
         return self._upcoming[0]
 
     def took(self, attempt: Attempt) -> None:
-        """An attempt that `next_attempt` gave is no longer to come."""
+        """Remove an attempt that `next_attempt` returned from the queue."""
         if self._upcoming and self._upcoming[0] is attempt:
             self._upcoming.popleft()
 
     def is_valid(self, attempt: Attempt) -> bool:
-        """Whether an attempt has not been abandoned."""
+        """Return whether an attempt is still valid: not abandoned, and with neighbours that have not ended."""
         return not self._ended and attempt.number >= self._void_before
 
     def abandon(self, attempt: Attempt, reason: str) -> None:
-        """This worker cannot go on with an attempt: on the first one all are void, else it is asked to begin
-        another."""
+        """Give up an attempt that this worker cannot go on with.
+
+        On the first worker all attempts become void; any other worker asks the first one to begin another.
+        """
         log.info("an attempt is abandoned", number=attempt.number, step=attempt.version, reason=reason)
         if self.place.is_first:
             self.void()
@@ -172,18 +178,18 @@ class Neighbours:
             self.links[BACKWARD].put(Outgoing(header, []))
 
     def void(self) -> None:
-        """Nothing of the attempts that have begun is wanted any more."""
+        """Make all attempts that have begun void: drop their tensors."""
         if self.latest is not None:
             self._forget_before(self.latest.number + 1)
         self.wake()
 
     def end(self) -> None:
-        """They are neighbours no more: no attempt is valid, nor will be."""
+        """End the exchange with these neighbours: from now on no attempt is valid."""
         self._ended = True
         self.void()
 
     def wake(self) -> None:
-        """Make the compute thread look whether it is wanted."""
+        """Wake the compute thread to check whether its attempt is still wanted."""
         with self._condition:
             self._condition.notify_all()
 
@@ -229,7 +235,7 @@ class Neighbours:
     # -- the compute thread's side ---------------------------------------------------------------------------------
 
     def run(self, attempt: Attempt, wanted: Callable[[], bool]) -> None:
-        """From now on `receive` and `send` are those of this attempt; earlier ones are over here."""
+        """Let `receive` and `send` work for this attempt from now on; earlier attempts are over on this worker."""
         with self._condition:
             self._running, self._wanted = attempt, wanted
             for inbound in self.inbounds.values():
@@ -258,7 +264,7 @@ class Neighbours:
         return tensor, loss_sum
 
     def _is_here(self, inbound: Inbound, key: tuple[int, Key]) -> bool:
-        """Whether a tensor has arrived; the condition must be held. Raises AbandonedError."""
+        """Return whether a tensor has arrived. The caller must hold the condition. Raises AbandonedError."""
         if self._ended or key[0] < self._void_before or not self._wanted():
             raise AbandonedError
         return key in inbound.arrived
@@ -270,7 +276,7 @@ class Neighbours:
         schedule = schedule_for(self.plan, attempt)
         slot = attempt.slots[action.microbatch // (schedule.num_microbatches // len(attempt.slots))]
         self._faults.sent(attempt.version, slot)
-        # By the largest of all, so that a worker's tensors take one way and stay in order.
+        # The size of the largest microbatch decides for all: one thread encodes a worker's tensors, in order.
         if tensor.device.type == "cpu" and math.prod(self._shapes.largest) <= MAX_ELEMENTS_AT_ONCE:
             self._encode(attempt, action, tensor, loss_sum)
             return
@@ -278,7 +284,7 @@ class Neighbours:
         self._thread.submit(self._encode, attempt, action, tensor, loss_sum).add_done_callback(self._told)
 
     def _told(self, encoding: Future[None]) -> None:
-        """An error of the thread that encodes must not leave the neighbour waiting."""
+        """Report an error of the encoding thread, because the neighbour would wait for the tensor without end."""
         error = None if encoding.cancelled() else encoding.exception()
         if isinstance(error, Exception):
             self._loop.call_soon_threadsafe(self._on_error, error)
@@ -306,15 +312,17 @@ class Neighbours:
         if self.is_valid(attempt):
             link.put(message)
 
-    # -- what neighbours say ---------------------------------------------------------------------------------------
+    # -- messages from neighbours ----------------------------------------------------------------------------------
 
     def check(self, inbound: Inbound, header: pb.StageHeader) -> bool:
-        """Check a message's header before anything is allocated for it; whether its payload is to be used. Raises
-        ProtocolError that names the neighbour."""
+        """Check a message's header before anything is allocated for it; return whether its payload is to be used.
+
+        Raises ProtocolError that names the neighbour.
+        """
         return self._checks.check(inbound, header, self.latest, len(self._upcoming))
 
     async def take(self, inbound: Inbound, header: pb.StageHeader, payload: Payload) -> None:
-        """Act on a checked message that is whole. Raises ProtocolError."""
+        """Act on a complete message whose header was checked. Raises ProtocolError."""
         kind = header.WhichOneof("content")
         if kind == "begin":
             begin = header.begin
@@ -361,7 +369,11 @@ class Neighbours:
 
 
 def check_hello(neighbours: Neighbours, hello: pb.StageHello) -> Inbound:
-    """Whose stream it is. Raises ProtocolError when its sender is no neighbour, StaleEpochError when it was one."""
+    """Find the inbound side that a stream's hello belongs to.
+
+    Raises ProtocolError when the sender is no neighbour, and StaleEpochError when it is not in this worker's replica
+    under this plan.
+    """
     plan, place = neighbours.plan, neighbours.place
     if (hello.job_id, hello.epoch, hello.table) != (plan.job_id, plan.epoch, place.replica.number):
         raise StaleEpochError(

@@ -1,4 +1,4 @@
-"""WorkerService: what neighbours in a pipeline stream to this worker. Decode, check, hand over."""
+"""WorkerService: decodes and checks the messages that neighbours in a pipeline stream to this worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradstream.worker.pipeline.neighbours import Neighbours, check_hello
 log = get_logger()
 
 MAX_EARLY_STREAMS = 64
-"""Streams that may wait until this worker has taken up the table that made their senders its neighbours."""
+"""Streams that may wait until this worker has received the lease table that made their senders its neighbours."""
 EARLY_SECONDS = 30.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -35,7 +35,7 @@ class WorkerServicer:
         self._num_early = 0
 
     def set(self, neighbours: Neighbours | None) -> None:
-        """From now on these are this worker's neighbours. Streams of others end."""
+        """Serve these neighbours from now on. Streams of others end."""
         before, self._neighbours = self._neighbours, neighbours
         for inbound in before.inbounds.values() if before is not None else ():
             inbound.tell()
@@ -43,7 +43,7 @@ class WorkerServicer:
         self._changed = asyncio.Event()
 
     async def Stream(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.StageResponse]:
-        """A neighbour's attempts, abandons and tensors in; credit out."""
+        """Receive a neighbour's attempts, abandons and tensors; answer with credit."""
         async with answering(context):
             hello = await _hello(messages)
             neighbours = await self._await(hello)
@@ -60,7 +60,7 @@ class WorkerServicer:
                         reader.result()
                         return
                     if self._neighbours is not neighbours:
-                        raise StaleEpochError("the replica was formed anew; take up the lease table that made it")
+                        raise StaleEpochError("the replica was formed again; take up the lease table that formed it")
                     if inbound.stream is not stream:
                         raise StaleEpochError(f"{inbound.title} has opened another stream since")
             finally:
@@ -71,7 +71,7 @@ class WorkerServicer:
     async def _read_from(
         self, messages: AsyncIterator[bytes], neighbours: Neighbours, inbound: Inbound, stream: InboundStream
     ) -> None:
-        """`_read`, with errors that name the neighbour."""
+        """Call `_read`, and name the neighbour in its errors."""
         try:
             await self._read(messages, neighbours, inbound, stream)
         except ProtocolError as error:
@@ -101,10 +101,10 @@ class WorkerServicer:
                 await neighbours.take(inbound, header, payload)
             stream.num_taken += 1
             if not wanted:
-                stream.changed.set()  # else it is told with the room that using the tensor gives back
+                stream.changed.set()  # otherwise the credit is told once the tensor was used
 
     async def _await(self, hello: pb.StageHello) -> Neighbours:
-        """The neighbours that a stream is for; the sender may have heard of them before this worker has."""
+        """Wait for the neighbours that a stream is for: the sender may have the lease table before this worker."""
         if self._is_early(hello):
             if self._num_early >= MAX_EARLY_STREAMS:
                 raise UnreachableError(f"{MAX_EARLY_STREAMS} streams wait here already; try again later")

@@ -1,8 +1,8 @@
-"""A slot's samples: the data shards of its group made available on this machine, verified, and read window by window.
+"""Reads a slot's samples: makes the data shards of its group available on this machine, verifies and reads them.
 
 Where the worker sees the data set on a local path, it reads the data shards in place. Otherwise it copies them to its
-cache, from the fsspec path where it can reach that, else by `fetch` (from the coordinator). A cached file is named by
-its sha256, so jobs and slots share it and a data set prepared again cannot be confused with the old one.
+cache: from the fsspec path if it can reach that, else with `fetch` from the coordinator. A cached file is named by its
+sha256. So jobs and slots share it, and a data set that was prepared again cannot be confused with the old one.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ BLOCK_BYTES = 1 << 20
 
 
 IGNORED = -100
-"""In a batch, in place of a target that does not count: torch's default for a loss."""
+"""Stands in a batch for a target that does not count; the default `ignore_index` of torch's losses."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples: token ids to read and the targets after them, both (B, T). `examples`, of the same shape, numbers those
-    that a sample was packed from; None where a sample is one piece."""
+    """Samples: input token ids and the targets after them, both (B, T).
+
+    `examples`, also (B, T), has the number of the example that each token of a packed row belongs to; None where
+    samples are not packed.
+    """
 
     inputs: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
@@ -47,12 +50,12 @@ class Batch:
 
     @property
     def tokens(self) -> npt.NDArray[np.int64]:
-        """Windows as they lie in their shard, (B, T + 1): the input tokens and the last target."""
+        """Windows as stored in their data shard, (B, T + 1): the input tokens and the last target."""
         return np.concatenate([self.inputs, self.targets[:, -1:]], axis=1)
 
     @property
     def num_targets(self) -> int:
-        """Target tokens that count."""
+        """Number of target tokens that count."""
         return int((self.targets != IGNORED).sum())
 
     def piece(self, begin: int, end: int) -> Batch:
@@ -64,8 +67,8 @@ class Batch:
 class SlotReader:
     """Reads the samples of slot `slot` of `num_slots`: a pure function of (manifest, seed, step).
 
-    `path`: the data set's directory, on any fsspec path. `cache_directory`: where copies go. `fetch`: streams the named
-    file of the data set when `path` cannot be seen from here; None when there is nobody to ask.
+    `path`: the data set's directory, on any fsspec path. `cache_directory`: the directory for copies. `fetch`: streams
+    the named file of the data set when this worker cannot see `path`; None when there is no such source.
     `sequence_length`: target tokens a sample.
 
     `prepare` must have ended before the first batch. The other methods are synchronous and may be called from threads.
@@ -103,13 +106,13 @@ class SlotReader:
 
     @property
     def num_samples(self) -> int:
-        """Samples of the slot's group: the length of its epoch."""
+        """Number of samples in the slot's group: the length of its data epoch."""
         return self._sampler.num_samples
 
     async def prepare(self) -> None:
-        """Make the slot's data shards available and verify size and sha256 of each, once a process and file.
+        """Make the slot's data shards available; verify size and sha256 of each file once a process.
 
-        Raises DataError with the file, the cause and the cure. May be called again, for instance after an error.
+        Raises DataError with the file, the cause and the remedy. May be called again, for instance after an error.
         """
         for shard in self._shards:
             if shard.file not in self._descriptors:
@@ -139,7 +142,7 @@ class SlotReader:
         if len(self._descriptors) < len(self._shards):
             raise RuntimeError("SlotReader.prepare() has not been awaited")
         if not self._rows:
-            # Windows overlap by the token that is the last target of one and the first input of the next.
+            # Windows overlap by one token: the last target of one window is the first input of the next.
             tokens = self._read_at(addresses, self._sequence_length, self._sequence_length + 1)
             self._check_vocabulary(addresses, tokens)
             return Batch(tokens[:, :-1], tokens[:, 1:])
@@ -154,11 +157,11 @@ class SlotReader:
         return Batch(inputs, targets, examples)
 
     def _read_at(self, addresses: list[SampleAddress], stride: int, width: int) -> npt.NDArray[np.int64]:
-        """Samples of `width` numbers, of which one begins every `stride`: (samples, width)."""
+        """Read samples of `width` numbers, which begin every `stride` numbers: (samples, width)."""
         tokens = np.empty((len(addresses), width), np.int64)
         size = width * self._dtype.itemsize
         for row, address in enumerate(addresses):
-            # pread, not a memory map: if the file shrinks under us this is an error to show, where a map is a SIGBUS.
+            # pread, not a memory map: if the file shrinks meanwhile, pread gives an error, while a map gives SIGBUS.
             begin = address.window * stride
             try:
                 raw = os.pread(self._descriptors[address.file], size, begin * self._dtype.itemsize)
@@ -186,7 +189,7 @@ class SlotReader:
             )
 
     async def _locate(self, shard: DataShard) -> str:
-        """A verified local file with the shard's content."""
+        """Return the path of a verified local file with the shard's content."""
         filesystem, inner, local = await asyncio.to_thread(_file_system, self._path, shard.file)
         if local and await asyncio.to_thread(os.path.exists, inner):
             await asyncio.to_thread(_verify, inner, shard)
@@ -201,7 +204,7 @@ class SlotReader:
                 return cached
             except GradstreamError:
                 raise
-            except Exception as error:  # every fsspec backend raises its own kind; the coordinator may see the file
+            except Exception as error:  # fsspec backends raise errors of their own; the coordinator may see the file
                 cause = one_line(error)
         if self._fetch is None:
             raise DataError(
@@ -222,12 +225,12 @@ class SlotReader:
 
 
 class _Incoming:
-    """A data shard on its way into the cache: checked as it comes, there whole or not at all."""
+    """Writes a data shard into the cache: checks it on arrival, and adds it complete or not at all."""
 
     def __init__(self, path: str, shard: DataShard):
         self._path = path
         self._shard = shard
-        # Another process may be fetching the same file: each writes its own, and the renames agree.
+        # Another process may be fetching the same file. Each writes its own file, and both rename the same content.
         self._temporary = f"{path}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         self._hash = hashlib.sha256()
         self._size = 0
@@ -238,7 +241,7 @@ class _Incoming:
             raise self._unwritable(error) from None
 
     def write(self, block: bytes) -> None:
-        """Append. Raises DataError when there is no room, or more than the manifest says."""
+        """Append a block. Raises DataError when there is no room, or when the file exceeds the manifest's size."""
         self._size += len(block)
         if self._size > self._shard.num_bytes:
             raise _corrupt(self._shard, f"size {self._size} or more", f"{self._shard.num_bytes} bytes")
@@ -249,7 +252,7 @@ class _Incoming:
         self._hash.update(block)
 
     def keep(self) -> None:
-        """Verify and rename into place. Raises DataError."""
+        """Verify the file and rename it into place. Raises DataError."""
         _compare(self._shard, self._size, self._hash.hexdigest())
         try:
             self._handle.flush()
@@ -261,7 +264,7 @@ class _Incoming:
         _remember(self._path, self._hash.hexdigest())
 
     def discard(self) -> None:
-        """Remove what is not kept."""
+        """Remove the temporary file if it was not kept."""
         with suppress(OSError):
             self._handle.close()
         with suppress(FileNotFoundError):
@@ -275,19 +278,19 @@ class _Incoming:
 
 
 def _file_system(path: str, name: str) -> tuple[Any, str, bool]:
-    """(file system, path inside it, whether it is local); the file system is None when it cannot be opened here."""
+    """Return (file system, path inside it, whether it is local). The file system is None if it cannot be opened."""
     from fsspec.core import url_to_fs
     from fsspec.implementations.local import LocalFileSystem
 
     try:
         filesystem, inner = url_to_fs(path)
-    except Exception:  # an unknown protocol, its package or its credentials missing: not visible from this worker
+    except Exception:  # unknown protocol, or missing package or credentials: this worker cannot see the path
         return None, path, False
     return filesystem, f"{str(inner).rstrip('/')}/{name}", isinstance(filesystem, LocalFileSystem)
 
 
 def _copy(filesystem: Any, source: str, cached: str, shard: DataShard) -> None:
-    """Copy a shard from a remote file system into the cache. Raises DataError, and what the file system raises."""
+    """Copy a shard from a remote file system into the cache. Raises DataError and the file system's own errors."""
     with filesystem.open(source, "rb") as handle:
         incoming = _Incoming(cached, shard)
         try:
@@ -320,7 +323,7 @@ def _compare(shard: DataShard, num_bytes: int, sha256: str) -> None:
 
 
 def _is_intact(path: str, shard: DataShard) -> bool:
-    """Whether the cache holds the shard. A damaged copy counts as none: there is a place to get a good one from."""
+    """Return whether the cache holds the shard intact. A damaged copy will be replaced from its source."""
     if not os.path.exists(path):
         return False
     try:
@@ -330,7 +333,7 @@ def _is_intact(path: str, shard: DataShard) -> bool:
     return True
 
 
-# sha256 by (path, mtime in ns, bytes): several slots of a process, and every new plan, read the same files.
+# sha256 by (path, mtime in ns, bytes), kept because slots of a process and successive plans read the same files.
 _digests: dict[tuple[str, int, int], str] = {}
 _digests_lock = threading.Lock()
 

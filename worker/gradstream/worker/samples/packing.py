@@ -1,4 +1,4 @@
-"""Rows that several examples were packed into: what a forward pass must know so that no example sees another."""
+"""The forward pass's input for rows of several packed examples, by which no example attends to another."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 
 
 def layout_of(examples_BT: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
-    """From the numbers of the examples that tokens belong to: position_ids, (B, T), which start at 0 in each example.
+    """Make position_ids, (B, T), which start at 0 in each example, from each token's number of its example.
 
-    Each family makes its own masks of them, one for each kind of layer: no token sees another example, and windows and
-    chunks stay. A mask given whole would replace them all. A family that does otherwise is refused when its job is
-    planned (`model_trial`). Padding, number 0, is an example of its own.
+    The model family makes its attention masks from the position_ids, one for each kind of layer: no token attends to
+    another example, and sliding windows and chunks stay in force. A complete mask given here would replace all of them.
+    A family that does otherwise is refused when its job is planned (`model_trial`). Padding, number 0, is an example
+    of its own.
     """
     num_tokens = examples_BT.shape[1]
     places_T = np.arange(num_tokens)

@@ -1,4 +1,4 @@
-"""The samples of the slots that a worker computes: a reader a slot and split, made when it is first asked for."""
+"""Readers of the samples of a worker's slots: one a slot and split, made when it is first needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Readers:
         self._made: dict[tuple[Split, int], SlotReader] = {}
 
     async def get(self, split: Split, slot: int) -> SlotReader:
-        """The reader of a slot, with its data shards at hand. Raises DataError."""
+        """Return the reader of a slot, with its data shards available. Raises DataError."""
         key: tuple[Split, int] = (split, slot)
         if key not in self._made:
             recipe = self._plan.recipe
@@ -46,18 +46,20 @@ class Readers:
         return self._made[key]
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for reader in self._made.values():
             reader.close()
 
     async def fetch(self, file: str) -> AsyncIterator[bytes]:
-        """The bytes of a file of the data set, from the coordinator; while it is away or refuses for a reason that
-        passes, asked for again without end."""
+        """Stream the bytes of a file of the data set from the coordinator.
+
+        Retries without end while the coordinator is away or refuses for a reason that passes.
+        """
         request = coordinator_pb2.FetchDataShardRequest(job_id=self._plan.job_id, file=file)
         num_taken = 0
         backoff = Backoff()
         while True:
-            # After a break it comes from its beginning again; the hash over the whole tells if it has changed.
+            # After a break the file comes from its beginning again. Its hash shows whether it has changed.
             num_again = num_taken
             try:
                 async for piece in self._session.stub.FetchDataShard(request):

@@ -13,31 +13,16 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-HEAVY = (
-    "google-crc32c",
-    "jinja2",
-    "matplotlib",
-    "numba",
-    "numpy",
-    "peft",
-    "pyarrow",
-    "safetensors",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "uvloop",
-    "zstandard",
-)
 TORCH_NEEDS_NOT = ("include", "share", "test")
 TORCH_KEPT_PROGRAMS = ("torch_shm_manager",)
 
 
 def requirements(pyproject: Path, which: str) -> list[str]:
-    """Requirements of the project; `which` is light or all."""
-    found: list[str] = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
-    if which == "all":
-        return found
-    return [each for each in found if not each.lower().startswith(HEAVY)]
+    """Requirements of the project: light are those without an extra, all those with every extra but dev's."""
+    project = tomllib.loads(pyproject.read_text())["project"]
+    light: list[str] = project["dependencies"]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    return light if which == "light" else [*light, *extras["node"], *extras["plot"]]
 
 
 def pip_settings(wheels: Path, place: str) -> str:

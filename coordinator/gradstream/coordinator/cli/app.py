@@ -19,9 +19,9 @@ import typer.main
 from gradstream.coordinator.cli.pipes import EXIT_CODE, ReaderLeftError, watched_output
 
 EPILOG = (
-    "Exit codes: 0 done, 1 other error, 2 wrong recipe, option or path, 3 data, 4 checkpoint, 5 no plan possible, "
-    "6 protocol, 7 coordinator or fine-tuning service unreachable, 8 the job or fine-tuning failed, 9 credentials, "
-    "130 Ctrl-C. "
+    "Exit codes: 0 done, 1 other error, 2 wrong recipe, option or path, or an extra that is not installed, 3 data, "
+    "4 checkpoint, 5 no plan possible, 6 protocol, 7 coordinator or fine-tuning service unreachable, 8 the job or "
+    "fine-tuning failed, 9 credentials, 130 Ctrl-C. "
     "GRADSTREAM_COORDINATOR sets the coordinator's address, GRADSTREAM_FINE_TUNING the fine-tuning service's, "
     "GRADSTREAM_CREDENTIALS names a directory of credentials, GRADSTREAM_DEBUG=1 shows stack traces."
 )
@@ -180,6 +180,10 @@ def _report(error: Exception) -> int:
     from gradstream.core.errors import GradstreamError, one_line
     from gradstream.core.shown import shown
 
+    if isinstance(error, ModuleNotFoundError):
+        from gradstream.core.extras import explained
+
+        error = explained("this command", error) or error
     if os.environ.get("GRADSTREAM_DEBUG") == "1":
         import traceback
 

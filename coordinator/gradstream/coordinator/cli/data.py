@@ -95,6 +95,9 @@ def prepare(
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Make a data set (tokenizer, data shards, manifest) from SOURCES, or as a recipe says."""
+    from gradstream.core.extras import require
+
+    require("`gradstream data`", "node")
     options = {
         "vocab_size": vocab_size,
         "tokenizer": tokenizer,
@@ -143,6 +146,9 @@ def inspect(
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Show what a data set holds; exit code 3 and one line when it is missing or corrupt."""
+    from gradstream.core.extras import require
+
+    require("`gradstream data`", "node")
     from gradstream.coordinator.data.prepare import inspect
 
     summary = inspect(path, verify)

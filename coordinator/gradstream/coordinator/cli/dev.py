@@ -60,8 +60,10 @@ def dev(
     Ctrl-C stops the job at its next step with a checkpoint; a second one stops it at once.
     """
     from gradstream.core.errors import ConfigError
+    from gradstream.core.extras import require
     from gradstream.core.recipe.loading import load_recipe
 
+    require("`gradstream dev`", "node", "plot")
     loaded = load_recipe(find_recipe(recipe), overrides or ())
     if run_root is not None:
         loaded = loaded.model_copy(update={"run_root": str(run_root.expanduser().absolute())})

@@ -46,8 +46,10 @@ def dev(
     """
     from gradstream.coordinator.cli.recipe_checks import check_fine_tuning_recipe
     from gradstream.core.errors import ConfigError
+    from gradstream.core.extras import require
     from gradstream.core.recipe.fine_tuning_recipe import load_fine_tuning_recipe
 
+    require("`gradstream finetune dev`", "node")
     asked = load_fine_tuning_recipe(find_recipe(recipe), overrides or ())
     if asked.base_model.startswith("job:"):
         raise ConfigError(

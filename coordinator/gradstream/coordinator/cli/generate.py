@@ -26,7 +26,9 @@ def generate(
     import tempfile
 
     from gradstream.core.errors import ConfigError
+    from gradstream.core.extras import require
 
+    require("`gradstream generate`", "node")
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -131,6 +131,9 @@ def read_model(path: str) -> OwnModel:
     """A person's config.json, or the directory that it lies in. Raises ConfigError when it cannot be trained."""
     import asyncio
 
+    from gradstream.core.extras import require
+
+    require("`gradstream init --config`", "node")
     from gradstream.coordinator.planning.first_recipe import OwnModel
     from gradstream.coordinator.planning.inventory import take_inventory
     from gradstream.core.errors import ConfigError, one_line
@@ -161,6 +164,9 @@ def measure_step(found: FirstRecipe, machines: Machines) -> float:
     """Seconds of a step, with the model's segments measured here. On one machine workers share its processor."""
     import asyncio
 
+    from gradstream.core.extras import require
+
+    require("`gradstream init --time`", "node")
     from gradstream.coordinator.cli.plan import hypothetical
     from gradstream.coordinator.planning.forecast import forecast
     from gradstream.coordinator.planning.inventory import take_inventory, take_profile

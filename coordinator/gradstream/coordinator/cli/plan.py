@@ -52,6 +52,9 @@ def plan(
     Plans for the nodes of a live cluster; with --workers or --servers, for a cluster that need not exist. Times are
     measured on this machine, segment by segment, as if every worker were like it.
     """
+    from gradstream.core.extras import require
+
+    require("`gradstream plan`", "node")
     from gradstream.coordinator.planning.forecast import forecast
     from gradstream.coordinator.planning.planner import make_plan
     from gradstream.core.errors import ConfigError

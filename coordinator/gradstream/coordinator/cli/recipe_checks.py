@@ -20,10 +20,7 @@ def with_data(recipe: Recipe) -> tuple[Recipe, Manifest | None]:
 
     Raises DataError when the two do not fit.
     """
-    from gradstream.coordinator.planning.planner import check_data
-    from gradstream.coordinator.servicers.jobs import read_data_manifest
     from gradstream.core.data.manifest import MANIFEST_NAME
-    from gradstream.core.model.check import with_ends
     from gradstream.core.storage import files
 
     try:
@@ -32,6 +29,11 @@ def with_data(recipe: Recipe) -> tuple[Recipe, Manifest | None]:
         here = False
     if not here:
         return recipe, None
+    # Not above: without the data set no package of an extra is needed.
+    from gradstream.coordinator.planning.planner import check_data
+    from gradstream.coordinator.servicers.jobs import read_data_manifest
+    from gradstream.core.model.check import with_ends
+
     manifest = read_data_manifest(recipe)
     check_data(recipe, manifest)
     return with_ends(recipe, manifest), manifest

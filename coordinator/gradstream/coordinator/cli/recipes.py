@@ -79,8 +79,10 @@ def validate(
     Exit code 2, 3 or 4 and one line when it is wrong. What is likely not meant is a warning.
     """
     from gradstream.coordinator.cli.recipe_checks import check_fine_tuning_recipe, check_recipe
+    from gradstream.core.extras import require
     from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_any_recipe
 
+    require("`gradstream recipes validate`", "node")
     path = find_recipe(recipe)
     loaded = load_any_recipe(path, overrides or ())
     tokens = None

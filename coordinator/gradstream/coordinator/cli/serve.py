@@ -285,7 +285,9 @@ def _prepare(log_level: LogLevel, parent: int | None) -> None:
     if parent is not None:
         die_with_parent(parent)
     from gradstream.core import log
+    from gradstream.core.extras import require
 
+    require("`gradstream serve`", "node")
     # The role configures the log again with a buffer of its own; it finds the level here.
     os.environ["GRADSTREAM_LOG_LEVEL"] = str(log_level)
     log.configure(str(log_level))

@@ -36,6 +36,10 @@ def trace(
     Open it in https://ui.perfetto.dev or in chrome://tracing. Each worker is a process; overlapping transfers lie side
     by side, and arrows lead from stage to stage of a pipeline.
     """
+    if gantt is not None:
+        from gradstream.core.extras import require
+
+        require("`gradstream trace --gantt`", "plot")
     with open_client(coordinator) as client:
         timelines = client.timeline(job_id)
         pipeline = client.job(timelines[0].job_id).pipeline if gantt is not None else None

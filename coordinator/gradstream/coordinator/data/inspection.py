@@ -6,8 +6,6 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gradstream.core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from gradstream.core.data.sources import open_filesystem, public_text
 from gradstream.core.errors import DataError, one_line
@@ -132,6 +130,7 @@ def _summarize(manifest: Manifest, split: str) -> SplitSummary:
 
 
 def _first_sample(path: str, manifest: Manifest) -> str:
+    import numpy as np
     from tokenizers import Tokenizer
 
     filesystem, root = open_filesystem(path)

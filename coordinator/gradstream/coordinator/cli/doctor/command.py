@@ -19,6 +19,7 @@ import typer
 from gradstream.coordinator.cli.doctor.checks import Check
 from gradstream.coordinator.cli.options import CoordinatorOption, CredentialsOption, OutputFormat, OutputOption
 from gradstream.coordinator.cli.views import terminal
+from gradstream.core.extras import installed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +65,7 @@ def doctor(
     tests: list[Callable[[], list[Check]]] = [
         check_python,
         check_packages,
+        check_extras,
         check_torch,
         check_memory,
         lambda: check_disk(Path.cwd()),
@@ -79,7 +81,7 @@ def doctor(
     failed = any(check.result == "fail" for check in checks)
     if output is OutputFormat.json:
         terminal.print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
-    elif not failed:
+    elif not failed and "node" in installed():
         terminal.hint("train something here: gradstream dev stdlib-gpt")
     return 1 if failed else 0
 
@@ -127,31 +129,42 @@ def check_packages() -> list[Check]:
         required = importlib.metadata.requires("gradstream") or []
     except importlib.metadata.PackageNotFoundError:
         return [Check("packages", "warn", "gradstream is not installed as a package", "run `pip install -e .`")]
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        return [Check("packages", "warn", "cannot be checked without 'packaging'", "run `pip install packaging`")]
+    from packaging.requirements import Requirement
+
     wrong: list[Check] = []
     fit = 0
     for text in required:
         requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in ("", *installed())):
             continue
+        cure = f"run `pip install '{requirement.name}{requirement.specifier}'`"
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            wrong.append(Check(requirement.name, "fail", "is missing", f"run `pip install '{requirement}'`"))
+            wrong.append(Check(requirement.name, "fail", "is missing", cure))
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            cure = f"run `pip install '{requirement}'`"
             wrong.append(Check(requirement.name, "fail", f"is {version}, not {requirement.specifier}", cure))
         else:
             fit += 1
     return [Check("packages", "ok", f"{fit} packages are there in versions that fit"), *wrong]
 
 
+def check_extras() -> list[Check]:
+    """Which extras are not installed, and what for one would install them."""
+    purposes = {"node": "train or serve here", "plot": "draw pictures"}
+    return [
+        Check(f"extra {extra}", "ok", "not installed", f"to {purpose}: pip install 'gradstream[{extra}]'")
+        for extra, purpose in purposes.items()
+        if extra not in installed()
+    ]
+
+
 def check_torch() -> list[Check]:
-    """torch computes, and on what."""
+    """torch computes, and on what; nothing where the extra that brings it is not installed."""
+    if "node" not in installed():
+        return []
     try:
         import torch
     except ImportError as error:

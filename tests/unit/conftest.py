@@ -29,3 +29,8 @@ def warm_children() -> Iterator[None]:
 def start_child() -> Child:
     """How a coordinator starts such a child."""
     return _start_child
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """Two files are tested at a time, and each has a core."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ def transformers_imported() -> None:
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path, transformers_imported: None) -> AsyncIterator[Any]:
-    cluster = sys.modules[_NAME].Cluster(tmp_path)
+async def cluster(request: pytest.FixtureRequest, tmp_path: Path, transformers_imported: None) -> AsyncIterator[Any]:
+    """A coordinator; what an indirect parameter names of its timing is changed."""
+    fakes = sys.modules[_NAME]
+    cluster = fakes.Cluster(tmp_path, replace(fakes.TIMING, **getattr(request, "param", {})))
     await cluster.start()
     yield cluster
     await cluster.stop()

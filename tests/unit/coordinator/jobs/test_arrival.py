@@ -294,6 +294,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 # --- servers that are restarted under the names of silent ones -----------------------------------------------------
 
 
+@pytest.mark.parametrize("cluster", [{"reunion_seconds": 1.0}], indirect=True, ids=["soon"])
 async def test_newcomers_get_the_names_of_servers_that_stay_silent(cluster: Cluster) -> None:
     """All machines of the servers are gone and answer nothing, not even with a refusal; others take their names. They
     are not let in at once, but they are company: the old state is given up after the time that was said."""

@@ -87,6 +87,7 @@ def paused(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> tuple[thr
     return begun, go_on
 
 
+@pytest.mark.parametrize("cluster", [{"reunion_seconds": 1.0}], indirect=True, ids=["soon"])
 async def test_a_plans_checkpoint_outlives_a_newer_one_that_is_written_meanwhile(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +200,7 @@ async def lose_a_server(cluster: Cluster, job_id: str, ps: list[FakeNode], hide:
     return cluster.node(SERVER, "ps-spare")
 
 
+@pytest.mark.parametrize("cluster", [{"reunion_seconds": 1.0}], indirect=True, ids=["soon"])
 async def test_a_disk_that_is_not_mounted_holds_the_job(cluster: Cluster, look_often: None) -> None:
     job_id = await cluster.submit()
     ps, _ = await cluster.running(job_id)
@@ -217,6 +219,7 @@ async def test_a_disk_that_is_not_mounted_holds_the_job(cluster: Cluster, look_o
     assert (await spare.plan_of(2)).start_version == 2
 
 
+@pytest.mark.parametrize("cluster", [{"reunion_seconds": 1.0}], indirect=True, ids=["soon"])
 async def test_a_newest_checkpoint_that_is_gone_is_given_up_by_a_person_alone(
     cluster: Cluster, look_often: None
 ) -> None:

@@ -21,7 +21,7 @@ from gradstream.core.recipe.loading import absolute_paths, load_recipe, parse_re
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.rpc import access
 from gradstream.core.rpc.requests import new_request_id
-from gradstream.core.rpc.retry import Backoff, ending
+from gradstream.core.rpc.retry import Backoff, cancelling
 from gradstream.core.telemetry.timeline import Timeline
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
@@ -172,7 +172,7 @@ class AsyncClient:
                 # 1. All that the coordinator has, and with follow all that it will have.
                 request = jobs_pb2.WatchJobRequest(job_id=job_id, after_cursor=cursor, follow=follow, kinds=kinds)
                 stub = await self._connection.connect()
-                with ending(stub.WatchJob(request)) as messages:
+                with cancelling(stub.WatchJob(request)) as messages:
                     async for message in messages:
                         self._connection.unreachable_since = None
                         backoff.reset()
@@ -277,7 +277,7 @@ class AsyncClient:
         """
         stub = await self._connection.connect()
         try:
-            with ending(stub.GetTimeline(jobs_pb2.GetTimelineRequest(job_id=job_id or ""))) as messages:
+            with cancelling(stub.GetTimeline(jobs_pb2.GetTimelineRequest(job_id=job_id or ""))) as messages:
                 return [Timeline.from_proto(message.worker, message.timeline) async for message in messages]
         except grpc.aio.AioRpcError as rpc_error:
             raise self._connection.error(rpc_error) from None
@@ -319,7 +319,7 @@ class AsyncClient:
         writer = await asyncio.to_thread(ExportWriter, directory)
         try:
             stub = await self._connection.connect()
-            with ending(stub.ExportCheckpoint(request)) as pieces:
+            with cancelling(stub.ExportCheckpoint(request)) as pieces:
                 async for piece in pieces:
                     progress = await asyncio.to_thread(writer.write, piece)
                     if on_progress is not None:

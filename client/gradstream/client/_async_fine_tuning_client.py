@@ -34,7 +34,7 @@ from gradstream.core.recipe.fine_tuning_recipe import (
 )
 from gradstream.core.rpc import access
 from gradstream.core.rpc.requests import new_request_id
-from gradstream.core.rpc.retry import Backoff, ending
+from gradstream.core.rpc.retry import Backoff, cancelling
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.proto.v1 import fine_tuning_pb2_grpc
 
@@ -210,7 +210,7 @@ class AsyncFineTuningClient:
             ended = False
             try:
                 stub = await self._connection.connect()
-                with ending(stub.WatchFineTuning(pb.WatchFineTuningRequest(name=name))) as messages:
+                with cancelling(stub.WatchFineTuning(pb.WatchFineTuningRequest(name=name))) as messages:
                     async for message in messages:
                         self._connection.unreachable_since = None
                         backoff.reset()
@@ -322,7 +322,7 @@ class AsyncFineTuningClient:
         )
         stub = await self._connection.connect()
         try:
-            with ending(stub.Generate(request)) as messages:
+            with cancelling(stub.Generate(request)) as messages:
                 async for message in messages:
                     yield GeneratedText.from_proto(message)
         except grpc.aio.AioRpcError as rpc_error:
@@ -350,7 +350,7 @@ class AsyncFineTuningClient:
         writer = await asyncio.to_thread(ExportWriter, directory)
         try:
             stub = await self._connection.connect()
-            with ending(stub.ExportFineTuning(request)) as pieces:
+            with cancelling(stub.ExportFineTuning(request)) as pieces:
                 async for piece in pieces:
                     progress = await asyncio.to_thread(writer.write, piece)
                     if on_progress is not None:

@@ -71,6 +71,36 @@ class WaitClock:
         return [jobs_pb2.Wait(what=what, whom=whom, since_unix_ms=self._since[what, whom]) for what, whom in waits]
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why the nodes of the last attempt could not hold the plan, and which they were. Another set of nodes is tried."""
+
+    reason: str = ""
+    nodes: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Hold:
+    """What of the storage keeps the plan from being made, and until when (our clock) no attempt is made. Empty when
+    nothing does."""
+
+    cause: str = ""
+    until: float = 0.0
+
+
+@dataclass
+class Planning:
+    """The attempts to make the job's plan: the one under way, and what the next one waits for."""
+
+    task: asyncio.Task[None] | None = None
+    # Why no plan could be made or stored, and when the next attempt is.
+    retry: Retry = field(default_factory=lambda: Retry(RETRY_SECONDS))
+    # What the last event said of a wait for servers.
+    server_wait: str = ""
+    refusal: Refusal = Refusal()
+    hold: Hold = Hold()
+
+
 @dataclass
 class ActiveJob:
     """The one job that is planning, running, or paused with its plan held."""
@@ -128,19 +158,7 @@ class ActiveJob:
     waits: WaitClock = field(default_factory=WaitClock)
     # What each server of the plan was predicted to need.
     predicted_bytes: list[ServerBytes] = field(default_factory=list)
-    planning: asyncio.Task[None] | None = None
-    # Why no plan could be made or stored, and when the next attempt is; and what the last event said of a wait for
-    # servers.
-    planning_retry: Retry = field(default_factory=lambda: Retry(RETRY_SECONDS))
-    planning_reason: str = ""
-    # Why the nodes of the last attempt could not hold the plan, and which they were; another set of nodes is tried
-    # again.
-    refusal: str = ""
-    refused_nodes: frozenset[str] | None = None
-    # Until then (our clock) a refusal stands whatever nodes there are; then it is looked at again.
-    held_until: float = 0.0
-    # What of the storage keeps the plan from being made; empty when nothing does.
-    hold: str = ""
+    planning: Planning = field(default_factory=Planning)
     # Lets go of the checkpoint that the plan starts from, once a newer one of this plan exists.
     release_start: Callable[[], None] = nothing
     # Manifests that could not be written: version → when to try again (our clock), and why.
@@ -186,7 +204,7 @@ class ActiveJob:
         self.reunion = Reunion(self.reunion.reunion_seconds)
         self.pace.steps.clear()
         self.halted_version, self.need_workers = None, False
-        self.refusal, self.refused_nodes, self.planning_reason = "", None, ""
+        self.planning.refusal, self.planning.server_wait = Refusal(), ""
         self.expect_holders_until, self.boundary_session = 0.0, 0
         self.files.clear()
         self.unwritten.clear()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from gradstream.coordinator.jobs import checkpoints, decisions, plan_making, stalls
-from gradstream.coordinator.jobs.active import ActiveJob, nothing
+from gradstream.coordinator.jobs.active import ActiveJob, Refusal, nothing
 from gradstream.coordinator.jobs.boundaries import Boundaries
 from gradstream.coordinator.jobs.decisions import Ending
 from gradstream.coordinator.jobs.journal import Event, Journal, Retry
@@ -109,7 +109,7 @@ class Controller:
         if active is not None and active.writing is not None:
             await asyncio.wait([active.writing], timeout=grace_seconds)
         await self.servers.stop()
-        work = [active.planning, active.writing] if active is not None else []
+        work = [active.planning.task, active.writing] if active is not None else []
         for task in [self._loop_task, *work]:
             if task is not None:
                 task.cancel()
@@ -283,7 +283,7 @@ class Controller:
         elif desired == "pause":
             self.transitions.leave(active, PAUSED, "paused while planning")
         elif (nodes := self.plan_making.due(active, now)) is not None:
-            active.planning = asyncio.create_task(self._make_plan(active, nodes))
+            active.planning.task = asyncio.create_task(self._make_plan(active, nodes))
 
     def _plan_stands(self, active: ActiveJob, now: float) -> bool:
         """Whether the plan that a job in planning had is still to be hoped for, or in force again."""
@@ -294,13 +294,13 @@ class Controller:
             reason = "its servers came back with all of their state; no step is lost"
             self.transitions.set_state(active, RUNNING, reason)
             active.leases_due = True
-        elif verdict is Verdict.WAIT and reason != active.planning_reason:
-            active.planning_reason = reason
+        elif verdict is Verdict.WAIT and reason != active.planning.server_wait:
+            active.planning.server_wait = reason
             self._note_node(f"{reason}; its state is waited for before it is given up")
         return verdict is not Verdict.LOST
 
     async def _make_plan(self, active: ActiveJob, nodes: PlanNodes) -> None:
-        record, release = active.record, nothing
+        release = nothing
         try:
             outcome = await self.plan_making.make(active, nodes)
             release = outcome.release
@@ -310,20 +310,26 @@ class Controller:
                 return
             setback = outcome.setback
             if outcome.made is not None:
-                try:
-                    if self._accept_plan(active, outcome.made, nodes):
-                        active.release_start()
-                        active.release_start, release = release, nothing
-                    active.planning_retry.succeeded()
-                except Exception as error:
-                    setback = plan_making.judge_error(error, record, plan_making.STORED)
+                is_taken, setback = self._store_plan(active, outcome.made, nodes)
+                if is_taken:
+                    active.release_start()
+                    active.release_start, release = release, nothing
             cause = self._take_setback(active, setback, nodes)
         finally:
-            active.planning = None
+            active.planning.task = None
             release()
-        if cause and active.planning_retry.failed(cause, self.clock()):
+        if cause and active.planning.retry.failed(cause, self.clock()):
             log.error("no plan yet; trying again", job=active.job_id, cause=cause)
         self.reconcile()
+
+    def _store_plan(self, active: ActiveJob, made: MadePlan, nodes: PlanNodes) -> tuple[bool, Setback]:
+        """Accept a plan; return whether it was taken, and what follows when it could not be stored."""
+        try:
+            is_taken = self._accept_plan(active, made, nodes)
+        except Exception as error:
+            return False, plan_making.judge_error(error, active.record, plan_making.STORED)
+        active.planning.retry.succeeded()
+        return is_taken, Setback()
 
     def _accept_plan(self, active: ActiveJob, made: MadePlan, nodes: PlanNodes) -> bool:
         """Take a plan that was just made, if it is still wanted; return whether it was taken.
@@ -341,7 +347,7 @@ class Controller:
     def _take_setback(self, active: ActiveJob, setback: Setback, nodes: PlanNodes) -> str:
         """Do what follows from a setback; return what the next attempt waits for, "" when for nothing."""
         if setback.refusal:
-            active.refusal, active.refused_nodes = setback.refusal, nodes.ids
+            active.planning.refusal = Refusal(setback.refusal, nodes.ids)
         if setback.failure:
             try:
                 self.fail(active.job_id, setback.failure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from gradstream.coordinator.jobs.active import ActiveJob
@@ -91,7 +92,7 @@ class Orders:
         if record.state == FINISHED:
             raise ConfigError(f"job {record.job_id} is finished; submit a recipe with more steps instead")
         active = self._active_of(record)
-        if record.state == FAILED or (active is not None and active.hold):
+        if record.state == FAILED or (active is not None and active.planning.hold.cause):
             self._go_back(record, on_disk)
         if active is not None:
             event = Event("state", f"resumed{by_caller()}")
@@ -101,7 +102,7 @@ class Orders:
                 self._controller.transitions.update(active, event, desired="run")
             # From here on it is stored.
             active.halted_version = None
-            active.held_until = 0.0
+            active.planning.hold = replace(active.planning.hold, until=0.0)
             active.benches.clear()
         elif record.state in (PAUSED, STOPPED, FAILED):
             rank = min([job.rank for job in self._controller.state.list_jobs()], default=0) - 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradstream.coordinator.jobs import checkpoints, decisions
-from gradstream.coordinator.jobs.active import ActiveJob, nothing
+from gradstream.coordinator.jobs.active import ActiveJob, Hold, nothing
 from gradstream.coordinator.jobs.journal import Event
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, Membership, NodeEntry
 from gradstream.coordinator.nodes.storage_checks import StorageChecks
@@ -135,10 +135,11 @@ class PlanMaking:
 
     def due(self, active: ActiveJob, now: float) -> PlanNodes | None:
         """The nodes for an attempt that is to be made now; None when one is under way or must wait."""
-        if active.planning is not None or now < active.held_until or not active.planning_retry.due(now):
+        planning = active.planning
+        if planning.task is not None or now < planning.hold.until or not planning.retry.due(now):
             return None
         nodes = self.nodes(active)
-        if nodes.ids == active.refused_nodes:
+        if nodes.ids == planning.refusal.nodes:
             return None
         num_servers, num_workers = len(nodes.servers), len(nodes.workers)
         missing = decisions.missing_nodes(active.recipe, num_servers, num_workers, active.need_workers)
@@ -231,9 +232,8 @@ def judge_error(error: Exception, record: JobRecord, waits_for: str) -> Setback:
 def note_hold(active: ActiveJob, why: str, now: float) -> str:
     """Note what of the storage keeps the plan from being made, if anything, and when to look again; return the line for
     the job's history when it is a new one."""
-    line = f"held: {why}" if why and why != active.hold else ""
-    active.hold = why
-    active.held_until = now + HOLD_SECONDS if why else 0.0
+    line = f"held: {why}" if why and why != active.planning.hold.cause else ""
+    active.planning.hold = Hold(why, now + HOLD_SECONDS) if why else Hold()
     return line
 
 

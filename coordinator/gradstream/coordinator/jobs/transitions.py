@@ -161,8 +161,9 @@ class Transitions:
             leases=table.SerializeToString(),
             **changes,
         )
-        if active.planning is not None and active.planning is not asyncio.current_task():
-            active.planning.cancel()
+        task = active.planning.task
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
         active.release_start()
         self.active = None
         for node in self._nodes.members.everyone_present():

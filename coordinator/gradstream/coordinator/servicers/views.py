@@ -162,7 +162,7 @@ class Views:
 
     def _retries(self, active: ActiveJob) -> Iterator[jobs_pb2.Wait]:
         """What the coordinator tries again for the job."""
-        trouble = active.planning_retry.trouble
+        trouble = active.planning.retry.trouble
         if trouble is not None:
             yield jobs_pb2.Wait(what=trouble.cause, whom="the coordinator", since_unix_ms=trouble.since_unix_ms)
 
@@ -202,13 +202,13 @@ class Views:
         """What a job in planning waits for."""
         if active.record.desired != "run":
             return self._silent_servers(active)
-        if active.hold:
-            return [(active.hold, "the operator of the storage")]
-        if active.planning is not None:
+        if active.planning.hold.cause:
+            return [(active.planning.hold.cause, "the operator of the storage")]
+        if active.planning.task is not None:
             return [("the plan to be made", "the coordinator")]
         nodes = self._controller.plan_making.nodes(active)
-        if nodes.ids == active.refused_nodes:
-            return [(f"nodes that can hold the job: {active.refusal}", "a node to register")]
+        if nodes.ids == active.planning.refusal.nodes:
+            return [(f"nodes that can hold the job: {active.planning.refusal.reason}", "a node to register")]
         missing = decisions.missing_nodes(active.recipe, len(nodes.servers), len(nodes.workers), active.need_workers)
         return [*missing, *self._silent_servers(active)]
 

@@ -24,7 +24,7 @@ from gradstream.core.rpc.access import COORDINATOR
 from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS, open_channel
 from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.core.rpc.reach import why_unreachable
-from gradstream.core.rpc.retry import Backoff, ending
+from gradstream.core.rpc.retry import Backoff, cancelling
 from gradstream.core.rpc.transport import PLAIN, Transport
 from gradstream.core.storage import shared_storage
 from gradstream.core.storage.pool import StorageThreads
@@ -239,7 +239,7 @@ class NodeSession:
             log.info("registered", coordinator=self.coordinator_address, node_id=self.node_id)
         self.unreachable_since = None
         backoff.reset()
-        with ending(self.stub.Session(self._heartbeats(response.heartbeat_seconds))) as directives:
+        with cancelling(self.stub.Session(self._heartbeats(response.heartbeat_seconds))) as directives:
             async for directive in directives:
                 if directive.HasField("storage"):
                     self._spawn(self._check_storage(directive.storage))

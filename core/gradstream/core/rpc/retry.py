@@ -1,4 +1,4 @@
-"""When to try again."""
+"""When to try a call again, and a stream that is cancelled where it is left."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from gradstream.core.rpc.channel import C
 
 
 @contextmanager
-def ending(call: C) -> Iterator[C]:
-    """A call whose responses are read inside, ended when they are left: one that nobody reads any more and nobody has
-    cancelled stays open, and its connection with it."""
+def cancelling(call: C) -> Iterator[C]:
+    """Read a call's responses inside, and cancel the call on leaving. A call that is neither read to its end nor
+    cancelled stays open, and so does its connection."""
     try:
         yield call
     finally:

@@ -19,7 +19,7 @@ from gradstream.core.rpc.access import SERVER, WORKER
 from gradstream.core.rpc.channel import MAX_MESSAGE_BYTES, advertised_host, listen, new_server
 from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.core.rpc.guard import Guard, Note
-from gradstream.core.rpc.retry import Backoff, ending
+from gradstream.core.rpc.retry import Backoff, cancelling
 from gradstream.core.rpc.transport import Transport
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
 
@@ -131,7 +131,7 @@ class FollowedTokens:
         told = ""
         while True:
             try:
-                with ending(stub.WatchTokens(coordinator_pb2.WatchTokensRequest())) as responses:
+                with cancelling(stub.WatchTokens(coordinator_pb2.WatchTokensRequest())) as responses:
                     async for response in responses:
                         self.take(TokenTable.parse(response.table_json))
                         backoff.reset()

@@ -19,7 +19,7 @@ from gradstream.core.rpc.access import COORDINATOR
 from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS, open_channel
 from gradstream.core.rpc.errors import error_from_rpc, is_passing
 from gradstream.core.rpc.reach import why_unreachable
-from gradstream.core.rpc.retry import Backoff, ending
+from gradstream.core.rpc.retry import Backoff, cancelling
 from gradstream.core.rpc.transport import PLAIN, Transport
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
@@ -123,7 +123,7 @@ class CoordinatorJobs:
         while True:
             request = jobs_pb2.HoldCheckpointRequest(job_id=job_id, version=version)
             try:
-                with ending(self._stub.HoldCheckpoint(request)) as responses:
+                with cancelling(self._stub.HoldCheckpoint(request)) as responses:
                     async for response in responses:
                         version = response.checkpoint.version
                         if not kept.done():
@@ -142,7 +142,7 @@ class CoordinatorJobs:
         while True:
             try:
                 request = jobs_pb2.WatchJobRequest(job_id=job_id, after_cursor=cursor, follow=True)
-                with ending(self._stub.WatchJob(request)) as items:
+                with cancelling(self._stub.WatchJob(request)) as items:
                     async for item in items:
                         backoff.reset()
                         if item.cursor > cursor:

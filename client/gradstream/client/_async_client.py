@@ -264,7 +264,7 @@ class AsyncClient:
         request = jobs_pb2.GetMetricsRequest(job_id=job_id or "", first_step=first_step, every=every)
         stub = await self._connection.connect()
         try:
-            with ending(stub.GetMetrics(request)) as pages:
+            with cancelling(stub.GetMetrics(request)) as pages:
                 async for page in pages:
                     yield [StepMetrics.from_proto(row) for row in page.rows]
         except grpc.aio.AioRpcError as rpc_error:

@@ -284,7 +284,7 @@ def logs(
         )
 
     console = terminal.console()
-    _watch(coordinator, job_id, follow, show, "logs -f")
+    _watch(coordinator, job_id, follow, show, "log", "logs -f")
 
 
 def events(
@@ -313,14 +313,14 @@ def events(
         )
 
     console = terminal.console()
-    _watch(coordinator, job_id, follow, show, "events -f")
+    _watch(coordinator, job_id, follow, show, "event", "events -f")
 
 
-def _watch(coordinator: str | None, job_id: str | None, follow: bool, show: Any, command: str) -> None:
+def _watch(coordinator: str | None, job_id: str | None, follow: bool, show: Any, kind: str, command: str) -> None:
     with open_client(coordinator) as client:
         try:
             job_id = client.job(job_id).job_id
-            for item in client.watch(job_id, follow=follow):
+            for item in client.watch(job_id, follow=follow, kinds=[kind]):
                 show(item)
         except KeyboardInterrupt:
             if not follow:

@@ -21,6 +21,14 @@ class OutputFormat(StrEnum):
     json = "json"
 
 
+class RowsFormat(StrEnum):
+    """How a command shows a result that is rows of one kind."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
 RequestIdOption = Annotated[
     str | None,
     typer.Option(
@@ -65,6 +73,10 @@ OutputOption = Annotated[
     OutputFormat,
     typer.Option("--output", "-o", help="table for people, json for programs (stdout holds nothing else)."),
 ]
+RowsOutputOption = Annotated[
+    RowsFormat,
+    typer.Option("--output", "-o", help="table for people, csv and json (one object a line) for programs."),
+]
 OverrideOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe, as in training.num_steps=50."),
@@ -80,6 +92,12 @@ NewestFineTuningArgument = Annotated[
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 NewestJobArgument = Annotated[
     str | None, typer.Argument(metavar="JOB", help="The job's id; the newest job when left out.", show_default=False)
+]
+MetricsJobArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="JOB", help="A job's id or a fine-tuning's name; the newest job when left out.", show_default=False
+    ),
 ]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

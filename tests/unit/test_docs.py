@@ -138,9 +138,9 @@ def test_every_file_that_is_named_is_there(page: Path) -> None:
 
 @pytest.mark.parametrize("page", CONCEPTS, ids=lambda page: page.stem)
 def test_a_concept_page_has_its_parts_in_order(page: Path) -> None:
-    """Contract, files in reading order, how it fails, how it is tested: each with what it must name."""
+    """Contract, files in reading order, how it fails, how it is tested, figures: each with what it must name."""
     sections = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n?)*)", page.read_text("utf-8"), re.MULTILINE))
-    wanted = ["Contract", "Files in reading order", "How it fails", "How it is tested"]
+    wanted = ["Contract", "Files in reading order", "How it fails", "How it is tested", "Figures"]
     assert [title for title in sections if title in wanted] == wanted
     assert len(FILE_PATH.findall(sections["Files in reading order"])) >= 8
     assert len(rows(sections["How it fails"])) >= 4

@@ -1,1 +1,1 @@
-"""Certificates and tokens: the authority, what it issues, and what is wrong when a connection is refused."""
+"""Certificates and tokens: the authority, the credentials that it issues, and the diagnosis of refused connections."""

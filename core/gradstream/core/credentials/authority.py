@@ -1,19 +1,19 @@
 """The authority of a cluster: the directory from which its credentials are issued, renewed and revoked.
 
-    ca.pem           the CA that signs; while a rotation lasts, the one before it too
+    ca.pem           the CA that signs; during a rotation, the old CA too
     ca-key.pem       its key
-    ca-cross.pem     while a rotation lasts: the new CA, signed by the one before it
-    authority.json   cluster id, where changes of the token table are published, what a rotation of the CA waits for
+    ca-cross.pem     during a rotation: the new CA, signed by the old one
+    authority.json   cluster id, where changes of the token table are published, which tokens a CA rotation waits for
     tokens.json      the token table
-    lock             held by the one process that changes them
+    lock             held by the process that changes these files
 
-Only who holds this directory can make credentials; services need a copy of the token table and their own credentials
-alone. The table in the directory is the authority's own: a change takes effect once it is **published**, to the file
-that the coordinator reads, or to the coordinator itself, signed by the CA.
+Only a holder of this directory can make credentials. A service needs only a copy of the token table and its own
+credential. The table in the directory is the authority's own: a change takes effect once it is **published**, either to
+the file that the coordinator reads, or, signed by the CA, to the coordinator itself.
 
-A rotation of the CA has two steps. `rotate_ca` makes a new CA, which signs from then on: credentials issued since trust
-both CAs and show a certificate of the new CA signed by the old one, so that those who trust the old one alone accept
-them too. When every credential was renewed, `finish_ca_rotation` drops the old CA.
+A rotation of the CA has two steps. `rotate_ca` makes a new CA, which signs from then on. A credential issued during the
+rotation trusts both CAs, and shows a certificate of the new CA signed by the old one: peers that trust only the old CA
+accept it too. When every credential has been renewed, `finish_ca_rotation` drops the old CA.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ from gradstream.core.storage.state_lock import lock_directory
 PEOPLE_DAYS = 90
 SERVICE_DAYS = 365
 RENEW_BEFORE_SECONDS = 30 * DAY_SECONDS
-"""`ensure` renews what expires within this time."""
+"""`ensure` renews a credential that expires within this time."""
 GRACE_SECONDS = 3600
-"""How long the token before a renewal stays good."""
+"""Time for which the old token stays good after a renewal."""
 
 
 class Authority:
-    """Use `init` or `open`, in a `with` block: it holds the directory's lock. `clock` gives unix seconds.
+    """The authority of a cluster, which holds its directory's lock. Made by `init` or `open`, in a `with` block.
 
-    All methods raise ConfigError, on one line, for what cannot be done.
+    `clock` gives Unix seconds. All methods raise ConfigError, on one line, when they fail.
     """
 
     def __init__(self, directory: Path, record: Record, clock: Callable[[], float], lock: IO[str] | None):
@@ -84,7 +84,7 @@ class Authority:
         self.tokens_path = directory / TOKENS_NAME
         published = directory / record.tokens
         self.published_path = None if published == self.tokens_path else published
-        """Where each change is published at once."""
+        """The file to which each change is published at once; None where changes are published by hand."""
         self._record = record
         self._clock = clock
         self._lock = lock
@@ -93,13 +93,13 @@ class Authority:
 
     @classmethod
     def init(cls, directory: Path, tokens: Path | None = None, clock: Callable[[], float] = time.time) -> Authority:
-        """Make the authority, or open the one that is there; what is missing of it and can be made anew is made.
+        """Make the authority in a directory, or open the existing one and make those of its files that are missing.
 
-        `tokens` is the file to which each change of the token table is published at once; by default that is done by
-        hand (`publish`, `signed`).
+        `tokens` is the file to which each change of the token table is published at once. By default changes are
+        published by hand (`publish`, `signed`).
         """
         directory = Path(os.path.abspath(directory))
-        with contextlib.suppress(OSError):  # which the lock says
+        with contextlib.suppress(OSError):  # locking the directory gives a better message
             make_private_directory(directory)
         lock = lock_directory(directory, "`gradstream certs`")
         try:
@@ -115,7 +115,7 @@ class Authority:
                 record = Record(cluster, TOKENS_NAME if tokens is None else os.path.abspath(tokens))
             own, published = directory / TOKENS_NAME, directory / record.tokens
             if not os.path.exists(own):
-                # What was published is as good. Without either, the tokens that were issued before let nobody in.
+                # The published table is as good. Without either table, tokens that were issued before are refused.
                 is_there = published != own and os.path.exists(published)
                 table = read_table(published, record.cluster, directory) if is_there else TokenTable(record.cluster)
                 write_table(own, table)
@@ -130,14 +130,16 @@ class Authority:
 
     @classmethod
     def open(cls, directory: Path, clock: Callable[[], float] = time.time, read_only: bool = False) -> Authority:
-        """Open the authority that is in a directory; `read_only` does so beside another process, and without its lock
-        nothing may be changed."""
+        """Open the authority in a directory.
+
+        With `read_only` it is opened without the lock, beside another process, and must not be changed.
+        """
         directory = Path(os.path.abspath(directory))
         if not os.path.isdir(directory) or (record := read_record(directory)) is None:
             raise ConfigError(f"there is no authority in {directory}; `gradstream certs init {directory}` makes one")
         lock = None if read_only else lock_directory(directory, "`gradstream certs`")
         try:
-            # Once more: another process may have changed it until the lock was had.
+            # Read the record again: another process may have changed it before the lock was taken.
             return cls(directory, read_record(directory) or record, clock, lock)
         except BaseException:
             if lock is not None:
@@ -155,7 +157,7 @@ class Authority:
 
     @property
     def ca_expires_at(self) -> int:
-        """The unix second at which the CA that signs expires."""
+        """The Unix second at which the CA that signs expires."""
         return self._cas.expires_at
 
     @property
@@ -169,13 +171,13 @@ class Authority:
         return [token for token in found if token is not None and token.is_good(self._clock())]
 
     def tokens(self) -> tuple[Token, ...]:
-        """All tokens that are known, oldest first."""
+        """All tokens in the table, oldest first."""
         return self._table.tokens
 
     def issue(self, role: str, name: str, days: int | None = None, directory: Path | None = None) -> Credentials:
-        """A new credential, written to `directory` if one is given, which must hold none.
+        """Issue a new credential, and write it to `directory` if one is given, which must not hold a credential yet.
 
-        `days` is how long it is good, at most until the CA expires: 90 for people and 365 for services by default.
+        The credential is good for `days`, by default 90 for people and 365 for services, at most until the CA expires.
         """
         if role not in ROLES:
             roles = nearest(role, ROLES) or f"; roles are {', '.join(ROLES)}"
@@ -194,9 +196,12 @@ class Authority:
         return self._issue(role, name, (days or default_days(role)) * DAY_SECONDS, directory)
 
     def renew(self, directory: Path, grace_seconds: float = GRACE_SECONDS, days: int | None = None) -> Credentials:
-        """Replace the credential in a directory by one of the same role and name, good for `days`, or for as long as
-        the one before. Its token stays good for `grace_seconds`, for those that have not read the new one yet: callers
-        look once in `transport.LOOK_SECONDS`, and are refused when the token ends before they do."""
+        """Replace the credential in a directory by a new one of the same role and name.
+
+        The new credential is good for `days`, by default for as long as the old one was. The old token stays good for
+        `grace_seconds`, because callers read new credentials only every `transport.LOOK_SECONDS` and are refused if
+        their token ends before.
+        """
         _check_days(days)
         found = store.read(directory)
         entry, problem = self._entry_of(found)
@@ -213,8 +218,10 @@ class Authority:
         return made
 
     def ensure(self, role: str, name: str, directory: Path) -> tuple[str, str]:
-        """See that a directory holds a credential of a role: (what was done, why), where what was done is "kept",
-        "renewed" or "issued". A revoked one stays as it is."""
+        """Make sure that a directory holds a credential of a role; return (action, reason).
+
+        The action is "kept", "renewed" or "issued". A revoked credential is kept.
+        """
         if not _held(directory):
             self.issue(role, name, directory=directory)
             return "issued", "there was none"
@@ -245,7 +252,7 @@ class Authority:
         return "issued", problem
 
     def refresh_ca(self, directory: Path) -> Credentials:
-        """Write the CA certificates that are trusted now into a credential directory; return what it holds then."""
+        """Write the CA certificates that are trusted now into a credential directory; return the credential."""
         found = store.read(directory)
         entry, problem = self._entry_of(found)
         if entry is None:
@@ -255,7 +262,7 @@ class Authority:
         return made
 
     def revoke(self, name_or_id: str) -> list[Token]:
-        """Revoke a token by its id, or all of a name; return those that were good until now."""
+        """Revoke the token with an id, or all tokens of a name; return those that were good until now."""
         named = [token for token in self._table.tokens if name_or_id in (token.id, token.name)]
         if not named:
             known = {token.name for token in self._table.tokens} | {token.id for token in self._table.tokens}
@@ -270,8 +277,10 @@ class Authority:
         return revoked
 
     def publish(self, path: Path) -> Path:
-        """Write the token table where a coordinator reads it: to a file, or as tokens.json into a directory. Raises
-        ConfigError for a directory of others' credentials."""
+        """Write the token table to a file, or as tokens.json into a directory, for a coordinator to read.
+
+        Raises ConfigError for a directory that holds the credential of another role or cluster.
+        """
         check_reader(path, self.cluster)
         file = path / TOKENS_NAME if path.is_dir() else path
         if file != self.tokens_path:
@@ -279,7 +288,7 @@ class Authority:
         return file
 
     def signed(self) -> tuple[bytes, bytes, bytes]:
-        """(the token table, its signature by the CA, the CA's certificate), for a coordinator to take."""
+        """The signed token table for a coordinator, as (the table, its signature by the CA, the CA's certificate)."""
         from gradstream.core.credentials import certificates
 
         data = self._table.serialize()
@@ -287,11 +296,11 @@ class Authority:
 
     @property
     def serial(self) -> int:
-        """The number of the token table, which each change raises."""
+        """The number of the token table. Each change raises it by one."""
         return self._table.serial
 
     def rotate_ca(self) -> None:
-        """Make a new CA, which signs from now on; the old one stays trusted until `finish_ca_rotation`."""
+        """Make a new CA, which signs from now on. The old one stays trusted until `finish_ca_rotation`."""
         from gradstream.core.credentials import certificates
 
         if self.is_rotating:
@@ -303,7 +312,7 @@ class Authority:
         made = certificates.new_ca(self.cluster, now, CA_DAYS * DAY_SECONDS)
         crossed = certificates.cross_sign(made.certificate, self._cas.signing, now)
         awaited = tuple(token.id for token in self._table.tokens if token.is_good(now))
-        # The key last: until then the old CA signs, and both are trusted.
+        # The key is written last: until then the old CA signs, and both CAs are trusted.
         self._write_record(dataclasses.replace(self._record, awaited=awaited))
         write_private(self.directory, {CROSS_NAME: crossed})
         write_private(
@@ -312,9 +321,10 @@ class Authority:
         self._cas = read_cas(self.directory, self.cluster)
 
     def finish_ca_rotation(self) -> None:
-        """Drop the old CA: what it signed is refused by all who read the new ca.pem.
+        """Drop the old CA. Processes that read the new ca.pem refuse certificates that the old CA signed.
 
-        Raises ConfigError, with their names, while good credentials have not been renewed since `rotate_ca`.
+        Raises ConfigError, with the holders' names, while some good credentials have not been renewed since
+        `rotate_ca`.
         """
         if not self.is_rotating:
             raise ConfigError(f"no rotation of the CA is under way in {self.directory}; begin one with --ca alone")
@@ -358,7 +368,7 @@ class Authority:
             # Callers know services by their certificates; nobody calls people.
             certificate="" if role in PEOPLE_ROLES else base64.b64encode(der).decode("ascii"),
         )
-        # The table first: nobody may hold a token that services do not know.
+        # The table is written first: no holder may have a token that services do not know.
         try:
             self._write_table(self._table.updated([entry], now))
             if directory is not None:
@@ -370,20 +380,20 @@ class Authority:
         return made
 
     def _cross(self) -> bytes:
-        """The signing CA signed by the one before it, while both are trusted."""
+        """The certificate of the signing CA signed by the old CA, while both are trusted; else empty."""
         from gradstream.core.credentials import certificates
 
         if not self.is_rotating:
             return b""
         crossed = read_pem(self.directory, CROSS_NAME)
-        # It is another CA's when a rotation was cut short before the new key was in place.
+        # The file belongs to another CA if a rotation was interrupted before the new key was written.
         return crossed if certificates.ca_of_key(crossed, self._cas.signing.key) is not None else b""
 
     def _entry_of(self, found: Credentials) -> tuple[Token | None, str]:
-        """(the entry of a credential that was issued here and not revoked, "") or (None, why it is none)."""
+        """Find the entry of a credential that was issued here and not revoked: (entry, "") or (None, the reason)."""
         from gradstream.core.credentials import certificates
 
-        # Of expired ones too: the authority may renew them.
+        # now=0: entries of expired credentials are found too, because the authority may renew them.
         entry, reason = check(found.token, self._table, now=0)
         if entry is None:
             return None, f"{found.source}: {reason}"
@@ -418,7 +428,10 @@ class Authority:
 
 
 def upkeep(entry: Token, trusts_cas: bool, now: float) -> tuple[str, str]:
-    """Whether a credential is "kept" or "renewed", and why. `trusts_cas`: its ca.pem is what the authority's is now."""
+    """Decide if a credential is "kept" or "renewed"; return the decision and its reason.
+
+    `trusts_cas` says that the credential's ca.pem has the CAs that the authority trusts now.
+    """
     if entry.expires_at - now <= RENEW_BEFORE_SECONDS:
         return "renewed", f"{'expired' if entry.expires_at <= now else 'expires'} on {utc(entry.expires_at)}"
     if not trusts_cas:
@@ -427,7 +440,7 @@ def upkeep(entry: Token, trusts_cas: bool, now: float) -> tuple[str, str]:
 
 
 def default_days(role: str) -> int:
-    """How long a credential of a role is good unless asked otherwise."""
+    """Default lifetime of a role's credentials, in days."""
     return PEOPLE_DAYS if role in PEOPLE_ROLES else SERVICE_DAYS
 
 

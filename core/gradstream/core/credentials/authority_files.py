@@ -1,4 +1,4 @@
-"""The files of an authority's directory: read with nothing trusted, written whole or not at all."""
+"""The files of an authority's directory: validated when read, written atomically."""
 
 from __future__ import annotations
 
@@ -35,21 +35,24 @@ _RECORD_KEYS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Record:
-    """authority.json. `tokens` is the file to which each change of the token table is published, relative to the
-    directory or absolute; the table's own one where it is published by hand. `awaited` are the ids of the tokens whose
-    certificates the old CA signed, while a rotation lasts."""
+    """The content of authority.json.
+
+    `tokens` is the file to which each change of the token table is published, relative to the directory or absolute. It
+    is the authority's own table where changes are published by hand. During a rotation of the CA, `awaited` has the ids
+    of the tokens whose certificates the old CA signed.
+    """
 
     cluster: str
     tokens: str
     awaited: tuple[str, ...] = ()
 
     def serialize(self) -> bytes:
-        """JSON."""
+        """The record as JSON."""
         return f"{json.dumps({'gradstream_authority': 1, **dataclasses.asdict(self)})}\n".encode()
 
     @classmethod
     def parse(cls, data: bytes, what: str) -> Record:
-        """What `serialize` made. Raises ConfigError for anything else."""
+        """Parse the output of `serialize`. Raises ConfigError for anything else."""
         found = exact_keys(parse_object(data, _MAX_RECORD_BYTES, what), _RECORD_KEYS, what)
         awaited = found["awaited"]
         sound = (
@@ -67,7 +70,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Cas:
-    """The CA that signs, until which unix second it is valid, and the others that are trusted."""
+    """The CA that signs, the Unix second at which it expires, and the other CAs that are trusted."""
 
     signing: SigningCa
     expires_at: int
@@ -80,7 +83,7 @@ class Cas:
 
 
 def read_record(directory: Path) -> Record | None:
-    """The record of the authority in a directory; None when there is none. Raises ConfigError when it is damaged."""
+    """Read the record of the authority in a directory; None when there is none. Raises ConfigError when damaged."""
     path = directory / RECORD_NAME
     try:
         return Record.parse(read_private(path, _MAX_RECORD_BYTES), str(path))
@@ -89,7 +92,7 @@ def read_record(directory: Path) -> Record | None:
 
 
 def read_cas(directory: Path, cluster: str) -> Cas:
-    """The CAs of the authority of a cluster. Raises ConfigError when they are missing, damaged or another cluster's."""
+    """Read the CAs of a cluster's authority. Raises ConfigError when they are missing, damaged or another cluster's."""
     from gradstream.core.credentials import certificates
 
     cas, key = read_pem(directory, "ca.pem"), read_pem(directory, "ca-key.pem")
@@ -110,7 +113,7 @@ def read_cas(directory: Path, cluster: str) -> Cas:
 
 
 def read_pem(directory: Path, name: str) -> bytes:
-    """A PEM file of an authority. Raises ConfigError when it is missing or cannot be read."""
+    """Read a PEM file of an authority. Raises ConfigError when it is missing or unreadable."""
     try:
         return read_private(directory / name, _MAX_PEM_BYTES)
     except FileNotFoundError:
@@ -118,8 +121,10 @@ def read_pem(directory: Path, name: str) -> bytes:
 
 
 def make_ca(directory: Path, now: float) -> str:
-    """Make the CA of a new cluster in a directory; return the cluster's id. A CA that is there, from an `init` that was
-    cut short, is used. Raises ConfigError."""
+    """Make the CA of a new cluster in a directory; return the cluster's id.
+
+    A CA that an interrupted `init` left there is used. Raises ConfigError.
+    """
     from gradstream.core.credentials import certificates
 
     has_cert, has_key = (os.path.lexists(directory / name) for name in ("ca.pem", "ca-key.pem"))
@@ -131,15 +136,15 @@ def make_ca(directory: Path, now: float) -> str:
         return certificates.cluster_of_ca(read_pem(directory, "ca.pem"))[0]
     cluster = os.urandom(4).hex()
     made = certificates.new_ca(cluster, now, CA_DAYS * DAY_SECONDS)
-    # A key alone is of an `init` that was cut short: nothing was signed with it.
+    # A key without a certificate is left from an interrupted `init`: nothing was signed with it.
     write_private(directory, {"ca-key.pem": made.key, "ca.pem": made.certificate})
     return cluster
 
 
 def read_table(path: Path, cluster: str, directory: Path) -> TokenTable:
-    """The token table of a cluster, whose authority is in `directory`.
+    """Read the token table of a cluster whose authority is in `directory`.
 
-    Raises ConfigError when it is missing, damaged or another cluster's.
+    Raises ConfigError when the table is missing, damaged or another cluster's.
     """
     try:
         table = TokenTable.parse(read_private(path, MAX_TABLE_BYTES), str(path))
@@ -157,7 +162,7 @@ def read_table(path: Path, cluster: str, directory: Path) -> TokenTable:
 
 
 def write_table(path: Path, table: TokenTable) -> None:
-    """Write the token table, with the mode that it has. Raises ConfigError."""
+    """Write the token table and keep the mode of an existing file. Raises ConfigError."""
     try:
         mode = path.stat().st_mode & 0o777
     except OSError:
@@ -166,8 +171,10 @@ def write_table(path: Path, table: TokenTable) -> None:
 
 
 def check_reader(directory: Path, cluster: str) -> None:
-    """Raise ConfigError for a directory of credentials with which nobody reads a token table. Other paths may be where
-    a coordinator reads."""
+    """Raise ConfigError for a directory that holds a credential other than that of the cluster's coordinator.
+
+    Only a coordinator reads a token table. Paths without credentials are not refused.
+    """
     try:
         facts = read_certificates((directory / "cert.pem").read_bytes())[0]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a certificate says of itself, for people and for diagnoses. Nothing here decides whether to trust one."""
+"""The contents of certificates, for people and for diagnoses. Nothing here decides if a certificate is trusted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradstream.core.credentials.tokens import DNS_SUFFIX
 
 @dataclass(frozen=True, slots=True)
 class CertificateFacts:
-    """A certificate's contents. Times are Unix seconds; names are empty where it has none."""
+    """A certificate's contents. Times are Unix seconds; a name that the certificate lacks is empty."""
 
     name: str
     cluster: str
@@ -22,20 +22,20 @@ class CertificateFacts:
 
     @property
     def title(self) -> str:
-        """Whose it is: worker 'w-1' of cluster 1a2b3c4d."""
+        """The holder and cluster, like: worker 'w-1' of cluster 1a2b3c4d."""
         whose = f"{self.role} '{self.name}'" if self.role else f"'{self.name or 'nobody'}'"
         return f"{whose} of cluster {self.cluster}" if self.cluster else whose
 
 
 def read_certificates(pem: bytes) -> list[CertificateFacts]:
-    """The certificates in a PEM file. Raises ValueError when it has none or one is malformed."""
+    """Read the certificates in a PEM file. Raises ValueError when there is none or one is malformed."""
     from cryptography import x509
 
     return [_facts(certificate) for certificate in x509.load_pem_x509_certificates(pem)]
 
 
 def read_der(der: bytes) -> CertificateFacts:
-    """The certificate that a peer showed. Raises ValueError when it is malformed."""
+    """Read a certificate in DER form, as peers show it. Raises ValueError when it is malformed."""
     from cryptography import x509
 
     return _facts(x509.load_der_x509_certificate(der))

@@ -1,9 +1,10 @@
-"""The certificates of a cluster: making them, and reading those of others.
+"""The certificates of a cluster: made, read, verified and used to sign.
 
-This is the only module that imports `cryptography`, 0.1 s long; others import it inside their functions.
+Importing `cryptography` takes 0.1 s. Only this module imports it at the top; other modules import this one inside their
+functions.
 
-A certificate is for ECDSA on P-256. Its holder's name is the common name, the cluster's id the organization, and
-`<role>.gradstream` the one DNS name, by which callers know whom they talk to. Certificates and keys are PEM here.
+A certificate has an ECDSA key on P-256. The common name is the holder's name, the organization the cluster's id, and
+the only DNS name is `<role>.gradstream`, by which callers know the peer's role. Certificates and keys are PEM here.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from gradstream.core.credentials.tokens import DNS_SUFFIX, PEOPLE_ROLES, ROLES, 
 from gradstream.core.errors import ConfigError
 
 SKEW_SECONDS = 3600
-"""So long before it was made is a certificate valid, for machines whose clocks are behind."""
+"""Time before its making from which a certificate is valid, for machines whose clocks are behind."""
 MAX_CERTIFICATES = 8
-"""In one file: a rotation has two, the old and the new."""
+"""Maximum number of certificates in one file. During a rotation there are two, the old CA and the new one."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Whom a certificate is for. Times are unix seconds."""
+    """A certificate's holder, cluster and validity. Times are Unix seconds."""
 
     role: str
     name: str
@@ -38,31 +39,31 @@ class Certificate:
 
     @property
     def lifetime_seconds(self) -> int:
-        """How long it is valid after it was made."""
+        """Time from the certificate's making until it expires."""
         return self.expires_at - self.valid_from - SKEW_SECONDS
 
 
 @dataclass(frozen=True)
 class SigningCa:
-    """A CA that certificates are signed with."""
+    """A CA certificate and its key, which sign certificates."""
 
     certificate: bytes
     key: bytes
 
 
 def new_ca(cluster: str, now: float, lifetime_seconds: float) -> SigningCa:
-    """A new CA of a cluster."""
+    """Make a new CA of a cluster."""
     key = ec.generate_private_key(ec.SECP256R1())
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    # Each CA a name of its own: where two are trusted, nothing can take one for the other.
+    # Each CA has its own name: where two CAs are trusted, they cannot be confused.
     name = _name(f"gradstream CA {identifier.digest.hex()[:8]}", cluster)
-    # One CA may be below it: the next one, while a rotation lasts.
+    # Path length 1: during a rotation this CA signs the next one.
     made = _ca_certificate(name, name, key.public_key(), key, 1, now, now + lifetime_seconds)
     return SigningCa(_pem(made), _key_pem(key))
 
 
 def cross_sign(ca: bytes, by: SigningCa, now: float) -> bytes:
-    """The certificate of the new CA `ca`, signed by the old one: who trusts the old one alone follows it to the new."""
+    """The certificate of the new CA `ca`, signed by the old CA `by`, for peers that trust only the old CA."""
     subject, issuer = _certificates(ca)[0], _certificates(by.certificate)[0]
     expires_at = min(subject.not_valid_after_utc, issuer.not_valid_after_utc).timestamp()
     key = _load_key(by.key)
@@ -70,7 +71,7 @@ def cross_sign(ca: bytes, by: SigningCa, now: float) -> bytes:
 
 
 def new_leaf(ca: SigningCa, cluster: str, role: str, name: str, now: float, expires_at: float) -> tuple[bytes, bytes]:
-    """A certificate of a role for a name, as (certificate, key)."""
+    """Make a certificate for a holder's name and role, as (certificate, key)."""
     key = ec.generate_private_key(ec.SECP256R1())
     issuer = _certificates(ca.certificate)[0]
     usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
@@ -88,9 +89,9 @@ def new_leaf(ca: SigningCa, cluster: str, role: str, name: str, now: float, expi
 
 
 def describe(cert: bytes, where: str) -> Certificate:
-    """Whom the first certificate of `cert` is for. `where` says in messages whose file it is.
+    """Read the holder of the first certificate in `cert`. `where` says in messages which file it is.
 
-    Raises ConfigError when it is no certificate of gradstream's.
+    Raises ConfigError when the certificate was not made by gradstream.
     """
     try:
         leaf = _certificates(cert)[0]
@@ -101,7 +102,7 @@ def describe(cert: bytes, where: str) -> Certificate:
         valid_from, expires_at = leaf.not_valid_before_utc, leaf.not_valid_after_utc
     except x509.ExtensionNotFound:
         names, clusters, roles = [], [], []
-    except Exception:  # of foreign bytes, in which the parser finds faults of many kinds
+    except Exception:  # the parser raises errors of many types for malformed bytes
         raise ConfigError(f"cert.pem {where} is not a certificate in PEM form; copy the credentials again") from None
     if len(names) != 1 or len(clusters) != 1 or len(roles) != 1 or roles[0] not in ROLES:
         raise ConfigError(f"cert.pem {where} was not made by `gradstream certs`; credentials are issued by it alone")
@@ -112,7 +113,7 @@ def describe(cert: bytes, where: str) -> Certificate:
 
 
 def sha256(cert: bytes) -> str:
-    """The sha256 of a PEM's first certificate (of its DER), in hex, by which the token table knows it."""
+    """Hex sha256 of the first certificate in a PEM text, over its DER form, as the token table records it."""
     return _certificates(cert)[0].fingerprint(hashes.SHA256()).hex()
 
 
@@ -122,23 +123,25 @@ def sign(ca: SigningCa, data: bytes) -> bytes:
 
 
 def verify_signature(trusted: bytes, signer: bytes, data: bytes, signature: bytes) -> None:
-    """Check that a CA among `trusted` (PEM), or one that such a CA has signed, has signed `data`; `signer` (PEM) is its
-    certificate. Raises ConfigError."""
+    """Check the signature of `data` by the CA `signer` (PEM). Raises ConfigError.
+
+    The signer must be one of the CAs in `trusted` (PEM), or a CA that one of these has signed.
+    """
     try:
         authorities, found = _certificates(trusted), _certificates(signer)[0]
         is_ca = found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
         is_known = any(found == authority or _is_signed(found, authority) for authority in authorities)
         _public(found).verify(signature, data, ec.ECDSA(hashes.SHA256()))
-    except Exception:  # of foreign bytes, in which the parser finds faults of many kinds
+    except Exception:  # the parser raises errors of many types for malformed bytes
         is_ca = is_known = False
     if not (is_ca and is_known):
         raise ConfigError("the signature of the token table is not of this cluster's authority")
 
 
 def check(ca: bytes, cert: bytes, key: bytes, now: float, where: str, directory: str) -> None:
-    """Check that the key is the certificate's, that one of the CAs signed it, and that both are valid now.
+    """Check that a key belongs to a certificate, that one of the CAs signed the certificate, and that both are valid.
 
-    Raises ConfigError. `directory` is what the cure names ("DIR" where it is not known).
+    Raises ConfigError. The cure in the message names `directory` ("DIR" where it is not known).
     """
     leaf = describe(cert, where)
     try:
@@ -172,9 +175,9 @@ def check(ca: bytes, cert: bytes, key: bytes, now: float, where: str, directory:
 
 
 def ca_of_key(cas: bytes, key: bytes) -> tuple[bytes, tuple[bytes, ...]] | None:
-    """(the CA certificate that `key` is of, the others) among those of a ca.pem; None when it is of none of them.
+    """Find the CA certificate of a key in a ca.pem, as (that certificate, the others); None when none has the key.
 
-    Raises ConfigError when one of the two is not PEM.
+    Raises ConfigError when `cas` or `key` is not PEM.
     """
     try:
         found, public = _certificates(cas), _load_key(key).public_key()
@@ -185,7 +188,7 @@ def ca_of_key(cas: bytes, key: bytes) -> tuple[bytes, tuple[bytes, ...]] | None:
 
 
 def cluster_of_ca(ca: bytes) -> tuple[str, int]:
-    """(cluster id, unix second at which it expires) of a CA certificate. Raises ConfigError when it has no such id."""
+    """Read a CA certificate, as (cluster id, Unix second of its end). Raises ConfigError when it has no cluster id."""
     try:
         certificate = _certificates(ca)[0]
     except Exception:

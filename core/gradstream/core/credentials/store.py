@@ -1,7 +1,7 @@
-"""Credentials: what a person or a service shows that it is who it says, and knows others by.
+"""Credentials, with which a person or a service proves its identity and verifies its peers.
 
-A *credential directory* holds `ca.pem`, `cert.pem`, `key.pem` and `token`; a *pack* is the same as one line of JSON,
-for pipes. The authority (`authority.py`) issues them.
+A *credential directory* holds `ca.pem`, `cert.pem`, `key.pem` and `token`. A *pack* holds the same as one line of JSON,
+for pipes. The authority (`authority.py`) issues both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from gradstream.core.credentials.certificates import Certificate
 
 FILES = ("ca.pem", "cert.pem", "key.pem", "token")
-# In this order they are replaced: nothing is shown before it is trusted, and the certificate comes right after its key.
+# The order in which files are replaced: the CA before the certificate that it signed, and the certificate right after
+# its key.
 _WRITE_ORDER = ("ca.pem", "token", "key.pem", "cert.pem")
 _SECRET_FILES = ("key.pem", "token")
 MAX_FILE_BYTES = 64 << 10
@@ -42,9 +43,9 @@ _PACK_KEYS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Credentials:
-    """One credential. `ca`, `cert` and `key` are PEM; `source` says in messages where it comes from.
+    """One credential. `ca`, `cert` and `key` are PEM; `source` says in messages where it was read from.
 
-    The properties raise ConfigError when `cert` is no certificate of gradstream's.
+    The properties raise ConfigError when `cert` was not made by gradstream.
     """
 
     ca: bytes = dataclasses.field(repr=False)
@@ -53,7 +54,7 @@ class Credentials:
     token: str = dataclasses.field(repr=False)
     source: str
     warnings: tuple[str, ...] = ()
-    """One line each: what is unwise about the files that it was read from."""
+    """Warnings about the files that the credential was read from, one line each."""
 
     @cached_property
     def _certificate(self) -> Certificate:
@@ -63,44 +64,44 @@ class Credentials:
 
     @property
     def role(self) -> str:
-        """What its holder may be: one of tokens.ROLES."""
+        """The holder's role: one of tokens.ROLES."""
         return self._certificate.role
 
     @property
     def name(self) -> str:
-        """Its holder's name."""
+        """The holder's name."""
         return self._certificate.name
 
     @property
     def cluster(self) -> str:
-        """The id of its cluster: 8 hex digits."""
+        """The id of the cluster: 8 hex digits."""
         return self._certificate.cluster
 
     @property
     def expires_at(self) -> int:
-        """The unix second at which its certificate expires."""
+        """The Unix second at which the certificate expires."""
         return self._certificate.expires_at
 
     @property
     def valid_from(self) -> int:
-        """The unix second from which on its certificate is valid: some time before it was made."""
+        """The Unix second from which the certificate is valid: some time before it was made."""
         return self._certificate.valid_from
 
     @property
     def lifetime_seconds(self) -> int:
-        """How long it was issued for."""
+        """The time for which the credential was issued."""
         return self._certificate.lifetime_seconds
 
 
 def dns_name(role: str) -> str:
-    """The name that the certificates of a role have, which callers ask for in the place of a host's."""
+    """The DNS name in the certificates of a role, which callers verify instead of the host's name."""
     return role + DNS_SUFFIX
 
 
 def load(directory: Path | str, now: float) -> Credentials:
-    """The credentials in a directory, if they hold at `now` (unix seconds).
+    """Read the credential in a directory and check that it is valid at `now` (Unix seconds).
 
-    Raises ConfigError, on one line, when the directory or a file of it is missing, unreadable or damaged, when the
+    Raises ConfigError, on one line, when the directory or one of its files is missing, unreadable or damaged, when the
     files do not belong together, and when the certificate is not valid now.
     """
     found = read(directory)
@@ -109,9 +110,9 @@ def load(directory: Path | str, now: float) -> Credentials:
 
 
 def read(directory: Path | str) -> Credentials:
-    """The credentials in a directory as they are: complete and well-formed, but perhaps expired, or not of one piece.
+    """Read the credential in a directory without `verify`: it may be expired, and its files of different credentials.
 
-    Raises ConfigError.
+    Raises ConfigError when a file is missing, unreadable or too large, or the token is malformed.
     """
     place = _path(directory)
     try:
@@ -126,7 +127,7 @@ def read(directory: Path | str) -> Credentials:
 
 
 def verify(credentials: Credentials, now: float) -> None:
-    """Check that the parts of a credential belong together and hold at `now` (unix seconds). Raises ConfigError."""
+    """Check that the parts of a credential match and are valid at `now` (Unix seconds). Raises ConfigError."""
     from gradstream.core.credentials import certificates
 
     where, directory = f"in {credentials.source}", credentials.source if os.sep in credentials.source else "DIR"
@@ -140,9 +141,9 @@ def verify(credentials: Credentials, now: float) -> None:
 
 
 def save(directory: Path | str, credentials: Credentials) -> None:
-    """Write a credential directory, or replace the credentials in one, for its owner's eyes alone.
+    """Write a credential directory that only its owner may read, or replace the credential in one.
 
-    Whoever reads meanwhile (`load`) has the old credentials or the new ones. Raises ConfigError when it cannot be done.
+    A concurrent `load` reads either the old credential or the new one. Raises ConfigError when it cannot be written.
     """
     contents = {
         "ca.pem": credentials.ca,
@@ -154,7 +155,7 @@ def save(directory: Path | str, credentials: Credentials) -> None:
 
 
 def to_pack(credentials: Credentials) -> str:
-    """The pack, one line of JSON."""
+    """The credential as a pack: one line of JSON."""
     return json.dumps(
         {
             "gradstream_credentials": 1,
@@ -167,7 +168,7 @@ def to_pack(credentials: Credentials) -> str:
 
 
 def from_pack(pack: bytes | str, now: float, source: str = "the pack") -> Credentials:
-    """The credentials that a pack holds, if they hold at `now` (unix seconds). Raises ConfigError, on one line."""
+    """Read a pack and check that its credential is valid at `now` (Unix seconds). Raises ConfigError, on one line."""
     document = parse_object(pack, MAX_PACK_BYTES, source)
     if document.get("gradstream_credentials") != 1 and "gradstream_credentials" in document:
         raise ConfigError(f"{source} has a form that this version does not know; update gradstream")
@@ -179,28 +180,28 @@ def from_pack(pack: bytes | str, now: float, source: str = "the pack") -> Creden
 
 
 def fingerprint(directory: Path | str) -> tuple[tuple[int, int], ...]:
-    """Cheap to take, and another one after the files of a directory were replaced: (mtime_ns, size) of each file."""
+    """(mtime_ns, size) of each file of a credential directory: cheap to read, and different after a replacement."""
     place = _path(directory)
     return tuple(_stamp(place / name) for name in FILES)
 
 
 def store_for(address: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Where `gradstream login` keeps the credentials for an address (host:port).
+    """The directory in which `gradstream login` keeps the credential for an address (host:port).
 
-    Raises ConfigError when the address is not of that form.
+    Raises ConfigError when the address is not of the form host:port.
     """
     match = re.fullmatch(r"\[([0-9a-f:.%]{2,60})\]:(\d{1,5})|([a-z0-9][a-z0-9._-]{0,252}):(\d{1,5})", address.lower())
     port = int(match[2] or match[4]) if match else 0
     if match is None or not 0 < port < 65536:
         raise ConfigError(f"'{address}' is not an address of the form host:port, like 127.0.0.1:7000")
     host = match[1] or match[3]
-    # Both are written for the same place.
+    # People write both names for the same host.
     host = "127.0.0.1" if host == "localhost" else host
     return store_directory(environment) / f"{host}_{port}"
 
 
 def stored_for(address: str, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The directory with the credentials that `gradstream login` stored for an address; None when there are none.
+    """The directory with the credential that `gradstream login` stored for an address; None when there is none.
 
     Raises ConfigError when the address is not of the form host:port.
     """
@@ -209,16 +210,18 @@ def stored_for(address: str, environment: Mapping[str, str] = os.environ) -> Pat
 
 
 def find_credentials(address: str, given: str | Path | None = None) -> Path | None:
-    """The directory of the credentials for an address: those given, else the environment's GRADSTREAM_CREDENTIALS, else
-    those that `gradstream login` stored for it. None: in the clear."""
+    """The directory of the credential for an address; None to connect in the clear.
+
+    It is `given`, else the environment's GRADSTREAM_CREDENTIALS, else the one that `gradstream login` stored.
+    """
     named = given or os.environ.get("GRADSTREAM_CREDENTIALS")
     return Path(named).expanduser() if named else stored_for(address)
 
 
 def store_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where `gradstream login` keeps credentials: below $XDG_CONFIG_HOME, else below ~/.config."""
+    """The directory in which `gradstream login` keeps credentials: below $XDG_CONFIG_HOME, else below ~/.config."""
     configured = environment.get("XDG_CONFIG_HOME", "")
-    # The standard says to ignore a relative one.
+    # The XDG standard says to ignore a relative path.
     if not os.path.isabs(configured):
         home = os.path.expanduser("~")
         if not os.path.isabs(home):

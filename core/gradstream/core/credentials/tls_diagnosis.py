@@ -1,8 +1,9 @@
-"""Why a connection does not come about: one cause and one cure, found by trying it step by step.
+"""Diagnosis of a failed connection: one cause and one cure, found by connecting step by step.
 
-gRPC says of all of these that the peer is unavailable. Here the steps are made one by one with sockets and Python's
-ssl, each with a time-out: the name, the port, what listens there, its certificate, and what it says of ours. All calls
-block; an event loop makes them in a thread.
+gRPC reports every cause as an unavailable peer. The diagnosis makes each step by itself with sockets and Python's ssl,
+with a time-out: it resolves the name, connects to the port, finds out which protocol the peer speaks, verifies the
+peer's certificate, and waits for the peer's answer to our certificate. All calls block; an event loop makes them in a
+thread.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from gradstream.core.credentials.tokens import utc
 
 TIMEOUT_SECONDS = 3.0
 ANSWER_SECONDS = 1.0
-"""How long a peer may be silent before it counts as one that does not speak first."""
+"""Time after which a peer that has sent nothing counts as silent."""
 
-# The beginning of every HTTP/2 connection, and of gRPC's: the preface and empty settings.
+# The first bytes of every HTTP/2 connection, hence of gRPC: the preface and empty settings.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 
 class Cause(StrEnum):
-    """Why there is no connection."""
+    """Causes of a failed connection."""
 
     NONE = "none"
     BAD_ADDRESS = "bad-address"
@@ -51,7 +52,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What is the matter. With cause NONE gRPC can be spoken, and `certificate` is the peer's, if it showed one."""
+    """The result of a diagnosis. Cause NONE means that gRPC works. `certificate` is the peer's, if it showed one."""
 
     cause: Cause
     text: str
@@ -60,7 +61,7 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is."""
+        """Whether the connection works."""
         return self.cause is Cause.NONE
 
     @property
@@ -71,7 +72,10 @@ class Diagnosis:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What one shows and trusts: PEM texts. Without a certificate one trusts `ca` and shows nothing."""
+    """The certificate and key that this side shows, and the CA that it trusts, as PEM texts.
+
+    Without a certificate this side trusts `ca` and shows nothing.
+    """
 
     ca: bytes
     cert: bytes = b""
@@ -86,7 +90,7 @@ def diagnose_connection(
     now: float | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Diagnosis:
-    """Try to connect to a gRPC server at `host`:`port` as gradstream would, and say what hinders it.
+    """Connect to a gRPC server at `host`:`port` as gradstream does; return the cause if the connection fails.
 
     `identity` is None for a connection in the clear. `role` is the role that the peer's certificate must have; empty
     for any. `now` is Unix time in seconds. Blocks for a few times `timeout_seconds` at most.
@@ -102,7 +106,7 @@ def diagnose_connection(
 
 
 def check_own(identity: Identity, now: float) -> Diagnosis | None:
-    """What is wrong with one's own certificates; None when nothing is."""
+    """Check this side's own certificates; return what is wrong, or None."""
     mend = "issue it again: `gradstream certs issue`, or `gradstream certs rotate`"
     for what, pem in (("the CA certificate (ca.pem)", identity.ca), ("our certificate (cert.pem)", identity.cert)):
         if not pem and pem is identity.cert:
@@ -123,7 +127,7 @@ def check_own(identity: Identity, now: float) -> Diagnosis | None:
 
 
 def _reach(host: str, port: int, timeout_seconds: float) -> Diagnosis | None:
-    """Why there is no TCP connection; None when there is."""
+    """Try a TCP connection; return why there is none, or None if there is one."""
     if not host or not 0 < port < 65536:
         return Diagnosis(
             Cause.BAD_ADDRESS, f"'{host}:{port}' is no address", "write it as host:port, like 10.0.0.1:7000"
@@ -158,7 +162,7 @@ def _reach(host: str, port: int, timeout_seconds: float) -> Diagnosis | None:
 
 
 def _is_known(host: str, timeout_seconds: float) -> bool:
-    """Whether a name can be resolved in time. A name server that does not answer would hold us up for long."""
+    """Whether a name can be resolved in time. Without the time-out, a silent name server would block for long."""
     found: list[object] = []
 
     def look_up() -> None:
@@ -187,7 +191,7 @@ class _Peer:
     # ---- in the clear ----------------------------------------------------------------------------------------------
 
     def in_clear(self) -> Diagnosis:
-        """Without credentials."""
+        """Diagnose a connection without credentials."""
         first = self._answer_in_clear()
         kind = kind_of(first)
         if kind == "gRPC":
@@ -203,7 +207,7 @@ class _Peer:
         return self._foreign(first, kind)
 
     def _answer_in_clear(self) -> bytes | None:
-        """The first bytes that the peer answers to gRPC's; None when it is silent."""
+        """The first bytes of the peer's answer to gRPC's preface; None when the peer is silent."""
         try:
             with socket.create_connection(self._where, self._timeout_seconds) as connection:
                 connection.settimeout(ANSWER_SECONDS)
@@ -230,14 +234,14 @@ class _Peer:
     # ---- with TLS --------------------------------------------------------------------------------------------------
 
     def with_tls(self, identity: Identity) -> Diagnosis:
-        """With credentials that are sound in themselves."""
+        """Diagnose a connection with credentials that `check_own` has passed."""
         try:
             context = _context(identity)
         except (ssl.SSLError, ValueError, OSError):
             return Diagnosis(
                 Cause.OWN_CREDENTIALS,
-                "our certificate and key (cert.pem, key.pem) do not go together or are malformed",
-                "issue them again: `gradstream certs issue`, or copy both anew",
+                "our certificate and key (cert.pem, key.pem) do not match or are malformed",
+                "issue them again: `gradstream certs issue`, or copy both again",
             )
         context.check_hostname = bool(self._server_name)
         try:
@@ -253,7 +257,7 @@ class _Peer:
             return self._no_handshake(error)
 
     def _after_handshake(self, connection: ssl.SSLSocket, certificate: CertificateFacts | None) -> Diagnosis:
-        """In TLS 1.3 the peer looks at our certificate after the handshake is over for us."""
+        """Speak gRPC on a new TLS connection. In TLS 1.3 the peer verifies our certificate after our handshake."""
         connection.settimeout(ANSWER_SECONDS)
         try:
             connection.sendall(_HELLO)
@@ -269,14 +273,14 @@ class _Peer:
         return self._foreign(first, "TLS, but not gRPC" if first is None else kind_of(first))
 
     def _refused(self, error: OSError | None, certificate: CertificateFacts | None) -> Diagnosis:
-        """The peer let us in and then hung up: it does not like our certificate."""
+        """The diagnosis for a peer that closed the connection because it refuses our certificate."""
         reason = str(getattr(error, "reason", "") or "").lower()
         why = ""
         for part, words in (
             ("certificate_required", ": it wants one"),
             ("unknown_ca", ": it trusts another CA"),
-            ("certificate_expired", ": it holds it to be expired"),
-            ("bad_certificate", ": it holds it to be bad"),
+            ("certificate_expired", ": it says that the certificate has expired"),
+            ("bad_certificate", ": it says that the certificate is malformed"),
         ):
             if part in reason:
                 why = words
@@ -288,7 +292,7 @@ class _Peer:
         )
 
     def _no_handshake(self, error: OSError) -> Diagnosis:
-        """The handshake broke off, before the peer showed a certificate or because of ours."""
+        """Diagnose a failed handshake: the peer showed no certificate, or it refused ours."""
         reason = str(getattr(error, "reason", "") or "")
         if "ALERT" in reason and self._shown_certificate() is not None:
             return self._refused(error, self._shown_certificate())
@@ -342,7 +346,7 @@ class _Peer:
         )
 
     def _shown_certificate(self) -> CertificateFacts | None:
-        """What the peer shows, believed or not; None when it speaks no TLS."""
+        """The peer's certificate, not verified; None when the peer does not speak TLS."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.set_alpn_protocols(["h2"])
@@ -358,12 +362,12 @@ class _Peer:
 
 
 def kind_of(first: bytes | None) -> str:
-    """What a peer speaks whose first bytes, answering gRPC's, are these; empty when that cannot be told."""
+    """The protocol of a peer that answers gRPC's preface with the bytes `first`; empty when it is not known."""
     if not first:
         return ""
     if len(first) >= 9 and first[3] == 4 and first[5:9] == bytes(4):
         return "gRPC"
-    # Some answer a version that they do not know with a page and no status.
+    # Some servers answer an unknown HTTP version with a page and no status line.
     if first.startswith(b"HTTP/") or first[:5].lower() in (b"<!doc", b"<html"):
         return "HTTP/1"
     if first.startswith(b"SSH-"):
@@ -382,13 +386,13 @@ def _bare(host: str) -> str:
 
 
 def _context(identity: Identity) -> ssl.SSLContext:
-    """As gRPC would connect. Raises OSError (SSLError too) or ValueError for what cannot be loaded."""
+    """A TLS context with the settings of gRPC. Raises OSError (SSLError too) or ValueError for malformed files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2"])
     context.load_verify_locations(cadata=identity.ca.decode("ascii"))
     if identity.cert:
-        # ssl takes paths alone; the directory is ours only (0700).
+        # ssl takes only paths; only this user may enter the directory (0700).
         with tempfile.TemporaryDirectory(prefix="gradstream-") as directory:
             path = Path(directory) / "both.pem"
             path.touch(mode=0o600)

@@ -1,8 +1,8 @@
-"""Bearer tokens: how they look, the table of those that were issued, and the decision whether one is good.
+"""Bearer tokens: their form, the table of issued tokens, and the decision if a token is good.
 
-A token is `gst_<cluster id>_<token id>_<secret>`. The table keeps the sha256 of the whole text, so it lets nobody in:
-the secret has 256 random bits, which no dictionary has. The authority (`authority.py`) writes the table; every service
-decides by its copy of it.
+A token is `gst_<cluster id>_<token id>_<secret>`. The table has only the sha256 of the whole text. A reader of the
+table cannot find the token from it, because the secret has 256 random bits. The authority (`authority.py`) writes the
+table; every service decides by its copy.
 """
 
 from __future__ import annotations
@@ -23,36 +23,37 @@ from gradstream.core.errors import ConfigError
 from gradstream.core.storage.strict_json import exact_keys, parse_object
 
 PEOPLE_ROLES = ("viewer", "submitter", "admin")
-"""What people may be, each with all that those before it may do."""
+"""The roles of people. Each may do everything that the roles before it may."""
 SERVICE_ROLES = ("worker", "server", "coordinator", "fine-tuning")
 ROLES = (*PEOPLE_ROLES, *SERVICE_ROLES)
 DNS_SUFFIX = ".gradstream"
-"""Of the one DNS name in a certificate, ROLE.gradstream."""
+"""Suffix of the DNS name in a certificate, ROLE.gradstream."""
 
 MAX_TOKENS = 8192
 MAX_TABLE_BYTES = (4 << 20) - (64 << 10)
-"""A gRPC message can hold a table: about 3,500 services' credentials that are good, or MAX_TOKENS of people."""
+"""Size limit of a table, which must fit in a gRPC message: about 3,500 good service tokens, or MAX_TOKENS of people."""
 FORM = 2
 KEPT_AFTER_END_SECONDS = 30 * 86_400
-"""How long a token's entry stays in the table after it expired or was revoked, so that a refusal can say so."""
+"""Time for which an expired or revoked token stays in the table. A refusal can then name the reason."""
 
 SOON_SECONDS = 14 * 86_400
-"""So long before its end is a credential warned of."""
+"""Time before a credential's end at which warnings begin."""
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}"
 _CLUSTER = re.compile(r"[0-9a-f]{8}")
 _TOKEN = re.compile(r"gst_([0-9a-f]{8})_([0-9a-f]{8})_[A-Za-z0-9_-]{43}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(NAME_PATTERN)
-_LAST_SECOND = 253_402_300_799  # of the year 9999, the last that a date can be made of
+_LAST_SECOND = 253_402_300_799  # the last second of the year 9999, the largest that `datetime` can show
 
 
 @dataclass(frozen=True)
 class Token:
-    """What is known of a token that was issued. Times are unix seconds; `sha256` is of the token's whole text.
+    """The table's entry of an issued token. Times are Unix seconds; `sha256` is the hash of the token's whole text.
 
-    `certificate_sha256` is of the certificate (DER) that it was issued with and counts with alone. `certificate` is a
-    service's itself (DER in base64), by which callers know it; empty for people and for what has ended.
+    `certificate_sha256` is the hash of the certificate (DER) that was issued with the token: the token is good only on
+    a connection that shows this certificate. `certificate` is the certificate of a service (DER in base64), by which
+    callers know the service. It is empty for people, and once the token has ended.
     """
 
     id: str
@@ -67,16 +68,16 @@ class Token:
 
     @property
     def holder(self) -> str:
-        """Whose it is, for people: worker 'w'."""
+        """The holder, for people, like: worker 'w'."""
         return f"{self.role} '{self.name}'"
 
     @property
     def ends_at(self) -> int:
-        """When it stops being good: the end of its time, or its revocation before that."""
+        """The Unix second at which the token stops being good: its expiry, or its revocation if that is earlier."""
         return self.expires_at if self.revoked_at is None else min(self.expires_at, self.revoked_at)
 
     def is_good(self, now: float) -> bool:
-        """Whether it is neither expired nor revoked."""
+        """Whether the token is neither expired nor revoked."""
         return self.revoked_at is None and now < self.expires_at
 
 
@@ -112,12 +113,14 @@ class TokenTable:
         return {token.id: token for token in self.tokens}
 
     def find(self, token_id: str) -> Token | None:
-        """The entry of a token's id."""
+        """The entry with a token's id; None when there is none."""
         return self._by_id.get(token_id)
 
     def updated(self, tokens: Iterable[Token], now: float) -> TokenTable:
-        """The table with these entries new or in the place of those of their ids, and without those that ended 30 days
-        ago. Raises ConfigError when it is full."""
+        """The table with these entries added, or replaced where the id exists.
+
+        Entries that ended 30 days ago or earlier are dropped. Raises ConfigError when the table is full.
+        """
         merged = {**self._by_id, **{token.id: token for token in tokens}}
         kept = tuple(
             token if token.is_good(now) else dataclasses.replace(token, certificate="")
@@ -133,17 +136,17 @@ class TokenTable:
         return made
 
     def certificates(self, role: str, now: float) -> bytes:
-        """The certificates of a service role that are good now, PEM one after the other."""
+        """The certificates of a service role whose tokens are good now, as one PEM text."""
         found = (token.certificate for token in self.tokens if token.role == role and token.is_good(now))
         return b"".join(_pem(certificate) for certificate in found if certificate)
 
     def without(self, token_id: str) -> TokenTable:
-        """The table without the entry of an id."""
+        """The table without the entry that has an id."""
         kept = tuple(token for token in self.tokens if token.id != token_id)
         return TokenTable(self.cluster, kept, self.serial + 1)
 
     def serialize(self) -> bytes:
-        """JSON, a line for each token."""
+        """The table as JSON, with a line for each token."""
         lines = ",\n".join(json.dumps(dataclasses.asdict(token)) for token in self.tokens)
         body = f"\n{lines}\n" if lines else ""
         head = f'"gradstream_tokens": {FORM}, "cluster": "{self.cluster}", "serial": {self.serial}'
@@ -151,7 +154,7 @@ class TokenTable:
 
     @classmethod
     def parse(cls, data: bytes, what: str = "the token table") -> TokenTable:
-        """The table that `data`, from a file or from the wire, is. `what` names it in messages.
+        """Parse a table from a file or from the wire. `what` names it in messages.
 
         Raises ConfigError, on one line, for anything that `serialize` does not make.
         """
@@ -199,7 +202,7 @@ def _entry(entry: object, what: str) -> Token:
 
 
 def _is_certificate(token: Token) -> bool:
-    """Whether `certificate` is what `certificate_sha256` is of."""
+    """Whether `certificate`, if there is one, has the hash `certificate_sha256`."""
     if not token.certificate:
         return True
     try:
@@ -225,25 +228,28 @@ def is_cluster_id(text: str) -> bool:
 
 
 def new_token(cluster: str) -> tuple[str, str]:
-    """A new token of a cluster, as (its text, which is secret, and its id)."""
+    """Make a new token of a cluster, as (its text, which is secret, its id)."""
     token_id = secrets.token_hex(4)
     return f"gst_{cluster}_{token_id}_{secrets.token_urlsafe(32)}", token_id
 
 
 def token_ids(text: str) -> tuple[str, str] | None:
-    """(cluster id, token id) of a token's text; None when it is not a token's."""
+    """(cluster id, token id) of a token's text; None when the text is not a token."""
     match = _TOKEN.fullmatch(text)
     return (match[1], match[2]) if match else None
 
 
 def digest(text: str) -> str:
-    """What the table keeps of a token's text: its sha256 in hex."""
+    """The hash of a token's text that the table keeps: its sha256 in hex."""
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def check(text: str, table: TokenTable, now: float) -> tuple[Token | None, str]:
-    """(the token's entry, whose it is) when `text` is a good token of the table's cluster; else (None, why not and what
-    to do about it). `now` is in unix seconds. No reason quotes the token."""
+    """Check that `text` is a good token of the table's cluster at `now` (Unix seconds).
+
+    Returns (the token's entry, its id and holder for messages), or (None, the reason and the cure). A reason never
+    quotes the token.
+    """
     if not text:
         return None, "no token was sent; log in with `gradstream login ADDRESS`, or name credentials with --credentials"
     ids = token_ids(text)
@@ -278,9 +284,9 @@ def check(text: str, table: TokenTable, now: float) -> tuple[Token | None, str]:
 
 
 def succeeds(table: TokenTable, current: TokenTable) -> str:
-    """Why a table may not take the place of the one in force; empty when it may.
+    """The reason why a table must not replace the one in force; empty when it may.
 
-    An older one would make tokens good again that were revoked since.
+    An older table would make tokens good again that have been revoked since.
     """
     if table.cluster != current.cluster:
         return f"the token table is of cluster {table.cluster} and this is cluster {current.cluster}"
@@ -299,8 +305,10 @@ def succeeds(table: TokenTable, current: TokenTable) -> str:
 
 
 def expiring(table: TokenTable, now: float, within_seconds: float = SOON_SECONDS) -> list[str]:
-    """One line for each holder whose last good token ends soon or has ended in the last days, and what to do about it;
-    services first, as a cluster stops without them."""
+    """One line with a cure for each holder whose last token ends soon or ended recently, within `within_seconds`.
+
+    Services come first, because a cluster stops without them.
+    """
     last: dict[str, Token] = {}
     for token in table.tokens:
         if token.revoked_at is None and token.expires_at >= last.get(token.holder, token).expires_at:
@@ -315,12 +323,12 @@ def expiring(table: TokenTable, now: float, within_seconds: float = SOON_SECONDS
 
 
 def renewal(role: str, name: str, directory: str = "DIR") -> str:
-    """What to do about a credential that ended, as the second half of a message."""
+    """The cure for a credential that has ended, as the second half of a message."""
     if role in PEOPLE_ROLES:
         return f"have a new one issued: `gradstream certs issue {role} --name {name}`, and log in with it"
     return f"renew it: `gradstream certs rotate {directory}`"
 
 
 def utc(seconds: float) -> str:
-    """A time for people who may be elsewhere: 2026-11-22 17:51 UTC."""
+    """A time as text in UTC, because readers may be in other time zones: 2026-11-22 17:51 UTC."""
     return f"{datetime.fromtimestamp(min(max(seconds, 0), _LAST_SECOND), UTC):%Y-%m-%d %H:%M} UTC"

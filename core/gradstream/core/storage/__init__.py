@@ -1,1 +1,1 @@
-"""Files: on any file system, private, small, shared; where paths may lead; threads for storage that may hang."""
+"""Files on any file system, private files, locks, allowed paths, and threads for storage that may hang."""

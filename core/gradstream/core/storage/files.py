@@ -1,4 +1,4 @@
-"""Paths on any fsspec file system: the few operations that checkpoints need, atomic where the file system allows it."""
+"""File operations on any fsspec file system, atomic where the file system allows it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from gradstream.core.storage.paths import AllowedPaths, check_scheme
 
 PIECE_BYTES = 1 << 20
 MAX_READ_BYTES = 1 << 30
-"""Of a file that is read as a whole: manifests, tokenizers."""
+"""Largest file that is read as a whole, such as a manifest or a tokenizer."""
 MAX_KNOWN = 4096
-"""Files whose hash is remembered."""
+"""Number of files whose hashes are cached."""
 
 RACY_SECONDS = 2.0
 Identity = tuple[int, int, int, int, int]
-"""Device, inode, size, times of modification and change in ns: the content is another where any of them is."""
+"""Device, inode, size, modification time and change time in ns. A file whose content changed differs in one of them."""
 
 _known: OrderedDict[Identity, str] = OrderedDict()
 _known_lock = threading.Lock()
 
 
 def file_system(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path and the path inside it. Raises ConfigError for a URL that this service must not
-    open."""
-    import fsspec  # not above: commands that read no data must not wait for the import
+    """The fsspec file system of a path, and the path inside it.
+
+    Raises ConfigError for a URL that this service must not open.
+    """
+    import fsspec  # imported here: commands that read no data must not wait for the import
 
     check_scheme(path)
     fs, inner = fsspec.core.url_to_fs(path)
@@ -57,7 +59,7 @@ def join(directory: str, *names: str) -> str:
 
 
 def make_directory(path: str) -> None:
-    """Make a directory and its parents; nothing happens when it is there. New ones outlive a power failure."""
+    """Make a directory and its parents unless they exist. New local directories survive a power failure."""
     fs, inner = file_system(path)
     if is_local(path):
         make_local_directory(Path(inner))
@@ -66,9 +68,9 @@ def make_directory(path: str) -> None:
 
 
 def make_local_directory(path: Path, exist_ok: bool = True) -> None:
-    """Make a directory and its missing parents, each noted durably in the directory that it is in.
+    """Make a directory and its missing parents, and flush each new entry to the disk.
 
-    Raises FileExistsError when it is there and `exist_ok` is false, or when it is no directory.
+    Raises FileExistsError when the directory exists and `exist_ok` is false, or when the path is not a directory.
     """
     if path.parent != path and not path.parent.is_dir():
         make_local_directory(path.parent)
@@ -82,7 +84,7 @@ def make_local_directory(path: Path, exist_ok: bool = True) -> None:
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Flush a local directory's entries to the disk: a new file or directory in it is there after a power failure."""
+    """Flush a local directory's entries to the disk: new files and directories in it survive a power failure."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -91,10 +93,10 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
 
 
 def size_of(path: str) -> int | None:
-    """Bytes of a file; None when it is not there. Raises OSError when that cannot be found out."""
+    """Size of a file in bytes; None when there is no such file. Raises OSError when the size cannot be read."""
     fs, inner = file_system(path)
     try:
-        # An object store's listing may be an old one.
+        # fsspec may have cached an old listing of an object store.
         fs.invalidate_cache()
         return int(fs.size(inner))
     except (FileNotFoundError, NotADirectoryError):
@@ -111,16 +113,19 @@ def list_names(directory: str) -> list[str]:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open a file to read it. Raises as `open_local` where it is on a file system of this machine, else what its file
-    system raises, and ConfigError for a URL that this service must not open."""
+    """Open a file for reading.
+
+    Raises as `open_local` for a local file, the errors of the file system for any other, and ConfigError for a URL that
+    this service must not open.
+    """
     fs, inner = file_system(path)
     return open_local(inner) if is_local(path) else fs.open(inner, "rb")
 
 
 def open_local(path: str) -> BinaryIO:
-    """Open a regular file of this machine to read it: a pipe would be waited for, and a device has no end.
+    """Open a regular local file for reading. Pipes, which could block the reader, and endless devices are refused.
 
-    Raises OSError, and ConfigError when the file lies where GRADSTREAM_PATHS does not allow, links followed.
+    Raises OSError, and ConfigError when the file, links followed, lies outside the paths of GRADSTREAM_PATHS.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -134,10 +139,9 @@ def open_local(path: str) -> BinaryIO:
 
 
 def open_verified(path: str, sha256: str, num_bytes: int | None = None) -> BinaryIO:
-    """As `open_file`, for a file whose hash, and size if given, were recorded; at its beginning. What is on another
-    file system is read twice.
+    """Open a file for reading and check its recorded hash, and its size if given. The stream is at its beginning.
 
-    Raises OSError, ConfigError, and DataError when the file is not the one that was recorded.
+    A file that is not local is read twice. Raises as `open_file`, and DataError when the file is not the recorded one.
     """
     stream = open_file(path)
     try:
@@ -156,13 +160,16 @@ def open_verified(path: str, sha256: str, num_bytes: int | None = None) -> Binar
 
 
 def read_verified(path: str, sha256: str) -> bytes:
-    """A whole file whose hash was recorded. Raises as `open_verified`, and OSError for more than MAX_READ_BYTES."""
+    """Read a whole file and check its recorded hash.
+
+    Raises as `open_verified`, and OSError for more than MAX_READ_BYTES.
+    """
     with open_verified(path, sha256) as stream:
         return _whole(stream)
 
 
 def digest(stream: Any) -> str:
-    """Hex sha256 of an open file, which is at its beginning; computed once for as long as a local file is as it was."""
+    """Hex sha256 of an open file at its beginning. The hash of a local file is cached until the file changes."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, AttributeError, ValueError):  # not a file of this machine
@@ -173,7 +180,7 @@ def digest(stream: Any) -> str:
     if found is None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
         if abs(time.time() - status.st_ctime) < RACY_SECONDS:
-            return found  # a file system's clock is coarse: one more change might leave the times as they are
+            return found  # a file system's clock is coarse: a further change might leave the times the same
         with _known_lock:
             _known[key] = found
             while len(_known) > MAX_KNOWN:
@@ -182,8 +189,10 @@ def digest(stream: Any) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """A whole file. Raises FileNotFoundError, or OSError, also for one of more than MAX_READ_BYTES; ConfigError as
-    `open_file`."""
+    """Read a whole file.
+
+    Raises FileNotFoundError, OSError, also for more than MAX_READ_BYTES, and ConfigError as `open_file`.
+    """
     with open_file(path) as stream:
         return _whole(stream)
 
@@ -203,7 +212,7 @@ def pieces(path: str) -> Iterator[bytes]:
 
 
 async def directory_pieces(directory: Path) -> AsyncIterator[tuple[str, int, bytes]]:
-    """The files of a local directory, in order of their names, as (name, bytes of the whole file, a piece of 1 MiB).
+    """The files of a local directory, sorted by name, in pieces: (name, size of the file, at most 1 MiB of content).
 
     An empty file has one empty piece.
     """
@@ -226,11 +235,12 @@ def sha256(path: str) -> str:
 
 
 def write_atomic(path: str, write: Callable[[BinaryIO], object], judged: bool = False) -> None:
-    """Write a file so that it is there whole or not at all: temporary file, fsync, rename.
+    """Write a file atomically: temporary file, fsync, rename.
 
-    On object stores a file appears when its upload is complete, which is the same promise. Raises OSError; of a path
-    that is `judged`, which others named, also where the file would lie where GRADSTREAM_PATHS does not allow: a link
-    may have been put in its place since it was checked.
+    On an object store a file appears once its upload is complete, which has the same effect. Set `judged` for a path
+    that others named: the path is checked again when the file is open, because a link may have replaced a directory
+    since the first check. Raises OSError, with `judged` also when the file would lie outside the paths of
+    GRADSTREAM_PATHS.
     """
     fs, inner = file_system(path)
     if not is_local(path):
@@ -262,7 +272,7 @@ def _judge(path: str, stream: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def whole_directory(destination: Path) -> Iterator[Path]:
-    """A local directory to fill, which becomes `destination` when the body is done, and never was when it fails.
+    """A local directory to fill. It becomes `destination` when the block ends, and is removed when the block fails.
 
     Raises CheckpointError when `destination` is not empty or cannot be written.
     """
@@ -285,7 +295,7 @@ def whole_directory(destination: Path) -> Iterator[Path]:
 
 
 def remove(path: str) -> None:
-    """Remove a file or a whole directory; nothing happens when it is not there."""
+    """Remove a file or a whole directory if it exists."""
     fs, inner = file_system(path)
     with contextlib.suppress(FileNotFoundError):
         fs.rm(inner, recursive=True)

@@ -1,14 +1,14 @@
-"""Where the paths of a recipe may lead.
+"""The paths that a recipe may name.
 
-A submitter names paths that services then read and write. Without more, a service opens paths of its own machine
-alone: a URL would have it connect to a host of the submitter's choice. Two variables say more:
+A submitter names paths that services then read and write. By default a service opens only local paths, because a URL
+would make the service connect to a host of the submitter's choice. Two environment variables change this:
 
-- GRADSTREAM_PATHS: directories and URLs, separated by commas, below which every path of a recipe must lie. So what a
-  service can open but a submitter must not see, its own key for one, is out of reach.
-- GRADSTREAM_SCHEMES: schemes of URLs, separated by commas, that are opened wherever they lead ("s3,gs").
+- GRADSTREAM_PATHS: directories and URLs, separated by commas. Every path of a recipe must lie below one of them. This
+  keeps files that a service can open from submitters who must not see them, such as the service's own key.
+- GRADSTREAM_SCHEMES: schemes of URLs, separated by commas, that may be opened wherever they lead ("s3,gs").
 
-A path is checked when it is submitted, and every file again when it is opened, by where it really lies: a link may have
-been put in its place since.
+A path is checked when it is submitted. Every file is checked again when it is opened, by its real location, because a
+link may have replaced it since.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ SCHEMES_VARIABLE = "GRADSTREAM_SCHEMES"
 LOCAL_SCHEMES = ("file", "local")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 
-# Directories of this process's own, in which it reads what it has written itself.
+# This process's own directories: it reads files there that it has written itself.
 _own: set[str] = set()
 
 
 class AllowedPaths:
-    """The prefixes below which paths may lie, and the schemes of URLs that are opened anywhere. Without prefixes every
-    local path will do."""
+    """The prefixes below which paths may lie, and the schemes of URLs that may be opened anywhere.
+
+    Without prefixes every local path is allowed.
+    """
 
     def __init__(self, prefixes: Iterable[str] = (), schemes: Iterable[str] = ()):
         self._prefixes = [prefix.strip() for prefix in prefixes if prefix.strip()]
@@ -39,19 +41,23 @@ class AllowedPaths:
 
     @classmethod
     def of_environment(cls, *more: str) -> AllowedPaths:
-        """What the two variables say, and `more` prefixes, which do not matter where GRADSTREAM_PATHS says nothing."""
+        """The allowed paths of the two variables. The prefixes `more` are added if GRADSTREAM_PATHS has any."""
         prefixes = [prefix for prefix in os.environ.get(VARIABLE, "").split(",") if prefix.strip()]
         return cls([*prefixes, *more] if prefixes else [], os.environ.get(SCHEMES_VARIABLE, "").split(","))
 
     def check(self, key: str, path: str | None) -> None:
-        """Raise ConfigError, which names the recipe's key, for a path that leads elsewhere. Links are followed, which
-        may take as long as their storage takes: not for an event loop."""
+        """Raise ConfigError, which names the recipe's key, for a path that is not allowed.
+
+        Follows links, which blocks while their storage is slow: not for an event loop.
+        """
         if path is not None and not self._allows(path):
             raise ConfigError(f"{key} {self._refusal(path)}")
 
     def check_opened(self, path: str, descriptor: int) -> None:
-        """Raise ConfigError when the open file that `path` led to lies elsewhere: the last word, where a link has been
-        changed since `path` was checked."""
+        """Raise ConfigError when the open file at `path` does not lie below a prefix.
+
+        This check holds even if a link was changed after `path` was checked.
+        """
         if self._prefixes:
             found = _place_of(path, descriptor)
             if not any(_is_below(found, prefix) for prefix in (*self._prefixes, *_own)):
@@ -61,7 +67,7 @@ class AllowedPaths:
         scheme = scheme_of(path)
         if scheme is None:
             return not self._prefixes or any(_is_below(path, prefix) for prefix in self._prefixes)
-        # In fsspec's chains one path is opened through another: none of them says where it leads.
+        # Chains of fsspec ("::") are refused: one path is opened through another, so their target cannot be checked.
         return "::" not in path and (
             scheme in self._schemes or any(_is_below_url(path, prefix) for prefix in self._prefixes)
         )
@@ -79,26 +85,30 @@ class AllowedPaths:
 
 
 def check_scheme(path: str) -> None:
-    """In a service that takes recipes from others (GRADSTREAM_SCHEMES is set, if only to nothing), raise ConfigError
-    for a URL that may not be opened, wherever it was read."""
+    """Raise ConfigError for a URL that a service must not open.
+
+    Applies to services that take recipes from others: those with GRADSTREAM_SCHEMES set, even to an empty text.
+    """
     if SCHEMES_VARIABLE in os.environ and scheme_of(path) is not None:
         AllowedPaths.of_environment().check("the path", path)
 
 
 def restrict_process() -> None:
-    """Make this process one that `check_scheme` speaks of, and keep libraries from fetching anything by a name that a
-    config has."""
+    """Mark this process as one that takes recipes from others (`check_scheme`).
+
+    Also keeps Hugging Face's libraries from downloading a model by a name in a config.
+    """
     os.environ.setdefault(SCHEMES_VARIABLE, "")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def own(directory: str) -> None:
-    """Let this process read below a directory of its own, whatever GRADSTREAM_PATHS says."""
+    """Let this process read below its own directory, even if GRADSTREAM_PATHS does not include the directory."""
     _own.add(os.path.realpath(directory))
 
 
 def scheme_of(path: str) -> str | None:
-    """The scheme of a URL, as fsspec would open it, in lower case; None for a path of this machine."""
+    """The scheme of a URL as fsspec reads it, in lower case; None for a local path."""
     if "::" in path:
         return "::"
     match = _SCHEME.match(path)
@@ -108,7 +118,7 @@ def scheme_of(path: str) -> str | None:
 
 
 def local_of(path: str) -> str:
-    """A path of this machine without its scheme."""
+    """A local path without its scheme."""
     for scheme in LOCAL_SCHEMES:
         if path.lower().startswith(f"{scheme}:"):
             return path[len(scheme) + 1 :].removeprefix("//")
@@ -116,7 +126,7 @@ def local_of(path: str) -> str:
 
 
 def _is_below(path: str, prefix: str) -> bool:
-    """Whether a path of this machine really lies below a prefix."""
+    """Whether a local path, links followed, lies below a prefix."""
     if scheme_of(prefix) is not None or "\0" in path:
         return False
     try:
@@ -138,7 +148,7 @@ def _is_below_url(path: str, prefix: str) -> bool:
 
 
 def _place_of(path: str, descriptor: int) -> str:
-    """Where an open file lies, as the kernel says; where it cannot, as the path says now."""
+    """The real path of an open file: the kernel's answer, or else the path with its links followed."""
     try:
         found = os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:

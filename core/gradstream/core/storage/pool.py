@@ -1,8 +1,8 @@
-"""Threads for storage that may be slow, or never answer: a network file system whose server is gone, an object store.
+"""Threads for storage that may be slow or never answer, such as a network file system whose server is gone.
 
-A thread that hangs in the kernel cannot be ended. So calls on such storage have threads of their own, a bounded number
-of them for each place, and a deadline after which the caller goes on without the thread. An event loop, and what other
-places hold, never wait for them.
+A thread that hangs in the kernel cannot be ended. Each call on such storage therefore runs in its own thread, with a
+bounded number of threads for each place, and has a deadline after which the caller continues without the thread. Event
+loops, and calls on other places, never wait for a thread that hangs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ T = TypeVar("T")
 CALL_SECONDS = 20.0
 RETRY_SECONDS = 1.0
 LOAD_SECONDS = 60.0
-"""For calls that read a tokenizer, or list, write and remove checkpoints."""
+"""Deadline of calls that read a tokenizer, or list, write or remove checkpoints."""
 BULK_SECONDS = 600.0
-"""For calls that read, or hash, whole files of weights."""
+"""Deadline of calls that read or hash whole files of weights."""
 MAX_THREADS = 32
 MAX_THREADS_A_PLACE = 8
 _SHOWN_CHARACTERS = 200
@@ -33,13 +33,13 @@ _SHOWN_CHARACTERS = 200
 
 @dataclass(eq=False)
 class _Place:
-    """Calls on one place that have not returned, with when each began."""
+    """The calls on one place that have not returned, with the time at which each began."""
 
     begun: dict[int, float] = field(default_factory=dict)
 
 
 class StorageThreads:
-    """Calls functions that use storage, each in a thread of its own. For one event loop."""
+    """Calls functions that use storage, each in its own thread. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class StorageThreads:
         max_threads: int = MAX_THREADS,
         max_threads_a_place: int = MAX_THREADS_A_PLACE,
     ):
-        """`call_seconds`: how long a caller waits, for a thread and for the answer together."""
+        """`call_seconds` is the longest wait of a caller, for a thread and for the answer together."""
         self.call_seconds = call_seconds
         self._max_threads = max_threads
         self._max_threads_a_place = max_threads_a_place
@@ -56,10 +56,10 @@ class StorageThreads:
         self._next = 0
 
     async def call(self, place: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of `function`, which uses the storage at `place`: a path or URL as people name it.
+        """Call `function`, which uses the storage at `place` (a path or URL); return its result.
 
-        Raises what it raises, and UnreachableError when the storage has not answered in time. A call that was given up
-        goes on in its thread, so only functions may be called that may end late, or never.
+        Raises the errors of `function`, and UnreachableError when the storage has not answered in time. The call then
+        continues in its thread: use functions that may safely end late or never.
         """
         deadline = time.monotonic() + self.call_seconds
         future = await self._start(place, deadline, partial(function, *args, **kwargs))
@@ -75,16 +75,18 @@ class StorageThreads:
             ) from None
 
     async def finish(self, place: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """As `call`, but waits for the answer for as long as it takes: for what must not go on unseen.
+        """As `call`, but wait for the answer without a deadline: for functions that must not continue unnoticed.
 
-        Raises what it raises, and UnreachableError when no thread has become free in time.
+        Raises the errors of `function`, and UnreachableError when no thread has become free in time.
         """
         deadline = time.monotonic() + self.call_seconds
         return await (await self._start(place, deadline, partial(function, *args, **kwargs)))
 
     async def patiently(self, place: str, function: Callable[[], T], on_wait: Callable[[str], object]) -> T:
-        """As `call`, again and again for as long as the storage does not answer; `on_wait` is told so. Raises what
-        `function` raises."""
+        """As `call`, but retry until the storage answers; after each failed try `on_wait` gets the error's text.
+
+        Raises the errors of `function`.
+        """
         while True:
             try:
                 return await self.call(place, function)
@@ -102,7 +104,7 @@ class StorageThreads:
 
     @property
     def num_threads(self) -> int:
-        """Calls that have not returned, those that were given up among them."""
+        """Number of calls that have not returned, including those whose caller no longer waits."""
         return sum(len(place.begun) for place in self._places.values())
 
     def _has_room(self, key: str) -> bool:
@@ -118,7 +120,7 @@ class StorageThreads:
             held = self._places.get(key) or max(self._places.values(), key=lambda each: len(each.begun))
             since = time.monotonic() - min(held.begun.values())
             raise UnreachableError(
-                f"{place[:_SHOWN_CHARACTERS]} was not looked at: {len(held.begun)} calls wait for storage that does "
+                f"{place[:_SHOWN_CHARACTERS]} was not accessed: {len(held.begun)} calls wait for storage that does "
                 f"not answer, the oldest for {since:.0f} s; check what is mounted there"
             ) from None
 
@@ -131,8 +133,10 @@ class StorageThreads:
 
 
 def place_of(path: str) -> str:
-    """What of a path tells one storage from another, without looking at it: scheme and host of a URL, the mount point
-    of a local path as its text has it."""
+    """The storage that a path is on, found from its text without access to the storage.
+
+    It is the scheme and host of a URL, or the mount point of a local path, links not followed.
+    """
     scheme, separator, rest = path.partition("://")
     if separator and "/" not in scheme:
         return f"{scheme}://{rest.partition('/')[0]}"
@@ -146,7 +150,7 @@ def _is_below(path: str, point: str) -> bool:
 def _mount_points() -> list[str]:
     try:
         with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
-            # Blanks and the like are written as octal numbers.
+            # The kernel writes blanks and similar characters as octal escapes.
             return [line.split(" ")[1].encode("latin-1", "replace").decode("unicode_escape") for line in mounts]
     except (OSError, IndexError, ValueError):
         return ["/"]

@@ -1,4 +1,4 @@
-"""Small local files that hold secrets: read with a limit, written whole or not at all and for their owner alone."""
+"""Small local files that hold secrets: read with a size limit, written atomically, readable by their owner alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _LOCK_PAUSE_SECONDS = 0.001
 
 
 def read_private(path: Path, most_bytes: int) -> bytes:
-    """A whole file of at most `most_bytes`.
+    """Read a whole file of at most `most_bytes`.
 
-    Raises FileNotFoundError when there is none, and ConfigError when it is no file, too large or cannot be read.
+    Raises FileNotFoundError when there is none, and ConfigError when it is not a regular file, too large or unreadable.
     """
     try:
-        # Asked first, and opened without blocking: a pipe in the place of the file must not hang the reader.
+        # The type is checked first, and the file opened without blocking: a pipe in its place must not hang the reader.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ConfigError(f"{path} is not a file; remove it")
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
@@ -36,14 +36,14 @@ def read_private(path: Path, most_bytes: int) -> bytes:
             f"{path} cannot be read ({error.strerror}); let user {os.geteuid()} read it, or choose another directory"
         ) from None
     if len(data) > most_bytes:
-        raise ConfigError(f"{path} has more than {most_bytes} bytes; that is not what it should be")
+        raise ConfigError(f"{path} has more than {most_bytes} bytes, which gradstream never writes; restore the file")
     return data
 
 
 def read_together(directory: Path, names: Sequence[str], most_bytes: int) -> dict[str, bytes]:
-    """Files of a directory, all from before or all from after a `write_private` that goes on meanwhile.
+    """Read files of a directory, all from before or all from after a concurrent `write_private`.
 
-    Raises FileNotFoundError, whose `filename` is the name of the one that is missing, and ConfigError.
+    Raises FileNotFoundError, whose `filename` is the name of the missing file, and ConfigError.
     """
     contents: dict[str, bytes] = {}
     with _locked(directory, fcntl.LOCK_SH):
@@ -56,11 +56,11 @@ def read_together(directory: Path, names: Sequence[str], most_bytes: int) -> dic
 
 
 def write_private(directory: Path, contents: Mapping[str, bytes], mode: int = 0o600) -> None:
-    """Write files of these names into `directory`, made (0700) if need be, each whole or not at all.
+    """Write the files of `contents` into `directory` atomically. Makes the directory (0700) if it is missing.
 
-    All are on the disk before the first takes its place, and `read_together` never sees some old and some new. Where
-    root writes into the directory of another user, the files are that user's.
-    Raises ConfigError when it cannot be done.
+    All files are on the disk before the first one is renamed into place, and `read_together` never sees old and new
+    files mixed. Where root writes into another user's directory, the files belong to that user. Raises ConfigError when
+    a file cannot be written.
     """
     temporary = {name: directory / f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}" for name in contents}
     try:
@@ -86,7 +86,7 @@ def write_private(directory: Path, contents: Mapping[str, bytes], mode: int = 0o
 
 
 def make_private_directory(directory: Path) -> None:
-    """Make a directory that only its owner may enter, and its parents; one that is there stays as it is.
+    """Make a directory that only its owner may enter, and its parents. An existing directory keeps its mode.
 
     Raises OSError.
     """
@@ -98,7 +98,7 @@ def make_private_directory(directory: Path) -> None:
 
 
 def readable_by_others(path: Path) -> bool:
-    """Whether anybody but the owner may read a file; False when it is not there."""
+    """Whether others than the owner have any right to a file; False when there is no such file."""
     try:
         return bool(path.stat().st_mode & 0o077)
     except OSError:
@@ -109,11 +109,11 @@ def readable_by_others(path: Path) -> bool:
 def _locked(directory: Path, kind: int) -> Iterator[None]:
     """Hold a lock on the directory itself, which needs no right to write there.
 
-    It is held for as long as a few small files take. Where it cannot be had it is done without: on a file system that
-    has no locks, or when another has held it for a second, which nothing of ours does.
+    The lock is held only while a few small files are read or written. If it cannot be taken, the block runs without it:
+    on a file system without locks, or when another process has held the lock for a second, which gradstream never does.
     """
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):  # which reading or writing the files says better
+        with contextlib.suppress(OSError):  # reading or writing the files gives a better message
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             held.callback(os.close, descriptor)
             _try_lock(descriptor, kind)

@@ -1,4 +1,4 @@
-"""A state directory belongs to one process at a time."""
+"""The lock of a state directory, which one process holds at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from gradstream.core.storage import files
 
 
 def lock_directory(directory: Path, role: str) -> IO[str]:
-    """Hold a state directory, made if need be, until the file returned is closed or the process ends, however it ends.
+    """Lock a state directory until the returned file is closed or the process ends. Makes the directory if missing.
 
-    Raises ConfigError when another process holds it (`role` says which kind) or it cannot be written.
+    Raises ConfigError when another process holds the lock, which the message calls a `role`, or when the directory
+    cannot be written.
     """
     path = directory / "lock"
     try:

@@ -1,4 +1,4 @@
-"""Small JSON documents of which nothing is trusted: a size limit, one object, no key twice, types that are checked."""
+"""Strict parsing of small, untrusted JSON documents: a size limit, one object, no key twice, checked types."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from gradstream.core.errors import ConfigError
 
 
 def parse_object(data: bytes | str, most_bytes: int, what: str) -> dict[str, Any]:
-    """The object that `data` is. `what` names it in messages ("the bundle", a path).
+    """Parse `data` as one JSON object. `what` names the document in messages ("the pack", a path).
 
-    Raises ConfigError for anything else; a message never quotes `data`, which may hold secrets.
+    Raises ConfigError for anything else. A message never quotes `data`, which may hold secrets.
     """
     if len(data) > most_bytes:
-        raise ConfigError(f"{what} has more than {most_bytes} bytes; that is not what it should be")
+        raise ConfigError(f"{what} has more than {most_bytes} bytes, which gradstream never writes; restore it")
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         found = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{what} is damaged: no JSON at line {error.lineno}, column {error.colno}") from None
     except (ValueError, RecursionError):
-        # Not UTF-8, a number of thousands of digits, NaN, a key twice, brackets nested thousands deep.
+        # Not UTF-8, a number with thousands of digits, NaN, a key twice, or brackets nested thousands deep.
         raise ConfigError(f"{what} is damaged: no JSON as gradstream writes it") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{what} is damaged: not a JSON object")
@@ -29,9 +29,9 @@ def parse_object(data: bytes | str, most_bytes: int, what: str) -> dict[str, Any
 
 
 def exact_keys(found: dict[str, Any], keys: dict[str, tuple[type, ...]], what: str) -> dict[str, Any]:
-    """`found`, if it has these keys and no others, each of one of its types; a bool is no int.
+    """Check that `found` has exactly these keys, each with a value of one of its types; return `found`.
 
-    Raises ConfigError.
+    A bool does not count as an int. Raises ConfigError.
     """
     for key, types in keys.items():
         if key not in found:

@@ -1,8 +1,8 @@
-"""Safetensors files written tensor by tensor.
+"""A writer of safetensors files that writes tensor by tensor.
 
-The library's own writer joins all tensors in one buffer and holds the interpreter meanwhile: 0.6 s without a heartbeat
-for each GB. Here every tensor goes to the disk from where it lies, and other threads run while it does. The format, and
-for fp32 the bytes, are the library's.
+The library's own writer joins all tensors in one buffer and holds the interpreter lock meanwhile: 0.6 s without a
+heartbeat for each GB. This writer takes each tensor from its own memory, and other threads run while it writes. The
+format equals the library's, and for fp32 the bytes as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
-"""Bytes of an element, by safetensors' name of the type."""
+"""Bytes of an element, by safetensors' name for the type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class TensorSpec:
 
 
 def bytes_of(array: npt.NDArray[Any]) -> memoryview:
-    """The bytes of an array, copied only when they do not lie end to end."""
+    """The bytes of an array, copied only if the array is not contiguous."""
     import numpy as np
 
     return array.reshape(-1).view(np.uint8).data
@@ -50,8 +50,8 @@ def write_tensors(
 ) -> tuple[int, str]:
     """Write a safetensors file; return its size in bytes and its hex sha256.
 
-    `contents` gives the elements of a tensor by name. It is called for one tensor at a time, in the
-    file's order, so no two need to be in memory. Raises ValueError for contents of another size than announced.
+    `contents` returns the elements of a tensor by name. It is called for one tensor at a time, in the file's order, so
+    only one tensor needs to be in memory. Raises ValueError for contents that differ in size from their spec.
     """
     head, ordered, num_bytes = head_of(specs, metadata)
     digest = hashlib.sha256()
@@ -61,15 +61,14 @@ def write_tensors(
         view = bytes_of(contents(spec.name))
         if view.nbytes != spec.num_bytes:
             raise ValueError(f"tensor '{spec.name}' has {view.nbytes} bytes instead of the {spec.num_bytes} announced")
-        # Both let go of the interpreter.
+        # Both calls release the interpreter lock.
         digest.update(view)
         stream.write(view)
     return num_bytes, digest.hexdigest()
 
 
 def head_of(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[TensorSpec], int]:
-    """(what comes before the elements in a safetensors file, the tensors in the order of the file, its size in
-    bytes)."""
+    """The head of a safetensors file, as (bytes before the elements, tensors in the file's order, size of the file)."""
     # Larger elements first, then by name, as in the library: each tensor begins at a multiple of its element's size.
     ordered = sorted(specs, key=lambda spec: (-ITEM_BYTES[spec.dtype], spec.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

@@ -52,7 +52,7 @@ async def test_a_place_that_hangs_takes_its_own_threads_alone() -> None:
         assert storage.num_threads == 2
         errors = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(error, UnreachableError) for error in errors)
-    told = [str(error) for error in errors if "was not looked at: 2 calls wait for storage" in str(error)]
+    told = [str(error) for error in errors if "was not accessed: 2 calls wait for storage" in str(error)]
     assert len(told) == 18
 
 

@@ -1,7 +1,8 @@
-"""The contributions to the step under way: checked, kept until their turn comes, added in slot order.
+"""Checks the contributions to the step under way, keeps early ones, and adds them up in slot order.
 
-The way of a contribution: `check` its header before memory is allocated for it, `offer` it once it is whole and its
-checksum is right, `add` what has arrived in turn. Slot order makes the sum independent of the order of arrival.
+A contribution passes three calls: `check` its header before memory is allocated for it, `offer` it once it is complete
+and its checksum is right, `add` the contributions whose turn has come. Slot order makes the sum independent of the
+order of arrival.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ log = get_logger()
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What all slots add to a step besides their gradients. `loss_sum` is NaN where the slots' losses have no sum."""
+    """A step's totals over all slots, besides the gradients. `loss_sum` is NaN where the losses have no finite sum."""
 
     num_tokens: int
     num_samples: int
@@ -37,7 +38,7 @@ class StepTotals:
 
 
 class Accumulation:
-    """The contributions to the step under way on one server. `bundles` is the owner's and read only."""
+    """The contributions to the step under way on one server. `bundles` belongs to the caller and is only read."""
 
     def __init__(
         self, plan: Plan, server: int, bundles: Mapping[int, BundleState], book: CodecBook, executor: Executor
@@ -54,8 +55,10 @@ class Accumulation:
         self._num_complete = 0
 
     def check(self, header: pb.ContributionHeader, version: int, push_codec: Codec) -> None:
-        """Check a header of this epoch against the plan, and the version and codec under way, before anything is
-        allocated for it. Raises ProtocolError."""
+        """Check a header of this epoch against the plan and the current version and codec.
+
+        Called before anything is allocated for the contribution. Raises ProtocolError.
+        """
         state = self._bundles.get(header.bundle)
         if state is None:
             raise ProtocolError(f"bundle {header.bundle} is not held by server {self._server}")
@@ -70,7 +73,7 @@ class Accumulation:
             raise ProtocolError(f"{what}: step {version} is under way here")
         codec = push_codec
         if header.step < version:
-            codec = codec_on_wire(header.codec)  # of a step that is over: it will be dropped, but must be sound
+            codec = codec_on_wire(header.codec)  # of a past step: it will be dropped, but must be valid
         if header.codec != codec.wire:
             name = plan_pb2.Codec.Name(header.codec) if header.codec in plan_pb2.Codec.values() else header.codec
             raise ProtocolError(f"{what}: codec {name}, but it is {codec.name} here")
@@ -87,7 +90,10 @@ class Accumulation:
             )
 
     def offer(self, header: pb.ContributionHeader, payload: Payload, version: int) -> pb.PushResult.ValueType:
-        """Take a checked and verified contribution, once; how it was taken. Raises ProtocolError."""
+        """Take a checked and verified contribution once; return whether it was accepted, stale or a duplicate.
+
+        Raises ProtocolError.
+        """
         state = self._bundles[header.bundle]
         if header.step < version:
             self.num_dropped += 1
@@ -103,14 +109,14 @@ class Accumulation:
         return pb.PUSH_RESULT_ACCEPTED
 
     def _compare(self, header: pb.ContributionHeader) -> None:
-        """Compare what a contribution says about its slot with what the slot's first one said. Raises ProtocolError."""
+        """Compare a contribution's totals of its slot with those of the slot's first one. Raises ProtocolError."""
         totals = SlotTotals(header.slot_tokens, header.slot_samples, header.slot_loss_sum)
         known = self._slots.setdefault(header.slot, totals)
         if not known.same_loss(totals):
-            # Two workers computed parts of one slot and round differently: the step is as good, but its bits now depend
-            # on who computed what.
+            # Two workers computed parts of one slot and round differently. The step is valid, but its bits now depend
+            # on which worker computed which part.
             log.warning(
-                "two workers differ on a slot's loss; are they of one kind?",
+                "two workers computed different losses of one slot; are their processors of one kind?",
                 job=self._plan.job_id,
                 step=header.step,
                 slot=header.slot,
@@ -121,8 +127,10 @@ class Accumulation:
             )
 
     async def add(self, state: BundleState, version: int, push_codec: Codec) -> bool:
-        """Add a bundle's contributions as their turn comes, after its `start_adding`; whether with them every bundle of
-        this server is complete."""
+        """Add a bundle's contributions in turn, after its `start_adding` has returned True.
+
+        Returns whether this completed the last bundle of this server.
+        """
         codec = self._book.of(state.bundle, push_codec.name)
         loop = asyncio.get_running_loop()
         more = True
@@ -135,7 +143,7 @@ class Accumulation:
         return self._num_complete == len(self._bundles)
 
     def totals(self) -> StepTotals:
-        """What the slots that have arrived add to the step."""
+        """The step's totals over the slots that have arrived."""
         try:
             loss_sum = math.fsum(totals.loss_sum for _, totals in sorted(self._slots.items()))
         except (OverflowError, ValueError):  # beyond fp64, or inf - inf
@@ -148,12 +156,12 @@ class Accumulation:
         )
 
     def begin_step(self) -> None:
-        """Forget the step that is over. The bundles begin theirs one by one, as each is published."""
+        """Reset the totals for the next step. Bundles begin the next step one by one, as each is published."""
         self._slots.clear()
         self._step_bytes = 0
         self._num_complete = 0
 
     def missing_slots(self) -> list[int]:
-        """Slots of which some contribution has not arrived."""
+        """The slots of which a contribution is still missing."""
         states = self._bundles.values()
         return [slot for slot in range(self._plan.num_slots) if not all(state.has_slot(slot) for state in states)]

@@ -1,10 +1,10 @@
-"""`codec: auto`: which codec the next step's contributions and weights have. Pure decisions from what was measured.
+"""`codec: auto`: chooses the codec of the next step's contributions and weights, as pure functions of measurements.
 
-It begins with bf16, tries a coarser codec only where the time that compute did not hide promises to shrink, keeps it
-only if the steps then took less time, and looks again when the links have changed. The loss is not its business: it
-chooses among codecs whose loss is that of bf16 (see `make bench-parity`).
+The search begins with bf16. It tries a coarser codec only where the communication time that compute did not hide would
+shrink, keeps that codec only if the steps then took less time, and starts again when the links have changed. It does
+not consider the loss: all codecs that it chooses among give the loss of bf16 (see `make bench-parity`).
 
-Step times depend on the machines, so a job with `auto` is outside "the same bits"; the history records each step's
+Step times depend on the machines, so a job with `auto` is outside "the same bits". The history records each step's
 codec.
 """
 
@@ -17,20 +17,20 @@ from dataclasses import dataclass, replace
 from gradstream.core.plan.bundles import AUTO_FIRST
 
 LADDER = (AUTO_FIRST, "int8", "int4")
-"""From finest to coarsest."""
+"""The codecs to choose among, from finest to coarsest."""
 TRIAL_STEPS = 6
-"""Steps whose median is a codec's time; one more before them is not counted, as it still has the last one's weights."""
+"""Steps whose median time is a codec's time. The step before them is not counted: its weights have the old codec."""
 WORTH = 0.95
-"""A coarser codec is tried only if it promises at most this share of the time of a finer one."""
+"""A coarser codec is tried only if its predicted time is at most this share of a finer one's time."""
 KEEP = 0.98
-"""And kept only if it took at most this share of bf16's."""
+"""A codec that was tried is kept only if its time is at most this share of a finer one's time."""
 CHANGED = 2.0
-"""Factor by which a link must have become faster or slower for another look."""
+"""Factor by which the slowest link must have become faster or slower for a new search."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What the slowest worker measured: seconds of compute a step, bytes a second up and down."""
+    """The slowest measurements of any worker: seconds of compute a step, bytes a second up and down."""
 
     compute_seconds: float
     push_bytes_per_second: float
@@ -44,7 +44,7 @@ class Speeds:
 
 @dataclass(frozen=True)
 class AutoState:
-    """Where the search is. `seconds` are those of `codec` since it was begun, the uncounted first one included."""
+    """The state of the search. `seconds` are the step times since `codec` was begun, with the uncounted first one."""
 
     codec: str = AUTO_FIRST
     reason: str = f"{AUTO_FIRST} first, to be measured"
@@ -55,7 +55,7 @@ class AutoState:
 
 
 def predict(seconds: float, compute_seconds: float, bytes_now: float, bytes_then: float) -> float:
-    """Seconds of a step whose bytes change, if only the time that compute did not hide changes with them."""
+    """Predict the seconds of a step with `bytes_then` bytes: only the time that compute did not hide changes."""
     shown = max(0.0, seconds - compute_seconds)
     return seconds - shown + shown * bytes_then / bytes_now
 
@@ -63,9 +63,10 @@ def predict(seconds: float, compute_seconds: float, bytes_now: float, bytes_then
 def choose(
     took: Mapping[str, float], compute_seconds: float, sizes: Mapping[str, float], ladder: Sequence[str] = LADDER
 ) -> tuple[str, str]:
-    """The codec to use next, given the measured seconds of those tried, bf16 among them; return (codec, reason).
+    """Choose the next codec; return (codec, reason).
 
-    A codec that was tried counts with its measured time, another with its predicted one.
+    `took` has the measured seconds of the codecs that were tried, bf16 among them. Other codecs count with their
+    predicted time.
     """
     base = took[ladder[0]]
     promised = {
@@ -85,7 +86,7 @@ def choose(
 def after_step(
     state: AutoState, seconds: float, speeds: Speeds, sizes: Mapping[str, float], ladder: Sequence[str] = LADDER
 ) -> AutoState:
-    """The state after a step that took `seconds`; its codec is the next step's."""
+    """Return the state after a step that took `seconds`. The state's codec is the codec of the next step."""
     state = replace(state, seconds=(*state.seconds, seconds)[-1 - TRIAL_STEPS :])
     if len(state.seconds) <= TRIAL_STEPS:
         return state

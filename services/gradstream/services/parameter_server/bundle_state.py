@@ -1,7 +1,7 @@
-"""One bundle on its server: master weights, optimizer, the sum in progress, and what workers pull.
+"""The state of one bundle on its server: master weights, optimizer, the sum in progress, published weights.
 
-Methods marked "worker thread" run in the server's thread pool, one at a time for a bundle; everything else on the
-event loop. A bundle's fragments lie end to end in flat tensors; norms, digests and checkpoints see them one by one.
+Methods marked "worker thread" run in the server's thread pool, one at a time for a bundle; all others run on the event
+loop. A bundle's fragments lie end to end in flat tensors. Norms, digests and checkpoints are per fragment.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from gradstream.services.parameter_server.publication import PublishedBundle, pu
 
 State = dict[str, npt.NDArray[np.float32]]
 FragmentState = tuple[Fragment, State]
-"""A fragment and its arrays by name, as a checkpoint has them."""
+"""A fragment and its arrays by name, as in a checkpoint."""
 
 
 class BundleState:
-    """The state of one bundle. Contributions are added in turn: in slot order, of a slot part by part."""
+    """The state of one bundle. Contributions are added in turn: in slot order, and within a slot part by part."""
 
     def __init__(self, bundle: Bundle, tensors: Sequence[Tensor], recipe: Recipe, form: Downlink, book: CodecBook):
         self.bundle = bundle
         self.published_version = -1
         self.next_turn = 0
-        """The turn of the contribution that is added next, or is being added."""
+        """The turn of the contribution that will be added next, or is being added now."""
         self.squared_norms = [0.0] * len(bundle.fragments)
         self._tensors = [tensors[fragment.tensor] for fragment in bundle.fragments]
         self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
         self._num_turns = recipe.training.num_slots * bundle.num_parts
-        self._early: dict[int, list[Payload]] = {}  # contributions that are not in the sum yet, by their turn
-        self._adding = False  # whether they are being added
+        self._early: dict[int, list[Payload]] = {}  # contributions not in the sum yet, by turn
+        self._adding = False  # whether contributions are being added
         self._weights_N = torch.zeros(bundle.num_elements)
         self._sum_N = torch.zeros(bundle.num_elements)
         self._weights = slices(self._weights_N, bundle)
@@ -59,15 +59,15 @@ class BundleState:
     # -- accumulation ----------------------------------------------------------------------------------------------
 
     def turn(self, slot: int, part: int) -> int:
-        """The place of a contribution in the order in which they are added."""
+        """The position of a contribution in the order of addition."""
         return slot * self.bundle.num_parts + part
 
     def has(self, turn: int) -> bool:
-        """Whether this contribution to the current step was taken."""
+        """Return whether this contribution to the current step was taken."""
         return turn < self.next_turn or turn in self._early
 
     def has_slot(self, slot: int) -> bool:
-        """Whether all parts of a slot's contribution to the current step were taken."""
+        """Return whether all parts of a slot's contribution to the current step were taken."""
         return all(self.has(self.turn(slot, part)) for part in range(self.bundle.num_parts))
 
     @property
@@ -80,9 +80,10 @@ class BundleState:
         self._early[turn] = payloads
 
     def start_adding(self) -> bool:
-        """Whether the contribution whose turn it is has arrived and nothing is being added: then the caller adds.
+        """Start adding, if the contribution whose turn it is has arrived and none is being added.
 
-        It calls `add_next`, then `finish_adding`, again and again while that returns True.
+        Returns whether it started. If so, the caller must call `add_next` and then `finish_adding`, and repeat both
+        while `finish_adding` returns True.
         """
         if self._adding or self.next_turn not in self._early:
             return False
@@ -90,22 +91,24 @@ class BundleState:
         return True
 
     def add_next(self, codec: BundleCodec, step: int) -> None:
-        """Add the contribution whose turn it is to the sum; worker thread. After the last one, take the squared
-        norms."""
+        """Add the contribution whose turn it is to the sum; after the last one, compute the squared norms.
+
+        Worker thread.
+        """
         turn, payloads = self.next_turn, self._early[self.next_turn]
         if turn == 0:
             codec.decode(payloads, self._sums, step)
         else:
             codec.decode_add(payloads, self._sums, step)
         if turn == self._num_turns - 1:
-            # In fp64 and in a fixed order, fragment by fragment: the same whatever a bundle holds.
+            # In fp64, in a fixed order and per fragment, so norms do not depend on how fragments are bundled.
             norms_F = np.empty(len(self._sums))
             dense.squared_norms(self._elements_F, self._sums.addresses_F, norms_F)
             self.squared_norms = norms_F.tolist()
 
     def finish_adding(self) -> bool:
-        """Take note that the contribution whose turn it was is in the sum; whether the next one has arrived too."""
-        # Only now: until it is added, a duplicate must find it.
+        """Record that the contribution whose turn it was is in the sum; return whether the next one has arrived."""
+        # Not earlier: until a contribution is added, its entry here is how duplicates are recognized.
         del self._early[self.next_turn]
         self.next_turn += 1
         self._adding = self.next_turn in self._early
@@ -119,18 +122,18 @@ class BundleState:
         self._optimizer.step(rate)
 
     def publish(self, version: int, codec: str) -> None:
-        """Make what workers pull of a version; `codec` is that of its differences. Worker thread."""
+        """Encode a version for workers' pulls; `codec` is the codec of its differences. Worker thread."""
         with self._publishing:
             self._publisher.publish(version, codec)
 
     def begin_step(self, version: int) -> None:
-        """Let workers have `version`, and be ready for that step's contributions."""
+        """Let workers pull `version`, and reset for that step's contributions."""
         self.published_version = version
         self.next_turn = 0
         self._early.clear()
 
     def delta(self) -> PublishedBundle | None:
-        """What a worker that holds the version before gets; None: the whole bundle."""
+        """The difference for a worker that holds the version before; None if that worker gets the whole bundle."""
         return self._publisher.delta
 
     def full(self) -> PublishedBundle:
@@ -141,7 +144,7 @@ class BundleState:
     # -- state -----------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> list[FragmentState]:
-        """Each fragment with a copy of its weights, its optimizer state and the reference; worker thread."""
+        """Copy the weights, optimizer state and reference of each fragment. Worker thread."""
         states = self._optimizer.state()
         saved_N = self._publisher.saved()
         references = slices(saved_N, self.bundle) if saved_N is not None else []
@@ -154,18 +157,18 @@ class BundleState:
         return found
 
     def initialize(self, number: int, tensor: torch.Tensor) -> None:
-        """Take the initial weights of fragment `number` of the bundle from the whole tensor."""
+        """Copy the initial weights of fragment `number` of the bundle from the whole tensor."""
         fragment = self.bundle.fragments[number]
         self._weights[number].copy_(tensor.reshape(-1)[fragment.begin : fragment.end])
 
     def take_base(self, reader: BaseReader) -> None:
-        """Take the initial weights from a pretrained model, slice by slice. Raises CheckpointError."""
+        """Load the initial weights from a pretrained model, slice by slice. Raises CheckpointError."""
         for number, (fragment, tensor) in enumerate(zip(self.bundle.fragments, self._tensors, strict=True)):
             slice_N = reader.read(tensor.name, fragment.begin, fragment.end)
             self._weights[number].copy_(torch.from_numpy(slice_N))
 
     def load(self, reader: CheckpointReader) -> None:
-        """Take weights, optimizer state and the reference from a checkpoint. Raises CheckpointError."""
+        """Load weights, optimizer state and the reference from a checkpoint. Raises CheckpointError."""
         saved_N = self._publisher.saved()
         reference_N = None if saved_N is None else torch.empty_like(saved_N)
         references = [] if reference_N is None else slices(reference_N, self.bundle)

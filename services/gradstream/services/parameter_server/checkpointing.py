@@ -1,7 +1,7 @@
-"""A server's files of checkpoints: snapshots of the version at hand, written in the background, reported.
+"""Writes a server's files of checkpoints from snapshots of the current version, in the background, and reports them.
 
-One checkpoint at a time is written, so at most two snapshots are in memory. A disk that takes none costs no state: the
-file is tried again, and makes room for a newer checkpoint's.
+One checkpoint at a time is written, so at most two snapshots are in memory. If the disk takes no file, no state is
+lost: the server retries the file, until a newer checkpoint takes its place.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gradstream.services.parameter_server.bundle_state import FragmentState
 log = get_logger()
 
 Spawn: TypeAlias = Callable[[Awaitable[None]], "asyncio.Task[None]"]
-"""Runs a task in the background; an error in it ends the shard."""
+"""Runs a task in the background. An error in the task ends the shard."""
 Report: TypeAlias = Callable[[coordinator_pb2.ReportCheckpointRequest], Awaitable[None]]
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why no checkpoint can be written, and since when (Unix seconds)."""
+    """The reason why no checkpoint can be written, and since when in Unix seconds."""
 
     cause: str
     since: float
@@ -44,19 +44,19 @@ class CheckpointWriter:
 
     def __init__(self, plan: Plan, server: int, report: Report, spawn: Spawn):
         self.version = plan.start_version
-        """The last version whose checkpoint was begun, or was there at the start."""
+        """The last version whose checkpoint was begun, or existed at the start."""
         self.unwritten: Trouble | None = None
-        """Why no checkpoint can be written; None while one can."""
-        self._trouble: Trouble | None = None  # the same, until a checkpoint has been written
+        """The reason why no checkpoint can be written; None while one can."""
+        self._trouble: Trouble | None = None  # the same, kept until a checkpoint has been written
         self._plan = plan
         self._server = server
         self._report = report
         self._spawn = spawn
         self._writing: asyncio.Task[None] | None = None
-        # Reports of files that the coordinator has not taken yet, by version.
+        # By version, reports of files that the coordinator has not taken yet.
         self._unreported: dict[int, asyncio.Task[None]] = {}
-        self._saving = False  # whether a snapshot of the version at hand is being made
-        # Since when (Unix seconds) a step waits for the checkpoint before to be written.
+        self._saving = False  # whether a snapshot of the current version is being made
+        # Unix time in seconds since which a step waits for the last checkpoint to be written.
         self._settling_since: float | None = None
 
     # -- snapshots -------------------------------------------------------------------------------------------------
@@ -68,9 +68,10 @@ class CheckpointWriter:
         at_hand: Callable[[], bool],
         snapshot: Callable[[], Awaitable[list[FragmentState]]],
     ) -> None:
-        """Write a checkpoint of a version as soon as a snapshot of it can be made, while the version is `at_hand`.
+        """Write a checkpoint of a version as soon as a snapshot can be made.
 
-        Does nothing where the version has a checkpoint, or while a snapshot is being made.
+        Gives up when `at_hand()` turns false: the server no longer holds that version. Does nothing if the version
+        already has a checkpoint, or while a snapshot is being made.
         """
 
         def wanted() -> bool:
@@ -87,14 +88,14 @@ class CheckpointWriter:
         wanted: Callable[[], bool],
         snapshot: Callable[[], Awaitable[list[FragmentState]]],
     ) -> None:
-        """Try until the snapshot is made, or another version is at hand: an error costs no state."""
+        """Retry until the snapshot is made or the server holds another version. An error loses no state."""
         backoff = Backoff(1.0, 30.0)
         try:
             while wanted():
                 try:
                     await self.settle()
                     fragments = await snapshot()
-                    # A step may have been decided meanwhile: its update may be in the snapshot.
+                    # A step may have been decided in the meantime, and the snapshot may contain its update.
                     if wanted():
                         self.begin(version, fragments, consecutive_skips)
                 except Exception as error:
@@ -106,8 +107,10 @@ class CheckpointWriter:
                 self.unwritten = None
 
     async def settle(self) -> None:
-        """Wait until no snapshot is on its way to the disk: one at a time bounds the memory. One that the disk does not
-        take makes room for the newer one."""
+        """Wait until no snapshot is being written: one at a time bounds the memory.
+
+        A snapshot that the disk does not take is given up for the newer one.
+        """
         if self._writing is not None and self.unwritten is not None:
             self._writing.cancel()
             self.unwritten = None
@@ -125,7 +128,7 @@ class CheckpointWriter:
 
     async def _write(self, version: int, fragments: list[FragmentState], consecutive_skips: int) -> None:
         plan = self._plan
-        # In the order of their indices, in whichever bundles they lie.
+        # Sorted by index, regardless of their bundles.
         fragments.sort(key=lambda held: held[0].index)
         directory = directory_of(plan.checkpoint_root, version)
         file = shard_file_name(plan.epoch, self._server, len(plan.servers))
@@ -152,14 +155,14 @@ class CheckpointWriter:
             ],
             consecutive_skips=consecutive_skips,
         )
-        # On its own: the next checkpoint, and so the step before it, must not wait for the coordinator.
+        # In a separate task: the next checkpoint, and so the step before it, must not wait for the coordinator.
         self._unreported[version] = self._spawn(self._report_file(report))
         await self._drop_oldest(file)
 
     async def _write_file(
         self, directory: str, file: str, fragments: list[FragmentState]
     ) -> tuple[FileEntry, list[bytes]]:
-        """Write this server's file of a checkpoint, retrying without end: an error costs no state."""
+        """Write this server's file of a checkpoint; retry without end. An error loses no state."""
         backoff = Backoff(1.0, 30.0)
         while True:
             try:
@@ -171,12 +174,12 @@ class CheckpointWriter:
             await asyncio.sleep(backoff.next())
 
     async def _drop_oldest(self, file: str) -> None:
-        """Keep few files that are not reported: nobody removes old checkpoints while the coordinator is away."""
+        """Remove the oldest unreported files: while the coordinator is away no one else removes old checkpoints."""
         plan = self._plan
         while len(self._unreported) > max(2, plan.recipe.checkpoint.keep):
             oldest = min(self._unreported)
             self._unreported.pop(oldest).cancel()
-            log.info("a checkpoint's file makes room for newer ones, unreported", job=plan.job_id, version=oldest)
+            log.info("an unreported checkpoint file is removed for newer ones", job=plan.job_id, version=oldest)
             await asyncio.to_thread(_remove, directory_of(plan.checkpoint_root, oldest), file)
 
     async def _report_file(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
@@ -194,14 +197,14 @@ class CheckpointWriter:
     # -- status ----------------------------------------------------------------------------------------------------
 
     def note_unwritten(self, cause: str) -> None:
-        """Remember why no checkpoint can be written, for `status`."""
+        """Record for `status` why no checkpoint can be written."""
         known = self._trouble
         if known is None or known.cause != cause:
             log.error("a checkpoint cannot be written, trying again", job=self._plan.job_id, cause=cause)
         self._trouble = self.unwritten = Trouble(cause, known.since if known is not None else time.time())
 
     def waiting(self) -> tuple[str, float] | None:
-        """What a checkpoint waits for and since when (Unix seconds), if it keeps the shard waiting or fails."""
+        """The reason why a checkpoint delays the shard or fails, and since when in Unix seconds; None if neither."""
         if self.unwritten is not None:
             return f"the disk to take its checkpoint: {self.unwritten.cause}", self.unwritten.since
         if self._settling_since is not None:
@@ -210,7 +213,7 @@ class CheckpointWriter:
 
 
 def _remove(directory: str, file: str) -> None:
-    """Remove a file that was not reported, and its directory if that is empty then."""
+    """Remove a file that was not reported, and its directory if the directory is empty afterwards."""
     with suppress(OSError):
         files.remove(files.join(directory, file))
         os.rmdir(directory)

@@ -1,7 +1,6 @@
-"""The commit of a step, as plain functions: what a server tells the leader, what the leader decides, what the decision
-does to each bundle, and what the leader reports.
+"""The commit of a step as plain functions: completion, the leader's decision, its application, the leader's report.
 
-A server's own order of these phases is `Shard._commit`; who waits for whom is in `leader.py`.
+`Shard._commit` runs these phases in order on each server. `leader.py` makes servers wait for each other.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from gradstream.services.parameter_server.optimizer import learning_rate
 
 @dataclass(frozen=True)
 class Decision:
-    """What all servers do with a step."""
+    """The leader's decision on a step, which all servers carry out."""
 
     step: int
     skip: bool
@@ -41,8 +40,11 @@ class Decision:
 
     @classmethod
     def from_proto(cls, answer: pb.CompleteStepResponse, step: int) -> Decision:
-        """The decision on `step` as another server learns it; norm, loss and bytes are the leader's to report. Raises
-        ProtocolError for one that no leader makes."""
+        """Read the leader's decision on `step` on another server.
+
+        Norm, loss and bytes are not filled in: only the leader reports them. Raises ProtocolError for an invalid
+        decision.
+        """
         if answer.step != step or not answer.num_tokens or not 0 <= answer.clip_scale <= 1:
             raise ProtocolError(
                 f"the leader decided on step {answer.step} of {answer.num_tokens} tokens with a scale of "
@@ -64,7 +66,7 @@ class Decision:
         )
 
     def to_proto(self) -> pb.CompleteStepResponse:
-        """The answer that carries the decision to the other servers."""
+        """The answer that tells the decision to the other servers."""
         return pb.CompleteStepResponse(
             step=self.step,
             skip=self.skip,
@@ -83,8 +85,10 @@ class Decision:
 def completion(
     plan: Plan, server: int, step: int, states: Iterable[BundleState], totals: StepTotals, pulled_bytes: int
 ) -> pb.CompleteStepRequest:
-    """What a server tells the leader once its bundles have every contribution to the step. `pulled_bytes` it has sent
-    to workers since it completed the step before."""
+    """Make a server's report to the leader that its bundles have every contribution to the step.
+
+    `pulled_bytes` is the number of bytes that the server has sent to workers since it completed the step before.
+    """
     return pb.CompleteStepRequest(
         job_id=plan.job_id,
         epoch=plan.epoch,
@@ -109,8 +113,8 @@ def decide_commit(
 ) -> tuple[Decision, str]:
     """Commit or skip a step that all servers have completed; return (decision, reason).
 
-    The global norm sums every fragment's squared norm exactly (math.fsum), so it does not depend on which server held
-    what. The scale is that of torch.nn.utils.clip_grad_norm_.
+    The global norm sums every fragment's squared norm exactly (math.fsum), so it does not depend on the placement of
+    fragments. The clip scale is computed as in torch.nn.utils.clip_grad_norm_.
     """
     num_tokens = next(iter(reports.values())).num_tokens
     pushed_bytes = sum(report.pushed_bytes for report in reports.values())
@@ -119,7 +123,7 @@ def decide_commit(
     finite = all(map(math.isfinite, squared)) and math.isfinite(loss_sum)
     try:
         grad_norm = math.sqrt(math.fsum(squared)) / num_tokens if finite else math.nan
-    except OverflowError:  # of finite norms the sum may not be
+    except OverflowError:  # the sum of finite norms may not be finite
         finite, grad_norm = False, math.nan
     loss = loss_sum / num_tokens
     base = Decision(step, False, 1.0, num_tokens, grad_norm, loss, pushed_bytes, pulled_bytes, 0)
@@ -132,23 +136,23 @@ def decide_commit(
 
 @dataclass(frozen=True)
 class CompletedStep:
-    """A step that every server has completed, as its leader sees it."""
+    """A step that every server has completed, as the leader knows it."""
 
     step: int
     reports: Mapping[int, pb.CompleteStepRequest]
-    """By server."""
+    """The servers' reports, by server."""
     loss_sum: float
     consecutive_skips: int
-    """Skipped steps just before this one."""
+    """Number of steps skipped directly before this one."""
     halt: bool
-    """Whether the coordinator has asked for the job to halt at this boundary."""
+    """Whether the coordinator has requested that the job halts at this boundary."""
     push_codec: str
     pull_codec: str
     """The codecs of the next step, by name."""
 
 
 def decide(plan: Plan, completed: CompletedStep) -> tuple[Decision, str]:
-    """The leader's decision on a completed step and its reason.
+    """Decide on a completed step, as its leader; return (decision, reason).
 
     A checkpoint is due at the last version, at every `checkpoint.interval_steps` and at a halt.
     """
@@ -178,7 +182,7 @@ def decide(plan: Plan, completed: CompletedStep) -> tuple[Decision, str]:
 
 @dataclass(frozen=True)
 class Update:
-    """What a decision does to each bundle of a server."""
+    """A decision with what its application to a bundle needs."""
 
     decision: Decision
     rate: float
@@ -188,7 +192,7 @@ class Update:
 
 
 def update_of(plan: Plan, decision: Decision) -> Update:
-    """What a decision does to each bundle of a server."""
+    """Make the update that a decision applies to each bundle of a server."""
     recipe = plan.recipe
     rate = learning_rate(decision.step, plan.num_steps, recipe.optimizer, recipe.schedule)
     return Update(decision, rate, codec_on_wire(decision.pull_codec).name)
@@ -196,16 +200,17 @@ def update_of(plan: Plan, decision: Decision) -> Update:
 
 @dataclass(frozen=True)
 class Applied:
-    """A bundle that was updated: its snapshot for a checkpoint, empty where none is due; None where there is no memory
-    for one, and why."""
+    """The result of an update of a bundle.
+
+    `snapshot` is empty where no checkpoint is due, and None where the snapshot failed because of `cause`.
+    """
 
     snapshot: list[FragmentState] | None
     cause: str = ""
 
 
 def apply(state: BundleState, update: Update) -> Applied:
-    """Update a bundle's weights, make what workers pull, and the snapshot where a checkpoint is due; worker
-    thread."""
+    """Update a bundle's weights, encode them for pulls, and take a snapshot if a checkpoint is due. Worker thread."""
     decision = update.decision
     if not decision.skip:
         state.apply(decision.num_tokens, decision.clip_scale, update.rate)
@@ -222,7 +227,7 @@ def apply(state: BundleState, update: Update) -> Applied:
 def step_report(
     plan: Plan, update: Update, num_samples: int, push_codec: plan_pb2.Codec.ValueType, codec_reason: str
 ) -> coordinator_pb2.ReportStepRequest:
-    """The leader's report of a committed step; `push_codec` is the one in which its contributions came."""
+    """Make the leader's report of a committed step. `push_codec` is the codec of the step's contributions."""
     decision = update.decision
     return coordinator_pb2.ReportStepRequest(
         job_id=plan.job_id,

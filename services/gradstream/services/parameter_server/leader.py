@@ -1,4 +1,4 @@
-"""The leader's part of a commit: hear from all servers, decide once, remember the decision."""
+"""The leader's part of a commit: collects all servers' reports, decides once, keeps the decision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradstream.services.parameter_server.commit import Decision
 
 
 class Leader:
-    """Collects the servers' reports of a step and gives each the same decision, however often it asks."""
+    """Collects the servers' reports of a step and gives every server the same decision. A report may be repeated."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Leader:
 
     @property
     def missing(self) -> list[int]:
-        """Indices of the servers that have not completed the step under way, once one has; else none."""
+        """Indices of the servers that have not completed the step under way. Empty until the first one has."""
         return [server for server in range(self._num_servers) if server not in self._reports] if self._reports else []
 
     async def complete(self, report: pb.CompleteStepRequest) -> Decision:
@@ -38,11 +38,12 @@ class Leader:
         if report.step != self._step or report.server >= self._num_servers:
             raise ProtocolError(
                 f"server {report.server} completed step {report.step} while step {self._step} is under way; "
-                f"it must load the plan anew"
+                f"it must load the plan again"
             )
         if not report.num_tokens or any(other.num_tokens != report.num_tokens for other in self._reports.values()):
             raise ProtocolError(
-                f"server {report.server} counted {report.num_tokens} tokens in step {report.step}, others did not"
+                f"server {report.server} counted {report.num_tokens} tokens in step {report.step}, "
+                f"which is 0 or differs from the other servers' count"
             )
         if any(norm < 0 for norm in report.squared_norms):
             raise ProtocolError(f"server {report.server} reports a squared norm below 0 for step {report.step}")
@@ -58,7 +59,7 @@ class Leader:
         return await asyncio.shield(pending)
 
     def close(self, error: Exception) -> None:
-        """Wake everyone who waits, with `error`."""
+        """Raise `error` in all calls of `complete` that wait."""
         if not self._pending.done():
             self._pending.set_exception(error)
-            self._pending.exception()  # nobody may be waiting
+            self._pending.exception()  # mark the error as seen, in case no call waits

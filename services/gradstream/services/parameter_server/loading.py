@@ -1,4 +1,4 @@
-"""The start of a shard: its bundles' weights and state from a checkpoint, a pretrained model or the seed."""
+"""Loads a shard's bundles at its start: from a checkpoint, from a pretrained model or from the seed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from gradstream.services.parameter_server.bundle_state import BundleState
 
 
 def load_bundles(plan: Plan, states: Sequence[BundleState], pull_codec: str) -> int:
-    """Fill the bundles as the plan says and publish its start version; worker thread. Return the number of consecutive
-    skips before it. Raises CheckpointError."""
+    """Fill the bundles from the plan's source and publish its start version. Worker thread.
+
+    Returns the number of consecutive skips before that version. Raises CheckpointError.
+    """
     num_skips = 0
     if plan.checkpoint_path:
         reader = CheckpointReader(plan.checkpoint_path)

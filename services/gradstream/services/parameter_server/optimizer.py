@@ -1,4 +1,4 @@
-"""The update rule, one fragment at a time, and the learning rate as a pure function of the step."""
+"""The optimizer's update, one fragment at a time, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEP_COUNT = "step"
 
 
 def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedule: LearningRateScheduleConfig) -> float:
-    """The learning rate of step `step` of `num_steps`, both counted from 0.
+    """Compute the learning rate of step `step`, counted from 0, of `num_steps`.
 
     Linear warm-up over `warmup_steps`, then: cosine to `min_ratio` (Loshchilov and Hutter, 2016); WSD, constant and a
     linear decay to `min_ratio` over the last `decay_steps` (Hu et al., "MiniCPM", 2024); or constant.
@@ -39,8 +39,10 @@ def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedul
 
 @dataclass(frozen=True)
 class _Group:
-    """The fragments of a bundle that have one weight decay, and their optimizer's arrays: for each name one a fragment.
-    torch wants lists of each, which are made once."""
+    """The fragments of a bundle with the same weight decay, and their optimizer arrays: one a name and fragment.
+
+    torch's functions take lists of arrays; the lists are made once.
+    """
 
     weight_decay: float
     members: list[int]
@@ -50,11 +52,11 @@ class _Group:
 
 
 class BundleOptimizer:
-    """torch's own AdamW or SGD, fused, over a bundle's fragments: `weights` are updated by `gradients`, in place.
+    """torch's fused AdamW or SGD over a bundle's fragments: updates `weights` in place by `gradients`.
 
-    One for each bundle, not one for all: each bundle can then be updated, in any thread, as soon as its turn comes. Its
-    state is a handful of flat arrays a fragment, which a checkpoint can name. torch's functions, not its optimizer
-    objects: these look through all of their state at every step.
+    Each bundle has an optimizer of its own, so any thread can update a bundle as soon as its turn comes. The state is a
+    few flat arrays a fragment, which a checkpoint can name. This class calls torch's optimizer functions and not its
+    optimizer objects, because the objects search all of their state at every step.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class BundleOptimizer:
         ]
 
     def _initial(self, weights: list[torch.Tensor]) -> dict[str, list[Any]]:
-        """Zeros, or None before a first step that sets what it finds missing: torch's SGD does, its AdamW does not."""
+        """Make the initial arrays: zeros for AdamW; None for SGD, whose first step in torch creates missing arrays."""
         if self._config.kind == "sgd":
             return {"momentum_buffer": [None] * len(weights)}
         zeros = {name: [torch.zeros_like(weights_N) for weights_N in weights] for name in ("exp_avg", "exp_avg_sq")}
@@ -123,8 +125,10 @@ class BundleOptimizer:
             )
 
     def state(self) -> list[dict[str, npt.NDArray[np.float32]]]:
-        """For each fragment the optimizer's arrays by name, aliasing its memory; all fp32. Zeros before the first
-        step."""
+        """For each fragment the optimizer's arrays by name, all fp32, as views of the optimizer's memory.
+
+        The arrays are zeros before the first step.
+        """
         states: list[dict[str, npt.NDArray[np.float32]]] = [{} for _ in self._weights]
         for group in self._groups:
             for name, tensors in group.arrays.items():
@@ -138,7 +142,7 @@ class BundleOptimizer:
         return ["exp_avg", "exp_avg_sq", STEP_COUNT] if self._config.kind == "adamw" else ["momentum_buffer"]
 
     def load(self, states: Sequence[dict[str, npt.NDArray[np.float32]]]) -> None:
-        """Put arrays as given by `state` in place of the optimizer's."""
+        """Replace the optimizer's arrays by arrays in the form of `state`."""
         for group in self._groups:
             for name, tensors in group.arrays.items():
                 for place, number in enumerate(group.members):

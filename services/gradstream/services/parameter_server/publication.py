@@ -1,4 +1,4 @@
-"""What workers pull of a bundle: the whole or a difference, as messages that are framed once for all workers.
+"""Encodes a bundle for workers' pulls: in full or as a difference, in messages that are framed once for all workers.
 
 `publish` and `full` run in the server's thread pool, one at a time for a bundle.
 """
@@ -29,7 +29,7 @@ class PublishedBundle:
 
 
 def frame_bundle(version: int, codec: BundleCodec, payloads: list[Payload], delta: bool) -> PublishedBundle:
-    """Frame a version's payloads."""
+    """Frame a version's payloads as messages."""
     num_bytes = sum(map(len, payloads))
     header = pb.WeightsHeader(
         version=version,
@@ -44,10 +44,10 @@ def frame_bundle(version: int, codec: BundleCodec, payloads: list[Payload], delt
 
 
 class Publisher(ABC):
-    """Makes what workers pull of one bundle at each version."""
+    """Encodes one bundle for workers' pulls at each version."""
 
     delta: PublishedBundle | None = None
-    """What a worker that holds the version before gets; None: it gets the whole bundle too."""
+    """The difference for a worker that holds the version before; None if that worker gets the whole bundle."""
 
     def __init__(self, bundle: Bundle, weights_N: torch.Tensor):
         self._bundle = bundle
@@ -57,7 +57,7 @@ class Publisher(ABC):
 
     @abstractmethod
     def publish(self, version: int, codec: str) -> None:
-        """Make what workers pull of a version from the weights as they are; `codec` is that of its differences."""
+        """Encode the current weights as a version; `codec` is the codec of its differences."""
 
     @abstractmethod
     def full(self) -> PublishedBundle:
@@ -65,20 +65,20 @@ class Publisher(ABC):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the reference and of what is framed."""
+        """Bytes of the reference and of the framed messages."""
         return sum(framed.num_bytes for framed in (self.delta, self._full) if framed is not None)
 
     def saved(self) -> torch.Tensor | None:
-        """What a checkpoint must hold beside the weights, of the bundle's elements; None if nothing."""
+        """The values, one an element of the bundle, that a checkpoint must hold beside the weights; None if none."""
         return None
 
     def restore(self, saved_N: torch.Tensor) -> None:
-        """Take what `saved` gave."""
+        """Load values that `saved` returned."""
         raise NotImplementedError("a publisher that saves nothing has nothing to restore")
 
 
 class WholePublisher(Publisher):
-    """Every pull is of the whole bundle, in one codec."""
+    """Publishes the whole bundle in one codec for every pull."""
 
     def __init__(self, bundle: Bundle, weights_N: torch.Tensor, codec: BundleCodec):
         super().__init__(bundle, weights_N)
@@ -94,10 +94,10 @@ class WholePublisher(Publisher):
 
 
 class DeltaPublisher(Publisher):
-    """Differences to the reference, which the workers hold; a newcomer gets the reference in fp32.
+    """Publishes differences to the reference, which the workers hold. A new worker gets the reference in fp32.
 
-    At every `keyframe_versions`-th version all get the weights in fp32, so that no reference that went wrong unnoticed
-    lives for ever.
+    At every `keyframe_versions`-th version all workers get the weights in fp32. This bounds how long an undetected
+    error in a reference can last.
     """
 
     def __init__(self, bundle: Bundle, weights_N: torch.Tensor, book: CodecBook, keyframe_versions: int):
@@ -143,7 +143,7 @@ class DeltaPublisher(Publisher):
 
 
 class XorPublisher(Publisher):
-    """The bits that changed since the version before: hardly any where a learning rate is tiny, as in fine-tuning."""
+    """Publishes the bits that changed since the version before: few if the learning rate is tiny, as in fine-tuning."""
 
     def __init__(self, bundle: Bundle, weights_N: torch.Tensor, full: BundleCodec, delta: BundleCodec):
         super().__init__(bundle, weights_N)
@@ -177,7 +177,7 @@ class XorPublisher(Publisher):
 def publisher(
     form: Downlink, bundle: Bundle, weights_N: torch.Tensor, book: CodecBook, keyframe_versions: int
 ) -> Publisher:
-    """The publisher for a form of downlink."""
+    """Make the publisher for a form of downlink."""
     if form.delta is None:
         return WholePublisher(bundle, weights_N, book.of(bundle, form.full))
     if form.xor:

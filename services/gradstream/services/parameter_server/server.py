@@ -1,4 +1,4 @@
-"""The parameter server's process: registers with the coordinator, takes up plans, serves one shard at a time."""
+"""The parameter server's process: registers with the coordinator, loads plans, serves one shard at a time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ParameterServer:
         transport: Transport = PLAIN,
         grace_seconds: float = GRACE_SECONDS,
     ):
-        # Reductions (the squared norms) must not depend on the machine's number of cores.
+        # Reductions, such as the squared norms, must not depend on the machine's number of cores.
         torch.set_num_threads(1)
         self.shard: Shard | None = None
         self.servicer = ParameterServerServicer(lambda: self.shard)
@@ -69,7 +69,7 @@ class ParameterServer:
             grace_seconds,
         )
         self._executor = ThreadPoolExecutor(num_threads, "tensor")
-        # A future among them is a mark: it is done when all before it are sent.
+        # A future in the queue is a marker: it is done when all reports before it are sent.
         self._step_reports: asyncio.Queue[coordinator_pb2.ReportStepRequest | asyncio.Future[None]] = asyncio.Queue(
             MAX_UNREPORTED_STEPS
         )
@@ -80,12 +80,12 @@ class ParameterServer:
 
     @property
     def checkpoint_directory(self) -> Path | None:
-        """Where it writes at the moment; None without a job, or where that is no directory of this machine."""
+        """The directory that checkpoints are written to; None without a job, or if it is not on this machine."""
         root = "" if self.shard is None else self.shard.plan.checkpoint_root
         return Path(root) if root.startswith("/") else None
 
     async def run(self) -> None:
-        """Serve until the session is left. Raises the coordinator's error when it refuses this node."""
+        """Serve until the session ends. Raises the coordinator's error when the coordinator refuses this node."""
         reporter = asyncio.create_task(self._report_steps())
         try:
             await self.session.run()
@@ -157,9 +157,10 @@ class ParameterServer:
     # -- reports ---------------------------------------------------------------------------------------------------
 
     async def _complete_at_leader(self, report: pb.CompleteStepRequest) -> Decision:
-        """Ask the leader until it answers; waiting for the other servers has no deadline, only a reason in `status`.
+        """Send the report to the leader until it answers with its decision.
 
-        Raises ProtocolError when the leader refuses this server's report for good.
+        The wait for the other servers has no deadline, but `status` shows its reason. Raises ProtocolError when the
+        leader refuses this server's report for a reason that does not pass.
         """
         shard = self.shard
         if shard is None:
@@ -177,7 +178,7 @@ class ParameterServer:
                 error = error_from_rpc(rpc_error, f"the leader, {leader.title},")
                 if refused_for_good(error):
                     raise error from None
-                # The leader may not have taken up the plan yet, or be gone: the coordinator will say.
+                # The leader may not have loaded the plan yet, or may be lost: the coordinator's next directive tells.
                 log.debug("the leader does not answer", cause=one_line(error))
             await asyncio.sleep(backoff.next())
         return Decision.from_proto(answer, report.step)
@@ -194,9 +195,9 @@ class ParameterServer:
         await self.session.deliver(partial(self.session.stub.ReportCheckpoint, report, timeout=UNARY_TIMEOUT_SECONDS))
 
     async def _drain(self) -> None:
-        """Finish the checkpoint that is being written, and send the steps reported so far.
+        """Finish the checkpoint that is being written, and send the step reports so far.
 
-        Steps go on meanwhile: other servers may have to commit one for their own checkpoint.
+        Steps go on in the meantime, because other servers may have to commit one for their own checkpoint.
         """
         if self.shard is not None:
             await self.shard.drain()
@@ -230,17 +231,16 @@ async def serve(
     grace_seconds: float = GRACE_SECONDS,
     advertise: str | None = None,
 ) -> None:
-    """Run a parameter server until SIGTERM or SIGINT; `credentials` is the directory of its own. Raises GradstreamError
-    when it cannot start or is refused.
+    """Run a parameter server until SIGTERM or SIGINT; `credentials` is the directory of its credentials.
 
-    It ends once a checkpoint that is being written and its reports are done with, after `grace_seconds` at the latest.
-
-    `num_threads` threads do the arithmetic; None takes as many as the machine has cores, at most 8. `advertise` is
-    where others reach it (host:port), None where it listens.
+    The server ends once a checkpoint that is being written is complete and its reports are sent, after `grace_seconds`
+    at the latest. `num_threads` threads do the arithmetic; None means one a core of the machine, at most 8. `advertise`
+    is the address (host:port) at which others reach the server; None means the listen address. Raises GradstreamError
+    when the server cannot start or is refused.
     """
     log_buffer = logging.LogBuffer()
     process.configure_log(log_buffer)
-    # Before the imports that take seconds: a port that is taken is told at once.
+    # Before the imports that take seconds, so that an error about a port in use comes at once.
     transport = Transport(credentials)
     door = FollowingServer(transport, listen_address, max_message_bytes=MAX_STREAM_MESSAGE_BYTES)
     model.preload()

@@ -1,4 +1,4 @@
-"""ParameterServerService: decode, call the shard, encode."""
+"""ParameterServerService: decodes requests, calls the shard and encodes its answers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ParameterServerServicer:
-    """Serves the shard that `current` returns (None while the server holds nothing)."""
+    """Serves the shard that `current` returns, which is None while the server holds no shard."""
 
     def __init__(self, current: Callable[[], Shard | None]):
         self._current = current
         self._streams = Streams(self._num_workers)
 
     def _num_workers(self) -> int:
-        """How many workers can share the job in force."""
+        """The number of workers that can share the current job; 0 without a job."""
         shard = self._current()
         return shard.plan.most_workers if shard is not None else 0
 
     def _shard(self, job_id: str, epoch: int) -> Shard:
-        """The shard in force. Raises StaleEpochError when it is of another plan."""
+        """The current shard. Raises StaleEpochError when the shard belongs to another plan."""
         shard = self._current()
         if shard is None:
             raise StaleEpochError(f"plan {job_id} epoch {epoch} is not in force here: this server holds no job yet")
@@ -43,7 +43,7 @@ class ParameterServerServicer:
         return shard
 
     async def Push(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.PushResponse]:
-        """Contributions in, acknowledgements out, one for one."""
+        """Receive contributions; acknowledge each."""
         async with answering(context):
             with self._streams.admit(context.peer()) as stream:
                 assembler: Assembler[pb.ContributionHeader] = Assembler()
@@ -51,28 +51,28 @@ class ParameterServerServicer:
                 try:
                     while (message := await self._read(messages, stream)) is not None:
                         response = self._take(message, assembler, stream)
-                        message = None  # a peer that sends nothing more shall not hold it
+                        message = None  # or an idle peer would keep it in memory
                         if response is not None:
-                            # The next message is read only when gRPC has taken the acknowledgement: a peer that does
-                            # not read these is not read from either.
+                            # The next message is read only when gRPC has taken the acknowledgement. So a peer that
+                            # does not read acknowledgements cannot send more contributions.
                             yield response
                     if not assembler.idle:
                         raise ProtocolError("the push stream ended inside a payload")
                 finally:
-                    # This frame lives on in a refusal's traceback until a garbage collection finds it.
+                    # An error's traceback keeps this frame alive until the next garbage collection.
                     message = None
                     del assembler
 
     def _take(
         self, message: bytes, assembler: Assembler[pb.ContributionHeader], stream: Stream
     ) -> pb.PushResponse | None:
-        """Take a message; the acknowledgement when it was a contribution's last. Raises ProtocolError."""
+        """Take a message; return the acknowledgement if it completed a contribution. Raises ProtocolError."""
         encoded, piece = parse(message)
         if encoded is not None:
             header = _header(encoded)
             self._shard(header.job_id, header.epoch).check(header)
             assembler.begin(header)
-            # With its header, which stays as long as the contribution and may be as large as a message.
+            # The header counts too: it is kept as long as the contribution and may be as large as a message.
             stream.begin(len(encoded) + header.payload_bytes)
         whole = assembler.add(piece)
         if whole is None:
@@ -90,7 +90,7 @@ class ParameterServerServicer:
         )
 
     async def _read(self, messages: AsyncIterator[bytes], stream: Stream) -> bytes | None:
-        """The next message, or None at the end. Raises the error for which the stream was ended meanwhile."""
+        """Read the next message, None at the end. Raises the reason if the server has ended the stream."""
         try:
             return await anext(messages, None)
         except asyncio.CancelledError:
@@ -100,7 +100,7 @@ class ParameterServerServicer:
         raise error
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
-        """The weights of one version, bundle by bundle, as each is published."""
+        """Stream the weights of one version, bundle by bundle, as each is published."""
         async with answering(context):
             with self._streams.admit(context.peer()):
                 shard = self._shard(request.job_id, request.epoch)
@@ -127,7 +127,7 @@ class ParameterServerServicer:
                     shard.sent_bytes += published.num_bytes
 
     async def CompleteStep(self, request: pb.CompleteStepRequest, context: Context) -> pb.CompleteStepResponse:
-        """On the leader: another server is done with a step."""
+        """Take another server's report that it has completed a step, on the leader; answer with the decision."""
         async with answering(context):
             shard = self._shard(request.job_id, request.epoch)
             if shard.leader is None:
@@ -136,7 +136,7 @@ class ParameterServerServicer:
         raise AssertionError("answering() aborts the call")
 
     async def GetServerStatus(self, request: pb.GetServerStatusRequest, context: Context) -> pb.GetServerStatusResponse:
-        """What the server holds of a job."""
+        """Report what the server holds of a job."""
         shard = self._current()
         if shard is None or shard.plan.job_id != request.job_id:
             return pb.GetServerStatusResponse()

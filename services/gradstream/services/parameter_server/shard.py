@@ -1,14 +1,15 @@
-"""A server's share of a job for one epoch: its state, who waits for it, and the versions that it publishes.
+"""A server's share of a job for one epoch: its state, the calls that wait for it, and the versions that it publishes.
 
-Everything runs on the event loop but the arithmetic, which goes to the thread pool. The life of step t:
+Everything runs on the event loop except the arithmetic, which runs in the thread pool. Step t has three phases:
   1. accumulate (`accumulation.py`): contributions are added in slot order as their turn comes; early ones wait, still
      encoded;
-  2. complete (`commit.py`): every fragment has every slot; the leader is told and answers with the decision;
-  3. apply (`commit.py`): the optimizer runs over each fragment, which is then published as version t + 1.
-A snapshot of a version that gets a checkpoint is written meanwhile (`checkpointing.py`).
+  2. complete (`commit.py`): every fragment has every slot; the server reports to the leader, which answers with its
+     decision;
+  3. apply (`commit.py`): the optimizer updates each fragment, which is then published as version t + 1.
+A snapshot of a version that gets a checkpoint is written in the background (`checkpointing.py`).
 
-The other modules compute and say what should be done; the shard alone changes the version, its phase and the codecs,
-starts tasks and wakes who waits. A pull that comes while the shard loads waits for the start version, as for any other.
+The other modules compute and return decisions. Only the shard changes the version, its phase and the codecs, starts
+tasks and wakes waiting calls. A pull that comes while the shard loads waits for the start version like any other pull.
 """
 
 from __future__ import annotations
@@ -47,15 +48,17 @@ T = TypeVar("T")
 
 @dataclass
 class Phase:
-    """What the shard does, for `status`."""
+    """The shard's current phase, for `status`."""
 
     name: str
     since: float
 
 
 class Shard:
-    """See the module's docstring. `complete_at_leader` reaches the leader on another server; the leader does not use
-    it."""
+    """A server's share of a job for one epoch.
+
+    `complete_at_leader` sends a report to the leader on another server; on the leader it is not used.
+    """
 
     def __init__(
         self,
@@ -70,12 +73,12 @@ class Shard:
     ):
         self.plan = plan
         self.index = index
-        self.version = -1  # while it loads
+        self.version = -1  # -1 while the shard loads
         self.checkpointed = False  # whether `version` gets a checkpoint
-        self.failed = False  # whether something went wrong for good: what is held is of no use any more
+        self.failed = False  # whether the shard failed: its state is of no more use
         self.phase = Phase("loading", time.time())
         self.sent_bytes = 0
-        # Of them, those sent before the last step was completed.
+        # The part of `sent_bytes` that was sent before the last step was completed.
         self._counted_bytes = 0
         recipe = plan.recipe
         form = downlink(recipe.codec.pull)
@@ -95,7 +98,7 @@ class Shard:
         self._report_failure = report_failure
         self._faults = faults or Faults("")
         self._consecutive_skips = 0
-        self._halt = False  # on the leader: whether the job halts at the next boundary
+        self._halt = False  # on the leader, whether the job halts at the next boundary
         self._full_lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._closed: StaleEpochError | None = None
@@ -104,7 +107,7 @@ class Shard:
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Initialize the fragments from the seed or from the plan's checkpoint, and publish the start version."""
+        """Initialize the fragments from the plan's source, and publish the start version."""
         states = list(self.bundles.values())
         self._consecutive_skips = await self._run(load_bundles, self.plan, states, self.pull_codec)
         for state in self.bundles.values():
@@ -125,7 +128,7 @@ class Shard:
         return self.version >= 0
 
     async def close(self, reason: str) -> None:
-        """Stop at once; everyone who waits gets a StaleEpochError."""
+        """Stop at once. All waiting calls get a StaleEpochError."""
         self._closed = StaleEpochError(reason)
         if self.leader is not None:
             self.leader.close(self._closed)
@@ -134,7 +137,7 @@ class Shard:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        # Streams that are told of the end one by one still know the shard; its memory is free now.
+        # Streams hold references to the shard until they have ended; free its memory now.
         self.bundles.clear()
 
     # -- push ------------------------------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ class Shard:
         self.accumulation.check(header, self.version, self.push_codec)
 
     def offer(self, header: pb.ContributionHeader, payload: Payload) -> pb.PushResult.ValueType:
-        """Take a checked and verified contribution, once. Raises ProtocolError."""
+        """Take a checked and verified contribution once. Raises ProtocolError."""
         result = self.accumulation.offer(header, payload, self.version)
         state = self.bundles[header.bundle]
         if result == pb.PUSH_RESULT_ACCEPTED and state.start_adding():
@@ -158,7 +161,7 @@ class Shard:
     # -- commit ----------------------------------------------------------------------------------------------------
 
     async def _commit(self) -> None:
-        """Every bundle has every contribution: learn the leader's decision, apply it, publish the next version."""
+        """Get the leader's decision on a completed step, apply it and publish the next version."""
         plan, step = self.plan, self.version
         self.phase = Phase("committing", time.time())
         totals = self.accumulation.totals()
@@ -166,9 +169,9 @@ class Shard:
         report = commit.completion(plan, self.index, step, self.bundles.values(), totals, pulled_bytes)
         decision = await (self.leader.complete(report) if self.leader else self._complete_at_leader(report))
         self._faults.decided(step)
-        # From here on version step + 1 is decided. No worker can contribute to it before it has pulled every
-        # fragment, so a contribution that arrives while fragments are being updated belongs to the step that is over.
-        # Before workers hear of the version:
+        # From here on version step + 1 is decided. No worker can contribute to it before pulling every fragment, so a
+        # contribution that arrives while fragments are being updated belongs to the step that is over.
+        # Set before workers learn of the version:
         update = commit.update_of(plan, decision)
         self.checkpointed = decision.checkpoint
         push_codec, self.push_codec = self.push_codec.wire, codec_on_wire(decision.push_codec)
@@ -191,7 +194,7 @@ class Shard:
             await self._report_step(commit.step_report(plan, update, totals.num_samples, push_codec, reason))
 
     async def _apply(self, state: BundleState, update: Update) -> list[FragmentState] | None:
-        """Update a bundle and publish it; its snapshot, None where there is no memory for one."""
+        """Update a bundle and publish it; return its snapshot, None where the snapshot failed."""
         applied = await self._run(commit.apply, state, update)
         if applied.snapshot is None:
             self.checkpoints.note_unwritten(applied.cause)
@@ -200,7 +203,7 @@ class Shard:
         return applied.snapshot
 
     def _decide(self, step: int, reports: Mapping[int, pb.CompleteStepRequest]) -> Decision:
-        """On the leader, once all servers have completed a step: decide on it, and on the next one's codecs."""
+        """Decide, on the leader, on a step that all servers have completed and on the codecs of the next step."""
         halt, self._halt = self._halt, False
         push, pull = self.push_codec.name, self.pull_codec
         if self._tuner is not None:
@@ -215,17 +218,17 @@ class Shard:
         return decision
 
     def request_boundary(self) -> None:
-        """On the leader: checkpoint at the next commit and say in its report that the job halts there."""
+        """Make the job halt at the next commit, with a checkpoint and a note in the step's report. On the leader."""
         self._halt = True
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def request_snapshot(self, version: int) -> None:
-        """Write a checkpoint of `version`, without a commit, if this is the version at hand and it has none yet."""
+        """Write a checkpoint of `version` without a commit, if it is the current version and has no checkpoint yet."""
         self.checkpoints.save(version, self._consecutive_skips, lambda: self._at_hand(version), self._snapshot)
 
     def _at_hand(self, version: int) -> bool:
-        """Whether the bundles hold `version`, and no update of it is under way."""
+        """Return whether the bundles hold `version` and no update is under way."""
         settled = self._closed is None and self.phase.name not in ("loading", "applying")
         return settled and self.version == version
 
@@ -250,8 +253,11 @@ class Shard:
     async def published(
         self, job_id: str, epoch: int, bundle: int, version: int, holds: bool
     ) -> PublishedBundle | None:
-        """Wait until a bundle is published at `version`; what a worker gets that `holds` the version before, or does
-        not. None when the bundle has moved on. Raises StaleEpochError."""
+        """Wait until a bundle is published at `version`; return the messages for a worker.
+
+        `holds` tells whether the worker holds the version before. Returns None when the bundle is already at a later
+        version. Raises StaleEpochError.
+        """
         while True:
             self.check_epoch(job_id, epoch)
             state = self.bundles[bundle]
@@ -263,27 +269,26 @@ class Shard:
         published = state.delta() if holds else None
         if published is None:
             async with self._full_lock:
-                # One at a time: a crowd of newcomers waits for the bundle that the first one had made.
+                # One call at a time encodes the bundle; other new workers wait and get the same messages.
                 published = await self._run(state.full)
-        # The next version may be in the making, though not published yet.
+        # The next version may be encoded already, though not published yet.
         return published if published.version == version else None
 
     def measured(self, peer: str, measurement: pb.LinkMeasurement) -> None:
-        """Take what the worker behind `peer` saw of its speed and its links; only a leader that tunes has use for
-        it."""
+        """Take measurements of the worker behind `peer`. Only a leader of a job with `codec: auto` uses them."""
         if self._tuner is not None:
             self._tuner.measured(peer, measurement)
 
     # -- status ----------------------------------------------------------------------------------------------------
 
     def missing_slots(self) -> list[int]:
-        """Slots of the step under way of which some contribution has not arrived."""
+        """The slots of the step under way of which a contribution is still missing."""
         if not self.loaded or self.version >= self.plan.num_steps:
             return []
         return self.accumulation.missing_slots()
 
     def activity(self) -> coordinator_pb2.Activity:
-        """What the shard does, for heartbeats."""
+        """The shard's activity, for heartbeats."""
         waiting_for = ""
         missing = self.missing_slots() if self.phase.name == "accumulating" else []
         if missing:
@@ -312,7 +317,7 @@ class Shard:
         )
 
     def status(self) -> pb.GetServerStatusResponse:
-        """What the shard holds."""
+        """The shard's state, for GetServerStatus."""
         states = self.bundles.values()
         return pb.GetServerStatusResponse(
             epoch=self.plan.epoch,
@@ -328,7 +333,7 @@ class Shard:
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def check_epoch(self, job_id: str, epoch: int) -> None:
-        """Raise StaleEpochError unless this is the plan in force here."""
+        """Raise StaleEpochError unless this is the current plan of this server."""
         if self._closed is not None:
             raise self._closed
         if job_id != self.plan.job_id or epoch != self.plan.epoch:
@@ -356,12 +361,12 @@ class Shard:
         return task
 
     async def _guard(self, work: Awaitable[None]) -> None:
-        """Run a background task; what goes wrong in it ends the shard and is reported, never swallowed."""
+        """Run a background task. An error in the task ends the shard and is reported."""
         try:
             await work
         except StaleEpochError as error:
             if self._closed is None:
-                log.warning("left the step", job=self.plan.job_id, cause=str(error))
+                log.warning("gave up the step", job=self.plan.job_id, cause=str(error))
         except Exception as error:
             self.failed = True
             await self._report_failure(error)

@@ -1,10 +1,10 @@
-"""What all peers together can make a server hold: how many streams they may open, how much they may leave half sent.
+"""Bounds the memory that peers can use on a server: the number of open streams, and the half-sent contributions' bytes.
 
 A stream costs the server at most one contribution in assembly or one bundle being written, and the few messages that
-gRPC's flow control admits. So a bound on streams bounds memory. The bounds follow from how many workers the plan lets
-share the job (gradstream.core.wire.stream_limits). Where one is reached the newcomer is told to come again; where
-half-sent contributions reach theirs, the one that was begun first goes, as an honest peer's is over in a moment and
-would be sent again.
+gRPC's flow control admits. So a bound on streams bounds memory. The bounds follow from the number of workers that the
+plan lets share the job (gradstream.core.wire.stream_limits). At the bound on streams a new peer is told to retry. At
+the bound on half-sent contributions the oldest one is dropped: an honest peer completes a contribution within moments,
+and would send it again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gradstream.core.wire.stream_limits import (
 
 
 class Stream:
-    """A push or pull that was admitted, for the task that serves it."""
+    """An admitted push or pull, and the task that serves it."""
 
     def __init__(self, streams: Streams, peer: str):
         self._streams = streams
@@ -34,12 +34,12 @@ class Stream:
         self.ended: GradstreamError | None = None
 
     def begin(self, num_bytes: int) -> None:
-        """A contribution of `num_bytes` is going to be assembled."""
+        """Count a contribution of `num_bytes` that is going to be assembled."""
         self._streams.make_room(self, num_bytes)
         self.half_sent_bytes = num_bytes
 
     def finish(self) -> None:
-        """The contribution is whole."""
+        """Stop counting the contribution: it is complete."""
         self.half_sent_bytes = 0
         self._streams.half_sent.pop(self, None)
 
@@ -52,7 +52,7 @@ class Stream:
             self._task.cancel()
 
     def interrupted(self) -> GradstreamError | None:
-        """Why the task was cancelled by `end`, or None when that was somebody else. Clears the cancellation."""
+        """The reason why `end` cancelled the task, or None if something else did. Clears a cancellation by `end`."""
         if self.ended is not None and self._task is not None:
             self._task.uncancel()
         return self.ended
@@ -67,8 +67,8 @@ class Streams:
         most_a_connection: int = MAX_DATA_STREAMS_A_CONNECTION,
         most_half_sent_bytes: int = MAX_HALF_SENT_BYTES,
     ):
-        """`num_workers` says how many workers can share the job that is in force; 0: there is none."""
-        self.half_sent: dict[Stream, None] = {}  # in the order in which they were begun
+        """`num_workers` returns the number of workers that can share the current job; 0 without a job."""
+        self.half_sent: dict[Stream, None] = {}  # streams with a half-sent contribution, oldest first
         self.num_open = 0
         self._num_workers = num_workers
         self._most_a_connection = most_a_connection
@@ -77,8 +77,10 @@ class Streams:
 
     @contextmanager
     def admit(self, peer: str) -> Iterator[Stream]:
-        """Count a stream of `peer` (gRPC's name for it) while it is open. Raises UnreachableError when it is one too
-        many."""
+        """Count a stream of `peer` (gRPC's name for the peer) while it is open.
+
+        Raises UnreachableError when a bound is reached.
+        """
         num_workers = self._num_workers()
         most = most_streams(num_workers)
         if self.num_open >= most:
@@ -101,13 +103,13 @@ class Streams:
                     del self._counts[name]
 
     def make_room(self, stream: Stream, num_bytes: int) -> None:
-        """Note a contribution that begins; end those begun first while there are too many bytes half sent."""
+        """Count a contribution that begins; end the oldest ones while there are too many half-sent bytes."""
         self.half_sent[stream] = None
         total = num_bytes + sum(other.half_sent_bytes for other in self.half_sent)
         while total > self._most_half_sent_bytes:
             oldest = next(iter(self.half_sent))
             if oldest is stream:
-                return  # alone: it may be larger than the bound, but not more than a bundle
+                return  # a single contribution may exceed the bound, but is at most a bundle
             total -= oldest.half_sent_bytes
             oldest.end()
 
@@ -117,5 +119,5 @@ def _connection(peer: str) -> str:
 
 
 def _host(peer: str) -> str:
-    """The peer without its port: "ipv4:10.0.0.7:41234" and "ipv6:[::1]:41234" lose what follows the last colon."""
+    """The peer without its port: the last colon of "ipv4:10.0.0.7:41234" or "ipv6:[::1]:41234" and all after it."""
     return f"host {peer.rpartition(':')[0] or peer}"

@@ -1,4 +1,4 @@
-"""The leader's side of `codec: auto`: gathers what workers measured and how long steps take."""
+"""The leader's part of `codec: auto`: collects the workers' measurements and the step times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_MEASURED = 4096
 
 
 class Tuner:
-    """Chooses each step's codec. `push` and `pull` say which direction is free to change."""
+    """Chooses each step's codec. `push` and `pull` tell in which direction the codec may change."""
 
     def __init__(self, plan: Plan):
         codec = plan.recipe.codec
@@ -44,23 +44,23 @@ class Tuner:
         return self._state.codec
 
     def codecs(self, push: str, pull: str) -> tuple[str, str]:
-        """The codecs of the step under way: this tuner's where it may change them, else `push` and `pull`."""
+        """The push and pull codecs of the step under way: the tuner's where it may change them, else those given."""
         return self.codec if self.push else push, self.codec if self.pull else pull
 
     @property
     def reason(self) -> str:
-        """Why it is this one."""
+        """The reason for the codec."""
         return self._state.reason
 
     def measured(self, peer: str, measurement: pb.LinkMeasurement) -> None:
-        """Take what the worker behind `peer` saw over its last step, if it saw something of everything."""
+        """Take the measurements of the worker behind `peer` over its last step, if all of them are positive."""
         seen = (measurement.compute_seconds, measurement.push_bytes_per_second, measurement.pull_bytes_per_second)
         room = len(self._measured) < MAX_MEASURED or peer in self._measured
         if room and all(math.isfinite(value) and value > 0 for value in seen):
             self._measured[peer] = measurement
 
     def committed(self, now: float) -> None:
-        """A step was committed at `now`, in seconds of a steady clock; the next one's codec is decided."""
+        """Decide the next step's codec, after a commit at `now` in seconds of a monotonic clock."""
         before, self._committed_at = self._committed_at, now
         seen = list(self._measured.values())
         self._measured.clear()

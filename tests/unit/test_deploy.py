@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from gradstream.coordinator.cli import serve
@@ -140,6 +145,66 @@ def test_the_dockerfile_runs_nothing_as_root_and_names_every_service() -> None:
 )
 def test_every_recipe_that_comes_along_is_valid(path: Path) -> None:
     assert load_any_recipe(path, ["base_model=/somewhere"] if "finetune" in path.name else []).name
+
+
+UNITS = {
+    "gradstream-coordinator.service": (serve.coordinator, "coordinator"),
+    "gradstream-parameter-server@.service": (serve.parameter_server, "parameter-server"),
+    "gradstream-worker@.service": (serve.worker, "worker"),
+    "gradstream-fine-tuning.service": (serve.fine_tuning, "fine-tuning"),
+}
+SYSTEMD = ROOT / "deploy" / "systemd"
+
+
+def unit(name: str) -> dict[str, list[str]]:
+    """The settings of a unit's [Service], each with all its values."""
+    found: dict[str, list[str]] = {}
+    for line in (SYSTEMD / name).read_text().partition("[Service]")[2].partition("\n[")[0].splitlines():
+        if line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def test_each_role_has_a_unit() -> None:
+    assert {path.name for path in SYSTEMD.glob("*.service")} == set(UNITS)
+    group: Any = typer.main.get_command(serve.app)
+    assert {role for _, role in UNITS.values()} == set(group.commands)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_unit_starts_its_role_with_options_that_there_are(name: str) -> None:
+    (command,) = unit(name)["ExecStart"]
+    variables = dict(re.findall(r"^(\w+)=(.*)$", (SYSTEMD / "gradstream.env").read_text(), re.MULTILINE))
+    filled = re.sub(r"\$\{?(\w+)\}?", lambda match: variables[match[1]], command)
+    filled = filled.replace("%l", "host").replace("%i", "0")
+    program, serving, role, *words = filled.split()
+    assert (program, serving, role) == ("/opt/gradstream/bin/gradstream", "serve", UNITS[name][1])
+    group: Any = typer.main.get_command(serve.app)
+    with group.make_context("serve", [role]) as context:
+        group.get_command(context, role).make_context(role, words, parent=context)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_unit_stops_its_role_as_compose_does(services: dict[str, Any], name: str) -> None:
+    role = UNITS[name][1]
+    settings = unit(name)
+    grace = inspect.signature(UNITS[name][0]).parameters.get("grace")
+    assert settings["TimeoutStopSec"] == [services[role]["stop_grace_period"].removesuffix("s")]
+    assert grace is None or int(settings["TimeoutStopSec"][0]) > grace.default + 5
+    assert (settings["Restart"], settings["KillMode"]) == (["always"], ["mixed"])
+    assert (settings["User"], settings["NoNewPrivileges"]) == (["gradstream"], ["yes"])
+    assert settings["EnvironmentFile"][0] == "/etc/gradstream/gradstream.env"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    for name in UNITS:
+        text = (SYSTEMD / name).read_text()
+        (tmp_path / name).write_text(text.replace("/opt/gradstream/bin/gradstream", sys.executable))
+    command = ["systemd-analyze", "verify", *(str(tmp_path / name) for name in UNITS)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_paths_are_limited_for_services_and_not_for_people(services: dict[str, Any]) -> None:

@@ -59,7 +59,8 @@ check: $(STAMP)  ## Lint, types, protos, docs.
 	$(MAKE) --no-print-directory docs
 
 docs: $(STAMP)  ## Build the site of the docs into site/, with the reference that follows from the code.
-	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --quiet --strict
+	@# Without --quiet, which would hide warnings from --strict.
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
 
 format: $(STAMP)  ## Format the code.
 	$(BIN)/ruff check --fix-only --quiet .

@@ -17,7 +17,7 @@ from support.fuzzing import WORDS, allocating_at_most, fuzzed, mutated_message, 
 from support.micro import micro_plan
 from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
-from gradstream.client import _fine_tuning_types as tuning
+from gradstream.client import _fine_tuning_types as fine_tuning_types
 from gradstream.client import _types as types
 from gradstream.coordinator.jobs.residuals import check_residual
 from gradstream.coordinator.servicers.nodes import check_registration
@@ -377,9 +377,12 @@ ANSWERS: list[tuple[Any, Message]] = [
     (types.Checkpoint.from_proto, jobs_pb2.Checkpoint(version=1, unix_ms=4)),
     (types.watch_item, jobs_pb2.WatchJobResponse(cursor=1, event=jobs_pb2.Event(unix_ms=3, message="m"))),
     (types.watch_item, jobs_pb2.WatchJobResponse(cursor=1, step=coordinator_pb2.ReportStepRequest(step=1))),
-    (tuning.FineTuning.from_proto, fine_tuning_pb2.FineTuning(name="n", state=1, created_unix_ms=3, recipe_json="{}")),
-    (tuning.ExamplesPreview.from_proto, fine_tuning_pb2.PreviewExamplesResponse()),
-    (tuning.GeneratedText.from_proto, fine_tuning_pb2.GenerateResponse(text="t", finish_reason=1)),
+    (
+        fine_tuning_types.FineTuning.from_proto,
+        fine_tuning_pb2.FineTuning(name="n", state=1, created_unix_ms=3, recipe_json="{}"),
+    ),
+    (fine_tuning_types.ExamplesPreview.from_proto, fine_tuning_pb2.PreviewExamplesResponse()),
+    (fine_tuning_types.GeneratedText.from_proto, fine_tuning_pb2.GenerateResponse(text="t", finish_reason=1)),
 ]
 
 

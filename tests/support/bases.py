@@ -12,9 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gradstream.core.checkpoint import manifest as checkpoint
 from gradstream.core.checkpoint import shard as checkpoint_shard
-from gradstream.core.checkpoint.manifest import CheckpointManifest, TensorEntry
+from gradstream.core.checkpoint.manifest import CheckpointManifest, TensorEntry, state_digest
 from gradstream.core.model.model import build, inventory, load_config
 from gradstream.core.plan.fragments import Tensor, cut
 from gradstream.core.recipe.fine_tuning import Base, FineTuning, LoraConfig
@@ -95,7 +94,7 @@ def write_checkpoint(
         fragment_elements=200,
         placement=(0,) * len(fragments),
         files=(entry,),
-        state_sha256=checkpoint.state_digest(digests),
+        state_sha256=state_digest(digests),
         progress={},
     )
     save_tokenizer(directory)

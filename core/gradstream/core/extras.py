@@ -31,7 +31,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 """Extra: the modules that its packages bring. A package is called like its module, with a dash for "_"."""
 ALL = "all"
 """The extra that is every other one together."""
-MOST_NAMES = 3
+MAX_NAMES = 3
 """Missing packages that a message names; of more it gives the number."""
 
 
@@ -55,9 +55,9 @@ def missing(what: str, modules: Sequence[str]) -> ConfigError:
     extras = [extra for extra, names in MODULES.items() if not set(names).isdisjoint(modules)]
     wanted = extras[0] if len(extras) == 1 else ALL
     packages = [name.replace("_", "-") for name in modules]
-    named = ", ".join(packages[:MOST_NAMES])
-    if len(packages) > MOST_NAMES:
-        named += f" and {len(packages) - MOST_NAMES} more packages"
+    named = ", ".join(packages[:MAX_NAMES])
+    if len(packages) > MAX_NAMES:
+        named += f" and {len(packages) - MAX_NAMES} more packages"
     verb = "is" if len(packages) == 1 else "are"
     return ConfigError(f"{what} needs {named}, which {verb} not installed; run pip install 'gradstream[{wanted}]'")
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from gradstream.coordinator.server import Coordinator
 from gradstream.coordinator.timing import Timing
-from gradstream.core.checkpoint import manifest as checkpoint
 from gradstream.core.checkpoint import shard as checkpoint_shard
+from gradstream.core.checkpoint.manifest import directory_of
 from gradstream.core.data.manifest import DataShard, Manifest
 from gradstream.core.node.session import NodeIdentity, NodeSession
 from gradstream.core.plan.plan import Plan
@@ -289,7 +289,7 @@ def write_checkpoint(node: FakeNode, version: int) -> list[coordinator_pb2.Repor
     reports = []
     plan = node.plan
     assert plan is not None
-    directory = checkpoint.directory_of(plan.checkpoint_root, version)
+    directory = directory_of(plan.checkpoint_root, version)
     for server in range(len(plan.servers)):
         shard = [
             (fragment, {"weight": np.full(fragment.num_elements, fragment.index, dtype=np.float32)})

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from tokenizers import Tokenizer
 
-from gradstream.coordinator.data import tokenizer as tokenization
+from gradstream.coordinator.data import tokenization
 from gradstream.core.errors import ConfigError, DataError
 from gradstream.core.foreign import Guarded, panics_caught, parsing
 from gradstream.core.pretrained.tokenizer import load_tokenizer

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from gradstream.core import log as logging
 from gradstream.core.errors import ProtocolError
+from gradstream.core.log import LogBuffer, get_logger
 from gradstream.core.machine import memory
 from gradstream.core.machine.speed import measure_flops
 from gradstream.core.model.model import preload
@@ -28,7 +28,7 @@ from gradstream.worker.pipeline.place import Place
 from gradstream.worker.pipeline.servicer import WorkerServicer
 from gradstream.worker.stage_build import pick_device
 
-log = logging.get_logger()
+log = get_logger()
 
 DROP_SECONDS = 10.0
 """Time that a worker which ends gives its computation to stop."""
@@ -44,7 +44,7 @@ class Worker:
         device: torch.device,
         cache_directory: Path,
         faults: Faults,
-        log_buffer: logging.LogBuffer,
+        log_buffer: LogBuffer,
         transport: Transport,
         grace_seconds: float = GRACE_SECONDS,
     ):
@@ -175,7 +175,7 @@ async def serve(
     The worker ends once residuals that are being written are complete and its reports are sent, after `grace_seconds`
     at the latest. Raises GradstreamError when it cannot start or is refused.
     """
-    log_buffer = logging.LogBuffer()
+    log_buffer = LogBuffer()
     process.configure_log(log_buffer)
     # Before the imports that take seconds, so that an error about a port in use comes at once.
     transport = Transport(credentials)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from gradstream.coordinator.data.tokenizer import Document
+from gradstream.coordinator.data.tokenization import Document
 from gradstream.core.data.manifest import DataShard
 from gradstream.core.data.output import Output, ShardWriter, Split
 

@@ -16,7 +16,7 @@ from fractions import Fraction
 from hashlib import blake2b
 from typing import Literal
 
-from gradstream.coordinator.data import tokenizer as tokenization
+from gradstream.coordinator.data import tokenization
 from gradstream.coordinator.data.inspection import DataSummary, SplitSummary, inspect, load_manifest, verify
 from gradstream.coordinator.data.output import SplitWriter
 from gradstream.coordinator.data.pieces import Division, divide, enough_documents

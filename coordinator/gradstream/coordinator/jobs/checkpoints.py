@@ -15,7 +15,14 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 
 from gradstream.coordinator.planning.planner import CheckpointAt
-from gradstream.core.checkpoint import manifest as checkpoint
+from gradstream.core.checkpoint.manifest import (
+    MANIFEST_NAME,
+    CheckpointManifest,
+    directory_of,
+    list_checkpoints,
+    read_manifest,
+    remove_checkpoint,
+)
 from gradstream.core.errors import CheckpointError, UnreachableError
 from gradstream.core.storage import files
 from gradstream.proto.v1 import jobs_pb2
@@ -89,7 +96,7 @@ def missing(root: str, on_disk: Collection[int], acknowledged: Collection[int], 
         return ""
     line = (
         f"the checkpoint of version {max(acknowledged)} was written and is not there now: "
-        f"{checkpoint.directory_of(root, max(acknowledged))}; mount or restore {root}"
+        f"{directory_of(root, max(acknowledged))}; mount or restore {root}"
     )
     return f"{line}, or `gradstream resume {job_id}` to go back to version {max(on_disk)}" if on_disk else line
 
@@ -104,7 +111,7 @@ def versions_on_disk(root: str) -> list[int]:
     found = []
     for name in files.list_names(root):
         match = _DIRECTORY.fullmatch(name)
-        if match and checkpoint.MANIFEST_NAME in files.list_names(files.join(root, name)):
+        if match and MANIFEST_NAME in files.list_names(files.join(root, name)):
             found.append(int(match[1]))
     return sorted(found)
 
@@ -114,8 +121,8 @@ def newest(root: str) -> tuple[CheckpointAt | None, list[int]]:
     versions = versions_on_disk(root)
     if not versions:
         return None, []
-    directory = checkpoint.directory_of(root, versions[-1])
-    manifest = checkpoint.read_manifest(directory)
+    directory = directory_of(root, versions[-1])
+    manifest = read_manifest(directory)
     if manifest.version != versions[-1]:
         raise CheckpointError(
             f"{directory} holds version {manifest.version}; rename it back, or remove it to go back to an older one"
@@ -128,15 +135,15 @@ def remove_old(root: str, keep: int, pinned: Collection[int]) -> tuple[list[int]
     versions = versions_on_disk(root)
     removed = [version for version in versions[: max(0, len(versions) - keep)] if version not in pinned]
     for version in removed:
-        checkpoint.remove_checkpoint(root, version)
+        remove_checkpoint(root, version)
     return removed, [version for version in versions if version not in removed]
 
 
-def as_message(root: str, manifest: checkpoint.CheckpointManifest) -> jobs_pb2.Checkpoint:
+def as_message(root: str, manifest: CheckpointManifest) -> jobs_pb2.Checkpoint:
     """A checkpoint as people's programs see it."""
     return jobs_pb2.Checkpoint(
         version=manifest.version,
-        path=checkpoint.directory_of(root, manifest.version),
+        path=directory_of(root, manifest.version),
         num_bytes=manifest.num_bytes,
         state_sha256=manifest.state_sha256,
         unix_ms=manifest.unix_ms,
@@ -145,4 +152,4 @@ def as_message(root: str, manifest: checkpoint.CheckpointManifest) -> jobs_pb2.C
 
 def listing(root: str) -> list[jobs_pb2.Checkpoint]:
     """All checkpoints, oldest first. Raises CheckpointError when a manifest is damaged."""
-    return [as_message(root, manifest) for manifest in checkpoint.list_checkpoints(root)]
+    return [as_message(root, manifest) for manifest in list_checkpoints(root)]

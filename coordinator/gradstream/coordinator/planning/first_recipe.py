@@ -19,7 +19,7 @@ TOKENS_A_PARAMETER = 20
 MAX_PASSES = 10
 MIN_STEPS = 200
 MAX_STEPS = 1_000_000
-FEWEST_SLOTS = 4
+MIN_SLOTS = 4
 LARGEST_MICROBATCH = 8
 SLOW_BITS_PER_SECOND = 300e6
 """Below this int4 is worth its coarser gradients: at 100 Mb/s it halves the time of a step (docs/benchmarks.md)."""
@@ -136,7 +136,7 @@ def first_recipe(name: str, text: Text, machines: Machines, size: str | OwnModel
     reasons: dict[str, str] = {}
     preset, config, vocab_size = _model(text, size, reasons)
     num_parameters = size.num_parameters if isinstance(size, OwnModel) else preset.num_parameters
-    slots = machines.num_workers * max(1, math.ceil(FEWEST_SLOTS / machines.num_workers))
+    slots = machines.num_workers * max(1, math.ceil(MIN_SLOTS / machines.num_workers))
     length = preset.sequence_length
     if isinstance(size, OwnModel) and size.positions is not None:
         length = min(length, size.positions)

@@ -12,8 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradstream.core.checkpoint import manifest as checkpoint
-from gradstream.core.checkpoint.manifest import MANIFEST_NAME, TOKENIZER_NAME, parse_manifest, read_manifest
+from gradstream.core.checkpoint.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    CheckpointManifest,
+    parse_manifest,
+    read_manifest,
+)
 from gradstream.core.errors import ConfigError, GradstreamError
 from gradstream.core.foreign import panics_caught, parsing
 from gradstream.core.log import get_logger
@@ -241,7 +246,7 @@ def _of_checkpoint(found: SmallFiles) -> PreTrainedTokenizerBase:
     return _tokenizer(found, {"bos_token": end_of_text, "eos_token": end_of_text, END_IDS: ends}, None)
 
 
-def _manifest(found: SmallFiles) -> checkpoint.CheckpointManifest:
+def _manifest(found: SmallFiles) -> CheckpointManifest:
     return parse_manifest(found.directory, found.read(MANIFEST_NAME))
 
 

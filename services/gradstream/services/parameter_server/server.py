@@ -12,8 +12,8 @@ import grpc.aio
 import psutil
 import torch
 
-from gradstream.core import log as logging
 from gradstream.core.errors import StaleEpochError, one_line
+from gradstream.core.log import LogBuffer, get_logger
 from gradstream.core.machine import memory
 from gradstream.core.machine.facts import arithmetic_threads
 from gradstream.core.model import model
@@ -35,7 +35,7 @@ from gradstream.services.parameter_server.commit import Decision
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 from gradstream.services.parameter_server.shard import Shard
 
-log = logging.get_logger()
+log = get_logger()
 
 MAX_UNREPORTED_STEPS = 65_536
 HEALTH_SERVICE = "gradstream.proto.v1.ParameterServerService"
@@ -48,7 +48,7 @@ class ParameterServer:
         self,
         coordinator: str,
         identity: NodeIdentity,
-        log_buffer: logging.LogBuffer,
+        log_buffer: LogBuffer,
         num_threads: int,
         transport: Transport = PLAIN,
         grace_seconds: float = GRACE_SECONDS,
@@ -238,7 +238,7 @@ async def serve(
     is the address (host:port) at which others reach the server; None means the listen address. Raises GradstreamError
     when the server cannot start or is refused.
     """
-    log_buffer = logging.LogBuffer()
+    log_buffer = LogBuffer()
     process.configure_log(log_buffer)
     # Before the imports that take seconds, so that an error about a port in use comes at once.
     transport = Transport(credentials)

@@ -30,8 +30,8 @@ from gradstream.core.errors import ConfigError
 from gradstream.core.node import probe, session
 from gradstream.core.node.session import NodeIdentity, NodeSession
 from gradstream.core.rpc import access
-from gradstream.core.rpc import channel as rpc
 from gradstream.core.rpc import errors as rpc_errors
+from gradstream.core.rpc.channel import SERVER_OPTIONS, listen, new_server, open_channel
 from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 
 SERVER, WORKER = coordinator_pb2.NODE_KIND_PARAMETER_SERVER, coordinator_pb2.NODE_KIND_WORKER
@@ -49,9 +49,9 @@ def _small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def probed(role: str, **options: Any) -> AsyncIterator[str]:
     """The address of a server that offers ProbeService alone."""
-    server = rpc.new_server()
+    server = new_server()
     probe.add_probe(server, role, **options)
-    port = rpc.listen(server, "127.0.0.1:0")
+    port = listen(server, "127.0.0.1:0")
     await server.start()
     try:
         yield f"127.0.0.1:{port}"
@@ -78,7 +78,7 @@ async def node_at(address: str, coordinator: str, kind: Any, name: str, disk: Pa
     identity = NodeIdentity(kind, name, address, 1 << 30, "cpu", disk_directory=lambda: disk)
     made = NodeSession(coordinator, identity, coordinator_pb2.Activity, list, _idle)
     task = asyncio.create_task(made.run())
-    async with rpc.open_channel(coordinator) as channel:
+    async with open_channel(coordinator) as channel:
         stub: Any = jobs_pb2_grpc.JobsServiceStub(channel)
         for _ in range(500):
             listed = await stub.ListNodes(jobs_pb2.ListNodesRequest())
@@ -174,7 +174,7 @@ async def test_a_node_of_another_version_is_named(tmp_path: Path, monkeypatch: p
 
 
 async def test_a_name_that_cannot_be_shown_is_not_remembered(tmp_path: Path) -> None:
-    async with coordinator_at(tmp_path) as coordinator, rpc.open_channel(coordinator) as channel:
+    async with coordinator_at(tmp_path) as coordinator, open_channel(coordinator) as channel:
         stub: Any = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
         for name in ("\x1b[31m", "a b", "w"):
             with pytest.raises(grpc.aio.AioRpcError):
@@ -193,8 +193,8 @@ async def test_clock_and_version_of_a_service(tmp_path: Path) -> None:
 
 async def test_a_service_without_probe(tmp_path: Path) -> None:
     """An older gradstream, or any other gRPC server."""
-    server = rpc.new_server()
-    port = rpc.listen(server, "127.0.0.1:0")
+    server = new_server()
+    port = listen(server, "127.0.0.1:0")
     await server.start()
     facts = await gather(Targets(f"127.0.0.1:{port}"))
     await server.stop(None)
@@ -247,7 +247,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 @asynccontextmanager
 async def secure_service(identity: Identity) -> AsyncIterator[str]:
-    server = grpc.aio.server(interceptors=[Door()], options=rpc.SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=[Door()], options=SERVER_OPTIONS)
     probe.add_probe(server, access.FINE_TUNING)
     credentials = grpc.ssl_server_credentials([(identity.key, identity.cert)], identity.ca, True)
     port = server.add_secure_port("127.0.0.1:0", credentials)

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from gradstream.coordinator.data.prepare import PrepareProgress, inspect, load_manifest, prepare
-from gradstream.coordinator.data.tokenizer import unknown_id
+from gradstream.coordinator.data.tokenization import unknown_id
 from gradstream.core.errors import ConfigError, DataError
 from gradstream.core.pretrained.added_tokens import added_token
 from gradstream.core.recipe.loading import validated

@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from gradstream.coordinator.data.prepare import PrepareProgress, inspect, is_validation, load_manifest, prepare, verify
-from gradstream.coordinator.data.tokenizer import (
+from gradstream.coordinator.data.tokenization import (
     BATCH_DOCUMENTS,
     BATCHES_PER_PROCESS,
     SAMPLE_BYTES,
@@ -335,7 +335,7 @@ def _rows(tmp_path: Path, count: int) -> Path:
 
 
 def test_the_tokenizer_sample_is_bounded(tmp_path: Path) -> None:
-    from gradstream.coordinator.data.tokenizer import _sample
+    from gradstream.coordinator.data.tokenization import _sample
     from gradstream.core.data.sources import list_files
 
     (tmp_path / "in").mkdir()

@@ -10,10 +10,11 @@ import grpc.aio
 import pytest
 from coordinator_fakes import Cluster, FakeNode, make_recipe, report_checkpoint, step_report
 
-from gradstream.core.checkpoint import manifest as checkpoint
+from gradstream.core.checkpoint.manifest import CheckpointManifest, directory_of, read_manifest
 from gradstream.core.checkpoint.residual_files import residual_file_name
 from gradstream.core.errors import ProtocolError
 from gradstream.core.rpc.errors import error_from_rpc
+from gradstream.core.storage import files
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 
@@ -27,11 +28,11 @@ async def submit(cluster: Cluster, push: str = "topk") -> str:
 def residual(node: FakeNode, job_id: str, slot: int, version: int = 2, **more: Any) -> Any:
     """Write a real file, as small as can be, and the report of it."""
     assert node.plan is not None
-    directory = checkpoint.directory_of(node.plan.checkpoint_root, version)
+    directory = directory_of(node.plan.checkpoint_root, version)
     data = f"residual {slot}".encode()
     name = residual_file_name(node.plan.epoch, slot, node.node_id)
-    checkpoint.files.make_directory(directory)
-    checkpoint.files.write_atomic(checkpoint.files.join(directory, name), lambda stream: stream.write(data))
+    files.make_directory(directory)
+    files.write_atomic(files.join(directory, name), lambda stream: stream.write(data))
     values = {"file": name, "num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **more}
     return coordinator_pb2.ReportResidualRequest(
         job_id=job_id, epoch=node.plan.epoch, version=version, slot=slot, **values
@@ -54,9 +55,9 @@ async def at_version_2(cluster: Cluster, job_id: str, workers: int) -> tuple[lis
     return ps, ws
 
 
-async def manifest_of(cluster: Cluster, job_id: str, version: int = 2) -> checkpoint.CheckpointManifest:
+async def manifest_of(cluster: Cluster, job_id: str, version: int = 2) -> CheckpointManifest:
     item = await cluster.watch(job_id, lambda item: item.checkpoint.version == version)
-    return checkpoint.read_manifest(item.checkpoint.path)
+    return read_manifest(item.checkpoint.path)
 
 
 async def test_the_manifest_waits_for_every_slot(cluster: Cluster) -> None:
@@ -70,8 +71,8 @@ async def test_the_manifest_waits_for_every_slot(cluster: Cluster) -> None:
     manifest = await manifest_of(cluster, job_id)
     assert [entry.slot for entry in manifest.residuals] == [0, 1]
     assert manifest.num_bytes == sum(entry.num_bytes for entry in (*manifest.files, *manifest.residuals))
-    directory = checkpoint.directory_of(worker.plan.checkpoint_root, 2) if worker.plan else ""
-    assert {entry.file for entry in manifest.residuals} < set(checkpoint.files.list_names(directory))
+    directory = directory_of(worker.plan.checkpoint_root, 2) if worker.plan else ""
+    assert {entry.file for entry in manifest.residuals} < set(files.list_names(directory))
     # A report that comes again when all is written changes nothing.
     await worker.stub.ReportResidual(residual(worker, job_id, 1))
     assert await manifest_of(cluster, job_id) == manifest

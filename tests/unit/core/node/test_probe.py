@@ -16,18 +16,18 @@ from gradstream.core.machine import facts
 from gradstream.core.machine.facts import Machine, MachineReader
 from gradstream.core.node import probe
 from gradstream.core.rpc import access
-from gradstream.core.rpc import channel as rpc
+from gradstream.core.rpc.channel import listen, new_server, open_channel
 from gradstream.proto.v1 import probe_pb2, probe_pb2_grpc
 
 
 @pytest.fixture
 async def stub(tmp_path: Path) -> AsyncIterator[Any]:
     """A stub of a probed server whose clock is 100 s ahead."""
-    server = rpc.new_server()
+    server = new_server()
     probe.add_probe(server, access.WORKER, lambda: tmp_path / "cache", clock=lambda: time.time() + 100)
-    port = rpc.listen(server, "127.0.0.1:0")
+    port = listen(server, "127.0.0.1:0")
     await server.start()
-    channel = rpc.open_channel(f"127.0.0.1:{port}")
+    channel = open_channel(f"127.0.0.1:{port}")
     yield probe_pb2_grpc.ProbeServiceStub(channel)
     await channel.close(None)
     await server.stop(None)

@@ -17,7 +17,6 @@ from gradstream.core.recipe.fine_tuning import Base
 from gradstream.core.recipe.fine_tuning_recipe import parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.proto.v1 import jobs_pb2
-from gradstream.services.fine_tuning import fine_tunings as jobs
 from gradstream.services.fine_tuning.coordinator_jobs import CoordinatorJobs
 from gradstream.services.fine_tuning.fine_tunings import FineTunings
 from gradstream.services.fine_tuning.generation.serving import Serving
@@ -132,7 +131,7 @@ async def test_a_record_that_cannot_be_written_is_written_later(
     end: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full disk is said with cause and since when, and it fails nothing that goes on without it."""
-    monkeypatch.setattr(jobs, "MAX_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("gradstream.services.fine_tuning.fine_tunings.MAX_RETRY_SECONDS", 0.01)
     coordinator = CannedCoordinator()
     note(tmp_path)
     async with service(coordinator, tmp_path) as fine_tunings:
@@ -267,7 +266,7 @@ async def test_a_result_is_held_while_it_is_read(tmp_path: Path, monkeypatch: py
             assert chosen == (4, "/runs/4")
             assert coordinator.held == [4]
         coordinator.checkpoints = coordinator.checkpoints[1:]
-        monkeypatch.setattr(jobs, "CHOICE_SECONDS", 0.01)
+        monkeypatch.setattr("gradstream.services.fine_tuning.fine_tunings.CHOICE_SECONDS", 0.01)
         with pytest.raises(CheckpointError, match="no checkpoint of version 4"):
             async with fine_tunings.held_checkpoint("task", 4):
                 pass

@@ -210,7 +210,7 @@ def check_loopback() -> list[Check]:
 
     import grpc
 
-    from gradstream.core.rpc import channel as rpc
+    from gradstream.core.rpc.channel import listen, new_server, open_channel
 
     payload = bytes(1 << 20)
 
@@ -218,15 +218,15 @@ def check_loopback() -> list[Check]:
         return request
 
     async def round_trips() -> float:
-        server = rpc.new_server()
+        server = new_server()
         handler = grpc.method_handlers_generic_handler(
             "gradstream.Doctor", {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
         )
         server.add_generic_rpc_handlers((handler,))
-        port = rpc.listen(server, "127.0.0.1:0")
+        port = listen(server, "127.0.0.1:0")
         await server.start()
         try:
-            async with rpc.open_channel(f"127.0.0.1:{port}") as channel:
+            async with open_channel(f"127.0.0.1:{port}") as channel:
                 call: Any = channel.unary_unary("/gradstream.Doctor/Echo", None, None)  # type: ignore[arg-type]
                 await call(b"", timeout=5)
                 started = time.perf_counter()

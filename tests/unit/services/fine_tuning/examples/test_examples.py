@@ -23,7 +23,7 @@ from gradstream.core.data.sampler import SlotSampler
 from gradstream.core.errors import ConfigError, DataError
 from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 from gradstream.proto.v1 import fine_tuning_pb2
-from gradstream.services.fine_tuning.examples import dataset as module
+from gradstream.services.fine_tuning.examples import dataset
 from gradstream.services.fine_tuning.examples.dataset import (
     Prepared,
     chat_prompt_ids,
@@ -541,7 +541,7 @@ def test_the_directory_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
 
     seen: list[list[str]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_rows", lambda *_: (seen.append(os.listdir(tmp_path)), full()))
+        patch.setattr(dataset, "write_rows", lambda *_: (seen.append(os.listdir(tmp_path)), full()))
         with pytest.raises(OSError, match="No space"):
             prepare(path, tmp_path / "out")
     assert any(name.startswith("out.tmp") for name in seen[0])

@@ -229,12 +229,8 @@ def test_unknown_job(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
             ],
         ),
         (
-            ["training.num_slots=8"],
-            ["has 4 training shards, which 8 slots cannot share evenly", "a multiple of 8", "training.num_slots"],
-        ),
-        (
             ["training.sequence_length=60000", "model.config.max_position_embeddings=60000"],
-            ["slot 0 of 4 has no train sample of 60000 tokens", "lower training.sequence_length"],
+            ["0 train samples of 60000 tokens, too few for 4 slots", "lower training.sequence_length"],
         ),
         (["data.path=nowhere"], ["there is no data set in ", "/nowhere; make it with `gradstream data prepare"]),
     ],

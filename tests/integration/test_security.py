@@ -179,7 +179,7 @@ def answers(client: Client) -> str:
         ("parameter-server", "worker", "credentials of a worker cannot be used by a parameter server"),
         ("worker", "server", "credentials of a server cannot be used by a worker"),
         ("worker", "submitter", "Register is for workers and servers, and these credentials are of a submitter"),
-        ("worker", None, "wants TLS, and no credentials were given for it; name them with --credentials DIR"),
+        ("worker", None, "wants TLS, and no credentials were given for it; store them with `gradstream login`"),
     ],
 )
 def test_a_node_cannot_be_what_its_credentials_are_not_of(

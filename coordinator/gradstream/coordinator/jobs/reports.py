@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gradstream.coordinator.jobs import checkpoints, decisions
+from gradstream.coordinator.jobs import checkpoints
 from gradstream.coordinator.jobs.active import ActiveJob
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.journal import Event
@@ -25,6 +25,7 @@ from gradstream.core.checkpoint.manifest import directory_of, write_manifest
 from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError, one_line
 from gradstream.core.job_states import ENDED
 from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
+from gradstream.core.plan.leases import slots_text
 from gradstream.core.recipe.fine_tuning import with_new_key
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
@@ -204,10 +205,8 @@ class Reports:
             )
             events = []
             if residuals.lost:
-                slots = decisions.joined(residuals.lost)
-                line = (
-                    f"version {version}: the residuals of slots {slots} were lost with their worker; after going back"
-                )
+                slots = slots_text(residuals.lost)
+                line = f"version {version}: the residuals of {slots} were lost with their worker; after going back"
                 events.append(Event("checkpoint", f"{line} to it these slots start without").as_item())
             self._state.record_checkpoint(record.job_id, plan.epoch, checkpoints.as_message(root, manifest), events)
             self._controller.notifier.changed(record.job_id)

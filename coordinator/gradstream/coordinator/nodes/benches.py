@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gradstream.coordinator.timing import Timing
+from gradstream.core.plan.leases import slots_text
 
 MAX_DOUBLINGS = 4
 MAX_BENCHES = 1024
@@ -71,9 +72,8 @@ def stuck_workers(workers: Sequence[WorkerSight], slot_seconds: float | None, ti
             continue
         # In a replica the others wait for the one that hangs.
         culprit = next((worker for worker in still if not worker.waiting), still[0])
-        slots = ", ".join(map(str, culprit.slots))
         usual = "" if slot_seconds is None else f" (a slot takes {slot_seconds:.1f} s)"
-        found[culprit.node_id] = f"no progress on slots {slots} for {culprit.still_seconds:.0f} s{usual}"
+        found[culprit.node_id] = f"no progress on {slots_text(culprit.slots)} for {culprit.still_seconds:.0f} s{usual}"
     return found
 
 

@@ -12,6 +12,7 @@ from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.timing import unix_ms
 from gradstream.core.job_states import PAUSED, PLANNING, QUEUED, RUNNING, STATE_WORDS
+from gradstream.core.plan.leases import slots_text
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.recipe.recipe import CodecConfig, Recipe
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
@@ -179,12 +180,14 @@ class Views:
         if active.state == PAUSED:
             if active.snapshot_due is not None:
                 waits.append(self._checkpoint_wait(active, active.snapshot_due))
-            return [*waits, ("to be resumed", "`gradstream resume`")] if active.record.desired == "pause" else waits
+            if active.record.desired == "pause":
+                waits.append((f"`gradstream resume {active.record.job_id}`", "a person"))
+            return waits
         free = [slot for slot, holder in enumerate(active.holders) if not holder and not active.resting]
         if free:
             lacking = active.lease_reason.partition("no replica: ")[2]
-            whom = f"a replica for slots {decisions.joined(free)} ({lacking})" if lacking else ""
-            waits.append((whom or f"a worker for slots {decisions.joined(free)}", "a worker to register"))
+            whom = f"a replica for {slots_text(free)} ({lacking})" if lacking else ""
+            waits.append((whom or f"a worker for {slots_text(free)}", "a worker to register"))
             waits.extend(benched)
         leader = active.plan.servers[active.plan.leader].name
         done = active.version >= active.num_steps
@@ -249,7 +252,7 @@ class Views:
     def _validation_wait(self, active: ActiveJob) -> tuple[str, str]:
         parts = self._state.validation_parts(active.job_id, active.num_steps)
         late = [slot for slot in range(len(active.holders)) if slot not in parts]
-        return f"the last validation pass, slots {decisions.joined(late)}", self._holders_of(active, late)
+        return f"the last validation pass, {slots_text(late)}", self._holders_of(active, late)
 
     def _holders_of(self, active: ActiveJob, slots: Sequence[int]) -> str:
         holders = [active.holders[slot] for slot in slots if slot < len(active.holders)]
@@ -269,7 +272,7 @@ class Views:
             since = activity.waiting_since_unix_ms or unix_ms() - int(idle_seconds * 1000)
             if activity.missing_slots:
                 slots = list(activity.missing_slots)[: len(active.holders)]
-                what = f"contributions of slots {decisions.joined(slots)} to step {activity.step} at {node.name}"
+                what = f"contributions of {slots_text(slots)} to step {activity.step} at {node.name}"
                 waits.append(jobs_pb2.Wait(what=what, whom=self._holders_of(active, slots), since_unix_ms=since))
             elif activity.waiting_for:
                 waits.append(

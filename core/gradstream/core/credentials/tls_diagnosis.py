@@ -201,7 +201,8 @@ class _Peer:
             return Diagnosis(
                 Cause.PEER_WANTS_TLS,
                 f"{self._address} wants TLS, and no credentials were given for it",
-                "name them with --credentials DIR, or store them with `gradstream login`",
+                "store them with `gradstream login`, or name their directory in GRADSTREAM_CREDENTIALS (for a role: "
+                "--credentials DIR)",
                 shown,
             )
         return self._foreign(first, kind)
@@ -302,7 +303,7 @@ class _Peer:
             return Diagnosis(
                 Cause.PEER_IN_CLEAR,
                 f"{self._address} speaks in the clear, and credentials were given for TLS",
-                "start it with --credentials DIR; only on a machine of your own leave yours out",
+                "start that role with --credentials DIR; only on a machine of your own call it without yours",
             )
         return self._foreign(first, "" if kind == "TLS" else kind)
 

@@ -251,7 +251,10 @@ def check(text: str, table: TokenTable, now: float) -> tuple[Token | None, str]:
     quotes the token.
     """
     if not text:
-        return None, "no token was sent; log in with `gradstream login ADDRESS`, or name credentials with --credentials"
+        return None, (
+            "no token was sent; log in with `gradstream login ADDRESS`, or name a directory of credentials in "
+            "GRADSTREAM_CREDENTIALS"
+        )
     ids = token_ids(text)
     if ids is None:
         return None, "the token is malformed or cut off; have a credential issued again: `gradstream certs issue`"

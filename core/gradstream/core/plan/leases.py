@@ -3,7 +3,7 @@ reason)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 SLOTS = "slots from the coordinator"
@@ -128,16 +128,18 @@ def assign_slots(holders: Sequence[str], workers: Sequence[str]) -> tuple[list[s
     new = [slot for slot in moved if not holders[slot]]
     given = [slot for slot in moved if holders[slot] in count]
     causes = [
-        f"slots {_join(slots)} {why}"
-        for slots, why in (
-            (new, "were free"),
-            (lost, "lost their worker"),
-            (given, "moved for balance"),
+        f"{slots_text(slots)} {one if len(slots) == 1 else many}"
+        for slots, one, many in (
+            (new, "was free", "were free"),
+            (lost, "lost its worker", "lost their worker"),
+            (given, "moved to share the work evenly", "moved to share the work evenly"),
         )
         if slots
     ]
     return result, f"{'; '.join(causes)} ({len(workers)} live)"
 
 
-def _join(slots: Sequence[int]) -> str:
-    return ", ".join(map(str, slots))
+def slots_text(slots: Iterable[int]) -> str:
+    """Slots for people: "slot 3", "slots 1, 2"."""
+    numbers = list(map(str, slots))
+    return f"slot{'s' if len(numbers) != 1 else ''} {', '.join(numbers)}"

@@ -37,6 +37,8 @@ def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
             value = _parse_yaml(text, f"override '{override}'")
         except yaml.YAMLError:
             value = text
+        if key.strip() == "model.config" and isinstance(value, str):
+            value = _load_model_config(Path(value).expanduser())
         _set(tree, key.strip().split("."), value, override)
     return tree
 

@@ -29,6 +29,7 @@ from gradstream.core.log import get_logger
 from gradstream.core.node.faults import Faults
 from gradstream.core.plan.bundles import first_push_codec, is_tuned
 from gradstream.core.plan.downlink import downlink
+from gradstream.core.plan.leases import slots_text
 from gradstream.core.plan.plan import Plan
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
@@ -292,7 +293,7 @@ class Shard:
         waiting_for = ""
         missing = self.missing_slots() if self.phase.name == "accumulating" else []
         if missing:
-            waiting_for = f"slots {', '.join(map(str, missing))} of step {self.version}"
+            waiting_for = f"{slots_text(missing)} of step {self.version}"
         elif self.phase.name == "committing":
             absent = self.leader.missing if self.leader is not None else [self.plan.leader]
             names = ", ".join(self.plan.servers[server].name for server in absent)

@@ -140,11 +140,11 @@ async def test_a_pause_without_workers_has_a_checkpoint(cluster: Cluster) -> Non
     await cluster.jobs.PauseJob(jobs_pb2.PauseJobRequest(job_id=job_id))
     await asked(servers[1], 1)
     waits = [(wait.what, wait.whom) for wait in (await cluster.job(job_id)).waits]
-    assert waits == [("the checkpoint of version 1", "ps-0, ps-1"), ("to be resumed", "`gradstream resume`")]
+    assert waits == [("the checkpoint of version 1", "ps-0, ps-1"), (f"`gradstream resume {job_id}`", "a person")]
     await report_checkpoint(servers[0], 1)
     await cluster.watch(job_id, lambda item: item.checkpoint.version == 1)
     job = await cluster.job(job_id)
-    assert (job.state, [wait.what for wait in job.waits]) == (PAUSED, ["to be resumed"])
+    assert (job.state, [wait.what for wait in job.waits]) == (PAUSED, [f"`gradstream resume {job_id}`"])
 
 
 async def test_a_checkpoint_without_workers_is_of_the_version_at_hand(cluster: Cluster) -> None:

@@ -105,7 +105,7 @@ async def test_a_dead_workers_residual_is_lost_and_nothing_waits(cluster: Cluste
     assert not (await cluster.jobs.ListCheckpoints(jobs_pb2.ListCheckpointsRequest(job_id=job_id))).checkpoints
     await one.stub.ReportResidual(taken_over(one, job_id, other, 2))
     assert [entry.slot for entry in (await manifest_of(cluster, job_id)).residuals] == [mine]
-    await cluster.event(job_id, f"version 2: the residuals of slots {other} were lost with their worker")
+    await cluster.event(job_id, f"version 2: the residuals of slot {other} were lost with their worker")
 
 
 async def test_without_any_worker_left_a_checkpoint_is_complete_at_once(cluster: Cluster) -> None:
@@ -114,7 +114,7 @@ async def test_without_any_worker_left_a_checkpoint_is_complete_at_once(cluster:
     await worker.stub.ReportResidual(residual(worker, job_id, 1))
     await worker.kill()
     assert [entry.slot for entry in (await manifest_of(cluster, job_id)).residuals] == [1]
-    await cluster.event(job_id, "version 2: the residuals of slots 0 were lost with their worker")
+    await cluster.event(job_id, "version 2: the residuals of slot 0 were lost with their worker")
 
 
 async def test_a_slot_taken_over_at_a_later_version_is_waited_for_no_more(cluster: Cluster) -> None:

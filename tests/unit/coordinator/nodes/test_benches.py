@@ -31,16 +31,16 @@ def sight(name: str, still: float = 0.0, slots: tuple[int, ...] = (), **more: ob
         ([sight("a", 31, (1, 3)), sight("b")], 1.0, {"a": "no progress on slots 1, 3 for 31 s (a slot takes 1.0 s)"}),
         ([sight("a", 29, (1,)), sight("b")], 1.0, {}),
         ([sight("a", 99, (1,)), sight("b")], 10.0, {}),
-        ([sight("a", 101, (1,)), sight("b")], 10.0, {"a": "no progress on slots 1 for 101 s (a slot takes 10.0 s)"}),
+        ([sight("a", 101, (1,)), sight("b")], 10.0, {"a": "no progress on slot 1 for 101 s (a slot takes 10.0 s)"}),
         # Before a slot was ever done nobody knows how long one takes.
         ([sight("a", 599, (1,)), sight("b")], None, {}),
-        ([sight("a", 600, (1,)), sight("b")], None, {"a": "no progress on slots 1 for 600 s"}),
+        ([sight("a", 600, (1,)), sight("b")], None, {"a": "no progress on slot 1 for 600 s"}),
         ([sight("a", 599, (1,), loading=True), sight("b")], 1.0, {}),
         # Whoever has done its part waits for others.
         (
             [sight("a", 99, ()), sight("b", 99, (1,))],
             1.0,
-            {"b": "no progress on slots 1 for 99 s (a slot takes 1.0 s)"},
+            {"b": "no progress on slot 1 for 99 s (a slot takes 1.0 s)"},
         ),
         # Cut off from a server.
         (
@@ -62,7 +62,7 @@ def sight(name: str, still: float = 0.0, slots: tuple[int, ...] = (), **more: ob
                 sight("d", replica=2),
             ],
             1.0,
-            {"b": "no progress on slots 1 for 99 s (a slot takes 1.0 s)"},
+            {"b": "no progress on slot 1 for 99 s (a slot takes 1.0 s)"},
         ),
         ([sight("a", 99, (1,), replica=1), sight("b", 1, (1,), replica=1), sight("d", replica=2)], 1.0, {}),
     ],

@@ -73,7 +73,7 @@ def refusals() -> dict[str, tuple[str, TokenTable, list[str]]]:
     both = dataclasses.replace(token, expires_at=expired, revoked_at=expired - 60)
     person = issued("admin", "anna", expires_at=expired)
     return {
-        "none": ("", table_of(token), ["no token", "gradstream login", "--credentials"]),
+        "none": ("", table_of(token), ["no token", "gradstream login", "GRADSTREAM_CREDENTIALS"]),
         "cut off": (text[:-1], table_of(token), ["malformed or cut off", "certs issue"]),
         "with a newline": (text + "\n", table_of(token), ["malformed or cut off"]),
         "of another kind": ("Basic dXNlcjpwYXNz", table_of(token), ["malformed or cut off"]),

@@ -52,9 +52,9 @@ def test_without_workers_every_slot_is_free(holders: list[str]) -> None:
     [
         (["", "", "", ""], ["a", "b"], ["a", "b", "a", "b"], "slots 0, 1, 2, 3 were free (2 live)"),
         (["a", "b", "a", "b"], ["b"], ["b", "b", "b", "b"], "slots 0, 2 lost their worker (1 live)"),
-        (["a", "a", "a", "a"], ["a", "b"], ["a", "a", "b", "b"], "slots 2, 3 moved for balance (2 live)"),
+        (["a", "a", "a", "a"], ["a", "b"], ["a", "a", "b", "b"], "slots 2, 3 moved to share the work evenly (2 live)"),
         (["a", "b"], ["a", "b", "c"], ["a", "b"], "all slots stay with their workers (3 live)"),
-        (["a", "", "x"], ["a"], ["a", "a", "a"], "slots 1 were free; slots 2 lost their worker (1 live)"),
+        (["a", "", "x"], ["a"], ["a", "a", "a"], "slot 1 was free; slot 2 lost its worker (1 live)"),
     ],
 )
 def test_examples_with_their_reasons(holders: list[str], workers: list[str], expected: list[str], reason: str) -> None:

@@ -141,7 +141,7 @@ async def test_a_version_appears_everywhere_or_nowhere() -> None:
         assert (first.version, second.version) == (0, 0)
         assert (list(first.missing_slots), list(second.missing_slots)) == ([], [2])
         assert cluster.shards[0].activity().waiting_for == "the commit of step 0 by server-1"
-        assert cluster.shards[1].activity().waiting_for == "slots 2 of step 0"
+        assert cluster.shards[1].activity().waiting_for == "slot 2 of step 0"
         assert same(await cluster.pull(0), initial_fragments()), "the old version can still be pulled"
         assert not any(pull.done() for pull in pulls)
         assert cluster.reports == []

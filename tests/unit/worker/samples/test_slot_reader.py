@@ -31,6 +31,8 @@ def make_data(root: Path, dtype: str = "uint16", num_shards: int = 4, top: int =
             tokens = generator.integers(0, top, 200 + 17 * number).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
             name = f"{split}-{number:05d}"
             (root / f"{name}.tokens").write_bytes(tokens)
+            index = np.array([0, 200 + 17 * number], "<u8").tobytes()
+            (root / f"{name}.index").write_bytes(index)
             shards.append(
                 DataShard(
                     file=f"{name}.tokens",
@@ -40,7 +42,7 @@ def make_data(root: Path, dtype: str = "uint16", num_shards: int = 4, top: int =
                     num_documents=1,
                     num_bytes=len(tokens),
                     sha256=sha256(tokens).hexdigest(),
-                    index_sha256="0" * 64,
+                    index_sha256=sha256(index).hexdigest(),
                 )
             )
     return Manifest(
@@ -145,6 +147,14 @@ async def test_a_corrupt_byte_is_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"size 501 differs from the manifest's 502 bytes"):
         await reader(manifest, tmp_path / "set", tmp_path / "cache").prepare()
     slot.close()
+
+
+async def test_a_corrupt_index_is_found(tmp_path: Path) -> None:
+    manifest = make_data(tmp_path / "set")
+    path = tmp_path / "set" / "train-00003.index"
+    path.write_bytes(bytes(16))
+    with pytest.raises(DataError, match=r"^index train-00003\.index is corrupt: sha256 .*; prepare the data again or"):
+        await reader(manifest, tmp_path / "set", tmp_path / "cache").prepare()
 
 
 async def test_hashes_are_taken_once_a_process(tmp_path: Path) -> None:

@@ -27,10 +27,28 @@ from gradstream.core.errors import DataError, GradstreamError, one_line
 Split = Literal["train", "validation"]
 Fetch = Callable[[str], AsyncIterator[bytes]]
 BLOCK_BYTES = 1 << 20
+INDEX_ENTRY_BYTES = 8
 
 
 IGNORED = -100
 """Stands in a batch for a target that does not count; the default `ignore_index` of torch's losses."""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What the manifest says of a file."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+def _tokens(shard: DataShard) -> _File:
+    return _File(f"data shard {shard.file}", shard.num_bytes, shard.sha256)
+
+
+def _index(shard: DataShard) -> _File:
+    return _File(f"index {shard.index_file}", (shard.num_documents + 1) * INDEX_ENTRY_BYTES, shard.index_sha256)
 
 
 @dataclass(frozen=True)
@@ -192,10 +210,12 @@ class SlotReader:
         """Return the path of a verified local file with the shard's content."""
         filesystem, inner, local = await asyncio.to_thread(_file_system, self._path, shard.file)
         if local and await asyncio.to_thread(os.path.exists, inner):
-            await asyncio.to_thread(_verify, inner, shard)
+            await asyncio.to_thread(_verify, inner, _tokens(shard))
+            # Nothing is read from the index, but a data set that is damaged in one place may be so in others.
+            await asyncio.to_thread(_verify, os.path.join(os.path.dirname(inner), shard.index_file), _index(shard))
             return str(inner)
         cached = os.path.join(self._cache_directory, f"{shard.sha256}.tokens")
-        if await asyncio.to_thread(_is_intact, cached, shard):
+        if await asyncio.to_thread(_is_intact, cached, _tokens(shard)):
             return cached
         cause = "no such file"
         if filesystem is not None and not local:
@@ -244,7 +264,7 @@ class _Incoming:
         """Append a block. Raises DataError when there is no room, or when the file exceeds the manifest's size."""
         self._size += len(block)
         if self._size > self._shard.num_bytes:
-            raise _corrupt(self._shard, f"size {self._size} or more", f"{self._shard.num_bytes} bytes")
+            raise _corrupt(_tokens(self._shard), f"size {self._size} or more", f"{self._shard.num_bytes} bytes")
         try:
             self._handle.write(block)
         except OSError as error:
@@ -253,7 +273,7 @@ class _Incoming:
 
     def keep(self) -> None:
         """Verify the file and rename it into place. Raises DataError."""
-        _compare(self._shard, self._size, self._hash.hexdigest())
+        _compare(_tokens(self._shard), self._size, self._hash.hexdigest())
         try:
             self._handle.flush()
             os.fsync(self._handle.fileno())
@@ -308,26 +328,26 @@ def _open(path: str, shard: DataShard) -> int:
         raise DataError(f"data shard {shard.file} cannot be opened ({one_line(error)}); restore the file") from None
 
 
-def _corrupt(shard: DataShard, found: str, stated: str) -> DataError:
+def _corrupt(file: _File, found: str, stated: str) -> DataError:
     return DataError(
-        f"data shard {shard.file} is corrupt: {found} differs from the manifest's {stated}; "
+        f"{file.name} is corrupt: {found} differs from the manifest's {stated}; "
         f"prepare the data again or restore the file"
     )
 
 
-def _compare(shard: DataShard, num_bytes: int, sha256: str) -> None:
-    if num_bytes != shard.num_bytes:
-        raise _corrupt(shard, f"size {num_bytes}", f"{shard.num_bytes} bytes")
-    if sha256 != shard.sha256:
-        raise _corrupt(shard, f"sha256 {sha256[:12]}…", f"{shard.sha256[:12]}…")
+def _compare(file: _File, num_bytes: int, sha256: str) -> None:
+    if num_bytes != file.num_bytes:
+        raise _corrupt(file, f"size {num_bytes}", f"{file.num_bytes} bytes")
+    if sha256 != file.sha256:
+        raise _corrupt(file, f"sha256 {sha256[:12]}…", f"{file.sha256[:12]}…")
 
 
-def _is_intact(path: str, shard: DataShard) -> bool:
+def _is_intact(path: str, file: _File) -> bool:
     """Return whether the cache holds the shard intact. A damaged copy will be replaced from its source."""
     if not os.path.exists(path):
         return False
     try:
-        _verify(path, shard)
+        _verify(path, file)
     except DataError:
         return False
     return True
@@ -338,12 +358,12 @@ _digests: dict[tuple[str, int, int], str] = {}
 _digests_lock = threading.Lock()
 
 
-def _verify(path: str, shard: DataShard) -> None:
+def _verify(path: str, file: _File) -> None:
     """Compare size and sha256 of a local file with the manifest. Raises DataError."""
     try:
         key = _key(path)
-        if key[2] != shard.num_bytes:  # no need to read it
-            raise _corrupt(shard, f"size {key[2]}", f"{shard.num_bytes} bytes")
+        if key[2] != file.num_bytes:  # no need to read it
+            raise _corrupt(file, f"size {key[2]}", f"{file.num_bytes} bytes")
         with _digests_lock:
             digest = _digests.get(key)
         if digest is None:
@@ -352,8 +372,8 @@ def _verify(path: str, shard: DataShard) -> None:
             with _digests_lock:
                 _digests[key] = digest
     except OSError as error:
-        raise DataError(f"data shard {shard.file} cannot be read ({one_line(error)}); restore the file") from None
-    _compare(shard, key[2], digest)
+        raise DataError(f"{file.name} cannot be read ({one_line(error)}); restore the file") from None
+    _compare(file, key[2], digest)
 
 
 def _remember(path: str, sha256: str) -> None:

@@ -170,7 +170,7 @@ def measure_step(found: FirstRecipe, machines: Machines) -> float:
     from gradstream.coordinator.cli.plan import hypothetical
     from gradstream.coordinator.planning.forecast import forecast
     from gradstream.coordinator.planning.inventory import take_inventory, take_profile
-    from gradstream.coordinator.planning.planner import make_plan
+    from gradstream.coordinator.planning.planner import NextEpoch, make_plan
     from gradstream.core.model.trial import ModelUse
 
     recipe = check(found)
@@ -184,9 +184,8 @@ def measure_step(found: FirstRecipe, machines: Machines) -> float:
     inventory, profiles = asyncio.run(look())
     servers = hypothetical("server", machines.num_servers, 0)
     workers = hypothetical("worker", machines.num_workers, 0)
-    made, reasons = make_plan(
-        recipe.name, recipe, None, inventory.tensors, inventory.architecture, servers, workers, 1, None, "", profiles
-    )
+    at = NextEpoch(recipe.name, 1, None, "")
+    made, reasons = make_plan(at, recipe, None, inventory, servers, workers, profiles)
     rate = machines.link_bits_per_second
     told = forecast(made, reasons, profiles, servers, workers, rate or 1e12)
     assert told.step_seconds is not None

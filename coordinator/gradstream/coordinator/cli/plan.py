@@ -56,7 +56,7 @@ def plan(
 
     require("`gradstream plan`", "node")
     from gradstream.coordinator.planning.forecast import forecast
-    from gradstream.coordinator.planning.planner import make_plan
+    from gradstream.coordinator.planning.planner import NextEpoch, make_plan
     from gradstream.core.errors import ConfigError
     from gradstream.core.recipe.loading import load_recipe
 
@@ -79,20 +79,8 @@ def plan(
         terminal.warn(f"data.path {loaded.data.path} holds no data set yet, so the data was not checked")
     found, profiles = asyncio.run(_look_at_model(loaded))
     # 3. The plan, and what follows from it.
-    made, reasons = make_plan(
-        loaded.name,
-        loaded,
-        manifest,
-        found.tensors,
-        found.architecture,
-        server_offers,
-        worker_offers,
-        1,
-        None,
-        "",
-        profiles,
-        num_frozen_parameters=found.num_frozen_parameters,
-    )
+    at = NextEpoch(loaded.name, 1, None, "")
+    made, reasons = make_plan(at, loaded, manifest, found, server_offers, worker_offers, profiles)
     told = forecast(made, reasons, profiles, server_offers, worker_offers, bits_per_second)
     if output is OutputFormat.json:
         terminal.print_json(told.to_dict())

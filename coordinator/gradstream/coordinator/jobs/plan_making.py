@@ -18,7 +18,7 @@ from gradstream.coordinator.nodes.membership import SERVER, WORKER, Membership, 
 from gradstream.coordinator.nodes.storage_checks import StorageChecks
 from gradstream.coordinator.planning import needs, planner
 from gradstream.coordinator.planning.inventory import take_inventory, take_profile
-from gradstream.coordinator.planning.planner import CheckpointAt
+from gradstream.coordinator.planning.planner import CheckpointAt, NextEpoch
 from gradstream.coordinator.state.state import JobRecord, State
 from gradstream.core.errors import GradstreamError, PlanError, UnreachableError, one_line
 from gradstream.core.job_states import RUNNING
@@ -197,18 +197,13 @@ async def make_plan(active: ActiveJob, nodes: PlanNodes, start: Start) -> MadePl
     model = await take_inventory(recipe.model.config, recipe.lora, ModelUse.of(recipe))
     plan, reasons = await asyncio.to_thread(
         planner.make_plan,
-        record.job_id,
+        NextEpoch(record.job_id, record.epoch + 1, start.checkpoint, root),
         recipe,
         active.manifest,
-        model.tensors,
-        model.architecture,
+        model,
         _offers(nodes.servers),
         _offers(nodes.workers),
-        record.epoch + 1,
-        start.checkpoint,
-        root,
         profiles,
-        num_frozen_parameters=model.num_frozen_parameters,
     )
     return MadePlan(plan, reasons, start.versions)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradstream.coordinator.planning.inventory import Inventory
 from gradstream.coordinator.planning.needs import NodeOffer, ServerBytes, fits, human_bytes, server_bytes, worker_bytes
 from gradstream.coordinator.planning.pipeline_planner import LATENCY_SECONDS, Pipeline, plan_pipeline
 from gradstream.coordinator.planning.placement import place
@@ -34,26 +35,30 @@ class CheckpointAt:
     path: str
 
 
+@dataclass(frozen=True, slots=True)
+class NextEpoch:
+    """Which plan of which job is made, from which checkpoint, and where its own checkpoints go."""
+
+    job_id: str
+    epoch: int
+    checkpoint: CheckpointAt | None
+    checkpoint_root: str
+
+
 def make_plan(
-    job_id: str,
+    at: NextEpoch,
     recipe: Recipe,
     manifest: Manifest | None,
-    tensors: Sequence[Tensor],
-    architecture: str,
+    model: Inventory,
     servers: Sequence[NodeOffer],
     workers: Sequence[NodeOffer],
-    epoch: int,
-    checkpoint: CheckpointAt | None,
-    checkpoint_root: str,
     profiles: Sequence[SegmentProfile] | None = None,
     latency_seconds: float = LATENCY_SECONDS,
-    num_frozen_parameters: int = 0,
 ) -> tuple[Plan, dict[str, str]]:
     """Make the plan of an epoch on all the servers offered; return it with its reasons by subject.
 
     `profiles` are those of the model's segments, wanted unless `pipeline.stages` is 1; `latency_seconds` is that of a
-    message between two workers of a pipeline; `num_frozen_parameters` are beside `tensors`, which are trained. Without
-    a manifest the data is not checked, and the plan not fit to run.
+    message between two workers of a pipeline. Without a manifest the data is not checked, and the plan not fit to run.
 
     Raises DataError when the data does not fit the model, ConfigError when the model is empty or its pipeline cannot
     be, PlanError when a server's memory, or that of every worker, is too small, or the workers are too few for a
@@ -62,8 +67,50 @@ def make_plan(
     if manifest is not None:
         check_data(recipe, manifest)
     fragment_elements = max(1, recipe.cluster.fragment_bytes // BYTES_PER_ELEMENT)
+    fragments = _cut(recipe, model.tensors, fragment_elements)
+    if not servers:
+        raise PlanError("no parameter server is live; start one with `gradstream serve parameter-server`")
+    # By name, so that the same cluster gives the same plan in whatever order its servers registered.
+    chosen = sorted(servers, key=lambda server: server.name)[: len(fragments)]
+    placement, placement_reason = place(fragments, model.tensors, len(chosen))
+    memory_reason, needs = _check_server_memory(recipe, fragments, placement, chosen, model.tensors)
+    pipeline, worker_reason, pipeline_reasons = _plan_workers(recipe, model, workers, profiles, latency_seconds)
+    plan = Plan(
+        job_id=at.job_id,
+        epoch=at.epoch,
+        recipe=recipe,
+        model_config={**recipe.model.config, "architectures": [model.architecture]},
+        data_manifest=manifest if manifest is not None else _NO_DATA,
+        tensors=tuple(model.tensors),
+        fragment_elements=fragment_elements,
+        placement=tuple(placement),
+        servers=tuple(Server(server.node_id, server.name, server.address) for server in chosen),
+        leader=0,
+        start_version=at.checkpoint.version if at.checkpoint else 0,
+        checkpoint_path=at.checkpoint.path if at.checkpoint else "",
+        checkpoint_root=at.checkpoint_root,
+        stage_ends=pipeline.stage_ends,
+        num_chunks=pipeline.num_chunks,
+        pipeline_schedule=pipeline.schedule,
+        worker_bytes=pipeline.worker_bytes,
+    )
+    _check_streams(recipe, plan.most_workers, chosen, needs)
+    _check_message(plan)
+    start = f"the checkpoint of version {at.checkpoint.version}" if at.checkpoint else plan.source
+    reasons = {
+        "servers": _servers_reason(chosen, len(servers) - len(chosen), len(fragments)),
+        "placement": f"placement: {placement_reason}",
+        "memory": f"memory: {memory_reason}{worker_reason}",
+        "start": f"start: from {start}",
+        **pipeline_reasons,
+    }
+    return plan, reasons
+
+
+def _cut(recipe: Recipe, tensors: Sequence[Tensor], fragment_elements: int) -> list[Fragment]:
+    """The model's fragments. Raises PlanError when they are too many, ConfigError when there are none."""
     count = num_fragments(tensors, fragment_elements)
-    if count > MAX_PLAN_BYTES:  # at a byte each; so many are not even cut
+    if count > MAX_PLAN_BYTES:  # at a byte each; they are not even cut
         raise PlanError(
             f"the model would be cut into {count} fragments, more than the plan's {human_bytes(MAX_PLAN_BYTES)} can "
             f"place; raise cluster.fragment_bytes (now {recipe.cluster.fragment_bytes}) or submit a smaller model"
@@ -71,62 +118,44 @@ def make_plan(
     fragments = cut(tensors, fragment_elements)
     if not fragments:
         raise ConfigError("the model has no parameters; check model.config")
-    if not servers:
-        raise PlanError("no parameter server is live; start one with `gradstream serve parameter-server`")
-    # By name, so that the same cluster gives the same plan in whatever order its servers registered.
-    chosen = sorted(servers, key=lambda server: server.name)[: len(fragments)]
-    placement, placement_reason = place(fragments, tensors, len(chosen))
-    memory_reason, needs = _check_server_memory(recipe, fragments, placement, chosen, tensors)
-    reasons: dict[str, str] = {}
-    pipeline = Pipeline()
-    if recipe.pipeline.stages == 1:
-        worker_need = worker_bytes(recipe, sum(tensor.num_elements for tensor in tensors), num_frozen_parameters)
-        _check_worker_memory(worker_need, workers)
-        if num_frozen_parameters:
-            pipeline = Pipeline(worker_bytes=(worker_need,))  # it does not follow from the tensors
-        memory_reason += f"; a worker needs {human_bytes(worker_need)} and its activations"
-    else:
+    return fragments
+
+
+def _plan_workers(
+    recipe: Recipe,
+    model: Inventory,
+    workers: Sequence[NodeOffer],
+    profiles: Sequence[SegmentProfile] | None,
+    latency_seconds: float,
+) -> tuple[Pipeline, str, dict[str, str]]:
+    """(the pipeline, what is said of a worker's memory, the pipeline's reasons). Raises as `make_plan` does."""
+    if recipe.pipeline.stages != 1:
         if profiles is None:
             raise ConfigError("pipeline.stages other than 1 needs the profile of the model's segments")
-        pipeline, reasons = plan_pipeline(recipe, tensors, profiles, workers, latency_seconds)
-    plan = Plan(
-        job_id=job_id,
-        epoch=epoch,
-        recipe=recipe,
-        model_config={**recipe.model.config, "architectures": [architecture]},
-        data_manifest=manifest if manifest is not None else _NO_DATA,
-        tensors=tuple(tensors),
-        fragment_elements=fragment_elements,
-        placement=tuple(placement),
-        servers=tuple(Server(server.node_id, server.name, server.address) for server in chosen),
-        leader=0,
-        start_version=checkpoint.version if checkpoint else 0,
-        checkpoint_path=checkpoint.path if checkpoint else "",
-        checkpoint_root=checkpoint_root,
-        stage_ends=pipeline.stage_ends,
-        num_chunks=pipeline.num_chunks,
-        pipeline_schedule=pipeline.schedule,
-        worker_bytes=pipeline.worker_bytes,
-    )
-    _check_streams(recipe, plan.most_workers, chosen, needs)
+        pipeline, reasons = plan_pipeline(recipe, model.tensors, profiles, workers, latency_seconds)
+        return pipeline, "", reasons
+    num_trained = sum(tensor.num_elements for tensor in model.tensors)
+    need = worker_bytes(recipe, num_trained, model.num_frozen_parameters)
+    _check_worker_memory(need, workers)
+    # Where something is frozen, it does not follow from the tensors.
+    pipeline = Pipeline(worker_bytes=(need,)) if model.num_frozen_parameters else Pipeline()
+    return pipeline, f"; a worker needs {human_bytes(need)} and its activations", {}
+
+
+def _check_message(plan: Plan) -> None:
+    """Raise PlanError when the plan does not fit into one message."""
     plan_bytes = plan.to_proto().ByteSize()
     if plan_bytes > MAX_PLAN_BYTES:
         raise PlanError(
             f"the plan takes {human_bytes(plan_bytes)}, more than the {human_bytes(MAX_PLAN_BYTES)} that one message "
-            f"may carry; raise cluster.fragment_bytes (now {recipe.cluster.fragment_bytes})"
+            f"may carry; raise cluster.fragment_bytes (now {plan.recipe.cluster.fragment_bytes})"
         )
-    idle = len(servers) - len(chosen)
+
+
+def _servers_reason(chosen: Sequence[NodeOffer], num_idle: int, num_fragments: int) -> str:
     names = ", ".join(server.name for server in chosen)
-    start = f"from the checkpoint of version {checkpoint.version}" if checkpoint else f"from {plan.source}"
-    reasons = {
-        "servers": f"servers: all {len(chosen)} that were live ({names}), led by {chosen[0].name}"
-        + (f"; {idle} more stay idle, as there are only {len(fragments)} fragments" if idle else ""),
-        "placement": f"placement: {placement_reason}",
-        "memory": f"memory: {memory_reason}",
-        "start": f"start: {start}",
-        **reasons,
-    }
-    return plan, reasons
+    idle = f"; {num_idle} more stay idle, as there are only {num_fragments} fragments" if num_idle else ""
+    return f"servers: all {len(chosen)} that were live ({names}), led by {chosen[0].name}{idle}"
 
 
 def check_data(recipe: Recipe, manifest: Manifest) -> None:

@@ -10,8 +10,9 @@ from coordinator_fakes import make_manifest, make_recipe
 from gradstream.coordinator.jobs.active import Pace, WaitClock
 from gradstream.coordinator.jobs.decisions import Ending, JobSight, judge_end, lease_slots, missing_nodes, next_job
 from gradstream.coordinator.nodes.reunion import ServerSight, Verdict, judge_servers
+from gradstream.coordinator.planning.inventory import Inventory
 from gradstream.coordinator.planning.needs import NodeOffer, ServerBytes, human_bytes, server_bytes
-from gradstream.coordinator.planning.planner import CheckpointAt, check_data, make_plan
+from gradstream.coordinator.planning.planner import CheckpointAt, NextEpoch, check_data, make_plan
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.core.errors import DataError, PlanError
 from gradstream.core.plan.fragments import Tensor, cut
@@ -21,6 +22,8 @@ from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 TENSORS = [Tensor(f"layer.{unit}", (64, 64), True, unit) for unit in range(8)]
 RUNNING, PAUSED = jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_PAUSED
+
+FIRST = NextEpoch("j", 1, None, "/c")
 
 
 @pytest.fixture
@@ -32,10 +35,13 @@ def offers(count: int, memory: int = 1 << 30) -> list[NodeOffer]:
     return [NodeOffer(f"ps-{n}.00", f"ps-{n}", f"host:{n + 1}", memory) for n in range(count)]
 
 
+def model(tensors: list[Tensor] = TENSORS) -> Inventory:
+    return Inventory(tuple(tensors), "LlamaForCausalLM", 0)
+
+
 def plan(recipe: Recipe, servers: list[NodeOffer], tensors: list[Tensor] = TENSORS) -> tuple[Plan, dict[str, str]]:
-    return make_plan(
-        "tiny-1", recipe, make_manifest(), tensors, "LlamaForCausalLM", servers, [], 1, None, "/runs/tiny-1/checkpoints"
-    )
+    at = NextEpoch("tiny-1", 1, None, "/runs/tiny-1/checkpoints")
+    return make_plan(at, recipe, make_manifest(), model(tensors), servers, [])
 
 
 def test_a_plan_is_balanced_and_reads_back(recipe: Recipe) -> None:
@@ -49,14 +55,14 @@ def test_a_plan_is_balanced_and_reads_back(recipe: Recipe) -> None:
 def test_a_model_of_too_many_fragments_is_refused_before_it_is_cut(recipe: Recipe) -> None:
     huge = [Tensor("embedding", (10**9, 10**6), True, 0)]
     with pytest.raises(PlanError, match=r"raise cluster\.fragment_bytes"):
-        make_plan("j", recipe, make_manifest(), huge, "LlamaForCausalLM", offers(1), [], 1, None, "/c")
+        make_plan(FIRST, recipe, make_manifest(), model(huge), offers(1), [])
 
 
 @pytest.mark.parametrize("text_config", [[1], "x", 3, {}, {"vocab_size": "x"}, None])
 def test_a_model_config_of_odd_parts_is_no_error_of_the_data(recipe: Recipe, text_config: object) -> None:
     config = {key: value for key, value in recipe.model.config.items() if key != "vocab_size"}
-    model = recipe.model.model_copy(update={"config": config | {"text_config": text_config}})
-    check_data(recipe.model_copy(update={"model": model}), make_manifest())
+    changed = recipe.model.model_copy(update={"config": config | {"text_config": text_config}})
+    check_data(recipe.model_copy(update={"model": changed}), make_manifest())
 
 
 def test_a_plan_does_not_depend_on_the_order_of_servers(recipe: Recipe) -> None:
@@ -71,7 +77,7 @@ def test_never_more_servers_than_fragments(recipe: Recipe) -> None:
 
 def test_a_plan_starts_from_its_checkpoint(recipe: Recipe) -> None:
     at = CheckpointAt(6, "/c/step-00000006")
-    made, _ = make_plan("j", recipe, make_manifest(), TENSORS, "LlamaForCausalLM", offers(1), [], 3, at, "/c")
+    made, _ = make_plan(NextEpoch("j", 3, at, "/c"), recipe, make_manifest(), model(), offers(1), [])
     assert (made.epoch, made.start_version, made.checkpoint_path) == (3, 6, "/c/step-00000006")
 
 
@@ -95,9 +101,7 @@ def test_a_job_of_many_workers_is_served_or_refused(
     recipe = recipe.model_copy(update={"training": training})
 
     def planned() -> Plan:
-        return make_plan(
-            "j", recipe, None, TENSORS, "LlamaForCausalLM", offers(2, memory_gib << 30), [], 1, None, "/c"
-        )[0]
+        return make_plan(FIRST, recipe, None, model(), offers(2, memory_gib << 30), [])[0]
 
     if is_served:
         assert planned().most_workers == num_slots
@@ -118,7 +122,7 @@ def test_a_server_that_did_not_say_its_memory_is_believed(recipe: Recipe) -> Non
 def test_a_cluster_of_small_workers_cannot_take_the_model(recipe: Recipe) -> None:
     worker = NodeOffer("w.00", "w", "", 1000)
     with pytest.raises(PlanError, match="worker w needs"):
-        make_plan("j", recipe, make_manifest(), TENSORS, "LlamaForCausalLM", offers(1), [worker], 1, None, "/c")
+        make_plan(FIRST, recipe, make_manifest(), model(), offers(1), [worker])
 
 
 def test_the_memory_of_a_server_is_predicted(recipe: Recipe) -> None:

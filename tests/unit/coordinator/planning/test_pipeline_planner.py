@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from gradstream.coordinator.jobs.decisions import missing_nodes
 from gradstream.coordinator.planning.forecast import Forecast, forecast
+from gradstream.coordinator.planning.inventory import Inventory
 from gradstream.coordinator.planning.needs import NodeOffer, stage_need, worker_bytes
 from gradstream.coordinator.planning.pipeline_planner import (
     Pipeline,
@@ -21,7 +22,7 @@ from gradstream.coordinator.planning.pipeline_planner import (
     plan_pipeline,
     segments_of_stages,
 )
-from gradstream.coordinator.planning.planner import make_plan
+from gradstream.coordinator.planning.planner import NextEpoch, make_plan
 from gradstream.core.errors import ConfigError, PlanError, ProtocolError
 from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.pipeline.schedule import SPLIT
@@ -281,7 +282,8 @@ def test_microbatches_are_those_of_the_longest_run(tmp_path: Path) -> None:
 def plan(recipe: Recipe, offers: list[NodeOffer], num_servers: int = 2) -> tuple[Plan, dict[str, str]]:
     servers = [NodeOffer(f"ps-{n}.00", f"ps-{n}", f"host:{n + 1}", 0) for n in range(num_servers)]
     found = profiles() if recipe.pipeline.stages != 1 else None
-    return make_plan("j", recipe, None, TENSORS, "Llama", servers, offers, 1, None, "/c", found)
+    model = Inventory(tuple(TENSORS), "Llama", 0)
+    return make_plan(NextEpoch("j", 1, None, "/c"), recipe, None, model, servers, offers, found)
 
 
 def test_a_plan_with_stages_reads_back(tmp_path: Path) -> None:

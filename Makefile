@@ -8,7 +8,7 @@ JOBS ?= 2
 PARALLEL := $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist loadfile)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-finetune test test-unit fuzz wheels test-compose check docs format protos lock clean
+.PHONY: help install demo demo-finetune test test-unit fuzz wheels test-compose check docs format clients protos lock clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1\t/' | expand -t 22
@@ -65,6 +65,9 @@ docs: $(STAMP)  ## Build the site of the docs into site/, with the reference tha
 format: $(STAMP)  ## Format the code.
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+
+clients: $(STAMP)  ## Write the blocking clients from the asyncio ones.
+	$(BIN)/python client/generate.py
 
 protos: $(STAMP)  ## Generate the stubs from the protos.
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python protos/generate.py

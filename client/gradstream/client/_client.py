@@ -1,4 +1,5 @@
-"""The client for programs without an event loop: AsyncClient, run on a thread of its own."""
+# Written by `make clients` from _async_client.py: change that file, not this one.
+"""The blocking client of a coordinator: AsyncClient, run on a thread of its own."""
 
 from __future__ import annotations
 
@@ -16,13 +17,20 @@ from gradstream.core.telemetry.timeline import Timeline
 
 
 class Client:
-    """Talks to a coordinator: the methods of AsyncClient, each of which blocks until it is done.
+    """Talks to a coordinator.
 
         with Client("10.0.0.1:7000") as client:
             job = client.submit("recipes/stdlib-gpt.yaml")
-            client.wait(job.job_id, on_progress=lambda job: print(job.version, job.loss))
+            for item in client.watch(job.job_id):
+                print(item)
 
-    Callbacks run on the client's own thread. May be used from several threads.
+    `address` is host:port; None takes the environment's GRADSTREAM_COORDINATOR, else 127.0.0.1:7000. Nothing is sent
+    before the first call, which raises UnreachableError after at most `connect_timeout_seconds` when nobody answers.
+    `call_timeout_seconds` bounds each unary call after that. `credentials` is a directory; None takes the environment's
+    GRADSTREAM_CREDENTIALS, else those of `gradstream login` for the address, else talks in the clear.
+    A job_id of None (or "") means the newest job.
+
+    Callbacks run on its own thread. Any thread may use it.
     """
 
     def __init__(
@@ -42,6 +50,11 @@ class Client:
         )
         self._thread = LoopThread()
 
+    @property
+    def address(self) -> str:
+        """The service's address, host:port."""
+        return self._client.address
+
     def __enter__(self) -> Client:
         return self
 
@@ -55,14 +68,12 @@ class Client:
         self._thread.close(self._client.close)
 
     @property
-    def address(self) -> str:
-        """The coordinator's address."""
-        return self._client.address
-
-    @property
     def unreachable_since(self) -> datetime | None:
-        """Since when every attempt to reach the coordinator has failed; None when the last one succeeded."""
+        """Since when (local time) every attempt to reach the coordinator has failed; None when the last one
+        succeeded."""
         return self._client.unreachable_since
+
+    # ---- Jobs ------------------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -71,7 +82,16 @@ class Client:
         *,
         request_id: str | None = None,
     ) -> Job:
-        """Queue a job, once. See AsyncClient.submit."""
+        """Queue a job, once: where no answer comes it is asked for again, under the same request id.
+
+        `recipe` is a Recipe, the path of a recipe file, or a mapping; `overrides` are `key.sub=value` strings and go
+        with a path only. Relative paths in it are made absolute against the current directory. `request_id` (1 to 64
+        letters, digits, '.', '_', '-') is new for each job; a later call with the id of one that was taken gives that
+        one's job, after a restart of the coordinator too. None: one that no other call has.
+
+        Raises ConfigError when the recipe is wrong, UnreachableError, which names the request id, when it is not known
+        whether the job was taken.
+        """
         return self._thread.run(self._client.submit(recipe, overrides, request_id=request_id))
 
     def jobs(self) -> list[Job]:
@@ -79,7 +99,7 @@ class Client:
         return self._thread.run(self._client.jobs())
 
     def job(self, job_id: str | None = None) -> Job:
-        """One job; the newest when no id is given."""
+        """One job; the newest when no id is given. Raises ConfigError when there is none."""
         return self._thread.run(self._client.job(job_id))
 
     def watch(
@@ -90,7 +110,13 @@ class Client:
         after_cursor: int = 0,
         kinds: Iterable[str] = (),
     ) -> Iterator[WatchItem]:
-        """A job's history, in order, each item once. See AsyncClient.watch."""
+        """A job's history: events, steps, validations, log lines and checkpoints, in order, each once. `kinds` asks for
+        some of them alone, by what `to_dict` has as `type`: "event", "step", "validation", "log", "checkpoint".
+
+        With `follow` it goes on until the job has ended, and survives a coordinator that goes away, or is too busy, for
+        a while: it asks again from the last cursor, with endless backoff (`unreachable_since` tells). Without, it ends
+        after what is recorded. The first call raises UnreachableError like any other.
+        """
         return self._thread.iterate(self._client.watch(job_id, follow=follow, after_cursor=after_cursor, kinds=kinds))
 
     def wait(
@@ -100,19 +126,23 @@ class Client:
         *,
         poll_seconds: float = 1.0,
     ) -> Job:
-        """Wait until a job has ended. See AsyncClient.wait."""
+        """Wait until a job has ended; return its last state. Survives a coordinator that goes away for a while.
+
+        `on_progress` is called with the job's state about every `poll_seconds`. A stopped job is returned like a
+        finished one. Raises JobFailedError when the job failed.
+        """
         return self._thread.run(self._client.wait(job_id, on_progress, poll_seconds=poll_seconds))
 
     def pause(self, job_id: str) -> Job:
-        """Pause a job at its next step boundary."""
+        """Pause a job at its next step boundary, with a checkpoint. Returns before it rests."""
         return self._thread.run(self._client.pause(job_id))
 
     def resume(self, job_id: str) -> Job:
-        """Go on with a paused job; start a stopped or failed one again."""
+        """Go on with a paused job; start a stopped or failed one again from its last checkpoint."""
         return self._thread.run(self._client.resume(job_id))
 
     def stop(self, job_id: str, now: bool = False) -> Job:
-        """End a job at its next step boundary or, with `now`, at once."""
+        """End a job at its next step boundary with a checkpoint or, with `now`, at once and without one."""
         return self._thread.run(self._client.stop(job_id, now))
 
     def metrics(self, job_id: str | None = None, *, first_step: int = 0, every: int = 1) -> Iterator[StepMetrics]:
@@ -123,16 +153,25 @@ class Client:
 
         Raises ConfigError when there is no such job, UnreachableError when the connection broke.
         """
-        # A page at a time: to go to the other thread and back for every row would take longer than all the rest.
-        for rows in self._thread.iterate(self._client._metrics_pages(job_id, first_step, every)):
-            yield from rows
+        # A page at a time: to change threads for every item would take longer than all the rest.
+        for page in self._thread.iterate(self._client._metrics_pages(job_id, first_step=first_step, every=every)):
+            yield from page
 
     def timeline(self, job_id: str | None = None) -> list[Timeline]:
-        """What the workers did and when, over the last versions of a job. See AsyncClient.timeline."""
+        """What the workers did and when, over the last versions of a job; `chrome_trace` makes a trace file of it.
+
+        Raises DataError when no worker has sent a timeline yet, and UnreachableError when the connection broke.
+        """
         return self._thread.run(self._client.timeline(job_id))
 
+    # ---- Checkpoints -----------------------------------------------------------------------------------------------
+
     def checkpoint(self, job_id: str | None = None) -> Checkpoint:
-        """Have a running job write a checkpoint now. See AsyncClient.checkpoint."""
+        """Have a running job write a checkpoint at its next step boundary, and wait until it is there, however long a
+        step takes.
+
+        Raises ConfigError when the job does not run, CheckpointError when it rests or ends before.
+        """
         return self._thread.run(self._client.checkpoint(job_id))
 
     def checkpoints(self, job_id: str | None = None) -> list[Checkpoint]:
@@ -146,17 +185,28 @@ class Client:
         version: int | None = None,
         on_progress: Callable[[ExportProgress], None] | None = None,
     ) -> Path:
-        """Write a checkpoint as a Hugging Face directory. See AsyncClient.export."""
+        """Write a checkpoint (the last one or that of `version`) as a Hugging Face directory; return its path.
+
+        `directory` must not exist or be empty. The files arrive in a directory beside it that is renamed when all are
+        complete, so `directory` never holds a part of an export. `on_progress` is called after each piece.
+
+        Raises ConfigError when the directory is not empty, CheckpointError when there is no such checkpoint,
+        ProtocolError when what came is not what was announced, and UnreachableError when the connection broke.
+        """
         return self._thread.run(self._client.export(job_id, directory, version, on_progress))
 
+    # ---- The cluster -----------------------------------------------------------------------------------------------
+
     def warnings(self) -> list[str]:
-        """What about the cluster needs somebody's hand soon. See AsyncClient.warnings."""
+        """What about the cluster needs somebody's hand soon, one line each: credentials that expire, for one."""
         return self._thread.run(self._client.warnings())
 
     def publish_tokens(self, table: bytes, signature: bytes, certificate: bytes) -> tuple[int, int]:
-        """Give the coordinator a token table that an authority has signed. See AsyncClient.publish_tokens."""
+        """Give the coordinator a token table that an authority has signed (`Authority.signed`): (its serial, its number
+        of tokens). Needs an admin's credentials. Raises ConfigError when it is not newer than the one in force, or not
+        of the cluster's authority."""
         return self._thread.run(self._client.publish_tokens(table, signature, certificate))
 
     def nodes(self) -> list[Node]:
-        """The nodes of the cluster."""
+        """The nodes of the cluster: live ones first, then by kind and name."""
         return self._thread.run(self._client.nodes())

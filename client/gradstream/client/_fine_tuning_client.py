@@ -1,4 +1,5 @@
-"""The fine-tuning client for programs without an event loop: AsyncFineTuningClient, run on a thread of its own."""
+# Written by `make clients` from _async_fine_tuning_client.py: change that file, not this one.
+"""The blocking client of a fine-tuning service: AsyncFineTuningClient, run on a thread of its own."""
 
 from __future__ import annotations
 
@@ -9,20 +10,32 @@ from types import TracebackType
 from typing import Literal
 
 from gradstream.client._async_fine_tuning_client import AnyRecipe, AsyncFineTuningClient
-from gradstream.client._fine_tuning_types import ExamplesPreview, FineTuning, FineTuningWatchItem, GeneratedText
+from gradstream.client._fine_tuning_types import (
+    ExamplesPreview,
+    FineTuning,
+    FineTuningWatchItem,
+    GeneratedText,
+)
 from gradstream.client._loop_thread import LoopThread
 from gradstream.client._types import ExportProgress
 
 
 class FineTuningClient:
-    """Talks to a fine-tuning service: the methods of AsyncFineTuningClient, each of which blocks until it is done.
+    """Talks to a fine-tuning service.
 
         with FineTuningClient("10.0.0.1:7001") as client:
             made = client.create("my-task.yaml")
             client.wait(made.name)
-            print("".join(piece.text for piece in client.generate(made.name, "def add(")))
+            for piece in client.generate(made.name, "def add("):
+                print(piece.text, end="")
 
-    Callbacks run on the client's own thread. May be used from several threads.
+    `address` is host:port; None takes the environment's GRADSTREAM_FINE_TUNING, else 127.0.0.1:7001. Nothing is sent
+    before the first call, which raises UnreachableError after at most `connect_timeout_seconds` when nobody answers.
+    `call_timeout_seconds` bounds each unary call after that. `credentials` is a directory; None takes the environment's
+    GRADSTREAM_CREDENTIALS, else those of `gradstream login` for the address, else talks in the clear.
+    A name of None means the newest fine-tuning.
+
+    Callbacks run on its own thread. Any thread may use it.
     """
 
     def __init__(
@@ -42,6 +55,11 @@ class FineTuningClient:
         )
         self._thread = LoopThread()
 
+    @property
+    def address(self) -> str:
+        """The service's address, host:port."""
+        return self._client.address
+
     def __enter__(self) -> FineTuningClient:
         return self
 
@@ -55,25 +73,39 @@ class FineTuningClient:
         self._thread.close(self._client.close)
 
     @property
-    def address(self) -> str:
-        """The service's address."""
-        return self._client.address
-
-    @property
     def unreachable_since(self) -> datetime | None:
-        """Since when every attempt to reach the service has failed; None when the last one succeeded."""
+        """Since when (local time) every attempt to reach the service has failed; None when the last one succeeded."""
         return self._client.unreachable_since
 
+    # ---- Examples --------------------------------------------------------------------------------------------------
+
     def upload(self, path: str | Path) -> str:
-        """Send a file of examples; return its path as the service sees it. See AsyncFineTuningClient.upload."""
+        """Send a file of examples; return its path as the service sees it, for `data.path` of a recipe.
+
+        Raises ConfigError when the file cannot be read or is several, DataError when it is too large.
+        """
         return self._thread.run(self._client.upload(path))
 
     def preview(self, recipe: AnyRecipe, overrides: Iterable[str] = (), num_examples: int = 3) -> ExamplesPreview:
-        """The first examples as they would be trained on. See AsyncFineTuningClient.preview."""
+        """The first examples as they would be trained on, and what would become of all rows. Keeps nothing.
+
+        Raises ConfigError when the recipe or its base is wrong, DataError when the examples are.
+        """
         return self._thread.run(self._client.preview(recipe, overrides, num_examples))
 
+    # ---- Fine-tunings ----------------------------------------------------------------------------------------------
+
     def create(self, recipe: AnyRecipe, overrides: Iterable[str] = (), *, request_id: str | None = None) -> FineTuning:
-        """Begin a fine-tuning, once. See AsyncFineTuningClient.create."""
+        """Begin a fine-tuning, once: where no answer comes it is asked for again, under the same request id. It is
+        preparing its data when this returns; `wait` waits for its end.
+
+        `recipe` is a FineTuningRecipe, the path of a recipe file, or a mapping; `overrides` are `key.sub=value` strings
+        and go with a path only. Relative paths in it are made absolute against the current directory. `request_id` is
+        as in Client.submit.
+
+        Raises ConfigError when the recipe is wrong or its name taken, DataError when its data is not to be found,
+        UnreachableError, which names the request id, when it is not known whether the fine-tuning was taken.
+        """
         return self._thread.run(self._client.create(recipe, overrides, request_id=request_id))
 
     def list(self) -> list[FineTuning]:
@@ -81,11 +113,15 @@ class FineTuningClient:
         return self._thread.run(self._client.list())
 
     def get(self, name: str | None = None) -> FineTuning:
-        """One fine-tuning; the newest when no name is given."""
+        """One fine-tuning. Raises ConfigError when there is none of that name."""
         return self._thread.run(self._client.get(name))
 
     def watch(self, name: str | None = None) -> Iterator[FineTuningWatchItem]:
-        """The fine-tuning as it changes, and its job's history. See AsyncFineTuningClient.watch."""
+        """The fine-tuning whenever it has changed, and its job's history, until it has ended.
+
+        Survives a service that goes away for a while (`unreachable_since` tells): items of the history come once, the
+        fine-tuning again. The first call raises UnreachableError like any other.
+        """
         return self._thread.iterate(self._client.watch(name))
 
     def wait(
@@ -96,11 +132,15 @@ class FineTuningClient:
         until: Callable[[FineTuning], bool] | None = None,
         poll_seconds: float = 1.0,
     ) -> FineTuning:
-        """Wait until a fine-tuning has ended. See AsyncFineTuningClient.wait."""
+        """Wait until a fine-tuning has ended, or `until` holds; return its last state.
+
+        `on_progress` is called with it about every `poll_seconds`. A cancelled one is returned like a finished one.
+        Survives a service that goes away for a while. Raises FineTuningFailedError when it failed.
+        """
         return self._thread.run(self._client.wait(name, on_progress, until=until, poll_seconds=poll_seconds))
 
     def pause(self, name: str) -> FineTuning:
-        """Pause the job at its next step boundary."""
+        """Pause the job at its next step boundary. Returns before it rests."""
         return self._thread.run(self._client.pause(name))
 
     def resume(self, name: str) -> FineTuning:
@@ -110,6 +150,8 @@ class FineTuningClient:
     def cancel(self, name: str) -> FineTuning:
         """End it at once; its checkpoints stay."""
         return self._thread.run(self._client.cancel(name))
+
+    # ---- Results ---------------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -123,7 +165,16 @@ class FineTuningClient:
         seed: int = 0,
         stop: Iterable[str] = (),
     ) -> Iterator[GeneratedText]:
-        """What a fine-tuning's best version continues a prompt with. See AsyncFineTuningClient.generate."""
+        """What a fine-tuning's best version continues `prompt` with, piece by piece as it is generated.
+
+        `prompt` is a text, or a conversation of {"role": …, "content": …} for the tokenizer's chat template. With
+        `base=True` the fine-tuning's base generates; `base="PATH"` names a base by itself, with no name. At temperature
+        0 the likeliest token is taken each time. `max_new_tokens=None`: 128, or what there is room for. Ends before the
+        first of the texts `stop`, which may be special tokens. Leaving the iterator ends the generation.
+
+        Raises ConfigError for an unknown name or a prompt that is too long, CheckpointError when there is no version
+        yet.
+        """
         return self._thread.iterate(
             self._client.generate(
                 name,
@@ -146,7 +197,14 @@ class FineTuningClient:
         version: int | None = None,
         on_progress: Callable[[ExportProgress], None] | None = None,
     ) -> Path:
-        """Write a result as a directory. See AsyncFineTuningClient.export."""
+        """Write a result (the best version, or `version`) as a directory; return its path.
+
+        An adapter's is peft's, a merged one a Hugging Face model's; without `kind` lora gives its adapter and full the
+        model. `directory` must not exist or be empty, and never holds a part of an export.
+
+        Raises ConfigError when the directory is not empty or there is nothing of the kind, CheckpointError when there
+        is no such version, ProtocolError when what came is not what was announced.
+        """
         return self._thread.run(
             self._client.export(name, directory, kind=kind, version=version, on_progress=on_progress)
         )

@@ -55,13 +55,13 @@ SMOKE = Size(1, 1)
 class RawTcp:
     """The rival: bytes from this process into the memory of another one."""
 
-    def __init__(self, most_bytes: int):
+    def __init__(self, max_bytes: int):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_receive, args=(theirs, most_bytes), daemon=True)
+        self._process = context.Process(target=_receive, args=(theirs, max_bytes), daemon=True)
         self._process.start()
         self._socket = socket.create_connection(("127.0.0.1", self._pipe.recv()))
-        self._source = memoryview(bytearray(os.urandom(most_bytes)))
+        self._source = memoryview(bytearray(os.urandom(max_bytes)))
 
     def seconds(self, num_bytes: int, piece_bytes: int) -> float:
         """Seconds to copy `num_bytes`."""
@@ -80,8 +80,8 @@ class RawTcp:
         self._process.join(10)
 
 
-def _receive(pipe: Connection, most_bytes: int) -> None:
-    target = memoryview(bytearray(most_bytes))
+def _receive(pipe: Connection, max_bytes: int) -> None:
+    target = memoryview(bytearray(max_bytes))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pipe.send(listener.getsockname()[1])
         peer, _ = listener.accept()

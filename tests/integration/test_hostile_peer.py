@@ -18,7 +18,7 @@ import pytest
 from standalone import Child, Usage, header_of, make_plan, payloads_of, run_sender, run_server
 
 from gradstream.core.wire.frames import PIECE_BYTES, checksum, frame, frames
-from gradstream.core.wire.stream_limits import MAX_DATA_STREAMS_A_CONNECTION, MAX_HALF_SENT_BYTES, most_streams_a_host
+from gradstream.core.wire.stream_limits import MAX_DATA_STREAMS_A_CONNECTION, MAX_HALF_SENT_BYTES, max_streams_a_host
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 
@@ -29,7 +29,7 @@ LARGEST = max(BUNDLES, key=lambda index: PAYLOADS[index].nbytes)
 SMALLEST = min(BUNDLES, key=lambda index: PAYLOADS[index].nbytes)
 NUM_STEPS = 3
 MIB = 1 << 20
-MAX_STREAMS_A_HOST = most_streams_a_host(PLAN.most_workers)
+MAX_STREAMS_A_HOST = max_streams_a_host(PLAN.max_workers)
 SLACK_SECONDS = 2.0  # a scheduler's hiccup on a busy machine; an attack that works stops steps altogether
 
 

@@ -98,10 +98,10 @@ WORDS = (
 
 
 @st.composite
-def mutated_bytes(draw: st.DrawFn, seeds: Sequence[bytes], most_changes: int = 4) -> bytes:
+def mutated_bytes(draw: st.DrawFn, seeds: Sequence[bytes], max_changes: int = 4) -> bytes:
     """Valid bytes with a few places flipped, cut, doubled, moved or overwritten by words that parsers trip over."""
     data = bytearray(draw(st.sampled_from(list(seeds))))
-    for _ in range(draw(st.integers(0, most_changes))):
+    for _ in range(draw(st.integers(0, max_changes))):
         at = draw(st.integers(0, len(data)))
         end = min(len(data), at + draw(st.integers(0, 40)))
         change = draw(
@@ -188,10 +188,10 @@ def paths_of(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @st.composite
-def mutated_tree(draw: st.DrawFn, tree: Any, most_changes: int = 3) -> Any:
+def mutated_tree(draw: st.DrawFn, tree: Any, max_changes: int = 3) -> Any:
     """A tree of JSON values of which a few are replaced, left out, repeated or joined by keys that nobody knows."""
     tree = copy.deepcopy(tree)
-    for _ in range(draw(st.integers(0, most_changes))):
+    for _ in range(draw(st.integers(0, max_changes))):
         paths = paths_of(tree)
         if not paths:
             break
@@ -241,12 +241,12 @@ def _values(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 
 @st.composite
-def mutated_message(draw: st.DrawFn, message: M, most_changes: int = 3) -> M:
+def mutated_message(draw: st.DrawFn, message: M, max_changes: int = 3) -> M:
     """A message of which a few fields, its parts' too, are cleared, repeated or set to what no peer would send; it may
     carry fields that nobody knows."""
     changed = type(message)()
     changed.CopyFrom(message)
-    for _ in range(draw(st.integers(0, most_changes))):
+    for _ in range(draw(st.integers(0, max_changes))):
         _change(draw, changed)
     if draw(st.booleans()) and draw(st.booleans()):
         unknown = b"\xfa\x7f" + bytes([draw(st.integers(0, 20))])

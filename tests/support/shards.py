@@ -166,7 +166,7 @@ class Cluster:
 
     def pushed_bytes(self) -> int:
         """Payload bytes of one slot, where their length does not vary."""
-        return sum(self.push_codec(bundle.index).most_bytes for bundle in self.plan.bundles)
+        return sum(self.push_codec(bundle.index).max_bytes for bundle in self.plan.bundles)
 
     def contribution(
         self, slot: int, bundle: int, step: int = 0, fill: float | None = None, **fields: Any

@@ -20,7 +20,8 @@ RETIRED = {
     r"\bcopy n$|(keeps|frame|workers) copy": "reference",
 }
 """Patterns of names, given as words in lower case, that are not used; and what is said instead."""
-BOUND = re.compile(r"_?(MOST|LEAST|FEWEST)_")
+BOUND = re.compile(r"_?(most|least|fewest)_(?!early_bytes)", re.IGNORECASE)
+"""Of bounds, which are max and min; `most_early_bytes` is a key of `gradstream status -o json`."""
 SECTION = re.compile(r"sections?(?![a-z])", re.IGNORECASE)
 SEGMENTED = ("worker", "coordinator/gradstream/coordinator/planning", "core/gradstream/core/pipeline")
 """Where the model is cut: its pieces are segments; sections are of recipes."""

@@ -80,12 +80,12 @@ class Pipeline:
         targets_N = self.tokens[microbatch, :, 1:].flatten()
         return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction="sum")
 
-    def run(self, most_actions: int = 10**9) -> None:
-        """Go round the workers; each computes as far as it can, but not more than `most_actions` in all."""
+    def run(self, max_actions: int = 10**9) -> None:
+        """Go round the workers; each computes as far as it can, but not more than `max_actions` in all."""
         done: set[Action] = set()
         messages: dict[Action, torch.Tensor] = {}
         places = [0] * self.schedule.num_workers
-        while sum(places) < min(most_actions, sum(map(len, self.schedule.rows))):
+        while sum(places) < min(max_actions, sum(map(len, self.schedule.rows))):
             for worker, row in enumerate(self.schedule.rows):
                 if places[worker] == len(row):
                     continue
@@ -160,7 +160,7 @@ def test_gradients_are_those_of_one_process(
     assert_same(pipeline.gradients(), expected)
     assert pipeline.runners[-1].losses == losses
     # What the validator says of activations is what is held.
-    assert tuple(runner.most_live for runner in pipeline.runners) == validate(schedule).live_activations
+    assert tuple(runner.max_live for runner in pipeline.runners) == validate(schedule).live_activations
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zero-bubble"])
@@ -201,8 +201,8 @@ def test_an_abandoned_attempt_leaves_nothing(
 ) -> None:
     config, expected, losses = model
     pipeline = Pipeline(config, make_schedule(name, 2, NUM_MICROBATCHES))
-    for most_actions in (1, 7, 12):
-        pipeline.run(most_actions)
+    for max_actions in (1, 7, 12):
+        pipeline.run(max_actions)
         for runner in pipeline.runners:
             runner.abandon()
     pipeline.run()

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TypeVar
 
 from gradstream.core.node.faults import Faults
-from gradstream.core.pipeline.schedule import most_slots
+from gradstream.core.pipeline.schedule import max_slots
 from gradstream.core.plan.plan import Plan
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.worker.attempt import Alone, Attempt, Exchange, num_microbatches, num_samples
@@ -56,7 +56,7 @@ def _together(
     if plan.replica_size > 1 and not plan.recipe.validates(version):
         slots += [slot for slot in held if slot > first and (slot, False) not in done]
     per_slot = num_microbatches(plan, Attempt(0, version, (first,)))
-    count = most_slots(plan.pipeline_schedule, plan.replica_size, per_slot, plan.num_chunks, len(slots))
+    count = max_slots(plan.pipeline_schedule, plan.replica_size, per_slot, plan.num_chunks, len(slots))
     return tuple(slots[:count])
 
 

@@ -55,7 +55,7 @@ class StageRunner:
         self._begin = begin
         self._live: dict[tuple[int, int], _Live] = {}
         self.losses: dict[int, float] = {}
-        self.most_live = 0
+        self.max_live = 0
 
     def close(self) -> None:
         """Stop calling `on_added`."""
@@ -111,7 +111,7 @@ class StageRunner:
             result = self._loss_sum(result, action.microbatch)
             self.losses[action.microbatch] = float(result.detach())
         self._live[action.stage, action.microbatch] = _Live(received, result)
-        self.most_live = max(self.most_live, len(self._live))
+        self.max_live = max(self.max_live, len(self._live))
         if action.stage != self._last:
             give(result.detach())
 

@@ -67,7 +67,7 @@ def dev(
     loaded = load_recipe(find_recipe(recipe), overrides or ())
     if run_root is not None:
         loaded = loaded.model_copy(update={"run_root": str(run_root.expanduser().absolute())})
-    cluster, replica = loaded.cluster, loaded.pipeline.least_workers
+    cluster, replica = loaded.cluster, loaded.pipeline.min_workers
     servers = servers if servers is not None else max(DEFAULT_NODES, cluster.min_servers)
     workers = workers if workers is not None else max(DEFAULT_NODES, cluster.min_workers, replica)
     if workers < replica:

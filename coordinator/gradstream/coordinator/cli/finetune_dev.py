@@ -56,11 +56,11 @@ def dev(
             f"base_model {asked.base_model} is a job of another cluster; give a checkpoint's directory, such as "
             f"runs/JOB/checkpoints/step-00000100, or a Hugging Face directory"
         )
-    least_servers = asked.cluster.min_servers
-    least_workers = max(asked.cluster.min_workers, asked.pipeline.least_workers)
-    servers = servers if servers is not None else least_servers
-    workers = workers if workers is not None else max(DEFAULT_WORKERS, least_workers)
-    for what, have, need in (("servers", servers, least_servers), ("workers", workers, least_workers)):
+    min_servers = asked.cluster.min_servers
+    min_workers = max(asked.cluster.min_workers, asked.pipeline.min_workers)
+    servers = servers if servers is not None else min_servers
+    workers = workers if workers is not None else max(DEFAULT_WORKERS, min_workers)
+    for what, have, need in (("servers", servers, min_servers), ("workers", workers, min_workers)):
         if have < need:
             raise ConfigError(f"--{what} {have} is fewer than the {need} that the recipe needs; start more")
     for warning in check_fine_tuning_recipe(asked):

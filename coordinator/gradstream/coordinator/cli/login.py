@@ -85,14 +85,14 @@ def _stored(directory: Path) -> str:
     return f"; there are some for {shown}" if names else "; there are none at all"
 
 
-def _read_pack(most_bytes: int) -> bytes:
+def _read_pack(max_bytes: int) -> bytes:
     stdin = sys.stdin.buffer
     if not sys.stdin.isatty():
-        return stdin.read(most_bytes + 1)
+        return stdin.read(max_bytes + 1)
     terminal.say("paste the pack, or pipe one: gradstream certs show DIR | gradstream login ADDRESS")
     text = b""
     # A pack is one JSON object, on one line: nobody should have to know of Ctrl-D.
-    while len(text) <= most_bytes and (line := stdin.readline(most_bytes)):
+    while len(text) <= max_bytes and (line := stdin.readline(max_bytes)):
         text += line
         if text.strip().endswith(b"}"):
             break

@@ -66,7 +66,7 @@ def plan(
     memory_bytes = parse_size(memory) if memory is not None else 0
     if servers is not None or workers is not None:
         servers = servers or loaded.cluster.min_servers
-        workers = workers or max(loaded.cluster.min_workers, loaded.pipeline.least_workers)
+        workers = workers or max(loaded.cluster.min_workers, loaded.pipeline.min_workers)
         server_offers = hypothetical("server", servers, memory_bytes)
         worker_offers = hypothetical("worker", workers, memory_bytes)
     elif memory is not None:

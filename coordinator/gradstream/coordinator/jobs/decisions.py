@@ -29,7 +29,7 @@ def missing_nodes(recipe: Recipe, num_servers: int, num_workers: int, need_worke
     wanted = recipe.cluster.min_servers
     if num_servers < wanted:
         missing.append((f"{_count(wanted, 'parameter server')}, {_are(num_servers)}", "a parameter server to register"))
-    wanted = max(recipe.cluster.min_workers, recipe.pipeline.least_workers)
+    wanted = max(recipe.cluster.min_workers, recipe.pipeline.min_workers)
     if need_workers and num_workers < wanted:
         missing.append((f"{_count(wanted, 'worker')}, {_are(num_workers)}", "a worker to register"))
     return missing

@@ -76,13 +76,13 @@ class Journal:
 class Retry:
     """When something that failed is tried again, why it failed, and since when. The clock is an argument."""
 
-    most_seconds: float
+    max_seconds: float
     trouble: Trouble | None = None
     _next_at: float = 0.0
     _backoff: Backoff = field(init=False)
 
     def __post_init__(self) -> None:
-        self._backoff = Backoff(0.1, self.most_seconds)
+        self._backoff = Backoff(0.1, self.max_seconds)
 
     def due(self, now: float) -> bool:
         """Whether it is time for an attempt."""

@@ -53,11 +53,11 @@ class Reports:
         record, active = self._job(report.job_id, report.epoch)
         recipe = self._recipe(record, active)
         training = recipe.training
-        most_tokens = training.global_batch * training.sequence_length
+        max_tokens = training.global_batch * training.sequence_length
         if (
             report.step >= training.num_steps
             or report.num_samples > training.global_batch
-            or report.num_tokens > most_tokens
+            or report.num_tokens > max_tokens
             or (report.epoch == record.epoch and report.step < record.start_version)
         ):
             raise ProtocolError(f"step report {report.step} of job {report.job_id} contradicts the recipe or the plan")

@@ -176,7 +176,7 @@ def segments_of_stages(stage_ends: Sequence[int], profiles: Sequence[SegmentProf
 
 
 def _check(config: PipelineConfig, num_workers: int, segments: Sequence[str]) -> None:
-    least = config.least_workers
+    least = config.min_workers
     if num_workers < least:
         chunks = f" ({config.chunks} a worker)" if config.chunks > 1 else ""
         live = "none is" if not num_workers else "1 is" if num_workers == 1 else f"{num_workers} are"
@@ -195,7 +195,7 @@ def _check(config: PipelineConfig, num_workers: int, segments: Sequence[str]) ->
 def _sizes(config: PipelineConfig, num_workers: int, num_segments: int) -> Iterator[tuple[int, int]]:
     """(workers of a replica, replicas) in the order in which they are preferred."""
     if config.stages != "auto":
-        size = config.least_workers
+        size = config.min_workers
         for num_replicas in range(num_workers // size, 0, -1):
             yield size, num_replicas
         return

@@ -94,7 +94,7 @@ def make_plan(
         pipeline_schedule=pipeline.schedule,
         worker_bytes=pipeline.worker_bytes,
     )
-    _check_streams(recipe, plan.most_workers, chosen, needs)
+    _check_streams(recipe, plan.max_workers, chosen, needs)
     _check_message(plan)
     start = f"the checkpoint of version {at.checkpoint.version}" if at.checkpoint else plan.source
     reasons = {

@@ -84,9 +84,9 @@ def cut_stages(segments: Sequence[SegmentCost], offers: Sequence[StageOffer]) ->
         bounds = [(stage, begin, end) for stage, (begin, end) in enumerate(zip((0, *ends), ends, strict=False))]
         return StageCut(ends, tuple(stage_seconds(*at) for at in bounds), tuple(stage_bytes(*at) for at in bounds))
 
-    slowest, ends = _least_worst(cost, len(offers), len(segments))
+    slowest, ends = _fastest_cut(cost, len(offers), len(segments))
     if math.isinf(slowest):
-        _, ends = _least_worst(lacking, len(offers), len(segments))
+        _, ends = _fastest_cut(lacking, len(offers), len(segments))
         best = cut(ends)
         short = [
             (best.num_bytes[stage] - offer.memory_bytes, stage, offer)
@@ -110,7 +110,7 @@ def cut_stages(segments: Sequence[SegmentCost], offers: Sequence[StageOffer]) ->
     return found, reason
 
 
-def _least_worst(
+def _fastest_cut(
     cost: Callable[[int, int, int], float], num_stages: int, num_segments: int
 ) -> tuple[float, tuple[int, ...]]:
     """The ends of the cut whose worst stage costs least, by dynamic programming: stages times segments squared. Between

@@ -71,7 +71,7 @@ class BundleCodec:
         self._sizes = [
             codec.encoded_bytes(fragment.shape) for codec, fragment in zip(self.codecs, bundle.fragments, strict=True)
         ]
-        self.most_bytes = sum(self._sizes)
+        self.max_bytes = sum(self._sizes)
         """The most bytes that a payload can have."""
         self._offsets = [0, *accumulate(self._sizes)][:-1]
         self._dense_codecs = [codec for codec in self.codecs if isinstance(codec, DenseCodec)]
@@ -83,7 +83,7 @@ class BundleCodec:
 
     def check_sizes(self, fragment_bytes: Sequence[int], payload_bytes: int) -> None:
         """Raise ProtocolError for announced sizes that no payload has; before anything is allocated for it."""
-        if self._dense and list(fragment_bytes) == self._sizes and payload_bytes == self.most_bytes:
+        if self._dense and list(fragment_bytes) == self._sizes and payload_bytes == self.max_bytes:
             return
         if len(fragment_bytes) != len(self.codecs):
             raise ProtocolError(f"sizes of {len(fragment_bytes)} fragments, but there are {len(self.codecs)}")
@@ -170,7 +170,7 @@ class BundleCodec:
 
     def _allocate(self) -> tuple[Payload, list[Payload]]:
         """A payload, and its fragments' payloads as views of it."""
-        payload = np.empty(self.most_bytes, dtype=np.uint8)
+        payload = np.empty(self.max_bytes, dtype=np.uint8)
         return payload, [payload[begin : begin + size] for begin, size in zip(self._offsets, self._sizes, strict=True)]
 
     def _decode_together(

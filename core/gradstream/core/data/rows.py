@@ -45,14 +45,14 @@ class BadLine:
 
 
 class ByteStream:
-    """The unpacked bytes of a file, read once, with a look ahead. Raises DataError beyond `most_bytes` (None: any)."""
+    """The unpacked bytes of a file, read once, with a look ahead. Raises DataError beyond `max_bytes` (None: any)."""
 
-    def __init__(self, name: str, pieces: Iterator[bytes], most_bytes: int | None = None):
+    def __init__(self, name: str, pieces: Iterator[bytes], max_bytes: int | None = None):
         self._name = name
         self._pieces = pieces
         self._held = b""
-        self._most = most_bytes or 0
-        self._left = most_bytes
+        self._most = max_bytes or 0
+        self._left = max_bytes
 
     def peek(self, num_bytes: int) -> bytes:
         """The first bytes that have not been read; fewer than `num_bytes` only at the end."""
@@ -108,12 +108,12 @@ def open_source(
     file: SourceFile,
     kind: Kind | Literal["auto"] = "auto",
     fields: Sequence[str] = (),
-    most_bytes: int | None = None,
+    max_bytes: int | None = None,
 ) -> Iterator[OpenSource]:
     """Open a file and decide what it holds, unless `kind` says it.
 
     `fields`: those that rows have; an object alone in a file without any of them is text (a settings file among code).
-    Without `fields` every object is a row. `most_bytes`: the most that a compressed file may unpack to.
+    Without `fields` every object is a row. `max_bytes`: the most that a compressed file may unpack to.
 
     Raises DataError, with the file's name, for whatever goes wrong inside of the `with`, and passes on what is an error
     of gradstream's own.
@@ -125,7 +125,7 @@ def open_source(
             pieces = _stored_blocks(head, stored)
             if compression is not None:
                 pieces = unpack(pieces, compression)
-            stream = ByteStream(file.name, pieces, most_bytes if compression else None)
+            stream = ByteStream(file.name, pieces, max_bytes if compression else None)
             opened = OpenSource(file.name, "text", stream, stored)
             if kind != "auto":
                 opened.kind = kind

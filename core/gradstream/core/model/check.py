@@ -200,7 +200,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     found = schedule_warnings(recipe.schedule, training.num_steps)
     if pipeline.stages == 1 and pipeline.schedule != "auto":
         found.append(f"pipeline.schedule {pipeline.schedule} changes nothing with pipeline.stages 1")
-    most = training.num_slots * pipeline.least_workers
+    most = training.num_slots * pipeline.min_workers
     if pipeline.stages != "auto" and cluster.min_workers > most:
         found.append(
             f"cluster.min_workers {cluster.min_workers} is more than the {most} that {training.num_slots} slots can "

@@ -140,7 +140,7 @@ def unavailable(name: str, num_workers: int, num_microbatches: int, num_chunks: 
     return ""
 
 
-def most_slots(name: str, num_workers: int, per_slot: int, num_chunks: int, num_slots: int) -> int:
+def max_slots(name: str, num_workers: int, per_slot: int, num_chunks: int, num_slots: int) -> int:
     """The largest number of slots, at most `num_slots`, that one table can compute one after the other.
 
     Each slot has `per_slot` microbatches.

@@ -96,14 +96,14 @@ def choose_schedule(
     num_workers: int,
     num_microbatches: int,
     costs: Costs,
-    most_live: Sequence[int],
+    max_live: Sequence[int],
     num_chunks: int = 1,
     other_runs: Collection[int] = (),
     names: Collection[str] = SCHEDULES,
 ) -> tuple[Schedule, str]:
     """Choose the fastest schedule in `names` whose activations fit into every worker's memory; return it and why.
 
-    `costs` has the stages of all chunks. `most_live[worker]` is the number of microbatches of one stage that the
+    `costs` has the stages of all chunks. `max_live[worker]` is the number of microbatches of one stage that the
     worker's memory holds. The schedule must also exist and fit for runs of `other_runs` microbatches, which a replica
     may have to compute later. Of equally fast schedules, the one that holds fewer activations wins. Raises ConfigError
     when none fits.
@@ -121,7 +121,7 @@ def choose_schedule(
         # `validate` is not called: it takes long for many microbatches, and tables of `make_schedule` are valid.
         made = [make_schedule(name, num_workers, run, num_chunks) for run in runs]
         live = tuple(map(max, zip(*map(live_activations, made), strict=True)))
-        lacking = [max(0, held - most) for held, most in zip(live, most_live, strict=True)]
+        lacking = [max(0, held - most) for held, most in zip(live, max_live, strict=True)]
         if any(lacking):
             too_large[name] = lacking.index(max(lacking))
             continue
@@ -133,7 +133,7 @@ def choose_schedule(
     if not tried:
         worker = too_large.get("1f1b", next(iter(too_large.values())))
         raise ConfigError(
-            f"no schedule fits: worker {worker} holds the activations of {most_live[worker]} microbatches; use smaller "
+            f"no schedule fits: worker {worker} holds the activations of {max_live[worker]} microbatches; use smaller "
             f"microbatches, recomputation or more workers"
         )
     tried.sort(key=lambda item: item[:3])

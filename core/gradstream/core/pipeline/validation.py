@@ -57,7 +57,7 @@ def validate(schedule: Schedule) -> Bounds:
             waits = " and ".join(map(str, schedule.needs(row[place])))
             raise ConfigError(f"schedule: worker {worker} waits for ever at {row[place]}, which needs {waits}")
     live = live_activations(schedule)
-    waiting = tuple(_most_waiting(schedule, worker) for worker in range(schedule.num_workers))
+    waiting = tuple(_max_waiting(schedule, worker) for worker in range(schedule.num_workers))
     return Bounds(live, waiting)
 
 
@@ -75,10 +75,10 @@ def _advance(schedule: Schedule, done: set[Action], places: list[int], limits: S
 
 def live_activations(schedule: Schedule) -> tuple[int, ...]:
     """By worker, the largest number of (stage, microbatch) pairs whose activations it holds at once."""
-    return tuple(_most_live(row, schedule.last_op) for row in schedule.rows)
+    return tuple(_max_live(row, schedule.last_op) for row in schedule.rows)
 
 
-def _most_live(row: Row, last: Op) -> int:
+def _max_live(row: Row, last: Op) -> int:
     live = most = 0
     for action in row:
         live += (action.op is Op.FORWARD) - (action.op is last)
@@ -86,7 +86,7 @@ def _most_live(row: Row, last: Op) -> int:
     return most
 
 
-def _most_waiting(schedule: Schedule, worker: int) -> int:
+def _max_waiting(schedule: Schedule, worker: int) -> int:
     """Largest number of messages that wait at a worker while all other workers run as far ahead as they can."""
     row = schedule.rows[worker]
     # Neighbours' actions, and where in this row they are used.

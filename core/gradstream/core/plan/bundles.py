@@ -54,9 +54,9 @@ class Use:
 
 
 def bundle(
-    fragments: Sequence[Fragment], placement: Sequence[int], most_elements: int, uses: Sequence[Use] = ()
+    fragments: Sequence[Fragment], placement: Sequence[int], max_elements: int, uses: Sequence[Use] = ()
 ) -> list[Bundle]:
-    """Bundle the fragments of each server, in forward order: at most `most_elements`, unless it is a single fragment,
+    """Bundle the fragments of each server, in forward order: at most `max_elements`, unless it is a single fragment,
     and of tensors of one use alone; `uses` has that of each tensor, or is empty where all are used alike.
 
     Bundles are numbered by their first fragment.
@@ -66,7 +66,7 @@ def bundle(
     for fragment in fragments:
         server, use = placement[fragment.index], uses[fragment.tensor] if uses else Use()
         elements, group = open_groups.get((server, use), (0, []))
-        if not group or elements + fragment.num_elements > most_elements:
+        if not group or elements + fragment.num_elements > max_elements:
             elements, group = 0, []
             groups.append((server, use, group))
         group.append(fragment)

@@ -86,8 +86,8 @@ def _block(tensor: Tensor, fragment_elements: int) -> int:
 
 def _num_pieces(tensor: Tensor, fragment_elements: int) -> int:
     block = _block(tensor, fragment_elements)
-    num_blocks, most_blocks = -(-tensor.num_elements // block), max(1, fragment_elements // block)
-    return -(-num_blocks // most_blocks)
+    num_blocks, max_blocks = -(-tensor.num_elements // block), max(1, fragment_elements // block)
+    return -(-num_blocks // max_blocks)
 
 
 def cut(tensors: Sequence[Tensor], fragment_elements: int) -> list[Fragment]:

@@ -147,7 +147,7 @@ class Plan:
         return self.recipe.training.num_slots
 
     @property
-    def most_workers(self) -> int:
+    def max_workers(self) -> int:
         """How many workers can hold a slot, or a stage of one, at the same time."""
         return self.num_slots * self.replica_size
 

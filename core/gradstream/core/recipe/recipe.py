@@ -244,7 +244,7 @@ class PipelineConfig(Section):
     )
 
     @property
-    def least_workers(self) -> int:
+    def min_workers(self) -> int:
         """Workers without which there is no replica."""
         return 1 if self.stages == "auto" else self.stages // self.chunks
 

@@ -73,34 +73,34 @@ class Patience:
     holds, others may want.
     """
 
-    most_seconds: float
+    max_seconds: float
     left_seconds: float = field(init=False)
     _at: float | None = None
 
     def __post_init__(self) -> None:
-        self.left_seconds = self.most_seconds
+        self.left_seconds = self.max_seconds
 
     @property
     def is_worn(self) -> bool:
         """Whether the peer has used up more than half of it by earlier waits."""
-        return self.left_seconds < self.most_seconds / 2
+        return self.left_seconds < self.max_seconds / 2
 
     def begin(self, now: float) -> float:
         """A wait begins; returns how many seconds it may last."""
         if self._at is not None:
             self._add(now - self._at)
         self._at = now
-        return max(self.left_seconds, self.most_seconds * SHORT_SHARE)
+        return max(self.left_seconds, self.max_seconds * SHORT_SHARE)
 
     def end(self, now: float, num_bytes: Callable[[], int]) -> None:
         """The wait has ended with a message of `num_bytes()`, which is asked only where that matters."""
         assert self._at is not None
         waited, self._at = now - self._at, now
-        if waited > self.most_seconds * SHORT_SHARE:
+        if waited > self.max_seconds * SHORT_SHARE:
             self._add(num_bytes() / MIN_BYTES_PER_SECOND - waited)
 
     def _add(self, seconds: float) -> None:
-        self.left_seconds = min(self.most_seconds, max(0.0, self.left_seconds + seconds))
+        self.left_seconds = min(self.max_seconds, max(0.0, self.left_seconds + seconds))
 
 
 MAX_REQUEST_BYTES = 128 << 20
@@ -114,9 +114,9 @@ class Receiving:
     No caller can take it all, so none can keep others out.
     """
 
-    def __init__(self, most_bytes: int = MAX_REQUEST_BYTES, most_bytes_a_caller: int = MAX_REQUEST_BYTES_A_CALLER):
-        self._most_bytes = most_bytes
-        self._most_bytes_a_caller = most_bytes_a_caller
+    def __init__(self, max_bytes: int = MAX_REQUEST_BYTES, max_bytes_a_caller: int = MAX_REQUEST_BYTES_A_CALLER):
+        self._max_bytes = max_bytes
+        self._max_bytes_a_caller = max_bytes_a_caller
         self._held: Counter[Meter] = Counter()
         self._waiting: dict[asyncio.Future[None], tuple[Meter, int]] = {}  # in the order in which they came
         self.held_bytes = 0
@@ -147,8 +147,8 @@ class Receiving:
                 turn.set_result(None)
 
     def _is_free(self, caller: Meter, num_bytes: int) -> bool:
-        fits = self.held_bytes + num_bytes <= self._most_bytes
-        return fits and self._held[caller] + num_bytes <= self._most_bytes_a_caller
+        fits = self.held_bytes + num_bytes <= self._max_bytes
+        return fits and self._held[caller] + num_bytes <= self._max_bytes_a_caller
 
     def _take(self, caller: Meter, num_bytes: int) -> None:
         self._held[caller] += num_bytes

@@ -18,8 +18,8 @@ _LOCK_SECONDS = 1.0
 _LOCK_PAUSE_SECONDS = 0.001
 
 
-def read_private(path: Path, most_bytes: int) -> bytes:
-    """Read a whole file of at most `most_bytes`.
+def read_private(path: Path, max_bytes: int) -> bytes:
+    """Read a whole file of at most `max_bytes`.
 
     Raises FileNotFoundError when there is none, and ConfigError when it is not a regular file, too large or unreadable.
     """
@@ -28,19 +28,19 @@ def read_private(path: Path, most_bytes: int) -> bytes:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ConfigError(f"{path} is not a file; remove it")
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
-            data = stream.read(most_bytes + 1)
+            data = stream.read(max_bytes + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(str(path)) from None
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); let user {os.geteuid()} read it, or choose another directory"
         ) from None
-    if len(data) > most_bytes:
-        raise ConfigError(f"{path} has more than {most_bytes} bytes, which gradstream never writes; restore the file")
+    if len(data) > max_bytes:
+        raise ConfigError(f"{path} has more than {max_bytes} bytes, which gradstream never writes; restore the file")
     return data
 
 
-def read_together(directory: Path, names: Sequence[str], most_bytes: int) -> dict[str, bytes]:
+def read_together(directory: Path, names: Sequence[str], max_bytes: int) -> dict[str, bytes]:
     """Read files of a directory, all from before or all from after a concurrent `write_private`.
 
     Raises FileNotFoundError, whose `filename` is the name of the missing file, and ConfigError.
@@ -49,7 +49,7 @@ def read_together(directory: Path, names: Sequence[str], most_bytes: int) -> dic
     with _locked(directory, fcntl.LOCK_SH):
         for name in names:
             try:
-                contents[name] = read_private(directory / name, most_bytes)
+                contents[name] = read_private(directory / name, max_bytes)
             except FileNotFoundError:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from None
     return contents

@@ -8,13 +8,13 @@ from typing import Any
 from gradstream.core.errors import ConfigError
 
 
-def parse_object(data: bytes | str, most_bytes: int, what: str) -> dict[str, Any]:
+def parse_object(data: bytes | str, max_bytes: int, what: str) -> dict[str, Any]:
     """Parse `data` as one JSON object. `what` names the document in messages ("the pack", a path).
 
     Raises ConfigError for anything else. A message never quotes `data`, which may hold secrets.
     """
-    if len(data) > most_bytes:
-        raise ConfigError(f"{what} has more than {most_bytes} bytes, which gradstream never writes; restore it")
+    if len(data) > max_bytes:
+        raise ConfigError(f"{what} has more than {max_bytes} bytes, which gradstream never writes; restore it")
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         found = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)

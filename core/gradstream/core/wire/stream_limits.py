@@ -20,21 +20,21 @@ WINDOW_BYTES = 4 << 20
 """What gRPC takes of a stream before anybody reads it: more only where twice a link's bandwidth times its delay is."""
 
 
-def most_streams_a_host(num_workers: int) -> int:
+def max_streams_a_host(num_workers: int) -> int:
     """Streams of one address, where `num_workers` can share a job: each has a push and a pull, and every other one may
     have left one behind on a connection that broke."""
     return max(5 * num_workers // 2, MIN_STREAMS_A_HOST)
 
 
-def most_streams(num_workers: int) -> int:
+def max_streams(num_workers: int) -> int:
     """Streams of all addresses: one that takes all it may leaves as many to the others."""
-    return 2 * most_streams_a_host(num_workers)
+    return 2 * max_streams_a_host(num_workers)
 
 
 def held_bytes(num_workers: int) -> int:
     """The most bytes that all peers together can make a server hold beside its shard: of each stream a window,
     contributions half sent, and requests."""
-    return most_streams(num_workers) * WINDOW_BYTES + MAX_HALF_SENT_BYTES + MAX_REQUEST_BYTES
+    return max_streams(num_workers) * WINDOW_BYTES + MAX_HALF_SENT_BYTES + MAX_REQUEST_BYTES
 
 
 def more_than_usual_bytes(num_workers: int) -> int:

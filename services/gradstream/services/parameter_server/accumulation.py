@@ -82,11 +82,11 @@ class Accumulation:
         except ProtocolError as error:
             raise ProtocolError(f"{what}: {error}") from None
         training = self._plan.recipe.training
-        most_tokens = training.slot_batch * training.sequence_length
-        if not 0 < header.slot_tokens <= most_tokens or header.slot_samples > training.slot_batch:
+        max_tokens = training.slot_batch * training.sequence_length
+        if not 0 < header.slot_tokens <= max_tokens or header.slot_samples > training.slot_batch:
             raise ProtocolError(
                 f"{what}: {header.slot_tokens} tokens of {header.slot_samples} samples, but a slot has at most "
-                f"{most_tokens} of {training.slot_batch}"
+                f"{max_tokens} of {training.slot_batch}"
             )
 
     def offer(self, header: pb.ContributionHeader, payload: Payload, version: int) -> pb.PushResult.ValueType:

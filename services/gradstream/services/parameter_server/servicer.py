@@ -32,7 +32,7 @@ class ParameterServerServicer:
     def _num_workers(self) -> int:
         """The number of workers that can share the current job; 0 without a job."""
         shard = self._current()
-        return shard.plan.most_workers if shard is not None else 0
+        return shard.plan.max_workers if shard is not None else 0
 
     def _shard(self, job_id: str, epoch: int) -> Shard:
         """The current shard. Raises StaleEpochError when the shard belongs to another plan."""

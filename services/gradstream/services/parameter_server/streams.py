@@ -18,8 +18,8 @@ from gradstream.core.errors import GradstreamError, UnreachableError
 from gradstream.core.wire.stream_limits import (
     MAX_DATA_STREAMS_A_CONNECTION,
     MAX_HALF_SENT_BYTES,
-    most_streams,
-    most_streams_a_host,
+    max_streams,
+    max_streams_a_host,
 )
 
 
@@ -64,15 +64,15 @@ class Streams:
     def __init__(
         self,
         num_workers: Callable[[], int] = lambda: 0,
-        most_a_connection: int = MAX_DATA_STREAMS_A_CONNECTION,
-        most_half_sent_bytes: int = MAX_HALF_SENT_BYTES,
+        max_a_connection: int = MAX_DATA_STREAMS_A_CONNECTION,
+        max_half_sent_bytes: int = MAX_HALF_SENT_BYTES,
     ):
         """`num_workers` returns the number of workers that can share the current job; 0 without a job."""
         self.half_sent: dict[Stream, None] = {}  # streams with a half-sent contribution, oldest first
         self.num_open = 0
         self._num_workers = num_workers
-        self._most_a_connection = most_a_connection
-        self._most_half_sent_bytes = most_half_sent_bytes
+        self._max_a_connection = max_a_connection
+        self._max_half_sent_bytes = max_half_sent_bytes
         self._counts: Counter[str] = Counter()
 
     @contextmanager
@@ -82,10 +82,10 @@ class Streams:
         Raises UnreachableError when a bound is reached.
         """
         num_workers = self._num_workers()
-        most = most_streams(num_workers)
+        most = max_streams(num_workers)
         if self.num_open >= most:
             raise UnreachableError(f"this server already has {most} streams open; try again later")
-        limits = {_host(peer): most_streams_a_host(num_workers), _connection(peer): self._most_a_connection}
+        limits = {_host(peer): max_streams_a_host(num_workers), _connection(peer): self._max_a_connection}
         for name, limit in limits.items():
             if self._counts[name] >= limit:
                 raise UnreachableError(f"{name} already has {limit} streams open here; close some or try again later")
@@ -106,7 +106,7 @@ class Streams:
         """Count a contribution that begins; end the oldest ones while there are too many half-sent bytes."""
         self.half_sent[stream] = None
         total = num_bytes + sum(other.half_sent_bytes for other in self.half_sent)
-        while total > self._most_half_sent_bytes:
+        while total > self._max_half_sent_bytes:
             oldest = next(iter(self.half_sent))
             if oldest is stream:
                 return  # a single contribution may exceed the bound, but is at most a bundle

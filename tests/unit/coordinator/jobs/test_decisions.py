@@ -104,7 +104,7 @@ def test_a_job_of_many_workers_is_served_or_refused(
         return make_plan(FIRST, recipe, None, model(), offers(2, memory_gib << 30), [])[0]
 
     if is_served:
-        assert planned().most_workers == num_slots
+        assert planned().max_workers == num_slots
         return
     with pytest.raises(PlanError) as caught:
         planned()

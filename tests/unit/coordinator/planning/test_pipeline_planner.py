@@ -312,7 +312,7 @@ def test_a_job_waits_for_the_workers_of_a_replica(tmp_path: Path) -> None:
         ("4 workers, 3 are live", "a worker to register")
     ]
     assert missing_nodes(recipe_of(tmp_path, stages="auto"), 2, 1, need_workers=True) == []
-    assert PipelineConfig(stages=4, chunks=2).least_workers == 2
+    assert PipelineConfig(stages=4, chunks=2).min_workers == 2
 
 
 # --- the forecast -----------------------------------------------------------------------------------------------------

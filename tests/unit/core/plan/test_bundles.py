@@ -26,20 +26,20 @@ PULLS = [
 
 @given(
     shapes=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=2).map(tuple), max_size=12),
-    most_elements=st.sampled_from([256, 300, 512, 4096]),
+    max_elements=st.sampled_from([256, 300, 512, 4096]),
     num_servers=st.integers(1, 4),
     data=st.data(),
 )
 def test_every_fragment_is_in_exactly_one_bundle(
-    shapes: list[tuple[int, ...]], most_elements: int, num_servers: int, data: st.DataObject
+    shapes: list[tuple[int, ...]], max_elements: int, num_servers: int, data: st.DataObject
 ) -> None:
     """Of one server, in forward order, and no larger than a fragment may be."""
     tensors = [Tensor(f"t{number}", shape, len(shape) > 1, number) for number, shape in enumerate(shapes)]
-    fragments = cut(tensors, most_elements)
+    fragments = cut(tensors, max_elements)
     placement = data.draw(
         st.lists(st.integers(0, num_servers - 1), min_size=len(fragments), max_size=len(fragments)), label="placement"
     )
-    bundles = bundle(fragments, placement, most_elements)
+    bundles = bundle(fragments, placement, max_elements)
     assert [one.index for one in bundles] == list(range(len(bundles)))
     members = [fragment.index for one in bundles for fragment in one.fragments]
     assert sorted(members) == [fragment.index for fragment in fragments]
@@ -47,15 +47,15 @@ def test_every_fragment_is_in_exactly_one_bundle(
     assert firsts == sorted(firsts)
     for one in bundles:
         assert {placement[fragment.index] for fragment in one.fragments} == {one.server}
-        assert one.num_elements <= most_elements or len(one.fragments) == 1
+        assert one.num_elements <= max_elements or len(one.fragments) == 1
         assert one.num_elements == one.bounds[-1][1]
     for server in range(num_servers):
         mine = [one for one in bundles if one.server == server]
         indices = [fragment.index for one in mine for fragment in one.fragments]
         assert indices == sorted(indices), "a server sends in forward order"
         for before, after in pairwise(mine):
-            assert before.num_elements + after.fragments[0].num_elements > most_elements, "one could have been both"
-    assert bundle(fragments, placement, most_elements) == bundles
+            assert before.num_elements + after.fragments[0].num_elements > max_elements, "one could have been both"
+    assert bundle(fragments, placement, max_elements) == bundles
 
 
 def test_bundles_of_a_case_worked_out_by_hand() -> None:
@@ -129,8 +129,8 @@ def test_announced_sizes_are_those_of_a_payload_or_refused(name: str) -> None:
     codec = BundleCodec(found, tensors, name, "int8")
     sizes = right_sizes(codec)
     codec.check_sizes(sizes, sum(sizes))
-    assert sum(sizes) <= codec.most_bytes
-    assert codec.most_bytes == sum(
+    assert sum(sizes) <= codec.max_bytes
+    assert codec.max_bytes == sum(
         encoded_bytes(codec_for(tensors[fragment.tensor].kind, name, "int8"), fragment.shape)
         for fragment in found.fragments
     )
@@ -171,7 +171,7 @@ def test_sizes_that_pass_never_announce_more_than_the_most(data: st.DataObject) 
         codec.check_sizes(fragment_bytes, payload_bytes)
     except ProtocolError:
         return
-    assert payload_bytes == sum(fragment_bytes) <= codec.most_bytes
+    assert payload_bytes == sum(fragment_bytes) <= codec.max_bytes
 
 
 @pytest.mark.parametrize("odd", [True, False])

@@ -302,7 +302,7 @@ async def test_a_call_without_a_request_is_refused(door: Door) -> None:
 
 
 async def test_requests_are_read_in_turn_within_the_bound() -> None:
-    receiving = Receiving(most_bytes=30, most_bytes_a_caller=20)
+    receiving = Receiving(max_bytes=30, max_bytes_a_caller=20)
     meters = [Meter(Limit(9, 9.0, 9)) for _ in range(3)]
     for _ in range(2):
         await receiving.reserve(meters[0], 10)

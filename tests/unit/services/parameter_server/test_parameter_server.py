@@ -152,7 +152,7 @@ async def test_a_version_appears_everywhere_or_nowhere() -> None:
 async def test_early_contributions_wait_encoded_and_are_counted_as_memory() -> None:
     async with serving(make_plan(1, push="int8")) as cluster:
         await cluster.push([(2, 0), (1, 0)])
-        assert (await cluster.status())[0].early_bytes == 2 * cluster.push_codec(0).most_bytes
+        assert (await cluster.status())[0].early_bytes == 2 * cluster.push_codec(0).max_bytes
         await cluster.push([(0, 0)])
         await until(lambda: cluster.shards[0].bundles[0].complete)
         assert (await cluster.status())[0].early_bytes == 0

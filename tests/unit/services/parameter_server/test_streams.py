@@ -10,9 +10,9 @@ from gradstream.core.errors import UnreachableError
 from gradstream.core.wire.stream_limits import (
     MAX_DATA_STREAMS_A_CONNECTION,
     held_bytes,
+    max_streams,
+    max_streams_a_host,
     more_than_usual_bytes,
-    most_streams,
-    most_streams_a_host,
 )
 from gradstream.services.parameter_server.streams import Streams
 
@@ -22,7 +22,7 @@ async def test_all_workers_of_a_plan_find_room_behind_one_address(num_workers: i
     """Each with a push and a pull; also while another host holds all that one may."""
     streams = Streams(lambda: num_workers)
     with ExitStack() as stack:
-        for number in range(most_streams_a_host(num_workers)):
+        for number in range(max_streams_a_host(num_workers)):
             stack.enter_context(streams.admit(f"ipv4:10.0.0.66:{number // MAX_DATA_STREAMS_A_CONNECTION}"))
         with pytest.raises(UnreachableError, match=r"host ipv4:10\.0\.0\.66 already has"):
             stack.enter_context(streams.admit("ipv4:10.0.0.66:9999"))
@@ -34,9 +34,9 @@ async def test_all_workers_of_a_plan_find_room_behind_one_address(num_workers: i
 
 async def test_the_bounds_follow_the_plan_in_force() -> None:
     num_workers = 0
-    streams = Streams(lambda: num_workers, most_a_connection=10**6)
+    streams = Streams(lambda: num_workers, max_a_connection=10**6)
     with ExitStack() as stack:
-        for _ in range(most_streams_a_host(0)):
+        for _ in range(max_streams_a_host(0)):
             stack.enter_context(streams.admit("ipv4:10.0.0.1:1"))
         with pytest.raises(UnreachableError):
             stack.enter_context(streams.admit("ipv4:10.0.0.1:1"))
@@ -50,4 +50,4 @@ def test_what_all_peers_can_hold_fits_beside_what_jobs_are_given() -> None:
     for num_workers in (0, 1, 25, 200, 1000):
         assert held_bytes(num_workers) - more_than_usual_bytes(num_workers) < 0.2 * container
         assert more_than_usual_bytes(num_workers) >= 0
-        assert most_streams(num_workers) >= 4 * num_workers
+        assert max_streams(num_workers) >= 4 * num_workers

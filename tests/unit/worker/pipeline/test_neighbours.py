@@ -129,12 +129,12 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 # --- what neighbours do for each other --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most_at_once", [neighbours.MAX_ELEMENTS_AT_ONCE, 0])
+@pytest.mark.parametrize("max_at_once", [neighbours.MAX_ELEMENTS_AT_ONCE, 0])
 @pytest.mark.parametrize(("activations", "error"), [("fp32", 0.0), ("bf16", 2**-8), ("int8", 2**-6)])
 async def test_tensors_and_losses_arrive(
-    make_chain: MakeChain, activations: str, error: float, most_at_once: int, monkeypatch: pytest.MonkeyPatch
+    make_chain: MakeChain, activations: str, error: float, max_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbours, "MAX_ELEMENTS_AT_ONCE", most_at_once)
+    monkeypatch.setattr(neighbours, "MAX_ELEMENTS_AT_ONCE", max_at_once)
     chain = await make_chain(activations=activations)
     first, second = (node.neighbours for node in chain.nodes)
     attempt = await first.begin(2, SLOTS, False)

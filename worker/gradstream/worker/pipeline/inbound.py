@@ -82,7 +82,7 @@ class Inbound:
         self.stream: InboundStream | None = None  # the one opened last; it supersedes older ones
         self._expected: deque[_Expected] = deque()
         self._newest = 0  # newest attempt of which a tensor has come: the neighbour is done with earlier ones
-        self._most_waiting = 0
+        self._max_waiting = 0
         self._posted: deque[torch.Tensor] = deque()
 
     def begin(self, attempt: Attempt, order: tuple[Key, ...], window: int, posted: Sequence[torch.Tensor]) -> None:
@@ -94,7 +94,7 @@ class Inbound:
             self._expected.popleft()
         self._expected.append(_Expected(attempt, order, {key: place for place, key in enumerate(order)}))
         # Never less than was granted before: tensors may be under way on that grant.
-        self._most_waiting = max(self._most_waiting, window)
+        self._max_waiting = max(self._max_waiting, window)
         self._posted = deque(posted)
         self.tell()
 
@@ -117,7 +117,7 @@ class Inbound:
     @property
     def window(self) -> int:
         """The number of tensors that may still come before one is used."""
-        return max(0, self._most_waiting - len(self.arrived))
+        return max(0, self._max_waiting - len(self.arrived))
 
     def expect(self, number: int, key: Key, what: str) -> Attempt | None:
         """Return the attempt of a tensor that is the next one to come.
@@ -137,7 +137,7 @@ class Inbound:
             stage, microbatch = expected.order[expected.num_arrived]
             raise ProtocolError(f"{what}: out of order, that of microbatch {microbatch} from stage {stage} comes first")
         if not self.window:
-            raise ProtocolError(f"{what}: {self._most_waiting} tensors wait here already")
+            raise ProtocolError(f"{what}: {self._max_waiting} tensors wait here already")
         return expected.attempt
 
     def buffer(self, shape: tuple[int, ...]) -> torch.Tensor:

@@ -95,7 +95,7 @@ def read_rows(file: SourceFile, config: ExamplesConfig) -> Iterator[Row]:
     """
     # With format text, an object alone in a file may be the text that is meant.
     fields = (config.text_field,) if config.format == "text" else ()
-    with open_source(file, fields=fields, most_bytes=MAX_FILE_BYTES) as source:
+    with open_source(file, fields=fields, max_bytes=MAX_FILE_BYTES) as source:
         match source.kind:
             case "jsonl" | "json":
                 yield from _json(source)

@@ -1,1 +1,1 @@
-"""Data sets: the manifest, which samples a slot takes, sources and their rows."""
+"""Data sets: the manifest, the sampler, sources and their rows."""

@@ -1,6 +1,9 @@
-"""Unpacking a compressed file in bounded pieces. Whatever is truncated, damaged or followed by something else is an
-error: the libraries' own readers end quietly in mid-frame (zstd), after the first of several frames (zstd), or before
-what is no further frame (bz2, xz)."""
+"""Decompression of files in bounded pieces, with an error for every damaged file.
+
+A truncated or damaged frame is an error, and so are bytes after the last frame that belong to no frame. The libraries'
+own readers report none of these: zstd's stops without an error in the middle of a truncated frame, or after the first
+of several frames; those of bz2 and xz stop at bytes that are not a frame.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +15,34 @@ from typing import Any, Protocol
 
 PIECE_BYTES = 1 << 20
 ZSTD_FEED_BYTES = 512
-"""zstd's decoder gives all that its input holds, at most 128 KiB for every 4 bytes."""
+"""Input bytes for each call of zstd's decoder, which returns at most 128 KiB for every 4 bytes of its input."""
 MAGIC = {
     b"\x1f\x8b\x08": "gzip",
     b"BZh": "bz2",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
-    **{bytes([0x50 + number, 0x2A, 0x4D, 0x18]): "zstd" for number in range(16)},  # frames to be skipped
+    **{bytes([0x50 + number, 0x2A, 0x4D, 0x18]): "zstd" for number in range(16)},  # skippable frames
 }
 _PADDED = ("gzip", "xz")
-"""After a frame zeros may follow."""
+"""Formats in which zeros may follow a frame."""
 
 
 class DamagedError(Exception):
-    """A compressed file that is not whole; its message is the reason."""
+    """A truncated or damaged compressed file. The message is the reason."""
 
 
 def compression_of(head: bytes) -> str | None:
-    """The compression that the first bytes of a file tell."""
+    """The compression of a file by its first bytes; None when they show none."""
     found = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
-    if found == "bz2" and head[4:10] not in (b"1AY&SY", b"\x17rE8P\x90"):  # "BZh" may begin a text
+    if found == "bz2" and head[4:10] not in (b"1AY&SY", b"\x17rE8P\x90"):  # a text may begin with "BZh"
         return None
     return found
 
 
 def unpack(blocks: Iterable[bytes], compression: str) -> Iterator[bytes]:
-    """The unpacked bytes of all frames, in pieces of about PIECE_BYTES at most.
+    """Decompress all frames, in pieces of about PIECE_BYTES at most.
 
-    Raises DamagedError when a frame is truncated or damaged, when something else follows, or when there is none.
+    Raises DamagedError when a frame is truncated or damaged, when other bytes follow, or when there is no frame.
     """
     frame: _Frame | None = None
     num_frames = 0
@@ -57,7 +60,7 @@ def unpack(blocks: Iterable[bytes], compression: str) -> Iterator[bytes]:
                 yield from (piece for piece in frame.feed(rest) if piece)
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
                 raise DamagedError(_reason(error, compression, num_frames)) from None
-            except Exception as error:  # zstandard's own, which is not imported before it is needed
+            except Exception as error:  # zstandard's own error type; the module is imported only when needed
                 raise DamagedError(_reason(error, compression, num_frames)) from None
             if not frame.ended:
                 break
@@ -65,7 +68,7 @@ def unpack(blocks: Iterable[bytes], compression: str) -> Iterator[bytes]:
     if frame is not None:
         raise DamagedError(f"it ends in the middle of its {compression} data")
     if not num_frames:
-        raise DamagedError(f"it is empty, which no {compression} file is")
+        raise DamagedError(f"it is empty, and a {compression} file never is")
 
 
 def _reason(error: BaseException, compression: str, num_frames: int) -> str:
@@ -77,7 +80,7 @@ def _reason(error: BaseException, compression: str, num_frames: int) -> str:
 
 
 class _Frame(Protocol):
-    """One frame of a compressed file. Once it has `ended`, `left` is the input after it."""
+    """A decoder of one frame of a compressed file. Once it has `ended`, `left` is the input after the frame."""
 
     ended: bool
     left: bytes
@@ -98,7 +101,7 @@ class _Gzip:
 
 
 class _Held:
-    """bz2 and xz, whose decoders keep the input that they have not used."""
+    """A decoder of a bz2 or xz frame: the library's decoder keeps the input that it has not used."""
 
     def __init__(self, decoder: Any):
         self._decoder = decoder

@@ -1,4 +1,4 @@
-"""Data sets as the cluster sees them: the manifest, and which samples a slot takes at a step.
+"""The manifest of a data set.
 
 A data set is a directory with `manifest.json`, `tokenizer.json`, token data shards (`train-00000.tokens`, …,
 `validation-00000.tokens`: little-endian uint16 or uint32 token ids, nothing else) and for each an index
@@ -6,12 +6,12 @@ A data set is a directory with `manifest.json`, `tokenizer.json`, token data sha
 
 A sample is a window of `sequence_length + 1` tokens: the first `sequence_length` are the input, the last
 `sequence_length` the targets. Windows of a shard do not overlap in their targets: window w starts at token
-w * sequence_length. What does not fill a window at a shard's end is left out.
+w * sequence_length. The rest at a shard's end that does not fill a window is left out.
 
 A data set of examples for fine-tuning has the layout "rows" instead: a sample is a row of fixed length T with one or
-more whole examples in it. A row of the file is three times T little-endian uint32: the input tokens; for each the
-target after it, or NO_TARGET where none counts; and the number of the example that it belongs to, from 1 on, 0 for
-padding. No token may see one of another example. Every row has at least one target.
+more whole examples in it. A row of the file is three arrays of T little-endian uint32: the input tokens; the target
+after each token, or NO_TARGET where none counts; and the number of each token's example, from 1, or 0 for padding.
+Attention does not cross examples. Every row has at least one target.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from gradstream.core.errors import DataError, one_line
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-# A name, never a path: it comes from a file and is joined to a directory.
+# A name, never a path: the name comes from a file and is joined to a directory.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 MAX_SHARDS = 1 << 16
 NO_TARGET = 0xFFFFFFFF
-"""In a row, in place of a target that does not count."""
+"""Stands in a row where a token has no target that counts."""
 ROW_PLANES = 3
-"""Numbers that a row has for each of its tokens: input, target, example."""
+"""Numbers of a row for each token: input, target, example."""
 
 
 class DataShard(BaseModel):
@@ -53,12 +53,12 @@ class DataShard(BaseModel):
     index_sha256: Digest
 
     def num_samples(self, sequence_length: int) -> int:
-        """Windows of `sequence_length` targets in this shard."""
+        """Number of windows of `sequence_length` targets in this shard."""
         return max(0, self.num_tokens - 1) // sequence_length
 
 
 class Manifest(BaseModel):
-    """What a data set consists of."""
+    """The contents of a data set: its files, their hashes, and where they came from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,17 +67,17 @@ class Manifest(BaseModel):
     vocab_size: Annotated[int, Field(gt=0)]
     end_of_text_id: Count
     end_of_text: str = ""
-    """the text of that token; "" in data sets made before it was noted"""
+    """the text of that token; "" in data sets from versions that did not record it"""
     tokenizer_file: FileName = "tokenizer.json"
     tokenizer_sha256: Digest
     shards: Annotated[tuple[DataShard, ...], Field(max_length=MAX_SHARDS)]
     sources: tuple[str, ...] = ()
     read_as: dict[str, Count] = Field(default_factory=dict)
-    """files that were read, by what they were read as"""
+    """number of files read, by the kind that they were read as"""
     left_out: dict[str, Count] = Field(default_factory=dict)
-    """what the sources name and the data set does not hold, by reason"""
+    """number of items that the sources name and the data set leaves out, by reason"""
     num_split_documents: Count = 0
-    """long documents that were split into pieces of about `piece_bytes`, each a document of the data set"""
+    """number of long documents that were split into pieces of about `piece_bytes`, each a document of the data set"""
     piece_bytes: Count = 0
     layout: Literal["windows", "rows"] = "windows"
     row_length: Count = 0
@@ -86,16 +86,16 @@ class Manifest(BaseModel):
     def _whole_rows(self) -> Manifest:
         rows = self.layout == "rows"
         if rows != bool(self.row_length) or (rows and self.token_dtype != "uint32"):
-            raise ValueError("layout rows has a row_length and token_dtype uint32, layout windows no row_length")
+            raise ValueError("layout rows needs a row_length and token_dtype uint32, layout windows has no row_length")
         if rows and any(shard.num_tokens % self.row_length for shard in self.shards):
             raise ValueError(f"a shard's tokens are not whole rows of {self.row_length}")
         names = [name for shard in self.shards for name in (shard.file, shard.index_file)]
         if len(set(names)) < len(names):
-            raise ValueError("two data shards have a file of one name")
+            raise ValueError("two data shards have files of the same name")
         return self
 
     def num_samples(self, shard: DataShard, sequence_length: int) -> int:
-        """Samples of `sequence_length` in a shard. Raises DataError for rows of another length."""
+        """Number of samples of `sequence_length` in a shard. Raises DataError for rows of another length."""
         if self.layout == "windows":
             return shard.num_samples(sequence_length)
         if sequence_length != self.row_length:
@@ -106,7 +106,7 @@ class Manifest(BaseModel):
         return shard.num_tokens // self.row_length
 
     def num_bytes(self, num_tokens: int) -> int:
-        """Size of a shard's file."""
+        """Size in bytes of the file of a shard with `num_tokens` tokens."""
         each = {"uint16": 2, "uint32": 4}[self.token_dtype]
         return num_tokens * each * (ROW_PLANES if self.layout == "rows" else 1)
 
@@ -119,7 +119,7 @@ def parse_manifest(text: str | bytes | Mapping[str, Any], origin: str = MANIFEST
     """Validate a manifest. Raises DataError with one line."""
     try:
         manifest = Manifest.model_validate(json.loads(text) if isinstance(text, str | bytes) else text)
-        manifest.model_dump_json()  # it travels as JSON, which half of a surrogate pair cannot
+        manifest.model_dump_json()  # raises for half of a surrogate pair: the manifest is sent as JSON
         return manifest
     except (ValueError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None

@@ -1,4 +1,4 @@
-"""Writing a data set: a directory that appears whole or not at all, and the data shards in it."""
+"""Writers of a data set: the directory, which appears whole or not at all, and its data shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CURES = {
 
 
 class HashingFile:
-    """A file being written, with the sha256 and the size of what went into it."""
+    """A file being written, with the sha256 and the size of the bytes written so far."""
 
     def __init__(self, handle: Any, sync: bool):
         self._handle = handle
@@ -40,7 +40,7 @@ class HashingFile:
         self.num_bytes += len(data)
 
     def close(self) -> str:
-        """Finish the file (on disk, where local) and return its sha256."""
+        """Finish the file, flush it to the disk if it is local, and return its sha256."""
         if self._sync:
             self._handle.flush()
             os.fsync(self._handle.fileno())
@@ -48,19 +48,19 @@ class HashingFile:
         return self._hash.hexdigest()
 
     def discard(self) -> None:
-        """Close without caring: the file is about to be removed."""
+        """Close the file and ignore errors: the file is about to be removed."""
         try:
-            # An object store's upload is given up, not completed.
+            # An upload to an object store is aborted, not completed.
             getattr(self._handle, "discard", self._handle.close)()
         except Exception:  # the error that led here is the one to show
             pass
 
 
 class Output:
-    """The directory of a data set to be. As a context manager: left without `publish`, nothing of it stays.
+    """The directory of a new data set, as a context manager. Without `publish`, leaving it removes all files.
 
-    On a local path the files are written to a sibling directory that is renamed into place. Elsewhere there is no
-    atomic rename: files are written in place and the manifest, without which they mean nothing, last.
+    On a local path the files are written to a sibling directory, which is renamed into place. Other file systems have
+    no atomic rename: files are written in place, and the manifest last. Without a manifest there is no data set.
 
     Raises ConfigError when the path cannot be written, is taken, or holds a data set and `force` is not given.
     """
@@ -84,7 +84,7 @@ class Output:
                 os.mkdir(self._staging)
             else:
                 if self._force and self._filesystem.exists(f"{self._path}/{MANIFEST_NAME}"):
-                    # From here on the old data set is gone: never an old manifest over new data shards.
+                    # The old manifest goes first: it must never stand over new data shards.
                     self._filesystem.rm_file(f"{self._path}/{MANIFEST_NAME}")
                 self._filesystem.makedirs(self._path, exist_ok=True)
         return self
@@ -105,7 +105,7 @@ class Output:
             return file
 
     def publish(self, manifest: Manifest) -> None:
-        """Write the manifest, last of all, and let the data set appear. Raises DataError."""
+        """Write the manifest as the last file, and move the data set into place. Raises DataError."""
         file = self.create(MANIFEST_NAME)
         with self.explained():
             file.write(manifest.model_dump_json(indent=1).encode("utf-8") + b"\n")
@@ -117,7 +117,7 @@ class Output:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turns what goes wrong while writing into a DataError of one line."""
+        """Turn an error while writing into a DataError with one line."""
         with self._explained(DataError):
             yield
 
@@ -127,7 +127,7 @@ class Output:
             yield
         except GradstreamError:
             raise
-        except Exception as error:  # every fsspec backend raises its own kind
+        except Exception as error:  # each fsspec backend raises its own error types
             cure = CURES.get(getattr(error, "errno", None) or 0, "choose a path that can be written")
             raise kind(f"cannot write the data set to {self._out} ({one_line(error)}); {cure}") from None
 
@@ -140,11 +140,11 @@ class Output:
                     f"{self._out} already holds a data set; choose another path or replace it with --force"
                 )
         elif not self._filesystem.isdir(self._path) or self._filesystem.ls(self._path):
-            # Not even --force removes what gradstream did not make.
+            # Even --force does not remove a directory that gradstream did not make.
             raise ConfigError(f"{self._out} exists and is not a data set; choose another path or remove it")
 
     def _rename_into_place(self) -> None:
-        self._check_free()  # again: someone may have been faster
+        self._check_free()  # again: another process may have made the directory meanwhile
         old = None
         if os.path.exists(f"{self._path}/{MANIFEST_NAME}"):
             # A directory cannot be renamed onto a full one.
@@ -169,7 +169,7 @@ class Output:
         for path, _ in self._files:
             try:
                 self._filesystem.rm_file(path)
-            except Exception:  # not there, or not ours to remove: the first error is the one to show
+            except Exception:  # missing, or not removable: the first error is the one to show
                 pass
         try:
             self._filesystem.rmdir(self._path)
@@ -196,7 +196,7 @@ class ShardWriter:
         self._num_documents += len(offsets)
 
     def close(self) -> DataShard:
-        """Finish both files and return what the manifest says of them."""
+        """Finish both files and return their entry for the manifest."""
         self._index.write(struct.pack("<Q", self._num_tokens))
         return DataShard(
             file=f"{self._name}.tokens",

@@ -1,8 +1,8 @@
-"""From the bytes of a source file to its rows: unpacking, what a file holds by name and content, and JSON rows.
+"""Reading source files: decompression, detection of the kind by name and content, and JSON rows.
 
-A file is of one of four kinds: "jsonl" (an object a line), "json" (a list of objects, or objects one after the other),
-"parquet" or "text". The name tells; where it does not, the content: trained on as text, rows would teach a model their
-syntax. A file that is called .jsonl and holds a list, or objects over several lines, is read as what it holds.
+A file is of one of four kinds: "jsonl" (an object on each line), "json" (a list of objects, or objects one after the
+other), "parquet" or "text". The name decides, or else the content: if rows were read as text, the model would learn
+their syntax. A file named .jsonl that holds a list, or objects over several lines, is read by its content.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ MAX_LINE_BYTES = 64 << 20
 BLOCK_BYTES = 1 << 20
 PROBE_BYTES = 64 << 10
 PARQUET_ROWS = 512
-"""Rows of a Parquet file that are in memory at once."""
+"""Number of rows of a Parquet file that are in memory at once."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MISSING = object()
-"""What `field_value` returns where a row has no such field."""
+"""Returned by `field_value` where a row has no such field."""
 _BLANK = b" \t\r\n"
 _LIST_OF_OBJECTS = re.compile(rb'\[\s*(?=\{\s*("|\}))')
 _EMPTY_LIST = re.compile(rb"\[\s*\]\s*")
@@ -38,14 +38,17 @@ _SEPARATOR = re.compile(r"[\s,]*")
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line that is no JSON object: why, and what to do about it."""
+    """A line that is not a JSON object, with the reason and the cure."""
 
     reason: str
     cure: str
 
 
 class ByteStream:
-    """The unpacked bytes of a file, read once, with a look ahead. Raises DataError beyond `max_bytes` (None: any)."""
+    """The decompressed bytes of a file, read once, with a look-ahead.
+
+    Raises DataError beyond `max_bytes`; None sets no limit.
+    """
 
     def __init__(self, name: str, pieces: Iterator[bytes], max_bytes: int | None = None):
         self._name = name
@@ -66,13 +69,13 @@ class ByteStream:
         return self._held[:num_bytes]
 
     def read(self, num_bytes: int) -> bytes:
-        """At most `num_bytes`, fewer only at the end."""
+        """Read `num_bytes`; fewer only at the end."""
         found = self.peek(num_bytes)
         self._held = self._held[len(found) :]
         return found
 
     def blocks(self) -> Iterator[bytes]:
-        """All that is left, in pieces."""
+        """Read the rest, in pieces."""
         held, self._held = self._held, b""
         if held:
             yield held
@@ -90,9 +93,10 @@ class ByteStream:
 
 @dataclass(slots=True)
 class OpenSource:
-    """An open source file. `stream`: its bytes; a Parquet file is read from `stored` instead, which can seek.
+    """An open source file.
 
-    `odd`: why a file that looks like JSON is taken as text; "" for any other.
+    `stream` has its decompressed bytes. A Parquet file is read from `stored` instead, which can seek. `odd` is the
+    reason why a file that looks like JSON is read as text; "" for any other file.
     """
 
     name: str
@@ -110,13 +114,13 @@ def open_source(
     fields: Sequence[str] = (),
     max_bytes: int | None = None,
 ) -> Iterator[OpenSource]:
-    """Open a file and decide what it holds, unless `kind` says it.
+    """Open a file and find out its kind, unless `kind` gives it.
 
-    `fields`: those that rows have; an object alone in a file without any of them is text (a settings file among code).
-    Without `fields` every object is a row. `max_bytes`: the most that a compressed file may unpack to.
+    `fields` are the fields that rows have. A file with a single object that has none of them is text, such as a
+    settings file among code. Without `fields` every object is a row. `max_bytes` is the limit on the decompressed size
+    of a compressed file.
 
-    Raises DataError, with the file's name, for whatever goes wrong inside of the `with`, and passes on what is an error
-    of gradstream's own.
+    An error inside the `with` block becomes a DataError with the file's name; errors of gradstream pass unchanged.
     """
     try:
         with file.open() as stored:
@@ -134,7 +138,7 @@ def open_source(
             else:
                 opened.kind, opened.odd = _kind_by_content(stream, file, fields)
                 opened.by_content = opened.kind != "text"
-                if file.kind == "jsonl" and opened.kind != "json":  # a list, or objects over several lines
+                if file.kind == "jsonl" and opened.kind != "json":  # it holds a list, or objects over several lines
                     opened.kind, opened.by_content = "jsonl", False
             if opened.kind == "parquet":
                 if compression is not None:
@@ -145,7 +149,7 @@ def open_source(
         raise DataError(f"{file.name} is damaged: {error}; restore the file or leave it out") from None
     except GradstreamError:
         raise
-    except Exception as error:  # every backend raises its own kind
+    except Exception as error:  # each backend raises its own error types
         if type(error).__module__.startswith("gradstream."):
             raise
         raise DataError(f"{file.name} cannot be read ({one_line(error)}); restore the file or leave it out") from None
@@ -158,7 +162,7 @@ def _stored_blocks(head: bytes, stored: Any) -> Iterator[bytes]:
 
 
 def _kind_by_content(stream: ByteStream, file: SourceFile, fields: Sequence[str]) -> tuple[Kind, str]:
-    """(kind, why what is JSON by its name is text after all) of a file whose name says nothing, or of rows."""
+    """Find the kind of a file by its content; return it, and why a file that looks like JSON is text (else "")."""
     json_by_name = file.suffix == ".json"
     head = stream.peek(PROBE_BYTES)
     if head.startswith(b"PAR1"):
@@ -191,7 +195,7 @@ def _kind_by_content(stream: ByteStream, file: SourceFile, fields: Sequence[str]
 
 
 def _first_value(stream: ByteStream, start: int) -> tuple[Any, int]:
-    """The JSON value that begins at `start` and where it ends; MISSING where there is none of MAX_LINE_BYTES."""
+    """The JSON value at `start`, and its end; MISSING when no value ends within MAX_LINE_BYTES."""
     size = PROBE_BYTES
     while True:
         head = stream.peek(start + size)
@@ -207,14 +211,14 @@ def _first_value(stream: ByteStream, start: int) -> tuple[Any, int]:
 
 
 def _may_be_cut(error: Exception, text: str) -> bool:
-    """Whether JSON may be wrong only because its text ends here."""
+    """Whether a JSON error may come only from the end of the text, which may continue."""
     if not isinstance(error, json.JSONDecodeError):
         return False
     return error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
 
 
 def _first_character(stream: ByteStream, begin: int) -> int:
-    """Where the first byte from `begin` on is that is no blank; the end when there is none of MAX_LINE_BYTES."""
+    """Index of the first non-blank byte from `begin` on; the end when there is none within MAX_LINE_BYTES."""
     size = PROBE_BYTES
     while True:
         blanks = stream.peek(begin + size)[begin:]
@@ -225,15 +229,16 @@ def _first_character(stream: ByteStream, begin: int) -> int:
 
 
 def json_rows(source: OpenSource) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
-    """The objects of a file of kind "jsonl" or "json" with the lines that they begin on, from 1 on.
+    """The objects of a file of kind "jsonl" or "json", each with the number of its first line, counted from 1.
 
-    Raises DataError for what makes the rest unreadable: a line of more than MAX_LINE_BYTES, a list that breaks off.
+    Raises DataError for an error after which the rest is unreadable: a line of more than MAX_LINE_BYTES, or a truncated
+    list.
     """
     return _jsonl_rows(source) if source.kind == "jsonl" else _json_rows(source)
 
 
 def _lines(source: OpenSource) -> Iterator[bytes]:
-    """The lines of a file. Read in blocks: a line, like what a small file unpacks to, may be as long as it likes."""
+    """The lines of a file, read in blocks, because a single line may be larger than memory."""
     held, num_lines = b"", 0
     for block in source.stream.blocks():
         *lines, held = (held + block).split(b"\n")
@@ -284,7 +289,7 @@ def _json_rows(source: OpenSource) -> Iterator[tuple[int, dict[str, Any] | BadLi
 
 
 def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object. Raises ValueError for a key that comes twice, since one of the values would be dropped."""
+    """Make an object of its pairs. Raises ValueError for a repeated key, of which a value would be lost."""
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
@@ -296,7 +301,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=each_key_once)
 
 
 class _JsonText:
-    """The text of a JSON file, of which no more is held than the value being read and a block."""
+    """The text of a JSON file. Only the value being read and one block are in memory."""
 
     def __init__(self, source: OpenSource):
         self._source = source
@@ -306,7 +311,7 @@ class _JsonText:
         self._ended = False
         self.position = 0
         self.line = 1
-        """the line that `position` is on"""
+        """number of the line at `position`"""
 
     def next_character(self, skipped: re.Pattern[str]) -> str:
         """The next character after what `skipped` matches; "" at the end."""
@@ -317,7 +322,7 @@ class _JsonText:
                 return self._held[self.position : self.position + 1]
 
     def value(self) -> Any:
-        """The value that begins here. Raises DataError when there is none."""
+        """Read the value at the current position. Raises DataError when there is none."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._held, self.position)
@@ -328,7 +333,7 @@ class _JsonText:
                 size = len(self._held) - self.position
                 if size > MAX_LINE_BYTES:
                     raise DataError(_too_long(f"{self._source.name}:{self.line}: the object")) from None
-                # Twice as much each time: an object is read again from its beginning.
+                # Each time as much as is held already: the object is then parsed again from its beginning.
                 if not (_may_be_cut(error, self._held) and self._more(max(size, BLOCK_BYTES))):
                     place = error.pos if isinstance(error, json.JSONDecodeError) else self.position
                     line = self.line + self._held.count("\n", self.position, place)
@@ -341,7 +346,7 @@ class _JsonText:
         self.position = position
 
     def _more(self, num_bytes: int) -> bool:
-        """Read so much more, if there is any."""
+        """Read `num_bytes` more; return False at the end of the file."""
         if self._ended:
             return False
         parts, size = [self._held[self.position :]], 0
@@ -360,8 +365,10 @@ class _JsonText:
 
 
 def field_value(row: Mapping[str, Any], field: str) -> Any:
-    """What is in a field; that of "meta.text" is looked for as "meta.text", then as "text" in "meta". MISSING where
-    there is none, None below a null."""
+    """The value of a field; MISSING where there is none, None below a null.
+
+    The field "meta.text" is first looked up under that name, then as "text" in "meta".
+    """
     if field in row:
         return row[field]
     found: Any = MISSING
@@ -377,7 +384,7 @@ def field_value(row: Mapping[str, Any], field: str) -> Any:
 
 
 def field_names(row: Mapping[str, Any]) -> list[str]:
-    """The names of a row's fields; those of an object in it follow its own, as "meta.text"."""
+    """The names of a row's fields. The fields of an object follow the object's own name, as "meta.text"."""
     names: list[str] = []
     for name, value in row.items():
         names.append(name)

@@ -1,4 +1,4 @@
-"""Which samples a slot takes at a step: a pure function of the seed, the slot and the step."""
+"""The sampler: the samples that a slot takes at a step, a pure function of the seed, the slot and the step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_samples(manifest: Manifest, split: str, num_slots: int, sequence_lengt
 
 @dataclass(frozen=True, slots=True)
 class SampleAddress:
-    """Where a sample lies: window `window` of data shard `file`."""
+    """The place of a sample: window `window` of data shard `file`."""
 
     file: str
     window: int
@@ -44,10 +44,10 @@ class SampleAddress:
 def slot_groups(manifest: Manifest, split: str, num_slots: int, sequence_length: int) -> list[list[SampleRange]]:
     """The samples that each slot draws from: its group. Groups do not overlap, and cover every sample of the split.
 
-    Where the number of data shards is a multiple of `num_slots`, a group is every num_slots-th shard, whole. Where it
-    is not, or where a slot would have no sample, the samples of the split, in the order of the shards, are cut into
-    `num_slots` consecutive ranges, which differ by at most one sample. A group is empty only where the split has fewer
-    samples than there are slots. Raises DataError for rows of another length.
+    If the number of data shards is a multiple of `num_slots`, a group is every num_slots-th shard, whole. Otherwise, or
+    if a slot would have no sample, the samples of the split, in the order of the shards, are cut into `num_slots`
+    consecutive ranges, whose sizes differ by at most one sample. A group is empty only if the split has fewer samples
+    than there are slots. Raises DataError for rows of another length.
     """
     shards = [
         SampleRange(shard, 0, count)
@@ -65,7 +65,7 @@ def slot_groups(manifest: Manifest, split: str, num_slots: int, sequence_length:
 
 
 def _cut(parts: list[SampleRange], begin: int, end: int) -> list[SampleRange]:
-    """Samples [begin, end) of all samples of `parts`."""
+    """The samples [begin, end) of all samples of `parts`."""
     found, passed = [], 0
     for part in parts:
         first, last = max(begin - passed, 0), min(end - passed, part.count)
@@ -76,17 +76,17 @@ def _cut(parts: list[SampleRange], begin: int, end: int) -> list[SampleRange]:
 
 
 def samples_by_slot(manifest: Manifest, split: str, num_slots: int, sequence_length: int) -> list[int]:
-    """Samples that each slot has of a split."""
+    """Number of samples of a split in each slot's group."""
     groups = slot_groups(manifest, split, num_slots, sequence_length)
     return [sum(part.count for part in group) for group in groups]
 
 
 class SlotSampler:
-    """Which samples slot `slot` takes at each step: a pure function of (seed, step, slot).
+    """The samples that slot `slot` takes at each step: a pure function of (seed, step, slot).
 
-    Over a data epoch every window of the slot's group is taken exactly once, in an order that depends on seed, slot and
-    epoch: a Feistel permutation with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains",
-    2002), which needs no memory and does not change with the version of a library.
+    In a data epoch each window of the slot's group is taken exactly once. The order depends on seed, slot and epoch. It
+    is a Feistel permutation with cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002),
+    which needs no memory and does not change with the version of a library.
 
     Raises DataError when the slot has no sample.
     """
@@ -101,12 +101,12 @@ class SlotSampler:
 
     @property
     def num_samples(self) -> int:
-        """Samples of the slot's group: the length of its epoch."""
+        """Number of samples in the slot's group: the length of its data epoch."""
         return self._starts[-1]
 
     @property
     def shards(self) -> tuple[DataShard, ...]:
-        """The data shards that the samples come from."""
+        """The data shards that have samples of the slot's group."""
         return tuple(part.shard for part in self._parts)
 
     def samples(self, step: int, count: int) -> list[SampleAddress]:
@@ -114,8 +114,7 @@ class SlotSampler:
         return [self._address(step * count + offset) for offset in range(count)]
 
     def first(self, count: int) -> list[SampleAddress]:
-        """The first `count` samples in stored order (all of them if there are fewer): what a validation pass
-        evaluates."""
+        """The first `count` samples in stored order, or all if there are fewer, for a validation pass."""
         return [self._locate(position) for position in range(min(count, self.num_samples))]
 
     def _address(self, number: int) -> SampleAddress:
@@ -129,7 +128,7 @@ class SlotSampler:
 
 
 def permute(value: int, size: int, key: str) -> int:
-    """Map `value` in [0, size) to another value in [0, size); for each key a permutation."""
+    """Map `value` in [0, size) to a value in [0, size). The map is a permutation for each key."""
     if not 0 <= value < size:
         raise ValueError(f"{value} is not in [0, {size})")
     half = max(1, ((size - 1).bit_length() + 1) // 2)

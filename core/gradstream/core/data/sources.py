@@ -1,8 +1,8 @@
-"""Sources: from paths, globs, directories and `stdlib:` to files.
+"""Sources of a data set: the files behind paths, globs, directories and `stdlib:`.
 
-Links are followed, as `cat` follows them: a link is a file (or a directory) under its own name. Files of a source come
-in sorted order, sources in the order given, and a path that two sources name comes once: the number of a document or
-row depends on the input alone. What a source names and nobody reads is counted by reason.
+Links are followed, as `cat` follows them: a link counts as a file or directory under its own name. Files of a source
+come in sorted order, sources in the order given, and a path that two sources name comes once. The number of a document
+or row therefore depends only on the input. Files that a source names but that are not read are counted by reason.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from gradstream.core.storage.files import open_local
 from gradstream.core.storage.paths import check_scheme
 
 STDLIB = "stdlib:"
-# Not the library itself: tests, what pip installed, and byte code.
+# Directories that are not the library itself: tests, packages that pip installed, and byte code.
 STDLIB_SKIPPED = frozenset(
-    # The last two are character tables and one long string, not code.
+    # The last two hold character tables and one long string, not code.
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 )
 COMPRESSIONS = {
@@ -41,7 +41,7 @@ COMPRESSIONS = {
 }
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
 
-# Reasons for which something that a source names is not read.
+# The reasons why something that a source names is not read.
 HIDDEN = "hidden files and directories"
 SPECIAL = "pipes, sockets and devices"
 GLOBBED_DIRECTORIES = "directories that a glob matches (** descends)"
@@ -51,8 +51,10 @@ WITHOUT_ROWS = "files without any row"
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file to read: `name` is for people and always encodes to UTF-8, `num_bytes` its stored (maybe compressed)
-    size."""
+    """One file to read.
+
+    `name` is for people and can always be encoded as UTF-8. `num_bytes` is the stored size, compressed or not.
+    """
 
     name: str
     filesystem: Any
@@ -60,9 +62,11 @@ class SourceFile:
     num_bytes: int
 
     def open(self) -> BufferedIOBase:
-        """The stored bytes. Raises what the file system raises, and ConfigError for a file that lies where
-        GRADSTREAM_PATHS does not allow."""
-        if is_local(self.filesystem):  # fsspec would resolve ".." by its letters, not through links
+        """Open the stored bytes.
+
+        Raises the errors of the file system, and ConfigError for a file outside the paths of GRADSTREAM_PATHS.
+        """
+        if is_local(self.filesystem):  # fsspec would resolve ".." in the text, without following links
             return cast(BufferedIOBase, open_local(self.path))
         return cast(BufferedIOBase, self.filesystem.open(self.path, "rb"))
 
@@ -73,28 +77,28 @@ class SourceFile:
 
     @property
     def compression(self) -> str | None:
-        """The compression that the name tells."""
+        """The compression by the file's name."""
         return self._stem_and_compression[1]
 
     @property
     def suffix(self) -> str:
-        """The name's suffix in lower case, without that of a compression: ".json" of a.JSON.gz."""
+        """The name's suffix in lower case, without a compression's suffix: ".json" for a.JSON.gz."""
         return os.path.splitext(self._stem_and_compression[0])[1]
 
     @property
     def kind(self) -> str:
-        """ "jsonl", "parquet" or "text", by the name."""
+        """The kind by the file's name: "jsonl", "parquet" or "text"."""
         return KINDS.get(self.suffix, "text")
 
 
 @dataclass(slots=True)
 class FoundFiles:
-    """The files of sources, in the order in which they are read. `left_out`: how many were not taken, by reason."""
+    """The files of sources, in reading order. `left_out` counts the files that are not read, by reason."""
 
     files: list[SourceFile] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     num_repeated: int = 0
-    """files that are another name (a link) of one before them; their documents come again"""
+    """number of files that are links to an earlier file; their documents are read again"""
 
 
 def open_filesystem(path: str) -> tuple[Any, str]:
@@ -117,18 +121,17 @@ def is_local(filesystem: Any) -> bool:
 
 
 def list_files(sources: Iterable[str]) -> list[SourceFile]:
-    """The files of `find_files`."""
+    """The list of files that `find_files` finds."""
     return find_files(sources).files
 
 
 def find_files(sources: Iterable[str]) -> FoundFiles:
-    """All files that `sources` name.
+    """Find all files that `sources` name.
 
-    A directory is walked without hidden files; a glob takes the files it matches, as a shell does: `**` descends, and
-    only a pattern that begins with a dot matches a hidden name. Whatever the user names (a hidden directory in the
-    path, a hidden file) is read.
+    Hidden files below a directory are left out. A glob matches as in a shell: `**` descends, and only a pattern that
+    begins with a dot matches a hidden name. A hidden file or directory that the user names is read.
 
-    Raises ConfigError when a source names no file, for a link that leads nowhere and for what cannot be listed.
+    Raises ConfigError when a source names no file, for a broken link, and for a directory that cannot be listed.
     """
     found = FoundFiles()
     seen: dict[tuple[Any, str], SourceFile] = {}
@@ -142,7 +145,7 @@ def find_files(sources: Iterable[str]) -> FoundFiles:
             )
         found.left_out += left_out
         for file in files:
-            key = (file.filesystem, file.path)  # two archives may hold files of one name
+            key = (file.filesystem, file.path)  # two archives may hold files of the same name
             if key in seen:
                 continue
             seen[key] = file
@@ -164,7 +167,7 @@ def _files_of(source: str, left_out: Counter[str]) -> Iterator[SourceFile]:
     if not source.strip():
         raise ConfigError("a source is empty; name a file, a glob or a directory")
     path = os.path.expanduser(source)
-    if not os.path.lexists(path):  # any name that is there is a path, even one that looks like a URL
+    if not os.path.lexists(path):  # an existing name is a path, even if it looks like a URL
         filesystem, inner = open_filesystem(source)
         if not is_local(filesystem):
             yield from _remote_files(source, filesystem, inner, left_out)
@@ -184,14 +187,14 @@ def _files_of(source: str, left_out: Counter[str]) -> Iterator[SourceFile]:
 
 
 def _absolute(path: str) -> str:
-    """A path from the root on. ".." goes to where it leads through links."""
+    """An absolute path, with links followed before each ".."."""
     joined = os.path.join(os.getcwd(), path)
     plain = os.path.normpath(joined)
     return plain if ".." not in joined.split("/") or os.path.realpath(plain) == os.path.realpath(joined) else joined
 
 
 def _local_paths(path: str, left_out: Counter[str]) -> Iterator[str]:
-    """The files that a path or glob of this machine names. Raises ConfigError and OSError."""
+    """The files that a local path or glob names. Raises ConfigError and OSError."""
     if os.path.lexists(path):
         status = _status(path)
         if stat.S_ISDIR(status.st_mode):
@@ -210,7 +213,7 @@ def _is_pattern(part: str) -> bool:
 
 
 def _status(path: str) -> os.stat_result:
-    """What a path leads to. Raises ConfigError for a link that leads nowhere."""
+    """The status of a path, links followed. Raises ConfigError for a broken link."""
     try:
         return os.stat(path)
     except OSError as error:
@@ -227,9 +230,9 @@ def _entries(folder: str) -> list[str]:
 
 
 def _directories(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
-    """A directory and all below, with what lies in each; hidden ones only if `folder` is one itself.
+    """A directory and all directories below it, each with its entries. Hidden ones count only if `folder` is hidden.
 
-    Each comes once, by its own path before any link to it, so that links in circles end.
+    Each directory comes once, by its own path before any link to it. Circles of links therefore end.
     """
     seen: set[tuple[int, int]] = set()
     plain, links = deque([folder]), deque[str]()
@@ -250,7 +253,7 @@ def _directories(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, lis
 
 
 def _walk(folder: str, left_out: Counter[str]) -> Iterator[str]:
-    """All files below a directory, without what is hidden."""
+    """All files below a directory except hidden ones."""
     for directory, names in _directories(folder, left_out):
         for name in names:
             if name.startswith("."):
@@ -279,7 +282,7 @@ def _glob(folder: str, parts: list[str], left_out: Counter[str]) -> Iterator[str
             )
             yield from _glob(directory, rest, left_out)
         return
-    # A name that is there is meant by its letters: [odd] is a directory of that name.
+    # An existing name is taken literally: [odd] may be a directory of that name.
     if not _is_pattern(part) or os.path.lexists(os.path.join(folder, part)):
         names = [part] if os.path.lexists(os.path.join(folder, part)) else []
     else:
@@ -300,7 +303,7 @@ def _glob(folder: str, parts: list[str], left_out: Counter[str]) -> Iterator[str
 
 
 def _remote_files(source: str, filesystem: Any, path: str, left_out: Counter[str]) -> Iterator[SourceFile]:
-    """The files that a source on another machine or in an archive names."""
+    """The files that a source on a remote file system or in an archive names."""
     pattern: list[str] = []
     try:
         if filesystem.isdir(path):
@@ -330,7 +333,7 @@ def _remote_files(source: str, filesystem: Any, path: str, left_out: Counter[str
         elif info.get("type") == "other":
             left_out[SPECIAL] += 1
         else:
-            chain = without_password(source.partition("::")[2])  # the archive that a file lies in
+            chain = without_password(source.partition("::")[2])  # the archive that holds the file
             label = public_text(str(filesystem.unstrip_protocol(name)))
             yield SourceFile(f"{label}::{chain}" if chain else label, filesystem, name, int(info.get("size") or 0))
 
@@ -350,14 +353,14 @@ def _stdlib_files() -> Iterator[SourceFile]:
 
 
 def public_text(text: str) -> str:
-    """`text` as UTF-8 can hold it: bytes of a file's name that are no UTF-8 are written as \\xe9."""
+    """`text` in a form that UTF-8 can encode: bytes of a file's name that are not UTF-8 are written as \\xe9."""
     try:
         raw = text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half of a surrogate pair that is no byte of a name
+    except UnicodeEncodeError:  # half of a surrogate pair that does not stand for a byte of a name
         raw = text.encode("utf-8", "backslashreplace")
     return raw.decode("utf-8", "backslashreplace")
 
 
 def without_password(source: str) -> str:
-    """A source for what anyone may read: without user and password of a URL, and as UTF-8 can hold it."""
+    """A source as public text: without the user and password of a URL, and encodable as UTF-8."""
     return re.sub(r"(?<=://)[^/@]*@", "", public_text(source))

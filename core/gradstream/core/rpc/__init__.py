@@ -1,1 +1,1 @@
-"""gRPC as gradstream uses it: channels and servers, errors, who may call, and how much."""
+"""gRPC in gradstream: channels and servers, errors over the wire, access rules and limits."""

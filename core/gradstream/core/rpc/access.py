@@ -1,7 +1,8 @@
-"""Who may call what: roles, the rule beside each call's proto, and the decision.
+"""Access rules: roles, the rule beside each call's proto, and the decision if a role may make a call.
 
-A role is a word here ("worker"), as in certificates and tokens. People's roles include each other: a rule names the
-least one. The fine-tuning service works for people and may do what a submitter may.
+A role is a word here ("worker"), as in certificates and tokens. Each role of people includes the ones below it, and a
+rule names the lowest role that may make the call. The fine-tuning service works for people and may make the calls of a
+submitter.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FILES: tuple[FileDescriptor, ...] = tuple(
 VIEWER, SUBMITTER, ADMIN = "viewer", "submitter", "admin"
 WORKER, SERVER, COORDINATOR, FINE_TUNING = "worker", "server", "coordinator", "fine-tuning"
 
-# Each may also do what these may.
+# Each role may also make the calls of these roles.
 _INCLUDES: Mapping[str, tuple[str, ...]] = {
     SUBMITTER: (VIEWER,),
     ADMIN: (SUBMITTER, VIEWER),
@@ -52,13 +53,13 @@ _ROLE_OF_WIRE = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Who may make a call, and whether each is noted in the audit log."""
+    """The roles that may make a call; `audited` calls are recorded in the audit log."""
 
     roles: frozenset[str]
     audited: bool = False
 
 
-# Of others' protos, which have no room for our options.
+# Rules for the services of other protos, which have no `access` option.
 _FOREIGN = {
     "/grpc.health.v1.Health/": Rule(frozenset(ROLES)),
     "/grpc.reflection.v1alpha.ServerReflection/": Rule(frozenset((ADMIN,))),
@@ -67,23 +68,23 @@ _FOREIGN = {
 
 @dataclass(frozen=True)
 class Caller:
-    """Who makes a call, by certificate and token."""
+    """The caller of a call, by certificate and token."""
 
     name: str
     role: str
     peer: str
-    """The address that the call comes from."""
+    """The address from which the call comes."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.role})"
 
 
 caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
-"""Whose call is being answered; None where nobody is asked for credentials."""
+"""The caller of the call that is being answered; None on a server without credentials."""
 
 
 def by_caller() -> str:
-    """What is told of the call that is being answered: ` by NAME (ROLE)`; empty where nobody is asked who it is."""
+    """` by NAME (ROLE)` for the call that is being answered, for events; empty on a server without credentials."""
     found = caller.get()
     return f" by {found}" if found is not None else ""
 
@@ -105,7 +106,7 @@ def methods() -> list[str]:
 
 
 def rule_of(method: str) -> Rule | None:
-    """The rule of a call; None when it has none, which lets nobody make it."""
+    """The rule of a call; None when it has none, so that nobody may make it."""
     rule = rules().get(method)
     if rule is None:
         rule = next((rule for prefix, rule in _FOREIGN.items() if method.startswith(prefix)), None)
@@ -113,7 +114,7 @@ def rule_of(method: str) -> Rule | None:
 
 
 def may(role: str, method: str) -> tuple[bool, str]:
-    """Whether a role may make a call, and the reason in one line."""
+    """Decide if a role may make a call; return the decision, and its reason in one line."""
     rule = rule_of(method)
     call = method.rpartition("/")[2]
     if rule is None:

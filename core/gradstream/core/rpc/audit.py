@@ -1,7 +1,7 @@
-"""The audit log: who made which call that changes or hands out something, and who was refused one.
+"""The audit log: calls that change something or hand something out, refused calls, and their callers.
 
-Files of JSON lines in a service's state directory. audit.jsonl is only added to. At 64 MiB it becomes audit.1.jsonl,
-audit.1.jsonl becomes audit.2.jsonl and so on; the oldest of 16 goes.
+The log is files of JSON lines in a service's state directory. Lines are only appended to audit.jsonl. At 64 MiB it
+becomes audit.1.jsonl, audit.1.jsonl becomes audit.2.jsonl and so on; the oldest of 16 files is removed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ log = get_logger()
 FILE_NAME = "audit.jsonl"
 MAX_BYTES = 64 << 20
 NUM_OLD_FILES = 15
-"""With the one that is written: 1 GiB."""
+"""Number of old files. Together with the current one they take at most 1 GiB."""
 
 
 class AuditLog:
-    """Adds events to the file. A full disk costs lines of the log, not the cluster's work."""
+    """The writer of the audit log. On a full disk lines are lost, but the cluster keeps working."""
 
     def __init__(self, directory: Path, max_bytes: int = MAX_BYTES, num_old_files: int = NUM_OLD_FILES):
         self.path = directory / FILE_NAME

@@ -1,7 +1,7 @@
-"""gRPC as gradstream uses it: one set of options for both sides, and errors that survive the wire.
+"""gRPC channels and servers with gradstream's options.
 
-A servicer method runs its body in `async with answering(context)`: a GradstreamError becomes a status whose trailing
-metadata names the error's class, and `error_from_rpc` on the other side makes the same error of it again.
+A servicer method runs its body in `async with answering(context)` (`rpc.errors`): a GradstreamError becomes a status
+whose trailing metadata names the error's class, and the caller's `error_from_rpc` makes the same error of the status.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 3_000),
-    # A proxy from the environment must not come between the machines of a cluster.
+    # Machines of a cluster connect directly, never through a proxy that the environment names.
     ("grpc.enable_http_proxy", 0),
-    # Each channel its own connection: a stalled stream of one peer must not hold up another's.
+    # Each channel has its own connection: a stalled stream of one channel must not delay another's.
     ("grpc.use_local_subchannel_pool", 1),
 ]
 SERVER_OPTIONS: list[tuple[str, Any]] = [
@@ -46,16 +46,16 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Of one connection. Further calls wait at their caller, for whom the guard's limits are lower anyway.
+    # Limit for one connection. Further calls wait at the caller. The guard's limits for a caller are lower anyway.
     ("grpc.max_concurrent_streams", MAX_STREAMS_A_CONNECTION),
     ("grpc.server_handshake_timeout_ms", 20_000),
-    # Two servers on one port would each get half of the calls.
+    # With SO_REUSEPORT two servers on one port would each get half of the calls.
     ("grpc.so_reuseport", 0),
 ]
 
 
 def open_channel(address: str, role: str = "", transport: Transport = PLAIN) -> grpc.aio.Channel:
-    """A channel to the peer at `address` (host:port). With credentials it must have the role in its certificate."""
+    """Open a channel to the peer at `address` (host:port), whose certificate, if any, must have the role."""
     return transport.channel(address, role, CHANNEL_OPTIONS)
 
 
@@ -64,10 +64,10 @@ def new_server(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     takes_bulk: bool = True,
 ) -> grpc.aio.Server:
-    """A server without services or port yet, in the running event loop; it refuses longer messages.
+    """Make a server in the running event loop, without services or a port yet. It refuses longer messages.
 
-    One that `takes_bulk` lets gRPC measure its links: a sender may then be as far ahead of the reader as the fastest
-    link needs, 4 MiB a stream or more. Others hold 64 KiB of a stream that nobody reads.
+    With `takes_bulk` gRPC measures the server's links and enlarges a stream's window to what the fastest link needs:
+    4 MiB or more may be sent and not yet read. Otherwise the window of a stream is 64 KiB.
     """
     asyncio.get_running_loop().set_exception_handler(_on_forgotten_error)
     options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
@@ -77,8 +77,11 @@ def new_server(
 
 
 def _on_forgotten_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Keep a trace off the log that means nothing: when a peer cancels a stream, gRPC closes its iterator even while it
-    runs, which Python refuses. The iterator ends by itself."""
+    """Suppress a meaningless stack trace in the log.
+
+    When a peer cancels a stream, gRPC closes the stream's iterator even while it runs, which Python refuses. The
+    iterator ends by itself.
+    """
     error = context.get("exception")
     if isinstance(error, RuntimeError) and "asynchronous generator is already running" in str(error):
         return
@@ -86,8 +89,10 @@ def _on_forgotten_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]
 
 
 def listen(server: grpc.aio.Server, address: str, transport: Transport = PLAIN) -> int:
-    """Bind `server` to `address` (host:port, port 0 for a free one); return the port. Raises ConfigError when it is
-    taken or not this machine's."""
+    """Bind `server` to `address` (host:port, port 0 for a free one); return the port.
+
+    Raises ConfigError when the port is in use or the address is not this machine's.
+    """
     _check_free(address)
     try:
         port = transport.add_port(server, address)
@@ -99,13 +104,13 @@ def listen(server: grpc.aio.Server, address: str, transport: Transport = PLAIN) 
 
 
 def advertised_host(listen_address: str) -> str:
-    """The host that others can reach a server by: the one it listens on, or this machine's name for a wildcard."""
+    """The host by which others reach a server: the host it listens on, or this machine's name for a wildcard."""
     host = listen_address.rpartition(":")[0]
     return socket.gethostname() if host in ("", "0.0.0.0", "[::]", "*") else host
 
 
 def _check_free(address: str) -> None:
-    """Raise ConfigError that says why one cannot listen there: gRPC says it only in a log line of its own."""
+    """Raise ConfigError with the reason if a server cannot listen there. gRPC gives the reason only in its own log."""
     host, _, port = address.rpartition(":")
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -1,4 +1,4 @@
-"""Errors that survive the wire: a servicer's error is an answer, and a caller's error is that of the answer."""
+"""Errors over the wire: the status of a servicer's error, and the caller's error for a status."""
 
 from __future__ import annotations
 
@@ -24,28 +24,30 @@ ERROR_CLASS_KEY = "gradstream-error"
 
 
 class answering:  # noqa: N801 - used as `async with answering(context):`, and no exception ends inside it
-    """Turns a GradstreamError raised inside, or a parser's panic, which gRPC would leave unanswered, into the status of
-    the call."""
+    """Turn a GradstreamError or a parser's panic raised inside into the status of the call.
+
+    Without it, gRPC would leave a call unanswered whose servicer panics.
+    """
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any]):
         self._context = context
 
     async def __aenter__(self) -> None:
-        """Nothing is needed."""
+        """Do nothing."""
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """End the call with the error's status; other exceptions pass. Nothing is suppressed."""
+        """End the call with the error's status. Other exceptions pass unchanged, and none is suppressed."""
         if error is not None and is_panic(error):
             error = panic_error(error)
         if isinstance(error, GradstreamError):
-            # What was refused must not stay, in frames that the traceback holds, until a garbage collection finds it.
+            # The traceback's frames hold the refused message. Free it now, not at some later garbage collection.
             traceback.clear_frames(error.__traceback__)
             await abort(self._context, error)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: GradstreamError) -> NoReturn:
-    """End a call with the status that `error_from_rpc` makes the same error of."""
-    # A service's own kind of error is, for a caller, the kind of the tree that it derives from.
+    """End a call with a status from which `error_from_rpc` makes the same error."""
+    # A service's own error class becomes, for the caller, the class of the error tree that it derives from.
     name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
     context.set_trailing_metadata(((ERROR_CLASS_KEY, name),))
     await context.abort(error.status, errors.one_line(error))
@@ -53,10 +55,10 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: GradstreamEr
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> GradstreamError:
-    """The error for people that a failed call stands for. `peer` says whom was called ("coordinator 10.0.0.1:7000").
+    """The error for people of a failed call. `peer` names the called side ("coordinator 10.0.0.1:7000").
 
-    Raises CancelledError when this task was cancelled: gRPC drops that where a call fails at the same moment, and a
-    task that tries again until it is cancelled would never end.
+    Raises CancelledError when this task was cancelled. gRPC loses the cancellation if the call fails at the same
+    moment, and a task that retries until it is cancelled would then never end.
     """
     try:
         task = asyncio.current_task()
@@ -82,14 +84,17 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> GradstreamError:
 
 
 def refused_for_good(error: GradstreamError) -> bool:
-    """Whether a peer's refusal stands however often it is asked.
+    """Whether a peer refuses the same request at every retry.
 
-    A stale epoch is not of the kind: either side may be about to take up the new plan.
+    A stale epoch is not permanent: one of the two sides may be about to take up the new plan.
     """
     return isinstance(error, ProtocolError) and not isinstance(error, StaleEpochError)
 
 
 def is_passing(error: GradstreamError) -> bool:
-    """Whether the same request may be taken later although it was refused now: a peer that is away or busy, credentials
-    that are about to be renewed, a fault that has no name. Not a peer's answer about the request itself."""
+    """Whether the same request may succeed later.
+
+    It may when the peer is away or busy, when credentials are about to be renewed, and after an unknown fault. It may
+    not when the peer's answer is about the request itself.
+    """
     return isinstance(error, UnreachableError | BusyError | AccessError) or type(error) is GradstreamError

@@ -1,9 +1,9 @@
-"""At a server's door: who calls, by certificate and token, and whether the call's rule lets them.
+"""The guard of a server: admits or refuses each call by its certificate, its token and the call's rule.
 
-A call is admitted, or refused with one line, before its request is read: every call is served as a stream on the wire,
-of which the guard itself reads a unary request once the caller is known. So a caller that is refused makes the server
-hold nothing, and all requests together are bounded (`limits.Receiving`). A call that is under way ends when its token
-expires or is revoked. What is audited is noted with its caller and its end.
+A call is admitted, or refused with one line, before its request is read. To make this possible, every call is served as
+a stream, and the guard reads a unary request itself once the caller is known. A refused caller therefore takes no
+memory, and the memory of all requests together is bounded (`limits.Receiving`). A call that is under way ends when its
+token expires or is revoked. Audited calls are recorded with their caller and outcome.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from gradstream.core.rpc.transport import AUTHORIZATION, BEARER
 log = get_logger()
 
 LOOK_SECONDS = 1.0
-"""How long a call may go on after its token has expired or was revoked."""
+"""Time for which a call may continue after its token has expired or was revoked."""
 SENDING_SECONDS = 30.0
-"""How long the response that is being sent then may take."""
+"""Further time for a response that is being sent at that moment."""
 REQUEST_SECONDS = 20.0
-"""How long a caller may take to send the request of a call that it has begun."""
+"""Time in which a caller must send the request of a call that it has begun."""
 READING_SECONDS = 60.0
-"""How long a caller may leave a response unread, or an upload without its next message, before its call is cut off:
-what the call holds, others may want."""
+"""Time for which a caller may leave a response unread, or an upload without its next message. After it the call is
+ended, because other callers may need the resources that it holds."""
 MAX_IDLE_METERS = 1024
 
 _END = object()
@@ -61,14 +61,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class TokenSource(Protocol):
-    """Where a server has its table of tokens from."""
+    """The source of a server's token table."""
 
     @property
     def table(self) -> TokenTable | None:
-        """The newest; None as long as there is none."""
+        """The newest table; None while there is none."""
 
     def refresh(self) -> None:
-        """Look at once whether there is a newer one, where that can be told: a token may be newer than the table."""
+        """Look for a newer table now, if the source can: a token may be newer than the table."""
 
 
 Note = Callable[[AuditEvent], None]
@@ -82,17 +82,17 @@ class _Call:
     token_text: str
     task: asyncio.Task[Any]
     subject: str = ""
-    """The job or fine-tuning that its request names."""
+    """The job or fine-tuning that the request names."""
     refusal: str = ""
     refused_at: float = 0.0
     is_sending: bool = False
-    """Whether gRPC has a response of it in hand."""
+    """Whether gRPC is sending a response of this call."""
 
     def end(self, refusal: str, now: float) -> None:
-        """End it with a refusal that the caller gets to hear: at once, or when the response in hand has been sent.
+        """End the call with a refusal as its status: at once, or when the response being sent has been sent.
 
-        Where gRPC's sending is cancelled the caller may get no status, and wait for ever. One that has not taken the
-        response after `SENDING_SECONDS` does not listen anyway.
+        If gRPC is cancelled while it sends, the caller may get no status and wait for ever. A caller that has not taken
+        the response after `SENDING_SECONDS` is cancelled nevertheless.
         """
         is_new = not self.refusal
         if is_new:
@@ -103,21 +103,21 @@ class _Call:
 
 @dataclass(frozen=True)
 class Shown:
-    """What the connection of a call proves of its caller; empty where it has no certificate."""
+    """The caller's identity that the connection proves. All but `host` are empty without a certificate."""
 
     role: str
     name: str
     certificate_sha256: str
-    """Of the certificate, in hex."""
+    """The certificate's hash, in hex."""
     host: str
 
 
 def decide(
     method: str, token_text: str, certificate_sha256: str, table: TokenTable | None, now: float
 ) -> tuple[Token | None, GradstreamError | None]:
-    """The entry of a good token, and why its call is refused (None: it is not). `now` is in Unix seconds.
+    """Decide if a call is admitted; return its token's entry, and the error that refuses the call (None: admitted).
 
-    A token counts only on a connection that shows the certificate that it was issued with.
+    A token is good only on a connection that shows the certificate that was issued with it. `now` is in Unix seconds.
     """
     if table is None:
         return None, UnreachableError("no table of tokens has come from the coordinator yet; try again later")
@@ -134,7 +134,7 @@ def decide(
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub is generic, the class is not
-    """Admits calls to one server. `run` must run beside it."""
+    """The interceptor that admits or refuses the calls to one server. `run` must run beside it."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         self._guarded: dict[str, tuple[Any, Any]] = {}
 
     async def run(self) -> None:
-        """End calls whose token has expired or was revoked, for as long as this runs."""
+        """Regularly end calls whose token has expired or was revoked, until cancelled."""
         try:
             while True:
                 await asyncio.sleep(LOOK_SECONDS)
@@ -179,7 +179,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
-        """See grpc.aio.ServerInterceptor."""
+        """Return the call's handler behind the guard. See grpc.aio.ServerInterceptor."""
         handler = await continuation(details)
         if handler is None:
             return None
@@ -189,7 +189,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         return kept[1]
 
     def _guard(self, handler: Any, method: str) -> Any:
-        """The same handler behind the door."""
+        """The same handler behind the guard."""
         behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
 
         async def respond(request: Any, call: _Call, context: Context) -> None:
@@ -203,7 +203,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
                 async for response in responses:
                     call.is_sending = True
                     try:
-                        # Not yielded: while gRPC sends what was, a task that is cancelled ends outside of this code.
+                        # `write`, not `yield`: a task cancelled while gRPC sends a yielded response ends outside this
+                        # code.
                         async with asyncio.timeout(patience.begin(time.monotonic())):
                             await context.write(response)
                     except TimeoutError:
@@ -217,7 +218,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         async def serve(requests: Any, context: Context) -> None:
             async with self._admitted(method, context) as (call, meter), answering(context):
                 if handler.request_streaming:
-                    # Where both sides stream, either may have nothing to say for a long time.
+                    # In a call that streams both ways, either side may be silent for long.
                     await respond(requests if handler.response_streaming else self._timely(requests), call, context)
                     return
                 async with self._received(requests, handler.request_deserializer, meter) as request:
@@ -231,7 +232,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         )
 
     async def _timely(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """The messages of a stream that is answered at its end, as long as none keeps the call waiting."""
+        """The messages of a client stream. Raises UnreachableError when the caller keeps the server waiting."""
         patience, is_first = Patience(self._request_seconds), True
         while True:
             seconds = patience.begin(time.monotonic())
@@ -251,7 +252,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
 
     @asynccontextmanager
     async def _received(self, requests: AsyncIterator[bytes], deserialize: Any, meter: Meter) -> AsyncIterator[Any]:
-        """The request of an admitted call, whose bytes count against the server's bound for as long as it is served."""
+        """Read the request of an admitted call. Its bytes count against the server's bound while the call is served."""
         held = MAX_MESSAGE_BYTES
         await self.receiving.reserve(meter, held)
         try:
@@ -268,7 +269,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
             held = len(message)
             try:
                 request = deserialize(message) if deserialize is not None else message
-            except Exception:  # of foreign bytes, in which the parser finds faults of many kinds
+            except Exception:  # the parser raises errors of many types for malformed bytes
                 raise ProtocolError("the request of this call is not a valid message") from None
             del message
             yield request
@@ -281,7 +282,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         audited = rule is not None and rule.audited
         shown, text = shown_by(context), token_of(context)
         caller = Caller(shown.name, shown.role, shown.host)
-        # Of each certificate, whatever becomes of its calls: who is refused may not ask more often than who is not.
+        # Refused calls count as well: the rate limit of a certificate holds for all of its calls.
         meter = self._meter(shown)
         busy = meter.enter(time.monotonic())
         error = BusyError(busy) if busy else self._refusal(method, text, shown)
@@ -314,7 +315,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
                 self._write([self._event(method, caller, call.subject, outcome)])
 
     def _refusal(self, method: str, text: str, shown: Shown) -> GradstreamError | None:
-        """Why a call is refused; None when it is admitted."""
+        """The error with which a call is refused; None when it is admitted."""
         token, error = decide(method, text, shown.certificate_sha256, self._tokens.table, self._clock())
         if token is None:
             self._tokens.refresh()
@@ -332,7 +333,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         return meter
 
     def _refused(self, method: str, caller: Caller, error: GradstreamError) -> None:
-        # That there is no table yet is nobody's fault, and health checks ask every few seconds.
+        # A missing table is not recorded: it is not the caller's fault, and health checks call every few seconds.
         if not isinstance(error, UnreachableError):
             event = self._event(method, caller, "", f"refused: {error}")
             self._write(self._refusals.add(event, type(error).__name__))
@@ -380,7 +381,7 @@ def token_of(context: Context) -> str:
 
 
 def shown_by(context: Context) -> Shown:
-    """What the connection of a call proves of its caller."""
+    """The caller's identity that the connection of a call proves."""
     found = context.auth_context()
     names = {name.decode(errors="replace") for name in found.get("x509_subject_alternative_name", ())}
     role = next((role for role in ROLES if dns_name(role) in names), "")

@@ -1,4 +1,4 @@
-"""How much one caller may have under way, how often it may call, and how much all requests together may hold."""
+"""Limits: calls under way and call rate of one caller, slow peers, and the memory of all requests together."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Limit:
-    """What one caller may do, by credential and host."""
+    """The limit of one caller, known by credential and host."""
 
     calls: int
-    """Calls and streams at the same time."""
+    """Maximum number of calls and streams at the same time."""
     calls_per_second: float
     burst: int
-    """Calls at once after a pause."""
+    """Number of calls that may come at once after a pause."""
 
 
-# A worker has a stream or two to each service, and its reports; 1,000 workers may be behind one address with one
-# credential. Requests are bounded beside this (`Receiving`), and so are a parameter server's streams (stream_limits).
+# A worker has one or two streams to each service, and sends reports. 1,000 workers may share one address and one
+# credential. `Receiving` bounds the requests besides, and stream_limits a parameter server's streams.
 SERVICE_LIMIT = Limit(calls=4096, calls_per_second=2000.0, burst=8000)
 PERSON_LIMIT = Limit(calls=64, calls_per_second=200.0, burst=800)
 
 
 @dataclass(eq=False)
 class Meter:
-    """What one caller has under way, and a token bucket of its calls. The clock is an argument."""
+    """The number of one caller's calls under way, and a token bucket for its call rate. The clock is an argument."""
 
     limit: Limit
     under_way: int = 0
@@ -38,7 +38,7 @@ class Meter:
         self.allowance = float(self.limit.burst)
 
     def enter(self, now: float) -> str:
-        """Take up a call, or return why not. `now` is in seconds of a clock that never goes back."""
+        """Count a new call, or return why it is refused. `now` is in seconds of a monotonic clock."""
         limit = self.limit
         if self.seen_at is not None:
             refill = (now - self.seen_at) * limit.calls_per_second
@@ -53,24 +53,24 @@ class Meter:
         return ""
 
     def leave(self) -> None:
-        """A call has ended."""
+        """Count the end of a call."""
         self.under_way -= 1
 
 
 MIN_BYTES_PER_SECOND = 128 << 10
-"""Of a stream that the peer keeps waiting."""
+"""Lowest rate of a stream whose peer makes this side wait."""
 MIN_RATE = f"{MIN_BYTES_PER_SECOND >> 10} KiB a second"
 SHORT_SHARE = 1 / 60
-"""Of the patience at the beginning: waits that are shorter cost nothing and are never cut off."""
+"""Share of `Patience.max_seconds`: shorter waits cost nothing and are never cut off."""
 
 
 @dataclass(eq=False)
 class Patience:
-    """How long the peer of a stream may still keep this side waiting. The clock is an argument.
+    """The time for which the peer of a stream may still keep this side waiting. The clock is an argument.
 
-    It is used up while this side waits, and comes back with the time in which it does not, and with the bytes that go
-    over. So a peer that takes or gives a message just before each deadline is cut off all the same: what the call
-    holds, others may want.
+    The time decreases while this side waits. It increases while this side does not wait, and with each transferred
+    byte. A peer that takes or sends one message just before each deadline is therefore cut off too, which frees the
+    resources of its call for others.
     """
 
     max_seconds: float
@@ -82,18 +82,18 @@ class Patience:
 
     @property
     def is_worn(self) -> bool:
-        """Whether the peer has used up more than half of it by earlier waits."""
+        """Whether earlier waits have used up more than half of the time."""
         return self.left_seconds < self.max_seconds / 2
 
     def begin(self, now: float) -> float:
-        """A wait begins; returns how many seconds it may last."""
+        """Begin a wait; return the number of seconds that it may last."""
         if self._at is not None:
             self._add(now - self._at)
         self._at = now
         return max(self.left_seconds, self.max_seconds * SHORT_SHARE)
 
     def end(self, now: float, num_bytes: Callable[[], int]) -> None:
-        """The wait has ended with a message of `num_bytes()`, which is asked only where that matters."""
+        """End the wait with a message of `num_bytes()`, which is called only after a wait that counts."""
         assert self._at is not None
         waited, self._at = now - self._at, now
         if waited > self.max_seconds * SHORT_SHARE:
@@ -108,17 +108,17 @@ MAX_REQUEST_BYTES_A_CALLER = 32 << 20
 
 
 class Receiving:
-    """Bounds the bytes of unary requests that a server reads and serves at the same time.
+    """A bound on the bytes of unary requests that a server reads and serves at the same time.
 
-    Where a bound is reached the next request is not read until another has ended: gRPC's flow control holds its sender.
-    No caller can take it all, so none can keep others out.
+    When the bound is reached, the next request is not read until another one has ended; gRPC's flow control stops its
+    sender. Each caller has a smaller bound of its own, so no caller can keep others out.
     """
 
     def __init__(self, max_bytes: int = MAX_REQUEST_BYTES, max_bytes_a_caller: int = MAX_REQUEST_BYTES_A_CALLER):
         self._max_bytes = max_bytes
         self._max_bytes_a_caller = max_bytes_a_caller
         self._held: Counter[Meter] = Counter()
-        self._waiting: dict[asyncio.Future[None], tuple[Meter, int]] = {}  # in the order in which they came
+        self._waiting: dict[asyncio.Future[None], tuple[Meter, int]] = {}  # in order of arrival
         self.held_bytes = 0
 
     async def reserve(self, caller: Meter, num_bytes: int) -> None:
@@ -131,12 +131,12 @@ class Receiving:
         try:
             await turn
         except asyncio.CancelledError:
-            if self._waiting.pop(turn, None) is None:  # taken for it in the same moment
+            if self._waiting.pop(turn, None) is None:  # the bytes were reserved at the same moment
                 self.release(caller, num_bytes)
             raise
 
     def release(self, caller: Meter, num_bytes: int) -> None:
-        """Give bytes back; those who waited for them go on."""
+        """Give bytes back, and let waiting callers continue."""
         self._take(caller, -num_bytes)
         if not self._held[caller]:
             del self._held[caller]

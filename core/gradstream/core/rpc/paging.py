@@ -1,4 +1,4 @@
-"""Lists that are longer than a message: the newest first, page by page, nothing left out."""
+"""Paging of lists that do not fit in one message, newest entry first."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from gradstream.core.errors import ConfigError
 from gradstream.core.rpc.channel import MAX_MESSAGE_BYTES
 
 MAX_PAGE_BYTES = MAX_MESSAGE_BYTES - (512 << 10)
-"""A page ends before it is longer; one entry alone may be."""
+"""Size limit of a page. Only a page with a single entry may be larger."""
 
 
 def start_of_page(keys: Sequence[str], page_token: str) -> int:
-    """The index of a page's first entry among the keys of all. A page token is the key of the entry before it; entries
-    that are new since come before it. Raises ConfigError for one that was never given out."""
+    """The index in `keys` of a page's first entry.
+
+    A page token is the key of the entry before the page. Entries that were added later come before that entry.
+    Raises ConfigError for a token that is not a key.
+    """
     if not page_token:
         return 0
     try:

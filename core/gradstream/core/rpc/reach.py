@@ -1,4 +1,4 @@
-"""Why a peer cannot be reached, where credentials or TLS are the reason: gRPC says only that it is unavailable."""
+"""Diagnosis of an unreachable peer for causes in credentials or TLS, which gRPC reports only as "unavailable"."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gradstream.core.credentials.tls_diagnosis import Cause, Identity, diagnose_
 from gradstream.core.errors import CredentialsError
 from gradstream.core.rpc.transport import Transport
 
-# The others mean that nothing of ours listens there, which may change by itself.
+# The other causes mean that no service of gradstream listens there, which may change by itself.
 _OF_CREDENTIALS = frozenset(
     (
         Cause.PEER_IN_CLEAR,
@@ -25,8 +25,10 @@ _OF_CREDENTIALS = frozenset(
 
 
 async def why_unreachable(address: str, role: str, transport: Transport) -> CredentialsError | None:
-    """What of the credentials keeps one from the peer of that role at `address`, found by trying; None when it is not
-    them. Takes a few seconds at most."""
+    """The problem of the credentials that prevents a connection to the peer of a role at `address`; None if none does.
+
+    Found by connecting, in a few seconds at most.
+    """
     identity = None
     if transport.is_secure:
         credentials = transport.credentials()

@@ -1,7 +1,7 @@
-"""What the audit log is told of refused calls: the first of a kind at once, those like it in one line a minute.
+"""Refused calls for the audit log: the first of a kind at once, similar ones in one line a minute.
 
-Refusals are alike that have the caller, the host, the call and the class of the error in common. So nobody can push
-older events out of the log with calls that are refused. Pure: the clock is an argument.
+Refusals with the same caller, host, call and error class are of one kind. Gathering them prevents a caller from pushing
+older events out of the log with refused calls. Pure: the clock is an argument.
 """
 
 from __future__ import annotations
@@ -10,28 +10,27 @@ import dataclasses
 from dataclasses import dataclass
 
 WINDOW_SECONDS = 60.0
-"""How long those like the first are gathered."""
+"""Time for which refusals of one kind are gathered."""
 MAX_KINDS = 512
-"""Kinds at the same time; what is beyond them is gathered as one kind, of many callers."""
+"""Maximum number of kinds at the same time. Further refusals are gathered as one kind, of many callers."""
 MANY = "many callers"
 
 
 @dataclass(frozen=True)
 class AuditEvent:
-    """That somebody made a call that is noted, or was refused one."""
+    """An entry of the audit log: an audited call, or refused calls."""
 
     unix_ms: int
     call: str
     caller: str
-    """Name and role, as the certificate says."""
+    """The name and role in the certificate."""
     peer: str
     subject: str
-    """The job or fine-tuning that it was about, where the request names one; the request of a refused call is not
-    read."""
+    """The job or fine-tuning that the request names; empty for a refused call, whose request is not read."""
     outcome: str
-    """"ok", or why it was refused or failed, in one line."""
+    """"ok", or the reason of the refusal or failure, in one line."""
     times: int = 1
-    """How many alike it stands for, the last of them at `unix_ms`."""
+    """Number of similar calls that the entry stands for; the last one was at `unix_ms`."""
 
 
 @dataclass
@@ -42,7 +41,7 @@ class _Kind:
 
 
 class Refusals:
-    """Gathers refusals that are alike. Times are Unix seconds."""
+    """Gathers refusals of one kind. Times are Unix seconds."""
 
     def __init__(self, window_seconds: float = WINDOW_SECONDS, max_kinds: int = MAX_KINDS):
         self._window_seconds = window_seconds
@@ -50,7 +49,7 @@ class Refusals:
         self._kinds: dict[tuple[str, ...], _Kind] = {}
 
     def add(self, event: AuditEvent, error: str) -> list[AuditEvent]:
-        """Take a refusal with an error of a class; what is to be noted now."""
+        """Add a refusal with the error class `error`; return the entries to write now."""
         key: tuple[str, ...] = (event.caller, event.peer, event.call, error)
         if key not in self._kinds and len(self._kinds) >= self._max_kinds:
             key, event = (MANY,), dataclasses.replace(event, caller=MANY, peer="")
@@ -63,12 +62,12 @@ class Refusals:
         return []
 
     def due(self, now: float) -> list[AuditEvent]:
-        """What was gathered for a whole window, one event a kind."""
+        """Remove and return the refusals that were gathered for a whole window, as one entry for each kind."""
         over = [key for key, kind in self._kinds.items() if now - kind.began >= self._window_seconds]
         return self._take(over)
 
     def rest(self) -> list[AuditEvent]:
-        """All that was gathered."""
+        """Remove and return all gathered refusals, as one entry for each kind."""
         return self._take(list(self._kinds))
 
     def _take(self, keys: list[tuple[str, ...]]) -> list[AuditEvent]:

@@ -1,4 +1,4 @@
-"""Where a server has its table of tokens from: the coordinator from a file, all others from the coordinator."""
+"""Sources of a server's token table: a file for the coordinator, the coordinator for all other servers."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
 log = get_logger()
 
 LOOK_SECONDS = 1.0
-"""How long a change of the file may go unnoticed."""
+"""Longest time for which a change of the file goes unnoticed."""
 MIN_LOOK_SECONDS = 0.05
-"""Those who knock with tokens that nobody knows do not make it look more often."""
+"""Shortest time between two looks at the file, which bounds the looks that calls with unknown tokens cause."""
 
 
 class FileTokens:
-    """The table in a file, which the authority replaces. Raises CredentialsError when there is none that can be read.
+    """The table in a file, which the authority replaces. Raises CredentialsError when the file is unreadable.
 
-    Later on a table that cannot be read leaves the one before in force, and is read again at every look until it can.
+    If the file becomes unreadable later, the table before it stays in force, and the file is read again at every look.
     """
 
     def __init__(self, path: Path, trusted: Callable[[], bytes] | None = None):
-        """`trusted` gives the CAs (PEM) whose authority may replace the table (`replace`)."""
+        """`trusted` returns the CAs (PEM) whose authority may replace the table (`replace`)."""
         self.path = path
         self._trusted = trusted
         self._looked_at = 0.0
@@ -47,13 +47,13 @@ class FileTokens:
 
     @property
     def table(self) -> TokenTable:
-        """The table in the file, not older than a second."""
+        """The table in the file, at most LOOK_SECONDS old."""
         now = time.monotonic()
         if now - self._looked_at >= LOOK_SECONDS:
             self._looked_at = now
             try:
                 if _mark(self.path) != self._mark:
-                    # Both or none: the mark of a table that was not read must not pass for that of the one in force.
+                    # Both change or neither does: the mark must belong to the table in force.
                     self._table, self._mark = self._read()
                     log.info("took up a new table of tokens", tokens=len(self._table.tokens))
                 self._told = ""
@@ -68,13 +68,15 @@ class FileTokens:
         return self._table
 
     def refresh(self) -> None:
-        """Look at the file now, if the last look is not from just now."""
+        """Look at the file now, unless the last look was less than MIN_LOOK_SECONDS ago."""
         if time.monotonic() - self._looked_at >= MIN_LOOK_SECONDS:
             self._looked_at = -math.inf
 
     def replace(self, data: bytes, signature: bytes, certificate: bytes) -> TokenTable:
-        """Put a table into the place of the one in force, if the cluster's authority has signed it and it is not older;
-        return it. Blocks while it is written. Raises ConfigError."""
+        """Replace the table in force by a table that the cluster's authority has signed; return the new one.
+
+        Blocks while the file is written. Raises ConfigError when the signature is wrong or the table is older.
+        """
         from gradstream.core.credentials import certificates
 
         table = TokenTable.parse(data, "the table that was sent")
@@ -99,7 +101,7 @@ class FileTokens:
 
 
 class FollowedTokens:
-    """The table that the coordinator sends; the last one stays in force while the coordinator is away."""
+    """The table that the coordinator sends. The last one stays in force while the coordinator is away."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.table: TokenTable | None = None
@@ -107,9 +109,9 @@ class FollowedTokens:
         self._certificates: dict[str, bytes] = {}
 
     def certificates(self, role: str) -> bytes | None:
-        """The certificates (PEM) by which callers know the peers of a role; None: by the CA alone.
+        """The certificates (PEM) by which callers verify the peers of a role; None to verify by the CA alone.
 
-        The coordinator is known by the CA: the table that names its new certificate comes from itself.
+        The coordinator is verified by the CA, because the table with its new certificate comes from itself.
         """
         if self.table is None or role not in (SERVER, WORKER):
             return None
@@ -118,14 +120,14 @@ class FollowedTokens:
         return self._certificates[role]
 
     def take(self, table: TokenTable) -> None:
-        """Decide by this table from now on."""
+        """Use this table from now on."""
         self.table, self._certificates = table, {}
 
     def refresh(self) -> None:
-        """The coordinator tells by itself."""
+        """Do nothing: the coordinator sends each new table by itself."""
 
     async def follow(self, channel: grpc.aio.Channel, peer: str) -> None:
-        """Take each table that comes, for as long as this runs."""
+        """Take each table that the coordinator sends, until cancelled."""
         stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
         backoff = Backoff()
         told = ""
@@ -140,7 +142,7 @@ class FollowedTokens:
                 error: GradstreamError = error_from_rpc(rpc_error, peer)
                 if one_line(error) != told:
                     told = one_line(error)
-                    log.warning("no table of tokens comes, trying again until one does", cause=told)
+                    log.warning("no table of tokens arrives, trying again until one does", cause=told)
             except GradstreamError as error:
                 log.warning("the coordinator sent a table of tokens that cannot be read", cause=one_line(error))
             await asyncio.sleep(backoff.next())
@@ -157,9 +159,9 @@ class FollowingServer:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         takes_bulk: bool = True,
     ):
-        """Bind it; `note` is told what is audited, the others are those of `new_server`.
+        """Bind the server. `note` gets the audit log's entries; the other arguments are those of `new_server`.
 
-        Raises ConfigError when the address is taken or not this machine's.
+        Raises ConfigError when the port is in use or the address is not this machine's.
         """
         self._tokens = FollowedTokens()
         self._guard = Guard(self._tokens, note) if transport.is_secure else None
@@ -168,11 +170,11 @@ class FollowingServer:
         self.server = new_server(*guards, max_message_bytes=max_message_bytes, takes_bulk=takes_bulk)
         self.port = listen(self.server, listen_address, transport)
         self.address = f"{advertised_host(listen_address)}:{self.port}"
-        """Where others reach it."""
+        """The address by which others reach the server."""
 
     @asynccontextmanager
     async def following(self, channel: grpc.aio.Channel, peer: str) -> AsyncIterator[None]:
-        """While inside: the table follows that of the coordinator, `channel`, and calls of revoked tokens end."""
+        """Follow the coordinator's table over `channel`, and end calls of revoked tokens, while the block runs."""
         tasks = []
         if self._guard is not None:
             tasks = [asyncio.create_task(self._tokens.follow(channel, peer)), asyncio.create_task(self._guard.run())]

@@ -1,10 +1,10 @@
-"""How a process meets its peers: with its credentials, or in the clear.
+"""Connections to peers: TLS with this process's credentials, or in the clear.
 
 With credentials every connection is TLS with certificates of both sides, and every call carries the token. A peer is
-known by the role in its certificate, not by its host name, which containers do not keep. Services that follow the token
-table know workers and servers by their very certificates, so one that was revoked is refused by its callers too.
-Credentials that change on disk are taken up without a restart: by servers at the next handshake, by callers at the next
-call, on a new connection.
+verified by the role in its certificate, not by its host name, which changes with its container. Services that follow
+the token table verify workers and servers by their exact certificates, so callers refuse a revoked one too. Credentials
+that change on disk are used without a restart: by servers at the next handshake, by callers for the next call, on a new
+connection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gradstream.core.credentials.store import Credentials, dns_name, fingerprint
 from gradstream.core.errors import ConfigError, CredentialsError, GradstreamError, one_line
 
 LOOK_SECONDS = 1.0
-"""How long changed credentials may go unnoticed."""
+"""Longest time for which changed credentials go unnoticed."""
 AUTHORIZATION = "authorization"
 BEARER = "Bearer "
 
@@ -31,8 +31,10 @@ Options = Sequence[tuple[str, Any]]
 
 
 class Transport:
-    """Makes channels and servers' ports. Raises CredentialsError when there is no usable credential in `directory`;
-    without a directory all is in the clear."""
+    """Makes channels and servers' ports with the credential in `directory`; without a directory, in the clear.
+
+    Raises CredentialsError when the directory has no usable credential.
+    """
 
     def __init__(self, directory: Path | None, clock: Callable[[], float] = time.time):
         self.directory = directory
@@ -50,11 +52,11 @@ class Transport:
 
     @property
     def is_secure(self) -> bool:
-        """Whether peers show each other credentials."""
+        """Whether connections use credentials."""
         return self._credentials is not None
 
     def credentials(self) -> Credentials:
-        """Those on disk now; the ones before, when what is there now cannot be used."""
+        """The credential on disk; the last usable one, if the one on disk cannot be used."""
         assert self._credentials is not None
         assert self.directory is not None
         now = time.monotonic()
@@ -62,7 +64,7 @@ class Transport:
             self._looked_at = now
             found = fingerprint(self.directory)
             if found != self._fingerprint:
-                from gradstream.core.log import get_logger  # takes long to import; a client rarely needs it
+                from gradstream.core.log import get_logger  # slow to import, and clients rarely need it
 
                 log = get_logger()
                 try:
@@ -70,28 +72,28 @@ class Transport:
                     self._fingerprint = found
                     log.info("took up new credentials", holder=self._credentials.name, source=str(self.directory))
                 except GradstreamError as error:
-                    # Perhaps half of the files are there; the next look will tell.
+                    # Perhaps only some of the files have been copied; the next look reads them again.
                     log.warning("the new credentials cannot be used, keeping the old ones", cause=one_line(error))
         return self._credentials
 
     def know_peers(self, certificates: Callable[[str], bytes | None]) -> None:
-        """From now on, trust as peers of a role these certificates (PEM) alone; None: all that the CA has signed."""
+        """Trust only these certificates (PEM) as peers of a role from now on; None: all that the CA has signed."""
         self._peers = certificates
 
     def roots(self, role: str) -> bytes:
-        """What a peer of a role is verified against (PEM)."""
+        """The certificates (PEM) against which a peer of a role is verified."""
         credentials, peers = self.credentials(), self._peers(role)
-        # Without any good one, nobody is to be reached: this process's own certificate is no other's.
+        # Without a good certificate no peer must be reached: only this process has this process's own certificate.
         return credentials.ca if peers is None else peers or credentials.cert
 
     def channel(self, address: str, role: str, options: Options) -> grpc.aio.Channel:
-        """A channel to the peer of this role at `address` (host:port)."""
+        """Open a channel to the peer of this role at `address` (host:port)."""
         if not self.is_secure:
             return grpc.aio.insecure_channel(address, options=options)
         return _SecureChannel(self, address, role, options)
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
-        """Have a server listen at `address`; return the port. Raises RuntimeError when it cannot."""
+        """Make a server listen at `address`; return the port. Raises RuntimeError when it cannot listen there."""
         if not self.is_secure:
             return int(server.add_insecure_port(address))
         latest = self.credentials()
@@ -100,7 +102,7 @@ class Transport:
             return grpc.ssl_server_certificate_configuration([(credentials.key, credentials.cert)], credentials.ca)
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
-            """Asked at each handshake, by a thread of gRPC's; None keeps what was given before."""
+            """The credentials for a handshake, called by a thread of gRPC; None keeps the ones given before."""
             nonlocal latest
             credentials = self.credentials()
             if credentials is latest:
@@ -117,7 +119,7 @@ class Transport:
 
 
 class _Connection:
-    """A gRPC channel with the credentials of one time, to a peer that the CAs or certificates `roots` vouch for."""
+    """A gRPC channel with one version of the credentials. The peer is verified against `roots`."""
 
     def __init__(self, address: str, credentials: Credentials, roots: bytes, options: Options):
         self.credentials = credentials
@@ -129,28 +131,29 @@ class _Connection:
         self._closing: asyncio.Future[None] | None = None
 
     def begin(self, call: Any) -> None:
-        """A call begins on it."""
+        """Count a call that begins on this connection."""
         self._calls.add(call)
         call.add_done_callback(self._ended)
 
     def replace(self) -> None:
-        """No call begins on it any more: it is closed when the last one has ended."""
+        """Close the connection once its last call has ended. No new call begins on it."""
         self._is_replaced = True
         self._close_if_idle()
 
     def _ended(self, call: Any) -> None:
-        self._calls.discard(call)  # gRPC may tell of one end twice
+        self._calls.discard(call)  # gRPC may report the same end twice
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:
-        # Closing a channel with calls under way would look to these as if their own tasks were cancelled.
+        # If the channel were closed with calls under way, their tasks would be cancelled.
         if self._is_replaced and not self._calls and self._closing is None:
             self._closing = asyncio.ensure_future(self.channel.close(None))
 
 
 class _SecureChannel(grpc.aio.Channel):
-    """A channel that adds the token to each call, and connects anew once the credentials have changed, its own or those
-    that its peer may have.
+    """A channel that adds the token to each call, and opens a new connection when credentials have changed.
+
+    These are its own credentials, or the certificates that its peer may have.
 
     A call that is under way stays on the connection that it began on.
     """
@@ -212,7 +215,7 @@ class _SecureChannel(grpc.aio.Channel):
 
 
 class _Method:
-    """A call that can be made, on whatever connection is the newest then."""
+    """A callable method of a channel, which uses the newest connection for each call."""
 
     def __init__(self, owner: _SecureChannel, kind: str, arguments: tuple[Any, ...], options: dict[str, Any]):
         self._owner = owner
@@ -234,4 +237,4 @@ class _Method:
 
 
 PLAIN = Transport(None)
-"""Without credentials."""
+"""The transport without credentials."""

@@ -62,5 +62,5 @@ async def test_an_id_that_was_used_for_another_recipe_is_refused(cluster: Cluste
 
 @pytest.mark.parametrize("request_id", ["a b", "x" * 65, "\x1b[31m", "é"])
 async def test_what_cannot_be_an_id_is_refused(cluster: Cluster, request_id: str) -> None:
-    with pytest.raises(grpc.aio.AioRpcError, match="is none; take 1 to 64 letters"):
+    with pytest.raises(grpc.aio.AioRpcError, match="is malformed; use 1 to 64 letters"):
         await submitted(cluster, request(cluster, request_id))

@@ -52,7 +52,7 @@ def test_whatever_is_not_whole_is_an_error(name: str) -> None:
     data = PACKED[name]
     half = len(data) // 2
     for bad, reason in (
-        (b"", f"it is empty, which no {name} file is"),
+        (b"", f"it is empty, and a {name} file never is"),
         (data[:-1], "it ends in the middle"),
         (data[:half], "it ends in the middle"),
         (data[:3], "it ends in the middle"),

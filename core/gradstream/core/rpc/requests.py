@@ -23,7 +23,7 @@ def checked_request_id(request_id: str) -> str:
     """Return `request_id` if it is well-formed or empty (no id); else raise ConfigError."""
     if request_id and not _REQUEST_ID.fullmatch(request_id):
         raise ConfigError(
-            f"request id '{request_id[:80]}' is malformed; use 1 to 64 letters, digits, '.', '_' or '-', or leave it out"
+            f"request id '{request_id[:80]}' is malformed; use 1 to 64 letters, digits, '.', '_' or '-', or none"
         )
     return request_id
 

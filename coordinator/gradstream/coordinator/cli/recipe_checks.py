@@ -63,7 +63,7 @@ def check_fine_tuning_recipe(asked: FineTuningRecipe) -> list[str]:
 
     warnings: list[str] = []
     if asked.training.num_steps is not None:
-        warnings += check.schedule_warnings(asked.schedule, asked.training.num_steps)
+        warnings += check.learning_rate_schedule_warnings(asked.schedule, asked.training.num_steps)
     if asked.base_model.startswith("job:"):
         return [*warnings, f"base_model {asked.base_model} is a job's; the service checks it"]
     if files.is_local(asked.base_model) and not files.list_names(asked.base_model):

@@ -197,7 +197,7 @@ def unknown_warning(unknown: Sequence[str], model_type: object) -> list[str]:
 def recipe_warnings(recipe: Recipe) -> list[str]:
     """What a recipe says that can be meant, and more likely is not."""
     training, pipeline, cluster = recipe.training, recipe.pipeline, recipe.cluster
-    found = schedule_warnings(recipe.schedule, training.num_steps)
+    found = learning_rate_schedule_warnings(recipe.schedule, training.num_steps)
     if pipeline.stages == 1 and pipeline.schedule != "auto":
         found.append(f"pipeline.schedule {pipeline.schedule} changes nothing with pipeline.stages 1")
     most = training.num_slots * pipeline.min_workers
@@ -209,8 +209,8 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     return found
 
 
-def schedule_warnings(schedule: LearningRateScheduleConfig, num_steps: int) -> list[str]:
-    """A warm-up or a decay that does not fit into the run, or that the kind of schedule does not have."""
+def learning_rate_schedule_warnings(schedule: LearningRateScheduleConfig, num_steps: int) -> list[str]:
+    """A warm-up or a decay that does not fit into the run, or that the kind of learning-rate schedule does not have."""
     warmup, decay = schedule.warmup_steps, schedule.decay_steps
     found = []
     if warmup > num_steps:
@@ -231,5 +231,5 @@ def schedule_warnings(schedule: LearningRateScheduleConfig, num_steps: int) -> l
             f"steps: the learning rate falls before it has risen"
         )
     elif schedule.kind == "wsd" and not decay:
-        found.append("schedule.decay_steps is 0: a wsd schedule without a decay is a constant one")
+        found.append("schedule.decay_steps is 0: a wsd learning-rate schedule without a decay is a constant one")
     return found

@@ -100,7 +100,9 @@ class OptimizerConfig(Section):
     """The update rule that the servers apply."""
 
     kind: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW, or SGD with momentum, as torch has them")
-    learning_rate: float = Field(default=1e-3, gt=0, description="highest rate, which the schedule scales")
+    learning_rate: float = Field(
+        default=1e-3, gt=0, description="highest rate, which the learning-rate schedule scales"
+    )
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="adamw only: decay of both moments")
     eps: float = Field(default=1e-8, gt=0, description="adamw only: added to the root of the second moment")
     weight_decay: float = Field(default=0.1, ge=0, description="on matrices only, not on norms and biases")

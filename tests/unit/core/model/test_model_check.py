@@ -193,14 +193,14 @@ def test_an_unknown_key_is_named() -> None:
         ({"kind": "wsd", "decay_steps": 50, "warmup_steps": 3}, 3, "decay_steps 50 is longer than the run of 3 steps"),
         ({"kind": "wsd", "decay_steps": 6, "warmup_steps": 6}, 10, "are together longer than the run of 10 steps"),
         ({"kind": "cosine", "decay_steps": 5}, 10, "decay_steps 5 changes nothing with kind cosine"),
-        ({"kind": "wsd"}, 10, "a wsd schedule without a decay is a constant one"),
+        ({"kind": "wsd"}, 10, "a wsd learning-rate schedule without a decay is a constant one"),
         ({"warmup_steps": 3}, 3, ""),
         ({"kind": "wsd", "decay_steps": 5, "warmup_steps": 5}, 10, ""),
         ({"kind": "constant"}, 1, ""),
     ],
 )
 def test_a_schedule_longer_than_the_run_is_a_warning(schedule: dict[str, Any], num_steps: int, message: str) -> None:
-    found = check.schedule_warnings(LearningRateScheduleConfig(**schedule), num_steps)
+    found = check.learning_rate_schedule_warnings(LearningRateScheduleConfig(**schedule), num_steps)
     assert len(found) == bool(message)
     assert message in "".join(found)
 

@@ -19,9 +19,10 @@ from pydantic_core import PydanticUndefined
 
 from gradstream.coordinator.cli.app import COMMANDS, EPILOG, app
 from gradstream.core import errors
+from gradstream.core.recipe.files import load_tree
 from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe
 from gradstream.core.recipe.recipe import Recipe
-from gradstream.core.recipe.section import Section
+from gradstream.core.recipe.section import DERIVED, Section
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,6 +76,9 @@ def default(field: FieldInfo) -> str:
     """A key's default."""
     if field.is_required():
         return "needed"
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and DERIVED in extra:
+        return f"derived: {extra[DERIVED]}".replace("<", "&lt;").replace("|", "\\|")
     value = field.get_default(call_default_factory=True) if field.default_factory is None else field.default_factory()  # type: ignore[call-arg]
     if value is PydanticUndefined or isinstance(value, Section):
         return ""
@@ -104,19 +108,31 @@ def sections(model: type[Section], prefix: str = "") -> Iterator[tuple[str, type
                 yield from sections(part, f"{prefix}{name}.")
 
 
-def recipe_page(title: str, model: type[Section]) -> str:
-    """All keys of a kind of recipe."""
+def example(values: Any, key: str) -> str:
+    """What a recipe that comes along, resolved, has at a dotted key."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    if values is None or isinstance(values, dict):
+        return ""
+    return f"`{values}`".replace("|", "\\|")
+
+
+def recipe_page(title: str, model: type[Section], values: dict[str, Any]) -> str:
+    """All keys of a kind of recipe. `values`: of the recipe that the examples are from."""
     lines = [f"## {title}", ""]
     for prefix, section in sections(model):
         lines += [f"### `{prefix.rstrip('.')}`" if prefix else "### At the top", ""]
         if section.__doc__ and prefix:
             lines += [re.sub(r"\s+", " ", section.__doc__).strip(), ""]
-        lines += ["| key | type | default | what it does |", "|---|---|---|---|"]
+        lines += ["| key | type | default | what it does | example |", "|---|---|---|---|---|"]
         for name, field in section.model_fields.items():
             about = "; ".join(
                 filter(None, [(field.description or "").replace("|", "\\|").replace("<", "&lt;"), bounds(field)])
             )
-            lines.append(f"| `{prefix}{name}` | {kind(field.annotation)} | {default(field)} | {about} |")
+            lines.append(
+                f"| `{prefix}{name}` | {kind(field.annotation)} | {default(field)} | {about} "
+                f"| {example(values, prefix + name)} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -127,7 +143,15 @@ def recipes() -> str:
         "# Recipe keys\n\nA recipe is a YAML file. An unknown key is an error. `-s key=value` overrides a key on the "
         "command line.\n"
     )
-    return "\n".join([head, recipe_page("Training", Recipe), recipe_page("Fine-tuning", FineTuningRecipe)])
+    pages = [head]
+    for title, model, name in (
+        ("Training", Recipe, "stdlib-gpt"),
+        ("Fine-tuning", FineTuningRecipe, "stdlib-finetune"),
+    ):
+        values = load_tree(ROOT / "recipes" / f"{name}.yaml")
+        resolved = model.model_validate(values).model_dump(mode="json")
+        pages.append(recipe_page(title, model, resolved))
+    return "\n".join(pages)
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from support.bases import save_base
 from support.micro import MICRO_LLAMA
 
 from gradstream.coordinator.cli import main
+from gradstream.coordinator.cli.options import find_recipe
 from gradstream.core.data.manifest import DataShard, Manifest
+from gradstream.core.recipe.fine_tuning_recipe import load_any_recipe
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_what_a_recipe_leaves_out_is_shown(tmp_path: Path, data: Path, capsys: p
     ids = {key: value for key, value in shown["model"]["config"].items() if key.endswith("token_id")}
     assert ids == {"eos_token_id": 7, "bos_token_id": 7, "pad_token_id": None}
     batch = {key: shown["training"][key] for key in ("global_batch", "num_slots", "microbatch", "sequence_length")}
-    assert batch == {"global_batch": 4, "num_slots": 2, "microbatch": 2, "sequence_length": 32}
+    assert batch == {"global_batch": 4, "num_slots": 4, "microbatch": 1, "sequence_length": 32}
 
 
 def test_a_valid_recipe_with_something_odd(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,3 +112,15 @@ def test_a_base_that_is_elsewhere_is_left_to_the_service(tmp_path: Path, capsys:
     assert "gone is not on this machine; the service checks it" in capsys.readouterr().err
     assert main(["recipes", "validate", str(tmp_path / "task.yaml"), "-s", "base_model=job:a-1"]) == 0
     assert "base_model job:a-1 is a job's; the service checks it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stdlib-gpt", "stdlib-finetune"])
+def test_a_resolved_recipe_is_the_recipe_without_nulls(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipes", "show", name, "--resolved"]) == 0
+    shown = capsys.readouterr().out
+    assert "null" not in shown
+    assert "# num_epochs: derived: 3 where" in shown or "# tokenizer: derived: trained on the sources" in shown
+    (tmp_path / "resolved.yaml").write_text(shown)
+    assert load_any_recipe(tmp_path / "resolved.yaml") == load_any_recipe(find_recipe(name))

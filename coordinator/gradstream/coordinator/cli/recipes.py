@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +17,9 @@ from gradstream.coordinator.cli.options import (
     find_recipe,
 )
 from gradstream.coordinator.cli.views import terminal
+
+if TYPE_CHECKING:
+    from gradstream.core.recipe.section import Section
 
 app = group("Recipes: list, show and validate.")
 
@@ -61,13 +65,32 @@ def show(
     loaded = load_any_recipe(path, overrides or ())
     if isinstance(loaded, Recipe):
         loaded, _ = with_data(loaded)
-    tree = loaded.model_dump(mode="json")
     if output is OutputFormat.json:
-        terminal.print_json(tree)
+        terminal.print_json(loaded.model_dump(mode="json"))
         return
+    print("\n".join(resolved_lines(loaded)))
+
+
+def resolved_lines(section: Section, depth: int = 0) -> Iterator[str]:
+    """A recipe as YAML, with a comment in place of what is derived where the job begins."""
     import yaml
 
-    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+    from gradstream.core.recipe.section import DERIVED, Section
+
+    indent = "  " * depth
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if value is None:
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and DERIVED in extra:
+                yield f"{indent}# {name}: derived: {extra[DERIVED]}"
+        elif isinstance(value, Section):
+            yield f"{indent}{name}:"
+            yield from resolved_lines(value, depth + 1)
+        else:
+            plain = section.model_dump(mode="json", include={name})
+            text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+            yield from (f"{indent}{line}" for line in text.splitlines())
 
 
 @app.command()

@@ -23,7 +23,7 @@ from gradstream.core.recipe.recipe import (
     Recipe,
     check_sections,
 )
-from gradstream.core.recipe.section import NonNegative, Positive, Section
+from gradstream.core.recipe.section import NonNegative, Positive, Section, derived
 
 DEFAULT_EPOCHS = 3.0
 FEW_STEPS = 20
@@ -38,7 +38,9 @@ class ExamplesConfig(Section):
     """The task's data: JSONL or Parquet rows, or plain text."""
 
     path: str = Field(description="a file, a directory or a glob on any fsspec path: .jsonl, .parquet or text")
-    validation_path: str | None = Field(default=None, description="held-out rows; a share of `path` when absent")
+    validation_path: str | None = Field(
+        default=None, description="held-out rows", json_schema_extra=derived("validation_fraction of the rows of path")
+    )
     validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of rows held out, by their content")
     format: Literal["auto", "prompt-completion", "chat", "text"] = Field(
         default="auto", description="auto: by the fields of the first row that has any of those below"
@@ -57,8 +59,17 @@ class ExamplesConfig(Section):
 class FineTuningTraining(Section):
     """The batch. Of num_steps and num_epochs one is given."""
 
-    num_steps: Positive | None = Field(default=None, description="optimizer updates")
-    num_epochs: float | None = Field(default=None, gt=0, description="passes over the rows; 3 when neither is given")
+    num_steps: Positive | None = Field(
+        default=None,
+        description="optimizer updates",
+        json_schema_extra=derived("num_epochs times the rows, over global_batch"),
+    )
+    num_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="passes over the rows",
+        json_schema_extra=derived("3 where num_steps is not given either"),
+    )
     num_slots: Positive = Field(
         default=FINE_TUNING.num_slots,
         description="fixed parts of the global batch; where left out, as many of 2 as divide the batch",
@@ -69,7 +80,9 @@ class FineTuningTraining(Section):
         description="rows that go through the model at once; where left out, as many of 4 as divide a slot's",
     )
     sequence_length: Positive | None = Field(
-        default=None, description="tokens a row; 256, or the base's positions where these are fewer, when absent"
+        default=None,
+        description="tokens a row",
+        json_schema_extra=derived("256, or the base's positions where these are fewer"),
     )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="fp32, or bf16 autocast")
     recompute: bool = Field(default=False, description="recompute activations in the backward pass to save memory")
@@ -104,7 +117,12 @@ class FineTuningTraining(Section):
 class FineTuningOptimizer(OptimizerConfig):
     """As for pretraining, with other defaults."""
 
-    learning_rate: float | None = Field(default=None, gt=0, description="by method: lora 2e-4, full 2e-5")  # type: ignore[assignment]
+    learning_rate: float | None = Field(  # type: ignore[assignment]
+        default=None,
+        gt=0,
+        description="highest rate",
+        json_schema_extra=derived("2e-4 with method lora, 2e-5 with full"),
+    )
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="adamw only: decay of both moments")
     weight_decay: float = Field(default=0.0, ge=0, description="on matrices only, not on norms and biases")
 
@@ -112,7 +130,9 @@ class FineTuningOptimizer(OptimizerConfig):
 class FineTuningValidation(Section):
     """Validation passes, each with a checkpoint: the best one is the result."""
 
-    interval_steps: Positive | None = Field(default=None, description="a tenth of the job when absent")
+    interval_steps: Positive | None = Field(
+        default=None, description="steps between passes", json_schema_extra=derived("a tenth of the steps")
+    )
     patience: NonNegative = Field(default=0, description="passes without a new best after which the job ends; 0: never")
     num_exact_match: NonNegative = Field(
         default=32, description="held-out prompts completed before and after, to count exact matches"

@@ -25,7 +25,7 @@ from gradstream.core.recipe.defaults import (
 from gradstream.core.recipe.files import is_url
 from gradstream.core.recipe.fine_tuning import FineTuning, LoraConfig, with_new_key
 from gradstream.core.recipe.model_config import check_fields, check_special_ids
-from gradstream.core.recipe.section import NonNegative, Positive, Section
+from gradstream.core.recipe.section import NonNegative, Positive, Section, derived
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 S = TypeVar("S", bound=Section)
@@ -170,9 +170,15 @@ class PrepareConfig(Section):
     format: Literal["auto", "text", "jsonl", "json", "parquet"] = Field(
         default="auto", description="what the files hold; auto: by their names, then by their content"
     )
-    tokenizer: str | None = Field(default=None, description="path of a tokenizer.json; trained when absent")
+    tokenizer: str | None = Field(
+        default=None,
+        description="path of a tokenizer.json",
+        json_schema_extra=derived("trained on the sources, of vocab_size words"),
+    )
     end_of_text: str | int | None = Field(
-        default=None, description="token, or its id, that ends a document; default: by the files beside the tokenizer"
+        default=None,
+        description="token, or its id, that ends a document",
+        json_schema_extra=derived("what the files beside the tokenizer say; <|endoftext|> of one that is trained"),
     )
     vocab_size: Positive = Field(
         default=defaults.VOCABULARY_SIZE, description="size of the byte-level BPE to train; at most the model's"
@@ -182,7 +188,8 @@ class PrepareConfig(Section):
         default=None,
         ge=0,
         lt=1,
-        description="share of documents held out; default: 0.02, of less than 3 MiB of text more, up to 0.1",
+        description="share of documents held out",
+        json_schema_extra=derived("0.02; of less than 3 MiB of text more, up to 0.1"),
     )
     num_shards: Positive = Field(
         default=defaults.NUM_SHARDS, description="data shards of a split; a split with fewer documents has fewer"

@@ -9,7 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
+DERIVED = "derived"
 NonNegative = Annotated[int, Field(ge=0)]
+
+
+def derived(how: str) -> dict[str, Any]:
+    """The `json_schema_extra` of a key that follows from others where it is not given, as `how` says."""
+    return {DERIVED: how}
 
 
 class Section(BaseModel):

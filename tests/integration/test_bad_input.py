@@ -33,7 +33,7 @@ from gradstream.core import __version__
 from gradstream.core.checkpoint.manifest import WEIGHT
 from gradstream.core.checkpoint.shard import CheckpointReader
 from gradstream.core.errors import ConfigError
-from gradstream.core.node.session import NodeIdentity, NodeSession
+from gradstream.core.node.session import NodeIdentity, NodeSession, SessionSettings
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.wire.frames import frames
 from gradstream.core.wire.stubs import ParameterServerStub
@@ -477,7 +477,7 @@ def test_node_of_another_version(cluster: Cluster, monkeypatch: pytest.MonkeyPat
     async def register() -> None:
         async def ignore(_: coordinator_pb2.SessionResponse) -> None: ...
 
-        await NodeSession(cluster.address, identity, coordinator_pb2.Activity, list, ignore).run()
+        await NodeSession(SessionSettings(cluster.address), identity, coordinator_pb2.Activity, list, ignore).run()
 
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$") as refusal:
         asyncio.run(register())

@@ -18,7 +18,7 @@ from gradstream.coordinator.timing import Timing
 from gradstream.core.checkpoint import shard as checkpoint_shard
 from gradstream.core.checkpoint.manifest import directory_of
 from gradstream.core.data.manifest import DataShard, Manifest
-from gradstream.core.node.session import NodeIdentity, NodeSession
+from gradstream.core.node.session import NodeIdentity, NodeSession, SessionSettings
 from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.rpc.channel import open_channel
@@ -130,7 +130,9 @@ class FakeNode:
         self._connect(address)
 
     def _connect(self, address: str) -> None:
-        self.session = NodeSession(address, self.identity, lambda: self.activity, self._held, self._take)
+        self.session = NodeSession(
+            SessionSettings(address), self.identity, lambda: self.activity, self._held, self._take
+        )
         self.task = asyncio.create_task(self.session.run())
 
     def _held(self) -> list[coordinator_pb2.HeldJob]:

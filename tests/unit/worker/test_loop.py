@@ -11,8 +11,7 @@ import torch
 
 from gradstream.core import log
 from gradstream.core.node.faults import Faults
-from gradstream.core.node.session import NodeIdentity
-from gradstream.core.rpc.transport import PLAIN
+from gradstream.core.node.session import NodeIdentity, SessionSettings
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.worker import process
 from gradstream.worker.process import Worker
@@ -21,7 +20,7 @@ from gradstream.worker.process import Worker
 async def test_a_worker_whose_device_hangs_ends_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "DROP_SECONDS", 0.2)
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, "w", "127.0.0.1:1", 1 << 30, "cpu")
-    worker = Worker("127.0.0.1:9", identity, torch.device("cpu"), tmp_path, Faults(), log.LogBuffer(), PLAIN)
+    worker = Worker(SessionSettings("127.0.0.1:9", log.LogBuffer()), identity, torch.device("cpu"), tmp_path, Faults())
     computed = threading.Event()
 
     async def computes() -> None:

@@ -16,7 +16,7 @@ from gradstream.core.machine.speed import measure_flops
 from gradstream.core.model.model import preload
 from gradstream.core.node import probe, process
 from gradstream.core.node.faults import Faults
-from gradstream.core.node.session import GRACE_SECONDS, NodeIdentity, NodeSession
+from gradstream.core.node.session import GRACE_SECONDS, NodeIdentity, NodeSession, SessionSettings
 from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.access import WORKER
 from gradstream.core.rpc.token_sources import FollowingServer
@@ -39,26 +39,13 @@ class Worker:
 
     def __init__(
         self,
-        coordinator: str,
+        settings: SessionSettings,
         identity: NodeIdentity,
         device: torch.device,
         cache_directory: Path,
         faults: Faults,
-        log_buffer: LogBuffer,
-        transport: Transport,
-        grace_seconds: float = GRACE_SECONDS,
     ):
-        self.session = NodeSession(
-            coordinator,
-            identity,
-            self._activity,
-            self._held,
-            self._on_directive,
-            log_buffer,
-            transport,
-            self._drain,
-            grace_seconds,
-        )
+        self.session = NodeSession(settings, identity, self._activity, self._held, self._on_directive, self._drain)
         self._device = device
         self._cache_directory = cache_directory
         self._faults = faults
@@ -187,7 +174,8 @@ async def serve(
     flops = await asyncio.to_thread(measure_flops, picked)
     identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, door.address, memory_bytes, described, flops)
     identity.disk_directory = lambda: cache_directory
-    node = Worker(coordinator, identity, picked, cache_directory, Faults(), log_buffer, transport, grace_seconds)
+    settings = SessionSettings(coordinator, log_buffer, transport, grace_seconds)
+    node = Worker(settings, identity, picked, cache_directory, Faults())
     add_worker(node.servicer, door.server)
     probe.add_probe(door.server, WORKER, identity.disk_directory)
     health = process.Health(door.server)

@@ -52,6 +52,16 @@ class NodeIdentity:
     """Where it writes, for `gradstream doctor`."""
 
 
+@dataclass(frozen=True)
+class SessionSettings:
+    """How a node reaches its coordinator, what log it sends along, and how long it may take to finish when it ends."""
+
+    coordinator_address: str
+    log_buffer: LogBuffer | None = None
+    transport: Transport = PLAIN
+    grace_seconds: float = GRACE_SECONDS
+
+
 class NodeSession:
     """Keeps one node registered. `run` returns when `leave` was called.
 
@@ -62,17 +72,14 @@ class NodeSession:
 
     def __init__(
         self,
-        coordinator_address: str,
+        settings: SessionSettings,
         identity: NodeIdentity,
         activity: Callable[[], coordinator_pb2.Activity],
         held: Callable[[], list[coordinator_pb2.HeldJob]],
         on_directive: Callable[[coordinator_pb2.SessionResponse], Awaitable[None]],
-        log_buffer: LogBuffer | None = None,
-        transport: Transport = PLAIN,
         drain: Callable[[], Awaitable[None]] | None = None,
-        grace_seconds: float = GRACE_SECONDS,
     ):
-        self.coordinator_address = coordinator_address
+        self.coordinator_address = settings.coordinator_address
         self.identity = identity
         self.node_id = ""
         self.unreachable_since: float | None = None
@@ -81,16 +88,16 @@ class NodeSession:
         self._activity = activity
         self._held = held
         self._on_directive = on_directive
-        self._log_buffer = log_buffer
+        self._log_buffer = settings.log_buffer
         self._wake = asyncio.Event()
         self._leaving = False
         self._left = asyncio.Event()
         self._drain = drain
-        self._grace_seconds = grace_seconds
+        self._grace_seconds = settings.grace_seconds
         self._ending: asyncio.Task[None] | None = None
         self._reports: set[asyncio.Future[None]] = set()
-        self.transport = transport
-        self.channel = open_channel(coordinator_address, COORDINATOR, transport)
+        self.transport = settings.transport
+        self.channel = open_channel(self.coordinator_address, COORDINATOR, self.transport)
         self.stub = coordinator_pb2_grpc.CoordinatorServiceStub(self.channel)
         self._storage = StorageThreads()
         self._vitals = VitalsWatch(self.channel, identity.disk_directory)

@@ -19,14 +19,14 @@ from gradstream.core.machine.facts import arithmetic_threads
 from gradstream.core.model import model
 from gradstream.core.node import probe, process
 from gradstream.core.node.faults import Faults
-from gradstream.core.node.session import GRACE_SECONDS, NodeIdentity, NodeSession
+from gradstream.core.node.session import GRACE_SECONDS, NodeIdentity, NodeSession, SessionSettings
 from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.access import SERVER
 from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS, open_channel
 from gradstream.core.rpc.errors import error_from_rpc, refused_for_good
 from gradstream.core.rpc.retry import Backoff
 from gradstream.core.rpc.token_sources import FollowingServer
-from gradstream.core.rpc.transport import PLAIN, Transport
+from gradstream.core.rpc.transport import Transport
 from gradstream.core.wire.stream_limits import MAX_STREAM_MESSAGE_BYTES
 from gradstream.core.wire.stubs import ParameterServerStub, add_parameter_server
 from gradstream.proto.v1 import coordinator_pb2
@@ -46,28 +46,15 @@ class ParameterServer:
 
     def __init__(
         self,
-        coordinator: str,
+        settings: SessionSettings,
         identity: NodeIdentity,
-        log_buffer: LogBuffer,
         num_threads: int,
-        transport: Transport = PLAIN,
-        grace_seconds: float = GRACE_SECONDS,
     ):
         # Reductions, such as the squared norms, must not depend on the machine's number of cores.
         torch.set_num_threads(1)
         self.shard: Shard | None = None
         self.servicer = ParameterServerServicer(lambda: self.shard)
-        self.session = NodeSession(
-            coordinator,
-            identity,
-            self._activity,
-            self._held,
-            self._on_directive,
-            log_buffer,
-            transport,
-            self._drain,
-            grace_seconds,
-        )
+        self.session = NodeSession(settings, identity, self._activity, self._held, self._on_directive, self._drain)
         self._executor = ThreadPoolExecutor(num_threads, "tensor")
         # A future in the queue is a marker: it is done when all reports before it are sent.
         self._step_reports: asyncio.Queue[coordinator_pb2.ReportStepRequest | asyncio.Future[None]] = asyncio.Queue(
@@ -249,9 +236,8 @@ async def serve(
         coordinator_pb2.NODE_KIND_PARAMETER_SERVER, name, advertise or door.address, memory_bytes, "cpu"
     )
     identity.disk_directory = lambda: node.checkpoint_directory
-    node = ParameterServer(
-        coordinator, identity, log_buffer, num_threads or arithmetic_threads(), transport, grace_seconds
-    )
+    settings = SessionSettings(coordinator, log_buffer, transport, grace_seconds)
+    node = ParameterServer(settings, identity, num_threads or arithmetic_threads())
     add_parameter_server(node.servicer, door.server)
     probe.add_probe(door.server, SERVER, identity.disk_directory)
     health = process.Health(door.server, HEALTH_SERVICE)

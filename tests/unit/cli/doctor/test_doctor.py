@@ -28,7 +28,7 @@ from gradstream.coordinator.timing import Timing
 from gradstream.core.credentials.tls_diagnosis import Cause, Identity
 from gradstream.core.errors import ConfigError
 from gradstream.core.node import probe, session
-from gradstream.core.node.session import NodeIdentity, NodeSession
+from gradstream.core.node.session import NodeIdentity, NodeSession, SessionSettings
 from gradstream.core.rpc import access
 from gradstream.core.rpc import errors as rpc_errors
 from gradstream.core.rpc.channel import SERVER_OPTIONS, listen, new_server, open_channel
@@ -76,7 +76,7 @@ async def _idle(directive: Any) -> None: ...
 async def node_at(address: str, coordinator: str, kind: Any, name: str, disk: Path) -> AsyncIterator[None]:
     """A node that registers and sends heartbeats as real ones do, and has told of itself once."""
     identity = NodeIdentity(kind, name, address, 1 << 30, "cpu", disk_directory=lambda: disk)
-    made = NodeSession(coordinator, identity, coordinator_pb2.Activity, list, _idle)
+    made = NodeSession(SessionSettings(coordinator), identity, coordinator_pb2.Activity, list, _idle)
     task = asyncio.create_task(made.run())
     async with open_channel(coordinator) as channel:
         stub: Any = jobs_pb2_grpc.JobsServiceStub(channel)
@@ -159,7 +159,7 @@ async def test_a_node_of_another_version_is_named(tmp_path: Path, monkeypatch: p
             patch.setattr(session, "__version__", "0.0.9")
             identity = NodeIdentity(WORKER, "old", "127.0.0.1:1", 1 << 30, "cpu")
             with pytest.raises(ConfigError):
-                await NodeSession(coordinator, identity, coordinator_pb2.Activity, list, _idle).run()
+                await NodeSession(SessionSettings(coordinator), identity, coordinator_pb2.Activity, list, _idle).run()
         checks = diagnose(await gather(Targets(coordinator)))
         refused = next(check for check in checks if check.name == "worker old")
         assert refused.result == "fail"

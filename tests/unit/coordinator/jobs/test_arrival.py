@@ -23,7 +23,7 @@ from gradstream.core.errors import (
     ProtocolError,
     UnreachableError,
 )
-from gradstream.core.node.session import NodeIdentity
+from gradstream.core.node.session import NodeIdentity, SessionSettings
 from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS
 from gradstream.core.rpc.errors import error_from_rpc, is_passing
 from gradstream.proto.v1 import jobs_pb2
@@ -157,7 +157,9 @@ async def _await(call: Any) -> Any:
 async def real_server(cluster: Cluster, grace_seconds: float) -> AsyncIterator[tuple[ParameterServer, Any]]:
     """A parameter server that holds its shard of a running job; beside it a scripted one and a scripted worker."""
     identity = NodeIdentity(SERVER, "ps-real", "127.0.0.1:1", 1 << 30, "cpu")
-    server = ParameterServer(cluster.address, identity, log.LogBuffer(), 1, grace_seconds=grace_seconds)
+    server = ParameterServer(
+        SessionSettings(cluster.address, log.LogBuffer(), grace_seconds=grace_seconds), identity, 1
+    )
     running = asyncio.create_task(server.run())
     try:
         cluster.node(SERVER, "ps-0")

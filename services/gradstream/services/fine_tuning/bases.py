@@ -1,4 +1,4 @@
-"""From what a recipe calls its base to a directory that stays."""
+"""Finds the base that a recipe names, and keeps its directory for as long as the base is used."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ _found_lock = threading.Lock()
 
 
 def find_base(path: str, title: str) -> tuple[Base, dict[str, Any]]:
-    """The base in a directory and its config. Its files are hashed once, and again when one of them has changed.
+    """Find the base in a directory; return it and its config.
 
-    Raises ConfigError or CheckpointError when it cannot be used.
+    The base's files are hashed once, and again when one of them has changed. Raises ConfigError or CheckpointError when
+    the base cannot be used.
     """
     if not files.is_local(path):
         return base_model.find_base(path, title)
-    stamps = _stamps(path)  # before anything is read: what changes meanwhile is seen at the next look
+    stamps = _stamps(path)  # taken before reading: a change during the read is noticed at the next call
     with _found_lock:
         known = _found.get(path)
     if known is None or (known[0], known[1]) != (stamps, _tokenizer_stamps(known[2])):
         base, config = base_model.find_base(path, title)
         elsewhere = _tokenizer_stamps(base)
-        record_tokenizer(base)  # that of another directory may have changed before its stamps were taken
+        record_tokenizer(base)  # a tokenizer in another directory may have changed before its stamps were taken
         with _found_lock:
             _found[path] = known = (stamps, elsewhere, base, config)
             while len(_found) > MAX_FOUND:
@@ -55,17 +56,18 @@ def find_base(path: str, title: str) -> tuple[Base, dict[str, Any]]:
 
 
 def looked_at(path: str) -> None:
-    """Look at a directory, so that one whose storage hangs is known to before others wait for it. Blocking."""
-    with suppress(Exception):  # who reads it says it better
+    """Access a directory to find out whether its storage answers, before others wait for it. Blocking."""
+    with suppress(Exception):  # the code that reads the directory reports errors in more detail
         files.list_names(path)
 
 
 @asynccontextmanager
 async def held_base(jobs: CoordinatorJobs, base_model: str) -> AsyncIterator[tuple[str, str]]:
-    """Directory and title of what a recipe calls its base: a path, `job:ID@VERSION`, or `job:ID`, which is a running
-    job's current version, and the last one of any other. A job's checkpoint is not removed while it is read inside.
+    """Yield directory and title of the base that a recipe names.
 
-    Raises ConfigError for a job that there is not, CheckpointError for one without that checkpoint.
+    `base_model` is a path, `job:ID@VERSION`, or `job:ID`, which means the current version of a running job and the last
+    version of any other. A job's checkpoint is not removed inside the `with` block. Raises ConfigError for an unknown
+    job, CheckpointError for a job without that checkpoint.
     """
     if not base_model.startswith("job:"):
         yield base_model, base_model
@@ -74,7 +76,7 @@ async def held_base(jobs: CoordinatorJobs, base_model: str) -> AsyncIterator[tup
     if match is None:
         raise ConfigError(f"base_model '{base_model}' is not of the form job:ID or job:ID@VERSION")
     if match[2] is None and (await jobs.get(match[1])).state == RUNNING:
-        # It may rest, or end, by the time that it is asked; then its last checkpoint is the newest there is.
+        # The job may rest or end before the request arrives. Then its last checkpoint is the newest.
         with suppress(ConfigError, CheckpointError):
             await jobs.checkpoint(match[1])
     async with jobs.held(match[1], int(match[2]) if match[2] is not None else None) as checkpoint:
@@ -82,9 +84,10 @@ async def held_base(jobs: CoordinatorJobs, base_model: str) -> AsyncIterator[tup
 
 
 async def keep_base(jobs: CoordinatorJobs, base_model: str, directory: Path) -> tuple[str, str]:
-    """As held_base; a job's checkpoint is kept in `directory`, for a job removes its old ones as it goes on.
+    """Find a base as `held_base` does, and keep a job's checkpoint in `directory`.
 
-    Files are linked, so they take no more room; where that cannot be, they are copied.
+    The checkpoint is kept because a job removes its old checkpoints as it goes on. Files are linked, which takes no
+    more room; where linking is impossible they are copied.
     """
     async with held_base(jobs, base_model) as (path, title):
         if not base_model.startswith("job:") or not files.is_local(path):
@@ -97,7 +100,7 @@ async def keep_base(jobs: CoordinatorJobs, base_model: str, directory: Path) -> 
 
 
 def _link(source: Path, destination: Path) -> None:
-    """Link a checkpoint's files, or copy them. Raises FileNotFoundError when it is removed meanwhile."""
+    """Link a checkpoint's files, or copy them. Raises FileNotFoundError when the checkpoint is removed meanwhile."""
     shutil.rmtree(destination, ignore_errors=True)
     files.make_local_directory(destination)
     for path in sorted(source.iterdir()):
@@ -105,8 +108,8 @@ def _link(source: Path, destination: Path) -> None:
             continue
         with files.open_local(str(path)) as stream:
             try:
-                # The file that was opened, whatever its name leads to by now. Only with a descriptor does Python have
-                # the link followed.
+                # Links the opened file even if its name now leads to another. Only with src_dir_fd does Python follow
+                # the link in /proc.
                 number = stream.fileno()
                 os.link(f"/proc/self/fd/{number}", destination / path.name, src_dir_fd=number)
             except OSError:
@@ -114,26 +117,26 @@ def _link(source: Path, destination: Path) -> None:
                     shutil.copyfileobj(stream, copy)
                     copy.flush()
                     os.fsync(copy.fileno())
-    # The manifest is removed first: while it is there all files are.
+    # A checkpoint's manifest is removed first, so while it exists all files exist.
     os.stat(source / MANIFEST_NAME)
     files.sync_directory(destination)
 
 
 def _stamps(path: str) -> list[_Stamp]:
-    """What changes when a file of a directory, or of one in it, does; empty when there is no such directory."""
+    """Stamps that change when a file of a directory, or of its templates directory, changes; empty if it is missing."""
     directory, entries = Path(local_of(path)), []
-    with suppress(OSError, ValueError):  # who reads it says it better
+    with suppress(OSError, ValueError):  # the code that reads the directory reports errors in more detail
         entries = sorted((*directory.iterdir(), *directory.glob(f"{TEMPLATES_DIRECTORY}/*")))
     found = []
     for entry in entries:
         with suppress(OSError):  # a link that leads nowhere, or in a circle
             stat = entry.stat()
-            # The time of change cannot be set back, unlike that of modification.
+            # The change time (ctime) cannot be set back, unlike the modification time.
             found.append((str(entry), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     return found
 
 
 def _tokenizer_stamps(base: Base) -> list[_Stamp]:
-    """The same of the directory that a checkpoint's tokenizer comes from, where that is another."""
+    """The stamps of the directory of a checkpoint's tokenizer, if that is another directory."""
     elsewhere = base.tokenizer.directory if base.tokenizer is not None else base.path
     return _stamps(elsewhere) if elsewhere != base.path and files.is_local(elsewhere) else []

@@ -1,4 +1,4 @@
-"""The coordinator as the fine-tuning service uses it."""
+"""The fine-tuning service's client of the coordinator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = get_logger()
 
 
 class CoordinatorJobs:
-    """Jobs of a coordinator. Methods raise the coordinator's error, UnreachableError when it does not answer."""
+    """Calls a coordinator about jobs. Methods raise its errors, and UnreachableError when it does not answer."""
 
     def __init__(self, address: str, transport: Transport = PLAIN):
         self.address = address
@@ -42,19 +42,19 @@ class CoordinatorJobs:
         await self.channel.close(None)
 
     async def check(self) -> None:
-        """Raise UnreachableError when the coordinator does not answer, CredentialsError when they are why."""
+        """Raise UnreachableError when the coordinator does not answer, CredentialsError if credentials cause that."""
         try:
             await self._call(self._stub.ListNodes, jobs_pb2.ListNodesRequest())
         except UnreachableError as error:
             raise await why_unreachable(self.address, COORDINATOR, self._transport) or error from None
 
     async def submit(self, recipe: Recipe, request_id: str) -> jobs_pb2.Job:
-        """Queue a job; the same one again for a request id that was taken."""
+        """Queue a job. Idempotent: for a known request id the same job is returned."""
         request = jobs_pb2.SubmitJobRequest(recipe_json=recipe.model_dump_json(), request_id=request_id)
         return (await self._call(self._stub.SubmitJob, request)).job
 
     async def all(self) -> list[jobs_pb2.Job]:
-        """All jobs, newest first."""
+        """List all jobs, newest first."""
         found: list[jobs_pb2.Job] = []
         request = jobs_pb2.ListJobsRequest()
         while True:
@@ -65,7 +65,7 @@ class CoordinatorJobs:
             request.page_token = page.next_page_token
 
     async def find(self, recipe: Recipe) -> jobs_pb2.Job | None:
-        """The job of exactly this recipe, if it was submitted."""
+        """Find the job with exactly this recipe; None if there is none."""
         for job in await self.all():
             try:
                 if job.name == recipe.name and parse_recipe(job.recipe_json) == recipe:
@@ -75,36 +75,40 @@ class CoordinatorJobs:
         return None
 
     async def get(self, job_id: str) -> jobs_pb2.Job:
-        """One job."""
+        """Get a job by its id."""
         return (await self._call(self._stub.GetJob, jobs_pb2.GetJobRequest(job_id=job_id))).job
 
     async def pause(self, job_id: str) -> jobs_pb2.Job:
-        """Pause at the next step boundary."""
+        """Pause a job at the next step boundary."""
         return (await self._call(self._stub.PauseJob, jobs_pb2.PauseJobRequest(job_id=job_id))).job
 
     async def resume(self, job_id: str) -> jobs_pb2.Job:
-        """Go on."""
+        """Resume a job."""
         return (await self._call(self._stub.ResumeJob, jobs_pb2.ResumeJobRequest(job_id=job_id))).job
 
     async def stop(self, job_id: str) -> jobs_pb2.Job:
-        """End at once."""
+        """Stop a job at once."""
         return (await self._call(self._stub.StopJob, jobs_pb2.StopJobRequest(job_id=job_id, now=True))).job
 
     async def checkpoint(self, job_id: str) -> None:
-        """Have a running job write a checkpoint at its next step, however long that takes. Raises ConfigError when it
-        does not run, CheckpointError when it rests or ends before."""
-        # No deadline: a step may take minutes. Keepalive finds out whether the coordinator is there.
+        """Have a running job write a checkpoint at its next step, and wait for it without a deadline.
+
+        Raises ConfigError when the job is not running, CheckpointError when it rests or ends before that step.
+        """
+        # No deadline: a step may take minutes. Keepalive detects a lost coordinator.
         await self._call(self._stub.CheckpointJob, jobs_pb2.CheckpointJobRequest(job_id=job_id), None)
 
     async def checkpoints(self, job_id: str) -> list[jobs_pb2.Checkpoint]:
-        """A job's checkpoints, oldest first."""
+        """List a job's checkpoints, oldest first."""
         request = jobs_pb2.ListCheckpointsRequest(job_id=job_id)
         return list((await self._call(self._stub.ListCheckpoints, request)).checkpoints)
 
     @asynccontextmanager
     async def held(self, job_id: str, version: int | None = None) -> AsyncIterator[jobs_pb2.Checkpoint]:
-        """A job's checkpoint, by default the last one, which is not removed as long as it is read inside. A coordinator
-        that was restarted meanwhile is asked again."""
+        """Yield a job's checkpoint, by default the last one, and keep it from being removed inside the `with` block.
+
+        The request is repeated when the coordinator has restarted in the meantime.
+        """
         kept: asyncio.Future[jobs_pb2.Checkpoint] = asyncio.get_running_loop().create_future()
         holding = asyncio.create_task(self._hold(job_id, version, kept))
         try:
@@ -135,8 +139,10 @@ class CoordinatorJobs:
             await asyncio.sleep(backoff.next())
 
     async def watch(self, job_id: str) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
-        """A job's history from its beginning, each item once, until it has ended; waits for a coordinator that is
-        away."""
+        """Stream a job's history from its beginning until the job has ended, each item once.
+
+        Waits while the coordinator is away.
+        """
         cursor = 0
         backoff = Backoff()
         while True:
@@ -148,7 +154,7 @@ class CoordinatorJobs:
                         if item.cursor > cursor:
                             cursor = item.cursor
                             yield item
-                # A coordinator that shuts down may end a stream in good order too.
+                # A coordinator that shuts down may also end a stream without an error.
                 if (await self.get(job_id)).state in job_states.ENDED:
                     return
             except grpc.aio.AioRpcError as rpc_error:
@@ -161,8 +167,10 @@ class CoordinatorJobs:
             await asyncio.sleep(backoff.next())
 
     async def patiently(self, call: Callable[[], Awaitable[T]], on_wait: Callable[[str], object]) -> T:
-        """The result of `call`, which is made again for as long as the coordinator does not answer, or refuses for a
-        reason that passes; `on_wait` is told for whom one waits, and since when."""
+        """Return the result of `call`; retry while the coordinator is away, or refuses for a reason that passes.
+
+        `on_wait` is called with a text that names the coordinator and the time since which the call waits.
+        """
         backoff = Backoff()
         since = ""
         while True:

@@ -1,7 +1,7 @@
-"""The life of each fine-tuning: prepare its data, submit its job, follow it, evaluate its result.
+"""Runs the phases of each fine-tuning: prepare its data, submit its job, follow the job, evaluate its result.
 
-What is to be done next follows from the record alone (`lifecycle.next_phase`), and each phase notes what it has brought
-about before the next begins. So a service that is killed at any moment goes on where it was.
+The next phase follows from the record alone (`lifecycle.next_phase`), and each phase records its result before the next
+begins. So a service that was killed at any moment continues where it stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 MAX_CHOICES = 5
 CHOICE_SECONDS = 0.5
-MAX_RETRY_SECONDS = 5.0  # between two attempts to write a record to a full disk
+MAX_RETRY_SECONDS = 5.0  # longest pause between two attempts to write a record to a full disk
 
 log = get_logger()
 
@@ -59,33 +59,33 @@ class FineTunings:
         self._pushed_bytes: dict[str, int] = {}
         self._troubles: dict[str, str] = {}
         self._storage = StorageThreads()
-        # Both take a core and the memory of a model or a data set.
+        # One at a time: each takes a core, and memory for a data set or a model.
         self._preparing = asyncio.Semaphore(1)
         self._evaluating = asyncio.Semaphore(1)
 
     def start(self) -> None:
-        """Go on with all that have not ended."""
+        """Resume all fine-tunings that have not ended."""
         for record in self.store.all():
             if not record.has_ended:
                 log.info("goes on", fine_tuning=record.name, state=record.state, next=next_phase(record).value)
                 self._drive(record.name)
 
     async def close(self) -> None:
-        """Stop what is under way; the next service goes on with it."""
+        """Stop all work; the next service resumes it."""
         tasks = [*self._drivers.values(), *self._before.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def shown(self, record: Record) -> Record:
-        """A record as people see it: with why it is no longer written, if that is so."""
+        """Return a record for people. If its changes cannot be written, its reason says why."""
         trouble = self._troubles.get(record.name)
         return record.changed(reason=f"{trouble} (before that: {record.reason})") if trouble else record
 
-    # -- what people ask -------------------------------------------------------------------------------------------
+    # -- people's requests -----------------------------------------------------------------------------------------
 
     def find(self, name: str) -> Record:
-        """The record, the newest for an empty name. Raises ConfigError that suggests the nearest."""
+        """Find a record by its name; an empty name means the newest. Raises ConfigError that suggests the nearest."""
         record = self.store.get(name)
         if record is not None:
             return record
@@ -98,9 +98,9 @@ class FineTunings:
         raise ConfigError(f"there is no fine-tuning '{name[:100]}'{near or '; `gradstream finetune ls` lists them'}")
 
     async def create(self, asked: FineTuningRecipe, request_id: str = "") -> Record:
-        """Note a new one, whose data was found, and begin; the one that the same request has made before as it is.
+        """Record a new fine-tuning, whose data was found, and begin it. A repeated request returns the existing one.
 
-        Raises ConfigError when the name is taken or the recipe wrong.
+        Raises ConfigError when the name is taken or the recipe is wrong.
         """
         check_recipe(asked, None, {})
         async with self._requests.one_at_a_time(request_id), self._lock(asked.name):
@@ -108,7 +108,7 @@ class FineTunings:
             if made is not None:
                 return made
             old = self.store.get(asked.name)
-            # One that ended before it had a job has made nothing that could be lost.
+            # A fine-tuning that ended before it had a job may be replaced: it has no result.
             if old is not None and not (old.has_ended and not old.job_id):
                 again = ", or go on with it: gradstream finetune resume" if old.state in ("failed", "cancelled") else ""
                 raise ConfigError(
@@ -138,7 +138,7 @@ class FineTunings:
         return record
 
     async def resume(self, name: str) -> Record:
-        """Go on with a paused, failed or cancelled one. Raises ConfigError when there is nothing to resume."""
+        """Resume a paused, failed or cancelled fine-tuning. Raises ConfigError when there is nothing to resume."""
         async with self._lock(self._named(name)):
             record = self.find(name)
             if record.state == "finished" or (not record.has_ended and next_phase(record) is not Phase.FOLLOW):
@@ -155,18 +155,18 @@ class FineTunings:
             return self._restart(name, state="evaluating", reason="resumed")
 
     async def cancel(self, name: str) -> Record:
-        """End it at once. Raises ConfigError when it has ended."""
+        """Cancel a fine-tuning at once. Raises ConfigError when it has ended."""
         async with self._lock(self._named(name)):
             record = self.find(name)
             if record.has_ended:
                 raise ConfigError(f"{name} is already {record.state}")
             job_id = record.job_id
             if not job_id and record.job_recipe_json:
-                # A service that was killed may have submitted it and not noted so.
+                # A service that was killed may have submitted the job without recording it.
                 job = await self._jobs.find(parse_recipe(record.job_recipe_json))
                 job_id = job.job_id if job is not None else ""
             if job_id:
-                # It may just have ended.
+                # The job may just have ended.
                 with suppress(ConfigError):
                     await self._jobs.stop(job_id)
             if self.find(name).has_ended:
@@ -178,9 +178,9 @@ class FineTunings:
             return cancelled
 
     async def follow(self, name: str) -> AsyncIterator[Record]:
-        """The record now and after each change, until it has ended."""
+        """Yield the record now and after each change, until the fine-tuning has ended."""
         while True:
-            # Taken before reading, so that what changes in between is not slept through.
+            # Taken before the record is read, so that no change in between is missed.
             change = self._changes.setdefault(self._named(name), asyncio.Event())
             record = self.find(name)
             yield record
@@ -189,8 +189,10 @@ class FineTunings:
             await change.wait()
 
     def checkpoint(self, name: str, version: int | None = None) -> tuple[int, str]:
-        """Version and directory of a result: the best, or the one of `version`. Raises CheckpointError when it is not
-        there."""
+        """Return version and directory of the best result, or of the result at `version`.
+
+        Raises CheckpointError when there is no such result.
+        """
         record = self.find(name)
         wanted = version if version is not None else record.best_version
         if wanted is None:
@@ -205,7 +207,7 @@ class FineTunings:
 
     @asynccontextmanager
     async def held_checkpoint(self, name: str, version: int | None = None) -> AsyncIterator[tuple[int, str]]:
-        """As `checkpoint`; what is chosen is not removed while it is read inside."""
+        """Choose a result as `checkpoint` does, and keep it from being removed inside the `with` block."""
         async with AsyncExitStack() as stack:
             for attempts_left in reversed(range(MAX_CHOICES)):
                 chosen, path = self.checkpoint(name, version)
@@ -213,18 +215,18 @@ class FineTunings:
                     await stack.enter_async_context(self._jobs.held(self.find(name).job_id, chosen))
                     break
                 except CheckpointError:
-                    # It was removed since it was the best: of the better one the job's history tells in a moment.
+                    # The checkpoint was removed because a better one exists; the job's history will show that one soon.
                     if version is not None or not attempts_left:
                         raise
                     await asyncio.sleep(CHOICE_SECONDS)
                 except GradstreamError as error:
-                    # A coordinator that is away, or does not know the job, removes nothing of it.
+                    # A coordinator that is away, or does not know the job, does not remove its checkpoints.
                     log.info("a checkpoint is read without being held", fine_tuning=name, cause=one_line(error))
                     break
             yield chosen, path
 
     def pushed_bytes(self, record: Record) -> int:
-        """Payload bytes of the last step known of."""
+        """Payload bytes pushed in the last step that is known."""
         return self._pushed_bytes.get(record.name, record.pushed_bytes_per_step)
 
     # -- phases ----------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ class FineTunings:
                     backoff.reset()
             except UnwrittenError as error:
                 self._note_trouble(name, one_line(error))
-                # Then the phase begins again, as it does in a service that was killed here.
+                # The phase begins again, as it would after a restart of the service.
                 await asyncio.sleep(backoff.next())
             except (GradstreamError, OSError) as error:
                 failure = one_line(error)
@@ -268,17 +270,17 @@ class FineTunings:
 
     async def _prepare(self, name: str) -> None:
         asked = parse_fine_tuning_recipe(self.find(name).recipe_json)
-        # 1. The base. One that was found before is the one to go on with.
+        # 1. The base. If a base was recorded before, the files must still be the same.
         noted = self.find(name).base
         if noted is not None:
             path, title = noted.path, noted.title
         else:
             kept = self.store.directory(name) / "base"
             path, title = await self._patiently(name, lambda: keep_base(self._jobs, asked.base_model, kept))
-        # Others wait while this one reads: not for storage that hangs.
+        # Others wait while this fine-tuning reads. Make sure first that its storage answers.
         await answered(self._storage, path, asked.data, lambda why: self._note(name, reason=why))
         if self._preparing.locked():
-            self._note(name, reason="waits for the examples of another one to be prepared")
+            self._note(name, reason="waits until another fine-tuning's examples are prepared")
         async with self._preparing:
             self._note(name, reason="its base is being checked")
             base, config = await in_thread(find_base, path, title)
@@ -304,7 +306,7 @@ class FineTunings:
         recipe = parse_recipe(record.job_recipe_json)
 
         async def submit() -> None:
-            # The lock keeps a request to cancel from coming between submission and note.
+            # The lock keeps a request to cancel from coming between the submission and its record.
             async with self._lock(name):
                 job = await self._jobs.find(recipe) or await self._jobs.submit(recipe, submission_id(record))
                 steps = recipe.training.num_steps
@@ -319,7 +321,7 @@ class FineTunings:
         async for item in self._jobs.watch(record.job_id):
             self._take(name, item)
         job = await self._patiently(name, lambda: self._jobs.get(record.job_id))
-        # Checkpoints may have been removed by hand; the list is the truth.
+        # Checkpoints may have been removed by hand; the coordinator's list is authoritative.
         listed = await self._patiently(name, lambda: self._jobs.checkpoints(record.job_id))
         checkpoints = {checkpoint.version: checkpoint.path for checkpoint in listed}
         best = result_version(self.find(name).losses, checkpoints, record.patience)
@@ -328,7 +330,7 @@ class FineTunings:
         self._note(name, checkpoints=checkpoints, best_version=best, **changes)
 
     def _take(self, name: str, item: jobs_pb2.WatchJobResponse) -> None:
-        """Enter an item of the job's history."""
+        """Record an item of the job's history."""
         record = self.find(name)
         losses, checkpoints = record.losses, record.checkpoints
         kind = item.WhichOneof("item")
@@ -351,7 +353,7 @@ class FineTunings:
         """Have the base complete the held-out prompts while the job trains."""
         if record.before is None and record.name not in self._before:
             task = self._before[record.name] = asyncio.create_task(self._evaluate_before(record.name))
-            # Read when the result is evaluated; until then a failure waits without a complaint.
+            # The task's result is read when the fine-tuning is evaluated. Mark an error as seen until then.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _evaluate_before(self, name: str) -> None:
@@ -368,7 +370,7 @@ class FineTunings:
         self._note(name, after=after, state="finished", reason=f"version {record.best_version} is the best")
 
     async def _complete(self, record: Record, checkpoint: str | None) -> Completions:
-        """What the base, or a checkpoint, makes of the held-out prompts."""
+        """Have the base, or a checkpoint, complete the held-out prompts."""
         assert record.base is not None
         count = parse_fine_tuning_recipe(record.recipe_json).validation.num_exact_match
         if not count:
@@ -381,13 +383,13 @@ class FineTunings:
             return await self._serving.complete(record.base, checkpoint, prompts)
 
     async def _patiently(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
-        """The result of `call`; while the coordinator is away, the record says so."""
+        """Return the result of `call`. While the coordinator is away, the record's reason says so."""
         return await self._jobs.patiently(call, lambda reason: self._note(name, reason=reason))
 
     # -- records ---------------------------------------------------------------------------------------------------
 
     def _note(self, name: str, **changes: Any) -> Record:
-        """Store a change, if it is one, and wake who follows. Raises UnwrittenError."""
+        """Store changes of a record, if it differs, and wake its followers. Raises UnwrittenError."""
         old = self.find(name)
         record = old.changed(**changes)
         if record != old:
@@ -409,7 +411,7 @@ class FineTunings:
             event.set()
 
     def _named(self, name: str) -> str:
-        """`name` if it is one. Raises ConfigError when not."""
+        """Check that a name is given and known; return it. Raises ConfigError."""
         if not name:
             raise ConfigError("the fine-tuning's name is missing")
         return self.find(name).name

@@ -1,4 +1,4 @@
-"""Decisions in a fine-tuning's life, as pure functions."""
+"""Decisions about a fine-tuning's phases and state, as pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradstream.services.fine_tuning.store import Record, State
 
 
 class Phase(Enum):
-    """What is to be done next for a fine-tuning."""
+    """The next work on a fine-tuning."""
 
     PREPARE = "prepare its data"
     SUBMIT = "submit its job"
@@ -22,7 +22,7 @@ class Phase(Enum):
 
 
 def next_phase(record: Record) -> Phase:
-    """What is to be done next, from the record alone: the same after a restart as before it."""
+    """Return the next phase. It follows from the record alone, so it is the same after a restart."""
     if record.has_ended:
         return Phase.NOTHING
     if record.state == "evaluating":
@@ -33,7 +33,7 @@ def next_phase(record: Record) -> Phase:
 
 
 def after_job(job: jobs_pb2.Job, version: int | None) -> tuple[State, str] | None:
-    """State and reason that follow from the job's; None while it goes on."""
+    """Return the state and reason that follow from the job's state; None while the job goes on."""
     if job.state not in job_states.ENDED:
         return None
     if job.state == job_states.FAILED:
@@ -49,9 +49,10 @@ def after_job(job: jobs_pb2.Job, version: int | None) -> tuple[State, str] | Non
 
 
 def result_version(losses: Mapping[int, float], checkpoints: Collection[int], patience: int) -> int | None:
-    """The version that is the result so far: the best that has a checkpoint; None when there is none.
+    """Return the version that is the result so far: the best one with a checkpoint, None if there is none.
 
-    Of a job that ended early those count that it took to see so, however far the job had got by then.
+    For a job that ends early, only the versions up to the one that caused its end are considered, even if the job had
+    gone further by then.
     """
     found, _ = stops_early(losses, patience)
     return found if found in checkpoints else best_version(losses, checkpoints)

@@ -1,4 +1,4 @@
-"""From what a person asks to what the coordinator runs: a pure function."""
+"""Makes the coordinator's recipe of a job from a person's fine-tuning recipe, as a pure function."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ KEPT_CHECKPOINTS = 3
 
 
 def fit_length(asked: FineTuningRecipe, model_config: Mapping[str, Any]) -> FineTuningRecipe:
-    """The recipe with its rows' length, which follows from the base where none is given.
+    """Return the recipe with its rows' length, which follows from the base if the recipe gives none.
 
-    Raises ConfigError when transformers does not know the config, or has no room for a length that is given.
+    Raises ConfigError when transformers does not know the config, or when a given length exceeds the model's context.
     """
     longest = check.positions(model.load_config(model_config))
     length = asked.training.row_length(longest[1] if longest is not None else None)
@@ -40,14 +40,15 @@ def fit_length(asked: FineTuningRecipe, model_config: Mapping[str, Any]) -> Fine
 def make_recipe(
     asked: FineTuningRecipe, base: Base, model_config: Mapping[str, Any], manifest: Manifest, data_path: str
 ) -> Recipe:
-    """The recipe of the job. `manifest` is that of the rows in `data_path`, `model_config` the base's config.json.
+    """Make the recipe of the job.
 
-    Raises DataError when the rows are too few for the slots, ConfigError when the recipe does not fit the base.
+    `manifest` is the manifest of the rows in `data_path`, `model_config` the base's config.json. Raises DataError when
+    there are too few rows for the slots, ConfigError when the recipe does not fit the base.
     """
     slots, length = asked.training.num_slots, asked.training.row_length()
     num_rows = sum(_rows_by_slot(asked, manifest, "train"))
     num_steps = asked.training.count_steps(num_rows)
-    # All of them: a slot with fewer rows than another gives what it has.
+    # All held-out rows: a slot with fewer rows than another uses those that it has.
     num_validation = slots * max(_rows_by_slot(asked, manifest, "validation"))
     if manifest.row_length != length:
         raise DataError(f"the rows in {data_path} have {manifest.row_length} tokens, not {length}; prepare them again")
@@ -55,7 +56,7 @@ def make_recipe(
 
 
 def check_recipe(asked: FineTuningRecipe, base: Base | None, model_config: Mapping[str, Any]) -> None:
-    """Find what is wrong with a recipe before its data is prepared. Raises ConfigError."""
+    """Check a recipe before its data is prepared. Raises ConfigError."""
     if base is None:
         _training(asked, 1)
     else:
@@ -63,7 +64,7 @@ def check_recipe(asked: FineTuningRecipe, base: Base | None, model_config: Mappi
 
 
 def _rows_by_slot(asked: FineTuningRecipe, manifest: Manifest, split: str) -> list[int]:
-    """Rows that each slot draws from. Raises DataError when a slot has none."""
+    """Compute the number of rows that each slot draws from. Raises DataError when a slot has none."""
     slots = asked.training.num_slots
     rows = samples_by_slot(manifest, split, slots, manifest.row_length)
     if min(rows) == 0:
@@ -99,7 +100,7 @@ def _assemble(
         "codec": asked.codec,
         "data": DataConfig(path=data_path),
         "validation": ValidationConfig(interval_steps=interval, num_samples=num_validation),
-        # The coordinator keeps the best one besides.
+        # The coordinator also keeps the best checkpoint.
         "checkpoint": CheckpointConfig(interval_steps=interval, keep=KEPT_CHECKPOINTS),
         "pipeline": asked.pipeline,
         "cluster": asked.cluster,
@@ -117,7 +118,7 @@ def _assemble(
 
 
 def _training(asked: FineTuningRecipe, num_steps: int) -> TrainingConfig:
-    """Raises ConfigError when the batch cannot be divided."""
+    """Make the job's training section. Raises ConfigError when the batch cannot be divided."""
     tree = asked.training.model_dump(exclude={"num_epochs"}) | {"num_steps": num_steps}
     tree["sequence_length"] = asked.training.row_length()
     shape = {"name": asked.name, "model": {"config": {}}, "training": tree, "data": {"path": "data"}}

@@ -37,17 +37,15 @@ async def serve(
     root: str = "",
     credentials: Path | None = None,
 ) -> None:
-    """Run a fine-tuning service until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once it listens;
-    `credentials` is the directory of its own.
+    """Run a fine-tuning service until SIGTERM or SIGINT.
 
-    `root`: directory that stands for the one in which a recipe is submitted (gradstream.core.recipe.roots); empty:
-    none.
-
-    Raises ConfigError when address, device or state directory cannot be used.
+    `ready_file` gets one line, host:port, once the service listens. `credentials` is the directory of its credentials.
+    `root` is the directory that stands for the one in which a recipe is submitted (gradstream.core.recipe.roots); empty
+    means none. Raises ConfigError when address, device or state directory cannot be used.
     """
     process.configure_log()
     async with AsyncExitStack() as stack:
-        # 1. What may be refused.
+        # 1. Open what may be refused.
         transport = Transport(credentials)
         door = FollowingServer(transport, listen_address, AuditLog(state_directory).note, takes_bulk=False)
         server, address = door.server, door.address
@@ -76,14 +74,14 @@ async def serve(
         ready = process.ReadyFile(ready_file)
         stack.callback(ready.remove)
         ready.write(address)
-        # 3. Until somebody ends it.
+        # 3. Wait for a signal.
         await process.until_signal()
         log.info("stopping; jobs go on, and the next service follows them")
         await health.shut_down()
 
 
 class _HealthCheck:
-    """SERVING means that fine-tunings can be noted and submitted, not just that the process runs."""
+    """Health check: SERVING means that fine-tunings can be recorded and submitted, not only that the process runs."""
 
     def __init__(self, store: Store, jobs: CoordinatorJobs):
         self._store = store
@@ -91,7 +89,7 @@ class _HealthCheck:
         self._was_healthy: bool | None = None
 
     async def check(self) -> bool:
-        """Whether the service is of use; a change is logged."""
+        """Return whether the service can do its work. A change is logged."""
         cause = await _ailment(self._store, self._jobs)
         healthy = not cause
         if healthy != self._was_healthy:
@@ -101,7 +99,7 @@ class _HealthCheck:
 
 
 async def _ailment(store: Store, jobs: CoordinatorJobs) -> str:
-    """Why the service is of no use; empty when it is."""
+    """Return why the service cannot do its work; empty if it can."""
     try:
         await asyncio.to_thread(files.write_atomic, str(store.temporary / "alive"), lambda stream: stream.write(b""))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""FineTuningService: decode, call, encode."""
+"""FineTuningService: decodes requests, calls the service's parts and encodes their answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _Items: TypeAlias = asyncio.Queue[pb.WatchFineTuningResponse | Exception | None]
 
 
 class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
-    """What people's programs call."""
+    """Serves the calls of clients."""
 
     def __init__(self, fine_tunings: FineTunings, jobs: CoordinatorJobs, serving: Serving, root: str = ""):
         self._fine_tunings = fine_tunings
@@ -54,11 +54,11 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self._serving = serving
         self._root = root
         self._exports = Exports(fine_tunings)
-        # Each reads a whole file of examples.
+        # Bounded because each preview reads a whole file of examples.
         self._previews = asyncio.Semaphore(MAX_PREVIEWS)
         self._uploads = asyncio.Semaphore(MAX_UPLOADS)
         self._allowed = AllowedPaths.of_environment(str(fine_tunings.store.uploads))
-        # Looks at paths that people name.
+        # Accesses paths that people name.
         self._storage = StorageThreads()
 
     # -- examples --------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         async with answering(context):
             request_id = checked_request_id(request.request_id)
             asked = self._parsed(request)
-            # Before anything is looked at: what the first one was made of may be gone.
+            # Checked before any path is accessed: the files of the first request may be gone.
             record = self._fine_tunings.store.repeated(request_id, asked.model_dump_json())
             if record is None:
                 await self._check(asked)
@@ -104,7 +104,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             with suppress(UnreachableError):
                 jobs = {job.job_id: job for job in await self._jobs.all()}
             for job in jobs.values():
-                # The recipe that a person wrote is there; a list of both may be more than a message can hold.
+                # The person's own recipe is in the answer already. A list with both could exceed a message's limit.
                 job.ClearField("recipe_json")
             records = self._fine_tunings.store.all()
             response = pb.ListFineTuningsResponse()
@@ -139,7 +139,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
                 watcher.cancel()
 
     async def _watch(self, name: str, items: _Items) -> None:
-        """Put the fine-tuning as it changes and its job's history into `items`; None at the end."""
+        """Put the fine-tuning after each change and its job's history into `items`, then None."""
         history: asyncio.Task[None] | None = None
 
         async def follow_job(job_id: str) -> None:
@@ -158,11 +158,11 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
                 if record.job_id and history is None:
                     history = asyncio.create_task(follow_job(record.job_id))
             if history is not None:
-                # One that was cancelled while its job could not be reached has a history without an end.
+                # If a fine-tuning was cancelled while its job could not be reached, the job's history does not end.
                 await asyncio.wait({history}, timeout=5)
             await items.put(None)
         except Exception as error:
-            # Whoever waits for the next item must not wait for ever.
+            # The reader of `items` must not wait without end.
             await items.put(error)
         finally:
             if history is not None:
@@ -193,7 +193,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         async with answering(context):
             if request.name and request.base:
                 raise ConfigError("give the name of a fine-tuning or a base, not both")
-            # What is generated with stays until the text is there: a model may be loaded at any time until then.
+            # Base and checkpoint are kept until the text is complete: the model may be loaded at any time until then.
             async with AsyncExitStack() as held:
                 checkpoint = None
                 if request.base:
@@ -222,15 +222,18 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
                 yield pb.ExportFineTuningResponse(file=file, file_bytes=file_bytes, payload=payload)
 
     def _parsed(self, request: pb.CreateFineTuningRequest | pb.PreviewExamplesRequest) -> FineTuningRecipe:
-        """A recipe as it was sent, with its paths as they are here. Raises ConfigError."""
+        """Parse a recipe that was sent, with its paths translated for this machine. Raises ConfigError."""
         asked = parse_fine_tuning_recipe(request.recipe_json)
         if absolute_fine_tuning_paths(asked) != asked:
             raise ConfigError("the recipe holds relative paths; make them absolute, as the client does")
         return moved_fine_tuning_recipe(asked, request.directory, self._root)
 
     async def _check(self, asked: FineTuningRecipe) -> None:
-        """Look at a recipe's paths. Raises ConfigError, DataError when its data is not to be found, UnreachableError
-        when their storage does not answer."""
+        """Check a recipe's paths.
+
+        Raises ConfigError, DataError when its data is not found, and UnreachableError when their storage does not
+        answer.
+        """
         await self._storage.call(asked.run_root, self._allowed.check, "run_root", asked.run_root)
         await self._storage.call(asked.data.path, self._check_data, asked.data)
         await self._storage.call(asked.base_model, self._check_base, asked.base_model)
@@ -241,8 +244,10 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         check_data(data)
 
     def _check_base(self, base: str) -> None:
-        """Raise ConfigError for a base that must not be opened. It is looked at, so that one whose storage hangs holds
-        up this call and no other."""
+        """Raise ConfigError for a base that must not be opened.
+
+        The base is accessed here, so that a hanging storage delays only this call.
+        """
         if not base.startswith("job:"):
             self._allowed.check("base_model", base)
             looked_at(base)
@@ -253,7 +258,7 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
             try:
                 job = await self._jobs.get(record.job_id)
             except UnreachableError:
-                # It hides nothing of what is known here.
+                # The record is still shown when the coordinator does not answer.
                 record = record.changed(reason=f"{record.reason}; coordinator {self._jobs.address} does not answer")
             except GradstreamError as error:
                 record = record.changed(reason=f"{record.reason}; {one_line(error)}")

@@ -1,4 +1,4 @@
-"""What the fine-tuning service remembers: a directory a fine-tuning under its state directory.
+"""The fine-tuning service's durable state: one directory a fine-tuning under its state directory.
 
 STATE/lock
 STATE/fine-tunings/NAME/record.json    replaced as a whole, so a kill at any moment leaves the old or the new one
@@ -40,7 +40,7 @@ class _Stored(BaseModel):
 
 
 class Completed(_Stored):
-    """A prompt and what a model made of it."""
+    """A prompt and a model's completion."""
 
     prompt: str
     expected: str
@@ -48,7 +48,7 @@ class Completed(_Stored):
 
 
 class Completions(_Stored):
-    """What a model made of the held-out prompts."""
+    """A model's completions of the held-out prompts."""
 
     num_prompts: int = 0
     num_exact: int = 0
@@ -56,13 +56,13 @@ class Completions(_Stored):
 
 
 class Record(_Stored):
-    """A fine-tuning. `job_recipe_json` is noted before the job is submitted, `job_id` after."""
+    """A fine-tuning. `job_recipe_json` is stored before the job is submitted, `job_id` afterwards."""
 
     name: str
     created_unix_ms: int
     recipe_json: str
     request_id: str = ""
-    """What the one who created it called the request; empty for none."""
+    """The id of the request that created it; empty if it had none."""
     state: State = "preparing"
     reason: str = ""
     base: Base | None = None
@@ -71,9 +71,9 @@ class Record(_Stored):
     job_recipe_json: str = ""
     job_id: str = ""
     losses: dict[int, float] = {}
-    """Validation loss by version, in nats a target token; finite ones alone."""
+    """Validation loss by version, in nats a target token; only finite losses."""
     checkpoints: dict[int, str] = {}
-    """Directory by version."""
+    """Directory of the checkpoint, by version."""
     patience: int = 0
     best_version: int | None = None
     pushed_bytes_per_step: int = 0
@@ -82,28 +82,28 @@ class Record(_Stored):
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more happens to it unless it is resumed."""
+        """Whether the fine-tuning has ended; only resuming changes it then."""
         return self.state in ENDED
 
     def changed(self, **changes: Any) -> Record:
-        """This record with other values."""
+        """Return this record with other values."""
         if "reason" in changes:
             changes["reason"] = changes["reason"][:MAX_REASON_CHARACTERS]
         return self.model_copy(update=changes)
 
 
 class UnwrittenError(GradstreamError):
-    """A record cannot be written now. The record that was there stays as it was."""
+    """A record cannot be written now. The old record stays unchanged."""
 
 
 class Store:
-    """The records, in memory and on disk. Its methods block for as long as a small file takes to be written.
+    """The records, in memory and on disk. Methods block for as long as it takes to write a small file.
 
     Methods that write raise UnwrittenError when the disk is full or fails.
     """
 
     def __init__(self, directory: Path):
-        """Take up what is there. Raises ConfigError when another service holds the directory or a record is damaged."""
+        """Loads the records. Raises ConfigError when another service holds the directory or a record is damaged."""
         self.root = directory
         paths.own(str(directory))
         self._lock = lock_directory(directory, "fine-tuning service")
@@ -124,12 +124,12 @@ class Store:
 
     @property
     def uploads(self) -> Path:
-        """Where files of examples go."""
+        """The directory of uploaded files of examples."""
         return self.root / "uploads"
 
     @property
     def temporary(self) -> Path:
-        """For what is under way."""
+        """The directory of exports and uploads under way."""
         return self.root / "temporary"
 
     @property
@@ -137,7 +137,7 @@ class Store:
         return self.root / "fine-tunings"
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Release the directory."""
         self._lock.close()
 
     def directory(self, name: str) -> Path:
@@ -145,7 +145,7 @@ class Store:
         return self._records_root / name
 
     def repeated(self, request_id: str, recipe_json: str) -> Record | None:
-        """What this request has made before; None for an empty id. Raises ConfigError when that has another recipe."""
+        """Find the record that a request created, None if there is none. Raises ConfigError if its recipe differs."""
         made = next((record for record in self.all() if record.request_id == request_id), None) if request_id else None
         if made is not None and made.recipe_json != recipe_json:
             raise ConfigError(
@@ -155,11 +155,11 @@ class Store:
         return made
 
     def all(self) -> list[Record]:
-        """All records, newest first."""
+        """List all records, newest first."""
         return sorted(self._records.values(), key=lambda record: (record.created_unix_ms, record.name), reverse=True)
 
     def get(self, name: str) -> Record | None:
-        """The record, or None."""
+        """Get a record by its name, or None."""
         return self._records.get(name)
 
     def create(self, record: Record) -> None:
@@ -174,7 +174,7 @@ class Store:
                 raise
             self._records.pop(record.name, None)
             if self.directory(record.name).exists():
-                # Out of the way first: a kill between the two leaves no record, never half of one.
+                # The old directory is moved away first: a kill in between leaves no record rather than a part of one.
                 old = self.temporary / f"{record.name}-{secrets.token_hex(4)}"
                 self.directory(record.name).rename(old)
                 shutil.rmtree(old, ignore_errors=True)
@@ -195,11 +195,11 @@ class Store:
         except OSError as error:
             raise UnwrittenError(
                 f"the record of '{record.name}' cannot be written to {self.root} ({one_line(error)}); free space or "
-                f"mend the disk"
+                f"repair the disk"
             ) from None
 
     def next_data_directory(self, name: str) -> Path:
-        """Where the next attempt at preparing the data goes; what an interrupted one has left is removed."""
+        """Choose the directory for the next preparation of the data. Remains of interrupted attempts are removed."""
         found = [path for path in self.directory(name).iterdir() if path.name.startswith(DATA_PREFIX)]
         numbers = [int(match[1]) for path in found if (match := re.fullmatch(rf"{DATA_PREFIX}(\d+)", path.name))]
         for path in found:
@@ -225,6 +225,6 @@ def _read(directory: Path) -> Record | None:
 
 
 def submission_id(record: Record) -> str:
-    """What the submission of a fine-tuning's job is called, whichever service submits it."""
+    """The request id for submitting a fine-tuning's job, the same for every service that submits it."""
     told = f"{record.name}/{record.created_unix_ms}/{record.job_recipe_json}"
     return hashlib.sha256(told.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Work that takes long and whose result may be wanted no more."""
+"""Runs long work in threads that the caller may abandon."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call `function` in a thread of its own; a parser's panic there is a DataError here.
+    """Call `function` in a thread of its own. A parser's panic in it is raised as DataError.
 
-    When the caller is cancelled, or the process ends, nobody waits for the thread. So only for work that may be cut off
-    anywhere.
+    When the caller is cancelled or the process ends, the thread is not waited for. Use this only for work that may be
+    interrupted at any point.
     """
     return await start_call(function.__name__, partial(function, *args, **kwargs))

@@ -1,4 +1,4 @@
-"""Fine-tunings as people see them."""
+"""Makes the messages that show fine-tunings to people."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ STATES: dict[State, fine_tuning_pb2.FineTuningState.ValueType] = {
     "failed": fine_tuning_pb2.FINE_TUNING_STATE_FAILED,
     "cancelled": fine_tuning_pb2.FINE_TUNING_STATE_CANCELLED,
 }
-# With what a message may hold in mind.
+# Keeps an answer below the limit of a message.
 MAX_SAMPLE_CHARACTERS = 4000
 
 
 def fine_tuning(record: Record, job: jobs_pb2.Job | None, pushed_bytes: int) -> fine_tuning_pb2.FineTuning:
-    """A record as a message, with its job as the coordinator shows it."""
+    """Make the message of a record, with its job as the coordinator shows it."""
     asked = parse_fine_tuning_recipe(record.recipe_json)
     message = fine_tuning_pb2.FineTuning(
         name=record.name,
@@ -49,7 +49,7 @@ def fine_tuning(record: Record, job: jobs_pb2.Job | None, pushed_bytes: int) -> 
 
 
 def _evaluation(record: Record, version: int, completions: Completions | None) -> fine_tuning_pb2.Evaluation | None:
-    """How good a version is; None before both its loss and its completions are known."""
+    """Make a version's evaluation; None before both its loss and its completions are known."""
     loss = record.losses.get(version)
     if loss is None or completions is None:
         return None
@@ -71,7 +71,7 @@ def _evaluation(record: Record, version: int, completions: Completions | None) -
 
 
 def perplexity(loss: float) -> float:
-    """e to the loss; infinity where that is too large to write."""
+    """Compute e to the power of the loss; infinity where the result is too large."""
     try:
         return math.exp(loss)
     except OverflowError:

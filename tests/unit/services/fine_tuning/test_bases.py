@@ -198,5 +198,5 @@ def test_data_that_the_service_does_not_see(tmp_path: Path) -> None:
     check_data(ExamplesConfig(path=str(there)))
     with pytest.raises(DataError, match=r"correct data\.validation_path, or send the file with --upload"):
         check_data(ExamplesConfig(path=str(there), validation_path=str(tmp_path / "other.jsonl")))
-    with pytest.raises(DataError, match="cannot be looked at"):
+    with pytest.raises(DataError, match="cannot be accessed"):
         check_data(ExamplesConfig(path="nothing-like-it://x/y.jsonl"))

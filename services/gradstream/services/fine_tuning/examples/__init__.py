@@ -1,1 +1,1 @@
-"""A task's data: from rows of files to packed rows of token ids."""
+"""Turns a task's data from rows of files into packed rows of token ids."""

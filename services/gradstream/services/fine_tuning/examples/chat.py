@@ -1,9 +1,9 @@
-"""Conversations to token ids, by the tokenizer's chat template, and which of them the assistant has written.
+"""Renders conversations to token ids with the tokenizer's chat template, and marks the ids of the assistant's replies.
 
 The ids are those of transformers' `apply_chat_template` of the whole conversation. A template with `{% generation %}`
-says itself what is a reply. For any other, a reply begins where the rendering of what comes before it, with the prompt
-for a reply, ends, and it ends where the rendering up to and with it does. The text of a message is never markup: a
-special token that is written out in it is encoded as text.
+marks the replies itself. With any other template, two renderings locate a reply. It begins where the rendering of the
+messages before it, with the prompt for a reply, ends. It ends where the rendering of the messages up to and with the
+reply ends. The text of a message is never markup: a special token that is written out in it is encoded as text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gradstream.services.fine_tuning.examples.encoding import Encoder, Span
 from gradstream.services.fine_tuning.examples.reading import BadRowError, shortened
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Unicode's noncharacters: texts have no use for them, and if one has, there are others.
+# Unicode's noncharacters, which texts do not use. If a text has one, another pair is taken.
 MARKERS = tuple((chr(code), chr(code + 1)) for code in range(0xFDD0, 0xFDEE, 2))
 NOTHING = re.compile("(?!)")
 CONTENT_MARK = "\ufdef"
@@ -35,18 +35,18 @@ CONTENT_MARK = "\ufdef"
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A conversation as it is trained on: n ids, and which of them are targets."""
+    """A conversation rendered for training: n ids, and which of them are targets."""
 
     ids: list[int]
     is_target: list[bool]
     reply_begin: int
     """The number of the first id of the last reply that is trained on."""
     is_end_appended: bool
-    """Whether end of text was appended, since the template ends a reply with no token that ends a text."""
+    """Whether end of text was appended, because the template does not end replies with a token that ends a text."""
 
 
 def chat_template(tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> str:
-    """The tokenizer's chat template. Raises ConfigError when it has none, or one that is no jinja template."""
+    """The tokenizer's chat template. Raises ConfigError when there is none, or none that is a valid jinja template."""
     try:
         template = tokenizer.get_chat_template(None, tools)
     except ValueError:  # none, or several and none of them the default
@@ -69,14 +69,14 @@ def _check_syntax(template: str) -> None:
         raise ConfigError(
             f"the base's chat template is not valid ({one_line(error)}); correct its chat_template.jinja"
         ) from None
-    except Exception:  # it may refuse this conversation, and not the next
+    except Exception:  # the template may refuse only this conversation
         pass
 
 
 def render_chat(messages: Sequence[dict[str, Any]], tokenizer: Any, add_generation_prompt: bool) -> str:
-    """A conversation as text, with the beginning of a reply if `add_generation_prompt`.
+    """Render a conversation as text, with the beginning of a reply if `add_generation_prompt`.
 
-    Raises ConfigError when there is no chat template, and when it refuses the conversation.
+    Raises ConfigError when there is no chat template, or when the template refuses the conversation.
     """
     template = _Template(tokenizer, Conversation(list(messages)), NOTHING)
     try:
@@ -91,7 +91,7 @@ def chat_prompt_ids(
     encoder: Encoder | None = None,
     tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
-    """The ids after which the model writes its reply: those of `apply_chat_template` with the prompt for a reply.
+    """Render a conversation as the ids of `apply_chat_template` with the prompt for a reply, for the model to continue.
 
     Raises ConfigError as `render_chat` does.
     """
@@ -102,9 +102,9 @@ def chat_prompt_ids(
 
 
 def chat_prompt(conversation: Conversation, tokenizer: Any, encoder: Encoder) -> tuple[list[int], str]:
-    """A conversation with the prompt for a reply, as ids and as text for people.
+    """Render a conversation with the prompt for a reply, as ids and as text for people.
 
-    Raises BadRowError when the template refuses it.
+    Raises BadRowError when the template refuses the conversation.
     """
     template = _Template(tokenizer, conversation, encoder.special_pattern)
     text = template.render(add_generation_prompt=True)
@@ -113,11 +113,11 @@ def chat_prompt(conversation: Conversation, tokenizer: Any, encoder: Encoder) ->
 
 
 def render_conversation(conversation: Conversation, tokenizer: Any, encoder: Encoder) -> RenderedChat:
-    """The ids of a conversation that has a reply to train on, and which are targets.
+    """Render a conversation that has a reply to train on, as ids with their targets.
 
-    Of each reply that is trained on the targets go up to the first token that ends a text, which has to be learnt too.
-    Where the last one has none, end of text is appended. Raises BadRowError when the template refuses the
-    conversation, leaves something of it out, or hides where the replies are.
+    In each reply that is trained on, the targets go up to and with the first token that ends a text, so that the model
+    learns to stop. Where the last reply has no such token, end of text is appended. Raises BadRowError when the
+    template refuses the conversation, leaves a part of it out, or gives no way to locate the replies.
     """
     template = _Template(tokenizer, conversation, encoder.special_pattern)
     text, marks = template.render_marked()
@@ -133,12 +133,12 @@ def render_conversation(conversation: Conversation, tokenizer: Any, encoder: Enc
             continue
         ends = [number for number in numbers if ids[number] in encoder.end_ids]
         if not marked and ends:
-            # Where a template writes several ends at once, all of them: which one a service stops at is not known here.
+            # Where a template writes several ends in a row, all are targets: any may be the one a service stops at.
             last = next(number for number in ends if number + 1 not in ends)
             numbers = [number for number in numbers if number <= last]
         following = numbers[-1] + 1
         if not ends and following < len(ids) and ids[following] in encoder.end_ids:
-            # A template may mark the reply and not its end, or end it with the token that the next message begins with.
+            # A template may mark a reply without its end, or end it with the token that begins the next message.
             ends = [following]
             numbers.append(following)
         reply_begin, is_ended = numbers[0], bool(ends)
@@ -146,17 +146,17 @@ def render_conversation(conversation: Conversation, tokenizer: Any, encoder: Enc
             is_target[number] = True
     is_end_appended = not is_ended and conversation.last_trained == len(conversation.messages) - 1
     if is_end_appended:
-        # The model has to learn to stop, with what the template puts after the reply.
+        # The text that the template puts after the reply is a target too, so the model learns to stop after it.
         is_target[reply_begin:] = [True] * (len(ids) - reply_begin)
         ids, is_target = [*ids, encoder.end_of_text_id], [*is_target, True]
     return RenderedChat(ids, is_target, reply_begin, is_end_appended)
 
 
 class _Template:
-    """A chat template and a conversation, whose texts have `markers` around the special tokens written out in them."""
+    """A chat template and a conversation, with `markers` around special tokens that are written out in its texts."""
 
     def __init__(self, tokenizer: Any, conversation: Conversation, special: re.Pattern[str]):
-        """Raises ConfigError when there is no template, BadRowError when a special token is a key in an object."""
+        """Raises ConfigError without a template, and BadRowError when a special token is a key of an object."""
         self._tokenizer = tokenizer
         self.source = chat_template(tokenizer, conversation.tools)
         self.markers: tuple[str, str] | None = None
@@ -171,11 +171,11 @@ class _Template:
         self._conversation = self._with_content(conversation)
 
     def render(self, conversation: Conversation | None = None, add_generation_prompt: bool = False) -> str:
-        """The conversation, or another one, as text. Raises BadRowError when the template refuses it."""
+        """Render the conversation, or another one, as text. Raises BadRowError when the template refuses it."""
         return self._render(conversation or self._conversation, add_generation_prompt, False)[0]
 
     def render_marked(self) -> tuple[str, list[Span]]:
-        """The conversation as text, and where in it a template with `{% generation %}` says the assistant wrote."""
+        """Render the conversation as text; return it with the spans that `{% generation %}` marks in it."""
         return self._render(self._conversation, False, bool(GENERATION.search(self.source)))
 
     def check_complete(self, text: str) -> None:
@@ -183,7 +183,7 @@ class _Template:
         conversation = self._conversation
         for number, message in enumerate(conversation.messages):
             content = joined(message).get("content", "").strip()
-            # Templates leave out what they do not know: most often roles, whose text may be part of another's.
+            # Templates leave out messages of unknown roles, and such a message's text may be part of another message.
             is_suspect = message["role"] not in ("user", "assistant") or content not in text
             if content and is_suspect and self._ignores(text, number, "content"):
                 raise BadRowError(
@@ -193,7 +193,7 @@ class _Template:
             if "tool_calls" in message and self._ignores(text, number, "tool_calls"):
                 raise BadRowError(_left_out(f"tool_calls of message {number + 1}"))
         reasons = [n for n, message in enumerate(conversation.messages) if any(f in message for f in REASONING_FIELDS)]
-        # A template may leave out what was thought in earlier turns, but not all of it.
+        # A template may leave out the reasoning of earlier turns, but not all reasoning.
         if reasons:
             plain = [_without(message, REASONING_FIELDS) for message in conversation.messages]
             if self._same(text, replace(conversation, messages=plain)):
@@ -203,10 +203,7 @@ class _Template:
             raise BadRowError(_left_out("field 'tools'"))
 
     def marked_replies(self, marks: Sequence[Span]) -> list[Span]:
-        """Of the marks of a template with `{% generation %}` those of the replies that are trained on.
-
-        Raises BadRowError.
-        """
+        """Select the marks of `{% generation %}` that belong to replies that are trained on. Raises BadRowError."""
         trained = [t for t, m in zip(self._trained, self._messages, strict=True) if m["role"] == "assistant"]
         if not marks:
             raise BadRowError("the chat template marks nothing of this conversation as a reply")
@@ -220,7 +217,7 @@ class _Template:
         return [mark for mark, is_trained in zip(marks, trained, strict=True) if is_trained]
 
     def replies(self, text: str) -> list[Span]:
-        """Where in `text` the replies that are trained on begin and end. Raises BadRowError."""
+        """Find the spans in `text` of the replies that are trained on. Raises BadRowError."""
         return [self._reply(number, text) for number, is_trained in enumerate(self._trained) if is_trained]
 
     @property
@@ -236,21 +233,22 @@ class _Template:
         before = self.render(earlier, add_generation_prompt=True)
         begin = len(before)
         if not text.startswith(before):
-            # The prompt for a reply may begin it, as that of models which think before they answer.
+            # The prompt for a reply may contain the reply's beginning, as for models that reason before they answer.
             begin = _num_common(before, text, self._with_mark(number))
             if not text.startswith(self.render(earlier)):
                 raise BadRowError(_rewritten(number))
         after = self.render(self._conversation.before(number + 1))
         if text.startswith(after) and len(after) > begin:
             return begin, len(after)
-        # A template may write a reply in another way once there is a later message: then its end is the token after it.
+        # A template may write a reply differently once a later message follows. Then the special token after the reply
+        # marks its end.
         end = self._end_after_content(number, text)
         if end <= begin:
             raise BadRowError(_rewritten(number))
         return begin, end
 
     def _end_after_content(self, number: int, text: str) -> int:
-        """Where the special token ends that follows a reply's content; -1 where there is none."""
+        """The end of the special token that follows a reply's content; -1 where there is none."""
         message = self._messages[number]
         other = self._with_mark(number)
         if "content" not in message or "tool_calls" in message or other.count(CONTENT_MARK) != 1:
@@ -262,7 +260,7 @@ class _Template:
         return match.end() if match else -1
 
     def _with_mark(self, number: int) -> str:
-        """The rendering with a mark instead of a message's content."""
+        """Render the conversation with a mark in place of a message's content."""
         messages = list(self._messages)
         messages[number] = {**messages[number], "content": CONTENT_MARK}
         return self.render(replace(self._conversation, messages=messages))
@@ -276,7 +274,7 @@ class _Template:
                 )
 
     def _with_content(self, conversation: Conversation) -> Conversation:
-        """Contents that are lists as the template takes them: as one text where it writes the list itself."""
+        """Join contents that are lists of parts into one text, if the template cannot take lists."""
         lists = [message for message in conversation.messages if isinstance(message.get("content"), list)]
         if not lists:
             return conversation
@@ -290,7 +288,7 @@ class _Template:
         return replace(conversation, messages=[joined(message) for message in conversation.messages])
 
     def _ignores(self, text: str, number: int, field: str) -> bool:
-        """Whether the rendering would be the same without a field of a message, or with another content."""
+        """Return whether the rendering stays the same without a field of a message, or with another content."""
         messages = list(self._messages)
         message = messages[number]
         messages[number] = {**message, "content": CONTENT_MARK} if field == "content" else _without(message, (field,))
@@ -301,7 +299,7 @@ class _Template:
     def _same(self, text: str, other: Conversation) -> bool:
         try:
             return self.render(other) == text
-        except BadRowError:  # it reads what was taken out
+        except BadRowError:  # the template needs the removed part
             return False
 
     def _render(self, conversation: Conversation, add_generation_prompt: bool, marks: bool) -> tuple[str, list[Span]]:
@@ -323,13 +321,13 @@ class _Template:
 
 
 def _num_common(*texts: str) -> int:
-    """Characters that all texts begin with."""
+    """The number of leading characters that all texts have in common."""
     shortest = min(map(len, texts))
     return next((at for at in range(shortest) if len({text[at] for text in texts}) > 1), shortest)
 
 
 def _overlap(place: Span, span: Span) -> bool:
-    """Whether a token at `place` has something of `span`; one without characters of its own, where it stands."""
+    """Return whether a token at `place` overlaps `span`. A token without characters counts at its position."""
     begin, end = place
     return span[0] <= begin < span[1] if begin == end else begin < span[1] and end > span[0]
 

@@ -1,7 +1,7 @@
-"""From the value of a row's field to a conversation, checked message by message.
+"""Reads a conversation from a field of a row, and checks it message by message.
 
-Read are messages with `role` and `content`, as OpenAI and transformers have them, and with `from` and `value`, as
-ShareGPT has them. Whatever else a message has goes to the chat template.
+Messages have `role` and `content`, as in OpenAI and transformers, or `from` and `value`, as in ShareGPT. All other
+fields of a message go to the chat template.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""transformers gives a template each of them under all three names."""
+"""Names of the field for reasoning. transformers gives the template its value under all three names."""
 REPLY_FIELDS = ("content", "tool_calls", *REASONING_FIELDS)
 TRAIN_FIELDS = ("weight", "train")
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages as a chat template takes them: dicts with `role`, most often `content`, and no null values.
+    """Messages in the form that a chat template takes: dicts with `role`, usually `content`, and no null values.
 
     `is_trained` tells for each message whether its tokens are targets.
     """
@@ -47,15 +47,15 @@ class Conversation:
         return max(number for number, trained in enumerate(self.is_trained) if trained)
 
     def before(self, number: int) -> Conversation:
-        """The conversation up to a message and without it."""
+        """The part of the conversation before a message."""
         return Conversation(self.messages[:number], self.is_trained[:number], self.tools)
 
 
 def conversation(value: object, tools: object = None, system: object = None) -> Conversation:
-    """The conversation in a row. `value` and `tools`: a list of objects, or its JSON; `system`: a message that comes
-    first.
+    """Read the conversation of a row.
 
-    Raises BadRowError with the message that cannot be used and why.
+    `value` and `tools` are lists of objects, or their JSON; `system` is the text of a first message. Raises BadRowError
+    that names the message and the reason why it cannot be used.
     """
     value = _parsed(value, "the messages are text, not a list or the JSON of one")
     if not isinstance(value, list):
@@ -83,10 +83,9 @@ def conversation(value: object, tools: object = None, system: object = None) -> 
 
 
 def completed_conversation(prompt: object, completion: object, tools: object = None) -> Conversation:
-    """The conversation of a row whose prompt and whose completion are lists of messages, as TRL has them: the replies
-    in the completion are trained on.
+    """Read the conversation of a row whose prompt and completion are lists of messages, as in TRL.
 
-    Raises BadRowError as `conversation` does.
+    The replies in the completion are trained on. Raises BadRowError as `conversation` does.
     """
     for value, what in ((prompt, "prompt"), (completion, "completion")):
         if not isinstance(value, list):
@@ -103,7 +102,7 @@ def completed_conversation(prompt: object, completion: object, tools: object = N
 
 
 def strings(value: object) -> Iterator[tuple[str, bool]]:
-    """All texts in a JSON value, and whether each is the key of an object."""
+    """Yield all texts in a JSON value, each with whether it is the key of an object."""
     if isinstance(value, str):
         yield value, False
     elif isinstance(value, Mapping):
@@ -116,7 +115,7 @@ def strings(value: object) -> Iterator[tuple[str, bool]]:
 
 
 def _parsed(value: object, refusal: str) -> object:
-    """What the JSON in a text says; anything else as it is. Raises BadRowError."""
+    """Parse `value` as JSON if it is text; return any other value unchanged. Raises BadRowError."""
     if not isinstance(value, str) or not value.strip():
         return value
     try:
@@ -126,7 +125,7 @@ def _parsed(value: object, refusal: str) -> object:
 
 
 def _message(message: object, number: int) -> tuple[dict[str, Any], bool]:
-    """A message as a template takes it, and whether it is trained on."""
+    """Check a message; return it in the form that a template takes, and whether it is trained on."""
     if not isinstance(message, dict):
         raise BadRowError(f"message {number} is {type_name(message)}, not an object with role and content")
     found = {str(key): entry for key, entry in message.items() if entry is not None}
@@ -165,7 +164,7 @@ def _from_sharegpt(message: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _content(content: object, number: int) -> str | list[dict[str, str]]:
-    """Text, or a list of parts that are all text."""
+    """Check a message's content: text, or a list of parts that are all text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -186,12 +185,12 @@ def _texts(content: str | list[dict[str, str]]) -> str:
 
 
 def joined(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with its content as one text."""
+    """Return a message with its content as one text."""
     return {**message, "content": _texts(message["content"])} if "content" in message else dict(message)
 
 
 def _is_trained(message: dict[str, Any], number: int, is_reply: bool) -> bool:
-    """Whether a message is trained on; what says so is taken out of it."""
+    """Return whether a message is trained on, and remove the fields that tell it."""
     trained = is_reply
     for field in TRAIN_FIELDS:
         value = message.pop(field, None)

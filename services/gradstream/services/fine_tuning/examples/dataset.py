@@ -1,4 +1,4 @@
-"""A task's data: from the rows of its files to a data set of packed rows, or to a look at what that would be.
+"""Makes a data set of packed rows from the rows of a task's files, or a preview of it.
 
 Phases: read and render every row, apply the policies, split, pack, write. The data set is a function of the rows, the
 config and the seed, not of the order of the rows. All examples are in memory at once: their text, and 5 bytes a token.
@@ -40,8 +40,10 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A data set of examples. `prompts`: those of the held-out examples, each once, ordered by their hashes; none for
-    text."""
+    """A data set of examples.
+
+    `prompts` are the prompts of the held-out examples, each once, ordered by their hashes; empty for text.
+    """
 
     manifest: Manifest
     report: fine_tuning_pb2.ExamplesReport
@@ -51,10 +53,10 @@ class Prepared:
 def prepare_examples(
     config: ExamplesConfig, tokenizer: Any, row_length: int, num_shards: int, directory: str, seed: int
 ) -> Prepared:
-    """Make the data set that `config` describes in `directory` (any fsspec path), which appears whole or not at all.
+    """Make the data set that `config` describes in `directory` (any fsspec path), which appears complete or not at all.
 
-    `row_length`: tokens a row. `num_shards`: data shards of each split; each gets a row at least. The directory holds
-    the report and the prompts too, for `load_prepared`.
+    `row_length`: tokens a row. `num_shards`: data shards of each split; each gets at least one row. The directory also
+    holds the report and the prompts, for `load_prepared`.
 
     Raises ConfigError (paths, format, tokenizer, `directory`) and DataError (contents), each with one line.
     """
@@ -96,7 +98,7 @@ def prepare_examples(
 
 
 def load_prepared(directory: str) -> Prepared:
-    """What `prepare_examples` has made in `directory`. Raises DataError when it is not there or not whole."""
+    """Load the data set that `prepare_examples` made in `directory`. Raises DataError if it is missing or damaged."""
     manifest = parse_manifest(_read(directory, MANIFEST_NAME), files.join(directory, MANIFEST_NAME))
     report = fine_tuning_pb2.ExamplesReport()
     try:
@@ -111,9 +113,9 @@ def load_prepared(directory: str) -> Prepared:
 def preview(
     config: ExamplesConfig, tokenizer: Any, row_length: int, num_examples: int, num_shards: int = 1
 ) -> fine_tuning_pb2.PreviewExamplesResponse:
-    """The first examples as they would be trained on, and what would become of all rows. Writes nothing.
+    """Render the first examples as for training, and report on all rows. Writes nothing.
 
-    Bad rows and examples that are too long are reported, whatever the policy. Raises ConfigError and DataError where
+    Bad rows and examples that are too long are reported under every policy. Raises ConfigError and DataError where
     there is nothing to show.
     """
     collected = _collect(config, tokenizer, row_length)
@@ -137,7 +139,7 @@ def preview(
 
 @dataclass(slots=True)
 class _Collected:
-    """All rows, rendered. `examples`: those that can be used, by the file they are in, in its order."""
+    """The result of rendering all rows. `examples` are the usable ones by split, in the order of their files."""
 
     encoder: Encoder
     format: str = ""
@@ -155,7 +157,7 @@ class _Collected:
     sha256: list[str] = field(default_factory=list)
 
     def enforce(self, config: ExamplesConfig) -> None:
-        """Apply the policy `fail`. Raises DataError with the first row that it is about."""
+        """Apply the policy `fail`. Raises DataError with the first row that violates it."""
         if self.num_bad and config.bad_rows == "fail":
             raise DataError(
                 f"{self.bad_rows[0]}{_more(self.num_bad, 'bad row')}; correct the data, or leave bad rows out with "
@@ -176,7 +178,7 @@ class _Collected:
 
 
 def _collect(config: ExamplesConfig, tokenizer: Any, row_length: int) -> _Collected:
-    """Phase 1: read and render every row. Raises ConfigError and DataError for what no policy is about."""
+    """Phase 1: read and render every row. Raises ConfigError and DataError for problems that no policy covers."""
     collected = _Collected(Encoder(tokenizer))
     renderer: Renderer | None = None
     unknown = ""  # the first row that no format fits
@@ -217,7 +219,7 @@ def _collect(config: ExamplesConfig, tokenizer: Any, row_length: int) -> _Collec
 
 
 def _add(collected: _Collected, config: ExamplesConfig, split: Split, example: Example, row_length: int) -> None:
-    """Keep an example, or what the policy makes of one that is too long."""
+    """Keep an example; if it is too long, truncate it or leave it out, as the policy demands."""
     if example.num_places > row_length:
         shorter = example.truncated(row_length) if config.too_long == "truncate" else None
         if shorter is None:
@@ -234,7 +236,7 @@ def _add(collected: _Collected, config: ExamplesConfig, split: Split, example: E
 
 
 def _split(config: ExamplesConfig, collected: _Collected, num_shards: int) -> dict[Split, list[Example]]:
-    """The examples of both splits, ordered by what they say."""
+    """Divide the examples into the two splits, ordered by the hash of their content."""
     train, validation = (sorted(collected.examples[split], key=lambda example: example.key) for split in SPLITS)
     if not config.validation_path:
         held_out = held_out_keys((example.key for example in train), config.validation_fraction, num_shards)
@@ -244,10 +246,10 @@ def _split(config: ExamplesConfig, collected: _Collected, num_shards: int) -> di
 
 
 def held_out_keys(keys: Iterable[bytes], fraction: float, at_least: int) -> Collection[bytes]:
-    """The keys that are held out: those in the lowest `fraction` of all possible ones, a function of each alone.
+    """Choose the held-out keys: those in the lowest `fraction` of all possible keys.
 
-    Only where this would leave one of the splits with fewer than `at_least` different examples is the line moved, if
-    there are enough for both.
+    So whether a key is held out depends on that key alone. Exception: where one of the splits would have fewer than
+    `at_least` different examples, the boundary moves, if there are enough examples for both.
     """
     ordered = sorted(set(keys))
     line = int(fraction * 2**64)
@@ -292,7 +294,7 @@ def _report(
 
 
 def _prompts(examples: list[Example]) -> tuple[Prompt, ...]:
-    # Neighbours with the same key are copies of one row.
+    # Examples with the same key are copies of one row.
     by_key = {example.key: example for example in examples}
     return tuple(prompt for example in by_key.values() if (prompt := example.prompt) is not None)
 
@@ -315,7 +317,7 @@ def _too_few(config: ExamplesConfig, collected: _Collected, splits: dict[Split, 
 
 
 def _more(count: int, what: str) -> str:
-    """The others of `count`, for people."""
+    """The number of further ones of `count`, as text for people."""
     others = count - 1
     return f" (and {others} more {what}{'s' if others > 1 else ''})" if others else ""
 
@@ -331,7 +333,7 @@ def _sha256(file: SourceFile) -> str:
     try:
         with file.open() as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
-    except Exception as error:  # every fsspec backend raises its own kind
+    except Exception as error:  # fsspec backends raise errors of their own
         raise DataError(f"{file.name} cannot be read ({one_line(error)}); check the path and the rights") from None
 
 
@@ -345,5 +347,5 @@ def _write(output: Output, name: str, content: bytes) -> str:
 def _read(directory: str, name: str) -> bytes:
     try:
         return files.read_bytes(files.join(directory, name))
-    except Exception as error:  # every fsspec backend raises its own kind
+    except Exception as error:  # fsspec backends raise errors of their own
         raise DataError(f"{directory}/{name} cannot be read ({one_line(error)}); prepare the examples again") from None

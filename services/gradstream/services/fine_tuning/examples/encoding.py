@@ -1,9 +1,9 @@
-"""Text to token ids and back, as transformers does it.
+"""Encodes text to token ids and decodes ids to text, as transformers does.
 
 A rendered conversation is encoded as a whole, so its ids are those of transformers' `apply_chat_template`. A prompt and
-its completion are encoded so that no token spans both: which tokens are targets is exact, and a prompt's ids are the
-same with a completion after it as without one. A special token that is written out in a prompt, a completion or a
-document is that token; in a message of a conversation it is text.
+its completion are encoded without a token that spans both. So the targets are exact, and a prompt has the same ids with
+a completion after it as without one. A special token that is written out in a prompt, a completion or a document is
+encoded as that token; in a message of a conversation it is encoded as text.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from gradstream.services.fine_tuning.examples.reading import BadRowError
 Piece = tuple[str, bool]
 """Text, and whether its tokens are targets."""
 Span = tuple[int, int]
-"""Where in a text a token comes from: characters [begin, end)."""
-# Put before a piece and taken off again, where a tokenizer writes a blank before every text it is given.
+"""The characters [begin, end) of a text from which a token comes."""
+# Texts that are put before a piece and removed again, where a tokenizer adds a blank before every text.
 SENTINELS = ("\n", "|", "0")
 PROBE = "x"
 
 
 class Encoder:
-    """A tokenizer as the examples need it.
+    """Encodes and decodes examples with a base's tokenizer.
 
     Raises ConfigError for a tokenizer without end of text or without a tokenizer.json.
     """
@@ -43,14 +43,14 @@ class Encoder:
             raise ConfigError(
                 "the base's tokenizer names no end-of-text token; set eos_token in its tokenizer_config.json"
             )
-        # A copy: truncation and padding, which a tokenizer.json may ask for, must not happen here.
+        # A copy, because truncation and padding, which a tokenizer.json may configure, must be off here.
         with parsing(_unusable):
             whole: Any = Guarded(Tokenizer.from_str(backend.to_str()), _unusable)
         whole.no_truncation()
         whole.no_padding()
         self.content: bytes = whole.to_str(pretty=True).encode("utf-8")
-        """The tokenizer.json."""
-        # Without post-processor: some of them take blanks out of the tokens' places in the text.
+        """The content of tokenizer.json."""
+        # Without the post-processor: some post-processors leave blanks out of the tokens' places in the text.
         with parsing(_unusable):
             bare_json = json.dumps({**json.loads(self.content), "post_processor": None})
             self._backend: Any = Guarded(Tokenizer.from_str(bare_json), _unusable)
@@ -62,37 +62,37 @@ class Encoder:
         bare, around = self.ids(PROBE), list(whole.encode(PROBE).ids)
         begin = next((n for n in range(len(around)) if around[n : n + len(bare)] == bare), 0)
         self.begin_ids: tuple[int, ...] = tuple(around[:begin])
-        """What the tokenizer puts before every text by default, most often bos."""
+        """The ids that the tokenizer puts before every text by default, usually bos."""
         self.special_tokens: tuple[str, ...] = tuple(
             token.content for token in self._backend.get_added_tokens_decoder().values() if token.special
         )
-        """The texts that are special tokens."""
+        """The texts of the special tokens."""
         longest_first = sorted(filter(None, self.special_tokens), key=len, reverse=True)
         self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        """Matches any of them."""
+        """Matches any special token."""
         self._adds_blank = self.decode(self.ids("x") + self.ids("x")) != "xx"
 
     @property
     def bos_id(self) -> int | None:
-        """The first id that the tokenizer puts before every text; None for those that put nothing."""
+        """The first id that the tokenizer puts before every text; None if it puts none."""
         return self.begin_ids[0] if self.begin_ids else None
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text that stands at the beginning, without bos."""
+        """Encode a text that stands at the beginning, without bos."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def text_ids(self, text: str) -> list[int]:
-        """The ids of a text with what the tokenizer puts before it, once: a text may have its bos already."""
+        """Encode a text with the tokenizer's `begin_ids` before it, unless the text already begins with them."""
         ids = self.ids(text)
         begun = tuple(ids[: len(self.begin_ids)]) == self.begin_ids
         return ids if begun else [*self.begin_ids, *ids]
 
     def ids_after(self, text: str, before: str) -> list[int]:
-        """The ids of `text` where `before` comes before it, none of which has characters of both.
+        """Encode `text` as it follows `before`, with no token that has characters of both.
 
-        As in the two encoded as one; only where that would give a token of both is `text` encoded by itself, without
-        the blank that some tokenizers begin with.
+        The ids are those of the two texts encoded as one. Exception: where a token would span both, `text` is encoded
+        alone, without the blank that some tokenizers begin with.
         """
         head, whole = self.ids(before), self.ids(before + text)
         if whole[: len(head)] == head:
@@ -105,7 +105,7 @@ class Encoder:
         return self.ids(text)
 
     def pieces(self, pieces: Iterable[Piece], bos: bool) -> tuple[list[int], list[bool]]:
-        """The ids of all pieces and whether each is a target; `bos`: begin as the tokenizer does by default."""
+        """Encode pieces to ids, each with whether it is a target. `bos`: begin with the tokenizer's `begin_ids`."""
         ids: list[int] = []
         is_target: list[bool] = []
         before = ""
@@ -118,11 +118,11 @@ class Encoder:
         return ids, is_target
 
     def rendered(self, text: str, markers: tuple[str, str] | None = None) -> tuple[list[int], list[Span]]:
-        """The ids of a rendered conversation and where in `text` each comes from.
+        """Encode a rendered conversation; return the ids and the span in `text` from which each comes.
 
-        Special tokens between `markers` are text and encoded as such, as transformers does for
+        Special tokens between `markers` are encoded as text, as transformers does for
         `apply_chat_template(..., sanitize_control_tokens=True)`; the markers have no ids. Raises BadRowError when the
-        tokenizer knows such a text as the token alone.
+        tokenizer can encode such a text only as the special token.
         """
         if markers is None or not any(marker in text for marker in markers):
             encoding = self._backend.encode(text, add_special_tokens=False)
@@ -145,17 +145,17 @@ class Encoder:
         return ids, spans
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of ids."""
+        """Decode ids to text."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def groups(self, ids: Sequence[int], is_target: Sequence[bool]) -> list[Piece]:
-        """The text of ids in pieces of the same `is_target`. Together the pieces are the text of all ids."""
+        """Decode ids to pieces of text with the same `is_target`. Joined, the pieces are the text of all ids."""
         pieces: list[Piece] = []
         shown, begin = "", 0
         for end in range(1, len(ids) + 1):
             if end < len(ids) and is_target[end] == is_target[begin]:
                 continue
-            # Some decoders take a blank off the beginning, so a piece is what it adds to the text before it.
+            # Some decoders remove a leading blank, so a piece is the text that its ids add to the text before.
             text = self.decode(ids[:end])
             piece = text[len(shown) :] if text.startswith(shown) else self.decode(ids[begin:end])
             pieces.append((piece, bool(is_target[begin])))
@@ -163,7 +163,7 @@ class Encoder:
         return pieces
 
     def _inner(self, text: str) -> tuple[list[int], list[Span]]:
-        """The ids and places of a part of a text, after a line break that is taken off again."""
+        """Encode a part of a text as it follows a line break; return its ids and places without the line break."""
         if not text:
             return [], []
         head = self.ids("\n")
@@ -173,7 +173,7 @@ class Encoder:
         return self.rendered(text)
 
     def _as_text(self, token: str) -> list[int]:
-        """The ids of a special token that is written out in a text. Raises BadRowError when that is the token."""
+        """Encode the text of a special token as text. Raises BadRowError if the tokenizer gives the special token."""
         head = self._without_added("\n")
         ids = self._without_added("\n" + token)
         ids = ids[len(head) :] if ids[: len(head)] == head else self._without_added(token)
@@ -184,7 +184,7 @@ class Encoder:
         return ids
 
     def _without_added(self, text: str) -> list[int]:
-        """The ids that the model of the tokenizer gives a text, added tokens aside."""
+        """Encode a text by the tokenizer's model alone, without its added tokens."""
         with parsing(_unusable):
             if self._backend.normalizer is not None:
                 text = self._backend.normalizer.normalize_str(text)

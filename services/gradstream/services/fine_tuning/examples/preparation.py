@@ -1,4 +1,4 @@
-"""A task's data: where it is, and the rows made of it."""
+"""Finds or receives a task's data, and makes its rows."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from gradstream.services.fine_tuning.store import Store
 
 MAX_UPLOAD_BYTES = 2 << 30
 SPARE_BYTES = 1 << 30
-"""What uploads leave free on their disk."""
+"""Bytes that uploads leave free on their disk."""
 IDLE_SECONDS = 60.0
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def check_data(config: ExamplesConfig) -> None:
-    """Raise DataError when a file of examples is not where the service can see it, ConfigError when a directory or a
-    glob has none."""
+    """Check that the service can see the files of examples.
+
+    Raises DataError when there is no such file, ConfigError when a directory or a glob has none.
+    """
     for key, path in (("path", config.path), ("validation_path", config.validation_path)):
         if path is None:
             continue
@@ -44,8 +46,8 @@ def check_data(config: ExamplesConfig) -> None:
                 found = bool(find_files([path]).files)
         except GradstreamError:
             raise
-        except Exception as error:  # every fsspec backend raises its own kind
-            raise DataError(f"data.{key} {path} cannot be looked at ({one_line(error)}); correct it") from None
+        except Exception as error:  # fsspec backends raise errors of their own
+            raise DataError(f"data.{key} {path} cannot be accessed ({one_line(error)}); correct it") from None
         if not found:
             raise DataError(
                 f"there is no file {path} where the fine-tuning service can see it; correct data.{key}, or send "
@@ -56,8 +58,10 @@ def check_data(config: ExamplesConfig) -> None:
 async def answered(
     storage: StorageThreads, base: str, config: ExamplesConfig, on_wait: Callable[[str], object]
 ) -> None:
-    """Look at a base's directory and at the examples until their storage answers; `on_wait` is told when it does not.
-    Raises as `check_data`."""
+    """Access a base's directory and the examples until their storage answers.
+
+    `on_wait` is called while the storage does not answer. Raises the errors of `check_data`.
+    """
     await storage.patiently(base, partial(looked_at, base), on_wait)
     await storage.patiently(config.path, partial(check_data, config), on_wait)
 
@@ -67,7 +71,7 @@ def prepare(asked: FineTuningRecipe, base: Base, config: dict[str, Any], directo
 
     Raises ConfigError or DataError with one line.
     """
-    # First what needs no data: a target module that matches nothing is told at once.
+    # First the check that needs no data: an error about a target module that matches nothing comes at once.
     tensors = model.inventory(config, asked.lora if asked.method == "lora" else None)
     prepared = prepare_examples(
         asked.data,
@@ -84,7 +88,7 @@ class Upload:
     """A file of examples as it arrives. Use `write` for each piece, then `finish`; `discard` in any case."""
 
     def __init__(self, store: Store, file: str):
-        """Raises ProtocolError when the name is not a plain one."""
+        """Raises ProtocolError when the name is not a plain file name."""
         if not _FILE_NAME.fullmatch(file):
             raise ProtocolError(f"the file name {file[:80]!r} is not a plain one; rename the file")
         self._store = store
@@ -95,7 +99,7 @@ class Upload:
         self._stream: BinaryIO = self._path.open("xb")
 
     def write(self, payload: bytes) -> None:
-        """Add a piece. Raises DataError when the file is too large or the disk full."""
+        """Append a piece. Raises DataError when the file is too large or the disk is full."""
         if shutil.disk_usage(self._store.uploads).free < SPARE_BYTES + len(payload):
             raise DataError(f"{self._file} cannot be stored (the disk is nearly full); free disk space")
         self._num_bytes += len(payload)
@@ -111,7 +115,7 @@ class Upload:
             raise DataError(f"{self._file} cannot be stored ({error.strerror}); free disk space") from None
 
     def finish(self) -> tuple[str, str]:
-        """Put the file into place; return its path and sha256."""
+        """Move the file into place; return its path and sha256."""
         sha256 = self._digest.hexdigest()
         path = self._store.uploads / f"{sha256}-{self._file}"
         self._stream.close()
@@ -119,7 +123,7 @@ class Upload:
         return str(path), sha256
 
     def discard(self) -> None:
-        """Remove what arrived, unless it is in place."""
+        """Remove the temporary file, unless the upload is finished."""
         self._stream.close()
         self._path.unlink(missing_ok=True)
 
@@ -127,7 +131,7 @@ class Upload:
 async def _next(
     messages: AsyncIterator[fine_tuning_pb2.UploadExamplesRequest],
 ) -> fine_tuning_pb2.UploadExamplesRequest | None:
-    """The next piece; None at the end. Raises UnreachableError when none comes: others wait for the place."""
+    """Read the next piece, None at the end. Raises UnreachableError when none comes, as other uploads wait."""
     try:
         async with asyncio.timeout(IDLE_SECONDS):
             return await anext(messages, None)

@@ -1,4 +1,4 @@
-"""From a file of examples to its rows, each with the file and line it comes from; and which format they have."""
+"""Reads the rows of a file of examples, each with the file and line that it comes from, and finds their format."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from gradstream.core.recipe.fine_tuning_recipe import ExamplesConfig
 Format = Literal["prompt-completion", "chat", "text", "alpaca"]
 SHAREGPT_FIELD = "conversations"
 ALPACA_FIELDS = ("instruction", "input", "output", "system", "history")
-# Read of a Parquet file beside the fields that the recipe names.
+# Fields that are read from a Parquet file besides those that the recipe names.
 OTHER_FIELDS = (SHAREGPT_FIELD, *ALPACA_FIELDS, "tools", "weight", "train")
 SHOWN_FIELDS = 24
 MAX_FILE_BYTES = 4 << 30
-"""Of a file that is compressed, once it is unpacked: examples are in memory all at once, and a small file can unpack to
-any size."""
-# Files that hold rows, but not one a line: taken for text, a model would learn their syntax.
+"""Maximum size of a compressed file once it is unpacked: all examples are in memory at once, and a small file can
+unpack to any size."""
+# Files that hold rows, but not one a line. Read as text they would teach a model their syntax.
 NOT_TEXT = {
     ".json": "it holds neither JSON objects nor a list of them; write one object a line",
     ".csv": ".csv files are not read; convert it to .jsonl or .parquet",
@@ -38,14 +38,14 @@ NOT_TEXT = {
 
 
 class BadRowError(Exception):
-    """A row that cannot be used; its message is the reason, for people: one plain line, whatever the row holds."""
+    """A row cannot be used. The message is the reason: one plain line for people, whatever the row holds."""
 
     def __init__(self, reason: str):
         super().__init__(plain_line(reason))
 
 
 class UnknownFieldsError(BadRowError):
-    """A row none of whose fields tells the format. Others of its file may: some begin with a row about the file."""
+    """No field of a row tells the format. Other rows may: some files begin with a row about the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +55,12 @@ class Row:
     origin: str
     values: dict[str, Any]
     fields: Sequence[str] = ()
-    """The names of all fields there are; `values` may have fewer."""
+    """The names of all fields of the row; `values` may have fewer."""
     reason: str = ""
     kind: Literal["rows", "text"] = "rows"
-    """text: the row is a whole text file."""
+    """With "text", the row is a whole text file."""
     unread: Mapping[str, int] = field(default_factory=dict)
-    """Fields of the file that are not read, and of how many rows; with the file's first row."""
+    """Fields of the file that are not read, and in how many rows they are. Set in the file's first row."""
 
     def text(self, field: str) -> str:
         """The text in a field. Raises BadRowError."""
@@ -70,8 +70,10 @@ class Row:
         return checked_text(value, f"field '{field}'")
 
     def value(self, field: str) -> Any:
-        """What is in a field, or for "meta.text" in "text" of the object in "meta". Raises BadRowError when the row has
-        none of that name."""
+        """The value of a field; "meta.text" means field "text" of the object in "meta".
+
+        Raises BadRowError when the row has no such field.
+        """
         found = field_value(self.values, field)
         if found is MISSING:
             names = [*self.fields, *(name for name in field_names(self.values) if name not in self.fields)]
@@ -79,21 +81,21 @@ class Row:
         return found
 
     def has(self, field: str) -> bool:
-        """Whether there is such a field, as `value` looks for it."""
+        """Return whether the row has a field, as `value` finds it."""
         return field in self.fields or field_value(self.values, field) is not MISSING
 
     def says(self, field: str) -> bool:
-        """Whether there is such a field, and it is not null: files of several shapes have all fields in every row."""
+        """Return whether the row has a field that is not null: in a file of mixed rows every row has all fields."""
         return field_value(self.values, field) not in (MISSING, None)
 
 
 def read_rows(file: SourceFile, config: ExamplesConfig) -> Iterator[Row]:
-    """The rows of one file, in order. A text file is one row; blank lines and blank text files are none.
+    """Read the rows of one file, in order. A text file is one row; blank lines and blank text files give none.
 
-    JSON is known by its content too, whatever the file's name. Of a Parquet file only the columns that examples
-    may be made of are read. Raises DataError when the file cannot be read or is damaged.
+    JSON is also recognized by its content, under any file name. Of a Parquet file only the columns that examples can be
+    made of are read. Raises DataError when the file cannot be read or is damaged.
     """
-    # With format text, an object alone in a file may be the text that is meant.
+    # With format text, a file with a single object may itself be the text.
     fields = (config.text_field,) if config.format == "text" else ()
     with open_source(file, fields=fields, max_bytes=MAX_FILE_BYTES) as source:
         match source.kind:
@@ -107,9 +109,9 @@ def read_rows(file: SourceFile, config: ExamplesConfig) -> Iterator[Row]:
 
 
 def resolve_format(config: ExamplesConfig, file: SourceFile, row: Row) -> Format:
-    """The format that `config` gives or, if it leaves that open, that the fields of `row` tell.
+    """Return the format from `config` or, with `auto`, from the fields of `row`.
 
-    Raises UnknownFieldsError when they tell nothing, ConfigError for a text file where rows are wanted.
+    Raises UnknownFieldsError when the fields fit no format, ConfigError for a text file where rows are wanted.
     """
     if row.kind == "text":
         if file.suffix in NOT_TEXT and config.format != "text":
@@ -128,7 +130,7 @@ def resolve_format(config: ExamplesConfig, file: SourceFile, row: Row) -> Format
         return "chat"
     if config.format != "auto":
         return config.format
-    # By what is not null; where that tells nothing, a field that is there is one that should have been filled.
+    # Fields that are not null decide. If none does, fields that are null decide: they should have been filled.
     for has in (row.says, row.has):
         if has(config.prompt_field) and has(config.completion_field):
             return "chat" if of_messages else "prompt-completion"
@@ -147,25 +149,25 @@ def resolve_format(config: ExamplesConfig, file: SourceFile, row: Row) -> Format
 
 
 def listed(fields: Sequence[str]) -> str:
-    """The first names of fields, for people."""
+    """The first names of fields, as text for people."""
     shown = ", ".join(shortened(str(field)) for field in fields[:SHOWN_FIELDS])
     return (shown + (", …" if len(fields) > SHOWN_FIELDS else "")) or "none"
 
 
 def shortened(text: str, num_characters: int = 40) -> str:
-    """Text of a row on one line and short enough for a message."""
+    """Shorten the text of a row to one line for a message."""
     line = " ".join(text[: num_characters * 4].split())
     return line if len(line) <= num_characters else line[:num_characters] + "…"
 
 
 def type_name(value: object) -> str:
-    """The type of a value, in the words of JSON."""
+    """The name of a value's JSON type."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
     return names.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
 
 
 def checked_text(text: str, what: str) -> str:
-    """`text`, if it has a UTF-8 encoding: JSON can spell half of a character. Raises BadRowError."""
+    """Return `text` if it can be encoded as UTF-8. JSON can contain half of a surrogate pair. Raises BadRowError."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -184,7 +186,8 @@ def _parquet(source: OpenSource, fields: Sequence[str]) -> Iterator[Row]:
 
     table = parquet.ParquetFile(source.stored)
     names = tuple(table.schema_arrow.names)
-    # A field of a column's objects ("meta.text") needs the column. With none of them, one still counts the rows.
+    # A field of a column's objects ("meta.text") needs the whole column. If no column is needed, one is read to count
+    # the rows.
     needed = [name for name in names if any(field == name or field.startswith(f"{name}.") for field in fields)]
     unread = _unread(table, {name for name in names if name not in (needed or names[:1])})
     number = num_bytes = 0
@@ -198,7 +201,7 @@ def _parquet(source: OpenSource, fields: Sequence[str]) -> Iterator[Row]:
 
 
 def _unread(table: Any, names: Collection[str]) -> dict[str, int]:
-    """For columns by their names the number of rows that are not null, as far as the file's statistics tell."""
+    """Count, by column name, the rows that are not null, as far as the file's statistics tell."""
     counts: dict[str, int] = dict.fromkeys(names, 0)
     for number in range(table.metadata.num_row_groups):
         group = table.metadata.row_group(number)

@@ -1,13 +1,13 @@
-"""From a row to examples: token ids, which of them are targets, and the prompt that a held-out one is tested with.
+"""Renders rows as examples: token ids, their targets, and for held-out examples the prompt of their test.
 
-- prompt-completion: the prompt's ids, the completion's, end of text. Targets are the completion and the end.
+- prompt-completion: the ids of the prompt, of the completion, and end of text. Targets are the completion and the end.
 - chat: the whole conversation by the chat template. Targets are the replies, each up to the token that ends it; end of
   text is appended only where the template ends the last reply with no special token.
-- text: the document's ids and end of text, all of them targets but the first, which nothing comes before.
+- text: the document's ids and end of text. All are targets except the first, which has no token before it.
 
-Rows of Alpaca (instruction, input, output) are conversations where the base has a chat template, and prompts and
-completions in Alpaca's own words where it has none. What a tokenizer puts before every text by default comes first, and
-once; in a conversation the template writes it. An end that a row has already is not doubled.
+Rows of Alpaca (instruction, input, output) become conversations where the base has a chat template, and otherwise
+prompts and completions in Alpaca's own words. The ids that a tokenizer puts before every text by default come first,
+and only once; in a conversation the template writes them. An end of text that a row already has is not repeated.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ ALPACA_PROMPTS = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n",
 )
-"""With an input and without: Taori et al., "Stanford Alpaca", 2023."""
+"""The prompts with an input and without: Taori et al., "Stanford Alpaca", 2023."""
 Completion = tuple[int | tuple[int, ...], str, str]
-"""The prompt's ids, or how many of the example's they are; the prompt and the completion as text."""
+"""The prompt's ids, or their number if the example begins with them; the prompt and the completion as text."""
 
 
 class Prompt(NamedTuple):
-    """A held-out prompt: what the model is given, as ids and as text, and the completion of the example."""
+    """A held-out prompt: the model's input as ids and as text, and the completion of the example."""
 
     ids: tuple[int, ...]
     text: str
@@ -64,9 +64,9 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """What is trained on: n ids, of which those marked are targets. It takes n - 1 places in a row.
+    """A training example: n ids, some of them targets. It takes n - 1 places in a row.
 
-    `key`: hash of what the row says, the same for the same row wherever it stands.
+    `key`: hash of the row's content, independent of the row's position.
     """
 
     origin: str
@@ -74,37 +74,37 @@ class Example:
     ids: npt.NDArray[np.uint32]
     is_target: npt.NDArray[np.bool_]
     completion: Completion | None = None
-    """None where there is none, or not all of it."""
+    """None where the example has no completion, or only a part of it."""
 
     @property
     def num_places(self) -> int:
-        """Input tokens: the last id is a target only."""
+        """Number of input tokens: the last id is a target only."""
         return len(self.ids) - 1
 
     @property
     def num_targets(self) -> int:
-        """Tokens that count in the loss."""
+        """Number of tokens that count in the loss."""
         return int(self.is_target.sum())
 
     @property
     def prompt(self) -> Prompt | None:
-        """What a model is tested for with this example."""
+        """The prompt with which a model is tested on this example; None if there is none."""
         if self.completion is None:
             return None
         prompt, text, expected = self.completion
         return Prompt(prompt if isinstance(prompt, tuple) else tuple(self.ids[:prompt].tolist()), text, expected)
 
     def truncated(self, num_places: int) -> Example | None:
-        """The beginning of the example; None when no target is left in it."""
+        """The first `num_places` input tokens of the example; None when they have no target."""
         ids, is_target = self.ids[: num_places + 1], self.is_target[: num_places + 1]
         return Example(self.origin, self.key, ids, is_target) if is_target.any() else None
 
 
 class Renderer:
-    """Renders rows of one format and counts what it does not use of them. Raises ConfigError when the tokenizer cannot.
+    """Renders rows of one format, and counts their unused fields. Raises ConfigError if the tokenizer is unsuitable.
 
-    `format` is that of the examples: what rows of Alpaca become depends on the tokenizer. `unused_fields`: for each
-    field that no example was made of, in how many rows it is not null. `notes`: what people should know, with counts.
+    `format` is the format of the examples; for rows of Alpaca it depends on the tokenizer. `unused_fields`: for each
+    field that no example was made of, in how many rows it is not null. `notes`: messages for people, with counts.
     """
 
     def __init__(self, config: ExamplesConfig, tokenizer: Any, encoder: Encoder, fmt: Format, row_length: int):
@@ -132,14 +132,14 @@ class Renderer:
         self._render = render[fmt]
         used: dict[Format, set[str]] = {
             "prompt-completion": {config.prompt_field, config.completion_field},
-            "chat": {"tools"},  # and what `_told_in` says of the row
+            "chat": {"tools"},  # and the fields that `_told_in` returns
             "text": {config.text_field},
             "alpaca": set(ALPACA_FIELDS),
         }
         self._used = used[fmt]
 
     def render(self, row: Row) -> list[Example]:
-        """The examples of a row: one, but of a text as many as it fills rows. Raises BadRowError."""
+        """Render the examples of a row: one, or for a text one for each row that it fills. Raises BadRowError."""
         if row.reason:
             raise BadRowError(row.reason)
         for field in TRAIN_FIELDS:
@@ -151,7 +151,7 @@ class Renderer:
         examples = self._render(row)
         self.unused_fields.update(row.unread)
         used = {*self._used, *TRAIN_FIELDS, *(self._told_in(row) if self._render == self._chat else ())}
-        used |= {field.split(".")[0] for field in used}  # of "meta.text" all of "meta"
+        used |= {field.split(".")[0] for field in used}  # for "meta.text" the whole field "meta"
         for field, value in row.values.items():
             if value is not None and field not in used:
                 self.unused_fields[field] += 1
@@ -179,7 +179,7 @@ class Renderer:
                 f"the completion has '{end}', which ends a text, before its end: what follows would never be "
                 f"generated; write the row as messages, or take it out"
             )
-        # What follows an end that is written out, most often a line break, is never generated.
+        # Text after an end that is written out, usually a line break, is never generated.
         after = after[: ends[0] + 1] if ends else [*after, self._encoder.end_of_text_id]
         self._note_special(prompt + completion)
         is_target = [False] * len(before) + [True] * len(after)
@@ -200,8 +200,10 @@ class Renderer:
         return [self._conversed(row, told, others[0] if others and others != ["system"] else field)]
 
     def _told_in(self, row: Row) -> tuple[str, ...]:
-        """The fields of a row that its conversation is made of: of messages, of ShareGPT's, or of a prompt and a
-        completion that are messages."""
+        """The fields of a row that contain its conversation.
+
+        These are the field of messages, ShareGPT's fields, or prompt and completion if they are lists of messages.
+        """
         config = self._config
         if row.says(config.messages_field):
             return (config.messages_field,)
@@ -263,7 +265,10 @@ class Renderer:
             self.notes["rows have special tokens written out, which are read as those tokens"] += 1
 
     def _document(self, row: Row) -> list[Example]:
-        """Consecutive parts of a row's length. They overlap in one token, so that each is a target once."""
+        """Split a document into consecutive parts of a row's length.
+
+        Parts overlap by one token, so each token but the first is a target exactly once.
+        """
         text = row.text(self._config.text_field)
         if not text.strip():
             raise BadRowError("the text is empty")
@@ -277,7 +282,7 @@ class Renderer:
         for begin in range(0, len(ids) - 1, self._row_length):
             part = ids[begin : begin + self._row_length + 1]
             origin = row.origin if not begin else f"{row.origin} (from token {begin + 1})"
-            # By its own content: a long document is on both sides of the split, but no part of it is.
+            # The key is the hash of the part: parts of one long document may be in both splits, but each part in one.
             examples.append(_example(origin, ["text", *map(str, part)], part, [True] * len(part), None))
         return examples
 
@@ -290,7 +295,7 @@ def _example(
     completion: tuple[int | tuple[int, ...], str, str] | None,
 ) -> Example:
     marks = np.array(is_target, np.bool_)
-    marks[0] = False  # nothing comes before it
+    marks[0] = False  # the first token has no input before it
     if not marks.any():
         raise BadRowError("no token is a target")
     key = blake2b(json.dumps(parts).encode(), digest_size=16).digest()

@@ -1,5 +1,7 @@
-"""Rows of fixed length with whole examples in them (the layout "rows" of gradstream.core.data.manifest): which
-examples share a row, and a row's bytes."""
+"""Packs whole examples into rows of fixed length, and encodes the rows as bytes.
+
+This is the layout "rows" of gradstream.core.data.manifest.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,16 @@ from gradstream.services.fine_tuning.examples.rendering import Example
 
 
 def pack(lengths: Sequence[int], row_length: int, min_rows: int = 1) -> list[list[int]]:
-    """Which examples share a row: for each row the numbers of its examples, each once.
+    """Assign examples to rows; return for each row the numbers of its examples, each once.
 
     Best fit decreasing (Johnson, "Near-optimal bin packing algorithms", 1973): the longest first, each into the
-    fullest row that it fits. A function of `lengths`, their order included, alone. Rows are parted again until there
-    are `min_rows`, if there are so many examples. Raises ValueError for a length outside [1, row_length].
+    fullest row that it fits. The result depends on `lengths` and their order alone. Rows are split until there are
+    `min_rows`, if there are enough examples. Raises ValueError for a length outside [1, row_length].
     """
     if any(not 1 <= length <= row_length for length in lengths):
         raise ValueError(f"an example has no place in a row of {row_length}")
     rows: list[list[int]] = []
-    # Rows by the places they have left; bit n of `free` is set when there are some with n.
+    # Rows by their number of free places; bit n of `free` is set when some row has n free places.
     with_places: list[list[int]] = [[] for _ in range(row_length + 1)]
     free = 0
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
@@ -48,7 +50,10 @@ def pack(lengths: Sequence[int], row_length: int, min_rows: int = 1) -> list[lis
 
 
 def row_bytes(examples: Sequence[Example], row_length: int, padding_id: int) -> tuple[bytes, list[int]]:
-    """A row with these examples, and where in it each begins: (3, row_length) uint32, inputs, targets and example."""
+    """Encode a row of examples; return its bytes and the place at which each example begins.
+
+    The bytes are (3, row_length) uint32: inputs, targets and the number of the example.
+    """
     row = np.empty((ROW_PLANES, row_length), "<u4")
     row[0], row[1], row[2] = padding_id, NO_TARGET, 0
     begins = [0, *accumulate(example.num_places for example in examples)]
@@ -69,7 +74,7 @@ def write_rows(
     num_shards: int,
     seed: int,
 ) -> list[DataShard]:
-    """Write the rows of one split, in an order that `seed` decides, evenly over its data shards. Raises DataError."""
+    """Write the rows of one split evenly over its data shards, in an order that `seed` determines. Raises DataError."""
     shards = [ShardWriter(output, split, number) for number in range(num_shards)]
     with output.explained():
         for position in range(len(rows)):

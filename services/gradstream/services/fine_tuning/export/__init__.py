@@ -1,1 +1,1 @@
-"""What came of a fine-tuning, as files for others."""
+"""Exports of fine-tunings' results as files for other programs."""

@@ -1,4 +1,4 @@
-"""The model card of an export: what a person must know of a model that they did not train."""
+"""Writes the model card of an export, for people who did not train the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNKNOWN = "not measured"
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How good a model is on the held-out examples. `loss` in nats a target token; without prompts no exact matches."""
+    """A model's score on the held-out examples. `loss` in nats a target token; without prompts no exact matches."""
 
     loss: float
     perplexity: float
@@ -25,7 +25,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """What it was trained on: counts of examples and the hex sha256 of each of their files."""
+    """The training data: counts of examples, and the hex sha256 of each of their files."""
 
     num_train: int
     num_validation: int
@@ -34,7 +34,7 @@ class DataFacts:
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """All that a card says. None stands for what nobody measured."""
+    """The facts on a card. None means not measured."""
 
     name: str
     version: int
@@ -50,7 +50,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, kind: Literal["adapter", "merged"]) -> str:
-    """A README.md with the front matter that model hubs read. `kind` is that of the export that it goes with."""
+    """Write a README.md with the front matter that model hubs read. `kind` is the kind of the export."""
     adapter = kind == "adapter"
     front = {
         "base_model": facts.base.title,
@@ -119,7 +119,7 @@ def _count(number: int | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value as YAML's safe subset has it: a dumped model may hold tuples."""
+    """Convert a value to types of YAML's safe subset: a dumped model may hold tuples."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""What came of a fine-tuning, as others read it: peft's adapter directory, or a Hugging Face model.
+"""Writes the result of a fine-tuning as peft's adapter directory or as a Hugging Face model directory.
 
-A directory is there whole or not at all. Nothing here holds more than one of the model's tensors in memory.
+A directory appears complete or not at all. At most one of the model's tensors is in memory.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 def export_adapter(checkpoint_directory: str, destination: Path, card: str, chat: bool = False) -> None:
     """Write the adapter of a LoRA job's checkpoint as a directory that peft's `PeftModel.from_pretrained` loads.
 
-    adapter_config.json, adapter_model.safetensors (fp32), the base's tokenizer files and generation_config.json, and
-    `card` as README.md. `chat`: it was tuned on conversations, whose end transformers has to know. Raises ConfigError
-    when the checkpoint is not of a LoRA job, and CheckpointError when it is damaged, when the base has no tokenizer any
-    more, and when `destination` is not empty.
+    The directory has adapter_config.json, adapter_model.safetensors (fp32), the base's tokenizer files and
+    generation_config.json, and `card` as README.md. `chat`: the adapter was trained on conversations, so transformers
+    must know the token that ends a reply. Raises ConfigError when the checkpoint is not of a LoRA job, and
+    CheckpointError when it is damaged, when the base no longer has a tokenizer, and when `destination` is not empty.
     """
     adapter = _Adapter(checkpoint_directory)
     with files.whole_directory(destination) as temporary:
@@ -57,15 +57,18 @@ def export_adapter(checkpoint_directory: str, destination: Path, card: str, chat
 def export_merged(
     checkpoint_directory: str, destination: Path, card: str, chat: bool = False, weights: bool = True
 ) -> list[WeightsFile]:
-    """Write the result of a fine-tuning as a Hugging Face model directory, with `card` as README.md, and with the
-    base's tokenizer files and generation_config.json. `chat`: as for `export_adapter`.
+    """Write the result of a fine-tuning as a Hugging Face model directory.
 
-    Returns the files of its weights, which without `weights` are not written: they are made as they are read.
+    The directory has the weights, `card` as README.md, the base's tokenizer files and generation_config.json. `chat`:
+    as for `export_adapter`. Returns the files of the weights; without `weights` they are not written, and each is made
+    when it is read.
 
-    Of a LoRA job: base and adapter in one. W + scaling * B @ A is computed in fp32 and stored in the dtype that the
-    base has W in, so a bf16 base gives a bf16 model that is rounded once; what has no adapter is the base's, bit for
-    bit. Of a full fine-tuning: the checkpoint itself, fp32. Raises CheckpointError when checkpoint or base are damaged
-    or gone, or when `destination` is not empty, and ConfigError for a checkpoint of no fine-tuning.
+    For a LoRA job the weights are base and adapter merged. W + scaling * B @ A is computed in fp32 and stored in the
+    base's dtype of W, so a bf16 base gives a bf16 model that is rounded once. Tensors without an adapter equal the
+    base's bit for bit. For a full fine-tuning the weights are the checkpoint's own, in fp32.
+
+    Raises CheckpointError when the checkpoint or the base is damaged or missing, or when `destination` is not empty;
+    ConfigError when the checkpoint is not of a fine-tuning.
     """
     with files.whole_directory(destination) as temporary:
         if _fine_tuning(checkpoint_directory, CheckpointReader(checkpoint_directory)).method == "lora":
@@ -91,7 +94,7 @@ def _fine_tuning(directory: str, reader: CheckpointReader) -> FineTuning:
 
 
 class _Adapter:
-    """The adapter that a checkpoint holds, and peft's config of it."""
+    """The adapter in a checkpoint, with peft's config for it."""
 
     def __init__(self, directory: str):
         self._reader = CheckpointReader(directory)
@@ -116,7 +119,7 @@ class _Adapter:
         return torch.from_numpy(self._reader.read(WEIGHT, name, 0, math.prod(shape))).reshape(shape)
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A tensor of the base with its adapter's product added, if it has one."""
+        """Return a tensor of the base with its adapter's product added, if it has one."""
         module = name.removesuffix(".weight")
         if module == name or module not in self.modules:
             return weight
@@ -126,14 +129,14 @@ class _Adapter:
 
 
 def _shortest(modules: set[str], every: Sequence[str]) -> list[str]:
-    """The last parts of the modules' names where these mean no other module, as people write them; else the names."""
+    """Shorten the modules' names to their last parts, as people write them, if these match no other module."""
     ends = {name.rsplit(".", 1)[-1] for name in modules}
     meant = {name for name in every if name.rsplit(".", 1)[-1] in ends}
     return sorted(ends if meant == modules else modules)
 
 
 def _merged_weights(reader: BaseReader, adapter: _Adapter) -> list[WeightsFile]:
-    """The files of base and adapter in one, made as they are read, a tensor at a time."""
+    """The files of the merged weights, made while they are read, one tensor at a time."""
     unknown = adapter.modules - {name.removesuffix(".weight") for name in reader.names()}
     if unknown:
         raise CheckpointError(
@@ -155,7 +158,7 @@ def _merged_weights(reader: BaseReader, adapter: _Adapter) -> list[WeightsFile]:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, copied only when they do not lie end to end."""
+    """The bytes of a tensor on the CPU, copied only when the tensor is not contiguous."""
     data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
 

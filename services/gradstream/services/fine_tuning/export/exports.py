@@ -1,4 +1,4 @@
-"""Results as files: peft's adapter directory or a Hugging Face model."""
+"""Streams results as files: peft's adapter directory or a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_EXPORTS = 2
 
 
 class Exports:
-    """Exports under way; each holds a tensor of a model in memory."""
+    """Makes exports. Each export under way holds one tensor of a model in memory."""
 
     def __init__(self, fine_tunings: FineTunings):
         self._fine_tunings = fine_tunings
@@ -37,16 +37,16 @@ class Exports:
     async def pieces(
         self, name: str, kind: fine_tuning_pb2.ExportKind.ValueType, version: int | None
     ) -> AsyncIterator[tuple[str, int, bytes]]:
-        """The files of an export, as core.files.directory_pieces gives them.
+        """Stream the files of an export, in the form of core.files.directory_pieces.
 
-        Raises ConfigError or CheckpointError when there is nothing of the kind to export.
+        Raises ConfigError or CheckpointError when there is no result of that kind to export.
         """
         record = self._fine_tunings.find(name)
         asked = parse_fine_tuning_recipe(record.recipe_json)
         if kind == fine_tuning_pb2.EXPORT_KIND_ADAPTER and asked.method != "lora":
             raise ConfigError(f"{record.name} is a full fine-tuning and has no adapter; export it with --merged")
         adapter = asked.method == "lora" and kind != fine_tuning_pb2.EXPORT_KIND_MERGED
-        self._fine_tunings.checkpoint(record.name, version)  # or there is nothing to wait for
+        self._fine_tunings.checkpoint(record.name, version)  # raises before the wait if there is no result
         async with self._slots, self._fine_tunings.held_checkpoint(record.name, version) as (version, checkpoint):
             temporary = Path(tempfile.mkdtemp(prefix="export-", dir=self._fine_tunings.store.temporary))
             try:
@@ -62,7 +62,7 @@ class Exports:
 
 
 def _export(record: Record, version: int, checkpoint: str, destination: Path, adapter: bool) -> list[WeightsFile]:
-    """Write an export's files but a model's weights, which are returned to be made as they are sent."""
+    """Write an export's files except a whole model's weights, which are returned and made while they are sent."""
     progress = read_manifest(checkpoint).progress
     card = model_card(card_facts(record, version, progress.get("num_tokens")), kind="adapter" if adapter else "merged")
     chat = ParseDict(record.examples or {}, fine_tuning_pb2.ExamplesReport()).format == "chat"
@@ -73,7 +73,7 @@ def _export(record: Record, version: int, checkpoint: str, destination: Path, ad
 
 
 def card_facts(record: Record, version: int, num_target_tokens: int | None) -> CardFacts:
-    """What the card of a version says. Raises CheckpointError when the fine-tuning has no base yet."""
+    """Collect the facts for a version's card. Raises CheckpointError when the fine-tuning has no base yet."""
     asked = parse_fine_tuning_recipe(record.recipe_json)
     if record.base is None:
         raise CheckpointError(f"{record.name} is {record.state} and has no base yet; wait until it trains")

@@ -1,9 +1,9 @@
-"""Which requests are generated together, token by token.
+"""Chooses the requests that are generated together, token by token.
 
-Requests wait in the order they came. Between any two tokens rows that are done or cancelled leave their batch, and the
-requests at the head of the queue join while there is room: rows, memory for keys and values, and for their base and
-adapter. One that cannot join yet is not overtaken, so none waits for ever. There is one batch for each base in use,
-and each gets its next token in turn.
+Requests wait in the order in which they came. Between any two tokens, rows that are done or cancelled leave their
+batch, and the requests at the head of the queue join while there is room: rows, memory for keys and values, and memory
+for their base and adapter. A request that cannot join yet is not overtaken, so none waits without end. Each base in use
+has one batch, and the batches compute their next token in turn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNFINISHED = pb.FINISH_REASON_UNSPECIFIED
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What is asked for."""
+    """A request to complete a prompt."""
 
     model: str  # a name among the served models
     prompt_ids: tuple[int, ...]
@@ -43,25 +43,25 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Piece:
-    """What came next; the last one alone has a finish reason."""
+    """The next piece of a completion. Only the last piece has a finish reason."""
 
     text: str
-    num_tokens: int  # generated so far, without the one that ends the text
+    num_tokens: int  # tokens generated so far, without the one that ends the text
     finish_reason: pb.FinishReason.ValueType = UNFINISHED
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """How much is done at once."""
+    """Limits of concurrent generation."""
 
     max_batch: int = 8
     max_waiting: int = 64
-    cache_bytes: int = 1 << 30  # keys and values of all rows; a row alone may have more
+    cache_bytes: int = 1 << 30  # keys and values of all rows; a single row may exceed it
 
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """Who is served now."""
+    """Numbers of running and waiting requests."""
 
     num_running: int
     num_waiting: int
@@ -69,13 +69,13 @@ class EngineStatus:
 
 @dataclass(eq=False)
 class Row:
-    """A request on its way."""
+    """A request while it is served."""
 
     request: GenerationRequest
     served: Served
     facts: BaseFacts
-    deliver: Callable[[Piece | GradstreamError], None]  # called by the thread that computes
-    patient: bool = False  # may wait beyond max_waiting: whoever asks bounds how many there are
+    deliver: Callable[[Piece | GradstreamError], None]  # called by the compute thread
+    patient: bool = False  # may wait beyond max_waiting: the caller bounds the number of patient requests
     cancelled: bool = False
     num_tokens: int = 0
     text: TextStream = field(init=False)
@@ -91,11 +91,11 @@ class Row:
         self.generator = torch.Generator().manual_seed(request.seed)
 
     def choose(self, logits_V: torch.Tensor) -> int:
-        """The next token."""
+        """Choose the next token."""
         return choose(logits_V, self.request.temperature, self.request.top_p, self.generator)
 
     def take(self, token: int) -> Piece | None:
-        """What can be shown after `token`; None when that is nothing new."""
+        """Return the piece that can be shown after `token`, or None if there is no new text."""
         if token in self.facts.end_ids:
             return self._last(self.text.flush(), pb.FINISH_REASON_END_OF_TEXT)
         if token in self.stop_ids:
@@ -119,10 +119,10 @@ class _Running:
     batch: Batch
     resident: ResidentBase
     rows: list[Row] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)  # each row's last one, which the model has not seen
+    tokens: list[int] = field(default_factory=list)  # each row's last token, which the model has not processed yet
 
     def peak_bytes(self, joining: list[Row]) -> int:
-        """Most bytes that keys and values will take when these join."""
+        """Peak bytes of keys and values if these rows join."""
         now = [
             (length, row.request.max_new_tokens - row.num_tokens)
             for length, row in zip(self.batch.lengths, self.rows, strict=True)
@@ -132,7 +132,7 @@ class _Running:
 
 
 class Batcher:
-    """The queue and the batches. Any thread submits and cancels; one thread steps."""
+    """The queue and the batches. Any thread may submit and cancel; one thread steps."""
 
     def __init__(self, models: ServedModels, limits: EngineLimits):
         self._models = models
@@ -158,7 +158,7 @@ class Batcher:
             self._changed.notify()
 
     def cancel(self, row: Row) -> None:
-        """Nobody wants the rest: the row leaves before the next token. Harmless when it is done."""
+        """Cancel a request: the row leaves before the next token. Harmless when the row is done."""
         with self._changed:
             row.cancelled = True
             if row in self._waiting:
@@ -166,7 +166,7 @@ class Batcher:
             self._changed.notify()
 
     def status(self) -> EngineStatus:
-        """Who is served now."""
+        """The numbers of running and waiting requests."""
         with self._changed:
             return EngineStatus(self._num_running, len(self._waiting))
 
@@ -177,13 +177,13 @@ class Batcher:
             self._changed.notify()
 
     def wait(self) -> bool:
-        """Wait until there is something to do. Returns False when there will be nothing more."""
+        """Wait until there is work to do. Returns False after `close`."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
             return not self._closed
 
     def abandon(self) -> None:
-        """Tell everyone that the service is ending; after `close`, by the thread that steps."""
+        """End all requests with an error. Called after `close`, by the thread that steps."""
         error = UnreachableError("the service ended before the text did; ask again when it is back")
         with self._changed:
             left = list(self._waiting)
@@ -195,18 +195,18 @@ class Batcher:
         self._running.clear()
 
     def step(self) -> None:
-        """One token for every row: those that are done or cancelled leave, those that can be joined join."""
+        """Compute one token for every row. Rows that are done or cancelled leave; requests join while there is room."""
         self._advance_each(self._drop_cancelled)
         self._forget_empty()
         joining = self._admit()
         self._advance_each(self._next_tokens)
         for running, rows in joining:
             self._advance(running, partial(self._first_tokens, rows))
-        # Not before: the last rows of a batch may end while others are about to join it.
+        # Not earlier: a batch whose last rows have ended may be about to get new rows.
         self._forget_empty()
 
     def _forget_empty(self) -> None:
-        """Before others are admitted, too: what refers to a base keeps it in memory when it has to make room."""
+        """Drop empty batches. Called before requests are admitted, too: a batch keeps its base in memory."""
         self._running = [running for running in self._running if running.rows]
 
     def _advance_each(self, action: Callable[[_Running], None]) -> None:
@@ -215,7 +215,7 @@ class Batcher:
                 self._advance(running, action)
 
     def _admit(self) -> list[tuple[_Running, list[Row]]]:
-        """Take requests from the queue's head while there is room."""
+        """Take requests from the head of the queue while there is room."""
         joining: dict[_Running, list[Row]] = {}
         while True:
             with self._changed:
@@ -249,7 +249,7 @@ class Batcher:
         return list(joining.items())
 
     def _take_first(self, row: Row) -> bool:
-        """Remove the queue's head; False when it was cancelled meanwhile, and is gone."""
+        """Remove the head of the queue. Returns False when it was cancelled in the meantime."""
         with self._changed:
             if not self._waiting or self._waiting[0] is not row:
                 return False
@@ -257,7 +257,7 @@ class Batcher:
             return True
 
     def _advance(self, running: _Running, action: Callable[[_Running], None]) -> None:
-        """Do something with a batch; what goes wrong ends its rows, and no others."""
+        """Apply an action to a batch. An error ends the rows of this batch only."""
         try:
             with panics_caught():
                 action(running)
@@ -270,7 +270,7 @@ class Batcher:
             self._leave(running, row)
             row.deliver(error)
         running.rows, running.tokens = [], []
-        running.batch = Batch(running.resident)  # the old one may be half-way through a token
+        running.batch = Batch(running.resident)  # the old batch may have computed a part of a token
 
     def _drop_cancelled(self, running: _Running) -> None:
         cancelled = {index for index, row in enumerate(running.rows) if row.cancelled}
@@ -288,7 +288,7 @@ class Batcher:
         self._take_all(running, logits_BV, num_before)
 
     def _take_all(self, running: _Running, logits_BV: torch.Tensor, first: int) -> None:
-        """Choose the next token of the rows from `first` on; those that are done leave before they are told."""
+        """Choose the next token of the rows from `first` on. Rows that are done leave before their pieces are sent."""
         done: set[int] = set()
         said: list[tuple[Row, Piece | GradstreamError]] = []
         for index, logits_V in enumerate(logits_BV, first):

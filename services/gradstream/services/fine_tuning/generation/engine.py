@@ -1,7 +1,7 @@
-"""Generates text with many models, streamed, for many callers at once.
+"""Generates text with many models for many callers at once, and streams it.
 
-One thread computes; the event loop checks requests, hands them over and gets pieces of text back. A caller that goes
-away frees its row before the next token.
+One thread computes. The event loop checks requests, passes them to that thread and gets pieces of text back. When a
+caller goes away, its row is freed before the next token.
 """
 
 from __future__ import annotations
@@ -42,20 +42,22 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     async def facts(self, model: str) -> BaseFacts:
-        """A model's tokenizer and bounds, without loading its weights. Raises ConfigError for an unknown model,
-        UnreachableError when its storage does not answer."""
+        """Return a model's tokenizer and bounds, without loading its weights.
+
+        Raises ConfigError for an unknown model, UnreachableError when its storage does not answer.
+        """
         return await self._facts(self.models.find(model))
 
     async def _facts(self, served: Served) -> BaseFacts:
         return await self._storage.call(served.base.path, self.models.facts, served)
 
     async def generate(self, request: GenerationRequest, patient: bool = False) -> AsyncGenerator[Piece, None]:
-        """Yield the completion in pieces, the last of which alone has a finish reason.
+        """Yield the completion in pieces. Only the last piece has a finish reason.
 
-        Nothing happens before the first piece is asked for. Close the generator (`aclosing`) when it is left early.
-        `patient` requests are never refused for being too many; whoever makes them bounds their number.
-        Raises ConfigError for a request that cannot be met, UnreachableError when too many wait or the service ends,
-        and CheckpointError when the model cannot be loaded.
+        The work begins when the first piece is requested. Close the generator (`aclosing`) if you leave it early.
+        `patient` requests are never refused because too many wait; their caller bounds their number. Raises ConfigError
+        for a request that cannot be met, UnreachableError when too many requests wait or the service ends, and
+        CheckpointError when the model cannot be loaded.
         """
         served = self.models.find(request.model)
         facts = await self._facts(served)
@@ -76,11 +78,11 @@ class Engine:
             self._batcher.cancel(row)
 
     def status(self) -> EngineStatus:
-        """How many are served and wait now."""
+        """The numbers of running and waiting requests."""
         return self._batcher.status()
 
     async def close(self) -> None:
-        """End all generations, with an error, and the thread."""
+        """End all generations with an error, and end the thread."""
         self._batcher.close()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
@@ -100,14 +102,15 @@ class Engine:
 
 
 def check_request(request: GenerationRequest, facts: BaseFacts) -> None:
-    """Raises ConfigError, in one line with the cure, for a request that a model of these facts cannot meet."""
+    """Raise ConfigError, in one line with the remedy, for a request that a model of these facts cannot meet."""
     num_prompt = len(request.prompt_ids)
     if num_prompt == 0:
         raise ConfigError("the prompt has no token; give it some text")
     strange = [token for token in request.prompt_ids if not 0 <= token < facts.vocab_size]
     if strange:
         raise ConfigError(
-            f"the prompt has token {strange[0]} and the model knows {facts.vocab_size}; its tokenizer is another's"
+            f"the prompt has token {strange[0]}, but the model knows {facts.vocab_size} tokens; use the model's own "
+            f"tokenizer"
         )
     if request.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {request.max_new_tokens}; ask for at least 1")
@@ -142,12 +145,12 @@ def check_request(request: GenerationRequest, facts: BaseFacts) -> None:
 def _deliverer(
     loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Piece | GradstreamError]
 ) -> Callable[[Piece | GradstreamError], None]:
-    """Hands pieces from the thread that computes to the event loop."""
+    """Make a function that passes pieces from the compute thread to the event loop."""
 
     def deliver(piece: Piece | GradstreamError) -> None:
         try:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
         except RuntimeError:
-            pass  # the loop is closed: nobody is there to read it
+            pass  # the loop is closed: no caller reads the piece
 
     return deliver

@@ -1,4 +1,4 @@
-"""How many held-out prompts a model completes exactly."""
+"""Counts the held-out prompts that a model completes exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradstream.proto.v1 import fine_tuning_pb2 as pb
 from gradstream.services.fine_tuning.generation.engine import Engine, GenerationRequest
 from gradstream.services.fine_tuning.generation.models import BaseFacts
 
-# Tokens beyond those of the expected completion: room for the end of text, or to see that it does not come.
+# Tokens beyond those of the expected completion: for the end of text, or to find that it does not come.
 MARGIN_TOKENS = 8
 
 
@@ -24,19 +24,21 @@ class ExactMatch(NamedTuple):
 
 
 def is_exact(expected: str, generated: str) -> bool:
-    """Whether a completion is the expected one, blanks at both ends aside."""
+    """Return whether a completion is the expected one, ignoring blanks at both ends."""
     return expected.strip() == generated.strip()
 
 
 def num_new_tokens(num_prompt: int, num_expected: int, max_new_tokens: int, max_positions: int | None) -> int:
-    """How many tokens to generate to see whether the expected completion comes and ends; 0 or less when the prompt
-    leaves no room for any."""
+    """Compute the number of tokens to generate to find whether the expected completion comes and ends.
+
+    The number is 0 or less when the prompt leaves no room for any.
+    """
     wanted = min(num_expected + MARGIN_TOKENS, max_new_tokens)
     return wanted if max_positions is None else min(wanted, max_positions - num_prompt)
 
 
 def spread(num_items: int, num_picked: int) -> list[int]:
-    """Indices of at most `num_picked` items, evenly over all."""
+    """Indices of at most `num_picked` items, spread evenly over all."""
     num_picked = min(num_items, num_picked)
     return [index * num_items // num_picked for index in range(num_picked)]
 
@@ -51,8 +53,8 @@ async def exact_match(
 ) -> ExactMatch:
     """Complete each (prompt ids, prompt, expected completion) greedily and count the exact ones.
 
-    A prompt that has no token, or leaves the model no room, counts as not exact. Half of the engine's rows at most are
-    used, so that others are answered meanwhile. Raises what `Engine.generate` raises.
+    A prompt that has no token, or leaves the model no room, counts as not exact. At most half of the engine's rows are
+    used, so other requests are served in the meantime. Raises the errors of `Engine.generate`.
     """
     if not prompts:
         return ExactMatch(0, 0, [])
@@ -70,7 +72,7 @@ async def exact_match(
             for _ in range(max(1, engine.limits.max_batch // 2)):
                 group.create_task(complete_next())
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None  # one line for people: the first says it
+        raise errors.exceptions[0] from None  # the first error is enough for people
     num_exact = sum(is_exact(expected, text) for (_, _, expected), text in zip(prompts, generated, strict=True))
     samples = [
         pb.Sample(prompt=prompts[index][1], expected=prompts[index][2], generated=generated[index])

@@ -1,7 +1,7 @@
-"""Which models can generate, and which of them are in memory.
+"""Keeps the models that can generate, and loads them into memory.
 
 A model is a base, or an adapter on a base; models of one base share it. Bases and adapters are loaded when they are
-first asked for, and the ones not asked for the longest make room.
+first requested. The least recently requested ones are unloaded to make room.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ class Served:
     base: Base
     lora: LoraConfig | None
     weights: Mapping[str, torch.Tensor]
-    adapter: str  # its name within the base: new each time, so that a model that was replaced keeps its own
+    adapter: str  # its name within the base; unique, so a model that replaces another gets a name of its own
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What must be known of a base before and after the arithmetic."""
+    """Facts of a base that are needed before and after the computation."""
 
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     max_positions: int | None  # None: no bound
     vocab_size: int
-    end_ids: frozenset[int]  # tokens that say end of text
+    end_ids: frozenset[int]  # tokens that end a text
 
 
 @dataclass(frozen=True)
 class ResidentLimits:
-    """How much is held at once."""
+    """Limits of the models in memory."""
 
     bases_bytes: int = 8 << 30
     max_adapters: int = 8
@@ -82,19 +82,19 @@ class ServedModels:
         self._facts_lock = threading.Lock()
         self._known_facts: OrderedDict[str, BaseFacts] = OrderedDict()
         self._num_bytes: dict[str, int] = {}
-        # Both by when they were last asked for, the longest ago first.
+        # Both are ordered by their last request, oldest first.
         self._bases: OrderedDict[str, ResidentBase] = OrderedDict()
         self._adapters: OrderedDict[str, ResidentBase] = OrderedDict()
 
     def add_base(self, name: str, base: Base) -> None:
-        """Let a base, or the whole model that a full fine-tuning made, generate under `name`; replaces what had it."""
+        """Serve a base, or the whole model of a full fine-tuning, under `name`. Replaces a model of that name."""
         self._add(Served(name, base, None, {}, NO_ADAPTER))
 
     def add_adapter(self, name: str, base: Base, lora: LoraConfig, weights: Mapping[str, torch.Tensor]) -> None:
-        """Let an adapter on a base generate under `name`; replaces what had it.
+        """Serve an adapter on a base under `name`. Replaces a model of that name.
 
-        `weights` are read when the adapter is loaded, maybe more than once, by the thread that computes: a mapping that
-        reads from a checkpoint holds no memory until then.
+        The compute thread reads `weights` when it loads the adapter, possibly more than once. So a mapping that reads
+        from a checkpoint holds no memory until then.
         """
         self._add(Served(name, base, lora, weights, f"adapter_{next(_NUMBERS)}"))
 
@@ -103,17 +103,17 @@ class ServedModels:
             self._served[served.name] = served
 
     def remove(self, name: str) -> None:
-        """Forget a model; what is being generated with it goes on."""
+        """Remove a model. Generations with it that are under way go on."""
         with self._lock:
             self._served.pop(name, None)
 
     def names(self) -> list[str]:
-        """The models that can generate."""
+        """The names of the models that can generate."""
         with self._lock:
             return sorted(self._served)
 
     def find(self, name: str) -> Served:
-        """A model by its name. Raises ConfigError when there is none."""
+        """Find a model by its name. Raises ConfigError when there is none."""
         with self._lock:
             served = self._served.get(name)
             if served is not None:
@@ -123,12 +123,12 @@ class ServedModels:
         raise ConfigError(f"no model '{name}' can generate{nearest(name, known)}; there are: {listed or 'none yet'}")
 
     def facts(self, served: Served) -> BaseFacts:
-        """A model's tokenizer and bounds, without loading its weights; reads files, so not for an event loop."""
+        """Return a model's tokenizer and bounds, without loading its weights. Blocking: it reads files."""
         key = f"{served.base.sha256} {served.base.tokenizer_key}"
         with self._facts_lock:
             facts = self._known_facts.get(key)
         if facts is None:
-            # Without the lock: what one storage takes, or never answers, is no matter of others.
+            # Without the lock: a slow or hanging storage must not delay callers for other bases.
             facts = _facts_of(self._open_base(served.base).config, self._load_tokenizer(served.base))
         with self._facts_lock:
             self._known_facts[key] = facts
@@ -138,10 +138,10 @@ class ServedModels:
         return facts
 
     def acquire(self, served: Served) -> ResidentBase | None:
-        """The model in memory, which stays there until it is released as often; None while others that are in use
-        leave no room for it.
+        """Load a model, and keep it in memory until each `acquire` was followed by a `release`.
 
-        Raises ConfigError or CheckpointError when it cannot be loaded.
+        Returns None while models in use leave no room for it. Raises ConfigError or CheckpointError when the model
+        cannot be loaded.
         """
         try:
             with panics_caught():
@@ -150,7 +150,7 @@ class ServedModels:
                     return None
         except GradstreamError:
             raise
-        except Exception as error:  # whatever its files lead to ends this request, not the thread that computes
+        except Exception as error:  # any error of its files ends this request, not the compute thread
             raise CheckpointError(f"model '{served.name}' cannot be loaded ({one_line(error)})") from error
         resident.num_users += 1
         if served.lora is not None:
@@ -158,23 +158,23 @@ class ServedModels:
         return resident
 
     def release(self, served: Served, resident: ResidentBase) -> None:
-        """The counterpart of `acquire`."""
+        """Release a model that `acquire` returned."""
         resident.num_users -= 1
         if served.lora is not None:
             resident.adapter_users[served.adapter] -= 1
 
     def resident_bases(self) -> list[ResidentBase]:
-        """The bases in memory, the longest unused first."""
+        """The bases in memory, the least recently requested first."""
         return list(self._bases.values())
 
     def resident_adapters(self) -> list[str]:
-        """The adapters in memory by their own names, the longest unused first."""
+        """The adapters in memory by their own names, the least recently requested first."""
         return list(self._adapters)
 
     def _resident(self, served: Served) -> ResidentBase | None:
         key = served.base.sha256
         if key not in self._bases:
-            # Asked between any two tokens while there is no room: the files are opened once.
+            # While there is no room this is called between any two tokens, so the files are opened only once.
             if key not in self._num_bytes:
                 self._num_bytes[key] = base_bytes(self._open_base(served.base).config, self.limits.dtype)
             check_fits(self._num_bytes[key], self.limits.bases_bytes, served.base.title or served.base.path)
@@ -199,7 +199,7 @@ class ServedModels:
                 self._adapters.pop(adapter, None)
         if leaving:
             del base, gone
-            gc.collect()  # modules that refer to each other in circles would stay for a while
+            gc.collect()  # frees modules in reference cycles at once
         return True
 
     def _adapter_resident(self, served: Served, resident: ResidentBase) -> bool:
@@ -219,6 +219,6 @@ class ServedModels:
 
 
 def _facts_of(config: Mapping[str, Any], tokenizer: Any) -> BaseFacts:
-    # A chat model's tokenizer may name the end of a turn, and its config the end of a document.
+    # For a chat model, the tokenizer may name the token that ends a turn, and the config the one that ends a document.
     ends = end_ids(tokenizer) | {*end_ids_in(config)}
     return BaseFacts(tokenizer, max_positions(config), int(config["vocab_size"]), ends)

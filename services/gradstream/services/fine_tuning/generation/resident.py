@@ -1,4 +1,4 @@
-"""A base in memory and the adapters on it, which one batch may mix.
+"""A base in memory with its adapters. One batch may mix adapters.
 
 Shape suffixes: B rows, T tokens, V tokens of the vocabulary.
 """
@@ -16,42 +16,40 @@ from gradstream.core.model.lora import freeze, is_from_base, peft_config
 from gradstream.core.model.model import build, initialize_buffers
 from gradstream.core.recipe.fine_tuning import LoraConfig
 
-# peft's own word for rows without an adapter.
+# peft's name for rows without an adapter.
 NO_ADAPTER = "__base__"
 
 
 class BaseTensors(Protocol):
-    """What is read of a base (gradstream.core.pretrained.base.BaseReader)."""
+    """The interface by which a base is read (gradstream.core.pretrained.base.BaseReader)."""
 
     @property
     def config(self) -> dict[str, Any]:
         """The contents of its config.json."""
 
     def names(self) -> list[str]:
-        """The names of its tensors, as transformers' model class calls its parameters; tied ones once."""
+        """The names of its tensors, as in transformers' model class; tied tensors once."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor in its stored dtype."""
+        """Read a whole tensor in its stored dtype."""
 
 
 class _RowAdapters:
-    """Which adapter each row of the batch that is being computed has."""
+    """The adapter of each row of the batch that is being computed."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
     def hand_over(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """A forward pre-hook of peft's layers: the way peft's own models take to its mixed batches."""
+        """Forward pre-hook of peft's layers: passes the rows' adapters, as peft's own models do in mixed batches."""
         return args, {**kwargs, "adapter_names": self.names}
 
 
 class ResidentBase:
-    """A base in memory. Its weights are shared by all adapters and never change: adapters add to what its modules
-    compute."""
+    """A base in memory. All adapters share its weights, which never change: adapters add to its modules' outputs."""
 
     def __init__(self, tensors: BaseTensors, dtype: torch.dtype, device: torch.device):
-        """Reads the base, one tensor at a time. Raises ConfigError or CheckpointError when it does not fit its own
-        config."""
+        """Reads the base one tensor at a time. Raises ConfigError or CheckpointError if it does not fit its config."""
         self.model = load_model(tensors, dtype, device)
         self.num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
         self.num_users = 0
@@ -63,19 +61,19 @@ class ResidentBase:
         self._hooked: set[nn.Module] = set()
 
     def add_adapter(self, adapter: str, lora: LoraConfig, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put an adapter on the base, under a name that no other has had.
+        """Put an adapter on the base, under a name that no adapter has had before.
 
-        `weights` are named as the trained tensors of a job (`….q_proj.lora_A.default.weight`), each read once.
-        Raises ConfigError when a target matches no module, CheckpointError when the weights are not those of such an
-        adapter; the base is as before then.
+        `weights` are named like the trained tensors of a job (`….q_proj.lora_A.default.weight`); each is read once.
+        Raises ConfigError when a target matches no module, and CheckpointError when the weights are not those of such
+        an adapter. After an error the base is as before.
         """
         import peft
         from peft.tuners.lora import LoraLayer
 
-        # On the bare model: with other adapters on it modules have other names.
+        # From a bare model, because adapters on a model change the names of its modules.
         config = peft_config(lora, build(self._config, "meta"))
         if hasattr(self.model, "peft_config"):
-            del self.model.peft_config  # peft would warn of what is meant here: a second adapter
+            del self.model.peft_config  # without this peft warns about a second adapter, which is intended
         try:
             peft.inject_adapter_in_model(config, self.model, adapter_name=adapter, low_cpu_mem_usage=True)
             _fill_adapter(self.model, adapter, weights, self.device)
@@ -90,12 +88,12 @@ class ResidentBase:
         self.adapter_users[adapter] = 0
 
     def remove_adapter(self, adapter: str) -> None:
-        """Free an adapter's memory. Peft's layers stay, and compute the base alone."""
+        """Free an adapter's memory. Peft's layers stay and compute the base alone."""
         from peft.tuners.lora import LoraLayer
 
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
-                module.set_adapter([])  # else peft makes another one the active one, and says so
+                module.set_adapter([])  # otherwise peft activates another adapter and warns
                 module.delete_adapter(adapter)
         self.adapter_users.pop(adapter, None)
 
@@ -107,9 +105,9 @@ class ResidentBase:
         cache: Any,
         adapters: Sequence[str],
     ) -> torch.Tensor:
-        """The logits after each row's last token, fp32 on the CPU, shape (B, V); `cache` grows by T columns.
+        """Compute the logits after each row's last token, fp32 on the CPU, shape (B, V). `cache` grows by T columns.
 
-        `mask_BS` is over the columns of the cache and the new ones; `adapters` names each row's, or NO_ADAPTER.
+        `mask_BS` is over the columns of the cache and the new ones. `adapters` names each row's adapter, or NO_ADAPTER.
         """
         self._rows.names = list(adapters)
         with torch.inference_mode():
@@ -126,9 +124,9 @@ class ResidentBase:
 
 
 def load_model(tensors: BaseTensors, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A base as a model that computes in `dtype`, filled tensor by tensor; tied weights stay tied.
+    """Load a base as a model that computes in `dtype`, tensor by tensor. Tied weights stay tied.
 
-    Raises CheckpointError for a tensor that is missing or has another shape than the config says.
+    Raises CheckpointError for a tensor that is missing or whose shape differs from the config.
     """
     model = build(tensors.config, "meta")
     freeze(model)
@@ -148,7 +146,7 @@ def load_model(tensors: BaseTensors, dtype: torch.dtype, device: torch.device) -
             raise CheckpointError(
                 f"the base's tensor '{name}' has shape {tuple(fresh.shape)} and its config.json says {tuple(shape)}"
             )
-        # A copy: what a mapped file holds changes with the file.
+        # A copy, because the content of a mapped file changes with the file.
         parameter = nn.Parameter(fresh.to(device=device, dtype=dtype, copy=True), requires_grad=False)
         for alias in names:
             _set_parameter(model, alias, parameter)
@@ -156,8 +154,10 @@ def load_model(tensors: BaseTensors, dtype: torch.dtype, device: torch.device) -
 
 
 def _fill_adapter(model: nn.Module, adapter: str, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Set an adapter's parameters, kept in fp32 as they were trained. Raises CheckpointError unless `weights` has
-    exactly them."""
+    """Set an adapter's parameters, in fp32 as they were trained.
+
+    Raises CheckpointError unless `weights` has exactly these parameters.
+    """
     parameters = {
         name.replace(f".{adapter}.", ".default."): name
         for name, _ in model.named_parameters()
@@ -174,7 +174,7 @@ def _fill_adapter(model: nn.Module, adapter: str, weights: Mapping[str, torch.Te
                 f"the adapter's tensor '{name}' has shape {tuple(fresh.shape)} and its base and recipe say "
                 f"{tuple(shape)}"
             )
-        # A copy: whoever owns these may go on training them.
+        # A copy, because the owner of the weights may go on training them.
         copied = fresh.to(device=device, dtype=torch.float32, copy=True)
         _set_parameter(model, own, nn.Parameter(copied, requires_grad=False))
 
@@ -191,13 +191,13 @@ def max_positions(config: Mapping[str, Any]) -> int | None:
 
 
 def base_bytes(config: Mapping[str, Any], dtype: torch.dtype) -> int:
-    """Bytes that a base of this config takes in memory. Raises ConfigError for a config that cannot be built."""
+    """Compute the memory in bytes of a base with this config. Raises ConfigError if the model cannot be built."""
     model = build(config, "meta")
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def position_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token of one row."""
+    """Compute the bytes of keys and values of one token of one row."""
     text = config.get_text_config()
     num_heads = int(text.num_attention_heads)
     num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
@@ -206,7 +206,7 @@ def position_bytes(config: Any, dtype: torch.dtype) -> int:
 
 
 def check_fits(num_bytes: int, budget_bytes: int, title: str) -> None:
-    """Raises ConfigError for a base that is larger than all that may be held."""
+    """Raise ConfigError for a base that is larger than the memory for bases."""
     if num_bytes > budget_bytes:
         raise ConfigError(
             f"base {title} takes {num_bytes / 2**30:.2f} GiB of memory and the service may hold "

@@ -1,4 +1,4 @@
-"""Bases and results as models that generate: what the service asks of the engine."""
+"""Generates with bases and with the results of fine-tunings, through the engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CACHE_SHARE = 0.25
 
 
 class CheckpointWeights(Mapping[str, torch.Tensor]):
-    """The trained tensors of a checkpoint, read when they are asked for. Raises CheckpointError when it is damaged."""
+    """The trained tensors of a checkpoint, read on access. Raises CheckpointError when the checkpoint is damaged."""
 
     def __init__(self, directory: str):
         self._directory = directory
@@ -57,12 +57,12 @@ class Serving:
     """Generates with bases, and with the checkpoints of fine-tunings."""
 
     def __init__(self, device: str, memory_bytes: int):
-        """`memory_bytes`: for models, and for the keys and values of what is being generated."""
+        """`memory_bytes`: the memory for models, and for the keys and values of texts that are being generated."""
         chosen = torch.device(resolve_device(device))
         cache_bytes = int(memory_bytes * CACHE_SHARE)
         limits = ResidentLimits(
             bases_bytes=memory_bytes - cache_bytes,
-            # A GPU has little memory and is fast at this; a processor is neither.
+            # bf16 saves a GPU's scarce memory and is fast there. On a CPU it is slow, and memory is not scarce.
             dtype=torch.float32 if chosen.type == "cpu" else torch.bfloat16,
             device=chosen,
         )
@@ -77,7 +77,7 @@ class Serving:
         await self.engine.close()
 
     async def tokenizer(self, base: Base) -> tuple[Any, Encoder]:
-        """The tokenizer of a base, and how texts are encoded with it. Raises ConfigError when it has none to use."""
+        """Load a base's tokenizer and the encoder made of it. Raises ConfigError when the base has no usable one."""
         known = self._tokenizers.get(base.tokenizer_key)
         if known is None:
             known = await self._storage.call(base.path, _load_tokenizer, base)
@@ -87,7 +87,7 @@ class Serving:
         return known
 
     async def complete(self, base: Base, checkpoint: str | None, prompts: Sequence[Prompt]) -> Completions:
-        """What a model makes of held-out prompts."""
+        """Have a model complete held-out prompts."""
         model = await self._serve(base, checkpoint)
         found = await exact_match(self.engine, model, prompts)
         samples = tuple(
@@ -99,12 +99,12 @@ class Serving:
     async def generate(
         self, base: Base, checkpoint: str | None, request: pb.GenerateRequest
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """The completion in pieces. Raises ConfigError, CheckpointError and UnreachableError as the engine does."""
+        """Yield a completion in pieces. Raises ConfigError, CheckpointError and UnreachableError as the engine does."""
         ids = await self._prompt_ids(base, request)
         model = await self._serve(base, checkpoint)
         num_new = request.max_new_tokens
         if not request.HasField("max_new_tokens"):
-            # Nobody has asked for more than there is room for.
+            # The default number of new tokens is lowered to the room that the prompt leaves.
             longest = (await self.engine.facts(model)).max_positions
             num_new = DEFAULT_NEW_TOKENS if longest is None else max(1, min(DEFAULT_NEW_TOKENS, longest - len(ids)))
         asked = GenerationRequest(
@@ -133,8 +133,10 @@ class Serving:
         return ids
 
     async def _serve(self, base: Base, checkpoint: str | None) -> str:
-        """Let a model generate; its name there. Raises UnreachableError when its storage does not answer: the thread
-        that computes for everybody must not wait for it."""
+        """Make a model available for generation; return its name in the engine.
+
+        Raises UnreachableError when the model's storage does not answer: the one compute thread must not wait for it.
+        """
         for path in filter(None, (base.path, checkpoint)):
             await self._storage.call(path, looked_at, path)
         name = checkpoint if checkpoint is not None else f"{base.sha256} {base.tokenizer_key}"
@@ -160,7 +162,7 @@ class Serving:
 
 
 def resolve_device(device: str) -> str:
-    """ "cpu" or "cuda" for "auto". Raises ConfigError when there is no GPU and one is asked for."""
+    """Replace "auto" by "cpu" or "cuda". Raises ConfigError when a GPU is requested and there is none."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

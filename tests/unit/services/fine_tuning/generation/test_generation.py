@@ -250,7 +250,7 @@ def test_rows_wait_for_memory_for_their_keys_and_values(bases: MemoryBases) -> N
     ("change", "message"),
     [
         ({"prompt_ids": ()}, "the prompt has no token"),
-        ({"prompt_ids": (5, 320)}, "has token 320 and the model knows 320"),
+        ({"prompt_ids": (5, 320)}, "has token 320, but the model knows 320"),
         (
             {"prompt_ids": (5,) * 40},
             "40 tokens and max_new_tokens 30 are more than the model.s 64 positions; .* 24 new",

@@ -1,1 +1,1 @@
-"""The machine that a process runs on: cores, memory, disk, and how fast its device is."""
+"""The machine that a process runs on: cores, memory, disk, and the speed of its device."""

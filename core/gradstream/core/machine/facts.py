@@ -1,4 +1,4 @@
-"""Which machine this is, its cores, and what it has left: memory (of the container, where it has less) and disk."""
+"""The machine's id and cores, and its free memory (the container's, if that is less) and disk."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from gradstream.proto.v1 import probe_pb2
 CGROUP = Path("/sys/fs/cgroup")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MAX_THREADS = 8
-"""Of a server: more would read and write memory no faster."""
+"""Maximum number of threads of a server. More threads would not read and write memory faster."""
 READ_SECONDS = 1.0
-"""How long a disk may take to answer, and for how long an answer is good."""
+"""Time within which a disk must answer, and for which an answer stays valid."""
 
 DiskDirectory = Callable[[], Path | None]
-"""Says where a service writes at the moment."""
+"""Returns the directory in which a service writes at the moment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What is left, in bytes. `free_disk_bytes` is None where nothing is written, or the disk does not tell."""
+    """Free memory and disk, in bytes.
+
+    `free_disk_bytes` is None for a service that writes nothing, and when the disk does not answer.
+    """
 
     total_memory_bytes: int
     available_memory_bytes: int
@@ -33,7 +36,7 @@ class Machine:
     disk_directory: str = ""
 
     def to_proto(self) -> probe_pb2.Machine:
-        """As it is sent."""
+        """The message that carries this."""
         return probe_pb2.Machine(
             total_memory_bytes=self.total_memory_bytes,
             available_memory_bytes=self.available_memory_bytes,
@@ -43,7 +46,7 @@ class Machine:
 
     @classmethod
     def from_proto(cls, message: probe_pb2.Machine) -> Machine:
-        """As it came."""
+        """Decode a message."""
         return cls(
             total_memory_bytes=message.total_memory_bytes,
             available_memory_bytes=message.available_memory_bytes,
@@ -53,8 +56,10 @@ class Machine:
 
 
 def machine_id(path: Path = BOOT_ID) -> str:
-    """The same for all processes of this machine, in containers too, until it is restarted; "" where the kernel does
-    not tell. `path` is where it does."""
+    """The machine's id: equal in all its processes and containers until a restart; "" if the kernel has none.
+
+    `path` is the kernel's file with the id.
+    """
     try:
         return path.read_text().strip()
     except OSError:
@@ -62,12 +67,12 @@ def machine_id(path: Path = BOOT_ID) -> str:
 
 
 def arithmetic_threads(num_servers: int = 1) -> int:
-    """Threads of each of the servers that share this machine's cores evenly; at most MAX_THREADS."""
+    """Number of threads for each of `num_servers` servers that share this machine's cores, at most MAX_THREADS."""
     return max(1, min(MAX_THREADS, (os.cpu_count() or 1) // num_servers))
 
 
 def read_memory(cgroup: Path = CGROUP) -> tuple[int, int]:
-    """(total, available) bytes of memory that this process may use. `cgroup` is where the kernel tells its limits."""
+    """(total, available) bytes of memory that this process may use. `cgroup` is the directory with its limits."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -79,14 +84,14 @@ def read_memory(cgroup: Path = CGROUP) -> tuple[int, int]:
         limit, used = _number(cgroup / limit_file), _number(cgroup / used_file)
         if limit is None or used is None or limit >= total:
             continue
-        # Copies of files that the kernel drops when memory is wanted.
+        # The page cache of files, which the kernel drops when memory is needed.
         used -= min(used, _stat(cgroup / stat_file, cache_key))
         return limit, max(0, min(available, limit - used))
     return total, available
 
 
 def free_disk_bytes(directory: Path) -> int | None:
-    """Bytes free on the disk of a directory, which need not be there yet; None when that cannot be told. May block."""
+    """Free bytes on the disk of a directory, which need not exist yet; None when unknown. May block."""
     try:
         place = directory.absolute()
         while not place.exists() and place != place.parent:
@@ -97,14 +102,17 @@ def free_disk_bytes(directory: Path) -> int | None:
 
 
 def read_machine(directory: Path | None) -> Machine:
-    """What this machine has left. May block as long as the directory's disk does."""
+    """Read the free memory and disk of this machine. Blocks while the directory's disk does not answer."""
     total, available = read_memory()
     free = None if directory is None else free_disk_bytes(directory)
     return Machine(total, available, free, "" if free is None else str(directory))
 
 
 class MachineReader:
-    """Reads without holding up the event loop: a disk that hangs costs the answer about the disk, and one thread."""
+    """Reads free memory and disk without blocking the event loop.
+
+    A disk that hangs occupies one thread, and only the answer about the disk is missing.
+    """
 
     def __init__(self, directory: DiskDirectory, clock: Callable[[], float] = time.monotonic):
         self._directory = directory
@@ -113,9 +121,9 @@ class MachineReader:
         self._last: tuple[float, Machine] | None = None
 
     async def read(self) -> Machine:
-        """What is left, at most `READ_SECONDS` old, after at most as long.
+        """The free memory and disk, at most `READ_SECONDS` old, within `READ_SECONDS`.
 
-        Of a disk that took longer to answer it is what it answered to an earlier question.
+        If the disk takes longer to answer, the disk's value is its last answer.
         """
         if self._last is not None and self._clock() - self._last[0] < READ_SECONDS:
             return self._last[1]
@@ -136,7 +144,7 @@ def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())
     except (OSError, ValueError):
-        # No such limit, or "max".
+        # There is no such file, or it says "max".
         return None
 
 

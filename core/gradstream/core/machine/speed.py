@@ -1,4 +1,4 @@
-"""How fast a device is: workers say it when they register, so that a slow one gets a smaller stage."""
+"""The speed of a device. Workers report it when they register; a slow one gets a smaller stage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 CPU_SIZE, GPU_SIZE = 384, 4096
 NUM_ATTEMPTS = 7
 PAUSE_SECONDS = 0.03
-"""Between attempts: one moment of what else the machine does shall not slow down them all."""
+"""Pause between attempts. A short burst of other work on the machine then slows down only some of them."""
 
 
 def measure_flops(device: torch.device) -> float:
-    """fp32 operations a second of a matrix product on `device`: the best of a few, as whatever else the machine does
-    only slows it down. On a CPU with one thread, by its processor time: services that start together take each other's
-    turns. Takes a fifth of a second."""
+    """Measure the fp32 operations a second of a matrix product on `device`, in a fifth of a second.
+
+    The best of a few attempts counts, because other work on the machine can only slow them down. On a CPU the product
+    has one thread and is timed by processor time, because services that start together compete for cores.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -38,8 +40,10 @@ def matrix_flops(
     pause_seconds: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Operations a second of the product of two square matrices, under the threads and autocast in force: the best of
-    several attempts, `pause_seconds` apart, by a clock in seconds."""
+    """Measure the operations a second of the product of two square matrices: the best of `num_attempts`.
+
+    Attempts are `pause_seconds` apart. Threads and autocast are those in force. `clock` is in seconds.
+    """
     import torch
 
     left_NN = torch.ones(size, size, device=device)

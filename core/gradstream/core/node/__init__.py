@@ -1,1 +1,1 @@
-"""What every node does: its session with the coordinator, its health, its probe."""
+"""Parts that all nodes share: the session with the coordinator, health, the probe, the process."""

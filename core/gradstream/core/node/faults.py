@@ -1,4 +1,4 @@
-"""Faults for tests of workers and servers, placed at (step, slot) and not at a moment: no test has to sleep and hope.
+"""Faults for tests of workers and servers. A fault strikes at a (step, slot), so tests need not wait for a moment.
 
 GRADSTREAM_FAULTS holds faults separated by ";", each `KIND@key=value,…`:
 
@@ -37,7 +37,7 @@ class Fault:
 
     @property
     def is_before_slot(self) -> bool:
-        """Whether it strikes before a slot is computed, and not later."""
+        """Whether the fault strikes before a slot is computed."""
         return self.acknowledged is self.sent is self.decided is None
 
     def matches(self, step: int, slot: int) -> bool:
@@ -69,7 +69,7 @@ class Faults:
         self._sent: dict[tuple[int, int], int] = {}
 
     def before_slot(self, step: int, slot: int) -> None:
-        """Called before a slot is computed."""
+        """Strike before a slot is computed, if a fault says so."""
         if any(f.kind == "kill" and f.is_before_slot and f.matches(step, slot) for f in self._faults):
             _kill()
         if any(f.kind == "hang" and f.matches(step, slot) for f in self._faults):
@@ -78,7 +78,7 @@ class Faults:
             raise MemoryError(f"out of memory in slot {slot} of step {step}")
 
     def sent(self, step: int, slot: int) -> None:
-        """Called when a tensor is about to go to a neighbour."""
+        """Count a tensor that is about to go to a neighbour, and strike if a fault says so."""
         if not self._faults:
             return
         if any(
@@ -89,7 +89,7 @@ class Faults:
         self._sent[step, slot] = self._sent.get((step, slot), 0) + 1
 
     def acknowledged(self, step: int, slot: int) -> None:
-        """Called when a server has acknowledged a contribution."""
+        """Count a contribution that a server has acknowledged, and strike if a fault says so."""
         if not self._faults:
             return
         count = self._acknowledged[step, slot] = self._acknowledged.get((step, slot), 0) + 1
@@ -97,12 +97,12 @@ class Faults:
             _kill()
 
     def decided(self, step: int) -> None:
-        """Called when a server has a step's decision."""
+        """Strike once a server has a step's decision, if a fault says so."""
         if any(fault.kind == "kill" and fault.decided and fault.step == step for fault in self._faults):
             _kill()
 
     def spoils(self, step: int, slot: int) -> bool:
-        """Whether the slot's gradients shall be NaN."""
+        """Whether a fault makes the slot's gradients NaN."""
         return any(f.kind == "nan" and f.matches(step, slot) for f in self._faults)
 
 

@@ -1,8 +1,8 @@
-"""Asking a service whether it serves, by gRPC's health protocol.
+"""A client of gRPC's health protocol, which asks a service if it serves.
 
 `python -m gradstream.core.node.health HOST:PORT ROLE` is the health check of the containers. Each runs it every few
-seconds, so it imports grpc and little else: with the command line's own imports, six idle containers took half a
-processor.
+seconds, so this module imports grpc and little else. With the imports of the command line, the health checks of six
+idle containers took half a processor.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Answer = Literal["SERVING", "NOT_SERVING"]
 
 METHOD = "/grpc.health.v1.Health/Check"
 DEFAULT_TIMEOUT_SECONDS = 4.0
-# A HealthCheckResponse whose only field, status, is SERVING.
+# An encoded HealthCheckResponse with status SERVING.
 _SERVING = b"\x08\x01"
 
 
 def ask(
     address: str, role: str, credentials: Path | None = None, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
 ) -> Answer:
-    """What the service of that role at `address` (host:port) says of itself as a whole.
+    """Ask the service of a role at `address` (host:port) for its health as a whole.
 
     `credentials` is a credential directory to show. Raises UnreachableError when nobody answers in time, ProtocolError
     when what answers knows no health, CredentialsError when it refuses the credentials or they cannot be read.
@@ -50,7 +50,7 @@ def ask(
 
 
 def _open(address: str, role: str, directory: Path | None) -> tuple[grpc.Channel, tuple[tuple[str, str], ...]]:
-    """A channel and what to send with each call. As gradstream.core.rpc.transport does it, which is long to import."""
+    """A channel and the metadata for each call, as in gradstream.core.rpc.transport, which is slow to import."""
     options: list[tuple[str, str | int]] = [("grpc.enable_http_proxy", 0)]
     if directory is None:
         return grpc.insecure_channel(address, options=options), ()
@@ -67,7 +67,7 @@ def _open(address: str, role: str, directory: Path | None) -> tuple[grpc.Channel
 
 
 def main(arguments: list[str]) -> int:
-    """Print one word or the error; return 0 for SERVING, as a container's engine wants it."""
+    """Print one word or the error; return 0 for SERVING, as container engines expect."""
     directory = os.environ.get("GRADSTREAM_CREDENTIALS")
     try:
         answer = ask(arguments[0], arguments[1], Path(directory) if directory else None)

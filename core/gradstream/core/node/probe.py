@@ -1,7 +1,7 @@
-"""ProbeService, both sides: what a service tells of itself, and how fast the link to it is.
+"""ProbeService, both sides: a service's information about itself, and the speed of the link to it.
 
-A measurement moves at most 64 MiB in at most 5 s and a server takes one at a time, so that nobody can load a cluster
-with them. The rate is that of the latter half of the time, by which a TCP connection has got going, at the receiver.
+A measurement sends at most 64 MiB in at most 5 s, and a server takes one at a time, which bounds their load on a
+cluster. The receiver measures the rate over the second half of the time, when TCP has reached its full speed.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def add_probe(
     clock: Callable[[], float] = time.time,
     version: str = __version__,
 ) -> None:
-    """Have `server` answer ProbeService.
+    """Add ProbeService to `server`.
 
-    `role` is coordinator, server, worker or fine-tuning; `disk_directory` says where the service writes at the moment;
-    `clock` is Unix time in seconds.
+    `role` is coordinator, server, worker or fine-tuning. `disk_directory` returns the directory in which the service
+    writes at the moment. `clock` is Unix time in seconds.
     """
     probe_pb2_grpc.add_ProbeServiceServicer_to_server(ProbeServicer(role, disk_directory, clock, version), server)
 
 
 class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
-    """One service's answers."""
+    """The servicer of ProbeService for one service."""
 
     def __init__(self, role: str, disk_directory: DiskDirectory, clock: Callable[[], float], version: str):
         self._role = role
@@ -68,7 +68,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
 
     async def GetInfo(self, request: probe_pb2.GetInfoRequest, context: Context) -> probe_pb2.GetInfoResponse:
         machine = (await self._machine.read()).to_proto()
-        # The clock last: the caller takes it for the middle of the call.
+        # Read the clock last: the caller assumes that it was read in the middle of the call.
         return probe_pb2.GetInfoResponse(
             version=self._version,
             role=self._role,
@@ -97,7 +97,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
                                 raise ProtocolError(f"a measurement sends at most {MAX_TOTAL_BYTES} bytes")
                             arrivals.append((time.perf_counter(), num_bytes))
                 except TimeoutError:
-                    # A slow link is what is to be found out: tell what came.
+                    # A slow link is a valid result: report the bytes that have arrived.
                     pass
         counted_bytes, counted_seconds = settled(arrivals)
         return probe_pb2.MeasureUpResponse(
@@ -139,7 +139,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
 
 @dataclass(frozen=True, slots=True)
 class RoundTrip:
-    """How long a small call takes, and how far the peer's clock is ahead of the caller's (at most that long off)."""
+    """The duration of a small call, and the lead of the peer's clock, whose error is at most that duration."""
 
     seconds: float
     clock_ahead_seconds: float
@@ -147,7 +147,7 @@ class RoundTrip:
 
 @dataclass(frozen=True, slots=True)
 class Bandwidth:
-    """Payload bytes a second to the service and from it."""
+    """Payload bytes a second to the service, and from the service."""
 
     up_bytes_per_second: float
     down_bytes_per_second: float
@@ -156,8 +156,8 @@ class Bandwidth:
 async def ask_info(
     stub: Any, num_round_trips: int = NUM_ROUND_TRIPS, clock: Callable[[], float] = time.time
 ) -> tuple[probe_pb2.GetInfoResponse, RoundTrip]:
-    """What a service says of itself, and the fastest of some round trips to it. Raises AioRpcError."""
-    # The first makes the connection: it does not count.
+    """Get a service's information, and the fastest of some round trips to it. Raises AioRpcError."""
+    # The first call opens the connection and does not count.
     info: probe_pb2.GetInfoResponse = await stub.GetInfo(probe_pb2.GetInfoRequest(), timeout=INFO_SECONDS)
     best: RoundTrip | None = None
     for _ in range(num_round_trips):
@@ -171,9 +171,9 @@ async def ask_info(
 
 
 async def measure_bandwidth(stub: Any, num_bytes: int = MEASURE_BYTES, seconds: float = MEASURE_SECONDS) -> Bandwidth:
-    """How fast the link to a service is each way: by `num_bytes` at most, in about `seconds`; more if it is very slow.
+    """Measure the link to a service in both directions, with at most `num_bytes` in about `seconds`.
 
-    Raises AioRpcError, also when somebody else measures.
+    A very slow link takes longer. Raises AioRpcError, also when the service is being measured by another caller.
     """
     return Bandwidth(await _measure_up(stub, num_bytes, seconds), await _measure_down(stub, num_bytes, seconds))
 
@@ -208,9 +208,9 @@ async def _measure_down(stub: Any, num_bytes: int, seconds: float) -> float:
 
 
 def settled(arrivals: Sequence[tuple[float, int]]) -> tuple[int, float]:
-    """(bytes, seconds) of the latter half of the time over which pieces (time in seconds, bytes) arrived.
+    """(bytes, seconds) of the second half of the time over which pieces arrived, each (time in seconds, bytes).
 
-    The first piece only starts the clock; fewer than two give (0, 0).
+    The first piece only starts the clock. Fewer than two pieces give (0, 0).
     """
     if len(arrivals) < 2:
         return 0, 0.0
@@ -220,7 +220,7 @@ def settled(arrivals: Sequence[tuple[float, int]]) -> tuple[int, float]:
 
 
 def pieces(num_bytes: int) -> Iterator[bytes]:
-    """Noise of `num_bytes`: small pieces first, so that a slow link shows its speed too, then ever larger ones."""
+    """Random bytes, `num_bytes` in all, in growing pieces: with small pieces first a slow link can be measured too."""
     size, left = FIRST_PIECE_BYTES, num_bytes
     while left > 0:
         yield _noise()[: min(size, left)]
@@ -230,5 +230,5 @@ def pieces(num_bytes: int) -> Iterator[bytes]:
 
 @cache
 def _noise() -> bytes:
-    # Some networks compress what they carry.
+    # Random bytes, because some networks compress traffic.
     return os.urandom(MAX_PIECE_BYTES)

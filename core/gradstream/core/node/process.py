@@ -1,4 +1,4 @@
-"""What the process of every role does besides its work: logs, health, signals, a ready file, an end with grace."""
+"""The process of every role: logs, health, signals, a ready file, a graceful end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradstream.core.rpc.token_sources import FollowingServer
 
 HEALTH_CHECK_SECONDS = 5.0
 STOP_GRACE_SECONDS = 1.0
-"""For calls that are under way when a server stops."""
+"""Time for calls that are under way when a server stops."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -27,12 +27,12 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def configure_log(buffer: log.LogBuffer | None = None) -> None:
-    """Log at the level that GRADSTREAM_LOG_LEVEL names, also into `buffer`."""
+    """Configure logging at the level of GRADSTREAM_LOG_LEVEL, to stderr and into `buffer`."""
     log.configure(os.environ.get("GRADSTREAM_LOG_LEVEL", "info"), buffer)
 
 
 class Health:
-    """The health service of a server: one status for the process and for its services, by their full names."""
+    """The health service of a server, with one status for the process and for its services, by their full names."""
 
     def __init__(self, server: grpc.aio.Server, *services: str):
         self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ class Health:
 
 
 def on_signal(callback: Callable[[], object]) -> None:
-    """Call `callback` at each SIGTERM or SIGINT from now on, instead of what they do otherwise."""
+    """Call `callback` at each SIGTERM or SIGINT from now on, instead of their usual effect."""
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
         loop.add_signal_handler(number, callback)
@@ -80,18 +80,18 @@ async def until_signal() -> None:
 
 
 class ReadyFile:
-    """The file, if any, whose one line tells the starter of a process that it is up, and where."""
+    """The ready file, if any: its one line tells the process's starter that the process is up, and its address."""
 
     def __init__(self, path: Path | None):
         self._path = path
 
     def write(self, line: str) -> None:
-        """Write it, so that a reader sees all of it or no file."""
+        """Write the file atomically."""
         if self._path is not None:
             write_ready_file(self._path, line)
 
     def remove(self) -> None:
-        """Remove it, if it is there."""
+        """Remove the file if it exists."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
@@ -101,18 +101,19 @@ class Node(Protocol):
 
     @property
     def session(self) -> NodeSession:
-        """Its tie to the coordinator."""
+        """The node's session with the coordinator."""
 
     async def run(self) -> None:
-        """Work until the session is left. Raises the coordinator's error when it refuses this node."""
+        """Work until the session ends. Raises the coordinator's error when the coordinator refuses this node."""
 
 
 async def run_node(node: Node, door: FollowingServer, health: Health, ready_file: Path | None, line: str) -> None:
-    """Run a node whose server listens until SIGTERM, SIGINT or a refusal, which is raised; then stop the server with
-    grace. `ready_file` gets `line`.
+    """Run a node, whose server already listens, until SIGTERM, SIGINT or a refusal; then stop the server gracefully.
 
-    The node is healthy once the coordinator has accepted it: only then can it be of use. Losing the coordinator later
-    stops no step.
+    Raises the coordinator's error for a refusal. `line` is written to `ready_file`.
+
+    The node is healthy once the coordinator has accepted it, because it is of no use before. It stays healthy when it
+    loses the coordinator later, because steps continue.
     """
     await health.set(False)
     accepted = asyncio.create_task(health.set_once(node.session.registered))

@@ -1,4 +1,4 @@
-"""Ready files: how a process tells whoever started it that it is up, and where."""
+"""Ready files, in which a process tells its starter that it is up, and its address."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_ready_file(path: Path, line: str) -> None:
-    """Write one line so that a reader sees all of it or no file."""
+    """Write a file with one line atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(line + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""A node's tie to the coordinator: register, heartbeat, take directives, come back after a break.
+"""A node's session with the coordinator: registration, heartbeats, directives, and reconnection.
 
-The coordinator is not in the path of a step: while it is away the node keeps working and tries again, with jittered
-backoff and without end. Reports are sent until they are taken; a node that is asked to end sends them first.
+The coordinator is not in the path of a step. While it is away the node keeps working, and retries without end, with
+jittered backoff. Reports are sent until the coordinator has taken them; a node that is asked to end sends them first.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
 log = get_logger()
 
 GRACE_SECONDS = 20.0
-"""For a node that ends to finish what it must not leave undone."""
+"""Time for a node that ends to send its reports and to finish its work (`drain`)."""
 
 
 @dataclass
 class NodeIdentity:
-    """Who a node is, as it tells the coordinator."""
+    """A node's identity, as it registers with the coordinator."""
 
     kind: coordinator_pb2.NodeKind.ValueType
     name: str
@@ -49,7 +49,7 @@ class NodeIdentity:
     machine_id: str = field(default_factory=machine_id)
     incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
     disk_directory: DiskDirectory = lambda: None
-    """Where it writes, for `gradstream doctor`."""
+    """Returns the directory in which the node writes, for `gradstream doctor`."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class SessionSettings:
 
 
 class NodeSession:
-    """Keeps one node registered. `run` returns when `leave` was called.
+    """The session of one node, which keeps it registered. `run` returns after `leave`.
 
-    `activity` and `held` are asked at each heartbeat and registration; `on_directive` is awaited for each directive in
-    order, so a slow one delays the next. `drain` finishes what the node must not leave undone; it is awaited, while
-    heartbeats go on, before the node says that it leaves.
+    `activity` and `held` are called at each heartbeat and registration. `on_directive` is awaited for each directive in
+    order, so a slow one delays the next. `drain` finishes work that the node must complete. It is awaited, while
+    heartbeats continue, before the node says that it leaves.
     """
 
     def __init__(
@@ -104,12 +104,14 @@ class NodeSession:
 
     @property
     def peer(self) -> str:
-        """The coordinator, for error messages."""
+        """The coordinator's title, for error messages."""
         return f"coordinator {self.coordinator_address}"
 
     def leave(self) -> None:
-        """Finish what must not be left undone, for as long as the grace allows; then tell the coordinator that this
-        node goes, and make `run` return. A second call changes nothing."""
+        """Begin to leave: drain and send the reports within the grace time, tell the coordinator, and end `run`.
+
+        A second call has no effect.
+        """
         if self._ending is None:
             self._ending = asyncio.create_task(self._end())
 
@@ -123,7 +125,7 @@ class NodeSession:
         except TimeoutError:
             log.warning("ends although not all of its reports were taken", grace_seconds=self._grace_seconds)
         except Exception as error:
-            log.error("could not finish what was under way", cause=one_line(error))
+            log.error("could not finish the work that was under way", cause=one_line(error))
         self._leaving = True
         self._left.set()
         self._wake.set()
@@ -153,7 +155,7 @@ class NodeSession:
                     error = found or error
                 if isinstance(error, ConfigError | ProtocolError):
                     raise error from None
-                # A node that was let in before waits for credentials that are valid again, as after a rotation.
+                # A node that was accepted before waits until its credentials are valid again, as after a rotation.
                 if isinstance(error, AccessError) and not self.registered.is_set():
                     raise error from None
                 if self.unreachable_since is None:
@@ -170,7 +172,7 @@ class NodeSession:
     async def report(self, send: Callable[[], Awaitable[object]]) -> None:
         """Send a report until the coordinator has taken it.
 
-        Raises ProtocolError, which says that the report itself is wrong; every other refusal may pass.
+        Raises ProtocolError, which means that the report itself is wrong. After any other refusal it retries.
         """
         backoff, known = Backoff(), ""
         while True:
@@ -188,7 +190,7 @@ class NodeSession:
             await asyncio.sleep(backoff.next())
 
     async def report_failure(self, job_id: str, epoch: int, error: BaseException) -> None:
-        """Tell the coordinator, until it has taken it, that this node cannot go on with a job."""
+        """Report that this node cannot continue with a job, until the coordinator has taken the report."""
         message = one_line(error)
         log.error("cannot take part in the job", job=job_id, cause=message)
         if os.environ.get("GRADSTREAM_DEBUG"):
@@ -197,18 +199,18 @@ class NodeSession:
         await self.deliver(lambda: self.stub.ReportFailure(report, timeout=UNARY_TIMEOUT_SECONDS))
 
     async def deliver(self, send: Callable[[], Awaitable[object]]) -> None:
-        """Send a report until the coordinator has taken it; a refusal is logged."""
+        """Send a report until the coordinator has taken it. A refusal is logged."""
         try:
             await self.report(send)
         except GradstreamError as error:
             log.warning("the coordinator refused a report", cause=one_line(error))
 
     def report_later(self, send: Callable[[], Awaitable[object]]) -> None:
-        """`deliver` in the background."""
+        """Send a report in the background, as `deliver`."""
         self._spawn(self.deliver(send))
 
     async def _check_storage(self, check: coordinator_pb2.StorageCheck) -> None:
-        """Tell what this node finds in a directory that the nodes of a job must share."""
+        """Check a directory that the nodes of a job must share, and report the result."""
         try:
             problem = await self._storage.call(check.directory, shared_storage.answer, check)
         except GradstreamError as error:

@@ -1,4 +1,4 @@
-"""What a node tells the coordinator of itself with its heartbeats: its machine, its clock, its link there."""
+"""The vitals that a node sends with its heartbeats: its machine, its clock, and its link to the coordinator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_ROUND_TRIPS = 2
 
 
 class VitalsWatch:
-    """Measures every half minute. `latest` is None until it has once."""
+    """Measures the vitals every half minute. `latest` is None until the first measurement."""
 
     def __init__(
         self, channel: grpc.aio.Channel, disk_directory: DiskDirectory, clock: Callable[[], float] = time.time
@@ -33,11 +33,11 @@ class VitalsWatch:
         """Measure until cancelled."""
         while True:
             self.latest = await self.measure()
-            # Jittered: after a restart of the coordinator all nodes begin together.
+            # Jittered, because after a restart of the coordinator all nodes begin together.
             await asyncio.sleep(random.uniform(0.5, 1.5) * INTERVAL_SECONDS)
 
     async def measure(self) -> coordinator_pb2.Vitals:
-        """Measure now. A coordinator that does not answer leaves the link out."""
+        """Measure now. The link is left out when the coordinator does not answer."""
         vitals = coordinator_pb2.Vitals(machine=(await self._machine.read()).to_proto())
         try:
             _, round_trip = await ask_info(self._stub, NUM_ROUND_TRIPS, self._clock)

@@ -1,1 +1,1 @@
-"""Recipes: what a person writes, its defaults, and how it is read."""
+"""Recipes: their sections, defaults and files, and how they are read and validated."""

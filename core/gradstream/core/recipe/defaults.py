@@ -1,4 +1,4 @@
-"""Defaults that fit each other: what a recipe leaves out follows from what it says.
+"""Defaults that fit each other: keys that a recipe leaves out follow from the keys that it gives.
 
 Pure functions over the tree that a person wrote, before it is validated. A value that is given is never changed; where
 two given values disagree, validation refuses them.
@@ -18,10 +18,10 @@ NUM_SHARDS = 8
 NUM_VALIDATION_SAMPLES = 64
 VOCABULARY_SIZE = 4096
 SMALLEST_VOCABULARY = 257
-"""Of a byte-level tokenizer: 256 bytes and the end of text."""
+"""Size of the smallest byte-level tokenizer: 256 bytes and the end of text."""
 MAX_DIGITS = 19
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions", "context_length")
-"""Keys under which model families have the longest sequence that they can take."""
+"""Keys of a model's config for its longest sequence; model families use different ones."""
 
 
 _KEYS = ("global_batch", "num_slots", "microbatch")
@@ -29,7 +29,7 @@ _KEYS = ("global_batch", "num_slots", "microbatch")
 
 @dataclass(frozen=True, slots=True)
 class BatchDefaults:
-    """A global batch, its slots and its microbatch, which divide each other."""
+    """A default global batch, its number of slots and its microbatch, which divide each other."""
 
     global_batch: int
     num_slots: int
@@ -41,15 +41,15 @@ FINE_TUNING = BatchDefaults(global_batch=16, num_slots=2, microbatch=4)
 
 
 def fit_batch(given: Mapping[str, Any], defaults: BatchDefaults, multiple: int = 0) -> dict[str, int]:
-    """The keys of a batch that are not given: global_batch, num_slots, microbatch.
+    """Compute the keys of a batch that are not given: global_batch, num_slots, microbatch.
 
-    Slots are those of the defaults, or as many of their divisors as divide all that is given (`multiple` too, of which
-    every slot gets an equal part). A global batch that is not given stays the default where that can be divided, else
-    it is the nearest that can. The microbatch is the largest divisor of a slot's samples up to the default.
+    The number of slots is the largest divisor of the default that fits the given keys, and that divides `multiple`. The
+    global batch is the default if the slots and the microbatch divide it, else the nearest batch that they divide. The
+    microbatch is the largest divisor of a slot's samples up to the default.
     """
     batch, slots, micro = (_count(given.get(key)) for key in _KEYS)
     if any(given.get(key) is not None and _count(given.get(key)) is None for key in _KEYS):
-        return {}  # no count: validation says so
+        return {}  # a value is not a count: validation reports it
     choices = [count for count in range(defaults.num_slots, 0, -1) if defaults.num_slots % count == 0]
     choices = [count for count in choices if multiple % count == 0]
     if slots is None:
@@ -84,9 +84,9 @@ def check_batch(global_batch: int, num_slots: int, microbatch: int) -> None:
 
 
 def fit_recipe(tree: Mapping[str, Any], manifest: Manifest | None = None) -> dict[str, Any]:
-    """A pretraining recipe with what it leaves out of its batch, sequence length, data and validation filled in.
+    """Fill in the keys of a pretraining recipe that it leaves out: batch, sequence length, data and validation.
 
-    `manifest` is that of its data set, where the data set is there already.
+    `manifest` is the manifest of its data set, if the data set exists already.
     """
     filled = dict(tree)
     training, validation = _section(tree, "training"), _section(tree, "validation")
@@ -97,12 +97,12 @@ def fit_recipe(tree: Mapping[str, Any], manifest: Manifest | None = None) -> dic
     if longest is not None:
         _default(training, "sequence_length", min(SEQUENCE_LENGTH, longest[1]))
     slots = _count(training.get("num_slots")) or PRETRAINING.num_slots
-    # 2. The data: as many words as the model has.
+    # 2. The data: the tokenizer's vocabulary has the size of the model's.
     num_words = _count(text_section(config).get("vocab_size"))
     _default(prepare, "num_shards", -(-NUM_SHARDS // slots) * slots)
     if prepare.get("tokenizer") is None and num_words is not None and num_words >= SMALLEST_VOCABULARY:
         _default(prepare, "vocab_size", min(VOCABULARY_SIZE, num_words))
-    # 3. Validation: as much as the data set holds out; none where it has no sample for every slot.
+    # 3. Validation: as many samples as the data set holds out; no validation if a slot would have no sample.
     wanted, held_out = -(-NUM_VALIDATION_SAMPLES // slots) * slots, None
     if manifest is not None and manifest.layout == "windows":
         length = _count(training.get("sequence_length")) or SEQUENCE_LENGTH
@@ -111,7 +111,7 @@ def fit_recipe(tree: Mapping[str, Any], manifest: Manifest | None = None) -> dic
     _default(validation, "num_samples", wanted)
     if prepare.get("validation_fraction") == 0 if held_out is None else held_out < slots:
         _default(validation, "interval_steps", 0)
-    # What is not there, or no section, is left to validation.
+    # Validation reports a section that is missing or is not a mapping.
     if isinstance(tree.get("training"), Mapping):
         filled["training"] = training
     if _section(_section(tree, "data"), "prepare"):
@@ -122,8 +122,7 @@ def fit_recipe(tree: Mapping[str, Any], manifest: Manifest | None = None) -> dic
 
 
 def longest_sequence(config: Mapping[str, Any]) -> tuple[str, int] | None:
-    """The longest sequence that a config.json's contents allow, and the key that says so, as a recipe has it; None when
-    none does."""
+    """The longest sequence that a config.json allows, as (its key in a recipe, length); None when no key limits it."""
     inner = text_section(config)
     prefix = "" if inner is config else "text_config."
     found = ((prefix + key, _count(inner.get(key))) for key in POSITIONS)
@@ -131,7 +130,7 @@ def longest_sequence(config: Mapping[str, Any]) -> tuple[str, int] | None:
 
 
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where a config.json's contents describe the language model: the whole, or `text_config` in it."""
+    """The part of a config.json that describes the language model: the whole, or its `text_config`."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config
 
@@ -147,7 +146,7 @@ def _default(section: dict[str, Any], key: str, value: object) -> None:
 
 
 def _count(value: object) -> int | None:
-    """A positive whole number, also as validation takes one from a text or a float; None for anything else."""
+    """Convert a positive whole number as validation does, also from a text or a float; None for anything else."""
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < MAX_DIGITS:
         value = int(value)
     if isinstance(value, float) and value.is_integer():

@@ -1,5 +1,4 @@
-"""Which version of a fine-tuning is its result, and when no better one is to be expected: pure functions of the
-validation losses."""
+"""The best version of a fine-tuning, and early stopping: pure functions of the validation losses."""
 
 from __future__ import annotations
 
@@ -8,8 +7,10 @@ from collections.abc import Collection, Mapping
 
 
 def best_version(losses: Mapping[int, float], checkpoints: Collection[int] | None = None) -> int | None:
-    """The version with the lowest validation loss, the earlier of equal ones, among those after a step (and with a
-    checkpoint, when `checkpoints` are given); None when there is none with a finite loss."""
+    """The version with the lowest finite validation loss, the earliest of equal ones; None when there is none.
+
+    Version 0 does not count. With `checkpoints`, only versions that have a checkpoint count.
+    """
     found = [
         (loss, version)
         for version, loss in losses.items()
@@ -19,16 +20,18 @@ def best_version(losses: Mapping[int, float], checkpoints: Collection[int] | Non
 
 
 def stops_early(losses: Mapping[int, float], patience: int) -> tuple[int | None, str]:
-    """(the best version, reason) when `patience` passes in a row have brought no new best, that of version 0 counting;
-    (None, "") to go on.
+    """Decide if training ends early: (best version, reason) to stop, (None, "") to continue.
 
-    Passes count in the order of their versions, and those after the one that ends the job do not: the result does not
-    depend on how far the job had got by the time that somebody looked.
+    Training ends when `patience` validation passes in a row have not improved on the best loss so far. The loss of
+    version 0 counts as one.
+
+    Passes count in the order of their versions, and passes after the one that ends the job do not count. The result
+    therefore does not depend on when this function is called.
     """
     if not patience:
         return None, ""
     best, since = math.inf, 0
-    found: tuple[float, int] | None = None  # the best one after a step
+    found: tuple[float, int] | None = None  # the best after version 0
     for version, loss in sorted(losses.items()):
         since = 0 if loss < best else since + 1
         best = min(best, loss)

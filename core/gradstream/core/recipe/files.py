@@ -14,11 +14,11 @@ import yaml
 from gradstream.core.errors import ConfigError, one_line
 
 MAX_VALUES = 100_000
-"""Of a recipe file, with what its YAML aliases stand for written out."""
+"""Maximum number of values in a recipe file, with its YAML aliases written out."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 but for numbers with an exponent, which need no dot here: 2e-2 is a number, as in JSON and YAML 1.2."""
+    """A loader of YAML 1.1 in which numbers with an exponent need no dot: 2e-2 is a number, as in JSON and YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -27,7 +27,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_tree(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """A recipe file with its bases merged and overrides applied, not yet validated. Raises ConfigError."""
+    """Read a recipe file, merge its bases and apply overrides, without validation. Raises ConfigError."""
     tree = _load_tree(Path(path), seen=())
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -49,8 +49,7 @@ def is_url(path: str) -> bool:
 
 
 def absolute_path(path: str) -> str:
-    """A local path made absolute; a URL, or anything with a scheme, as it is. Raises ConfigError for what no path can
-    be."""
+    """Make a local path absolute; a path with a scheme stays as it is. Raises ConfigError for an impossible path."""
     if is_url(path):
         return path
     if "\0" in path:
@@ -70,7 +69,7 @@ def _load_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except FileNotFoundError:
         if seen:
             raise ConfigError(
-                f"{seen[-1]}: its base {path} is not there; copy it, or correct the 'base' line"
+                f"{seen[-1]}: its base {path} does not exist; copy it, or correct the 'base' line"
             ) from None
         raise ConfigError(f"{path}: no such recipe; `gradstream recipes ls` lists the ones that come along") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -89,13 +88,16 @@ def _load_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str, origin: str) -> Any:
-    """The value of a YAML text. Raises ConfigError for one that is too deep or, with its aliases written out, too
-    large; yaml.YAMLError for what is no YAML."""
+    """Parse a YAML text.
+
+    Raises ConfigError when it is nested too deeply or, with its aliases written out, too large, and yaml.YAMLError when
+    it is not YAML.
+    """
     try:
-        value = yaml.load(text, Loader=_Loader)  # derived from SafeLoader
+        value = yaml.load(text, Loader=_Loader)  # _Loader derives from SafeLoader
     except RecursionError:
         raise ConfigError(f"{origin}: lists and mappings are nested too deeply") from None
-    except (TypeError, ValueError, AttributeError) as error:  # as of a date that there is not, or a list as a key
+    except (TypeError, ValueError, AttributeError) as error:  # an impossible date, or a list as a key
         raise ConfigError(f"{origin}: not YAML ({one_line(error)})") from None
     left = [value]
     for _ in range(MAX_VALUES):

@@ -1,4 +1,4 @@
-"""What a recipe says of fine-tuning: the base it starts from, and what of the model is trained.
+"""A recipe's section for fine-tuning: the base, the method and the adapters.
 
 The fine-tuning service writes this section; a person writes a `FineTuningRecipe`
 (gradstream.core.recipe.fine_tuning_recipe).
@@ -18,10 +18,10 @@ from gradstream.core.data.manifest import Digest, FileName
 from gradstream.core.recipe.section import NonNegative, Positive, Section
 
 KEY, OLD_KEY = "fine_tuning", "finetuning"
-"""The section's key in a recipe; and in the recipes of older checkpoints and state directories, which are read."""
+"""The section's key in a recipe, and its old key, which recipes in older checkpoints and state directories have."""
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
-"""Keys of peft's LoraConfig that have another name here; both are taken."""
+"""Keys of peft's LoraConfig that have another name here. Both names are accepted."""
 PEFT_SETTINGS: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "task_type": ("CAUSAL_LM",),
@@ -57,10 +57,10 @@ PEFT_SETTINGS: dict[str, tuple[Any, ...]] = {
     "kasa_config": (),
     "ensure_weight_tying": (),
 }
-"""Keys of peft's LoraConfig that have no counterpart here, with the values that change nothing. None, false and what is
-empty change nothing either."""
+"""Keys of peft's LoraConfig that have no counterpart here, with their neutral values. None, false and empty values are
+neutral too."""
 PEFT_NOTES = ("peft_version", "auto_mapping", "megatron_core", "qalora_group_size")
-"""Keys in peft's adapter_config.json that say nothing of the adapter by themselves."""
+"""Keys in peft's adapter_config.json that do not change the adapter."""
 _INSTEAD = {
     "bias": "adapters train no biases; use bias: none, or method: full",
     "modules_to_save": "adapters alone are trained; leave it out, or use method: full",
@@ -73,15 +73,17 @@ MODULE_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
 
 
 def with_new_key(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A recipe's JSON with the section under `KEY`, also when it is under `OLD_KEY`."""
+    """A recipe's JSON with the section moved from `OLD_KEY` to `KEY`, if need be."""
     if OLD_KEY not in recipe or KEY in recipe:
         return recipe
     return {KEY if name == OLD_KEY else name: section for name, section in recipe.items()}
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (Hu et al., "LoRA", 2021), as peft makes them: W + scaling * B @ A, of which A and B are
-    trained. The keys of peft's own LoraConfig are taken too, where they mean the same."""
+    """Low-rank adapters (Hu et al., "LoRA", 2021), as in peft: W + scaling * B @ A, where A and B are trained.
+
+    Keys of peft's LoraConfig that mean the same are accepted too.
+    """
 
     rank: Positive = Field(default=8, description="rank of each adapter")
     alpha: float = Field(default=16.0, gt=0, description="an adapter's product is scaled by alpha / rank")
@@ -131,19 +133,20 @@ class LoraConfig(Section):
                 raise ValueError(f"lora.target_modules: {ALL_LINEAR} stands alone; leave the other names out")
             if not MODULE_NAME.fullmatch(target):
                 raise ValueError(
-                    f"lora.target_modules: {target!r} is no end of a module's name; regular expressions are not read: "
-                    f"list the ends instead, such as [q_proj, v_proj], or [layers.0.self_attn.q_proj] for one layer"
+                    f"lora.target_modules: {target!r} is not the end of a module's name; regular expressions are not "
+                    f"read: list the ends instead, such as [q_proj, v_proj], or [layers.0.self_attn.q_proj] for one "
+                    f"layer"
                 )
         return tuple(targets)
 
     @property
     def scaling(self) -> float:
-        """What an adapter's product is multiplied with."""
+        """The factor of an adapter's product."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class BaseFile(Section):
-    """One file of a base that holds weights."""
+    """One file of a base's weights."""
 
     file: FileName = Field(description="its name in the base's directory")
     num_bytes: NonNegative = Field(description="its size")
@@ -151,14 +154,14 @@ class BaseFile(Section):
 
 
 class TokenizerFiles(Section):
-    """The small files that say what a base's texts are, as they were when the base was found."""
+    """The small files of a base's tokenizer and templates, as they were when the base was verified."""
 
-    directory: str = Field(description="where they lie, on any fsspec path")
-    sha256: dict[str, Digest] = Field(description="hash of each by its name; what is not here was not there")
+    directory: str = Field(description="their directory, on any fsspec path")
+    sha256: dict[str, Digest] = Field(description="hash of each file by its name; a file without one did not exist")
 
 
 class Base(Section):
-    """A pretrained model as it was found and verified: its files' hashes are its identity."""
+    """A pretrained model whose files were verified. The hashes of its files are its identity."""
 
     kind: Literal["huggingface", "checkpoint"] = Field(description="a Hugging Face directory, or a checkpoint of a job")
     path: str = Field(description="its directory, on any fsspec path")
@@ -171,19 +174,19 @@ class Base(Section):
 
     @property
     def tokenizer_key(self) -> str:
-        """What tells its tokenizer from that of every other base."""
+        """A key that is unique to the base's tokenizer."""
         told = self.tokenizer.model_dump_json() if self.tokenizer is not None else f"{self.sha256} {self.path}"
         return hashlib.sha256(told.encode(errors="replace")).hexdigest()
 
 
 class FineTuning(Section):
-    """How the job differs from one that begins from a seed."""
+    """The settings of a fine-tuning job, which starts from a base instead of a seed."""
 
     base: Base
     method: Literal["lora", "full"] = Field(description="adapters, or all weights")
     lora: LoraConfig | None = Field(default=None, description="with method lora")
     held: Literal["fp32", "bf16", "int8"] = Field(
-        default="bf16", description="how workers hold the frozen base; what a module computes with is made of it"
+        default="bf16", description="how workers hold the frozen base; a module's weights are decoded from it"
     )
     patience: NonNegative = Field(
         default=0, description="validation passes without a new best after which the job ends; 0: never"

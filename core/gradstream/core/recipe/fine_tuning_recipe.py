@@ -1,5 +1,7 @@
-"""Fine-tuning recipes: what a person writes. The fine-tuning service makes a `Recipe` of it, once base and data are
-known."""
+"""Fine-tuning recipes, which people write. The fine-tuning service makes a `Recipe` of one.
+
+The service needs the base and the data for it.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,11 @@ from gradstream.core.recipe.section import NonNegative, Positive, Section, deriv
 
 DEFAULT_EPOCHS = 3.0
 FEW_STEPS = 20
-"""So few teach a model next to nothing."""
+"""Number of steps below which a model learns almost nothing."""
 MORE_STEPS = "raise training.num_epochs, or lower training.global_batch or training.sequence_length"
 LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
-"""By method, where the recipe gives none. LoRA wants about ten times the rate of full fine-tuning (Biderman et al.,
-"LoRA Learns Less and Forgets Less", 2024)."""
+"""Default learning rate of each method. LoRA needs about ten times the rate of full fine-tuning (Biderman et al., "LoRA
+Learns Less and Forgets Less", 2024)."""
 
 
 class ExamplesConfig(Section):
@@ -45,7 +47,7 @@ class ExamplesConfig(Section):
     format: Literal["auto", "prompt-completion", "chat", "text"] = Field(
         default="auto", description="auto: by the fields of the first row that has any of those below"
     )
-    prompt_field: str = Field(default="prompt", description="prompt-completion: the field of what comes before")
+    prompt_field: str = Field(default="prompt", description="prompt-completion: the field with the prompt")
     completion_field: str = Field(default="completion", description="prompt-completion: the field that is trained on")
     messages_field: str = Field(default="messages", description="chat: the field of the conversation")
     text_field: str = Field(default="text", description="text: the field that is trained on as a whole")
@@ -53,11 +55,11 @@ class ExamplesConfig(Section):
     too_long: Literal["fail", "skip", "truncate"] = Field(
         default="fail", description="what happens to an example longer than training.sequence_length"
     )
-    packing: bool = Field(default=True, description="several examples in a row; none sees another")
+    packing: bool = Field(default=True, description="pack several examples into a row; attention does not cross them")
 
 
 class FineTuningTraining(Section):
-    """The batch. Of num_steps and num_epochs one is given."""
+    """The batch and the length of the training. Give either num_steps or num_epochs."""
 
     num_steps: Positive | None = Field(
         default=None,
@@ -101,13 +103,13 @@ class FineTuningTraining(Section):
         return self
 
     def row_length(self, longest: int | None = None) -> int:
-        """Tokens a row, for a base that takes no more than `longest` of them."""
+        """Number of tokens in a row, for a base whose longest sequence is `longest` tokens."""
         if self.sequence_length is not None:
             return self.sequence_length
         return SEQUENCE_LENGTH if longest is None else min(SEQUENCE_LENGTH, longest)
 
     def count_steps(self, num_rows: int) -> int:
-        """Optimizer updates, given the rows of the training split."""
+        """Number of steps for `num_rows` rows in the training split."""
         if self.num_steps is not None:
             return self.num_steps
         epochs = self.num_epochs if self.num_epochs is not None else DEFAULT_EPOCHS
@@ -115,7 +117,7 @@ class FineTuningTraining(Section):
 
 
 class FineTuningOptimizer(OptimizerConfig):
-    """As for pretraining, with other defaults."""
+    """The optimizer, with other defaults than for pretraining."""
 
     learning_rate: float | None = Field(  # type: ignore[assignment]
         default=None,
@@ -128,7 +130,7 @@ class FineTuningOptimizer(OptimizerConfig):
 
 
 class FineTuningValidation(Section):
-    """Validation passes, each with a checkpoint: the best one is the result."""
+    """Validation passes, each with a checkpoint. The best version is the result."""
 
     interval_steps: Positive | None = Field(
         default=None, description="steps between passes", json_schema_extra=derived("a tenth of the steps")
@@ -170,7 +172,7 @@ class FineTuningRecipe(Section):
 
 
 def load_any_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe | FineTuningRecipe:
-    """Read a recipe of either kind: one with a `base_model` is a fine-tuning's. Raises ConfigError with one line."""
+    """Read a recipe of either kind. A `base_model` marks a fine-tuning recipe. Raises ConfigError with one line."""
     overrides = list(overrides)
     is_fine_tuning = "base_model" in load_tree(path, overrides)
     return load_fine_tuning_recipe(path, overrides) if is_fine_tuning else load_recipe(path, overrides)

@@ -1,4 +1,4 @@
-"""From a recipe file or a recipe's JSON to a validated recipe; what is wrong is one line with the key."""
+"""Reading and validating a recipe file or a recipe's JSON. An error is one line with the recipe's key."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gradstream.core.recipe.problems import explain
 from gradstream.core.recipe.recipe import Recipe, S
 
 MAX_RECIPE_CHARACTERS = 1 << 20
-"""As JSON. A list of jobs with their recipes is one message."""
+"""Size limit of a recipe as JSON, because a list of jobs with their recipes is one message."""
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file with its bases, apply `key.sub=value` overrides and validate.
 
     Relative paths in the recipe are made absolute against the current directory, except model.config and base, which
-    are relative to the file that names them. Where the data set is on this machine, what the recipe leaves out follows
+    are relative to the file that names them. If the data set is on this machine, keys that the recipe leaves out follow
     from it too. Raises ConfigError with one line.
     """
     tree = load_tree(path, overrides)
@@ -42,8 +42,10 @@ def parse_recipe(tree: Mapping[str, Any] | str, origin: str = "recipe") -> Recip
 
 
 def validated(kind: type[S], tree: Mapping[str, Any] | str, origin: str) -> S:
-    """A section of kind `kind` given as a mapping or as JSON, which can be written as JSON again. Raises ConfigError
-    with one line."""
+    """Validate a section of kind `kind`, given as a mapping or as JSON. The result can be written as JSON.
+
+    Raises ConfigError with one line.
+    """
     if isinstance(tree, str) and len(tree) > MAX_RECIPE_CHARACTERS:
         raise ConfigError(f"{origin}: it has more than the {MAX_RECIPE_CHARACTERS >> 10} KiB that a recipe may have")
     try:
@@ -61,7 +63,7 @@ def validated(kind: type[S], tree: Mapping[str, Any] | str, origin: str) -> S:
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with local relative paths (run_root, data.path, sources, tokenizer) made absolute."""
+    """The recipe with its relative local paths made absolute: run_root, data.path, sources, tokenizer."""
     data = recipe.data
     if data.prepare is not None:
         prepare = data.prepare.model_copy(
@@ -76,8 +78,10 @@ def absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _manifest(tree: Mapping[str, Any]) -> Manifest | None:
-    """The manifest of a recipe's data set; None when it is not on this machine, or cannot be read: what needs it says
-    so."""
+    """The manifest of a recipe's data set; None when it is missing on this machine, or unreadable.
+
+    Code that needs the manifest later reports the problem.
+    """
     data = tree.get("data")
     path = data.get("path") if isinstance(data, Mapping) else None
     if not isinstance(path, str) or is_url(path):

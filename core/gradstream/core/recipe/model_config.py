@@ -1,4 +1,4 @@
-"""What a model's config alone must satisfy, before anything is built of it. Pure functions."""
+"""Checks of a model's config before a model is built from it. Pure functions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SPECIAL_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 TEXTS = frozenset(
     {"transformers_version", "id2label", "label2id", "task_specific_params", "_name_or_path", "_commit_hash"}
 )
-"""Keys of a config.json whose values are never computed with."""
+"""Keys of a config.json whose values are not numbers to compute with."""
 
 
 LIKE_A_NUMBER = re.compile(r"\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\s*")
 
 
 def check_fields(config: Mapping[str, Any]) -> None:
-    """Raise ValueError for what no training can be made of: a quantized model, a number that is a text."""
+    """Raise ValueError for a config that cannot be trained: a quantized model, or a text where a number is meant."""
     for section, key in (("", "quantization_config"), ("text_config.", "quantization_config")):
         inner = config if not section else text_section(config)
         if inner.get(key) is not None:
@@ -49,8 +49,7 @@ def _numbers_as_text(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[
 
 
 def check_special_ids(config: Mapping[str, Any]) -> None:
-    """Raise ValueError, which names all, for end, begin or padding tokens outside of the vocabulary that the config
-    gives."""
+    """Raise ValueError, naming all of them, for end, begin or padding tokens outside of the config's vocabulary."""
     inner = text_section(config)
     size = inner.get("vocab_size")
     prefix = "" if inner is config else "text_config."

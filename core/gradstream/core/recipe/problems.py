@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, for people: all problems on one line, with the key that was likely meant."""
+"""Messages for invalid recipes: all problems on one line, with the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradstream.core.recipe.section import Section
 
 MAX_SHOWN = 12
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
-    # What Hugging Face's Trainer and PEFT, axolotl, torchtune, nanoGPT and LLaMA-Factory call it.
+    # Names in Hugging Face's Trainer and PEFT, axolotl, torchtune, nanoGPT and LLaMA-Factory.
     "lr": ("optimizer.learning_rate",),
     "batch_size": ("training.global_batch",),
     "per_device_train_batch_size": ("training.microbatch",),
@@ -90,13 +90,13 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "gradient_compression": ("codec.push",),
     "pipeline_parallel_size": ("pipeline.stages",),
 }
-"""Keys of other tools, with the key here: the first that the recipe's kind has."""
+"""Keys of other tools, with the keys here. The first one that the recipe's kind has is suggested."""
 
 
 def explain(error: ValidationError, kind: type[Section]) -> str:
-    """All problems of a recipe of `kind` on one line; of very many the first MAX_SHOWN."""
+    """All problems of a recipe of `kind` on one line, at most MAX_SHOWN of them."""
     keys = set(all_keys(kind))
-    by_key: dict[str, str] = {}  # of a value that is none of several types there is an error for each
+    by_key: dict[str, str] = {}  # pydantic reports a value that may have several types once for each type
     for problem in error.errors():
         by_key.setdefault(_key(problem["loc"], keys), _explain(problem, kind))
     problems = list(by_key.values())
@@ -108,7 +108,7 @@ def explain(error: ValidationError, kind: type[Section]) -> str:
 
 
 def all_keys(kind: type[Section], prefix: str = "") -> Iterator[str]:
-    """The keys of a recipe of `kind` in dotted form, sections before what they hold."""
+    """The keys of a recipe of `kind` in dotted form, a section before its keys."""
     for name, field in kind.model_fields.items():
         yield f"{prefix}{name}"
         section = _section(field.annotation)
@@ -130,7 +130,7 @@ def _explain(problem: Any, kind: type[Section]) -> str:
 
 
 def _key(location: tuple[int | str, ...], keys: set[str]) -> str:
-    """The recipe's key that a location lies in; an unknown key is itself."""
+    """The recipe's key that contains a location; an unknown key stays as it is."""
     parts = [str(part) for part in location]
     for length in range(len(parts), 0, -1):
         if (key := ".".join(parts[:length])) in keys and not any(other.startswith(f"{key}.") for other in keys):
@@ -139,7 +139,10 @@ def _key(location: tuple[int | str, ...], keys: set[str]) -> str:
 
 
 def _meant(location: tuple[int | str, ...], kind: type[Section]) -> str:
-    """ "; did you mean '…'?" with the key of another tool's name, the same name in another section, or the nearest."""
+    """ "; did you mean '…'?" for an unknown key.
+
+    Suggests the key for another tool's name, the same name in another section, or the nearest key.
+    """
     name, prefix = str(location[-1]), "".join(f"{part}." for part in location[:-1])
     keys = list(all_keys(kind))
     elsewhere = [key for key in keys if key.rpartition(".")[2] == name]

@@ -1,8 +1,8 @@
-"""Recipes: what a job trains, on what, and how. One pydantic model a component; an unknown key is an error.
+"""Recipes: the settings of a job. Each section is a pydantic model, and an unknown key is an error.
 
 A recipe file is YAML. `base: other.yaml` starts from another recipe (mappings merge, everything else replaces), and
-`key.sub=value` overrides come last. `load_recipe` resolves all of it; its result is what the coordinator stores, and
-with the seed and the data it determines every bit of the result.
+`key.sub=value` overrides come last. `load_recipe` resolves bases and overrides. The coordinator stores the resolved
+recipe, which determines, with the seed and the data, every bit of the result.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ S = TypeVar("S", bound=Section)
 
 
 RESIDUAL_CODECS = frozenset({"topk", "sign", "powersgd"})
-"""Codecs that keep what they could not send."""
+"""Codecs that keep a residual."""
 
 
 class ModelConfig(Section):
-    """Which model: the contents of a Hugging Face config.json, written out or by path."""
+    """The model: a Hugging Face config.json, written out or by path."""
 
     config: dict[str, Any] = Field(description="a Hugging Face config.json as a mapping, or its path")
 
@@ -44,18 +44,18 @@ class ModelConfig(Section):
     @classmethod
     def _is_json(cls, config: dict[str, Any]) -> dict[str, Any]:
         try:
-            # UTF-8 too: pydantic would write half of a surrogate pair in a key as another one.
+            # The text must be valid UTF-8 too: pydantic would change half of a surrogate pair in a key.
             json.dumps(config, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"model.config holds what JSON has no word for ({error})") from None
+            raise ValueError(f"model.config has a value that JSON cannot express ({error})") from None
         check_fields(config)
         return config
 
 
 class TrainingConfig(Section):
-    """The batch and how a worker computes it. All of it shapes the trajectory.
+    """The batch and how a worker computes it. Every key shapes the trajectory.
 
-    Of global_batch, num_slots and microbatch what is left out follows from what is given
+    Where global_batch, num_slots or microbatch is left out, it follows from the others
     (gradstream.core.recipe.defaults).
     """
 
@@ -82,7 +82,7 @@ class TrainingConfig(Section):
 
     @property
     def slot_batch(self) -> int:
-        """Samples a slot."""
+        """Number of samples of a slot."""
         return self.global_batch // self.num_slots
 
     @model_validator(mode="before")
@@ -123,7 +123,7 @@ class LearningRateScheduleConfig(Section):
 
 
 class CodecConfig(Section):
-    """How tensors travel."""
+    """The codecs in which gradients and weights are sent."""
 
     push: Literal[
         "fp32",
@@ -153,7 +153,7 @@ class CodecConfig(Section):
         "auto",
     ] = Field(default="delta-int8", description="weights, server to worker")
     embedding: Literal["bf16", "int8", "int4"] = Field(
-        default="int8", description="of embeddings, where push or pull is coarser than bf16"
+        default="int8", description="codec of embeddings, where push or pull is coarser than bf16"
     )
     keyframe_versions: Positive = Field(
         default=1000, description="versions after which workers that pull deltas get whole weights again"
@@ -161,7 +161,7 @@ class CodecConfig(Section):
 
 
 class PrepareConfig(Section):
-    """How `gradstream data prepare` makes the data set when it is not there yet."""
+    """How `gradstream data prepare` makes the data set if it does not exist yet."""
 
     sources: list[str] = Field(
         min_length=1,
@@ -212,14 +212,14 @@ class PrepareConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the prepared data set is."""
+    """The data set."""
 
     path: str = Field(description="directory of manifest.json, on any fsspec path")
     prepare: PrepareConfig | None = Field(default=None, description="how `gradstream data prepare` makes it")
 
 
 class ValidationConfig(Section):
-    """Validation passes; one is also made before the first step and one after the last."""
+    """Validation passes. There is also one before the first step and one after the last."""
 
     interval_steps: NonNegative = Field(default=100, description="0: no validation passes at all")
     num_samples: Positive = Field(
@@ -228,16 +228,16 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints; the last version always gets one."""
+    """Checkpoints. The last version always gets one."""
 
     interval_steps: NonNegative = Field(default=100, description="0: only the last")
     keep: Positive = Field(default=3, description="how many of the newest to keep")
 
 
 class PipelineConfig(Section):
-    """How the model is cut into stages that workers compute one after the other.
+    """The stages of the model, which workers compute one after the other.
 
-    Of it only whether `stages` is 1, and `activations`, shape the trajectory: with more stages, or auto, a tied
+    Two things shape the trajectory: whether `stages` is 1, and `activations`. With more stages than 1, or auto, a tied
     embedding's gradient comes in two parts.
     """
 
@@ -246,15 +246,15 @@ class PipelineConfig(Section):
     )
     chunks: Positive = Field(default=1, description="stages that each worker has, for interleaved schedules")
     schedule: Literal["auto", "gpipe", "1f1b", "eager-1f1b", "interleaved-1f1b", "zero-bubble"] = Field(
-        default="auto", description="in what order workers compute microbatches; auto: the fastest that fits"
+        default="auto", description="order in which workers compute microbatches; auto: the fastest schedule that fits"
     )
     activations: Literal["fp32", "bf16", "int8"] = Field(
-        default="fp32", description="what travels between stages; with fp32 a cut changes no bit"
+        default="fp32", description="type of activations between stages; with fp32 a cut changes no bit"
     )
 
     @property
     def min_workers(self) -> int:
-        """Workers without which there is no replica."""
+        """Smallest number of workers that form a replica."""
         return 1 if self.stages == "auto" else self.stages // self.chunks
 
     @model_validator(mode="after")
@@ -278,9 +278,9 @@ class PipelineConfig(Section):
 
 
 class ClusterConfig(Section):
-    """What the job needs of the cluster.
+    """The job's needs of the cluster.
 
-    Of it only fragment_bytes shapes the trajectory: the squared norms follow the cut.
+    Only fragment_bytes shapes the trajectory, because squared norms are summed by fragment.
     """
 
     min_servers: Positive = Field(default=1, description="parameter servers that the job waits for before it starts")
@@ -289,7 +289,7 @@ class ClusterConfig(Section):
 
 
 def check_sections(run_root: str, pipeline: PipelineConfig, codec: CodecConfig) -> None:
-    """What recipes of both kinds have: raise ValueError for what does not go together."""
+    """Check sections that recipes of both kinds have. Raises ValueError for settings that contradict each other."""
     if is_url(run_root):
         raise ValueError(f"run_root {run_root} is not a directory of this machine; give a local path")
     if pipeline.stages != 1 and codec.push in RESIDUAL_CODECS:
@@ -304,10 +304,10 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="jobs are called NAME-1, NAME-2, …")
     description: str = Field(default="", description="for people")
-    seed: NonNegative = Field(default=0, description="of initial weights, samples and dropout")
+    seed: NonNegative = Field(default=0, description="seed of initial weights, samples and dropout")
     run_root: str = Field(
         default="runs",
-        description="directory in which each job gets one of its own; the coordinator and all servers share it",
+        description="directory in which each job gets its own directory; the coordinator and all servers share it",
     )
     model: ModelConfig
     training: TrainingConfig
@@ -328,7 +328,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.fine_tuning is None:  # a base is as it is
+        if self.fine_tuning is None:  # a base's config is taken as it is
             check_special_ids(self.model.config)
         longest = longest_sequence(self.model.config)
         if longest is not None and self.training.sequence_length > longest[1]:
@@ -354,10 +354,10 @@ class Recipe(Section):
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The adapters, when they alone are trained."""
+        """The adapters; None when all weights are trained."""
         return self.fine_tuning.lora if self.fine_tuning is not None else None
 
     def validates(self, version: int) -> bool:
-        """Whether a validation pass is made at this version: the first, the last, and every interval."""
+        """Whether this version has a validation pass: the first, the last, and one every interval."""
         interval, num_steps = self.validation.interval_steps, self.training.num_steps
         return interval > 0 and version <= num_steps and (version % interval == 0 or version == num_steps)

@@ -1,8 +1,8 @@
-"""Recipes from other machines: where their relative paths lead.
+"""Paths in recipes from other machines.
 
-A client makes a recipe's relative paths absolute against its own directory, and says which that was. On one machine, or
-with a directory that all share, this is all there is to do. A service in a container is given a root instead: what lay
-below the client's directory is looked for, and written, below the root.
+A client makes a recipe's relative paths absolute against its own directory, and sends the directory too. On one
+machine, or with a shared directory, these paths are right. A service in a container has a root instead: paths below the
+client's directory are moved below the root, for reading and writing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from gradstream.core.recipe.recipe import Recipe
 
 
 def moved(path: str, directory: str, root: str) -> str:
-    """`path` as it is, or below `root` when it is below `directory`: all absolute, `path` possibly a URL.
+    """Move a path below `directory` to the same place below `root`; return other paths unchanged.
 
-    Without a root, from a client that names no directory, or from one in the topmost directory, which everything is
-    below of, nothing moves.
+    All three are absolute; `path` may be a URL. No path moves without a root, without a directory, or if the directory
+    is the topmost one, because every path lies below it.
     """
     if not root or not path.startswith("/") or directory in ("", "/"):
         return path
@@ -30,13 +30,13 @@ def moved(path: str, directory: str, root: str) -> str:
 
 
 def moved_recipe(recipe: Recipe, directory: str, root: str) -> Recipe:
-    """A recipe whose paths that a service uses (run_root, data.path) are moved."""
+    """A recipe with the paths moved that a service uses: run_root and data.path."""
     data = recipe.data.model_copy(update={"path": moved(recipe.data.path, directory, root)})
     return recipe.model_copy(update={"run_root": moved(recipe.run_root, directory, root), "data": data})
 
 
 def moved_fine_tuning_recipe(recipe: FineTuningRecipe, directory: str, root: str) -> FineTuningRecipe:
-    """The same for a fine-tuning: run_root, the base and the examples."""
+    """A fine-tuning recipe with its paths moved: run_root, the base and the examples."""
     data = recipe.data
     held_out = data.validation_path
     data = data.model_copy(

@@ -1,4 +1,4 @@
-"""The base of every part of a recipe."""
+"""The base class of every section of a recipe."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def derived(how: str) -> dict[str, Any]:
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: frozen, and strict about unknown keys.
+    """Base class of every section of a recipe: frozen, and strict about unknown keys.
 
-    Infinities and NaN are refused: JSON, in which a recipe travels, has no word for them.
+    Infinities and NaN are refused, because a recipe is sent as JSON, which cannot express them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -29,7 +29,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """To pydantic `yes`, which is true in YAML, is also the number 1."""
+        """Refuse a bool where a number is meant: YAML reads `yes` as true, and pydantic reads true as 1."""
         if any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value])):
             kind = repr(cls.model_fields[str(info.field_name)].annotation)
             if re.search(r"\b(int|float)\b", kind) and "bool" not in kind:

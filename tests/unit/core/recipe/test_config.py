@@ -293,7 +293,7 @@ def test_a_model_config_may_be_a_path_beside_the_recipe(tmp_path: Path) -> None:
         ("- a\n- b\n", "a recipe is a mapping"),
         ("a: [\n", "not YAML"),
         ("", "a recipe is a mapping"),
-        ("base: nowhere.yaml\n", "nowhere.yaml is not there; copy it, or correct the 'base' line"),
+        ("base: nowhere.yaml\n", "nowhere.yaml does not exist; copy it, or correct the 'base' line"),
         ("name: a\nmodel: 3\n", "'model'"),
     ],
 )

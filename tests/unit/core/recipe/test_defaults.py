@@ -255,7 +255,7 @@ def test_a_whole_config_of_peft_is_taken() -> None:
         ({"base_model_name_or_path": "x"}, "lora.base_model_name_or_path 'x' is not supported: the base is the recipe"),
         ({"eva_config": {"rho": 2}}, "lora.eva_config {'rho': 2} is not supported: leave it out"),
         ({"target_modules": r".*\.q_proj"}, "regular expressions are not read: list the ends instead"),
-        ({"target_modules": [r".*\.q_proj"]}, "'.*\\\\.q_proj' is no end of a module's name"),
+        ({"target_modules": [r".*\.q_proj"]}, "'.*\\\\.q_proj' is not the end of a module's name"),
         ({"target_modules": "q_proj,v_proj"}, "list the ends instead, such as [q_proj, v_proj]"),
         ({"target_modules": ["all-linear", "q_proj"]}, "all-linear stands alone"),
         ({"target_modules": []}, "lora.target_modules is empty"),

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gradstream.coordinator.telemetry.pipeline_timeline import Pass, Run
 from gradstream.core.telemetry.timeline import OPS, SpanKind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COLOURS = {
     SpanKind.FORWARD: "#4c78a8",
@@ -30,6 +35,39 @@ _DIGIT_POINTS = 0.64 * _LABEL_POINTS
 _MARGIN_POINTS = 2.0
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where things are drawn: the row and the stages of each worker, the rows' height, the begin of the first pass."""
+
+    rows: dict[str, float]
+    stages: dict[str, list[int]]
+    height: float
+    origin_us: int
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> _Layout:
+        """The workers of one replica below each other, in the order of the stages."""
+        rows: dict[str, float] = {}
+        place = 0.0
+        for workers in dict.fromkeys(run.workers for run in runs):
+            for worker in workers:
+                if worker not in rows:
+                    rows[worker] = place
+                    place += 1
+            place += _REPLICA_GAP
+        stages = {
+            worker: sorted(
+                {one.stage for run in runs if worker in run.workers for one in run.passes[_index(run, worker)]}
+            )
+            for worker in rows
+        }
+        return cls(rows, stages, place - _REPLICA_GAP, min(run.begin_us for run in runs))
+
+    def ms(self, at_us: float) -> float:
+        """A time on the axis."""
+        return (at_us - self.origin_us) / 1000
+
+
 def draw(runs: Sequence[Run], title: str) -> bytes:
     """A PNG of one version's runs, in order: a row for each worker, a box for each pass, white where the worker waits.
 
@@ -39,66 +77,66 @@ def draw(runs: Sequence[Run], title: str) -> bytes:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
-    # --- rows: the workers of one replica below each other, in the order of the stages
-    rows: dict[str, float] = {}
-    replicas = list(dict.fromkeys(run.workers for run in runs))
-    place = 0.0
-    for workers in replicas:
-        for worker in workers:
-            if worker not in rows:
-                rows[worker] = place
-                place += 1
-        place += _REPLICA_GAP
-    height = place - _REPLICA_GAP
-    stages = {
-        worker: sorted({one.stage for run in runs if worker in run.workers for one in run.passes[_index(run, worker)]})
-        for worker in rows
-    }
-    origin_us = min(run.begin_us for run in runs)
-
-    # --- frame
+    layout = _Layout.of(runs)
     # Of thousands of rows there is no picture that could be drawn.
-    figure = Figure(figsize=(14, 1.3 + min(0.42 * height, _MAX_HEIGHT_INCHES)), layout="constrained")
+    figure = Figure(figsize=(14, 1.3 + min(0.42 * layout.height, _MAX_HEIGHT_INCHES)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_xlim(0, (max(run.end_us for run in runs) - origin_us) / 1000)
-    axes.set_ylim(height - 1 + 0.6, -0.6)
+    _draw_frame(axes, layout, runs, title)
+    for worker in layout.rows:
+        _draw_row(axes, layout, runs, worker)
+    _draw_legend(axes, runs)
+    figure.draw_without_rendering()  # from here on it is known how wide the boxes are
+    _draw_labels(axes, layout, runs, axes.get_window_extent().width * 72 / figure.dpi / axes.get_xlim()[1])
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=140)
+    return stream.getvalue()
+
+
+def _draw_frame(axes: Axes, layout: _Layout, runs: Sequence[Run], title: str) -> None:
+    axes.set_xlim(0, layout.ms(max(run.end_us for run in runs)))
+    axes.set_ylim(layout.height - 1 + 0.6, -0.6)
     # Names are not formulas, whatever dollar signs they have.
     axes.set_title(title, loc="left", fontsize=11, parse_math=False)
     notes = ["ms since the first pass", "white: waiting"]
     notes += ["numbers: slot.microbatch"] if any(len(run.slots) > 1 for run in runs) else ["numbers: microbatch"]
-    notes += ["lighter: the worker's later stages"] if any(len(found) > 1 for found in stages.values()) else []
+    notes += ["lighter: the worker's later stages"] if any(len(found) > 1 for found in layout.stages.values()) else []
     axes.set_xlabel("; ".join(notes), fontsize=9)
-    axes.set_yticks(list(rows.values()))
-    axes.set_yticklabels([f"{worker}  {_stages_text(stages[worker])}" for worker in rows], fontsize=9, parse_math=False)
+    axes.set_yticks(list(layout.rows.values()))
+    names = [f"{worker}  {_stages_text(layout.stages[worker])}" for worker in layout.rows]
+    axes.set_yticklabels(names, fontsize=9, parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
 
-    # --- boxes
-    for worker, row in rows.items():
-        own = [(run, run.passes[_index(run, worker)]) for run in runs if worker in run.workers]
-        for _, passes in own:
-            boxes = [((one.begin_us - origin_us) / 1000, one.duration_us / 1000) for one in passes]
-            colours = [_colour(one, stages[worker]) for one in passes]
-            axes.broken_barh(
-                boxes,
-                (row - _BOX_HEIGHT / 2, _BOX_HEIGHT),
-                facecolors=colours,
-                edgecolors="white",
-                linewidth=min(0.8, 60 / len(passes)),
-            )
-        worker_us = sum(run.end_us - run.begin_us for run, _ in own)
-        busy_us = sum(one.duration_us for _, passes in own for one in passes)
-        share = max(0.0, 1 - busy_us / worker_us) if worker_us else 0.0
-        axes.annotate(
-            f"{100 * share:.0f} %", (1.0, row), (6, 0), ("axes fraction", "data"), textcoords="offset points",
-            va="center", fontsize=9, color="#666666",
-        )  # fmt: skip
+
+def _draw_row(axes: Axes, layout: _Layout, runs: Sequence[Run], worker: str) -> None:
+    """A worker's boxes, and beside them its share of waiting."""
+    row = layout.rows[worker]
+    own = [(run, run.passes[_index(run, worker)]) for run in runs if worker in run.workers]
+    for _, passes in own:
+        axes.broken_barh(
+            [(layout.ms(one.begin_us), one.duration_us / 1000) for one in passes],
+            (row - _BOX_HEIGHT / 2, _BOX_HEIGHT),
+            facecolors=[_colour(one, layout.stages[worker]) for one in passes],
+            edgecolors="white",
+            linewidth=min(0.8, 60 / len(passes)),
+        )
+    worker_us = sum(run.end_us - run.begin_us for run, _ in own)
+    busy_us = sum(one.duration_us for _, passes in own for one in passes)
+    share = max(0.0, 1 - busy_us / worker_us) if worker_us else 0.0
+    axes.annotate(
+        f"{100 * share:.0f} %", (1.0, row), (6, 0), ("axes fraction", "data"), textcoords="offset points",
+        va="center", fontsize=9, color="#666666",
+    )  # fmt: skip
+
+
+def _draw_legend(axes: Axes, runs: Sequence[Run]) -> None:
+    from matplotlib.patches import Patch
+
     axes.annotate("waits", (1.0, 1.0), (6, 6), "axes fraction", textcoords="offset points", fontsize=9, color="#666666")
     kinds = [kind for kind in OPS if any(one.kind is kind for run in runs for row in run.passes for one in row)]
     axes.legend(
@@ -106,9 +144,9 @@ def draw(runs: Sequence[Run], title: str) -> bytes:
         bbox_to_anchor=(1.0, 1.0), borderaxespad=0, ncols=len(kinds), frameon=False, fontsize=9,
     )  # fmt: skip
 
-    # --- labels, once it is known how wide the boxes are
-    figure.draw_without_rendering()
-    points_per_ms = axes.get_window_extent().width * 72 / figure.dpi / axes.get_xlim()[1]
+
+def _draw_labels(axes: Axes, layout: _Layout, runs: Sequence[Run], points_per_ms: float) -> None:
+    """The microbatch of each box that has room for it."""
     for run in runs:
         for worker, passes in zip(run.workers, run.passes, strict=True):
             for one in passes:
@@ -116,13 +154,10 @@ def draw(runs: Sequence[Run], title: str) -> bytes:
                 if one.duration_us / 1000 * points_per_ms < len(text) * _DIGIT_POINTS + _MARGIN_POINTS:
                     continue
                 axes.text(
-                    (one.begin_us + one.duration_us / 2 - origin_us) / 1000, rows[worker], text, ha="center",
+                    layout.ms(one.begin_us + one.duration_us / 2), layout.rows[worker], text, ha="center",
                     va="center_baseline", fontsize=_LABEL_POINTS,
-                    color="white" if one.kind in _DARK and one.stage == stages[worker][0] else "#222222",
+                    color="white" if one.kind in _DARK and one.stage == layout.stages[worker][0] else "#222222",
                 )  # fmt: skip
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=140)
-    return stream.getvalue()
 
 
 def _index(run: Run, worker: str) -> int:

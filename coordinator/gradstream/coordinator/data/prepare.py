@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
 from gradstream.coordinator.data import tokenization
 from gradstream.coordinator.data.inspection import DataSummary, SplitSummary, inspect, load_manifest, verify
@@ -95,30 +95,11 @@ def prepare(
         options.validation_fraction,
     )
     corpus = Corpus(files, options.text_field, options.max_bytes, options.format, division.piece_bytes)
-    state = PrepareProgress("tokenizer")
     with Output(out, force) as output:
         # Phase 2: the tokenizer.
-        if options.tokenizer is not None:
-            tokenizer = tokenization.load(options.tokenizer, options.end_of_text)
-        else:
-            budget = min(tokenization.SAMPLE_BYTES, corpus.stored_bytes)
-
-            def sampled(num_bytes: int) -> None:
-                progress(replace(state, bytes_done=min(num_bytes, budget), bytes_total=budget))
-
-            tokenizer = tokenization.train(
-                files,
-                options.text_field,
-                options.vocab_size,
-                options.max_bytes,
-                sampled,
-                fmt=options.format,
-                end_of_text=str(options.end_of_text or tokenization.END_OF_TEXT),
-            )
-        state = replace(
-            state,
-            end_of_text=f"{tokenizer.end_of_text!r} (id {tokenizer.end_of_text_id}), by {tokenizer.origin}",
-        )
+        tokenizer = _make_tokenizer(options, files, corpus.stored_bytes, progress)
+        end_of_text = f"{tokenizer.end_of_text!r} (id {tokenizer.end_of_text_id}), by {tokenizer.origin}"
+        state = PrepareProgress("tokenizer", end_of_text=end_of_text)
         file = output.create(TOKENIZER_FILE)
         with output.explained():
             file.write(tokenizer.content)
@@ -141,26 +122,42 @@ def prepare(
         _check_counts(left_out, writers)
 
         # Phase 4: publish.
+        shards = tuple(shard for writer in writers.values() for shard in writer.close())
         manifest = Manifest.model_validate(
             {
-                "token_dtype": tokenizer.token_dtype,
-                "vocab_size": tokenizer.vocab_size,
-                "end_of_text_id": tokenizer.end_of_text_id,
-                "end_of_text": tokenizer.end_of_text,
+                **_contents(options, corpus, division, tokenizer),
                 "tokenizer_file": TOKENIZER_FILE,
                 "tokenizer_sha256": tokenizer_sha256,
-                "shards": tuple(shard for writer in writers.values() for shard in writer.close()),
-                "sources": tuple(without_password(source) for source in options.sources),
-                "read_as": dict(sorted(corpus.tally.read_as.items())),
+                "shards": shards,
                 "left_out": left_out,
-                "num_split_documents": corpus.num_split,
-                "piece_bytes": division.piece_bytes if corpus.num_split else 0,
             }
         )
         output.publish(manifest)
     state = replace(_tokenizing(state, corpus, writers), phase="done", bytes_done=corpus.stored_bytes)
     progress(replace(state, left_out=left_out, notes=_notes(options, found, corpus, division, tokenizer, num_unknown)))
     return manifest
+
+
+def _make_tokenizer(
+    options: PrepareConfig, files: list[SourceFile], stored_bytes: int, progress: Callable[[PrepareProgress], None]
+) -> tokenization.TokenizerFile:
+    """Load the tokenizer that the options name, or train one. Raises ConfigError, DataError."""
+    if options.tokenizer is not None:
+        return tokenization.load(options.tokenizer, options.end_of_text)
+    budget = min(tokenization.SAMPLE_BYTES, stored_bytes)
+
+    def sampled(num_bytes: int) -> None:
+        progress(PrepareProgress("tokenizer", min(num_bytes, budget), budget))
+
+    return tokenization.train(
+        files,
+        options.text_field,
+        options.vocab_size,
+        options.max_bytes,
+        sampled,
+        fmt=options.format,
+        end_of_text=str(options.end_of_text or tokenization.END_OF_TEXT),
+    )
 
 
 def _without_output(found: FoundFiles, out: str) -> list[SourceFile]:
@@ -193,6 +190,22 @@ def is_validation(index: int, fraction: float) -> bool:
     begin, end = math.ceil(block / share), math.ceil((block + 1) / share)
     digest = blake2b(str(block).encode(), digest_size=8).digest()
     return index == begin + int.from_bytes(digest, "little") % (end - begin)
+
+
+def _contents(
+    options: PrepareConfig, corpus: Corpus, division: Division, tokenizer: tokenization.TokenizerFile
+) -> dict[str, Any]:
+    """What the manifest says of the tokenizer, and of what was read and how it was divided."""
+    return {
+        "token_dtype": tokenizer.token_dtype,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text_id": tokenizer.end_of_text_id,
+        "end_of_text": tokenizer.end_of_text,
+        "sources": tuple(without_password(source) for source in options.sources),
+        "read_as": dict(sorted(corpus.tally.read_as.items())),
+        "num_split_documents": corpus.num_split,
+        "piece_bytes": division.piece_bytes if corpus.num_split else 0,
+    }
 
 
 def _tokenizing(state: PrepareProgress, corpus: Corpus, writers: dict[Split, SplitWriter]) -> PrepareProgress:

@@ -231,6 +231,9 @@ def test_a_full_fine_tuning_of_a_jobs_result(
     assert whole.after is not None
     assert whole.job is not None
     assert whole.after.loss < whole.before.loss
+    job_id, service = whole.job.job_id, cluster.fine_tuning_address
+    said = list(cluster.client.generate(job_id, "the sum of ", max_new_tokens=4, service=service))
+    assert said == list(client.generate(None, "the sum of ", base=f"job:{job_id}", max_new_tokens=4))
     with pytest.raises(ConfigError, match="no adapter"):
         client.export("whole", cluster.directory / "nothing", kind="adapter")
     on_top = recipe(cluster, f"job:{whole.job.job_id}", examples, "on-top", training={"num_steps": 2})
@@ -248,6 +251,7 @@ def test_examples_that_are_sent(
 ) -> None:  # fmt: skip
     sent = client.upload(examples)
     assert hashlib.sha256(Path(sent).read_bytes()).hexdigest() in sent
+    assert client.preview(recipe(cluster, base, examples, "shown"), upload=True).report.num_rows == 48
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(cluster, base, examples, "shown")))
     service = ["--service", cluster.fine_tuning_address]

@@ -116,13 +116,7 @@ class AsyncFineTuningClient:
 
         Raises ConfigError when the file cannot be read or is several, DataError when it is too large.
         """
-        path = Path(path).expanduser()
-        is_glob = any(character in path.name for character in "*?[") and not path.exists()
-        if path.is_dir() or is_glob:
-            raise ConfigError(
-                f"{path} is a {'glob' if is_glob else 'directory'}, and one file is sent; join its files into one, or "
-                f"put them where the service can see them"
-            )
+        path = await asyncio.to_thread(_file_to_send, path)
 
         async def pieces() -> AsyncIterator[pb.UploadExamplesRequest]:
             stream = await asyncio.to_thread(path.open, "rb")
@@ -132,10 +126,6 @@ class AsyncFineTuningClient:
                 while payload := await asyncio.to_thread(stream.read, PIECE_BYTES):
                     yield pb.UploadExamplesRequest(payload=payload)
 
-        try:
-            await asyncio.to_thread(lambda: path.open("rb").close())
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror}); correct the path") from None
         stub = await self._connection.connect()
         try:
             response = await stub.UploadExamples(pieces())
@@ -143,12 +133,16 @@ class AsyncFineTuningClient:
             raise self._connection.error(rpc_error) from None
         return response.path
 
-    async def preview(self, recipe: AnyRecipe, overrides: Iterable[str] = (), num_examples: int = 3) -> ExamplesPreview:
-        """The first examples as they would be trained on, and what would become of all rows. Keeps nothing.
+    async def preview(
+        self, recipe: AnyRecipe, overrides: Iterable[str] = (), num_examples: int = 3, *, upload: bool = False
+    ) -> ExamplesPreview:
+        """The first examples as they would be trained on, and what would become of all rows. Begins nothing.
+
+        `recipe`, `overrides` and `upload` are those of `create`.
 
         Raises ConfigError when the recipe or its base is wrong, DataError when the examples are.
         """
-        resolved = await _resolve(recipe, overrides)
+        resolved = await self._resolved(recipe, overrides, upload)
         request = pb.PreviewExamplesRequest(
             recipe_json=resolved.model_dump_json(), num_examples=num_examples, directory=os.getcwd()
         )
@@ -159,19 +153,27 @@ class AsyncFineTuningClient:
     # ---- Fine-tunings ----------------------------------------------------------------------------------------------
 
     async def create(
-        self, recipe: AnyRecipe, overrides: Iterable[str] = (), *, request_id: str | None = None
+        self,
+        recipe: AnyRecipe,
+        overrides: Iterable[str] = (),
+        *,
+        upload: bool = False,
+        request_id: str | None = None,
     ) -> FineTuning:
         """Begin a fine-tuning, once: where no answer comes it is asked for again, under the same request id. It is
         preparing its data when this returns; `wait` waits for its end.
 
         `recipe` is a FineTuningRecipe, the path of a recipe file, or a mapping; `overrides` are `key.sub=value` strings
-        and go with a path only. Relative paths in it are made absolute against the current directory. `request_id` is
-        as in AsyncClient.submit.
+        and go with a path only. Relative paths in it are made absolute against the current directory. With `upload`
+        the files of `data.path` and `data.validation_path` are sent from this machine first (`upload`), so the service
+        need not see them. `request_id` (1 to 64 letters, digits, '.', '_', '-') is new for each fine-tuning; a later
+        call with the id of one that was taken gives that one. None: one that no other call has.
 
-        Raises ConfigError when the recipe is wrong or its name taken, DataError when its data is not to be found,
-        UnreachableError, which names the request id, when it is not known whether the fine-tuning was taken.
+        Raises ConfigError when the recipe is wrong or its name taken, or a file to send cannot be read, DataError when
+        its data is not to be found, UnreachableError, which names the request id, when it is not known whether the
+        fine-tuning was taken.
         """
-        resolved = await _resolve(recipe, overrides)
+        resolved = await self._resolved(recipe, overrides, upload)
         request = pb.CreateFineTuningRequest(
             recipe_json=resolved.model_dump_json(), directory=os.getcwd(), request_id=request_id or new_request_id()
         )
@@ -179,6 +181,27 @@ class AsyncFineTuningClient:
             lambda stub, timeout: stub.CreateFineTuning(request, timeout=timeout), request.request_id
         )
         return FineTuning.from_proto(response.fine_tuning)
+
+    async def _resolved(self, recipe: AnyRecipe, overrides: Iterable[str], upload: bool) -> FineTuningRecipe:
+        """The recipe, whole and with absolute paths; with `upload`, its files of examples sent and named as the service
+        has them."""
+        overrides = tuple(overrides)
+        if isinstance(recipe, str | Path):
+            resolved = await asyncio.to_thread(load_fine_tuning_recipe, recipe, overrides)
+        elif overrides:
+            raise ConfigError(
+                "overrides go with the path of a recipe; change the mapping or the FineTuningRecipe instead"
+            )
+        else:
+            parsed = recipe if isinstance(recipe, FineTuningRecipe) else parse_fine_tuning_recipe(recipe)
+            resolved = absolute_fine_tuning_paths(parsed)
+        if not upload:
+            return resolved
+        keys = [key for key in ("path", "validation_path") if getattr(resolved.data, key) is not None]
+        for key in keys:
+            await asyncio.to_thread(_file_to_send, getattr(resolved.data, key))  # before any is sent
+        paths = {key: await self.upload(getattr(resolved.data, key)) for key in keys}
+        return resolved.model_copy(update={"data": resolved.data.model_copy(update=paths)})
 
     async def list(self) -> list[FineTuning]:
         """All fine-tunings, newest first."""
@@ -244,8 +267,10 @@ class AsyncFineTuningClient:
     ) -> FineTuning:
         """Wait until a fine-tuning has ended, or `until` holds; return its last state.
 
-        `on_progress` is called with it about every `poll_seconds`. A cancelled one is returned like a finished one.
-        Survives a service that goes away for a while. Raises FineTuningFailedError when it failed.
+        How it ended is its `state`: FineTuningState.FINISHED, or CANCELLED when a person ended it. One that failed
+        raises FineTuningFailedError, with the reason. A paused one has not ended.
+
+        `on_progress` is called with it about every `poll_seconds`. Survives a service that goes away for a while.
         """
         fine_tuning = await self.get(name)
         name = fine_tuning.name
@@ -362,14 +387,20 @@ class AsyncFineTuningClient:
             await asyncio.to_thread(writer.discard)
 
 
-async def _resolve(recipe: AnyRecipe, overrides: Iterable[str]) -> FineTuningRecipe:
-    overrides = tuple(overrides)
-    if isinstance(recipe, str | Path):
-        return await asyncio.to_thread(load_fine_tuning_recipe, recipe, overrides)
-    if overrides:
-        raise ConfigError("overrides go with the path of a recipe; change the mapping or the FineTuningRecipe instead")
-    parsed = recipe if isinstance(recipe, FineTuningRecipe) else parse_fine_tuning_recipe(recipe)
-    return absolute_fine_tuning_paths(parsed)
+def _file_to_send(path: str | Path) -> Path:
+    """The path of a file that can be read. Raises ConfigError for anything else."""
+    path = Path(path).expanduser()
+    is_glob = any(character in path.name for character in "*?[") and not path.exists()
+    if path.is_dir() or is_glob:
+        raise ConfigError(
+            f"{path} is a {'glob' if is_glob else 'directory'}, and one file is sent; join its files into one, or "
+            f"put them where the service can see them"
+        )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); correct the path") from None
+    return path
 
 
 def _message(message: Mapping[str, str]) -> pb.ChatMessage:

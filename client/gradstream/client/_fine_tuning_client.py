@@ -86,27 +86,41 @@ class FineTuningClient:
         """
         return self._thread.run(self._client.upload(path))
 
-    def preview(self, recipe: AnyRecipe, overrides: Iterable[str] = (), num_examples: int = 3) -> ExamplesPreview:
-        """The first examples as they would be trained on, and what would become of all rows. Keeps nothing.
+    def preview(
+        self, recipe: AnyRecipe, overrides: Iterable[str] = (), num_examples: int = 3, *, upload: bool = False
+    ) -> ExamplesPreview:
+        """The first examples as they would be trained on, and what would become of all rows. Begins nothing.
+
+        `recipe`, `overrides` and `upload` are those of `create`.
 
         Raises ConfigError when the recipe or its base is wrong, DataError when the examples are.
         """
-        return self._thread.run(self._client.preview(recipe, overrides, num_examples))
+        return self._thread.run(self._client.preview(recipe, overrides, num_examples, upload=upload))
 
     # ---- Fine-tunings ----------------------------------------------------------------------------------------------
 
-    def create(self, recipe: AnyRecipe, overrides: Iterable[str] = (), *, request_id: str | None = None) -> FineTuning:
+    def create(
+        self,
+        recipe: AnyRecipe,
+        overrides: Iterable[str] = (),
+        *,
+        upload: bool = False,
+        request_id: str | None = None,
+    ) -> FineTuning:
         """Begin a fine-tuning, once: where no answer comes it is asked for again, under the same request id. It is
         preparing its data when this returns; `wait` waits for its end.
 
         `recipe` is a FineTuningRecipe, the path of a recipe file, or a mapping; `overrides` are `key.sub=value` strings
-        and go with a path only. Relative paths in it are made absolute against the current directory. `request_id` is
-        as in Client.submit.
+        and go with a path only. Relative paths in it are made absolute against the current directory. With `upload`
+        the files of `data.path` and `data.validation_path` are sent from this machine first (`upload`), so the service
+        need not see them. `request_id` (1 to 64 letters, digits, '.', '_', '-') is new for each fine-tuning; a later
+        call with the id of one that was taken gives that one. None: one that no other call has.
 
-        Raises ConfigError when the recipe is wrong or its name taken, DataError when its data is not to be found,
-        UnreachableError, which names the request id, when it is not known whether the fine-tuning was taken.
+        Raises ConfigError when the recipe is wrong or its name taken, or a file to send cannot be read, DataError when
+        its data is not to be found, UnreachableError, which names the request id, when it is not known whether the
+        fine-tuning was taken.
         """
-        return self._thread.run(self._client.create(recipe, overrides, request_id=request_id))
+        return self._thread.run(self._client.create(recipe, overrides, upload=upload, request_id=request_id))
 
     def list(self) -> list[FineTuning]:
         """All fine-tunings, newest first."""
@@ -134,8 +148,10 @@ class FineTuningClient:
     ) -> FineTuning:
         """Wait until a fine-tuning has ended, or `until` holds; return its last state.
 
-        `on_progress` is called with it about every `poll_seconds`. A cancelled one is returned like a finished one.
-        Survives a service that goes away for a while. Raises FineTuningFailedError when it failed.
+        How it ended is its `state`: FineTuningState.FINISHED, or CANCELLED when a person ended it. One that failed
+        raises FineTuningFailedError, with the reason. A paused one has not ended.
+
+        `on_progress` is called with it about every `poll_seconds`. Survives a service that goes away for a while.
         """
         return self._thread.run(self._client.wait(name, on_progress, until=until, poll_seconds=poll_seconds))
 

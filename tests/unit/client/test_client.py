@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from canned_fine_tunings import CannedFineTunings, serving_fine_tunings
 from canned_jobs import SUBMITTED_MS, CannedJobs, canned_job, canned_metrics, piece, serving
 
 import gradstream.client
@@ -126,6 +127,25 @@ def test_sync_and_async_have_the_same_methods() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     assert names(Client) - {"address"} == names(AsyncClient)
+
+
+def test_a_jobs_model_generates_by_way_of_a_fine_tuning_service(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = CannedFineTunings()
+    with serving_fine_tunings(service) as generating, Client(address) as client:
+        pieces = list(client.generate("tiny-1", "def", version=12, temperature=0.5, seed=3, service=generating))
+        assert "".join(piece.text for piece in pieces) == "return a + b"
+        asked = service.requests[-1]
+        assert (asked.base, asked.prompt, asked.temperature, asked.seed) == ("job:tiny-1@12", "def", 0.5, 3)
+        # The newest job, at the service that the environment names; left before its end.
+        monkeypatch.setenv("GRADSTREAM_FINE_TUNING", generating)
+        more = client.generate(None, [{"role": "user", "content": "hello"}])
+        assert next(more).text == "return"
+        more.close()
+        assert (service.requests[-1].base, service.requests[-1].messages[0].content) == ("job:tiny-1", "hello")
+        with pytest.raises(ConfigError, match="no job 'nope'"):
+            list(client.generate("nope", "def"))
+    with pytest.raises(UnreachableError, match=r"fine-tuning service .* does not answer"), Client(address) as client:
+        list(client.generate("tiny-1", "def"))
 
 
 def test_job_is_typed(address: str) -> None:

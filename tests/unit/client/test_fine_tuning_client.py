@@ -113,6 +113,25 @@ def test_a_file_is_sent_in_pieces(service: CannedFineTunings, client: FineTuning
             client.upload(several)
 
 
+def test_a_recipe_is_created_with_its_files_sent(
+    service: CannedFineTunings, client: FineTuningClient, tmp_path: Path
+) -> None:
+    files = {key: tmp_path / f"{key}.jsonl" for key in ("path", "validation_path")}
+    files["path"].write_bytes(b"training ")
+    recipe = {"name": "task", "base_model": "/models/tiny", "data": {key: str(path) for key, path in files.items()}}
+    # Both are looked at before one is sent.
+    with pytest.raises(ConfigError, match=r"validation_path\.jsonl cannot be read"):
+        client.create(recipe, upload=True)
+    assert service.uploaded == b""
+    files["validation_path"].write_bytes(b"validation")
+    client.create(recipe, upload=True)
+    assert service.uploaded == b"training validation"
+    sent = json.loads(service.requests[-1].recipe_json)["data"]
+    assert {key: sent[key] for key in files} == {key: f"/state/uploads/{path.name}" for key, path in files.items()}
+    client.preview(recipe, upload=True)
+    assert json.loads(service.requests[-1].recipe_json)["data"]["path"] == "/state/uploads/path.jsonl"
+
+
 def test_preview(service: CannedFineTunings, client: FineTuningClient) -> None:
     preview = client.preview(RECIPE, num_examples=7)
     assert service.requests[0].num_examples == 7

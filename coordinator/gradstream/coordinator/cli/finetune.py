@@ -26,7 +26,7 @@ from gradstream.coordinator.cli.options import (
 from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
-    from gradstream.client import FineTuning, FineTuningClient, FineTuningRecipe, GeneratedText
+    from gradstream.client import FineTuning, FineTuningClient, GeneratedText
 
 app = group(
     "Fine-tune a pretrained model. dev does it all on this machine; the others ask a service that `gradstream serve "
@@ -86,10 +86,11 @@ def create(
 
     asked = load_fine_tuning_recipe(find_recipe(recipe), overrides or ())
     with open_fine_tuning_client(service) as client:
-        if upload:
-            asked = _uploaded(client, asked)
+        for path in (asked.data.path, asked.data.validation_path) if upload else ():
+            if path is not None:
+                terminal.say(f"sending {Path(path).name}")
         if dry_run:
-            preview = client.preview(asked, (), num_examples)
+            preview = client.preview(asked, (), num_examples, upload=upload)
             if output is OutputFormat.json:
                 terminal.print_json(preview.to_dict())
                 return
@@ -99,7 +100,7 @@ def create(
             again = [recipe, *(word for each in overrides or () for word in ("-s", each)), *(["--upload"] * upload)]
             terminal.hint(f"begin: gradstream finetune create {shlex.join(again)}")
             return
-        made = client.create(asked, request_id=request_id)
+        made = client.create(asked, upload=upload, request_id=request_id)
         made = _follow(client, made, output, lambda now: not wait and now.state != "preparing")
     _print_one(made, output)
     from gradstream.coordinator.cli.views.fine_tunings import chat_flag
@@ -112,16 +113,6 @@ def create(
         )
     else:
         terminal.hint(f"watch it: gradstream finetune watch {made.name}, gradstream finetune status {made.name}")
-
-
-def _uploaded(client: FineTuningClient, asked: FineTuningRecipe) -> FineTuningRecipe:
-    """The recipe with its files of examples sent, and named as the service has them."""
-    paths = {"path": client.upload(asked.data.path)}
-    if asked.data.validation_path is not None:
-        paths["validation_path"] = client.upload(asked.data.validation_path)
-    for path in paths.values():
-        terminal.say(f"sent {Path(path).name}")
-    return asked.model_copy(update={"data": asked.data.model_copy(update=paths)})
 
 
 def _follow(

@@ -1,6 +1,6 @@
-"""Codecs: how a slice of a tensor is written as bytes.
+"""Codecs, which encode a slice of a tensor as bytes.
 
-| name          | ratio | error  | loses, keeps                                                              |
+| name          | ratio | error  | what it loses; its state                                                  |
 |---------------|-------|--------|---------------------------------------------------------------------------|
 | fp32          | 1     | 0      | nothing                                                                   |
 | bf16          | 2     | 0.0017 | 16 bits of mantissa, rounded to nearest even                              |
@@ -14,15 +14,15 @@
 | powersgd      | 128   | 0.996  | all but rank 4; residual: 4 bytes an element, and a basis of 4 columns    |
 
 `ratio` is fp32's bytes over the payload's for 1024 x 1024 elements (powersgd at R x C: R C / (4 R + 4 C)). `error` is
-what one call loses of the norm of normal numbers, the worst case for the last three: they send later what they leave
-out now, and gradients, whose rows and columns differ, suit them better.
+the relative error of one call, measured by the norm, for normally distributed numbers. This is the worst case for the
+last three codecs: they send the rest later, and gradients, whose rows and columns differ, suit them better.
 
-The codecs up to bf16-zstd are in the exact class: decode(encode(x)) depends on x and the seed alone. The seed only
-matters to int4-hadamard. The last three depend on what their slot sent before, and are outside the class.
+The codecs up to bf16-zstd are in the exact class: decode(encode(x)) depends only on x and the seed. Only int4-hadamard
+uses the seed. The last three codecs depend on what their slot sent before, and are outside the class.
 
-A value that is not finite stays not finite through every codec, so that a broken gradient is seen, not hidden. A codec
-with a residual then sends a payload of NaN and leaves its state as it was: the step is going to be skipped, so what was
-due before is still due.
+A value that is not finite stays not finite through every codec, so that the server detects it and skips the step. A
+codec with a residual then sends a payload of NaN and keeps its state: the residual is still to be sent, because the
+step is skipped.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ CODEC_NAMES: tuple[str, ...] = tuple(_BY_NAME)
 
 
 def codec_named(name: str) -> Codec:
-    """The codec that a recipe names. Raises KeyError for another name: recipes are validated before."""
+    """The codec with a recipe's name. Raises KeyError for an unknown name: recipes are validated before."""
     return _BY_NAME[name]
 
 
 def codec_on_wire(wire: int) -> Codec:
-    """The codec of a message. Raises ProtocolError for an unknown one."""
+    """The codec with a message's number. Raises ProtocolError for an unknown number."""
     codec = _BY_WIRE.get(wire)  # type: ignore[call-overload]
     if codec is None:
         raise ProtocolError(f"unknown codec {wire}; do both sides run the same gradstream version?")

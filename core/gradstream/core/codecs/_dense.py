@@ -1,7 +1,7 @@
 """Codecs that send every element: fp32, bf16, and blocks of small integers with a shared scale.
 
-In the CPU's memory they are calls of `kernels.dense`, which a bundle makes for all its fragments at once; on other
-devices chains of torch operations that give the same bits.
+For tensors in the CPU's memory they call `kernels.dense`, where a bundle encodes all its fragments in one call. On
+other devices they are chains of torch operations with the same bits.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gradstream.proto.v1 import plan_pb2
 
 
 class DenseCodec(Codec):
-    """A codec that `kernels.dense` knows, as `kind`."""
+    """A codec with kernels in `kernels.dense`, of kind `kind`."""
 
     kind: ClassVar[int]
 
     def key(self, seed: int) -> int:
-        """What the kernels make of a seed."""
+        """The kernels' key for a seed."""
         return 0
 
     def encode(self, values: torch.Tensor, seed: int = 0) -> Payload:
@@ -63,17 +63,17 @@ class DenseCodec(Codec):
         out.view(-1).add_(values_N) if add else out.view(-1).copy_(values_N)
 
     def _call(self, values: torch.Tensor, seed: int) -> tuple[I64, I64, I64]:
-        """Kind, elements and key of a call for one fragment."""
+        """Kind, number of elements and key, as arguments of a kernel for one fragment."""
         kind, elements, key = np.array([[self.kind], [values.numel()], [self.key(seed)]], dtype=np.int64)
         return kind, elements, key
 
     @abstractmethod
     def encode_by_torch(self, values_N: torch.Tensor, seed: int) -> torch.Tensor:
-        """The payload, as a tensor of any type on the values' device."""
+        """Encode with torch; the payload is a tensor of any type on the values' device."""
 
     @abstractmethod
     def decode_by_torch(self, payload_Y: torch.Tensor, num_elements: int, seed: int) -> torch.Tensor:
-        """The values, shape (num_elements,), on the device of the payload's bytes."""
+        """Decode with torch to the values, shape (num_elements,), on the device of the payload's bytes."""
 
 
 def _address(payload: Payload) -> I64:
@@ -81,7 +81,7 @@ def _address(payload: Payload) -> I64:
 
 
 class Fp32(DenseCodec):
-    """Little-endian binary32, as it is."""
+    """Little-endian binary32, unchanged."""
 
     name = "fp32"
     wire = plan_pb2.CODEC_FP32
@@ -130,11 +130,11 @@ class ScaledCodec(DenseCodec):
         return self._rotate_back(values_BE, num_elements // BLOCK, seed).reshape(-1)[:num_elements]
 
     def _rotate(self, blocks_BE: torch.Tensor, full: int, seed: int) -> torch.Tensor:
-        """What is done to the `full` whole blocks before they are quantized, by torch."""
+        """Transform the `full` whole blocks before quantization, with torch."""
         return blocks_BE
 
     def _rotate_back(self, blocks_BE: torch.Tensor, full: int, seed: int) -> torch.Tensor:
-        """The inverse of `_rotate`."""
+        """Invert `_rotate`."""
         return blocks_BE
 
 
@@ -149,7 +149,7 @@ class Int8(ScaledCodec):
 
 
 class Int4(ScaledCodec):
-    """Blocks of 256 elements scaled so that the largest magnitude is 7; rounded half to even; two a byte."""
+    """Blocks of 256 elements scaled so that the largest magnitude is 7; rounded half to even; two in each byte."""
 
     name = "int4"
     wire = plan_pb2.CODEC_INT4
@@ -159,11 +159,12 @@ class Int4(ScaledCodec):
 
 
 class Int4Hadamard(Int4):
-    """int4 of blocks rotated by random signs and a Walsh-Hadamard transform, which spreads an outlier over its block
-    (as in DRIVE, Vargaftik et al. 2021, and QuIP#, Tseng et al. 2024).
+    """int4 of blocks that are rotated by random signs and a Walsh-Hadamard transform.
 
-    The seed decides the signs. A short last block is not rotated. A value beyond 2e37 may overflow: it then counts as
-    not finite.
+    The rotation spreads an outlier over its block (as in DRIVE, Vargaftik et al. 2021, and QuIP#, Tseng et al. 2024).
+
+    The seed determines the signs. A short last block is not rotated. A value beyond 2e37 may overflow and then counts
+    as not finite.
     """
 
     name = "int4-hadamard"

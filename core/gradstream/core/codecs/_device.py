@@ -1,8 +1,7 @@
-"""The codecs as chains of torch operations, for tensors that are not in the CPU's memory; and the crossing itself.
+"""The codecs as chains of torch operations, for tensors on other devices than the CPU, and the copies to and from them.
 
-They give the bits of the kernels in `gradstream.core.kernels.codec` and `residual`: every operation is
-elementwise IEEE arithmetic in the kernels' order. They run on any device, so the tests compare them with the kernels
-on the CPU.
+They give the same bits as the kernels in `gradstream.core.kernels.codec` and `residual`: every operation is elementwise
+IEEE arithmetic in the kernels' order. They run on any device, so the tests compare them with the kernels on the CPU.
 
 Shape legend: N elements, B blocks, E = 256 elements a block.
 """
@@ -23,8 +22,11 @@ _streams = threading.local()
 
 
 def to_host(encoded: torch.Tensor) -> Payload:
-    """The bytes of a tensor that the caller gives away. From a GPU they cross on a stream of their own, into pinned
-    memory, so that neither the crossing waits for later work nor later work for it."""
+    """Copy the bytes of a tensor to the host. The caller must not use the tensor afterwards.
+
+    From a GPU the copy runs on its own stream, into pinned memory: the copy does not wait for later work, nor later
+    work for the copy.
+    """
     encoded = encoded.contiguous().view(-1)
     if encoded.device.type == "cuda":
         crossing = _side_stream(encoded.device)
@@ -40,12 +42,12 @@ def to_host(encoded: torch.Tensor) -> Payload:
 
 
 def from_host(payload: Payload, device: torch.device) -> torch.Tensor:
-    """A payload's bytes on a device, shape (bytes,), uint8."""
+    """Copy a payload's bytes to a device, shape (bytes,), uint8."""
     return torch.from_numpy(payload).to(device)
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """This thread's stream for crossings from `device`."""
+    """This thread's stream for copies from `device`."""
     streams: dict[torch.device, torch.cuda.Stream] = _streams.__dict__.setdefault("of_device", {})
     if device not in streams:
         streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -53,24 +55,27 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether all are. By the extremes, which NaN passes through: isfinite() over all takes ten times as long."""
+    """Whether all values are finite, found from minimum and maximum, which NaN passes through.
+
+    isfinite() over all values takes ten times as long.
+    """
     return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def bytes_of(*parts: torch.Tensor) -> torch.Tensor:
-    """Tensors of any types, one after the other, as bytes."""
+    """Concatenate tensors of any types as bytes."""
     return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
 
 
 def blocks(values_N: torch.Tensor, size: int = BLOCK) -> torch.Tensor:
-    """As (B, size), the end padded with zeros."""
+    """The values as (B, size), padded with zeros at the end."""
     padding = -values_N.numel() % size
     return (torch.nn.functional.pad(values_N, (0, padding)) if padding else values_N).view(-1, size)
 
 
 def quantize(blocks_BE: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales (B,), fp32, and quotients (B, E), int8, in ±largest: see `kernels.int8_encode`."""
-    # A tensor, not a Python number: a GPU may divide by a constant as it multiplies by the reciprocal.
+    """Quantize to scales (B,), fp32, and quotients (B, E), int8, in ±largest: see `kernels.codec.int8_encode`."""
+    # A tensor, not a Python number: for a division by a constant a GPU may multiply by the reciprocal.
     divisor = torch.full((), largest, device=blocks_BE.device)
     scales_B = blocks_BE.abs().amax(dim=1) / divisor
     usable_B1 = (scales_B.isfinite() & (scales_B != 0))[:, None]
@@ -79,29 +84,29 @@ def quantize(blocks_BE: torch.Tensor, largest: float) -> tuple[torch.Tensor, tor
 
 
 def pack_nibbles(quotients_BE: torch.Tensor, num_elements: int) -> torch.Tensor:
-    """Two quotients a byte, the first one low, shape ((num_elements + 1) // 2,)."""
+    """Pack two quotients into each byte, the first one low, shape ((num_elements + 1) // 2,)."""
     nibbles_MP = quotients_BE.view(-1, 2).view(torch.uint8) & 0x0F
     return (nibbles_MP[:, 0] | (nibbles_MP[:, 1] << 4))[: (num_elements + 1) // 2]
 
 
 def unpack_nibbles(packed_M: torch.Tensor) -> torch.Tensor:
-    """The quotients as fp32, shape (2 M,)."""
+    """Unpack quotients as fp32, shape (2 M,)."""
     nibbles_MP = torch.stack((packed_M & 0x0F, packed_M >> 4), dim=1)
     return ((nibbles_MP.view(-1).to(torch.int8) ^ 8) - 8).float()
 
 
 def rotate(values_BE: torch.Tensor, key: int) -> torch.Tensor:
-    """H D x of each block: see `kernels.hadamard_encode`."""
+    """Rotate each block to H D x: see `kernels.codec.hadamard_encode`."""
     return _hadamard(values_BE * _signs(values_BE, key))
 
 
 def rotate_back(values_BE: torch.Tensor, key: int) -> torch.Tensor:
-    """D H x of each block, the inverse of `rotate`."""
+    """Rotate each block to D H x, the inverse of `rotate`."""
     return _hadamard(values_BE) * _signs(values_BE, key)
 
 
 def rotation_key(seed: int) -> int:
-    """A seed of any size as the 32 bits that the kernels' hash starts from."""
+    """Reduce a seed of any size to the 32 bits with which the kernels' hash starts."""
     key = 0x9E3779B9  # not 0, which the hash maps to itself
     while True:
         key = mix(key ^ (seed & _WORD))
@@ -111,14 +116,14 @@ def rotation_key(seed: int) -> int:
 
 
 def mix(x: int) -> int:
-    """`kernels._mix`, a hash of 32 bits."""
+    """Hash a 32-bit number as `kernels.codec._mix`."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
     return x ^ (x >> 16)
 
 
 def mix_tensor(x: torch.Tensor) -> torch.Tensor:
-    """`mix` of each element of an int64 tensor. Products wrap at 64 bits, of which the lower 32 are kept."""
+    """Hash each element of an int64 tensor as `mix`. Products wrap at 64 bits, of which the lower 32 are kept."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
     return x ^ (x >> 16)
@@ -145,7 +150,7 @@ def _hadamard(values_BE: torch.Tensor) -> torch.Tensor:
 
 
 def mean_magnitudes(sums_BE: torch.Tensor) -> torch.Tensor:
-    """Sum of |x| / 256 of each block, in the order of `residual_kernels.sign_encode`. Shape (B,)."""
+    """Sum |x| / 256 of each block, in the order of `kernels.residual.sign_encode`. Shape (B,)."""
     magnitudes = sums_BE.abs() * (1 / BLOCK)
     while magnitudes.shape[1] > 1:
         half = magnitudes.shape[1] // 2
@@ -154,16 +159,16 @@ def mean_magnitudes(sums_BE: torch.Tensor) -> torch.Tensor:
 
 
 def pack_bits(flags_N: torch.Tensor) -> torch.Tensor:
-    """Eight booleans a byte, the first one lowest, shape (ceil(N / 8),)."""
+    """Pack eight booleans into each byte, the first one lowest, shape (ceil(N / 8),)."""
     weights_8 = 2 ** torch.arange(8, device=flags_N.device)
     return (blocks(flags_N.long(), 8) * weights_8).sum(dim=1).to(torch.uint8)
 
 
 def unpack_bits(packed_M: torch.Tensor) -> torch.Tensor:
-    """The booleans, shape (8 M,)."""
+    """Unpack booleans, shape (8 M,)."""
     return ((packed_M[:, None] >> torch.arange(8, device=packed_M.device)) & 1).bool().view(-1)
 
 
 def to_bf16(values: torch.Tensor) -> torch.Tensor:
-    """Rounded to nearest even, finite if the values are."""
+    """Round to bf16, to nearest even. Finite values stay finite."""
     return values.clamp(-_LARGEST_BF16, _LARGEST_BF16).to(torch.bfloat16)

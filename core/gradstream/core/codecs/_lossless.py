@@ -1,8 +1,9 @@
-"""Codecs that lose nothing: bytes sorted into planes of equal significance, each compressed by zstd.
+"""Lossless compression: bytes are sorted into planes of equal significance, each compressed by zstd.
 
-The exponents' plane compresses well, the mantissas' hardly: a plane that would not shrink is sent as it is.
-The payload is each plane's length as a little-endian uint32, the least significant plane first, then the planes. A
-plane as long as there are elements is raw, a shorter one is a zstd frame that names its content size.
+The plane with the exponents compresses well, those of the mantissas hardly. A plane that would not shrink is sent
+uncompressed. The payload has each plane's length as a little-endian uint32, the least significant plane first, then the
+planes. A plane whose length is the number of elements is uncompressed; a shorter one is a zstd frame that names its
+content size.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _local = threading.local()
 
 
 class PlaneCodec(Codec):
-    """The codec `inner` of fixed word size, its payload split into planes and compressed."""
+    """The codec `inner`, of fixed word size, with its payload split into planes and compressed."""
 
     fixed_size: ClassVar[bool] = False
     inner: ClassVar[Codec]
@@ -47,7 +48,7 @@ class PlaneCodec(Codec):
         return self.pack(self.inner.encode(values))
 
     def pack(self, inner_payload: Payload) -> Payload:
-        """The payload for what the inner codec encoded, or for any other words of its size."""
+        """Compress a payload of the inner codec, or any other words of the same size."""
         num_planes = PLANES[self.name]
         words_N = inner_payload.view(f"<u{num_planes}")
         planes_PN = np.empty((num_planes, len(words_N)), dtype=np.uint8)
@@ -68,7 +69,7 @@ class PlaneCodec(Codec):
         self.inner.decode_add(self.unpack(payload, tuple(out.shape)), out)
 
     def unpack(self, payload: Payload, shape: tuple[int, ...]) -> Payload:
-        """What was packed. Raises ProtocolError; allocates no more than the inner payload twice."""
+        """Decompress to the packed words. Raises ProtocolError. Allocates at most twice the inner payload."""
         self.check_size(payload.nbytes, shape)
         num_elements, num_planes = math.prod(shape), PLANES[self.name]
         begin = num_planes * PLANE_HEADER_BYTES
@@ -84,7 +85,7 @@ class PlaneCodec(Codec):
         return words_N.view(np.uint8)
 
     def _plane(self, part: U8, num_elements: int) -> U8:
-        """One plane, (num_elements,). Raises ProtocolError."""
+        """Decompress one plane, shape (num_elements,). Raises ProtocolError."""
         if len(part) == num_elements:
             return part
         try:
@@ -109,7 +110,7 @@ class Fp32Zstd(PlaneCodec):
 
 
 class Bf16Zstd(PlaneCodec):
-    """bf16 in two planes; loses what bf16 loses."""
+    """bf16 in two planes, with the rounding of bf16."""
 
     name = "bf16-zstd"
     wire = plan_pb2.CODEC_BF16_ZSTD
@@ -117,7 +118,7 @@ class Bf16Zstd(PlaneCodec):
 
 
 def _compressor() -> zstandard.ZstdCompressor:
-    """This thread's: they must not be shared."""
+    """This thread's compressor. Threads must not share one."""
     found: zstandard.ZstdCompressor | None = getattr(_local, "compressor", None)
     if found is None:
         found = _local.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)

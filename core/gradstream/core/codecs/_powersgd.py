@@ -1,8 +1,8 @@
 """PowerSGD: a slice as the product of two thin matrices (Vogels et al. 2019).
 
-One power iteration a call: P = M Q, orthonormalized; Q = transpose(M) P; the slice is P transpose(Q). Q is kept, so
-that over the steps the iteration follows the leading subspace. Unlike in the paper, where all-reduce adds the factors
-of all workers, each slot has its own: the server adds products.
+Each call makes one power iteration: P = M Q, orthonormalized; Q = transpose(M) P; the slice is P transpose(Q). Q is
+kept, so over the steps the iteration follows the leading subspace. In the paper, all-reduce adds the factors of all
+workers. Here each slot has its own factors, and the server adds the products.
 
 Shape legend: R rows, C columns, K the rank.
 """
@@ -24,8 +24,8 @@ from gradstream.proto.v1 import plan_pb2
 class PowerSgd(ResidualCodec):
     """Rank 4. The payload is P, (R, 4), then Q, (C, 4), as fp32.
 
-    A slice without two dimensions is seen as a matrix that is nearly square. One too small to gain is sent as fp32.
-    The same bits as all matrix products of torch: on one kind of processor and number of threads.
+    A slice without two dimensions is treated as a nearly square matrix. A slice too small to gain is sent as fp32. As
+    with all matrix products of torch, the bits are the same only on one kind of processor and number of threads.
     """
 
     name = "powersgd"
@@ -54,7 +54,7 @@ class PowerSgd(ResidualCodec):
             payload.view(np.float32)[:] = np.nan
             return payload
         residual_N.copy_(left_RC.view(-1)[: residual_N.numel()])
-        # Only its directions matter; scaled, it can neither overflow nor vanish.
+        # Only the directions of Q matter. Scaling Q prevents overflow and underflow.
         largest = float(q_CK.abs().max())
         state["basis"].copy_(q_CK / largest if largest > 0 else _first_basis(columns, rank))
         return _device.to_host(_device.bytes_of(p_RK, q_CK))
@@ -71,7 +71,7 @@ class PowerSgd(ResidualCodec):
 
 
 def _as_matrix(values_N: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """(rows, columns), the end padded with zeros."""
+    """The values as a matrix (rows, columns), padded with zeros at the end."""
     padding = rows * columns - values_N.numel()
     return (torch.nn.functional.pad(values_N, (0, padding)) if padding else values_N).view(rows, columns)
 

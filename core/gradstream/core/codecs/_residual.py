@@ -1,4 +1,4 @@
-"""Codecs that send little and keep the rest for later: topk and sign. PowerSGD has a module of its own."""
+"""Codecs with a residual: topk and sign. PowerSGD has a module of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FP32_MAX = float(np.finfo(np.float32).max)
 
 
 def sum_is_finite(values_N: torch.Tensor, residual_N: torch.Tensor) -> bool:
-    """Whether value + residual is finite everywhere. Both contiguous, fp32, (N,), on one device."""
+    """Whether value + residual is finite everywhere. Both are contiguous, fp32, (N,), on one device."""
     end = 0
     if values_N.device.type == "cpu":
         end = values_N.numel() // BLOCK * BLOCK
@@ -31,7 +31,7 @@ def sum_is_finite(values_N: torch.Tensor, residual_N: torch.Tensor) -> bool:
 
 
 def residual_of(values: torch.Tensor, state: State) -> torch.Tensor:
-    """The state's residual on the values' device, as (N,). Raises ValueError for a state of another slice."""
+    """The state's residual on the values' device, as (N,). Raises ValueError for the state of another slice."""
     residual = state["residual"]
     if residual.numel() != values.numel():
         raise ValueError(f"a residual of {residual.numel()} elements for a slice of {values.numel()}")
@@ -43,7 +43,7 @@ def residual_of(values: torch.Tensor, state: State) -> torch.Tensor:
 
 
 class _Sparse(ResidualCodec):
-    """What topk and sign share: a residual and nothing else, updated in place."""
+    """The base of topk and sign, whose state is only a residual, updated in place."""
 
     def new_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
         return {"residual": torch.zeros(shape, device=device)}
@@ -59,11 +59,11 @@ class _Sparse(ResidualCodec):
 
     @abstractmethod
     def _encode(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> Payload:
-        """Encode by the kernels and update the residual."""
+        """Encode with the kernels and update the residual."""
 
     @abstractmethod
     def encode_by_torch(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> torch.Tensor:
-        """The same by torch: the payload's bytes, on the tensor's device."""
+        """Encode with torch and update the residual; the payload's bytes are on the tensor's device."""
 
     @abstractmethod
     def _not_finite(self, num_elements: int) -> Payload:
@@ -71,10 +71,10 @@ class _Sparse(ResidualCodec):
 
 
 class TopK(_Sparse):
-    """The 64 largest magnitudes of each chunk of 4096 elements: all uint16 indices, then all bf16 values.
+    """The 64 elements of largest magnitude in each chunk of 4096: all uint16 indices, then all bf16 values.
 
-    Chunks as in DeMo (Peng et al. 2024) and SparseLoCo (Sarfi et al. 2025), but of the flattened slice and without a
-    transform. A short last chunk keeps one element of every 64 or part of 64. Indices rise within a chunk.
+    Chunks are those of DeMo (Peng et al. 2024) and SparseLoCo (Sarfi et al. 2025), but of the flattened slice and
+    without a transform. A short last chunk keeps one element of every 64 or fewer. Indices rise within a chunk.
     """
 
     name = "topk"
@@ -87,7 +87,7 @@ class TopK(_Sparse):
         residual_kernels.topk_encode(whole_blocks(values_N, TOPK_CHUNK), whole_blocks(residual_N, TOPK_CHUNK), *whole)
         if end < num_elements:
             residual_1E = padded(residual_N[end:], TOPK_CHUNK)
-            # Never an element of the padding: there are enough before it, and of equal ones the first are taken.
+            # No element of the padding is taken: enough elements lie before it, and of equal ones the first are taken.
             residual_kernels.topk_encode(padded(values_N[end:], TOPK_CHUNK), residual_1E, *rest)
             residual_N[end:].copy_(torch.from_numpy(residual_1E[0, : num_elements - end]))
         return payload
@@ -135,7 +135,7 @@ class TopK(_Sparse):
 
     @staticmethod
     def _add_by_torch(payload: Payload, out_N: torch.Tensor) -> None:
-        """Add checked values on the device of `out_N`. No place occurs twice, so the order does not matter."""
+        """Add checked values on the device of `out_N`. No index occurs twice, so the order does not matter."""
         parts_2M = payload.view(np.int16).reshape(2, -1)
         indices_M = torch.from_numpy(parts_2M[0].astype(np.int64)).to(out_N.device)
         places_M = indices_M + torch.arange(len(indices_M), device=out_N.device) // _KEPT * TOPK_CHUNK
@@ -153,8 +153,8 @@ class TopK(_Sparse):
 class Sign(_Sparse):
     """Each element's sign times its block's mean magnitude (EF-signSGD, Karimireddy et al. 2019).
 
-    All blocks' means as fp32, then one bit an element, 1 for negative, the first one lowest. The last block may be
-    short.
+    The payload has all blocks' means as fp32, then one bit for each element: 1 for negative, the first element lowest.
+    The last block may be short.
     """
 
     name = "sign"
@@ -207,7 +207,7 @@ class Sign(_Sparse):
 
     @staticmethod
     def _parts(payload: Payload, num_elements: int) -> tuple[F32, U8, U8]:
-        """Views of a payload: scales, the whole blocks' bits as (B, 32), the rest's."""
+        """Views of a payload: the scales, the bits of whole blocks as (B, 32), the bits of the rest."""
         begin, full = 4 * -(-num_elements // BLOCK), num_elements // BLOCK
         end = begin + full * (BLOCK // 8)
         return payload[:begin].view(np.float32), payload[begin:end].reshape(full, BLOCK // 8), payload[end:]
@@ -219,7 +219,7 @@ class Sign(_Sparse):
 
 
 def _kept_parts(payload: Payload, num_elements: int) -> tuple[tuple[tuple[U16, U16], tuple[U16, U16]], int]:
-    """Views of a topk payload, (indices, values) as (C, K): of the whole chunks, of the rest; where the rest begins."""
+    """Views of a topk payload: (indices, values) of the whole chunks and of the rest, as (C, K); the rest's begin."""
     parts_2M = payload.view(np.uint16).reshape(2, -1)
     chunks, rest = divmod(num_elements, TOPK_CHUNK)
     kept = chunks * _KEPT
@@ -236,7 +236,7 @@ def whole_blocks(tensor_N: torch.Tensor, block: int = BLOCK) -> F32:
 
 
 def padded(tensor_N: torch.Tensor, block: int) -> F32:
-    """A copy of a tensor shorter than a block, as (1, block), the end zeros."""
+    """A copy of a tensor shorter than a block, as (1, block), padded with zeros at the end."""
     array_1E = np.zeros((1, block), dtype=np.float32)
     array_1E[0, : tensor_N.numel()] = tensor_N.detach().numpy()
     return array_1E

@@ -1,4 +1,4 @@
-"""A bundle's payload: its fragments' payloads, one after the other, each in the codec of its tensor."""
+"""The payload of a bundle: its fragments' payloads, one after the other, each in the codec of its tensor."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from gradstream.core.plan.fragments import Tensor
 
 
 class Slices(Sequence[torch.Tensor]):
-    """Each fragment of a bundle as a flat view of memory that stays where it is: made once, with what the kernels need.
+    """The fragments of a bundle as flat views of fixed memory, made once with their addresses for the kernels.
 
-    A view costs as much as the arithmetic over thousands of elements, and torch lets go of the interpreter's lock for
-    each, which may not come back soon on a machine with more to do than cores.
+    Making a view costs as much as arithmetic over thousands of elements. torch also releases the interpreter lock for
+    each view, and on a machine with more threads than cores the lock may not come back soon.
     """
 
     def __init__(self, bundle: Bundle, views: Sequence[torch.Tensor]):
@@ -31,7 +31,7 @@ class Slices(Sequence[torch.Tensor]):
 
     @cached_property
     def addresses_F(self) -> I64:
-        """Where they lie in the CPU's memory."""
+        """The fragments' addresses in the CPU's memory."""
         elements_F = np.array([fragment.num_elements for fragment in self.bundle.fragments], dtype=np.int64)
         return addresses_of(self._views, elements_F)
 
@@ -47,19 +47,19 @@ class Slices(Sequence[torch.Tensor]):
 
 
 def slices(flat_N: torch.Tensor, bundle: Bundle) -> Slices:
-    """The fragments of a bundle in a flat tensor of all its elements."""
+    """The fragments of a bundle as slices of a flat tensor of all its elements."""
     return Slices(bundle, [flat_N[begin:end] for begin, end in bundle.bounds])
 
 
 def seed_of(version: int, fragment: int) -> int:
-    """The seed with which a fragment's payload of a step, or of a version, is encoded."""
+    """The seed for encoding a fragment's payload of a step or version."""
     return version << 32 | fragment
 
 
 class BundleCodec:
-    """How one bundle is written as bytes when the job's codec is `codec` and its embeddings have `embedding`.
+    """The codec of one bundle, for a job with codec `codec` and the codec `embedding` for embeddings.
 
-    Flat tensors are fp32, contiguous, of the bundle's elements laid end to end. Stateless but for what is given in.
+    Flat tensors are fp32, contiguous, and have the bundle's concatenated elements. Stateless except for the arguments.
     """
 
     def __init__(self, bundle: Bundle, tensors: Sequence[Tensor], codec: str, embedding: str):
@@ -75,14 +75,14 @@ class BundleCodec:
         """The most bytes that a payload can have."""
         self._offsets = [0, *accumulate(self._sizes)][:-1]
         self._dense_codecs = [codec for codec in self.codecs if isinstance(codec, DenseCodec)]
-        # Where a payload would begin at an odd address the kernels are given copies, one by one.
+        # If a payload would begin at an unaligned address, the kernels get copies, fragment by fragment.
         self._dense = len(self._dense_codecs) == len(self.codecs) and not any(offset % 4 for offset in self._offsets)
         self._kinds_F = np.array([codec.kind for codec in self._dense_codecs], dtype=np.int64)
         self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
         self._offsets_F = np.array(self._offsets, dtype=np.int64)
 
     def check_sizes(self, fragment_bytes: Sequence[int], payload_bytes: int) -> None:
-        """Raise ProtocolError for announced sizes that no payload has; before anything is allocated for it."""
+        """Raise ProtocolError for announced sizes that no payload has, before memory is allocated for it."""
         if self._dense and list(fragment_bytes) == self._sizes and payload_bytes == self.max_bytes:
             return
         if len(fragment_bytes) != len(self.codecs):
@@ -93,7 +93,7 @@ class BundleCodec:
             raise ProtocolError(f"{payload_bytes} bytes announced, but its fragments have {sum(fragment_bytes)}")
 
     def encode(self, values: Sequence[torch.Tensor], version: int) -> list[Payload]:
-        """Each fragment's payload; `values` are the fragments' slices."""
+        """Encode each fragment. `values` are the fragments' slices."""
         if not self._together(values):
             return [
                 codec.encode(slice_N.view(fragment.shape), seed_of(version, fragment.index))
@@ -104,7 +104,7 @@ class BundleCodec:
         return payloads
 
     def encode_with(self, values: Sequence[torch.Tensor], states: dict[int, State], version: int) -> list[Payload]:
-        """As `encode`; the residuals of codecs that keep one are kept in `states`, by fragment."""
+        """Encode each fragment, with the residuals of codecs that keep one in `states`, by fragment."""
         payloads = []
         for codec, fragment, slice_N in zip(self.codecs, self.bundle.fragments, values, strict=True):
             seed = seed_of(version, fragment.index)
@@ -118,7 +118,7 @@ class BundleCodec:
         return payloads
 
     def encode_delta(self, values: Sequence[torch.Tensor], held: Sequence[torch.Tensor], version: int) -> list[Payload]:
-        """Each fragment's payload of values - held, which is added to `held` as the receiver will."""
+        """Encode values - held of each fragment, and add the decoded payloads to `held`, as the receiver does."""
         if not self._together(values):
             return [
                 codec.encode_delta(
@@ -134,7 +134,7 @@ class BundleCodec:
         return payloads
 
     def decode(self, payloads: Sequence[Payload], out: Sequence[torch.Tensor], version: int) -> None:
-        """Write the values over the fragments' slices. Raises ProtocolError."""
+        """Decode the payloads and write the values to the fragments' slices. Raises ProtocolError."""
         if self._together(out):
             self._decode_together(payloads, out, version, add=False)
             return
@@ -142,7 +142,7 @@ class BundleCodec:
             codec.decode(payload, out_N.view(fragment.shape), seed_of(version, fragment.index))
 
     def decode_add(self, payloads: Sequence[Payload], out: Sequence[torch.Tensor], version: int) -> None:
-        """Add the values to the fragments' slices. Raises ProtocolError."""
+        """Decode the payloads and add the values to the fragments' slices. Raises ProtocolError."""
         if self._together(out):
             self._decode_together(payloads, out, version, add=True)
             return
@@ -161,7 +161,7 @@ class BundleCodec:
         return addresses_of(tensors, self._elements_F)
 
     def _call(self, version: int) -> tuple[I64, I64, I64]:
-        """Kinds, elements and keys of a call."""
+        """Kinds, numbers of elements and keys, as arguments of a kernel for all fragments."""
         keys = [
             codec.key(seed_of(version, fragment.index))
             for codec, fragment in zip(self._dense_codecs, self.bundle.fragments, strict=True)
@@ -169,7 +169,7 @@ class BundleCodec:
         return self._kinds_F, self._elements_F, np.array(keys, dtype=np.int64)
 
     def _allocate(self) -> tuple[Payload, list[Payload]]:
-        """A payload, and its fragments' payloads as views of it."""
+        """Allocate a payload; return it, and its fragments' payloads as views of it."""
         payload = np.empty(self.max_bytes, dtype=np.uint8)
         return payload, [payload[begin : begin + size] for begin, size in zip(self._offsets, self._sizes, strict=True)]
 
@@ -182,7 +182,7 @@ class BundleCodec:
 
 
 class CodecBook:
-    """The codecs of a job's bundles, each made once. For both ends of a link, any thread."""
+    """The codecs of a job's bundles, each made once. Used on both sides of a link, from any thread."""
 
     def __init__(self, tensors: Sequence[Tensor], embedding: str):
         self._tensors = tensors
@@ -190,11 +190,11 @@ class CodecBook:
         self._made: dict[tuple[int, str, str], BundleCodec] = {}
 
     def of(self, bundle: Bundle, codec: str) -> BundleCodec:
-        """For gradients and for whole bundles."""
+        """The codec of a bundle for gradients and for whole weights."""
         return self._get(bundle, codec, self._embedding)
 
     def delta(self, bundle: Bundle, codec: str) -> BundleCodec:
-        """For differences of weights, of which an embedding's are as dense as a matrix's."""
+        """The codec of a bundle for differences of weights, where an embedding's are as dense as a matrix's."""
         return self._get(bundle, codec, codec)
 
     def _get(self, bundle: Bundle, codec: str, embedding: str) -> BundleCodec:
@@ -205,8 +205,10 @@ class CodecBook:
 
 
 def split(payload: Payload, fragment_bytes: Sequence[int]) -> list[Payload]:
-    """A bundle's payload as its fragments' payloads: views, or copies where one would begin at an odd address, which
-    the kernels are not compiled for."""
+    """Split a bundle's payload into its fragments' payloads.
+
+    They are views, or copies if one would begin at an unaligned address, for which the kernels are not compiled.
+    """
     pieces, begin = [], 0
     for size in fragment_bytes:
         piece = payload[begin : begin + size]

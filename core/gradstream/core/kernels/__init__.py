@@ -1,1 +1,1 @@
-"""Compiled CPU kernels of the codecs."""
+"""CPU kernels of the codecs, compiled by numba."""

@@ -1,9 +1,9 @@
-"""Fused CPU kernels of the codecs: one pass over memory, one thread, without the interpreter's lock.
+"""Fused CPU kernels of the codecs: one pass over memory, one thread, without the interpreter lock.
 
-numba compiles them at their first call and caches the result beside this file; `preload` does it ahead of time, since
-it holds the interpreter for seconds. They use IEEE operations in a fixed order (no fast-math, no contraction), so their
-bits are those of the expressions in the docstrings. Whole blocks only, as 2-D arrays: with the inner length a constant
-the compiler vectorizes every loop.
+numba compiles a kernel at its first call and caches the result beside this file. `preload` compiles them ahead of time,
+because compilation holds the interpreter lock for seconds. The kernels use IEEE operations in a fixed order (no
+fast-math, no contraction), so their bits are those of the expressions in the docstrings. They take only whole blocks,
+as 2-D arrays: with a constant inner length the compiler vectorizes every loop.
 
 Shape legend: B blocks, E elements a block.
 """
@@ -27,11 +27,11 @@ _SIGN_BIT = 0x80000000
 
 @kernel
 def int8_encode(values_BE: F32, bits_BE: I32, scales_B: F32, quotients_BE: npt.NDArray[Any]) -> None:
-    """scale = max |x| / 127 of each block of 256, q = round_half_even(x / scale) in ±127.
+    """Encode as int8: scale = max |x| / 127 of each block of 256, q = round_half_even(x / scale) in ±127.
 
-    `bits_BE` is `values_BE` seen as int32. The largest magnitude is found on the bit patterns: as integers they order
-    like the values, with infinity and NaN largest. A block that is not finite gets q = 0, which its scale turns into
-    NaN; a block of zeros gets q = 0 as well.
+    `bits_BE` is `values_BE` viewed as int32. The largest magnitude is found on the bit patterns: as integers they have
+    the order of the magnitudes, with infinity and NaN largest. A block that is not finite gets q = 0, which its scale
+    turns into NaN. A block of zeros gets q = 0 as well.
     """
     largest_bits = np.empty(1, np.int32)
     largest = largest_bits.view(np.float32)
@@ -47,14 +47,14 @@ def int8_encode(values_BE: F32, bits_BE: I32, scales_B: F32, quotients_BE: npt.N
                 quotients_BE[block, i] = 0
         else:
             for i in range(BLOCK):
-                # Beyond 127 only where the scale itself was rounded among the subnormal numbers.
+                # The quotient exceeds 127 only if the scale is a subnormal number that was rounded.
                 quotient = min(max(np.rint(values_BE[block, i] / scale), np.float32(-127.0)), np.float32(127.0))
                 quotients_BE[block, i] = np.int8(int32(quotient))
 
 
 @kernel
 def int8_decode(scales_B: F32, quotients_BE: npt.NDArray[np.int8], out_BE: F32) -> None:
-    """out = q * scale."""
+    """Decode int8: out = q * scale."""
     for block in range(out_BE.shape[0]):
         scale = scales_B[block]
         for i in range(BLOCK):
@@ -63,7 +63,7 @@ def int8_decode(scales_B: F32, quotients_BE: npt.NDArray[np.int8], out_BE: F32) 
 
 @kernel
 def int8_decode_add(scales_B: F32, quotients_BE: npt.NDArray[np.int8], out_BE: F32) -> None:
-    """out = out + q * scale, the product rounded before it is added."""
+    """Decode int8 and add: out = out + q * scale, with the product rounded before the addition."""
     for block in range(out_BE.shape[0]):
         scale = scales_B[block]
         for i in range(BLOCK):
@@ -72,7 +72,7 @@ def int8_decode_add(scales_B: F32, quotients_BE: npt.NDArray[np.int8], out_BE: F
 
 @kernel
 def int8_encode_delta(values_BE: F32, held_BE: F32, scales_B: F32, quotients_BE: npt.NDArray[np.int8]) -> None:
-    """`int8_encode` of values - held, and `int8_decode_add` of the result to held, in one pass over memory."""
+    """Encode values - held as `int8_encode`, and add the decoded result to held, in one pass over memory."""
     delta_E = np.empty(BLOCK + 1, np.float32)
     bits_E = delta_E.view(np.int32)
     for block in range(values_BE.shape[0]):
@@ -97,7 +97,10 @@ def int8_encode_delta(values_BE: F32, held_BE: F32, scales_B: F32, quotients_BE:
 
 @kernel
 def bf16_decode_add(halves_BE: npt.NDArray[np.uint16], out_BE: F32) -> None:
-    """out = out + float32(half). The halves are widened in a scratch block that stays in the first-level cache."""
+    """Decode bf16 and add: out = out + float32(half).
+
+    The halves are widened in a scratch block that stays in the first-level cache.
+    """
     scratch_bits = np.empty(BF16_BLOCK, np.uint32)
     scratch = scratch_bits.view(np.float32)
     for block in range(out_BE.shape[0]):
@@ -117,7 +120,10 @@ def _int4_quantize(
     packed_BH: U8,
     block: int,
 ) -> None:
-    """Write one block's scale and nibbles. `bits_E` is `values_E`, with a place more; `pairs_H` is `quotients_E`."""
+    """Write one block's scale and nibbles.
+
+    `bits_E` is the memory of `values_E`, with one more element. `pairs_H` is the memory of `quotients_E`.
+    """
     magnitude = int32(0)
     for i in range(BLOCK):
         magnitude = max(magnitude, bits_E[i] & int32(MAGNITUDE_BITS))
@@ -131,7 +137,7 @@ def _int4_quantize(
         for i in range(BLOCK):
             quotient = min(max(np.rint(values_E[i] / scale), np.float32(-7.0)), np.float32(7.0))
             quotients_E[i] = np.int8(int32(quotient))
-        # Two neighbours at a time, as the halves of a 16-bit number.
+        # Two neighbouring quotients at a time, as the halves of a 16-bit number.
         for i in range(BLOCK // 2):
             packed_BH[block, i] = np.uint8((pairs_H[i] & 0x0F) | ((pairs_H[i] >> 4) & 0xF0))
 
@@ -140,21 +146,23 @@ def _int4_quantize(
 def _int4_dequantize(
     scales_B: F32, packed_BH: U8, block: int, quotients_E: npt.NDArray[np.int8], pairs_H: U16, values_E: F32
 ) -> None:
-    """Write the values of one block. `pairs_H` is `quotients_E`, a scratch."""
+    """Write the values of one block. `pairs_H` is the memory of the scratch array `quotients_E`."""
     scale = scales_B[block]
     for i in range(BLOCK // 2):
         byte = np.uint16(packed_BH[block, i])
         pairs_H[i] = (byte & np.uint16(0x0F)) | ((byte & np.uint16(0xF0)) << np.uint16(4))
     for i in range(BLOCK):
-        # Two's complement of four bits: flipping the sign bit and subtracting its weight extends it.
+        # Sign extension of a four-bit two's complement: flip the sign bit and subtract its weight.
         values_E[i] = np.float32((int32(quotients_E[i]) ^ int32(8)) - int32(8)) * scale
 
 
 @kernel
 def int4_encode(values_BE: F32, scales_B: F32, packed_BH: U8) -> None:
-    """scale = max |x| / 7 of each block of 256, q = round_half_even(x / scale) in ±7, two to a byte, the first one low.
+    """Encode as int4: scale = max |x| / 7 of each block of 256, q = round_half_even(x / scale) in ±7.
 
-    Blocks that are not finite and blocks of zeros as in `int8_encode`. H is 128 bytes a block.
+    A byte holds two quotients, the first one in its lower half.
+
+    Blocks that are not finite and blocks of zeros are encoded as in `int8_encode`. H is 128, the bytes of a block.
     """
     values_E, quotients_E = np.empty(BLOCK + 1, np.float32), np.empty(BLOCK, np.int8)
     bits_E, pairs_H = values_E.view(np.int32), quotients_E.view(np.uint16)
@@ -166,7 +174,7 @@ def int4_encode(values_BE: F32, scales_B: F32, packed_BH: U8) -> None:
 
 @kernel
 def int4_decode(scales_B: F32, packed_BH: U8, out_BE: F32) -> None:
-    """out = q * scale."""
+    """Decode int4: out = q * scale."""
     values_E, quotients_E = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int8)
     pairs_H = quotients_E.view(np.uint16)
     for block in range(out_BE.shape[0]):
@@ -177,7 +185,7 @@ def int4_decode(scales_B: F32, packed_BH: U8, out_BE: F32) -> None:
 
 @kernel
 def int4_decode_add(scales_B: F32, packed_BH: U8, out_BE: F32) -> None:
-    """out = out + q * scale, the product rounded before it is added."""
+    """Decode int4 and add: out = out + q * scale, with the product rounded before the addition."""
     values_E, quotients_E = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int8)
     pairs_H = quotients_E.view(np.uint16)
     for block in range(out_BE.shape[0]):
@@ -188,7 +196,7 @@ def int4_decode_add(scales_B: F32, packed_BH: U8, out_BE: F32) -> None:
 
 @kernel
 def int4_encode_delta(values_BE: F32, held_BE: F32, scales_B: F32, packed_BH: U8) -> None:
-    """`int4_encode` of values - held, and `int4_decode_add` of the result to held, in one pass over memory."""
+    """Encode values - held as `int4_encode`, and add the decoded result to held, in one pass over memory."""
     values_E, quotients_E = np.empty(BLOCK + 1, np.float32), np.empty(BLOCK, np.int8)
     bits_E, pairs_H = values_E.view(np.int32), quotients_E.view(np.uint16)
     for block in range(values_BE.shape[0]):
@@ -202,7 +210,7 @@ def int4_encode_delta(values_BE: F32, held_BE: F32, scales_B: F32, packed_BH: U8
 
 @kernel
 def _mix(x: Any) -> Any:
-    """A hash of 32 bits (two rounds of multiply and shift; the constants are Wellons' lowbias32)."""
+    """Hash a 32-bit number: two rounds of multiply and shift, with the constants of Wellons' lowbias32."""
     x = uint32(x ^ (x >> uint32(16)))
     x = uint32(x * uint32(0x7FEB352D))
     x = uint32(x ^ (x >> uint32(15)))
@@ -220,10 +228,12 @@ def _flip_signs(bits_E: I32, key: int, block: int) -> None:
 
 @kernel
 def _hadamard(values_E: F32, scratch_E: F32) -> None:
-    """values = H values, H the orthonormal Walsh-Hadamard matrix of order 256 in natural order: its own inverse.
+    """Transform in place: values = H values, with the orthonormal Walsh-Hadamard matrix H of order 256.
+
+    H is in natural order and its own inverse.
 
     Each of the eight levels pairs the halves and writes sum and difference side by side (constant geometry, Pease
-    1968), so that all levels vectorize alike. Values are divided by 16 first: exact, and it keeps sums in range.
+    1968), so all levels vectorize alike. Values are first divided by 16, which is exact and keeps sums in range.
     """
     half = BLOCK // 2
     for i in range(BLOCK):
@@ -239,7 +249,7 @@ def _hadamard(values_E: F32, scratch_E: F32) -> None:
 
 @kernel
 def hadamard_encode(values_BE: F32, scales_B: F32, packed_BH: U8, key: int) -> None:
-    """`int4_encode` of H D x: D the block's random signs under `key`, a number of 32 bits."""
+    """Encode H D x as `int4_encode`, where D has the block's random signs for the 32-bit number `key`."""
     values_E, scratch_E = np.empty(BLOCK + 1, np.float32), np.empty(BLOCK, np.float32)
     quotients_E = np.empty(BLOCK, np.int8)
     bits_E, pairs_H = values_E.view(np.int32), quotients_E.view(np.uint16)
@@ -253,7 +263,7 @@ def hadamard_encode(values_BE: F32, scales_B: F32, packed_BH: U8, key: int) -> N
 
 @kernel
 def hadamard_decode(scales_B: F32, packed_BH: U8, out_BE: F32, key: int, add: bool) -> None:
-    """out = D H (q * scale), the inverse of `hadamard_encode`; added to `out` if `add`."""
+    """Decode: out = D H (q * scale), the inverse of `hadamard_encode`. With `add` the result is added to `out`."""
     values_E, scratch_E = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     quotients_E = np.empty(BLOCK, np.int8)
     bits_E, pairs_H = values_E.view(np.int32), quotients_E.view(np.uint16)
@@ -271,7 +281,7 @@ def hadamard_decode(scales_B: F32, packed_BH: U8, out_BE: F32, key: int, add: bo
 
 @kernel
 def split_planes(words_N: npt.NDArray[Any], planes_PN: U8) -> None:
-    """planes[p, i] = byte p of word i, the least significant first."""
+    """Split words into planes: planes[p, i] = byte p of word i, the least significant byte first."""
     for plane in range(planes_PN.shape[0]):
         for i in range(words_N.shape[0]):
             planes_PN[plane, i] = np.uint8(words_N[i] >> (8 * plane))
@@ -279,7 +289,7 @@ def split_planes(words_N: npt.NDArray[Any], planes_PN: U8) -> None:
 
 @kernel
 def join_planes(planes_PN: U8, words_N: npt.NDArray[Any]) -> None:
-    """The inverse of `split_planes`, for words that are zero."""
+    """Join planes into words: the inverse of `split_planes`. The words must be zero before."""
     for plane in range(planes_PN.shape[0]):
         for i in range(words_N.shape[0]):
             words_N[i] |= uint32(planes_PN[plane, i]) << uint32(8 * plane)
@@ -287,15 +297,17 @@ def join_planes(planes_PN: U8, words_N: npt.NDArray[Any]) -> None:
 
 @kernel
 def squared_norm(values_N: F32) -> float:
-    """The sum of squares in fp64: pairwise within blocks of 256, block after block. The order depends on nothing but
-    the length."""
+    """The sum of squares in fp64: pairwise within blocks of 256, block after block.
+
+    The order of the additions depends only on the length.
+    """
     squares_E = np.empty(BLOCK, np.float64)
     whole = len(values_N) // BLOCK * BLOCK
     total = np.float64(0.0)
     for begin in range(0, whole, BLOCK):
         for i in range(BLOCK):
             squares_E[i] = np.float64(values_N[begin + i]) * np.float64(values_N[begin + i])
-        # Each a loop of constant length, which the compiler turns into vector additions.
+        # Loops of constant length, which the compiler turns into vector additions.
         for i in range(128):
             squares_E[i] += squares_E[i + 128]
         for i in range(64):

@@ -1,4 +1,4 @@
-"""How kernels are compiled: by numba, once a machine, without the interpreter's lock; and the types that they share."""
+"""The compilation of kernels by numba, once on each machine, and the types that kernels share."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ MAGNITUDE_BITS = 0x7FFFFFFF
 
 
 def kernel(function: F) -> F:
-    """Compile without the interpreter's lock, without fast-math, and keep the result on disk."""
+    """Compile a function to run without the interpreter lock and without fast-math; cache the result on disk."""
     return cast(F, njit(nogil=True, cache=True, fastmath=False, error_model="numpy", boundscheck=False)(function))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def pointer(typing_context: Any, address: Any) -> Any:
-    """An address as a kernel's `carray` wants it."""
+    """An address as a pointer for numba's `carray`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))

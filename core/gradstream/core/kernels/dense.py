@@ -1,12 +1,12 @@
-"""The codecs that send every element, over any number of fragments in one call of compiled code.
+"""Kernels of the dense codecs, which encode any number of fragments in one call.
 
-A model has many small tensors, and what a call from Python costs (views, checks, taking the interpreter's lock back
-while other threads want it) is what tens of thousands of elements cost. So the fragments of a bundle are one call,
-given as arrays of addresses; it returns when the last one is done, and holds no lock meanwhile. The arithmetic is that
-of `codec`, fragment by fragment: no bit depends on what is in a call together.
+Dense codecs send every element. A model has many small tensors, and a call from Python (views, checks, taking the
+interpreter lock back while other threads want it) costs as much as encoding tens of thousands of elements. All
+fragments of a bundle are therefore one call, which gets arrays of addresses and runs without the interpreter lock. The
+arithmetic is that of `codec`, fragment by fragment: no bit depends on which fragments share a call.
 
 Shape legend: F fragments. Addresses are of contiguous fp32 values, and of payloads that begin at multiples of 4 bytes.
-A payload of int8 and int4 is all scales, then all quotients; a short last block is encoded as if zeros followed.
+A payload of int8 and int4 has all scales, then all quotients. A short last block is encoded as if zeros followed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from gradstream.core.kernels.compiled import kernel, pointer
 I64 = npt.NDArray[np.int64]
 
 FP32, BF16, INT8, INT4, HADAMARD = range(5)
-"""Kinds: what is done to a fragment."""
+"""The kinds of encoding of a fragment."""
 
 
 def addresses_of(tensors: Sequence[torch.Tensor], elements_F: I64) -> I64:
-    """The addresses of tensors in the CPU's memory, which the caller keeps.
+    """The addresses of tensors in the CPU's memory. The caller must keep the tensors alive.
 
-    Raises ValueError for tensors that are not contiguous fp32 of so many elements: the kernels would write past them.
+    Raises ValueError for a tensor that is not contiguous fp32 with its number of elements, because the kernels would
+    write past its end.
     """
     for tensor, elements in zip(tensors, elements_F.tolist(), strict=True):
         if tensor.dtype is not torch.float32 or tensor.numel() != elements or not tensor.is_contiguous():
@@ -44,7 +45,7 @@ def addresses_of(tensors: Sequence[torch.Tensor], elements_F: I64) -> I64:
 
 
 def address_of(array: npt.NDArray[Any]) -> int:
-    """The address of a contiguous array, which the caller keeps. Raises ValueError where kernels cannot read."""
+    """The address of a contiguous array, which the caller must keep alive. Raises ValueError if it is not aligned."""
     address = int(array.__array_interface__["data"][0])
     if address % 4 or not array.flags.c_contiguous:
         raise ValueError("a kernel needs a contiguous array that begins at a multiple of 4 bytes")
@@ -140,7 +141,7 @@ def _encode_bf16(elements: int, values: int, payload: int) -> None:
     halves_N = carray(pointer(payload), elements, np.uint16)
     for i in range(elements):
         bits = bits_N[i]
-        # Half of the last place that stays, or one less where that place is even: ties go to even.
+        # Add half of the last kept place, or one less if that place is even: ties go to even.
         rounded = uint32(bits + uint32(0x7FFF) + uint32((bits >> uint32(16)) & uint32(1))) >> uint32(16)
         is_nan = (bits & uint32(compiled.MAGNITUDE_BITS)) > uint32(compiled.INFINITY_BITS)
         halves_N[i] = np.uint16(uint32(0x7FC0) if is_nan else rounded)
@@ -199,14 +200,14 @@ def _decode_one(kind: int, elements: int, key: int, payload: int, out: int, add:
 
 @kernel
 def encode(kinds_F: I64, elements_F: I64, keys_F: I64, values_F: I64, payloads_F: I64) -> None:
-    """Write each fragment's payload. `keys_F` matters to HADAMARD alone."""
+    """Write each fragment's payload. Only HADAMARD uses `keys_F`."""
     for f in range(len(kinds_F)):
         _encode_one(kinds_F[f], elements_F[f], keys_F[f], values_F[f], payloads_F[f])
 
 
 @kernel
 def decode(kinds_F: I64, elements_F: I64, keys_F: I64, payloads_F: I64, outs_F: I64, add: bool) -> None:
-    """Write the payloads' values over `outs_F`, or add them."""
+    """Write the payloads' values to `outs_F`, or add them with `add`."""
     for f in range(len(kinds_F)):
         _decode_one(kinds_F[f], elements_F[f], keys_F[f], payloads_F[f], outs_F[f], add)
 
@@ -218,8 +219,10 @@ def _in_one_pass(kind: int, elements: int) -> bool:
 
 @kernel
 def encode_delta(kinds_F: I64, elements_F: I64, keys_F: I64, values_F: I64, helds_F: I64, payloads_F: I64) -> int:
-    """Write the payloads of values - held and add them to held: where it can be, in one pass over memory. Returns the
-    size of its scratch memory, in elements."""
+    """Write the payloads of values - held, and add the decoded payloads to held, in one pass over memory if possible.
+
+    Returns the size of its scratch memory, in elements.
+    """
     most = 0
     for f in range(len(kinds_F)):
         if not _in_one_pass(kinds_F[f], elements_F[f]):
@@ -244,13 +247,13 @@ def encode_delta(kinds_F: I64, elements_F: I64, keys_F: I64, values_F: I64, held
             scratch_N[:elements] = values_N - held_N
             _encode_one(kind, elements, keys_F[f], scratch_N.ctypes.data, payload)
             _decode_one(kind, elements, keys_F[f], payload, helds_F[f], True)
-    # Used once more, so that it is not freed while only its address is known.
+    # This use keeps the array alive while the code above has only its address.
     return len(scratch_N)
 
 
 @kernel
 def squared_norms(elements_F: I64, values_F: I64, norms_F: npt.NDArray[np.float64]) -> None:
-    """`kernels.squared_norm` of each fragment."""
+    """Write the squared norm of each fragment, as `codec.squared_norm`."""
     for f in range(len(elements_F)):
         norms_F[f] = codec.squared_norm(carray(pointer(values_F[f]), elements_F[f], np.float32))
 

@@ -1,4 +1,4 @@
-"""Compiles every kernel, or loads it from the cache; a command of its own, for images and installations."""
+"""A command that compiles every kernel or loads it from the cache, for images and installations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gradstream.core.kernels.codec import (
 
 
 def preload() -> None:
-    """Compile every kernel, also of the other modules, or load it from the cache."""
+    """Compile the kernels of all modules, or load them from the cache."""
     from gradstream.core.kernels import dense, residual
 
     values_BE = np.ones((1, BLOCK), np.float32)

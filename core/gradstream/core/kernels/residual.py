@@ -1,7 +1,7 @@
-"""Fused CPU kernels of the codecs with a residual. For how they are written see `kernels`.
+"""Fused CPU kernels of the codecs with a residual. `codec` explains how kernels are written.
 
-Each adds the residual, encodes, and leaves the new residual in place of the old one, in one pass over whole blocks.
-Their input is finite: `sum_is_finite` has looked.
+Each kernel adds the residual, encodes, and replaces the old residual by the new one, in one pass over whole blocks.
+The input must be finite; `sum_is_finite` checks it before.
 
 Shape legend: B blocks of E elements, C chunks of E elements, K elements kept of a chunk, Y bytes of sign bits a block.
 """
@@ -36,10 +36,12 @@ def sum_is_finite(values_BE: F32, residual_BE: F32) -> bool:
 
 @kernel
 def sign_encode(values_BE: F32, residual_BE: F32, scales_B: F32, signs_BY: U8) -> None:
-    """scale = mean |value + residual| of each block of 256; one bit an element, 1 for negative, the first one lowest.
+    """Encode as signs: scale = mean |value + residual| of each block of 256, and one bit for each element.
 
-    The mean adds the second half of the magnitudes to the first, and so on with what is left: an order that vectorizes
-    and that torch can repeat. Each is divided by 256 first, which is exact and cannot overflow.
+    A bit is 1 for a negative element. The first element has the lowest bit.
+
+    The mean adds the second half of the magnitudes to the first half, and so on until one is left. This order
+    vectorizes, and torch can repeat it. Each magnitude is first divided by 256, which is exact and cannot overflow.
     """
     half = BLOCK // 2
     sums_bits = np.empty(BLOCK, np.int32)
@@ -62,7 +64,7 @@ def sign_encode(values_BE: F32, residual_BE: F32, scales_B: F32, signs_BY: U8) -
         for i in range(BLOCK):
             flags[i] = np.uint8(uint32(sums_bits[i]) >> uint32(31))
         for i in range(BLOCK // 8):
-            # The product gathers the lowest bits of eight bytes in its highest byte.
+            # The multiplication gathers the lowest bits of eight bytes in the highest byte of the product.
             signs_BY[block, i] = np.uint8((flag_words[i] * uint64(0x0102040810204080)) >> uint64(56))
         for i in range(BLOCK):
             residual_BE[block, i] = sums[i] - (scale if flags[i] == 0 else -scale)
@@ -70,13 +72,13 @@ def sign_encode(values_BE: F32, residual_BE: F32, scales_B: F32, signs_BY: U8) -
 
 @kernel
 def sign_decode(scales_B: F32, signs_BY: U8, out_BE: F32, add: bool) -> None:
-    """out = ±scale; added to `out` if `add`."""
+    """Decode signs: out = ±scale. With `add` the result is added to `out`."""
     flags = np.empty(BLOCK, np.uint8)
     flag_words = flags.view(np.uint64)
     for block in range(out_BE.shape[0]):
         scale = scales_B[block]
         for i in range(BLOCK // 8):
-            # Eight copies of the byte, each left with one of its bits.
+            # Eight copies of the byte. Each copy keeps one of its bits.
             copies = uint64(signs_BY[block, i]) * uint64(0x0101010101010101)
             flag_words[i] = copies & uint64(0x8040201008040201)
         if add:
@@ -89,11 +91,12 @@ def sign_decode(scales_B: F32, signs_BY: U8, out_BE: F32, add: bool) -> None:
 
 @kernel
 def topk_encode(values_CE: F32, residual_CE: F32, indices_CK: U16, halves_CK: U16) -> None:
-    """Of each chunk of 4096 sums value + residual the K <= 64 largest magnitudes: ascending indices, and bf16 values.
+    """Encode the K <= 64 sums value + residual of largest magnitude in each chunk of 4096: indices and bf16 values.
 
-    Of equal magnitudes the first are taken. Instead of sorting, the K-th largest bit pattern (magnitudes order like
-    their patterns) is found by bisection, counting how many reach the middle: vectorized passes over a chunk that stays
-    in the first-level cache. The least of 64 groups' maxima is where it starts, since 64 elements reach that.
+    Indices ascend. Of equal magnitudes the first ones are taken. Instead of sorting, bisection finds the K-th largest
+    bit pattern, because bit patterns have the order of the magnitudes. Each bisection step counts the patterns that
+    reach the middle, in a vectorized pass over the chunk, which stays in the first-level cache. The bisection starts at
+    the smallest of 64 groups' maxima, which at least 64 elements reach.
     """
     keep = indices_CK.shape[1]
     sums_bits = np.empty(TOPK_CHUNK, np.int32)
@@ -116,7 +119,7 @@ def topk_encode(values_CE: F32, residual_CE: F32, indices_CK: U16, halves_CK: U1
                 most = max(most, magnitudes[group * _GROUP + i])
             largest[group] = most
             low, high = min(low, most), max(high, most)
-        # At least `keep` reach `low`, fewer than `keep` reach `high`.
+        # At least `keep` elements reach `low`, fewer than `keep` reach `high`.
         high += int32(1)
         while high - low > 1:
             middle = int32(low + (high - low) // 2)
@@ -133,7 +136,7 @@ def topk_encode(values_CE: F32, residual_CE: F32, indices_CK: U16, halves_CK: U1
         for i in range(TOPK_CHUNK):
             above = int32(above + int32(magnitudes[i] > low))
         ties = keep - above
-        # Written whether it is one or not: no branch to mispredict.
+        # Each index is written, candidate or not, to avoid a branch that would be mispredicted.
         num_candidates = 0
         for group in range(_NUM_GROUPS):
             if largest[group] >= low:
@@ -148,7 +151,7 @@ def topk_encode(values_CE: F32, residual_CE: F32, indices_CK: U16, halves_CK: U1
                     continue
                 ties -= 1
             bits = uint32(sums_bits[i])
-            # To nearest even, except that what would round to infinity stays the largest finite number.
+            # Round to nearest even, except that a value that would round to infinity becomes the largest finite number.
             half = uint32(bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
             if half & uint32(0x7FFF) >= uint32(0x7F80):
                 half -= uint32(1)
@@ -176,7 +179,7 @@ def topk_indices_hold(indices_CK: U16, num_elements: int) -> bool:
 
 @kernel
 def topk_add(indices_CK: U16, halves_CK: U16, out_CE: F32) -> None:
-    """out[index] += value. The indices have been checked."""
+    """Add the values: out[index] += value. The indices must have been checked."""
     half_bits = np.empty(1, np.uint32)
     half_value = half_bits.view(np.float32)
     for chunk in range(indices_CK.shape[0]):

@@ -1,1 +1,1 @@
-"""The plan that every process of a job agrees on for one epoch; fragments and bundles."""
+"""The plan of one epoch, with its fragments, bundles, leases and sizes on the wire."""

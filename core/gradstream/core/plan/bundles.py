@@ -1,8 +1,9 @@
-"""Bundles: the fragments that travel together, and how each of their tensors is encoded.
+"""Bundles: the fragments that are sent together, and the codec of each of their tensors.
 
-A model has many small tensors, and a message costs what some hundreds of kilobytes cost. So neighbouring fragments of
-one server, up to a fragment's size together, form a bundle: one contribution a slot, one message down. What is in a
-bundle depends on the placement, but no bit of a result depends on it: codecs, norms and optimizer see fragments.
+A model has many small tensors, and each message costs as much as some hundreds of kilobytes of payload. Neighbouring
+fragments of one server, up to a fragment's size together, therefore form a bundle: one contribution for each slot, and
+one message of weights. Bundles depend on the placement, but no bit of a result depends on bundles, because codecs,
+norms and optimizer work on fragments.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from gradstream.core.recipe.recipe import RESIDUAL_CODECS, CodecConfig
 
 @dataclass(frozen=True)
 class Bundle:
-    """Fragments of server `server` that travel together; `index` is the bundle's place in the plan.
+    """Fragments of server `server` that are sent together. `index` is the bundle's place in the plan.
 
-    Each slot contributes `num_parts` times: 2 where the tensors are tied across two pipeline stages.
+    Each slot contributes `num_parts` times: 2 if the tensors are tied across two pipeline stages, else 1.
     """
 
     index: int
@@ -28,7 +29,7 @@ class Bundle:
     num_parts: int = 1
 
     def is_of(self, tensors: Collection[int]) -> bool:
-        """Whether it has fragments of these tensors: all of its tensors are used alike."""
+        """Whether the bundle's fragments belong to these tensors. All tensors of a bundle have the same use."""
         return self.fragments[0].tensor in tensors
 
     @cached_property
@@ -37,7 +38,7 @@ class Bundle:
 
     @cached_property
     def bounds(self) -> tuple[tuple[int, int], ...]:
-        """For each fragment its (begin, end) in the bundle's elements laid end to end."""
+        """(begin, end) of each fragment among the bundle's concatenated elements."""
         bounds, begin = [], 0
         for fragment in self.fragments:
             bounds.append((begin, begin + fragment.num_elements))
@@ -47,7 +48,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Use:
-    """Where a tensor is used: by which pipeline stage first, and in how many parts its gradient comes."""
+    """The use of a tensor: the first pipeline stage that uses it, and the number of parts of its gradient."""
 
     stage: int = 0
     num_parts: int = 1
@@ -75,20 +76,20 @@ def bundle(
 
 
 LOSSLESS_ENOUGH = frozenset({"fp32", "bf16", "fp32-zstd", "bf16-zstd"})
-"""Codecs that every kind of tensor may have."""
+"""Codecs that are fine enough for every kind of tensor."""
 
 
 def keeps_residuals(codec: CodecConfig) -> bool:
-    """Whether the slots of a job keep residuals, which are then part of its checkpoints."""
+    """Whether the slots of a job keep residuals, which its checkpoints then contain."""
     return codec.push in RESIDUAL_CODECS
 
 
 def codec_for(kind: TensorKind, codec: str, embedding: str) -> str:
-    """The codec of a tensor when a job's codec is `codec` and its tables are to have `embedding`.
+    """The codec of a tensor, for a job with codec `codec` and the codec `embedding` for embeddings.
 
-    Vectors (norms, biases) are few bytes and touch every activation: they stay bf16. Of an embedding a step touches
-    single rows, whose scale a block shares with rows that were not touched: it has a codec of its own, unless the
-    job's is at least as fine.
+    Vectors (norms, biases) have few bytes and affect every activation: they stay bf16. A step changes only some rows of
+    an embedding, and these share blocks, and so scales, with unchanged rows. An embedding therefore has its own codec,
+    unless the job's is at least as fine.
     """
     if codec in LOSSLESS_ENOUGH or kind == "matrix":
         return codec
@@ -96,11 +97,11 @@ def codec_for(kind: TensorKind, codec: str, embedding: str) -> str:
 
 
 AUTO_FIRST = "bf16"
-"""What `codec: auto` begins with, and what it must never lose to."""
+"""The codec with which `codec: auto` begins, and to which it must never lose."""
 
 
 def is_tuned(codec: CodecConfig) -> bool:
-    """Whether the leader chooses a codec by what workers measure."""
+    """Whether the leader chooses a codec from the workers' measurements."""
     return "auto" in (codec.push, codec.pull)
 
 

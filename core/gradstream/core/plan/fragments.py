@@ -1,8 +1,7 @@
 """Fragments: the unit of placement, transfer and optimization.
 
-A fragment is a contiguous slice of one tensor, flattened in row-major order. The cut depends on the tensors alone,
-never on how many servers there are, so the optimizer works on the same slices whoever holds them: the root of "the
-same bits".
+A fragment is a contiguous slice of one tensor, flattened in row-major order. The cut depends only on the tensors, not
+on the number of servers: the optimizer works on the same slices on any servers, which is the basis of "the same bits".
 """
 
 from __future__ import annotations
@@ -15,13 +14,16 @@ from typing import Literal
 TensorKind = Literal["matrix", "embedding", "vector"]
 
 BYTES_PER_ELEMENT = 4  # master weights are fp32
-BLOCK_ELEMENTS = 256  # of int8: a fragment that starts on a block has the same scales as the whole tensor
+BLOCK_ELEMENTS = 256  # a block of int8: a fragment that starts on a block has the same scales as the whole tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of the model's inventory. `unit` is the index of the first forward unit that needs it, `last_unit`
-    that of the last, which is another one for a tied tensor; `kind` is what it is to the model."""
+    """One tensor of the model's inventory.
+
+    `unit` is the index of the first forward unit that needs the tensor, `last_unit` that of the last one; the two
+    differ for a tied tensor. `kind` is the tensor's kind in the model.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -40,15 +42,15 @@ class Tensor:
 
     @property
     def is_tied(self) -> bool:
-        """Whether two units use it."""
+        """Whether two units use the tensor."""
         return self.last_unit != self.unit
 
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Elements [begin, end) of the flattened tensor number `tensor`; `index` is its place in the plan.
+    """Elements [begin, end) of the flattened tensor number `tensor`. `index` is the fragment's place in the plan.
 
-    `columns` is the length of the tensor's rows where the slice is whole rows of a matrix, else 0.
+    `columns` is the length of the tensor's rows if the slice is whole rows of a matrix, else 0.
     """
 
     index: int
@@ -63,22 +65,22 @@ class Fragment:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(rows, columns) where the slice is whole rows of a matrix, else (elements,)."""
+        """(rows, columns) if the slice is whole rows of a matrix, else (elements,)."""
         return (self.num_elements // self.columns, self.columns) if self.columns else (self.num_elements,)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its fp32 master weights."""
+        """Bytes of the fragment's fp32 master weights."""
         return self.num_elements * BYTES_PER_ELEMENT
 
 
 def num_fragments(tensors: Sequence[Tensor], fragment_elements: int) -> int:
-    """How many fragments `cut` makes, without making them: of foreign sizes it may be more than memory holds."""
+    """The number of fragments that `cut` makes, without making them: a peer's sizes may need too much memory."""
     return sum(_num_pieces(tensor, fragment_elements) for tensor in tensors)
 
 
 def _block(tensor: Tensor, fragment_elements: int) -> int:
-    """What a tensor's cuts fall on multiples of."""
+    """The number of elements of which a tensor's cuts are multiples."""
     row = max(1, tensor.shape[-1]) if len(tensor.shape) > 1 else 1
     block = math.lcm(BLOCK_ELEMENTS, row)
     return block if block <= fragment_elements else BLOCK_ELEMENTS
@@ -93,9 +95,9 @@ def _num_pieces(tensor: Tensor, fragment_elements: int) -> int:
 def cut(tensors: Sequence[Tensor], fragment_elements: int) -> list[Fragment]:
     """Cut every tensor into fragments of at most `fragment_elements`, in forward order.
 
-    Cuts fall on multiples of 256 elements (one int8 block), which is also the least that a fragment may be asked to
-    hold, and between whole rows of a matrix where a fragment can hold such a multiple of rows. The pieces of a tensor
-    differ by at most one block of either kind, so that no fragment is a sliver.
+    Cuts fall on multiples of 256 elements (one int8 block), which is also the smallest allowed `fragment_elements`. If
+    a fragment can hold such a multiple of whole rows of a matrix, cuts also fall between rows. The pieces of a tensor
+    differ by at most one such block, which avoids very small fragments.
     """
     fragments: list[Fragment] = []
     for number, tensor in enumerate(tensors):

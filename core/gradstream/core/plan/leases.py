@@ -1,5 +1,4 @@
-"""Leases: which workers form a replica, and which worker computes which slot. Pure functions that return (decision,
-reason)."""
+"""Leases: the workers of each replica, and the worker of each slot. Pure functions that return (decision, reason)."""
 
 from __future__ import annotations
 
@@ -7,13 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 SLOTS = "slots from the coordinator"
-"""What a worker without slots says that it waits for."""
+"""The reason for which a worker without slots waits, as it reports it."""
 
 
 @dataclass(frozen=True)
 class Replica:
-    """A chain of workers, by node id in the order of the stages. `number` is that of the lease table that formed it: a
-    chain that loses a member is no more, whoever takes that one's place."""
+    """A chain of workers, as node ids in the order of the stages.
+
+    `number` is the number of the lease table that formed the chain. A chain that loses a member ends, even if another
+    worker takes the member's place.
+    """
 
     number: int
     workers: tuple[str, ...]
@@ -22,12 +24,12 @@ class Replica:
 def form_replicas(
     replicas: Sequence[Replica], workers: Sequence[str], size: int, number: int, fits: Callable[[str, int], bool]
 ) -> tuple[list[Replica], str]:
-    """Make as many chains of `size` live workers as there can be; return (replicas, reason).
+    """Form as many chains of `size` live workers as possible; return (replicas, reason).
 
-    Chains whose members all live stay. Of the others those that have most members left are filled up, with free workers
-    and then with members of the rest; a member keeps its place where it can, since with the place go the weights that
-    it has. `workers` are the live ones, oldest first; `fits(worker, place)` says whether a worker's memory holds the
-    stages of a place; `number` is that of the new lease table.
+    Chains whose members are all alive stay. Of the other chains, those with the most members left are filled up first,
+    with free workers and then with members of the remaining chains. A member keeps its place if possible, because it
+    has the weights of that place. `workers` are the live workers, oldest first. `fits(worker, place)` says if a
+    worker's memory holds the stages of a place. `number` is the number of the new lease table.
     """
     live = set(workers)
     intact = [replica for replica in replicas if live.issuperset(replica.workers)]
@@ -41,7 +43,7 @@ def form_replicas(
     while len(free) >= size:
         old = rest.pop(0).workers if rest else ()
         kept = {place: worker for place, worker in enumerate(old) if worker in free}
-        # Members of chains that are next to be filled up go last.
+        # Members of the chains that are filled up next are taken last.
         wanted = {worker: order for order, replica in enumerate(rest) for worker in replica.workers}
         spare = sorted(
             (worker for worker in free if worker not in kept.values()),
@@ -51,7 +53,7 @@ def form_replicas(
         if chain is None:
             if not old:
                 break
-            continue  # as many as can be, but not this one: its members are free for the others
+            continue  # this chain cannot be filled up: its members are free for the others
         formed.append(Replica(number, chain))
         free = [worker for worker in free if worker not in chain]
     idle = f"; {len(free)} more stay idle" if free else ""
@@ -70,15 +72,15 @@ def form_replicas(
 def _fill(
     kept: dict[int, str], spare: list[str], size: int, last_place: dict[str, int], fits: Callable[[str, int], bool]
 ) -> tuple[str, ...] | None:
-    """A chain of `kept` members and spare ones, earlier ones first; None when no spare one fits an open place."""
+    """Fill a chain of `kept` members with spare workers, earlier ones first; None when none fits an open place."""
     chain, left = dict(kept), list(spare)
     open_places = [place for place in range(size) if place not in chain]
-    # The places that fewest can take come first.
+    # The places that the fewest workers can take come first.
     for place in sorted(open_places, key=lambda place: sum(fits(worker, place) for worker in left)):
         able = [worker for worker in left if fits(worker, place)]
         if not able:
             return None
-        # One that has these weights; else one that has none; else whoever is there.
+        # Prefer a worker that has these weights, then one that has none, then any other.
         chosen = min(
             able, key=lambda worker: (last_place.get(worker, -1) not in (place, -1), last_place.get(worker) != place)
         )
@@ -88,10 +90,10 @@ def _fill(
 
 
 def assign_slots(holders: Sequence[str], workers: Sequence[str]) -> tuple[list[str], str]:
-    """Give every slot to a live worker, moving as few slots as possible; return (holders, reason).
+    """Assign every slot to a live worker, moving as few slots as possible; return (holders, reason).
 
-    `holders[slot]` is the worker that holds the slot now ("" for none); `workers` are the live ones, oldest first.
-    After it, the workers' numbers of slots differ by at most one. With no workers every slot is free.
+    `holders[slot]` is the worker that holds the slot now ("" for none). `workers` are the live workers, oldest first.
+    The workers' numbers of slots then differ by at most one. Without workers every slot is free.
     """
     if not workers:
         return [""] * len(holders), "no live worker"
@@ -100,7 +102,7 @@ def assign_slots(holders: Sequence[str], workers: Sequence[str]) -> tuple[list[s
     for holder in holders:
         if holder in count:
             count[holder] += 1
-    # Whoever holds most keeps the larger share, so that the fewest slots move.
+    # The workers that hold the most slots keep the larger shares: then the fewest slots move.
     ranked = sorted(workers, key=lambda worker: -count[worker])
     quota = {worker: base + (rank < extra) for rank, worker in enumerate(ranked)}
     result = [""] * len(holders)
@@ -109,7 +111,7 @@ def assign_slots(holders: Sequence[str], workers: Sequence[str]) -> tuple[list[s
             result[slot] = holder
             quota[holder] -= 1
     free = [slot for slot, holder in enumerate(result) if not holder]
-    # Deal out in turns, so that slots that are added one after another come from different workers.
+    # Assign in turns: slots that the server adds one after another then come from different workers.
     queue = [worker for worker in workers if quota[worker] > 0]
     moved = []
     while free:

@@ -1,4 +1,4 @@
-"""The plan: what every process of a job agrees on for one epoch. See docs/protocol.md."""
+"""The plan, on which all processes of a job agree for one epoch. See docs/protocol.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KINDS_ON_WIRE = {wire: kind for kind, wire in _KINDS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A parameter server as a plan names it."""
+    """A parameter server of a plan."""
 
     node_id: str
     name: str
@@ -36,17 +36,17 @@ class Server:
 
     @property
     def title(self) -> str:
-        """The server for error messages and `status`."""
+        """The server's name and address, for error messages and `status`."""
         return f"parameter server {self.name} at {self.address}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One epoch's plan. The fragments follow from the tensors and `fragment_elements`.
+    """The plan of one epoch. The fragments follow from the tensors and `fragment_elements`.
 
-    Pipeline stage s has the forward units before `stage_ends[s]` that no stage before it has. Worker w of a replica has
-    stages w, w + P, ..., `num_chunks` in all, where P is the number of its workers, and needs `worker_bytes[w]` of
-    memory. No `stage_ends`: one stage with everything, and no `worker_bytes`.
+    Pipeline stage s has the forward units from the end of the stage before it up to `stage_ends[s]`. Worker w of a
+    replica of P workers has the `num_chunks` stages w, w + P, ..., and needs `worker_bytes[w]` of memory. Without
+    `stage_ends` there is one stage with all units, and no `worker_bytes`.
     """
 
     job_id: str
@@ -80,13 +80,13 @@ class Plan:
 
     @cached_property
     def held_out_samples(self) -> tuple[int, ...]:
-        """Samples that each slot has of the validation split."""
+        """Number of validation samples in each slot's group."""
         length = self.recipe.training.sequence_length
         return tuple(samples_by_slot(self.data_manifest, "validation", self.num_slots, length))
 
     @property
     def has_pipeline(self) -> bool:
-        """Whether the job's gradients are those of stages, be it of a single one."""
+        """Whether the job has pipeline stages, even if it is a single one."""
         return bool(self.stage_ends)
 
     @property
@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def replica_size(self) -> int:
-        """Workers of a replica."""
+        """Number of workers of a replica."""
         return self.num_stages // self.num_chunks
 
     def stage_of(self, unit: int) -> int:
@@ -103,8 +103,11 @@ class Plan:
         return bisect_right(self.stage_ends, unit) if self.stage_ends else 0
 
     def num_parts(self, tensor: Tensor) -> int:
-        """In how many parts a slot's gradient of a tensor comes. A tied one has two wherever it may be used by two
-        stages, also when it is used by one: how many there are must make no difference."""
+        """Number of parts of a slot's gradient of a tensor.
+
+        A tied tensor has two parts in every job with pipeline stages, even if one stage has both uses, because the
+        number of stages must not change a bit.
+        """
         return 2 if self.has_pipeline and tensor.is_tied else 1
 
     def stages_of_worker(self, worker: int) -> list[int]:
@@ -112,7 +115,7 @@ class Plan:
         return list(range(worker, self.num_stages, self.replica_size))
 
     def uses_of_worker(self, worker: int) -> list[tuple[int, int]]:
-        """The (tensor, part) of which worker number `worker` of a replica computes gradients, in forward order."""
+        """The (tensor, part) pairs whose gradients worker number `worker` of a replica computes, in forward order."""
         stages = set(self.stages_of_worker(worker))
         return [
             (number, part)
@@ -123,7 +126,7 @@ class Plan:
 
     @property
     def source(self) -> str:
-        """Where the servers' first weights come from, for people."""
+        """The origin of the servers' first weights, for people."""
         tuning = self.recipe.fine_tuning
         if self.checkpoint_path:
             return self.checkpoint_path
@@ -134,12 +137,12 @@ class Plan:
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The adapters, when they alone are trained."""
+        """The adapters; None when all weights are trained."""
         return self.recipe.lora
 
     @property
     def architecture(self) -> str:
-        """Name of the model's transformers class."""
+        """The name of the model's class in transformers."""
         return str(next(iter(self.model_config.get("architectures") or [""])))
 
     @property
@@ -148,7 +151,7 @@ class Plan:
 
     @property
     def max_workers(self) -> int:
-        """How many workers can hold a slot, or a stage of one, at the same time."""
+        """Maximum number of workers that can hold a slot, or a stage of one, at the same time."""
         return self.num_slots * self.replica_size
 
     @property
@@ -172,7 +175,7 @@ class Plan:
         return next((index for index, server in enumerate(self.servers) if server.node_id == node_id), None)
 
     def to_proto(self) -> plan_pb2.Plan:
-        """The message that carries this plan."""
+        """Encode this plan as a message."""
         return plan_pb2.Plan(
             job_id=self.job_id,
             epoch=self.epoch,
@@ -208,8 +211,11 @@ class Plan:
 
     @classmethod
     def from_proto(cls, message: plan_pb2.Plan) -> Plan:
-        """Check and decode a plan. Raises ProtocolError when it contradicts itself, ConfigError and DataError for what
-        is wrong with its recipe and its data manifest."""
+        """Check and decode a plan.
+
+        Raises ProtocolError when the plan contradicts itself, ConfigError for its recipe and DataError for its data
+        manifest.
+        """
         try:
             model_config = json.loads(message.model_config_json)
         except (ValueError, RecursionError) as error:
@@ -237,11 +243,11 @@ class Plan:
         )
         ends = plan.stage_ends
         if plan.num_stages % plan.num_chunks or sorted(set(ends)) != list(ends):
-            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} has stages that cannot be: {list(ends)}")
+            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} has impossible stage ends: {list(ends)}")
         if plan.worker_bytes and len(plan.worker_bytes) != plan.replica_size:
             raise ProtocolError(
-                f"plan {plan.job_id}/{plan.epoch} says what {len(plan.worker_bytes)} workers need, but a replica has "
-                f"{plan.replica_size}"
+                f"plan {plan.job_id}/{plan.epoch} has the memory needs of {len(plan.worker_bytes)} workers, but a "
+                f"replica has {plan.replica_size}"
             )
         if not isinstance(model_config, dict):
             raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} has a model config that is no JSON object")

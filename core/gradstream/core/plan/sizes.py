@@ -1,4 +1,4 @@
-"""How many bytes each codec makes of a slice: pure arithmetic, without torch, for the codecs and for plans alike."""
+"""The sizes of encoded slices for each codec: pure arithmetic without torch, for the codecs and for plans."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import math
 from gradstream.core.kernels.blocks import BLOCK, TOPK_CHUNK, TOPK_PART
 
 Shape = tuple[int, ...]
-"""Of a slice: (rows, columns) or (elements,)."""
+"""The shape of a slice: (rows, columns) or (elements,)."""
 
 POWERSGD_RANK = 4
 PLANES = {"fp32-zstd": 4, "bf16-zstd": 2}
-"""Bytes an element, each compressed on its own."""
+"""Number of bytes of an element. The bytes of each significance are compressed separately."""
 PLANE_HEADER_BYTES = 4
 
 
 def encoded_bytes(name: str, shape: Shape) -> int:
-    """Bytes of the payload that the codec `name` makes of a slice; of variable-length codecs the most it can be.
+    """The bytes of a slice's payload in the codec `name`; the maximum for a codec of variable length.
 
     Raises KeyError for an unknown name: recipes are validated before.
     """
@@ -44,15 +44,15 @@ def encoded_bytes(name: str, shape: Shape) -> int:
 
 
 def topk_kept(elements: int) -> int:
-    """How many elements topk sends: 64 of every whole chunk, one of every 64 or part of 64 of a short last one."""
+    """Number of elements that topk sends: 64 of a whole chunk, one of every 64 or fewer of a short last chunk."""
     whole, rest = divmod(elements, TOPK_CHUNK)
     return whole * (TOPK_CHUNK // TOPK_PART) + -(-rest // TOPK_PART)
 
 
 def powersgd_form(shape: Shape) -> tuple[int, int, int]:
-    """(rank, rows, columns) of the matrix that PowerSGD makes of a slice. Rank 0: too small to gain, sent as fp32.
+    """(rank, rows, columns) of a slice's matrix in PowerSGD. Rank 0: the slice is too small to gain and sent as fp32.
 
-    What has no two dimensions is seen as a matrix that is nearly square, its end padded with zeros.
+    A slice without two dimensions is treated as a nearly square matrix, padded with zeros at its end.
     """
     elements = math.prod(shape)
     if len(shape) == 2:

@@ -144,9 +144,9 @@ class FineTuningValidation(Section):
 class FineTuningRecipe(Section):
     """A whole fine-tuning recipe."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="of the job and of its adapter")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="name of the job and of its adapter")
     description: str = Field(default="", description="for people")
-    seed: NonNegative = Field(default=0, description="of adapters, rows and dropout")
+    seed: NonNegative = Field(default=0, description="seed of adapters, rows and dropout")
     run_root: str = Field(default="runs", description="as in a training recipe")
     base_model: str = Field(
         description="a Hugging Face directory, a checkpoint's directory, job:ID (its current version) or job:ID@VERSION"

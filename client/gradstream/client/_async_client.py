@@ -252,6 +252,20 @@ class AsyncClient:
         response = await self._connection.call(lambda stub, timeout: stub.ResumeJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 
+    async def replan(self, job_id: str, without: Iterable[str] = ()) -> Job:
+        """Put a new plan in the place of a running job's at its next step boundary, by way of a checkpoint.
+
+        Parameter servers that are live and idle come in; those whose names are in `without` go out, and stay out of the
+        job's plans until the next call. No step is lost and no bit changes. Returns before the boundary; the job's
+        `reason` says what changes, and at which step.
+
+        Raises ConfigError when the job does not run or nothing would change, PlanError when the servers that are left
+        cannot hold the model.
+        """
+        request = jobs_pb2.ReplanJobRequest(job_id=job_id, without=without)
+        response = await self._connection.call(lambda stub, timeout: stub.ReplanJob(request, timeout=timeout))
+        return Job.from_proto(response.job)
+
     async def stop(self, job_id: str, now: bool = False) -> Job:
         """End a job at its next step boundary with a checkpoint or, with `now`, at once and without one."""
         request = jobs_pb2.StopJobRequest(job_id=job_id, now=now)

@@ -146,6 +146,18 @@ class Client:
         """Go on with a paused job; start a stopped or failed one again from its last checkpoint."""
         return self._thread.run(self._client.resume(job_id))
 
+    def replan(self, job_id: str, without: Iterable[str] = ()) -> Job:
+        """Put a new plan in the place of a running job's at its next step boundary, by way of a checkpoint.
+
+        Parameter servers that are live and idle come in; those whose names are in `without` go out, and stay out of the
+        job's plans until the next call. No step is lost and no bit changes. Returns before the boundary; the job's
+        `reason` says what changes, and at which step.
+
+        Raises ConfigError when the job does not run or nothing would change, PlanError when the servers that are left
+        cannot hold the model.
+        """
+        return self._thread.run(self._client.replan(job_id, without))
+
     def stop(self, job_id: str, now: bool = False) -> Job:
         """End a job at its next step boundary with a checkpoint or, with `now`, at once and without one."""
         return self._thread.run(self._client.stop(job_id, now))

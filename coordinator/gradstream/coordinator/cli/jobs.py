@@ -1,4 +1,4 @@
-"""Commands about jobs: submit, ls, status, logs, events, pause, resume, stop."""
+"""Commands about jobs: submit, ls, status, logs, events, pause, resume, replan, stop."""
 
 from __future__ import annotations
 
@@ -344,6 +344,26 @@ def resume(
     with open_client(coordinator) as client:
         _print_changed(client.resume(job_id), output)
     terminal.hint(f"watch it: gradstream status {job_id}")
+
+
+def replan(
+    job_id: JobArgument,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without", metavar="SERVER", help="A parameter server that the job shall do without; may be repeated."
+        ),
+    ] = None,
+    coordinator: CoordinatorOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
+    """Bring idle parameter servers into a running job at its next step boundary, or take servers out of it.
+
+    The job writes a checkpoint at the boundary and goes on from it under a new plan: no step is lost, no bit changes.
+    """
+    with open_client(coordinator) as client:
+        _print_changed(client.replan(job_id, without or ()), output)
+    terminal.hint(f"watch it: gradstream events -f {job_id}")
 
 
 def stop(

@@ -5,7 +5,8 @@ is due, whatever event called for it. So nothing depends on the order of events,
 and a transition that could not be stored is due again. All of it runs on the event loop; only planning and manifests
 run in threads.
 
-queued → planning → running ⇄ paused → finished | failed | stopped; a lost server leads from running back to planning.
+queued → planning → running ⇄ paused → finished | failed | stopped; a lost server, or an order to replan, leads from
+running back to planning.
 """
 
 from __future__ import annotations
@@ -337,7 +338,7 @@ class Controller:
         What has happened meanwhile is judged again: servers may be back with all of their state, and one that died must
         not be planned with. The next look starts over.
         """
-        wanted = self.active is active and active.state == PLANNING and active.record.desired == "run"
+        wanted = self.active is active and active.state == PLANNING and active.record.desired in ("run", "replan")
         stands = wanted and self._plan_stands(active, self.clock())
         if not wanted or stands or not all(server.present for server in nodes.servers):
             return False
@@ -388,6 +389,9 @@ class Controller:
             self.transitions.end(active, FAILED, reason)
         elif ending is Ending.PAUSE:
             self.transitions.set_state(active, PAUSED, reason)
+        elif ending is Ending.REPLAN:
+            self.transitions.give_up_plan(active, reason)
+            self._advance_plan(active, now)
         elif ending is Ending.SNAPSHOT:
             line = self.boundaries.ask_for_snapshot(active, now)
             if line:

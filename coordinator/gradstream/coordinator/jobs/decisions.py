@@ -42,6 +42,7 @@ class Ending(Enum):
     PAUSE = "pause"
     STOP = "stop"
     SNAPSHOT = "snapshot"  # the servers write what they hold, where no step is about to end
+    REPLAN = "replan"  # a new epoch starts from the checkpoint of the version at hand
     FINISH = "finish"
     FAIL = "fail"
 
@@ -110,11 +111,29 @@ def judge_end(job: JobSight) -> tuple[Ending, str]:
             return Ending.PAUSE, f"paused at version {job.version}; no worker was live"
     if job.desired == "run" and job.failing and job.saved and job.settled:
         return Ending.FAIL, job.failing
-    rests = paused or not job.any_worker
+    replan = job.desired == "replan" and job.version < job.num_steps
+    rests = paused or (replan and boundary is not None) or not job.any_worker
+    if replan and rests and job.saved and job.settled:
+        return Ending.REPLAN, f"a new plan starts from version {job.version}"
     wanted = job.desired != "run" or job.failing or job.checkpoint_awaited
     if rests and wanted and not job.saved and boundary != job.version:
         return Ending.SNAPSHOT, f"the checkpoint of version {job.version}"
     return Ending.GO_ON, ""
+
+
+def judge_replan(planned: Sequence[str], offered: Sequence[str], version: int) -> tuple[bool, str]:
+    """Decide whether a new plan on the servers `offered` differs from the one on those `planned`, and say how. Both are
+    names; `version` is that of the boundary at which the new plan would begin."""
+    joining = [name for name in offered if name not in planned]
+    leaving = [name for name in planned if name not in offered]
+    if not joining and not leaving:
+        return False, (
+            f"nothing would change: the plan has every server that it can use ({', '.join(planned)}); start another "
+            f"one with `gradstream serve parameter-server`, or take one out with --without SERVER"
+        )
+    moves = [f"{', '.join(names)} {way}" for names, way in ((joining, "in"), (leaving, "out")) if names]
+    change = f"{len(planned)} → {_count(len(offered), 'server')} ({'; '.join(moves)})"
+    return True, f"replanning at step {version}: {change}"
 
 
 def judge_skips(totals: StepTotals, epoch: int, recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""What people ask of a job: pause, resume, stop. Noted durably; the controller brings it about."""
+"""What people ask of a job: pause, resume, stop, replan. Noted durably; the controller brings it about."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from gradstream.coordinator.jobs.active import ActiveJob
+from gradstream.coordinator.jobs import decisions, plan_making
+from gradstream.coordinator.jobs.active import ActiveJob, nothing
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.journal import Event
+from gradstream.coordinator.jobs.plan_making import Start
+from gradstream.coordinator.nodes.membership import SERVER
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.timing import unix_ms
-from gradstream.core.errors import ConfigError
+from gradstream.core.errors import ConfigError, PlanError, nearest
 from gradstream.core.job_states import ENDED, FAILED, FINISHED, PAUSED, QUEUED, RUNNING, STATE_WORDS, STOPPED
 from gradstream.core.rpc.access import by_caller
 
@@ -35,7 +38,10 @@ class Orders:
             return
         if active.record.desired != "pause" and active.state != PAUSED:
             self._controller.transitions.update(
-                active, Event("state", f"a pause was asked for{by_caller()}"), desired="pause"
+                active,
+                Event("state", f"a pause was asked for{by_caller()}"),
+                desired="pause",
+                **_without_replan(active.record),
             )
             active.boundary_session = 0
         self._controller.reconcile()
@@ -55,9 +61,57 @@ class Orders:
             reason = f"stopped at once at version {active.version}{self._controller.transitions.unsaved(active)}"
             self._controller.transitions.end(active, STOPPED, reason, asked, desired="stop")
         elif active.record.desired != "stop":
-            self._controller.transitions.update(active, asked, desired="stop")
+            self._controller.transitions.update(active, asked, desired="stop", **_without_replan(active.record))
             active.boundary_session = 0
         self._controller.reconcile()
+
+    async def replan(self, record: JobRecord, without: Sequence[str]) -> None:
+        """Have a new plan take the place of a running job's at the next boundary, on all live servers but those named.
+
+        Raises ConfigError when the job does not run or nothing would change, PlanError when no plan could be made.
+        """
+        active = self._replannable(record)
+        names = [server.name for server in active.plan.servers] if active.plan is not None else []
+        known = {*names, *(node.name for node in self._controller.members.present(SERVER))}
+        for name in without:
+            if name not in known:
+                raise ConfigError(f"there is no parameter server '{name[:100]}'{nearest(name, sorted(known))}")
+        nodes = self._controller.plan_making.nodes(active, without)
+        for what, _ in decisions.missing_nodes(active.recipe, len(nodes.servers), len(nodes.workers), False):
+            raise PlanError(f"job {record.job_id} needs {what}; start one first, or lower cluster.min_servers")
+        # Memory is judged before the job rests. Where the plan will start from makes no difference to that.
+        made = await plan_making.make_plan(active, nodes, Start(None, [], nothing))
+        if self._replannable(record) is not active:
+            raise ConfigError(f"job {record.job_id} was planned meanwhile; look at it and try again")
+        offered = [server.name for server in made.plan.servers]
+        computes = self._controller.leasing.any_worker(active, self._controller.clock())
+        changes, reason = decisions.judge_replan(names, offered, active.version + computes)
+        if not changes:
+            raise ConfigError(reason)
+        self._controller.transitions.update(
+            active,
+            Event("plan", f"{reason}{by_caller()}"),
+            desired="replan",
+            reason=reason,
+            without_servers=tuple(without),
+        )
+        active.boundary_session = 0
+        self._controller.reconcile()
+
+    def _replannable(self, record: JobRecord) -> ActiveJob:
+        """The active job, if it is this one and can be replanned. Raises ConfigError."""
+        active = self._active_of(record)
+        if active is None or active.state != RUNNING or active.record.desired not in ("run", "replan"):
+            state = STATE_WORDS[record.state if active is None else active.state]
+            if active is not None and active.state == RUNNING:
+                state = f"about to {active.record.desired}"
+            raise ConfigError(
+                f"job {record.job_id} is {state}; only a running job can be replanned. A job that goes on from a "
+                f"checkpoint takes all live servers by itself"
+            )
+        if active.version >= active.num_steps:
+            raise ConfigError(f"job {record.job_id} has done its last step; there is nothing left to replan for")
+        return active
 
     def checkpoint(self, record: JobRecord) -> int:
         """Have a checkpoint written at the next boundary, or of the version at hand where nobody computes; return the
@@ -99,7 +153,7 @@ class Orders:
             if active.state == PAUSED:
                 self._controller.transitions.set_state(active, RUNNING, "resumed", event, desired="run")
             elif active.record.desired != "run":
-                self._controller.transitions.update(active, event, desired="run")
+                self._controller.transitions.update(active, event, desired="run", **_without_replan(active.record))
             # From here on it is stored.
             active.halted_version = None
             active.planning.hold = replace(active.planning.hold, until=0.0)
@@ -123,3 +177,10 @@ class Orders:
     def _active_of(self, record: JobRecord) -> ActiveJob | None:
         active = self._controller.active
         return active if active is not None and active.job_id == record.job_id else None
+
+
+def _without_replan(record: JobRecord) -> dict[str, Any]:
+    """What changes in a record whose order to replan gives way to another order."""
+    if record.desired != "replan":
+        return {}
+    return {"reason": f"epoch {record.epoch} from version {record.start_version}"}

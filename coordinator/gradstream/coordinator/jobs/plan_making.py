@@ -79,6 +79,7 @@ class MadePlan:
             "epoch": self.plan.epoch,
             "start_version": self.plan.start_version,
             "plan_held": True,
+            "desired": "run",
             "decisions": {**record.decisions, **self.reasons},
         }
 
@@ -126,17 +127,28 @@ class PlanMaking:
 
     def servers(self, active: ActiveJob) -> list[NodeEntry]:
         """The servers that a plan can be made with now."""
-        return [node for node in self._members.present(SERVER) if not active.benches.failed(node.node_id)]
+        return self._servers(active, active.record.without_servers)
 
-    def nodes(self, active: ActiveJob) -> PlanNodes:
-        """The servers and the workers that a plan can be made with now."""
+    def _servers(self, active: ActiveJob, without: Collection[str]) -> list[NodeEntry]:
+        return [
+            node
+            for node in self._members.present(SERVER)
+            if node.name not in without and not active.benches.failed(node.node_id)
+        ]
+
+    def nodes(self, active: ActiveJob, without: Collection[str] | None = None) -> PlanNodes:
+        """The servers and the workers that a plan can be made with now; `without` names servers to leave out, where
+        these are other ones than the job's."""
+        servers = self.servers(active) if without is None else self._servers(active, without)
         workers = [node for node in self._members.present(WORKER) if not active.benches.failed(node.node_id)]
-        return PlanNodes(self.servers(active), workers)
+        return PlanNodes(servers, workers)
 
     def due(self, active: ActiveJob, now: float) -> PlanNodes | None:
         """The nodes for an attempt that is to be made now; None when one is under way or must wait."""
         planning = active.planning
         if planning.task is not None or now < planning.hold.until or not planning.retry.due(now):
+            return None
+        if waits_for_nodes(active, now):
             return None
         nodes = self.nodes(active)
         if nodes.ids == planning.refusal.nodes:
@@ -164,6 +176,12 @@ class PlanMaking:
             release()
             raise
         return PlanOutcome(nodes, made, bool(hold), line, release=release)
+
+
+def waits_for_nodes(active: ActiveJob, now: float) -> bool:
+    """Whether an order to replan waits for nodes that come back one by one after a restart of the coordinator: the
+    servers that were to come in are not known any more."""
+    return active.record.desired == "replan" and now < active.expect_holders_until
 
 
 async def choose_start(root: str, pins: checkpoints.Pins, disk: StorageThreads) -> Start:

@@ -107,6 +107,12 @@ class Transitions:
             elif active.job_id in node.holds:
                 self._nodes.release(node, active.job_id, "the new plan does without it")
 
+    def give_up_plan(self, active: ActiveJob, reason: str) -> None:
+        """Send the job back to planning although its plan stands. Every step must be in a checkpoint. Raises
+        UnreachableError."""
+        self.set_state(active, PLANNING, reason, plan_held=False)
+        active.plan = active.plan_message = None
+
     def take_leases(self, active: ActiveJob, proposal: Proposal, now: float) -> None:
         """Make a proposal the lease table in force, and send it to the workers. Raises UnreachableError."""
         number = active.lease_number + 1

@@ -191,6 +191,12 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             self._orders.stop(self._find(request.job_id), request.now)
             return jobs_pb2.StopJobResponse(job=self._views.job(self._find(request.job_id)))
 
+    async def ReplanJob(self, request: jobs_pb2.ReplanJobRequest, context: Context) -> jobs_pb2.ReplanJobResponse:
+        async with answering(context):
+            record = self._find(request.job_id)
+            await self._orders.replan(record, request.without)
+            return jobs_pb2.ReplanJobResponse(job=self._views.job(self._find(record.job_id)))
+
     async def CheckpointJob(
         self, request: jobs_pb2.CheckpointJobRequest, context: Context
     ) -> jobs_pb2.CheckpointJobResponse:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from gradstream.coordinator.jobs import decisions
 from gradstream.coordinator.jobs.active import ActiveJob
 from gradstream.coordinator.jobs.controller import Controller
+from gradstream.coordinator.jobs.plan_making import waits_for_nodes
 from gradstream.coordinator.jobs.residuals import standing
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
 from gradstream.coordinator.state.state import JobRecord
@@ -203,8 +204,10 @@ class Views:
 
     def _planning_waits(self, active: ActiveJob) -> list[tuple[str, str]]:
         """What a job in planning waits for."""
-        if active.record.desired != "run":
+        if active.record.desired in ("pause", "stop"):
             return self._silent_servers(active)
+        if waits_for_nodes(active, self._controller.clock()):
+            return [("all nodes to come back after the coordinator's restart", "the nodes")]
         if active.planning.hold.cause:
             return [(active.planning.hold.cause, "the operator of the storage")]
         if active.planning.task is not None:

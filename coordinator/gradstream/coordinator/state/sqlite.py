@@ -42,7 +42,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     ended_unix_ms INTEGER NOT NULL,
     leases BLOB NOT NULL,
     decisions_json TEXT NOT NULL,
-    request_id TEXT NOT NULL DEFAULT ''
+    request_id TEXT NOT NULL DEFAULT '',
+    without_servers_json TEXT NOT NULL DEFAULT '[]'
 );
 CREATE TABLE IF NOT EXISTS plans (
     job_id TEXT NOT NULL, epoch INTEGER NOT NULL, plan BLOB NOT NULL, PRIMARY KEY (job_id, epoch)
@@ -104,7 +105,7 @@ CREATE TABLE IF NOT EXISTS pulse (id INTEGER PRIMARY KEY, count INTEGER NOT NULL
 
 _JOB_COLUMNS = (
     "job_id, name, recipe_json, manifest_json, run_directory, submitted_unix_ms, state, reason, desired, rank, epoch, "
-    "start_version, plan_held, ended_unix_ms, leases, decisions_json, request_id"
+    "start_version, plan_held, ended_unix_ms, leases, decisions_json, request_id, without_servers_json"
 )
 # Rows of the trajectory that epoch :epoch continues from :start.
 _TRAJECTORY = """
@@ -144,8 +145,10 @@ class SqliteState(State):
 
     def _add_columns(self) -> None:
         """Give a file of an earlier gradstream what it lacks."""
-        if "request_id" not in {row[1] for row in self._db.execute("PRAGMA table_info(jobs)")}:
-            self._db.execute("ALTER TABLE jobs ADD COLUMN request_id TEXT NOT NULL DEFAULT ''")
+        known = {row[1] for row in self._db.execute("PRAGMA table_info(jobs)")}
+        for column, default in (("request_id", ""), ("without_servers_json", "[]")):
+            if column not in known:
+                self._db.execute(f"ALTER TABLE jobs ADD COLUMN {column} TEXT NOT NULL DEFAULT '{default}'")
         self._db.execute(
             "CREATE UNIQUE INDEX IF NOT EXISTS jobs_by_request ON jobs (request_id) WHERE request_id <> ''"
         )
@@ -449,6 +452,7 @@ def _job_row(record: JobRecord) -> tuple[str | int | bytes, ...]:
         record.leases,
         json.dumps(record.decisions),
         record.request_id,
+        json.dumps(record.without_servers),
     )
 
 
@@ -458,4 +462,5 @@ def _job_record(row: Sequence[object]) -> JobRecord:
     values = dict(zip(names, row, strict=True))
     decisions = json.loads(str(values.pop("decisions_json")))
     values["plan_held"] = bool(values["plan_held"])
-    return JobRecord(**values, decisions=decisions)  # type: ignore[arg-type]
+    without_servers = tuple(json.loads(str(values.pop("without_servers_json"))))
+    return JobRecord(**values, decisions=decisions, without_servers=without_servers)  # type: ignore[arg-type]

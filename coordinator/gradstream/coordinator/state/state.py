@@ -18,7 +18,7 @@ MAX_LOG_LINES = 50_000
 
 @dataclass
 class JobRecord:
-    """The durable part of a job. `desired` is what a person asked for last: run, pause, stop."""
+    """The durable part of a job. `desired` is what a person asked for last: run, pause, stop, replan."""
 
     job_id: str
     name: str
@@ -41,6 +41,8 @@ class JobRecord:
     decisions: dict[str, str] = field(default_factory=dict)
     # What the submitter called the request; empty for none. No two jobs have the same.
     request_id: str = ""
+    # Names of parameter servers that the job's plans leave out.
+    without_servers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class JobsServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobResponse.FromString,
                 _registered_method=True)
+        self.ReplanJob = channel.unary_unary(
+                '/gradstream.proto.v1.JobsService/ReplanJob',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobResponse.FromString,
+                _registered_method=True)
         self.CheckpointJob = channel.unary_unary(
                 '/gradstream.proto.v1.JobsService/CheckpointJob',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.SerializeToString,
@@ -166,6 +171,14 @@ class JobsServiceServicer(object):
 
     def StopJob(self, request, context):
         """Ends a job at the next step boundary with a checkpoint, or at once without one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplanJob(self, request, context):
+        """Puts a new plan in the place of a running job's at its next step boundary, by way of a checkpoint: idle servers come
+        in, the servers named go out. Refused when nothing would change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -273,6 +286,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.StopJob,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobResponse.SerializeToString,
+            ),
+            'ReplanJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplanJob,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobResponse.SerializeToString,
             ),
             'CheckpointJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckpointJob,
@@ -510,6 +528,33 @@ class JobsService(object):
             '/gradstream.proto.v1.JobsService/StopJob',
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.StopJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplanJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.JobsService/ReplanJob',
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

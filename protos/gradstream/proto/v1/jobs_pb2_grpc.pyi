@@ -49,6 +49,10 @@ class JobsServiceStub:
     """Goes on with a paused job; a stopped or failed one starts again from its last checkpoint."""
     StopJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.StopJobRequest, _jobs_pb2.StopJobResponse]
     """Ends a job at the next step boundary with a checkpoint, or at once without one."""
+    ReplanJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ReplanJobRequest, _jobs_pb2.ReplanJobResponse]
+    """Puts a new plan in the place of a running job's at its next step boundary, by way of a checkpoint: idle servers come
+    in, the servers named go out. Refused when nothing would change.
+    """
     CheckpointJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CheckpointJobRequest, _jobs_pb2.CheckpointJobResponse]
     """Writes a checkpoint at a running job's next step boundary; answers when it is there."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListCheckpointsRequest, _jobs_pb2.ListCheckpointsResponse]
@@ -93,6 +97,10 @@ class JobsServiceAsyncStub(JobsServiceStub):
     """Goes on with a paused job; a stopped or failed one starts again from its last checkpoint."""
     StopJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.StopJobRequest, _jobs_pb2.StopJobResponse]  # type: ignore[assignment]
     """Ends a job at the next step boundary with a checkpoint, or at once without one."""
+    ReplanJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ReplanJobRequest, _jobs_pb2.ReplanJobResponse]  # type: ignore[assignment]
+    """Puts a new plan in the place of a running job's at its next step boundary, by way of a checkpoint: idle servers come
+    in, the servers named go out. Refused when nothing would change.
+    """
     CheckpointJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CheckpointJobRequest, _jobs_pb2.CheckpointJobResponse]  # type: ignore[assignment]
     """Writes a checkpoint at a running job's next step boundary; answers when it is there."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListCheckpointsRequest, _jobs_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
@@ -176,6 +184,16 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.StopJobResponse, _abc.Awaitable[_jobs_pb2.StopJobResponse]]:
         """Ends a job at the next step boundary with a checkpoint, or at once without one."""
+
+    @_abc_1.abstractmethod
+    def ReplanJob(
+        self,
+        request: _jobs_pb2.ReplanJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.ReplanJobResponse, _abc.Awaitable[_jobs_pb2.ReplanJobResponse]]:
+        """Puts a new plan in the place of a running job's at its next step boundary, by way of a checkpoint: idle servers come
+        in, the servers named go out. Refused when nothing would change.
+        """
 
     @_abc_1.abstractmethod
     def CheckpointJob(

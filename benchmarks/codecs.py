@@ -1,9 +1,9 @@
-"""bench-codecs: every codec, encode and decode-and-add, one thread, against torch `copy_` of the same fp32 tensor.
+"""bench-codecs: every codec's encode and decode-and-add, one thread, against torch `copy_` of the same fp32 tensor.
 
-The tensor is larger than the caches, as a layer's gradient is, and cut into fragments of 4 MiB as a plan would. The
-rival is timed in the same loop, in turns, and the median of the pairs' ratios is reported. The values are normal
-numbers times a magnitude of their row's own; `ratio` is fp32's bytes over the payload's, `error` what one call loses of
-the norm. Codecs with a residual are timed with one that is carried from call to call. bf16, int8 and int4 have targets.
+The tensor is larger than the caches, like a layer's gradient, and cut into fragments of 4 MiB as in a plan. The rival
+is timed in the same loop, in turns, and the median of the pairs' ratios is reported. The values are normal numbers,
+scaled by a magnitude that differs from row to row. `ratio` is fp32's bytes over the payload's; `error` is the norm that
+one call loses, as a share. Codecs with a residual carry it from call to call. bf16, int8 and int4 have targets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WITH_TARGET = ("bf16", "int8", "int4")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured. `shape` is that of a fragment: 4 MiB of fp32."""
+    """The size of the measurement. `shape` is the shape of a fragment: 4 MiB of fp32."""
 
     shape: tuple[int, int] = (1024, 1024)
     num_fragments: int = 16
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def states(codec: Codec, size: Size) -> list[State]:
-    """A residual for each fragment, where the codec has one."""
+    """Make a residual for each fragment, if the codec has residuals."""
     return [codec.new_state(size.shape) for _ in range(size.num_fragments)] if isinstance(codec, ResidualCodec) else []
 
 
@@ -90,14 +90,14 @@ def copy(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
 
 
 def relative_error(codec: Codec, values: torch.Tensor) -> float:
-    """What one call loses, as a share of the norm."""
+    """Compute the error of one call, as a share of the norm."""
     out = torch.empty_like(values)
     codec.decode(codec.encode(values), out)
     return float((out - values).norm() / values.norm())
 
 
 def paired(first: Callable[[], None], second: Callable[[], None], num_rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each of `num_rounds` calls of both, in turns, after one call of each to warm up."""
+    """Time `num_rounds` calls of both functions, in turns, after one warm-up call of each; return all seconds."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(num_rounds + 1):
         for function, into in zip((first, second), seconds, strict=True):

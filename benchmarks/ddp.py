@@ -1,7 +1,7 @@
 """The rival of bench-step: one process of PyTorch DistributedDataParallel on gloo. Not a benchmark by itself.
 
-It trains what gradstream trains: the same initial weights, samples, optimizer, clipping and learning rates. Rank 0
-prints one line of JSON a step: {"step": …, "seconds": …, "loss": …}, after a barrier at its end.
+It trains as gradstream does, with the same initial weights, samples, optimizer, clipping and learning rates. Rank 0
+prints one line of JSON a step, {"step": …, "seconds": …, "loss": …}, after a barrier at the step's end.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
-        # Outside the time: the mean of the ranks' losses, which is the loss over the global batch.
+        # Not timed: the mean of the ranks' losses, which is the loss over the global batch.
         mean = loss.detach()
         dist.all_reduce(mean)
         if arguments.rank == 0:

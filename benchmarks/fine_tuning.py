@@ -1,8 +1,8 @@
 """bench-fine_tuning: LoRA on a Llama of 135 M parameters (SmolLM's shape, random weights) against peft in one process.
 
-The cluster is a coordinator, a parameter server and two workers of one thread; the rival is peft and torch's AdamW in
-one process with two threads, on the same rows, microbatches and adapters. Memory is the proportional set size (what
-processes share counts once) of all processes of a side, at its highest.
+The cluster is a coordinator, a parameter server and two workers of one thread. The rival is peft and torch's AdamW in
+one process with two threads, on the same rows, microbatches and adapters. Memory is the peak proportional set size
+(shared memory counts once) of all processes of a side together.
 
     make bench-fine_tuning
     python benchmarks/fine_tuning.py --held int8 --no-peft
@@ -120,12 +120,12 @@ def main() -> None:
 
 
 def say(name: str, seconds: float, num_bytes: int, loss: float) -> None:
-    """Progress, on stderr."""
+    """Print progress on stderr."""
     print(f"{name}: {seconds * 1e3:.0f} ms a step, {num_bytes / 2**30:.2f} GiB, loss {loss:.5f}", file=sys.stderr)
 
 
 def make_base(directory: Path, model: dict[str, Any]) -> None:
-    """The model's directory, in bf16 as models of this size are given away."""
+    """Write the model's directory, in bf16 like published models of this size."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -146,7 +146,7 @@ def make_base(directory: Path, model: dict[str, Any]) -> None:
 
 
 def make_rows(base: Path, data: Path, rows: Path) -> None:
-    """A prompt of a few lines of a module and the line after them, over and over."""
+    """Make the rows: each prompt is a few lines of a module, its completion the line after them."""
     lines = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(encoding="utf-8").splitlines()
     with rows.open("w", encoding="utf-8") as stream:
         for begin in range(0, len(lines) - 9, 4):
@@ -160,7 +160,7 @@ def make_rows(base: Path, data: Path, rows: Path) -> None:
 
 
 def recipe_of(base: Path, data: Path, temporary: Path, held: str) -> Recipe:
-    """The recipe that both sides follow."""
+    """Make the recipe that both sides follow."""
     found, config = find_base(str(base))
     return parse_recipe(
         {
@@ -196,7 +196,7 @@ def recipe_of(base: Path, data: Path, temporary: Path, held: str) -> Recipe:
 
 
 def measure_cluster(recipe: Recipe, temporary: Path) -> tuple[float, int, float, float]:
-    """(seconds a step, most bytes, last loss, bytes pushed a step)."""
+    """Train on the cluster; return (seconds a step, peak bytes, last loss, bytes pushed a step)."""
     with (
         tempfile.TemporaryDirectory(dir=temporary) as directory,
         highest_memory() as most,
@@ -214,7 +214,7 @@ def measure_cluster(recipe: Recipe, temporary: Path) -> tuple[float, int, float,
 
 
 def measure_peft(recipe: Recipe, temporary: Path) -> tuple[float, int, float]:
-    """(seconds a step, most bytes, last loss)."""
+    """Train with peft; return (seconds a step, peak bytes, last loss)."""
     path = temporary / "recipe.json"
     path.write_text(recipe.model_dump_json(), encoding="utf-8")
     steps = []
@@ -230,7 +230,7 @@ def measure_peft(recipe: Recipe, temporary: Path) -> tuple[float, int, float]:
 
 
 def run_peft(recipe: Recipe) -> None:
-    """The rival's process: a line of JSON a step."""
+    """Run the rival's process, which prints a line of JSON a step."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -284,7 +284,7 @@ def run_peft(recipe: Recipe) -> None:
 
 @contextmanager
 def highest_memory() -> Iterator[list[int]]:
-    """The most bytes that this process's children had together, looked at four times a second."""
+    """Measure the peak memory in bytes of this process's children together, sampled four times a second."""
     most, done = [0], threading.Event()
 
     def watch() -> None:

@@ -1,9 +1,10 @@
-"""Machines on one machine: network namespaces joined by shaped veth links to one bridge. Needs root and iproute2.
+"""Simulates several machines on one: network namespaces joined by shaped veth links to one bridge.
 
     root namespace: bridge 10.77.N.254 ── veth ── namespace 0: eth0 10.77.N.1
                                        └─ veth ── namespace 1: eth0 10.77.N.2
 
-Both ends of a link have a token bucket of the wanted rate, so each machine sends and receives at most that fast.
+Both ends of a link have a token bucket of the wanted rate, so each machine sends and receives at most at that rate.
+Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import TracebackType
 
 
 class Loopback:
-    """All machines are this one. Bytes are counted on `lo`, where each byte passes once."""
+    """A network in which all machines are this one. Bytes are counted on `lo`, where each byte passes once."""
 
     name = "loopback"
 
@@ -50,7 +51,7 @@ class Namespaces:
     def __init__(self, num_machines: int, megabits: int):
         self.name = f"{megabits}mbit" if megabits < 1000 else f"{megabits // 1000}gbit"
         self._id = f"gs{os.getpid() % 100_000}"
-        # Another run, or what a killed one has left, must not have the same addresses.
+        # Addresses must differ from those of another run, and from the remains of a killed one.
         self._subnet = f"10.77.{os.getpid() % 250}"
         self.coordinator = f"{self._subnet}.254"
         self._num_machines = num_machines
@@ -68,7 +69,7 @@ class Namespaces:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for machine in range(self._num_machines):
-            # Its namespace takes a link with it, but some time later: the next network may have the same names.
+            # Removing a namespace also removes its link, but only some time later. The next network may need the name.
             _ip("link", "del", f"{self._id}-{machine}", check=False)
             _ip("netns", "del", self._namespace(machine), check=False)
         _ip("link", "del", self._id, check=False)
@@ -92,12 +93,12 @@ class Namespaces:
             self._check()
 
     def _check(self) -> None:
-        """Docker, for one, has the kernel drop what goes from machine to machine over a bridge that is not its own."""
+        """Check that machines reach each other. Docker, for example, makes the kernel drop packets of other bridges."""
         command = [*self.prefix(0), sys.executable, "-c", _REACH, self.address(1)]
         if subprocess.run(command, capture_output=True).returncode:
             raise SystemExit(
-                "error: the machines do not reach each other, as this machine's firewall drops what it forwards; "
-                "let it pass: `iptables -I FORWARD -i gs+ -j ACCEPT`"
+                "error: the simulated machines do not reach each other, because this machine's firewall drops "
+                "forwarded packets; accept them: `iptables -I FORWARD -i gs+ -j ACCEPT`"
             )
 
     def address(self, machine: int) -> str:
@@ -112,7 +113,7 @@ class Namespaces:
         """Bytes that have left the machines so far, on average over them, as their interfaces counted them."""
         total = 0
         for machine in range(num_machines):
-            # Seen from outside, what a machine has sent is what its link's outer end has received.
+            # The outer end of a machine's link receives the bytes that the machine sends.
             with open(f"/sys/class/net/{self._id}-{machine}/statistics/rx_bytes", encoding="ascii") as counter:
                 total += int(counter.read())
         return total / num_machines
@@ -121,7 +122,7 @@ class Namespaces:
         return f"{self._id}m{machine}"
 
 
-# A refused connection is an answer too.
+# A refused connection also shows that the machine is reachable.
 _REACH = """
 import socket, sys
 try:

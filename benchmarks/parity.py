@@ -1,13 +1,14 @@
-"""bench-parity: does a codec pair harm the loss? gradstream with each pair against one plain PyTorch process in fp32.
+"""bench-parity: the effect of codec pairs on the loss, gradstream against one plain PyTorch process in fp32.
 
-The same initial weights, samples, optimizer and learning rates on the standard-library corpus, for several seeds. A
-figure is the final validation loss minus the reference's, in nats, mean over the seeds. gradstream's loss is that of
-the weights which its workers hold, so what the pull's codec loses counts too. One cluster (coordinator, server, worker)
-runs all jobs, one after another. Losses depend neither on how many workers there are nor on how busy the machine is.
+Both sides have the same initial weights, samples, optimizer and learning rates on the standard-library corpus, for
+several seeds. A figure is the final validation loss minus the reference's, in nats, mean over the seeds. gradstream's
+loss is computed with the weights that workers hold, so it includes the pull codec's error. One cluster (coordinator,
+server, worker) runs all jobs, one after another. Losses depend neither on the number of workers nor on the machine's
+load.
 
     make bench-parity                                                    # all pairs, three seeds
     python benchmarks/parity.py --pairs int8/delta-int8 --seeds 1        # a pair is push/pull or push/pull/embedding
-    python benchmarks/parity.py --runs runs.jsonl --png parity.png       # goes on where it was ended, draws a chart
+    python benchmarks/parity.py --runs runs.jsonl --png parity.png       # resumes an interrupted call, draws a chart
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from gradstream.core.recipe.recipe import PrepareConfig, Recipe
 TARGET_NATS = 0.01
 REFERENCE = "reference"
 CONTROL = "control_bf16_start"
-"""The reference again, its initial weights rounded to bf16 once: what a harmless difference makes of the final loss.
-Training is chaotic where the learning rate is high for the batch: below this figure nothing can be seen."""
+"""The reference with its initial weights rounded to bf16 once. Its figure shows how much a harmless difference changes
+the final loss: training is chaotic where the learning rate is high for the batch. Smaller differences mean nothing."""
 SEEDS = [1, 2, 3]
 SMOKE_PAIR = "int8_delta-int8"
 MODEL: dict[str, Any] = {
@@ -60,7 +61,7 @@ MODEL: dict[str, Any] = {
     "eos_token_id": 0,
 }
 TRAINING = {"num_steps": 300, "num_slots": 2, "global_batch": 8, "microbatch": 4, "sequence_length": 64}
-# As fast as these steps learn without chaos: at twice this rate bf16 ended 0.046 nats below the reference.
+# The highest rate without chaotic training: at twice this rate bf16 ended 0.046 nats below the reference.
 OPTIMIZER = {"learning_rate": 1e-3}
 SCHEDULE = {"kind": "cosine", "warmup_steps": 60, "min_ratio": 0.0}
 VALIDATION = {"interval_steps": 50, "num_samples": 128}
@@ -68,7 +69,7 @@ VALIDATION = {"interval_steps": 50, "num_samples": 128}
 
 @dataclass(frozen=True)
 class Pair:
-    """Codecs of one run; without targets are those that trade loss for bytes."""
+    """The codecs of one run. Pairs that trade loss for bytes have no target."""
 
     push: str
     pull: str
@@ -100,7 +101,7 @@ PAIRS = [
 
 @dataclass(frozen=True)
 class Run:
-    """What one training gave: validation losses by version; `pushed_bytes`: of a slot a step."""
+    """The result of one training: validation losses by version. `pushed_bytes` are those of a slot in a step."""
 
     losses: dict[int, float]
     pushed_bytes: float = 0.0
@@ -115,9 +116,9 @@ class Run:
 
 
 class Runs:
-    """The runs made so far, by (name, seed), and in a file when there is one, from which a later call goes on.
+    """The runs made so far, by (name, seed). If a file is given it keeps them, and a later call resumes from it.
 
-    A run of other settings than the present ones is not taken from the file.
+    Runs in the file with other settings than the current ones are ignored.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]):
@@ -158,7 +159,7 @@ def main() -> None:
     training = {**TRAINING, "num_steps": 4} if options.smoke else TRAINING
     schedule = {**SCHEDULE, "warmup_steps": 1} if options.smoke else SCHEDULE
     validation = {"interval_steps": 2, "num_samples": 8} if options.smoke else VALIDATION
-    # So that `timeout` and `kill` end the cluster too.
+    # Makes `timeout` and `kill` end the cluster too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     model = {**MODEL, "tie_word_embeddings": not options.untied}
     settings = {"model": model, "training": training, "optimizer": OPTIMIZER, "schedule": schedule}
@@ -197,7 +198,7 @@ def main() -> None:
 
 
 def parse_pair(text: str) -> Pair:
-    """A pair given as push/pull or push/pull/embedding; the recipe says whether there are such codecs."""
+    """Parse a pair given as push/pull or push/pull/embedding. The recipe's check finds unknown codecs."""
     parts = text.split("/")
     if len(parts) not in (2, 3):
         raise argparse.ArgumentTypeError(f"'{text}' is not push/pull or push/pull/embedding, such as int8/delta-int8")
@@ -206,7 +207,7 @@ def parse_pair(text: str) -> Pair:
 
 
 def recipe_of(settings: dict[str, Any], seed: int, pair: Pair, data: Path, temporary: Path) -> Recipe:
-    """The recipe that both sides follow."""
+    """Make the recipe that both sides follow."""
     return parse_recipe(
         {
             "name": "bench-parity",
@@ -226,7 +227,7 @@ def recipe_of(settings: dict[str, Any], seed: int, pair: Pair, data: Path, tempo
 
 
 def say(name: str, seed: int, runs: Runs, began: float) -> None:
-    """Progress, on stderr."""
+    """Print progress on stderr."""
     run, reference = runs[name, seed], runs[REFERENCE, seed]
     print(
         f"{name} seed {seed}: {run.first:.4f} to {run.last:.5f}, {run.last - reference.last:+.5f}, "
@@ -241,7 +242,7 @@ def say(name: str, seed: int, runs: Runs, began: float) -> None:
 
 @contextmanager
 def cluster(temporary: Path) -> Iterator[Client]:
-    """A coordinator, a server and a worker on loopback; a client to them."""
+    """Start a coordinator, a server and a worker on loopback; yield a client."""
     with ExitStack() as stack:
 
         def serve(role: str, name: str, *arguments: str) -> Path:
@@ -262,7 +263,7 @@ def cluster(temporary: Path) -> Iterator[Client]:
 
 
 def run_job(client: Client, recipe: Recipe) -> Run:
-    """Train by the cluster, to the end: the next job then finds it idle."""
+    """Train on the cluster until the job has ended, so that the next job finds the cluster idle."""
     job = client.submit(recipe)
     losses: dict[int, float] = {}
     pushed = []
@@ -278,7 +279,7 @@ def run_job(client: Client, recipe: Recipe) -> Run:
 
 
 def pulled_bytes(recipe: Recipe) -> int:
-    """Payload bytes of one version's pull by a worker that holds the version before; at most, for lossless codecs."""
+    """Payload bytes of a pull by a worker that holds the version before; an upper bound for lossless codecs."""
     tensors, form = inventory(recipe.model.config), downlink(recipe.codec.pull)
     return sum(
         encoded_bytes(
@@ -295,7 +296,7 @@ def pulled_bytes(recipe: Recipe) -> int:
 
 
 def compare(name: str, target: float, seeds: list[int], runs: Runs, pulled: int = 0) -> Result:
-    """The figure of a pair, or of the control; `pulled` bytes a version."""
+    """Compute the figure of a pair, or of the control. `pulled` is the number of bytes pulled a version."""
     ours = [runs[name, seed] for seed in seeds]
     references = [runs[REFERENCE, seed] for seed in seeds]
     differences = [run.last - reference.last for run, reference in zip(ours, references, strict=True)]
@@ -313,7 +314,7 @@ def compare(name: str, target: float, seeds: list[int], runs: Runs, pulled: int 
 
 
 def _draw(pairs: list[Pair], seeds: list[int], runs: Runs, path: Path) -> None:
-    """Left: mean difference over the versions. Right: the final difference of every seed."""
+    """Draw the chart. Left: mean difference over the versions. Right: the final difference of every seed."""
     import matplotlib
 
     matplotlib.use("Agg")

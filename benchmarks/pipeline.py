@@ -1,16 +1,16 @@
 """bench-pipeline: a step of a pipeline of two workers against torch.distributed.pipelining on gloo, in the same run.
 
-Same model, cut, schedule, microbatches, initial weights, samples, optimizer and clipping; one thread a worker, and what
-travels between stages is of the same type. Each machine runs one worker and one parameter server, the coordinator a
-machine of its own. The cut is that of gradstream's plan. torch runs a schedule of its own and, as a second rival, its
-runtime with gradstream's table of it; the ratio is to the faster one.
+Both sides have the same model, cut, schedule, microbatches, initial weights, samples, optimizer and clipping, one
+thread a worker, and the same type of activations between stages. Each machine runs one worker and one parameter server;
+the coordinator has a machine of its own. The cut is taken from gradstream's plan. torch runs its own schedule and, as a
+second rival, its runtime with gradstream's table of the schedule; the ratio is to the faster one.
 
-All sides are alive at once and take turns of a few steps, every other round in reverse order, so that whatever a
-machine's speed does weighs on all of them alike. A step's time is the median over the steps of all turns. Behind ±
-stands the standard error of the mean of the rounds' own ratios: ratios closer than twice that are not told apart.
+All sides are alive at once and take turns of a few steps, every other round in reverse order, so that changes of the
+machine's speed affect all sides equally. A step's time is the median over the steps of all turns. The figure after ± is
+the standard error of the mean of the rounds' own ratios; ratios closer than twice that cannot be distinguished.
 
 The bubble is the share of the workers' time between the first and the last pass of a step in which they compute no
-pass, on both sides from the begin and end of every pass.
+pass. On both sides it is computed from the begin and end of every pass.
 
     make bench-pipeline                                          # all cases
     python benchmarks/pipeline.py --only loopback_1f1b_10m       # one; a prefix is enough
@@ -46,7 +46,7 @@ GRADSTREAM = "gradstream"
 NUM_WORKERS = 2
 TARGET = 1.0
 MAX_LOSS_DIFFERENCE = 0.01
-"""Nats by which the first losses may differ; beyond it the two sides do not train the same."""
+"""Nats by which the first losses may differ. A larger difference means that the two sides do not train the same."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,20 @@ class Case:
 
     @property
     def rivals(self) -> dict[str, bool]:
-        """How torch runs the schedule, and whether by gradstream's table. It has no eager-1f1b of its own."""
+        """The ways in which torch runs the schedule, each with whether it uses gradstream's table.
+
+        torch has no eager-1f1b of its own.
+        """
         return {**({"torch": False} if self.schedule != "eager-1f1b" else {}), "torch_table": True}
 
     @property
     def num_steps(self) -> int:
-        """More than all turns compute: each begins with a step that does not count, and may end in another one."""
+        """More steps than all turns compute: a turn begins with a step that does not count, and may end in another."""
         return self.num_warm_steps + (self.turn_steps + 2) * (self.num_rounds + 1)
 
     @property
     def num_tokens(self) -> int:
-        """Target tokens of a step."""
+        """Number of target tokens in a step."""
         return self.num_microbatches * self.microbatch * self.sequence_length
 
 
@@ -92,7 +95,7 @@ CASES = [
     Case("loopback", "1f1b", "10m"),
     Case("1gbit", "1f1b", "10m"),
     Case("1gbit", "1f1b", "10m", "bf16"),
-    # What happens once a version, commit and pull, weighs less the longer the version is.
+    # Costs that occur once a version, for commit and pull, weigh less in a longer version.
     Case("loopback", "1f1b", "10m", num_microbatches=32, num_warm_steps=2, num_rounds=6, turn_steps=2),
     Case("loopback", "1f1b", "10m-untied"),
     Case("loopback", "gpipe", "10m"),
@@ -105,7 +108,7 @@ SMOKE = Case(
     "loopback", "1f1b", "tiny", num_microbatches=2, microbatch=1, sequence_length=16, num_warm_steps=1, num_rounds=2,
     turn_steps=1,
 )  # fmt: skip
-# Without a tied embedding torch has nothing to exchange but activations, and gradstream still its gradients.
+# Without a tied embedding torch exchanges only activations, while gradstream still exchanges its gradients.
 PIPELINE_MODELS: Mapping[str, dict[str, Any]] = {
     **MODELS,
     "10m-untied": {**MODELS["10m"], "tie_word_embeddings": False},
@@ -114,7 +117,7 @@ PIPELINE_MODELS: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Timing:
-    """What one side did, over all of its turns."""
+    """The result of one side over all of its turns."""
 
     step_seconds: float
     bubble: float
@@ -123,7 +126,7 @@ class Timing:
 
 
 def together(turns: Sequence[Turn]) -> Timing:
-    """The median step of a side's turns, the first of which was its warm-up."""
+    """Combine a side's turns, the first of which is its warm-up, with their median step."""
     losses = {step: loss for turn in turns for step, loss in turn.losses.items()}
     timed = turns[1:]
     return Timing(
@@ -145,7 +148,7 @@ def main() -> None:
     if arguments.no_torch and arguments.no_gradstream:
         parser.error("--no-torch and --no-gradstream leave nothing to measure")
     cases = chosen("pipeline", named([SMOKE] if arguments.smoke else CASES), arguments.only)
-    # So that `timeout` and `kill` end the cluster and the namespaces too.
+    # Makes `timeout` and `kill` end the cluster and the namespaces too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.environ["OMP_NUM_THREADS"] = "1"  # of both sides
     results: list[Result] = []
@@ -160,7 +163,7 @@ def main() -> None:
             case = replace(case, num_rounds=arguments.rounds or case.num_rounds)
             recipe = recipe_of(case, data, Path(temporary))
             found = compare(case, recipe, Path(temporary), not arguments.no_gradstream, not arguments.no_torch)
-            # At once, as the report is far off yet.
+            # Print at once, because the report comes much later.
             for one in found:
                 print(f"{one.name}: {one.value}, {one.detail}", file=sys.stderr, flush=True)
             results += found
@@ -168,7 +171,7 @@ def main() -> None:
 
 
 def compare(case: Case, recipe: Recipe, temporary: Path, with_gradstream: bool, with_torch: bool) -> list[Result]:
-    """Run all sides in turns on one network: the ratio of their throughputs, and the bubble of each."""
+    """Run all sides in turns on one network; return the ratio of their throughputs and the bubble of each."""
     turns: dict[str, list[Turn]] = defaultdict(list)
     with network_of(case.network, NUM_WORKERS) as network, ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=temporary)))
@@ -182,7 +185,7 @@ def compare(case: Case, recipe: Recipe, temporary: Path, with_gradstream: bool, 
             sides[name] = stack.enter_context(
                 torch_side(recipe, stage_ends, network, NUM_WORKERS, directory, use_table)
             )
-            # Alone while it starts.
+            # Each side starts alone.
             take_turn(case, name, sides[name], case.num_warm_steps, turns)
         if with_gradstream:
             take_turn(case, GRADSTREAM, sides[GRADSTREAM], case.num_warm_steps, turns)
@@ -218,7 +221,7 @@ def compare(case: Case, recipe: Recipe, temporary: Path, with_gradstream: bool, 
 
 
 def take_turn(case: Case, name: str, side: Side, num_steps: int, turns: dict[str, list[Turn]]) -> None:
-    """Have a side compute some steps, and say so on stderr."""
+    """Have a side compute some steps, and print them on stderr."""
     turn = side.turn(num_steps)
     turns[name].append(turn)
     print(
@@ -231,7 +234,7 @@ def take_turn(case: Case, name: str, side: Side, num_steps: int, turns: dict[str
 
 
 def round_ratios(turns: Mapping[str, Sequence[Turn]]) -> list[float]:
-    """The ratio of each round by itself, to the rivals' mean."""
+    """Compute each round's own ratio, to the rivals' mean."""
     rivals = [found[1:] for name, found in turns.items() if name != GRADSTREAM]
     return [
         statistics.fmean(rival.step_seconds for rival in of_round) / ours.step_seconds
@@ -240,7 +243,7 @@ def round_ratios(turns: Mapping[str, Sequence[Turn]]) -> list[float]:
 
 
 def check_same(case: Case, ours: Timing, rival: Timing) -> None:
-    """The first losses show whether both sides have the same weights and samples, and whether neither lost any."""
+    """Check by the first losses that both sides have the same weights and samples."""
     if abs(ours.losses[0] - rival.losses[0]) > MAX_LOSS_DIFFERENCE:
         raise SystemExit(
             f"error: {case.name}: the first loss is {ours.losses[0]:.4f} in gradstream and {rival.losses[0]:.4f} in "
@@ -249,7 +252,7 @@ def check_same(case: Case, ours: Timing, rival: Timing) -> None:
 
 
 def recipe_of(case: Case, data: Path, temporary: Path) -> Recipe:
-    """The recipe that both sides follow."""
+    """Make the recipe that both sides follow."""
     global_batch = case.num_microbatches * case.microbatch
     return parse_recipe(
         {
@@ -281,11 +284,11 @@ def recipe_of(case: Case, data: Path, temporary: Path) -> Recipe:
 
 
 def balanced_ends(recipe: Recipe) -> tuple[int, ...]:
-    """The first forward unit after each stage when the stages' matrices have about equally many elements."""
+    """Cut stages of about equally many matrix elements; return the first forward unit after each stage."""
     work: dict[int, int] = {}
     for tensor in inventory(recipe.model.config):
         work.setdefault(tensor.unit, 0)
-        # An embedding is looked up; as a head it is multiplied with.
+        # An embedding is only looked up, but a tied one is also multiplied as the head.
         if tensor.kind == "matrix" or tensor.last_unit != tensor.unit:
             work[tensor.last_unit] = work.get(tensor.last_unit, 0) + tensor.num_elements
     units = sorted(work)
@@ -297,8 +300,11 @@ def balanced_ends(recipe: Recipe) -> tuple[int, ...]:
 
 
 def ideal_bubble(case: Case) -> float:
-    """That of equal stages between which nothing takes time, where a backward pass takes as long as two forward ones
-    and gives nothing away before its end, as in torch. For gpipe and 1f1b it is (P - 1) / (M + P - 1)."""
+    """Compute the bubble of equal stages without communication time.
+
+    A backward pass takes as long as two forward passes and sends its gradient only at its end, as in torch. For gpipe
+    and 1f1b the bubble is (P - 1) / (M + P - 1).
+    """
     schedule = make_schedule(case.schedule, NUM_WORKERS, case.num_microbatches, case.num_chunks)
     costs = {Op.FORWARD: 1.0, Op.BACKWARD: 2.0, Op.BACKWARD_INPUT: 1.0, Op.BACKWARD_WEIGHT: 1.0}
     return simulate(schedule, Costs([costs] * schedule.num_stages)).bubble

@@ -1,8 +1,8 @@
 """The reference of bench-parity: one process of plain PyTorch in fp32. Not a benchmark by itself.
 
-It trains what a recipe says, without gradstream's codecs, servers, workers or slots: one model, the whole global batch
-in one forward and backward pass, torch's own clipping and AdamW. Only the initial weights, the samples and the learning
-rates come from gradstream, as both sides must have the same.
+It trains a recipe without gradstream's codecs, servers, workers or slots: one model, the whole global batch in one
+forward and backward pass, torch's own clipping and AdamW. Only the initial weights, the samples and the learning rates
+come from gradstream, because they must be the same on both sides.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gradstream.worker.samples.data import SlotReader, Split
 
 
 def initial_model(recipe: Recipe, rounded_start: bool = False) -> nn.Module:
-    """The recipe's model with the initial weights that gradstream gives it; rounded to bf16 with `rounded_start`."""
+    """Make the recipe's model with gradstream's initial weights, rounded to bf16 with `rounded_start`."""
     model = build(recipe.model.config)
     weights = dict(initial_weights(recipe.model.config, recipe.seed))
     with torch.no_grad():
@@ -34,7 +34,7 @@ def initial_model(recipe: Recipe, rounded_start: bool = False) -> nn.Module:
 
 
 def adamw(model: nn.Module, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
-    """torch's AdamW as the recipe has it: weight decay on matrices alone."""
+    """Make torch's AdamW with the recipe's settings: weight decay on matrices only."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -42,9 +42,9 @@ def adamw(model: nn.Module, config: OptimizerConfig, fused: bool = False) -> tor
 
 
 def train_plain(recipe: Recipe, rounded_start: bool = False) -> dict[int, float]:
-    """Train; return the validation loss, in nats a token, by version: the first, every interval, the last.
+    """Train; return the validation loss in nats a token by version: the first, every interval, the last.
 
-    With `rounded_start` the initial weights, and nothing after them, are rounded to bf16.
+    With `rounded_start` only the initial weights are rounded to bf16.
     """
     training, optimizer_config = recipe.training, recipe.optimizer
     torch.set_num_threads(training.num_threads)
@@ -70,7 +70,7 @@ def train_plain(recipe: Recipe, rounded_start: bool = False) -> dict[int, float]
 
 
 def _samples(recipe: Recipe, manifest: Manifest, split: Split, stack: ExitStack) -> Callable[[int], torch.Tensor]:
-    """A function from a step to its samples over all slots, (B, T + 1); of validation they are always the same."""
+    """Make a function from a step to its samples over all slots, (B, T + 1). Validation samples are always the same."""
     num_slots = recipe.training.num_slots
     readers = [
         SlotReader(manifest, recipe.data.path, "", slot, num_slots, recipe.training.sequence_length, recipe.seed, split)
@@ -97,6 +97,6 @@ def _evaluate(model: nn.Module, tokens_BT: torch.Tensor) -> float:
 
 
 def _loss(model: nn.Module, tokens_BT: torch.Tensor) -> torch.Tensor:
-    """Mean over the target tokens."""
+    """Compute the mean loss over the target tokens."""
     logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
     return nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())

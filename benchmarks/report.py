@@ -1,4 +1,4 @@
-"""What every benchmark has: `--only`, `--smoke`, and a report: a table for people, then one line of JSON.
+"""The common parts of benchmarks: `--only`, `--smoke`, and a report (a table for people, then one line of JSON).
 
 A benchmark that measures nothing fails.
 """
@@ -19,15 +19,15 @@ C = TypeVar("C")
 
 
 def arguments_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark."""
+    """Make a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="PREFIX", help="cases whose name begins with this")
-    parser.add_argument("--smoke", action="store_true", help="the least of everything: whether it runs, not how fast")
+    parser.add_argument("--smoke", action="store_true", help="a minimal run, only to check that it works")
     return parser
 
 
 def chosen(bench: str, cases: Mapping[str, C], only: str) -> dict[str, C]:
-    """The cases, by name, whose name begins with `only`. Ends the process with exit code 1 where there is none."""
+    """Choose the cases, by name, whose name begins with `only`. Ends the process with exit code 1 if there is none."""
     found = {name: case for name, case in cases.items() if name.startswith(only)}
     if not found:
         fail(bench, f"no case begins with '{only}'; there are {', '.join(cases)}")
@@ -47,8 +47,10 @@ def named(cases: Iterable[C]) -> dict[str, C]:
 
 @dataclass(frozen=True)
 class Result:
-    """One figure. `value` compares two things measured in the same run, mostly as a ratio; `target` is what it should
-    reach, or with `at_most` not exceed, 0 where there is no target."""
+    """One figure. `value` compares two measurements of the same run, usually as a ratio.
+
+    `target` is the value to reach or, with `at_most`, not to exceed; 0 means no target.
+    """
 
     name: str
     value: float
@@ -59,17 +61,17 @@ class Result:
 
 
 def result(name: str, value: float, target: float, detail: str = "") -> Result:
-    """A figure that should be at least `target`."""
+    """Make a figure that should be at least `target`."""
     return Result(name, round(value, 3), target, value >= target, detail)
 
 
 def at_most(name: str, value: float, target: float, detail: str = "") -> Result:
-    """A figure that should be at most `target`, such as a difference that should be small."""
+    """Make a figure that should be at most `target`, such as a difference that should be small."""
     return Result(name, round(value, 5), target, not target or value <= target, detail, at_most=True)
 
 
 def report(bench: str, results: list[Result]) -> None:
-    """Print the table and the line of JSON. Ends the process with exit code 1 where there is no result."""
+    """Print the table and the line of JSON. Ends the process with exit code 1 if there is no result."""
     if not results:
         fail(bench, "nothing was measured; leave fewer sides out")
     table = Table(title=bench)

@@ -1,7 +1,7 @@
-"""bench-server: one server process, 1 to 64 senders: goodput, processor time per GB, memory against the plan's bound.
+"""bench-server: one server process with 1 to 64 senders: goodput, processor time per GB, memory against its bound.
 
-The senders are streams on channels of their own, spread over at most 4 processes, since the machine has few cores. All
-push whole slots at once, so that contributions arrive out of turn and wait, as in a step of many workers.
+Each sender is a stream on a channel of its own. The senders are spread over at most 4 processes, because the machine
+has few cores. All push whole slots at once, so contributions arrive out of turn and wait, as in a step of many workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SMOKE_SENDERS = 2
 NUM_ROUNDS = 3
 CODEC = "int8"
 TARGET_LINEAR = 0.67
-"""Processor time per GB with 1 sender over that with 64: 1 when cost grows exactly with bytes."""
+"""Target of processor time per GB with 1 sender over that with 64; it is 1 when cost is proportional to bytes."""
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
             state_bytes, resting_bytes = server.ask("state_bytes"), before.resident_bytes
             peak_bytes = 0
             for step in range(num_rounds + 1):
-                # Sender i computes slots i, i + num_senders, …, each of its streams one sender's.
+                # Sender i has slots i, i + num_senders, …; each stream of a process belongs to one sender.
                 for process, sender in enumerate(senders[:num_processes]):
                     jobs = [
                         [(slot, bundles) for slot in range(number, num_slots, num_senders)]
@@ -62,13 +62,13 @@ def main() -> None:
                 began = min(sender.answer() for sender in senders[:num_processes])
                 ended: float = server.ask("wait_version", step + 1)
                 after: Usage = server.ask("usage")
-                if step:  # the first one warms up
+                if step:  # the first step is the warm-up
                     speeds.append(num_slots * slot_bytes / (ended - began) / 1e9)
                     costs.append((after.cpu_seconds - before.cpu_seconds) / (num_slots * slot_bytes / 1e9))
                 peak_bytes = max(peak_bytes, after.peak_resident_bytes)
                 before = after
             seconds_a_gb[num_senders] = statistics.median(costs)
-            # Contributions that wait, one being assembled a stream, and a fragment of messages a stream in gRPC.
+            # Waiting contributions and, for each stream, one in assembly and a fragment's messages in gRPC.
             bound_bytes = num_slots * slot_bytes + num_senders * 3 * PIECE_BYTES
             growth_bytes = max(1, peak_bytes - resting_bytes)
             detail = (

@@ -1,8 +1,8 @@
 """The sides of bench-pipeline, all alive at once and taking turns of a few steps. Not a benchmark by itself.
 
-A machine's speed changes within a minute by more than what is to be told apart. So no side runs to its end before the
-next one begins: each computes a few steps, is frozen (SIGSTOP), and goes on when it is its turn again. A step during
-which a side was frozen does not count.
+A machine's speed changes within a minute by more than the differences to be measured. So no side runs to its end before
+the next one begins: each computes a few steps, is frozen (SIGSTOP), and continues at its next turn. A step during which
+a side was frozen does not count.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STEP_TIMEOUT_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Turn:
-    """A few steps in a row: the seconds and the bubble of each, the machines' bytes a step, and the losses by step."""
+    """A few consecutive steps: seconds and bubble of each, the machines' bytes a step, and the losses by step."""
 
     seconds: Sequence[float]
     bubbles: Sequence[float]
@@ -53,18 +53,18 @@ class Side(Protocol):
     """One way to train, running or frozen."""
 
     def turn(self, num_steps: int) -> Turn:
-        """Go on until `num_steps` steps were computed without a pause, after the one that was under way; freeze."""
+        """Finish the step under way, compute `num_steps` steps without a pause, and freeze."""
 
 
 def freeze(processes: Sequence[subprocess.Popen[str]]) -> None:
-    """Have processes take no step until they are thawed."""
+    """Stop processes until they are thawed."""
     for running in processes:
         running.send_signal(signal.SIGSTOP)
 
 
 @contextmanager
 def thawed(processes: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
-    """Processes that run during the block and are frozen after it."""
+    """Let processes run during the block, and freeze them after it."""
     for running in processes:
         running.send_signal(signal.SIGCONT)
     try:
@@ -74,8 +74,11 @@ def thawed(processes: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
 
 
 def bubble(workers: Sequence[Iterable[Span]]) -> float:
-    """The share of a step's time that the workers compute no pass, from the first pass's begin to the last one's end.
-    `workers` are the spans of each; those that are no passes do not count."""
+    """Compute the share of a step's time in which the workers compute no pass.
+
+    The time is from the begin of the first pass to the end of the last one. `workers` are the spans of each worker;
+    only spans of passes count.
+    """
     passes = [
         [(span.begin_us, span.begin_us + span.duration_us) for span in spans if span.kind in PASSES]
         for spans in workers
@@ -90,7 +93,7 @@ def bubble(workers: Sequence[Iterable[Span]]) -> float:
 
 
 class GradstreamSide:
-    """A job on a cluster of its own, of which the client is away while it is frozen."""
+    """A job on a cluster of its own. No client is connected while the cluster is frozen."""
 
     def __init__(
         self, network: Network, num_machines: int, address: str, job_id: str, processes: list[subprocess.Popen[str]]
@@ -127,7 +130,7 @@ class GradstreamSide:
         times = [step.time.timestamp() for step in steps]
         return Turn(
             [after - before for before, after in pairwise(times)],
-            # A timeline comes after its step, those of the last one perhaps in the next turn.
+            # A timeline comes after its step; the last step's timelines may come only in the next turn.
             [bubble(list(found.values())) for found in spans.values() if len(found) == self._num_machines],
             (end - begin) / num_steps,
             {step.step: step.loss for step in steps},
@@ -138,7 +141,7 @@ class GradstreamSide:
 def gradstream_side(
     recipe: Recipe, network: Network, num_machines: int, directory: Path
 ) -> Iterator[tuple[GradstreamSide, tuple[int, ...]]]:
-    """A cluster with the job under way, and where its stages end."""
+    """Start a cluster and the job; yield the side and the ends of the job's stages."""
     with cluster(network, num_machines, directory) as running:
         with Client(running.address) as client:
             job = client.submit(recipe)
@@ -152,8 +155,8 @@ def gradstream_side(
 
 
 def planned_ends(directory: Path, job_id: str, epoch: int) -> tuple[int, ...]:
-    """The first forward unit after each stage, as the frozen coordinator with its state in `directory` planned it."""
-    # Its state is its own while it lives; a copy is not.
+    """The first forward unit after each stage in the plan of the frozen coordinator with its state in `directory`."""
+    # The coordinator locks its state while it lives, so a copy is read.
     store = SqliteState(shutil.copytree(directory / "state", directory / "state-copy"))
     try:
         stored = store.load_plan(job_id, epoch)
@@ -168,7 +171,7 @@ def planned_ends(directory: Path, job_id: str, epoch: int) -> tuple[int, ...]:
 
 
 class TorchSide:
-    """The ranks of torch.distributed.pipelining; each prints a line of JSON a step."""
+    """The ranks of torch.distributed.pipelining. Each prints a line of JSON a step."""
 
     def __init__(self, network: Network, ranks: list[subprocess.Popen[str]]):
         self._network = network
@@ -203,7 +206,7 @@ class TorchSide:
 
 
 def _lines_of(running: subprocess.Popen[str]) -> queue.SimpleQueue[str]:
-    """The lines that a process prints as they come, and "" after the last one."""
+    """Queue the lines that a process prints as they come, and "" after the last one."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -227,7 +230,7 @@ def _spans(passes: Iterable[Sequence[Any]]) -> list[Span]:
 def torch_side(
     recipe: Recipe, stage_ends: Sequence[int], network: Network, num_machines: int, directory: Path, use_table: bool
 ) -> Iterator[TorchSide]:
-    """Ranks that have just started; with `use_table` they follow gradstream's table of the schedule."""
+    """Start the ranks. With `use_table` they follow gradstream's table of the schedule."""
     path = directory / "recipe.json"
     path.write_text(recipe.model_dump_json(), encoding="utf-8")
     port = free_port()
@@ -242,5 +245,5 @@ def torch_side(
             environment = {"GLOO_SOCKET_IFNAME": network.interface}
             ranks.append(stack.enter_context(process(command, environment, pipe=True)))
         yield TorchSide(network, ranks)
-        for running in ranks:  # they are frozen, and have steps left
+        for running in ranks:  # frozen, with steps left, so they do not end by themselves
             running.kill()

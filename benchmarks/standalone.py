@@ -1,8 +1,8 @@
 """A parameter server in a process of its own, without a coordinator, and processes that push to it and pull from it.
 
-What runs is what a cluster runs: the servicer, the shard and its thread pool on uvloop, the channels, the framing. Only
-the directives of a coordinator are replaced by commands over a pipe, and gradients by payloads encoded beforehand.
-Times are of CLOCK_MONOTONIC, which all processes of a machine share.
+The processes run the cluster's own code: the servicer, the shard and its thread pool on uvloop, the channels, the
+framing. Only two parts are replaced: the coordinator's directives by commands over a pipe, and gradients by payloads
+that were encoded beforehand. Times are of CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ _SLOT_TOKENS = 8
 
 
 def make_plan(codec: str, num_slots: int, num_layers: int = 4) -> Plan:
-    """A plan of one server: 4 MiB fragments, 16 MiB of embedding and 16 MiB a layer in fp32; its norms are a bundle of
-    a few KiB."""
+    """Make a plan of one server: 4 MiB fragments, 16 MiB of embedding and 16 MiB a layer in fp32.
+
+    The norms are one bundle of a few KiB.
+    """
     model = _MODEL | {"num_hidden_layers": num_layers}
     recipe = {
         "name": "transport",
@@ -103,7 +105,7 @@ def make_plan(codec: str, num_slots: int, num_layers: int = 4) -> Plan:
 
 
 def payloads_of(plan: Plan) -> list[Payload]:
-    """Every bundle's contribution of some gradient, encoded with the plan's push codec."""
+    """Encode a random gradient's contribution for every bundle with the plan's push codec."""
     generator = torch.Generator().manual_seed(1)
     return [np.concatenate(_encode(plan, item, generator)) for item in plan.bundles]
 
@@ -118,7 +120,7 @@ def _codec(plan: Plan, bundle: Bundle, codec: str) -> BundleCodec:
 
 
 def header_of(plan: Plan, slot: int, bundle: int, payload: Payload, crc32c: int, step: int = 0) -> Any:
-    """The header of a right contribution, for codecs of fixed size."""
+    """Make the header of a valid contribution, for codecs of fixed size."""
     held = plan.bundles[bundle]
     codec = _codec(plan, held, plan.recipe.codec.push)
     sizes = [each.encoded_bytes(item.shape) for each, item in zip(codec.codecs, held.fragments, strict=True)]
@@ -140,7 +142,7 @@ def header_of(plan: Plan, slot: int, bundle: int, payload: Payload, crc32c: int,
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process has used since its start, and its memory since the last look, in bytes and seconds."""
+    """A process's processor time in seconds since its start, and its memory in bytes now and at its peak."""
 
     cpu_seconds: float
     resident_bytes: int
@@ -151,7 +153,7 @@ class Child:
     """A process that answers commands: `function(connection)` runs in it until the pipe is closed."""
 
     def __init__(self, function: Callable[[Connection], None], name: str):
-        # spawn, never fork: gRPC has threads.
+        # spawn, never fork, because gRPC has threads.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=function, args=(theirs,), name=name, daemon=True)
@@ -163,7 +165,7 @@ class Child:
         self._pipe.send(command)
 
     def answer(self, timeout_seconds: float = ANSWER_SECONDS) -> Any:
-        """The answer to the oldest command without one. Raises RuntimeError when it failed or takes too long."""
+        """Receive the answer to the oldest open command. Raises RuntimeError when it failed or takes too long."""
         if not self._pipe.poll(timeout_seconds):
             raise RuntimeError(f"{self.process.name} did not answer in {timeout_seconds:.0f} s")
         ok, value = self._pipe.recv()
@@ -186,7 +188,7 @@ class Child:
 
 
 def _answer_commands(pipe: Connection, make_actor: Callable[[], Any]) -> Coroutine[Any, Any, None]:
-    """Run methods of an actor as the pipe names them, until it is closed."""
+    """Run the methods of an actor that the pipe names, until the pipe is closed."""
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
@@ -218,7 +220,7 @@ def _answer_commands(pipe: Connection, make_actor: Callable[[], Any]) -> Corouti
 
 
 class ServerActor:
-    """Commands of a server's process; `credentials` holds a directory for each role, None is in the clear."""
+    """Commands of a server's process. `credentials` holds a directory for each role; None means without TLS."""
 
     def __init__(self, credentials: Path | None = None) -> None:
         # As in gradstream.services.parameter_server.server.
@@ -246,7 +248,7 @@ class ServerActor:
             await self.shard.close("the benchmark is over")
 
     async def load(self, plan: Plan) -> str:
-        """Take up a plan; return the address."""
+        """Load a plan; return the server's address."""
         if self.shard is not None:
             await self.shard.close("another plan")
 
@@ -261,7 +263,7 @@ class ServerActor:
         return f"127.0.0.1:{self._port}"
 
     async def wait_added(self, num_slots: int) -> float:
-        """Wait until every bundle's sum holds so many slots; return when."""
+        """Wait until every bundle's sum holds `num_slots` slots; return the time."""
         shard = self.shard
         assert shard is not None
         while any(state.next_turn < state.turn(num_slots, 0) for state in shard.bundles.values()):
@@ -271,7 +273,7 @@ class ServerActor:
         return time.monotonic()
 
     async def wait_version(self, version: int) -> float:
-        """Wait until every bundle is published at a version; return when."""
+        """Wait until every bundle is published at a version; return the time."""
         shard = self.shard
         assert shard is not None
         while any(state.published_version < version for state in shard.bundles.values()):
@@ -281,7 +283,7 @@ class ServerActor:
         return time.monotonic()
 
     async def usage(self) -> Usage:
-        """What the process has used; the peak is since the call before."""
+        """The process's usage. The memory peak is since the previous call."""
         process = psutil.Process()
         times = process.cpu_times()
         status = Path("/proc/self/status").read_text()
@@ -296,7 +298,7 @@ class ServerActor:
 
 
 async def _count_bytes(messages: AsyncIterator[bytes], context: Any) -> bytes:
-    """What gRPC alone costs: messages are taken and dropped."""
+    """Take messages and drop them, to measure the cost of gRPC alone."""
     num_bytes = 0
     async for message in messages:
         num_bytes += len(message)
@@ -304,7 +306,7 @@ async def _count_bytes(messages: AsyncIterator[bytes], context: Any) -> bytes:
 
 
 def run_server(pipe: Connection, credentials: Path | None = None) -> None:
-    """A server's process."""
+    """Run a server's process."""
     uvloop.run(_answer_commands(pipe, partial(ServerActor, credentials)))
 
 
@@ -312,7 +314,7 @@ def run_server(pipe: Connection, credentials: Path | None = None) -> None:
 
 
 class SenderActor:
-    """Commands of a process that pushes and pulls, over any number of streams, each on a channel of its own."""
+    """Commands of a process that pushes and pulls over any number of streams, each on a channel of its own."""
 
     def __init__(self, credentials: Path | None = None) -> None:
         self._transport = Transport(credentials and credentials / "worker")
@@ -320,7 +322,7 @@ class SenderActor:
         self._channels: list[grpc.aio.Channel] = []
         self._parameters: list[list[torch.Tensor]] = []
         self._codecs: list[BundleCodec] = []
-        self._executor = ThreadPoolExecutor(1, "decode")  # as a worker's
+        self._executor = ThreadPoolExecutor(1, "decode")  # one thread, as in a worker
 
     async def start(self) -> None:
         """Nothing to prepare."""
@@ -330,7 +332,7 @@ class SenderActor:
             await channel.close(None)
 
     async def connect(self, address: str, plan: Plan, num_streams: int) -> None:
-        """Be ready to push a plan's contributions over so many streams."""
+        """Prepare to push a plan's contributions over `num_streams` streams."""
         for channel in self._channels:
             await channel.close(None)
         self._plan = plan
@@ -342,8 +344,10 @@ class SenderActor:
         await asyncio.gather(*(channel.channel_ready() for channel in self._channels))
 
     async def push(self, jobs: list[list[tuple[int, list[int]]]], piece_bytes: int, step: int = 0) -> float:
-        """Push on stream i the contributions of jobs[i] = [(slot, bundles), …]; return when it began, once all are
-        acknowledged."""
+        """Push on stream i the contributions of jobs[i] = [(slot, bundles), …].
+
+        Returns the time of the begin, once all are acknowledged.
+        """
         began = time.monotonic()
         await asyncio.gather(*(self._push_one(number, job, piece_bytes, step) for number, job in enumerate(jobs)))
         return began
@@ -374,7 +378,7 @@ class SenderActor:
             changed.set()
 
     async def push_bare(self, num_bytes: int, piece_bytes: int) -> tuple[float, float]:
-        """Send so many bytes to a method that drops them; return when it began and ended."""
+        """Send `num_bytes` bytes to a method that drops them; return the times of begin and end."""
         piece = bytes(piece_bytes)
 
         async def messages() -> AsyncIterator[bytes]:
@@ -388,7 +392,7 @@ class SenderActor:
         return began, time.monotonic()
 
     async def pull(self, min_version: int) -> tuple[float, float]:
-        """Pull a version as a worker does and decode it into parameters; return when it began and ended."""
+        """Pull a version as a worker does and decode it into parameters; return the times of begin and end."""
         plan = self._plan
         if not self._parameters:
             self._parameters = [[torch.zeros(item.num_elements) for item in held.fragments] for held in plan.bundles]
@@ -421,6 +425,6 @@ class SenderActor:
 
 
 def run_sender(pipe: Connection, credentials: Path | None = None) -> None:
-    """A sender's process."""
+    """Run a sender's process."""
     torch.set_num_threads(1)
     uvloop.run(_answer_commands(pipe, partial(SenderActor, credentials)))

@@ -1,8 +1,9 @@
 """bench-step: a data-parallel step of gradstream against PyTorch DDP on gloo, in the same run.
 
-Same model, initial weights, samples, optimizer and clipping; one thread a worker. Each machine runs one worker and one
-parameter server, the coordinator a machine of its own (it is not in the step's path). A step's time is the median over
-the timed steps, after a warm-up; bytes are those that the interfaces counted over the timed steps.
+Both sides have the same model, initial weights, samples, optimizer and clipping, and one thread a worker. Each machine
+runs one worker and one parameter server; the coordinator, which is not in the step's path, has a machine of its own. A
+step's time is the median over the timed steps, after a warm-up. Bytes are counted by the interfaces over the timed
+steps.
 
     make bench-step                                      # all cases
     python benchmarks/step.py --only loopback_2w_10m     # one; a prefix is enough
@@ -95,12 +96,12 @@ PAIRS = {
     "124m": ["int8/delta-int8", "int4/delta-int4"],
 }
 AUTO_SEARCH_STEPS = 3 * (TRIAL_STEPS + 1)
-"""Steps that `auto` may take to settle; they belong to its warm-up."""
+"""Steps that `auto` may take to settle. They belong to its warm-up."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one side did."""
+    """The result of one side."""
 
     step_seconds: float
     step_bytes: float
@@ -116,7 +117,7 @@ def main() -> None:
     cases = chosen("step", named([SMOKE] if arguments.smoke else CASES), arguments.only)
     for pair in arguments.codec or ():
         check_pair(pair)
-    # So that `timeout` and `kill` end the cluster and the namespaces too.
+    # Makes `timeout` and `kill` end the cluster and the namespaces too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="gradstream-bench-") as temporary:
@@ -132,7 +133,7 @@ def main() -> None:
 
 
 def compare(case: Case, data: Path, temporary: Path, codecs: list[str] | None, with_ddp: bool) -> list[Result]:
-    """Run both sides on one network; one result a codec pair, and one for DDP's own fp16 hook."""
+    """Run both sides on one network; return one result a codec pair, and one for DDP's own fp16 hook."""
     with network_of(case.network, case.num_workers) as network:
         rivals = {}
         if with_ddp:
@@ -166,7 +167,7 @@ def compare(case: Case, data: Path, temporary: Path, codecs: list[str] | None, w
 
 
 def check_pair(pair: str) -> None:
-    """End with one line for a pair that is none, before anything runs."""
+    """End the process with one line on stderr if a codec pair is invalid, before anything runs."""
     parts = pair.split("/")
     try:
         if len(parts) != 2:
@@ -177,7 +178,7 @@ def check_pair(pair: str) -> None:
 
 
 def say(case: Case, name: str, timing: Timing) -> None:
-    """Progress, on stderr."""
+    """Print progress on stderr."""
     print(
         f"{case.name} {name}: {timing.step_seconds * 1e3:.0f} ms a step, {timing.step_bytes / 1e6:.2f} MB a machine, "
         f"loss {timing.loss:.5f}",
@@ -193,7 +194,7 @@ def network_of(name: str, num_machines: int) -> Network:
 
 
 def recipe_of(case: Case, data: Path, temporary: Path, pair: str) -> Recipe:
-    """The recipe that both sides follow; `pair` is push/pull."""
+    """Make the recipe that both sides follow. `pair` is push/pull."""
     push, pull = pair.split("/")
     return parse_recipe(
         {
@@ -286,10 +287,9 @@ class Cluster:
 
 @contextmanager
 def cluster(network: Network, num_machines: int, root: Path, num_servers: int | None = None) -> Iterator[Cluster]:
-    """A coordinator, a worker on each machine, and a server on each or on the first `num_servers`, up and running until
-    the block ends.
+    """Run a coordinator, a worker on each machine, and a server on each or on the first `num_servers`, for the block.
 
-    Under `root`: the coordinator's state in `state`, and what each process logs.
+    `root` has the coordinator's state in `state`, and the log of each process.
     """
     with ExitStack() as stack:
         processes: list[subprocess.Popen[str]] = []
@@ -327,7 +327,7 @@ def cluster(network: Network, num_machines: int, root: Path, num_servers: int | 
 def process(
     command: list[str], environment: dict[str, str], pipe: bool = False, log: Path | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process that ends with the block."""
+    """Run a process until the block ends."""
     output = subprocess.PIPE if pipe else open(log, "w", encoding="utf-8") if log else None  # noqa: SIM115
     running = subprocess.Popen(
         command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output, text=True,
@@ -345,7 +345,7 @@ def process(
 
 
 def await_file(path: Path, timeout_seconds: float = 120.0) -> str:
-    """Look every 20 ms until a process has written its ready file; return its line."""
+    """Check every 20 ms until a process has written its ready file; return the file's line."""
     deadline = time.monotonic() + timeout_seconds
     while not path.exists():
         if time.monotonic() > deadline:

@@ -1,9 +1,9 @@
 """The rival of bench-pipeline: one process of torch.distributed.pipelining on gloo. Not a benchmark by itself.
 
-It trains what gradstream trains: the same stages, initial weights, microbatches, schedule, optimizer, clipping and
-learning rates. A tied embedding is on two stages; their gradients are added up once a step, as Megatron-LM does it.
-Each rank prints one line of JSON a step: {"step": …, "seconds": …, "loss": …, "grad_norm": …, "passes": …}, the passes
-as a list of [kind, begin, duration, stage, microbatch] in microseconds. Only the last rank has the loss.
+It trains as gradstream does, with the same stages, initial weights, microbatches, schedule, optimizer, clipping and
+learning rates. A tied embedding is on two stages; its gradients are added up once a step, as in Megatron-LM. Each rank
+prints one line of JSON a step: {"step": …, "seconds": …, "loss": …, "grad_norm": …, "passes": …}. The passes are a list
+of [kind, begin, duration, stage, microbatch] in microseconds. Only the last rank has the loss.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class Passes:
         self._passes.append((str(kind), begin_us, end_ns // 1000 - begin_us, stage, microbatch))
 
     def take(self) -> list[Pass]:
-        """What was recorded, once."""
+        """Remove and return the recorded passes."""
         taken, self._passes = self._passes, []
         return taken
 
 
 class TimedStage(PipelineStage):
-    """torch's stage with its passes recorded. What it waits for is outside of them, in the schedule."""
+    """torch's stage, with its passes recorded. Waiting happens in the schedule, outside of the passes."""
 
     def __init__(self, module: nn.Module, index: int, num_stages: int, passes: Passes):
         super().__init__(module, index, num_stages, torch.device("cpu"))
@@ -92,7 +92,7 @@ class TimedStage(PipelineStage):
 
 
 class RoundedStage(nn.Module):
-    """A stage that receives and gives activations of another type, so that they travel as that, gradients too."""
+    """A stage whose activations and gradients are exchanged in another type."""
 
     def __init__(self, stage: StageModule, dtype: torch.dtype):
         super().__init__()
@@ -100,13 +100,13 @@ class RoundedStage(nn.Module):
         self._dtype = dtype
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
-        """As StageModule's; token ids and logits stay what they are."""
+        """Compute as StageModule does. Token ids and logits keep their type."""
         result: torch.Tensor = self.stage(received if self.stage.first else received.float())
         return result if self.stage.last else result.to(self._dtype)
 
 
 class Rank:
-    """One rank's stages, what it trains them with, and its schedule."""
+    """One rank's stages, optimizer and schedule."""
 
     def __init__(self, recipe: Recipe, rank: int, stage_ends: Sequence[int], use_table: bool):
         training, self._recipe = recipe.training, recipe
@@ -123,7 +123,7 @@ class Rank:
         for (name, _), (_, parameter) in found.items():
             parameter.data.copy_(weights[name])
         tied = set((getattr(stages[0].model, "all_tied_weights_keys", None) or {}).values())
-        # In the order of the names, which is the same on both ranks.
+        # Sorted by name, so the order is the same on both ranks.
         self._tied = [found[key][1] for key in sorted(found) if key[0] in tied]
         self._tied_group = dist.new_group([0, self._num_ranks - 1])
         self._modules = nn.ModuleList(stages)
@@ -143,7 +143,7 @@ class Rank:
         self._num_losses = 0
 
     def step(self, step: int, tokens_BT: torch.Tensor) -> tuple[float, float]:
-        """Train one step on the whole batch; return the loss, which only the last rank knows, and the norm."""
+        """Train one step on the whole batch; return the loss, which only the last rank has, and the gradient norm."""
         recipe = self._recipe
         losses: list[torch.Tensor] = []
         self._num_losses = 0
@@ -164,11 +164,11 @@ class Rank:
         return sum(float(loss.detach()) for loss in losses), float(norm)
 
     def take_passes(self) -> list[Pass]:
-        """The passes of the step that is over."""
+        """Remove and return the passes of the last step."""
         return self._passes.take()
 
     def _loss(self, logits_BTV: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
-        """A microbatch's part of the mean over all target tokens of the step."""
+        """Compute a microbatch's part of the mean loss over all target tokens of the step."""
         # Losses come in the order of the microbatches.
         with self._passes.timed(SpanKind.FORWARD, len(self._own) * self._num_ranks - 1, self._num_losses):
             self._num_losses += 1
@@ -183,7 +183,7 @@ class Rank:
 
 
 def stage_segments(recipe: Recipe, stage_ends: Sequence[int]) -> list[range]:
-    """The segments of each stage, whose ends are given in forward units as a plan has them."""
+    """The segments of each stage. `stage_ends` are in forward units, as in a plan."""
     every = segments_of(build(recipe.model.config, "meta"))
     ends = [sum(all(unit < end for unit in segment.units) for segment in every) for end in stage_ends]
     return [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
@@ -196,7 +196,7 @@ def make_torch_schedule(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     use_table: bool,
 ) -> Any:
-    """torch's own schedule of the recipe's name, or with `use_table` its runtime with gradstream's table."""
+    """Make torch's own schedule by the recipe's name, or with `use_table` torch's runtime with gradstream's table."""
     name, num_chunks = recipe.pipeline.schedule, recipe.pipeline.chunks
     common: dict[str, Any] = {"n_microbatches": num_microbatches, "loss_fn": loss, "scale_grads": False}
     single: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -249,7 +249,7 @@ def main() -> None:
     dist.barrier()
     ended = time.perf_counter()
     for step in range(training.num_steps):
-        # Steps follow each other at once, so the time from end to end holds all that a step takes.
+        # Steps follow each other at once, so the time from end to end is the whole time of a step.
         began = ended
         loss, norm = rank.step(step, torch.from_numpy(reader.batch(step, training.slot_batch).tokens))
         ended = time.perf_counter()

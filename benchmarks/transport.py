@@ -1,10 +1,10 @@
-"""bench-transport: the push path (socket to accumulated fp32) and the pull path (to module parameters), each against a
-raw TCP loopback copy of the same bytes.
+"""bench-transport: the push path (socket to accumulated fp32) and the pull path (to module parameters) against raw TCP.
 
-The server and each sender are processes of their own (standalone.py), the rival is `sendall` and `recv_into` between
-two processes with calls of the same size. In every round each of them moves the same bytes once, in turns; the median
-of the rounds' ratios is reported. A push is over when every contribution is in the sum, a pull when it is decoded.
-Beside them, what gRPC alone makes of messages that are built before and dropped after, and what TLS costs.
+The server and each sender are processes of their own (standalone.py). The rival copies the same bytes over loopback
+with `sendall` and `recv_into` between two processes, in calls of the same size. In every round both move the same bytes
+once, in turns; the median of the rounds' ratios is reported. A push is over when every contribution is in the sum, a
+pull when it is decoded. Further figures: gRPC alone, with messages that are built before and dropped after, and the
+cost of TLS.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TARGET = 0.45
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """The size of the measurement."""
 
     num_rounds: int = 7
     num_layers: int = 4
@@ -53,7 +53,7 @@ SMOKE = Size(1, 1)
 
 
 class RawTcp:
-    """The rival: bytes from this process into the memory of another one."""
+    """The rival: copies bytes from this process into the memory of another one."""
 
     def __init__(self, max_bytes: int):
         context = multiprocessing.get_context("spawn")
@@ -64,7 +64,7 @@ class RawTcp:
         self._source = memoryview(bytearray(os.urandom(max_bytes)))
 
     def seconds(self, num_bytes: int, piece_bytes: int) -> float:
-        """Seconds to copy `num_bytes`."""
+        """Measure the seconds to copy `num_bytes`."""
         self._pipe.send((num_bytes, piece_bytes))
         self._pipe.recv()
         began = time.monotonic()
@@ -115,7 +115,7 @@ class Bench:
         self.use(codec)
 
     def use(self, codec: str) -> None:
-        """Begin anew with another codec."""
+        """Load a new plan with another codec."""
         self.codec = codec
         self.plan = make_plan(codec, NUM_SLOTS, self._size.num_layers)
         self.num_bytes = sum(payload.nbytes for payload in payloads_of(self.plan))
@@ -125,7 +125,7 @@ class Bench:
             sender.ask("connect", address, self.plan, 1)
 
     def push(self, num_senders: int, piece_bytes: int) -> float:
-        """Seconds in which a slot's contributions, dealt to the senders, come into the sum."""
+        """Measure the seconds until a slot's contributions, divided among the senders, are in the sum."""
         bundles = list(range(len(self.plan.bundles)))
         senders = self._senders[:num_senders]
         for number, sender in enumerate(senders):
@@ -136,28 +136,28 @@ class Bench:
         return ended - began
 
     def pull(self) -> float:
-        """Seconds in which a sender pulls all the weights."""
+        """Measure the seconds in which a sender pulls all weights."""
         began, ended = self._senders[0].ask("pull", 0)
         return float(ended - began)
 
     def bare(self, piece_bytes: int) -> float:
-        """Seconds in which gRPC alone moves as many bytes, in messages that are built already and then dropped."""
+        """Measure the seconds in which gRPC alone moves as many bytes, in prebuilt messages that are dropped."""
         began, ended = self._senders[0].ask("push_bare", self.num_bytes, piece_bytes)
         return float(ended - began)
 
     def seconds(self, case: Case) -> float:
-        """Seconds of one round of a case."""
+        """Measure the seconds of one round of a case."""
         if case.path == "push":
             return self.push(case.num_senders, case.piece_bytes)
         return self.pull() if case.path == "pull" else self.bare(case.piece_bytes)
 
     def compare(self, case: Case) -> Result:
-        """The ratio to the rival."""
+        """Measure a case; return its ratio to the rival."""
         ratios, speeds, rivals = [], [], []
         for number in range(self._size.num_rounds + 1):
             ours = self.seconds(case)
             rival = self.raw.seconds(self.num_bytes, case.piece_bytes)
-            if number:  # the first one warms up
+            if number:  # the first round is the warm-up
                 ratios.append(rival / ours)
                 speeds.append(self.num_bytes / ours / 1e9)
                 rivals.append(self.num_bytes / rival / 1e9)
@@ -171,7 +171,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Case:
-    """One figure of the path in the clear."""
+    """One figure of the path without TLS."""
 
     name: str
     path: Literal["push", "pull", "bare"]
@@ -182,7 +182,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """Every figure, in the order in which they are measured: those of a codec together."""
+    """All cases in the order of measurement: those of the same codec together."""
     by_piece = [Case(f"push_fp32_1_sender_{piece >> 10}_kib", "push", piece_bytes=piece) for piece in PIECES_BYTES]
     name = f"{PIECE_BYTES >> 10}_kib"
     return [
@@ -232,7 +232,7 @@ def main() -> None:
 
 
 def _compare_tls(stack: ExitStack, directory: Path, names: list[str], size: Size) -> dict[str, Result]:
-    """What TLS and the tokens cost: the same path with credentials against the one in the clear, in turns."""
+    """Measure the cost of TLS and tokens: the same path with credentials against the path without, in turns."""
     with Authority.init(directory / "authority", directory / "coordinator" / "tokens.json") as authority:
         for role in ("server", "worker"):
             authority.issue(role, role, directory=directory / role)
@@ -246,7 +246,7 @@ def _compare_tls(stack: ExitStack, directory: Path, names: list[str], size: Size
         ratios, speeds = [], []
         for number in range(size.num_rounds + 1):
             seconds = [bench.push(1, PIECE_BYTES) if path == "push" else bench.pull() for bench in benches]
-            if number:  # the first one warms up
+            if number:  # the first round is the warm-up
                 ratios.append(seconds[0] / seconds[1])
                 speeds.append(benches[1].num_bytes / seconds[1] / 1e9)
         ratio = statistics.median(ratios)

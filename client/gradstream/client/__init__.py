@@ -53,10 +53,12 @@ from gradstream.client._types import (
     Pipeline,
     ServerMemory,
     Step,
+    StepBreakdown,
     StepMetrics,
     Validation,
     Wait,
     WatchItem,
+    WorkerTimes,
 )
 from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_fine_tuning_recipe
 from gradstream.core.recipe.loading import load_recipe
@@ -107,12 +109,14 @@ __all__ = [
     "SpanKind",
     "StaleEpochError",
     "Step",
+    "StepBreakdown",
     "StepMetrics",
     "Timeline",
     "UnreachableError",
     "Validation",
     "Wait",
     "WatchItem",
+    "WorkerTimes",
     "chrome_trace",
     "default_address",
     "default_fine_tuning_address",

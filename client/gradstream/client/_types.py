@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -184,6 +184,57 @@ class Pipeline(_Value):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerTimes(_Value):
+    """Where a worker's time goes, in seconds a step (see `StepBreakdown`), its slots a step and its links' rates."""
+
+    worker: str
+    num_slots: float
+    compute_seconds: float
+    weights_seconds: float
+    send_seconds: float
+    slots_seconds: float
+    servers_seconds: float
+    other_seconds: float
+    push_bytes_per_second: float
+    pull_bytes_per_second: float
+
+    @classmethod
+    def from_proto(cls, message: jobs_pb2.WorkerTimes) -> WorkerTimes:
+        """The times that a message describes."""
+        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class StepBreakdown(_Value):
+    """Where the time of a job's last steps went, in seconds a step: means over steps and workers.
+
+    A step is passes of the model, waiting for weights that are under way, contributions that are sent after the last
+    pass, waiting for the slots of slower workers, the servers' commit, and the rest.
+    """
+
+    num_steps: int
+    step_seconds: float
+    compute_seconds: float
+    weights_seconds: float
+    send_seconds: float
+    slots_seconds: float
+    servers_seconds: float
+    other_seconds: float
+    slowest_worker: str
+    """Empty when no worker is clearly slower."""
+    slowest_link: str
+    """The worker whose link costs it most, with its rates; empty when links cost next to nothing."""
+    advice: str
+    workers: tuple[WorkerTimes, ...]
+
+    @classmethod
+    def from_proto(cls, message: jobs_pb2.StepBreakdown) -> StepBreakdown:
+        """The breakdown that a message describes."""
+        plain = {field.name: getattr(message, field.name) for field in fields(cls) if field.name != "workers"}
+        return cls(**plain, workers=tuple(WorkerTimes.from_proto(worker) for worker in message.workers))
+
+
+@dataclass(frozen=True, slots=True)
 class Job(_Value):
     """A job: its state, its progress and what it waits for."""
 
@@ -218,6 +269,8 @@ class Job(_Value):
     server_memory: tuple[ServerMemory, ...]
     pipeline: Pipeline | None
     """None for a job without a pipeline, and before its plan."""
+    step_breakdown: StepBreakdown | None
+    """None before a step was measured."""
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.Job) -> Job:
@@ -258,6 +311,9 @@ class Job(_Value):
             codecs=message.codecs,
             server_memory=tuple(ServerMemory.from_proto(memory) for memory in message.server_memory),
             pipeline=Pipeline.from_proto(message.pipeline) if message.HasField("pipeline") else None,
+            step_breakdown=(
+                StepBreakdown.from_proto(message.step_breakdown) if message.HasField("step_breakdown") else None
+            ),
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gradstream.core.telemetry.timeline import MAX_SPANS, SpanKind
 from gradstream.core.telemetry.timeline import Timeline as Reported
-from gradstream.worker.timeline import Timeline, clock_ns
+from gradstream.worker.timeline import RawSpan, Timeline, clock_ns, step_times
 
 
 def reported(timeline: Timeline) -> Reported:
@@ -103,3 +103,29 @@ def test_a_span_costs_less_than_two_microseconds() -> None:
             timeline.add(SpanKind.SEND, clock_ns(), clock_ns(), 1, 2, 3)
         best = min(best, (time.perf_counter() - begin) / 1000)
     assert best < 2e-6
+
+
+def test_a_period_is_divided_by_what_the_worker_did() -> None:
+    ms = 1_000_000
+    spans: list[RawSpan] = [
+        (SpanKind.WAIT, 10 * ms, 40 * ms, 2, None, 0, None, None),
+        (SpanKind.COMPUTE, 40 * ms, 200 * ms, 2, None, 0, None, None),
+        (SpanKind.ENCODE, 150 * ms, 151 * ms, 2, 0, 8, None, None),
+        (SpanKind.SEND, 150 * ms, 260 * ms, 2, 0, 1000, None, None),
+        (SpanKind.WAIT, 200 * ms, 300 * ms, None, None, 0, None, None),
+    ]
+    found = step_times(spans, 0, 300 * ms)
+    assert found is not None
+    assert (found.period_us, found.compute_us, found.weights_us) == (300_000, 160_000, 30_000)
+    assert (found.send_us, found.rest_us, found.num_slots) == (60_000, 40_000, 1)
+    assert found.push_bytes_per_second == pytest.approx(1000 / 0.110)
+    assert step_times([], 0, ms) is None
+    assert step_times([*spans, (SpanKind.VALIDATE, 0, ms, 2, None, 0, None, None)], 0, 300 * ms) is None
+
+
+def test_work_is_kept_where_there_are_too_many_spans() -> None:
+    timeline = Timeline()
+    for number in range(MAX_SPANS + 10):
+        timeline.add(SpanKind.SEND, number, number + 1, item=number)
+    timeline.add(SpanKind.COMPUTE, 0, 5, 1)
+    assert timeline.take()[-1][0] is SpanKind.COMPUTE

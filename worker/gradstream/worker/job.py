@@ -44,7 +44,7 @@ from gradstream.worker.push import Pusher
 from gradstream.worker.residuals import ResidualKeeper
 from gradstream.worker.samples.readers import Readers
 from gradstream.worker.status import Reports, Status
-from gradstream.worker.timeline import Timeline, measure
+from gradstream.worker.timeline import Timeline, clock_ns, measure
 from gradstream.worker.weights import Inbox, WeightInstaller
 
 log = get_logger()
@@ -189,6 +189,7 @@ class WorkerJob:
             self._reports,
         )
         upcoming: asyncio.Task[Inbox] | None = None
+        begun_ns: int | None = None  # when the version at hand arrived, while the worker is at work all the time
         try:
             while True:
                 if not self._held.slots:
@@ -196,6 +197,7 @@ class WorkerJob:
                     upcoming = None
                     continue
                 if upcoming is None:
+                    begun_ns = None
                     upcoming = asyncio.create_task(self._puller.next(self.plan.start_version))
                     names = ", ".join(server.name for server in self.plan.servers)
                     await self._status.wait(f"weights from {names}", asyncio.wait([upcoming]))
@@ -203,7 +205,9 @@ class WorkerJob:
                 taken = self._timeline.take()
                 measured = measure(taken) if is_tuned(self.plan.recipe.codec) else None
                 upcoming = asyncio.create_task(self._puller.next(inbox.version + 1, inbox.version, measured))
-                self._reports.timeline(taken, self.version)
+                now_ns = clock_ns()
+                self._reports.timeline(taken, self.version, None if begun_ns is None else (begun_ns, now_ns))
+                begun_ns = now_ns
                 if not await self._work(model, runner, inbox, upcoming) and self._held.slots:
                     await _cancelled(upcoming)
                     upcoming = None

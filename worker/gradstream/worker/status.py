@@ -121,21 +121,21 @@ class Reports:
         )
         self._session.report_later(partial(self._session.stub.ReportValidation, report, timeout=UNARY_TIMEOUT_SECONDS))
 
-    def timeline(self, taken: list[RawSpan], version: int) -> None:
-        """Report the timeline of a version that is over. Best effort: it is sent once and may be lost."""
+    def timeline(self, taken: list[RawSpan], version: int, period_ns: tuple[int, int] | None) -> None:
+        """Report the timeline and period of a version that is over. Best effort: it is sent once and may be lost."""
         late = self._timeline_report is not None and not self._timeline_report.done()
         # While an earlier report is under way this one is dropped: steps can be faster than the coordinator.
         if version >= 0 and taken and not late:
-            self._timeline_report = asyncio.create_task(self._send_timeline(taken, version))
+            self._timeline_report = asyncio.create_task(self._send_timeline(taken, version, period_ns))
 
-    async def _send_timeline(self, taken: list[RawSpan], version: int) -> None:
+    async def _send_timeline(self, taken: list[RawSpan], version: int, period_ns: tuple[int, int] | None) -> None:
         plan = self._plan
         if version + 1 < plan.num_steps:
             # The weights that the worker waits for are more urgent. After the last step the worker waits for none, and
             # the job may end before they have arrived.
             await self._puller.settled()
         report = await asyncio.to_thread(
-            self._timeline.report, taken, plan.job_id, plan.epoch, version, self._session.node_id
+            self._timeline.report, taken, plan.job_id, plan.epoch, version, self._session.node_id, period_ns
         )
         try:
             await self._session.stub.ReportTimeline(report, timeout=UNARY_TIMEOUT_SECONDS)

@@ -19,6 +19,9 @@ from gradstream.proto.v1 import parameter_server_pb2 as pb
 clock_ns = time.perf_counter_ns
 """The monotonic clock of `begin_ns` and `end_ns`, in nanoseconds."""
 
+WORK = (SpanKind.COMPUTE, SpanKind.VALIDATE, SpanKind.WAIT)
+"""The kinds of spans of the compute thread: a few for each slot."""
+
 RawSpan = tuple[SpanKind, int, int, int | None, int | None, int, int | None, int | None]
 """A recorded span: the fields of Span, but with begin and end in nanoseconds of `clock_ns`."""
 
@@ -43,8 +46,11 @@ class Timeline:
         stage: int | None = None,
         microbatch: int | None = None,
     ) -> None:
-        """Record a span by its two times on `clock_ns`. Spans after the first MAX_SPANS of a version are dropped."""
-        if len(self._spans) < MAX_SPANS:
+        """Record a span by its two times on `clock_ns`.
+
+        Of the spans after the first MAX_SPANS of a version only those of WORK are kept, and they are not reported.
+        """
+        if len(self._spans) < (MAX_SPANS if kind not in WORK else 2 * MAX_SPANS):
             self._spans.append((kind, begin_ns, end_ns, slot, item, num_bytes, stage, microbatch))
 
     @contextmanager
@@ -89,9 +95,18 @@ class Timeline:
         return [self._spans.popleft() for _ in range(len(self._spans))]
 
     def report(
-        self, taken: list[RawSpan], job_id: str, epoch: int, version: int, node_id: str
+        self,
+        taken: list[RawSpan],
+        job_id: str,
+        epoch: int,
+        version: int,
+        node_id: str,
+        period_ns: tuple[int, int] | None = None,
     ) -> coordinator_pb2.ReportTimelineRequest:
-        """Make the report of taken spans. It costs a few milliseconds, so call it in a thread."""
+        """Make the report of taken spans. It costs a few milliseconds, so call it in a thread.
+
+        `period_ns` is begin and end of the version on `clock_ns`; None if the worker was not at work all the time.
+        """
         spans = []
         for kind, begin_ns, end_ns, slot, item, num_bytes, stage, microbatch in taken[:MAX_SPANS]:
             # Both times are rounded the same way, so adjacent spans stay adjacent.
@@ -106,7 +121,30 @@ class Timeline:
             spans=[span.to_proto() for span in spans],
             communication_us=communication_us,
             hidden_us=hidden_us,
+            times=step_times(taken, *period_ns) if period_ns is not None else None,
         )
+
+
+def step_times(taken: Sequence[RawSpan], begin_ns: int, end_ns: int) -> coordinator_pb2.StepTimes | None:
+    """Divide the period of a version by what the worker did. Returns None when it computed nothing, or validated."""
+    passes = [span for span in taken if span[0] is SpanKind.COMPUTE]
+    if not passes or any(span[0] is SpanKind.VALIDATE for span in taken):
+        return None
+    compute_ns = sum(end - begin for begin, end in union([(begin, end) for _, begin, end, *_ in passes]))
+    weights_ns = sum(end - begin for kind, begin, end, slot, *_ in taken if kind is SpanKind.WAIT and slot is not None)
+    computed_ns = max(end for _, _, end, *_ in passes)
+    sent_ns = max((end for kind, _, end, *_ in taken if kind is SpanKind.SEND), default=computed_ns)
+    sent_ns = min(max(sent_ns, computed_ns), end_ns)
+    return coordinator_pb2.StepTimes(
+        period_us=max(0, end_ns - begin_ns) // 1000,
+        compute_us=compute_ns // 1000,
+        weights_us=weights_ns // 1000,
+        send_us=max(0, sent_ns - computed_ns) // 1000,
+        rest_us=max(0, end_ns - sent_ns) // 1000,
+        push_bytes_per_second=_bytes_per_second(taken, SpanKind.SEND),
+        pull_bytes_per_second=_bytes_per_second(taken, SpanKind.RECEIVE),
+        num_slots=len({slot for kind, _, _, slot, *_ in taken if kind is SpanKind.ENCODE}),
+    )
 
 
 def measure(taken: Sequence[RawSpan]) -> pb.LinkMeasurement | None:

@@ -19,6 +19,7 @@ import typer
 
 from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, RecipeArgument, find_recipe
 from gradstream.coordinator.cli.views import terminal
+from gradstream.coordinator.cli.views.step_times import step_line
 
 if TYPE_CHECKING:
     from gradstream.client import AsyncClient, Job
@@ -358,6 +359,8 @@ def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
             f"validation loss: {job.initial_validation_loss:.4f} before, {job.validation_loss:.4f} after "
             f"{job.version} steps (nats a token)"
         )
+    if job.step_breakdown is not None:
+        terminal.print_line(f"a step took:     {step_line(job.step_breakdown)}")
     terminal.print_line(f"loss curve:      {picture}")
     terminal.print_line(f"model:           {exported}")
     terminal.print_line(f"checkpoints:     {Path(job.run_directory) / 'checkpoints'}")

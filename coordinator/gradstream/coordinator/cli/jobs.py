@@ -19,6 +19,7 @@ from gradstream.coordinator.cli.options import (
     open_client,
 )
 from gradstream.coordinator.cli.views import terminal
+from gradstream.coordinator.cli.views.step_times import step_line
 
 if TYPE_CHECKING:
     from gradstream.client import Client, Job, Node, Pipeline, ServerMemory
@@ -196,6 +197,10 @@ def job_view(job: Job, nodes: list[Node]) -> Any:
         row("parameters", f"{terminal.format_count(job.num_parameters)} ({job.num_parameters})")
     if job.codecs:
         row("codecs", job.codecs)
+    if job.step_breakdown is not None:
+        row("a step takes", step_line(job.step_breakdown))
+        if not job.state.ended:
+            row("", job.step_breakdown.advice)
     if job.hidden_share is not None:
         row("overlap", f"communication hidden by compute: {terminal.format_share(job.hidden_share)}")
     if job.pipeline is not None:

@@ -10,6 +10,7 @@ import typer
 
 from gradstream.coordinator.cli.options import CoordinatorOption, NewestJobArgument, open_client
 from gradstream.coordinator.cli.views import terminal
+from gradstream.coordinator.cli.views.step_times import print_step_table, step_line
 
 if TYPE_CHECKING:
     from gradstream.client import Pipeline, Timeline
@@ -42,11 +43,16 @@ def trace(
         require("`gradstream trace --gantt`", "plot")
     with open_client(coordinator) as client:
         timelines = client.timeline(job_id)
-        pipeline = client.job(timelines[0].job_id).pipeline if gantt is not None else None
+        job = client.job(timelines[0].job_id)
     if gantt is not None:
-        _write_gantt(gantt, timelines, pipeline)
+        _write_gantt(gantt, timelines, job.pipeline)
     if gantt is None or to is not None:
         _write_trace(to if to is not None else Path(f"{timelines[0].job_id}-trace.json"), timelines)
+    if job.step_breakdown is not None:
+        print()
+        print_step_table(job.step_breakdown)
+        terminal.print_line(f"a step takes {step_line(job.step_breakdown)}")
+        terminal.print_line(job.step_breakdown.advice)
 
 
 def _write_trace(path: Path, timelines: list[Timeline]) -> None:

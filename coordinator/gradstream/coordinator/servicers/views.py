@@ -11,6 +11,7 @@ from gradstream.coordinator.jobs.plan_making import waits_for_nodes
 from gradstream.coordinator.jobs.residuals import standing
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
 from gradstream.coordinator.state.state import JobRecord
+from gradstream.coordinator.telemetry.step_times import breakdown
 from gradstream.coordinator.timing import unix_ms
 from gradstream.core.job_states import PAUSED, PLANNING, QUEUED, RUNNING, STATE_WORDS
 from gradstream.core.plan.leases import slots_text
@@ -66,6 +67,9 @@ class Views:
         hidden_share = self._controller.timelines.share(record.job_id)
         if hidden_share is not None:
             message.hidden_share = hidden_share
+        steps = self._controller.timelines.steps(record.job_id)
+        if steps is not None and (found := breakdown(steps, recipe.codec, recipe.training.num_slots)) is not None:
+            message.step_breakdown.CopyFrom(found)
         plan = active.plan_message if active is not None else self._last_plan(record, recipe)
         if plan is not None and plan.stage_ends:
             message.pipeline.CopyFrom(self._pipeline(record.job_id, plan))

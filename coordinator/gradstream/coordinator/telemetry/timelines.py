@@ -10,6 +10,7 @@ All of a job's happens in order, in threads. The event loop hands over records a
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 import threading
 import zlib
@@ -23,6 +24,7 @@ from google.protobuf.message import DecodeError
 
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.telemetry.pipeline_timeline import Bubble, Run, measure, runs
+from gradstream.coordinator.telemetry.step_times import StepWindow
 from gradstream.core.errors import ProtocolError, UnreachableError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.storage.pool import CALL_SECONDS, StorageThreads
@@ -62,8 +64,16 @@ def check_timeline(report: coordinator_pb2.ReportTimelineRequest, num_steps: int
         wrong = "it has a span of an unknown kind"
     elif any(span.begin_unix_us >= _MAX_US or span.duration_us >= _MAX_US for span in report.spans):
         wrong = "it has a span outside of all time"
+    elif not _possible(report.times):
+        wrong = "its step times are no times"
     if wrong:
         raise ProtocolError(f"the timeline of {report.node_id[:100]} cannot be right: {wrong}")
+
+
+def _possible(times: coordinator_pb2.StepTimes) -> bool:
+    parts = (times.compute_us, times.weights_us, times.send_us, times.rest_us)
+    rates = (times.push_bytes_per_second, times.pull_bytes_per_second)
+    return max(*parts, times.period_us) < _MAX_US and all(math.isfinite(rate) and rate >= 0 for rate in rates)
 
 
 @dataclass
@@ -140,6 +150,8 @@ class TimelineFiles:
         """Hidden communication as a share of all over the timelines kept; None while there is none."""
         self.bubble: Bubble | None = None
         """Share of their time in which a pipeline's workers waited; None while there is none."""
+        self.steps = StepWindow()
+        """Where the time of the last steps went."""
         self._directory = directory
         self._files: list[_RecordFile] | None = None
         self._window = _Window()
@@ -221,6 +233,8 @@ class TimelineFiles:
         self.share = window.hidden_us / window.communication_us if window.communication_us else None
         self._pipeline.add(record)
         self.bubble = self._pipeline.bubble
+        if timeline.HasField("times"):
+            self.steps.add(record.worker, timeline.epoch, timeline.version, timeline.times)
 
     @staticmethod
     def _drop_old(files: list[_RecordFile]) -> None:
@@ -278,6 +292,11 @@ class Timelines:
         """Share of their time in which the workers of the job's pipeline waited, if it was loaded and there is one."""
         files = self._jobs.get(job_id)
         return files.bubble if files is not None else None
+
+    def steps(self, job_id: str) -> StepWindow | None:
+        """Where the time of the job's last steps went, if that was loaded."""
+        files = self._jobs.get(job_id)
+        return files.steps if files is not None else None
 
     async def load(self, record: JobRecord) -> None:
         """Read what is on disk of a job, unless that was done. Where its storage does not answer, what is known has to

@@ -1052,6 +1052,7 @@ class ReportTimelineRequest(_message.Message):
     SPANS_FIELD_NUMBER: _builtins.int
     COMMUNICATION_US_FIELD_NUMBER: _builtins.int
     HIDDEN_US_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
@@ -1068,6 +1069,12 @@ class ReportTimelineRequest(_message.Message):
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
         """At most 4096; the first ones are kept."""
 
+    @_builtins.property
+    def times(self) -> Global___StepTimes:
+        """Where the version's time went. Absent where the worker was not at work all the time, and where a validation pass
+        was part of the version.
+        """
+
     def __init__(
         self,
         *,
@@ -1078,14 +1085,69 @@ class ReportTimelineRequest(_message.Message):
         spans: _abc.Iterable[Global___Span] | None = ...,
         communication_us: _builtins.int = ...,
         hidden_us: _builtins.int = ...,
+        times: Global___StepTimes | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_times", b"_times", "times", b"times"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_times", b"_times", "communication_us", b"communication_us", "epoch", b"epoch", "hidden_us", b"hidden_us", "job_id", b"job_id", "node_id", b"node_id", "spans", b"spans", "times", b"times", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__times: _TypeAlias = _typing.Literal["times"]  # noqa: Y015
+    _WhichOneofArgType__times: _TypeAlias = _typing.Literal["_times", b"_times"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__times) -> _WhichOneofReturnType__times | None: ...
+
+Global___ReportTimelineRequest: _TypeAlias = ReportTimelineRequest  # noqa: Y015
+
+@_typing.final
+class StepTimes(_message.Message):
+    """Where a worker's time went from one version to the next, in microseconds. The parts do not overlap; what is left of
+    the period is reading samples and the like.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERIOD_US_FIELD_NUMBER: _builtins.int
+    COMPUTE_US_FIELD_NUMBER: _builtins.int
+    WEIGHTS_US_FIELD_NUMBER: _builtins.int
+    SEND_US_FIELD_NUMBER: _builtins.int
+    REST_US_FIELD_NUMBER: _builtins.int
+    PUSH_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    PULL_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
+    period_us: _builtins.int
+    """From the arrival of one version to the arrival of the next."""
+    compute_us: _builtins.int
+    """Passes of the model. In a pipeline, waiting for neighbours between them is included."""
+    weights_us: _builtins.int
+    """The compute thread waiting for weights that are under way."""
+    send_us: _builtins.int
+    """From the end of the last pass to the acknowledgement of the worker's last contribution."""
+    rest_us: _builtins.int
+    """From there to the next version: other workers' slots, and the servers' commit."""
+    push_bytes_per_second: _builtins.float
+    """Payload bytes a second while contributions were under way; 0 when there were none."""
+    pull_bytes_per_second: _builtins.float
+    """Payload bytes a second while weights were under way; 0 when there were none."""
+    num_slots: _builtins.int
+    """Slots that it computed."""
+    def __init__(
+        self,
+        *,
+        period_us: _builtins.int = ...,
+        compute_us: _builtins.int = ...,
+        weights_us: _builtins.int = ...,
+        send_us: _builtins.int = ...,
+        rest_us: _builtins.int = ...,
+        push_bytes_per_second: _builtins.float = ...,
+        pull_bytes_per_second: _builtins.float = ...,
+        num_slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["communication_us", b"communication_us", "epoch", b"epoch", "hidden_us", b"hidden_us", "job_id", b"job_id", "node_id", b"node_id", "spans", b"spans", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "num_slots", b"num_slots", "period_us", b"period_us", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "rest_us", b"rest_us", "send_us", b"send_us", "weights_us", b"weights_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ReportTimelineRequest: _TypeAlias = ReportTimelineRequest  # noqa: Y015
+Global___StepTimes: _TypeAlias = StepTimes  # noqa: Y015
 
 @_typing.final
 class ReportTimelineResponse(_message.Message):

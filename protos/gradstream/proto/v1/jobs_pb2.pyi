@@ -129,6 +129,7 @@ class Job(_message.Message):
     SERVER_MEMORY_FIELD_NUMBER: _builtins.int
     CODECS_FIELD_NUMBER: _builtins.int
     PIPELINE_FIELD_NUMBER: _builtins.int
+    STEP_BREAKDOWN_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Identity: the recipe's name and a number."""
     name: _builtins.str
@@ -199,6 +200,10 @@ class Job(_message.Message):
     def pipeline(self) -> Global___Pipeline:
         """Its stages and how much of their time workers wait; absent for a job without a pipeline and before its plan."""
 
+    @_builtins.property
+    def step_breakdown(self) -> Global___StepBreakdown:
+        """Where the time of the last steps went; absent before it was measured."""
+
     def __init__(
         self,
         *,
@@ -231,10 +236,11 @@ class Job(_message.Message):
         server_memory: _abc.Iterable[Global___ServerMemory] | None = ...,
         codecs: _builtins.str = ...,
         pipeline: Global___Pipeline | None = ...,
+        step_breakdown: Global___StepBreakdown | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_validation_loss", b"_validation_loss", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "loss", b"loss", "pipeline", b"pipeline", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_step_breakdown", b"_step_breakdown", "_validation_loss", b"_validation_loss", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "loss", b"loss", "pipeline", b"pipeline", "step_breakdown", b"step_breakdown", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_validation_loss", b"_validation_loss", "codecs", b"codecs", "decisions", b"decisions", "ended_unix_ms", b"ended_unix_ms", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "job_id", b"job_id", "loss", b"loss", "name", b"name", "num_parameters", b"num_parameters", "num_samples", b"num_samples", "num_skipped", b"num_skipped", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pipeline", b"pipeline", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "reason", b"reason", "recipe_json", b"recipe_json", "run_directory", b"run_directory", "server_memory", b"server_memory", "slot_holders", b"slot_holders", "state", b"state", "submitted_unix_ms", b"submitted_unix_ms", "tokens_per_second", b"tokens_per_second", "validation_loss", b"validation_loss", "version", b"version", "waits", b"waits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_step_breakdown", b"_step_breakdown", "_validation_loss", b"_validation_loss", "codecs", b"codecs", "decisions", b"decisions", "ended_unix_ms", b"ended_unix_ms", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "job_id", b"job_id", "loss", b"loss", "name", b"name", "num_parameters", b"num_parameters", "num_samples", b"num_samples", "num_skipped", b"num_skipped", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pipeline", b"pipeline", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "reason", b"reason", "recipe_json", b"recipe_json", "run_directory", b"run_directory", "server_memory", b"server_memory", "slot_holders", b"slot_holders", "state", b"state", "step_breakdown", b"step_breakdown", "submitted_unix_ms", b"submitted_unix_ms", "tokens_per_second", b"tokens_per_second", "validation_loss", b"validation_loss", "version", b"version", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eta_seconds: _TypeAlias = _typing.Literal["eta_seconds"]  # noqa: Y015
     _WhichOneofArgType__eta_seconds: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds"]  # noqa: Y015
@@ -244,6 +250,8 @@ class Job(_message.Message):
     _WhichOneofArgType__initial_validation_loss: _TypeAlias = _typing.Literal["_initial_validation_loss", b"_initial_validation_loss"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__step_breakdown: _TypeAlias = _typing.Literal["step_breakdown"]  # noqa: Y015
+    _WhichOneofArgType__step_breakdown: _TypeAlias = _typing.Literal["_step_breakdown", b"_step_breakdown"]  # noqa: Y015
     _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
     _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
     @_typing.overload
@@ -255,9 +263,137 @@ class Job(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_breakdown) -> _WhichOneofReturnType__step_breakdown | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_loss) -> _WhichOneofReturnType__validation_loss | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class StepBreakdown(_message.Message):
+    """Where the time of a job's last steps went, in seconds a step: means over steps and workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_SECONDS_FIELD_NUMBER: _builtins.int
+    SEND_SECONDS_FIELD_NUMBER: _builtins.int
+    SLOTS_SECONDS_FIELD_NUMBER: _builtins.int
+    SERVERS_SECONDS_FIELD_NUMBER: _builtins.int
+    OTHER_SECONDS_FIELD_NUMBER: _builtins.int
+    SLOWEST_WORKER_FIELD_NUMBER: _builtins.int
+    SLOWEST_LINK_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    num_steps: _builtins.int
+    """Steps that were measured."""
+    step_seconds: _builtins.float
+    """A step's duration: the sum of all parts."""
+    compute_seconds: _builtins.float
+    """Passes of the model."""
+    weights_seconds: _builtins.float
+    """Waiting for weights that are under way."""
+    send_seconds: _builtins.float
+    """Contributions that are encoded and sent after the last pass."""
+    slots_seconds: _builtins.float
+    """Waiting for the slots of slower workers."""
+    servers_seconds: _builtins.float
+    """Commit, update and publication on the servers, with the network's delay."""
+    other_seconds: _builtins.float
+    """The rest: reading samples and the like."""
+    slowest_worker: _builtins.str
+    """The worker for which the others wait longest; empty when no worker is clearly slower."""
+    slowest_link: _builtins.str
+    """The worker whose link costs it most, with its rates, for people; empty when links cost next to nothing."""
+    advice: _builtins.str
+    """What would make steps faster, for people."""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerTimes]:
+        """The same for each worker."""
+
+    def __init__(
+        self,
+        *,
+        num_steps: _builtins.int = ...,
+        step_seconds: _builtins.float = ...,
+        compute_seconds: _builtins.float = ...,
+        weights_seconds: _builtins.float = ...,
+        send_seconds: _builtins.float = ...,
+        slots_seconds: _builtins.float = ...,
+        servers_seconds: _builtins.float = ...,
+        other_seconds: _builtins.float = ...,
+        slowest_worker: _builtins.str = ...,
+        slowest_link: _builtins.str = ...,
+        advice: _builtins.str = ...,
+        workers: _abc.Iterable[Global___WorkerTimes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "compute_seconds", b"compute_seconds", "num_steps", b"num_steps", "other_seconds", b"other_seconds", "send_seconds", b"send_seconds", "servers_seconds", b"servers_seconds", "slots_seconds", b"slots_seconds", "slowest_link", b"slowest_link", "slowest_worker", b"slowest_worker", "step_seconds", b"step_seconds", "weights_seconds", b"weights_seconds", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepBreakdown: _TypeAlias = StepBreakdown  # noqa: Y015
+
+@_typing.final
+class WorkerTimes(_message.Message):
+    """A worker's part of a StepBreakdown, in seconds a step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_SECONDS_FIELD_NUMBER: _builtins.int
+    SEND_SECONDS_FIELD_NUMBER: _builtins.int
+    SLOTS_SECONDS_FIELD_NUMBER: _builtins.int
+    SERVERS_SECONDS_FIELD_NUMBER: _builtins.int
+    OTHER_SECONDS_FIELD_NUMBER: _builtins.int
+    PUSH_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    PULL_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """Its name."""
+    num_slots: _builtins.float
+    """Slots a step, on average."""
+    compute_seconds: _builtins.float
+    """Passes of the model."""
+    weights_seconds: _builtins.float
+    """Waiting for weights that are under way."""
+    send_seconds: _builtins.float
+    """Contributions that are encoded and sent after the last pass."""
+    slots_seconds: _builtins.float
+    """Waiting for the slots of slower workers."""
+    servers_seconds: _builtins.float
+    """Commit, update and publication on the servers."""
+    other_seconds: _builtins.float
+    """The rest."""
+    push_bytes_per_second: _builtins.float
+    """Payload bytes a second while contributions were under way."""
+    pull_bytes_per_second: _builtins.float
+    """Payload bytes a second while weights were under way."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        num_slots: _builtins.float = ...,
+        compute_seconds: _builtins.float = ...,
+        weights_seconds: _builtins.float = ...,
+        send_seconds: _builtins.float = ...,
+        slots_seconds: _builtins.float = ...,
+        servers_seconds: _builtins.float = ...,
+        other_seconds: _builtins.float = ...,
+        push_bytes_per_second: _builtins.float = ...,
+        pull_bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "num_slots", b"num_slots", "other_seconds", b"other_seconds", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "send_seconds", b"send_seconds", "servers_seconds", b"servers_seconds", "slots_seconds", b"slots_seconds", "weights_seconds", b"weights_seconds", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerTimes: _TypeAlias = WorkerTimes  # noqa: Y015
 
 @_typing.final
 class Pipeline(_message.Message):

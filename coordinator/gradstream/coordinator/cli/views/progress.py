@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
+from gradstream.coordinator.cli.views.step_times import step_line
 
 if TYPE_CHECKING:
     from gradstream.client import Job
@@ -64,7 +65,8 @@ class ProgressView:
                 place=place,
             )
             # Two lines, or three: one alone is cut off on a terminal of 80 columns.
-            lines = [Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in (facts, wait) if line]
+            where = f"a step takes {step_line(job.step_breakdown)}" if job.step_breakdown is not None else ""
+            lines = [Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in (facts, where, wait) if line]
             self._live.update(Group(self._progress, *lines))
             return
         text = "  ".join(filter(None, (f"{job.job_id} {job.state}", place, facts, wait)))

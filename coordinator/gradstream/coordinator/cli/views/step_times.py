@@ -1,0 +1,62 @@
+"""Where a step's time goes, on one line and as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradstream.coordinator.cli.views import terminal
+
+if TYPE_CHECKING:
+    from gradstream.client import StepBreakdown
+
+SMALL_SHARE = 0.005
+"""Parts below this share of a step are left out of the line."""
+
+
+def step_line(found: StepBreakdown) -> str:
+    """A step's duration and its parts in percent, with whom each part is about."""
+    slots = f" (of {found.slowest_worker})" if found.slowest_worker else ""
+    link = f"; slowest link {found.slowest_link}" if found.slowest_link else ""
+    parts = [
+        ("compute", found.compute_seconds),
+        ("weights", found.weights_seconds),
+        ("send", found.send_seconds),
+        (f"others' slots{slots}", found.slots_seconds),
+        ("servers", found.servers_seconds),
+        ("other", found.other_seconds),
+    ]
+    whole = found.step_seconds or 1.0
+    shown = [f"{name} {100 * seconds / whole:.0f} %" for name, seconds in parts if seconds / whole >= SMALL_SHARE]
+    return f"{seconds_text(found.step_seconds)}: {', '.join(shown)}{link}"
+
+
+def print_step_table(found: StepBreakdown) -> None:
+    """Each worker's seconds a step, by part, and its links."""
+    terminal.print_table(
+        ["WORKER", ">SLOTS", ">COMPUTE", ">WEIGHTS", ">SEND", ">OTHERS' SLOTS", ">SERVERS", ">OTHER", ">UP", ">DOWN"],
+        [
+            (
+                worker.worker,
+                f"{worker.num_slots:.3g}",
+                *(
+                    seconds_text(seconds)
+                    for seconds in (
+                        worker.compute_seconds,
+                        worker.weights_seconds,
+                        worker.send_seconds,
+                        worker.slots_seconds,
+                        worker.servers_seconds,
+                        worker.other_seconds,
+                    )
+                ),
+                terminal.format_bit_rate(worker.push_bytes_per_second),
+                terminal.format_bit_rate(worker.pull_bytes_per_second),
+            )
+            for worker in found.workers
+        ],
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    """1.23 s, or 45 ms."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"

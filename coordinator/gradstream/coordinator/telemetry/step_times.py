@@ -1,0 +1,203 @@
+"""Where a step's time goes: from the workers' StepTimes to means over the last steps, and what would help.
+
+A worker knows when its last contribution was acknowledged and when the next version arrived. Between the two it waits
+for the slots of other workers and for the servers' commit. The worker that waits least is the one that the others wait
+for: its wait is the servers' part, and what the others wait longer is the slots' part. No clocks are compared.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from gradstream.core.recipe.recipe import CodecConfig
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+
+NUM_STEPS = 32
+NUM_OPEN_STEPS = 2
+"""The newest steps, of which reports still come in."""
+MAX_WORKERS = 1024
+NOTABLE_SHARE = 0.1
+"""Below this share of a step a cause is not named."""
+COARSER = {"fp32": "bf16", "fp32-zstd": "int8", "bf16-zstd": "int8", "bf16": "int8", "int8": "int4"}
+"""By push codec, the next one that halves the bytes or more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Seconds of a step by cause. They add up to the step."""
+
+    compute: float = 0.0
+    weights: float = 0.0
+    send: float = 0.0
+    slots: float = 0.0
+    servers: float = 0.0
+    other: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """The step's duration."""
+        return self.compute + self.weights + self.send + self.slots + self.servers + self.other
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """A worker's means: its parts, slots a step, and payload bytes a second up and down."""
+
+    name: str
+    parts: Parts
+    num_slots: float
+    push_bytes_per_second: float
+    pull_bytes_per_second: float
+
+
+class StepWindow:
+    """The StepTimes of the last steps, by worker."""
+
+    def __init__(self) -> None:
+        self._steps: OrderedDict[tuple[int, int], dict[str, coordinator_pb2.StepTimes]] = OrderedDict()
+        self._found: list[WorkerParts] | None = None
+
+    def add(self, worker: str, epoch: int, version: int, times: coordinator_pb2.StepTimes) -> None:
+        """Take a worker's times of a version. Steps of an epoch that was replaced are forgotten."""
+        newest = next(reversed(self._steps), (0, 0))
+        if epoch < newest[0]:
+            return
+        if epoch > newest[0]:
+            self._steps.clear()
+        step = self._steps.setdefault((epoch, version), {})
+        if worker in step or len(step) < MAX_WORKERS:
+            step[worker] = times
+        while len(self._steps) > NUM_STEPS + NUM_OPEN_STEPS:
+            self._steps.popitem(last=False)
+        self._found = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that are measured."""
+        return len(_whole(list(self._steps.values())))
+
+    def workers(self) -> list[WorkerParts]:
+        """Means over the steps of which all workers have reported, by worker."""
+        if self._found is None:
+            self._found = means(list(self._steps.values()))
+        return self._found
+
+
+def _whole(steps: Sequence[Mapping[str, coordinator_pb2.StepTimes]]) -> list[Mapping[str, coordinator_pb2.StepTimes]]:
+    """The steps of which reports came from as many workers as of any, without the newest. A worker that cannot report
+    as fast as it computes leaves steps out."""
+    over = list(steps[:-NUM_OPEN_STEPS])
+    most = max(map(len, over), default=0)
+    return [step for step in over if len(step) == most]
+
+
+def means(steps: Sequence[Mapping[str, coordinator_pb2.StepTimes]]) -> list[WorkerParts]:
+    """Each worker's means over `steps`, oldest first; the workers in the order of their names."""
+    found: dict[str, list[tuple[Parts, coordinator_pb2.StepTimes]]] = {}
+    for step in _whole(steps):
+        servers = min(times.rest_us for times in step.values())
+        for worker, times in step.items():
+            known = times.compute_us + times.weights_us + times.send_us + times.rest_us
+            parts = Parts(
+                times.compute_us / 1e6,
+                times.weights_us / 1e6,
+                times.send_us / 1e6,
+                (times.rest_us - servers) / 1e6,
+                servers / 1e6,
+                max(0, times.period_us - known) / 1e6,
+            )
+            found.setdefault(worker, []).append((parts, times))
+    return [
+        WorkerParts(
+            worker,
+            mean([parts for parts, _ in entries]),
+            sum(times.num_slots for _, times in entries) / len(entries),
+            sum(times.push_bytes_per_second for _, times in entries) / len(entries),
+            sum(times.pull_bytes_per_second for _, times in entries) / len(entries),
+        )
+        for worker, entries in sorted(found.items())
+    ]
+
+
+def mean(parts: Sequence[Parts]) -> Parts:
+    """The mean of each part."""
+    return Parts(*(sum(getattr(each, field.name) for each in parts) / len(parts) for field in fields(Parts)))
+
+
+def slowest_worker(workers: Sequence[WorkerParts]) -> WorkerParts | None:
+    """The worker for whose slots the others wait; None where they wait for none a notable time."""
+    if len(workers) < 2:
+        return None
+    slowest = min(workers, key=lambda worker: worker.parts.slots)
+    others = mean([worker.parts for worker in workers if worker is not slowest])
+    return slowest if others.slots >= NOTABLE_SHARE * others.total else None
+
+
+def slowest_link(workers: Sequence[WorkerParts]) -> WorkerParts | None:
+    """The worker whose step its link makes longest; None where links cost nobody a notable time."""
+    slowest = max(workers, key=lambda worker: worker.parts.weights + worker.parts.send, default=None)
+    if slowest is None or slowest.parts.weights + slowest.parts.send < NOTABLE_SHARE * slowest.parts.total:
+        return None
+    return slowest
+
+
+def advise(workers: Sequence[WorkerParts], codec: CodecConfig, num_slots: int) -> tuple[str, str]:
+    """(the part that most deserves a change, what to do about it for people)."""
+    parts = mean([worker.parts for worker in workers])
+    causes = {"link": parts.weights + parts.send, "slots": parts.slots, "servers": parts.servers}
+    cause = max(causes, key=lambda name: causes[name])
+    if causes[cause] < NOTABLE_SHARE * parts.total:
+        more = f"more workers (up to {num_slots} share a step)" if len(workers) < num_slots else "faster workers"
+        return "compute", f"compute sets the pace: {more} would help"
+    if cause == "link":
+        coarser = COARSER.get(codec.push)
+        help_ = f"codec.push={coarser} sends half the bytes" if coarser else "a larger training.global_batch sends less"
+        return cause, f"the network sets the pace: {help_}"
+    slowest = slowest_worker(workers)
+    if cause == "slots" and slowest is not None:
+        others = mean([worker.parts for worker in workers if worker is not slowest])
+        return cause, (
+            f"the others wait for {slowest.name}, which computes {slowest.parts.compute:.2f} s a step where they "
+            f"compute {others.compute:.2f} s: more slots (training.num_slots) share the work more evenly"
+        )
+    if cause == "slots":
+        return cause, "workers wait for each other in turn: more microbatches a slot even out their times"
+    return cause, "the servers set the pace: another parameter server would help"
+
+
+def breakdown(window: StepWindow, codec: CodecConfig, num_slots: int) -> jobs_pb2.StepBreakdown | None:
+    """What status shows of a window; None before a step was measured."""
+    workers = window.workers()
+    if not workers:
+        return None
+    parts = mean([worker.parts for worker in workers])
+    slowest, link = slowest_worker(workers), slowest_link(workers)
+    return jobs_pb2.StepBreakdown(
+        num_steps=window.num_steps,
+        step_seconds=parts.total,
+        **_seconds(parts),
+        slowest_worker=slowest.name if slowest is not None else "",
+        slowest_link=_link(link) if link is not None else "",
+        advice=advise(workers, codec, num_slots)[1],
+        workers=[
+            jobs_pb2.WorkerTimes(
+                worker=worker.name,
+                num_slots=worker.num_slots,
+                **_seconds(worker.parts),
+                push_bytes_per_second=worker.push_bytes_per_second,
+                pull_bytes_per_second=worker.pull_bytes_per_second,
+            )
+            for worker in workers
+        ],
+    )
+
+
+def _seconds(parts: Parts) -> dict[str, float]:
+    return {f"{field.name}_seconds": getattr(parts, field.name) for field in fields(Parts)}
+
+
+def _link(worker: WorkerParts) -> str:
+    up, down = (rate * 8 / 1e6 for rate in (worker.push_bytes_per_second, worker.pull_bytes_per_second))
+    return f"{worker.name}: {up:.3g} Mb/s up, {down:.3g} Mb/s down"

@@ -1,7 +1,7 @@
-"""A Docker engine, a base image and wheels for the test of the cluster: taken where they are, made where they are not.
+"""Provides a Docker engine, a base image and wheels for the test of the cluster: uses existing ones, or makes them.
 
-An engine that this module starts keeps everything in a directory of its own, and is ended by its process id. A base
-image that it makes consists of Debian's packages alone, so no image registry is needed.
+An engine that this module starts keeps all its files in a directory of its own, and is ended by its process id. A base
+image that this module makes consists of Debian's packages alone, so no image registry is needed.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBIAN = "debian"
-"""As a base image: one made here, of packages of this release."""
+"""The name that means: make the base image here, from Debian's packages of this release."""
 DEBIAN_RELEASE = "bookworm"
 DEBIAN_IMAGE = f"gradstream-base:{DEBIAN_RELEASE}"
 START_SECONDS = 60.0
 
 
 class CannotRunError(Exception):
-    """The test cannot run here; one line says why and what to do."""
+    """The test cannot run here. The message is one line with the reason and the remedy."""
 
 
 def say(text: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     print(text, flush=True)
 
 
 class Docker:
-    """An engine's command line. Its errors are CannotRunError or CalledProcessError with all that was printed."""
+    """An engine's command line."""
 
     def __init__(self, program: str, environment: dict[str, str]):
         self.program = program
         self.environment = {**os.environ, **environment}
 
     def run(self, *arguments: str, check: bool = True, timeout_seconds: float = 900.0) -> str:
-        """Run `docker ARGUMENTS`; its stdout. Raises AssertionError with its output when it fails."""
+        """Run `docker ARGUMENTS`; return its stdout. Raises AssertionError with its output when it fails."""
         return run([self.program, *arguments], self.environment, check, timeout_seconds)
 
 
@@ -53,7 +53,7 @@ def run(
     timeout_seconds: float = 900.0,
     stdin: str | None = None,
 ) -> str:
-    """Run a command in the repository; its stdout. Raises AssertionError with its output when it fails."""
+    """Run a command in the repository; return its stdout. Raises AssertionError with its output when it fails."""
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -72,10 +72,10 @@ def run(
 
 
 def apt_install(*packages: str) -> None:
-    """Install Debian's packages. Raises CannotRunError where that cannot be."""
+    """Install Debian packages. Raises CannotRunError when that is impossible."""
     wanted = " ".join(packages)
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise CannotRunError(f"{wanted} would have to be installed, which needs root and apt-get; install it yourself")
+        raise CannotRunError(f"{wanted} is missing, and installing it needs root and apt-get; install it yourself")
     say(f"      installing Debian's {wanted}")
     run(["apt-get", "update", "-q"], check=False)
     try:
@@ -88,9 +88,9 @@ def apt_install(*packages: str) -> None:
 
 @contextmanager
 def engine(directory: Path) -> Iterator[Docker]:
-    """The engine that runs here, else one of Debian's started in `directory` and ended at the end.
+    """Yield the running engine or, if none runs, one of Debian's that runs in `directory` until the block ends.
 
-    Raises CannotRunError when there is none and none can be started.
+    Raises CannotRunError when no engine runs and none can be started.
     """
     for program in dict.fromkeys(filter(None, (shutil.which("docker"), "/usr/bin/docker"))):
         if Path(program).exists() and subprocess.run([program, "info"], capture_output=True).returncode == 0:
@@ -111,7 +111,7 @@ def _own_engine(directory: Path) -> Iterator[Docker]:
     directory.mkdir(parents=True, exist_ok=True)
     socket = f"unix://{directory}/docker.sock"
     places = ["--data-root", f"{directory}/data", "--exec-root", f"{directory}/exec", "--pidfile", f"{directory}/pid"]
-    # A client with BuildKit may be first on the PATH; Debian's engine has none.
+    # A client with BuildKit may be first on the PATH, but Debian's engine has no BuildKit.
     docker = Docker("/usr/bin/docker", {"DOCKER_HOST": socket, "DOCKER_BUILDKIT": "0", "COMPOSE_DOCKER_CLI_BUILD": "0"})
     log = directory / "dockerd.log"
     with log.open("ab") as stream:
@@ -141,7 +141,7 @@ def _own_engine(directory: Path) -> Iterator[Docker]:
 
 
 def compose_command(docker: Docker) -> list[str]:
-    """Compose v2 where there is one, else docker-compose. Raises CannotRunError when there is neither."""
+    """Find Compose v2, else docker-compose. Raises CannotRunError when there is neither."""
     plugin = [docker.program, "compose"]
     if subprocess.run([*plugin, "version"], env=docker.environment, capture_output=True).returncode == 0:
         return plugin
@@ -151,7 +151,7 @@ def compose_command(docker: Docker) -> list[str]:
 
 
 def base_image(docker: Docker, wanted: str, directory: Path) -> str:
-    """The name of the base image: `wanted`, or one made of Debian's packages. Raises CannotRunError."""
+    """Return the name of the base image: `wanted`, or one made of Debian's packages. Raises CannotRunError."""
     if wanted != DEBIAN:
         return wanted
     if docker.run("images", "-q", DEBIAN_IMAGE).strip():
@@ -167,10 +167,10 @@ def base_image(docker: Docker, wanted: str, directory: Path) -> str:
 
 
 def fill_wheels(directory: Path) -> int:
-    """Put the wheels that the images need into `directory`; how many there are.
+    """Download the wheels that the images need into `directory`; return their number.
 
-    What this function has put there before is replaced when the requirements change; a folder that somebody filled is
-    left alone.
+    Wheels from an earlier call are replaced when the requirements change. A folder that was filled by hand is left
+    unchanged.
     """
     requirements = run([sys.executable, "deploy/image.py", "requirements", "pyproject.toml", "all"]).splitlines()
     lock = (ROOT / "requirements.lock").read_text()
@@ -183,12 +183,12 @@ def fill_wheels(directory: Path) -> int:
             wheel.unlink()
         torch = [line for line in lock.splitlines() if line.startswith("torch==")]
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]
-        # As for the Dockerfile: where PyTorch's wheels come from, unless from where pip looks anyway.
+        # As in the Dockerfile, TORCH_INDEX names another index for PyTorch's wheels than pip's default.
         index = ["--extra-index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
         try:
             run([*pip, *index, "-d", str(directory), "-c", "requirements.lock", *torch, "hatchling", *requirements])
         except AssertionError as error:
-            raise CannotRunError(f"the wheels cannot be had: {str(error).strip().splitlines()[-1]}") from None
+            raise CannotRunError(f"the wheels cannot be downloaded: {str(error).strip().splitlines()[-1]}") from None
         stamp.write_text(wanted)
     return len(list(directory.glob("*.whl")))
 

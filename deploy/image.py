@@ -1,4 +1,4 @@
-"""What the Dockerfile asks of Python: which packages an image gets, and what of them it can do without.
+"""Helper of the Dockerfile: chooses the packages of an image, and removes files that the image does not need.
 
 python3 image.py requirements PYPROJECT light|all    the project's requirements, one a line; light: what the command
                                                      line needs to talk to a cluster and to make credentials
@@ -18,7 +18,7 @@ TORCH_KEPT_PROGRAMS = ("torch_shm_manager",)
 
 
 def requirements(pyproject: Path, which: str) -> list[str]:
-    """Requirements of the project: light are those without an extra, all those with every extra but dev's."""
+    """List the project's requirements: "light" means those without an extra, "all" those of every extra but dev."""
     project = tomllib.loads(pyproject.read_text())["project"]
     light: list[str] = project["dependencies"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
@@ -26,14 +26,14 @@ def requirements(pyproject: Path, which: str) -> list[str]:
 
 
 def pip_settings(wheels: Path, place: str) -> str:
-    """The contents of a pip.conf; `place` is where `wheels` will be."""
+    """Make the contents of a pip.conf. `place` is the path at which pip will find `wheels`."""
     if not any(wheels.glob("*.whl")):
         return "[global]\n"
     return f"[global]\nno-index = true\nfind-links = {place}\n"
 
 
 def superfluous(venv: Path) -> Iterator[Path]:
-    """Directories and files that no service uses."""
+    """Find directories and files that no service uses."""
     for packages in venv.glob("lib/python3.*/site-packages"):
         torch = packages / "torch"
         yield from (torch / name for name in TORCH_NEEDS_NOT)

@@ -1,9 +1,11 @@
-"""The docker-compose cluster, for real: `make test-compose`. Needs 10 GiB of disk; about ten minutes on two cores.
+"""End-to-end test of the docker-compose cluster: `make test-compose`.
 
-It builds the images, starts the cluster and uses it as a person does, with the CLI outside of the containers. A job is
-trained undisturbed; then with a worker killed in the middle; then with the whole cluster taken down and started again
-in the middle: all must end with the same bits. It is not part of `pytest`, since it needs a Docker engine: it starts
-one itself where none runs and Debian's can be installed, and fails, saying so, where not.
+It needs 10 GiB of disk, and takes about ten minutes on two cores. It builds the images, starts the cluster and uses it
+as a person does, with the CLI outside of the containers. A job is trained undisturbed; then with a worker killed in the
+middle; then with the whole cluster taken down and started again in the middle. All must end with the same bits.
+
+The test is not part of `pytest`, because it needs a Docker engine. If none runs it starts Debian's, if that can be
+installed, and otherwise fails with a message.
 """
 
 from __future__ import annotations
@@ -62,16 +64,16 @@ class Cluster:
         }
 
     def compose(self, *arguments: str, check: bool = True) -> str:
-        """Run compose; its stdout."""
+        """Run compose; return its stdout."""
         return run([*self._compose, *arguments], self.docker.environment, check)
 
     def cli(self, *arguments: str, stdin: str | None = None, credentials: Path | None = None) -> str:
-        """Run the CLI outside of the containers, in the repository; its stdout."""
+        """Run the CLI outside of the containers, in the repository; return its stdout."""
         command = [sys.executable, "-m", "gradstream.coordinator.cli", *arguments]
         return run(command, self._cli | _shown(credentials), stdin=stdin, timeout_seconds=JOB_SECONDS)
 
     def refusal(self, *arguments: str, credentials: Path | None = None) -> str:
-        """The one line on stderr that the CLI outside ends with; empty when it was not refused."""
+        """Run the CLI outside of the containers; return its one line on stderr, empty if the command succeeds."""
         command = [sys.executable, "-m", "gradstream.coordinator.cli", *arguments]
         environment = self._cli | _shown(credentials)
         result = subprocess.run(
@@ -84,7 +86,7 @@ class Cluster:
         return result.stderr.strip()
 
     def last_line(self, service: str, *options: str, command: Sequence[str] = ()) -> str:
-        """What a container of a service that must end at once says last: what `docker compose logs` shows of it."""
+        """Run a container of a service that must end at once; return its last line in `docker compose logs`."""
         image, network = f"gradstream-test-{service}", f"{self.project}_default"
         name = f"{self.project}-trial"
         self.docker.run("run", "-d", "--name", name, "--network", network, *options, image, *command)
@@ -98,7 +100,7 @@ class Cluster:
         return said.strip().splitlines()[-1]
 
     def json(self, *arguments: str) -> Any:
-        """What the CLI says with -o json."""
+        """Run the CLI with -o json; return the parsed output."""
         return json.loads(self.cli(*arguments, "-o", "json"))
 
     def containers(self, service: str) -> list[str]:
@@ -106,7 +108,7 @@ class Cluster:
         return self.compose("ps", "-q", service).split()
 
     def up(self, *arguments: str) -> None:
-        """Start what is not there, and wait until all of it is healthy."""
+        """Start missing containers, and wait until all are healthy."""
         self.compose("up", "-d", *arguments)
 
         def unhealthy() -> list[str]:
@@ -117,11 +119,11 @@ class Cluster:
         wait_until(lambda: not unhealthy(), "containers to be healthy", START_SECONDS, unhealthy)
 
     def submit(self) -> str:
-        """Submit the recipe; the job's id."""
+        """Submit the recipe; return the job's id."""
         return self.cli("submit", RECIPE).split()[0]
 
     def reach(self, job: str, version: int) -> None:
-        """Wait until a job has made a number of steps; it must not have ended by then."""
+        """Wait until a job has reached a version. The job must not have ended by then."""
 
         def there() -> bool:
             found = self.json("status", job)["job"]
@@ -131,7 +133,7 @@ class Cluster:
         wait_until(there, f"{job} to reach step {version}", JOB_SECONDS)
 
     def finish(self, job: str) -> str:
-        """Wait until a job has finished; the sha256 over its last checkpoint's weights and optimizer state."""
+        """Wait until a job has finished; return the sha256 over its last checkpoint's weights and optimizer state."""
 
         def ended() -> bool:
             found = self.json("status", job)["job"]
@@ -149,14 +151,14 @@ def _shown(credentials: Path | None) -> dict[str, str]:
 
 
 class Steps:
-    """Prints each step with its seconds; the first one that fails ends the test."""
+    """Prints each step with its seconds. The first step that fails ends the test."""
 
     def __init__(self) -> None:
         self.results: list[tuple[str, float]] = []
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
-        """A step of the test."""
+        """Run the block as a step of the test."""
         begin = time.monotonic()
         say(f"----  {title}")
         try:
@@ -171,7 +173,7 @@ class Steps:
 def wait_until(
     condition: Callable[[], bool], what: str, timeout_seconds: float, detail: Callable[[], object] = lambda: ""
 ) -> None:
-    """Look every half second until a condition holds; AssertionError when it does not in time."""
+    """Check a condition every half second until it holds. Raises AssertionError when it does not hold in time."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_seconds:.0f} s for {what} {detail()}"
@@ -179,19 +181,19 @@ def wait_until(
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """Find a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def size_text(num_bytes: float) -> str:
-    """Bytes for people."""
+    """Format a number of bytes for people."""
     return f"{num_bytes / 1e6:,.0f} MB"
 
 
 def check_images(docker: Docker) -> None:
-    """Every image runs as another user than root and says what it is; the small one has no torch."""
+    """Check that no image runs as root, that each has its labels, and that the small one has no torch."""
     for target in TARGETS:
         image = json.loads(docker.run("image", "inspect", f"gradstream-test-{target}:latest"))[0]
         assert image["Config"]["User"].startswith(USER), (target, image["Config"]["User"])
@@ -206,7 +208,7 @@ def check_images(docker: Docker) -> None:
 
 
 def check_containers(cluster: Cluster) -> None:
-    """Nothing runs as root or writes to its image, and no service sees the key of the authority, or another's."""
+    """Check that no container runs as root, writes to its image, or sees the key of the authority or of another one."""
     for service in SERVICES:
         for container in cluster.containers(service):
             found = json.loads(cluster.docker.run("inspect", container))[0]
@@ -221,9 +223,9 @@ def check_containers(cluster: Cluster) -> None:
 
 
 def check_bad_input(cluster: Cluster) -> None:
-    """Credentials that are not good for what is tried, a version that differs, a volume that cannot be written."""
+    """Check the errors for unsuitable credentials, for a different version and for a volume that cannot be written."""
     project = cluster.project
-    # 1. At the command line: a role that is too small, a token that was taken back, another cluster's.
+    # 1. At the command line: an insufficient role, a revoked token, credentials of another cluster.
     for role, name in (("viewer", "vera"), ("submitter", "sam")):
         pack = cluster.compose("run", "--rm", "-T", "credentials", "issue", role, "--name", name)
         made = from_pack(pack, time.time())
@@ -258,14 +260,14 @@ def check_bad_input(cluster: Cluster) -> None:
 
 
 def examples(path: Path) -> None:
-    """A task that is easy to make: a word, and how many letters it has."""
+    """Write examples of an easy task: a word, and its number of letters."""
     words = sorted(set(re.findall(r"[a-z]{2,9}", Path(subprocess.__file__).read_text().lower())))[:240]
     rows = [{"prompt": f"{word}\n# letters:", "completion": f" {len(word)}"} for word in words]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def fine_tuning_recipe(directory: Path, base_job: str) -> Path:
-    """A fine-tuning of a few steps on the job's model."""
+    """Write the recipe of a fine-tuning of a few steps on the job's model."""
     examples(directory / "letters.jsonl")
     recipe = directory / "letters.yaml"
     recipe.write_text(
@@ -280,17 +282,17 @@ validation: {{interval_steps: 6, num_exact_match: 4}}
 
 
 def walk(cluster: Cluster, steps: Steps) -> None:
-    """All that is done with the cluster once its images are there."""
+    """Run all steps that need only the built images."""
     docker, directory = cluster.docker, cluster.directory
     with steps.step("up: the whole cluster is healthy"):
         cluster.up()
         check_containers(cluster)
-    with steps.step("login: one command; nothing is answered without it"):
+    with steps.step("login: one command; without it every call is refused"):
         refused = cluster.refusal("status")
         assert "wants TLS, and no credentials were given" in refused, refused
         pack = cluster.compose("run", "--rm", "-T", "credentials", "show", "/credentials/admin")
         say("      " + cluster.cli("login", *cluster.addresses, stdin=pack).strip().splitlines()[0])
-    with steps.step("what is wrong is told in one line where one looks"):
+    with steps.step("bad input: one line of error, at the command line or in the log"):
         check_bad_input(cluster)
     with steps.step("data: prepared in a container, where the cluster sees it"):
         options = ["--out", "data/compose", "--vocab-size", "1024", "--num-shards", "4"]
@@ -348,7 +350,7 @@ def walk(cluster: Cluster, steps: Steps) -> None:
 
 
 def test(options: argparse.Namespace, directory: Path, steps: Steps) -> None:
-    """The whole test. Raises AssertionError with what was found, CannotRunError where it cannot be run."""
+    """Run the whole test. Raises AssertionError when a check fails, CannotRunError when the test cannot run here."""
     with engine(options.engine or directory / "engine") as docker:
         with steps.step("base image and wheels"):
             base = base_image(docker, options.base_image, directory)
@@ -370,7 +372,7 @@ def test(options: argparse.Namespace, directory: Path, steps: Steps) -> None:
 
 
 def main() -> int:
-    """Run the test; 0 when all steps passed, 1 when one failed, 2 when it cannot run here."""
+    """Run the test. Returns 0 when all steps passed, 1 when one failed, 2 when the test cannot run here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--base-image", default="debian", help="an image, or debian: one made here of Debian's packages"

@@ -1,1 +1,1 @@
-"""What tests share: a real cluster of processes, small real data, tiny models."""
+"""Helpers shared by tests: a real cluster of processes, small real data, tiny models."""

@@ -1,4 +1,4 @@
-"""Python as `pip install gradstream`, without an extra, leaves it: the packages of the base install and no other.
+"""Python with only the packages that `pip install gradstream` without an extra installs.
 
 The packages are links to those of this environment, so nothing is downloaded.
 """
@@ -20,7 +20,7 @@ ROOTS = ("protos", "core", "client", "coordinator", "services", "worker")
 
 
 def closure(requirements: list[str]) -> set[str]:
-    """The names of `requirements` and of all that they need."""
+    """The names of the packages in `requirements` and of all their dependencies."""
     found: set[str] = set()
     left = [Requirement(text) for text in requirements]
     while left:
@@ -40,7 +40,7 @@ def closure(requirements: list[str]) -> set[str]:
 
 
 def top_level(name: str) -> Iterator[Path]:
-    """What a package has put into site-packages."""
+    """The files and directories of a package in site-packages."""
     installed = distribution(name)
     for top in {file.parts[0] for file in installed.files or ()} - {"..", "__pycache__"}:
         yield Path(str(installed.locate_file(top)))
@@ -50,7 +50,7 @@ class BaseInstall:
     """Runs Python with the packages of the base install, and the project's own."""
 
     def __init__(self, directory: Path):
-        """Links lie in `directory`, which is made."""
+        """The links are made in `directory`, which is created."""
         directory.mkdir()
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         for name in closure(project["dependencies"]):
@@ -63,7 +63,7 @@ class BaseInstall:
         }
 
     def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run the interpreter. -S: without this environment's site-packages."""
+        """Run the interpreter with -S, without this environment's site-packages."""
         return subprocess.run(
             [sys.executable, "-S", *arguments],
             env=self.environment,

@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def save_tokenizer(directory: Path, chat_template: str | None = None) -> None:
-    """A tokenizer of words; the first one, id 0, ends a text."""
+    """Save a tokenizer of words. The first word, id 0, ends a text."""
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["<end>"])
@@ -50,11 +50,11 @@ def save_tokenizer(directory: Path, chat_template: str | None = None) -> None:
 def save_base(
     directory: Path, family: str = "llama", dtype: torch.dtype = torch.float32, chat: bool = False, **options: Any
 ) -> Path:
-    """Save a model of a family with random weights; `options` are save_pretrained's."""
+    """Save a model of a family with random weights. `options` are passed to save_pretrained."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(load_config(FAMILIES[family]), dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too: a forgotten one must show
+        for parameter in model.parameters():  # norms and biases too, so that a forgotten one is noticed
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory, **options)
     save_tokenizer(directory, CHAT_TEMPLATE if chat else None)
@@ -68,7 +68,7 @@ def write_checkpoint(
     weights: Mapping[str, np.ndarray],
     fine_tuning: FineTuning | None = None,
 ) -> str:
-    """A checkpoint in one file with these weights, as if a job had written it."""
+    """Write a checkpoint in one file with these weights, as a job would."""
     fragments = cut(tensors, 200)
     shard = [
         (piece, {"weight": weights[tensors[piece.tensor].name].reshape(-1)[piece.begin : piece.end].copy()})
@@ -106,13 +106,13 @@ def write_checkpoint(
 
 
 def full_checkpoint(directory: Path, architecture: Mapping[str, Any], fine_tuning: FineTuning | None = None) -> str:
-    """A checkpoint of a whole model with random weights."""
+    """Write a checkpoint of a whole model with random weights."""
     tensors = inventory(architecture)
     return write_checkpoint(directory, architecture, tensors, _random(tensors), fine_tuning)
 
 
 def lora_checkpoint(directory: Path, base: Base, config: Mapping[str, Any], lora: LoraConfig) -> str:
-    """A checkpoint of a LoRA job on a base; neither factor is zero, as after training."""
+    """Write a checkpoint of a LoRA job on a base. Neither factor is zero, as after training."""
     tensors = inventory(config, lora)
     fine_tuning = FineTuning(base=base, method="lora", lora=lora)
     return write_checkpoint(directory, config, tensors, _random(tensors), fine_tuning)
@@ -124,7 +124,7 @@ def _random(tensors: list[Tensor]) -> dict[str, np.ndarray]:
 
 
 def adapted_model(checkpoint_directory: str, config: Mapping[str, Any], base_directory: Path) -> torch.nn.Module:
-    """The model as workers have it: the base in fp32 with the checkpoint's adapters on it."""
+    """Load the model as workers hold it: the base in fp32 with the checkpoint's adapters."""
     reader = checkpoint_shard.CheckpointReader(checkpoint_directory)
     lora = LoraConfig.model_validate(reader.manifest.recipe["fine_tuning"]["lora"])
     plain = AutoModelForCausalLM.from_pretrained(base_directory, dtype=torch.float32)
@@ -140,6 +140,6 @@ def adapted_model(checkpoint_directory: str, config: Mapping[str, Any], base_dir
 
 
 def change_json(path: Path, **values: Any) -> None:
-    """Set keys of a JSON file; None removes one."""
+    """Set keys of a JSON file; a value of None removes the key."""
     content = json.loads(path.read_text()) | values
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))

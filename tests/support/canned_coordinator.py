@@ -1,4 +1,4 @@
-"""A coordinator that really answers, from canned jobs, and the fine-tuning service's parts on it."""
+"""A gRPC coordinator that serves canned jobs, and the parts of the fine-tuning service that use it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gradstream.services.fine_tuning.store import Store
 
 
 class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
-    """A coordinator whose jobs end when `end` says so."""
+    """A coordinator whose jobs end when `end` is called."""
 
     def __init__(self) -> None:
         self.jobs: list[jobs_pb2.Job] = []
@@ -31,11 +31,11 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
         self.request_ids: list[str] = []
         self.resumed = 0
         self.deadlines: list[float | None] = []
-        """Seconds that callers allowed for a checkpoint."""
+        """The callers' deadlines for a checkpoint, in seconds."""
         self.ended = asyncio.Event()
         self.lose_answers = 0
         self.held: list[int] = []
-        """Versions that callers read at the moment."""
+        """Versions of the checkpoints that callers are reading."""
         self.checkpoints = [jobs_pb2.Checkpoint(version=version, path=f"/runs/{version}") for version in (4, 8)]
 
     def add(self, recipe: Recipe, state: str = "RUNNING") -> jobs_pb2.Job:
@@ -77,7 +77,7 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
         raise AssertionError
 
     async def CheckpointJob(self, request: Any, context: Any) -> jobs_pb2.CheckpointJobResponse:
-        """The current version of every running job is 8."""
+        """Write a checkpoint of version 8, the current version of every running job."""
         self.deadlines.append(context.time_remaining())
         async with rpc_errors.answering(context):
             if not self.checkpoints:
@@ -141,7 +141,7 @@ class CannedCoordinator(jobs_pb2_grpc.JobsServiceServicer):
 
 @asynccontextmanager
 async def jobs_of(coordinator: CannedCoordinator) -> AsyncIterator[CoordinatorJobs]:
-    """The coordinator as the fine-tuning service uses it."""
+    """Serve the coordinator; yield the fine-tuning service's client of it."""
     server = channel.new_server()
     jobs_pb2_grpc.add_JobsServiceServicer_to_server(coordinator, server)
     port = channel.listen(server, "127.0.0.1:0")
@@ -156,7 +156,7 @@ async def jobs_of(coordinator: CannedCoordinator) -> AsyncIterator[CoordinatorJo
 
 @asynccontextmanager
 async def service(coordinator: CannedCoordinator, directory: Path) -> AsyncIterator[FineTunings]:
-    """The fine-tunings of a service that has just started on `directory`."""
+    """Start a service's fine-tunings on `directory`."""
     async with jobs_of(coordinator) as jobs:
         store, serving = Store(directory), Serving("cpu", 1 << 30)
         fine_tunings = FineTunings(store, jobs, serving)

@@ -1,4 +1,4 @@
-"""Certificates as gradstream's authority issues them, and every way in which they can be wrong."""
+"""Certificates like those of gradstream's authority, valid or wrong in every possible way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _name(name: str, cluster: str) -> x509.Name:
 
 @dataclass
 class Authority:
-    """A CA. `not_before` and `not_after` of what it issues are days from now."""
+    """A CA. `not_before` and `not_after` of its certificates are in days from now."""
 
     cluster: str = "c0ffee00"
 
@@ -32,7 +32,7 @@ class Authority:
         self.ca = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def issue(self, role: str, name: str, not_before: float = -1.0, not_after: float = 365.0) -> Identity:
-        """Credentials of one holder."""
+        """Issue credentials for one holder."""
         key = ec.generate_private_key(ec.SECP256R1())
         builder = self._builder(name, key, not_before, not_after).add_extension(
             x509.SubjectAlternativeName([x509.DNSName(f"{role}.gradstream")]), critical=False

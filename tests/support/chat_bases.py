@@ -1,4 +1,4 @@
-"""A base of conversations."""
+"""A base for conversations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = ["<end>", "<s>", "<|im_start|>", "<|im_end|>", "<unk>", *"abcdefghij", "
 
 
 def chat_base(directory: Path, **generation: Any) -> Path:
-    """A base with bos by post-processor, special tokens, a chat template and a generation_config.json."""
+    """Save a base with bos from the post-processor, special tokens, a chat template and a generation_config.json."""
     save_base(directory)
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -25,12 +25,12 @@ ENVIRONMENT = {"GRADSTREAM_DEBUG": "1"}
 
 
 class Cluster:
-    """Starts, kills and counts the processes of one cluster. Everything lies under `directory`."""
+    """Starts, kills and counts the processes of one cluster. All files are under `directory`."""
 
     def __init__(self, directory: Path, secure: bool = False):
         self.directory = directory
         self.credentials = directory / "credentials" if secure else None
-        """A directory of credentials for each role, and the authority; None in the clear."""
+        """A directory with credentials for each role and the authority; None without TLS."""
         if self.credentials is not None:
             make_credentials(self.credentials, ROLES)
         self.processes: dict[str, subprocess.Popen[bytes] | Forked] = {}
@@ -41,14 +41,14 @@ class Cluster:
 
     @property
     def client(self) -> Client:
-        """A client of the running coordinator."""
+        """Make a client of the running coordinator."""
         if self._client is None:
             self._client = Client(self.address, credentials=self.credentials and self.credentials / "admin")
         return self._client
 
     @property
     def fine_tuning_client(self) -> FineTuningClient:
-        """A client of the running fine-tuning service."""
+        """Make a client of the running fine-tuning service."""
         if self._fine_tuning_client is None:
             credentials = self.credentials and self.credentials / "admin"
             self._fine_tuning_client = FineTuningClient(self.fine_tuning_address, credentials=credentials)
@@ -57,8 +57,10 @@ class Cluster:
     # -- starting --------------------------------------------------------------------------------------------------
 
     def start_coordinator(self, *timing: str) -> None:
-        """Start the coordinator; a second start takes the first one's port and state. `timing` are its settings of
-        times, like "lease_seconds=2"."""
+        """Start the coordinator. A second start uses the port and state of the first one.
+
+        `timing` are its settings of times, such as "lease_seconds=2".
+        """
         times = [argument for setting in timing for argument in ("--timing", setting)]
         ready = self._launch(
             "coordinator", ["coordinator", "--listen", self.address, "--state", str(self.directory / "state"), *times]
@@ -76,7 +78,7 @@ class Cluster:
             self._await_ready(name, path)
 
     def start_server_behind(self, name: str, coordinator: str, listen: str, advertise: str) -> None:
-        """Start a parameter server that reaches the coordinator, and is reached, by other addresses than their own."""
+        """Start a parameter server behind other addresses: `coordinator` is the coordinator's, `advertise` its own."""
         arguments = ["--coordinator", coordinator, "--listen", listen, "--advertise", advertise, "--memory", "2GiB"]
         self._await_ready(name, self._launch(name, ["parameter-server", "--name", name, *arguments]))
 
@@ -98,8 +100,11 @@ class Cluster:
         return self._await_ready(name, ready).splitlines()
 
     def start_workers(self, *names: str, faults: str = "", memory: str = "2GiB", coordinator: str = "") -> None:
-        """Start workers and wait until they are up. `faults` is GRADSTREAM_FAULTS for them, `coordinator` the address
-        by which they reach it, if that is not its own."""
+        """Start workers and wait until they are up.
+
+        `faults` is GRADSTREAM_FAULTS for them. `coordinator` is the address at which they reach the coordinator, if
+        that is not its own.
+        """
         arguments = [
             "--coordinator",
             coordinator or self.address,
@@ -117,7 +122,7 @@ class Cluster:
             self._await_ready(name, path)
 
     def start_fine_tuning(self, memory: str = "1GiB") -> None:
-        """Start the fine-tuning service; a second start takes the first one's port and state."""
+        """Start the fine-tuning service. A second start uses the port and state of the first one."""
         arguments = ["--coordinator", self.address, "--listen", self.fine_tuning_address, "--memory", memory]
         state = ["--state", str(self.directory / "fine-tuning"), "--device", "cpu"]
         ready = self._launch("fine-tuning", ["fine-tuning", *arguments, *state])
@@ -149,14 +154,14 @@ class Cluster:
     # -- ending ----------------------------------------------------------------------------------------------------
 
     def kill(self, *names: str) -> None:
-        """SIGKILL processes, all before waiting for any."""
+        """Send SIGKILL to all these processes, then wait for them."""
         for name in names:
             self.processes[name].kill()
         for name in names:
             self.processes.pop(name).wait(30)
 
     def terminate(self, *names: str) -> None:
-        """SIGTERM processes and wait until they have ended."""
+        """Send SIGTERM to processes and wait until they have ended."""
         for name in names:
             self.processes[name].send_signal(signal.SIGTERM)
         for name in names:
@@ -169,7 +174,7 @@ class Cluster:
                 raise AssertionError(f"{name} did not end on SIGTERM:\n{self.log(name)}") from None
 
     def wait_dead(self, name: str, timeout_seconds: float = 120.0) -> int:
-        """Wait until a process has ended by itself (a fault); return its exit status."""
+        """Wait until a process has ended by itself, by an injected fault; return its exit status."""
         return self.processes.pop(name).wait(timeout_seconds)
 
     def close(self) -> None:
@@ -196,7 +201,7 @@ class Cluster:
         return self.wait_for(job_id, lambda job: job.state in ("finished", "failed", "stopped"), "end", timeout_seconds)
 
     def wait_for(self, job_id: str, condition: Callable[[Job], bool], what: str, timeout_seconds: float = 120.0) -> Job:
-        """Wait until a job's status meets a condition; on a time-out, fail with all the logs."""
+        """Wait until a job's status meets a condition. Fails with all logs when it does not in time."""
         last: list[Job] = []
 
         def met() -> bool:
@@ -211,7 +216,7 @@ class Cluster:
         return last[0]
 
     def finish(self, job_id: str, timeout_seconds: float = 120.0) -> Job:
-        """Wait until a job has finished; anything else fails the test with the reason and the logs."""
+        """Wait until a job has finished. Any other end fails the test with the reason and the logs."""
         job = self.wait_job(job_id, timeout_seconds)
         if job.state != "finished":
             logs = "\n".join(f"--- {path.stem}\n{self.log(path.stem)}" for path in sorted(self.directory.glob("*.log")))
@@ -219,19 +224,19 @@ class Cluster:
         return job
 
     def server_version(self, name: str, job_id: str) -> int:
-        """The version that a parameter server itself says it holds of a job: nobody else is asked."""
+        """Ask a parameter server itself for the version that it holds of a job."""
         address = (self.directory / f"{name}.ready").read_text().strip()
         with grpc.insecure_channel(address) as channel:
             stub = ParameterServerServiceStub(channel)
             return stub.GetServerStatus(GetServerStatusRequest(job_id=job_id), timeout=10).version
 
     def final_digest(self, job_id: str) -> str:
-        """sha256 over weights and optimizer state of a job's last checkpoint."""
+        """The sha256 over weights and optimizer state of a job's last checkpoint."""
         return self.client.checkpoints(job_id)[-1].state_sha256
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float) -> None:
-    """Look every 20 ms until a condition holds; AssertionError when it does not in time."""
+    """Check a condition every 20 ms until it holds. Raises AssertionError when it does not hold in time."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_seconds:.0f} s for {what}"
@@ -240,7 +245,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float)
 
 @contextmanager
 def running(directory: Path, secure: bool = False) -> Iterator[Cluster]:
-    """A cluster that leaves no process behind; with credentials, or in the clear."""
+    """Yield a cluster, with or without credentials, and end all its processes afterwards."""
     directory.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(directory, secure)
     try:

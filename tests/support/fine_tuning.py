@@ -23,7 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of VOCAB_SIZE tokens; END_OF_TEXT has id 0."""
+    """Make a byte-level BPE tokenizer of VOCAB_SIZE tokens. END_OF_TEXT has id 0."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -39,11 +39,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_base(directory: Path, config: dict[str, Any] = LLAMA, seed: int = 3, dtype: str = "float32") -> Path:
-    """A random model as transformers saves it, with a tokenizer."""
+    """Save a random model with transformers, and a tokenizer."""
     fields = dict(config)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
-    # Weights large enough that a model without training says something definite.
+    # Weights large enough that an untrained model has definite predictions.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -54,7 +54,7 @@ def write_base(directory: Path, config: dict[str, Any] = LLAMA, seed: int = 3, d
 
 
 def random_rows(count: int, seed: int) -> np.ndarray[Any, Any]:
-    """Rows (count, 3, ROW_LENGTH) of two or three examples each, the first third of which are prompts."""
+    """Make rows (count, 3, ROW_LENGTH) of two or three examples each; the first third of each example is its prompt."""
     draws = np.random.default_rng(seed)
     rows = np.zeros((count, 3, ROW_LENGTH), np.uint32)
     rows[:, 1] = NO_TARGET
@@ -72,7 +72,7 @@ def random_rows(count: int, seed: int) -> np.ndarray[Any, Any]:
 
 
 def write_rows(directory: Path, num_train: int = 24, num_validation: int = 8, num_shards: int = 4) -> Path:
-    """A data set of rows."""
+    """Write a data set of rows."""
     directory.mkdir(parents=True)
     tiny_tokenizer().save_pretrained(directory / "tokenizer")
     tokenizer = (directory / "tokenizer" / "tokenizer.json").read_bytes()
@@ -110,7 +110,7 @@ def write_rows(directory: Path, num_train: int = 24, num_validation: int = 8, nu
 
 
 def tuning_recipe(base_directory: Path, data: Path, run_root: Path, **sections: Any) -> Recipe:
-    """A fine-tuning as the service submits it: LoRA, unless `fine_tuning` says otherwise."""
+    """Make the recipe of a fine-tuning as the service submits it: LoRA, unless `fine_tuning` sets another method."""
     base, _ = find_base(str(base_directory))
     config = json.loads((base_directory / "config.json").read_text())
     tree: dict[str, Any] = {

@@ -1,8 +1,8 @@
-"""`gradstream serve` in processes that begin with torch and transformers imported.
+"""`gradstream serve` in processes that start with torch and transformers imported.
 
-Every process of a cluster would spend seconds of a core on its imports. multiprocessing's fork server imports once and
-forks the rest: processes of their own, which run the command's own entry point. The command as a user starts it is run
-by the tests of `serve --processes`, of `dev` and of bad input.
+Each process of a cluster would spend seconds of a core on its imports. multiprocessing's fork server imports once and
+forks the others. They are separate processes and run the command's own entry point. The tests of `serve --processes`,
+of `dev` and of bad input run the command as a user starts it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FORKS.set_forkserver_preload(["support.preloaded"])
 
 
 def _start_fork_server() -> None:
-    # Python 3.11's does not get the path of the process that starts it, and says nothing of imports that fail.
+    # Python 3.11's fork server does not get the path of its parent process, and does not report failing imports.
     with pytest.MonkeyPatch.context() as patch:
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
@@ -29,11 +29,11 @@ def _start_fork_server() -> None:
 
 
 class Forked:
-    """A process as subprocess.Popen shows it, as far as a cluster needs it."""
+    """A process with the part of subprocess.Popen's interface that a cluster needs."""
 
     def __init__(self, arguments: Sequence[str], log: Path, directory: Path, environment: Mapping[str, str]):
         _start_fork_server()
-        # A daemon is ended, not waited for, when the tests are interrupted.
+        # When the tests are interrupted, a daemon is ended and not waited for.
         self._process = _FORKS.Process(
             target=_run, args=(list(arguments), log, directory, dict(environment)), daemon=True
         )
@@ -41,17 +41,17 @@ class Forked:
 
     @property
     def pid(self) -> int:
-        """The process's id."""
+        """The process id."""
         pid = self._process.pid
         assert pid is not None
         return pid
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
+        """The exit status, negative for a signal; None while the process runs."""
         return self._process.exitcode
 
     def wait(self, timeout_seconds: float) -> int:
-        """Wait for its end; return what `poll` says then. Raises subprocess.TimeoutExpired."""
+        """Wait for the end of the process; return its exit status as `poll` does. Raises subprocess.TimeoutExpired."""
         self._process.join(timeout_seconds)
         status = self.poll()
         if status is None:
@@ -64,7 +64,7 @@ class Forked:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         self._process.kill()
 
 

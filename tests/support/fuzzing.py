@@ -1,7 +1,7 @@
-"""What fuzz tests share: how many examples, what a refusal must look like, and hostile variants of what is valid.
+"""Helpers of fuzz tests: the number of examples, the check of errors, and hostile variants of valid input.
 
-A parser that is given foreign bytes either takes them or raises one of the errors that its docstring names, on one
-line. How much is tried follows GRADSTREAM_FUZZ_EXAMPLES (docs/fuzzing.md).
+A parser that is given foreign bytes either accepts them or raises one of the errors that its docstring names, in one
+line. GRADSTREAM_FUZZ_EXAMPLES sets the number of examples (docs/fuzzing.md).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ M = TypeVar("M", bound=Message)
 
 
 def fuzzed(share: float = 1.0) -> settings:
-    """Settings of a fuzz test that tries `share` times as many examples as others."""
+    """Make the settings of a fuzz test that tries `share` times the usual number of examples."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
     return settings(max_examples=max(5, int(NUM_EXAMPLES * share)), deadline=None, suppress_health_check=checks)
 
 
 def taken(parse: Callable[[], T], *refusals: type[GradstreamError]) -> T | None:
-    """What `parse` returns, or None when it refused in good order. Any other exception fails the test."""
+    """Return the result of `parse`, or None when it raises one of `refusals`. Any other exception fails the test."""
     try:
         return parse()
     except refusals as error:
@@ -43,16 +43,16 @@ def taken(parse: Callable[[], T], *refusals: type[GradstreamError]) -> T | None:
 
 
 def check_line(error: GradstreamError) -> None:
-    """A message is one line that any terminal shows and gRPC carries."""
+    """Check that an error's message is one line that any terminal shows and gRPC carries."""
     line = str(error)
-    assert line, "a refusal without a word"
+    assert line, "an error without a message"
     assert line.isprintable(), f"not one plain line: {line[:200]!r}"
     assert len(line) <= MAX_MESSAGE_CHARACTERS, f"a line of {len(line)} characters"
 
 
 @contextmanager
 def allocating_at_most(num_bytes: int) -> Iterator[None]:
-    """Fails when Python's allocators (numpy's among them) hand out more than `num_bytes` at a time."""
+    """Fail when more than `num_bytes` are allocated at a time with Python's allocators, numpy's included."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -99,7 +99,7 @@ WORDS = (
 
 @st.composite
 def mutated_bytes(draw: st.DrawFn, seeds: Sequence[bytes], max_changes: int = 4) -> bytes:
-    """Valid bytes with a few places flipped, cut, doubled, moved or overwritten by words that parsers trip over."""
+    """Draw valid bytes with a few places flipped, cut, doubled, moved or overwritten by words that break parsers."""
     data = bytearray(draw(st.sampled_from(list(seeds))))
     for _ in range(draw(st.integers(0, max_changes))):
         at = draw(st.integers(0, len(data)))
@@ -171,7 +171,7 @@ ODD_VALUES: st.SearchStrategy[Any] = st.one_of(
 
 
 def nested(depth: int) -> Any:
-    """Lists in lists."""
+    """Make a list nested `depth` times."""
     value: Any = 1
     for _ in range(depth):
         value = [value]
@@ -179,7 +179,7 @@ def nested(depth: int) -> Any:
 
 
 def paths_of(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where in a tree of mappings and lists there is something, the root aside."""
+    """List the paths of all values in a tree of mappings and lists, except the root."""
     found: list[tuple[Any, ...]] = [at] if at else []
     keys: Any = tree.keys() if isinstance(tree, Mapping) else range(len(tree)) if isinstance(tree, list) else ()
     for key in keys:
@@ -189,7 +189,7 @@ def paths_of(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @st.composite
 def mutated_tree(draw: st.DrawFn, tree: Any, max_changes: int = 3) -> Any:
-    """A tree of JSON values of which a few are replaced, left out, repeated or joined by keys that nobody knows."""
+    """Draw a tree of JSON values in which a few are replaced, left out or repeated, or get unknown keys beside them."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(0, max_changes))):
         paths = paths_of(tree)
@@ -242,8 +242,10 @@ def _values(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 @st.composite
 def mutated_message(draw: st.DrawFn, message: M, max_changes: int = 3) -> M:
-    """A message of which a few fields, its parts' too, are cleared, repeated or set to what no peer would send; it may
-    carry fields that nobody knows."""
+    """Draw a message with a few fields cleared, repeated or set to values that no peer would send.
+
+    Fields of nested messages are changed, too. The message may have unknown fields.
+    """
     changed = type(message)()
     changed.CopyFrom(message)
     for _ in range(draw(st.integers(0, max_changes))):

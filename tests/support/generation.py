@@ -1,4 +1,4 @@
-"""Tiny models, adapters and tokenizers that generate text at once, and ways to ask them."""
+"""Tiny models, adapters and tokenizers that generate text at once, and functions to generate with them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def byte_level_tokenizer() -> Any:
-    """As GPT-2's: every byte has a token, so a character may take four. Token 0 ends a text."""
+    """Make a tokenizer like GPT-2's: every byte has a token, so a character may take four. Token 0 ends a text."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,7 +51,10 @@ def byte_level_tokenizer() -> Any:
 
 
 def byte_fallback_tokenizer() -> Any:
-    """As Llama-2's: blanks belong to words, the text's first one is taken away, unknown characters are bytes."""
+    """Make a tokenizer like Llama 2's.
+
+    Blanks belong to words, a text's first blank is removed, and unknown characters are bytes.
+    """
     letters = "▁abcdefghijklmnopqrstuvwxyzHé"
     words = ["<end>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     vocab = {word: number for number, word in enumerate(words)}
@@ -65,7 +68,7 @@ def byte_fallback_tokenizer() -> Any:
 
 
 def random_model(config: dict[str, Any], seed: int = 0) -> Any:
-    """With weights so large that each token leads to quite another."""
+    """Make a model with random weights, so large that each token leads to a different one."""
     model = build(config)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
@@ -76,7 +79,7 @@ def random_model(config: dict[str, Any], seed: int = 0) -> Any:
 
 
 def adapter_weights(bare_model: nn.Module, lora: LoraConfig, seed: int) -> dict[str, torch.Tensor]:
-    """As a job's checkpoint names them."""
+    """Make random adapter weights, with the names that they have in a job's checkpoint."""
     from gradstream.core.model.lora import add_adapters
 
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +103,7 @@ def with_adapters(bases: MemoryBases, models: ServedModels, *names: str) -> Any:
 
 
 class MemoryBases:
-    """Bases that are in memory already; counts how often each was read."""
+    """Bases that are in memory. Counts how often each was read."""
 
     def __init__(self) -> None:
         self.models: dict[str, Any] = {}
@@ -121,7 +124,7 @@ class MemoryBases:
 
 
 class MemoryTensors:
-    """A BaseReader of them."""
+    """A BaseReader of a base in memory."""
 
     def __init__(self, bases: MemoryBases, title: str):
         self._bases, self._title = bases, title
@@ -142,7 +145,7 @@ class MemoryTensors:
 
 
 class Asked:
-    """A request, what was delivered of it, and its row."""
+    """A request, the pieces delivered for it, and its row."""
 
     def __init__(self, models: ServedModels, request: GenerationRequest, patient: bool = False):
         served = models.find(request.model)
@@ -197,7 +200,7 @@ def ask(model: str, prompt: list[int], count: int = 12, **settings: Any) -> Gene
 
 
 def greedy_of(model: Any, prompt: list[int], count: int = 12) -> list[int]:
-    """By transformers, without the token that ends a text."""
+    """Generate greedily with transformers; return the ids without the token that ends a text."""
     ids_BT = torch.tensor([prompt])
     out_BT = model.generate(
         ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=count, do_sample=False, pad_token_id=0
@@ -208,7 +211,7 @@ def greedy_of(model: Any, prompt: list[int], count: int = 12) -> list[int]:
 
 def text_of(bases: MemoryBases, prompt: list[int], ids: list[int]) -> str:
     whole: str = bases.tokenizer.decode(prompt + ids, skip_special_tokens=True)
-    # A prompt of a few bytes may itself end within a character.
+    # A prompt of a few bytes may itself end inside a character.
     before: str = bases.tokenizer.decode(prompt, skip_special_tokens=True)
     at = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole)))
     return whole[at:]

@@ -1,4 +1,4 @@
-"""Which package of gradstream imports which: read off the sources, for the test of the order and for the docs' picture.
+"""Reads from the sources which package of gradstream imports which, for the test of the order and the docs' picture.
 
 `python tests/support/layout.py` prints the order and writes the picture into docs/architecture.md.
 """
@@ -19,12 +19,12 @@ _PICTURE = re.compile(r"```mermaid\nflowchart BT\n.*?```", re.DOTALL)
 
 
 def modules() -> list[tuple[str, Path]]:
-    """Every module of gradstream with the part it belongs to."""
+    """List every module of gradstream with its part."""
     return [(part, path) for part in PARTS for path in sorted(FOLDERS[part].rglob("*.py"))]
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, name) of everything of gradstream that a file imports, also inside functions and `if TYPE_CHECKING`."""
+    """Yield (line, name) of each import from gradstream in a file, also in functions and under `if TYPE_CHECKING`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -38,8 +38,10 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def package_of(path: Path) -> str:
-    """A module's package, such as `core.plan`. One that lies beside packages is a package by itself; a part without
-    packages is one as a whole."""
+    """The package of a module, such as `core.plan`.
+
+    A module that lies beside packages counts as a package. A part without packages counts as one package.
+    """
     part, *inner = path.relative_to(_home(path)).with_suffix("").parts
     if not inner or not any(each.is_dir() and any(each.glob("*.py")) for each in FOLDERS[part].iterdir()):
         return part
@@ -51,7 +53,7 @@ def _home(path: Path) -> Path:
 
 
 def graph() -> dict[str, set[str]]:
-    """Each package with the packages that it imports, without the protos, which all may import."""
+    """Map each package to the packages that it imports, without the protos, which all may import."""
     homes = {".".join(path.relative_to(_home(path)).with_suffix("").parts): path for _, path in modules()}
     homes = {name.removesuffix(".__init__"): path for name, path in homes.items()}
     found: dict[str, set[str]] = {}
@@ -70,7 +72,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def order(edges: Mapping[str, set[str]]) -> list[str]:
-    """All packages, each after those that it imports. Raises ValueError, with the circle, where there is one."""
+    """List all packages, each after those that it imports. Raises ValueError with the cycle if there is one."""
     try:
         return list(TopologicalSorter({name: sorted(edges[name]) for name in sorted(edges)}).static_order())
     except CycleError as error:
@@ -78,7 +80,7 @@ def order(edges: Mapping[str, set[str]]) -> list[str]:
 
 
 def picture(edges: Mapping[str, set[str]]) -> str:
-    """The packages of core and the parts above it as a Mermaid diagram; an arrow that others imply is left out."""
+    """Draw the packages of core and the parts above it as a Mermaid diagram, without arrows that others imply."""
     reached: dict[str, set[str]] = {}
     for name in order(edges):
         reached[name] = set().union(*({other} | reached[other] for other in edges[name]), set())
@@ -90,7 +92,7 @@ def picture(edges: Mapping[str, set[str]]) -> str:
 
 
 def shown(edges: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """What the picture shows: core by packages, the other parts as a whole."""
+    """Reduce the graph to the picture's: core by packages, each other part as a whole."""
     whole = lambda name: name if name.startswith("core.") else name.split(".")[0]  # noqa: E731
     found: dict[str, set[str]] = {}
     for name, others in edges.items():

@@ -26,7 +26,7 @@ MICRO_LLAMA: dict[str, Any] = {
 
 
 def micro_plan(model: dict[str, Any] = MICRO_LLAMA, codec: dict[str, Any] | None = None, **training: Any) -> Plan:
-    """A plan on one server that nobody listens as; keyword arguments replace keys of the recipe's training section."""
+    """Make a plan on one server, which does not exist. Keyword arguments replace keys of the recipe's `training`."""
     recipe = {
         "name": "tiny",
         "model": {"config": model},

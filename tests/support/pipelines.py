@@ -1,4 +1,4 @@
-"""Timelines of pipelines that nobody ran: what the simulator says, as workers would report it."""
+"""Simulated timelines of pipelines, in the form in which workers report them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STAGE_US = {Op.FORWARD: 2000, Op.BACKWARD: 4000, Op.BACKWARD_INPUT: 2000, Op.BAC
 
 
 def stage_costs(schedule: Schedule, slower: Sequence[int] = (), latency_us: int = 0) -> Costs:
-    """All stages equally long, or stage s `slower[s]` times as long; in microseconds."""
+    """Make costs in microseconds of stages that are equally long, or with stage s `slower[s]` times as long."""
     factors = [*slower, *[1] * (schedule.num_stages - len(slower))]
     return Costs([{op: us * factor for op, us in STAGE_US.items()} for factor in factors], latency_us)
 
@@ -28,7 +28,7 @@ def simulated_timelines(
     begin_us: int = BEGIN_US,
     prefix: str = "worker",
 ) -> list[Timeline]:
-    """One run of a schedule over some slots, evenly: a timeline for each worker. `costs` is in microseconds."""
+    """Simulate a schedule over some slots, evenly; return a timeline for each worker. `costs` is in microseconds."""
     each = schedule.num_microbatches // len(slots)
     found = []
     for worker, (row, begins) in enumerate(zip(schedule.rows, simulate(schedule, costs).begins, strict=True)):
@@ -48,7 +48,7 @@ def simulated_timelines(
 
 
 def timeline_message(timeline: Timeline) -> jobs_pb2.GetTimelineResponse:
-    """A timeline as the coordinator keeps and gives it."""
+    """Make the message of a timeline, in the form in which the coordinator keeps and sends it."""
     report = coordinator_pb2.ReportTimelineRequest(
         job_id=timeline.job_id,
         epoch=timeline.epoch,

@@ -1,4 +1,4 @@
-"""What a coordinator, a parameter server and a worker import; the fork server imports it once for all of them."""
+"""Imports the modules of coordinator, parameter server and worker, once for all in the fork server."""
 
 # ruff: noqa: E402, F401
 import asyncio
@@ -10,11 +10,11 @@ import numpy
 
 
 def num_threads() -> int:
-    """Threads of this process, those of libraries too."""
+    """The number of threads of this process, libraries' included."""
     return len(os.listdir("/proc/self/task"))
 
 
-# OpenBLAS ends its threads before a fork and starts them after it.
+# OpenBLAS ends its threads before a fork and starts them again after it.
 _NUM_BEFORE = num_threads()
 
 import transformers.models.gpt2.modeling_gpt2
@@ -33,7 +33,7 @@ model.preload()
 
 
 async def look_at_models() -> None:
-    """A coordinator has a child process import transformers for each new model: here once for those of most tests."""
+    """Measure the models of most tests once here. Otherwise a coordinator starts a child process for each new model."""
     recipe = tiny_recipe(Path("data"), Path("runs"))
     await take_inventory(GPT2)
     await take_profile(LLAMA, recipe.training)  # alone: it measures times
@@ -41,8 +41,8 @@ async def look_at_models() -> None:
 
 asyncio.run(look_at_models())
 
-# A fork takes along only the thread that forks: what others held would be held for ever. One that has ended may be
-# listed for a moment more.
+# A fork copies only the thread that forks, so locks of other threads would stay locked without end. A thread that has
+# ended may still be listed for a moment.
 _DEADLINE = time.monotonic() + 10
 while num_threads() > _NUM_BEFORE and time.monotonic() < _DEADLINE:
     time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A TCP proxy that can be cut: bytes are held back as a network that drops packets would, or connections break."""
+"""A TCP proxy that simulates a network that drops packets, by holding bytes back, or one whose connections break."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIECE_BYTES = 1 << 16
 
 
 class Proxy:
-    """Forwards connections to `target` (host:port), from any thread's point of view."""
+    """Forwards connections to `target` (host:port). Any thread may call its methods."""
 
     def __init__(self, target: str):
         self.target = target
@@ -29,11 +29,11 @@ class Proxy:
         self._thread.start()
 
     def cut(self) -> None:
-        """Hold every byte back, of new connections too, until `heal`. Nobody is told."""
+        """Hold back all bytes, of new connections too, until `heal`. The peers get no error."""
         self._call(self._open.clear)
 
     def shut_out(self, pids: Collection[int]) -> None:
-        """Break the connections of these processes, and their new ones, until `heal`; all others go on."""
+        """Break the connections of these processes, and their new ones, until `heal`. All others go on."""
 
         def shut() -> None:
             self._shut_out = frozenset(pids)
@@ -44,7 +44,7 @@ class Proxy:
         self._call(shut)
 
     def heal(self) -> None:
-        """Forward again, what was held back first."""
+        """Forward again, first the bytes that were held back."""
 
         def mend() -> None:
             self._shut_out = frozenset()
@@ -105,13 +105,13 @@ class Proxy:
                 writer.write(data)
                 await writer.drain()
         finally:
-            # The other direction ends with it.
+            # This also ends the other direction.
             with suppress(OSError, RuntimeError):
                 writer.close()
 
 
 def owner_of(port: int) -> int:
-    """The process that has a local TCP port at its end of a connection; 0 when it is not found."""
+    """Find the process whose end of a connection has a local TCP port; 0 when there is none."""
     for connection in psutil.net_connections(kind="tcp"):
         if connection.laddr and connection.laddr.port == port and connection.pid:
             return int(connection.pid)
@@ -119,6 +119,6 @@ def owner_of(port: int) -> int:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Find a free port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])

@@ -1,4 +1,4 @@
-"""A job's shards behind the real servicer on servers of this process, and what a worker does with them, by hand."""
+"""A job's shards behind the real servicer in this process, and a worker's pushes and pulls, done by hand."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ Key = tuple[int, int]
 
 
 def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: str = "data", **changes: Any) -> Plan:
-    """A plan for the micro model; keyword arguments replace fields of the plan, `codec` and `training` keys
-    of the recipe's sections."""
+    """Make a plan for the micro model.
+
+    Keyword arguments replace fields of the plan; `codec` and `training` replace keys of the recipe's sections.
+    """
     recipe = {
         "name": "tiny",
         "seed": 1,
@@ -85,13 +87,13 @@ def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: st
 
 
 def gradient(step: int, slot: int, fragment: int) -> torch.Tensor:
-    """Some gradient, summed over the slot's tokens, of a size that makes clipping count."""
+    """Make a gradient, summed over the slot's tokens, large enough to be clipped."""
     generator = torch.Generator().manual_seed(10_000 * step + 100 * slot + fragment)
     return torch.randn(FRAGMENTS[fragment].num_elements, generator=generator)
 
 
 def same(left: dict[int, torch.Tensor], right: dict[int, torch.Tensor]) -> bool:
-    """Whether both hold the same fragments with the same bits."""
+    """Return whether both have the same fragments with the same bits."""
     return left.keys() == right.keys() and all(
         torch.equal(left[index].view(torch.int32), right[index].view(torch.int32)) for index in left
     )
@@ -155,23 +157,23 @@ class Cluster:
     async def _take_checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
         self.checkpoints.append(report)
 
-    # -- what a worker does ----------------------------------------------------------------------------------------
+    # -- a worker's calls ------------------------------------------------------------------------------------------
 
     def all_keys(self) -> list[Key]:
-        """All contributions of a step."""
+        """The keys of all contributions of a step."""
         return [(slot, bundle.index) for slot in range(NUM_SLOTS) for bundle in self.plan.bundles]
 
     def push_codec(self, bundle: int) -> BundleCodec:
         return self.book.of(self.plan.bundles[bundle], first_push_codec(self.plan.recipe.codec))
 
     def pushed_bytes(self) -> int:
-        """Payload bytes of one slot, where their length does not vary."""
+        """Payload bytes of one slot, for codecs of fixed size."""
         return sum(self.push_codec(bundle.index).max_bytes for bundle in self.plan.bundles)
 
     def contribution(
         self, slot: int, bundle: int, step: int = 0, fill: float | None = None, **fields: Any
     ) -> tuple[pb.ContributionHeader, list[Payload]]:
-        """A right contribution, but for the header's fields that are given; of `fill` where that is given."""
+        """Make a contribution, valid except for the header's `fields`. If `fill` is given, all values are `fill`."""
         codec = self.push_codec(bundle)
         values = [gradient(step, slot, fragment.index) for fragment in self.plan.bundles[bundle].fragments]
         if fill is not None:
@@ -196,7 +198,7 @@ class Cluster:
     async def push(
         self, keys: Iterable[Key], step: int = 0, fill: float | None = None, **fields: Any
     ) -> list[pb.PushResponse]:
-        """Push right contributions, in this order to each server; the acknowledgements of all."""
+        """Push valid contributions, to each server in this order; return all acknowledgements."""
         by_server: dict[int, list[bytes]] = {}
         for slot, bundle in keys:
             messages = frames(*self.contribution(slot, bundle, step, fill, **fields))
@@ -217,7 +219,7 @@ class Cluster:
         return responses[1:]
 
     async def refusal(self, server: int, messages: list[bytes]) -> grpc.aio.AioRpcError:
-        """The error that ends a push stream of these messages."""
+        """Send raw messages on one push stream; return the error that ends it."""
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await self.send(server, messages)
         return caught.value
@@ -225,7 +227,7 @@ class Cluster:
     async def arrivals(
         self, server: int, min_version: int, **fields: Any
     ) -> tuple[int, list[tuple[pb.WeightsHeader, Payload]]]:
-        """One server's weights, still encoded, with the checks that a worker makes: (version, bundles)."""
+        """Pull one server's weights with a worker's checks; return the version and the bundles, still encoded."""
         request: dict[str, Any] = {
             "job_id": self.plan.job_id,
             "epoch": self.plan.epoch,
@@ -255,7 +257,7 @@ class Cluster:
         return version, found
 
     async def pull_one(self, server: int, min_version: int, **fields: Any) -> tuple[int, dict[int, torch.Tensor]]:
-        """One server's weights by fragment, whole, decoded."""
+        """Pull one server's weights in full; return the version and the decoded weights by fragment."""
         version, found = await self.arrivals(server, min_version, **fields)
         weights: dict[int, torch.Tensor] = {}
         for header, payload in found:
@@ -268,7 +270,7 @@ class Cluster:
         return version, weights
 
     async def pull(self, version: int) -> dict[int, torch.Tensor]:
-        """All servers' weights of a version, by fragment; waits for it."""
+        """Wait for a version and pull it from all servers; return the weights by fragment."""
         pulls = await asyncio.gather(*(self.pull_one(server, version) for server in range(len(self.shards))))
         assert {found for found, _ in pulls} == {version}
         return dict(sorted((index, tensor) for _, weights in pulls for index, tensor in weights.items()))
@@ -281,7 +283,7 @@ class Cluster:
 async def serving(
     plan: Plan, servicer: type[ParameterServerServicer] = ParameterServerServicer
 ) -> AsyncIterator[Cluster]:
-    """A plan's cluster, loaded."""
+    """Start a plan's cluster and load its shards."""
     cluster = Cluster(plan, servicer)
     try:
         await cluster.start()
@@ -292,7 +294,7 @@ async def serving(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let everything else run until a condition holds."""
+    """Let other tasks run until a condition holds."""
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - a server's state, which has no event for a test to wait for
             await asyncio.sleep(0.001)

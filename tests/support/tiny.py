@@ -16,9 +16,9 @@ MODULES = ["argparse.py", "ast.py", "bisect.py", "calendar.py", "cmd.py", "code.
 
 
 def prepare_tiny_data(directory: Path) -> Path:
-    """A data set of 8 modules in 4 data shards a split; returns its directory."""
+    """Prepare a data set of 8 modules in 4 data shards a split; return its directory."""
     stdlib = Path(sysconfig.get_path("stdlib"))
-    # Pieces of 4 kB, so that there are enough documents to hold some out for every slot.
+    # Pieces of 4 kB give enough documents to hold some out for every slot.
     source = directory / "source"
     source.mkdir(parents=True)
     for module in MODULES:
@@ -57,11 +57,11 @@ GPT2: dict[str, Any] = {
 }
 
 NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-"""For GPT-2, where every pass must be the same."""
+"""Settings of GPT-2 without dropout, for tests in which every pass must be the same."""
 
 
 def tiny_recipe(data: Path, run_root: Path, **sections: Any) -> Recipe:
-    """A recipe that trains in seconds; keyword arguments replace keys of sections, or whole values."""
+    """Make a recipe that trains in seconds. Keyword arguments replace keys of sections, or whole values."""
     tree: dict[str, Any] = {
         "name": "tiny",
         "seed": 7,
@@ -80,7 +80,7 @@ def tiny_recipe(data: Path, run_root: Path, **sections: Any) -> Recipe:
         "data": {"path": str(data)},
         "validation": {"interval_steps": 3, "num_samples": 8},
         "checkpoint": {"interval_steps": 2, "keep": 10},
-        # Small fragments, so that even a tiny model has more of them than tensors.
+        # Small fragments: even a tiny model has more fragments than tensors.
         "cluster": {"fragment_bytes": 4096},
     }
     for key, value in sections.items():

@@ -1,4 +1,4 @@
-"""Small real tokenizers of the kinds that matter, made in a moment."""
+"""Small real tokenizers of the common kinds, which are made in a moment."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML, by which no reply is marked."""
+"""ChatML, which does not mark replies."""
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
     "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""The same with its replies marked."""
+"""ChatML with its replies marked."""
 
 
 def byte_level(template: str | None = None, end_of_text: str = END_OF_TEXT) -> Any:
-    """As GPT-2's and Qwen's: byte-level BPE, no bos. 320 entries."""
+    """Make a tokenizer like GPT-2's and Qwen's: byte-level BPE without bos, 320 entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def byte_level(template: str | None = None, end_of_text: str = END_OF_TEXT) -> A
 
 
 def sentencepiece_like(template: str | None = None) -> Any:
-    """As Llama 2's: a blank before every text, bytes for what has no entry, and bos by default."""
+    """Make a tokenizer like Llama 2's: a blank before every text, bytes for text without an entry, bos by default."""
     alphabet = sorted(set("".join(TEXT).replace(" ", "▁")) | set("QA!"))
     vocabulary = {name: number for number, name in enumerate(["<unk>", "<s>", "</s>"])}
     for name in [f"<0x{byte:02X}>" for byte in range(256)] + [letter for letter in alphabet if letter != "\n"]:

@@ -1,7 +1,7 @@
-"""The child processes that a coordinator asks about models, forked from one that has imported transformers.
+"""The child processes that measure models for a coordinator, forked from one that has imported transformers.
 
-Each child of its own would spend three seconds of a core on its imports. Here one process imports once and forks a
-child for each question. `test_a_child_process_measures_once` starts them as a coordinator does.
+A child that is started separately spends three seconds of a core on its imports. Here one process imports once and
+forks a child for each question. `test_a_child_process_measures_once` starts them as a coordinator does.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 
 
 class WarmChildren:
-    """Runs modules as `python -m` would, in forks of one process, which is started for the first of them."""
+    """Runs modules as `python -m` would, in forks of one process, which is started for the first module."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def run(self, module: str, question: str) -> subprocess.CompletedProcess[bytes]:
-        """Run a module's `_main` with `question` on stdin; return what it wrote."""
+        """Run a module's `_main` with `question` on stdin; return its output."""
         with self._lock:
             if self._process is None:
                 self._start()
@@ -63,7 +63,7 @@ def _serve(control: socket.socket) -> None:
     import gradstream.core.model.profile
     import gradstream.core.model.trial
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for the children
     while True:
         module, received, _, _ = socket.recv_fds(control, 1000, 1)
         if not module:

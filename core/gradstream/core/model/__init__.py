@@ -1,1 +1,1 @@
-"""Models: inventory, stages, adapters, gradients, and whether one can be trained."""
+"""Models: inventory, initial weights, stages, adapters, weight gradients, and checks before training."""

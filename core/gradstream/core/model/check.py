@@ -1,9 +1,9 @@
-"""What is wrong with a model's config, or does not fit its data, found before a node is asked for anything.
+"""Checks of a model's config, alone and against its data, made before any node takes part.
 
-Pure functions of the config, of the transformers config object and the model that are made of it, and of the data's
+Pure functions of the config, of the transformers config object and the model that are made from it, and of the data's
 manifest.
 
-transformers is imported inside the functions, so that importing this module costs nothing.
+transformers is imported inside the functions, because its import is slow.
 """
 
 from __future__ import annotations
@@ -39,25 +39,23 @@ METADATA = frozenset(
         "quantization_config",
     }
 )
-"""Keys of a config.json that transformers reads itself, or that older versions of it wrote."""
+"""Keys of a config.json that transformers itself reads, or that its older versions wrote."""
 SIZES = re.compile(r"must match|invalid for input of size|cannot be multiplied|[Ss]izes of tensors|[Ss]ize mismatch")
-"""What torch says of tensors whose shapes do not go together."""
+"""Parts of torch's messages about tensors whose shapes do not match."""
 SURELY_MEANT = 0.85
-"""Similarity of a key to a known one above which it is a typing error."""
+"""Similarity to a known key from which an unknown key counts as a typing error."""
 MAX_NAMED = 5
-
-
-# ---- The config alone ------------------------------------------------------------------------------------------------
 
 
 # ---- Config and data -------------------------------------------------------------------------------------------------
 
 
 def with_ends(recipe: Recipe, manifest: Manifest) -> Recipe:
-    """The recipe with a model whose texts begin and end as those of the data; what the config leaves out is filled in.
+    """The recipe with the begin and end tokens of the data filled in where the model's config leaves them out.
 
-    Padding is none unless the config names some: a family's own default may be a word of this vocabulary. A
-    fine-tuning's recipe stays, its base says all this. Raises DataError, with both values, where they differ.
+    There is no padding token unless the config names one, because a family's default may be an ordinary token of this
+    vocabulary. A fine-tuning's recipe is returned unchanged, because its base has these tokens. Raises DataError, with
+    both values, where config and data differ.
     """
     if recipe.fine_tuning is not None:
         return recipe
@@ -67,7 +65,7 @@ def with_ends(recipe: Recipe, manifest: Manifest) -> Recipe:
     prefix, end = "model.config.text_config." if nested else "model.config.", manifest.end_of_text_id
     wrong = {}
     for key, what in (("eos_token_id", "end with"), ("bos_token_id", "begin after")):
-        # A model with several parts may have it in both places.
+        # A model with several parts may have the key in both places.
         given = inner[key] if inner.get(key) is not None else config.get(key)
         if given is None:
             inner[key] = end
@@ -85,9 +83,9 @@ def with_ends(recipe: Recipe, manifest: Manifest) -> Recipe:
 
 
 def check_padding(padding_ids: Sequence[int], manifest: Manifest, special: Collection[int]) -> None:
-    """Raise DataError for a padding token that the data trains on: embeddings of padding never change.
+    """Raise DataError for a padding token that occurs in the data, because embeddings of padding are never trained.
 
-    `padding_ids` are those of the model's embeddings; `special` are the tokens that no text gives.
+    `padding_ids` are the padding tokens of the model's embeddings. `special` are the tokens that no text contains.
     """
     for token in padding_ids:
         if token == manifest.end_of_text_id or (token < manifest.vocab_size and token not in special):
@@ -98,19 +96,21 @@ def check_padding(padding_ids: Sequence[int], manifest: Manifest, special: Colle
             )
 
 
-# ---- What is built ---------------------------------------------------------------------------------------------------
+# ---- The model that is built -----------------------------------------------------------------------------------------
 
 
 def positions(config: Any) -> tuple[str, int] | None:
-    """The longest sequence of a transformers config, also where it is the family's default, and the key that says it;
-    None when there is no limit."""
+    """The longest sequence of a transformers config, as (key, length); None when there is no limit.
+
+    The length may come from the family's default.
+    """
     inner = config.get_text_config()
     found = ((key, getattr(inner, key, None)) for key in POSITIONS)
     return next(((key, value) for key, value in found if isinstance(value, int) and value > 0), None)
 
 
 def check_positions(longest: tuple[str, int] | None, sequence_length: int, model_type: object) -> None:
-    """Raise ConfigError for sequences that are longer than the model's positions."""
+    """Raise ConfigError if sequences are longer than the model's positions."""
     if longest is not None and sequence_length > longest[1]:
         raise ConfigError(
             f"training.sequence_length {sequence_length} is longer than the {longest[1]} positions of {model_type} "
@@ -119,7 +119,7 @@ def check_positions(longest: tuple[str, int] | None, sequence_length: int, model
 
 
 def padding_ids(model: nn.Module) -> list[int]:
-    """The tokens whose embeddings are never trained."""
+    """The padding tokens of the model's embeddings, whose rows are never trained."""
     from torch import nn
 
     found = {module.padding_idx for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -127,8 +127,10 @@ def padding_ids(model: nn.Module) -> list[int]:
 
 
 def check_shapes(config: Mapping[str, Any]) -> None:
-    """Pass tokens through the model, as shapes without values. Raises ConfigError for sizes that do not go together,
-    which many families notice only then. What cannot be known without values is left to the nodes."""
+    """Run a forward pass on shapes without values. Raises ConfigError for sizes that do not match.
+
+    Many families detect mismatched sizes only in a forward pass. Checks that need values are left to the nodes.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -137,7 +139,7 @@ def check_shapes(config: Mapping[str, Any]) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         try:
             model = build(config)
-        except ConfigError:  # of a constructor that computes with values; `build` itself has made the model before
+        except ConfigError:  # the constructor computes with values; `build` itself has made the model before
             return
         try:
             model(input_ids=torch.zeros((2, 2), dtype=torch.long), use_cache=False)
@@ -150,7 +152,7 @@ def check_shapes(config: Mapping[str, Any]) -> None:
 
 
 def explain_padding(config: Any, given: Mapping[str, Any]) -> str:
-    """Why a model cannot be built, when that is its padding token; "" otherwise."""
+    """The reason why a model cannot be built, if it is the padding token; "" otherwise."""
     inner = config.get_text_config()
     token, size = getattr(inner, "pad_token_id", None), getattr(inner, "vocab_size", None)
     if not isinstance(token, int) or not isinstance(size, int) or -size <= token < size:
@@ -161,8 +163,10 @@ def explain_padding(config: Any, given: Mapping[str, Any]) -> str:
 
 
 def unknown_keys(given: Mapping[str, Any], config: Any, model: nn.Module) -> tuple[list[str], str]:
-    """Keys of a config.json's contents that neither its family's config nor its model's code reads, and what is wrong
-    with the first that is surely another one's typing error ("" when none is)."""
+    """Find keys of a config.json that neither the family's config nor the model's code reads.
+
+    Returns the keys, and the message for the first one that is surely a typing error ("" when none is).
+    """
     from transformers import GenerationConfig
 
     inner = config.get_text_config()
@@ -183,7 +187,7 @@ def unknown_keys(given: Mapping[str, Any], config: Any, model: nn.Module) -> tup
 
 
 def unknown_warning(unknown: Sequence[str], model_type: object) -> list[str]:
-    """What is said of keys that change nothing."""
+    """The warning for keys that change nothing, as a list of at most one line."""
     if not unknown:
         return []
     more = f" and {len(unknown) - MAX_NAMED} more" if len(unknown) > MAX_NAMED else ""
@@ -195,7 +199,7 @@ def unknown_warning(unknown: Sequence[str], model_type: object) -> list[str]:
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:
-    """What a recipe says that can be meant, and more likely is not."""
+    """Warnings about settings of a recipe that are valid but probably not meant."""
     training, pipeline, cluster = recipe.training, recipe.pipeline, recipe.cluster
     found = learning_rate_schedule_warnings(recipe.schedule, training.num_steps)
     if pipeline.stages == 1 and pipeline.schedule != "auto":
@@ -210,7 +214,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
 
 
 def learning_rate_schedule_warnings(schedule: LearningRateScheduleConfig, num_steps: int) -> list[str]:
-    """A warm-up or a decay that does not fit into the run, or that the kind of learning-rate schedule does not have."""
+    """Warnings about a warm-up or decay that does not fit into the run, or that the kind of schedule does not have."""
     warmup, decay = schedule.warmup_steps, schedule.decay_steps
     found = []
     if warmup > num_steps:

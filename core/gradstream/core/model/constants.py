@@ -1,8 +1,8 @@
-"""Tensors of a model that are saved with it and never trained: what an export needs beside a checkpoint's tensors.
+"""The constants of a model: tensors that are saved but never trained, which an export needs beside a checkpoint.
 
-transformers sets most of them itself when a file lacks them. Those of FAMILIES only a constructor sets, and what a
-constructor sets is lost when transformers loads a model: without them in the file it would compute with whatever lay in
-memory. A child process finds them, since importing transformers holds the interpreter for seconds.
+When a file lacks them, transformers sets most of them itself. In FAMILIES only a constructor sets them, and
+transformers loses a constructor's values when it loads a model: without them in the file, the model would compute with
+uninitialized memory. A child process finds them, because importing transformers holds the interpreter lock for seconds.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 FAMILIES = frozenset({"apertus"})
-"""Model types whose exports need them; a test looks for others."""
+"""Model types whose exports need their constants. A test searches for others."""
 TIMEOUT_SECONDS = 300.0
 
 
 def exported_constants(model_config: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
-    """Each of them by name. Raises ConfigError when the model cannot be built."""
+    """The constants that an export needs, by name. Raises ConfigError when the model cannot be built."""
     import numpy as np
 
     if model_config.get("model_type") not in FAMILIES:
@@ -55,7 +55,7 @@ def _ask_child(config_json: str) -> str:
 
 
 def constants(model_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors themselves, fp32: what a model's state has beside its trained parameters."""
+    """The constants of a model by name, fp32: the tensors of its state that are not trained parameters."""
     from gradstream.core.model.model import build, initialize_buffers
 
     model = build(model_config, "meta")
@@ -64,7 +64,7 @@ def constants(model_config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def constants_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """`constants` of a model that has been through `initialize_buffers`."""
+    """The constants of a model after `initialize_buffers`."""
     trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     return {name: tensor.float() for name, tensor in model.state_dict().items() if name not in trained}
 

@@ -1,11 +1,11 @@
-"""Builds a model without its weights, and keeps the values that only its constructors set.
+"""Construction of a model without its weights, but with the values that only its constructors set.
 
 On torch's meta device a constructor's values are lost: rotary frequencies, masks, and trained parameters such as those
 of Apertus' activation, which `_init_weights` of transformers does not set. Here memory for weights (torch.empty) is not
-allocated, as on the meta device, but every other tensor that a constructor makes is real, and is kept beside the
-module that owns it until the module gets its memory.
+allocated, as on the meta device, but every other tensor of a constructor is real. It is kept beside the module that
+owns it until the module gets its memory.
 
-torch is imported inside the functions, so that importing this module costs nothing.
+torch is imported inside the functions, because its import is slow.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 GENERATOR_LOCK = threading.Lock()
-"""transformers draws from the process's one generator. A shard that was dropped while it loaded may still be drawing in
-its thread when the next one begins."""
+"""Guards the process's random generator, from which transformers draws. A shard that was dropped while it loaded may
+still draw in its thread when the next one begins."""
 MAX_KEPT_ELEMENTS = 1 << 24
-"""Of one tensor that a constructor makes; a larger one is not allocated."""
+"""Largest tensor of a constructor, in elements, that is allocated."""
 _KEPT = "_constructed"
 
 
 def without_weights(construct: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """The module that `construct` makes, with all parameters and buffers on the meta device. What constructors draw
-    depends on `seed` alone, and the process's generator is left alone."""
+    """Call `construct`, with all parameters and buffers of the module on the meta device.
+
+    Random values of constructors depend only on `seed`, and the process's generator is not changed.
+    """
     import torch
 
     with GENERATOR_LOCK, torch.random.fork_rng(devices=[]):
@@ -39,7 +41,7 @@ def without_weights(construct: Callable[[], nn.Module], seed: int = 0) -> nn.Mod
         try:
             with torch.device("meta"), _real_values():
                 module = construct()
-        except (RuntimeError, NotImplementedError):  # a constructor that computes with weights that are not there
+        except (RuntimeError, NotImplementedError):  # the constructor computes with weights, which have no values here
             with torch.device("meta"):
                 return construct()
     _keep_values(module)
@@ -47,8 +49,10 @@ def without_weights(construct: Callable[[], nn.Module], seed: int = 0) -> nn.Mod
 
 
 def seed_generators(seed: int) -> None:
-    """Seed what models draw from, as torch.manual_seed does. That one also notes where it was called from, at ten
-    times the cost."""
+    """Seed the generators from which models draw, as torch.manual_seed does.
+
+    torch.manual_seed also records its caller, which takes ten times as long.
+    """
     import torch
 
     torch.default_generator.manual_seed(seed)
@@ -58,7 +62,7 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def _real_values() -> Iterator[None]:
-    """Below torch.device("meta"): tensors that are made with values are made on the CPU."""
+    """Make tensors that have values on the CPU, inside torch.device("meta")."""
     import torch
     from torch.nn import init
     from torch.overrides import TorchFunctionMode
@@ -75,9 +79,9 @@ def _real_values() -> Iterator[None]:
             kwargs = dict(kwargs or {})
             target = args[0] if args else kwargs.get("tensor")
             if func in drawn and isinstance(target, torch.Tensor) and target.is_meta:
-                return target  # there is nothing to write to, and on the meta device that takes long
+                return target  # a tensor on the meta device has no values to write, and the call would be slow there
             if func in valued and kwargs.get("device") is None:
-                # transformers asks an empty tensor for the device, and initializes nothing on the meta device.
+                # transformers reads the device of an empty tensor, and initializes nothing on the meta device.
                 on_meta = func(*args, **{**kwargs, "device": "meta"})
                 if not 0 < on_meta.numel() <= MAX_KEPT_ELEMENTS:
                     return on_meta
@@ -112,10 +116,10 @@ def _keep_values(module: nn.Module) -> None:
 
 
 def restore_values(module: nn.Module, wanted: Callable[[torch.Tensor], bool] = lambda tensor: True) -> None:
-    """Give the tensors of `module`, its children left out, the values that its constructor gave them; those without
-    one, which `_init_weights` has yet to set, become NaN or, of integers, the least that there is.
+    """Restore the values that the constructor gave to the tensors of `module`, without its children.
 
-    Tensors on the meta device, and those that are not `wanted`, are left alone.
+    A tensor that `_init_weights` has yet to set becomes NaN, or the smallest integer of its type. Tensors on the meta
+    device, and those that are not `wanted`, are not changed.
     """
     import torch
 
@@ -132,8 +136,11 @@ def restore_values(module: nn.Module, wanted: Callable[[torch.Tensor], bool] = l
 
 
 def initialize(model: nn.Module, module: nn.Module) -> None:
-    """Let transformers set the initial values of `module`, a part of `model`, children first as transformers does it: a
-    parent may rescale what its children got. A part that is a model of its own sets its own."""
+    """Let transformers set the initial values of `module`, a part of `model`.
+
+    Children come first, as in transformers, because a parent may rescale its children's values. A part that is itself
+    a model sets its own values.
+    """
     from transformers import PreTrainedModel
 
     if isinstance(module, PreTrainedModel):
@@ -144,7 +151,7 @@ def initialize(model: nn.Module, module: nn.Module) -> None:
 
 
 def check_set(name: str, tensor: torch.Tensor) -> None:
-    """Raise ConfigError when a part of a tensor has had no value since `restore_values`."""
+    """Raise ConfigError if an element of a tensor has not been set since `restore_values`."""
     import torch
 
     if tensor.is_floating_point() or tensor.is_complex():

@@ -1,11 +1,11 @@
-"""Frozen modules of a fine-tuning with adapters: a linear module or embedding whose weight is held in few bytes.
+"""Frozen modules of a fine-tuning with adapters: linear modules and embeddings with compactly held weights.
 
-A weight is held as fp32, bf16, or int8 with one scale a row (the vector-wise form of LLM.int8 without its outliers,
-Dettmers et al., 2022). What a product needs of it is made when it is needed and not kept for the backward pass, which
-makes it again. Everything else, norms and biases, is small and held as fp32.
+A weight is held as fp32, bf16, or int8 with one scale for each row (the vector-wise form of LLM.int8 without its
+outliers, Dettmers et al., 2022). The matrix for a product is made when it is needed and not kept for the backward pass,
+which makes it again. Norms and biases are small and held as fp32.
 
-A module with a forward pass of its own is more than its matrix (Gemma's embeddings are scaled, some routers choose
-experts): it stays, in fp32.
+A module with its own forward pass computes more than a product with its matrix (Gemma's embeddings are scaled, some
+routers choose experts). It is not replaced and stays in fp32.
 
 Shape legend: K inputs, N outputs, V vocabulary, D hidden size.
 """
@@ -29,7 +29,7 @@ _PLAIN = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
 
 @dataclass(frozen=True)
 class HeldMatrix:
-    """A matrix in few bytes: values of shape (rows, columns), and for int8 the rows' scales, (rows, 1)."""
+    """A compactly held matrix: values of shape (rows, columns), and for int8 the scales of the rows, (rows, 1)."""
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
@@ -38,15 +38,15 @@ class HeldMatrix:
     def of(cls, matrix: torch.Tensor, held: Held) -> HeldMatrix:
         """Hold a copy of a matrix, rounded to nearest.
 
-        A copy even where nothing is rounded: the matrix may be a view of a mapped file, and who writes to that file
-        would change the base of a job that trains, or end its worker with a SIGBUS.
+        The matrix is copied even if nothing is rounded, because it may be a view of a mapped file. A write to that file
+        would change the base of a running job, or end its worker with a SIGBUS.
         """
         if held != "int8":
             dtype = torch.float32 if held == "fp32" else torch.bfloat16
             return cls(matrix.to(dtype, copy=True, memory_format=torch.contiguous_format))
         values = torch.empty(matrix.shape, dtype=torch.int8)
         scales = torch.empty((len(matrix), 1))
-        # Some rows at a time: as fp32 an embedding takes more than all that is held of it.
+        # Some rows at a time, because a whole embedding in fp32 takes more memory than its held form.
         for begin in range(0, len(matrix), ROWS_AT_ONCE):
             rows = slice(begin, begin + ROWS_AT_ONCE)
             part = matrix[rows].float()
@@ -55,27 +55,27 @@ class HeldMatrix:
         return cls(values, scales)
 
     def to(self, device: torch.device) -> HeldMatrix:
-        """The same on a device."""
+        """The matrix on a device."""
         return HeldMatrix(self.values.to(device), None if self.scales is None else self.scales.to(device))
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix in `dtype`."""
+        """The whole matrix in `dtype`."""
         values = self.values.to(dtype)
         return values if self.scales is None else values.mul_(self.scales.to(dtype))
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows by their index, fp32."""
+        """The rows with the given indices, fp32."""
         rows = nn.functional.embedding(index, self.values).float()
         return rows if self.scales is None else rows * nn.functional.embedding(index, self.scales)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that it takes."""
+        """Memory of the held matrix in bytes."""
         return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 class _Product(torch.autograd.Function):
-    """x @ W^T for a held W (N, K), or x @ W for one that is stored as (K, N); the gradient of x alone."""
+    """x @ W^T for a held W (N, K), or x @ W for a W stored as (K, N). Only x gets a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x_BTK: torch.Tensor, matrix: HeldMatrix, transposed: bool) -> torch.Tensor:
@@ -90,14 +90,14 @@ class _Product(torch.autograd.Function):
 
 
 class HeldLinear(nn.Module):
-    """In place of nn.Linear, or with `transposed` of transformers' Conv1D."""
+    """A linear module with a held matrix; with `transposed`, in place of transformers' Conv1D."""
 
     def __init__(self, matrix: HeldMatrix, bias: torch.Tensor | None, transposed: bool):
         super().__init__()
         self.matrix = matrix
         self.transposed = transposed
         self.bias = bias
-        # peft reads where its base layer is.
+        # peft reads the device of its base layer from `weight`.
         self.weight = matrix.values
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ class HeldLinear(nn.Module):
 
 
 class HeldEmbedding(nn.Module):
-    """In place of nn.Embedding."""
+    """An embedding with a held matrix."""
 
     def __init__(self, matrix: HeldMatrix):
         super().__init__()
@@ -126,10 +126,10 @@ def replace_frozen(
     matrix: Callable[[str], HeldMatrix],
     vector: Callable[[str], torch.Tensor],
 ) -> set[str]:
-    """Put held modules in place of linear ones and embeddings, and values in the other parameters; return the names of
-    the tensors that were used.
+    """Replace linear modules and embeddings by held ones, and fill in the other parameters.
 
-    `source` gives the name of a parameter's tensor, `matrix` and `vector` that tensor, held or as fp32.
+    `source` returns the name of a parameter's tensor; `matrix` and `vector` return that tensor, held or as fp32. The
+    result is the names of the tensors that were used.
     """
     used: set[str] = set()
     for path, module in list(model.named_modules()):

@@ -1,10 +1,10 @@
-"""Low-rank adapters on a model, by peft: which modules get one, what their tensors are called and begin with.
+"""Low-rank adapters on a model, made by peft: their modules, tensor names and initial values.
 
-With adapters a model's trained tensors are theirs alone: `….q_proj.lora_A.default.weight`, of shape (rank, inputs), and
-`….q_proj.lora_B.default.weight`, (outputs, rank). The module that has one becomes peft's, and its own weight, which is
-frozen, `….q_proj.base_layer.weight`.
+With adapters, only the adapters' tensors are trained: `….q_proj.lora_A.default.weight`, of shape (rank, inputs), and
+`….q_proj.lora_B.default.weight`, (outputs, rank). A module with an adapter becomes a module of peft, and its frozen
+weight is then named `….q_proj.base_layer.weight`.
 
-torch and peft are imported inside the functions, so that importing this module costs nothing.
+torch and peft are imported inside the functions, because their import is slow.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ _FROM_BASE = "_gradstream_from_base"
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
-    """Give the model its adapters, in place, on its own device and yet to be filled in; all else is frozen.
+    """Add adapters to the model, in place, on its device and without values; freeze all other parameters.
 
-    Raises ConfigError when a target matches no module, or one that cannot have an adapter, with those that can.
+    Raises ConfigError when a target matches no module, or one that cannot have an adapter. The message names those that
+    can.
     """
     import peft
     import torch
@@ -40,7 +41,7 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     try:
         with torch.device(next(model.parameters()).device):
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    except ValueError as error:  # of a module that the family's own code never calls
+    except ValueError as error:  # the family's code never calls such a module
         raise ConfigError(
             f"lora.target_modules: peft puts no adapter there ({one_line(error).split('. ')[0][:200]}); name other "
             f"modules, or use method: full"
@@ -55,8 +56,10 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
 
 
 def peft_config(lora: LoraConfig, model: nn.Module) -> Any:
-    """peft's own LoraConfig for a transformers model (its architecture: the device does not matter). Raises ConfigError
-    as `add_adapters` does."""
+    """peft's LoraConfig for a transformers model on any device, of which only the architecture matters.
+
+    Raises ConfigError as `add_adapters` does.
+    """
     import peft
 
     targets = target_modules(model, lora)
@@ -68,7 +71,7 @@ def peft_config(lora: LoraConfig, model: nn.Module) -> Any:
         use_rslora=lora.rslora,
         target_modules=targets,
         fan_in_fan_out=any(is_transposed(module) for module in model.modules()),
-        # What it would draw is drawn by `initial_adapter`.
+        # `initial_adapter` draws the initial values instead of peft.
         init_lora_weights=False,
     )
 
@@ -109,7 +112,7 @@ def target_modules(model: nn.Module, lora: LoraConfig) -> list[str]:
 
 
 def freeze(model: nn.Module) -> None:
-    """Note that a model's parameters come from a base; none of them is trained then."""
+    """Freeze a model's parameters, and mark them as coming from a base."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             vars(parameter)[_FROM_BASE] = True
@@ -117,8 +120,10 @@ def freeze(model: nn.Module) -> None:
 
 
 def is_from_base(tensor: torch.Tensor) -> bool:
-    """Whether `freeze` froze it, so that its values are the base's. What was frozen before is a constant that the
-    family's own code sets, and no base holds."""
+    """Whether `freeze` froze the tensor, whose values are then the base's.
+
+    A tensor that was frozen before is a constant: the family's code sets it, and no base has it.
+    """
     return _FROM_BASE in vars(tensor) and not tensor.requires_grad
 
 
@@ -129,8 +134,10 @@ def _kinds(names: Iterable[str]) -> str:
 
 
 def initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """The first values of an adapter's tensor, fp32: A uniform as torch's own linear layers, B zero, so that the model
-    begins as its base (as peft, and Hu et al., 2021)."""
+    """The initial values of an adapter's tensor, fp32, as in peft and Hu et al., 2021.
+
+    A is uniform as in torch's linear layers and B is zero, so the model begins equal to its base.
+    """
     import torch
 
     if name.endswith(_OUT):
@@ -141,12 +148,12 @@ def initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tenso
 
 
 def frozen_name(name: str) -> str:
-    """A frozen tensor's name in the base: without peft's module around its own."""
+    """A frozen tensor's name in the base: without the part that peft's module adds."""
     return name.replace(".base_layer.", ".")
 
 
 def adapted_module(name: str) -> str | None:
-    """The module whose adapter a trained tensor belongs to; None for a tensor that is no adapter's."""
+    """The module whose adapter has a trained tensor; None for a tensor that is not part of an adapter."""
     for suffix in (_IN, _OUT):
         if name.endswith(suffix):
             return name.removesuffix(suffix)
@@ -159,7 +166,7 @@ def factors(module: str) -> tuple[str, str]:
 
 
 def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lora: LoraConfig, module: nn.Module) -> Any:
-    """W + scaling * B @ A in W's dtype, computed in fp32; transposed where `module`, which has W, is a Conv1D."""
+    """W + scaling * B @ A in W's dtype, computed in fp32. The product is transposed if W's module is a Conv1D."""
     product = b @ a
     if is_transposed(module):
         product = product.T
@@ -167,5 +174,5 @@ def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lora: 
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, which GPT-2 is made of: its weight is (inputs, outputs)."""
+    """Whether a module is transformers' Conv1D, as in GPT-2, whose weight is (inputs, outputs)."""
     return type(module).__name__ == "Conv1D"

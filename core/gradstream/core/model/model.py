@@ -1,10 +1,10 @@
 """Models: inventory, initial weights and forward units of any decoder-only `transformers` model.
 
-torch and transformers are imported inside the functions, so that importing this module costs nothing.
+torch and transformers are imported inside the functions, because their import is slow.
 
-A forward unit is what the forward pass needs at once: the embedding, each decoder layer, the final norm, the head.
-Units are found by structure, not by name: the elements of the first nn.ModuleList, and every other largest module
-without one.
+A forward unit is a part of the model that the forward pass needs at once: the embedding, each decoder layer, the final
+norm, the head. Units are found by structure, not by name: the elements of the first nn.ModuleList, and the largest
+modules that contain no such list.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MAX_LAYERS = 1024
 _WRONG_KIND = re.compile(r"Field '(?P<key>\w+)' expected (?P<expected>[^,]+), got \w+ \(value: (?P<value>.*)\)")
-"""How a config class of transformers refuses a value of another kind."""
+"""The message with which a config class of transformers refuses a value of another type."""
 _KINDS = {
     "int": "a whole number without point or exponent",
     "float": "a number with a point, as 1.0",
@@ -49,16 +49,16 @@ _KINDS = {
 def preload() -> None:
     """Import torch and transformers and compile the codecs' kernels now.
 
-    It takes seconds during which a thread holds the interpreter; a node does it before it promises heartbeats.
+    This holds the interpreter lock for seconds. A node therefore does it before it begins to send heartbeats.
     """
 
     kernels_preload.preload()
-    # The masks import torch's compiler, as every decoder does.
+    # masking_utils imports torch's compiler, which every decoder needs.
     from transformers import AutoModelForCausalLM, masking_utils  # noqa: F401
 
 
 def load_config(model_config: Mapping[str, Any]) -> Any:
-    """The transformers config object of a config.json's contents. Raises ConfigError for an unknown model type."""
+    """Make the transformers config object of a config.json. Raises ConfigError when it is not valid."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -77,7 +77,7 @@ def load_config(model_config: Mapping[str, Any]) -> Any:
     try:
         config = AutoConfig.for_model(model_type, **fields)
         num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    except Exception as error:  # the config classes of transformers raise whatever a wrong value leads to
+    except Exception as error:  # transformers' config classes raise errors of many types for wrong values
         if kind := _WRONG_KIND.search(str(error)):
             expected = _KINDS.get(kind["expected"], kind["expected"])
             raise ConfigError(
@@ -90,14 +90,17 @@ def load_config(model_config: Mapping[str, Any]) -> Any:
 
 
 def _refuse_foreign_code(fields: dict[str, Any]) -> None:
-    """Raise ConfigError for a config that names code to be fetched; leave out what names some beside transformers' own
-    class, which is used instead."""
+    """Raise ConfigError for a config that names code to download.
+
+    Where transformers has a class of its own for the model type, the key that names such code is removed and
+    transformers' class is used.
+    """
     fields.pop("auto_map", None)
     _refuse_implementations(fields, "model.config")
 
 
 def _refuse_implementations(value: Any, where: str) -> None:
-    """Raise ConfigError where a config, or one within it, names an implementation that would be fetched."""
+    """Raise ConfigError if a config, or one within it, names an implementation that would be downloaded."""
     for key, inner in value.items() if isinstance(value, dict) else ():
         if str(key).endswith("_implementation") and "/" in str(inner):
             raise ConfigError(f"{where}.{key} names code from elsewhere, which is never run; remove it")
@@ -107,9 +110,11 @@ def _refuse_implementations(value: Any, where: str) -> None:
 def build(
     model_config: Mapping[str, Any], device: str = "cpu", lora: LoraConfig | None = None, seed: int = 0
 ) -> nn.Module:
-    """Build the causal language model on `device` ("meta" for its shapes alone), with adapters as `lora` says: then
-    they alone require gradients. What constructors draw on the meta device depends on `seed`. Raises ConfigError when
-    it cannot be."""
+    """Build the causal language model on `device` ("meta" for only its shapes), with the adapters of `lora`, if given.
+
+    With adapters, only these require gradients. Random values of constructors on the meta device depend on `seed`.
+    Raises ConfigError when the model cannot be built.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -125,7 +130,7 @@ def build(
         else:
             with torch.device(device):
                 model = construct()
-    except Exception as error:  # as of the config classes
+    except Exception as error:  # as with the config classes
         why = explain_padding(config, model_config) or f"model.config cannot be built: {one_line(error)[:300]}"
         raise ConfigError(why) from None
     if lora is not None:
@@ -134,14 +139,16 @@ def build(
 
 
 def hidden_size(model: nn.Module) -> int:
-    """Elements a token of what layers pass on to each other."""
+    """Number of elements for each token in the activations between layers."""
     config: Any = model.config
     return int(config.get_text_config().hidden_size)
 
 
 def router_loss_factor(model: nn.Module) -> float:
-    """By how much a model's `aux_loss` counts beside the cross-entropy of a token, as transformers adds it up: 0 unless
-    its config asks for it (output_router_logits)."""
+    """The factor of a model's `aux_loss` in its training loss, as in transformers.
+
+    It is 0 unless the config sets output_router_logits.
+    """
     config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     if not getattr(config, "output_router_logits", False):
         return 0.0
@@ -149,7 +156,7 @@ def router_loss_factor(model: nn.Module) -> float:
 
 
 def forward_units(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The forward units with their names, in the order of definition, which for decoders is the order of use."""
+    """The forward units with their names, in order of definition, which in decoders is the order of use."""
     from torch import nn
 
     def has_list(module: nn.Module) -> bool:
@@ -182,10 +189,10 @@ def check_units(model: nn.Module) -> None:
 
 
 class UnitDraws:
-    """What a forward pass draws (dropout): the generator is seeded before each forward unit, from `key` and its name.
+    """Seeds the generator for dropout before each forward unit, from `key` and the unit's name.
 
-    So what a unit draws does not depend on which units the same process ran before it: a model gives the same bits
-    however it is cut into stages. Set `key` before each pass, also before a backward one, which may compute again.
+    A unit's random values therefore do not depend on the units that the same process ran before it: a model gives the
+    same bits with any cut into stages. Set `key` before each pass, also before a backward pass, which may recompute.
     """
 
     def __init__(self, model: nn.Module, seed: int):
@@ -199,8 +206,9 @@ class UnitDraws:
 
 
 def inventory(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -> list[Tensor]:
-    """The model's trained tensors in forward order, found on the meta device: all, or those of its adapters. Tied
-    tensors appear once, under their first name.
+    """The model's trained tensors in forward order, found on the meta device: all, or only those of its adapters.
+
+    Tied tensors appear once, under their first name.
 
     Weight decay applies to tensors of two or more dimensions: not to norms and biases.
     """
@@ -208,7 +216,7 @@ def inventory(model_config: Mapping[str, Any], lora: LoraConfig | None = None) -
 
 
 def inventory_of(model: nn.Module) -> list[Tensor]:
-    """`inventory` of a model that is built already."""
+    """The inventory of a model that is already built."""
     from torch import nn
 
     first: dict[int, int] = {}
@@ -229,7 +237,7 @@ def inventory_of(model: nn.Module) -> list[Tensor]:
             return "vector"
         return "embedding" if id(parameter) in tables else "matrix"
 
-    # A parameter outside every unit is needed from the start.
+    # A parameter outside all units is needed from the start.
     tensors = [
         Tensor(
             name,
@@ -248,11 +256,11 @@ def inventory_of(model: nn.Module) -> list[Tensor]:
 def initial_weights(
     model_config: Mapping[str, Any], seed: int, wanted: set[str] | None = None, lora: LoraConfig | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, fp32 tensor) of the initial weights of every wanted trained tensor (all when None).
+    """Yield (name, fp32 tensor) with the initial weights of every wanted trained tensor (all when None).
 
-    Adapters are drawn one tensor at a time, by (seed, tensor). Otherwise the model's own initialization is run one
-    forward unit at a time, each with a generator seeded by (seed, unit), so the values do not depend on who asks for
-    which part, and no process ever holds more than one unit beside what it keeps.
+    Adapters are drawn one tensor at a time, from (seed, tensor). Otherwise the model's own initialization runs one
+    forward unit at a time, each with a generator seeded from (seed, unit). The values therefore do not depend on the
+    wanted tensors, and a process has at most one unit in memory beside the tensors that it keeps.
     """
     import torch
 
@@ -263,7 +271,7 @@ def initial_weights(
         return
     model = build(model_config, "meta", seed=derive_seed(seed, "init"))
     seen: set[str] = set()
-    # One parameter can have several names (tied); named_parameters, as the inventory, gives the first alone.
+    # A tied parameter has several names; named_parameters gives only the first one, as the inventory does.
     first_name = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     check_units(model)
     units = forward_units(model)
@@ -295,7 +303,7 @@ def initial_weights(
 
 
 def _model_of(model: nn.Module, name: str) -> nn.Module:
-    """The innermost transformers model that has the module of this name: it sets that module's values."""
+    """The innermost transformers model that contains the module `name`. It sets the initial values of the module."""
     from transformers import PreTrainedModel
 
     owner = part = model
@@ -306,9 +314,12 @@ def _model_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def initialize_buffers(model: nn.Module, device: torch.device | str) -> None:
-    """Move a model that was built on the meta device to `device`: what its constructors set or compute from its config
-    (rotary frequencies) is there, its trained parameters are left undefined. What comes from a base, under adapters,
-    stays where it is. Raises ConfigError for a constant that nothing sets."""
+    """Move a model that was built on the meta device to `device`, and set its buffers and constants.
+
+    Values that constructors set or compute from the config (rotary frequencies) are restored. Trained parameters are
+    left uninitialized. With adapters, parameters of the base stay where they are. Raises ConfigError for a constant
+    that nothing sets.
+    """
     import torch
     from torch import nn
     from transformers import PreTrainedModel
@@ -328,7 +339,7 @@ def initialize_buffers(model: nn.Module, device: torch.device | str) -> None:
             restore_values(module, is_constant)
             part._init_weights(module)  # type: ignore[operator]
 
-    model._apply(moved)  # type: ignore[no-untyped-call]  # as nn.Module.to_empty, which knows no exceptions
+    model._apply(moved)  # type: ignore[no-untyped-call]  # as nn.Module.to_empty, which cannot leave out tensors
     with GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
         seed_generators(0)  # the same constants on every node
         set_buffers(model, model)

@@ -1,10 +1,12 @@
-"""What each segment of a model costs: time, memory, and what it passes on, of one microbatch on this machine.
+"""The profile of a model: time, memory and output of each segment, for one microbatch on this machine.
 
-Segments are measured one at a time, layers of equal shapes once, so a model of any number of layers takes seconds and
-never more memory than its largest segment. What is too large to be measured here is estimated from its matrices.
+Segments are measured one at a time, and layers of equal shapes once. A model with any number of layers therefore takes
+seconds, and no more memory than its largest segment. A segment too large to be measured here is estimated from its
+matrices.
 
-Left out: what a stage does once however many segments it has (masks, positions), which each segment's time contains;
-what zero-bubble keeps between the parts of a backward pass; other processors than this machine's.
+The profile has these limits. Work that a stage does once for all its segments (masks, positions) is part of each
+segment's time. Memory that zero-bubble keeps between the parts of a backward pass is left out. The times are those of
+this machine's processor.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ if TYPE_CHECKING:
 
     from gradstream.core.model.stage_module import Segment, StageModule
 
-# What is larger than one of these is estimated.
+# A segment that exceeds one of these limits is estimated.
 MAX_PARAMETERS = 300_000_000
 MAX_BYTES = 4 << 30
 MAX_SECONDS = 5.0
-# A segment's passes are repeated as often as they fit into so many seconds, within these bounds.
+# A segment's passes are repeated for this time, within these bounds on the number of repetitions.
 REPEAT_SECONDS = 2.0
 MIN_REPEATS, MAX_REPEATS = 2, 10
 _MATRIX = 1024
@@ -42,7 +44,7 @@ _MATRIX = 1024
 
 @dataclass(frozen=True)
 class Workload:
-    """What goes through a segment at once, and how it is computed: the recipe's keys that a cost depends on."""
+    """The keys of a recipe on which a segment's cost depends: the size of a microbatch, and how it is computed."""
 
     microbatch: int
     sequence_length: int
@@ -52,7 +54,7 @@ class Workload:
 
     @classmethod
     def of(cls, training: TrainingConfig) -> Workload:
-        """That of a recipe."""
+        """The workload of a recipe."""
         return cls(
             training.microbatch,
             training.sequence_length,
@@ -63,7 +65,7 @@ class Workload:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a microbatch."""
+        """Number of tokens of a microbatch."""
         return self.microbatch * self.sequence_length
 
 
@@ -71,10 +73,10 @@ class Workload:
 class SegmentProfile:
     """The costs of a segment for one microbatch. `units` are indices of forward units.
 
-    `num_parameters` counts a tied tensor in each segment that uses it. A backward pass takes `backward_seconds`, or, in
-    two parts, `backward_input_seconds` and `backward_weight_seconds`. `activation_bytes` are kept from the forward to
-    the backward pass, the segment's input among them; `working_bytes` more are needed while the backward pass computes
-    them again, if it does. It passes on `output_elements`. `measured` is false for an estimate.
+    `num_parameters` counts a tied tensor in each segment that uses it. A backward pass takes `backward_seconds`; its
+    two parts take `backward_input_seconds` and `backward_weight_seconds`. `activation_bytes`, with the segment's input,
+    are kept from the forward to the backward pass. `working_bytes` more are needed while the backward pass recomputes
+    activations, if it does. The segment's output has `output_elements`. `measured` is false for an estimate.
     """
 
     name: str
@@ -93,10 +95,10 @@ class SegmentProfile:
 def profile_segments(
     model_config: Mapping[str, Any], workload: Workload, lora: LoraConfig | None = None
 ) -> list[SegmentProfile]:
-    """The profile of every segment, in forward order, with as many threads as torch is set to. With adapters all else
-    is frozen, and its gradients are not computed.
+    """Profile every segment, in forward order, with torch's current number of threads.
 
-    Raises ConfigError for a model that cannot be built, or not be cut into pipeline stages.
+    With adapters, gradients of the frozen parameters are not computed. Raises ConfigError for a model that cannot be
+    built, or that cannot be cut into pipeline stages.
     """
     from gradstream.core.model.model import build, forward_units
     from gradstream.core.model.stage_module import segments_of
@@ -119,7 +121,7 @@ def profile_segments(
                     found = _measure(model_config, index, found, workload, lora)
                 except ConfigError:
                     raise
-                except Exception as error:  # a family's own code, given what it was not made for
+                except Exception as error:  # the family's code is used in a way that it was not made for
                     cause = one_line(error)[:200]
                     raise ConfigError(
                         f"model.config: {type(model).__name__} cannot be cut into pipeline stages: '{segment.name}' "
@@ -134,7 +136,7 @@ def profile_segments(
 
 
 def _flops_per_second(workload: Workload) -> float:
-    """What a matrix product of middling size reaches here."""
+    """Operations a second of a matrix product of medium size on this machine."""
     with _autocast(workload):
         return matrix_flops("cpu", _MATRIX, 3)
 
@@ -147,12 +149,15 @@ def _estimate(
     flops_per_second: float,
     inner: bool,
 ) -> SegmentProfile:
-    """From the shapes alone: a matrix takes 2 operations a parameter and token forward and twice that backward, and
-    keeps its input and its output; what is only looked up takes nothing."""
+    """Estimate a segment's profile from its shapes.
+
+    A matrix takes 2 operations for each parameter and token in the forward pass and twice as many in the backward pass,
+    and keeps its input and output. An embedding takes no time.
+    """
     from torch import nn
 
     tables = {id(m.weight) for module in modules for m in module.modules() if isinstance(m, nn.Embedding)}
-    # In a head a tied table is a matrix.
+    # In the head, a tied embedding is a matrix.
     first = 0 in segment.units
     parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
     matrices = [p for p in parameters if p.dim() > 1 and not (first and id(p) in tables)]
@@ -160,7 +165,7 @@ def _estimate(
     operations = 2 * tokens * sum(p.numel() for p in matrices)
     kept = sum(sum(p.shape[-2:]) for p in matrices)
     if inner:
-        operations += 2 * tokens * workload.sequence_length * hidden  # attention to what lies before
+        operations += 2 * tokens * workload.sequence_length * hidden  # attention to earlier tokens
     if matrices:
         kept += 2 * hidden  # the inputs of norms
     forward = operations / flops_per_second
@@ -184,12 +189,12 @@ def _estimate(
 
 
 def _outputs(matrices: list[nn.Parameter], hidden: int, passes_on: bool) -> int:
-    """Elements a token of what a segment gives: hidden states, or the logits of the last."""
+    """Number of elements for each token in a segment's output: hidden states, or logits in the last segment."""
     return hidden if passes_on or not matrices else max(p.shape[0] for p in matrices)
 
 
 def _is_measurable(estimate: SegmentProfile) -> bool:
-    # Weights and gradients; activations, and as much again of gradients on the way.
+    # Weights and gradients; activations, and the same size again for the activations' gradients.
     num_bytes = 8 * estimate.num_parameters + 2 * (estimate.activation_bytes + estimate.working_bytes)
     seconds = estimate.forward_seconds + estimate.backward_seconds
     return estimate.num_parameters <= MAX_PARAMETERS and num_bytes <= MAX_BYTES and seconds <= MAX_SECONDS
@@ -205,7 +210,7 @@ def _measure(
     workload: Workload,
     lora: LoraConfig | None,
 ) -> SegmentProfile:
-    """The estimate with everything replaced that can be measured on a stage of this segment alone."""
+    """Measure a stage of this segment alone, and replace the values of the estimate that can be measured."""
     import torch
 
     from gradstream.core.model.stage_module import StageModule
@@ -221,7 +226,7 @@ def _measure(
     with torch.random.fork_rng(devices=[]):
         with torch.no_grad():
             for parameter in stage.parameters():
-                # Small, so that no pass overflows; never zero, which some processors multiply faster.
+                # Small values, so that no pass overflows. Never zero, because some processors multiply zeros faster.
                 if parameter.dim() > 1:
                     parameter.normal_(0.0, 0.02)
                 else:
@@ -257,8 +262,7 @@ Forward = Callable[[], "tuple[torch.Tensor, torch.Tensor]"]
 
 
 def _kept_bytes(stage: StageModule, forward: Forward, recompute: bool) -> tuple[int, int]:
-    """(bytes kept between the passes, bytes more when a pass is computed again), and from here on the stage recomputes
-    if it shall."""
+    """Measure (bytes kept between the passes, further bytes during recomputation); switch recomputation on if asked."""
     kept = _saved_bytes(stage, forward)
     if not recompute:
         return kept, 0
@@ -269,12 +273,11 @@ def _kept_bytes(stage: StageModule, forward: Forward, recompute: bool) -> tuple[
 
 
 def _saved_bytes(stage: StageModule, forward: Forward) -> int:
-    """Bytes of the storages, each once and without the parameters', that autograd saves in a forward pass, and of its
-    input."""
+    """Bytes that autograd saves in a forward pass, with its input, without parameters. Each storage counts once."""
     import torch
 
     parameters = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
-    # They are kept, so that no storage takes the place of another that is gone.
+    # The storages are kept alive, so that a new one cannot reuse the memory of a freed one.
     storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -290,9 +293,9 @@ def _saved_bytes(stage: StageModule, forward: Forward) -> int:
 
 
 def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, float, float]:
-    """Seconds, each the least of several runs, of a forward and a backward pass, and of the latter's two parts.
+    """Seconds of a forward pass, a backward pass, and the two parts of a backward pass: each the least of several runs.
 
-    The first stage has no gradient to give away, so its pass has one part alone, that of the weights.
+    The first stage sends no gradient, so its backward pass has only the part for the weights.
     """
     import torch
 
@@ -319,7 +322,7 @@ def _time_passes(stage: StageModule, forward: Forward) -> tuple[float, float, fl
         weight_seconds = _seconds(weight_part.add)
         return forward_seconds, backward_seconds, input_seconds, weight_seconds
 
-    run()  # warms up; from here on there are gradients to add to
+    run()  # warm-up; from here on gradients exist, to which each run adds
     begin = time.perf_counter()
     runs = [run() for _ in range(MIN_REPEATS)]
     while len(runs) < MAX_REPEATS and time.perf_counter() - begin < REPEAT_SECONDS:
@@ -346,22 +349,25 @@ def _autocast(workload: Workload) -> torch.autocast:
 def question(
     model_config: Mapping[str, Any], workload: Workload, lora: LoraConfig | None = None, use: ModelUse = PLAIN_USE
 ) -> str:
-    """What `python -m gradstream.core.model.profile` reads: the same text for the same profile."""
+    """The input of `python -m gradstream.core.model.profile`, equal for equal profiles."""
     adapters = lora.model_dump(mode="json") if lora is not None else None
     asked = {"model_config": model_config, "workload": asdict(workload), "lora": adapters, "use": asdict(use)}
     return json.dumps(asked, sort_keys=True)
 
 
 def parse_answer(answer: Mapping[str, Any]) -> list[SegmentProfile]:
-    """What it wrote. Raises ConfigError with its reason when that is an error."""
+    """Decode the child's output. Raises ConfigError with the child's reason if the child reports an error."""
     if "error" in answer:
         raise ConfigError(answer["error"])
     return [SegmentProfile(**{**segment, "units": tuple(segment["units"])}) for segment in answer["segments"]]
 
 
 def _main() -> None:
-    """`python -m gradstream.core.model.profile`: a model and a workload on stdin, the segments' profiles and the
-    model's inventory on stdout, both JSON."""
+    """Run `python -m gradstream.core.model.profile`.
+
+    Reads a model and a workload from stdin, and writes the segments' profiles and the model's inventory to stdout, both
+    as JSON.
+    """
     memory.use_huge_pages()  # as workers do
     import torch
 
@@ -370,7 +376,7 @@ def _main() -> None:
     torch.set_num_threads(workload.num_threads)
     try:
         lora = LoraConfig.model_validate(asked["lora"]) if asked["lora"] else None
-        # First whether the model is taken at all.
+        # First check that the model can be trained at all.
         found = describe(asked["model_config"], lora, ModelUse(**asked["use"]))
         segments = profile_segments(asked["model_config"], workload, lora)
         answer: dict[str, Any] = {"segments": list(map(asdict, segments)), "inventory": found}

@@ -1,8 +1,8 @@
-"""A pipeline stage as a module: the whole model of transformers with the segments of other stages taken out.
+"""A pipeline stage as a module: a model of transformers without the segments of other stages.
 
-The model's own forward pass runs on every stage, so masks, rotary embeddings and whatever else a family computes on the
-way are its own. Layers of other stages pass on what they are given; where a stage begins, what it received takes the
-place of what the model computed so far.
+The model's own forward pass runs on every stage, so masks, rotary embeddings and other values of a family are computed
+by the family's code. Layers of other stages return their input. At the beginning of a stage the received activations
+replace those that the model has computed so far.
 
 Shape legend: B samples, T tokens, D hidden size, V vocabulary.
 """
@@ -23,14 +23,17 @@ from gradstream.core.recipe.fine_tuning import LoraConfig
 
 @dataclass(frozen=True)
 class Segment:
-    """What is never cut: the embedding, one layer, or the final norm and head. `units` are indices of forward units."""
+    """A part of a model that is never cut: the embedding, one layer, or the final norm and head.
+
+    `units` are indices of forward units.
+    """
 
     name: str
     units: tuple[int, ...]
 
 
 def segments_of(model: nn.Module) -> list[Segment]:
-    """The segments of a decoder, in forward order. Raises ConfigError for a model that cannot be taken apart so."""
+    """The segments of a decoder, in forward order. Raises ConfigError for a model that cannot be cut into segments."""
     units = forward_units(model)
     names = [name for name, _ in units]
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -42,7 +45,7 @@ def segments_of(model: nn.Module) -> list[Segment]:
         raise ConfigError("model.config: the model's layers are not one list, so it cannot be cut into pipeline stages")
     before, after = tuple(range(layers[0])), tuple(range(layers[-1] + 1, len(names)))
     for name, unit in units[: layers[0]]:
-        # Some families define their final norm up there: by its place alone nobody can tell when it is used.
+        # Some families define their final norm before the layers. Its place does not show when it is used.
         if _has_parameters(unit) and not isinstance(unit, nn.Embedding):
             raise ConfigError(
                 f"model.config: '{name}' lies before the layers and is no embedding, so the model cannot be cut into "
@@ -56,10 +59,10 @@ def segments_of(model: nn.Module) -> list[Segment]:
 
 
 class StageModule(nn.Module):
-    """Segments `segments` (a range over `segments_of`) of a model, on a device, with weights yet to be filled in; with
-    adapters, frozen ones stay on the meta device.
+    """The segments in the range `segments` (over `segments_of`) of a model, on a device, without weights.
 
-    Parameters of the other segments do not exist. Names are those of the whole model.
+    With adapters, frozen parameters stay on the meta device. Parameters of the other segments do not exist. Parameters
+    have the names of the whole model.
     """
 
     def __init__(
@@ -92,7 +95,9 @@ class StageModule(nn.Module):
                     continue
                 if 0 < number < len(every) - 1:
                     replace(unit, self._placeholder(number, segments, units[unit]))
-                elif _has_parameters(units[unit]):  # others, rotary embeddings say, are what each stage needs
+                elif _has_parameters(
+                    units[unit]
+                ):  # units without parameters, such as rotary embeddings, are needed by each stage
                     replace(unit, _Nothing() if number == 0 else _PassedOn(units[unit]))
         if not self.first and segments.start < len(every) - 1:
             entry = units[every[segments.start].units[0]]
@@ -102,9 +107,12 @@ class StageModule(nn.Module):
         initialize_buffers(self.model, device)
 
     def forward(self, received: torch.Tensor, **layout: torch.Tensor) -> torch.Tensor:
-        """The first stage takes token ids, (B, T), the others activations, (B, T, D). The last one gives logits,
-        (B, T, V), the others activations. `layout` is what else the model's forward pass is told: position_ids. Raises
-        ConfigError for a family of which this cannot be made."""
+        """Run the stage's forward pass.
+
+        The first stage takes token ids, (B, T), the others activations, (B, T, D). The last stage returns logits,
+        (B, T, V), the others activations. `layout` has further arguments of the model's forward pass: position_ids.
+        Raises ConfigError for a family that cannot be cut into stages.
+        """
         model: Any = self.model if self.last else self.model.base_model
         result: torch.Tensor
         try:
@@ -119,7 +127,7 @@ class StageModule(nn.Module):
         finally:
             unused, self._received = self._received is not None, None
         if result.shape[:2] != received.shape[:2] or unused:
-            # Its loop takes something else from a layer than the hidden states that `_PassedOn` gives.
+            # The model's loop expects something else from a layer than the hidden states that `_PassedOn` returns.
             raise ConfigError(
                 f"model.config: {type(self.model).__name__} cannot be cut into pipeline stages: a stage turned "
                 f"{tuple(received.shape[:2])} tokens into {tuple(result.shape[:2])}; use stages: 1"
@@ -137,16 +145,16 @@ class StageModule(nn.Module):
         return received
 
     def _placeholder(self, number: int, segments: range, layer: nn.Module) -> nn.Module:
-        """What stands in place of layer `number`, which is another stage's."""
+        """The module that replaces layer `number`, which belongs to another stage."""
         if number == segments.stop:
             return _End(layer)
-        # Only the head: what the last layer gave is what the stage received.
+        # The stage is only the head: the received activations replace the output of the last layer.
         is_entry = number == segments.start - 1 and self.last and len(segments) == 1
         return _PassedOn(layer, self._taken if is_entry else None)
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """The parents of each module, by its id, and its names there."""
+    """The parents of each module and its names in them, by the module's id."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -159,7 +167,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 class _StageEndError(Exception):
-    """The stage has computed all that is its own; the rest of the model's forward pass is other stages'."""
+    """Ends the model's forward pass once the stage has computed its segments."""
 
     def __init__(self, hidden_states: torch.Tensor):
         super().__init__()
@@ -171,15 +179,17 @@ def _end(module: nn.Module, arguments: object, result: Any) -> None:
 
 
 class _Nothing(nn.Module):
-    """In place of an embedding: what is added to the received activations, which replace the sum anyway."""
+    """Replaces an embedding, with any output: the received activations replace the sum of embeddings afterwards."""
 
     def forward(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return torch.zeros((1, 1, 1), device=ids.device)
 
 
 class _PassedOn(nn.Module):
-    """In place of a layer or norm of another stage. It keeps the plain attributes that a model's loop may look at, and
-    gives what it gets, or what `take` returns."""
+    """Replaces a layer or norm of another stage. Returns its input, or the result of `take`.
+
+    It keeps the plain attributes of the original, which a model's loop may read.
+    """
 
     def __init__(self, original: nn.Module, take: Callable[[], torch.Tensor] | None = None):
         super().__init__()
@@ -192,17 +202,18 @@ class _PassedOn(nn.Module):
 
 
 class _End(_PassedOn):
-    """In place of the first layer after a stage: what this layer would get is what the stage gives."""
+    """Replaces the first layer after a stage: the layer's input is the stage's output."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         raise _StageEndError(hidden_states)
 
 
 def stage_tensors(module: StageModule, names: Collection[str]) -> dict[tuple[str, int], nn.Parameter]:
-    """The stage's trained parameters by (tensor, part), where `names` are the whole model's tensors.
+    """The stage's trained parameters by (tensor, part). `names` are the whole model's tensors.
 
-    A tied tensor has two parts, its use as an embedding and that as a head, whose gradients add up apart from each
-    other: whether one stage has both or two have one each must make no difference. So a stage with both has it twice.
+    A tied tensor has two parts, its use as an embedding and its use as a head. Their gradients are summed separately,
+    so that one stage with both parts gives the same bits as two stages with one part each. A stage with both parts
+    therefore has the parameter twice.
     """
     tied: Mapping[str, str] = getattr(module.model, "all_tied_weights_keys", None) or {}
     found: dict[tuple[str, int], nn.Parameter] = {}

@@ -1,15 +1,15 @@
-"""Whether a model can be trained as a recipe asks: tried on its twin, a small model of the same family and choices.
+"""Checks that a model can be trained as a recipe asks, made on its twin, a small model of the same family and choices.
 
-A family's own code is not believed but run, with drawn weights (at its initial ones a family may agree by chance):
+The family's code is run with random weights, because with initial weights a check may pass by chance. The checks:
 
-1. nothing is left unset: every parameter and buffer gets its value from a constructor or from `_init_weights`;
-2. it is causal: when tokens from position k on change, logits before k do not move;
-3. transformers' own training loss is the cross-entropy of the logits, or that and a router loss that is added;
-4. for a pipeline, segments computed on their own give what the whole model gives;
-5. for packed rows, an example's logits are those that it has alone, windows and chunks included;
-6. for adapters, frozen modules held in few bytes with adapters on them give what merged weights give.
+1. every parameter and buffer gets its value from a constructor or from `_init_weights`;
+2. the model is causal: when tokens from position k on change, logits before k do not change;
+3. transformers' training loss is the cross-entropy of the logits, with or without an added router loss;
+4. for a pipeline, segments computed one by one give the logits of the whole model;
+5. for packed rows, an example's logits are the same as alone in a row, with windows and chunks too;
+6. for adapters, held frozen modules with adapters give the logits of merged weights.
 
-torch is imported inside the functions, so that importing this module costs nothing.
+torch is imported inside the functions, because its import is slow.
 """
 
 from __future__ import annotations
@@ -45,35 +45,38 @@ if TYPE_CHECKING:
 
 NUM_TOKENS = 24
 EXAMPLES = (9, 6, 7, 2)
-"""Tokens of the examples of the packed row that is tried; the last one stands for padding."""
+"""Lengths in tokens of the examples in the packed row of the check; the last one stands for padding."""
 MAX_PARAMETERS = 20_000_000
-"""Of a model without a twin, which is tried itself."""
+"""Size limit of a model without a twin, on which the checks themselves run."""
 TOLERANCE = 2e-4
 _LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
 class ModelUse:
-    """What a recipe does with its model: cut it into pipeline stages, pack several examples into a row."""
+    """The use of a model in a recipe: whether it is cut into pipeline stages, and whether rows are packed."""
 
     has_pipeline: bool = False
     packs_examples: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> ModelUse:
-        """That of a recipe."""
+        """The use in a recipe."""
         return cls(recipe.pipeline.stages != 1, recipe.fine_tuning is not None)
 
 
 PLAIN_USE = ModelUse()
-"""Trained whole, on rows of one text."""
+"""The use of a model that is trained whole, on rows of one text."""
 
 
 def try_model(
     model_config: Mapping[str, Any], use: ModelUse = PLAIN_USE, lora: LoraConfig | None = None
 ) -> tuple[bool, str]:
-    """(whether the model is refused, why). The reason is one line that says what to do; it is empty for a model that is
-    taken. `lora`: adapters are trained. Raises ConfigError for a config that is none."""
+    """Check a model; return (whether it is refused, reason).
+
+    The reason is one line that says what to do; it is empty for a model that is accepted. With `lora`, adapters are
+    checked too. Raises ConfigError for an invalid config.
+    """
     try:
         trial = Trial(model_config)
         trial.check_causal()
@@ -86,13 +89,13 @@ def try_model(
             trial.check_adapters(_twin_adapters(model_config, lora, trial.model))
     except ConfigError as error:
         return True, str(error)
-    except Exception as error:  # a family's own code, given what it was not made for
+    except Exception as error:  # the family's code is used in a way that it was not made for
         return True, f"model.config: a small model of this family cannot be tried: {one_line(error)[:200]}"
     return False, ""
 
 
 class Trial:
-    """A model's twin with drawn weights. Raises ConfigError for a model without one, and for values that nobody set."""
+    """A model's twin with random weights. Raises ConfigError for a model without a twin, and for values left unset."""
 
     def __init__(self, model_config: Mapping[str, Any], seed: int = 0):
         import torch
@@ -111,17 +114,17 @@ class Trial:
         self._draws = UnitDraws(self.model, seed)
 
     def draw_ids(self) -> torch.Tensor:
-        """Token ids, (2, T)."""
+        """Draw token ids, (2, T)."""
         import torch
 
         return torch.randint(0, self.vocabulary, (2, self.num_tokens), generator=self._generator)
 
     def logits(self, ids_BT: torch.Tensor, **layout: torch.Tensor) -> torch.Tensor:
-        """(B, T, V), drawn alike in every call."""
+        """The model's logits, (B, T, V). Dropout is the same in every call."""
         return self.output(ids_BT, **layout).logits  # type: ignore[no-any-return]
 
     def output(self, ids_BT: torch.Tensor, **told: torch.Tensor) -> Any:
-        """What the model gives."""
+        """The model's output."""
         import torch
 
         with GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -152,7 +155,7 @@ class Trial:
                     )
 
     def check_loss(self, use: ModelUse) -> None:
-        """Raise ConfigError when transformers' training loss is another than the one that workers compute."""
+        """Raise ConfigError when transformers' training loss differs from the loss that workers compute."""
         import torch
 
         self.model.train()
@@ -161,7 +164,7 @@ class Trial:
         factor = router_loss_factor(self.model)
         router = getattr(found, "aux_loss", None) if factor else None
         added = own if router is None else own + factor * router
-        # Decoders of encoder-decoder models take labels as targets, each beside its token.
+        # Decoders of encoder-decoder models take labels as the targets of the same positions.
         beside = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1).float(), self.ids.flatten())
         given = found.loss
         if given is None or not any(torch.allclose(given, loss, rtol=1e-4, atol=1e-5) for loss in (added, beside)):
@@ -178,7 +181,7 @@ class Trial:
             )
 
     def check_stages(self) -> None:
-        """Raise ConfigError when segments computed one after the other give other logits than the whole model."""
+        """Raise ConfigError when segments, computed one after the other, do not give the whole model's logits."""
         import torch
 
         from gradstream.core.model.stage_module import StageModule, segments_of
@@ -207,7 +210,7 @@ class Trial:
         return f"model.config: {self.name} cannot be cut into pipeline stages: {cause}; use stages: 1"
 
     def check_packing(self) -> None:
-        """Raise ConfigError when an example's logits depend on what else is in its row."""
+        """Raise ConfigError when an example's logits depend on other examples in its row."""
         import torch
 
         self.model.eval()
@@ -229,8 +232,10 @@ class Trial:
             begin += length
 
     def check_adapters(self, lora: LoraConfig) -> None:
-        """Raise ConfigError when the model computes something else with adapters on held weights, as workers do, than
-        with the adapters merged into them. Weights change: it is a trial's last check."""
+        """Raise ConfigError when adapters on held weights, as workers use them, give other logits than merged weights.
+
+        This check changes the weights, so it must be the last one of a trial.
+        """
         import torch
 
         from gradstream.core.model.frozen_modules import HeldMatrix, replace_frozen
@@ -283,7 +288,7 @@ class Trial:
 
 
 def _twin_adapters(model_config: Mapping[str, Any], lora: LoraConfig, twin: nn.Module) -> LoraConfig:
-    """Small adapters on the twin's modules that stand for those that have one in the model, whatever their layer."""
+    """Small adapters for the twin, on modules that correspond, in any layer, to the model's modules with adapters."""
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     if lora.target_modules != targets:
         kinds = {_LAYER.sub(".", name) for name in target_modules(build(model_config, "meta"), lora)}
@@ -293,11 +298,11 @@ def _twin_adapters(model_config: Mapping[str, Any], lora: LoraConfig, twin: nn.M
 
 
 def _small_model(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], nn.Module]:
-    """The twin's config and the twin; the model itself where it is small and its family has no twin."""
+    """The twin's config and the twin; or the model itself, if it is small and its family has no twin."""
     try:
         config = twin_config(model_config)
         return config, _filled(build(config, "meta"))
-    except Exception as error:  # a family's own code, given other sizes than its own
+    except Exception as error:  # the family's code gets other sizes than its own
         if isinstance(error, ConfigError) and "nothing sets" in str(error):
             raise
         whole = build(model_config, "meta")
@@ -311,11 +316,11 @@ def _small_model(model_config: Mapping[str, Any]) -> tuple[dict[str, Any], nn.Mo
 
 
 def _filled(model: nn.Module) -> nn.Module:
-    """A model that was built on the meta device, on the CPU at its initial values."""
+    """Move a model that was built on the meta device to the CPU, with its initial values."""
     import torch
 
     model.to_empty(device="cpu")
-    model.tie_weights()  # type: ignore[operator]  # which to_empty has undone
+    model.tie_weights()  # type: ignore[operator]  # to_empty has untied them
     for module in model.modules():
         restore_values(module)
     with GENERATOR_LOCK, torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -327,7 +332,7 @@ def _filled(model: nn.Module) -> nn.Module:
 
 
 def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Move every parameter away from its initial value: matrices so that activations keep their size."""
+    """Draw random weights for every parameter. Matrices are scaled so that activations keep their magnitude."""
     import torch
 
     with torch.no_grad():
@@ -354,8 +359,10 @@ def _shown(loss: Any) -> str:
 def describe(
     model_config: Mapping[str, Any], lora: LoraConfig | None = None, use: ModelUse = PLAIN_USE
 ) -> dict[str, Any]:
-    """The inventory and what a recipe must fit, as JSON has it: what a child process tells the coordinator of a model.
-    Raises ConfigError, also for a model that cannot be trained as `use` asks."""
+    """Describe a model for the coordinator, as a JSON object: its inventory and the limits that a recipe must fit.
+
+    Raises ConfigError, also for a model that cannot be trained as `use` asks.
+    """
     model = build(model_config, "meta", lora)
     unknown, misspelt = unknown_keys(model_config, model.config, model)
     check_shapes(model_config)
@@ -376,8 +383,10 @@ def describe(
 
 
 def _main() -> None:
-    """`python -m gradstream.core.model.trial`: config.json, adapters and use on stdin, the inventory on stdout, all
-    JSON."""
+    """Run `python -m gradstream.core.model.trial`.
+
+    Reads config.json, adapters and use from stdin, and writes the inventory to stdout, all as JSON.
+    """
     try:
         asked = json.load(sys.stdin)
         lora = LoraConfig.model_validate(asked["lora"]) if asked["lora"] else None

@@ -1,13 +1,13 @@
-"""A model's twin: the same family and the same choices at sizes at which a forward pass takes milliseconds.
+"""A model's twin: a small model of the same family and choices, whose forward pass takes milliseconds.
 
-What a family computes with (kinds of layers, windows, flags, activation functions) stays. Only sizes shrink: widths,
-heads, experts, the vocabulary, the number of layers of each kind, and the windows that attention looks back, so that a
-few tokens reach beyond them. No size grows.
+The twin keeps the kinds of layers, windows, flags and activation functions. Only sizes shrink: widths, heads, experts,
+the vocabulary, the number of layers of each kind, and the attention windows, so that a few tokens reach beyond one. No
+size grows.
 
-Which layers differ is read off the model itself, built without weights: a config may say it by a list, by ids or by a
-period ("the first three are dense"), and then the twin has as many layers as it takes to meet each kind.
+The kinds of layers are read from the model itself, built without weights, because a config may give them by a list, by
+ids or by a period ("the first three are dense"). The twin then has enough layers to contain each kind.
 
-torch is imported inside the functions, so that importing this module costs nothing.
+torch is imported inside the functions, because its import is slow.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 NUM_HEADS, HEAD_SIZE, HIDDEN, WINDOW, VOCABULARY = 4, 24, 96, 4, 64
 MAX_LAYERS = 2
-"""Of a family without a list of its layers' kinds; those with one keep each kind, and its neighbours in order."""
+"""Layers of a twin whose family has no list of its layers' kinds. With a list, the twin keeps each kind, in order, with
+its neighbours."""
 MAX_FIRST_LAYERS = 6
-"""The most layers of a twin that has its model's first layers, until each kind has come."""
+"""Maximum number of layers of a twin that takes its model's first layers until each kind is included."""
 
 _LAYERS = re.compile(r"(num_|n_)?(hidden_|decoder_|encoder_)?layers?|num_blocks")
-# The first pattern that matches a whole key says what its number becomes; a key without a match keeps its number.
+# The first pattern that matches a whole key gives the key's new size. A key without a match keeps its number.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*|encoder_hash_byte_group_vocab|shape_vocab_size", VOCABULARY),
     (r"mamba_n_heads|n_mamba_heads|mamba_num_heads|num_heads", 2 * NUM_HEADS),
@@ -56,14 +57,16 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(mamba_)?chunk_size|block_size", 8),
 )
 _LAYER_IDS = re.compile(r".*layer_ids|.*layers?_indices|.*_idxs|.*_only_layers|cross_attention_layers|moe_layers")
-"""Keys whose lists hold the numbers of layers."""
+"""Keys whose lists have layer numbers."""
 _KEY_HEADS = re.compile(r"num_(key_value|kv)_heads")
 _COMPILED = tuple((re.compile(pattern), size) for pattern, size in _SIZES)
 
 
 def twin_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of a config.json of the twin. Raises ConfigError as `load_config` does; the twin's own config may be
-    one that its class refuses."""
+    """The twin's config.json.
+
+    Raises ConfigError as `load_config` does. The config class may refuse the returned config.
+    """
     twin: dict[str, Any] = json.loads(_twin_config(json.dumps(model_config)))
     return twin
 
@@ -79,7 +82,7 @@ def _twin_config(config_json: str) -> str:
     missing = seen.keys() - set(_kinds_of(first))
     if not missing:
         return json.dumps(first)
-    # By the numbers of the layers that begin a kind, which is enough where lists say it; else all up to the last one.
+    # Try the layers that begin a kind, which suffice if lists give the kinds; else all layers up to the last of them.
     tried = [first]
     ways = [sorted(seen.values())]
     if max(seen.values()) < MAX_FIRST_LAYERS:
@@ -90,7 +93,7 @@ def _twin_config(config_json: str) -> str:
 
 
 def _kinds_of(model_config: Mapping[str, Any]) -> list[object]:
-    """What each layer of a model is made of, in order; none for a model that cannot be built."""
+    """The kind of each layer of a model, in order; empty for a model that cannot be built."""
     try:
         model = build(model_config, "meta")
     except ConfigError:
@@ -105,7 +108,7 @@ def _kinds_of(model_config: Mapping[str, Any]) -> list[object]:
 
 
 def _kind(layer: nn.Module) -> object:
-    """The modules of a layer with what they are told but for sizes: flags, names, and what they lack."""
+    """The kind of a layer: its modules with their settings except sizes, such as flags, names and missing parts."""
     return tuple(
         (
             name,
@@ -121,7 +124,7 @@ def _kind(layer: nn.Module) -> object:
 
 
 def _shrunk_config(model_config: Mapping[str, Any], asked: tuple[int, Sequence[int]] | None) -> dict[str, Any]:
-    """The twin's config.json; `asked`: of how many layers which ones it has."""
+    """The twin's config.json. `asked` has the model's number of layers, and the layers that the twin keeps."""
     config = load_config(model_config)
     tree = config.to_dict()
     for name in config.sub_configs:
@@ -148,7 +151,7 @@ def _shrunk(tree: Mapping[str, Any], asked: tuple[int, Sequence[int]] | None) ->
 def _keep_relations(small: dict[str, Any], tree: Mapping[str, Any]) -> None:
     """Make sizes that a family derives from each other fit again, in place."""
     size, hidden, heads = tree.get("attention_hidden_size"), tree.get("hidden_size"), tree.get("num_attention_heads")
-    if size and hidden:  # Zamba's attention sees the embeddings too
+    if size and hidden:  # Zamba's attention has the embeddings as input too
         small["attention_hidden_size"] = size * small["hidden_size"] // hidden
         if heads and tree.get("attention_head_dim") == size // heads:
             small["attention_head_dim"] = small["attention_hidden_size"] // small["num_attention_heads"]
@@ -159,11 +162,11 @@ def _keep_relations(small: dict[str, Any], tree: Mapping[str, Any]) -> None:
 def _fit_rotary(
     values: dict[str, Any], small: Mapping[str, Any], is_of_rope_head: Callable[[int], bool], share: float = 1.0
 ) -> None:
-    """Rotary embeddings turn an even number of a head's elements, and longrope has a factor for each two of them."""
+    """Fit rotary settings: they rotate an even number of a head's elements, and longrope has a factor for each two."""
     head = small.get("head_dim") or small.get("hidden_size", HIDDEN) // (small.get("num_attention_heads") or NUM_HEADS)
     for key in ("partial_rotary_factor", "rotary_pct"):
         if isinstance(values.get(key), float) and 0 < values[key] < 1:
-            # A little more, as the product is rounded down.
+            # A little more, because the product is rounded down.
             share = values[key] = (2 * max(1, round(values[key] * head / 2)) + 0.01) / head
     for key, value in values.items():
         if isinstance(value, dict):
@@ -174,7 +177,7 @@ def _fit_rotary(
 
 
 def _kept_layers(tree: Mapping[str, Any]) -> list[int] | None:
-    """Which layers the twin has; None for a config that does not say how many there are."""
+    """The layers that the twin keeps; None for a config without a number of layers."""
     count = next((tree[key] for key in tree if _LAYERS.fullmatch(key) and isinstance(tree[key], int)), None)
     if count is None or count <= 0:
         return None
@@ -187,7 +190,7 @@ def _kept_layers(tree: Mapping[str, Any]) -> list[int] | None:
     first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
     last = {kind: layer for layer, kind in enumerate(kinds)}
     kept = sorted({*first.values(), *last.values()})
-    if len(kept) > 2 * MAX_LAYERS:  # a number of its own for each layer is no kind
+    if len(kept) > 2 * MAX_LAYERS:  # each layer has a number of its own, so the numbers are not kinds
         kept = kept[: 2 * MAX_LAYERS]
     rest = [layer for layer in range(count) if layer not in kept]
     return sorted(kept + rest[: max(0, MAX_LAYERS - len(kept))])
@@ -202,7 +205,7 @@ def _small(key: str, value: Any, tree: Mapping[str, Any], kept: list[int] | None
         if key.endswith("_token_id"):
             return min(value, VOCABULARY - 1)
         if _KEY_HEADS.fullmatch(key) and value in (tree.get("num_attention_heads"), tree.get("n_head")):
-            return min(value, NUM_HEADS)  # as many as there are for queries
+            return min(value, NUM_HEADS)  # as many as the query heads
         for pattern, size in _COMPILED:
             if pattern.fullmatch(key):
                 return min(value, size)

@@ -1,10 +1,10 @@
-"""Weight gradients of linear and embedding layers, added up where they are made.
+"""Weight gradients of linear and embedding layers, accumulated in place.
 
-autograd makes each microbatch's weight gradient as a tensor of its own, for an embedding one of mostly zeros, and then
-adds it to `grad`: where a microbatch has few tokens for the size of a layer, that takes as long as a pass. The layers
-of Megatron-LM add in place for that reason ("gradient accumulation fusion"). A layer that has its own backward pass can
-also put its weight's gradient off until there is time for it: the split backward pass of zero-bubble schedules (Qi et
-al., "Zero Bubble Pipeline Parallelism", 2023). Small linear layers are left to autograd unless that is wanted.
+autograd makes each microbatch's weight gradient as a new tensor, which for an embedding is mostly zeros, and then adds
+it to `grad`. If a microbatch has few tokens for the size of a layer, this takes as long as a pass. Megatron-LM's layers
+add in place for this reason ("gradient accumulation fusion"). A layer with its own backward pass can also defer its
+weight's gradient until the worker has time: the split backward pass of zero-bubble schedules (Qi et al., "Zero Bubble
+Pipeline Parallelism", 2023). Small linear layers are left to autograd unless backward passes are split.
 
 Shape legend: N tokens, I inputs and O outputs of a layer.
 """
@@ -23,21 +23,23 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 MAX_ROWS_IN_PLACE = 384
-"""With more tokens than this the product is made first and added then, as autograd does it: there is little to gain.
-The two ways may round differently, from a number of rows on that depends on the BLAS and the processor. Which way is
-taken depends on the recipe alone, so that all schedules, stages and workers have the same bits."""
+"""Number of tokens up to which a product is added in place. With more, the product is computed first and then added, as
+in autograd, because there is little to gain. The two ways may round differently, from a number of rows that depends on
+the BLAS and the processor. The choice depends only on the recipe, so all schedules, stages and workers have the same
+bits."""
 
 MIN_ELEMENTS_IN_PLACE = 1 << 18
-"""Where backward passes come in one part, a matrix with fewer elements than this is left to autograd, which makes the
-product first: one pass over them more takes less time than what a layer of ours costs in Python."""
+"""In unsplit backward passes autograd handles matrices with fewer elements than this. autograd computes the product
+first, but its additional pass over the elements takes less time than the Python code of a layer here."""
 
 Add = Callable[..., None]
-"""Adds the gradient of a weight, its first argument, to the weight's `grad`: add_product or add_rows."""
+"""A function that adds the gradient of its first argument, a weight, to the weight's `grad`: add_product or add_rows.
+"""
 
 
 @dataclass(frozen=True)
 class WeightGradient:
-    """A layer's gradient of one microbatch that was put off: `add(weight, *tensors)` makes it and adds it."""
+    """A layer's deferred gradient of one microbatch, which `add(weight, *tensors)` computes and adds."""
 
     add: Add
     weight: nn.Parameter
@@ -45,8 +47,10 @@ class WeightGradient:
 
 
 def add_product(weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add a matrix's gradient to the weight's `grad`: the transposed left, N × rows of the weight, times the right,
-    N × columns."""
+    """Add a matrix's gradient to the weight's `grad`: transpose(left) @ right.
+
+    `left` is N × the weight's rows, `right` is N × the weight's columns.
+    """
     total = weight.grad
     if total is None:
         weight.grad = left.t().mm(right).to(weight.dtype)
@@ -57,8 +61,10 @@ def add_product(weight: nn.Parameter, left: torch.Tensor, right: torch.Tensor) -
 
 
 def add_rows(weight: nn.Parameter, indices: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add an embedding's gradient to the weight's `grad`: that of the rows that were looked up, one for each index,
-    which may be there several times."""
+    """Add an embedding's gradient to the weight's `grad`.
+
+    `rows` has one gradient for each of `indices`, which may repeat.
+    """
     found, places = torch.unique(indices, return_inverse=True)
     sums = torch.ops.aten.embedding_dense_backward(rows, places, len(found), -1, False)
     if weight.grad is None:
@@ -71,17 +77,19 @@ OnAdded = Callable[[nn.Parameter], None]
 
 @dataclass(frozen=True)
 class WeightPart:
-    """What the first part of a backward pass has left to its second, last layers first. It is added once."""
+    """The gradients that the first part of a backward pass leaves to the second, last layers first. Added once."""
 
     put_off: list[WeightGradient]
     others: list[tuple[nn.Parameter, torch.Tensor]]
-    """Gradients that are made already: of what is no layer's own matrix, such as norms and biases."""
+    """Gradients that are already computed, of parameters other than layers' matrices, such as norms and biases."""
     on_added: OnAdded
 
     @torch.no_grad()
     def add(self) -> None:
-        """Add the gradients to those of the microbatches before, in each parameter's `grad`, and call `on_added` for
-        each parameter when it has all of its own. What they are made from is let go meanwhile."""
+        """Add the gradients to each parameter's `grad`; call `on_added` once a parameter's gradient is complete.
+
+        The tensors from which gradients are computed are freed one by one.
+        """
         left = Counter(id(parameter) for parameter, _ in self.others)
         left.update(id(gradient.weight) for gradient in self.put_off)
 
@@ -91,7 +99,7 @@ class WeightPart:
                 self.on_added(parameter)
 
         for pieces in (self.others, self.put_off):
-            pieces.reverse()  # to take them from the end
+            pieces.reverse()  # they are popped from the end
         while self.others:
             parameter, made = self.others.pop()
             if parameter.grad is None:
@@ -106,12 +114,12 @@ class WeightPart:
 
 
 class WeightGradients:
-    """Adds up the gradients of a module's nn.Linear, nn.Embedding and Conv1D (GPT-2's linear layer).
+    """Accumulates the gradients of a module's nn.Linear, nn.Embedding and Conv1D (GPT-2's linear layer).
 
-    From here on `backward()` leaves their sum in `grad` as before, and calls the hooks that wait for it
-    (`register_post_accumulate_grad_hook`). A weight that several layers share is left to autograd. While `split` is
-    set, forward passes are such that their backward pass can come in two parts. `on_added(parameter)` is called
-    whenever a backward pass, whole or in parts, has added all of a parameter's gradient.
+    `backward()` leaves their sum in `grad` as before, and calls its hooks (`register_post_accumulate_grad_hook`). A
+    weight that several layers share is left to autograd. The backward pass of a forward pass made while `split` is set
+    can be split into two parts. `on_added(parameter)` is called whenever a backward pass, whole or split, has added all
+    of a parameter's gradient.
     """
 
     def __init__(self, module: nn.Module, split: bool, on_added: OnAdded = lambda parameter: None):
@@ -130,17 +138,22 @@ class WeightGradients:
         ]
 
     def close(self) -> None:
-        """Call `on_added` no more. Python's garbage collector cannot see the way by which the hooks lead back to this
-        object, so that neither it nor what it calls would ever be freed."""
+        """Stop calling `on_added`.
+
+        Python's garbage collector cannot see the references from the hooks to this object. Without `close` neither this
+        object nor the objects that it calls would ever be freed.
+        """
         for hook in self._hooks:
             hook.remove()
 
     def backward_until_given(
         self, result: torch.Tensor, gradient: torch.Tensor | None, received: torch.Tensor
     ) -> tuple[torch.Tensor, WeightPart]:
-        """A backward pass that puts its matrices' gradients off: from the gradient of `result` (None: of a scalar, the
-        loss) to that of `received`, and what is left. All other gradients are added already, as autograd makes them.
-        The forward pass was made while `split` was set."""
+        """Run a backward pass and defer the gradients of matrices; return the gradient of `received`, and the rest.
+
+        `gradient` is the gradient of `result`; None if `result` is a scalar, the loss. Other gradients are added at
+        once, as autograd computes them. The forward pass must have been made while `split` was set.
+        """
         with self._putting_off() as put_off:
             result.backward(gradient)  # type: ignore[no-untyped-call]
         of_received, received.grad = received.grad, None
@@ -150,12 +163,15 @@ class WeightGradients:
     def backward_input(
         self, result: torch.Tensor, gradient: torch.Tensor | None, received: torch.Tensor
     ) -> tuple[torch.Tensor, WeightPart]:
-        """The first part of a backward pass whose second may come after other passes: as `backward_until_given`, but
-        no gradient of a parameter is touched, and those that are not put off are held until then."""
+        """Run the first part of a backward pass, whose second part may come after other passes.
+
+        As `backward_until_given`, but no parameter's `grad` changes: gradients that are not deferred are held until the
+        second part.
+        """
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         with self._putting_off() as put_off:
             of_received, *made = torch.autograd.grad([result], [received, *trained], [gradient], allow_unused=True)
-        # What is put off is None here.
+        # A deferred gradient is None here.
         others = [pair for pair in zip(reversed(trained), reversed(made), strict=True) if pair[1] is not None]
         return of_received, WeightPart(put_off, others, self._on_added)
 
@@ -168,12 +184,12 @@ class WeightGradients:
             self._put_off = None
 
     def _on_accumulated(self, parameter: nn.Parameter) -> None:
-        """autograd is through with a parameter; with what was put off it has nothing to do."""
+        """Call `on_added` once autograd has added a parameter's gradient. Deferred gradients do not pass here."""
         if not any(gradient.weight is parameter for gradient in self._put_off or ()):
             self._on_added(parameter)
 
     def take(self, add: Add, weight: nn.Parameter, *tensors: torch.Tensor) -> None:
-        """Called in a layer's backward pass: `add(weight, *tensors)` adds the weight's gradient, now or later."""
+        """Take a weight's gradient in a layer's backward pass: `add(weight, *tensors)` adds it, now or later."""
         if self._put_off is None:
             add(weight, *tensors)
         else:
@@ -191,8 +207,10 @@ def _is_known(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding | Conv1D]:
 
 
 class _Forward:
-    """A layer's `forward`. It runs for each layer of each microbatch, and so does all that it calls: what would change
-    nothing (a cast, an object for a product that is made at once) is left out."""
+    """The `forward` of a layer.
+
+    It runs for each layer of each microbatch, so it leaves out operations without effect, such as a needless cast.
+    """
 
     def __init__(self, gradients: WeightGradients, layer: nn.Linear | nn.Embedding | Conv1D):
         self.gradients = gradients
@@ -216,7 +234,7 @@ class _Forward:
 
 
 class _Lookup(torch.autograd.Function):
-    """What an embedding does."""
+    """The lookup of an embedding."""
 
     @staticmethod
     def forward(ctx: Any, indices: torch.Tensor, weight: nn.Parameter, gradients: WeightGradients) -> torch.Tensor:
@@ -232,7 +250,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """What a linear layer computes, in autocast's type where that is on."""
+    """The product of a linear layer, in autocast's type if autocast is on."""
 
     @staticmethod
     def forward(
@@ -246,7 +264,7 @@ class _Product(torch.autograd.Function):
         if bias is not None and bias.dtype is not dtype:
             bias = bias.to(dtype)
         ctx.save_for_backward(values)
-        # Not saved with them: activation checkpointing would give back a copy, whose `grad` nobody looks at.
+        # Not saved with the tensors: activation checkpointing would return a copy of the weight, with an unused `grad`.
         ctx.context = weight, layer, received.dtype
         if not layer.inputs_first:
             return nn.functional.linear(values, matrix, bias)

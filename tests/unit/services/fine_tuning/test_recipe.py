@@ -107,10 +107,12 @@ def test_epochs_are_rounded_up(training: dict[str, Any], num_rows: int, steps: i
 
 
 def test_too_few_rows_for_the_slots() -> None:
-    with pytest.raises(DataError, match=r"held out make 5 rows .* each of 2 slots one; .*validation_fraction"):
-        make_recipe(asked(), BASE, LLAMA, rows([4, 4], [5, 0]), "/data")
-    with pytest.raises(DataError, match=r"to train on make 4 rows .*lower training.num_slots"):
-        make_recipe(asked(), BASE, LLAMA, rows([4, 0], [5, 1]), "/data")
+    with pytest.raises(DataError, match=r"held out make 1 rows .* each of 2 slots one; .*validation_fraction"):
+        make_recipe(asked(), BASE, LLAMA, rows([4, 4], [1, 0]), "/data")
+    with pytest.raises(DataError, match=r"to train on make 1 rows .*lower training.num_slots"):
+        make_recipe(asked(), BASE, LLAMA, rows([1, 0], [5, 1]), "/data")
+    # A data shard that is empty leaves no slot without rows.
+    assert make_recipe(asked(), BASE, LLAMA, rows([4, 0], [5, 0]), "/data").training.num_slots == 2
 
 
 def test_rows_of_another_length() -> None:

@@ -8,6 +8,9 @@ import pytest
 from support.cluster import Cluster
 from support.tiny import tiny_recipe
 
+from gradstream.client import Event
+from gradstream.coordinator.cli.pictures.series import Mark, MarkKind, XAxis, series_of
+
 
 def undisturbed_digest(cluster: Cluster, data: Path, run_root: Path) -> str:
     job = cluster.client.submit(tiny_recipe(data, run_root, name="undisturbed"))
@@ -39,6 +42,9 @@ def test_killed_worker_changes_no_bit(cluster: Cluster, tiny_data: Path, tmp_pat
     cluster.finish(job.job_id)
     messages = [item.message for item in cluster.client.watch(job.job_id, follow=False) if hasattr(item, "message")]
     assert any("slots 1, 3 lost their worker" in message for message in messages), messages
+    rows = list(cluster.client.metrics(job.job_id))
+    events = [item for item in cluster.client.watch(job.job_id, follow=False) if isinstance(item, Event)]
+    assert Mark(MarkKind.GONE, 3) in series_of(cluster.client.job(job.job_id), rows, events, XAxis.steps).marks
     # The survivor took over at the same version: no new plan, no step walked twice.
     assert cluster.client.job(job.job_id).epoch == 1
     assert cluster.final_digest(job.job_id) == reference

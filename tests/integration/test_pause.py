@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from support.cluster import Cluster
 from support.tiny import tiny_recipe
 
-from gradstream.client import Job
+from gradstream.client import Event, Job
+from gradstream.coordinator.cli import main
+from gradstream.coordinator.cli.pictures.series import Mark, MarkKind, XAxis, series_of
 from gradstream.core.errors import ConfigError
 from gradstream.core.recipe.recipe import Recipe
 
@@ -20,6 +23,28 @@ def submit_and_reach(cluster: Cluster, recipe: Recipe, step: int) -> Job:
         if getattr(item, "step", -1) >= step:
             break
     return job
+
+
+def check_metrics(cluster: Cluster, job_id: str, directory: Path) -> None:
+    """Every step of a job that was stopped and resumed is in its metrics once, and its picture marks the resumption."""
+    rows = list(cluster.client.metrics(job_id))
+    assert [row.step for row in rows] == list(range(25))
+    assert [row.step for row in rows if row.validation_loss is not None] == list(range(0, 25, 3))
+    assert [row.num_tokens for row in rows[:-1]] == [(step + 1) * 8 * 32 for step in range(24)]
+    (resumed_at,) = [after.step for before, after in pairwise(rows[:-1]) if after.epoch != before.epoch]
+    # All weights are pulled by the one worker, and every slot pushes a gradient of all of them.
+    num_bytes = 4 * cluster.client.job(job_id).num_parameters
+    assert {(row.pushed_bytes, row.pulled_bytes) for row in rows[1:-1]} == {(4 * num_bytes, num_bytes)}
+    assert [row.step for row in rows if row.step_time is None] == [0, resumed_at, 24]
+    assert rows[0].learning_rate is not None
+    assert rows[-2].grad_norm is not None
+
+    events = [item for item in cluster.client.watch(job_id, follow=False, kinds=["event"]) if isinstance(item, Event)]
+    marks = series_of(cluster.client.job(job_id), rows, events, XAxis.steps).marks
+    assert Mark(MarkKind.RESUMED, resumed_at) in marks
+    picture = directory / "loss.png"
+    assert main(["plot", job_id, "-c", cluster.address, "--to", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.timeout(180)
@@ -66,6 +91,7 @@ def test_pause_and_stop_change_no_bit(cluster: Cluster, tiny_data: Path, tmp_pat
     assert finished.epoch == 2
     assert cluster.final_digest(job.job_id) == reference
     assert finished.num_tokens == 24 * 8 * 32
+    check_metrics(cluster, job.job_id, tmp_path)
     # Nothing was left over that would frighten whoever reads the logs.
     for server in ("server-0", "server-1"):
         assert "never retrieved" not in cluster.log(server)

@@ -37,6 +37,7 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("logs", "jobs", "logs", "Show the log lines of a job's nodes."),
     ("events", "jobs", "events", "Show a job's history of events."),
     ("metrics", "metrics", "metrics", "Show what each step had: losses, tokens, learning rate, norm, time, bytes."),
+    ("plot", "plot", "plot", "Draw the losses of jobs as a picture: training, validation, learning rate, marks."),
     ("trace", "trace", "trace", "Write a job's timeline as a trace for Perfetto: what hid what."),
     ("top", "top", "top", "Watch nodes and job live."),
     ("pause", "jobs", "pause", "Pause a job at its next step boundary, with a checkpoint."),

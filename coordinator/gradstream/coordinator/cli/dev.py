@@ -6,12 +6,11 @@ Phases: prepare the data, start the cluster, run the job, export, stop the clust
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -164,8 +163,6 @@ class _Run:
     fine_tuning: bool = False
     job: Job | None = None
     exported: Path | None = None
-    training: dict[int, float] = field(default_factory=dict)
-    validation: dict[int, float] = field(default_factory=dict)
     interrupts: int = 0
 
     async def run(self) -> int:
@@ -212,6 +209,7 @@ class _Run:
 
     async def _run_job(self, cluster: LocalCluster) -> int:
         from gradstream.client import AsyncClient, JobFailedError
+        from gradstream.coordinator.cli.local.metrics_files import save_metrics
         from gradstream.coordinator.cli.views.progress import ProgressView
 
         async with AsyncClient(cluster.address, credentials=cluster.credentials) as client:
@@ -225,7 +223,7 @@ class _Run:
             # 2. Follow it to its end.
             with ProgressView() as view:
                 cluster.on_news = view.say
-                collector = asyncio.create_task(self._collect(client, job.job_id, view))
+                teller = asyncio.create_task(self._tell(client, job.job_id, view))
                 waiter = asyncio.create_task(client.wait(job.job_id, view.update, poll_seconds=0.5))
                 try:
                     futures: set[asyncio.Future[Any]] = {waiter, cluster.failed}
@@ -234,17 +232,18 @@ class _Run:
                         cluster.failed.result()
                     job = self.job = waiter.result()
                     # The history ends with the job.
-                    await asyncio.wait({collector}, timeout=10)
+                    await asyncio.wait({teller}, timeout=10)
                 except JobFailedError as error:
                     self.job = error.job
-                    await asyncio.wait({collector}, timeout=5)
+                    await asyncio.wait({teller}, timeout=5)
                     raise
                 finally:
                     cluster.on_news = terminal.warn
-                    for task in (waiter, collector):
+                    for task in (waiter, teller):
                         task.cancel()
-                    await asyncio.gather(waiter, collector, return_exceptions=True)
-            # 3. Export what there is.
+                    await asyncio.gather(waiter, teller, return_exceptions=True)
+            # 3. Keep and export what there is.
+            await save_metrics(client, job)
             checkpoints = await client.checkpoints(job.job_id)
             if not checkpoints:
                 terminal.say(f"{job.job_id} {job.state} at step {job.version} without a checkpoint")
@@ -267,16 +266,12 @@ class _Run:
             self._client = None
             return 0 if job.state == "finished" else 130
 
-    async def _collect(self, client: AsyncClient, job_id: str, view: ProgressView) -> None:
-        """Keep the losses, and show events as they happen."""
-        from gradstream.client import Event, Step, Validation
+    async def _tell(self, client: AsyncClient, job_id: str, view: ProgressView) -> None:
+        """Show events as they happen."""
+        from gradstream.client import Event
 
-        async for item in client.watch(job_id):
-            if isinstance(item, Step) and math.isfinite(item.loss):
-                self.training[item.step] = item.loss
-            elif isinstance(item, Validation):
-                self.validation[item.version] = item.loss
-            elif isinstance(item, Event) and item.kind not in QUIET_EVENTS:
+        async for item in client.watch(job_id, kinds=["event"]):
+            if isinstance(item, Event) and item.kind not in QUIET_EVENTS:
                 view.say(f"{terminal.format_time(item.time)} {item.kind}: {item.message}")
 
     def _on_interrupt(self) -> None:
@@ -323,15 +318,14 @@ class _Run:
 
 
 def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
-    """Plot the losses, sample from the exported model and print what there is."""
+    """Sample from the exported model and print what there is."""
     from gradstream.coordinator.cli.generate import generate_text
-    from gradstream.coordinator.cli.views.loss_plot import plot_losses
+    from gradstream.coordinator.cli.local.metrics_files import METRICS_FILE, PICTURE_FILE
 
     job, exported = run.job, run.exported
     assert job is not None
     assert exported is not None
-    picture = Path(job.run_directory) / "loss.png"
-    plot_losses(picture, job.job_id, run.training, run.validation)
+    picture, metrics = Path(job.run_directory) / PICTURE_FILE, Path(job.run_directory) / METRICS_FILE
     if prompt is None:
         prepare = run.recipe.data.prepare
         prompt = "def " if prepare is not None and "stdlib:" in prepare.sources else ""
@@ -344,6 +338,7 @@ def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
                 "validation_loss": job.validation_loss,
                 "export": str(exported),
                 "loss_plot": str(picture),
+                "metrics": str(metrics),
                 "prompt": prompt,
                 "sample": sample,
             }
@@ -362,6 +357,7 @@ def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
     if job.step_breakdown is not None:
         terminal.print_line(f"a step took:     {step_line(job.step_breakdown)}")
     terminal.print_line(f"loss curve:      {picture}")
+    terminal.print_line(f"metrics:         {metrics}")
     terminal.print_line(f"model:           {exported}")
     terminal.print_line(f"checkpoints:     {Path(job.run_directory) / 'checkpoints'}")
     terminal.print_line(f"logs:            {Path(job.run_directory) / 'logs'}")

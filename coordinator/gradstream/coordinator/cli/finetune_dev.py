@@ -90,8 +90,9 @@ async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
     """Run it to its end. Raises FineTuningFailedError, and whatever keeps it from running."""
     import psutil
 
-    from gradstream.client import AsyncFineTuningClient
+    from gradstream.client import AsyncClient, AsyncFineTuningClient
     from gradstream.coordinator.cli.local.cluster import LocalCluster
+    from gradstream.coordinator.cli.local.metrics_files import save_metrics
     from gradstream.coordinator.cli.views.fine_tunings import FollowReporter
     from gradstream.coordinator.cli.views.progress import ProgressView
 
@@ -124,6 +125,8 @@ async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
             # 2. Take what came of it.
             assert made.job is not None
             run_directory = Path(made.job.run_directory)
+            async with AsyncClient(cluster.address, credentials=cluster.credentials) as jobs:
+                await save_metrics(jobs, await jobs.job(made.job.job_id))
             exported = await client.export(made.name, run_directory / "export")
             return _Done(made, exported)
     finally:

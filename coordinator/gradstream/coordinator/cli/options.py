@@ -157,6 +157,17 @@ def open_fine_tuning_client(service: str | None) -> FineTuningClient:
     return FineTuningClient(service)
 
 
+def write_file(path: Path, content: bytes, option: str) -> None:
+    """Write a file that `option` names, in one piece. Raises ConfigError when it cannot be written."""
+    from gradstream.core.errors import ConfigError
+    from gradstream.core.storage import files
+
+    try:
+        files.write_atomic(str(path.expanduser().absolute()), lambda stream: stream.write(content))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another file with {option}") from None
+
+
 def recipe_directories() -> list[Path]:
     """Where recipes that come along are: in the installed package, or in the checkout."""
     here = Path(__file__).resolve()

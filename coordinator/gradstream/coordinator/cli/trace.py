@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradstream.coordinator.cli.options import CoordinatorOption, NewestJobArgument, open_client
+from gradstream.coordinator.cli.options import CoordinatorOption, NewestJobArgument, open_client, write_file
 from gradstream.coordinator.cli.views import terminal
 from gradstream.coordinator.cli.views.step_times import print_step_table, step_line
 
@@ -26,8 +26,8 @@ def trace(
         Path | None,
         typer.Option(
             "--gantt",
-            metavar="FILE.png",
-            help="Draw the last whole version of a job with a pipeline instead; with --to, as well.",
+            metavar="FILE",
+            help="Draw the last whole version of a job with a pipeline instead (.png or .svg); with --to, as well.",
         ),
     ] = None,
     coordinator: CoordinatorOption = None,
@@ -38,9 +38,11 @@ def trace(
     by side, and arrows lead from stage to stage of a pipeline.
     """
     if gantt is not None:
+        from gradstream.coordinator.cli.pictures.style import format_of
         from gradstream.core.extras import require
 
         require("`gradstream trace --gantt`", "plot")
+        format_of(gantt)
     with open_client(coordinator) as client:
         timelines = client.timeline(job_id)
         job = client.job(timelines[0].job_id)
@@ -59,7 +61,7 @@ def _write_trace(path: Path, timelines: list[Timeline]) -> None:
     from gradstream.core.telemetry.trace import chrome_trace
 
     text = json.dumps(chrome_trace(timelines), allow_nan=False, separators=(",", ":"))
-    _write(path, text.encode(), "--to")
+    write_file(path, text.encode(), "--to")
     num_versions = len({(timeline.epoch, timeline.version) for timeline in timelines})
     num_workers = len({timeline.worker for timeline in timelines})
     terminal.print_line(
@@ -69,7 +71,8 @@ def _write_trace(path: Path, timelines: list[Timeline]) -> None:
 
 
 def _write_gantt(path: Path, timelines: list[Timeline], pipeline: Pipeline | None) -> None:
-    from gradstream.coordinator.cli.views import gantt as _gantt
+    from gradstream.coordinator.cli.pictures import gantt as _gantt
+    from gradstream.coordinator.cli.pictures.style import format_of
     from gradstream.coordinator.telemetry.pipeline_timeline import measure, newest, runs
     from gradstream.core.errors import ConfigError, DataError
 
@@ -82,18 +85,9 @@ def _write_gantt(path: Path, timelines: list[Timeline], pipeline: Pipeline | Non
         raise DataError(f"there is no version of job {job_id} yet of which the passes of all stages are known")
     version = found[0].version
     shares = f"bubble {terminal.format_share(bubble.measured)} (ideal {terminal.format_share(bubble.ideal)})"
-    _write(path, _gantt.draw(found, f"{job_id}, version {version}: {pipeline.schedule}, {shares}"), "--gantt")
+    title = f"{job_id}, version {version}: {pipeline.schedule}, {shares}"
+    write_file(path, _gantt.draw(found, title, format_of(path)), "--gantt")
     num_workers = len({worker for run in found for worker in run.workers})
     terminal.print_line(
         f"{path}: version {version} of {job_id} by {num_workers} worker{'s' * (num_workers != 1)}, {shares}"
     )
-
-
-def _write(path: Path, content: bytes, option: str) -> None:
-    from gradstream.core.errors import ConfigError
-    from gradstream.core.storage import files
-
-    try:
-        files.write_atomic(str(path.expanduser().absolute()), lambda stream: stream.write(content))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another file with {option}") from None

@@ -154,7 +154,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         async with answering(context):
             record = self._named(request.job_id)
             await self._controller.timelines.load(record)
-            return jobs_pb2.GetJobResponse(job=self._views.job(self._find(record.job_id)))
+            return jobs_pb2.GetJobResponse(job=self._views.job(self._find(record.job_id), whole=True))
 
     async def WatchJob(
         self, request: jobs_pb2.WatchJobRequest, context: Context

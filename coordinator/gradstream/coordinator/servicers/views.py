@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from gradstream.coordinator.jobs import decisions
@@ -31,8 +32,9 @@ class Views:
         self._state = controller.state
         controller.after_reconcile.append(self._keep_time)
 
-    def job(self, record: JobRecord) -> jobs_pb2.Job:
-        """One job: state, progress and what it waits for."""
+    def job(self, record: JobRecord, whole: bool = False) -> jobs_pb2.Job:
+        """One job: state, progress and what it waits for. `whole` reads the plan of one that has ended, too: a large
+        model's is megabytes, so a list of jobs does without."""
         active = self._controller.active
         if active is not None and active.job_id == record.job_id:
             record = active.record
@@ -70,7 +72,9 @@ class Views:
         steps = self._controller.timelines.steps(record.job_id)
         if steps is not None and (found := breakdown(steps, recipe.codec, recipe.training.num_slots)) is not None:
             message.step_breakdown.CopyFrom(found)
-        plan = active.plan_message if active is not None else self._last_plan(record, recipe)
+        plan = active.plan_message if active is not None else self._last_plan(record, recipe, whole)
+        if plan is not None:
+            message.num_parameters = sum(math.prod(tensor.shape) for tensor in plan.tensors)
         if plan is not None and plan.stage_ends:
             message.pipeline.CopyFrom(self._pipeline(record.job_id, plan))
         validations = self._state.validations(record.job_id)
@@ -83,10 +87,10 @@ class Views:
             message.waits.extend([*self._troubles(), self._turn(record)])
         return message
 
-    def _last_plan(self, record: JobRecord, recipe: Recipe) -> plan_pb2.Plan | None:
-        """The plan under which a job with a pipeline ran last."""
-        # That of one without would be read for nothing, for every job of a list.
-        stored = self._state.load_plan(record.job_id, record.epoch) if recipe.pipeline.stages != 1 else None
+    def _last_plan(self, record: JobRecord, recipe: Recipe, whole: bool) -> plan_pb2.Plan | None:
+        """The plan under which a job ran last; of one without a pipeline only where all is asked for."""
+        wanted = whole or recipe.pipeline.stages != 1
+        stored = self._state.load_plan(record.job_id, record.epoch) if wanted else None
         return plan_pb2.Plan.FromString(stored) if stored is not None else None
 
     def _pipeline(self, job_id: str, plan: plan_pb2.Plan) -> jobs_pb2.Pipeline:
@@ -109,7 +113,6 @@ class Views:
         message.waits.extend(self.waits(active))
         if active.plan is None:
             return
-        message.num_parameters = active.plan.num_parameters
         name_of = self._controller.members.name_of
         message.slot_holders.extend(name_of(holder) if holder else "" for holder in active.holders)
         message.server_memory.extend(self._memory(active, active.plan))

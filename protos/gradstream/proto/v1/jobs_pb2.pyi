@@ -169,7 +169,7 @@ class Job(_message.Message):
     ended_unix_ms: _builtins.int
     """Unix time in milliseconds of the end; 0 before it."""
     num_parameters: _builtins.int
-    """Number of parameters of the model; 0 before the first plan."""
+    """Number of parameters that the job trains; 0 before the first plan, and in a list for a job that is not under way."""
     run_directory: _builtins.str
     """Directory of the job's files."""
     recipe_json: _builtins.str

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gradstream.coordinator.cli.pictures import style
 from gradstream.coordinator.telemetry.pipeline_timeline import Pass, Run
 from gradstream.core.telemetry.timeline import OPS, SpanKind
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = {
-    SpanKind.FORWARD: "#4c78a8",
-    SpanKind.BACKWARD: "#59a14f",
-    SpanKind.BACKWARD_INPUT: "#76b7b2",
-    SpanKind.BACKWARD_WEIGHT: "#edc949",
+    SpanKind.FORWARD: style.BLUE,
+    SpanKind.BACKWARD: style.GREEN,
+    SpanKind.BACKWARD_INPUT: style.TEAL,
+    SpanKind.BACKWARD_WEIGHT: style.YELLOW,
 }
 _DARK = (SpanKind.FORWARD, SpanKind.BACKWARD)
 _LEGEND = {
@@ -29,10 +29,15 @@ _LEGEND = {
 _BOX_HEIGHT = 0.84
 _REPLICA_GAP = 0.5
 _MAX_HEIGHT_INCHES = 200
-_LABEL_POINTS = 7.0
-# Of a digit in that font, and the room that a label needs at its sides.
-_DIGIT_POINTS = 0.64 * _LABEL_POINTS
-_MARGIN_POINTS = 2.0
+_LABEL_POINTS = (7.0, 4.5)
+"""The largest and the smallest font of labels."""
+# A digit's width as a share of the font's size, and the room that a label needs at its sides.
+_DIGIT_WIDTH = 0.64
+_MARGIN_POINTS = 1.0
+_WHY_BELOW = (
+    "The ideal is that of GPipe and 1F1B with equally long stages and backward passes in one piece. Here a pass hands "
+    "on its input's gradient before it ends: the bubble may lie below."
+)
 
 
 @dataclass(frozen=True)
@@ -68,49 +73,45 @@ class _Layout:
         return (at_us - self.origin_us) / 1000
 
 
-def draw(runs: Sequence[Run], title: str) -> bytes:
-    """A PNG of one version's runs, in order: a row for each worker, a box for each pass, white where the worker waits.
+def draw(runs: Sequence[Run], title: str, form: str = "png") -> bytes:
+    """A picture of one version's runs, in order: a row for each worker, a box for each pass, white where the worker
+    waits. `form` is one of style.FORMATS.
 
-    A box that is wide enough names its microbatch, after "slot." where the run has several slots; the further down the
-    model the lighter, where workers have several stages. Beside each row is its worker's share of waiting. Times are by
-    each worker's own clock, from the first pass of all.
+    Each box names its microbatch, after "slot." where the run has several slots; none does where one box is too narrow.
+    The further down the model the lighter, where workers have several stages. Beside each row is its worker's share of
+    waiting. Times are by each worker's own clock, from the first pass of all.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     layout = _Layout.of(runs)
     # Of thousands of rows there is no picture that could be drawn.
-    figure = Figure(figsize=(14, 1.3 + min(0.42 * layout.height, _MAX_HEIGHT_INCHES)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.new_figure(14, 1.5 + min(0.42 * layout.height, _MAX_HEIGHT_INCHES))
     axes = figure.add_subplot()
-    _draw_frame(axes, layout, runs, title)
+    _draw_frame(axes, layout, runs)
+    style.title(axes, title)
     for worker in layout.rows:
         _draw_row(axes, layout, runs, worker)
     _draw_legend(axes, runs)
     figure.draw_without_rendering()  # from here on it is known how wide the boxes are
     _draw_labels(axes, layout, runs, axes.get_window_extent().width * 72 / figure.dpi / axes.get_xlim()[1])
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=140)
-    return stream.getvalue()
+    return style.encoded(figure, form)
 
 
-def _draw_frame(axes: Axes, layout: _Layout, runs: Sequence[Run], title: str) -> None:
+def _draw_frame(axes: Axes, layout: _Layout, runs: Sequence[Run]) -> None:
     axes.set_xlim(0, layout.ms(max(run.end_us for run in runs)))
     axes.set_ylim(layout.height - 1 + 0.6, -0.6)
-    # Names are not formulas, whatever dollar signs they have.
-    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
-    notes = ["ms since the first pass", "white: waiting"]
-    notes += ["numbers: slot.microbatch"] if any(len(run.slots) > 1 for run in runs) else ["numbers: microbatch"]
-    notes += ["lighter: the worker's later stages"] if any(len(found) > 1 for found in layout.stages.values()) else []
-    axes.set_xlabel("; ".join(notes), fontsize=9)
+    style.frame(axes, grid="x")
+    axes.spines["left"].set_visible(False)
+    _describe(axes, layout)
     axes.set_yticks(list(layout.rows.values()))
     names = [f"{worker}  {_stages_text(layout.stages[worker])}" for worker in layout.rows]
-    axes.set_yticklabels(names, fontsize=9, parse_math=False)
+    axes.set_yticklabels(names, parse_math=False)
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=9)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
-    axes.set_axisbelow(True)
+
+
+def _describe(axes: Axes, layout: _Layout, *numbers: str) -> None:
+    """What is seen, below the time axis: `numbers` says what the labels are, where there are any."""
+    notes = ["ms since the first pass", "white: waiting", *numbers]
+    notes += ["lighter: the worker's later stages"] if any(len(found) > 1 for found in layout.stages.values()) else []
+    axes.set_xlabel("; ".join(notes) + "\n" + _WHY_BELOW)
 
 
 def _draw_row(axes: Axes, layout: _Layout, runs: Sequence[Run], worker: str) -> None:
@@ -130,34 +131,55 @@ def _draw_row(axes: Axes, layout: _Layout, runs: Sequence[Run], worker: str) -> 
     share = max(0.0, 1 - busy_us / worker_us) if worker_us else 0.0
     axes.annotate(
         f"{100 * share:.0f} %", (1.0, row), (6, 0), ("axes fraction", "data"), textcoords="offset points",
-        va="center", fontsize=9, color="#666666",
+        va="center", fontsize=style.SMALL_POINTS, color=style.MUTED,
     )  # fmt: skip
 
 
 def _draw_legend(axes: Axes, runs: Sequence[Run]) -> None:
     from matplotlib.patches import Patch
 
-    axes.annotate("waits", (1.0, 1.0), (6, 6), "axes fraction", textcoords="offset points", fontsize=9, color="#666666")
+    axes.annotate(
+        "waits", (1.0, 1.0), (6, 6), "axes fraction", textcoords="offset points", fontsize=style.SMALL_POINTS,
+        color=style.MUTED,
+    )  # fmt: skip
     kinds = [kind for kind in OPS if any(one.kind is kind for run in runs for row in run.passes for one in row)]
     axes.legend(
         handles=[Patch(facecolor=_COLOURS[kind], label=_LEGEND[kind]) for kind in kinds], loc="lower right",
-        bbox_to_anchor=(1.0, 1.0), borderaxespad=0, ncols=len(kinds), frameon=False, fontsize=9,
+        bbox_to_anchor=(1.0, 1.0), borderaxespad=0, ncols=len(kinds), frameon=False,
+        fontsize=style.SMALL_POINTS, labelcolor=style.TEXT,
     )  # fmt: skip
 
 
 def _draw_labels(axes: Axes, layout: _Layout, runs: Sequence[Run], points_per_ms: float) -> None:
-    """The microbatch of each box that has room for it."""
+    """The microbatch of each box, where all have room for it."""
+    points = _label_points(runs, points_per_ms)
+    if not points:
+        return
+    _describe(axes, layout, f"numbers: {'slot.' if any(len(run.slots) > 1 for run in runs) else ''}microbatch")
     for run in runs:
         for worker, passes in zip(run.workers, run.passes, strict=True):
             for one in passes:
-                text = f"{one.slot}.{one.microbatch}" if len(run.slots) > 1 else str(one.microbatch)
-                if one.duration_us / 1000 * points_per_ms < len(text) * _DIGIT_POINTS + _MARGIN_POINTS:
-                    continue
                 axes.text(
-                    layout.ms(one.begin_us + one.duration_us / 2), layout.rows[worker], text, ha="center",
-                    va="center_baseline", fontsize=_LABEL_POINTS,
-                    color="white" if one.kind in _DARK and one.stage == layout.stages[worker][0] else "#222222",
+                    layout.ms(one.begin_us + one.duration_us / 2), layout.rows[worker], _label(run, one), ha="center",
+                    va="center_baseline", fontsize=points,
+                    color="white" if one.kind in _DARK and one.stage == layout.stages[worker][0] else style.TEXT,
                 )  # fmt: skip
+
+
+def _label_points(runs: Sequence[Run], points_per_ms: float) -> float:
+    """The font's size at which every box has room for its label; 0 where it would be too small."""
+    largest, smallest = _LABEL_POINTS
+    fits = min(
+        (one.duration_us / 1000 * points_per_ms - _MARGIN_POINTS) / (len(_label(run, one)) * _DIGIT_WIDTH)
+        for run in runs
+        for passes in run.passes
+        for one in passes
+    )
+    return min(largest, fits) if fits >= smallest else 0.0
+
+
+def _label(run: Run, one: Pass) -> str:
+    return f"{one.slot}.{one.microbatch}" if len(run.slots) > 1 else str(one.microbatch)
 
 
 def _index(run: Run, worker: str) -> int:

@@ -1,0 +1,141 @@
+"""What the picture of a job's losses shows, as plain numbers: points, smoothed lines and marks."""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradstream.client import Event, Job, StepMetrics
+
+MAX_POINTS = 4000
+"""Of a line; a picture has fewer columns."""
+WINDOWS = 50
+"""A smoothed line has about as many windows side by side."""
+_GONE = re.compile(r" is gone: | is lost: | has lost its state")
+"""In events of nodes: one went away (controller.close_session) or lost what it held (reunion.judge_plan)."""
+_RESUMED = re.compile(r"resumed\b")
+"""At the beginning of the events of orders.resume."""
+
+
+class XAxis(StrEnum):
+    """What a picture's points lie over."""
+
+    steps = "steps"
+    tokens = "tokens"
+
+
+class MarkKind(StrEnum):
+    """What happened to a job besides steps."""
+
+    RESUMED = "resumed"
+    GONE = "node gone"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened before a step was committed; `x` is where the step lies."""
+
+    kind: MarkKind
+    x: int
+
+
+@dataclass(frozen=True)
+class Series:
+    """A job's points. `xs` belong to `losses` and `rates`; a validation pass has its own x."""
+
+    job: Job
+    xs: Sequence[int]
+    losses: Sequence[float]
+    rates: Sequence[float]
+    validations: Sequence[tuple[int, float]]
+    marks: Sequence[Mark]
+
+
+def series_of(job: Job, rows: Sequence[StepMetrics], events: Iterable[Event], axis: XAxis) -> Series:
+    """The points of a job's rows, and the marks of its rows and events."""
+    steps = [row for row in rows if row.loss is not None]
+    places = _places(rows, axis)
+    return Series(
+        job=job,
+        xs=[places[row.step] for row in steps],
+        losses=[row.loss if row.loss is not None else math.nan for row in steps],
+        rates=[row.learning_rate if row.learning_rate is not None else math.nan for row in steps],
+        validations=[(places[row.step], row.validation_loss) for row in rows if row.validation_loss is not None],
+        marks=marks(steps, events, places),
+    )
+
+
+def _places(rows: Sequence[StepMetrics], axis: XAxis) -> dict[int, int]:
+    """Where each step lies: at the version from which it starts, as its losses are of that one."""
+    if axis is XAxis.steps:
+        return {row.step: row.step for row in rows}
+    # What was trained on before the step: up to the end of the row before. A row without a step adds nothing.
+    before = [0, *(row.num_tokens for row in rows)]
+    return {row.step: tokens for row, tokens in zip(rows, before, strict=False)}
+
+
+def marks(steps: Sequence[StepMetrics], events: Iterable[Event], places: dict[int, int]) -> list[Mark]:
+    """Where a job was resumed (a new epoch, or an order) and where nodes went away; one of a kind at a step."""
+    found = {(MarkKind.RESUMED, step.step) for before, step in pairwise(steps) if step.epoch != before.epoch}
+    # Commits of one trajectory rise in time, whatever was left behind by going back.
+    times = [step.time.timestamp() if step.time is not None else 0.0 for step in steps]
+    for event in events:
+        gone = event.kind == "node" and _GONE.search(event.message) is not None
+        resumed = event.kind == "state" and _RESUMED.match(event.message) is not None
+        next_step = bisect_right(times, event.time.timestamp())
+        if (gone or resumed) and 0 < next_step < len(steps):
+            found.add((MarkKind.GONE if gone else MarkKind.RESUMED, steps[next_step].step))
+    return [Mark(kind, places[step]) for kind, step in sorted(found, key=lambda mark: (mark[1], mark[0]))]
+
+
+def smoothed(values: Sequence[float], half_width: int) -> list[float]:
+    """Each value's mean with up to `half_width` neighbours on each side; NaN where none of them is finite.
+
+    Near the beginning, where losses fall fast, there are as many on the right as there are on the left: more would pull
+    the line down. Near the end the neighbours on the right run out.
+    """
+    sums, counts = [0.0], [0]
+    for value in values:
+        finite = math.isfinite(value)
+        sums.append(sums[-1] + (value if finite else 0.0))
+        counts.append(counts[-1] + finite)
+    means = []
+    for index in range(len(values)):
+        reach = min(half_width, index)
+        begin, end = index - reach, min(len(values), index + reach + 1)
+        count = counts[end] - counts[begin]
+        means.append((sums[end] - sums[begin]) / count if count else math.nan)
+    return means
+
+
+def half_width_of(num_steps: int) -> int:
+    """The neighbours on each side for a job of so many steps: none for a handful of steps."""
+    return max(0, min(num_steps // 10, max(2, num_steps // (2 * WINDOWS))))
+
+
+def envelope(xs: Sequence[int], values: Sequence[float], most: int = MAX_POINTS) -> tuple[list[int], list[float]]:
+    """At most about `most` points that look like all of them: the least and the greatest of each run of neighbours."""
+    run = -(-2 * len(values) // most)
+    if run <= 2:
+        return list(xs), list(values)
+    chosen: list[int] = []
+    for begin in range(0, len(values), run):
+        finite = [index for index in range(begin, min(begin + run, len(values))) if math.isfinite(values[index])]
+        if finite:
+            ends = {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+            chosen += sorted(ends)
+    return [xs[index] for index in chosen], [values[index] for index in chosen]
+
+
+def thinned(xs: Sequence[int], values: Sequence[float], most: int = MAX_POINTS) -> tuple[list[int], list[float]]:
+    """At most about `most` points of a line that is smooth already, the last one among them."""
+    stride = max(1, -(-len(xs) // most))
+    chosen = sorted({*range(0, len(xs), stride), *([len(xs) - 1] if xs else [])})
+    return [xs[index] for index in chosen], [values[index] for index in chosen]

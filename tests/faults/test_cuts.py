@@ -1,4 +1,4 @@
-"""The network is cut, here and there, for longer than every lease: nothing is computed twice."""
+"""Network cuts that last longer than every lease: nothing is computed twice."""
 
 from __future__ import annotations
 

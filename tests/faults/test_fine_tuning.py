@@ -1,4 +1,4 @@
-"""A fine-tuning goes through the same disturbances as any job, to the same bits of its adapters."""
+"""A fine-tuning through the same faults as any other job: the bits of its adapters do not change."""
 
 from __future__ import annotations
 

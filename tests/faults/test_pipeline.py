@@ -1,4 +1,4 @@
-"""A stage worker dies in the middle of a slot: it is named, the slot is computed again, and no bit changes."""
+"""A stage's worker dies in the middle of a slot: it is named, the slot is computed again, and no bit changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Residuals of codecs on a real cluster: part of every checkpoint, so that going back to one changes no bit."""
+"""Residuals of codecs on a real cluster: every checkpoint has them, so rolling back to one changes no bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every process is killed; the job goes on from its last checkpoint with other numbers of workers and servers."""
+"""All processes are killed; the job resumes from its last checkpoint with other numbers of workers and servers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""`python -m fuzz TARGET SECONDS [LIBFUZZER_OPTION ...]` with tests/ on the path: a target under atheris, a fuzzer that
-follows which code its inputs reach. `make fuzz` calls it."""
+"""Runs a target under atheris, a fuzzer that is guided by code coverage. `make fuzz` calls it.
+
+`python -m fuzz TARGET SECONDS [LIBFUZZER_OPTION ...]`, with tests/ on the path.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every hand-written parser as a function of bytes: for test_bytes.py, and for atheris (`make fuzz`, __main__.py)."""
+"""Every hand-written parser as a function of bytes, for test_bytes.py and for atheris (`make fuzz`, __main__.py)."""
 
 from __future__ import annotations
 

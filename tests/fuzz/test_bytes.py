@@ -1,4 +1,4 @@
-"""Every parser on valid bytes that were damaged: it takes them or refuses in one line, whatever they are."""
+"""Every parser on damaged bytes: it accepts them or raises an error of one line."""
 
 from __future__ import annotations
 

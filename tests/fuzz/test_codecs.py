@@ -1,4 +1,4 @@
-"""Payloads that no codec of ours made: decoded, or refused with nothing touched and no memory beyond what is stated."""
+"""Foreign payloads: decoded, or refused with no state changed and no memory beyond the stated bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of examples and documents, conversations and chat templates: what anyone may upload."""
+"""Uploaded files of examples and documents, conversations and chat templates."""
 
 from __future__ import annotations
 

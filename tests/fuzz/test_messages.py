@@ -1,4 +1,4 @@
-"""Messages of peers that decode but make no sense: taken, refused in one line, and never more memory than is stated."""
+"""Messages of peers that decode but are invalid: used or refused in one line, within the stated memory."""
 
 from __future__ import annotations
 

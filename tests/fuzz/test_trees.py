@@ -1,4 +1,4 @@
-"""Recipes and manifests whose values are not what they should be, and directories with such files."""
+"""Recipes and manifests with wrong values, and directories with such files."""
 
 from __future__ import annotations
 

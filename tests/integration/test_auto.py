@@ -1,4 +1,4 @@
-"""`codec: auto` on a real cluster: it measures, settles, says why, and every step's codec is on record."""
+"""`codec: auto` on a real cluster: it measures, settles, gives its reason, and records every step's codec."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Wrong recipes, wrong data, wrong options: one clear line with cause and cure, a documented exit code, nothing left.
+"""Wrong recipes, data and options: one clear line with cause and remedy, a documented exit code, nothing left behind.
 
-All tests of this module share one cluster; its worker spoils the gradients of steps 4, 8 and 9 (jobs that must not
-meet a spoiled step are shorter).
+All tests of this module share one cluster. Its worker spoils the gradients of steps 4, 8 and 9, so jobs that must not
+have a spoiled step are shorter.
 """
 
 from __future__ import annotations

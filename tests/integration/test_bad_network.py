@@ -1,4 +1,4 @@
-"""Addresses where nobody can listen, and a coordinator that goes away while a data shard comes from it."""
+"""Addresses that cannot be listened on, and a coordinator that goes away while it sends a data shard."""
 
 from __future__ import annotations
 

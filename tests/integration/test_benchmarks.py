@@ -1,4 +1,4 @@
-"""Each benchmark runs, in its smallest form, and one that matches no case fails."""
+"""Each benchmark runs in its smallest form, and fails when no case matches."""
 
 from __future__ import annotations
 

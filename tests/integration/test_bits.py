@@ -1,4 +1,4 @@
-"""Invariant 1: the final bits are a function of recipe, seed and data, not of how many nodes there are."""
+"""Invariant 1: the final bits are a function of recipe, seed and data, not of the number of nodes."""
 
 from __future__ import annotations
 

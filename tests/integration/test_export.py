@@ -1,4 +1,4 @@
-"""An export is what the cluster trained: the same weights, the same logits, a tokenizer that loads."""
+"""Exports equal the trained model: the same weights, the same logits, a tokenizer that loads."""
 
 from __future__ import annotations
 

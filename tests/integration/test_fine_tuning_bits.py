@@ -1,4 +1,4 @@
-"""Invariant 1 for fine-tuning: the bits of the adapters depend on nothing but recipe, seed, base and data."""
+"""Invariant 1 for fine-tuning: the bits of the adapters depend on recipe, seed, base and data alone."""
 
 from __future__ import annotations
 

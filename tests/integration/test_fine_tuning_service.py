@@ -1,4 +1,4 @@
-"""The fine-tuning service on a real cluster: from a recipe to an adapter, with the service killed in between."""
+"""The fine-tuning service on a real cluster: from a recipe to an adapter, with the service killed in the middle."""
 
 from __future__ import annotations
 

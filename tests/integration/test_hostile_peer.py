@@ -1,7 +1,8 @@
 """Peers that send garbage, stop in the middle, read nothing, hurry or lie, against a real server in its own process.
 
-Beside each attack an honest worker trains on. What is asserted is the server's life, its memory and the pace of honest
-steps: attacks that only hold something must not slow them, attacks that keep the server busy may take their own share.
+During each attack an honest worker trains. The tests check that the server lives, its memory, and the pace of honest
+steps. Attacks that only hold resources must not slow honest steps; attacks that keep the server busy may take their
+share of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`pip install gradstream`, away from the checkout: the wheel, its dependencies from the package index, nothing else.
+"""`pip install gradstream` outside of the checkout: the wheel, its dependencies from the package index, nothing else.
 
 It needs a package index, or wheels: pip reads PIP_NO_INDEX and PIP_FIND_LINKS. Without either it fails.
 """

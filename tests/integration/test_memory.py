@@ -1,4 +1,4 @@
-"""Nodes that take up one plan after another hold one plan's memory."""
+"""Nodes that load one plan after another hold the memory of one plan."""
 
 from __future__ import annotations
 

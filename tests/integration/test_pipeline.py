@@ -1,5 +1,4 @@
-"""Invariant 1 reaches over stages: the final bits do not depend on how many stages a model is cut into, by which
-schedule they are run, or on how many replicas there are."""
+"""Invariant 1 for pipelines: the final bits depend neither on the number of stages and replicas nor on the schedule."""
 
 from __future__ import annotations
 

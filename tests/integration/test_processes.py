@@ -1,4 +1,4 @@
-"""`serve parameter-server --processes`: servers like any others, that end with their command."""
+"""`serve parameter-server --processes`: its servers work like any others, and end with their command."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Credentials over several machines: the commands of docs/cluster.md, with an authority on one machine and, on another,
-a coordinator that has a copy of its credentials. What is issued and revoked later takes effect when it is published."""
+"""Credentials over several machines, with the commands of docs/cluster.md.
+
+The authority is on one machine. A coordinator with a copy of its credentials is on another. Credentials that are issued
+and revoked later take effect when they are published.
+"""
 
 from __future__ import annotations
 

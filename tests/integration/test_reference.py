@@ -1,4 +1,4 @@
-"""The cluster against plain PyTorch: the same recipe in one process, written down here as anyone would write it."""
+"""The cluster against plain PyTorch: the same recipe in one process, written here in the usual way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers come into a real job and leave it while it runs: no step is lost, and no bit changes."""
+"""Servers join a running real job and leave it: no step is lost, and no bit changes."""
 
 from __future__ import annotations
 

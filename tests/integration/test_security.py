@@ -1,5 +1,4 @@
-"""A cluster with credentials, of real processes: the same bits as in the clear, credentials that change while a job
-runs, and one line for everybody who is not let in."""
+"""A real cluster with credentials: the same bits as without TLS, changing credentials, one line for refused callers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timelines and the memory of servers on a real cluster: what is shown is what happened and what was predicted."""
+"""Timelines and the memory of servers on a real cluster: the values shown are those measured and predicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/security.md names a test for each of its guarantees: they are there."""
+"""The tests that docs/security.md names for its guarantees exist."""
 
 from __future__ import annotations
 

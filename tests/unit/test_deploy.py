@@ -1,4 +1,4 @@
-"""What deploy/ promises and can be seen without an engine; `make test-compose` is the test with real containers."""
+"""Checks of deploy/ that need no Docker engine. `make test-compose` is the test with real containers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the docs say and code can contradict: tests that they name, calls, errors, and that each guarantee is shown."""
+"""Statements in the docs that code can contradict: names of tests, calls and errors, and proofs of each guarantee."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout: imports point one way, and what people import first comes without torch."""
+"""The layout: imports point one way, and the modules that people import first work without torch."""
 
 import subprocess
 import sys

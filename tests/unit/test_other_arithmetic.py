@@ -1,6 +1,6 @@
 """Tests of bits pass with another processor's arithmetic: MKL and torch are told to add in other orders.
 
-A clone on another machine must be green. What a test expects may therefore not be the order in which one BLAS adds.
+A clone on another machine must pass. So a test must not expect the order in which one BLAS adds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The committed stubs are what the protos give, and every field says what it means."""
+"""The committed stubs equal those made from the protos, and every field has a comment."""
 
 import os
 import shutil

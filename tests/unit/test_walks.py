@@ -1,4 +1,4 @@
-"""Two ways through the code, hop by hop: a gradient's and a submitted job's. docs/architecture.md names the files."""
+"""Two paths through the code, hop by hop: a gradient's and a submitted job's. docs/architecture.md names the files."""
 
 from __future__ import annotations
 

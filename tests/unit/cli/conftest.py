@@ -1,4 +1,4 @@
-"""Fixtures: a JobsService with canned answers, really served."""
+"""Fixtures: a JobsService with canned answers behind a real gRPC server."""
 
 from __future__ import annotations
 

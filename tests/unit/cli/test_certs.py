@@ -1,4 +1,4 @@
-"""`gradstream certs`, `login` and `logout`: what they print, where credentials go, and bad input in one line."""
+"""`gradstream certs`, `login` and `logout`: their output, the place of credentials, and errors of one line."""
 
 from __future__ import annotations
 

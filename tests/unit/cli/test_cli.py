@@ -1,4 +1,4 @@
-"""The command line: help in time, JSON alone on stdout, errors in one line with the right exit code."""
+"""The command line: help in time, only JSON on stdout, errors in one line with the right exit code."""
 
 from __future__ import annotations
 

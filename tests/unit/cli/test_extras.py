@@ -1,5 +1,4 @@
-"""The command line of `pip install gradstream` alone: what works without an extra, and what names the one that it
-needs."""
+"""The command line of `pip install gradstream` alone: what works without an extra, and which extra an error names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gradstream generate` gives a model what transformers' tokenizer makes of the prompt, and stops at every end."""
+"""`gradstream generate`: prompts are encoded as by transformers' tokenizer, and every end token stops the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gradstream plan`: with a live cluster's nodes or with ones that need not exist."""
+"""`gradstream plan`: with a live cluster's nodes, or with nodes that need not exist."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""`gradstream recipes validate` finds what a node would: the model is built, data and base are compared where they are
-here."""
+"""`gradstream recipes validate` finds the errors that a node would find.
+
+The model is built, and data and base are compared if they are on this machine.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A role that is done ends, whatever its threads wait for."""
+"""A role that is done ends, even while its threads wait for something."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The blocking clients are what `make clients` makes of the asyncio ones, docstrings included."""
+"""The blocking clients equal the output of `make clients` from the asyncio ones, docstrings included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small data set, a small recipe, and nodes that speak the real protocol by script."""
+"""A small data set, a small recipe, and scripted nodes that speak the real protocol."""
 
 from __future__ import annotations
 

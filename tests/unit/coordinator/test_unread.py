@@ -1,4 +1,4 @@
-"""What a caller sends and nobody reads: gRPC takes a window of it, and no more."""
+"""Messages that no handler reads: gRPC accepts one window of them and no more."""
 
 from __future__ import annotations
 

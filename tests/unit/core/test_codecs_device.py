@@ -1,4 +1,4 @@
-"""The torch operations for other devices give the kernels' bits; on a GPU, if there is one, too."""
+"""The torch operations for other devices give the kernels' bits, also on a GPU if there is one."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The boundary around parsers of other languages: a panic, which is no Exception, is one line for whoever asked."""
+"""The boundary around parsers of other languages: a panic, which is not an Exception, becomes an error of one line."""
 
 import ast
 import asyncio

@@ -1,4 +1,4 @@
-"""One slot's gradient: that of plain autograd to the last bit, each tensor once, last layers first."""
+"""One slot's gradient: equal to plain autograd's in every bit, each tensor once, last layers first."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A worker's frozen base: what it holds, that it never changes, and that jobs share it."""
+"""A worker's frozen base: its tensors, which never change and are shared by jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pushes survive a server that goes away: everything is acknowledged once the server is back, in order."""
+"""Pushes survive a server that goes away: once the server is back everything is acknowledged, in order."""
 
 import asyncio
 from collections.abc import AsyncIterator

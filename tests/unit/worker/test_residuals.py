@@ -1,4 +1,4 @@
-"""Residuals of slots: a step can be encoded again, and a checkpoint's residual leads to the same bytes elsewhere."""
+"""Residuals of slots: a step can be encoded again, and a checkpoint's residual gives the same bytes elsewhere."""
 
 from __future__ import annotations
 

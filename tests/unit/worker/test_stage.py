@@ -1,4 +1,4 @@
-"""Every schedule gives the gradients of the same microbatches run one after the other in one process, bit for bit."""
+"""Every schedule gives, bit for bit, the gradients of the same microbatches run one after the other in one process."""
 
 from __future__ import annotations
 

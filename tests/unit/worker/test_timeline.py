@@ -1,4 +1,4 @@
-"""The recorder: pieces of compute between waits, bounded, complete from several threads, and cheap."""
+"""The recorder of timelines: pieces of compute between waits, bounded, complete from several threads, and cheap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights arriving: a unit's forward pass waits for its own bundles alone, and nobody waits for what never comes."""
+"""Arriving weights: a unit's forward pass waits for its own bundles alone, and no wait is endless."""
 
 import threading
 from collections.abc import Callable, Iterator

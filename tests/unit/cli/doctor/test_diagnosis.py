@@ -1,4 +1,4 @@
-"""What the doctor concludes, from facts alone."""
+"""The doctor's conclusions, from facts alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gradstream doctor` against real servers: what it finds out, and what it says in the end."""
+"""`gradstream doctor` against real servers: its findings and its summary."""
 
 from __future__ import annotations
 

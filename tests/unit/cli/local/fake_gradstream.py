@@ -1,4 +1,4 @@
-"""Stands for `gradstream` in tests of the local cluster: says that it is ready, then waits for SIGTERM."""
+"""A stand-in for `gradstream` in tests of the local cluster: reports that it is ready, then waits for SIGTERM."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The local cluster of `gradstream dev`: nothing outlives it, deaths are healed, a start that fails says why."""
+"""The local cluster of `gradstream dev`: no process outlives it, dead ones restart, a failed start is explained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes behind one command: they end together, whoever is killed, and one that dies is named."""
+"""Several processes behind one command: they end together, whichever is killed, and one that dies is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which token ends a document: what the model's files say, never a guess."""
+"""The token that ends a document comes from the model's files and is never guessed."""
 
 from __future__ import annotations
 

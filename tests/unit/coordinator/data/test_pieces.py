@@ -1,4 +1,4 @@
-"""Any text makes a data set: how long documents are split, and what is held out of a small corpus."""
+"""Any text makes a data set: long documents are split, and enough of a small corpus is held out."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Preparing a data set: what comes out is a function of the input alone, and every document is in one place."""
+"""Preparing a data set: the result is a function of the input alone, and every document is in one place."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""What can be wrong with sources, options and disks: one line with cause and cure, and nothing half-written stays."""
+"""Errors in sources, options and disks: one line with cause and remedy, and no incomplete file stays."""
 
 import json
 import os

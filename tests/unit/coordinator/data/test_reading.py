@@ -1,4 +1,4 @@
-"""What files hold, by name and by content, for documents and for examples; damage of any kind; what is counted."""
+"""Reading documents and examples from files, recognized by name and by content; damage of any kind; counts."""
 
 from __future__ import annotations
 

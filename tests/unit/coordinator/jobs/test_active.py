@@ -1,4 +1,4 @@
-"""What the coordinator keeps of a job that is under way."""
+"""The coordinator's state of a job that is under way."""
 
 from __future__ import annotations
 

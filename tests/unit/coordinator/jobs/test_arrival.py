@@ -1,4 +1,4 @@
-"""What must arrive does: reports that are refused for a passing reason, and those of a server that is told to end."""
+"""Reports that must arrive do: after refusals for a passing reason, and from a server that is told to end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans, leases and the decisions of a job's life: pure functions."""
+"""Plans, leases and decisions about a job, as pure functions."""
 
 from __future__ import annotations
 

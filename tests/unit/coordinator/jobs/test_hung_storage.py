@@ -1,4 +1,4 @@
-"""Storage that stops answering after a job was taken: only what needs it waits, and says so."""
+"""Storage that stops answering after a job was submitted: only operations that need it wait, and status shows it."""
 
 from __future__ import annotations
 

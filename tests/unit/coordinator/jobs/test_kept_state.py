@@ -1,4 +1,4 @@
-"""What servers hold and no checkpoint has yet is kept, however a job comes to rest or to its end."""
+"""State that servers hold and no checkpoint has yet is kept, however a job comes to rest or ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job's life over real gRPC, with nodes that speak the protocol by script."""
+"""A job's transitions over real gRPC, with scripted nodes that speak the protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An order to replan: idle servers come into a running job at its next boundary, others go out, and no step is lost."""
+"""Replanning: idle servers join a running job at its next boundary, others leave it, and no step is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints and residuals of slots: waited for by name, lost with their worker, never stuck."""
+"""Checkpoints and residuals of slots: a wait names the slot, a lost worker's are given up, no wait is endless."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints and the disk: what a manifest may say, what is kept, and what is held when the disk does not show it."""
+"""Checkpoints and the disk: checks of a manifest, kept checkpoints, and disks that do not show their files."""
 
 from __future__ import annotations
 

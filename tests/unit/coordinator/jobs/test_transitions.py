@@ -1,4 +1,4 @@
-"""Stored, then seen, then sent: what a disk that fails leaves undone is due again."""
+"""Transitions are stored, then seen, then sent: a transition that a failing disk prevents is retried."""
 
 from __future__ import annotations
 

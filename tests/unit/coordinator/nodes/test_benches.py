@@ -1,4 +1,4 @@
-"""Which nodes are kept from a job: a failure of one is not the job's, and where all are alike none is at fault."""
+"""Benched nodes: one node's failure does not fail the job, and where all nodes fail alike none is benched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of nodes, with a clock moved by hand."""
+"""The table of nodes, with a clock set by the tests."""
 
 from __future__ import annotations
 

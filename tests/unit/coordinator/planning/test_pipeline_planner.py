@@ -1,4 +1,4 @@
-"""The pipeline's part of a plan, and what a plan is told to cost: pure functions."""
+"""The pipeline's part of a plan and the predicted costs, as pure functions."""
 
 from __future__ import annotations
 

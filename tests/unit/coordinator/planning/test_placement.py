@@ -1,4 +1,4 @@
-"""Placement: all fragments somewhere, no server with more than its share in any window or overall."""
+"""Placement: every fragment has a server, and no server has more than its share in any window or overall."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Where a model is cut into stages."""
+"""The cut of a model into stages."""
 
 from __future__ import annotations
 

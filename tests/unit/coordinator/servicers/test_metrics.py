@@ -1,4 +1,4 @@
-"""What GetMetrics and WatchJob answer of a job that was reported by nodes."""
+"""GetMetrics and WatchJob for a job that nodes have reported on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths that people name: judged again when they are opened, and storage that hangs holds up nobody."""
+"""Paths that people name: checked again when they are opened, and hanging storage delays no other call."""
 
 from __future__ import annotations
 

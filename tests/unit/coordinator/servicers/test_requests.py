@@ -1,4 +1,4 @@
-"""A request to submit that comes twice is one job."""
+"""Submission is idempotent: a repeated request makes one job."""
 
 from __future__ import annotations
 

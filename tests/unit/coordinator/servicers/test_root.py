@@ -1,4 +1,4 @@
-"""A coordinator with a root: recipes of people on other machines lead below it."""
+"""A coordinator with a root: paths of recipes from other machines lead below it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would fail on a worker, or train another model than was meant, is refused when it is submitted."""
+"""Recipes that would fail on a worker, or train another model than intended, are refused on submission."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measured bubble against the simulator's, over schedules, slots, replicas and what may be missing."""
+"""The measured bubble against the simulator's, for schedules, slots, replicas and missing spans."""
 
 from __future__ import annotations
 

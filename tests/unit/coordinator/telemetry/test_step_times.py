@@ -1,4 +1,4 @@
-"""Where a step's time goes: parts that add up, the right culprit, and nothing of steps that are not whole."""
+"""The breakdown of a step's time: parts that add up, the right bottleneck, and no figures of incomplete steps."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Timelines: the last ones of each worker are kept, on bounded disk, over crashes, and nothing wrong is."""
+"""Timelines: each worker's last ones are kept, on bounded disk and over crashes; invalid ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written by any number of servers, read in any slices, and every damaged byte is found and named."""
+"""Checkpoints: written by any number of servers, read in any slices; every damaged byte is found and named."""
 
 import hashlib
 import json

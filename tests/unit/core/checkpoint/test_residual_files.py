@@ -1,4 +1,4 @@
-"""Files of residuals: whole or refused by name; of another codec or another cut, not used."""
+"""Files of residuals: complete, or refused by name; those of another codec or another cut are not used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codecs: input == decoded + residual, with a bound on the residual; sizes to the byte; nothing broken is hidden."""
+"""Codecs: input == decoded + residual, a bound on the residual, exact sizes, and non-finite values stay visible."""
 
 import subprocess
 import sys

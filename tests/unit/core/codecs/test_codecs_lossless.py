@@ -1,4 +1,4 @@
-"""zstd codecs: bits come back, ratios are what they should be, and a hostile payload neither crashes nor allocates."""
+"""zstd codecs: exact bits, expected ratios, and hostile payloads that neither crash nor allocate."""
 
 import struct
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Codecs with a residual: what is not sent now is sent later, and nothing broken gets into the state."""
+"""Codecs with a residual: the residual is sent later, and invalid values do not get into the state."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The authority: what it issues holds in real TLS, what it keeps survives, and a rotation needs no pause."""
+"""The authority: its credentials work in real TLS, its state is durable, and a rotation needs no pause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Credentials: everything that can be wrong with a directory or a pack is one line with its cure."""
+"""Credentials: every error in a directory or a pack is one line with its remedy."""
 
 from __future__ import annotations
 

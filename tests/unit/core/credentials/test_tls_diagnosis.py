@@ -1,4 +1,4 @@
-"""Each way in which a connection can fail, met for real, is told apart with a cause and a cure on one line."""
+"""Failing connections, each provoked for real: every kind is recognized, with cause and remedy in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens: every refusal says why in one line, and no table from a file or the wire gets further than it should."""
+"""Tokens: every refusal gives its reason in one line, and invalid tables from files or peers are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compressed files: whole in any number of frames, or an error."""
+"""Compressed files: complete in any number of frames, or an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sampler: which samples a slot takes is a permutation of its own group, and nothing else decides it."""
+"""The sampler: a slot's samples are a permutation of its own group, and depend on nothing else."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Which files a source names: links, hidden names, globs, names of any bytes, and what is left out and counted."""
+"""The files of a source: links, hidden names, globs, names of any bytes, and counts of files that are left out."""
 
 import os
 import zipfile

@@ -1,4 +1,4 @@
-"""How much memory there is: the machine's, or the container's where that is less. Tensors are of huge pages."""
+"""The amount of memory: the machine's, or the container's if that is less. Tensors use huge pages."""
 
 from __future__ import annotations
 

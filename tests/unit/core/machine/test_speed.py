@@ -1,4 +1,4 @@
-"""A device's speed is a number that a machine can have, and taking it leaves torch's threads alone."""
+"""The measured speed of a device is plausible, and measuring it does not change torch's number of threads."""
 
 from itertools import count
 

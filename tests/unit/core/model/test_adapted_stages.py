@@ -1,5 +1,4 @@
-"""Adapters on a model that is cut into pipeline stages: the logits and gradients of the whole model with its adapters,
-and what transformers computes with an export that has them merged in."""
+"""Adapters on pipeline stages: logits and gradients of the whole model, and of its merged export in transformers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Every causal language model that transformers registers: taken and computed as transformers does, or refused by name.
+"""Every causal language model that transformers registers: computed as transformers does, or refused by name.
 
-Memory is poisoned (fresh tensors are NaN), and weights are drawn. Each family's default config shrinks to its twin.
+Memory is poisoned (fresh tensors are NaN), and weights are drawn. Each family's default config is shrunk to its twin.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models: the inventory is the model, and initial weights are a function of (config, seed) whoever asks for what."""
+"""Models: the inventory equals the model, and initial weights are a function of (config, seed) alone."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a model's config says is used, refused or named, before anything is trained."""
+"""Every key of a model's config is used, refused or named before training starts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a model's segments cost: measured, estimated, and asked of a child process."""
+"""The costs of a model's segments: measured, estimated, and measured in a child process."""
 
 from __future__ import annotations
 

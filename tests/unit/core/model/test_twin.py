@@ -1,4 +1,4 @@
-"""A model's twin has each kind of layer that its model has, and sizes that go together."""
+"""A model's twin has each kind of layer of its model, and consistent sizes."""
 
 from __future__ import annotations
 

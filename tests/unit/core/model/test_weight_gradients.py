@@ -1,8 +1,9 @@
-"""Weight gradients that are added where they are made: the same bits whichever way a backward pass goes, the values of
-autograd, and its hooks are called.
+"""Weight gradients that are added where they are computed: their bits, their values and autograd's hooks.
 
-A BLAS chooses the order of its sums by the processor. So no test here compares bits with another order of calls than
-the product's own: values are compared in double precision, or within the bound that holds for every order."""
+They have the same bits in whole and in split backward passes, and autograd's values. A BLAS chooses the order of its
+sums by the processor. So no test here compares bits with another order of calls than the product's own: values are
+compared in double precision, or within the bound that holds for every order.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults are placed at (step, slot), and a typing error in them is not silently no fault."""
+"""Faults are placed at (step, slot), and a typing error in them is refused."""
 
 import os
 import signal

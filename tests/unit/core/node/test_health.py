@@ -1,4 +1,4 @@
-"""Asking a real service whether it serves."""
+"""Health checks of a real service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ProbeService on real servers: what it tells, what it measures, and what it refuses."""
+"""ProbeService on real servers: its answers, its measurements and its refusals."""
 
 from __future__ import annotations
 

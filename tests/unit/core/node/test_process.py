@@ -1,4 +1,4 @@
-"""What the process of every role does besides its work."""
+"""The common duties of every role's process, besides its work."""
 
 from __future__ import annotations
 

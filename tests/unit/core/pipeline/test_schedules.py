@@ -1,4 +1,4 @@
-"""Pipeline schedules: torch's tables, what makes a table valid, and what it takes."""
+"""Pipeline schedules: torch's tables, the validation of tables, and their cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bundles: every fragment travels in exactly one; and what a peer says about a bundle's payload is checked."""
+"""Bundles: every fragment is in exactly one, and a peer's header of a bundle's payload is checked."""
 
 from itertools import pairwise
 from typing import Any

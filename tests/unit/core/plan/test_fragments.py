@@ -1,4 +1,4 @@
-"""The cut: every element in exactly one fragment, none too large, no slivers."""
+"""The cut into fragments: every element in exactly one, none too large, no slivers."""
 
 import pytest
 from hypothesis import given

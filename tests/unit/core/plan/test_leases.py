@@ -1,4 +1,4 @@
-"""Leases: every slot has a holder while a worker lives, fairly, and as few of them move as can be."""
+"""Leases: every slot has a holder while a worker lives, fairly, and as few slots as possible move."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Bases: every family is found and read right, in any slices; whatever is wrong with one is said in one line."""
+"""Bases: every family is found and read correctly, in any slices; each error in a base is one line."""
 
 import json
 import shutil

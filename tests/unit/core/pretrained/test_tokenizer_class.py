@@ -1,4 +1,4 @@
-"""The tokens of a base are those that AutoTokenizer makes, whichever class its tokenizer_config.json names."""
+"""A base's tokens equal AutoTokenizer's, for every class that a tokenizer_config.json can name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: one line that names the mistake and the cure; bases, overrides and the trip through JSON."""
+"""Recipes: errors of one line with the mistake and the remedy; bases, overrides and the round trip through JSON."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Defaults that fit each other: what a recipe leaves out follows from what it says, unless that contradicts itself."""
+"""Defaults that fit each other: omitted keys follow from those given, unless those contradict each other."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""When a fine-tuning ends early, and which version is its result."""
+"""The early end of a fine-tuning, and the version that is its result."""
 
 from __future__ import annotations
 

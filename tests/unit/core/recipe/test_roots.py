@@ -1,4 +1,4 @@
-"""Where the paths of a recipe from another machine lead."""
+"""The translation of paths in a recipe from another machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task that tries a call again and again ends when it is cancelled, also where gRPC swallows that."""
+"""A task that retries a call ends when it is cancelled, even where gRPC swallows the cancellation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every call of every service, with credentials of every role over real TLS: let in or refused as its rule says."""
+"""Every call of every service, with credentials of every role over real TLS: admitted or refused by its rule."""
 
 from __future__ import annotations
 

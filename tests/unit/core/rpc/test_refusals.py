@@ -1,4 +1,4 @@
-"""What the audit log is told of refused calls, and how many of its files are kept."""
+"""The audit log's records of refused calls, and the number of its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coordinator's table of tokens: what is read again, and when."""
+"""The coordinator's table of tokens: when it is read again."""
 
 from __future__ import annotations
 

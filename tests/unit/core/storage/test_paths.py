@@ -1,4 +1,4 @@
-"""Where the paths of a recipe may lead."""
+"""The bounds of a recipe's paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A node's part in proving that a directory is shared."""
+"""A node's part in the proof that a directory is shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storage that does not answer holds bounded threads, and nobody beyond a deadline."""
+"""Storage that does not answer holds a bounded number of threads, and no caller beyond a deadline."""
 
 import asyncio
 import threading

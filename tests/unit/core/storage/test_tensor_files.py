@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor: the library's bytes, without its second copy."""
+"""Safetensors files written tensor by tensor: the library's bytes without its second copy in memory."""
 
 from __future__ import annotations
 

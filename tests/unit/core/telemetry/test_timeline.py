@@ -1,4 +1,4 @@
-"""Hidden communication against a count microsecond by microsecond, and traces that Perfetto draws right."""
+"""Hidden communication against a count by microseconds, and traces that Perfetto draws correctly."""
 
 from __future__ import annotations
 

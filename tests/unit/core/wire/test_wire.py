@@ -1,4 +1,4 @@
-"""Hand-framed messages: the very bytes of protobuf, read back as they were sent, and nothing of a peer's believed."""
+"""Hand-framed messages: exactly protobuf's bytes, read back as they were sent; nothing from a peer is trusted."""
 
 import gc
 import os

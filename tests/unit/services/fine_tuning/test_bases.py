@@ -1,4 +1,4 @@
-"""What a recipe calls its base, and files of examples that are sent."""
+"""The base that a recipe names, and uploaded files of examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base whose storage stops answering holds up its own callers alone."""
+"""A base whose storage stops answering delays only its own callers."""
 
 from __future__ import annotations
 

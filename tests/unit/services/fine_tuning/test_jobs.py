@@ -1,4 +1,4 @@
-"""The life of a fine-tuning against a coordinator that really answers, from canned jobs."""
+"""The phases of a fine-tuning against a real gRPC coordinator with canned jobs."""
 
 from __future__ import annotations
 

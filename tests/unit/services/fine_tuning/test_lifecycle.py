@@ -1,4 +1,4 @@
-"""Decisions in a fine-tuning's life."""
+"""Decisions about a fine-tuning's phases and state."""
 
 from __future__ import annotations
 

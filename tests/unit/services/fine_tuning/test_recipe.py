@@ -1,4 +1,4 @@
-"""From a fine-tuning recipe to the job's: a pure function."""
+"""The job's recipe, made from a fine-tuning recipe by a pure function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fine-tuning service remembers survives it, however it ends."""
+"""The fine-tuning service's state is durable, however the service ends."""
 
 from __future__ import annotations
 

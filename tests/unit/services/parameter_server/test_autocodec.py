@@ -1,4 +1,4 @@
-"""`codec: auto`: the search is a pure function of measured times, and never settles on what loses to bf16."""
+"""`codec: auto`: the search is a pure function of measured times, and never settles on a codec slower than bf16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commit decisions: torch's clipping, skips that count, and the same answer however the fragments are grouped."""
+"""Commit decisions: torch's clipping, counted skips, and the same decision for every grouping of the fragments."""
 
 import asyncio
 import math

@@ -1,4 +1,4 @@
-"""The update rule: torch's own, slice by slice with the same bits, and rates at the edges of the schedule."""
+"""The optimizer: torch's bits, slice by slice, and learning rates at the edges of the schedule."""
 
 from itertools import pairwise
 from typing import Any

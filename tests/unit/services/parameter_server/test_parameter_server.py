@@ -1,4 +1,4 @@
-"""A parameter server over real gRPC: what counts, what is refused, and that a version appears everywhere or nowhere."""
+"""A parameter server over real gRPC: what it accepts and refuses, and versions that appear everywhere or nowhere."""
 
 import asyncio
 import random

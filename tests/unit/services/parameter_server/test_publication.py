@@ -1,4 +1,4 @@
-"""What workers pull: who follows differences and who comes anew hold the same bits, at every version."""
+"""Pulls: workers that follow differences and new workers hold the same bits at every version."""
 
 from __future__ import annotations
 

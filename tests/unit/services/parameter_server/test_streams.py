@@ -1,4 +1,4 @@
-"""The bounds on a server's streams: as many as the plan's workers need wherever they are, and no peer takes all."""
+"""The bounds on a server's streams: enough for the plan's workers on any machines, and no peer can take all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Neighbours over real gRPC: what a neighbour may send is known beforehand, and nothing else is used."""
+"""Neighbours over real gRPC: the tensors that a neighbour may send are known beforehand, and no others are used."""
 
 from __future__ import annotations
 

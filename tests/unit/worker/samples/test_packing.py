@@ -1,4 +1,4 @@
-"""Rows of several examples: no token sees one of another example, and positions begin anew."""
+"""Rows of several examples: no token attends to another example, and positions begin at 0 in each example."""
 
 from __future__ import annotations
 

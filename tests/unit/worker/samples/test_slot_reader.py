@@ -1,4 +1,4 @@
-"""The worker's side: the right windows of verified data shards, wherever the files come from."""
+"""A worker's samples: the right windows of verified data shards, from every source of the files."""
 
 import asyncio
 import os

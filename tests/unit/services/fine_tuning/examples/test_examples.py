@@ -1,4 +1,4 @@
-"""Examples: what is a target and what is not, which rows are bad and why, the split, and the data set that is made."""
+"""Examples: their targets, bad rows and their reasons, the split, and the data set that is made."""
 
 from __future__ import annotations
 

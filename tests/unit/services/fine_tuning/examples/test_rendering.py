@@ -1,4 +1,4 @@
-"""What is trained on and generated from is what transformers makes of the same conversation."""
+"""Conversations are rendered as transformers does, for training and for generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing: every example once and whole, and a row's bytes as the manifest's layout promises."""
+"""Packing: every example once and whole, and a row's bytes in the manifest's layout."""
 
 from itertools import pairwise
 

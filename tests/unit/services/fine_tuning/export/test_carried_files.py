@@ -1,4 +1,4 @@
-"""A result carries what its base had: tokens, templates, ends of text and the files that say so."""
+"""A result has its base's tokens, templates and ends of text, and the files that define them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports of fine-tunings: peft and transformers compute with them what the workers did."""
+"""Exports of fine-tunings: peft and transformers compute the same with them as the workers did."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A base's small files are those that it was found with; others under their names are refused."""
+"""A base's small files must be those with which it was found; other files under their names are refused."""
 
 from __future__ import annotations
 

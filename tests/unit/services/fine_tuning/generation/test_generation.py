@@ -1,4 +1,4 @@
-"""Generation: rows of a batch are as if alone; they are refused, bounded, cancelled and told what went wrong."""
+"""Generation: rows in a batch give the same text as alone; bounds, refusals, cancellation and errors."""
 
 from collections.abc import Callable
 from contextlib import aclosing

@@ -1,4 +1,4 @@
-"""Choosing tokens: the nucleus is the paper's, draws depend on the seed alone. Text of tokens: never taken back."""
+"""Choosing tokens: the paper's nucleus, draws by the seed alone. Streamed text is never changed afterwards."""
 
 import random
 from typing import Any

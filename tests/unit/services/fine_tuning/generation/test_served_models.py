@@ -1,4 +1,4 @@
-"""Models that generate: one base with many adapters, each as alone with peft; what is shared never changes."""
+"""Models that generate: one base with many adapters, each as alone with peft; shared weights never change."""
 
 import hashlib
 import weakref

@@ -1,1 +1,1 @@
-"""A job's life: what is compared with what should be, decided, stored and told."""
+"""The life of a job: reconcile its actual state with the desired one, decide, store, and send to the nodes."""

@@ -1,4 +1,4 @@
-"""The running job in memory: a view of what the state holds, and what is known only while it runs."""
+"""The active job in memory: a view of its stored record, and facts that only this process knows."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 NUM_RATE_STEPS = 20
 RETRY_SECONDS = 30.0
-"""Most between two attempts to make a plan."""
+"""Maximum between two attempts to make a plan."""
 
 
 def nothing() -> None:
-    """Let go of nothing."""
+    """Do nothing: the release of a checkpoint that is not pinned."""
 
 
 @dataclass
 class Pace:
-    """Rates over the last steps. Commits are timed by the leader's clock, their absence by ours."""
+    """Rates over the last steps. The leader's clock times commits; the coordinator's clock times their absence."""
 
     steps: deque[tuple[coordinator_pb2.ReportStepRequest, float]] = field(
         default_factory=lambda: deque(maxlen=NUM_RATE_STEPS)
     )
 
     def add(self, report: coordinator_pb2.ReportStepRequest, now: float) -> None:
-        """Note a step that was reported at `now`."""
+        """Add a step that was reported at `now`."""
         self.steps.append((report, now))
 
     def per_second(self, now: float) -> tuple[float, float, float]:
-        """(steps, tokens, pushed bytes) a second; zeros before the second step. Falls when no more steps come."""
+        """Steps, tokens and pushed bytes per second; zeros before the second step. Falls while no steps come."""
         if len(self.steps) < 2:
             return 0.0, 0.0, 0.0
         counted = [report for report, _ in list(self.steps)[1:]]
@@ -60,20 +60,20 @@ class Pace:
 
 
 class WaitClock:
-    """Remembers since when each thing is waited for, in Unix milliseconds."""
+    """The time at which each wait began, in Unix milliseconds."""
 
     def __init__(self) -> None:
         self._since: dict[tuple[str, str], int] = {}
 
     def stamp(self, waits: Sequence[tuple[str, str]], unix_ms: int) -> list[jobs_pb2.Wait]:
-        """The waits that stand now; those no longer among them are forgotten."""
+        """Return the current waits with the time at which each began; forget all others."""
         self._since = {wait: self._since.get(wait, unix_ms) for wait in waits}
         return [jobs_pb2.Wait(what=what, whom=whom, since_unix_ms=self._since[what, whom]) for what, whom in waits]
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why the nodes of the last attempt could not hold the plan, and which they were. Another set of nodes is tried."""
+    """Why the nodes of the last attempt cannot hold the plan. The next attempt waits for another set of nodes."""
 
     reason: str = ""
     nodes: frozenset[str] | None = None
@@ -81,8 +81,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Hold:
-    """What of the storage keeps the plan from being made, and until when (our clock) no attempt is made. Empty when
-    nothing does."""
+    """A problem of the storage for which planning waits, and the time (our clock) of the next attempt.
+
+    Both are empty when there is no such problem.
+    """
 
     cause: str = ""
     until: float = 0.0
@@ -90,12 +92,12 @@ class Hold:
 
 @dataclass
 class Planning:
-    """The attempts to make the job's plan: the one under way, and what the next one waits for."""
+    """The attempts to make the job's plan: the current attempt, and the conditions for the next one."""
 
     task: asyncio.Task[None] | None = None
-    # Why no plan could be made or stored, and when the next attempt is.
+    # Why no plan could be made or stored, and the time of the next attempt.
     retry: Retry = field(default_factory=lambda: Retry(RETRY_SECONDS))
-    # What the last event said of a wait for servers.
+    # The reason that the last event gave for a wait for servers.
     server_wait: str = ""
     refusal: Refusal = Refusal()
     hold: Hold = Hold()
@@ -103,71 +105,72 @@ class Planning:
 
 @dataclass
 class ActiveJob:
-    """The one job that is planning, running, or paused with its plan held."""
+    """The active job: the only one that is planning, running, or paused with its plan held."""
 
     record: JobRecord
     recipe: Recipe
     manifest: Manifest
-    # Whether the plan also waits for workers: at the start and when a person resumed it.
+    # Whether the plan also waits for workers: when the job begins, and after a person has resumed it.
     need_workers: bool = True
     plan: Plan | None = None
     plan_message: plan_pb2.Plan | None = None
     totals: StepTotals = field(default_factory=StepTotals)
     pace: Pace = field(default_factory=Pace)
-    # The version at which the leader answered a request to halt. A step that was under way may still come after it.
+    # The version at which the leader answered a request to halt. The report of a step under way may come later.
     halted_version: int | None = None
     checkpoints: set[int] = field(default_factory=set)
-    # Reports of files whose manifest is still to be written: version → server → report.
+    # Reports of checkpoint files whose manifest is not written yet: version → server → report.
     files: dict[int, dict[int, coordinator_pb2.ReportCheckpointRequest]] = field(default_factory=dict)
-    # Files of slots' residuals, likewise: version → slot → report.
+    # Reports of residual files whose manifest is not written yet: version → slot → report.
     residuals: dict[int, dict[int, coordinator_pb2.ReportResidualRequest]] = field(default_factory=dict)
-    # The last version at which a worker took a slot over without a residual.
+    # For each slot, the last version at which a worker took it over without a residual.
     fresh_from: dict[int, int] = field(default_factory=dict)
-    # Loss of each complete validation pass, by version.
+    # The loss of each complete validation pass, by version.
     validations: dict[int, float] = field(default_factory=dict)
     holders: list[str] = field(default_factory=list)
-    # Who held each slot last under this plan; a resting job's slots have no holders.
+    # The last holder of each slot under this plan. While a job rests, its slots have no holders.
     last_holders: list[str] = field(default_factory=list)
-    # The chains of a job with a pipeline.
+    # The replicas of a job with a pipeline.
     replicas: list[Replica] = field(default_factory=list)
-    # Where the workers of a stored lease table listen, by node id: they may not have come back yet.
+    # The addresses of the workers of a stored lease table, by node id, for workers that have not registered again yet.
     addresses: dict[str, str] = field(default_factory=dict)
     lease_number: int = 0
     lease_reason: str = ""
-    # Whether a table is to be published although nobody's slots change.
+    # Whether to publish a lease table although no slot changes its holder.
     leases_due: bool = False
-    # When (our clock) each worker of the table was given slots.
+    # The time (our clock) at which each worker of the table got slots.
     given_at: dict[str, float] = field(default_factory=dict)
-    # Which servers of the plan are silent, and for how long their state is waited for.
+    # The silent servers of the plan, and how long the job waits for their state.
     reunion: Reunion = field(default_factory=Reunion)
-    # Nodes that are kept from the job for a time.
+    # Nodes that get no work of the job for a time.
     benches: Benches = field(default_factory=Benches)
-    # Why no worker can go on; the job fails of it once the servers' state is in a checkpoint.
+    # Why no worker can go on. The job fails for this reason once the servers' state is in a checkpoint.
     failing: str = ""
-    # The stream of the leader that was asked for a checkpoint at the next commit; 0 when none was.
+    # The leader's session in which a checkpoint at the next commit was requested; 0 without a request.
     boundary_session: int = 0
-    # The version of which the servers were asked for a checkpoint without a commit, and when (our clock).
+    # The version of which the servers were requested to write a checkpoint without a commit, and when (our clock).
     snapshot: int = -1
     snapshot_at: float = 0.0
     # A person waits for a checkpoint of a later version than this one.
     checkpoint_after: int | None = None
-    # Until then (our clock) workers of the stored lease table count as live: after a restart they come one by one.
+    # Until this time (our clock) the workers of the stored lease table count as live: after a restart of the
+    # coordinator they register one by one.
     expect_holders_until: float = 0.0
-    # When the job last got on (Unix ms and our clock).
+    # The time (our clock) of the job's last progress.
     progress_at: float = 0.0
     waits: WaitClock = field(default_factory=WaitClock)
-    # What each server of the plan was predicted to need.
+    # The predicted memory of each server of the plan.
     predicted_bytes: list[ServerBytes] = field(default_factory=list)
     planning: Planning = field(default_factory=Planning)
-    # Lets go of the checkpoint that the plan starts from, once a newer one of this plan exists.
+    # Unpins the checkpoint from which the plan starts. Called once this plan has a newer one.
     release_start: Callable[[], None] = nothing
-    # Manifests that could not be written: version → when to try again (our clock), and why.
+    # Manifests that could not be written: version → (time of the next attempt (our clock), cause).
     unwritten: dict[int, tuple[float, str]] = field(default_factory=dict)
     writing: asyncio.Task[None] | None = None
 
     @classmethod
     def load(cls, record: JobRecord, state: State) -> ActiveJob:
-        """The view of a job as the state has it, with its plan if that may still be held."""
+        """Load the view of a job from the state, with its plan if nodes may still hold the plan."""
         active = cls(record, parse_recipe(record.recipe_json), parse_manifest(record.manifest_json))
         active.holders = [""] * active.recipe.training.num_slots
         active.last_holders = list(active.holders)
@@ -194,7 +197,7 @@ class ActiveJob:
         return active
 
     def take_plan(self, message: plan_pb2.Plan, plan: Plan | None = None) -> None:
-        """Make a plan the current one."""
+        """Make `message` the current plan."""
         self.plan_message = message
         self.plan = plan if plan is not None else Plan.from_proto(message)
         self.predicted_bytes = [
@@ -214,8 +217,11 @@ class ActiveJob:
         self.replicas = []
 
     def written(self, version: int) -> None:
-        """A checkpoint of this plan exists: what was reported of it, and of older ones that it replaces, is done with,
-        and so is the one that the plan started from: every server has loaded it."""
+        """Note that the checkpoint of a version is complete.
+
+        Drops the reports of this checkpoint, and of older ones that could not be written. Unpins the checkpoint from
+        which the plan started: every server has loaded it.
+        """
         for done in [known for known in self.files if known <= version]:
             if done == version or done in self.unwritten:
                 self.files.pop(done)
@@ -224,11 +230,11 @@ class ActiveJob:
         self.release_start()
 
     def take_validations(self, state: State) -> None:
-        """Note which validation passes are complete."""
+        """Load the losses of the complete validation passes."""
         self.validations = {done.version: done.loss for done in state.validations(self.job_id)}
 
     def take_leases(self, number: int, holders: list[str], replicas: list[Replica], reason: str, now: float) -> None:
-        """Make a lease table that was stored the one in force."""
+        """Put a stored lease table in force."""
         before = set(self.members)
         self.take_holders(holders)
         self.replicas, self.lease_number, self.lease_reason = replicas, number, reason
@@ -236,12 +242,12 @@ class ActiveJob:
         self.leases_due, self.progress_at = False, now
 
     def take_holders(self, holders: list[str]) -> None:
-        """Make these the slots' holders."""
+        """Set the slots' holders."""
         self.holders = holders
         self.last_holders = [holder or last for holder, last in zip(holders, self.last_holders, strict=True)]
 
     def take_residual(self, report: coordinator_pb2.ReportResidualRequest) -> None:
-        """Note a slot's file, or that it was taken over without one."""
+        """Note the report of a slot's residual file, or that a worker took the slot over without a residual."""
         if report.file:
             self.residuals.setdefault(report.version, {})[report.slot] = report
         else:
@@ -271,16 +277,16 @@ class ActiveJob:
 
     @property
     def early_ending(self) -> str:
-        """Why the job ends although steps are left; "" to go on. It waits for the checkpoint of its result."""
+        """Why the job ends before its last step; "" to go on. Stays "" until the result has a checkpoint."""
         tuning = self.recipe.fine_tuning
         best, reason = stops_early(self.validations, tuning.patience if tuning is not None else 0)
         return reason if best in self.checkpoints else ""
 
     @property
     def candidates(self) -> set[int]:
-        """The checkpoints that may be a fine-tuning's result: the best one so far, and those yet to be validated.
+        """The checkpoints that may become a fine-tuning's result: the best one so far, and those yet to be validated.
 
-        A checkpoint that a pause has made is mostly not among them: its version never gets a loss.
+        The checkpoint of a pause is usually not one of them: its version never gets a validation loss.
         """
         if self.recipe.fine_tuning is None:
             return set()
@@ -290,12 +296,12 @@ class ActiveJob:
 
     @property
     def resting(self) -> bool:
-        """Whether no slot shall be computed: paused, or halted and about to be."""
+        """Whether no slot may be computed: the job is paused, or has halted for an order."""
         return self.record.state == PAUSED or (self.halted_version is not None and self.record.desired != "run")
 
     @property
     def snapshot_due(self) -> int | None:
-        """The version that the servers were asked to write as it is, while it stands; None when there is none."""
+        """The current version, if the servers were requested to write it without a commit and have not; else None."""
         return self.snapshot if self.snapshot == self.version and self.snapshot not in self.checkpoints else None
 
     @property
@@ -307,7 +313,7 @@ class ActiveJob:
 
     @property
     def checkpoint_wanted(self) -> bool:
-        """Whether a person waits for a checkpoint that no server has begun to report."""
+        """Whether a person waits for a checkpoint of which no server has reported a file."""
         after = self.checkpoint_after
         return after is not None and self.checkpoint_awaited and all(version <= after for version in self.files)
 
@@ -331,6 +337,6 @@ class ActiveJob:
 
     @property
     def members(self) -> list[str]:
-        """The workers that the lease table names."""
+        """The workers of the lease table."""
         chained = [worker for replica in self.replicas for worker in replica.workers]
         return list(dict.fromkeys([*chained, *filter(None, self.holders)]))

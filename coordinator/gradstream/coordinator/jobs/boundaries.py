@@ -1,4 +1,4 @@
-"""Checkpoints between two steps: asked of the leader, or of all servers where nobody computes."""
+"""Requests for a checkpoint between two steps: to the leader, or to all servers when no worker computes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gradstream.core.job_states import RUNNING
 from gradstream.proto.v1 import coordinator_pb2
 
 SNAPSHOT_SECONDS = 1.0
-"""Between requests for a checkpoint of the version at hand."""
+"""Between two requests for a checkpoint of the current version."""
 
 
 class Boundaries:
-    """Sends the requests. Each is a condition that is looked at again, so a stream that breaks loses none."""
+    """Sends the requests. Each reconcile checks their conditions again, so a broken session loses no request."""
 
     def __init__(
         self, members: Membership, leasing: Leasing, send: Callable[[NodeEntry, coordinator_pb2.SessionResponse], None]
@@ -25,7 +25,7 @@ class Boundaries:
         self._send = send
 
     def ask_for_boundary(self, active: ActiveJob, now: float) -> None:
-        """Ask the leader, once a stream, for a checkpoint at its next commit, if a pause, a stop or a person waits."""
+        """Request a checkpoint at the leader's next commit, once per session, if an order or a person waits for one."""
         wanted = active.record.desired != "run" or active.checkpoint_wanted
         runs = active.state == RUNNING and not active.resting
         if not wanted or active.plan is None or not runs:
@@ -39,10 +39,10 @@ class Boundaries:
             active.boundary_session = leader.session
 
     def ask_for_snapshot(self, active: ActiveJob, now: float) -> str:
-        """Ask the servers for a checkpoint of the version at hand; return a line for the history when it is a new one.
+        """Request a checkpoint of the current version from all servers; return a line for the history if it is new.
 
-        It is asked for again and again: a server that still applied the last step, or one that came back, does nothing
-        the first time.
+        The request is repeated, because a server ignores it while it still applies the last step, and a server that
+        came back did not get it.
         """
         assert active.plan is not None
         known = active.snapshot == active.version
@@ -58,4 +58,4 @@ class Boundaries:
                 self._send(node, coordinator_pb2.SessionResponse(snapshot=wanted))
         if known:
             return ""
-        return f"nobody computes the next step; a checkpoint of version {active.version} is written as it is"
+        return f"no worker computes the next step; the servers write a checkpoint of version {active.version} now"

@@ -1,8 +1,8 @@
-"""Checkpoints of a job on disk: which exist, which to remove. Blocking; run in threads.
+"""List, choose, pin and remove the checkpoints of a job on disk. These functions block; call them in threads.
 
-The newest manifest on the disk is where a job goes on; if that one cannot be read the job fails rather than silently
-losing the steps up to it. Where the state knows a checkpoint that the disk does not show, the job is held: the disk may
-not be mounted.
+A job goes on from the newest manifest on disk. If this manifest cannot be read, the job fails: an older checkpoint
+would silently lose steps. If the disk lacks a checkpoint that the state knows, the job is held: the disk may not be
+mounted.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _DIRECTORY = re.compile(r"step-([0-9]{8,})")
 
 
 class Pins:
-    """Checkpoints that stay although there are newer ones: a plan starts from them, or an export reads them.
+    """Checkpoints that retention keeps although there are newer ones: the start of a plan, or the input of an export.
 
-    A caller that chooses one lists the disk and pins under `choosing(root)`; retention reads the pins and removes under
-    it. So no checkpoint goes between being chosen and being pinned.
+    A caller lists the disk, chooses and pins under `choosing(root)`. Retention reads the pins and removes under the
+    same lock. So no checkpoint is removed between the choice and the pin.
     """
 
     def __init__(self) -> None:
@@ -45,8 +45,10 @@ class Pins:
 
     @asynccontextmanager
     async def choosing(self, root: str) -> AsyncIterator[None]:
-        """Held while the checkpoints under `root` are chosen from, or removed. Raises UnreachableError when another
-        holds it for too long: its storage does not answer."""
+        """The lock for choosing or removing checkpoints under `root`.
+
+        Raises UnreachableError when another caller holds the lock too long, because its storage does not answer.
+        """
         lock = self._locks[root]
         try:
             async with asyncio.timeout(CHOOSING_SECONDS):
@@ -62,13 +64,13 @@ class Pins:
             lock.release()
 
     def pin(self, root: str, version: int) -> Callable[[], None]:
-        """Keep a checkpoint until the function returned is called; a second call does nothing."""
+        """Keep a checkpoint until the returned function is called. A second call of that function does nothing."""
         pins = [(root, version)]
         self._pins.update(pins)
 
         def release() -> None:
             self._pins.subtract(pins)
-            self._pins = +self._pins  # without those that nobody holds
+            self._pins = +self._pins  # drops those with count 0
             pins.clear()
 
         return release
@@ -79,7 +81,7 @@ class Pins:
 
 
 def bases_under(root: str, paths: Iterable[str]) -> set[int]:
-    """The versions under a root whose directories are among `paths`, the bases of jobs that have not ended."""
+    """The versions under `root` that are the base of a job; `paths` are the bases of jobs that have not ended."""
     found = set()
     for path in paths:
         directory, name = os.path.split(os.path.normpath(path.removeprefix("file://")))
@@ -90,8 +92,10 @@ def bases_under(root: str, paths: Iterable[str]) -> set[int]:
 
 
 def missing(root: str, on_disk: Collection[int], acknowledged: Collection[int], job_id: str) -> str:
-    """Why a job must not begin with what the disk shows: the newest checkpoint that was acknowledged is not there, nor
-    a newer one. Empty when it may."""
+    """Why a job must not start from the checkpoints on disk; empty when it may.
+
+    It must not when neither the newest acknowledged checkpoint nor a newer one is on disk.
+    """
     if not acknowledged or max(on_disk, default=-1) >= max(acknowledged):
         return ""
     line = (
@@ -102,12 +106,12 @@ def missing(root: str, on_disk: Collection[int], acknowledged: Collection[int], 
 
 
 def root_of(run_directory: str) -> str:
-    """Where a job's checkpoints are."""
+    """The directory of a job's checkpoints."""
     return files.join(run_directory, "checkpoints")
 
 
 def versions_on_disk(root: str) -> list[int]:
-    """Versions with a manifest, readable or not, oldest first."""
+    """The versions with a manifest, readable or not, oldest first."""
     found = []
     for name in files.list_names(root):
         match = _DIRECTORY.fullmatch(name)
@@ -117,7 +121,7 @@ def versions_on_disk(root: str) -> list[int]:
 
 
 def newest(root: str) -> tuple[CheckpointAt | None, list[int]]:
-    """The checkpoint to go on from, and all versions there are. Raises CheckpointError when its manifest is damaged."""
+    """The newest checkpoint, and all versions with one. Raises CheckpointError when its manifest is damaged."""
     versions = versions_on_disk(root)
     if not versions:
         return None, []
@@ -140,7 +144,7 @@ def remove_old(root: str, keep: int, pinned: Collection[int]) -> tuple[list[int]
 
 
 def as_message(root: str, manifest: CheckpointManifest) -> jobs_pb2.Checkpoint:
-    """A checkpoint as people's programs see it."""
+    """A checkpoint as a message for clients."""
     return jobs_pb2.Checkpoint(
         version=manifest.version,
         path=directory_of(root, manifest.version),

@@ -1,9 +1,9 @@
 """The life of nodes and jobs: reconciles the actual state with the desired state.
 
 `reconcile` is level-triggered: it reads the membership, the active job and the clock, and makes every transition that
-is due, whatever event called for it. So nothing depends on the order of events, after a restart the same code goes on,
-and a transition that could not be stored is due again. All of it runs on the event loop; only planning and manifests
-run in threads.
+is due. Events only trigger it. So the order of events does not matter, the same code continues after a restart, and a
+transition that could not be stored is due again. Everything runs on the event loop; only planning and the writing of
+manifests run in threads.
 
 queued → planning → running ⇄ paused → finished | failed | stopped; a lost server, or an order to replan, leads from
 running back to planning.
@@ -60,16 +60,16 @@ class Controller:
         self.transitions = Transitions(state, self.journal, self.nodes, self.leasing, self.timing, clock)
         self.servers = ServerWatch(self.members, self.timing, self.reconcile)
         self.timelines = Timelines()
-        # Checkpoints that retention leaves alone.
+        # Checkpoints that retention keeps.
         self.pins = checkpoints.Pins()
-        # Called at the end of each reconcile with the active job, for what others derive from it.
+        # Functions that each `reconcile` calls at its end with the active job.
         self.after_reconcile: list[Callable[[ActiveJob], None]] = []
-        # Why the last look could not make its transitions, and when the next one comes.
+        # Why the last `reconcile` could not make its transitions, and the time of the next one.
         self.retry = Retry(self.timing.retry_seconds)
         self._closing = False
         self.boundaries = Boundaries(self.members, self.leasing, self.nodes.send)
         self.storage = StorageChecks(self.nodes.send)
-        # Reads and writes checkpoints, wherever jobs have them.
+        # Threads that read and write checkpoints.
         self.disk = StorageThreads(LOAD_SECONDS)
         self.plan_making = PlanMaking(state, self.members, self.pins, self.disk, self.storage, clock)
         self._loop_task: asyncio.Task[None] | None = None
@@ -80,16 +80,16 @@ class Controller:
         return self.transitions.active
 
     async def start(self) -> None:
-        """Take up what the state holds and begin to watch the clock."""
+        """Load the job under way from the state, and start the task that watches the clock."""
         for record in self.state.list_jobs():
             if record.state in (PLANNING, RUNNING) or (record.state == PAUSED and record.plan_held):
                 await self._adopt(record)
         self._loop_task = asyncio.create_task(self._watch_clock())
 
     async def _adopt(self, record: JobRecord) -> None:
-        """Go on with a job that another coordinator had under way."""
+        """Go on with a job that an earlier process of the coordinator had under way."""
         if self.active is not None:
-            # Written by a version that could leave two jobs under way.
+            # An older release wrote this state; it could leave two jobs under way.
             self.journal.store(record, [Event("state", "queued again")], state=QUEUED, reason="waits for its turn")
             return
         active = self.transitions.load(record)
@@ -104,7 +104,7 @@ class Controller:
         self.journal.note(record.job_id, "state", f"the coordinator was restarted and found the job {word}")
 
     async def stop(self, grace_seconds: float = 0.0) -> None:
-        """Stop deciding; a manifest that is being written has so long to be done. Nodes stay as they are."""
+        """Stop deciding. A manifest that is being written gets `grace_seconds`. Nodes are left as they are."""
         self._closing = True
         active = self.active
         if active is not None and active.writing is not None:
@@ -125,14 +125,16 @@ class Controller:
     # --- nodes ------------------------------------------------------------------------------------------------------
 
     def register(self, request: coordinator_pb2.RegisterRequest) -> NodeEntry:
-        """Enter a node that was checked. Raises ConfigError when another live process has its name, BusyError while
-        that is not known."""
+        """Enter a node whose registration was checked.
+
+        Raises ConfigError when another live process has its name, BusyError while that is not known.
+        """
         now = self.clock()
         self.servers.keep_name(self.active, request, now)
         return self.nodes.register(request, now)
 
     def open_session(self, node_id: str) -> OpenSession | None:
-        """Begin a node's stream and queue what it must know; None when the node is not registered."""
+        """Begin a node's session and queue the directives that stand; None when the node is not registered."""
         active = self.active
         opened = self.nodes.open_session(node_id, active.plan_message if active is not None else None)
         if opened is None:
@@ -144,7 +146,7 @@ class Controller:
         self.reconcile()
         under_way = active is not None and self.active is active and active.state in (RUNNING, PAUSED)
         if node.kind == WORKER and active is not None and under_way:
-            # A table that is yet to be stored is sent when it is; one that was just sent is not sent twice.
+            # A table that is not stored yet is sent once it is. A table that was just sent is not sent twice.
             stands = not active.leases_due and active.lease_number == number and active.job_id in node.holds
             if stands:
                 self.nodes.send(node, coordinator_pb2.SessionResponse(leases=self.leasing.standing_table(active)))
@@ -160,7 +162,7 @@ class Controller:
                 self._note_node(f"{node.title} offers {has}, too little for this model: no slots")
 
     def close_session(self, session: OpenSession, why: str) -> None:
-        """A stream has ended; its node is silent at once unless it has another by now."""
+        """Note that a session has ended. Its node is silent at once, unless it has opened another one."""
         node = self.nodes.close_session(session, why)
         if node is not None and not self._closing:
             self._note_node(f"{node.title} is gone: {why}")
@@ -175,7 +177,7 @@ class Controller:
     # --- orders and reports -----------------------------------------------------------------------------------------
 
     def submit(self, record: JobRecord, warnings: Sequence[str] = ()) -> None:
-        """Queue a new job, with what its recipe likely does not mean. Raises UnreachableError."""
+        """Queue a new job; `warnings` on its recipe become events. Raises UnreachableError."""
         submitted = Event("submitted", f"submitted{by_caller()}; files in {record.run_directory}")
         self.journal.create(record, [submitted, *(Event("warning", warning) for warning in warnings)])
         self.reconcile()
@@ -188,14 +190,14 @@ class Controller:
         self.reconcile()
 
     def node_failed(self, active: ActiveJob, node: NodeEntry, message: str) -> None:
-        """Bench a node that cannot go on; the job fails when no other node of its kind can. Raises UnreachableError."""
+        """Bench a node that cannot go on. The job fails when no other node of its kind can. Raises UnreachableError."""
         now = self.clock()
         active.benches.bench(node.node_id, node.title, message, True, now)
         if node.kind == SERVER:
             active.reunion.failures[node.node_id] = message
             others = bool(self.plan_making.servers(active))
         else:
-            # It has dropped the job, and starts over with the plan once it is benched no more.
+            # The node has dropped the job. After its time on the bench it gets the plan again.
             node.holds.pop(active.job_id, None)
             others = bool(self.leasing.candidates(active, now))
         if others:
@@ -203,7 +205,7 @@ class Controller:
         elif node.kind == SERVER or active.plan is None:
             self.fail(active.job_id, active.benches.failures())
         else:
-            # The servers still hold the state.
+            # The servers still hold the state: the job fails once a checkpoint has it.
             active.failing = active.benches.failures()
             self._note_node(f"{node.title} cannot go on, nor can another worker: {message}")
         self.reconcile()
@@ -211,7 +213,7 @@ class Controller:
     # --- reconciliation ---------------------------------------------------------------------------------------------
 
     def reconcile(self) -> None:
-        """Make every transition that is due. Never raises: what failed is tried again, at growing intervals."""
+        """Make every transition that is due. Never raises: a failed transition is retried at growing intervals."""
         if self._closing:
             return
         now = self.clock()
@@ -235,10 +237,10 @@ class Controller:
             self.retry.succeeded()
         except GradstreamError as error:
             if self.retry.failed(one_line(error), now):
-                log.error("could not act; trying again", cause=one_line(error))
+                log.error("a transition could not be made; trying again", cause=one_line(error))
         except Exception as error:
             if self.retry.failed(one_line(error), now):
-                log.exception("could not act; trying again")
+                log.exception("a transition could not be made; trying again")
 
     def _start_next(self) -> None:
         while self.active is None and self.journal.jobs_changed:
@@ -275,7 +277,7 @@ class Controller:
     def _advance_plan(self, active: ActiveJob, now: float) -> None:
         desired = active.record.desired
         if self._plan_stands(active, now):
-            return  # for a stop and a pause too: the servers write a checkpoint of what they hold
+            return  # also for a stop and a pause: the servers can still write a checkpoint of their state
         if active.failing:
             self.transitions.end(active, FAILED, active.failing)
         elif desired == "stop":
@@ -287,7 +289,7 @@ class Controller:
             active.planning.task = asyncio.create_task(self._make_plan(active, nodes))
 
     def _plan_stands(self, active: ActiveJob, now: float) -> bool:
-        """Whether the plan that a job in planning had is still to be hoped for, or in force again."""
+        """Whether the former plan of a job in planning can still return to force, or has."""
         if active.plan is None:
             return False
         verdict, reason = self.servers.look(active, now)
@@ -324,7 +326,7 @@ class Controller:
         self.reconcile()
 
     def _store_plan(self, active: ActiveJob, made: MadePlan, nodes: PlanNodes) -> tuple[bool, Setback]:
-        """Accept a plan; return whether it was taken, and what follows when it could not be stored."""
+        """Accept a plan. Return whether it was taken, and the setback if it could not be stored."""
         try:
             is_taken = self._accept_plan(active, made, nodes)
         except Exception as error:
@@ -333,10 +335,10 @@ class Controller:
         return is_taken, Setback()
 
     def _accept_plan(self, active: ActiveJob, made: MadePlan, nodes: PlanNodes) -> bool:
-        """Take a plan that was just made, if it is still wanted; return whether it was taken.
+        """Take a plan that was just made, if the job still needs it; return whether it was taken.
 
-        What has happened meanwhile is judged again: servers may be back with all of their state, and one that died must
-        not be planned with. The next look starts over.
+        The situation may have changed while the plan was made: the servers may be back with all of their state, or a
+        planned node may have died. The plan is then dropped, and the next `reconcile` starts over.
         """
         wanted = self.active is active and active.state == PLANNING and active.record.desired in ("run", "replan")
         stands = wanted and self._plan_stands(active, self.clock())
@@ -346,7 +348,7 @@ class Controller:
         return True
 
     def _take_setback(self, active: ActiveJob, setback: Setback, nodes: PlanNodes) -> str:
-        """Do what follows from a setback; return what the next attempt waits for, "" when for nothing."""
+        """Act on a setback; return the cause for which the next attempt waits, "" for none."""
         if setback.refusal:
             active.planning.refusal = Refusal(setback.refusal, nodes.ids)
         if setback.failure:
@@ -367,7 +369,7 @@ class Controller:
             left = self.transitions.unsaved(active)
             self.transitions.end(active, STOPPED, f"stopped at version {active.version}{left}: {reason}", event)
         elif active.state == PAUSED or active.record.desired == "pause":
-            # The cluster is free for the next job.
+            # The cluster is free for another job.
             reason = f"paused; {reason}, so it will go on from its last checkpoint"
             self.transitions.leave(active, PAUSED, reason, event)
         else:
@@ -398,7 +400,7 @@ class Controller:
                 self.journal.note(active.job_id, "checkpoint", line)
 
     def _lease(self, active: ActiveJob, now: float) -> None:
-        """Bring the lease table in line with the live workers."""
+        """Update the lease table to the live workers."""
         proposal = self.leasing.propose(active, now)
         same = proposal.holders == active.holders and proposal.replicas == active.replicas
         if same and not active.leases_due:

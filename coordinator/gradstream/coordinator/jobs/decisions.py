@@ -14,16 +14,16 @@ from gradstream.proto.v1 import jobs_pb2
 
 
 def next_job(jobs: Iterable[JobRecord]) -> JobRecord | None:
-    """The queued job whose turn it is: the one of the lowest rank, which is the oldest or one resumed since."""
+    """Return the queued job with the lowest rank: a resumed job, else the oldest one."""
     queued = [job for job in jobs if job.state == QUEUED]
     return min(queued, key=lambda job: job.rank, default=None)
 
 
 def missing_nodes(recipe: Recipe, num_servers: int, num_workers: int, need_workers: bool) -> list[tuple[str, str]]:
-    """What a plan still lacks, as (what, whom); empty when it can be made.
+    """The nodes that a plan still needs, as (what is missing, whom the job waits for); empty when it can be made.
 
-    A job that goes on after the loss of a server does not wait for workers: they come and go. One with a pipeline
-    begins when there are workers for a replica.
+    A job that goes on after the loss of a server does not wait for workers: they may join at any time. A job with a
+    pipeline begins once there are workers for one replica.
     """
     missing = []
     wanted = recipe.cluster.min_servers
@@ -36,61 +36,61 @@ def missing_nodes(recipe: Recipe, num_servers: int, num_workers: int, need_worke
 
 
 class Ending(Enum):
-    """Where a job goes at a step boundary."""
+    """The outcome for a job at a step boundary."""
 
     GO_ON = "go on"
     PAUSE = "pause"
     STOP = "stop"
-    SNAPSHOT = "snapshot"  # the servers write what they hold, where no step is about to end
-    REPLAN = "replan"  # a new epoch starts from the checkpoint of the version at hand
+    SNAPSHOT = "snapshot"  # the servers write a checkpoint of the current version, because no step is about to end
+    REPLAN = "replan"  # a new epoch starts from the checkpoint of the current version
     FINISH = "finish"
     FAIL = "fail"
 
 
 @dataclass(frozen=True)
 class JobSight:
-    """How a job with a plan looks at the moment."""
+    """The current situation of a job with a plan: the input of `judge_end`."""
 
     desired: str
     state: jobs_pb2.JobState.ValueType
     version: int
     num_steps: int
-    # Where the leader answered a request to halt, if it did.
+    # The version at which the leader answered a request to halt, if it did.
     halted_version: int | None
     checkpoints: Collection[int]
-    # The last validation pass is complete, or none is wanted.
+    # Whether the last validation pass is complete, or the recipe has none.
     validated: bool
-    # Somebody computes the step under way.
+    # Whether workers compute the step under way.
     any_worker: bool
-    # Why a fine-tuning is to end before its last step.
+    # Why a fine-tuning ends before its last step.
     early: str = ""
-    # Where the plan began: what was computed since is at the servers alone until there is a checkpoint of it.
+    # The version at which the plan began. Later steps are lost with a server until a checkpoint has them.
     start_version: int = 0
-    # The servers are all there, and every step that they have decided was reported.
+    # Whether all servers are present and every step that the leader has decided was reported.
     settled: bool = True
     # Why nobody can compute a step any more.
     failing: str = ""
-    # A person waits for a checkpoint.
+    # Whether a person waits for a checkpoint.
     checkpoint_awaited: bool = False
 
     @property
     def boundary(self) -> int | None:
-        """The version at which the leader has a checkpoint written, if it has."""
+        """The version at which the leader has a checkpoint written; None while there is none."""
         if self.halted_version is not None:
             return self.halted_version
         return self.version if self.version >= self.num_steps else None
 
     @property
     def saved(self) -> bool:
-        """Whether the version that is known here is on the disk, or follows from the seed."""
+        """Whether the current version has a checkpoint, or is the one at which the plan began."""
         return self.version == self.start_version or self.version in self.checkpoints
 
 
 def judge_end(job: JobSight) -> tuple[Ending, str]:
     """Decide whether a job with a plan rests, ends or goes on.
 
-    What the servers hold is not given up by a stop, or a failure, that no worker is there for, nor left without a
-    checkpoint by a pause.
+    A stop, a failure or a pause never loses the servers' state: where no worker can end the step, the servers first
+    write a checkpoint of the current version.
     """
     if job.early:
         return Ending.FINISH, f"ended early at version {job.version}: {job.early}"
@@ -122,8 +122,10 @@ def judge_end(job: JobSight) -> tuple[Ending, str]:
 
 
 def judge_replan(planned: Sequence[str], offered: Sequence[str], version: int) -> tuple[bool, str]:
-    """Decide whether a new plan on the servers `offered` differs from the one on those `planned`, and say how. Both are
-    names; `version` is that of the boundary at which the new plan would begin."""
+    """Decide whether a new plan on the servers `offered` differs from the current one on `planned`, and say how.
+
+    Both are names of servers. The new plan would begin at the boundary of `version`.
+    """
     joining = [name for name in offered if name not in planned]
     leaving = [name for name in planned if name not in offered]
     if not joining and not leaving:
@@ -137,7 +139,7 @@ def judge_replan(planned: Sequence[str], offered: Sequence[str], version: int) -
 
 
 def judge_skips(totals: StepTotals, epoch: int, recipe: Recipe) -> str:
-    """Why a job fails whose last steps, the last one of this epoch, were skipped in a row; "" to go on."""
+    """Why a job fails after too many consecutive skips, the last one in `epoch`; "" to go on."""
     last, most = totals.last, recipe.training.max_consecutive_skips
     if last is None or last.epoch != epoch or not last.skipped or last.consecutive_skips < most:
         return ""
@@ -151,10 +153,10 @@ def judge_skips(totals: StepTotals, epoch: int, recipe: Recipe) -> str:
 def lease_slots(
     holders: Sequence[str], workers: Sequence[str], resting: bool, names: Mapping[str, str], formed: str = ""
 ) -> tuple[list[str], str]:
-    """Who computes which slot. `workers` are node ids, oldest first; a resting job's slots are all free.
+    """Assign the slots to workers; return the holders and the reason. While a job rests, no slot has a holder.
 
-    In a job with a pipeline they are the replicas' first workers, `names` those of all members, and `formed` says how
-    the replicas came about.
+    `workers` are node ids, oldest first; in a job with a pipeline only the first worker of each replica. `names` has
+    the names of all members. `formed` says how the replicas of a pipeline were formed.
     """
     if resting:
         return [""] * len(holders), "leases: none, the job rests"
@@ -171,7 +173,7 @@ def lease_slots(
 
 
 def joined(numbers: Iterable[int]) -> str:
-    """Numbers for people."""
+    """Numbers separated by commas, for people."""
     return ", ".join(map(str, numbers))
 
 

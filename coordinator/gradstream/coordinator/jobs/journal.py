@@ -1,7 +1,7 @@
-"""Transitions of jobs on their way to the disk: a record and its events are one transaction.
+"""Store transitions of jobs: a record and its events are one transaction.
 
-Everything follows one order: store, change the view in memory, send. What could not be stored has not happened, and the
-same transition is due again.
+Each transition is stored, then applied in memory, then sent. A transition that could not be stored has not happened and
+is due again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Journal:
     def __init__(self, state: State, notifier: Notifier):
         self._state = state
         self._notifier = notifier
-        # Whether a job may be queued: saves reading all jobs at every tick of an idle cluster.
+        # Whether a job may be queued. An idle cluster then need not read all jobs at every tick.
         self.jobs_changed = True
 
     def create(self, record: JobRecord, events: Sequence[Event]) -> None:
@@ -51,14 +51,14 @@ class Journal:
     def store(
         self, record: JobRecord, events: Sequence[Event] = (), plan: bytes | None = None, **changes: Any
     ) -> JobRecord:
-        """Store a transition of a job; return its new record. Raises UnreachableError, and then nothing has changed."""
+        """Store a transition of a job; return its new record. Raises UnreachableError and then changes nothing."""
         changed = replace(record, **changes)
         self._state.store_job(changed, [event.as_item() for event in events], plan)
         self._told(record.job_id, events)
         return changed
 
     def note(self, job_id: str, kind: str, message: str) -> None:
-        """Add an event that belongs to no transition. On a full disk only the event is lost."""
+        """Add an event that belongs to no transition. If it cannot be stored, only the event is lost."""
         log.info(message, job=job_id, kind=kind)
         try:
             self._notifier.append(job_id, [Event(kind, message).as_item()])
@@ -74,7 +74,10 @@ class Journal:
 
 @dataclass
 class Retry:
-    """When something that failed is tried again, why it failed, and since when. The clock is an argument."""
+    """Retries with backoff: why the last attempt failed, since when, and when the next one is due.
+
+    The clock is an argument.
+    """
 
     max_seconds: float
     trouble: Trouble | None = None
@@ -89,13 +92,13 @@ class Retry:
         return self.trouble is None or now >= self._next_at
 
     def failed(self, cause: str, now: float) -> bool:
-        """Note an attempt that failed; return whether its cause is a new one, which is worth a line of the log."""
+        """Note a failed attempt. Return whether its cause is new; only a new cause is logged."""
         before = self.trouble
         self.trouble = Trouble(cause, before.since_unix_ms if before is not None else unix_ms())
         self._next_at = now + self._backoff.next()
         return before is None or before.cause != cause
 
     def succeeded(self) -> None:
-        """Note an attempt that went well."""
+        """Note a successful attempt."""
         self.trouble = None
         self._backoff.reset()

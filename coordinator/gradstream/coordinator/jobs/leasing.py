@@ -1,6 +1,6 @@
-"""Which workers may hold slots of the active job, which of them are stuck, and what the lease table should be.
+"""Choose the workers that may hold slots of the active job, find stuck ones, and propose the lease table.
 
-Reads the membership and the job; stores nothing.
+This module reads the membership and the job, and stores nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gradstream.proto.v1 import plan_pb2
 
 @dataclass(frozen=True)
 class Proposal:
-    """A lease table that is to be stored, then seen, then sent."""
+    """A lease table that is not yet stored."""
 
     holders: list[str]
     replicas: list[Replica]
@@ -37,7 +37,7 @@ class Leasing:
         self._timing = timing
 
     def workers(self, active: ActiveJob) -> list[NodeEntry]:
-        """The live workers with memory enough for the active job, oldest first."""
+        """The live workers with enough memory for the active job, oldest first."""
         present = self._members.present(WORKER)
         plan = active.plan
         if plan is None:
@@ -46,7 +46,7 @@ class Leasing:
         return [node for node in present if needs.fits(node.memory_bytes, need)]
 
     def candidates(self, active: ActiveJob, now: float) -> list[str]:
-        """The workers that may hold slots, expected ones first; benched ones only where there are no others."""
+        """The workers that may hold slots, expected ones first. Benched ones are used only if there are no others."""
         expected = self._expected(active, now)
         able = list(dict.fromkeys([*expected, *(node.node_id for node in self.workers(active))]))
         able = [node_id for node_id in able if not active.benches.failed(node_id)]
@@ -54,7 +54,7 @@ class Leasing:
         return free or able
 
     def any_worker(self, active: ActiveJob, now: float) -> bool:
-        """Whether slots can be computed: in a pipeline that takes a whole replica."""
+        """Whether slots can be computed. A pipeline needs a whole replica."""
         plan, workers = active.plan, self.candidates(active, now)
         return bool(self._form(active, plan, workers)[0] if plan is not None and plan.has_pipeline else workers)
 
@@ -63,13 +63,13 @@ class Leasing:
         return self.any_worker(active, now) and not self._all_stuck(active, now)
 
     def _all_stuck(self, active: ActiveJob, now: float) -> bool:
-        """Whether the step under way has no end because none of its workers gets anything done."""
+        """Whether the step under way cannot end because none of its workers makes progress."""
         sights = stalls.worker_sights(active, self._members, now)
         stuck = stuck_workers(sights, stalls.slot_seconds(active), self._timing)
         return bool(stuck) and len(stuck) >= len(self.candidates(active, now))
 
     def bench_stuck(self, active: ActiveJob, now: float) -> None:
-        """Bench workers that heartbeat but get nothing done, or that cannot reach a peer: their slots move."""
+        """Bench workers that heartbeat without progress or cannot reach a peer. Other workers get their slots."""
         if active.resting:
             return
         sights = stalls.worker_sights(active, self._members, now)
@@ -80,7 +80,7 @@ class Leasing:
                 active.benches.bench(node_id, node.title, reason, False, now)
 
     def propose(self, active: ActiveJob, now: float) -> Proposal:
-        """The lease table that the live workers make, and why."""
+        """Propose the lease table for the live workers, with its reason."""
         workers = self.candidates(active, now)
         names = {node_id: self._members.name_of(node_id) for node_id in workers}
         plan, replicas, formed = active.plan, active.replicas, ""
@@ -93,7 +93,7 @@ class Leasing:
         return Proposal(holders, replicas, f"{reason}; {benched}" if benched else reason)
 
     def table(self, active: ActiveJob, proposal: Proposal, number: int) -> plan_pb2.LeaseTable:
-        """A proposal as workers get it, under a number."""
+        """A proposal as a message for workers, with its number."""
         return plan_pb2.LeaseTable(
             job_id=active.job_id,
             epoch=active.record.epoch,
@@ -109,21 +109,21 @@ class Leasing:
         )
 
     def standing_table(self, active: ActiveJob) -> plan_pb2.LeaseTable:
-        """The table that stands."""
+        """The lease table in force, as a message."""
         standing = Proposal(active.holders, active.replicas, active.lease_reason)
         return self.table(active, standing, active.lease_number)
 
     def _describe(self, active: ActiveJob, node_id: str) -> plan_pb2.PipelineWorker:
         node = self._members.get(node_id)
-        # One that has not come back since this process was restarted is where it was: it is the same process.
+        # A worker that has not registered again since this process started has its old address: it is the same process.
         address = node.address if node is not None else active.addresses.get(node_id, "")
         return plan_pb2.PipelineWorker(node_id=node_id, name=self._members.name_of(node_id), address=address)
 
     def _expected(self, active: ActiveJob, now: float) -> Collection[str]:
-        """Holders that count although they cannot be spoken to.
+        """Holders that count as live although they have no session.
 
-        Those that have registered and are about to open their stream, and, for a time after the coordinator was started
-        again, those not seen since.
+        These are the workers that have registered and are about to open their session and, for a time after a restart
+        of the coordinator, those that have not registered since.
         """
         waiting = now < active.expect_holders_until
         expected = []
@@ -134,12 +134,12 @@ class Leasing:
         return expected
 
     def _form(self, active: ActiveJob, plan: Plan, workers: list[str]) -> tuple[list[Replica], str]:
-        """The replicas that the next lease table would have, and why."""
+        """Form the replicas of the next lease table; return them and the reason."""
         return form_replicas(
             active.replicas, workers, plan.replica_size, active.lease_number + 1, partial(self._fits, plan)
         )
 
     def _fits(self, plan: Plan, worker: str, place: int) -> bool:
-        """Whether a worker's memory holds what a place of a replica needs; one that is about to come back did."""
+        """Whether a place of a replica fits a worker's memory. A worker that is about to come back fitted before."""
         node = self._members.get(worker)
         return node is None or needs.fits(node.memory_bytes, needs.stage_need(plan, place))

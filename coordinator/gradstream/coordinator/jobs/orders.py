@@ -1,4 +1,4 @@
-"""What people ask of a job: pause, resume, stop, replan. Noted durably; the controller brings it about."""
+"""Store people's orders for a job: pause, resume, stop, replan. The controller carries them out."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gradstream.core.rpc.access import by_caller
 
 
 class Orders:
-    """Orders that may come at any time, in any state of a job."""
+    """Takes orders for a job at any time and in any state of the job."""
 
     def __init__(self, controller: Controller):
         self._controller = controller
         self._journal = controller.journal
 
     def pause(self, record: JobRecord) -> None:
-        """Rest at the next boundary, or at once where nothing runs. Raises ConfigError when the job has ended."""
+        """Pause at the next boundary, or at once if the job does not run. Raises ConfigError when the job has ended."""
         if record.state in ENDED:
             raise ConfigError(f"job {record.job_id} is {STATE_WORDS[record.state]}; only a live job can be paused")
         active = self._active_of(record)
@@ -47,7 +47,7 @@ class Orders:
         self._controller.reconcile()
 
     def stop(self, record: JobRecord, now: bool) -> None:
-        """End at the next boundary with a checkpoint, or at once. Raises ConfigError when the job has ended."""
+        """Stop at the next boundary with a checkpoint, or at once. Raises ConfigError when the job has ended."""
         if record.state in ENDED:
             raise ConfigError(f"job {record.job_id} is already {STATE_WORDS[record.state]}")
         active = self._active_of(record)
@@ -66,7 +66,7 @@ class Orders:
         self._controller.reconcile()
 
     async def replan(self, record: JobRecord, without: Sequence[str]) -> None:
-        """Have a new plan take the place of a running job's at the next boundary, on all live servers but those named.
+        """Replace a running job's plan at the next boundary, on all live servers but those named in `without`.
 
         Raises ConfigError when the job does not run or nothing would change, PlanError when no plan could be made.
         """
@@ -79,7 +79,7 @@ class Orders:
         nodes = self._controller.plan_making.nodes(active, without)
         for what, _ in decisions.missing_nodes(active.recipe, len(nodes.servers), len(nodes.workers), False):
             raise PlanError(f"job {record.job_id} needs {what}; start one first, or lower cluster.min_servers")
-        # Memory is judged before the job rests. Where the plan will start from makes no difference to that.
+        # Check the memory before the job rests. The version at which the plan starts does not matter for the memory.
         made = await plan_making.make_plan(active, nodes, Start(None, [], nothing))
         if self._replannable(record) is not active:
             raise ConfigError(f"job {record.job_id} was planned meanwhile; look at it and try again")
@@ -99,7 +99,7 @@ class Orders:
         self._controller.reconcile()
 
     def _replannable(self, record: JobRecord) -> ActiveJob:
-        """The active job, if it is this one and can be replanned. Raises ConfigError."""
+        """The view of a job that can be replanned. Raises ConfigError when it cannot."""
         active = self._active_of(record)
         if active is None or active.state != RUNNING or active.record.desired not in ("run", "replan"):
             state = STATE_WORDS[record.state if active is None else active.state]
@@ -114,8 +114,10 @@ class Orders:
         return active
 
     def checkpoint(self, record: JobRecord) -> int:
-        """Have a checkpoint written at the next boundary, or of the version at hand where nobody computes; return the
-        version that it will be later than. Raises ConfigError when the job does not run."""
+        """Request a checkpoint at the next boundary, or of the current version if no worker computes.
+
+        Return a version: the checkpoint will be of a later one. Raises ConfigError when the job does not run.
+        """
         active = self._active_of(record)
         if active is None or active.state != RUNNING or active.record.desired != "run":
             raise ConfigError(
@@ -128,7 +130,7 @@ class Orders:
         return after
 
     def checkpoint_comes(self, record: JobRecord, after: int) -> bool:
-        """Whether a checkpoint of a later version than `after` is still to come of a job."""
+        """Whether a job will still write a checkpoint of a later version than `after`."""
         active = self._active_of(record)
         if active is None:
             return False
@@ -138,10 +140,10 @@ class Orders:
         return any(version is not None and version > after and version not in active.checkpoints for version in due)
 
     def resume(self, record: JobRecord, on_disk: Sequence[int] = ()) -> None:
-        """Go on with a paused job, queue an ended one again. Raises ConfigError when it is finished.
+        """Resume a paused job, or queue an ended one again. Raises ConfigError when the job is finished.
 
-        `on_disk` has the versions whose checkpoints are there, oldest first. Of a job that failed, or is held because a
-        newer one is missing, the newest of them is where it goes on.
+        `on_disk` has the versions whose checkpoints exist, oldest first. A job that failed, or is held because a newer
+        checkpoint is missing, goes on from the newest of them.
         """
         if record.state == FINISHED:
             raise ConfigError(f"job {record.job_id} is finished; submit a recipe with more steps instead")
@@ -154,7 +156,7 @@ class Orders:
                 self._controller.transitions.set_state(active, RUNNING, "resumed", event, desired="run")
             elif active.record.desired != "run":
                 self._controller.transitions.update(active, event, desired="run", **_without_replan(active.record))
-            # From here on it is stored.
+            # The order is stored now.
             active.halted_version = None
             active.planning.hold = replace(active.planning.hold, until=0.0)
             active.benches.clear()
@@ -166,7 +168,7 @@ class Orders:
         self._controller.reconcile()
 
     def _go_back(self, record: JobRecord, on_disk: Sequence[int]) -> None:
-        """Forget checkpoints later than the newest that is there. With none there is nothing to go back to."""
+        """Forget the checkpoints that are later than the newest one on disk. Without one on disk, keep the state."""
         known = self._controller.state.checkpoint_versions(record.job_id)
         if known and on_disk and on_disk[-1] < known[-1]:
             gone = f"the checkpoint of version {known[-1]} is gone"
@@ -180,7 +182,7 @@ class Orders:
 
 
 def _without_replan(record: JobRecord) -> dict[str, Any]:
-    """What changes in a record whose order to replan gives way to another order."""
+    """The changes of a record when another order supersedes an order to replan."""
     if record.desired != "replan":
         return {}
     return {"reason": f"epoch {record.epoch} from version {record.start_version}"}

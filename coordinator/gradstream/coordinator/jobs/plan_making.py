@@ -1,7 +1,7 @@
-"""Making a plan for a job: which nodes, from which checkpoint, and what follows when it cannot be made.
+"""Make a plan for a job: choose nodes and checkpoint, and decide what follows when no plan can be made.
 
-An attempt reads the checkpoints, takes the model's inventory, cuts and places; all that takes time runs in threads. The
-plan that comes of it is the controller's to store and to publish.
+An attempt reads the checkpoints, takes the model's inventory, cuts the tensors into fragments and places them. Slow
+work runs in threads. The controller stores and publishes the plan.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.storage.pool import StorageThreads
 
 HOLD_SECONDS = 2.0
-"""Between looks at a storage that does not show what it should."""
+"""Between two checks of a storage on which something is missing."""
 STORED = "the plan to be stored"
 
 log = get_logger()
@@ -37,7 +37,7 @@ log = get_logger()
 
 @dataclass(frozen=True)
 class PlanNodes:
-    """The nodes that a plan is made with."""
+    """The nodes of a new plan."""
 
     servers: list[NodeEntry]
     workers: list[NodeEntry]
@@ -50,7 +50,7 @@ class PlanNodes:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a plan starts, pinned until `release` is called, and all versions that have a checkpoint."""
+    """The checkpoint from which a plan starts, pinned until `release` is called, and all versions with a checkpoint."""
 
     checkpoint: CheckpointAt | None
     versions: list[int]
@@ -59,20 +59,20 @@ class Start:
 
 @dataclass(frozen=True)
 class MadePlan:
-    """A plan that nobody has heard of yet."""
+    """A plan that is neither stored nor sent yet."""
 
     plan: Plan
     reasons: dict[str, str]
-    versions: list[int]  # that have a checkpoint
+    versions: list[int]  # with a checkpoint
 
     def events(self, record: JobRecord, version: int) -> list[Event]:
-        """The lines for the job's history: the plan and, when `version` was reached, which steps it computes again."""
+        """The events of the plan and, if the job had reached `version`, of the steps to be recomputed."""
         events = [Event("plan", f"epoch {self.plan.epoch}: {'; '.join(self.reasons.values())}")]
         again = recomputed(version, self.plan.start_version) if record.epoch else ""
         return [*events, Event("plan", again)] if again else events
 
     def changes(self, record: JobRecord) -> dict[str, Any]:
-        """What changes of the job's record when it takes the plan."""
+        """The changes of the job's record when it takes the plan."""
         return {
             "state": RUNNING,
             "reason": f"epoch {self.plan.epoch} from version {self.plan.start_version}",
@@ -86,22 +86,24 @@ class MadePlan:
 
 @dataclass(frozen=True)
 class Setback:
-    """What follows from an attempt that raised: one of the three is not empty."""
+    """The consequence of an attempt that raised: exactly one of the three is not empty."""
 
     failure: str = ""  # the job fails for this reason
-    refusal: str = ""  # these nodes cannot hold the plan; another set of nodes may
-    cause: str = ""  # what is waited for; tried again
+    refusal: str = ""  # these nodes cannot hold the plan for this reason; another set of nodes may
+    cause: str = ""  # the next attempt waits for this
 
 
 @dataclass(frozen=True)
 class PlanOutcome:
-    """What came of making a plan: a plan, a hold or a setback. The checkpoint that the plan starts from stays pinned
-    until `release` is called."""
+    """The outcome of an attempt: a plan, a hold or a setback.
+
+    The checkpoint from which the plan starts stays pinned until `release` is called.
+    """
 
     nodes: PlanNodes
     made: MadePlan | None = None
-    is_held: bool = False  # something of the storage keeps the plan from being made
-    line: str = ""  # about it, for the job's history, when it is new
+    is_held: bool = False  # planning waits for a problem of the storage
+    line: str = ""  # for the job's history, if this problem is new
     setback: Setback = Setback()
     release: Callable[[], None] = nothing
 
@@ -126,7 +128,7 @@ class PlanMaking:
         self._clock = clock
 
     def servers(self, active: ActiveJob) -> list[NodeEntry]:
-        """The servers that a plan can be made with now."""
+        """The servers that a plan can use now."""
         return self._servers(active, active.record.without_servers)
 
     def _servers(self, active: ActiveJob, without: Collection[str]) -> list[NodeEntry]:
@@ -137,14 +139,16 @@ class PlanMaking:
         ]
 
     def nodes(self, active: ActiveJob, without: Collection[str] | None = None) -> PlanNodes:
-        """The servers and the workers that a plan can be made with now; `without` names servers to leave out, where
-        these are other ones than the job's."""
+        """The servers and workers that a plan can use now.
+
+        `without` names the servers to leave out; by default the record's `without_servers`.
+        """
         servers = self.servers(active) if without is None else self._servers(active, without)
         workers = [node for node in self._members.present(WORKER) if not active.benches.failed(node.node_id)]
         return PlanNodes(servers, workers)
 
     def due(self, active: ActiveJob, now: float) -> PlanNodes | None:
-        """The nodes for an attempt that is to be made now; None when one is under way or must wait."""
+        """The nodes for an attempt that is due now; None while an attempt is under way or must wait."""
         planning = active.planning
         if planning.task is not None or now < planning.hold.until or not planning.retry.due(now):
             return None
@@ -167,7 +171,7 @@ class PlanMaking:
             release, waits_for = start.release, STORED
             known = self._state.checkpoint_versions(record.job_id)
             hold = await hindrance(active, start, known, nodes, self._storage)
-            # At once: what is waited for from here on is not the storage.
+            # Noted before the plan is made: from here on the job does not wait for the storage.
             line = note_hold(active, hold, self._clock())
             made = await make_plan(active, nodes, start) if not hold else None
         except Exception as error:
@@ -179,14 +183,18 @@ class PlanMaking:
 
 
 def waits_for_nodes(active: ActiveJob, now: float) -> bool:
-    """Whether an order to replan waits for nodes that come back one by one after a restart of the coordinator: the
-    servers that were to come in are not known any more."""
+    """Whether an order to replan waits for nodes to register again after a restart of the coordinator.
+
+    The coordinator does not know any more which servers were to come in.
+    """
     return active.record.desired == "replan" and now < active.expect_holders_until
 
 
 async def choose_start(root: str, pins: checkpoints.Pins, disk: StorageThreads) -> Start:
-    """Choose and pin the newest checkpoint under `root`. Raises CheckpointError, OSError, and UnreachableError when its
-    storage does not answer."""
+    """Choose and pin the newest checkpoint under `root`.
+
+    Raises CheckpointError, OSError, and UnreachableError when its storage does not answer.
+    """
     async with pins.choosing(root):
         start, versions = await disk.call(root, checkpoints.newest, root)
         return Start(start, versions, pins.pin(root, start.version) if start is not None else nothing)
@@ -195,22 +203,24 @@ async def choose_start(root: str, pins: checkpoints.Pins, disk: StorageThreads) 
 async def hindrance(
     active: ActiveJob, start: Start, acknowledged: Collection[int], nodes: PlanNodes, storage: StorageChecks
 ) -> str:
-    """What of the storage keeps a plan from being made: a checkpoint that was acknowledged and is not there, or a
-    directory that the nodes do not share. Empty when nothing does."""
+    """The problem of the storage for which a plan must wait; empty for none.
+
+    It is a checkpoint that was acknowledged and is missing, or a directory that the nodes do not share.
+    """
     root = checkpoints.root_of(active.record.run_directory)
-    # Workers write there too where the codec keeps residuals.
+    # Workers write to the directory too, if the codec keeps residuals.
     sharing = [*nodes.servers, *(nodes.workers if keeps_residuals(active.recipe.codec) else [])]
     gone = checkpoints.missing(root, start.versions, acknowledged, active.job_id)
     return gone or await storage.problem(root, sharing)
 
 
 async def make_plan(active: ActiveJob, nodes: PlanNodes, start: Start) -> MadePlan:
-    """A plan for the job's next epoch on these nodes, from a checkpoint. Raises GradstreamError, OSError."""
+    """Make a plan for the job's next epoch on these nodes, from a checkpoint. Raises GradstreamError, OSError."""
     record, recipe = active.record, active.recipe
     root = checkpoints.root_of(record.run_directory)
     profiles = None
     if recipe.pipeline.stages != 1:
-        # Before the inventory, which comes with it.
+        # First, because the profile's measurement also gives the inventory.
         profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora, ModelUse.of(recipe))
     model = await take_inventory(recipe.model.config, recipe.lora, ModelUse.of(recipe))
     plan, reasons = await asyncio.to_thread(
@@ -227,10 +237,10 @@ async def make_plan(active: ActiveJob, nodes: PlanNodes, start: Start) -> MadePl
 
 
 def judge_error(error: Exception, record: JobRecord, waits_for: str) -> Setback:
-    """Decide what follows from an attempt that raised `error`, while `waits_for` was awaited."""
+    """Decide what follows from an attempt that raised `error` while it waited for `waits_for`."""
     line = one_line(error)
     if isinstance(error, PlanError):
-        # A cluster that held this job before: the nodes that are missing may be on their way back.
+        # From the second epoch on the cluster has held this job before: missing nodes may come back.
         return Setback(refusal=line) if record.epoch else Setback(failure=line)
     if isinstance(error, UnreachableError):
         return Setback(cause=f"{waits_for}: {line}")
@@ -243,15 +253,14 @@ def judge_error(error: Exception, record: JobRecord, waits_for: str) -> Setback:
 
 
 def note_hold(active: ActiveJob, why: str, now: float) -> str:
-    """Note what of the storage keeps the plan from being made, if anything, and when to look again; return the line for
-    the job's history when it is a new one."""
+    """Note the problem of the storage, "" for none, and when to check again; return an event's line if it is new."""
     line = f"held: {why}" if why and why != active.planning.hold.cause else ""
     active.planning.hold = Hold(why, now + HOLD_SECONDS) if why else Hold()
     return line
 
 
 def recomputed(before: int, start: int) -> str:
-    """The line on steps that a new plan computes again; "" where there are none. `before` is the version reached."""
+    """The event's line on the steps that a new plan recomputes; "" for none. `before` is the version reached."""
     if before <= start:
         return ""
     steps = f"steps {start} to {before - 1}" if before - 1 > start else f"step {start}"

@@ -13,14 +13,16 @@ log = get_logger()
 
 
 async def recover(active: ActiveJob, state: State, pins: checkpoints.Pins, disk: StorageThreads) -> None:
-    """Bring the view of a job, as loaded from `state`, up to date: its checkpoints, the pin of the one that its plan
-    starts from, and a halt that the leader has answered."""
+    """Complete the view of a job that was loaded from `state`.
+
+    Adds its checkpoints, the pin of the checkpoint from which its plan starts, and a halt that the leader has answered.
+    """
     record = active.record
     root = checkpoints.root_of(record.run_directory)
     try:
         active.checkpoints.update(await disk.call(root, checkpoints.versions_on_disk, root))
     except (UnreachableError, OSError) as error:
-        # It must not keep the coordinator from its other jobs. What was acknowledged was there.
+        # The coordinator must go on with its other jobs. The acknowledged checkpoints are assumed to exist.
         active.checkpoints.update(state.checkpoint_versions(record.job_id))
         log.warning("the checkpoints of a job cannot be listed", job=record.job_id, cause=one_line(error))
     if active.plan is not None and active.plan.checkpoint_path:
@@ -28,7 +30,7 @@ async def recover(active: ActiveJob, state: State, pins: checkpoints.Pins, disk:
     last = active.totals.last
     if last is not None and last.halted and last.epoch == record.epoch:
         if record.desired == "run":
-            # The halt was taken back; its workers rest until they hear of a newer table.
+            # The halt was withdrawn; the workers rest until they get a newer lease table.
             active.leases_due = True
         else:
             active.halted_version = last.step + 1

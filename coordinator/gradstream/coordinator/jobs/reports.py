@@ -1,7 +1,6 @@
-"""What nodes report: steps, validation, checkpoint files, failures, log lines. Each counts once, however often it came.
+"""Reports of nodes: steps, validation, checkpoint files, timelines, failures, log lines. Reports are idempotent.
 
-A report of an epoch that has been replaced is taken without effect: its node did nothing wrong and must not try for
-ever.
+A report of a superseded epoch is accepted without effect: its node did nothing wrong and must not retry for ever.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ log = get_logger()
 
 
 class Reports:
-    """Enters reports into the state and hands the controller what follows from them."""
+    """Stores reports in the state and passes their consequences to the controller."""
 
     def __init__(self, controller: Controller):
         self._controller = controller
@@ -49,7 +48,7 @@ class Reports:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def step(self, report: coordinator_pb2.ReportStepRequest) -> None:
-        """A step was committed or skipped. Raises ProtocolError when it cannot be."""
+        """Take the report of a step that was committed or skipped. Raises ProtocolError when it cannot be right."""
         record, active = self._job(report.job_id, report.epoch)
         recipe = self._recipe(record, active)
         training = recipe.training
@@ -72,7 +71,7 @@ class Reports:
         if active is None:
             return
         if report.epoch != record.epoch or report.step != active.version:
-            # Out of turn, or a late report of an earlier epoch that still counts: add it all up again.
+            # The report is out of order, or a late one of an earlier epoch that still counts: compute the totals again.
             active.totals = self._state.step_totals(record.job_id, record.epoch, record.start_version)
         else:
             totals = active.totals
@@ -93,14 +92,14 @@ class Reports:
         if report.halted and active.record.desired != "run":
             active.halted_version = report.step + 1
         elif report.halted:
-            # The request to halt was taken back after the leader had it: workers rest until they hear of a newer table.
+            # The request to halt was withdrawn after the leader had it. Workers rest until they get a newer table.
             active.leases_due = True
         self._controller.reconcile()
 
     # --- validation -------------------------------------------------------------------------------------------------
 
     def validation(self, report: coordinator_pb2.ReportValidationRequest) -> None:
-        """A slot's part of a validation pass. Raises ProtocolError when there is no such pass or part."""
+        """Take the report of a slot's part of a validation pass. Raises ProtocolError for an unknown pass or part."""
         record, active = self._job(report.job_id, report.epoch)
         recipe = self._recipe(record, active)
         expected = recipe.validates(report.version) and report.slot < recipe.training.num_slots
@@ -109,7 +108,7 @@ class Reports:
                 f"job {report.job_id} has no validation of version {report.version} with a slot {report.slot} "
                 f"of {report.num_tokens} tokens"
             )
-        # Completed even when the part was known: a coordinator may have died between the two.
+        # The pass is completed even if the part was known: a coordinator may have died between the two calls.
         self._state.record_validation_part(report)
         self._complete_validation(record.job_id, report.version, recipe.training.num_slots)
         if active is not None:
@@ -121,7 +120,7 @@ class Reports:
         parts = self._state.validation_parts(job_id, version)
         if len(parts) < num_slots:
             return
-        # In slot order and correctly rounded, so that the mean has the same bits whoever reported first.
+        # In slot order and correctly rounded: the mean has the same bits in whatever order the reports came.
         loss_sum = _total([parts[slot][0] for slot in range(num_slots)])
         num_tokens = sum(tokens for _, tokens in parts.values())
         validation = jobs_pb2.Validation(version=version, loss=loss_sum / num_tokens, num_tokens=num_tokens)
@@ -131,7 +130,7 @@ class Reports:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
-        """A server's file of a checkpoint. Raises ProtocolError when it does not fit the plan."""
+        """Take the report of a server's checkpoint file. Raises ProtocolError when it does not fit the plan."""
         record, active = self._job(report.job_id, report.epoch)
         if active is None or active.plan is None or report.epoch != record.epoch:
             log.info("dropped a file of a replaced plan", job=report.job_id, epoch=report.epoch, version=report.version)
@@ -154,7 +153,7 @@ class Reports:
             self._controller.reconcile()
 
     def residual(self, report: coordinator_pb2.ReportResidualRequest) -> None:
-        """A slot's residual of a checkpoint, or that the slot has none. Raises ProtocolError when it does not fit."""
+        """Take the report of a slot's residual file, or that there is none. Raises ProtocolError if it does not fit."""
         record, active = self._job(report.job_id, report.epoch)
         if active is None or active.plan is None or report.epoch != record.epoch:
             log.info("dropped a residual of a replaced plan", job=report.job_id, version=report.version)
@@ -166,7 +165,7 @@ class Reports:
             self._controller.reconcile()
 
     def _write_manifests(self, active: ActiveJob) -> None:
-        """Write the manifest of the oldest version that all servers, and all slots' residuals, are in of."""
+        """Write the manifest of the oldest version of which all servers' files and all residuals were reported."""
         if active.writing is not None or active.plan is None:
             return
         now = self._controller.clock()
@@ -181,7 +180,7 @@ class Reports:
                 return
 
     def ledger_reaches(self, active: ActiveJob, version: int) -> bool:
-        """Whether every step below a version was reported: the manifest's totals must be exact when it is loaded."""
+        """Whether every step below a version was reported: the totals in the manifest must be exact."""
         record = active.record
         totals = self._state.step_totals(record.job_id, record.epoch, record.start_version, below=version)
         return totals.num_steps == version
@@ -206,8 +205,8 @@ class Reports:
             events = []
             if residuals.lost:
                 slots = slots_text(residuals.lost)
-                line = f"version {version}: the residuals of {slots} were lost with their worker; after going back"
-                events.append(Event("checkpoint", f"{line} to it these slots start without").as_item())
+                line = f"version {version}: the residuals of {slots} were lost with their worker; if the job goes back"
+                events.append(Event("checkpoint", f"{line} to this version, these slots start without them").as_item())
             self._state.record_checkpoint(record.job_id, plan.epoch, checkpoints.as_message(root, manifest), events)
             self._controller.notifier.changed(record.job_id)
             if active.record.epoch == plan.epoch:
@@ -224,7 +223,7 @@ class Reports:
         self._controller.reconcile()
 
     def _hold_manifest(self, active: ActiveJob, version: int, why: str) -> None:
-        """A manifest could not be written: the servers hold the state, so the job goes on and it is tried again."""
+        """Schedule a retry for a manifest that could not be written. The job goes on: the servers hold its state."""
         known = active.unwritten.get(version, (0.0, ""))[1]
         active.unwritten[version] = (self._controller.clock() + MANIFEST_RETRY_SECONDS, why)
         if known != why:
@@ -232,12 +231,12 @@ class Reports:
             self._controller.journal.note(active.job_id, "checkpoint", line)
 
     async def _remove_old(self, active: ActiveJob, root: str) -> None:
-        """Remove the checkpoints that are not kept. One that cannot be removed hurts nobody but the disk."""
+        """Remove the checkpoints that retention does not keep. A checkpoint that cannot be removed only takes space."""
         keep = active.recipe.checkpoint.keep
         try:
             async with self._controller.pins.choosing(root):
                 pinned = self._pinned(active, root)
-                # To its end: what is pinned after the lock is let go of would not be spared.
+                # Under the lock until the removal ends: it would not spare a checkpoint that is pinned meanwhile.
                 removed, left = await self._controller.disk.finish(root, checkpoints.remove_old, root, keep, pinned)
         except (OSError, UnreachableError) as error:
             line = f"old checkpoints could not be removed: {one_line(error)}"
@@ -250,8 +249,11 @@ class Reports:
             self._controller.journal.note(active.job_id, "checkpoint", line)
 
     def _pinned(self, active: ActiveJob, root: str) -> set[int]:
-        """The versions under `root` whose checkpoints stay, however old: those that a plan starts from or an export
-        reads, those that may be a fine-tuning's result, and the bases of jobs that have not ended."""
+        """The versions under `root` whose checkpoints are kept, however old.
+
+        These are the start of a plan, the input of an export, candidates for a fine-tuning's result, and the bases of
+        jobs that have not ended.
+        """
         bases = [
             base
             for record in self._state.list_jobs()
@@ -262,7 +264,7 @@ class Reports:
     # --- timelines --------------------------------------------------------------------------------------------------
 
     def timeline(self, report: coordinator_pb2.ReportTimelineRequest) -> None:
-        """A worker's timeline of a version. Raises ProtocolError when it is nobody's or cannot be right."""
+        """Take a worker's timeline of a version. Raises ProtocolError for an unknown worker or a wrong timeline."""
         record, active = self._job(report.job_id, report.epoch)
         node = self._controller.members.get(report.node_id)
         if node is None or node.kind != WORKER:
@@ -273,7 +275,7 @@ class Reports:
     # --- failures and logs ------------------------------------------------------------------------------------------
 
     def failure(self, report: coordinator_pb2.ReportFailureRequest) -> None:
-        """A node cannot go on: it is benched, and the job fails when nobody else could go on."""
+        """Take the report that a node cannot go on: it is benched, and the job fails when no other node can go on."""
         record, active = self._job(report.job_id, report.epoch)
         if active is None or report.epoch != record.epoch:
             log.info("dropped a failure of a replaced plan", job=report.job_id, message=report.message[:500])
@@ -286,7 +288,7 @@ class Reports:
         self._controller.node_failed(active, node, message)
 
     def log_lines(self, node: NodeEntry, lines: Sequence[coordinator_pb2.LogLine]) -> None:
-        """Log lines of a node, to the history of the job they name or of the running one."""
+        """Add a node's log lines to the history of the job that they name, else of the active job."""
         active = self._controller.active
         by_job: dict[str, list[jobs_pb2.WatchJobResponse]] = {}
         for line in lines[:MAX_LINES_PER_HEARTBEAT]:
@@ -300,7 +302,7 @@ class Reports:
                 self._controller.notifier.append(job_id, items)
 
     def _job(self, job_id: str, epoch: int) -> tuple[JobRecord, ActiveJob | None]:
-        """The job of a report, and its view if it is the active one. Raises ProtocolError for what never was."""
+        """The job of a report, and its view if it is active. Raises ProtocolError for an unknown job or epoch."""
         active = self._controller.active
         if active is not None and active.job_id == job_id:
             record = active.record
@@ -322,13 +324,13 @@ class Reports:
 
 
 def _base_path(recipe_json: str) -> str:
-    """Where the base of a fine-tuning's recipe lies; empty for any other job."""
+    """The path of a fine-tuning's base; empty for any other job."""
     fine_tuning = with_new_key(json.loads(recipe_json)).get("fine_tuning") or {}
     return str((fine_tuning.get("base") or {}).get("path", ""))
 
 
 def _total(values: Sequence[float]) -> float:
-    """A correctly rounded sum; NaN where the terms have none (infinities of both signs)."""
+    """The correctly rounded sum; NaN for infinities of both signs."""
     try:
         return math.fsum(values)
     except (ValueError, OverflowError):

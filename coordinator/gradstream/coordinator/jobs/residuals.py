@@ -1,7 +1,7 @@
-"""Residuals of slots as part of a checkpoint: which are in, which are still owed and by whom, which are lost.
+"""The residuals of slots as part of a checkpoint: reported, still owed by a worker, or lost.
 
-A slot's residual is owed by the worker that holds the slot, or held it last. It is lost when that worker is gone, or
-when another has taken the slot over since without one: a checkpoint never waits for what cannot come.
+The worker that holds a slot, or held it last, owes the slot's residual. A residual is lost when this worker is gone, or
+when another worker has since taken the slot over without a residual. A checkpoint does not wait for a lost residual.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a version's residuals stand: files by slot, slots whose residual is lost, and who owes the rest."""
+    """The residuals of a version: the files by slot, the slots whose residual is lost, and the workers that owe one."""
 
     entries: tuple[ResidualEntry, ...] = ()
     lost: tuple[int, ...] = ()
@@ -30,7 +30,7 @@ class Standing:
 
 
 def standing(active: ActiveJob, version: int, members: Membership, now: float) -> Standing:
-    """Where the residuals of a version stand now. `now` is the coordinator's clock, `owed` names node ids."""
+    """The current standing of a version's residuals. `now` is the coordinator's clock; `owed` has node ids."""
     if not keeps_residuals(active.recipe.codec):
         return Standing()
     entries, lost, owed = [], [], {}
@@ -47,8 +47,10 @@ def standing(active: ActiveJob, version: int, members: Membership, now: float) -
 
 
 def _may_come(active: ActiveJob, version: int, holder: str, members: Membership, now: float) -> bool:
-    """Whether a worker can still report: it lives, or the coordinator was restarted and it may be about to. It knows
-    nothing of a version that the servers write as it is."""
+    """Whether a worker can still report: it is live, or the coordinator was restarted and the worker may register.
+
+    A worker does not report residuals of a version that the servers write without a commit.
+    """
     if version == active.snapshot or active.benches.failed(holder):
         return False
     node = members.get(holder)
@@ -56,7 +58,7 @@ def _may_come(active: ActiveJob, version: int, holder: str, members: Membership,
 
 
 def check_residual(report: coordinator_pb2.ReportResidualRequest, active: ActiveJob) -> None:
-    """Raise ProtocolError for a report that no worker of the active job's plan would make."""
+    """Raise ProtocolError for a report that no worker of the active job's plan can make."""
     what = f"residual report of slot {report.slot}, version {report.version} of job {report.job_id}"
     if not keeps_residuals(active.recipe.codec):
         raise ProtocolError(f"{what}: codec {active.recipe.codec.push} keeps no residual")

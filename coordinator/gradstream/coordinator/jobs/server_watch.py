@@ -1,4 +1,4 @@
-"""Watches the servers of a plan: who is silent, whose machine refuses connections, who may take a name."""
+"""Watch the servers of a plan: silent ones, machines that refuse connections, newcomers with a silent server's name."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from gradstream.proto.v1 import coordinator_pb2
 
 
 class ServerWatch:
-    """Looks at the membership and, on its own, at the machines of silent servers."""
+    """Watches the membership and, in tasks of its own, the machines of silent servers."""
 
     def __init__(self, members: Membership, timing: Timing, on_refusal: Callable[[], None]):
-        """`on_refusal` is called when a machine has refused a connection."""
+        """Create a watch that calls `on_refusal` when a machine has refused a connection."""
         self._members = members
         self._timing = timing
         self._on_refusal = on_refusal
         self._tasks: set[asyncio.Task[None]] = set()
 
     def look(self, active: ActiveJob, now: float) -> tuple[Verdict, str]:
-        """Whether the plan stands, and why. The job must have one."""
+        """Judge whether the plan stands, and why. The job must have a plan."""
         assert active.plan is not None
         sights = active.reunion.look(active.plan, active.record.epoch, self._members, now)
         self._ring(active, now, self._timing.server_grace_seconds)
         return judge_servers(sights)
 
     def settled(self, active: ActiveJob) -> bool:
-        """Whether all of the plan's servers are there, and every step that the leader has decided was reported: after a
-        cut they may be further than is known here. The job must have a plan."""
+        """Whether all of the plan's servers are present and every step that the leader has decided was reported.
+
+        After a cut network the servers may be further than the coordinator knows. The job must have a plan.
+        """
         assert active.plan is not None
         nodes = [self._members.get(server.node_id) for server in active.plan.servers]
         if not all(node is not None and node.present for node in nodes):
@@ -43,9 +45,9 @@ class ServerWatch:
         return leader.activity.job_id != active.job_id or leader.activity.step <= active.version
 
     def keep_name(self, active: ActiveJob | None, request: coordinator_pb2.RegisterRequest, now: float) -> None:
-        """Keep the name of a silent server for it, until its process is known to be gone or its time has passed.
+        """Reserve the name of a silent server until its process is known to be gone or its time has passed.
 
-        Raises BusyError for a newcomer of that name: it asks again.
+        Raises BusyError for a newcomer with this name, which then retries.
         """
         if active is None or active.plan is None or request.kind != SERVER:
             return
@@ -67,7 +69,7 @@ class ServerWatch:
         )
 
     def _ring(self, active: ActiveJob, now: float, grace_seconds: float) -> None:
-        """Try whether the machines of silent servers still listen."""
+        """Try to connect to the silent servers."""
         assert active.plan is not None
         for server in active.reunion.due_rings(active.plan, grace_seconds, now):
             self._spawn(self._probe(active, server.node_id, server.address))
@@ -86,7 +88,7 @@ class ServerWatch:
         task.add_done_callback(self._tasks.discard)
 
     async def stop(self) -> None:
-        """Stop trying."""
+        """Cancel the attempts to connect."""
         for task in list(self._tasks):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

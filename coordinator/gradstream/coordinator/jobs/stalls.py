@@ -1,4 +1,4 @@
-"""What the decision on stuck workers needs to know, from heartbeats and step reports."""
+"""Input of the decision on stuck workers, from heartbeats and step reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradstream.core.plan.leases import SLOTS
 
 
 def worker_sights(active: ActiveJob, members: Membership, now: float) -> list[WorkerSight]:
-    """How the workers of the lease table look that can be spoken to."""
+    """The sights of those workers of the lease table that have a session."""
     missing = missing_slots(active, members)
     chains = [replica.workers for replica in active.replicas] or [(holder,) for holder in dict.fromkeys(active.holders)]
     sights = []
@@ -36,7 +36,7 @@ def worker_sights(active: ActiveJob, members: Membership, now: float) -> list[Wo
                     waiting=mine is not None and bool(mine.waiting_for),
                     loading=mine is None or mine.phase == "loading",
                     unreachable=mine.unreachable[:200] if mine is not None else "",
-                    # Before it had slots it had no reason to try.
+                    # Counted from when the worker got slots: before, it did not try to connect.
                     unreachable_seconds=min(since_given, _unreachable_seconds(node, now)),
                 )
             )
@@ -48,7 +48,7 @@ def _unreachable_seconds(node: NodeEntry, now: float) -> float:
 
 
 def missing_slots(active: ActiveJob, members: Membership) -> list[int]:
-    """The slots of the step under way of which some server of the plan misses contributions."""
+    """The slots of the step under way whose contributions are missing at some server of the plan."""
     if active.plan is None:
         return []
     missing: set[int] = set()
@@ -60,7 +60,7 @@ def missing_slots(active: ActiveJob, members: Membership) -> list[int]:
 
 
 def slot_seconds(active: ActiveJob) -> float | None:
-    """The median time of a slot over the last steps; None before there are two."""
+    """The median time of a slot over the last steps; None before the second step."""
     times = [report.unix_ms for report, _ in active.pace.steps]
     if len(times) < 2:
         return None
@@ -70,8 +70,11 @@ def slot_seconds(active: ActiveJob) -> float | None:
 
 
 def has_recovered(node: NodeEntry | None, since: float) -> bool:
-    """Whether a node that hung or was cut off at `since` is worth another attempt: it is gone, or it reaches its peers
-    and got something done or has let go of its slots. Without slots a worker has nothing to do."""
+    """Whether a node that hung or was cut off at `since` gets another attempt.
+
+    It does when it is gone, or when it reaches its peers and has either made progress or released its slots. Without
+    slots a worker cannot make progress.
+    """
     if node is None or not node.alive:
         return True
     moves = node.progress_at > since or node.activity.waiting_for == SLOTS

@@ -1,6 +1,6 @@
-"""The transitions of the active job, each in the same order: stored, then seen in memory, then sent to the nodes.
+"""The transitions of the active job. Each is stored, then applied in memory, then sent to the nodes.
 
-What could not be stored raises UnreachableError, and then nothing has changed: the same transition is due again.
+A transition that cannot be stored raises UnreachableError and changes nothing: it is due again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 
 class Transitions:
-    """Owns the active job: nobody else makes a job the active one, or ends it."""
+    """Owner of the active job: only this class makes a job the active one, or ends it."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Transitions:
     # --- into the cluster -------------------------------------------------------------------------------------------
 
     def load(self, record: JobRecord) -> ActiveJob | None:
-        """The view of a job; None when its record cannot be read any more, which ends it. Raises UnreachableError."""
+        """Load the view of a job. End the job and return None if its record cannot be read. Raises UnreachableError."""
         try:
             active = ActiveJob.load(record, self._state)
         except UnreachableError:
@@ -62,7 +62,7 @@ class Transitions:
 
     def begin(self, record: JobRecord) -> ActiveJob | None:
         """Make a queued job the active one; None when its record cannot be read. Raises UnreachableError."""
-        # What an earlier turn left on nodes was released.
+        # The nodes have released the plan of an earlier turn.
         changes: dict[str, Any] = {"state": PLANNING, "reason": "its turn has come", "plan_held": False}
         active = self.load(replace(record, plan_held=False))
         if active is None:
@@ -73,25 +73,25 @@ class Transitions:
         return active
 
     def adopt(self, active: ActiveJob) -> None:
-        """Make the active job one that an earlier process of the coordinator had under way."""
+        """Make a job the active one that an earlier process of the coordinator had under way."""
         self.active = active
 
     # --- while it is active -----------------------------------------------------------------------------------------
 
     def update(self, active: ActiveJob, *events: Event, plan: bytes | None = None, **changes: Any) -> None:
-        """Store a transition of the active job. Raises UnreachableError, and then nothing has changed."""
+        """Store a transition of the active job. Raises UnreachableError and then changes nothing."""
         active.record = self._journal.store(active.record, events, plan, **changes)
 
     def set_state(
         self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str, *before: Event, **changes: Any
     ) -> None:
-        """Move the active job to another state that it lives in. Raises UnreachableError."""
+        """Move the active job to another state in which it stays active. Raises UnreachableError."""
         event = Event("state", f"{STATE_WORDS[state]}: {reason}")
         self.update(active, *before, event, state=state, reason=reason, **changes)
         active.progress_at = self._clock()
 
     def take_plan(self, active: ActiveJob, made: MadePlan) -> None:
-        """Make a plan the job's, and send it to its nodes. Raises UnreachableError."""
+        """Put a plan in force and send it to its nodes. Raises UnreachableError."""
         plan, message = made.plan, made.plan.to_proto()
         totals = self._state.step_totals(active.job_id, plan.epoch, plan.start_version)
         events = made.events(active.record, active.version)
@@ -108,13 +108,15 @@ class Transitions:
                 self._nodes.release(node, active.job_id, "the new plan does without it")
 
     def give_up_plan(self, active: ActiveJob, reason: str) -> None:
-        """Send the job back to planning although its plan stands. Every step must be in a checkpoint. Raises
-        UnreachableError."""
+        """Return the job to planning although its plan stands. Raises UnreachableError.
+
+        Every step must be in a checkpoint.
+        """
         self.set_state(active, PLANNING, reason, plan_held=False)
         active.plan = active.plan_message = None
 
     def take_leases(self, active: ActiveJob, proposal: Proposal, now: float) -> None:
-        """Make a proposal the lease table in force, and send it to the workers. Raises UnreachableError."""
+        """Put a proposed lease table in force and send it to the workers. Raises UnreachableError."""
         number = active.lease_number + 1
         table = self._leasing.table(active, proposal, number)
         self.update(
@@ -138,7 +140,7 @@ class Transitions:
     # --- out of the cluster -----------------------------------------------------------------------------------------
 
     def unsaved(self, active: ActiveJob) -> str:
-        """What a job that ends now leaves of its steps, as the end of a sentence; empty when all of them."""
+        """The end of a sentence on the last checkpoint of a job that ends now; empty if it has every step."""
         last = max(self._state.checkpoint_versions(active.job_id), default=0)
         if last >= active.version:
             return ""
@@ -147,14 +149,16 @@ class Transitions:
     def end(
         self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str, *before: Event, **changes: Any
     ) -> None:
-        """End the active job; every node forgets it. Raises UnreachableError."""
+        """End the active job. Every node forgets it. Raises UnreachableError."""
         self.leave(active, state, reason, *before, ended_unix_ms=unix_ms(), **changes)
 
     def leave(
         self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str, *before: Event, **changes: Any
     ) -> None:
-        """Free the cluster of the active job, whether it has ended or not; every node forgets it. Raises
-        UnreachableError."""
+        """Take the active job off the cluster, whether or not it has ended. Raises UnreachableError.
+
+        Every node forgets the job.
+        """
         table = plan_pb2.LeaseTable(job_id=active.job_id, epoch=active.record.epoch, number=active.lease_number)
         kind = "failure" if state == FAILED else "state"
         self.update(

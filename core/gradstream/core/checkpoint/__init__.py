@@ -1,1 +1,1 @@
-"""Checkpoints: the manifest and the files it names."""
+"""Checkpoints: the manifest and the files that it names."""

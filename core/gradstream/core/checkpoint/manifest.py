@@ -1,11 +1,11 @@
-"""Checkpoints: consistent versions of weights and optimizer state on any fsspec path.
+"""The manifest of a checkpoint: a consistent version of weights and optimizer state on any fsspec path.
 
-A checkpoint is a directory `step-00000100/` with one safetensors file a server and a manifest, written last by
-rename: without a manifest there is no checkpoint. It names tensors and slices, not servers, so it loads onto any
-number of servers, bit for bit. A file's keys are `KIND/TENSOR[BEGIN:END]`, KIND being "weight" or a name of optimizer
-state.
+A checkpoint is a directory `step-00000100/` with one safetensors file for each server and a manifest, which is written
+last, by rename. Without a manifest there is no checkpoint. Files and manifest name tensors and slices, not servers, so
+a checkpoint loads onto any number of servers, bit for bit. The keys in a file are `KIND/TENSOR[BEGIN:END]`, where KIND
+is "weight" or a name of optimizer state.
 
-Writing and reading is in core because servers, coordinator and tools share the format (docs/decisions.md, 1).
+Writing and reading are in core because servers, coordinator and tools share the format (docs/decisions.md, 1).
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class FileEntry(BaseModel):
 
 
 class ResidualEntry(FileEntry):
-    """One slot's residual (gradstream.core.checkpoint.residual_files)."""
+    """The file of one slot's residual (gradstream.core.checkpoint.residual_files)."""
 
     slot: Count
 
 
 class CheckpointManifest(BaseModel):
-    """What a checkpoint consists of. `placement[fragment]` is the index of the file that holds the fragment."""
+    """The contents of a checkpoint. `placement[fragment]` is the index of the file with the fragment."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -94,38 +94,38 @@ class CheckpointManifest(BaseModel):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files but the manifest."""
+        """Size in bytes of all files except the manifest."""
         return sum(entry.num_bytes for entry in (*self.files, *self.residuals))
 
     def fragments(self) -> list[Fragment]:
-        """The fragments as they were cut when this was written."""
+        """The fragments as they were cut when the checkpoint was written."""
         return cut([entry.tensor() for entry in self.tensors], self.fragment_elements)
 
     @property
     def fine_tuning(self) -> FineTuning | None:
-        """What the recipe says of fine-tuning. Raises CheckpointError when that makes no sense."""
+        """The recipe's section for fine-tuning, if it has one. Raises CheckpointError when the section is not valid."""
         section = with_new_key(self.recipe).get("fine_tuning")
         try:
             return FineTuning.model_validate(section) if section else None
         except ValidationError as error:
             raise CheckpointError(
-                f"the checkpoint of job {self.job_id} has a recipe whose fine-tuning cannot be "
+                f"the checkpoint of job {self.job_id} has a recipe with an invalid fine-tuning "
                 f"({error.errors()[0]['msg']}); take another checkpoint"
             ) from None
 
 
 def directory_of(root: str, version: int) -> str:
-    """Directory of a version's checkpoint under `root`."""
+    """The directory of a version's checkpoint under `root`."""
     return files.join(root, f"step-{version:08d}")
 
 
 def shard_file_name(epoch: int, server: int, num_servers: int) -> str:
-    """A server's file; its epoch is in the name, so that servers of two plans never write to one path."""
+    """The name of a server's file. The name has the epoch, so servers of two plans never write to the same path."""
     return f"epoch-{epoch:04d}-shard-{server:03d}-of-{num_servers:03d}.safetensors"
 
 
 def fragment_digest(state: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
-    """sha256 of one fragment's state: the weights, then the optimizer's arrays by name."""
+    """sha256 of one fragment's state: the weights, then the optimizer's arrays, sorted by name."""
     digest = hashlib.sha256()
     for kind in [WEIGHT, *sorted(set(state) - {WEIGHT})]:
         digest.update(kind.encode())
@@ -134,7 +134,7 @@ def fragment_digest(state: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
 
 
 def state_digest(fragment_digests: Sequence[bytes]) -> str:
-    """Hex sha256 over all fragments in order: the identity of a version on any servers."""
+    """Hex sha256 over all fragments in order: the identity of a version, independent of its servers."""
     return hashlib.sha256(b"".join(fragment_digests)).hexdigest()
 
 
@@ -145,7 +145,7 @@ def write_tensor_file(
     contents: Callable[[str], npt.NDArray[Any]],
     metadata: Mapping[str, str],
 ) -> FileEntry:
-    """Write a safetensors file of a checkpoint, whole or not at all, and its directory if need be. Raises OSError."""
+    """Write a safetensors file of a checkpoint atomically. Makes its directory if missing. Raises OSError."""
     files.make_directory(directory)
     written: list[tuple[int, str]] = []
     files.write_atomic(
@@ -165,10 +165,10 @@ def write_manifest(
     progress: Mapping[str, int],
     residuals: Sequence[ResidualEntry] = (),
 ) -> CheckpointManifest:
-    """Make the checkpoint exist, from all servers' reports. Raises CheckpointError when they do not fit the plan, or a
-    file is not seen here with the size that was reported.
+    """Write a checkpoint's manifest from all servers' reports, which makes the checkpoint exist.
 
-    The tokenizer is copied beside the weights, so that a checkpoint can be exported where the data is no more.
+    The tokenizer is copied beside the weights: the checkpoint can then be exported even if the data is gone. Raises
+    CheckpointError when the reports do not fit the plan, or when a file does not have its reported size here.
     """
     by_server = {report.server: report for report in reports}
     digests = {digest.fragment: digest.sha256 for report in reports for digest in report.fragments}
@@ -205,7 +205,7 @@ def write_manifest(
     files.write_atomic(files.join(directory, MANIFEST_NAME), lambda stream: stream.write(text), judged=True)
     keep = {entry.file for entry in (*manifest.files, *manifest.residuals)}
     for name in files.list_names(directory):
-        # Of a plan that never got to its manifest. What a newer plan's servers write, or are still writing, stays.
+        # Remove files of an older plan that never wrote its manifest. Files of a newer plan's servers stay.
         match = _FILE_OF_EPOCH.fullmatch(name)
         if match is not None and int(match[1]) <= plan.epoch and name not in keep:
             files.remove(files.join(directory, name))
@@ -213,7 +213,7 @@ def write_manifest(
 
 
 def _check_files(directory: str, plan: Plan, entries: Sequence[FileEntry]) -> None:
-    """Raise CheckpointError when a server's file is not seen from here as reported: it may have a disk of its own."""
+    """Raise CheckpointError when a server's file here differs from its report: the server may write to its own disk."""
     for server, entry in zip(plan.servers, entries, strict=True):
         found = _not_as_reported(directory, entry)
         if found:
@@ -224,7 +224,7 @@ def _check_files(directory: str, plan: Plan, entries: Sequence[FileEntry]) -> No
 
 
 def _check_residuals(directory: str, residuals: Sequence[ResidualEntry]) -> None:
-    """Raise CheckpointError when a worker's file is not seen from here as reported."""
+    """Raise CheckpointError when a worker's file here differs from its report."""
     for residual in residuals:
         found = _not_as_reported(directory, residual)
         if found:
@@ -235,12 +235,12 @@ def _check_residuals(directory: str, residuals: Sequence[ResidualEntry]) -> None
 
 
 def _not_as_reported(directory: str, entry: FileEntry) -> str:
-    """What was reported of a file and what is seen of it; empty when they agree."""
+    """The difference between a file's report and the file as seen here, as text; empty when they agree."""
     path = files.join(directory, entry.file)
     num_bytes = files.size_of(path)
     if num_bytes == entry.num_bytes:
         return ""
-    seen = "is not there" if num_bytes is None else f"has {num_bytes} bytes"
+    seen = "does not exist" if num_bytes is None else f"has {num_bytes} bytes"
     return f"{path} of {entry.num_bytes} bytes, and seen from the coordinator it {seen}"
 
 
@@ -293,12 +293,12 @@ def list_checkpoints(root: str) -> list[CheckpointManifest]:
                 found.append(read_manifest(directory))
             except CheckpointError:
                 if MANIFEST_NAME in files.list_names(directory):
-                    raise  # else it was removed meanwhile
+                    raise  # without a manifest, the checkpoint was removed meanwhile
     return sorted(found, key=lambda manifest: manifest.version)
 
 
 def remove_checkpoint(root: str, version: int) -> None:
-    """Remove a checkpoint, its manifest first, so that no half of it can pass for a whole."""
+    """Remove a checkpoint, its manifest first: a partly removed checkpoint then does not count as one."""
     directory = directory_of(root, version)
     files.remove(files.join(directory, MANIFEST_NAME))
     files.remove(directory)

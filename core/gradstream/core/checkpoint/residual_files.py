@@ -1,7 +1,8 @@
-"""Residuals in a checkpoint: one safetensors file a slot, beside the servers' files.
+"""Residuals in a checkpoint: one safetensors file for each slot, beside the servers' files.
 
-A file's keys are `KEY/TENSOR[BEGIN:END]`, KEY being one of the codec's state ("residual", "basis"); its metadata names
-the codec. Residuals are not part of the version's identity (`state_sha256`): they belong to slots, not to weights.
+The keys in a file are `KEY/TENSOR[BEGIN:END]`, where KEY is a key of the codec's state ("residual", "basis"). The
+file's metadata names the codec. Residuals are not part of the version's identity (`state_sha256`), because they belong
+to slots, not to weights.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from gradstream.core.storage.tensor_files import TensorSpec
 
 
 def residual_file_name(epoch: int, slot: int, node_id: str) -> str:
-    """A name that no other worker writes to, should two hold the slot for a moment."""
+    """The name of a slot's file. The name has the worker's id, because two workers may hold the slot for a moment."""
     return f"epoch-{epoch:04d}-residual-slot-{slot:03d}-{node_id}.safetensors"
 
 
 def write_residual(directory: str, file: str, plan: Plan, states: Mapping[int, State]) -> FileEntry:
-    """Write a slot's states, by fragment, all on the CPU. Raises OSError."""
+    """Write a slot's states, by fragment, which must be on the CPU. Raises OSError."""
     arrays = {
         f"{key}/{slice_name(plan.tensors, plan.fragments[index])}": array.contiguous()
         for index, state in states.items()
@@ -41,7 +42,7 @@ def write_residual(directory: str, file: str, plan: Plan, states: Mapping[int, S
 
 
 def read_residual(directory: str, entry: FileEntry, plan: Plan) -> tuple[dict[int, State], str]:
-    """A slot's states by fragment, or, when they do not fit the plan, none and why.
+    """Read a slot's states, by fragment, as (states, ""); ({}, reason) when they do not fit the plan.
 
     Raises CheckpointError for a damaged file.
     """
@@ -58,7 +59,7 @@ def read_residual(directory: str, entry: FileEntry, plan: Plan) -> tuple[dict[in
     with parsing(refused), safe_open(local, framework="pt") as opened:
         codec = (opened.metadata() or {}).get("codec", "none")
         if codec != plan.recipe.codec.push:
-            return {}, f"it was kept by codec {codec}, the job's is {plan.recipe.codec.push}"
+            return {}, f"its codec is {codec}, and the job's is {plan.recipe.codec.push}"
         left = set(opened.keys())
         for fragment, fresh in _fresh_states(plan):
             state = {}
@@ -70,12 +71,12 @@ def read_residual(directory: str, entry: FileEntry, plan: Plan) -> tuple[dict[in
                 left.discard(name)
             states[fragment.index] = state
         if left:
-            return {}, f"the model was cut into other fragments: {min(left)} is none of the plan's"
+            return {}, f"the model was cut into other fragments: {min(left)} is not in the plan"
     return states, ""
 
 
 def _fresh_states(plan: Plan) -> Iterator[tuple[Fragment, State]]:
-    """Each fragment that keeps a residual, and the state that it would begin with."""
+    """Each fragment that keeps a residual, with its initial state."""
     book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
     for bundle in plan.bundles:
         for codec, fragment in zip(book.of(bundle, plan.recipe.codec.push).codecs, bundle.fragments, strict=True):

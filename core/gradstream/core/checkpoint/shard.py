@@ -1,4 +1,4 @@
-"""A checkpoint's shards: the servers' files, written tensor by tensor, read in slices and verified."""
+"""The shards of a checkpoint: the servers' files, written tensor by tensor, verified and read in slices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 from gradstream.core.checkpoint.manifest import FileEntry, State, fragment_digest, read_manifest, write_tensor_file
 
-REFERENCE = "copy"  # the weights as workers hold them, where they pull differences; the kind's name in files
+REFERENCE = "copy"  # the kind's name in files for the weights as workers hold them, if they pull differences
 
 
 def write_shard(
@@ -35,8 +35,7 @@ def write_shard(
 
 
 class CheckpointReader:
-    """Reads slices of a checkpoint, from whatever files hold them. Each file's size and hash are verified before its
-    first use.
+    """Reads slices of a checkpoint from all its files. Verifies the size and hash of each file before its first use.
 
     Raises CheckpointError that names the damaged file.
     """
@@ -52,7 +51,7 @@ class CheckpointReader:
             self._fragments.setdefault(fragment.tensor, []).append(fragment)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Shape of a tensor. Raises CheckpointError when the checkpoint has no such tensor."""
+        """The shape of a tensor. Raises CheckpointError when the checkpoint has no such tensor."""
         if tensor not in self._numbers:
             raise CheckpointError(
                 f"checkpoint {self.directory} has no tensor '{tensor}'; it belongs to another model than the recipe's"
@@ -60,13 +59,13 @@ class CheckpointReader:
         return self._tensors[self._numbers[tensor]].shape
 
     def read(self, kind: str, tensor: str, begin: int, end: int) -> npt.NDArray[np.float32]:
-        """Elements [begin, end) of a tensor's `kind`, fp32, freshly allocated."""
+        """Read elements [begin, end) of a tensor's `kind` into a new fp32 array."""
         import numpy as np
 
         self.shape(tensor)
         pieces = self._fragments.get(self._numbers[tensor], [])
         first = bisect_right([piece.begin for piece in pieces], begin) - 1
-        # Nothing is allocated before the files are known to have it all.
+        # Check that the files have all slices before memory is allocated.
         found = [(piece, self._slice(kind, piece, piece.num_elements)) for piece in pieces[first:] if piece.begin < end]
         out = np.empty(end - begin, dtype=np.float32)
         for piece, source in found:
@@ -75,13 +74,13 @@ class CheckpointReader:
         return out
 
     def scalar(self, kind: str, tensor: str, begin: int) -> npt.NDArray[np.float32]:
-        """The one-element array that the fragment holding element `begin` keeps under `kind`."""
+        """Read the one-element array `kind` of the fragment that has element `begin` of a tensor."""
         pieces = self._fragments[self._numbers[tensor]]
         piece = pieces[bisect_right([piece.begin for piece in pieces], begin) - 1]
         return self._slice(kind, piece, 1)[:]  # type: ignore[no-any-return]
 
     def _slice(self, kind: str, piece: Fragment, num_elements: int) -> Any:
-        """What a file has of a fragment, fp32 and of so many elements, to be read in slices."""
+        """A fragment's array in its file, fp32 with `num_elements` elements, which can be read in slices."""
         from safetensors import SafetensorError, safe_open
 
         number, key = self.manifest.placement[piece.index], f"{kind}/{slice_name(self._tensors, piece)}"
@@ -106,7 +105,7 @@ class CheckpointReader:
 
 
 def verified_file(directory: str, entry: FileEntry) -> str:
-    """The local path of a file whose size and hash are those of the manifest. Raises CheckpointError."""
+    """Check that a file has the size and hash of the manifest; return its local path. Raises CheckpointError."""
     path = files.join(directory, entry.file)
     cure = f"restore the file, or remove {directory} to go back to an older checkpoint"
     try:
@@ -131,5 +130,5 @@ def verified_file(directory: str, entry: FileEntry) -> str:
 
 
 def slice_name(tensors: Sequence[Tensor], fragment: Fragment) -> str:
-    """The name of a slice, which says nothing of who held it."""
+    """The name of a slice, which does not depend on the server that holds it."""
     return f"{tensors[fragment.tensor].name}[{fragment.begin}:{fragment.end}]"

@@ -1,6 +1,6 @@
-"""Safetensors files that are made while they are read.
+"""Safetensors files that are generated while they are read.
 
-Of a model's tensors no more than a piece is in memory, and nothing is on disk before it is written or sent.
+Only one piece of a model's tensors is in memory at a time, and no temporary file is needed to write or send them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of weights. `pieces` makes its bytes, anew at each call; it blocks."""
+    """A file of weights. `pieces` generates its bytes at each call, and blocks."""
 
     name: str
     num_bytes: int
@@ -30,9 +30,9 @@ class WeightsFile:
 def weights_files(
     tensors: Sequence[TensorSpec], read: Callable[[str], Iterator[Buffer]], max_bytes: int
 ) -> list[WeightsFile]:
-    """The files of a Hugging Face model with these tensors; when there are several, with their index.
+    """The files of a Hugging Face model with these tensors, and their index if there are several.
 
-    Each has at most `max_bytes` unless one tensor is larger. `read` gives the bytes of a tensor, in pieces.
+    Each file has at most `max_bytes`, unless a single tensor is larger. `read` returns the bytes of a tensor in pieces.
     """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
@@ -56,7 +56,7 @@ def weights_files(
 
 
 def safetensors_file(name: str, tensors: Sequence[TensorSpec], read: Callable[[str], Iterator[Buffer]]) -> WeightsFile:
-    """A safetensors file of these tensors. Reading it raises ValueError when `read` gives a tensor of another size."""
+    """A safetensors file of these tensors. Reading it raises ValueError when a tensor of `read` has another size."""
     head, ordered, file_bytes = head_of(tensors, {"format": "pt"})
 
     def pieces() -> Iterator[Buffer]:
@@ -83,8 +83,11 @@ def write_weights(made: Sequence[WeightsFile], destination: Path) -> None:
 async def sent_pieces(
     made: Sequence[WeightsFile], storage: StorageThreads, place: str
 ) -> AsyncIterator[tuple[str, int, bytes]]:
-    """The files as (name, bytes of the whole file, a piece of at most 1 MiB), made in threads piece by piece of what
-    lies at `place`. Raises UnreachableError when its storage does not answer."""
+    """Generate the files in pieces: (name, size of the whole file, at most 1 MiB of content).
+
+    Each piece is generated in a thread, from the storage at `place`. Raises UnreachableError when that storage does not
+    answer.
+    """
     for file in made:
         pieces = _cut(file.pieces())
         while (piece := await storage.call(place, next, pieces, None)) is not None:

@@ -1,1 +1,1 @@
-"""Pretrained models: read as bases, and written for others."""
+"""Pretrained models: bases, their files and tokenizers, and exports that other tools load."""

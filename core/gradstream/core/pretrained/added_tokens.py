@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer has beside its vocabulary, as the files beside its tokenizer.json name them."""
+"""Added tokens of a tokenizer, as the files beside its tokenizer.json name them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ADDED_TOKEN_FIELDS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def extra_special_tokens(settings: Mapping[str, Any]) -> list[Any]:
-    """Special tokens beside the named ones, each its text or an object with it."""
+    """The special tokens without a name, each as its text or as an object with its text."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     values = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
     return [value for value in values if isinstance(value, str) or (isinstance(value, dict) and "content" in value)]
 
 
 def as_added(value: Any) -> Any:
-    """A special token as transformers takes it: a text, or a token that says what it takes of the blanks around it."""
+    """A special token in transformers' form: a text, or a token with flags, such as for the blanks around it."""
     from tokenizers import AddedToken
 
     if isinstance(value, str):
@@ -36,9 +36,11 @@ def as_added(value: Any) -> Any:
 def named_special_tokens(
     settings: Mapping[str, Any], is_known: Callable[[str], bool], template: str, directory: str
 ) -> dict[str, str]:
-    """The texts of the special tokens that have a name, which a chat template may write them by: those that all
-    tokenizers have, and a model's own. Raises ConfigError when bos, or one that `template` writes, is not in the
-    vocabulary."""
+    """The texts of the named special tokens, by name: those that all tokenizers have, and a model's own.
+
+    A chat template may refer to the names. Raises ConfigError when bos, or a token to which `template` refers, is not
+    in the vocabulary.
+    """
     extra = settings.get("extra_special_tokens")
     named = {kind: value for kind, value in settings.items() if kind.endswith("_token")}
     found: dict[str, str] = {}
@@ -51,13 +53,13 @@ def named_special_tokens(
         elif kind == "bos_token" or (kind != "eos_token" and re.search(rf"\b{re.escape(kind)}\b", template)):
             raise ConfigError(f"the {kind} {text!r} of {directory} is in neither its vocabulary nor its added tokens")
         elif kind != "eos_token":
-            # It would get an id that the model does not know; no example has it.
+            # The token would get an id that the model does not know. No example contains the token.
             get_logger().warning("a special token is not in the vocabulary", base=directory, kind=kind, token=text)
     return found
 
 
 def added_tokens(added: Any, settings: Mapping[str, Any], directory: str) -> dict[int, Any]:
-    """Added tokens by their ids. Raises ConfigError when they are no tokens."""
+    """The added tokens by their ids. Raises ConfigError when an entry is not a token."""
     from tokenizers import AddedToken
 
     named = [value for key, value in settings.items() if key in NAMED] + extra_special_tokens(settings)
@@ -72,14 +74,16 @@ def added_tokens(added: Any, settings: Mapping[str, Any], directory: str) -> dic
             found[int(number)] = token
         except (TypeError, ValueError, KeyError, AttributeError):
             raise ConfigError(
-                f"the added token {str(number)[:40]!r} of {directory} is no token; get its files again"
+                f"the added token {str(number)[:40]!r} of {directory} is malformed; get its files again"
             ) from None
     return found
 
 
 def added_token(vocabulary: Any, token_id: int) -> str | None:
-    """The text that the contents of a tokenizer.json give a token: one of its added tokens, else of its model's
-    vocabulary, where an end of text may lie alone; None if there is none."""
+    """The text of a token in the contents of a tokenizer.json; None if there is none.
+
+    Searches its added tokens, then its model's vocabulary, because an end of text may be only in the vocabulary.
+    """
     tree = vocabulary if isinstance(vocabulary, dict) else {}
     tokens, model = tree.get("added_tokens"), tree.get("model")
     for token in tokens if isinstance(tokens, list) else []:
@@ -88,7 +92,7 @@ def added_token(vocabulary: Any, token_id: int) -> str | None:
     words = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(words, dict):
         return next((str(text) for text, number in words.items() if number == token_id), None)
-    if isinstance(words, list) and 0 <= token_id < len(words):  # of a Unigram model: text and score
+    if isinstance(words, list) and 0 <= token_id < len(words):  # a Unigram model has (text, score)
         entry = words[token_id]
         return entry[0] if isinstance(entry, list) and entry and isinstance(entry[0], str) else None
     return None

@@ -1,10 +1,10 @@
-"""Bases: pretrained models to start from, found, verified and read in slices.
+"""Bases, the pretrained models from which fine-tunings start: found, verified and read in slices.
 
 A base is a gradstream checkpoint, or a Hugging Face directory on any fsspec path: config.json, tokenizer.json and
-safetensors, in one file or several with an index. Its identity is the hashes of its weights' files and its config;
-whoever reads from it later finds the same bytes, or is told which file has changed.
+safetensors, in one file or several with an index. Its identity is the hashes of its weights' files and its config. A
+later read returns the same bytes, or raises an error that names the changed file.
 
-torch and transformers are imported inside the functions, so that importing this module costs nothing.
+torch and transformers are imported inside the functions, because their import is slow.
 """
 
 from __future__ import annotations
@@ -45,21 +45,23 @@ if TYPE_CHECKING:
 __all__ = ["MODEL_TYPES", "BaseReader", "check_base", "find_base", "load_tokenizer"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-"""Families whose Hugging Face directories are read."""
+"""Model families whose Hugging Face directories can be read."""
 
 
 def find_base(path: str, title: str = "") -> tuple[Base, dict[str, Any]]:
-    """Find a base and verify all of it: its tensors against its config, its tokenizer, the hashes of a checkpoint.
+    """Find a base and verify it: its tensors against its config, its tokenizer, the hashes of a checkpoint.
 
-    Returns the base and its config.json's contents. Raises ConfigError when there is no base that can be used, and
-    CheckpointError when one is damaged, with one line that says what to do.
+    Returns the base and the contents of its config.json. Raises ConfigError when there is no usable base, and
+    CheckpointError when the base is damaged, with one line that says what to do.
     """
     return _find_base(path, title, hashed=True)
 
 
 def check_base(path: str) -> dict[str, Any]:
-    """Verify a base as `find_base` does, but for the hashes of its weights, which take as long as reading them; return
-    its config.json's contents. Raises as `find_base`."""
+    """Verify a base as `find_base`, but without the hashes of its weights; return the contents of its config.json.
+
+    Hashing the weights takes as long as reading them. Raises as `find_base`.
+    """
     return _find_base(path, path, hashed=False)[1]
 
 
@@ -72,7 +74,7 @@ def _find_base(path: str, title: str, hashed: bool) -> tuple[Base, dict[str, Any
         base, config = _find_checkpoint(path, title or path, hashed)
     else:
         raise ConfigError(_no_base(path, names))
-    # What was hashed is what is checked here, and what is used from now on.
+    # The files that were hashed are checked here, and are the only ones used from now on.
     base = base.model_copy(update={"tokenizer": record_tokenizer(base)})
     tokenizer = load_tokenizer(base)
     vocabulary = vocabulary_size(tokenizer)
@@ -89,9 +91,9 @@ def _find_base(path: str, title: str, hashed: bool) -> tuple[Base, dict[str, Any
 class BaseReader:
     """Reads a base's tensors, whole or in slices. Each file is verified before its first use.
 
-    Names are those of the parameters of transformers' class for causal language models, whatever the files say; tied
-    tensors go by their first name alone. A tensor's bytes are mapped, not read: who asks for a slice touches that
-    slice. Raises CheckpointError when the base is no longer what it was.
+    A tensor has the name of its parameter in transformers' class for causal language models, even if the files use
+    another name. Tied tensors have only their first name. Files are mapped into memory, so reading a slice reads only
+    that slice. Raises CheckpointError when the base has changed.
     """
 
     def __init__(self, base: Base):
@@ -100,15 +102,15 @@ class BaseReader:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The contents of its config.json."""
+        """The contents of the base's config.json."""
         return self._source.config
 
     def names(self) -> list[str]:
-        """The tensors' names."""
+        """The names of the tensors."""
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor. Raises CheckpointError when the base has no such tensor."""
+        """The shape of a tensor. Raises CheckpointError when the base has no such tensor."""
         if name not in self._shapes:
             raise CheckpointError(
                 f"base {self._source.path} has no tensor '{name}'; it belongs to another model than the recipe's"
@@ -116,19 +118,21 @@ class BaseReader:
         return self._shapes[name]
 
     def read(self, name: str, begin: int, end: int) -> npt.NDArray[np.float32]:
-        """Elements [begin, end) of the flattened tensor, fp32, freshly allocated."""
+        """Read elements [begin, end) of the flattened tensor into a new fp32 array."""
         if not 0 <= begin <= end <= math.prod(self.shape(name)):
             raise ValueError(f"[{begin}:{end}] is not within tensor '{name}'")
         return self._source.read(name, begin, end)
 
     def dtype(self, name: str) -> torch.dtype:
-        """A tensor's stored dtype."""
+        """The stored dtype of a tensor."""
         self.shape(name)
         return self._source.dtype(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor in its stored dtype (fp32, bf16 or fp16). It is a view of the mapped file where there is one:
-        never write to it."""
+        """Read a whole tensor in its stored dtype (fp32, bf16 or fp16).
+
+        The tensor may be a view of a mapped file: never write to it.
+        """
         self.shape(name)
         return self._source.tensor(name)
 
@@ -144,7 +148,7 @@ class _Source(Protocol):
 
 
 class _Checkpoint:
-    """A gradstream checkpoint; CheckpointReader verifies its files."""
+    """A gradstream checkpoint as a base. CheckpointReader verifies its files."""
 
     def __init__(self, base: Base):
         self.path = base.path
@@ -239,13 +243,13 @@ def _names_in(path: str) -> list[str]:
             )
     except GradstreamError:
         raise
-    except Exception as error:  # every fsspec backend raises its own kind, for a driver that it lacks too
+    except Exception as error:  # each fsspec backend raises its own error types, also for a missing driver
         raise ConfigError(f"base {path} cannot be read ({one_line(error)}); check the path") from None
     return names
 
 
 def _no_base(path: str, names: Sequence[str]) -> str:
-    """Why a directory is not a base, and what could be meant."""
+    """The reason why a directory is not a base, with the directory that could be meant."""
     for root in (path, files.join(path, "checkpoints")):
         try:
             found = list_checkpoints(root)

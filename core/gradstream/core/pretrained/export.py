@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face directory: weights, config and tokenizer."""
+"""The export of a checkpoint as a Hugging Face directory: weights, config and tokenizer."""
 
 from __future__ import annotations
 
@@ -27,36 +27,35 @@ EXPORT_FILE_BYTES = 4 << 30
 
 
 EXPORT_ELEMENTS = 4 << 20
-"""Of a tensor, read at once for an export."""
+"""Number of elements of a tensor that an export reads at once."""
 
 
 DEFAULT_LENGTH = 1024
-"""Of a tokenizer's texts, where the model's config does not say how long a sequence may be."""
+"""Longest text of the tokenizer, if the model's config does not limit the length of a sequence."""
 
 
 NOT_EXPORTED = frozenset({"torch_dtype", "auto_map", "quantization_config", "attn_implementation", "_name_or_path"})
-"""Keys of a config.json that a model's directory needs no more: they say in which form the weights were, or name what
-transformers would look for elsewhere. The weights are fp32, and transformers' own class loads them."""
+"""Keys of a config.json that an export leaves out: they describe the former form of the weights, or name code or files
+elsewhere. Exported weights are fp32, and transformers' own class loads them."""
 
 
 def export_huggingface(directory: str, destination: Path) -> None:
-    """Write a checkpoint's weights as a Hugging Face model directory, which is there whole or not at all.
+    """Write a checkpoint as a Hugging Face model directory, atomically.
 
-    config.json, model.safetensors (several with an index above 4 GiB), tokenizer.json, tokenizer_config.json. Raises
-    CheckpointError for a damaged checkpoint and when `destination` is not empty.
+    The files are config.json, model.safetensors (above 4 GiB several, with an index), tokenizer.json and
+    tokenizer_config.json. Raises CheckpointError for a damaged checkpoint, and when `destination` is not empty.
     """
     with files.whole_directory(destination) as temporary:
         write_huggingface(directory, temporary)
 
 
 def write_huggingface(directory: str, destination: Path, weights: bool = True, chat: bool = False) -> CheckpointReader:
-    """Write a checkpoint's weights, config and tokenizer into a directory that is there, without `weights` the others
-    alone; return what reads the checkpoint.
+    """Write a checkpoint's weights (only with `weights`), config and tokenizer into an existing directory.
 
-    What a fine-tuning does not change comes from its base. `chat`: as for `write_generation_config`. Raises
-    CheckpointError, and ConfigError for the base's files.
+    Returns the checkpoint's reader. Files that a fine-tuning does not change come from its base. `chat` has the same
+    meaning as in `write_generation_config`. Raises CheckpointError, and ConfigError for the base's files.
     """
-    from gradstream.core.pretrained import files as base_files  # which reads checkpoints itself
+    from gradstream.core.pretrained import files as base_files  # imported here: that module reads checkpoints too
     from gradstream.core.pretrained import tokenizer as base_tokenizer
 
     reader = CheckpointReader(directory)
@@ -71,7 +70,7 @@ def write_huggingface(directory: str, destination: Path, weights: bool = True, c
     if fine_tuning is None:
         write_tokenizer(reader.manifest, _tokenizer_of(reader), destination)
     else:
-        # Where the base is gone, the checkpoint's own tokenizer has to do; one that is there must be the one it was.
+        # If the base is gone, the checkpoint's own tokenizer is used. If the base exists, it must be unchanged.
         tokenizer = fine_tuning.base.tokenizer
         if tokenizer is not None and base_files.is_there(tokenizer.directory):
             base_tokenizer.record_tokenizer(fine_tuning.base)
@@ -82,8 +81,10 @@ def write_huggingface(directory: str, destination: Path, weights: bool = True, c
 
 
 def huggingface_weights(reader: CheckpointReader) -> list[WeightsFile]:
-    """A checkpoint's weights as the files of a Hugging Face directory, made as they are read. Reading them raises
-    CheckpointError when the checkpoint is damaged."""
+    """A checkpoint's weights as the files of a Hugging Face directory, generated while they are read.
+
+    Reading them raises CheckpointError when the checkpoint is damaged.
+    """
     constants = exported_constants(reader.manifest.architecture)
 
     def read(name: str) -> Iterator[Buffer]:
@@ -100,7 +101,7 @@ def huggingface_weights(reader: CheckpointReader) -> list[WeightsFile]:
 
 
 def write_config(reader: CheckpointReader, destination: Path) -> None:
-    """Write a checkpoint's config.json as a Hugging Face directory has it."""
+    """Write a checkpoint's config.json for a Hugging Face directory."""
     config = {key: value for key, value in reader.manifest.architecture.items() if key not in NOT_EXPORTED}
     (destination / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1))
 
@@ -116,8 +117,10 @@ def _tokenizer_of(reader: CheckpointReader) -> bytes:
 
 
 def write_tokenizer(manifest: CheckpointManifest, tokenizer: bytes, destination: Path) -> None:
-    """Write a checkpoint's tokenizer.json, of the contents `tokenizer`, and tokenizer_config.json as a Hugging Face
-    directory has them. Raises CheckpointError when the tokenizer is no JSON."""
+    """Write tokenizer.json, with the contents `tokenizer`, and tokenizer_config.json for a Hugging Face directory.
+
+    Raises CheckpointError when the tokenizer is not JSON.
+    """
     try:
         vocabulary = json.loads(tokenizer)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,7 @@
-"""Files of a base, wherever they lie: hashed once a process, copied once when they are not on a disk here, and read as
-safetensors.
+"""Files of a base on any file system: hashed once in a process, copied once if they are remote, read as safetensors.
 
-What is known of a file is known of it as it was: by size, time of change and place on disk. Another file under the same
-name is hashed, and copied, again.
+Hash and copy of a file are cached by its size, change time and inode. A file that replaces it under the same name is
+hashed and copied again.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from gradstream.core.storage import files
 from gradstream.core.storage.paths import AllowedPaths
 
 SPARE_BYTES = 256 << 20
-"""What a copy of a remote file leaves free on the disk of temporary files."""
+"""Bytes that a copy of a remote file must leave free on the disk of temporary files."""
 MAX_SMALL_FILE_BYTES = 256 << 20
 """Largest file beside the weights that is read: tokenizers and configs."""
 
@@ -35,15 +34,17 @@ _directory: tempfile.TemporaryDirectory[str] | None = None
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """A file's content in short."""
+    """The size and hash of a file."""
 
     num_bytes: int
     sha256: str
 
 
 def digest(path: str) -> Digest:
-    """Size and hash of a file; it is read only when it has changed since this process last asked. Raises
-    CheckpointError when it cannot be read."""
+    """The size and hash of a file, which is read only if it has changed since this process last hashed it.
+
+    Raises CheckpointError when the file cannot be read.
+    """
     with _lock:
         try:
             state, num_bytes = _state(path)
@@ -60,8 +61,10 @@ def digest(path: str) -> Digest:
 
 
 def local_path(path: str) -> str:
-    """Where this process can map the file: its own path, or that of a copy which lasts as long as the process. Raises
-    CheckpointError."""
+    """The path at which this process can map a file: its own, or that of a copy that lasts as long as the process.
+
+    Raises CheckpointError.
+    """
     if files.is_local(path):
         return files.file_system(path)[1]
     with _lock:
@@ -76,19 +79,19 @@ def local_path(path: str) -> str:
 
 
 def read_small(directory: str, name: str) -> bytes:
-    """A file beside the weights. Raises CheckpointError when it cannot be read, ConfigError when it is too large."""
+    """Read a file beside the weights. Raises CheckpointError for an unreadable file, ConfigError for a large one."""
     path = files.join(directory, name)
     try:
         fs, inner = files.file_system(path)
         if fs.size(inner) > MAX_SMALL_FILE_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_SMALL_FILE_BYTES >> 20} MiB: it is not what its name says")
+            raise ConfigError(f"{path} is larger than {MAX_SMALL_FILE_BYTES >> 20} MiB; get the right file")
         return files.read_bytes(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
 
 
 def read_json(directory: str, name: str) -> dict[str, Any]:
-    """A JSON object beside the weights. Raises as `read_small`, and ConfigError when it is none."""
+    """Read a JSON object beside the weights. Raises as `read_small`, and ConfigError when it is not a JSON object."""
     return _json_object(files.join(directory, name), read_small(directory, name))
 
 
@@ -103,25 +106,24 @@ def _json_object(path: str, content: bytes) -> dict[str, Any]:
 
 
 def is_there(directory: str) -> bool:
-    """Whether this process sees a directory with files, and may read there."""
+    """Whether a directory has files that this process may read."""
     try:
         AllowedPaths.of_environment().check("the base's tokenizer", directory)
         return bool(files.list_names(directory))
-    except Exception:  # every fsspec backend raises its own kind
+    except Exception:  # each fsspec backend raises its own error types
         return False
 
 
 class SmallFiles:
-    """The files beside the weights of one directory: as they are, or, where their hashes were recorded, as they were
-    then and nothing else."""
+    """The files beside the weights in one directory. If hashes were recorded, only the recorded files can be read."""
 
     def __init__(self, directory: str, recorded: Mapping[str, str] | None = None):
-        """`recorded`: hex sha256 of each file by its name, which may begin with a directory in this one."""
+        """`recorded` has the hex sha256 of each file by its name, which may begin with a subdirectory."""
         self.directory = directory
         self._recorded = recorded
 
     def names(self, below: str = "") -> list[str]:
-        """Names in the directory, or in one that is in it, sorted. Raises what its file system raises."""
+        """The names in the directory, or in its subdirectory `below`, sorted. Raises the errors of the file system."""
         if self._recorded is None:
             return files.list_names(files.join(self.directory, below) if below else self.directory)
         prefix = f"{below}/" if below else ""
@@ -129,7 +131,7 @@ class SmallFiles:
         return sorted(found)
 
     def read(self, name: str) -> bytes:
-        """A file's contents. Raises as `read_small`, and CheckpointError when it is not the one that was recorded."""
+        """Read a file. Raises as `read_small`, and CheckpointError when it is not the recorded file."""
         if self._recorded is None:
             return read_small(self.directory, name)
         try:
@@ -144,18 +146,18 @@ class SmallFiles:
         return content
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON object. Raises as `read`, and ConfigError when it is none."""
+        """Read a JSON object. Raises as `read`, and ConfigError when it is not a JSON object."""
         return _json_object(files.join(self.directory, name), self.read(name))
 
     def hashes(self, names: Iterable[str]) -> dict[str, str]:
-        """What to record of these files. Raises as `read`."""
+        """The hashes of these files, to be recorded. Raises as `read`."""
         return {name: hashlib.sha256(self.read(name)).hexdigest() for name in names}
 
 
 def open_safetensors(path: str, expected: Digest | None = None) -> Any:
-    """A safetensors file, mapped into memory, with its tensors as torch's: the one of `expected` where that is given.
+    """Map a safetensors file into memory, with tensors of torch. With `expected`, the file must have that digest.
 
-    Raises CheckpointError for any other file, ConfigError as `files.open_file`.
+    Raises CheckpointError for any other file, and ConfigError as `files.open_file`.
     """
     from safetensors import safe_open
 
@@ -168,7 +170,7 @@ def open_safetensors(path: str, expected: Digest | None = None) -> Any:
     if not files.is_local(path):
         with parsing(refused):
             return safe_open(local, framework="pt")
-    # The name may lead elsewhere by now: what was checked and hashed is what is mapped.
+    # The path may lead to another file by now: map the descriptor that was checked and hashed.
     try:
         with files.open_local(local) as stream:
             if expected is not None and _digest_of(path, stream) != expected.sha256:
@@ -180,7 +182,7 @@ def open_safetensors(path: str, expected: Digest | None = None) -> Any:
 
 
 def _state(path: str) -> tuple[object, int]:
-    """What changes when the file does, and its size in bytes."""
+    """A value that changes whenever the file changes, and the file's size in bytes."""
     fs, inner = files.file_system(path)
     if files.is_local(path):
         status = os.stat(inner)
@@ -191,19 +193,19 @@ def _state(path: str) -> tuple[object, int]:
 
 
 def _local_state(status: os.stat_result) -> object:
-    # The time of change cannot be set back, unlike that of modification.
+    # The change time is included because, unlike the modification time, it cannot be set back.
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _digest_of(path: str, stream: BinaryIO) -> str:
-    """The hash of an open local file: as it is known of `path`, where that is what was opened."""
+    """The hash of an open local file; the cached hash of `path`, if `path` is the opened file."""
     with _lock:
         known = _digests.get(path)
     return known[1] if known and known[0] == _local_state(os.fstat(stream.fileno())) else files.digest(stream)
 
 
 def _copy(path: str, state: object, num_bytes: int) -> None:
-    """Copy and hash a remote file in one pass; an older copy of it goes."""
+    """Copy and hash a remote file in one pass, and remove an older copy of it."""
     global _directory
     if _directory is None:
         _directory = tempfile.TemporaryDirectory(prefix="gradstream-base-", ignore_cleanup_errors=True)
@@ -223,7 +225,7 @@ def _copy(path: str, state: object, num_bytes: int) -> None:
         for piece in files.pieces(path):
             copied += len(piece)
             if copied > num_bytes:
-                break  # it grew: never more than the disk was asked for
+                break  # the file has grown: never write more than the free space was checked for
             sha256.update(piece)
             stream.write(piece)
     if copied != num_bytes:

@@ -1,8 +1,8 @@
-"""The tokenizer of a base: read from its tokenizer.json and nothing that could run or reach out.
+"""The tokenizer of a base, read without running the base's code and without network access.
 
 transformers' own from_pretrained may run a base's code and look for files on the network. Here the class is the plain
-fast one, on the base's tokenizer.json, or on what the class that transformers has for the base makes of that file
-(`tokenizer_class`); a few fields of tokenizer_config.json say the rest.
+fast one. It reads the base's tokenizer.json, or the tokenizer that transformers' class for the base makes of that file
+(`tokenizer_class`), and a few fields of tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -66,28 +66,28 @@ TOKENIZER_FILES = (
 )
 TEMPLATES_DIRECTORY = "additional_chat_templates"
 MAX_BASES = 16
-"""Fine-tunings of fine-tunings that are followed to the base of the first one."""
+"""Maximum number of fine-tunings of fine-tunings that are followed to the base of the first one."""
 END_IDS = "end_of_text_ids"
-"""The attribute by which a tokenizer of `load_tokenizer` knows more than one token that ends a text."""
+"""The attribute of a tokenizer of `load_tokenizer` with the ids of all tokens that end a text."""
 PROBE = "a reply as a probe"
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with its special and added tokens, and its chat template if it has one.
+    """Load the base's tokenizer, with its special and added tokens, and its chat template if it has one.
 
-    That of a fine-tuning's checkpoint is the tokenizer of the base that it began from, as long as that is there; of any
-    other checkpoint it is the tokenizer.json beside it. Raises ConfigError when there is no tokenizer, when it cannot
-    be used, or when nothing says which token ends a text.
+    For a fine-tuning's checkpoint it is the tokenizer of the base from which the fine-tuning began, if that base still
+    exists. For any other checkpoint it is the tokenizer.json beside it. Raises ConfigError when there is no tokenizer,
+    when it cannot be used, or when no file names the token that ends a text.
     """
     found = _files_of(base)
     return _of_checkpoint(found) if _is_checkpoint(base, found) else _of_huggingface(found)
 
 
 def record_tokenizer(base: Base) -> TokenizerFiles:
-    """Where the files lie that `load_tokenizer`, `write_tokenizer` and `write_generation_config` read, and their
-    hashes. With them a base has these files for good: others under their names are refused from then on.
+    """Record the directory and hashes of the files that `load_tokenizer` and the functions below read.
 
-    Raises CheckpointError or ConfigError when one cannot be read.
+    A base with this record has these files for good: changed files are refused from then on. Raises CheckpointError or
+    ConfigError when a file cannot be read.
     """
     found = _files_of(base)
     if _is_checkpoint(base, found):
@@ -113,20 +113,20 @@ def _is_checkpoint(base: Base, found: SmallFiles) -> bool:
 def end_ids(tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text or a reply.
 
-    They are the tokenizer's end of text, what `load_tokenizer` found in config.json and generation_config.json, and
-    the special token that the chat template puts after a reply.
+    They are the tokenizer's end of text, the end tokens that `load_tokenizer` found in config.json and
+    generation_config.json, and the special token that the chat template puts after a reply.
     """
     ids = {tokenizer.eos_token_id, *getattr(tokenizer, END_IDS, ()), turn_end_id(tokenizer)}
     return frozenset(int(token) for token in ids if token is not None)
 
 
 def turn_end_id(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts after a reply; None when it puts none there."""
+    """The special token that the chat template puts after a reply; None when there is none."""
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
     try:
         with panics_caught():
             text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # no template, or one that refuses these messages
+    except Exception:  # there is no template, or the template refuses these messages
         return None
     after = text[text.rfind(PROBE) + len(PROBE) :].lstrip() if PROBE in text else ""
     found = [
@@ -139,14 +139,13 @@ def turn_end_id(tokenizer: Any) -> int | None:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id. Raises ConfigError when the vocabulary cannot be read."""
+    """One more than the largest token id. Raises ConfigError when the vocabulary cannot be read."""
     with parsing(lambda cause: ConfigError(f"the tokenizer's vocabulary cannot be read ({cause}); get the file again")):
         return 1 + max(map(int, tokenizer.get_vocab().values()), default=-1)
 
 
 def write_tokenizer(base: Base, destination: Path) -> None:
-    """Write the base's tokenizer files into a directory, as they are. Raises CheckpointError or ConfigError when there
-    are none."""
+    """Copy the base's tokenizer files into a directory. Raises CheckpointError or ConfigError when there are none."""
     found = _files_of(base)
     if _is_checkpoint(base, found):
         export.write_tokenizer(_manifest(found), found.read(TOKENIZER_NAME), destination)
@@ -158,7 +157,7 @@ def write_tokenizer(base: Base, destination: Path) -> None:
         if name in names:
             (destination / name).write_bytes(found.read(name))
     if _other_templates(found):
-        # An export has no directories: the templates go where transformers looks when there are no files of them.
+        # An export has no subdirectories: the templates go into tokenizer_config.json, where transformers finds them.
         settings = found.read_json(TOKENIZER_CONFIG_NAME) if TOKENIZER_CONFIG_NAME in names else {}
         templates = _chat_template(found, settings)
         settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
@@ -167,9 +166,9 @@ def write_tokenizer(base: Base, destination: Path) -> None:
 
 
 def write_generation_config(base: Base, destination: Path, chat: bool = False) -> None:
-    """Write the base's generation_config.json into a directory, as it is, if it has one.
+    """Copy the base's generation_config.json, if it has one, into a directory.
 
-    Only where transformers would not stop at the end that a fine-tuning teaches is this end added to it: the
+    If transformers would not stop at the end token that a fine-tuning teaches, this token is added to the file: the
     tokenizer's end of text, and with `chat` the token that the chat template puts after a reply. Raises
     CheckpointError or ConfigError.
     """
@@ -185,7 +184,7 @@ def write_generation_config(base: Base, destination: Path, chat: bool = False) -
         if GENERATION_CONFIG_NAME in names:
             content = found.read(GENERATION_CONFIG_NAME)
             fields = found.read_json(GENERATION_CONFIG_NAME)
-    # transformers takes those of the model's config where generation_config.json has none.
+    # transformers uses the end tokens of the model's config if generation_config.json has none.
     known = end_ids_in(fields) or end_ids_in(config)
     taught = {tokenizer.eos_token_id, turn_end_id(tokenizer) if chat else None} - {None}
     missing = sorted(int(token) for token in taught if token not in known)
@@ -198,10 +197,10 @@ def write_generation_config(base: Base, destination: Path, chat: bool = False) -
 
 
 def _origin(directory: str) -> Base | None:
-    """The Hugging Face base that a chain of fine-tunings began from, of which `directory` is the last checkpoint.
+    """The Hugging Face base of the first in a chain of fine-tunings, whose last checkpoint is `directory`.
 
-    None when it began with a pretrained checkpoint, and, with a warning, when the base is gone or has another
-    tokenizer by now.
+    None when the chain began with a pretrained checkpoint. None, with a warning, when the base is gone or its tokenizer
+    has changed.
     """
     try:
         first = directory
@@ -210,7 +209,7 @@ def _origin(directory: str) -> Base | None:
             if fine_tuning is None:
                 return None
             base = fine_tuning.base
-            # What a file says is followed no further than what a submitter says.
+            # A path in a file is checked like a path that a submitter names.
             AllowedPaths.of_environment().check(f"{first}: its base", base.path)
             if base.tokenizer is not None:
                 AllowedPaths.of_environment().check(f"{first}: its base's tokenizer", base.tokenizer.directory)
@@ -251,8 +250,10 @@ def _manifest(found: SmallFiles) -> CheckpointManifest:
 
 
 def _settings(found: SmallFiles) -> dict[str, Any]:
-    """What tokenizer_config.json and its older companions say, the one before the other as transformers has it, and
-    END_IDS and ADDED_TOKENS by all files of the directory."""
+    """The settings of tokenizer_config.json and its older companions, with the same precedence as in transformers.
+
+    END_IDS and ADDED_TOKENS are added, from all files of the directory.
+    """
     names = found.names()
 
     def read(name: str) -> dict[str, Any]:
@@ -271,7 +272,7 @@ def _settings(found: SmallFiles) -> dict[str, Any]:
 
 
 def end_ids_in(config: Mapping[str, Any]) -> list[int]:
-    """The tokens that a config names as end of text, its `text_config` too: none, one or a list."""
+    """The ids that a config, or its `text_config`, names as end of text, as a list."""
     found: list[int] = []
     for section in (config, text_section(config)):
         value = section.get("eos_token_id")
@@ -288,7 +289,7 @@ def _other_templates(found: SmallFiles) -> list[str]:
 
 
 def _chat_template(found: SmallFiles, settings: dict[str, Any]) -> Any:
-    """A template, or several by name, as transformers has them; None when there is none."""
+    """The chat template, or several by name, in transformers' form; None when there is none."""
     contents = {"default": found.read(TEMPLATE_NAME)} if TEMPLATE_NAME in found.names() else {}
     for name in _other_templates(found):
         contents[name.removesuffix(".jinja")] = found.read(f"{TEMPLATES_DIRECTORY}/{name}")
@@ -360,8 +361,8 @@ def _assembled(content: bytes, settings: dict[str, Any], chat_template: Any, dir
     length = settings.get("model_max_length")
     if isinstance(length, int):
         extra["model_max_length"] = length
-    # Whether bos and eos are put around a text is tokenizer.json's to say, for transformers too: it has no use for
-    # add_bos_token and add_eos_token beside it.
+    # tokenizer.json decides if bos and eos are put around a text. As in transformers, add_bos_token and add_eos_token
+    # beside it have no effect.
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=chat_template,

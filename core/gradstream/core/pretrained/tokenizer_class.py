@@ -1,9 +1,9 @@
-"""The tokens that transformers' own class makes of a tokenizer.json.
+"""The tokenizer that transformers' own class makes of a tokenizer.json.
 
-Some classes take vocabulary, merges and post-processor out of tokenizer.json and put normalizer, pre-tokenizer and
-decoder of their own in the place of the file's. LlamaTokenizer writes a blank before the first word alone, where the
-file of Llama 2 says: before every piece between special tokens. A user who loads a base or a result with AutoTokenizer
-gets those tokens, so they are the ones to train on.
+Some classes take vocabulary, merges and post-processor from tokenizer.json, but replace the file's normalizer,
+pre-tokenizer and decoder by their own. LlamaTokenizer adds a blank only before the first word, but the file of Llama 2
+adds one before every piece between special tokens. A user who loads a base or a result with AutoTokenizer gets the
+tokens of the class, so a fine-tuning must train on the same tokens.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from gradstream.core.log import get_logger
 
 ADDED_TOKENS = "added tokens"
 FAMILY = "family"
-"""Keys beside those of tokenizer_config.json: the added tokens by their ids, and what config.json says of the class."""
-# What runs code of the directory, and what gradstream reads by itself.
+"""Keys beside those of tokenizer_config.json: the added tokens by their ids, and config.json's keys about the class."""
+# Keys that would run code of the directory, and keys that gradstream reads by itself.
 LEFT_OUT = ("auto_map", "chat_template", "name_or_path", "tokenizer_file", "vocab_file", "merges_file")
 
 
 def as_its_class(content: bytes, settings: Mapping[str, Any], base: str) -> Any:
-    """The tokenizer that AutoTokenizer makes of a directory with these files, where its class is one of transformers'
-    that goes its own way; None where it takes tokenizer.json as it is.
+    """The tokenizer of AutoTokenizer for these files, if its class changes tokenizer.json; None if it does not.
 
-    `content`: the tokenizer.json. `settings`: the contents of tokenizer_config.json, with ADDED_TOKENS and FAMILY;
-    special tokens in it are in the vocabulary. Nothing is fetched, and no code of the directory runs. A class that is
-    made for another kind of model, or that cannot be made, is not used: the first would know no text of this
-    vocabulary, the second is warned of.
+    `content` is the tokenizer.json. `settings` are the contents of tokenizer_config.json, with ADDED_TOKENS and FAMILY;
+    special tokens in them are in the vocabulary. Nothing is downloaded, and no code of the directory runs. A class for
+    another kind of model is not used, because it could not tokenize with this vocabulary. A class that cannot be
+    constructed is not used either, with a warning.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -44,7 +43,7 @@ def as_its_class(content: bytes, settings: Mapping[str, Any], base: str) -> Any:
     if added and "added_tokens_decoder" not in kept:
         written["added_tokens.json"] = {fields["content"]: int(number) for number, fields in added.items()}
     try:
-        # Not the base's own directory: a base may lie on another machine, and has files that are of no use here.
+        # A temporary directory, because a base may be on another machine and has further files.
         with tempfile.TemporaryDirectory(prefix="gradstream-tokenizer-") as directory:
             (Path(directory) / "tokenizer.json").write_bytes(content)
             for file, value in written.items():

@@ -1,6 +1,6 @@
-"""The weights of a Hugging Face directory: which file has which tensor, read in slices.
+"""The weights of a Hugging Face directory: the file of each tensor, and tensors read in slices.
 
-torch and transformers are imported inside the functions, so that importing this module costs nothing.
+torch and transformers are imported inside the functions, because their import is slow.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ INDEX_NAME = "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16")
 COMPARED_BYTES = 16 << 20
 BUFFERS = re.compile(r"(?:^|\.)(?:rotary_emb\.inv_freq|(?:attn|crossattention)\.(?:masked_)?bias)$")
-"""Names of buffers that older files have among the weights; a model computes them from its config."""
+"""Names of buffers that older files have among the weights. A model computes them from its config."""
 COPIES = re.compile(r"consolidated.*\.safetensors|model\.[A-Za-z0-9_]+\.safetensors")
-"""Names of files that have the same weights in another layout or dtype."""
+"""Names of files with the same weights in another layout or dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A tensor of the model: `aliases` are the names of what is tied to it, `bare` its name without the model's prefix,
-    as in a file that was saved without the head."""
+    """A tensor of the model.
+
+    `aliases` are the names of the tensors that are tied to it. `bare` is its name without the model's prefix, as in a
+    file that was saved without the head.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -49,13 +52,15 @@ class Parameter:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The names under which a file may have it, the likeliest first."""
+        """The names under which a file may have the tensor, the likeliest first."""
         return tuple(dict.fromkeys((self.name, self.bare, *self.aliases)))
 
 
 def model_parameters(config: Mapping[str, Any]) -> dict[str, Parameter]:
-    """The model's tensors by name, found on the meta device. Tied tensors appear once, under their first name. Raises
-    ConfigError when the model cannot be built."""
+    """The model's tensors by name, found on the meta device. Tied tensors appear once, under their first name.
+
+    Raises ConfigError when the model cannot be built.
+    """
     return _model_parameters(json.dumps(config, sort_keys=True))
 
 
@@ -73,8 +78,10 @@ def _model_parameters(config_json: str) -> dict[str, Parameter]:
 
 
 class HuggingFaceWeights:
-    """The tensors of a Hugging Face directory, by the model's names. A base without files has nothing to be compared
-    with: it is yet to be found."""
+    """The tensors of a Hugging Face directory, by the model's names.
+
+    A base without files is still being found: no recorded hashes are compared.
+    """
 
     def __init__(self, base: Base):
         self.path = base.path
@@ -115,11 +122,11 @@ class HuggingFaceWeights:
         return self.opened(file).get_tensor(key)  # type: ignore[no-any-return]
 
     def weights_files(self) -> list[str]:
-        """The files that hold weights, sorted."""
+        """The names of the weights' files, sorted."""
         return [WEIGHTS_NAME] if self._index is None else sorted(set(self._index.values()))
 
     def places(self, name: str) -> list[tuple[str, str]]:
-        """(file, key) of a tensor: the one to read first, then those of copies that it is tied to."""
+        """The places of a tensor as (file, key): the one to read first, then copies of the tensors tied to it."""
         keys = self.parameters[name].keys
         if self._index is None:
             there = set(self.opened(WEIGHTS_NAME).keys())
@@ -127,7 +134,7 @@ class HuggingFaceWeights:
         return [(self._index[key], key) for key in keys if key in self._index]
 
     def slice(self, file: str, key: str) -> Any:
-        """A tensor as it lies in a file, to be sliced. Raises CheckpointError when the file does not have it."""
+        """A tensor in a file, which can be read in slices. Raises CheckpointError when the file does not have it."""
         from safetensors import SafetensorError
 
         try:
@@ -138,7 +145,7 @@ class HuggingFaceWeights:
             ) from None
 
     def opened(self, file: str) -> Any:
-        """An open file, verified when it was opened first."""
+        """An open file. It is verified when it is opened for the first time."""
         if file not in self._open_files:
             path, expected = files.join(self.path, file), None
             if self._entries:
@@ -151,14 +158,16 @@ class HuggingFaceWeights:
 
     def _place(self, name: str) -> tuple[str, str]:
         places = self.places(name)
-        if not places:  # the index is no part of the identity
+        if not places:  # the index is not part of the base's identity, so it may have changed
             raise CheckpointError(changed(files.join(self.path, INDEX_NAME)))
         return places[0]
 
 
 def read_index(directory: str) -> dict[str, str] | None:
-    """Which file holds which tensor; None for a base in one file. Raises ConfigError for an index that makes no
-    sense."""
+    """Read the file of each tensor from the index; None for a base in one file.
+
+    Raises ConfigError for an invalid index.
+    """
     names = files.list_names(directory)
     if WEIGHTS_NAME in names or INDEX_NAME not in names:
         return None
@@ -182,10 +191,10 @@ def identity(entries: Sequence[BaseFile], config: Mapping[str, Any]) -> str:
 
 
 def check_tensors(source: HuggingFaceWeights) -> None:
-    """Every tensor of the model is there once, as its config has it, and besides there are known buffers alone.
+    """Check that the files have every tensor of the model once, in the config's shape, and else only known buffers.
 
-    Raises ConfigError that names the first tensor that is missing, that the model does not have, or cannot have so, and
-    CheckpointError for a file that is damaged.
+    Raises ConfigError that names the first tensor that is missing, unknown to the model, or of a wrong shape or type,
+    and CheckpointError for a damaged file.
     """
     import torch
 
@@ -222,11 +231,11 @@ def check_tensors(source: HuggingFaceWeights) -> None:
 
 
 def _check_no_others(source: HuggingFaceWeights) -> None:
-    """Raise ConfigError for a tensor that the model would not use, or that is in two files."""
+    """Raise ConfigError for a tensor that the model does not use, or that is in two files."""
     known = {key for parameter in source.parameters.values() for key in parameter.keys}
     homes: dict[str, str] = {}
     for file in source.weights_files():
-        for key in source.opened(file).keys():  # noqa: SIM118  # no mapping
+        for key in source.opened(file).keys():  # noqa: SIM118  # the opened file is not a mapping
             if key in homes:
                 raise ConfigError(
                     f"base {source.path} has tensor '{key}' in {homes[key]} and in {file}; get its files again"
@@ -249,7 +258,7 @@ def _check_no_others(source: HuggingFaceWeights) -> None:
 
 
 def check_no_other_files(path: str, names: Sequence[str], weights_files: Sequence[str]) -> None:
-    """Raise ConfigError for a directory that holds weights beside those of its model, such as an adapter's."""
+    """Raise ConfigError for a directory with further weights beside those of its model, such as an adapter's."""
     for name in sorted(names):
         if name == "adapter_config.json" or name.startswith("adapter_model."):
             raise ConfigError(
@@ -264,7 +273,7 @@ def check_no_other_files(path: str, names: Sequence[str], weights_files: Sequenc
 
 
 def changed(path: str) -> str:
-    """What is said of a file that is not the one that the base was found with."""
+    """The message about a file that has changed since the base was found."""
     return f"{path}: the base has changed since the job was created; restore the file, or create a new job"
 
 

@@ -1,1 +1,1 @@
-"""The data plane's messages and calls."""
+"""The messages and calls of the data plane."""

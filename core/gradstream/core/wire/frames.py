@@ -1,11 +1,11 @@
-"""The data plane's messages, framed by hand.
+"""Hand-framed messages of the data plane.
 
 PushRequest and PullResponse are `{header = 1; bytes payload = 15}`. protobuf would copy the payload when it builds
-the message and again when it parses it; here it is joined once and read as a view. The bytes are protobuf's own: a
-test decodes them with the generated classes and compares.
+the message, and again when it parses the message. Here the payload is joined once and read as a view. The bytes are
+those of protobuf: a test decodes them with the generated classes and compares.
 
-Nothing of a peer's message is believed before it is checked: an Assembler allocates only what the plan says a
-contribution may take, and hands over a payload only when length and checksum are right.
+Every field of a peer's message is validated before it is used. An Assembler allocates at most the memory that the plan
+allows for a contribution, and returns a payload only if its length is right; `verify` checks its checksum.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ALIGNMENT_BYTES = 8
 _HEADER_TAG = 0x0A  # field 1, length-delimited
 _PADDING_TAG = 0x72  # field 14 of the header, length-delimited
 _PAYLOAD_TAG = 0x7A  # field 15, length-delimited
-# Never of no zeros, as protobuf leaves out an empty field. Of up to 17: where a longer padding makes the header's
-# length take a byte more, some length is skipped, and the one 8 bytes from it does instead.
+# The padding field is never empty, because protobuf leaves out an empty field. It has up to 17 zeros: if a longer
+# padding lengthens the encoded header length by a byte, one total length is skipped, and the one 8 bytes on is used.
 _PADDINGS = (b"", *(bytes([_PADDING_TAG, zeros]) + bytes(zeros) for zeros in range(1, 18)))
 
 _NOTHING: Payload = np.empty(0, dtype=np.uint8)
@@ -50,7 +50,7 @@ def checksum(*pieces: Payload | bytes) -> int:
 
 
 def frame(header: bytes | None, *pieces: memoryview | bytes | Payload) -> bytes:
-    """One message of an encoded header (or none) and a payload, whose pieces are joined once.
+    """Frame one message from an encoded header (or none) and a payload, whose pieces are joined once.
 
     The header is padded so that the payload begins at a multiple of 8 bytes.
     """
@@ -66,7 +66,7 @@ def frame(header: bytes | None, *pieces: memoryview | bytes | Payload) -> bytes:
 
 
 def frames(header: Any, payloads: Sequence[Payload], piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
-    """The messages that carry payloads end to end: the header in the first one only, pieces of `piece_bytes`."""
+    """Frame concatenated payloads as messages with pieces of `piece_bytes`. Only the first message has the header."""
     encoded: bytes | None = header.SerializeToString()
     num_bytes = sum(map(len, payloads))
     if num_bytes <= piece_bytes:
@@ -100,9 +100,9 @@ def parse(message: bytes) -> tuple[memoryview | None, memoryview]:
 
 
 class Assembler(Generic[H]):
-    """Joins the pieces of one payload after another into buffers of exactly the announced size.
+    """Joins pieces into payloads, one after the other, in buffers of exactly the announced size.
 
-    The caller checks a header against the plan before it is given to `begin`: that bounds what is allocated.
+    The caller must check a header against the plan before `begin`, which bounds the allocated memory.
     """
 
     def __init__(self) -> None:
@@ -112,11 +112,11 @@ class Assembler(Generic[H]):
 
     @property
     def idle(self) -> bool:
-        """True when the next message must carry a header."""
+        """Whether the next message must have a header."""
         return self._header is None
 
     def begin(self, header: H) -> None:
-        """Start a payload. Raises ProtocolError when the one before is not complete."""
+        """Start a payload. Raises ProtocolError when the payload before it is not complete."""
         if self._header is not None:
             raise ProtocolError(
                 f"a new header after {self._filled} of {self._header.payload_bytes} bytes of the payload before it"
@@ -126,7 +126,7 @@ class Assembler(Generic[H]):
         self._filled = 0
 
     def add(self, piece: memoryview) -> tuple[H, Payload] | None:
-        """Take a piece; return (header, payload) when it was the last one. Raises ProtocolError."""
+        """Add a piece; return (header, payload) if it was the last one. Raises ProtocolError."""
         header = self._header
         if header is None:
             raise ProtocolError("a piece of payload without a header before it")
@@ -145,15 +145,17 @@ class Assembler(Generic[H]):
             if end < header.payload_bytes:
                 return None
             payload = self._buffer
-        else:  # whole and aligned, as gradstream sends it: used where it lies
+        else:  # whole and aligned, as gradstream sends it: used without a copy
             payload = np.asarray(_Unlocked(arrived, address))
         self._header, self._buffer = None, _NOTHING
         return header, payload
 
 
 class _Unlocked:
-    """Makes numpy see a message's bytes as a writable array, although nobody writes to them: for read-only arrays the
-    kernels would have to be compiled once more, and torch warns of each."""
+    """Presents a message's bytes to numpy as a writable array, although no code writes to them.
+
+    For read-only arrays the kernels would have to be compiled a second time, and torch would warn of each array.
+    """
 
     def __init__(self, owner: Payload, address: int):
         self._owner = owner
@@ -161,7 +163,7 @@ class _Unlocked:
 
 
 def verify(header: _Header, payload: Payload, what: str) -> None:
-    """Raise ProtocolError unless the payload's checksum is the header's."""
+    """Raise ProtocolError if the payload's checksum is not the header's."""
     found = checksum(payload)
     if found != header.crc32c:
         raise ProtocolError(

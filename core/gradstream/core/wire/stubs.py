@@ -1,4 +1,4 @@
-"""The data plane's calls, whose messages are bytes framed by hand."""
+"""The calls of the data plane, whose messages are hand-framed bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORKER_SERVICE = "gradstream.proto.v1.WorkerService"
 
 
 class ParameterServerStub:
-    """Client side of ParameterServerService: push and pull as raw bytes, the rest as protobuf."""
+    """The client side of ParameterServerService. Push and Pull use raw bytes, the other calls protobuf."""
 
     def __init__(self, channel: grpc.aio.Channel):
         self.Push = channel.stream_stream(f"/{_SERVICE}/Push", None, pb.PushResponse.FromString)
@@ -33,20 +33,20 @@ class ParameterServerStub:
 
 
 class WorkerStub:
-    """Client side of WorkerService: a stream of raw bytes."""
+    """The client side of WorkerService: a stream of raw bytes."""
 
     def __init__(self, channel: grpc.aio.Channel):
         self.Stream = channel.stream_stream(f"/{_WORKER_SERVICE}/Stream", None, worker_pb2.StageResponse.FromString)
 
 
 def add_worker(servicer: Any, server: grpc.aio.Server) -> None:
-    """Register a servicer whose Stream takes raw bytes."""
+    """Register a servicer of WorkerService whose Stream takes raw bytes."""
     handler = grpc.stream_stream_rpc_method_handler(servicer.Stream, None, worker_pb2.StageResponse.SerializeToString)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_WORKER_SERVICE, {"Stream": handler}),))
 
 
 def add_parameter_server(servicer: Any, server: grpc.aio.Server) -> None:
-    """Register a servicer whose Push takes and whose Pull gives raw bytes."""
+    """Register a servicer of ParameterServerService whose Push takes and whose Pull returns raw bytes."""
     handlers = {
         "Push": grpc.stream_stream_rpc_method_handler(servicer.Push, None, pb.PushResponse.SerializeToString),
         "Pull": grpc.unary_stream_rpc_method_handler(servicer.Pull, pb.PullRequest.FromString, None),

@@ -317,7 +317,7 @@ def test_a_manifest_states_what_is_there(tmp_path: Path, data_path: Path, server
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=rf"parameter server .*{server} reported .*{path.name}") as caught:
         write_manifest(directory, plan, 3, reports, {})
-    assert ("is not there" if damage == "absent" else f"has {path.stat().st_size} bytes") in str(caught.value)
+    assert ("does not exist" if damage == "absent" else f"has {path.stat().st_size} bytes") in str(caught.value)
     assert MANIFEST_NAME not in files.list_names(directory)
 
 

@@ -79,7 +79,7 @@ def test_another_codec_or_cut_is_not_used_and_says_why(tmp_path: Path) -> None:
     entry = written(tmp_path, plan)
     assert read_residual(str(tmp_path), entry, plan_of("topk")) == (
         {},
-        "it was kept by codec powersgd, the job's is topk",
+        "its codec is powersgd, and the job's is topk",
     )
     coarser = replace(plan, fragment_elements=512)
     coarser = replace(coarser, placement=(0,) * len(coarser.fragments))

@@ -138,7 +138,7 @@ def test_what_cannot_be_added_is_refused_by_name(tmp_path: Path) -> None:
     for tokens, message in (
         ({"<tool>": 40}, r"the added token '<tool>' of .* has id 40 in .*; save the tokenizer again"),
         ({f"<{number}>": number for number in range(LAST, 65)}, r"has ids up to 64, .* so it does not know '<64>'"),
-        ({"<tool>": "x"}, r"the added token .* is no token; get its files again"),
+        ({"<tool>": "x"}, r"the added token .* is malformed; get its files again"),
     ):
         (base / "added_tokens.json").write_text(json.dumps(tokens))
         with pytest.raises(ConfigError, match=message):

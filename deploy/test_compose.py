@@ -295,7 +295,7 @@ def walk(cluster: Cluster, steps: Steps) -> None:
     with steps.step("bad input: one line of error, at the command line or in the log"):
         check_bad_input(cluster)
     with steps.step("data: prepared in a container, where the cluster sees it"):
-        options = ["--out", "data/compose", "--vocab-size", "1024", "--num-shards", "4"]
+        options = ["--to", "data/compose", "--vocab-size", "1024", "--num-shards", "4"]
         options += ["--validation-fraction", "0.1", "--max-bytes", "1MB"]
         cluster.compose("run", "--rm", "-T", "cli", "data", "prepare", "stdlib:", *options)
 

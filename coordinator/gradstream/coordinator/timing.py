@@ -56,6 +56,23 @@ def parse_timing(settings: Iterable[str]) -> Timing:
     return Timing(**values)
 
 
+# A step has waits on its normal way. They are shown once they last several times as long as a step usually takes, and
+# not before `SHORTEST_WAIT_SECONDS`; where no step time is known, after `FIRST_WAIT_SECONDS`.
+USUAL_STEPS = 3.0
+SHORTEST_WAIT_SECONDS = 2.0
+FIRST_WAIT_SECONDS = 10.0
+
+
+def judge_wait(waited_seconds: float, step_seconds: float | None) -> tuple[bool, str]:
+    """Whether a running job's step is late after `waited_seconds` without progress, and why. `step_seconds` is how long
+    a step usually takes; None where it is not known."""
+    most = FIRST_WAIT_SECONDS if step_seconds is None else max(SHORTEST_WAIT_SECONDS, USUAL_STEPS * step_seconds)
+    usual = "no step time is known yet" if step_seconds is None else f"a step usually takes {step_seconds:.2g} s"
+    if waited_seconds < most:
+        return False, f"{waited_seconds:.0f} s of at most {most:.0f} s on the way of a step; {usual}"
+    return True, f"no progress for {waited_seconds:.0f} s; {usual}"
+
+
 def unix_ms() -> int:
     """Now."""
     return int(time.time() * 1000)

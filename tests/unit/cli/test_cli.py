@@ -13,14 +13,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from canned_jobs import CannedJobs, canned_job, canned_node
 from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
 from gradstream.coordinator.cli import main
-from gradstream.coordinator.cli.app import COMMANDS
+from gradstream.coordinator.cli.app import COMMANDS, app
 from gradstream.coordinator.cli.options import parse_size
 from gradstream.coordinator.cli.views import terminal
 from gradstream.core.errors import ConfigError
@@ -151,6 +154,7 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         ["ls"],
         ["status"],
         ["status", "tiny-1"],
+        ["pause"],
         ["pause", "tiny-1"],
         ["resume", "tiny-1"],
         ["stop", "tiny-1", "--now"],
@@ -163,6 +167,86 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_is_one_document(arguments: list[str], address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "-c", address, "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out)
+
+
+def test_a_pipe_gets_whole_values_without_padding(
+    jobs: CannedJobs, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However wide the terminal is said to be."""
+    monkeypatch.setenv("COLUMNS", "40")
+    reason = "r" * 300
+    jobs.jobs = [canned_job(reason=reason, decisions=["d" * 300])]
+    jobs.nodes = [canned_node("a-node-with-a-long-name", device="cuda" * 30)]
+    for command in (["ls"], ["status"], ["top", "--count", "1"], ["metrics"], ["ckpt", "ls"]):
+        assert main([*command, "-c", address]) == 0
+        text = capsys.readouterr().out
+        assert [line for line in text.splitlines() if line != line.rstrip()] == []
+        assert "…" not in text
+        if command in (["ls"], ["status"]):
+            assert reason in text
+
+
+def test_what_ends_a_job_takes_no_default_and_says_so(
+    jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["stop", "-c", address]) == 2
+    assert capsys.readouterr().err == (
+        "error: `gradstream stop` ends a job, so name it; for the newest: gradstream stop tiny-1\n"
+    )
+    assert main(["pause", "-c", address]) == 0
+    assert capsys.readouterr().out == "tiny-1 running: steps are committed\n"
+    assert jobs.requests[-1].job_id == "tiny-1"
+
+
+def test_a_wait_on_a_steps_normal_way_is_not_shown(
+    jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The canned job takes 1.4 s a step: what a node waits for is shown after 4.3 s."""
+    for seconds, shown in ((1, False), (30, True)):
+        node = canned_node()
+        node.activity.waiting_since_unix_ms = int(1000 * (time.time() - seconds))
+        jobs.jobs, jobs.nodes = [canned_job(waits=[])], [node]
+        assert main(["status", "-c", address]) == 0
+        text = capsys.readouterr().out
+        assert ("worker-0 waits for version 13 from server-0 since" in text) == shown
+        assert ("nothing" in text) != shown
+
+
+def test_watch_shows_progress_until_the_end(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs.jobs = [canned_job(state=jobs_pb2.JOB_STATE_FINISHED, version=100)]
+    assert main(["watch", "-c", address]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "tiny-1\n"
+    assert "tiny-1 finished  step 100/100  loss 4.250" in captured.err
+    jobs.jobs = [canned_job(state=jobs_pb2.JOB_STATE_FAILED, reason="no data")]
+    assert main(["watch", "tiny-1", "-c", address, "-o", "json"]) == 8
+    assert json.loads(capsys.readouterr().out)["state"] == "failed"
+
+
+def log_item(cursor: int, node: str, level: str, text: str) -> jobs_pb2.WatchJobResponse:
+    line = coordinator_pb2.LogLine(unix_ms=1_700_000_000_000, level=level, text=text)
+    return jobs_pb2.WatchJobResponse(cursor=cursor, log=jobs_pb2.NodeLogLine(node=node, line=line))
+
+
+def test_logs_of_a_node_a_level_and_the_last(
+    jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    levels = ("debug", "info", "warning", "error", "critical")
+    jobs.history = [
+        log_item(number, f"worker-{number % 2}", level, f"line-{number}") for number, level in enumerate(levels, 1)
+    ]
+
+    def lines(*options: str) -> list[str]:
+        assert main(["logs", "-c", address, "-o", "json", *options]) == 0
+        return [json.loads(line)["text"].removeprefix("line-") for line in capsys.readouterr().out.splitlines()]
+
+    assert lines() == ["1", "2", "3", "4", "5"]
+    assert lines("--level", "warning") == ["3", "4", "5"]
+    assert lines("--node", "worker-1") == ["1", "3", "5"]
+    assert lines("--node", "worker-1", "--node", "worker-0", "--tail", "2") == ["4", "5"]
+    assert lines("--tail", "1", "--level", "error", "--node", "worker-0") == ["4"]
+    assert main(["logs", "-c", address, "--node", "worker-7"]) == 0
+    assert "lines came from worker-0, worker-1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("command", "kinds"), [("logs", ["log"]), ("events", ["event"])])
@@ -294,10 +378,62 @@ def test_submit_watch_fails_with_the_jobs_reason(
 
 
 def test_export(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ckpt", "export", "tiny-1", str(tmp_path / "x"), "-c", address, "-o", "json"]) == 0
+    assert main(["ckpt", "export", "--to", str(tmp_path / "x"), "-c", address, "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"]["model.safetensors"] == 6
     assert main(["ckpt", "export", "tiny-1", str(tmp_path / "x"), "-c", address]) == 2
     assert "is not empty" in capsys.readouterr().err
+    assert main(["ckpt", "export", "tiny-1", "-c", address]) == 2
+    assert capsys.readouterr().err == "error: name the directory to write with --to DIR\n"
+
+
+def commands(
+    command: typer.core.TyperGroup | typer.core.TyperCommand, words: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Any]]:
+    """Every command of the tree, by its words."""
+    if not hasattr(command, "list_commands"):
+        yield " ".join(words), command
+        return
+    context = typer.Context(command)
+    for name in command.list_commands(context):
+        found = command.get_command(context, name)
+        assert found is not None
+        yield from commands(found, (*words, name))
+
+
+def test_the_whole_tree_has_one_way_to_say_a_thing() -> None:
+    """Where output goes is `--to`, a recipe's overrides are `--set`, a job or a fine-tuning that is left out is the
+    newest, except where something ends."""
+    other_places = {"--out", "--output-dir", "--out-dir", "--directory", "--dir", "--dest", "--save", "--target"}
+    writers, unnamed = set(), set()
+    tree = dict(commands(typer.main.get_command(app)))
+    for words, command in tree.items():
+        options = {spelling for parameter in command.params for spelling in parameter.opts}
+        assert not options & other_places, words
+        assert not options & {"--override", "--overrides"}, words
+        writers |= {words} if "--to" in options else set()
+        for parameter in command.params:
+            shown = (getattr(parameter, "metavar", None) or "").strip("[]")
+            if parameter.param_type_name == "argument" and shown in ("JOB", "NAME"):
+                assert not parameter.required, words
+                if "must be named" in (parameter.help or ""):
+                    unnamed.add(words)
+            if parameter.param_type_name == "argument" and shown == "RECIPE":
+                assert "--set" in options, words
+    assert {"ckpt export", "finetune export", "data prepare", "init", "certs issue", "trace"} <= writers
+    assert unnamed >= {"stop", "finetune cancel"}
+
+
+def test_older_spellings_of_options_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("One line of a book.\n" * 50)
+    for spelling in ("--out", "--to"):
+        path = tmp_path / f"set{spelling}"
+        assert main(["data", "prepare", str(text), spelling, str(path), "--vocab-size", "300"]) == 0
+        assert (path / "manifest.json").exists()
+    assert main(["data", "prepare", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--to DIR" in shown
+    assert "--out " not in shown
 
 
 def test_trace(

@@ -9,14 +9,21 @@ from pathlib import Path
 import pytest
 import yaml
 from canned_fine_tunings import CannedFineTunings, canned_fine_tuning, canned_report, serving_fine_tunings
-from canned_jobs import canned_job
+from canned_jobs import SUBMITTED_MS, canned_job
 from rich.text import Text
 
-from gradstream.client import FineTuning, Job, RenderedExample, RenderedPiece
+from gradstream.client import ExamplesReport, FineTuning, Job, RenderedExample, RenderedPiece
 from gradstream.coordinator.cli import main
-from gradstream.coordinator.cli.views.fine_tunings import TARGET_STYLE, example_text, held_out, print_comparisons
+from gradstream.coordinator.cli.views.fine_tunings import (
+    TARGET_STYLE,
+    example_text,
+    held_out,
+    preview_warnings,
+    print_comparisons,
+)
 from gradstream.coordinator.cli.views.progress import progress_facts
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
+from gradstream.proto.v1 import jobs_pb2
 
 
 @pytest.fixture
@@ -114,8 +121,8 @@ def test_status_says_how_good_it_is(capsys: pytest.CaptureFixture[str]) -> None:
         "finished: version 12 is the best",
         "tiny-llama (sha256 abababababababab)",
         "lora, 36.9 k parameters trained",
-        "validation loss 3.2500 nats a token, perplexity 2.500, 0 of 2 exact",
-        "validation loss 0.5000 nats a token, perplexity 2.500, 1 of 2 exact",
+        "validation loss 3.2500 nats a token, perplexity 2.500, 0 of 2 different held-out prompts completed exactly",
+        "validation loss 0.5000 nats a token, perplexity 2.500, 1 of 2 different held-out prompts completed exactly",
         "288.0 KiB a step over all workers",
     ):
         assert part in text, part
@@ -136,6 +143,48 @@ def test_status_before_the_first_validation_pass_of_a_version(
     service.fine_tunings = [canned_fine_tuning(best_version=6, **running)]
     assert main(["finetune", "status"]) == 0
     assert "validation loss 2.5000 nats a token" in capsys.readouterr().out
+
+
+def test_a_paused_fine_tuning_says_why_and_how_to_go_on(
+    service: CannedFineTunings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "paused at version 31"
+    wait = jobs_pb2.Wait(what="`gradstream resume task-1`", whom="a person", since_unix_ms=SUBMITTED_MS)
+    job = canned_job("task-1", state=jobs_pb2.JOB_STATE_PAUSED, reason=reason, waits=[wait])
+    service.fine_tunings = [canned_fine_tuning(state=pb.FINE_TUNING_STATE_TRAINING, reason="as job task-1", job=job)]
+    for command in ("ls", "status"):
+        assert main(["finetune", command]) == 0
+        text = capsys.readouterr().out
+        assert "paused at version 31; go on with: gradstream finetune resume task" in text
+        assert "gradstream resume task-1" not in text
+    assert main(["finetune", "pause"]) == 0
+    assert capsys.readouterr().out == "task training, job task-1 paused: as job task-1; paused at version 31\n"
+
+
+def test_what_ends_a_fine_tuning_takes_no_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "cancel"]) == 2
+    assert capsys.readouterr().err == (
+        "error: `gradstream finetune cancel` ends a fine-tuning, so name it; for the newest: "
+        "gradstream finetune cancel task\n"
+    )
+    assert main(["finetune", "generate", "--prompt", "def"]) == 0
+    assert capsys.readouterr().out == "return a + b\n"
+
+
+def test_a_dry_run_warns_of_few_examples_and_of_none_held_out(
+    service: CannedFineTunings, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = canned_report()
+    report.num_train, report.num_validation = 2, 0
+    service.preview = pb.PreviewExamplesResponse(report=report)
+    assert main(["finetune", "create", str(recipe), "--dry-run"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [line.partition(",")[0].partition(":")[2].split()[:2] for line in warnings] == [
+        ["2", "examples"],
+        ["no", "example"],
+    ]
+    report.num_train, report.num_validation = 18, 2
+    assert preview_warnings(ExamplesReport.from_proto(report)) == []
 
 
 def test_ls(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,11 +31,12 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("init", "init", "init", "Write a first recipe that fits your text and machines."),
     ("dev", "dev", "dev", "Train a recipe here: start a cluster on this machine, run the job, show the result."),
     ("submit", "jobs", "submit", "Submit a recipe to a cluster."),
+    ("watch", "jobs", "watch", "Show a job's progress until it ends; a fine-tuning's by its name."),
     ("plan", "plan", "plan", "Tell what a recipe will take before anything starts: cut, memory, bytes, time."),
     ("ls", "jobs", "ls", "List jobs, newest first."),
     ("status", "jobs", "status", "Show the cluster and a job: progress, decisions, what it waits for and since when."),
-    ("logs", "jobs", "logs", "Show the log lines of a job's nodes."),
-    ("events", "jobs", "events", "Show a job's history of events."),
+    ("logs", "history", "logs", "Show the log lines of a job's nodes."),
+    ("events", "history", "events", "Show a job's history of events."),
     ("metrics", "metrics", "metrics", "Show what each step had: losses, tokens, learning rate, norm, time, bytes."),
     ("plot", "plot", "plot", "Draw the losses of jobs as a picture: training, validation, learning rate, marks."),
     ("trace", "trace", "trace", "Write a job's timeline as a trace for Perfetto: what hid what."),
@@ -56,6 +57,10 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("health", "health", "health", "Ask a service whether it serves; for health checks of containers."),
     ("doctor", "doctor.command", "doctor", "Check this machine and a cluster: what is wrong, and how to mend it."),
 )
+
+
+OLDER_SPELLINGS = {"out": "to"}
+"""Options under names that they had once, which are still taken. Help and docs have the new ones alone."""
 
 
 class LazyGroup(typer.core.TyperGroup):
@@ -125,6 +130,7 @@ def group(text: str) -> typer.Typer:
 
 app = typer.Typer(
     name="gradstream",
+    context_settings={"token_normalize_func": lambda token: OLDER_SPELLINGS.get(token, token)},
     cls=LazyGroup,
     help="Train and fine-tune language models on machines joined by an ordinary network.",
     epilog=EPILOG,

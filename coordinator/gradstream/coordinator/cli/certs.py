@@ -137,7 +137,7 @@ def issue(
     authority: AuthorityOption = None,
     directory: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", show_default=False, help="Write a credential directory, not a pack."),
+        typer.Option("--to", metavar="DIR", show_default=False, help="Write a credential directory, not a pack."),
     ] = None,
     days: DaysOption = None,
 ) -> None:

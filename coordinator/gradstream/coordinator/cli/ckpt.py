@@ -12,7 +12,6 @@ import typer
 from gradstream.coordinator.cli.app import group
 from gradstream.coordinator.cli.options import (
     CoordinatorOption,
-    JobArgument,
     NewestJobArgument,
     OutputFormat,
     OutputOption,
@@ -51,7 +50,7 @@ def ls(
             for c in checkpoints
         ],
     )
-    terminal.hint(f"export the last: gradstream ckpt export {job_id or 'JOB'} DIRECTORY")
+    terminal.hint(f"export the last: gradstream ckpt export {job_id or ''} --to DIR".replace("  ", " "))
 
 
 @app.command()
@@ -62,7 +61,10 @@ def now(
 ) -> None:
     """Have a running job write a checkpoint at its next step; it goes on meanwhile."""
     with open_client(coordinator) as client:
-        made = client.checkpoint(job_id)
+        job = client.job(job_id)
+        if job.state == "running":
+            terminal.say(f"{job.job_id}: a checkpoint at the end of step {job.version}; the job goes on")
+        made = client.checkpoint(job.job_id)
     if output is OutputFormat.json:
         terminal.print_json({k: v for k, v in made.to_dict().items() if k not in ("type", "cursor")})
         return
@@ -72,15 +74,24 @@ def now(
 
 @app.command()
 def export(
-    job_id: JobArgument,
-    directory: Annotated[Path, typer.Argument(help="New or empty directory.")],
+    job_id: NewestJobArgument = None,
+    directory: Annotated[Path | None, typer.Argument(hidden=True)] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="New or empty directory.", show_default="needed")
+    ] = None,
     version: Annotated[int | None, typer.Option("--version", min=0, help="Which one; the last by default.")] = None,
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Write a checkpoint as a Hugging Face directory: config.json, model.safetensors, tokenizer."""
+    from gradstream.core.errors import ConfigError
+
+    # Where it goes was a second argument once.
+    to = to if to is not None else directory
+    if to is None:
+        raise ConfigError("name the directory to write with --to DIR")
     with open_client(coordinator) as client:
-        path = client.export(job_id, directory, version, ExportReporter())
+        path = client.export(job_id, to, version, ExportReporter())
     if output is OutputFormat.json:
         files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
         terminal.print_json({"directory": str(path), "files": files})

@@ -44,7 +44,7 @@ def prepare(
     out_path: Annotated[
         str | None,
         typer.Option(
-            "--out",
+            "--to",
             metavar="DIR",
             help="Where the data set goes, on any fsspec path.",
             show_default="data/NAME by the source",
@@ -170,7 +170,7 @@ def _from_recipe(
         )
     loaded = load_recipe(find_recipe(recipe), overrides)
     if loaded.data.prepare is None:
-        raise ConfigError(f"{recipe} has no data.prepare section; add one or give SOURCES and --out")
+        raise ConfigError(f"{recipe} has no data.prepare section; add one or give SOURCES and --to")
     return loaded.data.prepare, out_path or loaded.data.path
 
 

@@ -12,7 +12,7 @@ import typer
 from gradstream.coordinator.cli.app import group
 from gradstream.coordinator.cli.finetune_dev import dev
 from gradstream.coordinator.cli.options import (
-    FineTuningArgument,
+    EndedFineTuningArgument,
     NewestFineTuningArgument,
     OutputFormat,
     OutputOption,
@@ -21,6 +21,7 @@ from gradstream.coordinator.cli.options import (
     RequestIdOption,
     ServiceOption,
     find_recipe,
+    name_it,
     open_fine_tuning_client,
 )
 from gradstream.coordinator.cli.views import terminal
@@ -152,7 +153,7 @@ def ls(service: ServiceOption = None, output: OutputOption = OutputFormat.table)
         return
     from gradstream.coordinator.cli.views.fine_tunings import fine_tunings_table
 
-    terminal.console().print(fine_tunings_table(fine_tunings))
+    terminal.show(fine_tunings_table(fine_tunings))
     terminal.hint(f"more about one: gradstream finetune status {fine_tunings[0].name}")
 
 
@@ -170,7 +171,7 @@ def status(
         return
     from gradstream.coordinator.cli.views.fine_tunings import fine_tuning_view
 
-    terminal.console().print(fine_tuning_view(found))
+    terminal.show(fine_tuning_view(found))
 
 
 @app.command()
@@ -233,35 +234,48 @@ def _show(item: Any, output: OutputFormat) -> None:
 
 
 @app.command()
-def pause(name: FineTuningArgument, service: ServiceOption = None, output: OutputOption = OutputFormat.table) -> None:
+def pause(
+    name: NewestFineTuningArgument = None, service: ServiceOption = None, output: OutputOption = OutputFormat.table
+) -> None:
     """Pause a fine-tuning's job at its next step boundary."""
     with open_fine_tuning_client(service) as client:
-        _print_one(client.pause(name), output)
-    terminal.hint(f"go on with: gradstream finetune resume {name}")
+        made = client.pause(name or client.get().name)
+    _print_one(made, output)
+    terminal.hint(f"go on with: gradstream finetune resume {made.name}")
 
 
 @app.command()
-def resume(name: FineTuningArgument, service: ServiceOption = None, output: OutputOption = OutputFormat.table) -> None:
+def resume(
+    name: NewestFineTuningArgument = None, service: ServiceOption = None, output: OutputOption = OutputFormat.table
+) -> None:
     """Go on with a paused, failed or cancelled fine-tuning."""
     with open_fine_tuning_client(service) as client:
-        _print_one(client.resume(name), output)
-    terminal.hint(f"watch it: gradstream finetune watch {name}")
+        made = client.resume(name or client.get().name)
+    _print_one(made, output)
+    terminal.hint(f"watch it: gradstream finetune watch {made.name}")
 
 
 @app.command()
-def cancel(name: FineTuningArgument, service: ServiceOption = None, output: OutputOption = OutputFormat.table) -> None:
+def cancel(
+    name: EndedFineTuningArgument = None, service: ServiceOption = None, output: OutputOption = OutputFormat.table
+) -> None:
     """End a fine-tuning at once; its checkpoints stay."""
     with open_fine_tuning_client(service) as client:
-        _print_one(client.cancel(name), output)
+        if name is None:
+            raise name_it("gradstream finetune cancel", "ends a fine-tuning", client.get().name)
+        made = client.cancel(name)
+    _print_one(made, output)
     terminal.hint(f"start it again: gradstream finetune resume {name}")
 
 
 def _print_one(each: FineTuning, output: OutputFormat) -> None:
     if output is OutputFormat.json:
         terminal.print_json(each.to_dict())
-    else:
-        job = f", job {each.job.job_id} {each.job.state}" if each.job is not None else ""
-        terminal.print_line(f"{each.name} {each.state}{job}" + (f": {each.reason}" if each.reason else ""))
+        return
+    job = each.job
+    state = f"{each.name} {each.state}" + (f", job {job.job_id} {job.state}" if job is not None else "")
+    reasons = [each.reason, job.reason if job is not None and not job.state.ended else ""]
+    terminal.print_line(": ".join([state, *filter(None, ["; ".join(filter(None, reasons))])]))
 
 
 # ---- Using them ------------------------------------------------------------------------------------------------------
@@ -269,7 +283,8 @@ def _print_one(each: FineTuning, output: OutputFormat) -> None:
 
 @app.command()
 def generate(
-    name: FineTuningArgument,
+    name: NewestFineTuningArgument = None,
+    *,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")],
     base: Annotated[bool, typer.Option("--base", help="The base generates, without what was learnt.")] = False,
     chat: ChatOption = False,
@@ -286,6 +301,7 @@ def generate(
     settings = _settings(max_new_tokens, temperature, top_p, seed, stop)
     pieces: list[GeneratedText] = []
     with open_fine_tuning_client(service) as client:
+        name = name or client.get().name
         try:
             for piece in client.generate(name, _prompt(prompt, chat, system), base=base, **settings):
                 pieces.append(piece)
@@ -316,7 +332,7 @@ def generate(
 
 @app.command()
 def compare(
-    name: FineTuningArgument,
+    name: NewestFineTuningArgument = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -344,7 +360,7 @@ def compare(
         if prompts:
 
             def said(prompt: str, base: bool) -> str:
-                pieces = client.generate(name, _prompt(prompt, chat, system), base=base, **settings)
+                pieces = client.generate(found.name, _prompt(prompt, chat, system), base=base, **settings)
                 return "".join(piece.text for piece in pieces)
 
             comparisons = [
@@ -369,7 +385,8 @@ def compare(
 
 @app.command()
 def export(
-    name: FineTuningArgument,
+    name: NewestFineTuningArgument = None,
+    *,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty directory.")],
     merged: Annotated[bool, typer.Option("--merged", help="A whole model, the adapter merged into the base.")] = False,
     version: Annotated[int | None, typer.Option("--version", min=0, help="Which one; the best by default.")] = None,
@@ -380,7 +397,13 @@ def export(
     from gradstream.coordinator.cli.ckpt import ExportReporter
 
     with open_fine_tuning_client(service) as client:
-        path = client.export(name, to, kind="merged" if merged else None, version=version, on_progress=ExportReporter())
+        path = client.export(
+            name or client.get().name,
+            to,
+            kind="merged" if merged else None,
+            version=version,
+            on_progress=ExportReporter(),
+        )
     if output is OutputFormat.json:
         files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
         terminal.print_json({"directory": str(path), "files": files})

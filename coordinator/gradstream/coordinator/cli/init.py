@@ -56,7 +56,7 @@ def init(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The recipe's name.", show_default="by the data")] = None,
     out_path: Annotated[
-        str | None, typer.Option("--out", metavar="FILE", help="Where the recipe goes.", show_default="NAME.yaml")
+        str | None, typer.Option("--to", metavar="FILE", help="Where the recipe goes.", show_default="NAME.yaml")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is already there.")] = False,
     output: OutputOption = OutputFormat.table,
@@ -79,7 +79,7 @@ def init(
     name = name if name is not None else data_name(data)
     target = Path(out_path or f"{name}.yaml").expanduser()
     if target.exists() and not force:
-        raise ConfigError(f"{target} is already there; choose another --name or --out, or replace it with --force")
+        raise ConfigError(f"{target} is already there; choose another --name or --to, or replace it with --force")
     machines = Machines(servers or 2, workers or 2, rate, *_arithmetic(rate, workers or 2))
     # 2. The decision.
     model = size if config is None else read_model(config)
@@ -301,4 +301,4 @@ def _write(target: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, target)
     except OSError as error:
-        raise ConfigError(f"{target} cannot be written ({error.strerror}); choose another --out") from None
+        raise ConfigError(f"{target} cannot be written ({error.strerror}); choose another --to") from None

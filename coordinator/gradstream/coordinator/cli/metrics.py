@@ -11,7 +11,7 @@ import typer
 
 from gradstream.coordinator.cli.options import (
     CoordinatorOption,
-    MetricsJobArgument,
+    NamedJobArgument,
     RowsFormat,
     RowsOutputOption,
     open_client,
@@ -25,7 +25,7 @@ TABLE_ROWS = 20
 
 
 def metrics(
-    job_id: MetricsJobArgument = None,
+    job_id: NamedJobArgument = None,
     every: Annotated[
         int,
         typer.Option("--every", min=1, metavar="N", help="Each N-th step, validated versions and the last step."),
@@ -79,7 +79,7 @@ def _print_table(job: Job, rows: Iterable[StepMetrics], num_rows: int) -> None:
     if losses and "utf" in (sys.stdout.encoding or "").lower():
         console.print(f"loss {terminal.format_loss(losses[0])} {sparkline(losses)} {terminal.format_loss(losses[-1])}")
     console.print()
-    console.print(metrics_table(shown))
+    terminal.show(metrics_table(shown))
     terminal.hint(
         f"draw it: gradstream plot {job.job_id}", f"all rows: gradstream metrics {job.job_id} -o csv > metrics.csv"
     )

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from gradstream.client import Client, FineTuningClient
+    from gradstream.core.errors import ConfigError
 
 
 class OutputFormat(StrEnum):
@@ -84,16 +85,21 @@ OverrideOption = Annotated[
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one of `gradstream recipes ls`.")
 ]
-FineTuningArgument = Annotated[str, typer.Argument(metavar="NAME", help="The fine-tuning's name.")]
 NewestFineTuningArgument = Annotated[
     str | None,
     typer.Argument(metavar="NAME", help="The fine-tuning's name; the newest when left out.", show_default=False),
 ]
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+EndedJobArgument = Annotated[
+    str | None, typer.Argument(metavar="JOB", help="The job's id; it must be named.", show_default=False)
+]
+EndedFineTuningArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", help="The fine-tuning's name; it must be named.", show_default=False),
+]
 NewestJobArgument = Annotated[
     str | None, typer.Argument(metavar="JOB", help="The job's id; the newest job when left out.", show_default=False)
 ]
-MetricsJobArgument = Annotated[
+NamedJobArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="JOB", help="A job's id or a fine-tuning's name; the newest job when left out.", show_default=False
@@ -166,6 +172,13 @@ def write_file(path: Path, content: bytes, option: str) -> None:
         files.write_atomic(str(path.expanduser().absolute()), lambda stream: stream.write(content))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another file with {option}") from None
+
+
+def name_it(command: str, effect: str, newest: str) -> ConfigError:
+    """The error of a command that takes no default for what it ends or removes."""
+    from gradstream.core.errors import ConfigError
+
+    return ConfigError(f"`{command}` {effect}, so name it; for the newest: {command} {newest}")
 
 
 def recipe_directories() -> list[Path]:

@@ -60,7 +60,7 @@ def top(
                             live.start()
                         live.update(shown, refresh=True)
                     else:
-                        terminal.console().print(shown)
+                        terminal.show(shown)
                 looked += 1
                 if count is not None and looked >= count:
                     return
@@ -77,14 +77,14 @@ def view(address: str, nodes: list[Any], job: Any, trouble: str) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from gradstream.coordinator.cli.jobs import job_view, nodes_table
+    from gradstream.coordinator.cli.views.jobs import job_view, nodes_table
 
     alive = sum(node.alive for node in nodes)
     parts: list[Any] = [Text(f"coordinator {address}: {alive} of {len(nodes)} nodes alive", style="bold")]
     if trouble:
         parts.append(Text(trouble, style="red"))
     if nodes:
-        parts += [Text(), nodes_table(nodes)]
+        parts += [Text(), nodes_table(nodes, job)]
     if job is not None:
         parts += [Text(), job_view(job, nodes)]
     return Group(*parts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from gradstream.coordinator.state.state import JobRecord, StepTotals
-from gradstream.core.job_states import PAUSED, QUEUED
+from gradstream.core.job_states import ENDED, PAUSED, PLANNING, QUEUED
 from gradstream.core.plan.leases import assign_slots
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import jobs_pb2
@@ -136,6 +136,21 @@ def judge_replan(planned: Sequence[str], offered: Sequence[str], version: int) -
     moves = [f"{', '.join(names)} {way}" for names, way in ((joining, "in"), (leaving, "out")) if names]
     change = f"{len(planned)} → {_count(len(offered), 'server')} ({'; '.join(moves)})"
     return True, f"replanning at step {version}: {change}"
+
+
+def order_text(job: JobSight) -> str:
+    """What a pause or a stop that is under way still waits for, for people; "" when none is."""
+    doing = {"pause": "pausing", "stop": "stopping"}.get(job.desired)
+    if doing is None or job.state in ENDED or (job.state == PAUSED and job.desired == "pause"):
+        return ""
+    if job.state == PLANNING:
+        return f"{doing} once its servers are back or given up"
+    boundary = job.version if job.state == PAUSED else job.boundary
+    if boundary is not None:
+        return f"{doing} at version {boundary}" + ("" if boundary in job.checkpoints else "; its checkpoint is written")
+    if not job.any_worker:
+        return f"{doing} at version {job.version}; no worker is live to finish the step, a checkpoint follows"
+    return f"{doing} at the end of step {job.version}; a checkpoint follows"
 
 
 def judge_skips(totals: StepTotals, epoch: int, recipe: Recipe) -> str:

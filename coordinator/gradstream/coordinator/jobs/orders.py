@@ -152,10 +152,11 @@ class Orders:
             self._go_back(record, on_disk)
         if active is not None:
             event = Event("state", f"resumed{by_caller()}")
+            reason = f"resumed; goes on with step {active.version}"
             if active.state == PAUSED:
-                self._controller.transitions.set_state(active, RUNNING, "resumed", event, desired="run")
+                self._controller.transitions.set_state(active, RUNNING, reason, event, desired="run")
             elif active.record.desired != "run":
-                self._controller.transitions.update(active, event, desired="run", **_without_replan(active.record))
+                self._controller.transitions.update(active, event, desired="run", reason=reason)
             # The order is stored now.
             active.halted_version = None
             active.planning.hold = replace(active.planning.hold, until=0.0)
@@ -163,7 +164,8 @@ class Orders:
         elif record.state in (PAUSED, STOPPED, FAILED):
             rank = min([job.rank for job in self._controller.state.list_jobs()], default=0) - 1
             message = f"resumed{by_caller()}: first in the queue, goes on from its last checkpoint"
-            changes: dict[str, Any] = {"desired": "run", "reason": "resumed", "rank": rank, "ended_unix_ms": 0}
+            reason = "resumed; first in the queue, goes on from its last checkpoint"
+            changes: dict[str, Any] = {"desired": "run", "reason": reason, "rank": rank, "ended_unix_ms": 0}
             self._journal.store(record, [Event("state", message)], state=QUEUED, **changes)
         self._controller.reconcile()
 

@@ -59,14 +59,20 @@ def missing_slots(active: ActiveJob, members: Membership) -> list[int]:
     return sorted(missing)
 
 
-def slot_seconds(active: ActiveJob) -> float | None:
-    """The median time of a slot over the last steps; None before the second step."""
+def step_seconds(active: ActiveJob) -> float | None:
+    """The median time of a step over the last steps; None before the second step."""
     times = [report.unix_ms for report, _ in active.pace.steps]
     if len(times) < 2:
         return None
-    step_seconds = statistics.median(max(0, b - a) / 1000 for a, b in itertools.pairwise(times))
-    most = max(Counter(filter(None, active.holders)).values(), default=1)
-    return step_seconds / most
+    return statistics.median(max(0, b - a) / 1000 for a, b in itertools.pairwise(times))
+
+
+def slot_seconds(active: ActiveJob) -> float | None:
+    """The median time of a slot over the last steps; None before there are two."""
+    seconds = step_seconds(active)
+    if seconds is None:
+        return None
+    return seconds / max(Counter(filter(None, active.holders)).values(), default=1)
 
 
 def has_recovered(node: NodeEntry | None, since: float) -> bool:

@@ -10,18 +10,16 @@ from gradstream.coordinator.jobs.active import ActiveJob
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.plan_making import waits_for_nodes
 from gradstream.coordinator.jobs.residuals import standing
+from gradstream.coordinator.jobs.stalls import step_seconds
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.telemetry.step_times import breakdown
-from gradstream.coordinator.timing import unix_ms
+from gradstream.coordinator.timing import judge_wait, unix_ms
 from gradstream.core.job_states import PAUSED, PLANNING, QUEUED, RUNNING, STATE_WORDS
 from gradstream.core.plan.leases import slots_text
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.recipe.recipe import CodecConfig, Recipe
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
-
-# A running job without a step for this long says whom it waits for.
-STALL_SECONDS = 2.0
 
 
 class Views:
@@ -113,6 +111,7 @@ class Views:
         message.waits.extend(self.waits(active))
         if active.plan is None:
             return
+        message.reason = self._reason(active, now)
         name_of = self._controller.members.name_of
         message.slot_holders.extend(name_of(holder) if holder else "" for holder in active.holders)
         message.server_memory.extend(self._memory(active, active.plan))
@@ -125,6 +124,15 @@ class Views:
         )
         if steps > 0:
             message.eta_seconds = max(0, active.num_steps - active.version) / steps
+
+    def _reason(self, active: ActiveJob, now: float) -> str:
+        """Why the job is as it is: an order under way, a step that is late, or why it came into its state."""
+        can_end_step = self._controller.leasing.can_end_step(active, now)
+        order = decisions.order_text(active.sight(can_end_step, self._controller.servers.settled(active)))
+        if order or active.state != RUNNING:
+            return order or active.record.reason
+        late, reason = judge_wait(now - active.progress_at, step_seconds(active))
+        return reason if late else active.record.reason
 
     def _memory(self, active: ActiveJob, plan: Plan) -> Iterator[jobs_pb2.ServerMemory]:
         """What each server says it holds of the job; servers that have not loaded it are left out."""
@@ -270,9 +278,9 @@ class Views:
         return ", ".join(sorted(names)) or "a worker to register"
 
     def _nodes_waits(self, active: ActiveJob) -> list[jobs_pb2.Wait]:
-        """When no step comes: what the nodes of the job say, in their own words and with their own times."""
+        """When a step is late: what the nodes of the job say, in their own words and with their own times."""
         idle_seconds = self._controller.clock() - active.progress_at
-        if active.state != RUNNING or idle_seconds < STALL_SECONDS:
+        if active.state != RUNNING or not judge_wait(idle_seconds, step_seconds(active))[0]:
             return []
         waits = []
         for node in [*self._servers_of(active), *self._controller.members.present(WORKER)]:

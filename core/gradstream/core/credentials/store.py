@@ -247,7 +247,7 @@ def _missing(directory: Path, name: str) -> str:
         what = f"{directory} is not a directory"
     else:
         what = f"{directory} has no {name}"
-    return f"{what}; a credential directory is made by `gradstream certs issue ROLE --name NAME --out DIR`"
+    return f"{what}; a credential directory is made by `gradstream certs issue ROLE --name NAME --to DIR`"
 
 
 def _stamp(path: Path) -> tuple[int, int]:

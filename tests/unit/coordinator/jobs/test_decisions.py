@@ -8,12 +8,21 @@ import pytest
 from coordinator_fakes import make_manifest, make_recipe
 
 from gradstream.coordinator.jobs.active import Pace, WaitClock
-from gradstream.coordinator.jobs.decisions import Ending, JobSight, judge_end, lease_slots, missing_nodes, next_job
+from gradstream.coordinator.jobs.decisions import (
+    Ending,
+    JobSight,
+    judge_end,
+    lease_slots,
+    missing_nodes,
+    next_job,
+    order_text,
+)
 from gradstream.coordinator.nodes.reunion import ServerSight, Verdict, judge_servers
 from gradstream.coordinator.planning.inventory import Inventory
 from gradstream.coordinator.planning.needs import NodeOffer, ServerBytes, human_bytes, server_bytes
 from gradstream.coordinator.planning.planner import CheckpointAt, NextEpoch, check_data, make_plan
 from gradstream.coordinator.state.state import JobRecord
+from gradstream.coordinator.timing import judge_wait
 from gradstream.core.errors import DataError, PlanError
 from gradstream.core.plan.fragments import Tensor, cut
 from gradstream.core.plan.plan import Plan
@@ -22,6 +31,7 @@ from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 TENSORS = [Tensor(f"layer.{unit}", (64, 64), True, unit) for unit in range(8)]
 RUNNING, PAUSED = jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_PAUSED
+PLANNING, STOPPED = jobs_pb2.JOB_STATE_PLANNING, jobs_pb2.JOB_STATE_STOPPED
 
 FIRST = NextEpoch("j", 1, None, "/c")
 
@@ -214,6 +224,56 @@ def test_missing_nodes_are_told_in_words(recipe: Recipe) -> None:
 def test_the_verdict_on_servers(sight: ServerSight, verdict: Verdict) -> None:
     here = ServerSight("here", True, True, False, 0)
     assert judge_servers([here, sight])[0] is verdict
+
+
+@pytest.mark.parametrize(
+    ("desired", "state", "halted", "checkpoints", "worker", "text"),
+    [
+        ("run", RUNNING, None, set(), True, ""),
+        ("pause", RUNNING, None, set(), True, "pausing at the end of step 31; a checkpoint follows"),
+        ("stop", RUNNING, None, {20}, True, "stopping at the end of step 31; a checkpoint follows"),
+        ("stop", RUNNING, 31, {20}, True, "stopping at version 31; its checkpoint is written"),
+        ("stop", RUNNING, 31, {31}, True, "stopping at version 31"),
+        ("stop", PAUSED, None, {20}, True, "stopping at version 31; its checkpoint is written"),
+        (
+            "stop",
+            RUNNING,
+            None,
+            set(),
+            False,
+            "stopping at version 31; no worker is live to finish the step, a checkpoint follows",
+        ),
+        ("pause", PLANNING, None, set(), True, "pausing once its servers are back or given up"),
+        ("pause", PAUSED, 31, set(), True, ""),
+        ("stop", STOPPED, 31, {31}, True, ""),
+    ],
+)
+def test_an_order_under_way_in_words(
+    desired: str,
+    state: jobs_pb2.JobState.ValueType,
+    halted: int | None,
+    checkpoints: set[int],
+    worker: bool,
+    text: str,
+) -> None:
+    assert order_text(JobSight(desired, state, 31, 100, halted, checkpoints, False, worker)) == text
+
+
+@pytest.mark.parametrize(
+    ("waited", "step_seconds", "late", "reason"),
+    [
+        (1.9, 0.1, False, "2 s of at most 2 s on the way of a step; a step usually takes 0.1 s"),
+        (2.0, 0.1, True, "no progress for 2 s; a step usually takes 0.1 s"),
+        (14.0, 5.0, False, "14 s of at most 15 s on the way of a step; a step usually takes 5 s"),
+        (16.0, 5.0, True, "no progress for 16 s; a step usually takes 5 s"),
+        (9.0, None, False, "9 s of at most 10 s on the way of a step; no step time is known yet"),
+        (10.0, None, True, "no progress for 10 s; no step time is known yet"),
+    ],
+)
+def test_a_step_is_late_by_what_one_usually_takes(
+    waited: float, step_seconds: float | None, late: bool, reason: str
+) -> None:
+    assert judge_wait(waited, step_seconds) == (late, reason)
 
 
 @pytest.mark.parametrize(

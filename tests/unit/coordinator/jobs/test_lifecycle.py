@@ -109,7 +109,8 @@ async def test_pause_resume_and_stop_with_a_checkpoint(cluster: Cluster) -> None
     ps, (worker,) = await cluster.running(job_id)
     await worker.slots(2)
     # --- pause at the next boundary
-    await cluster.jobs.PauseJob(jobs_pb2.PauseJobRequest(job_id=job_id))
+    ordered = await cluster.jobs.PauseJob(jobs_pb2.PauseJobRequest(job_id=job_id))
+    assert ordered.job.reason == "pausing at the end of step 0; a checkpoint follows"
     await ps[0].until(lambda: any(d.WhichOneof("directive") == "boundary" for d in ps[0].directives))
     job = await cluster.job(job_id)
     assert job.state == RUNNING
@@ -121,6 +122,7 @@ async def test_pause_resume_and_stop_with_a_checkpoint(cluster: Cluster) -> None
     number = worker.leases.number if worker.leases else 0
     resumed = await cluster.jobs.ResumeJob(jobs_pb2.ResumeJobRequest(job_id=job_id))
     assert resumed.job.state == RUNNING
+    assert resumed.job.reason == "resumed; goes on with step 1"
     await worker.slots(2)
     assert worker.leases is not None
     assert worker.leases.number > number

@@ -128,7 +128,7 @@ async def test_an_order_to_replan_survives_a_restart_and_gives_way_to_a_stop(clu
         await node.reconnect(cluster.address)
     assert (await cluster.job(job_id)).reason.startswith("replanning at step 2")
     await cluster.jobs.StopJob(jobs_pb2.StopJobRequest(job_id=job_id))
-    assert (await cluster.job(job_id)).reason == "epoch 1 from version 0"
+    assert (await cluster.job(job_id)).reason == "stopping at the end of step 1; a checkpoint follows"
     assert "about to stop" in str(await refused(cluster, job_id))
     await to_the_boundary(cluster, job_id, ps[0])
     await cluster.event(job_id, "stopped at version 2")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from gradstream.core.recipe.fine_tuning_recipe import FineTuningTraining
 
 SHOWN_FIELDS = 8
+FEW_EXAMPLES = 20
+"""Fewer examples than this are warned of."""
 TARGET_STYLE = "bold green"
 # Where there are no colours: marks that hardly any text has.
 TARGET_MARKS = ("⟦", "⟧")
@@ -53,11 +55,11 @@ class FollowReporter:
 def fine_tunings_table(fine_tunings: Sequence[FineTuning]) -> Any:
     """All fine-tunings as a rich table."""
     return terminal.make_table(
-        ["NAME", "STATE", "METHOD", "BASE", ">STEP", ">BEFORE", ">AFTER", ">BEST", "CREATED", "REASON"],
+        ["NAME", "STATE", "METHOD", "BASE?", ">STEP", ">BEFORE", ">AFTER", ">BEST?", "CREATED?", "REASON…"],
         [
             (
                 each.name,
-                terminal.state_text(each.state),
+                terminal.state_text(state_of(each)),
                 each.method,
                 short_base(each.base),
                 f"{each.job.version}/{each.job.num_steps}" if each.job is not None else "-",
@@ -65,11 +67,29 @@ def fine_tunings_table(fine_tunings: Sequence[FineTuning]) -> Any:
                 terminal.format_loss(_last_loss(each)),
                 each.best_version if each.best_version is not None else "-",
                 terminal.format_time(each.created),
-                each.reason,
+                reason_of(each),
             )
             for each in fine_tunings
         ],
     )
+
+
+def is_resting(each: FineTuning) -> bool:
+    """Whether a fine-tuning's training does not go on: its job is queued, being planned or paused."""
+    return each.state == "training" and each.job is not None and each.job.state in ("queued", "planning", "paused")
+
+
+def state_of(each: FineTuning) -> str:
+    """A fine-tuning's state, or its job's while its training does not go on."""
+    return each.job.state if each.job is not None and is_resting(each) else each.state
+
+
+def reason_of(each: FineTuning) -> str:
+    """Why a fine-tuning is in its state, and how to go on with one that rests."""
+    state = state_of(each)
+    reason = each.job.reason if each.job is not None and is_resting(each) else each.reason
+    cure = f"go on with: gradstream finetune resume {each.name}" if state in ("paused", "failed", "cancelled") else ""
+    return "; ".join(filter(None, (reason, cure)))
 
 
 def short_base(base: str) -> str:
@@ -93,7 +113,7 @@ def fine_tuning_view(each: FineTuning) -> Any:
         table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
 
     row("fine-tuning", each.name)
-    row("state", terminal.state_text(each.state) + Text(f": {each.reason}" if each.reason else ""))
+    row("state", terminal.state_text(state_of(each)) + Text(f": {reason}" if (reason := reason_of(each)) else ""))
     row("base", f"{each.base} (sha256 {each.base_sha256[:16]})" if each.base_sha256 else each.base)
     trained = f", {terminal.format_count(each.num_trained_parameters)} parameters trained"
     row("method", each.method + (trained if each.num_trained_parameters else ""))
@@ -101,10 +121,13 @@ def fine_tuning_view(each: FineTuning) -> Any:
         row("examples", report_text(each.examples))
     if each.job is not None:
         job = each.job
-        row("job", terminal.styled(f"{job.job_id} ", None) + terminal.state_text(job.state) + Text(f": {job.reason}"))
+        # The reason of a job that rests is the fine-tuning's, above.
+        reason = f": {job.reason}" if job.reason and not is_resting(each) else ""
+        row("job", terminal.styled(f"{job.job_id} ", None) + terminal.state_text(job.state) + Text(reason))
         row("step", f"{job.version} of {job.num_steps}{rates_text(each)}, ETA {terminal.format_duration(job.eta)}")
         row("training loss", f"{terminal.format_loss(job.loss)} nats a token")
-        for wait in job.waits:
+        # A paused job waits for a person; the state says which command goes on.
+        for wait in job.waits if job.state != "paused" else ():
             row(
                 "waits for", Text(f"{wait.what}, from {wait.whom}, {terminal.format_since(wait.since)}", style="yellow")
             )
@@ -138,7 +161,8 @@ def evaluation_text(evaluation: Evaluation | None, loss: float | None = None) ->
     """An evaluation on one line; where there is none yet, the loss if it is known."""
     if evaluation is None:
         return f"validation loss {loss:.4f} nats a token" if loss is not None else "not evaluated yet"
-    exact = f", {evaluation.num_exact} of {evaluation.num_prompts} exact" if evaluation.num_prompts else ""
+    prompts = f"{evaluation.num_exact} of {evaluation.num_prompts} different held-out prompts completed exactly"
+    exact = f", {prompts}" if evaluation.num_prompts else ""
     return f"validation loss {evaluation.loss:.4f} nats a token, perplexity {evaluation.perplexity:.3f}{exact}"
 
 
@@ -213,6 +237,24 @@ def print_preview(preview: ExamplesPreview, training: FineTuningTraining) -> Non
         console.print(Text(f"note: {line}"), soft_wrap=True)
     for line in preview.report.bad_rows:
         console.print(Text(f"bad: {line}", style="yellow"), soft_wrap=True)
+    for line in preview_warnings(preview.report):
+        terminal.warn(line)
+
+
+def preview_warnings(report: ExamplesReport) -> list[str]:
+    """What a person should know of the data before a fine-tuning begins."""
+    warnings = []
+    if report.num_train + report.num_validation < FEW_EXAMPLES:
+        count = report.num_train + report.num_validation
+        warnings.append(
+            f"{count} examples are few: a model learns them by heart and little else; add rows to data.path"
+        )
+    if not report.num_validation:
+        warnings.append(
+            "no example is held out, so nothing would tell which version is the best; add rows to data.path, raise "
+            "data.validation_fraction or name a data.validation_path"
+        )
+    return warnings
 
 
 def held_out(found: FineTuning) -> list[Comparison]:

@@ -107,9 +107,14 @@ def progress_facts(job: Job) -> list[str]:
 
 def counted_tokens(job: Job) -> str:
     """Which tokens a job counts: of a fine-tuning those that it is trained to predict."""
+    return "target tokens" if is_fine_tuning(job) else "tokens"
+
+
+def is_fine_tuning(job: Job) -> bool:
+    """Whether a job is the training of a fine-tuning."""
     from gradstream.core.recipe.fine_tuning import with_new_key
 
-    return "target tokens" if with_new_key(job.recipe).get("fine_tuning") else "tokens"
+    return bool(with_new_key(job.recipe).get("fine_tuning"))
 
 
 def progress_wait(job: Job) -> str:

@@ -28,7 +28,10 @@ STATE_STYLES = {
     "cancelled": "yellow",
 }
 LEVEL_STYLES = {"debug": "dim", "info": "green", "warning": "yellow", "error": "bold red", "critical": "bold red"}
-_NODE_STYLES = ("cyan", "magenta", "blue", "bright_cyan", "bright_magenta", "bright_blue")
+PIPED_COLUMNS = 10_000
+"""How wide lines may be where the output is no terminal: wide enough that nothing is cut."""
+CUT_COLUMNS = 12
+"""The least that a long text is cut to before columns are left out."""
 
 
 def console(stderr: bool = False) -> Console:
@@ -43,7 +46,7 @@ def console(stderr: bool = False) -> Console:
                 yield segment if segment.control else segment._replace(text=shown(segment.text))
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else 200
+    width = None if stream.isatty() else PIPED_COLUMNS
     return Shown(stderr=stderr, width=width, highlight=False, soft_wrap=False)
 
 
@@ -67,23 +70,75 @@ def print_text(text: str, end: str = "\n") -> None:
     print(shown(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
+def show(renderable: Any) -> None:
+    """A table or view on stdout. Where stdout is no terminal nothing is cut, and no line ends in spaces."""
+    if sys.stdout.isatty():
+        console().print(renderable)
+        return
+    wide = console()
+    with wide.capture() as captured:
+        wide.print(renderable)
+    print("\n".join(line.rstrip(" ") for line in captured.get().rstrip("\n").split("\n")))
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
-    """A table on stdout. Column names that start with '>' are right-aligned. Cells are plain text or rich Text."""
-    console().print(make_table(columns, rows, title))
+    """A table on stdout; see `make_table`."""
+    show(make_table(columns, rows, title))
 
 
-def make_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> Any:
-    """A rich table without frames."""
+def make_table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None, width: int | None = None
+) -> Any:
+    """A rich table without frames. Cells are plain text or rich Text.
+
+    A column whose name starts with '>' is right-aligned. One whose name ends in '…' is cut with an ellipsis where the
+    table is wider than `width` columns (the terminal's when None); then no other column is. One whose name ends in '?'
+    is left out where cutting is not enough.
+    """
     from rich.table import Table
     from rich.text import Text
 
+    # Text, so that brackets in names and messages are not taken for markup.
+    cells = [[cell if isinstance(cell, Text) else Text(shown(str(cell))) for cell in row] for row in rows]
+    lengths = [
+        max([len(_title(column)), *(row[index].cell_len for row in cells)]) for index, column in enumerate(columns)
+    ]
+    kept = fitting(columns, lengths, width if width is not None else console().width)
+    cuts = any(column.endswith("…") for column in columns)
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    for row in rows:
-        # Text, so that brackets in names and messages are not taken for markup.
-        table.add_row(*(cell if isinstance(cell, Text) else Text(shown(str(cell))) for cell in row))
+    for column in (columns[index] for index in kept):
+        cut = column.endswith("…")
+        table.add_column(
+            _title(column),
+            justify="right" if column.startswith(">") else "left",
+            # rich takes room from columns that may wrap; the cells of one that is cut do not.
+            no_wrap=cuts and not cut,
+        )
+        if cut:
+            index = columns.index(column)
+            for row in cells:
+                row[index].no_wrap, row[index].overflow = True, "ellipsis"
+    for row in cells:
+        table.add_row(*(row[index] for index in kept))
     return table
+
+
+def _title(column: str) -> str:
+    return column.removeprefix(">").removesuffix("…").removesuffix("?")
+
+
+def fitting(columns: Sequence[str], lengths: Sequence[int], width: int) -> list[int]:
+    """Which columns a table of `width` has room for: all, or without the last of those whose name ends in '?'.
+    `lengths` are the columns' longest cells."""
+    kept = list(range(len(columns)))
+    least = [
+        min(length, CUT_COLUMNS) if name.endswith("…") else length
+        for name, length in zip(columns, lengths, strict=True)
+    ]
+    optional = [index for index in kept if columns[index].endswith("?")]
+    while optional and sum(least[index] for index in kept) + 2 * (len(kept) - 1) > width:
+        kept.remove(optional.pop())
+    return kept
 
 
 def styled(text: str, style: str | None) -> Any:
@@ -96,11 +151,6 @@ def styled(text: str, style: str | None) -> Any:
 def state_text(state: str) -> Any:
     """The state of a job or a fine-tuning in its colour."""
     return styled(state, STATE_STYLES.get(state))
-
-
-def node_style(name: str) -> str:
-    """The colour of a node's name: always the same for the same name."""
-    return _NODE_STYLES[sum(name.encode()) % len(_NODE_STYLES)]
 
 
 def say(text: str) -> None:
@@ -188,7 +238,9 @@ def format_time(time: datetime | None) -> str:
 
 
 def format_since(time: datetime | None) -> str:
-    """since 12:01:05 (42 s)."""
+    """since 12:01:05 (42 s); without the duration where it is below a second."""
     if time is None:
         return ""
-    return f"since {format_time(time)} ({format_duration(datetime.now(UTC) - time)})"
+    duration = datetime.now(UTC) - time
+    lasted = f" ({format_duration(duration)})" if duration >= timedelta(seconds=1) else ""
+    return f"since {format_time(time)}{lasted}"

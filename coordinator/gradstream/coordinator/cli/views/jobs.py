@@ -1,0 +1,180 @@
+"""Jobs and nodes as people see them: tables, and a job's facts, one a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from gradstream.coordinator.cli.views import terminal
+from gradstream.coordinator.cli.views.step_times import step_line
+
+if TYPE_CHECKING:
+    from gradstream.client import Job, Node, Pipeline, ServerMemory
+
+
+def jobs_table(jobs: Sequence[Job]) -> Any:
+    """Jobs as a rich table."""
+    return terminal.make_table(
+        ["JOB", "STATE", ">STEP", ">LOSS", ">VALIDATION?", ">TOKENS/S?", "ETA?", "SUBMITTED?", "REASON…"],
+        [
+            (
+                job.job_id,
+                terminal.state_text(job.state),
+                f"{job.version}/{job.num_steps}",
+                terminal.format_loss(job.loss),
+                terminal.format_loss(job.validation_loss),
+                terminal.format_count(job.tokens_per_second) if job.state == "running" else "-",
+                terminal.format_duration(job.eta),
+                terminal.format_time(job.submitted),
+                job.reason,
+            )
+            for job in jobs
+        ],
+    )
+
+
+def nodes_table(nodes: Sequence[Node], job: Job | None) -> Any:
+    """The nodes of a cluster as a rich table. `job` is the one that most of them work for."""
+    return terminal.make_table(
+        ["NODE", "KIND", "ALIVE…", "PHASE", ">STEP", ">SENT?", ">RECEIVED?", ">RESIDENT", "DEVICE?", "WAITS FOR…"],
+        [
+            (
+                node.name,
+                node.kind,
+                terminal.styled("yes", "green")
+                if node.alive
+                else terminal.styled(f"no, last heard {terminal.format_time(node.last_heartbeat)}", "red"),
+                node.activity.phase,
+                node.activity.step or "-",
+                terminal.format_bytes(node.activity.sent_bytes),
+                terminal.format_bytes(node.activity.received_bytes),
+                terminal.format_bytes(node.activity.resident_bytes),
+                node.device,
+                wait_text(node, job),
+            )
+            for node in nodes
+        ],
+    )
+
+
+def step_seconds(job: Job) -> float | None:
+    """How long a step takes at the present pace; None where that is not known."""
+    to_go = job.num_steps - job.version
+    return job.eta.total_seconds() / to_go if job.eta is not None and to_go > 0 else None
+
+
+def wait_text(node: Node, job: Job | None) -> str:
+    """What a live node says that it waits for, once it waits longer than a step's normal way takes; else ""."""
+    from gradstream.coordinator.timing import judge_wait
+
+    activity = node.activity
+    if not node.alive or not activity.waiting_for:
+        return ""
+    if job is not None and job.job_id == activity.job_id and activity.waiting_since is not None:
+        waited = (datetime.now(UTC) - activity.waiting_since).total_seconds()
+        if not judge_wait(waited, step_seconds(job))[0]:
+            return ""
+    return f"{activity.waiting_for} {terminal.format_since(activity.waiting_since)}".strip()
+
+
+def job_view(job: Job, nodes: Sequence[Node]) -> Any:
+    """A job as rich text: one fact a line."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from gradstream.coordinator.cli.views.progress import counted_tokens
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(name: str, value: Any) -> None:
+        table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
+
+    def rows(name: str, values: Sequence[Any]) -> None:
+        for index, value in enumerate(values):
+            row(name if index == 0 else "", value)
+
+    row("job", job.job_id)
+    row("state", terminal.state_text(job.state) + (Text(f": {job.reason}") if job.reason else Text()))
+    percent = f" ({100 * job.version / job.num_steps:.0f} %)" if job.num_steps else ""
+    row("step", f"{job.version} of {job.num_steps}{percent}, epoch {job.epoch}, skipped {job.num_skipped}")
+    row("trained on", f"{terminal.format_count(job.num_tokens)} {counted_tokens(job)} in {job.num_samples} samples")
+    row("training loss", f"{terminal.format_loss(job.loss)} nats a token")
+    first = f" (at the start {job.initial_validation_loss:.4f})" if job.initial_validation_loss is not None else ""
+    row("validation loss", f"{terminal.format_loss(job.validation_loss)} nats a token{first}")
+    if not job.state.ended:
+        row(
+            "rates",
+            f"{terminal.format_count(job.tokens_per_second)} {counted_tokens(job)}/s, "
+            f"up {terminal.format_rate(job.push_bytes_per_second)}, "
+            f"down {terminal.format_rate(job.pull_bytes_per_second)}, ETA {terminal.format_duration(job.eta)}",
+        )
+    if job.num_parameters:
+        row("parameters", f"{terminal.format_count(job.num_parameters)} ({job.num_parameters})")
+    if job.codecs:
+        row("codecs", job.codecs)
+    if job.step_breakdown is not None:
+        row("a step takes", step_line(job.step_breakdown))
+        if not job.state.ended:
+            row("", job.step_breakdown.advice)
+    if job.hidden_share is not None:
+        row("overlap", f"communication hidden by compute: {terminal.format_share(job.hidden_share)}")
+    if job.pipeline is not None:
+        row("pipeline", pipeline_text(job.pipeline))
+    rows("memory", [memory_text(memory) for memory in job.server_memory])
+    row(
+        "submitted",
+        terminal.format_time(job.submitted) + (f", ended {terminal.format_time(job.ended)}" if job.ended else ""),
+    )
+    row("files", job.run_directory)
+    if not job.state.ended:
+        rows("slots", holders_text(job))
+        rows("decisions", job.decisions)
+        rows("waits for", [Text(text, style="yellow") for text in waits_text(job, nodes)] or ["nothing"])
+    return table
+
+
+def holders_text(job: Job) -> list[str]:
+    """Which worker computes which slots, a line each: "slots 0, 2: worker-0"."""
+    from gradstream.core.plan.leases import slots_text
+
+    slots: dict[str, list[int]] = {}
+    for slot, holder in enumerate(job.slot_holders):
+        slots.setdefault(holder, []).append(slot)
+    return [f"{slots_text(held)}: {holder or 'nobody'}" for holder, held in slots.items()]
+
+
+def waits_text(job: Job, nodes: Sequence[Node]) -> list[str]:
+    """What a job and its nodes wait for, for whom and since when."""
+    waits = [f"{wait.what}, from {wait.whom}, {terminal.format_since(wait.since)}" for wait in job.waits]
+    for node in nodes:
+        # The coordinator has most of what nodes wait for among the job's waits already.
+        named = any(node.name in f"{wait.what} {wait.whom}" for wait in job.waits)
+        text = wait_text(node, job) if node.activity.job_id == job.job_id and not named else ""
+        waits += [f"{node.name} waits for {text}"] if text else []
+    return waits
+
+
+def pipeline_text(pipeline: Pipeline) -> str:
+    """A job's pipeline on one line."""
+    stages = f"{pipeline.num_stages} stage{'s' * (pipeline.num_stages != 1)}"
+    workers = f"{pipeline.num_workers} worker{'s' * (pipeline.num_workers != 1)}"
+    waits = ""
+    if pipeline.bubble is not None:
+        waits = f", bubble {terminal.format_share(pipeline.bubble)}"
+        if pipeline.ideal_bubble is not None:
+            waits += f" (ideal {terminal.format_share(pipeline.ideal_bubble)})"
+    return f"{stages} on {workers}, schedule {pipeline.schedule}{waits}"
+
+
+def memory_text(memory: ServerMemory) -> str:
+    """A server's memory on one line."""
+    parameters = max(1, memory.num_parameters)
+    return (
+        f"{memory.name}: holds {terminal.format_bytes(memory.state_bytes)} for "
+        f"{terminal.format_count(memory.num_parameters)} parameters, {memory.state_bytes / parameters:.2f} B each "
+        f"(predicted {memory.predicted_state_bytes / parameters:.2f}); contributions that wait: "
+        f"{terminal.format_bytes(memory.early_bytes)} of at most {terminal.format_bytes(memory.most_early_bytes)}"
+    )

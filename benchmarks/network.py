@@ -34,7 +34,7 @@ class Loopback:
         return "127.0.0.1"
 
     def prefix(self, machine: int) -> list[str]:
-        """What to put before a command to run it on a machine."""
+        """The words before a command that run it on a machine."""
         return []
 
     def sent_bytes(self, num_machines: int) -> float:
@@ -106,7 +106,7 @@ class Namespaces:
         return f"{self._subnet}.{machine + 1}"
 
     def prefix(self, machine: int) -> list[str]:
-        """What to put before a command to run it on a machine."""
+        """The words before a command that run it on a machine."""
         return ["ip", "netns", "exec", self._namespace(machine)]
 
     def sent_bytes(self, num_machines: int) -> float:

@@ -32,7 +32,7 @@ from gradstream.worker.weights import Inbox
 
 T = TypeVar("T")
 Done = set[tuple[int, bool]]
-"""What was computed at a version, as (slot, whether it was the validation pass)."""
+"""The work done at a version, as (slot, whether it was the validation pass)."""
 
 
 def next_slots(
@@ -78,7 +78,7 @@ class Attempts:
         if neighbours is None:
             return Attempt(0, version, slots, validate)
         flushed = neighbours.begin(version, slots, validate)
-        return await self._status.wait(f"{neighbours.links[FORWARD].title} to take what it was sent", flushed)
+        return await self._status.wait(f"{neighbours.links[FORWARD].title} to take the messages sent to it", flushed)
 
     async def follow(
         self, version: int, place: Place, neighbours: Neighbours, upcoming: asyncio.Task[Inbox]

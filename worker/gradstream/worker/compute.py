@@ -229,7 +229,7 @@ class SlotComputer:
         return found
 
     def _totals(self, batch: Batch | None, loss_sum: float) -> SlotTotals:
-        """What a slot adds to the step's totals.
+        """Compute a slot's share of the step's totals.
 
         Only slots of packed rows need their batch here: in other slots all tokens are targets.
         """

@@ -100,7 +100,7 @@ async def keep_base(jobs: CoordinatorJobs, base_model: str, directory: Path) -> 
 
 
 def _link(source: Path, destination: Path) -> None:
-    """Link a checkpoint's files, or copy them. Raises FileNotFoundError when the checkpoint is removed meanwhile."""
+    """Link a checkpoint's files, or copy them. Raises FileNotFoundError when the checkpoint is being removed."""
     shutil.rmtree(destination, ignore_errors=True)
     files.make_local_directory(destination)
     for path in sorted(source.iterdir()):

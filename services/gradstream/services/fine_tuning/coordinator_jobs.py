@@ -181,7 +181,7 @@ class CoordinatorJobs:
                     raise
                 if not since:
                     since = f"{datetime.now().astimezone():%H:%M:%S}"
-                    log.warning("the coordinator does not answer as it should", cause=one_line(error))
+                    log.warning("a call to the coordinator failed, trying again", cause=one_line(error))
                 away = isinstance(error, UnreachableError)
                 which = "does not answer" if away else f"refuses ({one_line(error)})"
                 on_wait(f"waits for coordinator {self.address}, which {which}, since {since}")

@@ -67,7 +67,7 @@ class FineTunings:
         """Resume all fine-tunings that have not ended."""
         for record in self.store.all():
             if not record.has_ended:
-                log.info("goes on", fine_tuning=record.name, state=record.state, next=next_phase(record).value)
+                log.info("resuming", fine_tuning=record.name, state=record.state, next=next_phase(record).value)
                 self._drive(record.name)
 
     async def close(self) -> None:
@@ -264,7 +264,7 @@ class FineTunings:
 
     def _note_trouble(self, name: str, cause: str) -> None:
         if name not in self._troubles:
-            self._troubles[name] = f"{cause}; tried again since {datetime.now().astimezone():%H:%M:%S}"
+            self._troubles[name] = f"{cause}; retrying since {datetime.now().astimezone():%H:%M:%S}"
             log.error("a record cannot be written; trying again", fine_tuning=name, cause=cause)
             self._notify(name)
 

@@ -220,7 +220,7 @@ def _read(directory: Path) -> Record | None:
         cause = error.errors()[0]["msg"] if isinstance(error, ValidationError) else one_line(error)
         raise ConfigError(f"{path} is damaged ({cause}); restore it, or move {directory} away") from None
     if record.name != directory.name:
-        raise ConfigError(f"{path} is that of '{record.name}'; give {directory} its old name")
+        raise ConfigError(f"{path} is the record of '{record.name}'; give {directory} its old name")
     return record
 
 

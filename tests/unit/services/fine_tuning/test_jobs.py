@@ -150,7 +150,7 @@ async def test_a_record_that_cannot_be_written_is_written_later(
                     if "cannot be written" in shown.reason:
                         break
             assert (record.state, shown.state) == ("training", "training")
-            assert re.search(r"No such file.*\); free space .*; tried again since \d\d:\d\d:\d\d", shown.reason)
+            assert re.search(r"No such file.*\); free space .*; retrying since \d\d:\d\d:\d\d", shown.reason)
             assert len([line for line in lines if "cannot be written" in line["event"]]) == 1
         away.rename(directory)
         record = await until(fine_tunings, state)

@@ -308,7 +308,7 @@ async def answer(node: Node, messages: list[bytes], opening: pb.StageHello | Non
         pytest.param(tensor_messages(crc32c=1), "checksum .* is not the announced 00000001", id="checksum"),
         pytest.param(tensor_messages(num_bytes=5), "fp32 payload of 5 bytes where 256 elements take 1024", id="size"),
         pytest.param(tensor_messages(num_bytes=1 << 40), "fp32 payload of 1099511627776 bytes", id="huge"),
-        pytest.param([message(abandon=pb.StageAbandon(number=1))], "towards the wrong side", id="abandon"),
+        pytest.param([message(abandon=pb.StageAbandon(number=1))], "must not abandon an attempt here", id="abandon"),
         pytest.param([message()], "a message without content", id="empty"),
         pytest.param([message(hello=hello())], "a message without content", id="second-hello"),
         pytest.param([b"\x22\x01x"], "unexpected field", id="garbage"),
@@ -325,7 +325,9 @@ async def answer(node: Node, messages: list[bytes], opening: pb.StageHello | Non
             id="validate",
         ),
         pytest.param(
-            [message(begin=pb.StageAttempt(number=9, slots=[0], void_before=10))], "makes itself void", id="void"
+            [message(begin=pb.StageAttempt(number=9, slots=[0], void_before=10))],
+            "void_before 10 is above its own number",
+            id="void",
         ),
     ],
 )

@@ -38,16 +38,18 @@ class HeaderChecks:
         forward = inbound.direction == FORWARD
         if kind == "begin":
             if not forward or self.place.is_first:
-                raise ProtocolError(f"{inbound.title}: an attempt that it may not begin")
+                raise ProtocolError(f"{inbound.title}: it must not begin an attempt here")
             self._check_attempt(inbound, header.begin, num_upcoming)
         elif kind == "abandon":
             if forward or self.place.index + 1 == self.plan.replica_size:
-                raise ProtocolError(f"{inbound.title}: it abandons an attempt towards the wrong side")
+                raise ProtocolError(f"{inbound.title}: it must not abandon an attempt here")
         elif kind != "tensor":
             raise ProtocolError(f"{inbound.title}: a message without content")
         if kind != "tensor":
             if header.payload_bytes:
-                raise ProtocolError(f"{inbound.title}: {header.payload_bytes} bytes with a message that has none")
+                raise ProtocolError(
+                    f"{inbound.title}: {header.payload_bytes} payload bytes in a message without a payload"
+                )
             return False
         return self._check_tensor(inbound, header, latest)
 
@@ -63,7 +65,7 @@ class HeaderChecks:
         if begin.validate and len(slots) != 1:
             raise ProtocolError(f"{what}: a validation pass of {len(slots)} slots")
         if begin.void_before > begin.number:
-            raise ProtocolError(f"{what}: it makes itself void")
+            raise ProtocolError(f"{what}: void_before {begin.void_before} is above its own number")
         if num_upcoming >= MAX_UPCOMING_ATTEMPTS:
             raise ProtocolError(f"{what}: {MAX_UPCOMING_ATTEMPTS} attempts wait here already")
         try:

@@ -79,7 +79,7 @@ class Link(Outbound[Outgoing]):
 
     def _heard(self, response: pb.StageResponse) -> None:
         if not self._num_taken <= response.num_taken <= self._num_sent:
-            raise ProtocolError(f"{self.title} took {response.num_taken} messages of {self._num_sent}")
+            raise ProtocolError(f"{self.title} took {response.num_taken} messages, but {self._num_sent} were sent")
         for _ in range(response.num_taken - self._num_taken):
             self._under_way.popleft()
         self._num_taken, self._window = response.num_taken, response.window

@@ -36,7 +36,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What the manifest says of a file."""
+    """The manifest's facts about a file."""
 
     name: str
     num_bytes: int
@@ -179,7 +179,7 @@ class SlotReader:
         tokens = np.empty((len(addresses), width), np.int64)
         size = width * self._dtype.itemsize
         for row, address in enumerate(addresses):
-            # pread, not a memory map: if the file shrinks meanwhile, pread gives an error, while a map gives SIGBUS.
+            # pread, not a memory map: if the file shrinks, pread gives an error, but a map SIGBUS.
             begin = address.window * stride
             try:
                 raw = os.pread(self._descriptors[address.file], size, begin * self._dtype.itemsize)

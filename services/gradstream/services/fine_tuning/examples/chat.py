@@ -212,7 +212,7 @@ class _Template:
         if len(marks) != len(trained):
             raise BadRowError(
                 f"the chat template marks {len(marks)} parts of {len(trained)} replies, so those that are not trained "
-                f"on cannot be told from the others"
+                f"on cannot be distinguished from the others"
             )
         return [mark for mark, is_trained in zip(marks, trained, strict=True) if is_trained]
 
@@ -365,6 +365,6 @@ def _left_out(what: str) -> str:
 def _rewritten(number: int) -> str:
     return (
         f"the chat template renders the conversation up to message {number + 1} differently than as a part of the "
-        f"whole, so the reply cannot be told from the rest; use a template with {{% generation %}} or conversations "
+        f"whole, so the reply cannot be located; use a template with {{% generation %}} or conversations "
         f"with one reply"
     )

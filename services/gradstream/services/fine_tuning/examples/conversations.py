@@ -199,7 +199,7 @@ def _is_trained(message: dict[str, Any], number: int, is_reply: bool) -> bool:
         if value not in (0, 1):
             raise BadRowError(f"message {number}: its {field} is {shortened(repr(value))}; it can be 0 or 1")
         if field == "train" and value and not is_reply:
-            raise BadRowError(f"message {number} has train true and is no reply; replies alone are trained on")
+            raise BadRowError(f"message {number} has train true but is not a reply; only replies are trained on")
         trained = trained and bool(value)
     return trained
 

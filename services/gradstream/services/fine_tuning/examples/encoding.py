@@ -179,7 +179,7 @@ class Encoder:
         ids = ids[len(head) :] if ids[: len(head)] == head else self._without_added(token)
         if self._backend.token_to_id(token) in ids or not ids:
             raise BadRowError(
-                f"'{token}' is written out in a text, and the tokenizer knows it as a special token alone"
+                f"'{token}' is written out in a text, but the tokenizer can encode it only as the special token"
             )
         return ids
 

@@ -171,7 +171,7 @@ def checked_text(text: str, what: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRowError(f"{what} holds half of a surrogate pair, which is no character") from None
+        raise BadRowError(f"{what} holds half of a surrogate pair, which is not a character") from None
     return text
 
 

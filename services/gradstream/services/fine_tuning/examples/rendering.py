@@ -145,8 +145,8 @@ class Renderer:
         for field in TRAIN_FIELDS:
             if field not in self._used and row.values.get(field) is not None and row.values[field] != 1:
                 raise BadRowError(
-                    f"field '{field}' is {shortened(repr(row.values[field]))}, and a row is trained on or not: leave "
-                    f"the row out, or the field"
+                    f"field '{field}' is {shortened(repr(row.values[field]))}, but no such field can exclude or "
+                    f"weight a row; leave out the row or the field"
                 )
         examples = self._render(row)
         self.unused_fields.update(row.unread)
@@ -251,7 +251,7 @@ class Renderer:
             raise BadRowError("the output is empty")
         history = row.values.get("history") or []
         if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-            raise BadRowError("field 'history' is no list of pairs of instruction and output")
+            raise BadRowError("field 'history' is not a list of pairs of instruction and output")
         turns = [*history, ["\n".join(text for text in (instruction, more) if text), output]]
         messages = [
             {"role": role, "content": text, "weight": int(number == len(turns) - 1) if role == "assistant" else None}

@@ -147,12 +147,12 @@ class Batcher:
         """Put a request at the end of the queue. Raises UnreachableError when it is full or the service is ending."""
         with self._changed:
             if self._closed:
-                raise UnreachableError("the service is ending; ask again when it is back")
+                raise UnreachableError("the service is ending; retry when it is back")
             num_waiting = sum(not waiting.patient for waiting in self._waiting)
             if not row.patient and num_waiting >= self._limits.max_waiting:
                 raise UnreachableError(
-                    f"busy: {self._num_running} requests are being generated and {num_waiting} wait already; ask again "
-                    f"in a while"
+                    f"busy: {self._num_running} requests are being generated and {num_waiting} wait already; try "
+                    f"again later"
                 )
             self._waiting.append(row)
             self._changed.notify()
@@ -184,7 +184,7 @@ class Batcher:
 
     def abandon(self) -> None:
         """End all requests with an error. Called after `close`, by the thread that steps."""
-        error = UnreachableError("the service ended before the text did; ask again when it is back")
+        error = UnreachableError("the service ended before the text did; retry when it is back")
         with self._changed:
             left = list(self._waiting)
             self._waiting.clear()
@@ -329,4 +329,4 @@ class Batcher:
 
 
 def _failed(error: Exception) -> str:
-    return f"generating failed ({one_line(error)}); ask again with a shorter prompt, or see the service's log"
+    return f"generating failed ({one_line(error)}); try again with a shorter prompt, or see the service's log"

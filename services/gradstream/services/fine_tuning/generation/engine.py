@@ -137,8 +137,8 @@ def check_request(request: GenerationRequest, facts: BaseFacts) -> None:
     for text in request.stop:
         if text not in special and (found := next((token for token in special if token and token in text), None)):
             raise ConfigError(
-                f"stop text {text!r} has the special token {found!r} in it, which is no part of any text; give the "
-                f"token alone"
+                f"stop text {text!r} has the special token {found!r} in it, which no text contains; give the "
+                f"token as a stop text of its own"
             )
 
 

@@ -144,7 +144,7 @@ def load_model(tensors: BaseTensors, dtype: torch.dtype, device: torch.device) -
         shape = model.get_parameter(name).shape
         if fresh.shape != shape:
             raise CheckpointError(
-                f"the base's tensor '{name}' has shape {tuple(fresh.shape)} and its config.json says {tuple(shape)}"
+                f"the base's tensor '{name}' has shape {tuple(fresh.shape)}, but its config.json says {tuple(shape)}"
             )
         # A copy, because the content of a mapped file changes with the file.
         parameter = nn.Parameter(fresh.to(device=device, dtype=dtype, copy=True), requires_grad=False)
@@ -171,7 +171,7 @@ def _fill_adapter(model: nn.Module, adapter: str, weights: Mapping[str, torch.Te
         shape, fresh = model.get_parameter(own).shape, weights[name]
         if fresh.shape != shape:
             raise CheckpointError(
-                f"the adapter's tensor '{name}' has shape {tuple(fresh.shape)} and its base and recipe say "
+                f"the adapter's tensor '{name}' has shape {tuple(fresh.shape)}, but its base and recipe say "
                 f"{tuple(shape)}"
             )
         # A copy, because the owner of the weights may go on training them.
@@ -209,6 +209,6 @@ def check_fits(num_bytes: int, budget_bytes: int, title: str) -> None:
     """Raise ConfigError for a base that is larger than the memory for bases."""
     if num_bytes > budget_bytes:
         raise ConfigError(
-            f"base {title} takes {num_bytes / 2**30:.2f} GiB of memory and the service may hold "
-            f"{budget_bytes / 2**30:.2f} GiB of bases; allow it more, or hold bases in bf16"
+            f"base {title} takes {num_bytes / 2**30:.2f} GiB of memory, but the service may hold "
+            f"{budget_bytes / 2**30:.2f} GiB of bases; give it more memory, or hold bases in bf16"
         )

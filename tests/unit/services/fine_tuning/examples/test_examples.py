@@ -307,7 +307,10 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": 3, "completion": "b"}, "field 'prompt' holds a number, not text"),
     ({"prompt": "a", "completion": None}, "field 'completion' holds null, not text"),
     ({"prompt": "a", "completion": " \n"}, "the completion is empty"),
-    ({"prompt": "\ud800", "completion": "b"}, "field 'prompt' holds half of a surrogate pair, which is no character"),
+    (
+        {"prompt": "\ud800", "completion": "b"},
+        "field 'prompt' holds half of a surrogate pair, which is not a character",
+    ),
 ]
 BAD_CHATS: list[tuple[Any, str]] = [
     ("hello", "the messages are text, not a list"),

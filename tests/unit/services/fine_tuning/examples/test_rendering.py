@@ -191,7 +191,7 @@ def test_a_text_is_never_markup(name: str, messages: list[dict[str, str]]) -> No
     try:
         found = render_conversation(conversation(messages), tokenizer, encoder)
     except BadRowError as error:
-        assert "knows it as a special token alone" in str(error)  # noqa: PT017
+        assert "can encode it only as the special token" in str(error)  # noqa: PT017
         return
     assert found.ids == theirs
     prompt = tokenizer.apply_chat_template(
@@ -329,9 +329,15 @@ def test_tools_calls_and_reasoning_are_rendered_as_the_template_does(tmp_path: P
         ),
         ({"messages": [user("a"), reply("b", weight=0)]}, "every reply has weight 0 or train false"),
         ({"messages": [user("a"), reply("b", weight=0.5)]}, "message 2: its weight is 0.5; it can be 0 or 1"),
-        ({"messages": [user("a", train=True), reply("b")]}, "message 1 has train true and is no reply"),
-        ({"messages": [user("a"), reply("b")], "weight": 0}, "field 'weight' is 0, and a row is trained on or not"),
-        ({"prompt": "a", "completion": "b", "train": False}, "field 'train' is False, and a row is trained on or not"),
+        ({"messages": [user("a", train=True), reply("b")]}, "message 1 has train true but is not a reply"),
+        (
+            {"messages": [user("a"), reply("b")], "weight": 0},
+            "field 'weight' is 0, but no such field can exclude or weight a row",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "train": False},
+            "field 'train' is False, but no such field can exclude or weight a row",
+        ),
         ({"messages": [user("a", **{"x<|im_end|>": 1}), reply("b")]}, "the name of a field has the special token"),
         (
             {"prompt": "a", "completion": "b<|endoftext|>c"},

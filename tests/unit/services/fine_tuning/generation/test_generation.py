@@ -213,7 +213,7 @@ def test_waiting_is_bounded_and_cancelled_too(bases: MemoryBases) -> None:
     batcher = Batcher(models, EngineLimits(max_batch=1, max_waiting=2))
     request = ask("base", PROMPTS[0], 3)
     first, second = submit(batcher, models, request, request)
-    with pytest.raises(UnreachableError, match=r"^busy: 0 requests are being generated and 2 wait already; ask again"):
+    with pytest.raises(UnreachableError, match=r"^busy: 0 requests are being generated and 2 wait already; try again"):
         submit(batcher, models, request)
     patient = Asked(models, request, patient=True)
     batcher.submit(patient.row)

@@ -65,7 +65,7 @@ class ServerWatch:
         self._ring(active, now, grace_seconds=0.0)
         raise BusyError(
             f"the parameter server '{request.name}' of job {active.job_id} is silent and may still hold its state; "
-            f"this one is let in once that process is known to be gone, or after {self._timing.reunion_seconds:g} s"
+            f"this process is admitted once that one is known to be gone, or after {self._timing.reunion_seconds:g} s"
         )
 
     def _ring(self, active: ActiveJob, now: float, grace_seconds: float) -> None:

@@ -1,1 +1,1 @@
-"""Who is there and who is silent: membership, sessions, benches, and what nodes share."""
+"""Live and silent nodes: membership, sessions, benches, and checks of shared storage."""

@@ -1,8 +1,9 @@
-"""Nodes that are kept from the active job for a time, and the decision which: a failure of one node is not the job's.
+"""Decide which nodes are benched, that is, get no work of the active job for a time.
 
-A worker is benched that reported a failure, that cannot reach a peer, or that heartbeats but gets nothing done while
-slots of its are missing. Its slots go to the others. Where all are alike it is not they who are at fault, and nobody is
-benched. A server is benched that reported a failure: the next plan does without it.
+So a failure of one node does not end the job. A worker is benched when it reports a failure, cannot reach a peer, or
+heartbeats without progress while contributions of its slots are missing. Other workers get its slots. If all workers
+are equally affected, the cause is elsewhere and no worker is benched. A server is benched when it reports a failure:
+the next plan leaves it out.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ class Bench:
     reason: str
     since: float
     until: float
-    failed: bool  # it reported a failure; else it was slow or cut off, and is better than nobody
+    failed: bool  # it reported a failure; else it was slow or cut off, and still gets slots if no other worker can
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSight:
-    """How a worker that holds slots, or belongs to a replica that does, looks now."""
+    """The current situation of a worker that holds slots, or belongs to a replica that does."""
 
     node_id: str
     title: str
-    replica: int  # workers of one replica share it
-    slots: tuple[int, ...]  # the replica's, of those that a server misses
-    still_seconds: float  # since it got anything done, or was given its slots
-    waiting: bool  # it says that it waits for a peer
-    loading: bool = False  # it builds the model, which takes as long as a first slot may
+    replica: int  # the same number for all workers of a replica
+    slots: tuple[int, ...]  # the replica's slots of which a server misses contributions
+    still_seconds: float  # since its last progress, or since it got its slots
+    waiting: bool  # it reports that it waits for a peer
+    loading: bool = False  # it builds the model, which may take as long as a first slot
     unreachable: str = ""  # a peer that it cannot reach
     unreachable_seconds: float = 0.0
 
@@ -46,14 +47,17 @@ class WorkerSight:
 def find_stuck(
     workers: Sequence[WorkerSight], num_able: int, slot_seconds: float | None, timing: Timing
 ) -> list[tuple[str, str]]:
-    """The workers whose slots must move, as (node id, reason); none where no other could take them. `num_able` workers
-    could hold slots; `slot_seconds` is the median time of a slot, None before there is one."""
+    """Find the workers whose slots must move, as (node id, reason); none if no other worker could take the slots.
+
+    `num_able` is the number of workers that can hold slots. `slot_seconds` is the median time of a slot, None while it
+    is not known.
+    """
     found = stuck_workers(workers, slot_seconds, timing)
     return list(found.items()) if len(found) < num_able else []
 
 
 def stuck_workers(workers: Sequence[WorkerSight], slot_seconds: float | None, timing: Timing) -> dict[str, str]:
-    """The workers that get nothing done, with the reason, by node id. In a replica that hangs it is one of them."""
+    """The workers without progress, with the reason, by node id. Of a replica that hangs only one worker is named."""
     limit = timing.first_slot_seconds
     if slot_seconds is not None:
         limit = max(timing.stall_seconds, timing.stall_factor * slot_seconds)
@@ -70,7 +74,7 @@ def stuck_workers(workers: Sequence[WorkerSight], slot_seconds: float | None, ti
         ]
         if len(still) < len(chain) or any(worker.node_id in found for worker in chain):
             continue
-        # In a replica the others wait for the one that hangs.
+        # In a replica the other workers wait for the one that hangs.
         culprit = next((worker for worker in still if not worker.waiting), still[0])
         usual = "" if slot_seconds is None else f" (a slot takes {slot_seconds:.1f} s)"
         found[culprit.node_id] = f"no progress on {slots_text(culprit.slots)} for {culprit.still_seconds:.0f} s{usual}"
@@ -79,14 +83,14 @@ def stuck_workers(workers: Sequence[WorkerSight], slot_seconds: float | None, ti
 
 @dataclass
 class Benches:
-    """The benched nodes of a job by node id. Kept in memory: what still is the case after a restart is seen again."""
+    """The benched nodes of a job by node id. Kept in memory only: after a restart a lasting problem is found again."""
 
     bench_seconds: float = 60.0
     _current: dict[str, Bench] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
 
     def bench(self, node_id: str, title: str, reason: str, failed: bool, now: float) -> None:
-        """Keep a node from the job; each time for twice as long as before."""
+        """Bench a node, each time for twice as long as before."""
         count = self._counts.get(node_id, 0)
         self._counts[node_id] = count + 1
         seconds = self.bench_seconds * 2 ** min(count, MAX_DOUBLINGS)
@@ -95,8 +99,10 @@ class Benches:
             del self._current[next(iter(self._current))]
 
     def lift(self, now: float, recovered: Callable[[str, float], bool]) -> list[Bench]:
-        """Take up again those whose time is over; return them. One that hung or was cut off must have recovered since:
-        `recovered` is given its id and since when it is benched."""
+        """End the benches whose time is over; return them.
+
+        A node that hung or was cut off must also have recovered: `recovered` gets its id and the time of its benching.
+        """
         over = [
             node_id
             for node_id, bench in self._current.items()
@@ -105,23 +111,23 @@ class Benches:
         return [self._current.pop(node_id) for node_id in over]
 
     def benched(self, node_id: str) -> bool:
-        """Whether the node is kept from the job."""
+        """Whether the node is benched."""
         return node_id in self._current
 
     def failed(self, node_id: str) -> bool:
-        """Whether the node is kept from the job because it reported a failure."""
+        """Whether the node is benched because it reported a failure."""
         return node_id in self._current and self._current[node_id].failed
 
     def current(self) -> list[Bench]:
-        """Those benched now."""
+        """The benches in force."""
         return list(self._current.values())
 
     def line(self) -> str:
-        """Those benched now, for people."""
+        """The benched nodes with their reasons, for people."""
         return "; ".join(f"{bench.title} is benched: {bench.reason}" for bench in self._current.values())
 
     def failures(self) -> str:
-        """What nodes reported, the same words once."""
+        """The failures that nodes reported; nodes with the same failure are listed together."""
         titles: dict[str, list[str]] = {}
         for bench in self._current.values():
             if bench.failed:
@@ -129,6 +135,6 @@ class Benches:
         return "; ".join(f"{', '.join(who)}: {reason}" for reason, who in titles.items())
 
     def clear(self) -> None:
-        """Give every node another chance, as after a person's `resume`."""
+        """End all benches, as after a person's `resume`."""
         self._current.clear()
         self._counts.clear()

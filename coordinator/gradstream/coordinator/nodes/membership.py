@@ -1,8 +1,8 @@
-"""Who is there: a table of nodes with leases on life. No I/O, and the clock is an argument.
+"""A table of the nodes and their leases. No I/O, and the clock is an argument.
 
-A node is alive from its registration until its stream ends or its lease runs out; while it is, no other process gets
-its name. Its identity follows from its kind, its name and its start (incarnation) alone, so it is the same after the
-coordinator has restarted, and a plan that names it stays valid.
+A node is alive from its registration until its session ends or its lease runs out. During this time no other process
+gets its name. Its id depends only on its kind, its name and its incarnation, so the id is the same after a restart of
+the coordinator, and a plan with this id stays valid.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ NUM_RATE_SAMPLES = 20
 
 
 def make_node_id(kind: coordinator_pb2.NodeKind.ValueType, name: str, incarnation: str) -> str:
-    """The identity of one process: its name and a digest of what sets it apart from others of that name."""
+    """The id of one process: its name, and a digest that differs from that of other processes with this name."""
     return f"{name}.{blake2b(f'{kind}/{name}/{incarnation}'.encode(), digest_size=4).hexdigest()}"
 
 
 @dataclass
 class NodeEntry:
-    """One process as the table knows it."""
+    """The table's entry of one process."""
 
     node_id: str
     kind: coordinator_pb2.NodeKind.ValueType
@@ -44,26 +44,26 @@ class NodeEntry:
     order: int
     last_heartbeat: float
     last_heartbeat_unix_ms: int
-    # When it last told of something that it got done.
+    # When it last reported progress.
     progress_at: float = 0.0
     flops_per_second: float = 0.0
     machine_id: str = ""
     alive: bool = True
-    # Number of the open stream; 0 without one.
+    # Number of the open session; 0 without one.
     session: int = 0
-    # It registered again and has not opened its new stream yet: the old one's end is no death.
+    # It registered again and has not opened its new session yet: the end of the old session does not end the node.
     returning: bool = False
-    # Jobs whose state it holds, with the epoch: as told at registration, then as told by us.
+    # Jobs whose state it holds, with the epoch: first from its registration, then from the directives sent to it.
     holds: dict[str, int] = field(default_factory=dict)
     activity: coordinator_pb2.Activity = field(default_factory=coordinator_pb2.Activity)
-    # What it last told of itself; None when nothing.
+    # Its last report of its machine; None before the first.
     vitals: coordinator_pb2.Vitals | None = None
     # (clock, job, bytes sent) of the last heartbeats, for rates.
     sent: deque[tuple[float, str, int]] = field(default_factory=lambda: deque(maxlen=NUM_RATE_SAMPLES))
 
     @property
     def present(self) -> bool:
-        """Whether it can be spoken to: alive, and its stream is open."""
+        """Whether it is alive and has an open session."""
         return self.alive and self.session > 0
 
     @property
@@ -72,7 +72,7 @@ class NodeEntry:
         return f"{KIND_WORDS[self.kind]} {self.name}"
 
     def sent_bytes_per_second(self, job_id: str) -> float:
-        """Payload bytes a second that it sent for a job over its last heartbeats."""
+        """Payload bytes per second that it sent for a job over its last heartbeats."""
         samples = [(when, sent) for when, job, sent in self.sent if job == job_id]
         if len(samples) < 2 or samples[-1][0] <= samples[0][0]:
             return 0.0
@@ -80,7 +80,7 @@ class NodeEntry:
 
 
 class Membership:
-    """The table. Times are seconds of any steady clock."""
+    """The table of nodes. Times are seconds of any steady clock."""
 
     def __init__(self, heartbeat_seconds: float = 1.0, lease_seconds: float = 10.0):
         self.heartbeat_seconds = heartbeat_seconds
@@ -88,15 +88,15 @@ class Membership:
         self._nodes: dict[str, NodeEntry] = {}
         self._order = 0
         self._sessions = 0
-        # When processes first asked for a name that another one has.
+        # When each newcomer first asked for a name that another process has.
         self._knocks: OrderedDict[str, float] = OrderedDict()
         self._refused: OrderedDict[tuple[int, str], jobs_pb2.RefusedNode] = OrderedDict()
 
     def register(self, request: coordinator_pb2.RegisterRequest, now: float, unix_ms: int) -> NodeEntry:
-        """Enter a node. The process that has a name keeps it while it heartbeats.
+        """Enter a node. A process keeps its name while it heartbeats.
 
-        Raises ConfigError when another process of its name is known to be live, BusyError while that is not known: a
-        machine that lost its power looks alive until its lease runs out.
+        Raises ConfigError when another process with this name is known to be live, BusyError while that is not known: a
+        node whose machine lost power counts as alive until its lease runs out.
         """
         node_id = make_node_id(request.kind, request.name, request.incarnation)
         namesakes = [n for n in self._nodes.values() if (n.kind, n.name) == (request.kind, request.name)]
@@ -131,7 +131,7 @@ class Membership:
         node.last_heartbeat, node.last_heartbeat_unix_ms = now, unix_ms
         node.holds = {held.job_id: held.epoch for held in request.held}
         if request.kind == SERVER and request.held:
-            # Until its first heartbeat.
+            # Used until its first heartbeat.
             held = request.held[-1]
             node.activity = coordinator_pb2.Activity(job_id=held.job_id, step=held.version)
         node.progress_at = now
@@ -142,7 +142,7 @@ class Membership:
         first = self._knocks.setdefault(node_id, now)
         while len(self._knocks) > MAX_KNOCKS:
             self._knocks.popitem(last=False)
-        # A heartbeat that was under way when the incumbent died may come after the newcomer.
+        # A heartbeat that the incumbent sent before its death may arrive after the newcomer.
         if incumbent.last_heartbeat >= first + self.heartbeat_seconds:
             raise ConfigError(
                 f"another {KIND_WORDS[incumbent.kind]} is live as '{incumbent.name}' (at {incumbent.address}, last "
@@ -150,12 +150,14 @@ class Membership:
             )
         raise BusyError(
             f"another {KIND_WORDS[incumbent.kind]} has registered as '{incumbent.name}' (at {incumbent.address}); this "
-            f"one is let in if that one does not heartbeat within its lease of {self.lease_seconds:g} s"
+            f"process is admitted if the other does not heartbeat within its lease of {self.lease_seconds:g} s"
         )
 
     def _level(self, newcomer: NodeEntry) -> None:
-        """Give all nodes on a newcomer's device the best speed that was measured of it, by dead ones too: whatever else
-        the machine did in that moment made the others slower."""
+        """Set all nodes on a newcomer's device to the best speed that any node, also a dead one, measured of it.
+
+        Lower measurements were disturbed by other work on the machine.
+        """
         if not newcomer.machine_id:
             return
         device = (newcomer.machine_id, newcomer.device)
@@ -166,7 +168,7 @@ class Membership:
                 node.flops_per_second = best
 
     def refuse(self, request: coordinator_pb2.RegisterRequest, reason: str, unix_ms: int) -> None:
-        """Remember a node that was not let in, for people who wonder where it is."""
+        """Remember a node whose registration was refused, to show it to people."""
         key = (request.kind, request.name)
         self._refused.pop(key, None)
         self._refused[key] = jobs_pb2.RefusedNode(name=request.name, kind=request.kind, reason=reason, unix_ms=unix_ms)
@@ -174,11 +176,11 @@ class Membership:
             self._refused.popitem(last=False)
 
     def refused(self) -> list[jobs_pb2.RefusedNode]:
-        """Those not let in and not registered since, the newest first."""
+        """The nodes that were refused and have not registered since, newest first."""
         return list(reversed(self._refused.values()))
 
     def open_session(self, node_id: str) -> NodeEntry | None:
-        """Note a new stream of a live node; an older one of it counts no more. None when it is not registered."""
+        """Open a session of a live node; it supersedes an older one. Return None when the node is not registered."""
         node = self._nodes.get(node_id)
         if node is None or not node.alive:
             return None
@@ -189,7 +191,7 @@ class Membership:
     def heartbeat(
         self, node_id: str, session: int, activity: coordinator_pb2.Activity, now: float, unix_ms: int
     ) -> bool:
-        """Renew the lease; False when this stream counts no more."""
+        """Renew a node's lease; return False when this session has been superseded."""
         node = self._nodes.get(node_id)
         if node is None or not node.alive or node.session != session:
             return False
@@ -201,13 +203,13 @@ class Membership:
         return True
 
     def note_vitals(self, node_id: str, vitals: coordinator_pb2.Vitals) -> None:
-        """Keep what a node tells of itself."""
+        """Store a node's report of its machine."""
         node = self._nodes.get(node_id)
         if node is not None and len(vitals.machine.disk_directory) <= MAX_PATH_CHARACTERS:
             node.vitals = vitals
 
     def close_session(self, node_id: str, session: int) -> NodeEntry | None:
-        """A stream ended. The node that died of it, or None when the stream counted no more."""
+        """Note the end of a session. Return the node that ended with it; None when the session was superseded."""
         node = self._nodes.get(node_id)
         if node is None or not node.alive or node.session != session:
             return None
@@ -219,12 +221,12 @@ class Membership:
         return node
 
     def forgive(self, seconds: float, now: float) -> None:
-        """Extend all leases: heartbeats that came meanwhile could not be read, for a reason of our own."""
+        """Extend all leases by a time in which the coordinator could not read heartbeats."""
         for node in self._nodes.values():
             node.last_heartbeat = min(now, node.last_heartbeat + seconds)
 
     def expire(self, now: float) -> list[NodeEntry]:
-        """End the nodes whose lease ran out; return them."""
+        """End the nodes whose lease has run out; return them."""
         dead = [n for n in self._nodes.values() if n.alive and now - n.last_heartbeat > self.lease_seconds]
         for node in dead:
             self._end(node)
@@ -236,19 +238,19 @@ class Membership:
         return self._nodes.get(node_id)
 
     def present(self, kind: coordinator_pb2.NodeKind.ValueType) -> list[NodeEntry]:
-        """The nodes of a kind that can be spoken to, those that came first first."""
+        """The nodes of a kind with an open session, in the order of their registration."""
         return sorted((n for n in self._nodes.values() if n.kind == kind and n.present), key=lambda n: n.order)
 
     def everyone_present(self) -> list[NodeEntry]:
-        """All nodes that can be spoken to."""
+        """All nodes with an open session."""
         return [n for n in self._nodes.values() if n.present]
 
     def all(self) -> Sequence[NodeEntry]:
-        """Live nodes first, then by kind and name."""
+        """All nodes, live ones first, then by kind and name."""
         return sorted(self._nodes.values(), key=lambda n: (not n.alive, n.kind, n.name))
 
     def name_of(self, node_id: str) -> str:
-        """The name of a node, also of one that is gone: identities start with it."""
+        """The name of a node, also of one that is not in the table: a node id starts with the name."""
         node = self._nodes.get(node_id)
         return node.name if node is not None else node_id.rpartition(".")[0]
 
@@ -263,13 +265,13 @@ class Membership:
         node.sent.clear()
 
     def _prune(self) -> None:
-        """Forget all but the newest of the dead."""
+        """Forget all but the newest dead nodes."""
         dead = sorted((n for n in self._nodes.values() if not n.alive), key=lambda n: n.last_heartbeat)
         for node in dead[: max(0, len(dead) - MAX_DEAD_NODES)]:
             del self._nodes[node.node_id]
 
 
 def _done(activity: coordinator_pb2.Activity) -> tuple[object, ...]:
-    """What changes when a node gets something done."""
+    """The fields of an activity that change when a node makes progress."""
     moved = (activity.sent_bytes, activity.received_bytes, activity.progress)
     return activity.job_id, activity.step, activity.phase, *moved

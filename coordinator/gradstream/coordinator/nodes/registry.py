@@ -1,7 +1,7 @@
-"""The nodes and the streams to them: how they arrive, what they are sent, how they depart.
+"""The nodes and their sessions: arrival, directives, departure.
 
-Knows nothing of jobs but the plan that a node is sent or made to forget. What a departure means for a job is decided by
-the caller.
+Of jobs this module only knows the plan that a node is sent or told to forget. The caller decides what a departure means
+for a job.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ log = get_logger()
 
 
 class NodeRegistry:
-    """Owns the membership and the open streams. Times are seconds of the steady clock that the caller reads."""
+    """Owner of the membership and the open sessions. Times are seconds of the caller's steady clock."""
 
     def __init__(self, timing: Timing, now: float):
         self._timing = timing
@@ -27,15 +27,19 @@ class NodeRegistry:
     # --- arrival ----------------------------------------------------------------------------------------------------
 
     def register(self, request: coordinator_pb2.RegisterRequest, now: float) -> NodeEntry:
-        """Enter a node that was checked. Raises ConfigError when another live process has its name, BusyError while
-        that is not known."""
+        """Enter a node whose registration was checked.
+
+        Raises ConfigError when another live process has its name, BusyError while that is not known.
+        """
         node = self.members.register(request, now, unix_ms())
         log.info("registered", node=node.node_id, address=node.address, holds=dict(node.holds))
         return node
 
     def open_session(self, node_id: str, in_force: plan_pb2.Plan | None) -> tuple[NodeEntry, OpenSession] | None:
-        """Begin a node's stream, and release the plans that it holds besides the one in force; None when the node is
-        not registered."""
+        """Begin a node's session; release all plans that it holds except the one in force.
+
+        Return None when the node is not registered.
+        """
         node = self.members.open_session(node_id)
         if node is None:
             return None
@@ -46,21 +50,21 @@ class NodeRegistry:
         return node, session
 
     def heartbeat(self, session: OpenSession, activity: coordinator_pb2.Activity, now: float) -> bool:
-        """Renew a node's lease; False when the stream has been superseded."""
+        """Renew a node's lease; return False when its session has been superseded."""
         return self.members.heartbeat(session.node_id, session.number, activity, now, unix_ms())
 
     def note_vitals(self, session: OpenSession, vitals: coordinator_pb2.Vitals) -> None:
-        """Keep what a node reports of its machine."""
+        """Store a node's report of its machine."""
         self.members.note_vitals(session.node_id, vitals)
 
     # --- directives -------------------------------------------------------------------------------------------------
 
     def send(self, node: NodeEntry, directive: coordinator_pb2.SessionResponse) -> None:
-        """Queue a directive for a node, if it has a stream."""
+        """Queue a directive for a node, if it has a session."""
         self._hub.send(node, directive)
 
     def send_plan(self, node: NodeEntry, plan: plan_pb2.Plan) -> None:
-        """Send a node the plan, unless it holds it."""
+        """Send a node the plan, unless the node holds it."""
         if node.holds.get(plan.job_id) != plan.epoch:
             self._hub.send(node, coordinator_pb2.SessionResponse(plan=plan))
             node.holds[plan.job_id] = plan.epoch
@@ -72,20 +76,22 @@ class NodeRegistry:
     # --- departure --------------------------------------------------------------------------------------------------
 
     def close_session(self, session: OpenSession, why: str) -> NodeEntry | None:
-        """Note that a stream has ended. Return the node, which is silent now; None when it has another stream."""
+        """Note that a session has ended. Return the node, which is silent now; None if it has another session."""
         self._hub.close(session, why)
         return self.members.close_session(session.node_id, session.number)
 
     def expire(self, now: float) -> list[NodeEntry]:
-        """End the nodes whose lease ran out, with their streams; return them."""
+        """End the nodes whose lease has run out, and their sessions; return the nodes."""
         expired = self.members.expire(now)
         for node in expired:
             self._hub.end(node.node_id, "its lease ran out")
         return expired
 
     def forgive_own_stall(self, now: float) -> float:
-        """Extend all leases by the time for which this process itself stood still (a large import, a suspended
-        machine). Return it in seconds; 0 when it did not."""
+        """Extend all leases by the time for which this process itself stalled; return it in seconds, 0 if it did not.
+
+        A large import or a suspended machine can stall the process.
+        """
         stall = now - self._looked_at - self._timing.tick_seconds
         self._looked_at = now
         if stall <= self._timing.heartbeat_seconds:
@@ -94,5 +100,5 @@ class NodeRegistry:
         return stall
 
     def end_all(self) -> None:
-        """End all streams without a reason: the nodes will look for the next coordinator."""
+        """End all sessions without a reason. The nodes then connect to the next coordinator."""
         self._hub.end_all()

@@ -1,11 +1,12 @@
-"""Which of a plan's servers are silent, for how long their state is waited for, and which are known to be gone.
+"""Judge the silent servers of a plan: whether each may come back with its state, and until when the job waits for it.
 
-A server that does not answer has lost nothing: the network may be cut while workers and servers go on. Its state is
-lost when it came back without it, when its process was restarted, when it reported a failure, or when its machine
-refuses connections to it. Of a server that is silent without such a proof the state is waited for, `reunion_seconds`
-long from the latest of: the moment it fell silent, the moment since which some server can be spoken to at all, and the
-first return of a server of the same plan. While no server can be spoken to nothing is given up: it is the coordinator
-that is cut off. A newcomer that asks for a silent server's name can be spoken to, though it is not let in yet.
+A silent server may still have its state: the network may be cut while workers and servers go on. The state is lost when
+the server comes back without it, when its process was restarted, when it reported a failure, or when its machine
+refuses connections to it. Without such a proof the job waits for the state. It waits `reunion_seconds` from the latest
+of three moments: when the server fell silent, when the coordinator could again reach any server at all, and when the
+first server of the same plan came back. While no server can be reached, no state is given up, because then the
+coordinator itself is cut off. A newcomer that asks for a silent server's name counts as reachable, although it is not
+admitted yet.
 """
 
 from __future__ import annotations
@@ -23,34 +24,34 @@ RING_SECONDS = 0.5
 """Between two attempts to connect to a silent server."""
 CONNECT_SECONDS = 2.0
 VISIT_SECONDS = 10.0
-"""For how long a newcomer that was told to ask again counts as company: it asks at least every 3 s."""
+"""For how long a newcomer that was told to retry counts as reachable: it retries at least every 3 s."""
 REFUSALS = 2
-"""Refused connections in a row that prove that no process listens there any more."""
+"""Number of consecutive refused connections that prove that no process listens there any more."""
 
 
 class Verdict(Enum):
-    """What is to be done about a plan's servers."""
+    """The judgement on a plan's servers."""
 
-    HOLD = "hold"  # all are there
+    HOLD = "hold"  # all are present
     WAIT = "wait"  # some are silent and may come back with their state
-    LOST = "lost"  # state is lost, a new epoch must start from a checkpoint
+    LOST = "lost"  # state is lost, so a new epoch must start from a checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSight:
-    """How one of a plan's servers looks now."""
+    """The current situation of one of a plan's servers."""
 
     name: str
     present: bool
-    holds: bool  # the plan's epoch, in memory
-    replaced: bool  # another process of its name is live
-    patience_seconds: float  # until its state is given up, if it is silent
+    holds: bool  # it holds the plan's epoch in memory
+    replaced: bool  # another process with its name is live
+    patience_seconds: float  # time until its state is given up, if it is silent
     refuses: bool = False  # its machine refuses connections to it
-    failure: str = ""  # what it reported, if it cannot go on
+    failure: str = ""  # the failure that it reported, if it cannot go on
 
 
 def judge_servers(servers: Sequence[ServerSight]) -> tuple[Verdict, str]:
-    """Decide whether the plan stands. State that one server has lost cannot come back, so any loss ends the epoch."""
+    """Decide whether the plan stands. A server's lost state cannot be recovered, so any loss ends the epoch."""
     for server in servers:
         title = f"parameter server {server.name}"
         if server.failure:
@@ -72,7 +73,7 @@ def judge_servers(servers: Sequence[ServerSight]) -> tuple[Verdict, str]:
 
 @dataclass
 class Absence:
-    """A server of the plan that cannot be spoken to. Times are of the coordinator's clock."""
+    """A server of the plan without a session. Times are of the coordinator's clock."""
 
     since: float
     num_refusals: int = 0
@@ -84,26 +85,26 @@ class Absence:
         return self.num_refusals >= REFUSALS
 
     def heard(self, refused: bool) -> None:
-        """Take the outcome of an attempt to connect."""
+        """Note the outcome of an attempt to connect."""
         self.num_refusals = self.num_refusals + 1 if refused else 0
 
 
 @dataclass
 class Reunion:
-    """What is remembered of a plan's servers from one look to the next."""
+    """The memory of a plan's silent servers from one `look` to the next."""
 
     reunion_seconds: float = math.inf
     absences: dict[str, Absence] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    # Since when some server, of the plan or not, can be spoken to; None while none can.
+    # Since when some server, of the plan or not, can be reached; None while none can.
     company_since: float | None = None
     # When a newcomer last asked for the name of a silent server.
     visited_at: float = -math.inf
-    # When the first of the servers that were silent together came back; None while none has.
+    # When the first of the servers that were silent at the same time came back; None while none has.
     returned_at: float | None = None
 
     def look(self, plan: Plan, epoch: int, members: Membership, now: float) -> list[ServerSight]:
-        """See who is there, and how each of the plan's servers looks."""
+        """Update the absences from the membership; return the situation of each of the plan's servers."""
         if not members.present(SERVER) and now - self.visited_at > VISIT_SECONDS:
             self.company_since = None
         elif self.company_since is None:
@@ -137,14 +138,14 @@ class Reunion:
         return sights
 
     def patience_seconds(self, node_id: str, now: float) -> float:
-        """For how long the state of a server that is silent is still waited for; inf while no end is in sight."""
+        """For how much longer the job waits for the state of a silent server; inf while no server can be reached."""
         absence = self.absences.get(node_id)
         if absence is None or self.company_since is None:
             return math.inf
         return max(absence.since, self.company_since, self.returned_at or 0.0) + self.reunion_seconds - now
 
     def due_rings(self, plan: Plan, grace_seconds: float, now: float) -> list[Server]:
-        """The silent servers to which a connection is to be tried now; each at most every RING_SECONDS."""
+        """The silent servers to which to try a connection now; each at most every RING_SECONDS."""
         due = []
         for server in plan.servers:
             absence = self.absences.get(server.node_id)
@@ -155,7 +156,7 @@ class Reunion:
         return due
 
     def forgive(self, seconds: float) -> None:
-        """Move all times: what came meanwhile could not be read, for a reason of our own."""
+        """Move all times by a time in which the coordinator could not read messages."""
         for absence in self.absences.values():
             absence.since += seconds
         if self.company_since is not None:
@@ -165,8 +166,10 @@ class Reunion:
 
 
 async def refuses_connections(address: str) -> bool:
-    """Whether the machine at `address` (host:port) answers that nothing listens there. A network that is cut, a name
-    that is not known or a process that hangs proves nothing."""
+    """Whether the machine at `address` (host:port) answers that no process listens there.
+
+    A cut network, an unknown host name or a process that hangs does not count.
+    """
     host, _, port = address.rpartition(":")
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), CONNECT_SECONDS)

@@ -1,4 +1,4 @@
-"""Whether the coordinator and nodes share a directory, found out by files that each writes and the others read."""
+"""Check that the coordinator and nodes share a directory: each writes a file, and all others must see it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ log = get_logger()
 
 
 class StorageChecks:
-    """Carries checks out: asks nodes by directives, which answer by reports."""
+    """Runs checks: sends directives to nodes, which answer with reports."""
 
     def __init__(self, send: Callable[[NodeEntry, coordinator_pb2.SessionResponse], object]):
         self._send = send
         self._threads = StorageThreads()
-        # (check, node) → the node's answer.
+        # (check id, node id) → the node's answer.
         self._awaited: dict[tuple[str, str], asyncio.Future[str]] = {}
 
     def take(self, report: coordinator_pb2.ReportStorageRequest) -> None:
-        """A node's answer; one that nobody waits for any more is dropped."""
+        """Take a node's answer; drop it if its check is over."""
         future = self._awaited.get((report.check_id, report.node_id))
         if future is not None and not future.done():
             future.set_result(" ".join(report.problem.split())[:MAX_PROBLEM_CHARACTERS])
 
     async def problem(self, directory: str, nodes: Sequence[NodeEntry]) -> str:
-        """Why the coordinator and these nodes do not share a directory, which is made if need be: one line that names
-        the node. Empty when they do."""
+        """Check whether the coordinator and these nodes share a directory, which is created if missing.
+
+        Return one line that says why not and names the node; empty when they share it.
+        """
         check_id = secrets.token_hex(8)
         try:
             return await self._find(directory, check_id, nodes)
@@ -47,14 +49,14 @@ class StorageChecks:
             try:
                 await self._threads.call(directory, shared_storage.clean_up, directory, check_id)
             except (OSError, UnreachableError) as error:
-                log.warning("files of a check stay behind", directory=directory, cause=one_line(error))
+                log.warning("files of a storage check could not be removed", directory=directory, cause=one_line(error))
 
     async def _find(self, directory: str, check_id: str, nodes: Sequence[NodeEntry]) -> str:
         def begin() -> None:
             files.make_directory(directory)
             shared_storage.write(directory, check_id, shared_storage.COORDINATOR)
 
-        # 1. Each node sees the coordinator's file and writes its own, which the coordinator sees.
+        # 1. Each node must see the coordinator's file, and the coordinator the file that each node writes.
         await self._threads.call(directory, begin)
         names = {f"node-{number}": node for number, node in enumerate(nodes)}
         found = await self._ask(directory, check_id, [shared_storage.COORDINATOR], names)
@@ -64,13 +66,13 @@ class StorageChecks:
         if unseen:
             who = ", ".join(names[name].title for name in unseen)
             return f"the coordinator does not see in {directory} what {who} wrote there; {shared_storage.CURE}"
-        # 2. Each sees the others'.
+        # 2. Each node must see the files of all other nodes.
         return await self._ask(directory, check_id, list(names), names, write=False)
 
     async def _ask(
         self, directory: str, check_id: str, read: list[str], names: dict[str, NodeEntry], write: bool = True
     ) -> str:
-        """What the first of the nodes with a problem says, with its name."""
+        """Send a check to nodes; return the problem of the first node that has one, with its name."""
         loop = asyncio.get_running_loop()
         answers: dict[str, asyncio.Future[str]] = {}
         try:
@@ -94,7 +96,7 @@ class StorageChecks:
                 if loop.time() > deadline:
                     late = [names[name].title for name, future in answers.items() if not future.done()]
                     return (
-                        f"{', '.join(late)} did not say within {ANSWER_SECONDS:.0f} s whether it sees {directory}; "
+                        f"{', '.join(late)} did not answer within {ANSWER_SECONDS:.0f} s whether it sees {directory}; "
                         f"look at its storage"
                     )
                 await asyncio.wait(waiting, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -104,5 +106,5 @@ class StorageChecks:
 
     @staticmethod
     def _named(problem: str, names: dict[str, NodeEntry]) -> str:
-        """A problem in which nodes have their own names."""
+        """Replace the nodes' numbers in a problem by their names."""
         return " ".join(names[word].title if word in names else word for word in problem.split())

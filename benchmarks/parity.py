@@ -101,7 +101,7 @@ PAIRS = [
 
 @dataclass(frozen=True)
 class Run:
-    """The result of one training: validation losses by version. `pushed_bytes` are those of a slot in a step."""
+    """The result of one training: validation losses by version. `pushed_bytes` is the number a slot and step."""
 
     losses: dict[int, float]
     pushed_bytes: float = 0.0

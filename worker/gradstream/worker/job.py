@@ -189,7 +189,7 @@ class WorkerJob:
             self._reports,
         )
         upcoming: asyncio.Task[Inbox] | None = None
-        begun_ns: int | None = None  # when the version at hand arrived, while the worker is at work all the time
+        begun_ns: int | None = None  # when the current version arrived; None if the worker has rested since
         try:
             while True:
                 if not self._held.slots:

@@ -48,7 +48,8 @@ class Timeline:
     ) -> None:
         """Record a span by its two times on `clock_ns`.
 
-        Of the spans after the first MAX_SPANS of a version only those of WORK are kept, and they are not reported.
+        After the first MAX_SPANS of a version only spans of WORK are kept. They count in `step_times` but are not
+        reported.
         """
         if len(self._spans) < (MAX_SPANS if kind not in WORK else 2 * MAX_SPANS):
             self._spans.append((kind, begin_ns, end_ns, slot, item, num_bytes, stage, microbatch))
@@ -126,7 +127,10 @@ class Timeline:
 
 
 def step_times(taken: Sequence[RawSpan], begin_ns: int, end_ns: int) -> coordinator_pb2.StepTimes | None:
-    """Divide the period of a version by what the worker did. Returns None when it computed nothing, or validated."""
+    """Divide the period of a version into the worker's activities.
+
+    Returns None when the worker computed nothing, or ran a validation pass.
+    """
     passes = [span for span in taken if span[0] is SpanKind.COMPUTE]
     if not passes or any(span[0] is SpanKind.VALIDATE for span in taken):
         return None

@@ -45,7 +45,7 @@ async def serve(
     """
     process.configure_log()
     async with AsyncExitStack() as stack:
-        # 1. Open what may be refused.
+        # 1. Open the address, the state directory and the device, each of which may be refused.
         transport = Transport(credentials)
         door = FollowingServer(transport, listen_address, AuditLog(state_directory).note, takes_bulk=False)
         server, address = door.server, door.address

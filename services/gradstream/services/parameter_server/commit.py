@@ -182,7 +182,7 @@ def decide(plan: Plan, completed: CompletedStep) -> tuple[Decision, str]:
 
 @dataclass(frozen=True)
 class Update:
-    """A decision with what its application to a bundle needs."""
+    """A decision, with the learning rate and the codec for applying it to a bundle."""
 
     decision: Decision
     rate: float

@@ -101,7 +101,7 @@ class WorkerServicer:
                 await neighbours.take(inbound, header, payload)
             stream.num_taken += 1
             if not wanted:
-                stream.changed.set()  # otherwise the credit is told once the tensor was used
+                stream.changed.set()  # otherwise the neighbour gets credit once the tensor was used
 
     async def _await(self, hello: pb.StageHello) -> Neighbours:
         """Wait for the neighbours that a stream is for: the sender may have the lease table before this worker."""

@@ -211,7 +211,7 @@ class SlotReader:
         filesystem, inner, local = await asyncio.to_thread(_file_system, self._path, shard.file)
         if local and await asyncio.to_thread(os.path.exists, inner):
             await asyncio.to_thread(_verify, inner, _tokens(shard))
-            # Nothing is read from the index, but a data set that is damaged in one place may be so in others.
+            # The index is not read here, but it is verified too: damage in one file suggests damage in others.
             await asyncio.to_thread(_verify, os.path.join(os.path.dirname(inner), shard.index_file), _index(shard))
             return str(inner)
         cached = os.path.join(self._cache_directory, f"{shard.sha256}.tokens")

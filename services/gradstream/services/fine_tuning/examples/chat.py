@@ -133,7 +133,7 @@ def render_conversation(conversation: Conversation, tokenizer: Any, encoder: Enc
             continue
         ends = [number for number in numbers if ids[number] in encoder.end_ids]
         if not marked and ends:
-            # Where a template writes several ends in a row, all are targets: any may be the one a service stops at.
+            # Where a template writes several ends in a row, all are targets: a service may stop at any of them.
             last = next(number for number in ends if number + 1 not in ends)
             numbers = [number for number in numbers if number <= last]
         following = numbers[-1] + 1

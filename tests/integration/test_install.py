@@ -86,6 +86,7 @@ def test_it_trains_on_a_cluster(installed: Installed, cluster: Cluster, tiny_dat
     recipe.write_text(yaml.safe_dump(tiny_recipe(tiny_data, tmp_path / "runs").model_dump(mode="json")))
     address = ["-c", cluster.address]
 
+    assert "parameters on 1 servers, 1 workers" in installed.gradstream("plan", str(recipe), *address)
     assert installed.gradstream("submit", str(recipe), "--watch", *address) == "tiny-1\n"
     assert "tiny-1" in installed.gradstream("ls", *address)
     assert "worker-0" in installed.gradstream("status", *address)

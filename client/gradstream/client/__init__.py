@@ -60,6 +60,7 @@ from gradstream.client._types import (
     WatchItem,
     WorkerTimes,
 )
+from gradstream.core.plan.forecast import Forecast, LinkForecast, PlaceForecast, ServerForecast, StageForecast
 from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_fine_tuning_recipe
 from gradstream.core.recipe.loading import load_recipe
 from gradstream.core.recipe.recipe import Recipe
@@ -89,24 +90,29 @@ __all__ = [
     "FineTuningRecipe",
     "FineTuningState",
     "FineTuningWatchItem",
+    "Forecast",
     "GeneratedText",
     "GradstreamError",
     "Job",
     "JobFailedError",
     "JobState",
+    "LinkForecast",
     "LogLine",
     "Node",
     "NodeKind",
     "Pipeline",
+    "PlaceForecast",
     "PlanError",
     "ProtocolError",
     "Recipe",
     "RenderedExample",
     "RenderedPiece",
     "Sample",
+    "ServerForecast",
     "ServerMemory",
     "Span",
     "SpanKind",
+    "StageForecast",
     "StaleEpochError",
     "Step",
     "StepBreakdown",

@@ -21,6 +21,7 @@ from gradstream.client._export import ExportWriter
 from gradstream.client._fine_tuning_types import GeneratedText
 from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, StepMetrics, WatchItem, watch_item
 from gradstream.core.errors import BusyError, ConfigError, UnreachableError
+from gradstream.core.plan.forecast import Forecast
 from gradstream.core.recipe.loading import absolute_paths, load_recipe, parse_recipe
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.rpc import access
@@ -45,7 +46,7 @@ def default_address() -> str:
 
 
 SUBMIT_SECONDS = 330.0
-"""Longest wait for a submission: a coordinator gives the process that builds the model 300 s."""
+"""Longest wait for a submission or a plan: a coordinator gives the process that builds the model 300 s."""
 
 
 class AsyncClient:
@@ -126,13 +127,7 @@ class AsyncClient:
         Raises ConfigError when the recipe is wrong, UnreachableError, which names the request id, when it is not known
         whether the job was taken.
         """
-        overrides = tuple(overrides)
-        if isinstance(recipe, str | Path):
-            resolved = await asyncio.to_thread(load_recipe, recipe, overrides)
-        elif overrides:
-            raise ConfigError("overrides go with the path of a recipe; change the mapping or the Recipe instead")
-        else:
-            resolved = absolute_paths(recipe if isinstance(recipe, Recipe) else parse_recipe(recipe))
+        resolved = await _resolved(recipe, overrides)
         request = jobs_pb2.SubmitJobRequest(
             recipe_json=resolved.model_dump_json(), directory=os.getcwd(), request_id=request_id or new_request_id()
         )
@@ -140,6 +135,43 @@ class AsyncClient:
             lambda stub, timeout: stub.SubmitJob(request, timeout=max(timeout, SUBMIT_SECONDS)), request.request_id
         )
         return Job.from_proto(response.job)
+
+    async def plan(
+        self,
+        recipe: Recipe | str | Path | Mapping[str, Any],
+        overrides: Iterable[str] = (),
+        *,
+        num_servers: int = 0,
+        num_workers: int = 0,
+        memory_bytes: int = 0,
+        link_bits_per_second: float = 10e9,
+    ) -> Forecast:
+        """What a recipe will take, without submitting it: stage cut, memory, bytes on each link, seconds a step.
+
+        The coordinator plans, and measures the model's segments on its machine, as if every worker were like it; that
+        may take a minute. It plans for the nodes that are live or, with `num_servers` or `num_workers` above 0, for
+        nodes that need not exist; where only one of the two is given, the recipe says the other. `memory_bytes` is what
+        each of these offers; 0: enough. `link_bits_per_second` is every node's link, both ways. `recipe` and
+        `overrides` are those of `submit`. Data that is not there yet is a warning of the forecast.
+
+        Raises ConfigError when the recipe, its model or a number is wrong, DataError when its data does not fit it,
+        PlanError when the nodes cannot hold it.
+        """
+        for name, value in (("num_servers", num_servers), ("num_workers", num_workers), ("memory_bytes", memory_bytes)):
+            if not 0 <= value < (2**32 if name.startswith("num_") else 2**63):
+                raise ConfigError(f"{name} is {value}; 0 leaves it to the recipe and the cluster")
+        request = jobs_pb2.PlanJobRequest(
+            recipe_json=(await _resolved(recipe, overrides)).model_dump_json(),
+            directory=os.getcwd(),
+            num_servers=num_servers,
+            num_workers=num_workers,
+            memory_bytes=memory_bytes,
+            link_bits_per_second=link_bits_per_second,
+        )
+        response = await self._connection.call(
+            lambda stub, timeout: stub.PlanJob(request, timeout=max(timeout, SUBMIT_SECONDS))
+        )
+        return Forecast.from_proto(response.forecast)
 
     async def jobs(self) -> list[Job]:
         """All jobs, newest first."""
@@ -424,3 +456,13 @@ class AsyncClient:
         request = jobs_pb2.ListNodesRequest()
         response = await self._connection.call(lambda stub, timeout: stub.ListNodes(request, timeout=timeout))
         return [Node.from_proto(node) for node in response.nodes]
+
+
+async def _resolved(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Iterable[str]) -> Recipe:
+    """The recipe, whole and with absolute paths. Raises ConfigError when it is wrong."""
+    overrides = tuple(overrides)
+    if isinstance(recipe, str | Path):
+        return await asyncio.to_thread(load_recipe, recipe, overrides)
+    if overrides:
+        raise ConfigError("overrides go with the path of a recipe; change the mapping or the Recipe instead")
+    return absolute_paths(recipe if isinstance(recipe, Recipe) else parse_recipe(recipe))

@@ -13,6 +13,7 @@ from gradstream.client._async_client import AsyncClient
 from gradstream.client._fine_tuning_types import GeneratedText
 from gradstream.client._loop_thread import LoopThread
 from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, StepMetrics, WatchItem
+from gradstream.core.plan.forecast import Forecast
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.telemetry.timeline import Timeline
 
@@ -94,6 +95,38 @@ class Client:
         whether the job was taken.
         """
         return self._thread.run(self._client.submit(recipe, overrides, request_id=request_id))
+
+    def plan(
+        self,
+        recipe: Recipe | str | Path | Mapping[str, Any],
+        overrides: Iterable[str] = (),
+        *,
+        num_servers: int = 0,
+        num_workers: int = 0,
+        memory_bytes: int = 0,
+        link_bits_per_second: float = 10e9,
+    ) -> Forecast:
+        """What a recipe will take, without submitting it: stage cut, memory, bytes on each link, seconds a step.
+
+        The coordinator plans, and measures the model's segments on its machine, as if every worker were like it; that
+        may take a minute. It plans for the nodes that are live or, with `num_servers` or `num_workers` above 0, for
+        nodes that need not exist; where only one of the two is given, the recipe says the other. `memory_bytes` is what
+        each of these offers; 0: enough. `link_bits_per_second` is every node's link, both ways. `recipe` and
+        `overrides` are those of `submit`. Data that is not there yet is a warning of the forecast.
+
+        Raises ConfigError when the recipe, its model or a number is wrong, DataError when its data does not fit it,
+        PlanError when the nodes cannot hold it.
+        """
+        return self._thread.run(
+            self._client.plan(
+                recipe,
+                overrides,
+                num_servers=num_servers,
+                num_workers=num_workers,
+                memory_bytes=memory_bytes,
+                link_bits_per_second=link_bits_per_second,
+            )
+        )
 
     def jobs(self) -> list[Job]:
         """All jobs, newest first."""

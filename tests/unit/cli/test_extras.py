@@ -55,7 +55,6 @@ def test_every_command_has_help(base: BaseInstall) -> None:
     ("arguments", "extra"),
     [
         ("dev stdlib-gpt", "all"),
-        ("plan stdlib-gpt --workers 2", "node"),
         ("generate tiny-1", "node"),
         ("finetune dev stdlib-finetune", "node"),
         ("recipes validate stdlib-gpt", "node"),
@@ -89,6 +88,8 @@ def test_what_needs_an_extra_names_it(base: BaseInstall, arguments: str, extra: 
         "top --count 1",
         "trace --to trace.json",
         "submit stdlib-gpt",
+        "plan stdlib-gpt",
+        "metrics tiny-1",
         "pause tiny-1",
         "resume tiny-1",
         "stop tiny-1",
@@ -104,6 +105,13 @@ def test_what_talks_to_a_cluster_works(
     result = base.gradstream(*arguments.split(), "-c", address)
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_a_plan_without_a_coordinator_names_both_ways(base: BaseInstall) -> None:
+    result = base.gradstream("plan", "stdlib-gpt", "-c", "127.0.0.1:1")
+    assert result.returncode == 7
+    assert "or plan here, without a coordinator, after pip install 'gradstream[node]'" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_credentials_and_recipes_work(base: BaseInstall, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from support.tiny import LLAMA
 
 from gradstream.coordinator.cli import main
 from gradstream.coordinator.cli.options import find_recipe, parse_bit_rate
+from gradstream.coordinator.planning import recipe_forecast
 from gradstream.coordinator.planning.inventory import Inventory
 from gradstream.core.errors import ConfigError
 from gradstream.core.model.model import inventory
@@ -49,12 +50,12 @@ def recipe(tmp_path: Path) -> str:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is looked at in this process: a child takes seconds to import what is imported here."""
 
-    async def look(recipe: Recipe) -> tuple[Inventory, list[SegmentProfile]]:
+    async def look(recipe: Recipe) -> tuple[Inventory, list[SegmentProfile], list[str]]:
         config = recipe.model.config
         found = Inventory(tuple(inventory(config)), "LlamaForCausalLM", 0)
-        return found, profile_segments(config, Workload.of(recipe.training))
+        return found, profile_segments(config, Workload.of(recipe.training)), []
 
-    monkeypatch.setattr(importlib.import_module("gradstream.coordinator.cli.plan"), "_look_at_model", look)
+    monkeypatch.setattr(recipe_forecast, "_measured", look)
 
 
 def test_a_plan_for_people(recipe: str, here: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from grpc import StatusCode
 
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, GradstreamError
 from gradstream.core.node import probe
+from gradstream.core.plan.forecast import Forecast, LinkForecast, PlaceForecast, ServerForecast
 from gradstream.core.rpc import access, channel
 from gradstream.core.rpc import errors as rpc_errors
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
@@ -141,6 +142,30 @@ def canned_metrics(num_steps: int = 3) -> list[jobs_pb2.StepMetrics]:
     return [*rows, last]
 
 
+def canned_forecast() -> Forecast:
+    """What a recipe will take: a model that cannot be cut, so its times are not known."""
+    return Forecast(
+        num_parameters=1000,
+        num_replicas=2,
+        num_microbatches=4,
+        stages=(),
+        places=(PlaceForecast(0, ("worker-0", "worker-1"), 8000, 1 << 30),),
+        servers=(ServerForecast("server-0", 1000, 20_000, 16_000, 0),),
+        links=(LinkForecast("push", "worker", "server-0", 2000),),
+        schedule="",
+        link_bits_per_second=1e9,
+        compute_seconds=None,
+        bubble=None,
+        push_seconds=0.5,
+        pull_seconds=0.25,
+        exposed_seconds=None,
+        step_seconds=None,
+        tokens_per_second=None,
+        reasons={"servers": "servers: all 1 that were live", "memory": "a server needs 20 kB"},
+        warnings=("times are not known: it cannot be cut",),
+    )
+
+
 def canned_checkpoint() -> jobs_pb2.Checkpoint:
     """A checkpoint."""
     return jobs_pb2.Checkpoint(
@@ -197,6 +222,14 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
             if self.refuse is not None:
                 raise self.refuse
             return jobs_pb2.SubmitJobResponse(job=canned_job("tiny-2", state=jobs_pb2.JOB_STATE_QUEUED))
+        raise AssertionError
+
+    async def PlanJob(self, request: Any, context: Any) -> jobs_pb2.PlanJobResponse:
+        self.requests.append(request)
+        async with rpc_errors.answering(context):
+            if self.refuse is not None:
+                raise self.refuse
+            return jobs_pb2.PlanJobResponse(forecast=canned_forecast().to_proto())
         raise AssertionError
 
     async def ListJobs(self, request: Any, context: Any) -> jobs_pb2.ListJobsResponse:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from canned_fine_tunings import CannedFineTunings, serving_fine_tunings
-from canned_jobs import SUBMITTED_MS, CannedJobs, canned_job, canned_metrics, piece, serving
+from canned_jobs import SUBMITTED_MS, CannedJobs, canned_forecast, canned_job, canned_metrics, piece, serving
 
 import gradstream.client
 from gradstream.client import (
@@ -30,6 +30,7 @@ from gradstream.client import (
     LogLine,
     NodeKind,
     Pipeline,
+    PlanError,
     ProtocolError,
     ServerMemory,
     Span,
@@ -78,24 +79,29 @@ def test_public_names_are_pinned() -> None:
         "FineTuningRecipe",
         "FineTuningState",
         "FineTuningWatchItem",
+        "Forecast",
         "GeneratedText",
         "GradstreamError",
         "Job",
         "JobFailedError",
         "JobState",
+        "LinkForecast",
         "LogLine",
         "Node",
         "NodeKind",
         "Pipeline",
+        "PlaceForecast",
         "PlanError",
         "ProtocolError",
         "Recipe",
         "RenderedExample",
         "RenderedPiece",
         "Sample",
+        "ServerForecast",
         "ServerMemory",
         "Span",
         "SpanKind",
+        "StageForecast",
         "StaleEpochError",
         "Step",
         "StepBreakdown",
@@ -129,6 +135,20 @@ def test_sync_and_async_have_the_same_methods() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     assert names(Client) - {"address"} == names(AsyncClient)
+
+
+def test_a_recipe_is_planned(jobs: CannedJobs, address: str) -> None:
+    with Client(address) as client:
+        assert client.plan(RECIPE, ["seed=7"], num_workers=4, memory_bytes=1 << 30) == canned_forecast()
+        asked = jobs.requests[-1]
+        assert (asked.num_servers, asked.num_workers, asked.memory_bytes) == (0, 4, 1 << 30)
+        assert (asked.link_bits_per_second, json.loads(asked.recipe_json)["seed"]) == (10e9, 7)
+        jobs.refuse = PlanError("worker-0 is too small")
+        with pytest.raises(PlanError, match="too small"):
+            client.plan(RECIPE)
+        for numbers in ({"num_servers": -1}, {"num_workers": 2**32}, {"memory_bytes": 2**63}):
+            with pytest.raises(ConfigError, match=f"{next(iter(numbers))} is "):
+                client.plan(RECIPE, **numbers)
 
 
 def test_a_jobs_model_generates_by_way_of_a_fine_tuning_service(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

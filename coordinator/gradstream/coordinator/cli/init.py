@@ -167,29 +167,15 @@ def measure_step(found: FirstRecipe, machines: Machines) -> float:
     from gradstream.core.extras import require
 
     require("`gradstream init --time`", "node")
-    from gradstream.coordinator.cli.plan import hypothetical
-    from gradstream.coordinator.planning.forecast import forecast
-    from gradstream.coordinator.planning.inventory import take_inventory, take_profile
-    from gradstream.coordinator.planning.planner import NextEpoch, make_plan
-    from gradstream.core.model.trial import ModelUse
+    from gradstream.coordinator.planning.recipe_forecast import forecast_recipe, hypothetical_nodes
+    from gradstream.core.errors import ConfigError
 
-    recipe = check(found)
-    use = ModelUse.of(recipe)
-
-    async def look() -> tuple[Any, Any]:
-        profiles = await take_profile(recipe.model.config, recipe.training, None, use)
-        return await take_inventory(recipe.model.config, None, use), profiles
-
+    recipe, rate = check(found), machines.link_bits_per_second
     terminal.say("measuring the model on this machine")
-    inventory, profiles = asyncio.run(look())
-    servers = hypothetical("server", machines.num_servers, 0)
-    workers = hypothetical("worker", machines.num_workers, 0)
-    at = NextEpoch(recipe.name, 1, None, "")
-    made, reasons = make_plan(at, recipe, None, inventory, servers, workers, profiles)
-    rate = machines.link_bits_per_second
-    told = forecast(made, reasons, profiles, servers, workers, rate or 1e12)
-    assert told.step_seconds is not None
-    assert told.compute_seconds is not None
+    nodes = hypothetical_nodes(recipe, machines.num_servers, machines.num_workers, 0)
+    told = asyncio.run(forecast_recipe(recipe, None, *nodes, rate or 1e12))
+    if told.step_seconds is None or told.compute_seconds is None:
+        raise ConfigError(f"--time needs the seconds of a step: {told.warnings[-1]}")
     return told.step_seconds if rate is not None else told.compute_seconds * machines.num_workers
 
 

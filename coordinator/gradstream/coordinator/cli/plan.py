@@ -21,11 +21,9 @@ from gradstream.coordinator.cli.options import (
 from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
-    from gradstream.coordinator.planning.forecast import Forecast
-    from gradstream.coordinator.planning.inventory import Inventory
     from gradstream.coordinator.planning.needs import NodeOffer
     from gradstream.core.data.manifest import Manifest
-    from gradstream.core.model.profile import SegmentProfile
+    from gradstream.core.plan.forecast import Forecast
     from gradstream.core.recipe.recipe import Recipe
 
 DEFAULT_LINK = "10Gb/s"
@@ -50,38 +48,24 @@ def plan(
     """Tell what a recipe will take before anything starts: stage cut, memory, bytes on each link, seconds a step.
 
     Plans for the nodes of a live cluster; with --workers or --servers, for a cluster that need not exist. Times are
-    measured on this machine, segment by segment, as if every worker were like it.
+    measured on this machine, segment by segment, as if every worker were like it. Where PyTorch is not installed the
+    coordinator measures and plans, on its machine.
     """
-    from gradstream.core.extras import require
-
-    require("`gradstream plan`", "node")
-    from gradstream.coordinator.planning.forecast import forecast
-    from gradstream.coordinator.planning.planner import NextEpoch, make_plan
     from gradstream.core.errors import ConfigError
+    from gradstream.core.extras import installed
     from gradstream.core.recipe.loading import load_recipe
 
     # 1. What is asked.
     loaded = load_recipe(find_recipe(recipe), overrides or ())
     bits_per_second = parse_bit_rate(link)
     memory_bytes = parse_size(memory) if memory is not None else 0
-    if servers is not None or workers is not None:
-        servers = servers or loaded.cluster.min_servers
-        workers = workers or max(loaded.cluster.min_workers, loaded.pipeline.min_workers)
-        server_offers = hypothetical("server", servers, memory_bytes)
-        worker_offers = hypothetical("worker", workers, memory_bytes)
-    elif memory is not None:
+    if memory is not None and servers is None and workers is None:
         raise ConfigError("--memory is that of nodes that need not exist; say how many with --workers and --servers")
-    else:
-        server_offers, worker_offers = live_nodes(coordinator)
-    # 2. What is known of data and model.
-    manifest = find_manifest(loaded)
-    if manifest is None:
-        terminal.warn(f"data.path {loaded.data.path} holds no data set yet, so the data was not checked")
-    found, profiles = asyncio.run(_look_at_model(loaded))
-    # 3. The plan, and what follows from it.
-    at = NextEpoch(loaded.name, 1, None, "")
-    made, reasons = make_plan(at, loaded, manifest, found, server_offers, worker_offers, profiles)
-    told = forecast(made, reasons, profiles, server_offers, worker_offers, bits_per_second)
+    # 2. The plan, and what follows from it.
+    plan_it = _plan_here if "node" in installed() else _plan_there
+    told = plan_it(loaded, servers or 0, workers or 0, memory_bytes, bits_per_second, coordinator)
+    for warning in told.warnings:
+        terminal.warn(warning)
     if output is OutputFormat.json:
         terminal.print_json(told.to_dict())
         return
@@ -89,11 +73,38 @@ def plan(
     terminal.hint(f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}")
 
 
-def hypothetical(kind: str, count: int, memory_bytes: int) -> list[NodeOffer]:
-    """Nodes that need not exist."""
-    from gradstream.coordinator.planning.needs import NodeOffer
+def _plan_here(
+    recipe: Recipe, servers: int, workers: int, memory_bytes: int, bits_per_second: float, coordinator: str | None
+) -> Forecast:
+    """The forecast with the model measured on this machine."""
+    from gradstream.coordinator.planning.recipe_forecast import forecast_recipe, hypothetical_nodes
 
-    return [NodeOffer(f"{kind}-{number}", f"{kind}-{number}", "", memory_bytes) for number in range(count)]
+    if servers or workers:
+        nodes = hypothetical_nodes(recipe, servers, workers, memory_bytes)
+    else:
+        nodes = live_nodes(coordinator)
+    return asyncio.run(forecast_recipe(recipe, find_manifest(recipe), *nodes, bits_per_second))
+
+
+def _plan_there(
+    recipe: Recipe, servers: int, workers: int, memory_bytes: int, bits_per_second: float, coordinator: str | None
+) -> Forecast:
+    """The forecast with the model measured on the coordinator's machine, since this one has no PyTorch."""
+    from gradstream.core.errors import UnreachableError, one_line
+
+    try:
+        with open_client(coordinator) as client:
+            return client.plan(
+                recipe,
+                num_servers=servers,
+                num_workers=workers,
+                memory_bytes=memory_bytes,
+                link_bits_per_second=bits_per_second,
+            )
+    except UnreachableError as error:
+        raise UnreachableError(
+            f"{one_line(error)}; or plan here, without a coordinator, after pip install 'gradstream[node]'"
+        ) from None
 
 
 def live_nodes(coordinator: str | None) -> tuple[list[NodeOffer], list[NodeOffer]]:
@@ -127,25 +138,6 @@ def find_manifest(recipe: Recipe) -> Manifest | None:
     from gradstream.core.storage import files
 
     return load_manifest(recipe.data.path) if MANIFEST_NAME in files.list_names(recipe.data.path) else None
-
-
-async def _look_at_model(recipe: Recipe) -> tuple[Inventory, list[SegmentProfile] | None]:
-    from gradstream.coordinator.planning.inventory import take_inventory, take_profile
-    from gradstream.core.errors import ConfigError, one_line
-    from gradstream.core.model.trial import ModelUse
-
-    use = ModelUse.of(recipe)
-    try:
-        # Before the inventory, which comes with it.
-        profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora, use)
-    except ConfigError as error:
-        if recipe.pipeline.stages != 1:
-            raise
-        # A model that cannot be cut can be trained whole.
-        found = await take_inventory(recipe.model.config, recipe.lora, use)
-        terminal.warn(f"times are not known: {one_line(error)}")
-        return found, None
-    return await take_inventory(recipe.model.config, recipe.lora, use), profiles
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

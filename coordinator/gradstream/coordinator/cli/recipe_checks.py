@@ -31,7 +31,7 @@ def with_data(recipe: Recipe) -> tuple[Recipe, Manifest | None]:
         return recipe, None
     # Not above: without the data set no package of an extra is needed.
     from gradstream.coordinator.planning.planner import check_data
-    from gradstream.coordinator.servicers.jobs import read_data_manifest
+    from gradstream.coordinator.servicers.recipe_data import read_data_manifest
     from gradstream.core.model.check import with_ends
 
     manifest = read_data_manifest(recipe)

@@ -229,8 +229,8 @@ async def make_plan(active: ActiveJob, nodes: PlanNodes, start: Start) -> MadePl
         recipe,
         active.manifest,
         model,
-        _offers(nodes.servers),
-        _offers(nodes.workers),
+        offers(nodes.servers),
+        offers(nodes.workers),
         profiles,
     )
     return MadePlan(plan, reasons, start.versions)
@@ -267,7 +267,8 @@ def recomputed(before: int, start: int) -> str:
     return f"{steps} are recomputed, to the same bits"
 
 
-def _offers(nodes: Sequence[NodeEntry]) -> list[needs.NodeOffer]:
+def offers(nodes: Sequence[NodeEntry]) -> list[needs.NodeOffer]:
+    """The nodes as the planner sees them."""
     return [
         needs.NodeOffer(node.node_id, node.name, node.address, node.memory_bytes, node.flops_per_second)
         for node in nodes

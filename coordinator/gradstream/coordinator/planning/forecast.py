@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from gradstream.coordinator.planning.needs import NodeOffer, fits, server_bytes, stage_need
 from gradstream.coordinator.planning.pipeline_planner import (
@@ -21,82 +19,9 @@ from gradstream.core.pipeline.schedule import Op, make_schedule
 from gradstream.core.pipeline.simulation import simulate
 from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
+from gradstream.core.plan.forecast import Forecast, LinkForecast, PlaceForecast, ServerForecast, StageForecast
 from gradstream.core.plan.plan import Plan
 from gradstream.core.plan.sizes import encoded_bytes
-
-
-@dataclass(frozen=True)
-class StageForecast:
-    """A stage: its segments by name, its place, and its seconds forward and backward a microbatch."""
-
-    stage: int
-    place: int
-    segments: tuple[str, ...]
-    num_parameters: int
-    forward_seconds: float
-    backward_seconds: float
-    measured: bool
-
-
-@dataclass(frozen=True)
-class PlaceForecast:
-    """A place of a replica: the workers it is planned for, what each needs, and what the least of them offers (0: it
-    did not say)."""
-
-    place: int
-    workers: tuple[str, ...]
-    need_bytes: int
-    offered_bytes: int
-
-
-@dataclass(frozen=True)
-class ServerForecast:
-    """A parameter server: what it needs at most, of that all the time, and what it offers (0: it did not say)."""
-
-    server: str
-    num_parameters: int
-    need_bytes: int
-    state_bytes: int
-    offered_bytes: int
-
-
-@dataclass(frozen=True)
-class LinkForecast:
-    """Bytes of a step from one node to another: `kind` is push, pull, activations or gradients; a sender or receiver
-    "worker in place p" stands for each such worker."""
-
-    kind: str
-    sender: str
-    receiver: str
-    step_bytes: int
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """The whole of it. Times are None where the segments' costs are not known. `step_seconds` is the sum of compute and
-    of what of push and pull is not hidden."""
-
-    num_parameters: int
-    num_replicas: int
-    num_microbatches: int
-    stages: tuple[StageForecast, ...]
-    places: tuple[PlaceForecast, ...]
-    servers: tuple[ServerForecast, ...]
-    links: tuple[LinkForecast, ...]
-    schedule: str
-    link_bits_per_second: float
-    compute_seconds: float | None
-    bubble: float | None
-    push_seconds: float
-    pull_seconds: float
-    exposed_seconds: float | None
-    step_seconds: float | None
-    tokens_per_second: float | None
-    reasons: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """This as what `json.dumps` takes."""
-        return asdict(self)
 
 
 def forecast(

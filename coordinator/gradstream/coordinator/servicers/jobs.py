@@ -18,8 +18,9 @@ from gradstream.coordinator.jobs.active import nothing
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.orders import Orders
 from gradstream.coordinator.nodes.membership import SERVER
-from gradstream.coordinator.planning import planner
 from gradstream.coordinator.planning.inventory import check_model, special_tokens
+from gradstream.coordinator.servicers.plans import Plans
+from gradstream.coordinator.servicers.recipe_data import find_data
 from gradstream.coordinator.servicers.views import Views
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.telemetry import metrics
@@ -27,7 +28,7 @@ from gradstream.coordinator.timing import unix_ms
 from gradstream.core.checkpoint.manifest import directory_of, read_manifest
 from gradstream.core.checkpoint.weights_files import sent_pieces
 from gradstream.core.credentials.tokens import expiring
-from gradstream.core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.errors import (
     BusyError,
     CheckpointError,
@@ -35,7 +36,6 @@ from gradstream.core.errors import (
     DataError,
     GradstreamError,
     nearest,
-    one_line,
 )
 from gradstream.core.job_states import ENDED, STATE_WORDS
 from gradstream.core.model import check as model_check
@@ -78,6 +78,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self._storage = StorageThreads()
         # Reads what is exported.
         self._bulk = StorageThreads(BULK_SECONDS)
+        self._plans = Plans(controller.members, self._allowed, self._storage)
         self._requests = Requests()
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
         self._num_holds = 0
@@ -133,6 +134,12 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                 await self._storage.call(recipe.run_root, directory.rmdir)
             raise
         return self._find(job_id)
+
+    async def PlanJob(self, request: jobs_pb2.PlanJobRequest, context: Context) -> jobs_pb2.PlanJobResponse:
+        async with answering(context):
+            recipe = moved_recipe(parse_recipe(request.recipe_json), request.directory, self._root)
+            told = await self._plans.forecast(recipe, request)
+            return jobs_pb2.PlanJobResponse(forecast=told.to_proto())
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
         async with answering(context):
@@ -349,42 +356,6 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             raise ConfigError("there is no job yet; submit one with `gradstream submit RECIPE`")
         known = nearest(job_id, [job.job_id for job in jobs]) or "; `gradstream ls` lists them"
         raise ConfigError(f"there is no job '{job_id[:100]}'{known}")
-
-
-def find_data(recipe: Recipe, allowed: AllowedPaths) -> Manifest:
-    """The manifest of the recipe's data set, which fits the recipe. Raises ConfigError for a path that must not be
-    opened, DataError for data that cannot be used. Blocks for as long as the storage does."""
-    check_paths(recipe, allowed)
-    manifest = read_data_manifest(recipe)
-    planner.check_data(recipe, manifest)
-    return manifest
-
-
-def check_paths(recipe: Recipe, allowed: AllowedPaths) -> None:
-    """Raise ConfigError for a recipe with a path that leads where this cluster's must not."""
-    allowed.check("run_root", recipe.run_root)
-    allowed.check("data.path", recipe.data.path)
-    if recipe.fine_tuning is not None:
-        base = recipe.fine_tuning.base
-        allowed.check("fine_tuning.base.path", base.path)
-        if base.tokenizer is not None:
-            allowed.check("fine_tuning.base.tokenizer.directory", base.tokenizer.directory)
-
-
-def read_data_manifest(recipe: Recipe) -> Manifest:
-    """The manifest of the recipe's data set. Raises DataError with the command that makes it."""
-    path = files.join(recipe.data.path, MANIFEST_NAME)
-    try:
-        return parse_manifest(files.read_bytes(path), origin=path)
-    except FileNotFoundError:
-        raise DataError(
-            f"there is no data set in {recipe.data.path}; make it with `gradstream data prepare --recipe …`, where the "
-            f"coordinator can read it"
-        ) from None
-    except GradstreamError:
-        raise
-    except Exception as error:  # every fsspec backend raises its own kind
-        raise DataError(f"the data set's {path} cannot be read ({one_line(error)}); check the path") from None
 
 
 def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:

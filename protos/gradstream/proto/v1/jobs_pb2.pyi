@@ -1557,6 +1557,379 @@ class StepMetrics(_message.Message):
 Global___StepMetrics: _TypeAlias = StepMetrics  # noqa: Y015
 
 @_typing.final
+class PlanJobRequest(_message.Message):
+    """Asks what a recipe will take. With num_servers or num_workers the nodes need not exist; without, they are those that
+    are live.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECIPE_JSON_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    NUM_SERVERS_FIELD_NUMBER: _builtins.int
+    NUM_WORKERS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    LINK_BITS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    recipe_json: _builtins.str
+    """The recipe, resolved, as JSON."""
+    directory: _builtins.str
+    """The caller's current directory, as in SubmitJobRequest."""
+    num_servers: _builtins.int
+    """Parameter servers that need not exist, at most 4096; 0 beside num_workers: as many as the recipe asks for."""
+    num_workers: _builtins.int
+    """Workers that need not exist, at most 4096; 0 beside num_servers: as many as the recipe asks for."""
+    memory_bytes: _builtins.int
+    """What each node that need not exist offers; 0: enough."""
+    link_bits_per_second: _builtins.float
+    """Every node's link, both ways; more than 0."""
+    def __init__(
+        self,
+        *,
+        recipe_json: _builtins.str = ...,
+        directory: _builtins.str = ...,
+        num_servers: _builtins.int = ...,
+        num_workers: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        link_bits_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "link_bits_per_second", b"link_bits_per_second", "memory_bytes", b"memory_bytes", "num_servers", b"num_servers", "num_workers", b"num_workers", "recipe_json", b"recipe_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanJobRequest: _TypeAlias = PlanJobRequest  # noqa: Y015
+
+@_typing.final
+class PlanJobResponse(_message.Message):
+    """What a recipe will take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORECAST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def forecast(self) -> Global___Forecast:
+        """The forecast."""
+
+    def __init__(
+        self,
+        *,
+        forecast: Global___Forecast | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanJobResponse: _TypeAlias = PlanJobResponse  # noqa: Y015
+
+@_typing.final
+class Forecast(_message.Message):
+    """What a step of a plan costs. Times are absent where what the model's segments cost is not known; they are measured on
+    the coordinator's machine, as if every worker were like it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    NUM_REPLICAS_FIELD_NUMBER: _builtins.int
+    NUM_MICROBATCHES_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
+    SERVERS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    LINK_BITS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    BUBBLE_FIELD_NUMBER: _builtins.int
+    PUSH_SECONDS_FIELD_NUMBER: _builtins.int
+    PULL_SECONDS_FIELD_NUMBER: _builtins.int
+    EXPOSED_SECONDS_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    num_parameters: _builtins.int
+    """Parameters that are trained."""
+    num_replicas: _builtins.int
+    """Replicas of the model that the workers make."""
+    num_microbatches: _builtins.int
+    """Microbatches of a replica in a step."""
+    schedule: _builtins.str
+    """The pipeline's schedule; empty without a pipeline."""
+    link_bits_per_second: _builtins.float
+    """Every node's link, both ways."""
+    compute_seconds: _builtins.float
+    """A step's forward and backward passes, with the pipeline's bubble."""
+    bubble: _builtins.float
+    """Share of the workers' time in which they wait for each other."""
+    push_seconds: _builtins.float
+    """What the busiest node takes to send or receive a step's contributions."""
+    pull_seconds: _builtins.float
+    """What the busiest node takes to send or receive a version's weights."""
+    exposed_seconds: _builtins.float
+    """What of push and pull does not overlap compute."""
+    step_seconds: _builtins.float
+    """A step: compute_seconds and exposed_seconds."""
+    tokens_per_second: _builtins.float
+    """Tokens trained on in a second."""
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageForecast]:
+        """The stages, in order; none where what segments cost is not known."""
+
+    @_builtins.property
+    def places(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlaceForecast]:
+        """The places of a replica, in order."""
+
+    @_builtins.property
+    def servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerForecast]:
+        """The parameter servers."""
+
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkForecast]:
+        """What a step sends."""
+
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___ForecastReason]:
+        """The plan's decisions, in the order in which they were made."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What could not be checked or measured, one line each."""
+
+    def __init__(
+        self,
+        *,
+        num_parameters: _builtins.int = ...,
+        num_replicas: _builtins.int = ...,
+        num_microbatches: _builtins.int = ...,
+        stages: _abc.Iterable[Global___StageForecast] | None = ...,
+        places: _abc.Iterable[Global___PlaceForecast] | None = ...,
+        servers: _abc.Iterable[Global___ServerForecast] | None = ...,
+        links: _abc.Iterable[Global___LinkForecast] | None = ...,
+        schedule: _builtins.str = ...,
+        link_bits_per_second: _builtins.float = ...,
+        compute_seconds: _builtins.float | None = ...,
+        bubble: _builtins.float | None = ...,
+        push_seconds: _builtins.float = ...,
+        pull_seconds: _builtins.float = ...,
+        exposed_seconds: _builtins.float | None = ...,
+        step_seconds: _builtins.float | None = ...,
+        tokens_per_second: _builtins.float | None = ...,
+        reasons: _abc.Iterable[Global___ForecastReason] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_compute_seconds", b"_compute_seconds", "_exposed_seconds", b"_exposed_seconds", "_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "bubble", b"bubble", "compute_seconds", b"compute_seconds", "exposed_seconds", b"exposed_seconds", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_compute_seconds", b"_compute_seconds", "_exposed_seconds", b"_exposed_seconds", "_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "bubble", b"bubble", "compute_seconds", b"compute_seconds", "exposed_seconds", b"exposed_seconds", "link_bits_per_second", b"link_bits_per_second", "links", b"links", "num_microbatches", b"num_microbatches", "num_parameters", b"num_parameters", "num_replicas", b"num_replicas", "places", b"places", "pull_seconds", b"pull_seconds", "push_seconds", b"push_seconds", "reasons", b"reasons", "schedule", b"schedule", "servers", b"servers", "stages", b"stages", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bubble: _TypeAlias = _typing.Literal["bubble"]  # noqa: Y015
+    _WhichOneofArgType__bubble: _TypeAlias = _typing.Literal["_bubble", b"_bubble"]  # noqa: Y015
+    _WhichOneofReturnType__compute_seconds: _TypeAlias = _typing.Literal["compute_seconds"]  # noqa: Y015
+    _WhichOneofArgType__compute_seconds: _TypeAlias = _typing.Literal["_compute_seconds", b"_compute_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__exposed_seconds: _TypeAlias = _typing.Literal["exposed_seconds"]  # noqa: Y015
+    _WhichOneofArgType__exposed_seconds: _TypeAlias = _typing.Literal["_exposed_seconds", b"_exposed_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__step_seconds: _TypeAlias = _typing.Literal["step_seconds"]  # noqa: Y015
+    _WhichOneofArgType__step_seconds: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_per_second: _TypeAlias = _typing.Literal["tokens_per_second"]  # noqa: Y015
+    _WhichOneofArgType__tokens_per_second: _TypeAlias = _typing.Literal["_tokens_per_second", b"_tokens_per_second"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bubble) -> _WhichOneofReturnType__bubble | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__compute_seconds) -> _WhichOneofReturnType__compute_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exposed_seconds) -> _WhichOneofReturnType__exposed_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_seconds) -> _WhichOneofReturnType__step_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_second) -> _WhichOneofReturnType__tokens_per_second | None: ...
+
+Global___Forecast: _TypeAlias = Forecast  # noqa: Y015
+
+@_typing.final
+class ForecastReason(_message.Message):
+    """A decision of a forecast's plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    subject: _builtins.str
+    """What was decided, as in "placement"."""
+    text: _builtins.str
+    """The decision and its reason, as a line for people."""
+    def __init__(
+        self,
+        *,
+        subject: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForecastReason: _TypeAlias = ForecastReason  # noqa: Y015
+
+@_typing.final
+class StageForecast(_message.Message):
+    """A stage of a forecast."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    FORWARD_SECONDS_FIELD_NUMBER: _builtins.int
+    BACKWARD_SECONDS_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
+    stage: _builtins.int
+    """Its number."""
+    place: _builtins.int
+    """The place of the worker that has it."""
+    num_parameters: _builtins.int
+    """Parameters of the stage."""
+    forward_seconds: _builtins.float
+    """A microbatch's forward pass."""
+    backward_seconds: _builtins.float
+    """A microbatch's backward pass."""
+    measured: _builtins.bool
+    """False where the seconds of a segment are estimated from another one's."""
+    @_builtins.property
+    def segments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Its segments, by name."""
+
+    def __init__(
+        self,
+        *,
+        stage: _builtins.int = ...,
+        place: _builtins.int = ...,
+        segments: _abc.Iterable[_builtins.str] | None = ...,
+        num_parameters: _builtins.int = ...,
+        forward_seconds: _builtins.float = ...,
+        backward_seconds: _builtins.float = ...,
+        measured: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backward_seconds", b"backward_seconds", "forward_seconds", b"forward_seconds", "measured", b"measured", "num_parameters", b"num_parameters", "place", b"place", "segments", b"segments", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageForecast: _TypeAlias = StageForecast  # noqa: Y015
+
+@_typing.final
+class PlaceForecast(_message.Message):
+    """A place of a replica in a forecast."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACE_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    NEED_BYTES_FIELD_NUMBER: _builtins.int
+    OFFERED_BYTES_FIELD_NUMBER: _builtins.int
+    place: _builtins.int
+    """Its number."""
+    need_bytes: _builtins.int
+    """Memory that a worker there needs."""
+    offered_bytes: _builtins.int
+    """The least that one of them offers; 0: it did not say."""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The workers that it is planned for, one a replica."""
+
+    def __init__(
+        self,
+        *,
+        place: _builtins.int = ...,
+        workers: _abc.Iterable[_builtins.str] | None = ...,
+        need_bytes: _builtins.int = ...,
+        offered_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["need_bytes", b"need_bytes", "offered_bytes", b"offered_bytes", "place", b"place", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlaceForecast: _TypeAlias = PlaceForecast  # noqa: Y015
+
+@_typing.final
+class ServerForecast(_message.Message):
+    """A parameter server in a forecast."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_FIELD_NUMBER: _builtins.int
+    NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    NEED_BYTES_FIELD_NUMBER: _builtins.int
+    STATE_BYTES_FIELD_NUMBER: _builtins.int
+    OFFERED_BYTES_FIELD_NUMBER: _builtins.int
+    server: _builtins.str
+    """Its name."""
+    num_parameters: _builtins.int
+    """Parameters that it holds."""
+    need_bytes: _builtins.int
+    """Memory that it needs at most."""
+    state_bytes: _builtins.int
+    """Memory that it needs all the time."""
+    offered_bytes: _builtins.int
+    """What it offers; 0: it did not say."""
+    def __init__(
+        self,
+        *,
+        server: _builtins.str = ...,
+        num_parameters: _builtins.int = ...,
+        need_bytes: _builtins.int = ...,
+        state_bytes: _builtins.int = ...,
+        offered_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["need_bytes", b"need_bytes", "num_parameters", b"num_parameters", "offered_bytes", b"offered_bytes", "server", b"server", "state_bytes", b"state_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerForecast: _TypeAlias = ServerForecast  # noqa: Y015
+
+@_typing.final
+class LinkForecast(_message.Message):
+    """What a step sends from one node to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    SENDER_FIELD_NUMBER: _builtins.int
+    RECEIVER_FIELD_NUMBER: _builtins.int
+    STEP_BYTES_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """push, pull, activations or gradients."""
+    sender: _builtins.str
+    """Who sends; "worker in place p" is each such worker."""
+    receiver: _builtins.str
+    """Who receives."""
+    step_bytes: _builtins.int
+    """Bytes a step."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        sender: _builtins.str = ...,
+        receiver: _builtins.str = ...,
+        step_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "receiver", b"receiver", "sender", b"sender", "step_bytes", b"step_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkForecast: _TypeAlias = LinkForecast  # noqa: Y015
+
+@_typing.final
 class CheckStorageRequest(_message.Message):
     """Names a directory that is to be a run_root."""
 

@@ -40,6 +40,11 @@ class JobsServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.SubmitJobRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.SubmitJobResponse.FromString,
                 _registered_method=True)
+        self.PlanJob = channel.unary_unary(
+                '/gradstream.proto.v1.JobsService/PlanJob',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PlanJobRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PlanJobResponse.FromString,
+                _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/gradstream.proto.v1.JobsService/ListJobs',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ListJobsRequest.SerializeToString,
@@ -128,6 +133,13 @@ class JobsServiceServicer(object):
 
     def SubmitJob(self, request, context):
         """Queues a job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanJob(self, request, context):
+        """Says what a recipe will take, and queues nothing: stage cut, memory, bytes on each link, seconds a step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -257,6 +269,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.SubmitJobRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.SubmitJobResponse.SerializeToString,
             ),
+            'PlanJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanJob,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PlanJobRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.PlanJobResponse.SerializeToString,
+            ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobs,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ListJobsRequest.FromString,
@@ -366,6 +383,33 @@ class JobsService(object):
             '/gradstream.proto.v1.JobsService/SubmitJob',
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.SubmitJobRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.SubmitJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.JobsService/PlanJob',
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.PlanJobRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.PlanJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

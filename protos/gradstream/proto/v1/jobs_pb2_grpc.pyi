@@ -35,6 +35,8 @@ class JobsServiceStub:
     def __new__(cls, channel: _aio.Channel) -> JobsServiceAsyncStub: ...
     SubmitJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.SubmitJobRequest, _jobs_pb2.SubmitJobResponse]
     """Queues a job."""
+    PlanJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.PlanJobRequest, _jobs_pb2.PlanJobResponse]
+    """Says what a recipe will take, and queues nothing: stage cut, memory, bytes on each link, seconds a step."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]
     """All jobs, newest first, page by page."""
     GetJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]
@@ -83,6 +85,8 @@ class JobsServiceAsyncStub(JobsServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     SubmitJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.SubmitJobRequest, _jobs_pb2.SubmitJobResponse]  # type: ignore[assignment]
     """Queues a job."""
+    PlanJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.PlanJobRequest, _jobs_pb2.PlanJobResponse]  # type: ignore[assignment]
+    """Says what a recipe will take, and queues nothing: stage cut, memory, bytes on each link, seconds a step."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]  # type: ignore[assignment]
     """All jobs, newest first, page by page."""
     GetJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]  # type: ignore[assignment]
@@ -134,6 +138,14 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.SubmitJobResponse, _abc.Awaitable[_jobs_pb2.SubmitJobResponse]]:
         """Queues a job."""
+
+    @_abc_1.abstractmethod
+    def PlanJob(
+        self,
+        request: _jobs_pb2.PlanJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.PlanJobResponse, _abc.Awaitable[_jobs_pb2.PlanJobResponse]]:
+        """Says what a recipe will take, and queues nothing: stage cut, memory, bytes on each link, seconds a step."""
 
     @_abc_1.abstractmethod
     def ListJobs(

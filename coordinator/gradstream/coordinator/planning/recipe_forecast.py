@@ -1,0 +1,72 @@
+"""What a recipe will take on given nodes: the model is measured on this machine, planned and forecast."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gradstream.coordinator.planning.forecast import forecast
+from gradstream.coordinator.planning.inventory import Inventory, take_inventory, take_profile
+from gradstream.coordinator.planning.needs import NodeOffer
+from gradstream.coordinator.planning.planner import NextEpoch, make_plan
+from gradstream.core.data.manifest import Manifest
+from gradstream.core.errors import ConfigError, one_line
+from gradstream.core.model.profile import SegmentProfile
+from gradstream.core.model.trial import ModelUse
+from gradstream.core.plan.forecast import Forecast
+from gradstream.core.recipe.recipe import Recipe
+
+Offers = tuple[list[NodeOffer], list[NodeOffer]]
+"""Servers and workers."""
+
+
+async def forecast_recipe(
+    recipe: Recipe,
+    manifest: Manifest | None,
+    servers: Sequence[NodeOffer],
+    workers: Sequence[NodeOffer],
+    link_bits_per_second: float,
+) -> Forecast:
+    """What a step of the recipe costs on these nodes. Without a manifest the data is not checked.
+
+    Raises ConfigError when the model cannot be built or cut, DataError when the data does not fit it, PlanError when
+    the nodes cannot hold it.
+    """
+    warnings = []
+    if manifest is None:
+        warnings.append(f"data.path {recipe.data.path} holds no data set yet, so the data was not checked")
+    found, profiles, unknown = await _measured(recipe)
+    warnings += unknown
+    at = NextEpoch(recipe.name, 1, None, "")
+    made, reasons = await asyncio.to_thread(make_plan, at, recipe, manifest, found, servers, workers, profiles)
+    told = await asyncio.to_thread(forecast, made, reasons, profiles, servers, workers, link_bits_per_second)
+    return replace(told, warnings=tuple(warnings))
+
+
+def hypothetical_nodes(recipe: Recipe, num_servers: int, num_workers: int, memory_bytes: int) -> Offers:
+    """Nodes that need not exist; 0 of a kind: as many as the recipe asks for. `memory_bytes` 0: enough."""
+    counts = {
+        "server": num_servers or recipe.cluster.min_servers,
+        "worker": num_workers or max(recipe.cluster.min_workers, recipe.pipeline.min_workers),
+    }
+    servers, workers = (
+        [NodeOffer(f"{kind}-{number}", f"{kind}-{number}", "", memory_bytes) for number in range(count)]
+        for kind, count in counts.items()
+    )
+    return servers, workers
+
+
+async def _measured(recipe: Recipe) -> tuple[Inventory, list[SegmentProfile] | None, list[str]]:
+    """The recipe's model, what its segments cost, and what could not be measured."""
+    use = ModelUse.of(recipe)
+    try:
+        # Before the inventory, which comes with it.
+        profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora, use)
+    except ConfigError as error:
+        if recipe.pipeline.stages != 1:
+            raise
+        # A model that cannot be cut can be trained whole.
+        found = await take_inventory(recipe.model.config, recipe.lora, use)
+        return found, None, [f"times are not known: {one_line(error)}"]
+    return await take_inventory(recipe.model.config, recipe.lora, use), profiles, []

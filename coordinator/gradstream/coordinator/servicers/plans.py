@@ -1,0 +1,62 @@
+"""What a recipe will take, for people who ask before they submit it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+from gradstream.coordinator.jobs.plan_making import offers
+from gradstream.coordinator.nodes.membership import SERVER, WORKER, Membership
+from gradstream.coordinator.planning.recipe_forecast import forecast_recipe, hypothetical_nodes
+from gradstream.coordinator.servicers.recipe_data import check_paths, find_data
+from gradstream.core.data.manifest import MANIFEST_NAME, Manifest
+from gradstream.core.errors import ConfigError
+from gradstream.core.plan.forecast import Forecast
+from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.storage import files
+from gradstream.core.storage.paths import AllowedPaths
+from gradstream.core.storage.pool import StorageThreads
+from gradstream.proto.v1 import jobs_pb2
+
+MAX_NODES = 4096
+"""Nodes of a kind that need not exist."""
+
+
+class Plans:
+    """Makes forecasts, one at a time: each may measure a model, which takes the processor for seconds."""
+
+    def __init__(self, members: Membership, allowed: AllowedPaths, storage: StorageThreads):
+        self._members = members
+        self._allowed = allowed
+        self._storage = storage
+        self._one = asyncio.Semaphore(1)
+
+    async def forecast(self, recipe: Recipe, request: jobs_pb2.PlanJobRequest) -> Forecast:
+        """What the recipe will take on the nodes of the request. Raises ConfigError, DataError and PlanError."""
+        check_request(request)
+        manifest = await self._storage.call(recipe.data.path, _data, recipe, self._allowed)
+        if request.num_servers or request.num_workers:
+            nodes = hypothetical_nodes(recipe, request.num_servers, request.num_workers, request.memory_bytes)
+        else:
+            nodes = offers(self._members.present(SERVER)), offers(self._members.present(WORKER))
+        async with self._one:
+            return await forecast_recipe(recipe, manifest, *nodes, request.link_bits_per_second)
+
+
+def check_request(request: jobs_pb2.PlanJobRequest) -> None:
+    """Raise ConfigError for a cluster that cannot be."""
+    for what, count in (("servers", request.num_servers), ("workers", request.num_workers)):
+        if count > MAX_NODES:
+            raise ConfigError(f"num_{what} is {count}; a plan is made for at most {MAX_NODES}")
+    rate = request.link_bits_per_second
+    if not (math.isfinite(rate) and rate > 0):
+        raise ConfigError(f"link_bits_per_second is {rate:g}; give a link's speed, like 1e9 for 1 Gb/s")
+    if request.memory_bytes and not (request.num_servers or request.num_workers):
+        raise ConfigError("memory_bytes is that of nodes that need not exist; say how many: num_workers, num_servers")
+
+
+def _data(recipe: Recipe, allowed: AllowedPaths) -> Manifest | None:
+    """The recipe's data set; None when there is none yet. Raises ConfigError for a path that must not be opened."""
+    check_paths(recipe, allowed)
+    is_there = MANIFEST_NAME in files.list_names(recipe.data.path)
+    return find_data(recipe, allowed) if is_there else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.cluster import Cluster
@@ -12,8 +13,8 @@ from gradstream.client import Event
 from gradstream.coordinator.cli.pictures.series import Mark, MarkKind, XAxis, series_of
 
 
-def undisturbed_digest(cluster: Cluster, data: Path, run_root: Path) -> str:
-    job = cluster.client.submit(tiny_recipe(data, run_root, name="undisturbed"))
+def undisturbed_digest(cluster: Cluster, data: Path, run_root: Path, **sections: Any) -> str:
+    job = cluster.client.submit(tiny_recipe(data, run_root, name="undisturbed", **sections))
     cluster.finish(job.job_id)
     return cluster.final_digest(job.job_id)
 
@@ -71,4 +72,29 @@ def test_workers_that_hang_or_fail_are_benched_and_change_no_bit(
     assert any("worker worker-1 is benched: no progress on slot 1" in message for message in messages), messages
     ended = cluster.client.job(job.job_id)
     assert (ended.epoch, set(ended.slot_holders)) == (1, set())
+    assert cluster.final_digest(job.job_id) == reference
+
+
+@pytest.mark.timeout(240)
+def test_a_slow_worker_gets_fewer_slots_and_no_bit_changes(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    cluster.start_coordinator()
+    cluster.start_servers("server-0", "server-1")
+    cluster.start_workers("worker-0")
+    training = {"num_steps": 30}
+    reference = undisturbed_digest(cluster, tiny_data, tmp_path / "runs", training=training)
+    cluster.start_workers("worker-1", faults="slow@milliseconds=300")
+    recipe = tiny_recipe(
+        tiny_data, tmp_path / "runs", name="slow", training=training, cluster={"min_workers": 2, "min_servers": 2}
+    )
+    job = cluster.client.submit(recipe)
+    cluster.finish(job.job_id)
+    messages = [item.message for item in cluster.client.watch(job.job_id, follow=False) if hasattr(item, "message")]
+    moved = [message for message in messages if "uneven, by how long a slot takes each worker" in message]
+    assert len(moved) == 1, messages
+    worker_1 = moved[0].partition("worker-1: ")[2]
+    assert len(worker_1.split(",")) == 1, moved
+    ended = cluster.client.job(job.job_id)
+    assert ended.step_breakdown is not None
+    assert ended.step_breakdown.slowest_worker == "worker-1"
+    assert ended.epoch == 1
     assert cluster.final_digest(job.job_id) == reference

@@ -56,10 +56,10 @@ class Controller:
         self.members = self.nodes.members
         self.notifier = Notifier(state)
         self.journal = Journal(state, self.notifier)
-        self.leasing = Leasing(self.members, self.timing)
+        self.timelines = Timelines()
+        self.leasing = Leasing(self.members, self.timing, self.timelines)
         self.transitions = Transitions(state, self.journal, self.nodes, self.leasing, self.timing, clock)
         self.servers = ServerWatch(self.members, self.timing, self.reconcile)
-        self.timelines = Timelines()
         # Checkpoints that retention keeps.
         self.pins = checkpoints.Pins()
         # Functions that each `reconcile` calls at its end with the active job.

@@ -166,16 +166,22 @@ def judge_skips(totals: StepTotals, epoch: int, recipe: Recipe) -> str:
 
 
 def lease_slots(
-    holders: Sequence[str], workers: Sequence[str], resting: bool, names: Mapping[str, str], formed: str = ""
+    holders: Sequence[str],
+    workers: Sequence[str],
+    resting: bool,
+    names: Mapping[str, str],
+    formed: str = "",
+    slot_seconds: Mapping[str, float] | None = None,
 ) -> tuple[list[str], str]:
     """Assign the slots to workers; return the holders and the reason. While a job rests, no slot has a holder.
 
     `workers` are node ids, oldest first; in a job with a pipeline only the first worker of each replica. `names` has
-    the names of all members. `formed` says how the replicas of a pipeline were formed.
+    the names of all members. `formed` says how the replicas of a pipeline were formed. `slot_seconds` is how long a
+    slot takes each worker, where that was measured.
     """
     if resting:
         return [""] * len(holders), "leases: none, the job rests"
-    assigned, reason = assign_slots(holders, workers)
+    assigned, reason = assign_slots(holders, workers, slot_seconds)
     if not workers:
         return assigned, f"leases: none, {formed or reason}"
     if formed:

@@ -14,10 +14,13 @@ from gradstream.coordinator.jobs.active import ActiveJob
 from gradstream.coordinator.nodes.benches import find_stuck, stuck_workers
 from gradstream.coordinator.nodes.membership import WORKER, Membership, NodeEntry
 from gradstream.coordinator.planning import needs
+from gradstream.coordinator.telemetry.timelines import Timelines
 from gradstream.coordinator.timing import Timing
 from gradstream.core.plan.leases import Replica, form_replicas
 from gradstream.core.plan.plan import Plan
 from gradstream.proto.v1 import plan_pb2
+
+MIN_MEASURED_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ class Proposal:
 class Leasing:
     """Proposes lease tables for the active job."""
 
-    def __init__(self, members: Membership, timing: Timing):
+    def __init__(self, members: Membership, timing: Timing, timelines: Timelines):
         self._members = members
         self._timing = timing
+        self._timelines = timelines
 
     def workers(self, active: ActiveJob) -> list[NodeEntry]:
         """The live workers with enough memory for the active job, oldest first."""
@@ -88,9 +92,18 @@ class Leasing:
             replicas, formed = self._form(active, plan, workers)
             names = {chain.workers[0]: " → ".join(map(self._members.name_of, chain.workers)) for chain in replicas}
             workers = [chain.workers[0] for chain in replicas]
-        holders, reason = decisions.lease_slots(active.holders, workers, active.resting, names, formed)
+        slot_seconds = self._slot_seconds(active, workers) if not formed else None
+        holders, reason = decisions.lease_slots(active.holders, workers, active.resting, names, formed, slot_seconds)
         benched = active.benches.line()
         return Proposal(holders, replicas, f"{reason}; {benched}" if benched else reason)
+
+    def _slot_seconds(self, active: ActiveJob, workers: list[str]) -> dict[str, float]:
+        """How long a slot takes each worker, of those that were measured over enough steps."""
+        steps = self._timelines.steps(active.job_id)
+        if steps is None or steps.num_steps < MIN_MEASURED_STEPS:
+            return {}
+        by_name = {worker.name: worker.slot_seconds for worker in steps.workers()}
+        return {worker: by_name.get(self._members.name_of(worker), 0.0) for worker in workers}
 
     def table(self, active: ActiveJob, proposal: Proposal, number: int) -> plan_pb2.LeaseTable:
         """A proposal as a message for workers, with its number."""

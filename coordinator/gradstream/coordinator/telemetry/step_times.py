@@ -51,6 +51,12 @@ class WorkerParts:
     push_bytes_per_second: float
     pull_bytes_per_second: float
 
+    @property
+    def slot_seconds(self) -> float:
+        """How long one of its slots takes; 0 when it computed none."""
+        busy = self.parts.compute + self.parts.weights + self.parts.send + self.parts.other
+        return busy / self.num_slots if self.num_slots else 0.0
+
 
 class StepWindow:
     """The StepTimes of the last steps, by worker."""

@@ -10,6 +10,7 @@ GRADSTREAM_FAULTS holds faults separated by ";", each `KIND@key=value,…`:
     nan@step=4[,slot=1]                 the gradients of that step (and slot) are NaN
     hang@step=3,slot=1                  the compute thread hangs before that slot; heartbeats go on
     fail@step=3,slot=1                  that slot fails, as when memory is short
+    slow@milliseconds=300               each slot takes this worker so much longer
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
 
 from gradstream.core.errors import ConfigError
@@ -26,14 +28,15 @@ VARIABLE = "GRADSTREAM_FAULTS"
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault; None matches every slot."""
+    """One fault; None matches every step or slot."""
 
     kind: str
-    step: int
+    step: int | None = None
     slot: int | None = None
     acknowledged: int | None = None
     sent: int | None = None
     decided: int | None = None
+    milliseconds: int = 0
 
     @property
     def is_before_slot(self) -> bool:
@@ -42,7 +45,7 @@ class Fault:
 
     def matches(self, step: int, slot: int) -> bool:
         """Whether the fault is for this step and slot."""
-        return self.step == step and self.slot in (None, slot)
+        return self.step in (None, step) and self.slot in (None, slot)
 
 
 def parse_faults(text: str) -> list[Fault]:
@@ -52,8 +55,10 @@ def parse_faults(text: str) -> list[Fault]:
         kind, _, rest = item.partition("@")
         try:
             fields = {key: int(value) for key, value in (pair.split("=") for pair in rest.split(","))}
-            if kind not in ("kill", "nan", "hang", "fail"):
+            if kind not in ("kill", "nan", "hang", "fail", "slow"):
                 raise ValueError(f"unknown kind '{kind}'")
+            if kind != "slow" and "step" not in fields:
+                raise ValueError("it names no step")
             faults.append(Fault(kind, **fields))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{VARIABLE}: '{item}' is not a fault ({error})") from None
@@ -74,6 +79,7 @@ class Faults:
             _kill()
         if any(f.kind == "hang" and f.matches(step, slot) for f in self._faults):
             threading.Event().wait()
+        time.sleep(sum(f.milliseconds for f in self._faults if f.kind == "slow" and f.matches(step, slot)) / 1000)
         if any(f.kind == "fail" and f.matches(step, slot) for f in self._faults):
             raise MemoryError(f"out of memory in slot {slot} of step {step}")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+MIN_GAIN = 0.15
+MIN_GAIN_SECONDS = 0.05
+"""Slots move between workers of different speeds where a step becomes shorter by both the share and the seconds."""
 SLOTS = "slots from the coordinator"
 """The reason for which a worker without slots waits, as it reports it."""
 
@@ -89,22 +92,20 @@ def _fill(
     return tuple(chain[place] for place in range(size))
 
 
-def assign_slots(holders: Sequence[str], workers: Sequence[str]) -> tuple[list[str], str]:
-    """Assign every slot to a live worker, moving as few slots as possible; return (holders, reason).
+def assign_slots(
+    holders: Sequence[str], workers: Sequence[str], slot_seconds: Mapping[str, float] | None = None
+) -> tuple[list[str], str]:
+    """Give every slot to a live worker, moving as few slots as possible; return (holders, reason).
 
-    `holders[slot]` is the worker that holds the slot now ("" for none). `workers` are the live workers, oldest first.
-    The workers' numbers of slots then differ by at most one. Without workers every slot is free.
+    `holders[slot]` is the worker that holds the slot now ("" for none); `workers` are the live ones, oldest first.
+    `slot_seconds` is how long a slot takes each worker, where that was measured. The workers' numbers of slots differ
+    by at most one, unless other numbers make a step notably shorter. With no workers every slot is free.
     """
     if not workers:
         return [""] * len(holders), "no live worker"
-    base, extra = divmod(len(holders), len(workers))
-    count = dict.fromkeys(workers, 0)
-    for holder in holders:
-        if holder in count:
-            count[holder] += 1
-    # The workers that hold the most slots keep the larger shares: then the fewest slots move.
-    ranked = sorted(workers, key=lambda worker: -count[worker])
-    quota = {worker: base + (rank < extra) for rank, worker in enumerate(ranked)}
+    held = {worker: sum(holder == worker for holder in holders) for worker in workers}
+    count = dict(held)
+    quota, uneven = _quotas(len(holders), workers, held, slot_seconds or {})
     result = [""] * len(holders)
     for slot, holder in enumerate(holders):
         if quota.get(holder, 0) > 0:
@@ -124,8 +125,9 @@ def assign_slots(holders: Sequence[str], workers: Sequence[str]) -> tuple[list[s
             quota[worker] -= 1
             if quota[worker] == 0:
                 queue.remove(worker)
+    why = f"{len(workers)} live{uneven}"
     if not moved:
-        return result, f"all slots stay with their workers ({len(workers)} live)"
+        return result, f"all slots stay with their workers ({why})"
     lost = [slot for slot in moved if holders[slot] and holders[slot] not in count]
     new = [slot for slot in moved if not holders[slot]]
     given = [slot for slot in moved if holders[slot] in count]
@@ -138,7 +140,39 @@ def assign_slots(holders: Sequence[str], workers: Sequence[str]) -> tuple[list[s
         )
         if slots
     ]
-    return result, f"{'; '.join(causes)} ({len(workers)} live)"
+    return result, f"{'; '.join(causes)} ({why})"
+
+
+def _quotas(
+    num_slots: int, workers: Sequence[str], held: Mapping[str, int], slot_seconds: Mapping[str, float]
+) -> tuple[dict[str, int], str]:
+    """(how many slots each worker gets, why they are uneven or "")."""
+    base, extra = divmod(num_slots, len(workers))
+    # The workers that hold most keep the larger share, so that the fewest slots move.
+    ranked = sorted(workers, key=lambda worker: -held[worker])
+    even = {worker: base + (rank < extra) for rank, worker in enumerate(ranked)}
+    if num_slots < len(workers) or not all(slot_seconds.get(worker, 0.0) > 0 for worker in workers):
+        return even, ""
+    # As short a step as can be, with a slot at least for each worker: else its speed would not be known any longer.
+    best = dict.fromkeys(workers, 1)
+    for _ in range(num_slots - len(workers)):
+        best[min(workers, key=lambda worker: (best[worker] + 1) * slot_seconds[worker])] += 1
+
+    def step_seconds(quota: Mapping[str, int]) -> float:
+        return max(quota[worker] * slot_seconds[worker] for worker in workers)
+
+    shortest = step_seconds(best)
+    chosen = best
+    # What stands stays, and even numbers come before uneven ones, unless the step becomes notably shorter.
+    for other in (held, even):
+        gain = step_seconds(other) - shortest
+        is_whole = sum(other.values()) == num_slots and min(other.values()) > 0
+        if is_whole and gain < max(MIN_GAIN * shortest, MIN_GAIN_SECONDS):
+            chosen = dict(other)
+            break
+    if max(chosen.values()) - min(chosen.values()) <= 1:
+        return chosen, ""
+    return chosen, "; uneven, by how long a slot takes each worker"
 
 
 def slots_text(slots: Iterable[int]) -> str:

@@ -224,8 +224,8 @@ async def test_a_pipeline_is_shown_with_its_bubble(cluster: Any) -> None:
     recipe = active.recipe.model_copy(update={"pipeline": PipelineConfig(stages=4, chunks=2)})
     views = Views(cluster.coordinator.controller)
     cluster.coordinator._state.store_job(record, plan=plan.SerializeToString())
-    assert views._last_plan(record, recipe) == plan
-    assert views._last_plan(record, active.recipe) is None
+    assert views._last_plan(record, recipe, whole=False) == plan
+    assert views._last_plan(record, active.recipe, whole=False) is None
     assert views._pipeline(job_id, plan) == shown
 
 

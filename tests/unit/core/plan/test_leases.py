@@ -105,3 +105,36 @@ def test_a_small_worker_gets_the_place_that_fits_it() -> None:
         [],
         "no replica: 2 of 2 workers, their memory is too small",
     )
+
+
+@pytest.mark.parametrize(
+    ("holders", "seconds", "counts"),
+    [
+        ("aabb", {"a": 1.0, "b": 3.0}, {"a": 3, "b": 1}),
+        ("aaab", {"a": 1.0, "b": 3.0}, {"a": 3, "b": 1}),
+        ("aaab", {"a": 1.0, "b": 1.0}, {"a": 2, "b": 2}),
+        ("aaab", {"a": 1.0, "b": 1.4}, {"a": 3, "b": 1}),  # as good as even, to within the notable
+        ("aabb", {"a": 1.0, "b": 1.6}, {"a": 2, "b": 2}),
+        ("aabb", {"a": 0.01, "b": 0.03}, {"a": 2, "b": 2}),  # what is gained is not worth moving slots for
+        ("aabb", {"a": 1.0}, {"a": 2, "b": 2}),
+        ("aaaabbbb", {"a": 1.0, "b": 100.0}, {"a": 7, "b": 1}),
+        ("ab", {"a": 1.0, "b": 100.0}, {"a": 1, "b": 1}),
+    ],
+)
+def test_slots_follow_measured_speed(holders: str, seconds: dict[str, float], counts: dict[str, int]) -> None:
+    result, why = assign_slots(list(holders), ["a", "b"], seconds)
+    assert {worker: result.count(worker) for worker in "ab"} == counts
+    assert ("uneven, by how long a slot takes" in why) == (max(counts.values()) - min(counts.values()) > 1)
+    assert assign_slots(result, ["a", "b"], seconds)[0] == result
+
+
+@given(holders=holders, workers=st.lists(st.sampled_from(WORKERS), unique=True, min_size=1), data=st.data())
+def test_measured_speed_never_makes_a_step_longer(holders: list[str], workers: list[str], data: st.DataObject) -> None:
+    seconds = {worker: data.draw(st.floats(0.01, 100.0)) for worker in workers}
+    result, _ = assign_slots(holders, workers, seconds)
+    even, _ = assign_slots(holders, workers)
+    longest = [max(each.count(worker) * seconds[worker] for worker in workers) for each in (result, even)]
+    assert longest[0] <= max(1.15 * longest[1], longest[1] + 0.05)
+    if len(holders) >= len(workers):
+        assert all(result.count(worker) for worker in workers)
+    assert assign_slots(result, workers, seconds)[0] == result

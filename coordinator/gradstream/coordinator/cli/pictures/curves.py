@@ -67,7 +67,8 @@ def draw(found: Sequence[Series], axis: XAxis, form: str) -> bytes:
     room = 7 + max((_MARK_POINTS[mark.kind] for series in found for mark in series.marks), default=0.0)
     style.title(losses, *heading(found), room)
     figure.align_ylabels((losses, rates))
-    style.legend(losses, loc="upper right")
+    if losses.get_legend_handles_labels()[0]:
+        losses.legend(loc="upper right", frameon=False, fontsize=style.SMALL_POINTS, labelcolor=style.TEXT)
     return style.encoded(figure, form)
 
 
@@ -91,9 +92,8 @@ def heading(found: Sequence[Series]) -> tuple[str, str]:
     notes = [steps]
     fine_tuning = job.recipe.get("fine_tuning")
     if fine_tuning:
-        # How a person named it may be a long path.
-        base = (fine_tuning.get("base") or {}).get("title", "").rstrip("/").rpartition("/")[2]
-        notes.insert(0, f"{'LoRA on' if fine_tuning.get('method') == 'lora' else 'fine-tuning of'} {base}")
+        base = (fine_tuning.get("base") or {}).get("title", "")
+        notes.insert(0, f"{fine_tuning.get('method', '')} on {base}")
     if job.validation_loss is not None and job.initial_validation_loss is not None:
         notes.append(f"validation {format_loss(job.initial_validation_loss)} → {format_loss(job.validation_loss)}")
     return ", ".join(parts), "; ".join(notes)

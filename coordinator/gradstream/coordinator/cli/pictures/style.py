@@ -65,12 +65,6 @@ def title(axes: Axes, text: str, note: str = "", room_points: float = 6.0) -> No
         )  # fmt: skip
 
 
-def legend(axes: Axes, **place: Any) -> None:
-    """What the labelled lines are, without a box; nothing where none has a label."""
-    if "handles" in place or axes.get_legend_handles_labels()[0]:
-        axes.legend(framealpha=0.8, edgecolor="none", fontsize=SMALL_POINTS, labelcolor=TEXT, **place)
-
-
 def encoded(figure: Figure, form: str) -> bytes:
     """The figure as a file of one of FORMATS; the same bytes for the same figure."""
     import matplotlib

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CoordinatorServiceStub(object):
-    """Membership, plans, leases and reports. None of it is in the path of a step: steps go on while it is away.
+    """Membership, plans, leases and reports. The coordinator is not in the path of a step: steps continue while it is away.
     """
 
     def __init__(self, channel):
@@ -93,85 +93,86 @@ class CoordinatorServiceStub(object):
 
 
 class CoordinatorServiceServicer(object):
-    """Membership, plans, leases and reports. None of it is in the path of a step: steps go on while it is away.
+    """Membership, plans, leases and reports. The coordinator is not in the path of a step: steps continue while it is away.
     """
 
     def Register(self, request, context):
-        """A node announces itself. Another process of the same name and kind is refused while the first one heartbeats.
+        """Registers a node. Another process with the same name and kind is refused while the first one sends heartbeats.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Session(self, request_iterator, context):
-        """The node's lease on life. The node sends a heartbeat every heartbeat_seconds; the coordinator sends directives as
-        they arise. When the stream ends or no heartbeat arrives within lease_seconds, the node is taken for dead.
+        """Keeps the node's lease. The node sends a heartbeat every heartbeat_seconds, and the coordinator sends directives as
+        they arise. When the stream ends, or no heartbeat arrives within lease_seconds, the node counts as dead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportStep(self, request, context):
-        """The leader reports a committed (or skipped) step. Repeating a report changes nothing.
+        """Reports a committed or skipped step, from the leader. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportValidation(self, request, context):
-        """A worker reports its slot's part of a validation pass. Repeating a report changes nothing.
+        """Reports a slot's part of a validation pass, from a worker. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportCheckpoint(self, request, context):
-        """A server reports the file it wrote of a checkpoint. The last report of a version makes the coordinator write the
-        manifest, which is what makes the checkpoint exist.
+        """Reports a server's file of a checkpoint. After the last report of a version the coordinator writes the manifest,
+        which makes the checkpoint exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportResidual(self, request, context):
-        """A worker reports the file of a slot's codec residual that belongs to a checkpoint. Repeating a report changes nothing.
+        """Reports the file of a slot's codec residual in a checkpoint, from a worker. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportStorage(self, request, context):
-        """A node tells what it found in a directory that the nodes of a job must share.
+        """Reports the result of a StorageCheck.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportTimeline(self, request, context):
-        """A worker's timeline of one version, for `gradstream trace` and the share of communication that compute hid. Sent once
-        and not again: it may be lost.
+        """Reports a worker's timeline of one version, for `gradstream trace` and the overlap of communication with compute.
+        Best effort: a worker does not retry it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportFailure(self, request, context):
-        """A node cannot go on with a job for a reason that trying again at once would not change. The node is benched; the job
-        goes on with others, and fails with this reason when nobody else could go on.
+        """Reports that a node cannot continue with a job, for a reason that an immediate retry would not change. The node is
+        benched. The job continues with other nodes, and fails with this reason if there are none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FetchDataShard(self, request, context):
-        """Sends one data shard of a job, for workers that cannot see the data's path.
+        """Sends one data shard of a job, for workers that have no access to the data's path.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchTokens(self, request, context):
-        """The table of tokens, whenever it changes: every service checks tokens by itself. Ends only with the coordinator.
+        """Sends the token table now and at each change, because every service checks tokens by itself. Ends only with the
+        coordinator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -244,7 +245,7 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CoordinatorService(object):
-    """Membership, plans, leases and reports. None of it is in the path of a step: steps go on while it is away.
+    """Membership, plans, leases and reports. The coordinator is not in the path of a step: steps continue while it is away.
     """
 
     @staticmethod

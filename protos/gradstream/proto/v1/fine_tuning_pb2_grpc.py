@@ -101,14 +101,14 @@ class FineTuningServiceServicer(object):
     """
 
     def UploadExamples(self, request_iterator, context):
-        """Takes a file of examples; its path is what a recipe names then.
+        """Uploads a file of examples, and returns its path for a recipe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PreviewExamples(self, request, context):
-        """Renders examples as they would be trained on, and says which rows are bad. Keeps nothing.
+        """Renders examples as they would be trained on, and reports bad rows. Keeps nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,21 +122,21 @@ class FineTuningServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListFineTunings(self, request, context):
-        """All fine-tunings, newest first.
+        """Lists all fine-tunings, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetFineTuning(self, request, context):
-        """One fine-tuning.
+        """Returns one fine-tuning.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchFineTuning(self, request, context):
-        """Streams a fine-tuning as it changes, and its job's history, until it has ended.
+        """Streams a fine-tuning at each change of its state, and its job's history, until it has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,21 +150,21 @@ class FineTuningServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ResumeFineTuning(self, request, context):
-        """Goes on with a paused, cancelled or failed fine-tuning.
+        """Continues a paused, cancelled or failed fine-tuning.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelFineTuning(self, request, context):
-        """Ends the job at once; its checkpoints stay.
+        """Ends the job at once. Its checkpoints stay.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Streams what the base, or a fine-tuning of it, continues a prompt with. Ends early when the caller goes away.
+        """Streams text that the base, or a fine-tuning of it, generates from a prompt. Stops when the caller disconnects.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -139,43 +139,44 @@ class JobsServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PlanJob(self, request, context):
-        """Says what a recipe will take, and queues nothing: stage cut, memory, bytes on each link, seconds a step.
+        """Forecasts the needs of a recipe without queueing a job: stage cut, memory, bytes on each link, seconds for each
+        step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """All jobs, newest first, page by page.
+        """Lists all jobs, newest first, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetJob(self, request, context):
-        """One job: state, progress, what it waits for.
+        """Returns one job: its state, its progress and its waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """Streams a job's events, steps, validations and log lines as they are recorded, from a position on. Ends when the job
-        has ended and everything was sent.
+        """Streams a job's events, steps, validations and log lines as they are recorded, from a given position. Ends when the
+        job has ended and all items were sent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PauseJob(self, request, context):
-        """Pauses at the next step boundary, with a checkpoint.
+        """Pauses a job at the next step boundary, with a checkpoint.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeJob(self, request, context):
-        """Goes on with a paused job; a stopped or failed one starts again from its last checkpoint.
+        """Continues a paused job, or restarts a stopped or failed one from its last checkpoint.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,22 +190,22 @@ class JobsServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReplanJob(self, request, context):
-        """Puts a new plan in the place of a running job's at its next step boundary, by way of a checkpoint: idle servers come
-        in, the servers named go out. Refused when nothing would change.
+        """Replaces the plan of a running job at its next step boundary, through a checkpoint. The new plan includes idle
+        servers and leaves out the named ones. Refused when nothing would change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CheckpointJob(self, request, context):
-        """Writes a checkpoint at a running job's next step boundary; answers when it is there.
+        """Writes a checkpoint at a running job's next step boundary. Returns when the checkpoint exists.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """A job's checkpoints, oldest first.
+        """Lists a job's checkpoints, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -218,44 +219,45 @@ class JobsServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def HoldCheckpoint(self, request, context):
-        """Keeps a checkpoint from being removed for as long as the call lasts, for a service that reads its files from the
-        storage that all share. Answers once, as soon as it is kept; ends with the caller.
+        """Protects a checkpoint from removal until the caller ends the call, for a service that reads its files from shared
+        storage. The only response comes as soon as the checkpoint is protected.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTimeline(self, request, context):
-        """Streams the timelines that the coordinator keeps of a job: those of its last versions.
+        """Streams the timelines of a job's last versions, which the coordinator keeps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetMetrics(self, request, context):
-        """Streams what the ledger has of each step of a job's current trajectory, in pages.
+        """Streams the ledger's rows for the steps of a job's current trajectory, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PublishTokens(self, request, context):
-        """Takes the authority's newest table of tokens. An admin carries it; that the authority made it, its signature says.
+        """Publishes the authority's newest token table. An admin sends it, and the signature proves that the authority made
+        it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CheckStorage(self, request, context):
-        """Finds out whether the coordinator and all live parameter servers see one and the same directory, by files that each
-        writes and the others read.
+        """Checks that the coordinator and all live parameter servers see the same directory: each writes a file there, and
+        the others read it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListNodes(self, request, context):
-        """The nodes of the cluster.
+        """Lists the nodes of the cluster.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -29,21 +29,21 @@ class _PushResultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PushResult
     PUSH_RESULT_UNSPECIFIED: _PushResult.ValueType  # 0
     """The stream's first response: no contribution yet, only the window."""
     PUSH_RESULT_ACCEPTED: _PushResult.ValueType  # 1
-    """Taken, to be added in its turn."""
+    """Accepted; it is added in slot order."""
     PUSH_RESULT_DUPLICATE: _PushResult.ValueType  # 2
-    """Had it already; the duplicate was dropped."""
+    """The server had it already; the duplicate was dropped."""
     PUSH_RESULT_STALE: _PushResult.ValueType  # 3
     """Its step is committed; it was dropped."""
 
 class PushResult(_PushResult, metaclass=_PushResultEnumTypeWrapper):
-    """What became of a contribution."""
+    """The result for a contribution."""
 
 PUSH_RESULT_UNSPECIFIED: PushResult.ValueType  # 0
 """The stream's first response: no contribution yet, only the window."""
 PUSH_RESULT_ACCEPTED: PushResult.ValueType  # 1
-"""Taken, to be added in its turn."""
+"""Accepted; it is added in slot order."""
 PUSH_RESULT_DUPLICATE: PushResult.ValueType  # 2
-"""Had it already; the duplicate was dropped."""
+"""The server had it already; the duplicate was dropped."""
 PUSH_RESULT_STALE: PushResult.ValueType  # 3
 """Its step is committed; it was dropped."""
 Global___PushResult: _TypeAlias = PushResult  # noqa: Y015
@@ -73,15 +73,15 @@ class ContributionHeader(_message.Message):
     epoch: _builtins.int
     """The plan's epoch."""
     step: _builtins.int
-    """The step, which is also the version of the weights that the gradient was taken at."""
+    """The step, which is also the version of the weights for which the gradient was computed."""
     slot: _builtins.int
     """The slot."""
     bundle: _builtins.int
-    """Index of the bundle in the plan: neighbouring fragments of one server that travel together."""
+    """Index of the bundle in the plan: neighbouring fragments of one server that are sent together."""
     part: _builtins.int
-    """0, or 1 for the use as a head of a tensor that is also the embedding, in jobs with a pipeline."""
+    """The part of a tied tensor, in jobs with a pipeline: 0 for its use as the embedding, 1 as the head. Else 0."""
     codec: _plan_pb2.Codec.ValueType
-    """The codec of the step's contributions; from it and a tensor's kind follows the codec of each fragment."""
+    """The codec of the step's contributions. The codec of each fragment follows from it and from the tensor's kind."""
     payload_bytes: _builtins.int
     """Bytes of the whole payload: the sum of the above."""
     crc32c: _builtins.int
@@ -93,13 +93,13 @@ class ContributionHeader(_message.Message):
     slot_loss_sum: _builtins.float
     """Sum of the training loss over the slot's target tokens, in nats."""
     padding: _builtins.bytes
-    """Zeros, as many as bring the payload to a multiple of 8 bytes from the message's beginning, so that the receiver can
-    use it where it lies.
+    """Zeros that move the payload to a multiple of 8 bytes from the message's beginning. The receiver can then use the
+    payload without a copy.
     """
     @_builtins.property
     def fragment_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Bytes of each fragment's payload, in the bundle's order: what its codec needs for its elements, or at most that
-        where the length varies.
+        """Bytes of each fragment's payload, in the bundle's order: the exact size in its codec, or at most the codec's
+        maximum if the length varies.
         """
 
     def __init__(
@@ -171,7 +171,7 @@ class PushResponse(_message.Message):
     window_bytes: _builtins.int
     """Payload bytes that the worker may have under way without acknowledgement."""
     result: Global___PushResult.ValueType
-    """What became of the next contribution in the stream's order."""
+    """The result for the next contribution in the stream's order."""
     step: _builtins.int
     """The contribution's step."""
     slot: _builtins.int
@@ -215,18 +215,18 @@ class PullRequest(_message.Message):
     epoch: _builtins.int
     """The plan's epoch."""
     min_version: _builtins.int
-    """The lowest version to answer with."""
+    """The lowest version that the server may answer with."""
     held_version: _builtins.int
-    """The version of all these bundles that the worker holds, so that the next one can come as a delta; absent when it
-    holds none, or not all at one version.
+    """The version of these bundles that the worker holds: the next one can then be sent as a delta. Absent when the
+    worker holds none, or not all bundles at the same version.
     """
     @_builtins.property
     def bundles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Bundles wanted, in the order wanted, all of them held by this server."""
+        """The requested bundles, in the requested order. This server must hold all of them."""
 
     @_builtins.property
     def measured(self) -> Global___LinkMeasurement:
-        """What the worker measured since its last pull; absent before the first step."""
+        """The worker's measurements since its last pull; absent before the first step."""
 
     def __init__(
         self,
@@ -250,7 +250,7 @@ Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
 
 @_typing.final
 class LinkMeasurement(_message.Message):
-    """What a worker saw of its own speed and of its links over a step; `codec: auto` chooses by it."""
+    """A worker's measured speed and link rates over a step, from which `codec: auto` chooses."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -260,9 +260,9 @@ class LinkMeasurement(_message.Message):
     compute_seconds: _builtins.float
     """Seconds of forward and backward passes over the slots that it computed."""
     push_bytes_per_second: _builtins.float
-    """Payload bytes a second that went out to all servers while contributions were under way."""
+    """Payload bytes a second sent to all servers while contributions were under way."""
     pull_bytes_per_second: _builtins.float
-    """Payload bytes a second that came in from all servers while a version was under way."""
+    """Payload bytes a second received from all servers while a version was under way."""
     def __init__(
         self,
         *,
@@ -295,21 +295,21 @@ class WeightsHeader(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     PADDING_FIELD_NUMBER: _builtins.int
     version: _builtins.int
-    """The version of all that follows in this stream."""
+    """The version of all bundles in this stream."""
     bundle: _builtins.int
     """Index of the bundle in the plan."""
     codec: _plan_pb2.Codec.ValueType
-    """The codec of these weights, from which, with a tensor's kind, follows that of each fragment; CODEC_UNSPECIFIED in
-    the stream's first response, which has no payload.
+    """The codec of these weights. The codec of each fragment follows from it and from the tensor's kind.
+    CODEC_UNSPECIFIED in the stream's first response, which has no payload.
     """
     payload_bytes: _builtins.int
     """Bytes of the payload over all its pieces."""
     crc32c: _builtins.int
     """CRC-32C of the whole payload."""
     delta: _builtins.bool
-    """True: the payload is the difference to the version before, which the worker said it holds."""
+    """True: the payload is the difference to the version before, which is PullRequest.held_version."""
     push_codec: _plan_pb2.Codec.ValueType
-    """In the stream's first response only: the codec that contributions to this version shall have."""
+    """In the stream's first response only: the codec for contributions to this version."""
     checkpoint: _builtins.bool
     """In the stream's first response only: this version gets a checkpoint, to which workers add their slots' residuals."""
     padding: _builtins.bytes
@@ -370,7 +370,7 @@ Global___PullResponse: _TypeAlias = PullResponse  # noqa: Y015
 
 @_typing.final
 class CompleteStepRequest(_message.Message):
-    """A server has all contributions of a step."""
+    """Reports that a server has all contributions of a step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -393,13 +393,13 @@ class CompleteStepRequest(_message.Message):
     num_tokens: _builtins.int
     """Target tokens of the step; all servers must have the same."""
     pushed_bytes: _builtins.int
-    """Payload bytes that the server took in for the step."""
+    """Payload bytes that the server received for the step."""
     pulled_bytes: _builtins.int
     """Payload bytes of weights that the server has sent to workers since it completed the step before."""
     @_builtins.property
     def squared_norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Squared norm of each of the server's summed fragments, in the order of their indices. Sent one by one, so that the
-        leader's sum does not depend on the placement.
+        """Squared norm of each of the server's summed fragments, in the order of their indices. They are sent separately, so
+        that the leader's sum does not depend on the placement.
         """
 
     def __init__(
@@ -439,11 +439,11 @@ class CompleteStepResponse(_message.Message):
     step: _builtins.int
     """The step."""
     skip: _builtins.bool
-    """True: leave the weights as they are and go to the next version."""
+    """True: skip the step. The next version has the same weights."""
     clip_scale: _builtins.float
     """Factor on the mean gradient, at most 1."""
     num_tokens: _builtins.int
-    """Target tokens to divide the summed gradient by."""
+    """Number of target tokens, by which the summed gradient is divided."""
     checkpoint: _builtins.bool
     """True: write a checkpoint of the version that this commit makes."""
     consecutive_skips: _builtins.int
@@ -474,7 +474,7 @@ Global___CompleteStepResponse: _TypeAlias = CompleteStepResponse  # noqa: Y015
 
 @_typing.final
 class GetServerStatusRequest(_message.Message):
-    """Asks what a server holds."""
+    """Asks for a server's state."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -496,7 +496,7 @@ Global___GetServerStatusRequest: _TypeAlias = GetServerStatusRequest  # noqa: Y0
 
 @_typing.final
 class GetServerStatusResponse(_message.Message):
-    """What a server holds of a job."""
+    """A server's state of a job."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -509,7 +509,7 @@ class GetServerStatusResponse(_message.Message):
     MISSING_SLOTS_FIELD_NUMBER: _builtins.int
     NUM_DROPPED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
-    """The plan's epoch; 0 when it holds nothing."""
+    """The plan's epoch; 0 when the server has no job."""
     version: _builtins.int
     """The published version."""
     num_fragments: _builtins.int
@@ -519,12 +519,12 @@ class GetServerStatusResponse(_message.Message):
     state_bytes: _builtins.int
     """Bytes of weights, optimizer state, accumulators, reference and published bundles."""
     early_bytes: _builtins.int
-    """Bytes of contributions that wait for their turn."""
+    """Bytes of contributions that wait to be added in slot order."""
     num_dropped: _builtins.int
     """Contributions refused since the plan was taken up: duplicates and stale ones."""
     @_builtins.property
     def missing_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Slots of the current step of which some contribution is missing."""
+        """Slots of the current step with missing contributions."""
 
     def __init__(
         self,

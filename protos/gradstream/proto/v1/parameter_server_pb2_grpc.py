@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ParameterServerServiceStub(object):
-    """What a parameter server offers to workers and to the other servers of a plan.
+    """The service of a parameter server for workers and for the other servers of a plan.
     """
 
     def __init__(self, channel):
@@ -58,36 +58,36 @@ class ParameterServerServiceStub(object):
 
 
 class ParameterServerServiceServicer(object):
-    """What a parameter server offers to workers and to the other servers of a plan.
+    """The service of a parameter server for workers and for the other servers of a plan.
     """
 
     def Push(self, request_iterator, context):
-        """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
-        The first response only carries the window. Both PushRequest and PullResponse are framed by hand
-        (gradstream.core.wire.frames); the bytes equal protobuf's own.
+        """Streams a worker's contributions, each in one or several messages. The server acknowledges each contribution. The
+        first response has only the window. PushRequest and PullResponse are framed by hand (gradstream.core.wire.frames),
+        with the same bytes as protobuf.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """A worker asks for a version; the server answers when that version (or a later one) is published, then streams the
-        bundles in the order asked for.
+        """Requests a version. The server answers once that version or a later one is published, and then streams the bundles
+        in the requested order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CompleteStep(self, request, context):
-        """A server tells the leader that all its bundles have every contribution of a step; the answer, given when all
-        servers have told, is the decision to commit. Asking again gives the same decision.
+        """Reports to the leader that all bundles of a server have every contribution of a step. The response, sent once all
+        servers have reported, is the decision about the step. A repeated request gets the same decision.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerStatus(self, request, context):
-        """What the server holds.
+        """Returns the server's state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,7 +125,7 @@ def add_ParameterServerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ParameterServerService(object):
-    """What a parameter server offers to workers and to the other servers of a plan.
+    """The service of a parameter server for workers and for the other servers of a plan.
     """
 
     @staticmethod

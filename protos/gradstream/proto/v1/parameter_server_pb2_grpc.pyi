@@ -27,51 +27,51 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ParameterServerServiceStub:
-    """What a parameter server offers to workers and to the other servers of a plan."""
+    """The service of a parameter server for workers and for the other servers of a plan."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ParameterServerServiceAsyncStub: ...
     Push: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.PushRequest, _parameter_server_pb2.PushResponse]
-    """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
-    The first response only carries the window. Both PushRequest and PullResponse are framed by hand
-    (gradstream.core.wire.frames); the bytes equal protobuf's own.
+    """Streams a worker's contributions, each in one or several messages. The server acknowledges each contribution. The
+    first response has only the window. PushRequest and PullResponse are framed by hand (gradstream.core.wire.frames),
+    with the same bytes as protobuf.
     """
     Pull: _grpc.UnaryStreamMultiCallable[_parameter_server_pb2.PullRequest, _parameter_server_pb2.PullResponse]
-    """A worker asks for a version; the server answers when that version (or a later one) is published, then streams the
-    bundles in the order asked for.
+    """Requests a version. The server answers once that version or a later one is published, and then streams the bundles
+    in the requested order.
     """
     CompleteStep: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.CompleteStepRequest, _parameter_server_pb2.CompleteStepResponse]
-    """A server tells the leader that all its bundles have every contribution of a step; the answer, given when all
-    servers have told, is the decision to commit. Asking again gives the same decision.
+    """Reports to the leader that all bundles of a server have every contribution of a step. The response, sent once all
+    servers have reported, is the decision about the step. A repeated request gets the same decision.
     """
     GetServerStatus: _grpc.UnaryUnaryMultiCallable[_parameter_server_pb2.GetServerStatusRequest, _parameter_server_pb2.GetServerStatusResponse]
-    """What the server holds."""
+    """Returns the server's state."""
 
 @_typing.type_check_only
 class ParameterServerServiceAsyncStub(ParameterServerServiceStub):
-    """What a parameter server offers to workers and to the other servers of a plan."""
+    """The service of a parameter server for workers and for the other servers of a plan."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Push: _aio.StreamStreamMultiCallable[_parameter_server_pb2.PushRequest, _parameter_server_pb2.PushResponse]  # type: ignore[assignment]
-    """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
-    The first response only carries the window. Both PushRequest and PullResponse are framed by hand
-    (gradstream.core.wire.frames); the bytes equal protobuf's own.
+    """Streams a worker's contributions, each in one or several messages. The server acknowledges each contribution. The
+    first response has only the window. PushRequest and PullResponse are framed by hand (gradstream.core.wire.frames),
+    with the same bytes as protobuf.
     """
     Pull: _aio.UnaryStreamMultiCallable[_parameter_server_pb2.PullRequest, _parameter_server_pb2.PullResponse]  # type: ignore[assignment]
-    """A worker asks for a version; the server answers when that version (or a later one) is published, then streams the
-    bundles in the order asked for.
+    """Requests a version. The server answers once that version or a later one is published, and then streams the bundles
+    in the requested order.
     """
     CompleteStep: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.CompleteStepRequest, _parameter_server_pb2.CompleteStepResponse]  # type: ignore[assignment]
-    """A server tells the leader that all its bundles have every contribution of a step; the answer, given when all
-    servers have told, is the decision to commit. Asking again gives the same decision.
+    """Reports to the leader that all bundles of a server have every contribution of a step. The response, sent once all
+    servers have reported, is the decision about the step. A repeated request gets the same decision.
     """
     GetServerStatus: _aio.UnaryUnaryMultiCallable[_parameter_server_pb2.GetServerStatusRequest, _parameter_server_pb2.GetServerStatusResponse]  # type: ignore[assignment]
-    """What the server holds."""
+    """Returns the server's state."""
 
 class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What a parameter server offers to workers and to the other servers of a plan."""
+    """The service of a parameter server for workers and for the other servers of a plan."""
 
     @_abc_1.abstractmethod
     def Push(
@@ -79,9 +79,9 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_parameter_server_pb2.PushRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.PushResponse], _abc.AsyncIterator[_parameter_server_pb2.PushResponse]]:
-        """A worker streams contributions, each of one or several messages; the server acknowledges each contribution.
-        The first response only carries the window. Both PushRequest and PullResponse are framed by hand
-        (gradstream.core.wire.frames); the bytes equal protobuf's own.
+        """Streams a worker's contributions, each in one or several messages. The server acknowledges each contribution. The
+        first response has only the window. PushRequest and PullResponse are framed by hand (gradstream.core.wire.frames),
+        with the same bytes as protobuf.
         """
 
     @_abc_1.abstractmethod
@@ -90,8 +90,8 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _parameter_server_pb2.PullRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.PullResponse], _abc.AsyncIterator[_parameter_server_pb2.PullResponse]]:
-        """A worker asks for a version; the server answers when that version (or a later one) is published, then streams the
-        bundles in the order asked for.
+        """Requests a version. The server answers once that version or a later one is published, and then streams the bundles
+        in the requested order.
         """
 
     @_abc_1.abstractmethod
@@ -100,8 +100,8 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _parameter_server_pb2.CompleteStepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.CompleteStepResponse, _abc.Awaitable[_parameter_server_pb2.CompleteStepResponse]]:
-        """A server tells the leader that all its bundles have every contribution of a step; the answer, given when all
-        servers have told, is the decision to commit. Asking again gives the same decision.
+        """Reports to the leader that all bundles of a server have every contribution of a step. The response, sent once all
+        servers have reported, is the decision about the step. A repeated request gets the same decision.
         """
 
     @_abc_1.abstractmethod
@@ -110,6 +110,6 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _parameter_server_pb2.GetServerStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_parameter_server_pb2.GetServerStatusResponse, _abc.Awaitable[_parameter_server_pb2.GetServerStatusResponse]]:
-        """What the server holds."""
+        """Returns the server's state."""
 
 def add_ParameterServerServiceServicer_to_server(servicer: ParameterServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ProbeServiceStub(object):
-    """Offered by the coordinator, parameter servers, workers and the fine-tuning service alike. A server lets itself be
-    measured by one caller at a time and refuses others meanwhile; GetInfo is always answered.
+    """Offered by the coordinator, parameter servers, workers and the fine-tuning service. A service accepts a measurement
+    from one caller at a time and refuses others meanwhile. GetInfo is always answered.
     """
 
     def __init__(self, channel):
@@ -54,26 +54,27 @@ class ProbeServiceStub(object):
 
 
 class ProbeServiceServicer(object):
-    """Offered by the coordinator, parameter servers, workers and the fine-tuning service alike. A server lets itself be
-    measured by one caller at a time and refuses others meanwhile; GetInfo is always answered.
+    """Offered by the coordinator, parameter servers, workers and the fine-tuning service. A service accepts a measurement
+    from one caller at a time and refuses others meanwhile. GetInfo is always answered.
     """
 
     def GetInfo(self, request, context):
-        """Who answers, what its clock says and what its machine has left.
+        """Returns the service's version, role, clock, and its machine's free memory and disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MeasureUp(self, request_iterator, context):
-        """Measures the way to the service: the caller sends for as long as it likes, within bounds, and hears how fast it came.
+        """Measures the link to the service. The caller sends pieces, within bounds, and the service returns the rate of their
+        arrival.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MeasureDown(self, request, context):
-        """Measures the way back: the service sends as many bytes as were asked for; the caller looks at its own clock.
+        """Measures the link from the service. The service sends the requested bytes, and the caller measures the time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,8 +107,8 @@ def add_ProbeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ProbeService(object):
-    """Offered by the coordinator, parameter servers, workers and the fine-tuning service alike. A server lets itself be
-    measured by one caller at a time and refuses others meanwhile; GetInfo is always answered.
+    """Offered by the coordinator, parameter servers, workers and the fine-tuning service. A service accepts a measurement
+    from one caller at a time and refuses others meanwhile. GetInfo is always answered.
     """
 
     @staticmethod

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class WorkerServiceStub(object):
-    """What a worker offers to its neighbours in a pipeline.
+    """The service of a worker for its neighbours in a pipeline.
     """
 
     def __init__(self, channel):
@@ -43,15 +43,14 @@ class WorkerServiceStub(object):
 
 
 class WorkerServiceServicer(object):
-    """What a worker offers to its neighbours in a pipeline.
+    """The service of a worker for its neighbours in a pipeline.
     """
 
     def Stream(self, request_iterator, context):
         """buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
-        A worker streams to a neighbour: first a hello, then attempts, one after the other, each with its tensors in the
-        order of the schedule. StageRequest is framed by hand (gradstream.core.wire.frames); the bytes equal protobuf's
-        own.
+        Streams attempts to a neighbour. The first message is a hello. Each attempt has its tensors in the order of the
+        schedule. StageRequest is framed by hand (gradstream.core.wire.frames), with the same bytes as protobuf.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,7 +73,7 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService(object):
-    """What a worker offers to its neighbours in a pipeline.
+    """The service of a worker for its neighbours in a pipeline.
     """
 
     @staticmethod

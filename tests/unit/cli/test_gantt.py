@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 from support.pipelines import simulated_timelines, stage_costs
 
 from gradstream.coordinator.cli.pictures import gantt
-from gradstream.coordinator.telemetry.pipeline_timeline import Run, newest, runs
+from gradstream.coordinator.telemetry.pipeline_timeline import Pass, Run, newest, runs
 from gradstream.core.pipeline.schedule import make_schedule
+from gradstream.core.telemetry.timeline import SpanKind
 
 
 def found(num_microbatches: int) -> list[Run]:
@@ -33,6 +35,14 @@ def test_all_boxes_are_labelled_or_none(num_microbatches: int, labelled: bool) -
     assert len(boxes) == (8 * 10 if labelled else 0)
     (label,) = [text for text in shown if text.startswith("ms since the first pass")]
     assert ("numbers: microbatch" in label) == labelled
+
+
+def test_a_pass_that_took_no_time_leaves_the_others_their_labels() -> None:
+    """As of a first stage, whose backward pass for its input has nothing to do."""
+    (run,) = found(12)
+    nothing = Pass(run.end_us - 1, 1, SpanKind.BACKWARD_INPUT, 0, 0, 11)
+    shown = texts(gantt.draw([replace(run, passes=((*run.passes[0], nothing), *run.passes[1:]))], "tiny-1", "svg"))
+    assert shown.count("11") == 8
 
 
 def test_the_picture_says_why_the_bubble_may_lie_below_the_ideal() -> None:

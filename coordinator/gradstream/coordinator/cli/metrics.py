@@ -21,7 +21,7 @@ from gradstream.coordinator.cli.views import terminal
 if TYPE_CHECKING:
     from gradstream.client import Job, StepMetrics
 
-TABLE_ROWS = 20
+TABLE_ROWS = 15
 
 
 def metrics(

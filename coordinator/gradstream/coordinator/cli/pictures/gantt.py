@@ -34,6 +34,8 @@ _LABEL_POINTS = (7.0, 4.5)
 # A digit's width as a share of the font's size, and the room that a label needs at its sides.
 _DIGIT_WIDTH = 0.64
 _MARGIN_POINTS = 1.0
+_LINE_POINTS = 2.0
+"""A narrower box is a line, which has no label: a first stage hands on no gradient, so that part takes no time."""
 _WHY_BELOW = (
     "The ideal is that of GPipe and 1F1B with equally long stages and backward passes in one piece. Here a pass hands "
     "on its input's gradient before it ends: the bubble may lie below."
@@ -159,6 +161,8 @@ def _draw_labels(axes: Axes, layout: _Layout, runs: Sequence[Run], points_per_ms
     for run in runs:
         for worker, passes in zip(run.workers, run.passes, strict=True):
             for one in passes:
+                if one.duration_us / 1000 * points_per_ms < _LINE_POINTS:
+                    continue
                 axes.text(
                     layout.ms(one.begin_us + one.duration_us / 2), layout.rows[worker], _label(run, one), ha="center",
                     va="center_baseline", fontsize=points,
@@ -169,11 +173,15 @@ def _draw_labels(axes: Axes, layout: _Layout, runs: Sequence[Run], points_per_ms
 def _label_points(runs: Sequence[Run], points_per_ms: float) -> float:
     """The font's size at which every box has room for its label; 0 where it would be too small."""
     largest, smallest = _LABEL_POINTS
-    fits = min(
-        (one.duration_us / 1000 * points_per_ms - _MARGIN_POINTS) / (len(_label(run, one)) * _DIGIT_WIDTH)
+    boxes = [
+        (one.duration_us / 1000 * points_per_ms, len(_label(run, one)))
         for run in runs
         for passes in run.passes
         for one in passes
+    ]
+    fits = min(
+        ((width - _MARGIN_POINTS) / (length * _DIGIT_WIDTH) for width, length in boxes if width >= _LINE_POINTS),
+        default=0.0,
     )
     return min(largest, fits) if fits >= smallest else 0.0
 

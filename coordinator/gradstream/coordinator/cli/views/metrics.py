@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
+from gradstream.coordinator.cli.views.step_times import seconds_text
 
 if TYPE_CHECKING:
     from gradstream.client import StepMetrics
@@ -71,7 +72,7 @@ def metrics_table(rows: Iterable[StepMetrics]) -> Any:
                 terminal.format_loss(row.validation_loss),
                 _number(row.learning_rate, "#.3g"),
                 _number(row.grad_norm, "#.3g"),
-                _number(row.step_time.total_seconds() if row.step_time is not None else None, "#.3g", " s"),
+                seconds_text(row.step_time.total_seconds()) if row.step_time is not None else "-",
                 terminal.format_bytes(row.pushed_bytes) if row.pushed_bytes is not None else "-",
                 terminal.format_bytes(row.pulled_bytes) if row.pulled_bytes is not None else "-",
             )
@@ -80,5 +81,5 @@ def metrics_table(rows: Iterable[StepMetrics]) -> Any:
     )
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"

@@ -50,18 +50,22 @@ SUBMIT_SECONDS = 330.0
 
 
 class AsyncClient:
-    """Talks to a coordinator.
+    """A client of a coordinator: submits, watches and steers jobs, and fetches what comes of them.
 
         async with AsyncClient("10.0.0.1:7000") as client:
             job = await client.submit("recipes/stdlib-gpt.yaml")
             async for item in client.watch(job.job_id):
                 print(item)
 
-    `address` is host:port; None takes the environment's GRADSTREAM_COORDINATOR, else 127.0.0.1:7000. Nothing is sent
-    before the first call, which raises UnreachableError after at most `connect_timeout_seconds` when nobody answers.
-    `call_timeout_seconds` bounds each unary call after that. `credentials` is a directory; None takes the environment's
-    GRADSTREAM_CREDENTIALS, else those of `gradstream login` for the address, else talks in the clear.
-    A job_id of None (or "") means the newest job.
+    `address` is host:port; None takes the environment's GRADSTREAM_COORDINATOR, else 127.0.0.1:7000. `credentials` is a
+    directory; None takes the environment's GRADSTREAM_CREDENTIALS, else those of `gradstream login` for the address,
+    else the connection is in the clear. The first call connects, for at most `connect_timeout_seconds`;
+    `call_timeout_seconds` bounds each call after that unless the method says otherwise.
+
+    A job_id of None (or "") means the newest job. A method that takes a job_id raises ConfigError when there is no such
+    job. Every method may raise UnreachableError when the coordinator does not answer, CredentialsError and AccessError
+    when the credentials are not accepted or do not allow the call, and BusyError when the caller asks for too much at
+    once.
 
     Must be made, used and closed in one event loop.
     """
@@ -117,15 +121,18 @@ class AsyncClient:
         *,
         request_id: str | None = None,
     ) -> Job:
-        """Queue a job, once: where no answer comes it is asked for again, under the same request id.
+        """Queue a job. Return it as queued.
 
         `recipe` is a Recipe, the path of a recipe file, or a mapping; `overrides` are `key.sub=value` strings and go
-        with a path only. Relative paths in it are made absolute against the current directory. `request_id` (1 to 64
-        letters, digits, '.', '_', '-') is new for each job; a later call with the id of one that was taken gives that
-        one's job, after a restart of the coordinator too. None: one that no other call has.
+        with a path only. Relative paths in the recipe are made absolute against the current directory.
 
-        Raises ConfigError when the recipe is wrong, UnreachableError, which names the request id, when it is not known
-        whether the job was taken.
+        The request is idempotent: when its answer is lost, the client retries it with the same `request_id` for 10 s.
+        `request_id` has 1 to 64 letters, digits, '.', '_' and '-'; None makes a new one. A later call with the id of an
+        earlier one returns the earlier one's job, also after a restart of the coordinator.
+
+        Raises ConfigError when the recipe is wrong, with all that is wrong; DataError when its data is missing or does
+        not fit it; UnreachableError, which names the request id, when the client does not know whether the job was
+        queued.
         """
         resolved = await _resolved(recipe, overrides)
         request = jobs_pb2.SubmitJobRequest(
@@ -146,16 +153,18 @@ class AsyncClient:
         memory_bytes: int = 0,
         link_bits_per_second: float = 10e9,
     ) -> Forecast:
-        """What a recipe will take, without submitting it: stage cut, memory, bytes on each link, seconds a step.
+        """Forecast what a recipe will take, without submitting: stage cut, memory, bytes on each link, seconds a step.
 
-        The coordinator plans, and measures the model's segments on its machine, as if every worker were like it; that
-        may take a minute. It plans for the nodes that are live or, with `num_servers` or `num_workers` above 0, for
-        nodes that need not exist; where only one of the two is given, the recipe says the other. `memory_bytes` is what
-        each of these offers; 0: enough. `link_bits_per_second` is every node's link, both ways. `recipe` and
-        `overrides` are those of `submit`. Data that is not there yet is a warning of the forecast.
+        `recipe` and `overrides` are those of `submit`. The coordinator makes the plan. It measures the model's segments
+        on its own machine, which may take a minute, and assumes that every worker computes as fast.
 
-        Raises ConfigError when the recipe, its model or a number is wrong, DataError when its data does not fit it,
-        PlanError when the nodes cannot hold it.
+        The plan is for the live nodes or, with `num_servers` or `num_workers` above 0, for nodes that need not exist.
+        If only one of the two is given, the recipe's minimum is the other. `memory_bytes` is what each such node
+        offers; 0 means enough. `link_bits_per_second` is the speed of every node's link, in each direction. If the data
+        set is not there yet, the forecast says so in its `warnings`.
+
+        Raises ConfigError when the recipe, its model or a number is wrong, DataError when the data does not fit the
+        recipe, PlanError when the nodes cannot hold the job.
         """
         for name, value in (("num_servers", num_servers), ("num_workers", num_workers), ("memory_bytes", memory_bytes)):
             if not 0 <= value < (2**32 if name.startswith("num_") else 2**63):
@@ -185,7 +194,7 @@ class AsyncClient:
             request.page_token = response.next_page_token
 
     async def job(self, job_id: str | None = None) -> Job:
-        """One job; the newest when no id is given. Raises ConfigError when there is none."""
+        """One job: its state, its progress and what it waits for. Raises ConfigError when there is none."""
         request = jobs_pb2.GetJobRequest(job_id=job_id or "")
         response = await self._connection.call(lambda stub, timeout: stub.GetJob(request, timeout=timeout))
         return Job.from_proto(response.job)
@@ -198,12 +207,16 @@ class AsyncClient:
         after_cursor: int = 0,
         kinds: Iterable[str] = (),
     ) -> AsyncIterator[WatchItem]:
-        """A job's history: events, steps, validations, log lines and checkpoints, in order, each once. `kinds` asks for
-        some of them alone, by what `to_dict` has as `type`: "event", "step", "validation", "log", "checkpoint".
+        """Iterate over a job's history: Event, Step, Validation, LogLine and Checkpoint items, in order, each once.
 
-        With `follow` it goes on until the job has ended, and survives a coordinator that goes away, or is too busy, for
-        a while: it asks again from the last cursor, with endless backoff (`unreachable_since` tells). Without, it ends
-        after what is recorded. The first call raises UnreachableError like any other.
+        Items have rising cursors; `after_cursor` leaves out those up to a cursor. `kinds` selects items by the `type`
+        of their `to_dict`: "event", "step", "validation", "log" or "checkpoint"; empty selects all.
+
+        With `follow` the iteration ends when the job has ended. While the coordinator does not answer, or is too busy,
+        the client retries from the last cursor without a limit; `unreachable_since` says since when. Without `follow`
+        the iteration ends after what is recorded.
+
+        Raises UnreachableError when the coordinator does not answer the first call or, without `follow`, any.
         """
         job_id = (await self.job(job_id)).job_id
         kinds = tuple(kinds)
@@ -243,14 +256,16 @@ class AsyncClient:
         *,
         poll_seconds: float = 1.0,
     ) -> Job:
-        """Wait until a job has ended; return it as it then is.
+        """Wait until a job has ended. Return it in its last state.
 
-        How it ended is its `state`: JobState.FINISHED, or STOPPED when a person ended it before its last step, at
-        `version` of `num_steps`. A job that failed raises JobFailedError, with the reason. A paused job has not ended:
-        `wait` goes on until somebody resumes or stops it.
+        The returned job's `state` says how it ended: JobState.FINISHED after all steps, or JobState.STOPPED when a
+        person stopped it, at step `version` of `num_steps`. A paused job has not ended: `wait` returns after it was
+        resumed and has ended, or was stopped.
 
-        `on_progress` is called with the job about every `poll_seconds`. Survives a coordinator that goes away for a
-        while.
+        `on_progress` is called with the job about every `poll_seconds`. While the coordinator does not answer, the
+        client retries without a limit, except for the first call.
+
+        Raises JobFailedError, with the reason and the job, when the job failed.
         """
         job = await self.job(job_id)
         job_id = job.job_id
@@ -273,13 +288,19 @@ class AsyncClient:
         return job
 
     async def pause(self, job_id: str) -> Job:
-        """Pause a job at its next step boundary, with a checkpoint. Returns before it rests."""
+        """Pause a job at its next step boundary, with a checkpoint. Return it at once, before it rests.
+
+        Raises ConfigError when the job has ended.
+        """
         request = jobs_pb2.PauseJobRequest(job_id=job_id)
         response = await self._connection.call(lambda stub, timeout: stub.PauseJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 
     async def resume(self, job_id: str) -> Job:
-        """Go on with a paused job; start a stopped or failed one again from its last checkpoint."""
+        """Resume a paused job, or start a stopped or failed one again from its last checkpoint.
+
+        Raises ConfigError when the job has finished.
+        """
         request = jobs_pb2.ResumeJobRequest(job_id=job_id)
         response = await self._connection.call(lambda stub, timeout: stub.ResumeJob(request, timeout=timeout))
         return Job.from_proto(response.job)
@@ -299,7 +320,10 @@ class AsyncClient:
         return Job.from_proto(response.job)
 
     async def stop(self, job_id: str, now: bool = False) -> Job:
-        """End a job at its next step boundary with a checkpoint or, with `now`, at once and without one."""
+        """Stop a job at its next step boundary with a checkpoint or, with `now`, at once and without one.
+
+        Returns the job at once, before it has ended. Raises ConfigError when the job has ended already.
+        """
         request = jobs_pb2.StopJobRequest(job_id=job_id, now=now)
         response = await self._connection.call(lambda stub, timeout: stub.StopJob(request, timeout=timeout))
         return Job.from_proto(response.job)
@@ -307,10 +331,11 @@ class AsyncClient:
     async def metrics(
         self, job_id: str | None = None, *, first_step: int = 0, every: int = 1
     ) -> AsyncIterator[StepMetrics]:
-        """What the ledger has of each step of a job's trajectory, by rising step, from `first_step` on.
+        """Iterate over the ledger's rows of a job's trajectory, one StepMetrics a step, from `first_step` on.
 
-        With `every` above 1: the steps that it divides, those whose version was validated, and the last one. `job_id`
-        may also be a job's name, as fine-tunings have one: it stands for the newest job of that name.
+        With `every` above 1 there are rows for the steps that `every` divides, for steps whose version was validated,
+        and for the last step. `job_id` may also be a job's name, such as a fine-tuning's, and then means the newest job
+        of that name.
 
         Raises ConfigError when there is no such job, UnreachableError when the connection broke.
         """
@@ -331,7 +356,7 @@ class AsyncClient:
             raise self._connection.error(rpc_error) from None
 
     async def timeline(self, job_id: str | None = None) -> list[Timeline]:
-        """What the workers did and when, over the last versions of a job; `chrome_trace` makes a trace file of it.
+        """What the workers did and when, over a job's last versions. `chrome_trace` turns the timelines into a trace.
 
         Raises DataError when no worker has sent a timeline yet, and UnreachableError when the connection broke.
         """
@@ -345,10 +370,10 @@ class AsyncClient:
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
     async def checkpoint(self, job_id: str | None = None) -> Checkpoint:
-        """Have a running job write a checkpoint at its next step boundary, and wait until it is there, however long a
-        step takes.
+        """Have a running job write a checkpoint at its next step boundary. Return the checkpoint once it is complete.
 
-        Raises ConfigError when the job does not run, CheckpointError when it rests or ends before.
+        The call has no time-out, since a step may take long. Raises ConfigError when the job does not run,
+        CheckpointError when it rests or ends before.
         """
         request = jobs_pb2.CheckpointJobRequest(job_id=job_id or "")
         response = await self._connection.call(lambda stub, timeout: stub.CheckpointJob(request))
@@ -367,13 +392,13 @@ class AsyncClient:
         version: int | None = None,
         on_progress: Callable[[ExportProgress], None] | None = None,
     ) -> Path:
-        """Write a checkpoint (the last one or that of `version`) as a Hugging Face directory; return its path.
+        """Write the last checkpoint, or that of `version`, as a local Hugging Face directory. Return its path.
 
-        `directory` must not exist or be empty. The files arrive in a directory beside it that is renamed when all are
+        `directory` must be empty or not exist. The files arrive in a directory beside it, which is renamed when all are
         complete, so `directory` never holds a part of an export. `on_progress` is called after each piece.
 
         Raises ConfigError when the directory is not empty, CheckpointError when there is no such checkpoint,
-        ProtocolError when what came is not what was announced, and UnreachableError when the connection broke.
+        ProtocolError when the files are not as announced, and UnreachableError when the connection broke.
         """
         request = jobs_pb2.ExportCheckpointRequest(job_id=job_id or "", version=version)
         writer = await asyncio.to_thread(ExportWriter, directory)
@@ -405,16 +430,17 @@ class AsyncClient:
         stop: Iterable[str] = (),
         service: str | None = None,
     ) -> AsyncIterator[GeneratedText]:
-        """What a job's model continues `prompt` with, piece by piece as it is generated by a fine-tuning service.
+        """Continue `prompt` with a job's model. Iterate over the text, piece by piece as it is generated.
 
-        The model is the checkpoint of `version`; without one the last, or, of a running job, the current version, of
-        which the job then writes a checkpoint. `service` is the fine-tuning service's host:port; None takes the
-        environment's GRADSTREAM_FINE_TUNING, else 127.0.0.1:7001.
+        A fine-tuning service generates. `service` is its host:port; None takes the environment's
+        GRADSTREAM_FINE_TUNING, else 127.0.0.1:7001. The model is the checkpoint of `version`. Without `version` the
+        model is the last checkpoint; a running job writes one of its current version first.
 
         `prompt` is a text, or a conversation of {"role": …, "content": …} for the tokenizer's chat template. At
-        temperature 0 the likeliest token is taken each time, else one is drawn, with `seed`, among the likeliest that
-        together have probability `top_p`. `max_new_tokens=None`: 128, or what there is room for. Ends before the first
-        of the texts `stop`, which may be special tokens. Leaving the iterator ends the generation.
+        temperature 0 each token is the likeliest; above 0 it is drawn, with `seed`, among the likeliest tokens that
+        together have probability `top_p`. At most `max_new_tokens` tokens are generated; None means 128, or fewer where
+        the model has no room for them. The text ends before the first of the texts in `stop`, which may be special
+        tokens. Leaving the iterator ends the generation.
 
         Raises ConfigError for an unknown job or a prompt that is too long, CheckpointError when there is no such
         version, UnreachableError when the coordinator or the service does not answer.
@@ -438,15 +464,17 @@ class AsyncClient:
     # ---- The cluster -----------------------------------------------------------------------------------------------
 
     async def warnings(self) -> list[str]:
-        """What about the cluster needs somebody's hand soon, one line each: credentials that expire, for one."""
+        """What an administrator should do soon, one line each, such as renewing credentials that expire."""
         request = jobs_pb2.ListNodesRequest()
         response = await self._connection.call(lambda stub, timeout: stub.ListNodes(request, timeout=timeout))
         return list(response.warnings)
 
     async def publish_tokens(self, table: bytes, signature: bytes, certificate: bytes) -> tuple[int, int]:
-        """Give the coordinator a token table that an authority has signed (`Authority.signed`): (its serial, its number
-        of tokens). Needs an admin's credentials. Raises ConfigError when it is not newer than the one in force, or not
-        of the cluster's authority."""
+        """Publish a token table that the cluster's authority has signed. Return (its serial, its number of tokens).
+
+        `table`, `signature` and `certificate` are what `Authority.signed` returns. Needs an admin's credentials. Raises
+        ConfigError when the table is not newer than the one in force, or not the cluster's authority's.
+        """
         request = jobs_pb2.PublishTokensRequest(table_json=table, signature=signature, certificate=certificate)
         answer = await self._connection.call(lambda stub, timeout: stub.PublishTokens(request, timeout=timeout))
         return answer.serial, answer.num_tokens

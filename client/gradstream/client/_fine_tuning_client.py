@@ -21,7 +21,7 @@ from gradstream.client._types import ExportProgress
 
 
 class FineTuningClient:
-    """Talks to a fine-tuning service.
+    """A client of a fine-tuning service: creates, watches and steers fine-tunings, and uses what comes of them.
 
         with FineTuningClient("10.0.0.1:7001") as client:
             made = client.create("my-task.yaml")
@@ -29,11 +29,15 @@ class FineTuningClient:
             for piece in client.generate(made.name, "def add("):
                 print(piece.text, end="")
 
-    `address` is host:port; None takes the environment's GRADSTREAM_FINE_TUNING, else 127.0.0.1:7001. Nothing is sent
-    before the first call, which raises UnreachableError after at most `connect_timeout_seconds` when nobody answers.
-    `call_timeout_seconds` bounds each unary call after that. `credentials` is a directory; None takes the environment's
-    GRADSTREAM_CREDENTIALS, else those of `gradstream login` for the address, else talks in the clear.
-    A name of None means the newest fine-tuning.
+    `address` is host:port; None takes the environment's GRADSTREAM_FINE_TUNING, else 127.0.0.1:7001. `credentials` is a
+    directory; None takes the environment's GRADSTREAM_CREDENTIALS, else those of `gradstream login` for the address,
+    else the connection is in the clear. The first call connects, for at most `connect_timeout_seconds`;
+    `call_timeout_seconds` bounds each call after that unless the method says otherwise.
+
+    A name of None means the newest fine-tuning. A method that takes a name raises ConfigError when there is no such
+    fine-tuning. Every method may raise UnreachableError when the service does not answer, CredentialsError and
+    AccessError when the credentials are not accepted or do not allow the call, and BusyError when the caller asks for
+    too much at once.
 
     Callbacks run on its own thread. Any thread may use it.
     """
@@ -80,18 +84,20 @@ class FineTuningClient:
     # ---- Examples --------------------------------------------------------------------------------------------------
 
     def upload(self, path: str | Path) -> str:
-        """Send a file of examples; return its path as the service sees it, for `data.path` of a recipe.
+        """Send a file of examples. Return its path as the service sees it, for `data.path` of a recipe.
 
-        Raises ConfigError when the file cannot be read or is several, DataError when it is too large.
+        Raises ConfigError when the file cannot be read, or when `path` is a directory or a glob; DataError when the
+        file is too large.
         """
         return self._thread.run(self._client.upload(path))
 
     def preview(
         self, recipe: AnyRecipe, overrides: Iterable[str] = (), num_examples: int = 3, *, upload: bool = False
     ) -> ExamplesPreview:
-        """The first examples as they would be trained on, and what would become of all rows. Begins nothing.
+        """Show the first `num_examples` examples as they would be trained on, and count what becomes of all rows.
 
-        `recipe`, `overrides` and `upload` are those of `create`.
+        Creates nothing. `recipe`, `overrides` and `upload` are those of `create`. The call has no time-out, since it
+        reads all rows.
 
         Raises ConfigError when the recipe or its base is wrong, DataError when the examples are.
         """
@@ -107,18 +113,20 @@ class FineTuningClient:
         upload: bool = False,
         request_id: str | None = None,
     ) -> FineTuning:
-        """Begin a fine-tuning, once: where no answer comes it is asked for again, under the same request id. It is
-        preparing its data when this returns; `wait` waits for its end.
+        """Create a fine-tuning. Return it while it prepares its data; `wait` waits for its end.
 
         `recipe` is a FineTuningRecipe, the path of a recipe file, or a mapping; `overrides` are `key.sub=value` strings
-        and go with a path only. Relative paths in it are made absolute against the current directory. With `upload`
-        the files of `data.path` and `data.validation_path` are sent from this machine first (`upload`), so the service
-        need not see them. `request_id` (1 to 64 letters, digits, '.', '_', '-') is new for each fine-tuning; a later
-        call with the id of one that was taken gives that one. None: one that no other call has.
+        and go with a path only. Relative paths in the recipe are made absolute against the current directory. With
+        `upload` the client first sends the files of `data.path` and `data.validation_path`, so the service need not see
+        them.
 
-        Raises ConfigError when the recipe is wrong or its name taken, or a file to send cannot be read, DataError when
-        its data is not to be found, UnreachableError, which names the request id, when it is not known whether the
-        fine-tuning was taken.
+        The request is idempotent: when its answer is lost, the client retries it with the same `request_id` for 10 s.
+        `request_id` has 1 to 64 letters, digits, '.', '_' and '-'; None makes a new one. A later call with the id of an
+        earlier one returns the earlier one's fine-tuning.
+
+        Raises ConfigError when the recipe is wrong, with all that is wrong, when its name is taken, or when a file to
+        send cannot be read; DataError when the data is missing; UnreachableError, which names the request id, when the
+        client does not know whether the fine-tuning was created.
         """
         return self._thread.run(self._client.create(recipe, overrides, upload=upload, request_id=request_id))
 
@@ -127,14 +135,17 @@ class FineTuningClient:
         return self._thread.run(self._client.list())
 
     def get(self, name: str | None = None) -> FineTuning:
-        """One fine-tuning. Raises ConfigError when there is none of that name."""
+        """One fine-tuning: its job, its examples, how good base and result are."""
         return self._thread.run(self._client.get(name))
 
     def watch(self, name: str | None = None) -> Iterator[FineTuningWatchItem]:
-        """The fine-tuning whenever it has changed, and its job's history, until it has ended.
+        """Iterate over a fine-tuning's changes and its job's history until it has ended.
 
-        Survives a service that goes away for a while (`unreachable_since` tells): items of the history come once, the
-        fine-tuning again. The first call raises UnreachableError like any other.
+        An item is the FineTuning, each time it has changed, or an Event, Step, Validation, LogLine or Checkpoint of its
+        job. While the service does not answer, the client retries without a limit; `unreachable_since` says since when.
+        After a retry the FineTuning comes again, the items of the history do not.
+
+        Raises UnreachableError when the service does not answer the first call.
         """
         return self._thread.iterate(self._client.watch(name))
 
@@ -146,25 +157,31 @@ class FineTuningClient:
         until: Callable[[FineTuning], bool] | None = None,
         poll_seconds: float = 1.0,
     ) -> FineTuning:
-        """Wait until a fine-tuning has ended, or `until` holds; return its last state.
+        """Wait until a fine-tuning has ended, or `until` returns true for it. Return it in its last state.
 
-        How it ended is its `state`: FineTuningState.FINISHED, or CANCELLED when a person ended it. One that failed
-        raises FineTuningFailedError, with the reason. A paused one has not ended.
+        The returned fine-tuning's `state` says how it ended: FineTuningState.FINISHED, or CANCELLED when a person ended
+        it. A paused one has not ended.
 
-        `on_progress` is called with it about every `poll_seconds`. Survives a service that goes away for a while.
+        `on_progress` is called with the fine-tuning about every `poll_seconds`. While the service does not answer, the
+        client retries without a limit, except for the first call.
+
+        Raises FineTuningFailedError, with the reason and the fine-tuning, when it failed.
         """
         return self._thread.run(self._client.wait(name, on_progress, until=until, poll_seconds=poll_seconds))
 
     def pause(self, name: str) -> FineTuning:
-        """Pause the job at its next step boundary. Returns before it rests."""
+        """Pause a fine-tuning's job at its next step boundary. Return at once, before it rests.
+
+        Raises ConfigError when its job does not run.
+        """
         return self._thread.run(self._client.pause(name))
 
     def resume(self, name: str) -> FineTuning:
-        """Go on with a paused, failed or cancelled one."""
+        """Resume a paused, failed or cancelled fine-tuning. Raises ConfigError for one that cannot be resumed."""
         return self._thread.run(self._client.resume(name))
 
     def cancel(self, name: str) -> FineTuning:
-        """End it at once; its checkpoints stay."""
+        """End a fine-tuning at once. Its checkpoints stay. Raises ConfigError when it has ended."""
         return self._thread.run(self._client.cancel(name))
 
     # ---- Results ---------------------------------------------------------------------------------------------------
@@ -181,15 +198,19 @@ class FineTuningClient:
         seed: int = 0,
         stop: Iterable[str] = (),
     ) -> Iterator[GeneratedText]:
-        """What a fine-tuning's best version continues `prompt` with, piece by piece as it is generated.
+        """Continue `prompt` with a fine-tuning's best version. Iterate over the text as it is generated, in pieces.
 
-        `prompt` is a text, or a conversation of {"role": …, "content": …} for the tokenizer's chat template. With
-        `base=True` the fine-tuning's base generates; `base="PATH"` names a base by itself, with no name. At temperature
-        0 the likeliest token is taken each time. `max_new_tokens=None`: 128, or what there is room for. Ends before the
-        first of the texts `stop`, which may be special tokens. Leaving the iterator ends the generation.
+        With `base=True` the fine-tuning's base generates instead. Without a name, `base` may name a model by itself: a
+        path as the service sees it, or job:ID or job:ID@VERSION.
+
+        `prompt` is a text, or a conversation of {"role": …, "content": …} for the tokenizer's chat template. At
+        temperature 0 each token is the likeliest; above 0 it is drawn, with `seed`, among the likeliest tokens that
+        together have probability `top_p`. At most `max_new_tokens` tokens are generated; None means 128, or fewer where
+        the model has no room for them. The text ends before the first of the texts in `stop`, which may be special
+        tokens. Leaving the iterator ends the generation.
 
         Raises ConfigError for an unknown name or a prompt that is too long, CheckpointError when there is no version
-        yet.
+        yet, UnreachableError when the connection broke.
         """
         return self._thread.iterate(
             self._client.generate(
@@ -213,13 +234,15 @@ class FineTuningClient:
         version: int | None = None,
         on_progress: Callable[[ExportProgress], None] | None = None,
     ) -> Path:
-        """Write a result (the best version, or `version`) as a directory; return its path.
+        """Write the best version, or `version`, as a local directory. Return its path.
 
-        An adapter's is peft's, a merged one a Hugging Face model's; without `kind` lora gives its adapter and full the
-        model. `directory` must not exist or be empty, and never holds a part of an export.
+        `kind` "adapter" writes a directory that peft loads, "merged" a whole Hugging Face model. Without `kind` the
+        method "lora" gives its adapter, and "full" the model. `directory` must be empty or not exist, and never holds a
+        part of an export. `on_progress` is called after each piece.
 
         Raises ConfigError when the directory is not empty or there is nothing of the kind, CheckpointError when there
-        is no such version, ProtocolError when what came is not what was announced.
+        is no such version, ProtocolError when the files are not as announced, and UnreachableError when the connection
+        broke.
         """
         return self._thread.run(
             self._client.export(name, directory, kind=kind, version=version, on_progress=on_progress)

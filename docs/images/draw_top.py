@@ -1,4 +1,4 @@
-"""Draws docs/images/top.svg: what `gradstream top` shows of a job that runs.
+"""Draws docs/images/top.svg: what `gradstream top` shows of a running job.
 
 make demo                                              # in one terminal; it prints the coordinator's address
 .venv/bin/python docs/images/draw_top.py 127.0.0.1:PORT --step 40
@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 
 from gradstream.client import Client, Step
-from gradstream.coordinator.cli.top import view
+from gradstream.coordinator.cli.views.top import Choices, Look, view
 
-COLUMNS = 118
+COLUMNS, LINES = 100, 24
 
 
 def main() -> None:
@@ -30,7 +30,8 @@ def main() -> None:
             if isinstance(item, Step) and item.step >= arguments.step:
                 break
         console = Console(record=True, width=COLUMNS, force_terminal=True, file=io.StringIO())
-        console.print(view(arguments.address, client.nodes(), client.job(job.job_id), ""))
+        look = Look(arguments.address, tuple(client.nodes()), (client.job(job.job_id),))
+        console.print(view(look, Choices(), COLUMNS, LINES))
     Path(__file__).with_name("top.svg").write_text(console.export_svg(title="gradstream top"), encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -86,6 +87,82 @@ def canned_node(name: str = "worker-0", **changes: Any) -> jobs_pb2.Node:
     }
     fields.update(changes)
     return jobs_pb2.Node(**fields)
+
+
+def canned_cluster(num_servers: int, num_workers: int, num_dead: int = 0) -> tuple[jobs_pb2.Job, list[jobs_pb2.Node]]:
+    """A job at step 31 and its nodes as they are now: each worker holds a slot, one computes slowly, the last
+    `num_dead` workers are dead."""
+    now_ms = int(1000 * time.time())
+    nodes = [
+        canned_node(
+            f"server-{number}",
+            kind=coordinator_pb2.NODE_KIND_PARAMETER_SERVER,
+            activity=coordinator_pb2.Activity(
+                job_id="stdlib-gpt-1",
+                phase="accumulating",
+                step=31,
+                sent_bytes=812 << 20,
+                received_bytes=1640 << 20,
+                resident_bytes=(402 + number) << 20,
+                num_parameters=10_000_000 // num_servers,
+            ),
+        )
+        for number in range(num_servers)
+    ]
+    for number in range(num_workers):
+        phase = ("computing", "computing", "waiting", "validating")[number % 4]
+        activity = coordinator_pb2.Activity(
+            job_id="stdlib-gpt-1",
+            phase=phase,
+            step=31 - (number == 1),
+            sent_bytes=(410 + number) << 20,
+            received_bytes=203 << 20,
+            resident_bytes=(655 + number % 7) << 20,
+        )
+        if phase == "waiting":
+            activity.waiting_for, activity.waiting_since_unix_ms = "version 32 from server-0", now_ms - 400
+        dead = number >= num_workers - num_dead
+        nodes.append(
+            canned_node(
+                f"gpu-machine-{number}",
+                activity=coordinator_pb2.Activity(phase="idle") if dead else activity,
+                alive=not dead,
+                last_heartbeat_unix_ms=now_ms - (185_000 if dead else 300),
+            )
+        )
+    live = [node.name for node in nodes[num_servers : num_servers + num_workers - num_dead]]
+    decisions = [
+        f"servers: all {num_servers} that were live, led by server-0",
+        f"placement: 74 fragments on {num_servers} servers, largest first by bytes in each of 6 windows; 19.1 MiB of "
+        f"weights a server",
+        f"leases: {len(live)} workers, a slot each; slots of a dead worker go to the one with the fewest",
+    ]
+    breakdown = jobs_pb2.StepBreakdown(
+        num_steps=20,
+        step_seconds=1.9,
+        compute_seconds=1.2,
+        weights_seconds=0.1,
+        send_seconds=0.2,
+        slots_seconds=0.3,
+        servers_seconds=0.1,
+        slowest_worker=live[-1],
+        advice=f"most of a step is compute; {live[-1]} is the slowest worker",
+    )
+    job = canned_job(
+        "stdlib-gpt-1",
+        name="stdlib-gpt",
+        version=31,
+        epoch=1,
+        num_skipped=0,
+        reason="epoch 1 from version 0",
+        slot_holders=live,
+        decisions=decisions,
+        waits=[],
+        pipeline=None,
+        step_breakdown=breakdown,
+        submitted_unix_ms=now_ms - 72_000,
+    )
+    return job, nodes
 
 
 def canned_history() -> list[jobs_pb2.WatchJobResponse]:

@@ -146,7 +146,7 @@ def status(
         return
     terminal.show(job_view(job, nodes))
     if not job.state.ended:
-        terminal.hint(f"follow it: gradstream watch {job.job_id}, gradstream logs -f {job.job_id}, gradstream top")
+        terminal.hint(f"follow it: gradstream watch {job.job_id}", f"its log:   gradstream logs -f {job.job_id}")
 
 
 def _newest(client: Client) -> Job | None:

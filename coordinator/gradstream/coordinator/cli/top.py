@@ -1,10 +1,15 @@
-"""`gradstream top`: nodes and job, live."""
+"""`gradstream top`: job and nodes, live."""
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 import time
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +22,10 @@ from gradstream.coordinator.cli.options import (
 )
 from gradstream.coordinator.cli.views import terminal
 
+if TYPE_CHECKING:
+    from gradstream.client import Client
+    from gradstream.coordinator.cli.views.top import Choices, Look
+
 
 def top(
     job_id: NewestJobArgument = None,
@@ -25,66 +34,100 @@ def top(
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Watch nodes and job live; Ctrl-C ends. With -o json, one object a line for each look."""
-    from gradstream.core.errors import UnreachableError, one_line
+    """Watch job and nodes live; the last line names the keys. With -o json, one object a line for each look."""
+    from gradstream.coordinator.cli.views.top import Choices, chosen_job, view
 
+    choices = Choices(job_id)
     with open_client(coordinator) as client:
         # The first look fails like any other command; later the coordinator may go away and come back.
         client.nodes()
-        live: Any = None
+        if output is OutputFormat.table and sys.stdout.isatty():
+            _live(client, choices, interval, count)
+            return
         looked = 0
         try:
             while True:
-                try:
-                    nodes, jobs = client.nodes(), client.jobs()
-                    trouble = ""
-                except UnreachableError as error:
-                    nodes, jobs, trouble = [], [], one_line(error)
-                job = next((job for job in jobs if job.job_id == job_id), None) if job_id else None
-                if job is None and not job_id:
-                    job = next((job for job in jobs if not job.state.ended), jobs[0] if jobs else None)
+                found = _look(client)
                 if output is OutputFormat.json:
+                    job = chosen_job(found.jobs, job_id)
                     document = {
                         "job": job.to_dict() if job else None,
-                        "nodes": [node.to_dict() for node in nodes],
-                        "error": trouble or None,
+                        "nodes": [node.to_dict() for node in found.nodes],
+                        "error": found.trouble or None,
                     }
                     terminal.print_json_line(document)
                 else:
-                    shown = view(client.address, nodes, job, trouble)
-                    if sys.stdout.isatty():
-                        if live is None:
-                            from rich.live import Live
-
-                            live = Live(shown, console=terminal.console(), screen=False, auto_refresh=False)
-                            live.start()
-                        live.update(shown, refresh=True)
-                    else:
-                        terminal.show(shown)
+                    terminal.show(view(found, choices, terminal.PIPED_COLUMNS, None))
                 looked += 1
                 if count is not None and looked >= count:
                     return
                 time.sleep(interval)
         except KeyboardInterrupt:
             return
-        finally:
-            if live is not None:
-                live.stop()
 
 
-def view(address: str, nodes: list[Any], job: Any, trouble: str) -> Any:
-    """What is shown at one look: nodes, and the job with its decisions and slots; `trouble` in red."""
-    from rich.console import Group
-    from rich.text import Text
+def _look(client: Client, before: Look | None = None) -> Look:
+    """What the coordinator answers; while it does not, what it said `before`, and why."""
+    from gradstream.coordinator.cli.views.top import Look
+    from gradstream.core.errors import UnreachableError, one_line
 
-    from gradstream.coordinator.cli.views.jobs import job_view, nodes_table
+    try:
+        return Look(client.address, tuple(client.nodes()), tuple(client.jobs()))
+    except UnreachableError as error:
+        return replace(before or Look(client.address), trouble=one_line(error))
 
-    alive = sum(node.alive for node in nodes)
-    parts: list[Any] = [Text(f"coordinator {address}: {alive} of {len(nodes)} nodes alive", style="bold")]
-    if trouble:
-        parts.append(Text(trouble, style="red"))
-    if nodes:
-        parts += [Text(), nodes_table(nodes, job)]
-    if job is not None:
-        parts += [Text(), job_view(job, nodes)]
-    return Group(*parts)
+
+def _live(client: Client, choices: Choices, interval: float, count: int | None) -> None:
+    """Fill the terminal until a person quits or the looks are done; what was shown last stays on the terminal."""
+    from rich.live import Live
+
+    from gradstream.coordinator.cli.views.top import view
+
+    console = terminal.console()
+
+    def shown() -> Any:
+        return view(found, chosen, console.width, console.height)
+
+    found, chosen = _look(client), choices
+    looked = 1
+    try:
+        with _keys() as next_key, Live(shown(), console=console, screen=True, auto_refresh=False) as live:
+            due = time.monotonic() + interval
+            while count is None or looked < count:
+                key = next_key(due - time.monotonic())
+                if key is None:
+                    found, looked, due = _look(client, found), looked + 1, time.monotonic() + interval
+                else:
+                    after = chosen.after(key, found.jobs)
+                    if after is None:
+                        break
+                    chosen = after
+                live.update(shown(), refresh=True)
+    except KeyboardInterrupt:
+        pass
+    terminal.show(view(found, chosen, console.width, console.height, keys=False))
+
+
+@contextmanager
+def _keys() -> Iterator[Any]:
+    """Yield a function that waits so many seconds for a key press: the key, or None. Where stdin is no terminal it only
+    waits."""
+    if not sys.stdin.isatty():
+        yield lambda seconds: time.sleep(max(0.0, seconds))
+        return
+    import termios
+    import tty
+
+    stdin = sys.stdin.fileno()
+    before = termios.tcgetattr(stdin)
+
+    def next_key(seconds: float) -> str | None:
+        ready, _, _ = select.select([stdin], [], [], max(0.0, seconds))
+        # A terminal that went away reads as its end.
+        return (os.read(stdin, 1).decode(errors="replace") or "q") if ready else None
+
+    try:
+        tty.setcbreak(stdin)
+        yield next_key
+    finally:
+        termios.tcsetattr(stdin, termios.TCSADRAIN, before)

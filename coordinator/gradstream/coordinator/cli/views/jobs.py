@@ -37,7 +37,7 @@ def jobs_table(jobs: Sequence[Job]) -> Any:
 def nodes_table(nodes: Sequence[Node], job: Job | None) -> Any:
     """The nodes of a cluster as a rich table. `job` is the one that most of them work for."""
     return terminal.make_table(
-        ["NODE", "KIND", "ALIVE…", "PHASE", ">STEP", ">SENT?", ">RECEIVED?", ">RESIDENT", "DEVICE?", "WAITS FOR…"],
+        ["NODE", "KIND", "ALIVE", "PHASE", ">STEP", ">RESIDENT?", ">SENT?", ">RECEIVED?", "DEVICE?", "WAITS FOR…"],
         [
             (
                 node.name,
@@ -47,9 +47,9 @@ def nodes_table(nodes: Sequence[Node], job: Job | None) -> Any:
                 else terminal.styled(f"no, last heard {terminal.format_time(node.last_heartbeat)}", "red"),
                 node.activity.phase,
                 node.activity.step or "-",
+                terminal.format_bytes(node.activity.resident_bytes),
                 terminal.format_bytes(node.activity.sent_bytes),
                 terminal.format_bytes(node.activity.received_bytes),
-                terminal.format_bytes(node.activity.resident_bytes),
                 node.device,
                 wait_text(node, job),
             )

@@ -30,7 +30,7 @@ STATE_STYLES = {
 LEVEL_STYLES = {"debug": "dim", "info": "green", "warning": "yellow", "error": "bold red", "critical": "bold red"}
 PIPED_COLUMNS = 10_000
 """How wide lines may be where the output is no terminal: wide enough that nothing is cut."""
-CUT_COLUMNS = 12
+CUT_COLUMNS = 24
 """The least that a long text is cut to before columns are left out."""
 
 
@@ -109,7 +109,7 @@ def make_table(
     for column in (columns[index] for index in kept):
         cut = column.endswith("…")
         table.add_column(
-            _title(column),
+            Text(_title(column), no_wrap=cuts, overflow="ellipsis"),
             justify="right" if column.startswith(">") else "left",
             # rich takes room from columns that may wrap; the cells of one that is cut do not.
             no_wrap=cuts and not cut,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,12 +24,16 @@ from gradstream.coordinator.cli.options import (
 from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
+    from gradstream.client import Client
     from gradstream.coordinator.planning.needs import NodeOffer
     from gradstream.core.data.manifest import Manifest
     from gradstream.core.plan.forecast import Forecast
     from gradstream.core.recipe.recipe import Recipe
 
 DEFAULT_LINK = "10Gb/s"
+ASSUMED = "assumed (say it with --link)"
+MAX_JOBS = 5
+"""Newest jobs of which the links' rates are looked for."""
 
 
 def plan(
@@ -41,7 +48,15 @@ def plan(
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="SIZE", help="What each of them offers; left out: enough.")
     ] = None,
-    link: Annotated[str, typer.Option("--link", metavar="RATE", help="Every node's link, both ways.")] = DEFAULT_LINK,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            "--link",
+            metavar="RATE",
+            help="Every node's link, both ways.",
+            show_default="of a live cluster, as its newest job measured it; else 10Gb/s",
+        ),
+    ] = None,
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
@@ -57,10 +72,14 @@ def plan(
 
     # 1. What is asked.
     loaded = load_recipe(find_recipe(recipe), overrides or ())
-    bits_per_second = parse_bit_rate(link)
+    is_live = servers is None and workers is None
+    bits_per_second, link_reason = (parse_bit_rate(link), "as asked") if link else (0.0, "")
     memory_bytes = parse_size(memory) if memory is not None else 0
     if memory is not None and servers is None and workers is None:
         raise ConfigError("--memory is that of nodes that need not exist; say how many with --workers and --servers")
+    if not link:
+        assumed = parse_bit_rate(DEFAULT_LINK), ASSUMED
+        bits_per_second, link_reason = (measured_link(coordinator) if is_live else None) or assumed
     # 2. The plan, and what follows from it.
     plan_it = _plan_here if "node" in installed() else _plan_there
     told = plan_it(loaded, servers or 0, workers or 0, memory_bytes, bits_per_second, coordinator)
@@ -69,7 +88,7 @@ def plan(
     if output is OutputFormat.json:
         terminal.print_json(told.to_dict())
         return
-    _print(told, loaded)
+    _print(told, loaded, link_reason)
     terminal.hint(f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}")
 
 
@@ -90,36 +109,56 @@ def _plan_there(
     recipe: Recipe, servers: int, workers: int, memory_bytes: int, bits_per_second: float, coordinator: str | None
 ) -> Forecast:
     """The forecast with the model measured on the coordinator's machine, since this one has no PyTorch."""
+    with _live_client(coordinator) as client:
+        return client.plan(
+            recipe,
+            num_servers=servers,
+            num_workers=workers,
+            memory_bytes=memory_bytes,
+            link_bits_per_second=bits_per_second,
+        )
+
+
+def measured_link(coordinator: str | None) -> tuple[float, str] | None:
+    """(bits a second of the slowest worker's link in the newest job that measured it, whence), if one did.
+
+    Rates are those while something was under way: a job that the network does not hold up measures less than the link
+    can carry. Raises UnreachableError when no coordinator answers.
+    """
+    with _live_client(coordinator) as client:
+        for job in islice(client.jobs(), MAX_JOBS):
+            found = client.job(job.job_id).step_breakdown
+            rates = [worker.push_bytes_per_second for worker in found.workers] if found is not None else []
+            if rates and min(rates) > 0:
+                return 8 * min(rates), f"at least, as job {job.job_id} measured it (another one: --link)"
+    return None
+
+
+@contextmanager
+def _live_client(coordinator: str | None) -> Iterator[Client]:
+    """A client; where no coordinator answers, the error says how to do without one."""
     from gradstream.core.errors import UnreachableError, one_line
+    from gradstream.core.extras import installed
 
     try:
         with open_client(coordinator) as client:
-            return client.plan(
-                recipe,
-                num_servers=servers,
-                num_workers=workers,
-                memory_bytes=memory_bytes,
-                link_bits_per_second=bits_per_second,
-            )
+            yield client
     except UnreachableError as error:
-        raise UnreachableError(
-            f"{one_line(error)}; or plan here, without a coordinator, after pip install 'gradstream[node]'"
-        ) from None
+        cure = (
+            "or plan for a cluster that need not exist: --workers 4 --servers 2"
+            if "node" in installed()
+            else "or plan here, without a coordinator, after pip install 'gradstream[node]'"
+        )
+        raise UnreachableError(f"{one_line(error)}; {cure}") from None
 
 
 def live_nodes(coordinator: str | None) -> tuple[list[NodeOffer], list[NodeOffer]]:
     """(servers, workers) that are live. Raises UnreachableError when no coordinator answers."""
     from gradstream.client import NodeKind
     from gradstream.coordinator.planning.needs import NodeOffer
-    from gradstream.core.errors import UnreachableError, one_line
 
-    try:
-        with open_client(coordinator) as client:
-            nodes = [node for node in client.nodes() if node.alive]
-    except UnreachableError as error:
-        raise UnreachableError(
-            f"{one_line(error)}; or plan for a cluster that need not exist: --workers 4 --servers 2"
-        ) from None
+    with _live_client(coordinator) as client:
+        nodes = [node for node in client.nodes() if node.alive]
     servers, workers = (
         [
             NodeOffer(node.node_id, node.name, node.address, node.memory_bytes, node.flops_per_second)
@@ -143,7 +182,7 @@ def find_manifest(recipe: Recipe) -> Manifest | None:
 # --- for people -------------------------------------------------------------------------------------------------------
 
 
-def _print(told: Forecast, recipe: Recipe) -> None:
+def _print(told: Forecast, recipe: Recipe, link_reason: str) -> None:
     where = f"{len(told.servers)} servers, {told.num_replicas * len(told.places)} workers"
     terminal.print_line(f"{recipe.name}: {terminal.format_count(told.num_parameters)} parameters on {where}")
     print()
@@ -192,10 +231,15 @@ def _print(told: Forecast, recipe: Recipe) -> None:
         terminal.print_line(
             f"a step takes about {_seconds(told.step_seconds)}: compute {_seconds(told.compute_seconds)} for "
             f"{told.num_microbatches} microbatches a replica{idle}; push {_seconds(told.push_seconds)} and pull "
-            f"{_seconds(told.pull_seconds)} at {told.link_bits_per_second / 1e9:g} Gb/s, of which "
+            f"{_seconds(told.pull_seconds)} at {terminal.format_bit_rate(told.link_bits_per_second / 8)}, of which "
             f"{_seconds(told.exposed_seconds or 0)} are not hidden"
         )
-        terminal.print_line(f"that is {terminal.format_count(told.tokens_per_second or 0)} tokens/s")
+        steps = recipe.training.num_steps
+        terminal.print_line(
+            f"that is {terminal.format_count(told.tokens_per_second or 0)} tokens/s; {steps} steps take about "
+            f"{terminal.format_duration(steps * told.step_seconds)}, without validation and checkpoints"
+        )
+    terminal.print_line(f"link: {terminal.format_bit_rate(told.link_bits_per_second / 8)} a node, {link_reason}")
     for reason in told.reasons.values():
         terminal.print_line(reason)
 

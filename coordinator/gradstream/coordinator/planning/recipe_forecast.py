@@ -12,6 +12,7 @@ from gradstream.coordinator.planning.needs import NodeOffer
 from gradstream.coordinator.planning.planner import NextEpoch, make_plan
 from gradstream.core.data.manifest import Manifest
 from gradstream.core.errors import ConfigError, one_line
+from gradstream.core.machine.speed import measure_flops
 from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.model.trial import ModelUse
 from gradstream.core.plan.forecast import Forecast
@@ -38,10 +39,11 @@ async def forecast_recipe(
         warnings.append(f"data.path {recipe.data.path} holds no data set yet, so the data was not checked")
     found, profiles, unknown = await _measured(recipe)
     warnings += unknown
+    profiles, speed = await _at_their_speed(profiles, workers)
     at = NextEpoch(recipe.name, 1, None, "")
     made, reasons = await asyncio.to_thread(make_plan, at, recipe, manifest, found, servers, workers, profiles)
     told = await asyncio.to_thread(forecast, made, reasons, profiles, servers, workers, link_bits_per_second)
-    return replace(told, warnings=tuple(warnings))
+    return replace(told, warnings=tuple(warnings), reasons={**told.reasons, **speed})
 
 
 def hypothetical_nodes(recipe: Recipe, num_servers: int, num_workers: int, memory_bytes: int) -> Offers:
@@ -55,6 +57,34 @@ def hypothetical_nodes(recipe: Recipe, num_servers: int, num_workers: int, memor
         for kind, count in counts.items()
     )
     return servers, workers
+
+
+async def _at_their_speed(
+    profiles: list[SegmentProfile] | None, workers: Sequence[NodeOffer]
+) -> tuple[list[SegmentProfile] | None, dict[str, str]]:
+    """What segments cost the fastest worker, and a reason; as measured here where no worker has said its speed."""
+    fastest = max((worker.flops_per_second for worker in workers), default=0.0)
+    if not profiles or not fastest:
+        return profiles, {}
+    import torch
+
+    here = await asyncio.to_thread(measure_flops, torch.device("cpu"))
+    return [slower(profile, here / fastest) for profile in profiles], {
+        "speed": (
+            f"speed: the fastest worker computes {fastest / here:.2g} times as fast as the machine that measured it"
+        )
+    }
+
+
+def slower(profile: SegmentProfile, factor: float) -> SegmentProfile:
+    """A segment's costs where everything takes `factor` times as long."""
+    return replace(
+        profile,
+        forward_seconds=factor * profile.forward_seconds,
+        backward_seconds=factor * profile.backward_seconds,
+        backward_input_seconds=factor * profile.backward_input_seconds,
+        backward_weight_seconds=factor * profile.backward_weight_seconds,
+    )
 
 
 async def _measured(recipe: Recipe) -> tuple[Inventory, list[SegmentProfile] | None, list[str]]:

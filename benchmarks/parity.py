@@ -31,6 +31,7 @@ from report import Result, arguments_parser, at_most, chosen, report
 from step import await_file, process
 
 from gradstream.client import Client, Step, Validation
+from gradstream.coordinator.cli.pictures import style
 from gradstream.coordinator.data.prepare import prepare
 from gradstream.core.model.model import inventory
 from gradstream.core.plan.bundles import codec_for
@@ -315,12 +316,8 @@ def compare(name: str, target: float, seeds: list[int], runs: Runs, pulled: int 
 
 def _draw(pairs: list[Pair], seeds: list[int], runs: Runs, path: Path) -> None:
     """Draw the chart. Left: mean difference over the versions. Right: the final difference of every seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (curves, finals) = pyplot.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained")
+    figure = style.new_figure(13, 5)
+    curves, finals = figure.subplots(1, 2, width_ratios=(3, 2))
     for number, pair in enumerate(pairs):
         differences = [
             {
@@ -330,12 +327,13 @@ def _draw(pairs: list[Pair], seeds: list[int], runs: Runs, path: Path) -> None:
             for seed in seeds
         ]
         versions = sorted(differences[0])
-        color = f"C{number % 10}"
+        again, place = divmod(number, len(style.SERIES))
+        color = style.SERIES[place]
         curves.plot(
             versions,
             [statistics.mean(by_version[version] for by_version in differences) for version in versions],
             color=color,
-            linestyle="-" if number < 10 else "--",
+            linestyle=("-", "--", ":")[again % 3],
             label=pair.name,
         )
         last = [by_version[versions[-1]] for by_version in differences]
@@ -343,15 +341,17 @@ def _draw(pairs: list[Pair], seeds: list[int], runs: Runs, path: Path) -> None:
     curves.set_xlabel("steps")
     curves.set_ylabel("validation loss minus the fp32 reference's, nats")
     curves.set_yscale("symlog", linthresh=TARGET_NATS)
-    curves.legend(fontsize="x-small")
-    finals.set_yticks(range(len(pairs)), [pair.name for pair in pairs], fontsize="small")
+    finals.set_yticks(range(len(pairs)), [pair.name for pair in pairs])
     finals.invert_yaxis()
     finals.set_xscale("symlog", linthresh=TARGET_NATS)
     finals.set_xlabel(f"final difference of each seed, nats (target: {TARGET_NATS:g})")
     for draw in (curves.axhline, finals.axvline):
-        draw(TARGET_NATS, linestyle="--", color="gray", linewidth=1)
-        draw(0.0, color="gray", linewidth=0.5)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+        draw(TARGET_NATS, linestyle="--", color=style.MUTED, linewidth=1)
+        draw(0.0, color=style.MUTED, linewidth=0.5)
+    style.frame(curves)
+    style.frame(finals)
+    style.legend(curves)
+    path.write_bytes(style.encoded(figure, style.format_of(path)))
 
 
 if __name__ == "__main__":

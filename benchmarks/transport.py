@@ -25,6 +25,7 @@ from typing import Literal
 from report import Result, arguments_parser, chosen, report, result
 from standalone import Child, make_plan, payloads_of, run_sender, run_server
 
+from gradstream.coordinator.cli.pictures import style
 from gradstream.core.credentials.authority import Authority
 from gradstream.core.wire.frames import PIECE_BYTES
 
@@ -257,19 +258,16 @@ def _compare_tls(stack: ExitStack, directory: Path, names: list[str], size: Size
 
 
 def _draw(by_piece: list[Result], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    axes.plot([piece >> 10 for piece in PIECES_BYTES], [item.value for item in by_piece], marker="o")
-    axes.axhline(TARGET, linestyle="--", color="gray", label="target")
+    figure = style.new_figure(6, 4)
+    axes = figure.add_subplot()
+    axes.plot([piece >> 10 for piece in PIECES_BYTES], [item.value for item in by_piece], "o-", color=style.BLUE)
+    axes.axhline(TARGET, linestyle="--", color=style.MUTED, label="target")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("message payload, KiB")
     axes.set_ylabel("push path / raw TCP of the same bytes")
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    style.frame(axes)
+    style.legend(axes)
+    path.write_bytes(style.encoded(figure, style.format_of(path)))
 
 
 if __name__ == "__main__":

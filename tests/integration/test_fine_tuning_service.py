@@ -138,6 +138,14 @@ def test_a_task_is_learnt(
     assert losses[0] == made.before.loss
     assert losses[made.after.version] == made.after.loss == min(losses.values())
     assert len([item for item in items if isinstance(item, Step)]) == NUM_STEPS
+    # Its metrics are those of its job, by its name.
+    rows = list(cluster.client.metrics("sums"))
+    assert [row.step for row in rows] == list(range(NUM_STEPS + 1))
+    assert {row.step: row.validation_loss for row in rows if row.validation_loss is not None} == losses
+    assert rows[-1].num_tokens == cluster.client.job("sums").num_tokens
+    picture = tmp_path / "sums.svg"
+    assert main(["plot", "sums", "-c", cluster.address, "--to", str(picture)]) == 0
+    assert "LoRA on" in picture.read_text()
     assert client.list()[0].name == "sums"
 
 

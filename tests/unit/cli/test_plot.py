@@ -135,11 +135,11 @@ def test_the_title_says_size_tokens_and_how_far_it_is() -> None:
         "tiny-1, 10.0 M parameters, 12.0 k tokens",
         "running at step 12 of 100; validation 8.0000 → 4.5000",
     )
-    fine_tuned = '{"fine_tuning": {"method": "lora", "base": {"title": "llama-$x_1$"}}}'
+    fine_tuned = '{"fine_tuning": {"method": "lora", "base": {"title": "/models/llama-$x_1$"}}}'
     tuned = series([row(0)], [], recipe_json=fine_tuned, state=jobs_pb2.JOB_STATE_FINISHED)
     title, note = heading([tuned])
     assert title == "tiny-1, 10.0 M trained parameters, 12.0 k target tokens"
-    assert note.startswith("lora on llama-$x_1$; 12 steps; validation ")
+    assert note.startswith("LoRA on llama-$x_1$; 12 steps; validation ")
     marked = series([row(0), row(1, epoch=2)], [])
     assert heading([one, marked])[0] == "Losses of 2 jobs"
     assert heading([one, marked])[1].endswith("◆ resumed")

@@ -119,5 +119,5 @@ def _connection(peer: str) -> str:
 
 
 def _host(peer: str) -> str:
-    """The peer without its port: the last colon of "ipv4:10.0.0.7:41234" or "ipv6:[::1]:41234" and all after it."""
+    """The peer without its port, the part after the last colon in "ipv4:10.0.0.7:41234" or "ipv6:[::1]:41234"."""
     return f"host {peer.rpartition(':')[0] or peer}"

@@ -59,16 +59,15 @@ def draw(found: Sequence[Series], axis: XAxis, form: str) -> bytes:
     rates.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
     rates.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
     rates.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    # With one step of a warm-up no rate may be above 0.
-    most = max((rate for series in found for rate in series.rates if math.isfinite(rate)), default=0.0) or 1.0
-    rates.set_yticks([0, most])
-    rates.set_ylim(0, 1.1 * most)
+    # After the first step of a warm-up no rate may be above 0.
+    highest = max((rate for series in found for rate in series.rates if math.isfinite(rate)), default=0.0) or 1.0
+    rates.set_yticks([0, highest])
+    rates.set_ylim(0, 1.1 * highest)
     rates.margins(x=0.01)
     room = 7 + max((_MARK_POINTS[mark.kind] for series in found for mark in series.marks), default=0.0)
     style.title(losses, *heading(found), room)
     figure.align_ylabels((losses, rates))
-    if losses.get_legend_handles_labels()[0]:
-        losses.legend(loc="upper right", frameon=False, fontsize=style.SMALL_POINTS, labelcolor=style.TEXT)
+    style.legend(losses, loc="upper right")
     return style.encoded(figure, form)
 
 
@@ -92,8 +91,9 @@ def heading(found: Sequence[Series]) -> tuple[str, str]:
     notes = [steps]
     fine_tuning = job.recipe.get("fine_tuning")
     if fine_tuning:
-        base = (fine_tuning.get("base") or {}).get("title", "")
-        notes.insert(0, f"{fine_tuning.get('method', '')} on {base}")
+        # How a person named it may be a long path.
+        base = (fine_tuning.get("base") or {}).get("title", "").rstrip("/").rpartition("/")[2]
+        notes.insert(0, f"{'LoRA on' if fine_tuning.get('method') == 'lora' else 'fine-tuning of'} {base}")
     if job.validation_loss is not None and job.initial_validation_loss is not None:
         notes.append(f"validation {format_loss(job.initial_validation_loss)} → {format_loss(job.validation_loss)}")
     return ", ".join(parts), "; ".join(notes)

@@ -145,11 +145,14 @@ def _draw_legend(axes: Axes, runs: Sequence[Run]) -> None:
         color=style.MUTED,
     )  # fmt: skip
     kinds = [kind for kind in OPS if any(one.kind is kind for run in runs for row in run.passes for one in row)]
-    axes.legend(
-        handles=[Patch(facecolor=_COLOURS[kind], label=_LEGEND[kind]) for kind in kinds], loc="lower right",
-        bbox_to_anchor=(1.0, 1.0), borderaxespad=0, ncols=len(kinds), frameon=False,
-        fontsize=style.SMALL_POINTS, labelcolor=style.TEXT,
-    )  # fmt: skip
+    style.legend(
+        axes,
+        handles=[Patch(facecolor=_COLOURS[kind], label=_LEGEND[kind]) for kind in kinds],
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        borderaxespad=0,
+        ncols=len(kinds),
+    )
 
 
 def _draw_labels(axes: Axes, layout: _Layout, runs: Sequence[Run], points_per_ms: float) -> None:

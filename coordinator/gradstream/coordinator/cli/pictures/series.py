@@ -19,9 +19,9 @@ MAX_POINTS = 4000
 WINDOWS = 50
 """A smoothed line has about as many windows side by side."""
 _GONE = re.compile(r" is gone: | is lost: | has lost its state")
-"""In events of nodes: one went away (controller.close_session) or lost what it held (reunion.judge_plan)."""
+"""In events of nodes: a node went away (`Controller.close_session`), or its state is lost (`nodes/reunion.py`)."""
 _RESUMED = re.compile(r"resumed\b")
-"""At the beginning of the events of orders.resume."""
+"""The first word of an event of `Orders.resume`."""
 
 
 class XAxis(StrEnum):
@@ -40,7 +40,7 @@ class MarkKind(StrEnum):
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened before a step was committed; `x` is where the step lies."""
+    """Something that happened before a step was committed; `x` is the step's place on the axis."""
 
     kind: MarkKind
     x: int
@@ -116,13 +116,13 @@ def smoothed(values: Sequence[float], half_width: int) -> list[float]:
 
 
 def half_width_of(num_steps: int) -> int:
-    """The neighbours on each side for a job of so many steps: none for a handful of steps."""
+    """The neighbours on each side in a job of `num_steps` steps: none in a job of a few steps."""
     return max(0, min(num_steps // 10, max(2, num_steps // (2 * WINDOWS))))
 
 
-def envelope(xs: Sequence[int], values: Sequence[float], most: int = MAX_POINTS) -> tuple[list[int], list[float]]:
-    """At most about `most` points that look like all of them: the least and the greatest of each run of neighbours."""
-    run = -(-2 * len(values) // most)
+def envelope(xs: Sequence[int], values: Sequence[float], max_points: int = MAX_POINTS) -> tuple[list[int], list[float]]:
+    """Points that draw the same picture, about `max_points`: the least and the greatest of each run of neighbours."""
+    run = -(-2 * len(values) // max_points)
     if run <= 2:
         return list(xs), list(values)
     chosen: list[int] = []
@@ -134,8 +134,8 @@ def envelope(xs: Sequence[int], values: Sequence[float], most: int = MAX_POINTS)
     return [xs[index] for index in chosen], [values[index] for index in chosen]
 
 
-def thinned(xs: Sequence[int], values: Sequence[float], most: int = MAX_POINTS) -> tuple[list[int], list[float]]:
-    """At most about `most` points of a line that is smooth already, the last one among them."""
-    stride = max(1, -(-len(xs) // most))
+def thinned(xs: Sequence[int], values: Sequence[float], max_points: int = MAX_POINTS) -> tuple[list[int], list[float]]:
+    """About `max_points` points of a line that is smooth already, evenly spaced, and the last one."""
+    stride = max(1, -(-len(xs) // max_points))
     chosen = sorted({*range(0, len(xs), stride), *([len(xs) - 1] if xs else [])})
     return [xs[index] for index in chosen], [values[index] for index in chosen]

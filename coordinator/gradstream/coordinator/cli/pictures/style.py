@@ -43,7 +43,7 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
 
 
 def frame(axes: Axes, grid: str = "both") -> None:
-    """Axes without a box: a light grid below everything, small text."""
+    """Give axes the common frame: a light grid below everything, small text, no box."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.grid(axis=grid, color=GRID, linewidth=0.6)  # type: ignore[arg-type]
@@ -63,6 +63,12 @@ def title(axes: Axes, text: str, note: str = "", room_points: float = 6.0) -> No
             note, (0, 1), (0, room_points), "axes fraction", textcoords="offset points", va="bottom",
             fontsize=SMALL_POINTS, color=MUTED, parse_math=False,
         )  # fmt: skip
+
+
+def legend(axes: Axes, **place: Any) -> None:
+    """Add a legend without a box; none where no line has a label."""
+    if "handles" in place or axes.get_legend_handles_labels()[0]:
+        axes.legend(framealpha=0.8, edgecolor="none", fontsize=SMALL_POINTS, labelcolor=TEXT, **place)
 
 
 def encoded(figure: Figure, form: str) -> bytes:

@@ -18,7 +18,7 @@ def nucleus(probabilities_V: torch.Tensor, top_p: float) -> torch.Tensor:
     """
     sorted_V, order_V = torch.sort(probabilities_V.double(), descending=True, stable=True)
     before_V = sorted_V.cumsum(0) - sorted_V
-    # The first token always belongs to the nucleus, although rounding may make its sum nonzero and top_p may be 0.
+    # The first token always belongs to the nucleus: rounding may make the sum before it nonzero, and top_p may be 0.
     before_V[0] = -1.0
     kept_V = torch.zeros_like(probabilities_V, dtype=torch.bool)
     kept_V[order_V[before_V < top_p]] = True

@@ -47,13 +47,14 @@ def top_level(name: str) -> Iterator[Path]:
 
 
 class BaseInstall:
-    """Runs Python with the packages of the base install, and the project's own."""
+    """Runs Python with the packages of the base install, or of some extras too, and the project's own."""
 
-    def __init__(self, directory: Path):
-        """The links are made in `directory`, which is created."""
+    def __init__(self, directory: Path, *extras: str):
+        """The links are made in `directory`, which is created. `extras` are installed too."""
         directory.mkdir()
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        for name in closure(project["dependencies"]):
+        more = [package for extra in extras for package in project["optional-dependencies"][extra]]
+        for name in closure([*project["dependencies"], *more]):
             for path in top_level(name):
                 if not (directory / path.name).exists():
                     (directory / path.name).symlink_to(path)

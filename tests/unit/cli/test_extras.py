@@ -8,11 +8,49 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from canned_jobs import CannedJobs, canned_job
 from packaging.requirements import Requirement
 from support.base_install import ROOT, BaseInstall
 
 from gradstream.coordinator.cli.app import COMMANDS
 from gradstream.core.extras import ALL, MODULES, explained, installed, require
+from gradstream.proto.v1 import jobs_pb2
+
+NEEDS_AN_EXTRA = [
+    ("dev stdlib-gpt", "all"),
+    ("generate tiny-1", "node"),
+    ("finetune dev stdlib-finetune", "node"),
+    ("recipes validate stdlib-gpt", "node"),
+    ("init stdlib: --size 3M --time 1h --out mine.yaml", "node"),
+    ("data prepare stdlib: --out x", "node"),
+    ("data inspect x", "node"),
+    ("serve coordinator", "node"),
+    ("serve parameter-server", "node"),
+    ("serve worker", "node"),
+    ("serve fine-tuning", "node"),
+    ("trace --gantt x.png", "plot"),
+    ("plot tiny-1", "plot"),
+]
+WORKS_WITH_A_CLUSTER = [
+    "ls",
+    "status",
+    "logs",
+    "events",
+    "top --count 1",
+    "trace --to trace.json",
+    "submit stdlib-gpt",
+    "watch tiny-1",
+    "plan stdlib-gpt",
+    "metrics tiny-1",
+    "pause tiny-1",
+    "replan tiny-1",
+    "resume tiny-1",
+    "stop tiny-1",
+    "ckpt ls",
+    "ckpt export tiny-1 exported",
+    "doctor",
+]
+WORKS_ALONE = {"certs", "login", "logout", "health"}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +66,11 @@ def test_the_extras_are_those_of_the_package() -> None:
         assert wanted == set(modules)
     assert extras[ALL] == [f"gradstream[{','.join(MODULES)}]"]
     assert installed() == list(MODULES)
+
+
+def test_every_command_is_tried_below() -> None:
+    tried = {arguments.split()[0] for arguments in [*WORKS_WITH_A_CLUSTER, *(words for words, _ in NEEDS_AN_EXTRA)]}
+    assert tried | WORKS_ALONE == {name for name, *_ in COMMANDS}
 
 
 def test_the_base_install_has_no_package_of_an_extra(base: BaseInstall) -> None:
@@ -51,23 +94,7 @@ def test_every_command_has_help(base: BaseInstall) -> None:
     assert result.stdout.splitlines()[-1] == "failed: []", result.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "extra"),
-    [
-        ("dev stdlib-gpt", "all"),
-        ("generate tiny-1", "node"),
-        ("finetune dev stdlib-finetune", "node"),
-        ("recipes validate stdlib-gpt", "node"),
-        ("init stdlib: --size 3M --time 1h --out mine.yaml", "node"),
-        ("data prepare stdlib: --out x", "node"),
-        ("data inspect x", "node"),
-        ("serve coordinator", "node"),
-        ("serve parameter-server", "node"),
-        ("serve worker", "node"),
-        ("serve fine-tuning", "node"),
-        ("trace --gantt x.png", "plot"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "extra"), NEEDS_AN_EXTRA)
 def test_what_needs_an_extra_names_it(base: BaseInstall, arguments: str, extra: str) -> None:
     result = base.gradstream(*arguments.split())
     assert (result.returncode, result.stdout) == (2, "")
@@ -78,33 +105,31 @@ def test_what_needs_an_extra_names_it(base: BaseInstall, arguments: str, extra: 
     assert re.fullmatch(expected, result.stderr), result.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "ls",
-        "status",
-        "logs",
-        "events",
-        "top --count 1",
-        "trace --to trace.json",
-        "submit stdlib-gpt",
-        "plan stdlib-gpt",
-        "metrics tiny-1",
-        "pause tiny-1",
-        "resume tiny-1",
-        "stop tiny-1",
-        "ckpt ls",
-        "ckpt export tiny-1 exported",
-        "doctor",
-    ],
-)
+@pytest.mark.parametrize("arguments", WORKS_WITH_A_CLUSTER)
 def test_what_talks_to_a_cluster_works(
-    base: BaseInstall, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+    base: BaseInstall,
+    jobs: CannedJobs,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
 ) -> None:
+    if arguments.startswith("watch"):
+        jobs.jobs = [canned_job(state=jobs_pb2.JOB_STATE_FINISHED)]  # else it goes on
     monkeypatch.chdir(tmp_path)
     result = base.gradstream(*arguments.split(), "-c", address)
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_pictures_need_the_extra_plot_alone(
+    tmp_path_factory: pytest.TempPathFactory, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawing = BaseInstall(tmp_path_factory.mktemp("plot") / "packages", "plot")
+    result = drawing.gradstream("plot", "tiny-1", "-c", address)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "tiny-1-loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_plan_without_a_coordinator_names_both_ways(base: BaseInstall) -> None:
@@ -123,6 +148,8 @@ def test_credentials_and_recipes_work(base: BaseInstall, tmp_path: Path) -> None
     ):
         result = base.gradstream(*arguments)
         assert result.returncode == 0, result.stderr
+    for arguments in (["login", "127.0.0.1:1"], ["logout", "127.0.0.1:1"], ["health", "127.0.0.1:1"]):
+        assert "ModuleNotFoundError" not in base.gradstream(*arguments).stderr
     pack = base.gradstream("certs", "issue", "viewer", "--name", "ada", "--authority", str(tmp_path / "authority"))
     assert pack.returncode == 0, pack.stderr
 

@@ -340,6 +340,12 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
             return jobs_pb2.ResumeJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
+    async def ReplanJob(self, request: Any, context: Any) -> jobs_pb2.ReplanJobResponse:
+        self.requests.append(request)
+        async with rpc_errors.answering(context):
+            return jobs_pb2.ReplanJobResponse(job=self._find(request.job_id))
+        raise AssertionError
+
     async def StopJob(self, request: Any, context: Any) -> jobs_pb2.StopJobResponse:
         self.requests.append(request)
         async with rpc_errors.answering(context):

@@ -71,7 +71,7 @@ def test_a_valid_recipe_with_something_odd(tmp_path: Path, data: Path, capsys: p
 @pytest.mark.parametrize(
     ("override", "code", "message"),
     [
-        ("model.config.num_key_value_heads=3", 2, "its sizes do not go together"),
+        ("model.config.num_key_value_heads=3", 2, "its sizes do not match"),
         ("model.config.eos_token_id=0", 3, "eos_token_id is 0, and the documents of the data set"),
         ("model.config.vocab_size=63", 3, "vocabulary mismatch"),
     ],

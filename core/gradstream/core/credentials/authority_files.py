@@ -130,7 +130,7 @@ def make_ca(directory: Path, now: float) -> str:
     has_cert, has_key = (os.path.lexists(directory / name) for name in ("ca.pem", "ca-key.pem"))
     if has_cert and not has_key:
         raise ConfigError(
-            f"{directory} has a ca.pem without its key, so it is no authority's; choose another directory"
+            f"{directory} has a ca.pem without its key, so it is not an authority; choose another directory"
         )
     if has_cert:
         return certificates.cluster_of_ca(read_pem(directory, "ca.pem"))[0]

@@ -105,10 +105,10 @@ def describe(cert: bytes, where: str) -> Certificate:
     except Exception:  # the parser raises errors of many types for malformed bytes
         raise ConfigError(f"cert.pem {where} is not a certificate in PEM form; copy the credentials again") from None
     if len(names) != 1 or len(clusters) != 1 or len(roles) != 1 or roles[0] not in ROLES:
-        raise ConfigError(f"cert.pem {where} was not made by `gradstream certs`; credentials are issued by it alone")
+        raise ConfigError(f"cert.pem {where} was not made by `gradstream certs`; only that command issues credentials")
     name, cluster = str(names[0]), str(clusters[0])
     if not is_name(name) or not is_cluster_id(cluster):
-        raise ConfigError(f"cert.pem {where} was not made by `gradstream certs`; credentials are issued by it alone")
+        raise ConfigError(f"cert.pem {where} was not made by `gradstream certs`; only that command issues credentials")
     return Certificate(roles[0], name, cluster, int(valid_from.timestamp()), int(expires_at.timestamp()))
 
 

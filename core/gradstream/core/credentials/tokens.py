@@ -131,7 +131,7 @@ class TokenTable:
         if len(kept) > MAX_TOKENS or len(made.serialize()) > MAX_TABLE_BYTES:
             raise ConfigError(
                 f"the token table is full ({len(kept)} tokens; at most {MAX_TOKENS}, and {MAX_TABLE_BYTES >> 10} KiB); "
-                f"issue fewer, or revoke some: an entry goes 30 days after its end"
+                f"issue fewer, or revoke some: an entry is removed 30 days after its end"
             )
         return made
 
@@ -267,7 +267,7 @@ def check(text: str, table: TokenTable, now: float) -> tuple[Token | None, str]:
     if token is None:
         return None, (
             f"token {token_id} is unknown to cluster {cluster}: it ended more than 30 days ago, or the token table was "
-            f"made anew; have a credential issued: `gradstream certs issue`"
+            f"made again; have a credential issued: `gradstream certs issue`"
         )
     if not hmac.compare_digest(digest(text), token.sha256):
         return None, (
@@ -301,8 +301,8 @@ def succeeds(table: TokenTable, current: TokenTable) -> str:
         )
     if table.serial == current.serial and table != current:
         return (
-            f"the token table in force here is another one of the same number {table.serial}; does the authority exist "
-            f"twice? issue and revoke in one of them alone"
+            f"the token table in force here has the same number {table.serial} and other contents; does the authority "
+            f"exist twice? issue and revoke in only one of them"
         )
     return ""
 

@@ -202,7 +202,7 @@ def _local_paths(path: str, left_out: Counter[str]) -> Iterator[str]:
         elif stat.S_ISREG(status.st_mode):
             yield path
         else:
-            raise ConfigError(f"{path} is no file that can be read twice (a pipe or a device); write it to a file")
+            raise ConfigError(f"{path} is a pipe or a device, which cannot be read twice; write it to a file")
     elif any(map(_is_pattern, path.split("/"))):
         root = "/" if path.startswith("/") else ""
         yield from _glob(root, [part for part in path.split("/") if part not in ("", ".")], left_out)

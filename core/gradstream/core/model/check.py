@@ -146,7 +146,7 @@ def check_shapes(config: Mapping[str, Any]) -> None:
         except Exception as error:
             if SIZES.search(str(error)):
                 raise ConfigError(
-                    f"model.config: its sizes do not go together ({one_line(error)[:200]}); check the number of heads "
+                    f"model.config: its sizes do not match ({one_line(error)[:200]}); check the number of heads "
                     f"and the hidden sizes"
                 ) from None
 
@@ -182,7 +182,7 @@ def unknown_keys(given: Mapping[str, Any], config: Any, model: nn.Module) -> tup
     for key in unknown:
         near = difflib.get_close_matches(key[:100], known - keys, n=1, cutoff=SURELY_MEANT)
         if near:
-            return unknown, f"model.config.{key} is no key of {inner.model_type}; did you mean '{near[0]}'?"
+            return unknown, f"model.config.{key} is not a key of {inner.model_type}; did you mean '{near[0]}'?"
     return unknown, ""
 
 

@@ -170,8 +170,8 @@ class Trial:
         if given is None or not any(torch.allclose(given, loss, rtol=1e-4, atol=1e-5) for loss in (added, beside)):
             raise ConfigError(
                 f"model.config: the training loss of {self.name} is not the cross-entropy of the next tokens alone "
-                f"(transformers gives {_shown(given)}, the cross-entropy is {float(own):.4f}), and what it adds is "
-                f"not known; set what switches that loss on to false or 0"
+                f"(transformers gives {_shown(given)}, the cross-entropy is {float(own):.4f}), and the added "
+                f"loss is unknown; set the key that switches it on to false or 0"
             )
         if router is not None and use.has_pipeline:
             raise ConfigError(

@@ -124,7 +124,7 @@ class ProbeServicer(probe_pb2_grpc.ProbeServiceServicer):
     def _alone(self) -> Iterator[None]:
         if self._measuring:
             raise BusyError(
-                f"the link to this {TITLES.get(self._role, self._role)} is being measured by somebody else; "
+                f"the link to this {TITLES.get(self._role, self._role)} is being measured by another caller; "
                 f"try again in {MAX_SECONDS:.0f} s"
             )
         self._measuring = True

@@ -54,7 +54,7 @@ class NodeIdentity:
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """How a node reaches its coordinator, what log it sends along, and how long it may take to finish when it ends."""
+    """The settings of a session: the coordinator, the log lines of heartbeats, and the grace time at the end."""
 
     coordinator_address: str
     log_buffer: LogBuffer | None = None

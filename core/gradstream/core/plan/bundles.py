@@ -57,10 +57,11 @@ class Use:
 def bundle(
     fragments: Sequence[Fragment], placement: Sequence[int], max_elements: int, uses: Sequence[Use] = ()
 ) -> list[Bundle]:
-    """Bundle the fragments of each server, in forward order: at most `max_elements`, unless it is a single fragment,
-    and of tensors of one use alone; `uses` has that of each tensor, or is empty where all are used alike.
+    """Bundle the fragments of each server, in forward order.
 
-    Bundles are numbered by their first fragment.
+    A bundle has at most `max_elements`, unless it is a single fragment, and only tensors with the same use. `uses` has
+    the use of each tensor, or is empty if all have the same use. Bundles are numbered in the order of their first
+    fragments.
     """
     groups: list[tuple[int, Use, list[Fragment]]] = []
     open_groups: dict[tuple[int, Use], tuple[int, list[Fragment]]] = {}

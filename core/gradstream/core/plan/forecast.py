@@ -1,4 +1,4 @@
-"""What a plan will cost, as the coordinator forecasts it: time, memory, bytes on every link."""
+"""The coordinator's forecast of a plan's cost: time, memory, and bytes on each link."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradstream.proto.v1 import jobs_pb2
 
 @dataclass(frozen=True)
 class StageForecast:
-    """A stage: its segments by name, its place, and its seconds forward and backward a microbatch."""
+    """A stage: its segments by name, its place, and the seconds of a microbatch's forward and backward pass."""
 
     stage: int
     place: int
@@ -23,8 +23,10 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class PlaceForecast:
-    """A place of a replica: the workers it is planned for, what each needs, and what the least of them offers (0: it
-    did not say)."""
+    """A place of a replica: its planned workers, one for each replica, and their memory.
+
+    `need_bytes` is what each of them needs, `offered_bytes` the smallest offer among them (0: unknown).
+    """
 
     place: int
     workers: tuple[str, ...]
@@ -34,7 +36,11 @@ class PlaceForecast:
 
 @dataclass(frozen=True)
 class ServerForecast:
-    """A parameter server: what it needs at most, of that all the time, and what it offers (0: it did not say)."""
+    """A parameter server and its memory.
+
+    `need_bytes` is its maximum need, `state_bytes` the part of it that it needs at all times, and `offered_bytes` its
+    offer (0: unknown).
+    """
 
     server: str
     num_parameters: int
@@ -45,8 +51,10 @@ class ServerForecast:
 
 @dataclass(frozen=True)
 class LinkForecast:
-    """Bytes of a step from one node to another: `kind` is push, pull, activations or gradients; a sender or receiver
-    "worker in place p" stands for each such worker."""
+    """The bytes that a step sends from one node to another.
+
+    `kind` is push, pull, activations or gradients. "worker in place p" as sender or receiver means each such worker.
+    """
 
     kind: str
     sender: str
@@ -56,9 +64,12 @@ class LinkForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a step of a plan costs. Times are None where the segments' costs are not known. `step_seconds` is the sum of
-    compute and of what of push and pull does not overlap it. `reasons` has the plan's decisions by subject, `warnings`
-    what could not be checked or measured, one line each."""
+    """The forecast cost of a step of a plan.
+
+    Times are None if the segments' costs are unknown. `step_seconds` is the sum of `compute_seconds` and of
+    `exposed_seconds`, the time of push and pull that does not overlap compute. `reasons` has the plan's decisions by
+    subject. `warnings` has the checks and measurements that were not possible, one line each.
+    """
 
     num_parameters: int
     num_replicas: int
@@ -80,18 +91,18 @@ class Forecast:
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """This as what `json.dumps` takes."""
+        """The forecast as a dict for `json.dumps`."""
         return asdict(self)
 
     def to_proto(self) -> jobs_pb2.Forecast:
-        """This as a message."""
+        """Encode this forecast as a message."""
         parts = {name: [_PARTS[name][1](**vars(part)) for part in getattr(self, name)] for name in _PARTS}
         reasons = [jobs_pb2.ForecastReason(subject=subject, text=text) for subject, text in self.reasons.items()]
         return jobs_pb2.Forecast(**{**vars(self), **parts, "reasons": reasons})
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.Forecast) -> Forecast:
-        """The forecast in a message."""
+        """Decode a message."""
         values = _values(cls, message)
         for name, (kind, _) in _PARTS.items():
             values[name] = tuple(kind(**_values(kind, part)) for part in values[name])
@@ -108,7 +119,7 @@ _PARTS: dict[str, tuple[Any, Any]] = {
 
 
 def _values(kind: Any, message: Any) -> dict[str, Any]:
-    """A message's fields by name: tuples where they are repeated, None where they are absent."""
+    """A message's fields by name. Repeated fields are tuples, and absent ones are None."""
     found: dict[str, Any] = {}
     for field in fields(kind):
         value = getattr(message, field.name)

@@ -250,7 +250,7 @@ class Plan:
                 f"replica has {plan.replica_size}"
             )
         if not isinstance(model_config, dict):
-            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} has a model config that is no JSON object")
+            raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} has a model config that is not a JSON object")
         count = num_fragments(plan.tensors, plan.fragment_elements)
         if not plan.fragment_elements or len(plan.placement) != count:
             raise ProtocolError(

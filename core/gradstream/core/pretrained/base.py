@@ -204,7 +204,7 @@ def _find_huggingface(path: str, title: str, names: Sequence[str], hashed: bool)
             found.append(BaseFile(file=file, num_bytes=content.num_bytes, sha256=content.sha256))
         except ValidationError:
             raise ConfigError(
-                f"{files.join(path, file)}: a weights file's name has letters, digits and ._- alone"
+                f"{files.join(path, file)}: a weights file's name may have only letters, digits and ._-"
             ) from None
     base = Base(kind="huggingface", path=path, title=title, files=tuple(found), sha256=identity(found, config))
     return base, config

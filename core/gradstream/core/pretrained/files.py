@@ -230,6 +230,6 @@ def _copy(path: str, state: object, num_bytes: int) -> None:
             stream.write(piece)
     if copied != num_bytes:
         os.unlink(local)
-        raise CheckpointError(f"{path} changed while it was read; try again when nobody writes to it")
+        raise CheckpointError(f"{path} changed while it was read; try again when no process writes to it")
     _digests[path] = (state, sha256.hexdigest())
     _copies[path] = (state, local)

@@ -248,7 +248,7 @@ def _check_no_others(source: HuggingFaceWeights) -> None:
     if any(".lora_" in key for key in others):
         cure = "merge the adapter into it (peft's merge_and_unload) and name the directory of the result"
     elif all(key.endswith(".bias") for key in others):
-        cure = f"set what {CONFIG_NAME} says of biases (attention_bias, mlp_bias) as the weights have it"
+        cure = f"set the biases in {CONFIG_NAME} (attention_bias, mlp_bias) as the weights have them"
     else:
         cure = f"weights and {CONFIG_NAME} do not belong together; get both from the same place"
     raise ConfigError(

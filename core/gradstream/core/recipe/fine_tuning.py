@@ -63,7 +63,7 @@ PEFT_NOTES = ("peft_version", "auto_mapping", "megatron_core", "qalora_group_siz
 """Keys in peft's adapter_config.json that do not change the adapter."""
 _INSTEAD = {
     "bias": "adapters train no biases; use bias: none, or method: full",
-    "modules_to_save": "adapters alone are trained; leave it out, or use method: full",
+    "modules_to_save": "only adapters are trained; leave it out, or use method: full",
     "task_type": "only CAUSAL_LM is trained",
     "base_model_name_or_path": "the base is the recipe's base_model",
     "exclude_modules": "name the others in lora.target_modules",

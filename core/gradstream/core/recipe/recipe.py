@@ -161,7 +161,7 @@ class CodecConfig(Section):
 
 
 class PrepareConfig(Section):
-    """How `gradstream data prepare` makes the data set if it does not exist yet."""
+    """The settings with which `gradstream data prepare` makes the data set if it does not exist yet."""
 
     sources: list[str] = Field(
         min_length=1,

@@ -118,7 +118,7 @@ def may(role: str, method: str) -> tuple[bool, str]:
     rule = rule_of(method)
     call = method.rpartition("/")[2]
     if rule is None:
-        return False, f"{call} has no rule and is open to nobody; say who may call it beside its proto"
+        return False, f"{call} has no rule and is open to nobody; add the option access to it in its proto"
     if rule.roles & {role, *_INCLUDES.get(role, ())}:
         return True, f"{call} is open to {_listed(rule)}"
     return False, f"{call} is for {_listed(rule)}, and these credentials are of a {role}; ask an admin for others"

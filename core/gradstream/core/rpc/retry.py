@@ -1,4 +1,4 @@
-"""When to try a call again, and a stream that is cancelled where it is left."""
+"""Backoff between retries, and streams that are cancelled when their reader leaves them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from gradstream.core.rpc.channel import C
 
 @contextmanager
 def cancelling(call: C) -> Iterator[C]:
-    """Read a call's responses inside, and cancel the call on leaving. A call that is neither read to its end nor
-    cancelled stays open, and so does its connection."""
+    """Read a call's responses inside the block, and cancel the call when the block ends.
+
+    A call that is neither read to its end nor cancelled stays open, and so does its connection.
+    """
     try:
         yield call
     finally:

@@ -295,7 +295,7 @@ def test_a_plan_with_stages_reads_back(tmp_path: Path) -> None:
     assert segments_of_stages(made.stage_ends, profiles()) == [range(5), range(5, 10)]
     message = made.to_proto()
     message.worker_bytes.append(1)
-    with pytest.raises(ProtocolError, match="what 3 workers need, but a replica has 2"):
+    with pytest.raises(ProtocolError, match="memory needs of 3 workers, but a replica has 2"):
         Plan.from_proto(message)
 
 

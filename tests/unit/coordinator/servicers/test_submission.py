@@ -41,7 +41,7 @@ async def test_a_model_that_a_worker_could_not_compute_is_refused(cluster: Clust
     """Built in a child process, on the meta device; nothing is left of the job."""
     cases: list[tuple[dict[str, Any], str]] = [
         ({"hidden_act": "sillu"}, r"cannot be built: .*sillu"),
-        ({"rms_norm_epss": 1e-5}, r"model\.config\.rms_norm_epss is no key of llama; did you mean 'rms_norm_eps'\?"),
+        ({"rms_norm_epss": 1e-5}, r"model\.config\.rms_norm_epss is not a key of llama; did you mean 'rms_norm_eps'\?"),
         ({"pad_token_id": 0}, r"pad_token_id is 0, which is the data set's end of text 0: its embedding would never"),
     ]
     async with AsyncClient(cluster.address) as client:

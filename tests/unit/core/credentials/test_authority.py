@@ -233,7 +233,7 @@ def test_a_directory_that_cannot_be_an_authoritys(tmp_path: Path, clock: Clock) 
     with Authority.init(tmp_path / "a", clock=clock) as authority:
         authority.issue("worker", "w", directory=tmp_path / "w")
     text = refusal(lambda: Authority.init(tmp_path / "w"))
-    assert text == f"{tmp_path}/w has a ca.pem without its key, so it is no authority's; choose another directory"
+    assert text == f"{tmp_path}/w has a ca.pem without its key, so it is not an authority; choose another directory"
 
 
 def damage(directory: Path, name: str, content: bytes | None) -> str:

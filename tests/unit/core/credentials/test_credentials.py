@@ -220,7 +220,7 @@ def test_a_certificate_that_was_made_elsewhere(role: str, name: str, cluster: st
     cert, key = certificates.new_leaf(ca, cluster, role, name, NOW, NOW + DAY)
     foreign = Credentials(ca.certificate, cert, key, new_token("0a1b2c3d")[0], "x")
     text = refusal(lambda: from_pack(to_pack(foreign), NOW))
-    assert text == "cert.pem in the pack was not made by `gradstream certs`; credentials are issued by it alone"
+    assert text == "cert.pem in the pack was not made by `gradstream certs`; only that command issues credentials"
     assert "was not made by" in refusal(lambda: foreign.role)
 
 

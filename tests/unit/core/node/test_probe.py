@@ -109,7 +109,7 @@ async def test_one_at_a_time_and_never_for_long(stub: Any, monkeypatch: pytest.M
     await silent.wait_for_connection()
     await asyncio.sleep(0.1)
     with pytest.raises(
-        grpc.aio.AioRpcError, match="the link to this worker is being measured by somebody else"
+        grpc.aio.AioRpcError, match="the link to this worker is being measured by another caller"
     ) as caught:
         await stub.MeasureDown(probe_pb2.MeasureDownRequest(num_bytes=1), timeout=10).read()
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

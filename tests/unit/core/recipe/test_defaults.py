@@ -259,7 +259,7 @@ def test_a_whole_config_of_peft_is_taken() -> None:
         ({"target_modules": "q_proj,v_proj"}, "list the ends instead, such as [q_proj, v_proj]"),
         ({"target_modules": ["all-linear", "q_proj"]}, "all-linear stands alone"),
         ({"target_modules": []}, "lora.target_modules is empty"),
-        ({"modules_to_save": ["lm_head"]}, "lora.modules_to_save ['lm_head'] is not supported: adapters alone"),
+        ({"modules_to_save": ["lm_head"]}, "lora.modules_to_save ['lm_head'] is not supported: only adapters are"),
         ({"bias": "all"}, "use bias: none, or method: full"),
         ({"use_dora": True}, "lora.use_dora True is not supported: leave it out"),
         ({"r": 4, "rank": 8}, "lora.r and lora.rank say the same; give one of them"),

@@ -296,12 +296,17 @@ class AsyncClient:
         response = await self._connection.call(lambda stub, timeout: stub.PauseJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 
-    async def resume(self, job_id: str) -> Job:
+    async def resume(self, job_id: str, num_steps: int | None = None) -> Job:
         """Resume a paused job, or start a stopped or failed one again from its last checkpoint.
 
-        Raises ConfigError when the job has finished.
+        With `num_steps`, a finished, stopped, failed or paused job goes on to that number of steps in all. Its steps so
+        far stay as they are. From there on the learning rate follows the schedule of `num_steps` steps, so it may rise
+        again; the job's `reason` names both rates.
+
+        Raises ConfigError when the job has finished and no `num_steps` are given, or when with `num_steps` it runs or
+        has done as many steps.
         """
-        request = jobs_pb2.ResumeJobRequest(job_id=job_id)
+        request = jobs_pb2.ResumeJobRequest(job_id=job_id, num_steps=num_steps)
         response = await self._connection.call(lambda stub, timeout: stub.ResumeJob(request, timeout=timeout))
         return Job.from_proto(response.job)
 

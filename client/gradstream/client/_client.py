@@ -193,12 +193,17 @@ class Client:
         """
         return self._thread.run(self._client.pause(job_id))
 
-    def resume(self, job_id: str) -> Job:
+    def resume(self, job_id: str, num_steps: int | None = None) -> Job:
         """Resume a paused job, or start a stopped or failed one again from its last checkpoint.
 
-        Raises ConfigError when the job has finished.
+        With `num_steps`, a finished, stopped, failed or paused job goes on to that number of steps in all. Its steps so
+        far stay as they are. From there on the learning rate follows the schedule of `num_steps` steps, so it may rise
+        again; the job's `reason` names both rates.
+
+        Raises ConfigError when the job has finished and no `num_steps` are given, or when with `num_steps` it runs or
+        has done as many steps.
         """
-        return self._thread.run(self._client.resume(job_id))
+        return self._thread.run(self._client.resume(job_id, num_steps))
 
     def replan(self, job_id: str, without: Iterable[str] = ()) -> Job:
         """Put a new plan in the place of a running job's at its next step boundary, by way of a checkpoint.

@@ -272,6 +272,12 @@ class Job(_Value):
     step_breakdown: StepBreakdown | None
     """None before a step was measured."""
 
+    @property
+    def submitted_num_steps(self) -> int:
+        """The number of steps that the job was submitted with; `resume` may have given it another one since."""
+        earlier = self.recipe.get("training", {}).get("earlier")
+        return int(earlier[0]["num_steps"]) if earlier else self.num_steps
+
     @classmethod
     def from_proto(cls, message: jobs_pb2.Job) -> Job:
         """The job that a message describes."""

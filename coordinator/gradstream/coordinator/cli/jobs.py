@@ -165,11 +165,28 @@ def pause(
 
 
 def resume(
-    job_id: NewestJobArgument = None, coordinator: CoordinatorOption = None, output: OutputOption = OutputFormat.table
+    job_id: NewestJobArgument = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            metavar="N",
+            min=1,
+            show_default="those that it has",
+            help="Go on to N steps in all, also with a finished job. From there on the learning rate follows the "
+            "schedule of N steps.",
+        ),
+    ] = None,
+    coordinator: CoordinatorOption = None,
+    output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Go on with a paused job; start a stopped or failed one again from its last checkpoint."""
+    """Go on with a paused job; start a stopped or failed one again from its last checkpoint.
+
+    With --steps also a finished job goes on. Its steps so far stay as they are. From there on the learning rate is that
+    of a job of N steps, so it may rise again: the answer names the rate before and after.
+    """
     with open_client(coordinator) as client:
-        job = client.resume(job_id or client.job().job_id)
+        job = client.resume(job_id or client.job().job_id, steps)
     _print_changed(job, output)
     terminal.hint(f"watch it: gradstream watch {job.job_id}")
 

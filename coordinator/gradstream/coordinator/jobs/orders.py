@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from gradstream.coordinator.jobs import decisions, plan_making
+from gradstream.coordinator.jobs import checkpoints, decisions, plan_making
 from gradstream.coordinator.jobs.active import ActiveJob, nothing
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.journal import Event
+from gradstream.coordinator.jobs.more_steps import with_more_steps
 from gradstream.coordinator.jobs.plan_making import Start
 from gradstream.coordinator.nodes.membership import SERVER
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.timing import unix_ms
-from gradstream.core.errors import ConfigError, PlanError, nearest
+from gradstream.core.errors import CheckpointError, ConfigError, PlanError, nearest
 from gradstream.core.job_states import ENDED, FAILED, FINISHED, PAUSED, QUEUED, RUNNING, STATE_WORDS, STOPPED
+from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.rpc.access import by_caller
 
 
@@ -139,6 +141,51 @@ class Orders:
         due = [active.halted_version, active.snapshot_due]
         return any(version is not None and version > after and version not in active.checkpoints for version in due)
 
+    def may_extend(self, record: JobRecord, num_steps: int) -> bool:
+        """Whether a job can be given `num_steps` steps now; False while its checkpoint is still to come. Raises
+        ConfigError for a job that does not rest."""
+        active = self._active_of(record)
+        if active is None and record.state != QUEUED:
+            return True
+        if active is None or active.state != PAUSED:
+            state = STATE_WORDS[record.state if active is None else active.state]
+            raise ConfigError(
+                f"job {record.job_id} is {state}; pause it first (`gradstream pause {record.job_id}`), then resume it "
+                f"with --steps {num_steps}"
+            )
+        return active.version in active.checkpoints or active.version == 0
+
+    def extend(self, record: JobRecord, on_disk: Sequence[int], num_steps: int) -> None:
+        """Queue a job that rests or has ended again, to go on to `num_steps` steps in all from its last checkpoint.
+
+        `may_extend` must hold; the next reconcile takes the job up. Raises ConfigError when there are no steps left to
+        do, CheckpointError when the last checkpoint is not there.
+        """
+        known = self._controller.state.checkpoint_versions(record.job_id)
+        if record.state == FAILED and on_disk:
+            self._go_back(record, on_disk)
+        elif gone := checkpoints.missing(checkpoints.root_of(record.run_directory), on_disk, known, record.job_id):
+            raise CheckpointError(gone)
+        recipe, line = with_more_steps(
+            record.job_id, parse_recipe(record.recipe_json), on_disk[-1] if on_disk else 0, num_steps
+        )
+        changes: dict[str, Any] = {
+            "desired": "run",
+            "recipe_json": recipe.model_dump_json(),
+            "rank": self._first_rank(),
+        }
+        active = self._active_of(record)
+        if active is not None:
+            event = Event("state", f"resumed{by_caller()} with more steps")
+            self._controller.transitions.leave(active, QUEUED, line, event, **changes)
+        else:
+            event = Event("state", f"resumed{by_caller()} with more steps: {line}")
+            self._journal.store(record, [event], state=QUEUED, reason=line, ended_unix_ms=0, **changes)
+
+    def _first_rank(self) -> int:
+        """The rank before all others."""
+        return min([job.rank for job in self._controller.state.list_jobs()], default=0) - 1
+
     def resume(self, record: JobRecord, on_disk: Sequence[int] = ()) -> None:
         """Resume a paused job, or queue an ended one again. Raises ConfigError when the job is finished.
 
@@ -146,7 +193,7 @@ class Orders:
         checkpoint is missing, goes on from the newest of them.
         """
         if record.state == FINISHED:
-            raise ConfigError(f"job {record.job_id} is finished; submit a recipe with more steps instead")
+            raise ConfigError(f"job {record.job_id} is finished; give it more steps with --steps")
         active = self._active_of(record)
         if record.state == FAILED or (active is not None and active.planning.hold.cause):
             self._go_back(record, on_disk)
@@ -162,10 +209,13 @@ class Orders:
             active.planning.hold = replace(active.planning.hold, until=0.0)
             active.benches.clear()
         elif record.state in (PAUSED, STOPPED, FAILED):
-            rank = min([job.rank for job in self._controller.state.list_jobs()], default=0) - 1
             message = f"resumed{by_caller()}: first in the queue, goes on from its last checkpoint"
-            reason = "resumed; first in the queue, goes on from its last checkpoint"
-            changes: dict[str, Any] = {"desired": "run", "reason": reason, "rank": rank, "ended_unix_ms": 0}
+            changes: dict[str, Any] = {
+                "desired": "run",
+                "reason": "resumed; first in the queue, goes on from its last checkpoint",
+                "rank": self._first_rank(),
+                "ended_unix_ms": 0,
+            }
             self._journal.store(record, [Event("state", message)], state=QUEUED, **changes)
         self._controller.reconcile()
 

@@ -16,6 +16,7 @@ import grpc.aio
 from gradstream.coordinator.jobs import checkpoints, decisions
 from gradstream.coordinator.jobs.active import nothing
 from gradstream.coordinator.jobs.controller import Controller
+from gradstream.coordinator.jobs.more_steps import as_submitted
 from gradstream.coordinator.jobs.orders import Orders
 from gradstream.coordinator.nodes.membership import SERVER
 from gradstream.coordinator.planning.inventory import check_model, special_tokens
@@ -37,7 +38,7 @@ from gradstream.core.errors import (
     GradstreamError,
     nearest,
 )
-from gradstream.core.job_states import ENDED, STATE_WORDS
+from gradstream.core.job_states import ENDED, FINISHED, STATE_WORDS
 from gradstream.core.model import check as model_check
 from gradstream.core.pretrained.export import huggingface_weights, write_huggingface
 from gradstream.core.recipe.files import absolute_path
@@ -54,6 +55,8 @@ from gradstream.core.storage.pool import BULK_SECONDS, StorageThreads
 from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
 MAX_EXPORTS = 2
+EXTEND_SECONDS = 30.0
+"""Longest wait for the checkpoint of a pause."""
 MAX_HOLDS = 256
 """Checkpoints that are kept for readers at once."""
 
@@ -97,8 +100,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         record = self._state.job_of_request(request_id) if request_id else None
         if record is None:
             return None
-        # It is stored with what its data filled in, and perhaps with an older key.
-        stored = parse_recipe(record.recipe_json).model_dump_json()
+        # It is stored with what its data filled in, and perhaps with an older key, or with more steps since.
+        stored = as_submitted(parse_recipe(record.recipe_json)).model_dump_json()
         if model_check.with_ends(recipe, parse_manifest(record.manifest_json)).model_dump_json() != stored:
             raise ConfigError(
                 f"request id {request_id} is that of job {record.job_id}, which has another recipe; take a new id for "
@@ -188,10 +191,38 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     async def ResumeJob(self, request: jobs_pb2.ResumeJobRequest, context: Context) -> jobs_pb2.ResumeJobResponse:
         async with answering(context):
             record = self._find(request.job_id)
-            root = checkpoints.root_of(record.run_directory)
-            on_disk = await self._storage.call(root, checkpoints.versions_on_disk, root)
+            num_steps = parse_recipe(record.recipe_json).training.num_steps
+            if request.HasField("num_steps") and (request.num_steps != num_steps or record.state == FINISHED):
+                await self._extend(record, request.num_steps)
+                # As queued: the reason says what changes.
+                job = self._views.job(self._find(record.job_id))
+                self._controller.reconcile()
+                return jobs_pb2.ResumeJobResponse(job=job)
+            on_disk = await self._versions_on_disk(record)
             self._orders.resume(self._find(record.job_id), on_disk)
             return jobs_pb2.ResumeJobResponse(job=self._views.job(self._find(request.job_id)))
+
+    async def _extend(self, record: JobRecord, num_steps: int) -> None:
+        """Give a job that rests or has ended more steps; a job that has just paused is waited for until its checkpoint
+        is there."""
+        try:
+            async with asyncio.timeout(EXTEND_SECONDS):
+                while True:
+                    change = self._controller.notifier.change(record.job_id)
+                    on_disk = await self._versions_on_disk(record)
+                    if self._orders.may_extend(self._find(record.job_id), num_steps):
+                        break
+                    await change.wait()
+        except TimeoutError:
+            raise BusyError(
+                f"the checkpoint of job {record.job_id} is not written yet, and it goes on from there; try again when "
+                f"`gradstream status {record.job_id}` waits for it no more"
+            ) from None
+        self._orders.extend(self._find(record.job_id), on_disk, num_steps)
+
+    async def _versions_on_disk(self, record: JobRecord) -> list[int]:
+        root = checkpoints.root_of(record.run_directory)
+        return await self._storage.call(root, checkpoints.versions_on_disk, root)
 
     async def StopJob(self, request: jobs_pb2.StopJobRequest, context: Context) -> jobs_pb2.StopJobResponse:
         async with answering(context):

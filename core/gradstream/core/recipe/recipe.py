@@ -52,6 +52,13 @@ class ModelConfig(Section):
         return config
 
 
+class EarlierSteps(Section):
+    """A part of the trajectory that was computed when the job had another number of steps."""
+
+    until_version: NonNegative = Field(description="the steps before this version belong to it")
+    num_steps: Positive = Field(description="the number of steps that the job had")
+
+
 class TrainingConfig(Section):
     """The batch and how a worker computes it. Every key shapes the trajectory.
 
@@ -79,11 +86,32 @@ class TrainingConfig(Section):
     max_consecutive_skips: Positive = Field(
         default=10, description="steps in a row with a non-finite gradient after which the job fails"
     )
+    earlier: tuple[EarlierSteps, ...] = Field(
+        default=(),
+        description="written by `gradstream resume --steps`: the numbers of steps that the job had before, oldest "
+        "first; the steps under them keep the learning-rate schedule of their time",
+    )
 
     @property
     def slot_batch(self) -> int:
         """Number of samples of a slot."""
         return self.global_batch // self.num_slots
+
+    def schedule_steps(self, step: int) -> int:
+        """The number of steps that the learning-rate schedule of a step is made for."""
+        return next((part.num_steps for part in self.earlier if step < part.until_version), self.num_steps)
+
+    @property
+    def submitted_num_steps(self) -> int:
+        """The number of steps that the job was submitted with."""
+        return self.earlier[0].num_steps if self.earlier else self.num_steps
+
+    def extended(self, version: int, num_steps: int) -> TrainingConfig:
+        """The same with `num_steps` steps in all from `version` on; earlier steps stay as they are."""
+        parts = [part for part in self.earlier if part.until_version < version]
+        before = next((part.num_steps for part in self.earlier if part.until_version >= version), self.num_steps)
+        last = EarlierSteps(until_version=version, num_steps=before)
+        return self.model_copy(update={"num_steps": num_steps, "earlier": (*parts, last)})
 
     @model_validator(mode="before")
     @classmethod
@@ -93,6 +121,12 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _divisible(self) -> TrainingConfig:
         check_batch(self.global_batch, self.num_slots, self.microbatch)
+        versions = [part.until_version for part in self.earlier]
+        if versions != sorted(set(versions)) or (versions and versions[-1] >= self.num_steps):
+            raise ValueError(
+                f"training.earlier ends at versions {', '.join(map(str, versions))}; they must rise, up to less than "
+                f"training.num_steps {self.num_steps}; leave training.earlier out of a recipe that you write"
+            )
         return self
 
 
@@ -358,6 +392,9 @@ class Recipe(Section):
         return self.fine_tuning.lora if self.fine_tuning is not None else None
 
     def validates(self, version: int) -> bool:
-        """Whether this version has a validation pass: the first, the last, and one every interval."""
-        interval, num_steps = self.validation.interval_steps, self.training.num_steps
-        return interval > 0 and version <= num_steps and (version % interval == 0 or version == num_steps)
+        """Whether this version has a validation pass: the first, the last, one every interval, and those that were the
+        last before the job got more steps."""
+        interval, training = self.validation.interval_steps, self.training
+        ends = [part.num_steps for part in training.earlier if part.until_version == part.num_steps]
+        due = version in (training.num_steps, *ends) or (interval > 0 and version % interval == 0)
+        return interval > 0 and due and version <= training.num_steps

@@ -176,7 +176,8 @@ class JobsServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ResumeJob(self, request, context):
-        """Continues a paused job, or restarts a stopped or failed one from its last checkpoint.
+        """Continues a paused job, or restarts a stopped or failed one from its last checkpoint. With num_steps, continues any
+        job that does not run, to another number of steps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -50,7 +50,9 @@ class JobsServiceStub:
     PauseJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.PauseJobRequest, _jobs_pb2.PauseJobResponse]
     """Pauses a job at the next step boundary, with a checkpoint."""
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ResumeJobRequest, _jobs_pb2.ResumeJobResponse]
-    """Continues a paused job, or restarts a stopped or failed one from its last checkpoint."""
+    """Continues a paused job, or restarts a stopped or failed one from its last checkpoint. With num_steps, continues any
+    job that does not run, to another number of steps.
+    """
     StopJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.StopJobRequest, _jobs_pb2.StopJobResponse]
     """Ends a job at the next step boundary with a checkpoint, or at once without one."""
     ReplanJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ReplanJobRequest, _jobs_pb2.ReplanJobResponse]
@@ -104,7 +106,9 @@ class JobsServiceAsyncStub(JobsServiceStub):
     PauseJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.PauseJobRequest, _jobs_pb2.PauseJobResponse]  # type: ignore[assignment]
     """Pauses a job at the next step boundary, with a checkpoint."""
     ResumeJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ResumeJobRequest, _jobs_pb2.ResumeJobResponse]  # type: ignore[assignment]
-    """Continues a paused job, or restarts a stopped or failed one from its last checkpoint."""
+    """Continues a paused job, or restarts a stopped or failed one from its last checkpoint. With num_steps, continues any
+    job that does not run, to another number of steps.
+    """
     StopJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.StopJobRequest, _jobs_pb2.StopJobResponse]  # type: ignore[assignment]
     """Ends a job at the next step boundary with a checkpoint, or at once without one."""
     ReplanJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ReplanJobRequest, _jobs_pb2.ReplanJobResponse]  # type: ignore[assignment]
@@ -197,7 +201,9 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.ResumeJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.ResumeJobResponse, _abc.Awaitable[_jobs_pb2.ResumeJobResponse]]:
-        """Continues a paused job, or restarts a stopped or failed one from its last checkpoint."""
+        """Continues a paused job, or restarts a stopped or failed one from its last checkpoint. With num_steps, continues any
+        job that does not run, to another number of steps.
+        """
 
     @_abc_1.abstractmethod
     def StopJob(

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from gradstream.core.codecs import codec_named, codec_on_wire
 from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.learning_rate import rate_of_step
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.accumulation import StepTotals
 from gradstream.services.parameter_server.bundle_state import BundleState, FragmentState
-from gradstream.services.parameter_server.optimizer import learning_rate
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,7 @@ class Update:
 
 def update_of(plan: Plan, decision: Decision) -> Update:
     """Make the update that a decision applies to each bundle of a server."""
-    recipe = plan.recipe
-    rate = learning_rate(decision.step, plan.num_steps, recipe.optimizer, recipe.schedule)
-    return Update(decision, rate, codec_on_wire(decision.pull_codec).name)
+    return Update(decision, rate_of_step(plan.recipe, decision.step), codec_on_wire(decision.pull_codec).name)
 
 
 @dataclass(frozen=True)

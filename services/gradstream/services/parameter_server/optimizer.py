@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,28 +12,9 @@ import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from gradstream.core.recipe.recipe import LearningRateScheduleConfig, OptimizerConfig
+from gradstream.core.recipe.recipe import OptimizerConfig
 
 STEP_COUNT = "step"
-
-
-def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig, schedule: LearningRateScheduleConfig) -> float:
-    """Compute the learning rate of step `step`, counted from 0, of `num_steps`.
-
-    Linear warm-up over `warmup_steps`, then: cosine to `min_ratio` (Loshchilov and Hutter, 2016); WSD, constant and a
-    linear decay to `min_ratio` over the last `decay_steps` (Hu et al., "MiniCPM", 2024); or constant.
-    """
-    peak = optimizer.learning_rate
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    if schedule.kind == "cosine":
-        span = max(1, num_steps - 1 - schedule.warmup_steps)
-        share = min(1.0, (step - schedule.warmup_steps) / span)
-        return peak * (schedule.min_ratio + (1 - schedule.min_ratio) * (1 + math.cos(math.pi * share)) / 2)
-    if schedule.kind == "wsd" and schedule.decay_steps:
-        share = max(0.0, (step - (num_steps - 1 - schedule.decay_steps)) / schedule.decay_steps)
-        return peak * (1 - (1 - schedule.min_ratio) * min(1.0, share))
-    return peak
 
 
 @dataclass(frozen=True)

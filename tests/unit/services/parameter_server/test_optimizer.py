@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from gradstream.core.recipe.learning_rate import learning_rate
 from gradstream.core.recipe.recipe import LearningRateScheduleConfig, OptimizerConfig
-from gradstream.services.parameter_server.optimizer import BundleOptimizer, learning_rate
+from gradstream.services.parameter_server.optimizer import BundleOptimizer
 
 PEAK = 2.0
 OPTIMIZER = OptimizerConfig(learning_rate=PEAK)

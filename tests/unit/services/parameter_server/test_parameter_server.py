@@ -36,12 +36,12 @@ from gradstream.core.errors import GradstreamError, StaleEpochError
 from gradstream.core.model.model import initial_weights
 from gradstream.core.plan.bundles import codec_for
 from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.learning_rate import learning_rate
 from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.core.wire.frames import Assembler, frame, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.proto.v1 import plan_pb2
 from gradstream.services.parameter_server.bundle_state import BundleState
-from gradstream.services.parameter_server.optimizer import learning_rate
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 
 REFUSED = grpc.StatusCode.INVALID_ARGUMENT

@@ -99,7 +99,8 @@ def job_view(job: Job, nodes: Sequence[Node]) -> Any:
     row("job", job.job_id)
     row("state", terminal.state_text(job.state) + (Text(f": {job.reason}") if job.reason else Text()))
     percent = f" ({100 * job.version / job.num_steps:.0f} %)" if job.num_steps else ""
-    row("step", f"{job.version} of {job.num_steps}{percent}, epoch {job.epoch}, skipped {job.num_skipped}")
+    submitted = f", submitted with {job.submitted_num_steps}" if job.submitted_num_steps != job.num_steps else ""
+    row("step", f"{job.version} of {job.num_steps}{percent}{submitted}, epoch {job.epoch}, skipped {job.num_skipped}")
     row("trained on", f"{terminal.format_count(job.num_tokens)} {counted_tokens(job)} in {job.num_samples} samples")
     row("training loss", f"{terminal.format_loss(job.loss)} nats a token")
     first = f" (at the start {job.initial_validation_loss:.4f})" if job.initial_validation_loss is not None else ""

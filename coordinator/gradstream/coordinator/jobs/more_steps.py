@@ -1,0 +1,40 @@
+"""More steps for a job that rests or has ended: a pure function from its recipe to the recipe it goes on with."""
+
+from __future__ import annotations
+
+from gradstream.core.errors import ConfigError
+from gradstream.core.recipe.learning_rate import rate_of_step
+from gradstream.core.recipe.recipe import Recipe
+
+
+def with_more_steps(job_id: str, recipe: Recipe, version: int, num_steps: int) -> tuple[Recipe, str]:
+    """The recipe of a job that goes on from `version` to `num_steps` steps in all, and what changes, as a line.
+
+    From `version` on the learning rate follows the schedule of `num_steps` steps, as if the job had been submitted with
+    them; the steps before keep theirs. So the rate may rise at `version`. Raises ConfigError when there are no steps
+    left to do, or the job is a fine-tuning.
+    """
+    before = recipe.training.num_steps
+    if recipe.fine_tuning is not None:
+        raise ConfigError(
+            f"job {job_id} is a fine-tuning, whose steps follow from its examples; fine-tune its result further with "
+            f"base_model: job:{job_id}"
+        )
+    if num_steps <= version:
+        raise ConfigError(
+            f"job {job_id} has done {version} steps; --steps {num_steps} is the number in all, so give more than that"
+        )
+    extended = recipe.model_copy(update={"training": recipe.training.extended(version, num_steps)})
+    rates = f"{rate_of_step(extended, version):.3g} at step {version}"
+    if version:
+        rates = f"{rate_of_step(extended, version - 1):.3g} at step {version - 1}, {rates}"
+    return extended, (
+        f"goes on from version {version} to {num_steps} steps in all ({before} before); its learning rate follows the "
+        f"{recipe.schedule.kind} schedule of {num_steps} steps from here on ({rates})"
+    )
+
+
+def as_submitted(recipe: Recipe) -> Recipe:
+    """A job's recipe as it was before the job got another number of steps."""
+    steps = {"num_steps": recipe.training.submitted_num_steps, "earlier": ()}
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=steps)})

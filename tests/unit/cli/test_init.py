@@ -64,6 +64,27 @@ def test_prepared_data_becomes_a_recipe(text: Path, capsys: pytest.CaptureFixtur
     assert main(["recipes", "validate", "my-book.yaml"]) == 0
 
 
+def test_prepare_says_when_the_recipe_asks_for_more_text(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", text.name]) == 0
+    longer = ["-s", "training.sequence_length=60000", "-s", "model.config.max_position_embeddings=60000"]
+    assert main(["data", "prepare", "--recipe", "my-book.yaml", *longer]) == 0
+    told = capsys.readouterr().err
+    assert (
+        "a job of my-book.yaml would be refused: the data set has 0 train samples of 60000 tokens, too few for" in told
+    )
+    assert main(["data", "prepare", "--recipe", "my-book.yaml", "--force"]) == 0
+    assert "would be refused" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_bytes", [600, 3000, 20_000, 60_000])
+def test_little_text_trains_too(num_bytes: int, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text.write_text(text.read_text()[:num_bytes])
+    assert main(["init", text.name]) == 0
+    assert main(["data", "prepare", "--recipe", "my-book.yaml"]) == 0
+    assert "would be refused" not in capsys.readouterr().err
+    assert main(["recipes", "validate", "my-book.yaml"]) == 0
+
+
 def test_an_own_config_is_taken_as_it_is(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"model_type": "gpt2", "vocab_size": 600, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 2}
     (tmp_path / "model").mkdir()

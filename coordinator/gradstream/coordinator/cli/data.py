@@ -126,7 +126,7 @@ def prepare(
 
         prepare(config, path, progress, force=force)
     seconds = time.monotonic() - begin
-    for note in last[0].notes:
+    for note in [*last[0].notes, *(_misfits(recipe, overrides or [], path) if recipe is not None else [])]:
         terminal.warn(note)
     summary = inspect(path)
     if output is OutputFormat.json:
@@ -156,6 +156,20 @@ def inspect(
         terminal.print_json(asdict(summary))
         return
     _print_summary(summary)
+
+
+def _misfits(recipe: str, overrides: list[str], path: str) -> list[str]:
+    """Why a job of the recipe would be refused with the data set at `path`, if it would."""
+    from gradstream.coordinator.data.prepare import load_manifest
+    from gradstream.coordinator.planning.planner import check_data
+    from gradstream.core.errors import GradstreamError, one_line
+    from gradstream.core.recipe.loading import load_recipe
+
+    try:
+        check_data(load_recipe(find_recipe(recipe), overrides), load_manifest(path))
+    except GradstreamError as error:
+        return [f"a job of {recipe} would be refused: {one_line(error)}"]
+    return []
 
 
 def _from_recipe(

@@ -119,7 +119,8 @@ def look_at_text(data: list[str]) -> Text:
         if manifest.layout != "windows":
             raise ConfigError(f"{data[0]} holds examples of a fine-tuning; name text, or a data set of text")
         num_tokens = sum(shard.num_tokens for shard in manifest.split("train"))
-        return Text(data[0], num_tokens, vocab_size=manifest.vocab_size)
+        num_held_out = sum(shard.num_tokens for shard in manifest.split("validation"))
+        return Text(data[0], num_tokens, vocab_size=manifest.vocab_size, num_held_out=num_held_out)
     num_bytes = 0.0
     for file in find_files(data).files:
         packed = file.compression is not None or file.kind == "parquet"
@@ -254,7 +255,9 @@ def render(found: FirstRecipe) -> str:
         "codec.push": f"gradients: {found.reasons['codec']}",
         "codec.pull": "weights, as differences",
         "data.path": "where the data set is, or will be",
-        "validation.interval_steps": "a validation pass each; 0: none",
+        "validation.interval_steps": (
+            "a validation pass each; 0: none" if found.validates else "no passes: there is too little text to hold out"
+        ),
         "checkpoint.interval_steps": "a checkpoint each",
         "cluster.min_servers": "what the job waits for before it starts",
         "model.config": "" if isinstance(found.tree["model"]["config"], str) else found.reasons["model"],

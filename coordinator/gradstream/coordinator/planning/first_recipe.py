@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gradstream.coordinator.data.pieces import MAX_DEFAULT_FRACTION
 from gradstream.core.errors import ConfigError, nearest
 
 BYTES_A_TOKEN = 3.5
@@ -21,6 +22,9 @@ MIN_STEPS = 200
 MAX_STEPS = 1_000_000
 MIN_SLOTS = 4
 LARGEST_MICROBATCH = 8
+MIN_LENGTH = 16
+SAMPLES_A_SLOT = 8
+"""Fewest samples that a slot should have; samples become shorter down to MIN_LENGTH."""
 SLOW_BITS_PER_SECOND = 300e6
 """Below this int4 is worth its coarser gradients: at 100 Mb/s it halves the time of a step (docs/benchmarks.md)."""
 LARGEST_UNASKED = "10M"
@@ -72,14 +76,15 @@ SIZES = {
 class Text:
     """What there is to train on. `path` holds the data set, or will; `sources` make it where it is not there yet.
 
-    `num_tokens`: of the training split, estimated where there is no data set. `vocab_size`: of the data set, 0 where
-    there is none.
+    `num_tokens` is that of the training split, estimated where there is no data set. `vocab_size` and `num_held_out`
+    (tokens of the validation split) are those of the data set; 0 where there is none.
     """
 
     path: str
     num_tokens: int
     sources: tuple[str, ...] = ()
     vocab_size: int = 0
+    num_held_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,8 @@ class FirstRecipe:
 
     tree: dict[str, Any]
     reasons: dict[str, str] = field(default_factory=dict)
+    validates: bool = True
+    """Whether enough text is held out for validation passes."""
 
     @property
     def step_tokens(self) -> int:
@@ -123,7 +130,7 @@ class FirstRecipe:
         tree = dict(self.tree)
         tree["training"] = {**tree["training"], "num_steps": num_steps}
         tree["schedule"] = {**tree["schedule"], "warmup_steps": max(1, min(2000, num_steps // 20))}
-        tree["validation"] = {"interval_steps": interval}
+        tree["validation"] = {"interval_steps": interval if self.validates else 0}
         tree["checkpoint"] = {**tree["checkpoint"], "interval_steps": interval}
         return replace(self, tree=tree, reasons={**self.reasons, "training.num_steps": reason})
 
@@ -140,6 +147,8 @@ def first_recipe(name: str, text: Text, machines: Machines, size: str | OwnModel
     length = preset.sequence_length
     if isinstance(size, OwnModel) and size.positions is not None:
         length = min(length, size.positions)
+    while length > MIN_LENGTH and text.num_tokens < SAMPLES_A_SLOT * slots * length:
+        length //= 2  # little text: shorter samples, so that each slot has some
     batch = max(slots, math.ceil(preset.batch_tokens / length / slots) * slots)
     micro = next(count for count in range(LARGEST_MICROBATCH, 0, -1) if batch // slots % count == 0)
     reasons["training.num_slots"] = (
@@ -177,7 +186,8 @@ def first_recipe(name: str, text: Text, machines: Machines, size: str | OwnModel
         "checkpoint": {"interval_steps": 1, "keep": 3},
         "cluster": {"min_servers": machines.num_servers, "min_workers": machines.num_workers},
     }
-    found = FirstRecipe(tree, reasons)
+    held_out = MAX_DEFAULT_FRACTION * text.num_tokens if text.sources else text.num_held_out
+    found = FirstRecipe(tree, reasons, validates=held_out >= 2 * slots * length)
     return found.with_steps(*_steps(num_parameters, text.num_tokens, found.step_tokens))
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
 from gradstream.coordinator.cli import main
 from gradstream.coordinator.cli.app import COMMANDS, app
+from gradstream.coordinator.cli.examples import EXAMPLES
 from gradstream.coordinator.cli.options import parse_size
 from gradstream.coordinator.cli.views import terminal
 from gradstream.core.errors import ConfigError
@@ -398,6 +400,38 @@ def commands(
         found = command.get_command(context, name)
         assert found is not None
         yield from commands(found, (*words, name))
+
+
+def test_examples_of_help_are_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    tree = dict(commands(typer.main.get_command(app)))
+    for words, lines in EXAMPLES.items():
+        options = {spelling for parameter in tree[words].params for spelling in parameter.opts}
+        for line in lines:
+            assert line.startswith(f"gradstream {words}")
+            assert {word for word in shlex.split(line) if word.startswith("-")} <= options, line
+        assert main([*words.split(), "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert all(f"  {line}\n" in shown for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["submit", "stdlib-gpt", "--lr", "1e-3"], "optimizer.learning_rate"),
+        (["dev", "stdlib-gpt", "--batch-size", "8"], "training.global_batch"),
+        (["submit", "stdlib-gpt", "--num-steps", "8"], "training.num_steps"),
+        (["finetune", "create", "stdlib-finetune", "--lora_r", "8"], "lora.rank"),
+        (["submit", "stdlib-gpt", "--nothing-like-it", "8"], None),
+        (["ls", "--lr", "1e-3"], None),
+    ],
+)
+def test_an_option_that_is_a_recipes_key_leads_to_set(
+    arguments: list[str], key: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert ("-s" in told) == (key is not None)
+    assert key is None or told == f"Keys of a recipe are overridden with -s: -s {key}=VALUE"
 
 
 def test_the_whole_tree_has_one_way_to_say_a_thing() -> None:

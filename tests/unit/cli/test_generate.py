@@ -14,6 +14,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradstream.coordinator.cli.generate import generate_text, prompt_ids
+from gradstream.coordinator.cli.views.terminal import WorkingLine
 
 
 def with_bos_and_end() -> Any:
@@ -31,6 +32,23 @@ def test_a_prompt_has_the_ids_of_transformers(prompt: str) -> None:
     tokenizer = with_bos_and_end()
     assert prompt_ids(tokenizer, prompt) == tokenizer(prompt).input_ids[:-1]  # nothing is generated after an end
     assert prompt_ids(tokenizer, "<s>the") == tokenizer("the").input_ids[:-1]
+
+
+def test_what_is_being_done_is_said_until_the_text_is_there(tmp_path: Path) -> None:
+    save_base(tmp_path)
+    said: list[str] = []
+    generate_text(tmp_path, "a b", max_new_tokens=2, temperature=0.0, on_progress=said.append)
+    assert [line.split()[0] for line in said] == ["loading", "loading", "generating,"]
+    assert "loading the model (" in said[1]
+
+
+def test_a_working_line_is_cleared(capsys: pytest.CaptureFixture[str]) -> None:
+    with WorkingLine(interactive=True) as working:
+        working("loading")
+    assert capsys.readouterr().err == "\r\033[Kloading\r\033[K"
+    with WorkingLine(interactive=False) as working:
+        working("loading")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_directory_generates_as_in_transformers(tmp_path: Path) -> None:

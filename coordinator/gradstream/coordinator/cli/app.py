@@ -16,6 +16,7 @@ import typer
 import typer.core
 import typer.main
 
+from gradstream.coordinator.cli.examples import epilog
 from gradstream.coordinator.cli.pipes import EXIT_CODE, ReaderLeftError, watched_output
 
 EPILOG = (
@@ -110,6 +111,9 @@ def _make_command(name: str, target: typer.Typer | Callable[..., Any]) -> Any:
     target.rich_markup_mode = None
     command: Any = typer.main.get_command(target)
     command.name = name
+    command.epilog = epilog(name)
+    for below, each in getattr(command, "commands", {}).items():
+        each.epilog = epilog(f"{name} {below}")
     return command
 
 
@@ -181,8 +185,25 @@ def _run(words: list[str]) -> int:
         show, code = getattr(error, "show", None), getattr(error, "exit_code", 1)
         if callable(show):
             show()
+            _show_override(error, words)
             return int(code)
         return _report(error)
+
+
+def _show_override(error: Exception, words: list[str]) -> None:
+    """Of an option that is a recipe's key, here or in another tool: say how the key is overridden."""
+    option, command = getattr(error, "option_name", None), getattr(getattr(error, "ctx", None), "command", None)
+    if not option or not any("--set" in parameter.opts for parameter in getattr(command, "params", ())):
+        return
+    from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe
+    from gradstream.core.recipe.problems import key_meant
+    from gradstream.core.recipe.recipe import Recipe
+
+    key = key_meant(option.lstrip("-").replace("-", "_"), FineTuningRecipe if words[0] == "finetune" else Recipe)
+    if key is not None:
+        from gradstream.coordinator.cli.views.terminal import say
+
+        say(f"Keys of a recipe are overridden with -s: -s {key}=VALUE")
 
 
 def _report(error: Exception) -> int:

@@ -302,8 +302,12 @@ def generate(
     pieces: list[GeneratedText] = []
     with open_fine_tuning_client(service) as client:
         name = name or client.get().name
+        working = terminal.WorkingLine()
+        working("waiting for the first token: the service may have to load the model …")
         try:
             for piece in client.generate(name, _prompt(prompt, chat, system), base=base, **settings):
+                if not pieces:
+                    working("")
                 pieces.append(piece)
                 if output is OutputFormat.table:
                     terminal.print_text(piece.text, end="")
@@ -311,6 +315,9 @@ def generate(
             if pieces and output is OutputFormat.table:
                 print()
             raise
+        finally:
+            if not pieces:
+                working("")
     last = pieces[-1] if pieces else None
     if output is OutputFormat.json:
         terminal.print_json(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,8 @@ def generate(
     }
     path = Path(source).expanduser()
     if path.is_dir():
-        text = generate_text(path, prompt, **settings)
+        with terminal.WorkingLine() as working:
+            text = generate_text(path, prompt, **settings, on_progress=working)
     elif os.sep in source or source.startswith("."):
         raise ConfigError(f"{source}: no such directory; export a checkpoint with `gradstream ckpt export`")
     else:
@@ -46,7 +48,8 @@ def generate(
         with tempfile.TemporaryDirectory(prefix="gradstream-generate-") as temporary:
             with open_client(coordinator) as client:
                 exported = client.export(source, Path(temporary) / "export", None, ExportReporter())
-            text = generate_text(exported, prompt, **settings)
+            with terminal.WorkingLine() as working:
+                text = generate_text(exported, prompt, **settings, on_progress=working)
     if output is OutputFormat.json:
         terminal.print_json({"prompt": prompt, "text": text, **settings})
     else:
@@ -61,8 +64,11 @@ def generate_text(
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> str:
     """What the model in `directory` (config.json, safetensors, tokenizer.json) adds to `prompt`.
+
+    `on_progress` is called with what is being done, in words.
 
     Raises ConfigError when the directory is not a model's, and CheckpointError when it cannot be loaded.
     """
@@ -79,12 +85,15 @@ def generate_text(
     for name in ("config.json", "tokenizer.json"):
         if not (directory / name).is_file():
             raise ConfigError(f"{directory} has no {name}; name a directory that `gradstream ckpt export` wrote")
+    on_progress("loading PyTorch and transformers …")
     # Nothing may be fetched: all that is needed is in the directory.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
     import transformers
 
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    on_progress(f"loading the model ({terminal.format_bytes(size)}) …")
     transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(Base(kind="huggingface", path=str(directory), title="", files=(), sha256="0" * 64))
     with parsing(lambda cause: CheckpointError(f"{directory} cannot be loaded ({cause}); export it again")):
@@ -102,6 +111,7 @@ def generate_text(
         raise ConfigError(f"the prompt's {len(ids)} tokens fill the model's {longest} positions; shorten the prompt")
     if longest is not None:
         max_new_tokens = min(max_new_tokens, longest - len(ids))
+    on_progress(f"generating, {max_new_tokens} tokens at most …")
     torch.manual_seed(seed)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

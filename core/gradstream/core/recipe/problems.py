@@ -138,18 +138,23 @@ def _key(location: tuple[int | str, ...], keys: set[str]) -> str:
     return ".".join(parts)
 
 
+def key_meant(name: str, kind: type[Section]) -> str | None:
+    """The key, in dotted form, that another tool or a section here calls by a name; None when there is none."""
+    keys = list(all_keys(kind))
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == name]
+    return next((key for key in OTHER_NAMES.get(name, ()) if key in keys), elsewhere[0] if elsewhere else None)
+
+
 def _meant(location: tuple[int | str, ...], kind: type[Section]) -> str:
     """ "; did you mean '…'?" for an unknown key.
 
     Suggests the key for another tool's name, the same name in another section, or the nearest key.
     """
     name, prefix = str(location[-1]), "".join(f"{part}." for part in location[:-1])
-    keys = list(all_keys(kind))
-    elsewhere = [key for key in keys if key.rpartition(".")[2] == name]
-    found = next((key for key in OTHER_NAMES.get(name, ()) if key in keys), elsewhere[0] if elsewhere else None)
+    found = key_meant(name, kind)
     if found is not None:
         return f"; did you mean '{found}'?"
-    beside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+    beside = [key.removeprefix(prefix) for key in all_keys(kind) if key.startswith(prefix)]
     return nearest(name, [key for key in beside if "." not in key])
 
 

@@ -172,6 +172,24 @@ def hint(*commands: str) -> None:
         print(f"\033[2m{command}\033[0m", file=sys.stderr)
 
 
+class WorkingLine:
+    """A line on stderr that says what is being done, until it is replaced or cleared; nothing where nobody looks."""
+
+    def __init__(self, interactive: bool | None = None):
+        self._interactive = sys.stderr.isatty() if interactive is None else interactive
+
+    def __enter__(self) -> WorkingLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self("")
+
+    def __call__(self, text: str) -> None:
+        """Show `text` in the place of what was shown before; "" clears the line."""
+        if self._interactive:
+            print(f"\r\033[K{shown(text)}", end="", file=sys.stderr, flush=True)
+
+
 def format_bytes(count: float) -> str:
     """12.3 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -184,42 +184,59 @@ class Pipeline(_Value):
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerTimes(_Value):
-    """Where a worker's time goes, in seconds a step (see `StepBreakdown`), its slots a step and its links' rates."""
+class StepParts(_Value):
+    """The parts of a step, in seconds.
 
-    worker: str
-    num_slots: float
+    Passes of the model, waits for weights that are under way, contributions that are sent after the last pass, waits
+    for the slots of slower workers, the servers' commit, and the rest.
+    """
+
     compute_seconds: float
     weights_seconds: float
     send_seconds: float
     slots_seconds: float
     servers_seconds: float
     other_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        """The step's duration: the sum of all parts."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+    @classmethod
+    def from_proto(cls, message: jobs_pb2.StepParts) -> StepParts:
+        """The parts that a message describes."""
+        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTimes(_Value):
+    """A worker's parts of a step, its slots a step, and payload bytes a second up and down."""
+
+    worker: str
+    num_slots: float
+    parts: StepParts
     push_bytes_per_second: float
     pull_bytes_per_second: float
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.WorkerTimes) -> WorkerTimes:
         """The times that a message describes."""
-        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
+        return cls(
+            worker=message.worker,
+            num_slots=message.num_slots,
+            parts=StepParts.from_proto(message.parts),
+            push_bytes_per_second=message.push_bytes_per_second,
+            pull_bytes_per_second=message.pull_bytes_per_second,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class StepBreakdown(_Value):
-    """Where the time of a job's last steps went, in seconds a step: means over steps and workers.
-
-    A step is passes of the model, waiting for weights that are under way, contributions that are sent after the last
-    pass, waiting for the slots of slower workers, the servers' commit, and the rest.
-    """
+    """Where the time of a job's last `num_steps` steps went; `mean` is that of all workers."""
 
     num_steps: int
-    step_seconds: float
-    compute_seconds: float
-    weights_seconds: float
-    send_seconds: float
-    slots_seconds: float
-    servers_seconds: float
-    other_seconds: float
+    mean: StepParts
     slowest_worker: str
     """Empty when no worker is clearly slower."""
     slowest_link: str
@@ -230,8 +247,14 @@ class StepBreakdown(_Value):
     @classmethod
     def from_proto(cls, message: jobs_pb2.StepBreakdown) -> StepBreakdown:
         """The breakdown that a message describes."""
-        plain = {field.name: getattr(message, field.name) for field in fields(cls) if field.name != "workers"}
-        return cls(**plain, workers=tuple(WorkerTimes.from_proto(worker) for worker in message.workers))
+        return cls(
+            num_steps=message.num_steps,
+            mean=StepParts.from_proto(message.mean),
+            slowest_worker=message.slowest_worker,
+            slowest_link=message.slowest_link,
+            advice=message.advice,
+            workers=tuple(WorkerTimes.from_proto(worker) for worker in message.workers),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,12 +139,9 @@ def canned_cluster(num_servers: int, num_workers: int, num_dead: int = 0) -> tup
     ]
     breakdown = jobs_pb2.StepBreakdown(
         num_steps=20,
-        step_seconds=1.9,
-        compute_seconds=1.2,
-        weights_seconds=0.1,
-        send_seconds=0.2,
-        slots_seconds=0.3,
-        servers_seconds=0.1,
+        mean=jobs_pb2.StepParts(
+            compute_seconds=1.2, weights_seconds=0.1, send_seconds=0.2, slots_seconds=0.3, servers_seconds=0.1
+        ),
         slowest_worker=live[-1],
         advice=f"most of a step is compute; {live[-1]} is the slowest worker",
     )

@@ -106,6 +106,7 @@ def test_public_names_are_pinned() -> None:
         "Step",
         "StepBreakdown",
         "StepMetrics",
+        "StepParts",
         "Timeline",
         "UnreachableError",
         "Validation",

@@ -182,8 +182,7 @@ def breakdown(window: StepWindow, codec: CodecConfig, num_slots: int) -> jobs_pb
     slowest, link = slowest_worker(workers), slowest_link(workers)
     return jobs_pb2.StepBreakdown(
         num_steps=window.num_steps,
-        step_seconds=parts.total,
-        **_seconds(parts),
+        mean=_message(parts),
         slowest_worker=slowest.name if slowest is not None else "",
         slowest_link=_link(link) if link is not None else "",
         advice=advise(workers, codec, num_slots)[1],
@@ -191,7 +190,7 @@ def breakdown(window: StepWindow, codec: CodecConfig, num_slots: int) -> jobs_pb
             jobs_pb2.WorkerTimes(
                 worker=worker.name,
                 num_slots=worker.num_slots,
-                **_seconds(worker.parts),
+                parts=_message(worker.parts),
                 push_bytes_per_second=worker.push_bytes_per_second,
                 pull_bytes_per_second=worker.pull_bytes_per_second,
             )
@@ -200,8 +199,8 @@ def breakdown(window: StepWindow, codec: CodecConfig, num_slots: int) -> jobs_pb
     )
 
 
-def _seconds(parts: Parts) -> dict[str, float]:
-    return {f"{field.name}_seconds": getattr(parts, field.name) for field in fields(Parts)}
+def _message(parts: Parts) -> jobs_pb2.StepParts:
+    return jobs_pb2.StepParts(**{f"{field.name}_seconds": getattr(parts, field.name) for field in fields(Parts)})
 
 
 def _link(worker: WorkerParts) -> str:

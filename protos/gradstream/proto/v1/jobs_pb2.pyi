@@ -270,27 +270,17 @@ class Job(_message.Message):
 Global___Job: _TypeAlias = Job  # noqa: Y015
 
 @_typing.final
-class StepBreakdown(_message.Message):
-    """The parts of the time of a job's last steps, in seconds for each step: means over steps and workers."""
+class StepParts(_message.Message):
+    """The parts of a step, in seconds. They add up to the step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    NUM_STEPS_FIELD_NUMBER: _builtins.int
-    STEP_SECONDS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     WEIGHTS_SECONDS_FIELD_NUMBER: _builtins.int
     SEND_SECONDS_FIELD_NUMBER: _builtins.int
     SLOTS_SECONDS_FIELD_NUMBER: _builtins.int
     SERVERS_SECONDS_FIELD_NUMBER: _builtins.int
     OTHER_SECONDS_FIELD_NUMBER: _builtins.int
-    SLOWEST_WORKER_FIELD_NUMBER: _builtins.int
-    SLOWEST_LINK_FIELD_NUMBER: _builtins.int
-    ADVICE_FIELD_NUMBER: _builtins.int
-    WORKERS_FIELD_NUMBER: _builtins.int
-    num_steps: _builtins.int
-    """Number of steps that were measured."""
-    step_seconds: _builtins.float
-    """A step's duration: the sum of all parts."""
     compute_seconds: _builtins.float
     """Passes of the model."""
     weights_seconds: _builtins.float
@@ -303,12 +293,48 @@ class StepBreakdown(_message.Message):
     """Commit, update and publication on the servers, with the network's delay."""
     other_seconds: _builtins.float
     """The rest: reading samples and other work."""
+    def __init__(
+        self,
+        *,
+        compute_seconds: _builtins.float = ...,
+        weights_seconds: _builtins.float = ...,
+        send_seconds: _builtins.float = ...,
+        slots_seconds: _builtins.float = ...,
+        servers_seconds: _builtins.float = ...,
+        other_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "other_seconds", b"other_seconds", "send_seconds", b"send_seconds", "servers_seconds", b"servers_seconds", "slots_seconds", b"slots_seconds", "weights_seconds", b"weights_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepParts: _TypeAlias = StepParts  # noqa: Y015
+
+@_typing.final
+class StepBreakdown(_message.Message):
+    """The parts of the time of a job's last steps: means over steps and workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    SLOWEST_WORKER_FIELD_NUMBER: _builtins.int
+    SLOWEST_LINK_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    num_steps: _builtins.int
+    """Number of steps that were measured."""
     slowest_worker: _builtins.str
     """The worker for which the others wait the longest; empty when no worker is clearly slower."""
     slowest_link: _builtins.str
     """The worker whose link takes the most of its time, with its rates, for people; empty when links take almost no time."""
     advice: _builtins.str
     """Advice that would make steps faster, for people."""
+    @_builtins.property
+    def mean(self) -> Global___StepParts:
+        """The mean of all workers."""
+
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerTimes]:
         """The parts for each worker."""
@@ -317,21 +343,15 @@ class StepBreakdown(_message.Message):
         self,
         *,
         num_steps: _builtins.int = ...,
-        step_seconds: _builtins.float = ...,
-        compute_seconds: _builtins.float = ...,
-        weights_seconds: _builtins.float = ...,
-        send_seconds: _builtins.float = ...,
-        slots_seconds: _builtins.float = ...,
-        servers_seconds: _builtins.float = ...,
-        other_seconds: _builtins.float = ...,
+        mean: Global___StepParts | None = ...,
         slowest_worker: _builtins.str = ...,
         slowest_link: _builtins.str = ...,
         advice: _builtins.str = ...,
         workers: _abc.Iterable[Global___WorkerTimes] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mean", b"mean"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "compute_seconds", b"compute_seconds", "num_steps", b"num_steps", "other_seconds", b"other_seconds", "send_seconds", b"send_seconds", "servers_seconds", b"servers_seconds", "slots_seconds", b"slots_seconds", "slowest_link", b"slowest_link", "slowest_worker", b"slowest_worker", "step_seconds", b"step_seconds", "weights_seconds", b"weights_seconds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "mean", b"mean", "num_steps", b"num_steps", "slowest_link", b"slowest_link", "slowest_worker", b"slowest_worker", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -339,57 +359,39 @@ Global___StepBreakdown: _TypeAlias = StepBreakdown  # noqa: Y015
 
 @_typing.final
 class WorkerTimes(_message.Message):
-    """A worker's part of a StepBreakdown, in seconds for each step."""
+    """A worker's part of a StepBreakdown."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_FIELD_NUMBER: _builtins.int
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
-    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
-    WEIGHTS_SECONDS_FIELD_NUMBER: _builtins.int
-    SEND_SECONDS_FIELD_NUMBER: _builtins.int
-    SLOTS_SECONDS_FIELD_NUMBER: _builtins.int
-    SERVERS_SECONDS_FIELD_NUMBER: _builtins.int
-    OTHER_SECONDS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     PUSH_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     PULL_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Its name."""
     num_slots: _builtins.float
     """Mean number of slots in a step."""
-    compute_seconds: _builtins.float
-    """Passes of the model."""
-    weights_seconds: _builtins.float
-    """Waits for weights that are under way."""
-    send_seconds: _builtins.float
-    """Encoding and sending of contributions after the last pass."""
-    slots_seconds: _builtins.float
-    """Waits for the slots of slower workers."""
-    servers_seconds: _builtins.float
-    """Commit, update and publication on the servers."""
-    other_seconds: _builtins.float
-    """The rest."""
     push_bytes_per_second: _builtins.float
     """Payload bytes a second while contributions were under way."""
     pull_bytes_per_second: _builtins.float
     """Payload bytes a second while weights were under way."""
+    @_builtins.property
+    def parts(self) -> Global___StepParts:
+        """Its parts of a step."""
+
     def __init__(
         self,
         *,
         worker: _builtins.str = ...,
         num_slots: _builtins.float = ...,
-        compute_seconds: _builtins.float = ...,
-        weights_seconds: _builtins.float = ...,
-        send_seconds: _builtins.float = ...,
-        slots_seconds: _builtins.float = ...,
-        servers_seconds: _builtins.float = ...,
-        other_seconds: _builtins.float = ...,
+        parts: Global___StepParts | None = ...,
         push_bytes_per_second: _builtins.float = ...,
         pull_bytes_per_second: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "num_slots", b"num_slots", "other_seconds", b"other_seconds", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "send_seconds", b"send_seconds", "servers_seconds", b"servers_seconds", "slots_seconds", b"slots_seconds", "weights_seconds", b"weights_seconds", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_slots", b"num_slots", "parts", b"parts", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

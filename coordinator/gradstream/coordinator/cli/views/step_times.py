@@ -18,16 +18,16 @@ def step_line(found: StepBreakdown) -> str:
     slots = f" (of {found.slowest_worker})" if found.slowest_worker else ""
     link = f"; slowest link {found.slowest_link}" if found.slowest_link else ""
     parts = [
-        ("compute", found.compute_seconds),
-        ("weights", found.weights_seconds),
-        ("send", found.send_seconds),
-        (f"others' slots{slots}", found.slots_seconds),
-        ("servers", found.servers_seconds),
-        ("other", found.other_seconds),
+        ("compute", found.mean.compute_seconds),
+        ("weights", found.mean.weights_seconds),
+        ("send", found.mean.send_seconds),
+        (f"others' slots{slots}", found.mean.slots_seconds),
+        ("servers", found.mean.servers_seconds),
+        ("other", found.mean.other_seconds),
     ]
-    whole = found.step_seconds or 1.0
+    whole = found.mean.step_seconds or 1.0
     shown = [f"{name} {100 * seconds / whole:.0f} %" for name, seconds in parts if seconds / whole >= SMALL_SHARE]
-    return f"{seconds_text(found.step_seconds)}: {', '.join(shown)}{link}"
+    return f"{seconds_text(found.mean.step_seconds)}: {', '.join(shown)}{link}"
 
 
 def print_step_table(found: StepBreakdown) -> None:
@@ -41,12 +41,12 @@ def print_step_table(found: StepBreakdown) -> None:
                 *(
                     seconds_text(seconds)
                     for seconds in (
-                        worker.compute_seconds,
-                        worker.weights_seconds,
-                        worker.send_seconds,
-                        worker.slots_seconds,
-                        worker.servers_seconds,
-                        worker.other_seconds,
+                        worker.parts.compute_seconds,
+                        worker.parts.weights_seconds,
+                        worker.parts.send_seconds,
+                        worker.parts.slots_seconds,
+                        worker.parts.servers_seconds,
+                        worker.parts.other_seconds,
                     )
                 ),
                 terminal.format_bit_rate(worker.push_bytes_per_second),

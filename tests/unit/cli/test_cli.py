@@ -447,7 +447,7 @@ def test_the_whole_tree_has_one_way_to_say_a_thing() -> None:
         writers |= {words} if "--to" in options else set()
         for parameter in command.params:
             shown = (getattr(parameter, "metavar", None) or "").strip("[]")
-            if parameter.param_type_name == "argument" and shown in ("JOB", "NAME"):
+            if parameter.param_type_name == "argument" and shown in ("JOB", "NAME", "SOURCE"):
                 assert not parameter.required, words
                 if "must be named" in (parameter.help or ""):
                     unnamed.add(words)

@@ -44,7 +44,7 @@ def ls(
         terminal.say("no checkpoints yet")
         return
     terminal.print_table(
-        [">VERSION", ">SIZE", "TIME", "STATE SHA256", "PATH"],
+        [">VERSION", ">SIZE", "TIME", "STATE SHA256?", "PATH"],
         [
             (c.version, terminal.format_bytes(c.num_bytes), terminal.format_time(c.time), c.state_sha256[:16], c.path)
             for c in checkpoints

@@ -151,9 +151,12 @@ def ls(service: ServiceOption = None, output: OutputOption = OutputFormat.table)
         terminal.say("no fine-tunings yet")
         terminal.hint("create one: gradstream finetune create RECIPE")
         return
-    from gradstream.coordinator.cli.views.fine_tunings import fine_tunings_table
+    from gradstream.coordinator.cli.views.fine_tunings import fine_tunings_table, state_of
 
     terminal.show(fine_tunings_table(fine_tunings))
+    for each in fine_tunings:
+        if state_of(each) == "paused":
+            terminal.hint(f"go on with {each.name}: gradstream finetune resume {each.name}")
     terminal.hint(f"more about one: gradstream finetune status {fine_tunings[0].name}")
 
 

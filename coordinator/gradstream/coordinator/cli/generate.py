@@ -14,7 +14,14 @@ from gradstream.coordinator.cli.views import terminal
 
 
 def generate(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="An exported directory, or a job's id.")],
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SOURCE",
+            help="An exported directory, or a job's id; the newest job when left out.",
+            show_default=False,
+        ),
+    ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")] = 100,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.8,
@@ -36,11 +43,11 @@ def generate(
         "top_p": top_p,
         "seed": seed,
     }
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(source).expanduser() if source is not None else None
+    if path is not None and path.is_dir():
         with terminal.WorkingLine() as working:
             text = generate_text(path, prompt, **settings, on_progress=working)
-    elif os.sep in source or source.startswith("."):
+    elif source is not None and (os.sep in source or source.startswith(".")):
         raise ConfigError(f"{source}: no such directory; export a checkpoint with `gradstream ckpt export`")
     else:
         from gradstream.coordinator.cli.ckpt import ExportReporter

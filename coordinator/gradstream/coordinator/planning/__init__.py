@@ -1,1 +1,1 @@
-"""Plans: pure functions from what is asked and offered to a plan with its reasons."""
+"""Make plans: pure functions from a recipe and the nodes' offers to a plan with its reasons."""

@@ -1,8 +1,8 @@
-"""A first recipe for a person's text and machines: each value with its reason. Pure functions.
+"""Write a first recipe for a person's text and machines, with a reason for each value. Pure functions.
 
 Sizes and learning rates follow GPT-3 (Brown et al. 2020, table 2.1) from 124M on; smaller models take higher rates, as
-`recipes/stdlib-gpt.yaml` does. The number of tokens follows Hoffmann et al. 2022 (20 a parameter), bounded by passes
-over the text (Muennighoff et al. 2023: little is gained beyond 4 to 16).
+`recipes/stdlib-gpt.yaml` does. The number of tokens follows Hoffmann et al. 2022 (20 per parameter), limited by the
+number of passes over the text (Muennighoff et al. 2023: more than 4 to 16 passes gain little).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gradstream.coordinator.data.pieces import MAX_DEFAULT_FRACTION
 from gradstream.core.errors import ConfigError, nearest
 
 BYTES_A_TOKEN = 3.5
-"""Of English text or code in a byte-level BPE of a few thousand words, roughly."""
+"""Approximate value for English text or code in a byte-level BPE with a vocabulary of a few thousand words."""
 TOKENS_A_PARAMETER = 20
 MAX_PASSES = 10
 MIN_STEPS = 200
@@ -26,14 +26,14 @@ MIN_LENGTH = 16
 SAMPLES_A_SLOT = 8
 """Fewest samples that a slot should have; samples become shorter down to MIN_LENGTH."""
 SLOW_BITS_PER_SECOND = 300e6
-"""Below this int4 is worth its coarser gradients: at 100 Mb/s it halves the time of a step (docs/benchmarks.md)."""
+"""Below it int4 is worth its coarser gradients: at 100 Mb/s int4 halves the time of a step (docs/benchmarks.md)."""
 LARGEST_UNASKED = "10M"
-"""Chosen at most where nobody names a size: minutes to hours on a CPU."""
+"""The largest size that is chosen without --size: it trains in minutes to hours on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A Llama of about `num_parameters`. `batch_tokens`: of a step."""
+    """A Llama of about `num_parameters`. `batch_tokens` is the number of tokens of a step."""
 
     num_parameters: int
     hidden: int
@@ -74,10 +74,10 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What there is to train on. `path` holds the data set, or will; `sources` make it where it is not there yet.
+    """The text to train on. `path` is the directory of the data set; `sources` are the files to prepare it from.
 
-    `num_tokens` is that of the training split, estimated where there is no data set. `vocab_size` and `num_held_out`
-    (tokens of the validation split) are those of the data set; 0 where there is none.
+    `num_tokens` is the size of the training split, an estimate if the data set is not prepared yet. `vocab_size` and
+    `num_held_out` (tokens of the validation split) are those of the data set, 0 if it is not prepared yet.
     """
 
     path: str
@@ -89,8 +89,11 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """Who trains. `link_bits_per_second`: of each node, None where all run on one machine. `num_threads`: that a worker
-    computes with."""
+    """The nodes that train.
+
+    `link_bits_per_second` is the speed of each node's link, None if all run on one machine. `num_threads` is the number
+    of threads of a worker.
+    """
 
     num_servers: int = 2
     num_workers: int = 2
@@ -101,7 +104,7 @@ class Machines:
 
 @dataclass(frozen=True, slots=True)
 class OwnModel:
-    """A model that a person brings: the path of its config.json, and what that says."""
+    """A model of the person's own: the path of its config.json, and values from this file."""
 
     path: str
     num_parameters: int
@@ -111,7 +114,7 @@ class OwnModel:
 
 @dataclass(frozen=True, slots=True)
 class FirstRecipe:
-    """The values of a recipe, as a nested mapping, and why: by dotted key, half a sentence each."""
+    """The values of a recipe as a nested mapping, and the reason for a value by its dotted key."""
 
     tree: dict[str, Any]
     reasons: dict[str, str] = field(default_factory=dict)
@@ -125,7 +128,7 @@ class FirstRecipe:
         return int(training["global_batch"] * training["sequence_length"])
 
     def with_steps(self, num_steps: int, reason: str) -> FirstRecipe:
-        """The same with another number of steps, and the intervals that follow from it."""
+        """Return the recipe with another number of steps, and with the intervals that depend on this number."""
         interval = _nice(num_steps / 10)
         tree = dict(self.tree)
         tree["training"] = {**tree["training"], "num_steps": num_steps}
@@ -136,9 +139,9 @@ class FirstRecipe:
 
 
 def first_recipe(name: str, text: Text, machines: Machines, size: str | OwnModel | None = None) -> FirstRecipe:
-    """A recipe that fits text and machines. `size`: a name of SIZES, a model that a person brings, or None to choose.
+    """Make a recipe for a text and machines. `size` is a name of SIZES, the person's own model, or None to choose.
 
-    Raises ConfigError for a size that there is not, and for a model with fewer words than the data set.
+    Raises ConfigError for an unknown size, and for a model with a smaller vocabulary than the data set.
     """
     reasons: dict[str, str] = {}
     preset, config, vocab_size = _model(text, size, reasons)
@@ -192,9 +195,9 @@ def first_recipe(name: str, text: Text, machines: Machines, size: str | OwnModel
 
 
 def steps_in(seconds: float, step_seconds: float) -> tuple[int, str]:
-    """(steps that fit into a time, why)."""
+    """Return the number of steps that fit into a time, and the reason."""
     steps = max(1, min(MAX_STEPS, int(seconds / step_seconds)))
-    return steps, f"what {_minutes(seconds)} allow at about {step_seconds:.2g} s a step, as measured here"
+    return steps, f"as many as fit into {_minutes(seconds)} at about {step_seconds:.2g} s a step, as measured here"
 
 
 def _model(text: Text, size: str | OwnModel | None, reasons: dict[str, str]) -> tuple[Size, dict[str, Any] | str, int]:
@@ -222,13 +225,13 @@ def _named(size: str) -> str:
 
 
 def choose_size(num_tokens: int) -> tuple[str, str]:
-    """(the largest size that this much text can fill, why)."""
+    """Return the largest size with at most half as many parameters as the text has tokens, and the reason."""
     names = list(SIZES)
     affordable = names[: names.index(LARGEST_UNASKED) + 1]
     fits = [name for name in affordable if SIZES[name].num_parameters * 2 <= num_tokens]
     chosen = fits[-1] if fits else names[0]
-    return chosen, f"what about {_count(num_tokens)} tokens can fill" + (
-        f", and {LARGEST_UNASKED} at most unless --size asks for more" if chosen == LARGEST_UNASKED else ""
+    return chosen, f"chosen for about {_count(num_tokens)} tokens of text" + (
+        f"; at most {LARGEST_UNASKED} without --size" if chosen == LARGEST_UNASKED else ""
     )
 
 
@@ -248,7 +251,7 @@ def _steps(num_parameters: int, num_tokens: int, step_tokens: int) -> tuple[int,
 
 
 def _nice(value: float) -> int:
-    """A count near `value` with at most two digits that are not 0."""
+    """Round to a count with at most two digits that are not 0, at least 1."""
     if value <= 1:
         return 1
     unit: int = 10 ** max(0, math.floor(math.log10(value)) - 1)

@@ -1,4 +1,4 @@
-"""What a plan will cost, told before anything starts: time, memory, bytes on every link. A pure function."""
+"""Forecast the cost of a plan before anything starts: time, memory, bytes on every link. Pure functions."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def forecast(
     link_bits_per_second: float,
     latency_seconds: float = LATENCY_SECONDS,
 ) -> Forecast:
-    """What a step of a plan costs on these nodes, each with a link of `link_bits_per_second` both ways.
+    """Forecast the cost of a step of a plan on these nodes, each with a link of `link_bits_per_second` both ways.
 
-    Compute is that of the schedule's simulation, with messages between stages late by latency and transmission. Push
-    hides behind what is computed after the first slot's gradient began to be final, pull behind the forward pass of one
-    microbatch.
+    The time of compute comes from a simulation of the schedule, in which messages between stages take latency and
+    transmission. Push overlaps the compute after the first slot's gradient begins to be final. Pull overlaps the
+    forward pass of one microbatch.
 
-    Left out: encoding and decoding, the servers' own work, commits and checkpoints, messages between stages that share
-    a link with push and pull, what messages carry besides tensors, variable-length codecs' gain, `codec: auto` beyond
-    its first choice, how the fastest worker compares to the processor on which the profile was taken, and nodes that
-    share a machine.
+    Not included: encoding and decoding, the servers' own work, commits and checkpoints, messages between stages that
+    share a link with push and pull, data in messages besides tensors, the gain of variable-length codecs, `codec: auto`
+    beyond its first choice, the speed of the fastest worker relative to the processor on which the profile was taken,
+    and nodes that share a machine.
     """
     size = plan.replica_size
     groups = _groups(plan, workers)
@@ -51,7 +51,7 @@ def forecast(
     microbatches = num_microbatches(plan.recipe.training, num_replicas)
     pushed, pulled = _transfers(plan)
     messages = _messages(plan, profiles) if size > 1 else []
-    # The node with most to send or receive decides: a worker of the busiest place, or a server with all workers.
+    # The node with the most bytes determines the time: a worker of the busiest place, or a server with all workers.
     per_second = link_bits_per_second / 8
     push_seconds = _busiest(pushed, share, plan.num_slots) / per_second
     pull_seconds = _busiest(pulled, 1, num_replicas) / per_second
@@ -115,7 +115,7 @@ def _groups(plan: Plan, workers: Sequence[NodeOffer]) -> Sequence[Sequence[NodeO
 
 
 def _need(plan: Plan, place: int, profiles: Sequence[SegmentProfile]) -> int:
-    """Bytes that the worker in a place needs. Without a pipeline the plan leaves activations out."""
+    """Bytes that the worker in a place needs, including activations, which a plan without a pipeline leaves out."""
     need = stage_need(plan, place)
     if not plan.has_pipeline:
         need += sum(profile.activation_bytes for profile in profiles)
@@ -124,7 +124,7 @@ def _need(plan: Plan, place: int, profiles: Sequence[SegmentProfile]) -> int:
 
 
 def _transfers(plan: Plan) -> tuple[Transfers, Transfers]:
-    """What a worker of each place pushes to each server for one slot, and pulls from it for one version."""
+    """Bytes that a worker of each place pushes to each server for one slot, and pulls from it for one version."""
     codec = plan.recipe.codec
     push, form = first_push_codec(codec), downlink(codec.pull)
     pull, table = (form.delta, form.delta) if form.delta is not None else (form.full, codec.embedding)
@@ -144,7 +144,7 @@ def _transfers(plan: Plan) -> tuple[Transfers, Transfers]:
 
 
 def _busiest(transfers: Transfers, per_worker: int, per_server: int) -> int:
-    """Bytes of the node that has most, when a worker has its own so many times and a server each place's."""
+    """Bytes of the busiest node; each transfer counts `per_worker` times at the worker, `per_server` at the server."""
     workers: dict[int, int] = {}
     servers: dict[int, int] = {}
     for (place, server), num_bytes in transfers.items():
@@ -154,7 +154,7 @@ def _busiest(transfers: Transfers, per_worker: int, per_server: int) -> int:
 
 
 def _messages(plan: Plan, profiles: Sequence[SegmentProfile] | None) -> list[int]:
-    """Bytes of a microbatch's activations, or of their gradients, between each stage and the next."""
+    """Bytes of a microbatch's activations, equal to those of their gradients, between each stage and the next."""
     if not profiles:
         return []
     codec = plan.recipe.pipeline.activations
@@ -191,7 +191,7 @@ def _stages(plan: Plan, profiles: Sequence[SegmentProfile]) -> Iterator[StageFor
             stage=stage,
             place=stage % plan.replica_size,
             segments=tuple(profile.name for profile in found),
-            # Without a pipeline a tied tensor is one.
+            # Without a pipeline a tied tensor counts once.
             num_parameters=num_parameters(plan.tensors, [unit for profile in found for unit in profile.units])
             if plan.has_pipeline
             else plan.num_parameters,

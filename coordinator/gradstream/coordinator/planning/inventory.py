@@ -1,7 +1,7 @@
-"""The model's inventory and the profile of its segments, taken in a child process.
+"""Take a model's inventory, and the profile of its segments, in a child process.
 
-Importing transformers holds the interpreter for seconds; in the coordinator's own process that stalls heartbeats (7
-to 19 s were seen). A child also gives back its memory, and cannot take the coordinator down with it.
+The import of transformers holds the interpreter for seconds. In the coordinator's own process this stalls heartbeats (7
+to 19 s were seen). A child process also frees its memory at its end, and its crash does not end the coordinator.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ MAX_CACHED = 32
 
 @dataclass(frozen=True)
 class Inventory:
-    """A model's trained tensors in forward order, the name of its transformers class, and how many parameters are
-    frozen; and what a recipe must fit (gradstream.core.model.check): its longest sequence with the key that says it,
-    the tokens whose embeddings are never trained, the keys of its config that nothing reads, and what is wrong with
-    one that is misspelt."""
+    """A model's trained tensors in forward order, its transformers class, and its number of frozen parameters.
+
+    The other fields are for checks of the recipe (gradstream.core.model.check): the maximum sequence length with the
+    config key that sets it, the tokens whose embeddings are never trained, the keys of the config that no code reads,
+    and the error for a misspelt key.
+    """
 
     tensors: tuple[Tensor, ...]
     architecture: str
@@ -53,12 +55,15 @@ _under_way: dict[str, asyncio.Task[Inventory]] = {}
 async def take_inventory(
     model_config: Mapping[str, Any], lora: LoraConfig | None = None, use: ModelUse = PLAIN_USE
 ) -> Inventory:
-    """The inventory of a config.json's contents, with adapters those are what is trained. Raises ConfigError when
-    transformers cannot build it, or when it cannot be trained as `use` asks (gradstream.core.model.trial)."""
+    """Take the inventory of the model of a config.json's contents. With `lora`, only the adapters are trained.
+
+    Raises ConfigError when transformers cannot build the model, or when the model cannot be trained as `use` says
+    (gradstream.core.model.trial).
+    """
     key = _question(model_config, lora, use)
     if key in _inventories:
         return _inventories[key]
-    # One child for all that ask at once; a caller that gives up leaves the answer to those that come after.
+    # Simultaneous callers share one child. It goes on if a caller is cancelled, and later callers get its answer.
     task = _under_way.get(key)
     if task is None or task.get_loop() is not asyncio.get_running_loop():
         task = _under_way[key] = asyncio.create_task(_take_inventory(key))
@@ -70,7 +75,7 @@ def _forget(key: str, done: asyncio.Task[Inventory]) -> None:
     if _under_way.get(key) is done:
         del _under_way[key]
     if not done.cancelled():
-        done.exception()  # seen, also when nobody waits any more
+        done.exception()  # retrieved, or asyncio logs it when no caller waits any more
 
 
 async def _take_inventory(key: str) -> Inventory:
@@ -88,8 +93,9 @@ async def take_profile(
     lora: LoraConfig | None = None,
     use: ModelUse = PLAIN_USE,
 ) -> list[SegmentProfile]:
-    """What each segment of a model costs on this machine; the same again for as long as this process lives. The child
-    that measures tells the inventory as well: `take_inventory` needs none of its own after it.
+    """Measure the cost of each segment of a model on this machine. The result is cached while this process lives.
+
+    The child also returns the inventory, so that a later `take_inventory` starts no child.
 
     Raises ConfigError as `take_inventory` does, or when the model cannot be cut into segments.
     """
@@ -107,18 +113,20 @@ async def check_model(
     manifest: Manifest | None,
     read_special: Callable[[], Awaitable[set[int]]],
 ) -> list[str]:
-    """Build a recipe's model and find out what would fail on a worker; return what is likely not meant. `read_special`
-    gives the tokens of the data set that no text has; it is asked where the model has padding.
+    """Build a recipe's model and check what would fail on a worker; return warnings on likely mistakes.
 
-    Raises ConfigError when the model cannot be built, not be trained so, is misspelt or shorter than the sequences,
-    DataError when its padding is a token of the data.
+    `read_special` returns the data set's tokens that never come from text; it is called only if the model has padding
+    tokens.
+
+    Raises ConfigError when the model cannot be built or trained, a key of its config is misspelt, or its maximum length
+    is below the recipe's. Raises DataError when its padding token occurs in the data.
     """
     found = await take_inventory(recipe.model.config, recipe.lora, ModelUse.of(recipe))
     model_type = recipe.model.config.get("model_type")
     model_check.check_positions(found.positions, recipe.training.sequence_length, model_type)
     warnings = model_check.recipe_warnings(recipe)
     if recipe.fine_tuning is not None:
-        return warnings  # a base has the config that it has
+        return warnings  # the config of a base is not for the recipe's author to correct
     if found.misspelt:
         raise ConfigError(found.misspelt)
     if manifest is not None and found.padding_ids:
@@ -127,7 +135,7 @@ async def check_model(
 
 
 def special_tokens(recipe: Recipe, manifest: Manifest) -> set[int]:
-    """The ids that no text gives: those which the data set's tokenizer has beside its model's. Raises DataError."""
+    """The ids of the added tokens of the data set's tokenizer, which never come from text. Raises DataError."""
     path = files.join(recipe.data.path, manifest.tokenizer_file)
     try:
         tokenizer = json.loads(files.read_bytes(path))
@@ -138,7 +146,7 @@ def special_tokens(recipe: Recipe, manifest: Manifest) -> set[int]:
 
 
 def _question(model_config: Mapping[str, Any], lora: LoraConfig | None, use: ModelUse) -> str:
-    """What `python -m gradstream.core.model.trial` reads: the same text for the same inventory."""
+    """The input of `python -m gradstream.core.model.trial`, and the cache key: equal for equal inventories."""
     adapters = lora.model_dump(mode="json") if lora is not None else None
     return json.dumps({"config": model_config, "lora": adapters, "use": asdict(use)}, sort_keys=True)
 
@@ -163,8 +171,8 @@ def _keep(cache: dict[str, Any], key: str, found: Any) -> None:
 
 
 async def _ask_child(module: str, question: str, done: str) -> dict[str, Any]:
-    # subprocess in a thread, not asyncio's: under uvloop that forks, and a fork beside gRPC's threads crashed 7 of 120
-    # children (docs/decisions.md, 9).
+    # subprocess in a thread instead of asyncio.subprocess: with uvloop the latter forks, and a fork beside gRPC's
+    # threads crashed 7 of 120 children (docs/decisions.md, 9).
     try:
         child = await asyncio.to_thread(_run_child, module, question)
     except subprocess.TimeoutExpired:

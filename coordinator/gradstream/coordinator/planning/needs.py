@@ -1,4 +1,4 @@
-"""What nodes offer, and what a plan needs of them: bytes of memory, as pure arithmetic."""
+"""The memory that nodes offer and the memory that a plan needs of them, in bytes. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.plan.sizes import encoded_bytes
 from gradstream.core.recipe.recipe import RESIDUAL_CODECS, Recipe
 
-# fp32 arrays that an optimizer keeps beside the weights.
+# Number of fp32 arrays that an optimizer keeps besides the weights.
 NUM_MOMENTS = {"adamw": 2, "sgd": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class NodeOffer:
-    """A node as the planner sees it. `memory_bytes` 0 means that it did not say, `flops_per_second` 0 that it did not
-    measure."""
+    """A node as input of the planner. `memory_bytes` is 0 if not reported, `flops_per_second` 0 if not measured."""
 
     node_id: str
     name: str
@@ -32,23 +31,23 @@ class NodeOffer:
 class ServerBytes:
     """Memory that a server needs for its fragments, in bytes."""
 
-    # Held all the time: master weights, moments, accumulator, reference, and the published bundles, encoded.
+    # Always: master weights, moments, accumulator, reference, and the encoded published bundles.
     state: int
-    # On top while a checkpoint is written: a copy of what is saved.
+    # In addition while a checkpoint is written: a copy of the saved arrays.
     checkpoint: int
-    # On top for a version that a newcomer pulls, where the others pull differences: the whole bundles for it.
+    # In addition while a newcomer pulls whole bundles of a version of which the other workers pull differences.
     newcomer: int
-    # Most that contributions can take which wait for their turn.
+    # Maximum of the contributions that wait for their turn.
     early: int
 
     @property
     def most(self) -> int:
-        """All of it at once."""
+        """The sum of all parts: the peak memory."""
         return self.state + self.checkpoint + self.newcomer + self.early
 
 
 def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequence[Tensor]) -> ServerBytes:
-    """What a server with these fragments needs."""
+    """Compute the memory that a server with these fragments needs."""
 
     def encoded(codec: str, embedding: str) -> int:
         return sum(
@@ -68,7 +67,7 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
     state = (2 + NUM_MOMENTS[recipe.optimizer.kind]) * array + published
     push = first_push_codec(recipe.codec)
     early = recipe.training.num_slots * encoded(push, embedding)
-    if recipe.pipeline.stages != 1:  # of a tied tensor both parts
+    if recipe.pipeline.stages != 1:  # both parts of a tied tensor
         tied = [fragment for fragment in fragments if tensors[fragment.tensor].is_tied]
         early += recipe.training.num_slots * sum(
             encoded_bytes(codec_for(tensors[fragment.tensor].kind, push, embedding), fragment.shape)
@@ -78,21 +77,20 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
 
 
 HELD_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-"""Of an element of a frozen base, by how it is held."""
+"""Bytes per element of a frozen base, by the type in which it is held."""
 
 
 def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int = 0) -> int:
-    """Bytes that a worker needs beside its activations, should it hold every slot.
+    """Bytes that a worker needs besides its activations if it holds every slot.
 
-    A frozen base it holds in few bytes. Of what is trained, `num_parameters`:
-
-    Weights, the gradients of the slot under way and of the one being encoded, the slots' encoded gradients until they
-    are acknowledged, the next version's weights as they arrive, and each slot's residual where the codec keeps one.
+    A frozen base takes `HELD_BYTES` per element. The `num_parameters` trained parameters take: weights, the gradients
+    of the slot under way and of the slot being encoded, the slots' encoded gradients until they are acknowledged, the
+    next version's weights as they arrive, and each slot's residual if the codec keeps one.
     """
     push, pull = first_push_codec(recipe.codec), downlink(recipe.codec.pull).full
     slot = encoded_bytes(push, (num_parameters,))
     if push in RESIDUAL_CODECS:
-        # Its residual at the version, and the one that the step leaves behind.
+        # The slot's residual at the version, and the new one after the step.
         slot += 2 * BYTES_PER_ELEMENT * num_parameters
     arriving = encoded_bytes(pull, (num_parameters,))
     frozen = 0
@@ -104,7 +102,7 @@ def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int
 def stage_need(plan: Plan, place: int = 0) -> int:
     """Bytes that the worker in a place of a replica needs; without a pipeline, every worker.
 
-    Follows from the plan alone, so also for one that was stored before the coordinator was restarted.
+    Depends only on the plan, so it is also known for a plan that was stored before a restart of the coordinator.
     """
     return plan.worker_bytes[place] if plan.worker_bytes else worker_bytes(plan.recipe, plan.num_parameters)
 
@@ -119,5 +117,5 @@ def human_bytes(count: float) -> str:
 
 
 def fits(memory_bytes: int, need: int) -> bool:
-    """Whether a node's memory is enough; one that did not say how much it has is believed to have enough."""
+    """Whether a node's memory is enough. Memory that was not reported (0) counts as enough."""
     return not memory_bytes or memory_bytes >= need

@@ -1,9 +1,8 @@
-"""The pipeline's part of a plan: how many stages, cut where, on what workers, by which schedule. Pure functions that
-return (decision, reason).
+"""Plan the pipeline: number of stages, cuts, workers and schedule. Pure functions that return (decision, reason).
 
-Memory is planned for a replica that holds every slot, which it does once all others are gone; time for as many
-replicas as there are now. A run computes all slots that a replica holds, one after the other, so the number of its
-microbatches changes with the number of replicas.
+Memory is planned for a replica that holds every slot, because it holds all slots once the other replicas are gone. Time
+is planned for the current number of replicas. A run computes all slots of a replica one after the other, so the number
+of its microbatches depends on the number of replicas.
 """
 
 from __future__ import annotations
@@ -24,17 +23,19 @@ from gradstream.core.recipe.recipe import PipelineConfig, Recipe, TrainingConfig
 
 LATENCY_SECONDS = 0.0005
 NO_DIFFERENCE = 1 / 3
-"""Two threads of one core show as much, depending on what the other one did while a worker was measured."""
+"""The speeds measured on two threads of one core can differ by as much, depending on the load of the other thread."""
 _NO_LIMIT = 1 << 62
 
 Groups = Sequence[Sequence[NodeOffer]]
-"""For each place of a replica the workers that could take it, as many as there are replicas."""
+"""For each place of a replica its workers, one for each replica."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a plan says of its pipeline (see Plan), by default that there is none. `groups` are the workers by place
-    that it was made for."""
+    """The pipeline's fields of a plan (see Plan); the defaults mean no pipeline.
+
+    `groups` are the workers by place for which the pipeline was planned.
+    """
 
     stage_ends: tuple[int, ...] = ()
     num_chunks: int = 1
@@ -52,18 +53,18 @@ def plan_pipeline(
 ) -> tuple[Pipeline, dict[str, str]]:
     """Decide on stages, places and schedule; return them with the reasons for "stages" and "schedule".
 
-    A given number of stages gets as many replicas as there can be; the smallest workers are left out where their memory
-    is too small. `auto` takes the fewest stages with which every worker is of use, else those with which most are.
-    `latency_seconds` is that of a message between two workers.
+    A given number of stages gets as many replicas as possible; the smallest workers are left out if their memory is too
+    small. `auto` takes the fewest stages that use every worker, else the number that uses most workers.
+    `latency_seconds` is the latency of a message between two workers.
 
-    Raises PlanError when the workers are too few or too small, ConfigError when the model has too few segments for so
-    many stages or the schedule does not exist for them.
+    Raises PlanError when the workers are too few or too small, ConfigError when the model has fewer segments than
+    stages or the schedule does not exist for this number of stages.
     """
     config = recipe.pipeline
     costs = segment_costs(recipe, tensors, profiles)
     _check(config, len(workers), [cost.name for cost in costs])
     sizes = list(_sizes(config, len(workers), len(costs)))
-    # Should none do, the one that comes nearest says what is missing: most stages, only the largest workers.
+    # If no size fits, the error comes from the one with the most stages on the fewest replicas: it lacks least.
     nearest = max(sizes, key=lambda item: (item[0], -item[1]))
     refusal: ConfigError | PlanError | None = None
     held_bytes = sum(cost.held_bytes for cost in costs)
@@ -88,8 +89,8 @@ def plan_pipeline(
 
 
 def segment_costs(recipe: Recipe, tensors: Sequence[Tensor], profiles: Sequence[SegmentProfile]) -> list[SegmentCost]:
-    """The segments as the cut needs them. A tied tensor counts in both of its segments."""
-    # Between the parts of a backward pass lies what was computed again for the first.
+    """Compute the costs of the segments for the cut. A tied tensor counts in both of its segments."""
+    # Between the two halves of a split backward pass a worker keeps the activations that it recomputed.
     keeps = recipe.training.recompute and recipe.pipeline.schedule in SPLIT
     costs = []
     for profile in profiles:
@@ -106,15 +107,15 @@ def segment_costs(recipe: Recipe, tensors: Sequence[Tensor], profiles: Sequence[
 
 
 def num_parameters(tensors: Iterable[Tensor], units: Iterable[int]) -> int:
-    """Elements of the tensors that forward units use, of a tied one as often as it is used."""
+    """Count the elements of the tensors that forward units use. A tied tensor counts once per use."""
     wanted = set(units)
     return sum(tensor.num_elements for tensor in tensors for unit in {tensor.unit, tensor.last_unit} if unit in wanted)
 
 
 def group_workers(workers: Sequence[NodeOffer], size: int, num_replicas: int) -> list[Groups]:
-    """The ways in which places are dealt out: the largest workers first, and, where that is another, last.
+    """Assign workers to places in one or two ways: largest workers first and, if that differs, largest workers last.
 
-    Early stages hold more activations, the last one has the head: either may need most.
+    Early stages hold more activations, and the last stage has the head: either may need most memory.
     """
     largest = sorted(
         workers, key=lambda worker: (-(worker.memory_bytes or _NO_LIMIT), -worker.flops_per_second, worker.name)
@@ -125,8 +126,10 @@ def group_workers(workers: Sequence[NodeOffer], size: int, num_replicas: int) ->
 
 
 def group_speeds(groups: Groups) -> list[float]:
-    """For each place the speed of its slowest worker beside the fastest of all. Speeds are measured in a moment on
-    machines that do other things too: less than NO_DIFFERENCE is none."""
+    """Compute for each place the speed of its slowest worker relative to the fastest worker of all.
+
+    Each speed is a short measurement on a machine that may be busy. Differences below NO_DIFFERENCE are ignored.
+    """
     measured = [worker.flops_per_second for group in groups for worker in group if worker.flops_per_second]
     fastest = max(measured, default=0.0)
     speeds = [min((w.flops_per_second or fastest) / fastest for w in group) if fastest else 1.0 for group in groups]
@@ -134,7 +137,7 @@ def group_speeds(groups: Groups) -> list[float]:
 
 
 def num_microbatches(training: TrainingConfig, num_replicas: int) -> int:
-    """Microbatches of the longest run of a step."""
+    """The number of microbatches in the longest run of a step."""
     return -(-training.num_slots // num_replicas) * (training.slot_batch // training.microbatch)
 
 
@@ -145,9 +148,11 @@ def stage_costs(
     speeds: Sequence[float],
     recompute: bool,
 ) -> Costs:
-    """Seconds of each op on each stage, whose worker has the speed of its place. The first stage gives no gradient
-    away: all of its backward pass is that of the weights. The others give theirs away before they make those of the
-    weights, unless they recompute."""
+    """Compute the seconds of each op on each stage; a stage's worker has the speed of its place.
+
+    The first stage sends no gradient on: its whole backward pass computes weight gradients. The other stages send the
+    input's gradient before they compute weight gradients, unless they recompute.
+    """
     compute = []
     for stage, segments in enumerate(cut):
         found = [profiles[segment] for segment in segments]
@@ -166,13 +171,13 @@ def stage_costs(
 
 
 def segments_of_stages(stage_ends: Sequence[int], profiles: Sequence[SegmentProfile]) -> list[range]:
-    """The segments of each stage, whose ends are in forward units."""
+    """Convert the ends of the stages, given in forward units, to the segments of each stage."""
     ends = _unit_ends(profiles)
     bounds = [0, *(ends.index(end) + 1 for end in stage_ends)]
     return [range(begin, end) for begin, end in pairwise(bounds)]
 
 
-# --- which numbers are tried ------------------------------------------------------------------------------------------
+# --- which sizes are tried --------------------------------------------------------------------------------------------
 
 
 def _check(config: PipelineConfig, num_workers: int, segments: Sequence[str]) -> None:
@@ -193,7 +198,7 @@ def _check(config: PipelineConfig, num_workers: int, segments: Sequence[str]) ->
 
 
 def _sizes(config: PipelineConfig, num_workers: int, num_segments: int) -> Iterator[tuple[int, int]]:
-    """(workers of a replica, replicas) in the order in which they are preferred."""
+    """Yield (workers of a replica, number of replicas), preferred ones first."""
     if config.stages != "auto":
         size = config.min_workers
         for num_replicas in range(num_workers // size, 0, -1):
@@ -216,7 +221,7 @@ def _fit(
     groups: Groups,
     latency_seconds: float,
 ) -> tuple[float, Pipeline, dict[str, str]]:
-    """(seconds of the slowest stage, pipeline, reasons) for these workers."""
+    """Plan the pipeline for these workers; return (seconds of the slowest stage, pipeline, reasons)."""
     config, training = recipe.pipeline, recipe.training
     size, num_replicas, chunks = len(groups), len(groups[0]), config.chunks
     now, runs = num_microbatches(training, num_replicas), _runs(training)
@@ -230,7 +235,7 @@ def _fit(
             f"{list(lacks.values())[-1]}, of training.microbatch={training.microbatch} samples, however many slots a "
             f"replica holds"
         )
-    # 1. The cut, with room for what the schedule holds; for auto, for what the leanest does.
+    # 1. The cut, with memory for the activations that the schedule holds; for auto, the schedule that holds least.
     lives = {name: _stage_live(name, size, runs, chunks) for name in names}
     lean = min(names, key=lambda name: sum(lives[name]))
     cut, cut_reason = _cut(costs, profiles, groups, chunks, lives[lean])
@@ -244,12 +249,12 @@ def _fit(
         except ConfigError as error:
             raise PlanError(str(error)) from None
         if training.recompute:
-            schedule_reason += f"; {' and '.join(SPLIT)} would keep what is recomputed"
+            schedule_reason += f"; {' and '.join(SPLIT)} would keep the recomputed activations"
     else:
         schedule = make_schedule(config.schedule, size, now, chunks)
         seconds = simulate(schedule, stage_cost).makespan
         schedule_reason = f"{schedule.name} as pipeline.schedule says, it takes {seconds:.3g} s"
-    # 3. What each worker needs with both.
+    # 3. The memory that each worker needs with this cut and schedule.
     needs = tuple(
         _need(place, _make_all(schedule.name, size, runs, chunks), cut.segments, costs, profiles)
         for place in range(size)
@@ -282,10 +287,10 @@ def _cut(
     chunks: int,
     live: Sequence[int],
 ) -> tuple[StageCut, str]:
-    """The cut for groups of workers, of which each stage must fit the smallest. Raises PlanError when none fits."""
-    # What a worker needs once for its stages comes off its memory, and each stage gets an equal share of the rest.
+    """Cut for groups of workers; a stage must fit the smallest worker of its group. Raises PlanError if none fits."""
+    # Memory that a worker needs once for all its stages is subtracted; each stage gets an equal share of the rest.
     working = max(profile.working_bytes for profile in profiles)
-    notes = [f"{human_bytes(working)} are kept back to recompute a layer"] * bool(working)
+    notes = [f"{human_bytes(working)} are reserved to recompute a layer"] * bool(working)
     notes += [f"each of a worker's {chunks} stages is offered an equal share"] * (chunks > 1)
     speeds = group_speeds(groups)
     offers = []
@@ -298,12 +303,12 @@ def _cut(
     try:
         return cut_stages(costs, offers)
     except ConfigError as error:
-        # What it says is offered is not what the worker said.
+        # The notes explain why the offer in the error is below the worker's memory.
         raise PlanError("; ".join([str(error), *notes])) from None
 
 
 def _memory(group: Sequence[NodeOffer]) -> int:
-    """The least memory of a group's workers; _NO_LIMIT when none said how much it has."""
+    """The smallest memory of a group's workers; _NO_LIMIT when none reported its memory."""
     return min(worker.memory_bytes or _NO_LIMIT for worker in group)
 
 
@@ -315,7 +320,7 @@ def _room(
     profiles: Sequence[SegmentProfile],
     groups: Groups,
 ) -> int:
-    """Microbatches of one stage of which a place's workers can hold the activations."""
+    """The number of microbatches of one stage whose activations a place's workers can hold."""
     stages = [[costs[segment] for segment in cut.segments[stage]] for stage in range(place, len(cut.ends), size)]
     held = sum(segment.held_bytes for stage in stages for segment in stage)
     held += max(profiles[segment].working_bytes for segment in range(len(profiles)))
@@ -330,7 +335,7 @@ def _need(
     costs: Sequence[SegmentCost],
     profiles: Sequence[SegmentProfile],
 ) -> int:
-    """Bytes that the worker in a place needs at most, by the longest of its rows."""
+    """The peak memory in bytes of the worker in a place, over the schedules of all run lengths."""
     mine = [segment for stage in range(place, len(cut), schedules[0].num_workers) for segment in cut[stage]]
     held = sum(costs[segment].held_bytes for segment in mine) + max(profiles[s].working_bytes for s in mine)
     activations = [sum(costs[segment].activation_bytes for segment in segments) for segments in cut]
@@ -350,7 +355,7 @@ def _need(
 
 
 def _runs(training: TrainingConfig) -> tuple[int, ...]:
-    """Microbatches of every run that there may be, whatever the number of replicas: slots are dealt out evenly."""
+    """The numbers of microbatches of all possible runs, for any number of replicas; slots are distributed evenly."""
     slots = training.num_slots
     shares = {share for replicas in range(1, slots + 1) for share in (slots // replicas, -(-slots // replicas))}
     return tuple(share * (training.slot_batch // training.microbatch) for share in sorted(shares))
@@ -358,13 +363,13 @@ def _runs(training: TrainingConfig) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def _make_all(name: str, size: int, runs: tuple[int, ...], chunks: int) -> tuple[Schedule, ...]:
-    """The tables of a schedule for runs of these lengths."""
+    """Make a schedule for runs of each of these lengths."""
     return tuple(make_schedule(name, size, run, chunks) for run in runs)
 
 
 @lru_cache(maxsize=256)
 def _stage_live(name: str, size: int, runs: tuple[int, ...], chunks: int) -> tuple[int, ...]:
-    """For each stage, the most microbatches whose activations it holds at once."""
+    """For each stage, the maximum number of microbatches whose activations it holds at once."""
     most = [0] * (size * chunks)
     for schedule in _make_all(name, size, runs, chunks):
         for row in schedule.rows:

@@ -1,4 +1,4 @@
-"""Placement: which server holds which fragment. A pure function that returns (decision, reason)."""
+"""Place fragments on servers. A pure function that returns (decision, reason)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gradstream.core.plan.fragments import Fragment, Tensor
 def place(fragments: Sequence[Fragment], tensors: Sequence[Tensor], num_servers: int) -> tuple[list[int], str]:
     """Assign every fragment to a server; return (server index of each fragment, reason).
 
-    Greedy, largest first, by bytes, within windows of one forward unit at a time: a window's fragments are dealt into
-    one pile a server, each to the smallest pile; then the largest pile goes to the server that holds least so far.
-    Balance inside every window keeps all links busy while one layer's gradients or weights travel; balance overall
-    keeps the memory equal. Neither differs by more than the largest fragment: with piles handed out in the opposite
-    order of what the servers hold, the differences of many equal layers cancel instead of adding up. Every server gets
-    a fragment as long as there are enough of them.
+    The algorithm is greedy, largest first by bytes, within windows of one forward unit. It distributes a window's
+    fragments over one pile per server, each fragment to the smallest pile. Then it gives the largest pile to the server
+    that holds least so far, and so on. Balance inside every window keeps all links busy while one layer's gradients or
+    weights are transferred. Balance overall keeps the memory equal. In both, the servers differ by at most the largest
+    fragment, because the order of the piles is opposite to the order of the servers' loads: the differences of many
+    equal layers cancel. Every server gets a fragment if there are enough fragments.
     """
     if num_servers < 1:
         raise ValueError("num_servers must be at least 1")

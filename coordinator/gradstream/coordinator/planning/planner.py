@@ -1,6 +1,6 @@
-"""Plans: a pure function from what the recipe asks and the cluster offers to a plan, with its reasons.
+"""Make a plan with its reasons: a pure function of the recipe and the cluster's offers.
 
-All that can be known to fail is found here, before a byte is loaded: memory, vocabulary, data shards.
+Errors that can be predicted are raised here, before any data is loaded: memory, vocabulary, data shards.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
 from gradstream.core.rpc.channel import MAX_MESSAGE_BYTES
 from gradstream.core.wire.stream_limits import more_than_usual_bytes
 
-# A plan travels in one message; its envelope needs a little too.
+# A plan is sent in one message; the rest of the message needs a little space too.
 MAX_PLAN_BYTES = MAX_MESSAGE_BYTES - (64 << 10)
 _NO_DATA = Manifest(token_dtype="uint32", vocab_size=1, end_of_text_id=0, tokenizer_sha256="0" * 64, shards=())
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointAt:
-    """Where a plan starts from."""
+    """The checkpoint from which a plan starts."""
 
     version: int
     path: str
@@ -37,7 +37,7 @@ class CheckpointAt:
 
 @dataclass(frozen=True, slots=True)
 class NextEpoch:
-    """Which plan of which job is made, from which checkpoint, and where its own checkpoints go."""
+    """The job and epoch of a plan to be made, its first checkpoint, and the directory of its own checkpoints."""
 
     job_id: str
     epoch: int
@@ -57,11 +57,12 @@ def make_plan(
 ) -> tuple[Plan, dict[str, str]]:
     """Make the plan of an epoch on all the servers offered; return it with its reasons by subject.
 
-    `profiles` are those of the model's segments, wanted unless `pipeline.stages` is 1; `latency_seconds` is that of a
-    message between two workers of a pipeline. Without a manifest the data is not checked, and the plan not fit to run.
+    `profiles` are the profiles of the model's segments, required unless `pipeline.stages` is 1. `latency_seconds` is
+    the latency of a message between two workers of a pipeline. Without a manifest the data is not checked, and the plan
+    cannot be run.
 
-    Raises DataError when the data does not fit the model, ConfigError when the model is empty or its pipeline cannot
-    be, PlanError when a server's memory, or that of every worker, is too small, or the workers are too few for a
+    Raises DataError when the data does not fit the model, ConfigError when the model is empty or its pipeline is not
+    possible, PlanError when a server's memory, or that of every worker, is too small, or the workers are too few for a
     replica.
     """
     if manifest is not None:
@@ -70,7 +71,7 @@ def make_plan(
     fragments = _cut(recipe, model.tensors, fragment_elements)
     if not servers:
         raise PlanError("no parameter server is live; start one with `gradstream serve parameter-server`")
-    # By name, so that the same cluster gives the same plan in whatever order its servers registered.
+    # Sorted by name: the plan does not depend on the order in which the servers registered.
     chosen = sorted(servers, key=lambda server: server.name)[: len(fragments)]
     placement, placement_reason = place(fragments, model.tensors, len(chosen))
     memory_reason, needs = _check_server_memory(recipe, fragments, placement, chosen, model.tensors)
@@ -108,9 +109,9 @@ def make_plan(
 
 
 def _cut(recipe: Recipe, tensors: Sequence[Tensor], fragment_elements: int) -> list[Fragment]:
-    """The model's fragments. Raises PlanError when they are too many, ConfigError when there are none."""
+    """Cut the model into fragments. Raises PlanError when they are too many, ConfigError when there are none."""
     count = num_fragments(tensors, fragment_elements)
-    if count > MAX_PLAN_BYTES:  # at a byte each; they are not even cut
+    if count > MAX_PLAN_BYTES:  # even at one byte per fragment the plan would be too large, so do not cut
         raise PlanError(
             f"the model would be cut into {count} fragments, more than the plan's {human_bytes(MAX_PLAN_BYTES)} can "
             f"place; raise cluster.fragment_bytes (now {recipe.cluster.fragment_bytes}) or submit a smaller model"
@@ -128,7 +129,7 @@ def _plan_workers(
     profiles: Sequence[SegmentProfile] | None,
     latency_seconds: float,
 ) -> tuple[Pipeline, str, dict[str, str]]:
-    """(the pipeline, what is said of a worker's memory, the pipeline's reasons). Raises as `make_plan` does."""
+    """Return (the pipeline, a text on a worker's memory, the pipeline's reasons). Raises as `make_plan` does."""
     if recipe.pipeline.stages != 1:
         if profiles is None:
             raise ConfigError("pipeline.stages other than 1 needs the profile of the model's segments")
@@ -137,7 +138,7 @@ def _plan_workers(
     num_trained = sum(tensor.num_elements for tensor in model.tensors)
     need = worker_bytes(recipe, num_trained, model.num_frozen_parameters)
     _check_worker_memory(need, workers)
-    # Where something is frozen, it does not follow from the tensors.
+    # With frozen parameters the memory does not follow from the trained tensors, so it is stored in the plan.
     pipeline = Pipeline(worker_bytes=(need,)) if model.num_frozen_parameters else Pipeline()
     return pipeline, f"; a worker needs {human_bytes(need)} and its activations", {}
 
@@ -159,7 +160,7 @@ def _servers_reason(chosen: Sequence[NodeOffer], num_idle: int, num_fragments: i
 
 
 def check_data(recipe: Recipe, manifest: Manifest) -> None:
-    """What can be said of a recipe and its data without a cluster. Raises DataError with one line."""
+    """Check a recipe against its data, as far as possible without a cluster. Raises DataError with one line."""
     config = recipe.model.config
     text_config = config.get("text_config")
     inner = text_config.get("vocab_size") if isinstance(text_config, dict) else None
@@ -211,7 +212,7 @@ def _check_server_memory(
 def _check_streams(
     recipe: Recipe, num_workers: int, servers: Sequence[NodeOffer], needs: Sequence[ServerBytes]
 ) -> None:
-    """Raise PlanError when a server has no room for what the streams of all workers can hold there."""
+    """Raise PlanError when a server lacks memory for the windows of all workers' streams."""
     streams = more_than_usual_bytes(num_workers)
     for server, needed in zip(servers, needs, strict=True):
         if server.memory_bytes and needed.most + streams > server.memory_bytes:
@@ -224,7 +225,7 @@ def _check_streams(
 
 
 def _check_worker_memory(need: int, workers: Sequence[NodeOffer]) -> None:
-    """A worker that is too small is only left out, so the plan fails when all are."""
+    """Raise PlanError when every worker is too small; a single worker that is too small is only left out."""
     if not workers or any(fits(worker.memory_bytes, need) for worker in workers):
         return
     best = max(workers, key=lambda worker: worker.memory_bytes)

@@ -1,4 +1,4 @@
-"""What a recipe will take on given nodes: the model is measured on this machine, planned and forecast."""
+"""Forecast the cost of a recipe on given nodes: measure the model on this machine, make a plan, forecast the plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def forecast_recipe(
     workers: Sequence[NodeOffer],
     link_bits_per_second: float,
 ) -> Forecast:
-    """What a step of the recipe costs on these nodes. Without a manifest the data is not checked.
+    """Forecast the cost of a step of the recipe on these nodes. Without a manifest the data is not checked.
 
     Raises ConfigError when the model cannot be built or cut, DataError when the data does not fit it, PlanError when
     the nodes cannot hold it.
@@ -47,7 +47,10 @@ async def forecast_recipe(
 
 
 def hypothetical_nodes(recipe: Recipe, num_servers: int, num_workers: int, memory_bytes: int) -> Offers:
-    """Nodes that need not exist; 0 of a kind: as many as the recipe asks for. `memory_bytes` 0: enough."""
+    """Make offers of hypothetical nodes.
+
+    A number of 0 stands for the number that the recipe requires, `memory_bytes` 0 for enough memory.
+    """
     counts = {
         "server": num_servers or recipe.cluster.min_servers,
         "worker": num_workers or max(recipe.cluster.min_workers, recipe.pipeline.min_workers),
@@ -88,15 +91,15 @@ def slower(profile: SegmentProfile, factor: float) -> SegmentProfile:
 
 
 async def _measured(recipe: Recipe) -> tuple[Inventory, list[SegmentProfile] | None, list[str]]:
-    """The recipe's model, what its segments cost, and what could not be measured."""
+    """Measure the recipe's model; return its inventory, the profiles of its segments, and warnings."""
     use = ModelUse.of(recipe)
     try:
-        # Before the inventory, which comes with it.
+        # First, because the profile's measurement also gives the inventory.
         profiles = await take_profile(recipe.model.config, recipe.training, recipe.lora, use)
     except ConfigError as error:
         if recipe.pipeline.stages != 1:
             raise
-        # A model that cannot be cut can be trained whole.
+        # A model that cannot be cut can still be trained without a pipeline.
         found = await take_inventory(recipe.model.config, recipe.lora, use)
         return found, None, [f"times are not known: {one_line(error)}"]
     return await take_inventory(recipe.model.config, recipe.lora, use), profiles, []

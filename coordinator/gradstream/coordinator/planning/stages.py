@@ -1,4 +1,4 @@
-"""Where a model is cut into pipeline stages: by the time of each segment, within each worker's memory and speed."""
+"""Cut a model into pipeline stages by the time of each segment, within each worker's memory and speed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from gradstream.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class SegmentCost:
-    """What one segment of a model (embedding, layer, head) costs.
+    """The cost of one segment of a model (embedding, layer, head).
 
-    `seconds` of its forward and backward pass of one microbatch on a worker of speed 1; `held_bytes` while the worker
-    has it (weights, gradients, what is encoded); `activation_bytes` of each microbatch between the two passes.
+    `seconds` is the time of the forward and backward pass of one microbatch on a worker of speed 1. `held_bytes` is the
+    memory that the worker always needs for the segment (weights, gradients, encoded data). `activation_bytes` is the
+    memory of each microbatch between its two passes.
     """
 
     name: str
@@ -25,8 +26,11 @@ class SegmentCost:
 
 @dataclass(frozen=True)
 class StageOffer:
-    """The worker of one stage: its speed beside others', its memory (0: not known), and how many microbatches it holds
-    at once by the schedule."""
+    """The worker of one stage.
+
+    `speed` is relative to the others, `memory_bytes` is 0 if not known, and `live_activations` is the number of
+    microbatches that it holds at once in the schedule.
+    """
 
     worker: str
     speed: float
@@ -36,7 +40,7 @@ class StageOffer:
 
 @dataclass(frozen=True)
 class StageCut:
-    """`ends[s]` is the first segment after stage s; `seconds` and `num_bytes` are each stage's."""
+    """A cut: `ends[s]` is the first segment after stage s; `seconds` and `num_bytes` are the figures of each stage."""
 
     ends: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -49,17 +53,18 @@ class StageCut:
 
 
 def cut_stages(segments: Sequence[SegmentCost], offers: Sequence[StageOffer]) -> tuple[StageCut, str]:
-    """Give each stage at least one segment, in order, so that the slowest stage is as fast as it can be; and why so.
+    """Cut the segments into stages that minimize the time of the slowest stage; return the cut and its reason.
 
-    Raises ConfigError when there are fewer segments than stages, or when no cut fits the workers' memory: it then names
-    a worker and what it lacks under the cut that lacks least.
+    Each stage gets at least one segment, in order. Raises ConfigError when there are fewer segments than stages, or
+    when no cut fits the workers' memory. The error then names a worker and the bytes missing in the cut that lacks
+    least.
     """
     if len(segments) < len(offers):
         raise ConfigError(
             f"the model has {len(segments)} segments ({', '.join(segment.name for segment in segments)}), too few for "
             f"{len(offers)} stages; use at most {len(segments)}"
         )
-    # Sums up to each segment make a stage's figures two subtractions.
+    # Cumulative sums: a stage's figure is the difference of two entries.
     seconds, held, activations = [0.0], [0], [0]
     for segment in segments:
         seconds.append(seconds[-1] + segment.seconds)
@@ -113,9 +118,11 @@ def cut_stages(segments: Sequence[SegmentCost], offers: Sequence[StageOffer]) ->
 def _fastest_cut(
     cost: Callable[[int, int, int], float], num_stages: int, num_segments: int
 ) -> tuple[float, tuple[int, ...]]:
-    """The ends of the cut whose worst stage costs least, by dynamic programming: stages times segments squared. Between
-    equals the earlier stages get less."""
-    # worst[end]: the least worst cost of the first stages over the first `end` segments.
+    """Find the cut that minimizes the highest cost of a stage, by dynamic programming; return that cost and the ends.
+
+    Takes stages times segments squared. Among equal cuts the earlier stages get fewer segments.
+    """
+    # worst[end]: the lowest maximum cost of the first stages over the first `end` segments.
     worst = [0.0] + [math.inf] * num_segments
     choices: list[list[int]] = []
     for stage in range(num_stages):

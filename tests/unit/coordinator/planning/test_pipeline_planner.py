@@ -243,7 +243,7 @@ def test_recomputation_needs_one_layer_more(tmp_path: Path) -> None:
     assert [b - a for a, b in zip(plain, more, strict=True)] == [777, 777]
     room = max(plain) + 776
     assert planned(recipe, workers(room, room))[0].worker_bytes == plain
-    with pytest.raises(PlanError, match=r"missing.*; 777 B are kept back to recompute a layer"):
+    with pytest.raises(PlanError, match=r"missing.*; 777 B are reserved to recompute a layer"):
         planned(recipe, workers(plain[1], plain[1]), profiles(working_bytes=777))
 
 
@@ -257,7 +257,7 @@ def test_a_split_backward_pass_keeps_what_is_recomputed(tmp_path: Path) -> None:
     assert [b - a for a, b in zip(plain, more, strict=True)] == [777 * (2 * 5 + 1)] * 2
     free, reasons = planned(recipe_of(tmp_path, {"recompute": True}), workers(0, 0), profiles(working_bytes=777))
     assert free.schedule not in SPLIT
-    assert "; zero-bubble would keep what is recomputed" in reasons["schedule"]
+    assert "; zero-bubble would keep the recomputed activations" in reasons["schedule"]
 
 
 def test_auto_schedules_by_time_and_memory(tmp_path: Path) -> None:

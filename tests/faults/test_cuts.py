@@ -86,7 +86,7 @@ def test_cuts_longer_than_every_lease_recompute_nothing(cuts: Cuts, tiny_data: P
     wait_until(lambda: not alive(cluster, "server-0") and not alive(cluster, "server-1"), "the servers' leases", 30)
     begin = time.monotonic()
     waits = cluster.wait_for(job.job_id, lambda seen: len(seen.waits) == 2, "wait for its servers").waits
-    assert all("silent; its state is waited for" in wait.what for wait in waits), waits
+    assert all("silent; the job waits for its state" in wait.what for wait in waits), waits
     before = cluster.client.job(job.job_id).version
     wait_until(lambda: time.monotonic() > begin + CUT_SECONDS, "the cut to be long enough", 30)
     # One by one.

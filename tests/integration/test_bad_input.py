@@ -386,7 +386,7 @@ def test_export_that_cannot_be(cluster: Cluster, tiny_data: Path, tmp_path: Path
     command = ["ckpt", "export", job_id]
     line = refused(CHECKPOINT, *command, tmp_path / "new", "--version", "9999", address=cluster.address)
     assert_says(
-        line, f"job {job_id} has no checkpoint of version 9999; there are versions {', '.join(map(str, versions))}"
+        line, f"job {job_id} has no checkpoint of version 9999; it has versions {', '.join(map(str, versions))}"
     )
     full = tmp_path / "full"
     full.mkdir()
@@ -555,7 +555,7 @@ def test_server_that_is_gone(cluster: Cluster, tiny_data: Path, tmp_path: Path) 
     killed = datetime.now(UTC)
     cluster.kill("server-1")
     wait = cluster.wait_for(job_id, lambda job: bool(job.waits), "wait for its server").waits[0]
-    what = "parameter server server-1 to come back (silent; its state is waited for, 30 s at most)"
+    what = "parameter server server-1 to come back (silent; the job waits for its state, 30 s at most)"
     assert (wait.what, wait.whom) == (what, "server-1")
     assert wait.since is not None
     assert abs((wait.since - killed).total_seconds()) < 5

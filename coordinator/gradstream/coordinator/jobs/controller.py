@@ -299,7 +299,7 @@ class Controller:
             active.leases_due = True
         elif verdict is Verdict.WAIT and reason != active.planning.server_wait:
             active.planning.server_wait = reason
-            self._note_node(f"{reason}; its state is waited for before it is given up")
+            self._note_node(f"{reason}; the job waits for its state before it goes back to a checkpoint")
         return verdict is not Verdict.LOST
 
     async def _make_plan(self, active: ActiveJob, nodes: PlanNodes) -> None:

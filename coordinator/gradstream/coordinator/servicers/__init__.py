@@ -1,1 +1,1 @@
-"""What others call, and what they see: decode, check, call, encode."""
+"""The coordinator's gRPC services. Each call is decoded, checked, carried out and encoded."""

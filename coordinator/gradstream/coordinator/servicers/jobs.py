@@ -1,4 +1,4 @@
-"""JobsService: what people's programs call."""
+"""JobsService: the calls of clients."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ MAX_EXPORTS = 2
 EXTEND_SECONDS = 30.0
 """Longest wait for the checkpoint of a pause."""
 MAX_HOLDS = 256
-"""Checkpoints that are kept for readers at once."""
+"""Maximum number of checkpoints that are kept for readers at the same time."""
 
 HISTORY_KINDS = tuple(field.name for field in jobs_pb2.WatchJobResponse.DESCRIPTOR.oneofs_by_name["item"].fields)
 
@@ -66,10 +66,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
-    """Jobs, their history and the cluster's state."""
+    """Serves jobs, their history and the cluster's state."""
 
     def __init__(self, controller: Controller, views: Views, root: str = "", tokens: FileTokens | None = None):
-        """`tokens` is the table of tokens, which an admin may replace; None where nobody is asked for one."""
+        """Create the service. `tokens` is the table of tokens, which an admin may replace; None without credentials."""
         self._tokens = tokens
         self._controller = controller
         self._state = controller.state
@@ -77,9 +77,9 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self._root = root
         self._orders = Orders(controller)
         self._allowed = AllowedPaths.of_environment()
-        # Looks at paths that people name.
+        # Threads that check paths in requests.
         self._storage = StorageThreads()
-        # Reads what is exported.
+        # Threads that read exports.
         self._bulk = StorageThreads(BULK_SECONDS)
         self._plans = Plans(controller.members, self._allowed, self._storage)
         self._requests = Requests()
@@ -90,17 +90,17 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         async with answering(context):
             recipe = moved_recipe(parse_recipe(request.recipe_json), request.directory, self._root)
             request_id = checked_request_id(request.request_id)
-            # The same request may be under way on another connection.
+            # The client may have sent the same request on another connection too.
             async with self._requests.one_at_a_time(request_id):
                 record = self._repeated(request_id, recipe) or await self._submit(request_id, recipe)
                 return jobs_pb2.SubmitJobResponse(job=self._views.job(record))
 
     def _repeated(self, request_id: str, recipe: Recipe) -> JobRecord | None:
-        """The job that this request has made before. Raises ConfigError when that was of another recipe."""
+        """The job that this request id created before. Raises ConfigError if that job has another recipe."""
         record = self._state.job_of_request(request_id) if request_id else None
         if record is None:
             return None
-        # It is stored with what its data filled in, and perhaps with an older key, or with more steps since.
+        # The stored recipe has values from its data, and perhaps keys of an older release, or more steps since then.
         stored = as_submitted(parse_recipe(record.recipe_json)).model_dump_json()
         if model_check.with_ends(recipe, parse_manifest(record.manifest_json)).model_dump_json() != stored:
             raise ConfigError(
@@ -132,7 +132,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         try:
             self._controller.submit(record, warnings)
         except GradstreamError:
-            # Nobody knows of it: a directory that stays would only take its name.
+            # The job was not created: a directory that stays would only take its name.
             with suppress(OSError, GradstreamError):
                 await self._storage.call(recipe.run_root, directory.rmdir)
             raise
@@ -156,7 +156,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                     response.next_page_token = response.jobs[-1].job_id
                     break
                 response.jobs.append(job)
-                # A long list must not hold up heartbeats.
+                # A long list must not delay heartbeats.
                 await asyncio.sleep(0)
             return response
 
@@ -243,7 +243,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             version = self._orders.checkpoint(record)
             root = checkpoints.root_of(record.run_directory)
             while True:
-                # Taken before looking, so that what comes in between is not slept through.
+                # Subscribe before the check: a change between the check and the wait is not missed.
                 change = self._controller.notifier.change(record.job_id)
                 versions = await self._storage.call(root, checkpoints.versions_on_disk, root)
                 if versions and versions[-1] > version:
@@ -282,7 +282,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     ) -> AsyncIterator[jobs_pb2.HoldCheckpointResponse]:
         async with answering(context):
             if self._num_holds >= MAX_HOLDS:
-                raise BusyError(f"{MAX_HOLDS} checkpoints are being kept for readers already; ask again in a while")
+                raise BusyError(f"{MAX_HOLDS} checkpoints are already kept for readers; try again later")
             self._num_holds += 1
             release = nothing
             try:
@@ -291,7 +291,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
                 root = checkpoints.root_of(record.run_directory)
                 manifest = await self._storage.call(root, read_manifest, directory_of(root, version))
                 yield jobs_pb2.HoldCheckpointResponse(checkpoint=checkpoints.as_message(root, manifest))
-                # Until the caller has read it, or is gone.
+                # Until the caller cancels the call, after it has read the checkpoint, or is gone.
                 await asyncio.Event().wait()
             finally:
                 release()
@@ -300,7 +300,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     async def _pinned(
         self, record: JobRecord, request: jobs_pb2.ExportCheckpointRequest | jobs_pb2.HoldCheckpointRequest
     ) -> tuple[int, Callable[[], None]]:
-        """The version to read and what lets go of it. Raises CheckpointError when there is none."""
+        """Pin the requested version; return it and the function that unpins it. Raises CheckpointError without one."""
         root = checkpoints.root_of(record.run_directory)
         async with self._controller.pins.choosing(root):
             versions = await self._storage.call(root, checkpoints.versions_on_disk, root)
@@ -308,7 +308,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             if not versions:
                 raise CheckpointError(f"job {record.job_id} has no checkpoint yet; wait for its first one")
             if version not in versions:
-                known = f"there are versions {decisions.joined(versions)}"
+                known = f"it has versions {decisions.joined(versions)}"
                 raise CheckpointError(f"job {record.job_id} has no checkpoint of version {version}; {known}")
             return version, self._controller.pins.pin(root, version)
 
@@ -333,7 +333,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             for rows in metrics.pages(self._state, self._named(request.job_id), request.first_step, request.every):
                 if rows:
                     yield jobs_pb2.GetMetricsResponse(rows=rows)
-                # A long job must not hold up heartbeats.
+                # A long job must not delay heartbeats.
                 await asyncio.sleep(0)
 
     async def CheckStorage(
@@ -367,8 +367,10 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         return [] if self._tokens is None else expiring(self._tokens.table, time.time())
 
     def _named(self, name: str) -> JobRecord:
-        """The job of an id, else the newest one of a name, as fine-tunings have; the newest for an empty one. Raises
-        ConfigError that suggests the nearest."""
+        """Find a job by its id, else the newest with this name (of a fine-tuning); the newest job for an empty name.
+
+        Raises ConfigError that suggests the nearest name.
+        """
         if name and self._state.get_job(name) is None:
             found = [job for job in self._state.list_jobs() if job.name == name]
             if found:
@@ -376,7 +378,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         return self._find(name)
 
     def _find(self, job_id: str) -> JobRecord:
-        """The job, the newest for an empty id. Raises ConfigError that suggests the nearest."""
+        """Find a job by its id, the newest job for an empty id. Raises ConfigError that suggests the nearest id."""
         record = self._state.get_job(job_id) if job_id else None
         if record is not None:
             return record
@@ -390,10 +392,10 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
 
 def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
-    """A new job id and its directory. An id whose directory exists is skipped: its checkpoints are another job's."""
+    """Create a new job id and its directory. An id whose directory exists is skipped: another job has files there."""
     root = Path(absolute_path(recipe.run_root))
     try:
-        # First, as a file in its place would look like a job's directory that is taken.
+        # Before the loop: a file at `root` would look like a job directory that exists already.
         files.make_local_directory(root)
     except (OSError, ValueError) as error:
         raise ConfigError(f"run_root {recipe.run_root} cannot be written ({error}); choose another") from None
@@ -416,8 +418,8 @@ def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:
 async def _export(directory: str, storage: StorageThreads) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
     """Send a checkpoint as the files of a Hugging Face directory.
 
-    The small ones come from a temporary directory, the weights piece by piece as they are read: neither memory nor disk
-    has to hold a model.
+    The small files come from a temporary directory. The weights are sent piece by piece as they are read, so that
+    neither memory nor disk has to hold a model.
     """
     with tempfile.TemporaryDirectory(prefix="gradstream-export-") as temporary:
         target = Path(temporary)

@@ -1,4 +1,4 @@
-"""CoordinatorService: decode, check, call, encode. What happens is decided in the controller."""
+"""CoordinatorService: the calls of nodes. The controller makes the decisions."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 PIECE_BYTES = 1 << 20
 MAX_READERS = 32
-"""Data shards that are read for workers at once."""
+"""Maximum number of data shards that are read for workers at the same time."""
 HASHING_SECONDS = 600.0
 FIRST_MESSAGE_SECONDS = 10.0
 TOKENS_SECONDS = 1.0
-"""How long others may not know of a change of the table of tokens."""
+"""Maximum time until other processes get a change of the table of tokens."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ADDRESS = re.compile(r"[!-~]{1,255}:[0-9]{1,5}")
 
@@ -42,15 +42,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
-    """What nodes call."""
+    """Serves the calls of nodes."""
 
     def __init__(self, controller: Controller, reports: Reports, tokens: FileTokens | None = None):
-        """`tokens` is what the coordinator tells others of; None where nobody is asked for one."""
+        """Create the service. `tokens` is the table of tokens that is sent to other processes; None without
+        credentials."""
         self._controller = controller
         self._reports = reports
         self._tokens = tokens
         self._reading = StorageThreads(max_threads=MAX_READERS, max_threads_a_place=MAX_READERS)
-        # The first to ask for a file waits until all of it was hashed.
+        # The first request for a file waits until the whole file has been hashed.
         self._hashing = StorageThreads(HASHING_SECONDS, max_threads=MAX_READERS, max_threads_a_place=MAX_READERS)
 
     async def Register(
@@ -77,7 +78,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def Session(
         self, request_iterator: AsyncIterator[coordinator_pb2.SessionRequest], context: Context
     ) -> AsyncIterator[coordinator_pb2.SessionResponse]:
-        # --- the first heartbeat says who it is
+        # --- the first heartbeat identifies the node
         try:
             first = await asyncio.wait_for(anext(request_iterator), FIRST_MESSAGE_SECONDS)
         except (StopAsyncIteration, TimeoutError):
@@ -88,10 +89,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 check_role(known.kind)
         session = self._controller.open_session(first.node_id)
         if session is None:
-            # No error class: the node shall register again, not give up.
+            # ABORTED without an error class makes the node register again instead of giving up.
             await context.abort(grpc.StatusCode.ABORTED, "this node is not registered here; register again")
             return
-        # --- directives flow out while heartbeats come in
+        # --- send directives while heartbeats arrive
         reader = asyncio.create_task(self._read(session, first, request_iterator))
         try:
             while (directive := await session.next()) is not None:
@@ -99,7 +100,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         finally:
             reader.cancel()
             self._controller.close_session(session, "its stream ended")
-        # --- the end, with its reason
+        # --- end the session with its reason
         why = session.ended
         if isinstance(why, GradstreamError):
             context.set_trailing_metadata(((ERROR_CLASS_KEY, type(why).__name__),))
@@ -118,7 +119,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             message: coordinator_pb2.SessionRequest | None = first
             while message is not None:
                 if not self._controller.nodes.heartbeat(session, message.activity, self._controller.clock()):
-                    why = "this stream counts no more"
+                    why = "this session has been superseded"
                     break
                 if message.HasField("vitals"):
                     self._controller.nodes.note_vitals(session, message.vitals)
@@ -129,7 +130,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                     break
                 message = await anext(requests, None)
         finally:
-            # At once, before the writer comes round to it: slots must not wait for a dead worker.
+            # Close at once, without waiting for the writer: slots must not wait for a dead worker.
             self._controller.close_session(session, why)
 
     def _log(self, session: OpenSession, message: coordinator_pb2.SessionRequest) -> None:
@@ -138,7 +139,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             try:
                 self._reports.log_lines(node, list(message.log))
             except GradstreamError:
-                # A full disk costs log lines, not the node's lease.
+                # On a full disk only log lines are lost; the node keeps its lease.
                 pass
 
     async def ReportStep(
@@ -204,7 +205,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                     while piece := await self._reading.call(path, stream.read, PIECE_BYTES):
                         yield coordinator_pb2.FetchDataShardResponse(payload=piece)
                 finally:
-                    # Not awaited: a stream whose storage hangs closes when that answers.
+                    # In a thread that is not awaited: if the storage hangs, the stream closes once the storage answers.
                     threading.Thread(target=stream.close, daemon=True).start()
             except GradstreamError:
                 raise
@@ -227,12 +228,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             await asyncio.sleep(TOKENS_SECONDS)
 
 
-# Why a stream ended whose node said good-bye.
+# The reason of a session that its node ended itself.
 _LEFT = "it left"
 
 
 def check_registration(request: coordinator_pb2.RegisterRequest) -> None:
-    """Raises ConfigError for a node that cannot take part, ProtocolError for one that does not know how to."""
+    """Raise ConfigError for a node that cannot take part, ProtocolError for a malformed registration."""
     if request.version != __version__:
         raise ConfigError(
             f"node {request.name[:63]} runs gradstream {request.version[:32] or 'of no version'}, the coordinator "
@@ -252,26 +253,29 @@ def check_registration(request: coordinator_pb2.RegisterRequest) -> None:
             f"host:port; listen on the one that workers can reach (--listen)"
         )
     if request.memory_bytes >= 2**63:
-        raise ProtocolError("a registration's memory_bytes is too large to be true")
+        raise ProtocolError("a registration's memory_bytes is impossibly large")
     if len(request.machine_id) > 64:
         raise ProtocolError("a registration's machine_id is longer than 64 characters")
     if not 0 <= request.flops_per_second < 1e18:
-        raise ProtocolError("a registration's flops_per_second cannot be true")
+        raise ProtocolError("a registration's flops_per_second is not a possible speed")
 
 
 def check_role(kind: coordinator_pb2.NodeKind.ValueType) -> None:
-    """Raises AccessError when the caller's credentials are not those of this kind of node."""
+    """Raise AccessError when the caller's credentials are not for this kind of node."""
     caller = access.caller.get()
     role = access.SERVER if kind == SERVER else access.WORKER
     if caller is not None and caller.role != role:
         raise AccessError(
-            f"credentials of a {caller.role} cannot be used by a {KIND_WORDS[kind]}; start it with those of a {role}"
+            f"credentials of a {caller.role} cannot be used by a {KIND_WORDS[kind]}; start it with credentials of a "
+            f"{role}"
         )
 
 
 def data_file(record: JobRecord, file: str) -> tuple[str, int | None, str]:
-    """The path of a file of the job's data set, its size where the manifest has one, and its hash. Raises DataError for
-    a name that the manifest does not have."""
+    """Look up a file of the job's data set; return its path, its size if the manifest has one, and its hash.
+
+    Raises DataError for a name that is not in the manifest.
+    """
     manifest = parse_manifest(record.manifest_json)
     known: dict[str, tuple[int | None, str]] = {manifest.tokenizer_file: (None, manifest.tokenizer_sha256)}
     for shard in manifest.shards:

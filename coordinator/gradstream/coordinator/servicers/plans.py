@@ -1,4 +1,4 @@
-"""What a recipe will take, for people who ask before they submit it."""
+"""Forecast the cost of a recipe before it is submitted (PlanJob)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import jobs_pb2
 
 MAX_NODES = 4096
-"""Nodes of a kind that need not exist."""
+"""Maximum number of hypothetical nodes of a kind."""
 
 
 class Plans:
-    """Makes forecasts, one at a time: each may measure a model, which takes the processor for seconds."""
+    """Makes forecasts one at a time, because each may measure a model, which uses the processor for seconds."""
 
     def __init__(self, members: Membership, allowed: AllowedPaths, storage: StorageThreads):
         self._members = members
@@ -32,7 +32,7 @@ class Plans:
         self._one = asyncio.Semaphore(1)
 
     async def forecast(self, recipe: Recipe, request: jobs_pb2.PlanJobRequest) -> Forecast:
-        """What the recipe will take on the nodes of the request. Raises ConfigError, DataError and PlanError."""
+        """Forecast the recipe's cost on the nodes of the request. Raises ConfigError, DataError and PlanError."""
         check_request(request)
         manifest = await self._storage.call(recipe.data.path, _data, recipe, self._allowed)
         if request.num_servers or request.num_workers:
@@ -44,7 +44,7 @@ class Plans:
 
 
 def check_request(request: jobs_pb2.PlanJobRequest) -> None:
-    """Raise ConfigError for a cluster that cannot be."""
+    """Raise ConfigError for an impossible cluster."""
     for what, count in (("servers", request.num_servers), ("workers", request.num_workers)):
         if count > MAX_NODES:
             raise ConfigError(f"num_{what} is {count}; a plan is made for at most {MAX_NODES}")
@@ -52,11 +52,11 @@ def check_request(request: jobs_pb2.PlanJobRequest) -> None:
     if not (math.isfinite(rate) and rate > 0):
         raise ConfigError(f"link_bits_per_second is {rate:g}; give a link's speed, like 1e9 for 1 Gb/s")
     if request.memory_bytes and not (request.num_servers or request.num_workers):
-        raise ConfigError("memory_bytes is that of nodes that need not exist; say how many: num_workers, num_servers")
+        raise ConfigError("memory_bytes is only for hypothetical nodes; also give num_workers or num_servers")
 
 
 def _data(recipe: Recipe, allowed: AllowedPaths) -> Manifest | None:
-    """The recipe's data set; None when there is none yet. Raises ConfigError for a path that must not be opened."""
+    """Find the recipe's data set, None if there is none yet. Raises ConfigError for a path that must not be opened."""
     check_paths(recipe, allowed)
     is_there = MANIFEST_NAME in files.list_names(recipe.data.path)
     return find_data(recipe, allowed) if is_there else None

@@ -1,4 +1,4 @@
-"""The data set that a recipe names, as the coordinator finds it: paths that it may open, a manifest that fits."""
+"""Find the data set of a recipe: check that the coordinator may open its paths, and that the manifest fits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from gradstream.core.storage.paths import AllowedPaths
 
 
 def find_data(recipe: Recipe, allowed: AllowedPaths) -> Manifest:
-    """The manifest of the recipe's data set, which fits the recipe. Raises ConfigError for a path that must not be
-    opened, DataError for data that cannot be used. Blocks for as long as the storage does."""
+    """Read the manifest of the recipe's data set and check that it fits the recipe.
+
+    Raises ConfigError for a path that must not be opened, DataError for data that cannot be used. Blocks while the
+    storage does not answer.
+    """
     check_paths(recipe, allowed)
     manifest = read_data_manifest(recipe)
     planner.check_data(recipe, manifest)
@@ -20,7 +23,7 @@ def find_data(recipe: Recipe, allowed: AllowedPaths) -> Manifest:
 
 
 def check_paths(recipe: Recipe, allowed: AllowedPaths) -> None:
-    """Raise ConfigError for a recipe with a path that leads where this cluster's must not."""
+    """Raise ConfigError for a recipe with a path outside of the directories that this cluster may use."""
     allowed.check("run_root", recipe.run_root)
     allowed.check("data.path", recipe.data.path)
     if recipe.fine_tuning is not None:
@@ -31,7 +34,7 @@ def check_paths(recipe: Recipe, allowed: AllowedPaths) -> None:
 
 
 def read_data_manifest(recipe: Recipe) -> Manifest:
-    """The manifest of the recipe's data set. Raises DataError with the command that makes it."""
+    """Read the manifest of the recipe's data set. Raises DataError, with the command that prepares a missing one."""
     path = files.join(recipe.data.path, MANIFEST_NAME)
     try:
         return parse_manifest(files.read_bytes(path), origin=path)

@@ -1,4 +1,4 @@
-"""Jobs and nodes as people see them. What is shown is read off the state and the nodes' own words, never guessed."""
+"""Messages on jobs and nodes for people. All values come from the state and from the nodes' own reports."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ class Views:
         controller.after_reconcile.append(self._keep_time)
 
     def job(self, record: JobRecord, whole: bool = False) -> jobs_pb2.Job:
-        """One job: state, progress and what it waits for. `whole` reads the plan of one that has ended, too: a large
-        model's is megabytes, so a list of jobs does without."""
+        """One job: state, progress and waits.
+
+        `whole` also reads the plan of a job that has ended. A large model's plan has megabytes, so a list of jobs
+        leaves it out.
+        """
         active = self._controller.active
         if active is not None and active.job_id == record.job_id:
             record = active.record
@@ -86,7 +89,7 @@ class Views:
         return message
 
     def _last_plan(self, record: JobRecord, recipe: Recipe, whole: bool) -> plan_pb2.Plan | None:
-        """The plan under which a job ran last; of one without a pipeline only where all is asked for."""
+        """The last plan of a job; for a job without a pipeline only if `whole`."""
         wanted = whole or recipe.pipeline.stages != 1
         stored = self._state.load_plan(record.job_id, record.epoch) if wanted else None
         return plan_pb2.Plan.FromString(stored) if stored is not None else None
@@ -94,8 +97,8 @@ class Views:
     def _pipeline(self, job_id: str, plan: plan_pb2.Plan) -> jobs_pb2.Pipeline:
         """A plan's pipeline and its bubble, measured and ideal.
 
-        The ideal is that of the runs measured: how many microbatches they had follows from the slots that a replica
-        held then, which may be others than it holds now, or none.
+        The ideal bubble is computed for the measured runs. Their number of microbatches depends on the slots that a
+        replica held at that time.
         """
         num_stages = len(plan.stage_ends)
         message = jobs_pb2.Pipeline(
@@ -135,7 +138,7 @@ class Views:
         return reason if late else active.record.reason
 
     def _memory(self, active: ActiveJob, plan: Plan) -> Iterator[jobs_pb2.ServerMemory]:
-        """What each server says it holds of the job; servers that have not loaded it are left out."""
+        """The memory that each server reports for the job; servers that have not loaded the job are left out."""
         for index, server in enumerate(plan.servers):
             node = self._controller.members.get(server.node_id)
             if node is None or node.activity.job_id != active.job_id or not node.activity.num_parameters:
@@ -159,18 +162,18 @@ class Views:
         return jobs_pb2.Wait(what="its turn", whom=whom, since_unix_ms=record.submitted_unix_ms)
 
     def _keep_time(self, active: ActiveJob) -> None:
-        """At every reconcile, so that "since" is true however seldom somebody asks."""
+        """Update the waits at every reconcile, so that their "since" does not depend on when a person asks."""
         self.waits(active)
 
     # --- waits ------------------------------------------------------------------------------------------------------
 
     def waits(self, active: ActiveJob) -> list[jobs_pb2.Wait]:
-        """What the active job waits for and since when."""
+        """The waits of the active job, with the time at which each began."""
         own = active.waits.stamp(self._waits_for(active), unix_ms())
         return [*self._troubles(), *self._retries(active), *own, *self._nodes_waits(active)]
 
     def _troubles(self) -> list[jobs_pb2.Wait]:
-        """Why the coordinator cannot store what happens, and since when."""
+        """Why the coordinator cannot store its state, and since when."""
         troubles = [trouble for trouble in (self._controller.retry.trouble, self._state.trouble) if trouble is not None]
         if not troubles:
             return []
@@ -178,7 +181,7 @@ class Views:
         return [jobs_pb2.Wait(what=troubles[0].cause, whom="the coordinator", since_unix_ms=since)]
 
     def _retries(self, active: ActiveJob) -> Iterator[jobs_pb2.Wait]:
-        """What the coordinator tries again for the job."""
+        """The wait for another attempt to make the job's plan, if the last one failed."""
         trouble = active.planning.retry.trouble
         if trouble is not None:
             yield jobs_pb2.Wait(what=trouble.cause, whom="the coordinator", since_unix_ms=trouble.since_unix_ms)
@@ -218,7 +221,7 @@ class Views:
         return waits
 
     def _planning_waits(self, active: ActiveJob) -> list[tuple[str, str]]:
-        """What a job in planning waits for."""
+        """The waits of a job in planning, as (what, whom)."""
         if active.record.desired in ("pause", "stop"):
             return self._silent_servers(active)
         if waits_for_nodes(active, self._controller.clock()):
@@ -234,7 +237,7 @@ class Views:
         return [*missing, *self._silent_servers(active)]
 
     def _silent_servers(self, active: ActiveJob) -> list[tuple[str, str]]:
-        """The silent servers whose state is waited for, and for how long."""
+        """The waits for the state of silent servers, with the maximum time."""
         if active.plan is None:
             return []
         seconds = self._controller.timing.reunion_seconds
@@ -245,9 +248,9 @@ class Views:
             if absence is None or absence.refuses:
                 continue
             if active.reunion.company_since is None:
-                fate = "silent; its state is waited for as long as no server can be reached"
+                fate = "silent; the job waits for its state as long as no server can be reached"
             else:
-                fate = f"silent; its state is waited for, {seconds:g} s at most"
+                fate = f"silent; the job waits for its state, {seconds:g} s at most"
             waits.append((f"parameter server {server.name} to come back ({fate}{cure})", server.name))
         return waits
 
@@ -258,11 +261,11 @@ class Views:
         owed = standing(active, version, self._controller.members, self._controller.clock()).owed
         late += sorted({self._controller.members.name_of(holder) for holder in owed.values() if holder})
         if version in active.unwritten:
-            return f"the checkpoint of version {version}: {active.unwritten[version][1]}", "the storage to be mended"
+            return f"the checkpoint of version {version}: {active.unwritten[version][1]}", "the storage to be repaired"
         return f"the checkpoint of version {version}", ", ".join(late) or "the coordinator, to write its manifest"
 
     def _with_cause(self, server: Server) -> str:
-        """A server's name and what it says that it waits for, other than slots."""
+        """A server's name and, if it reports that it waits for its disk, the cause."""
         node = self._controller.members.get(server.node_id)
         cause = node.activity.waiting_for if node is not None else ""
         return f"{server.name}: it waits for {cause}" if cause.startswith("the disk") else server.name
@@ -328,12 +331,12 @@ class Views:
         ]
 
     def refused_nodes(self) -> list[jobs_pb2.RefusedNode]:
-        """Nodes that were not let in."""
+        """Nodes whose registration was refused."""
         return self._controller.members.refused()
 
 
 def codecs_line(codec: CodecConfig, last: coordinator_pb2.ReportStepRequest) -> str:
-    """The codecs of a step for people, with the reason where they were chosen automatically."""
+    """The codecs of a step for people, with the reason if they were chosen automatically."""
     push, chosen = _codec_name(last.push_codec), _codec_name(last.pull_codec)
     pull = f"delta-{chosen}" if codec.pull == "auto" else codec.pull
     reason = f" (auto: {last.codec_reason})" if last.codec_reason else ""

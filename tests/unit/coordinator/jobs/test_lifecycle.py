@@ -452,7 +452,7 @@ async def test_old_checkpoints_are_removed_and_the_last_is_exported(cluster: Clu
         async for _ in cluster.jobs.ExportCheckpoint(jobs_pb2.ExportCheckpointRequest(job_id=job_id, version=1)):
             pass
     assert isinstance(of_rpc(caught), CheckpointError)
-    assert "there are versions 2, 3" in str(of_rpc(caught))
+    assert "it has versions 2, 3" in str(of_rpc(caught))
 
 
 async def test_log_lines_come_to_the_jobs_history(cluster: Cluster) -> None:

@@ -59,7 +59,7 @@ async def test_servers_that_were_cut_off_come_back_one_by_one(three: Cluster) ->
     await asyncio.sleep(TIMING.lease_seconds + TIMING.server_grace_seconds + 0.5)
     job = await three.job(job_id)
     assert [wait.what for wait in job.waits] == [
-        f"parameter server ps-{number} to come back (silent; its state is waited for as long as no server can be "
+        f"parameter server ps-{number} to come back (silent; the job waits for its state as long as no server can be "
         f"reached)"
         for number in range(3)
     ]
@@ -67,7 +67,7 @@ async def test_servers_that_were_cut_off_come_back_one_by_one(three: Cluster) ->
     await asyncio.sleep(TIMING.server_grace_seconds + 0.1)
     job = await three.job(job_id)
     assert [wait.what for wait in job.waits] == [
-        f"parameter server ps-{number} to come back (silent; its state is waited for, 30 s at most)"
+        f"parameter server ps-{number} to come back (silent; the job waits for its state, 30 s at most)"
         for number in (1, 2)
     ]
     for server in servers[1:]:

@@ -65,7 +65,7 @@ async def test_data_that_is_not_there_yet_is_a_warning(cluster: Cluster) -> None
         ({"num_servers": 5000}, ConfigError, "num_servers is 5000; a plan is made for at most 4096"),
         ({"link_bits_per_second": 0.0}, ConfigError, "link_bits_per_second is 0; give a link's speed"),
         ({"link_bits_per_second": float("nan")}, ConfigError, "link_bits_per_second is nan"),
-        ({"memory_bytes": 1}, ConfigError, "say how many: num_workers, num_servers"),
+        ({"memory_bytes": 1}, ConfigError, "also give num_workers or num_servers"),
         ({"recipe_json": "{}"}, ConfigError, "'name' is missing"),
     ],
 )

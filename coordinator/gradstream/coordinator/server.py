@@ -35,7 +35,7 @@ log = get_logger()
 
 
 class Coordinator:
-    """A coordinator that is started and stopped. One at a time on a state directory."""
+    """A coordinator with `start` and `stop`. Only one at a time can use a state directory."""
 
     def __init__(
         self,
@@ -47,8 +47,11 @@ class Coordinator:
         tokens: Path | None = None,
         grace_seconds: float = GRACE_SECONDS,
     ):
-        """`tokens` is the file of the table of tokens, needed when `transport` is secure; `grace_seconds` is the time
-        that a manifest may take which is being written when the coordinator is stopped."""
+        """Create a coordinator.
+
+        `tokens` is the file of the table of tokens, needed when `transport` is secure. `grace_seconds` is the time to
+        finish a manifest that is being written when the coordinator stops.
+        """
         self._grace_seconds = grace_seconds
         self._listen = listen
         self._state_dir = state_dir
@@ -60,7 +63,7 @@ class Coordinator:
         self.address = ""
 
     async def start(self) -> None:
-        """Take up the state and serve. Raises ConfigError when the state or the address is taken or unusable."""
+        """Open the state and serve. Raises ConfigError when the state or the address is in use or unusable."""
         self._lock = lock_directory(self._state_dir, "coordinator")
         try:
             self._state = SqliteState(self._state_dir)
@@ -97,7 +100,7 @@ class Coordinator:
         self._tasks.append(asyncio.create_task(self._health.watch(self._is_healthy, process.HEALTH_CHECK_SECONDS)))
 
     async def stop(self) -> None:
-        """Stop serving. Nodes stay up and work on; they register again with the next coordinator."""
+        """Stop serving. Nodes keep working and register again with the next coordinator."""
         for task in self._tasks:
             task.cancel()
             with suppress(asyncio.CancelledError):
@@ -110,7 +113,7 @@ class Coordinator:
         self._lock.close()
 
     async def _is_healthy(self) -> bool:
-        """Whether reports can be stored: SERVING means that, not just that the process runs."""
+        """Whether reports can be stored. SERVING means this, not only that the process runs."""
         try:
             self._state.check_writable()
         except GradstreamError as error:
@@ -131,9 +134,9 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT. `ready_file` gets one line, host:port, once nodes can register.
 
-    `root`: directory that stands for the one in which a recipe is submitted (gradstream.core.recipe.roots); empty:
-    none. `credentials` is the directory of the coordinator's own, `tokens` the table of tokens, by default tokens.json
-    there.
+    `root` is the directory that replaces the one in which a recipe is submitted (gradstream.core.recipe.roots); empty
+    for none. `credentials` is the directory of the coordinator's own credentials. `tokens` is the table of tokens, by
+    default tokens.json in this directory.
     """
     if credentials is not None and tokens is None:
         tokens = credentials / TOKENS_NAME

@@ -1,4 +1,4 @@
-"""The times that the coordinator works by, and how they are given on the command line."""
+"""The coordinator's timing settings, and their parser for the command line."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from gradstream.core.errors import ConfigError, nearest
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Times in seconds that the coordinator works by."""
+    """The coordinator's timing settings, in seconds unless the name says otherwise."""
 
     heartbeat_seconds: float = 1.0
-    # Without a heartbeat for so long a node is silent: its slots move.
+    # A node without a heartbeat for this time is silent: other workers get its slots.
     lease_seconds: float = 10.0
-    # After so long the coordinator tries whether the machine of a silent parameter server refuses connections.
+    # After this time the coordinator tests whether the machine of a silent parameter server refuses connections.
     server_grace_seconds: float = 3.0
-    # How long the state of a silent parameter server is waited for, from the moment at which others are back.
+    # How long a job waits for the state of a silent parameter server, from the moment at which others are back.
     reunion_seconds: float = 30.0
-    # For the workers of the lease table to come back after the coordinator was restarted.
+    # Time for the workers of the lease table to come back after a restart of the coordinator.
     adopt_grace_seconds: float = 15.0
-    # Between looks at the clock; events are acted upon at once.
+    # Between two checks of the clock. The coordinator acts on events at once.
     tick_seconds: float = 0.2
-    # Most between two attempts of what failed, such as a write to a full disk.
+    # Maximum between two attempts of a failed operation, such as a write to a full disk.
     retry_seconds: float = 2.0
-    # A worker that cannot reach a parameter server or a neighbour for so long gives up its slots.
+    # A worker that cannot reach a parameter server or a neighbour for this time loses its slots.
     unreachable_seconds: float = 30.0
-    # A worker without progress for `stall_factor` times as long as a slot takes gives up its slots; not sooner than
-    # this, and before the first step after `first_slot_seconds`.
+    # A worker without progress for `stall_factor` times the time of a slot loses its slots, but not before
+    # `stall_seconds`; before the first step, after `first_slot_seconds`.
     stall_seconds: float = 30.0
     stall_factor: float = 10.0
     first_slot_seconds: float = 600.0
-    # How long a node is benched the first time; each time after that twice as long, at most 16 times.
+    # How long a node is benched the first time. Each later time takes twice as long, up to 16 times this value.
     bench_seconds: float = 60.0
 
 
 def parse_timing(settings: Iterable[str]) -> Timing:
-    """A Timing from settings like "lease_seconds=5". Raises ConfigError."""
+    """Parse settings like "lease_seconds=5". Raises ConfigError."""
     known = [field.name for field in fields(Timing)]
     values: dict[str, float] = {}
     for setting in settings:
@@ -56,16 +56,18 @@ def parse_timing(settings: Iterable[str]) -> Timing:
     return Timing(**values)
 
 
-# A step has waits on its normal way. They are shown once they last several times as long as a step usually takes, and
-# not before `SHORTEST_WAIT_SECONDS`; where no step time is known, after `FIRST_WAIT_SECONDS`.
+# Short waits are normal in a step. A wait is shown once it lasts several times as long as a usual step, and not before
+# `SHORTEST_WAIT_SECONDS`. While no step time is known, a wait is shown after `FIRST_WAIT_SECONDS`.
 USUAL_STEPS = 3.0
 SHORTEST_WAIT_SECONDS = 2.0
 FIRST_WAIT_SECONDS = 10.0
 
 
 def judge_wait(waited_seconds: float, step_seconds: float | None) -> tuple[bool, str]:
-    """Whether a running job's step is late after `waited_seconds` without progress, and why. `step_seconds` is how long
-    a step usually takes; None where it is not known."""
+    """Judge whether a running job's step is late after `waited_seconds` without progress, and why.
+
+    `step_seconds` is the usual time of a step; None if it is not known.
+    """
     most = FIRST_WAIT_SECONDS if step_seconds is None else max(SHORTEST_WAIT_SECONDS, USUAL_STEPS * step_seconds)
     usual = "no step time is known yet" if step_seconds is None else f"a step usually takes {step_seconds:.2g} s"
     if waited_seconds < most:

@@ -129,7 +129,7 @@ class Views:
             message.eta_seconds = max(0, active.num_steps - active.version) / steps
 
     def _reason(self, active: ActiveJob, now: float) -> str:
-        """Why the job is as it is: an order under way, a step that is late, or why it came into its state."""
+        """The reason shown for a job's state: an order under way, a late step, or the cause of its last transition."""
         can_end_step = self._controller.leasing.can_end_step(active, now)
         order = decisions.order_text(active.sight(can_end_step, self._controller.servers.settled(active)))
         if order or active.state != RUNNING:
@@ -281,7 +281,7 @@ class Views:
         return ", ".join(sorted(names)) or "a worker to register"
 
     def _nodes_waits(self, active: ActiveJob) -> list[jobs_pb2.Wait]:
-        """When a step is late: what the nodes of the job say, in their own words and with their own times."""
+        """The waits that the job's nodes report themselves, shown when a step is late."""
         idle_seconds = self._controller.clock() - active.progress_at
         if active.state != RUNNING or not judge_wait(idle_seconds, step_seconds(active))[0]:
             return []

@@ -1,1 +1,1 @@
-"""What the coordinator remembers across a restart, and those who watch it grow."""
+"""The coordinator's durable state, and notification of the watchers of a job."""

@@ -1,4 +1,4 @@
-"""A job's history as it grows: appending wakes those who watch."""
+"""Append to a job's history and wake its watchers."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ class Notifier:
         self.changed(job_id)
 
     def changed(self, job_id: str) -> None:
-        """Wake the job's watchers: its history or its state is another."""
+        """Wake the job's watchers: its history or its state has changed."""
         event = self._changes.pop(job_id, None)
         if event is not None:
             event.set()
 
     def change(self, job_id: str) -> asyncio.Event:
-        """Set when the job's history or state next changes."""
+        """Return an event that is set at the next change of the job's history or state."""
         return self._changes.setdefault(job_id, asyncio.Event())
 
     async def follow(
         self, job_id: str, after_cursor: int, is_over: Callable[[], bool], kinds: Sequence[str] = ()
     ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
-        """The items after a cursor, of all kinds or of these, until all were sent and `is_over` says that no more will
-        come."""
+        """Yield the items after a cursor, of all kinds or of `kinds`.
+
+        Ends when all items were sent and `is_over` returns True: no more will come.
+        """
         while True:
-            # Taken before reading, so that what is added in between is not slept through.
+            # Subscribe before reading: an item that is added between the read and the wait is not missed.
             change = self.change(job_id)
             over = is_over()
             page = self._state.read_history(job_id, after_cursor, PAGE_ITEMS, kinds)

@@ -1,7 +1,7 @@
 """The coordinator's state in one SQLite file (WAL).
 
-Job records and the step ledger are flushed to the disk before a call returns (`synchronous=FULL`); history, which only
-people read, may lose its last moments when the power fails (`NORMAL`). Neither loses anything to a killed process.
+Job records and the step ledger are flushed to the disk before a call returns (`synchronous=FULL`). The history, which
+only people read, may lose its last items in a power failure (`NORMAL`). A killed process loses nothing of either.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 FORMAT_VERSION = 1
 TROUBLE_SECONDS = 60.0
-"""A failure that is not met again for so long is over: nobody tries that any more."""
+"""A failure that has not occurred for this time is over: its operation is not tried any more."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -107,7 +107,7 @@ _JOB_COLUMNS = (
     "job_id, name, recipe_json, manifest_json, run_directory, submitted_unix_ms, state, reason, desired, rank, epoch, "
     "start_version, plan_held, ended_unix_ms, leases, decisions_json, request_id, without_servers_json"
 )
-# Rows of the trajectory that epoch :epoch continues from :start.
+# The rows of the trajectory that epoch :epoch continues from version :start.
 _TRAJECTORY = """
     job_id = :job AND step < :below AND (
         epoch = :epoch OR (step < :start AND epoch = (
@@ -122,9 +122,9 @@ class SqliteState(State):
 
     def __init__(self, directory: Path, max_log_lines: int = MAX_LOG_LINES):
         self._max_log_lines = max_log_lines
-        # Lines added since the last trim, by job: trimming at every line would cost more than the line.
+        # Lines added since the last trim, by job. A trim at every line would cost more than the line.
         self._untrimmed: dict[str, int] = {}
-        # By what was tried: the trouble, and when (monotonic seconds) it was last met.
+        # For each failed operation: the trouble, and when (monotonic seconds) it last occurred.
         self._troubles: dict[str, tuple[Trouble, float]] = {}
         path = directory / "coordinator.sqlite"
         try:
@@ -144,7 +144,7 @@ class SqliteState(State):
             raise ConfigError(f"the state in {path} cannot be opened ({error}); make the directory writable") from None
 
     def _add_columns(self) -> None:
-        """Give a file of an earlier gradstream what it lacks."""
+        """Add the missing columns to a file of an earlier release."""
         known = {row[1] for row in self._db.execute("PRAGMA table_info(jobs)")}
         for column, default in (("request_id", ""), ("without_servers_json", "[]")):
             if column not in known:
@@ -161,15 +161,17 @@ class SqliteState(State):
 
     @contextmanager
     def _transaction(self, what: str, durable: bool) -> Iterator[sqlite3.Connection]:
-        """All or nothing; with `durable` also flushed to the disk. `what` tells troubles apart: where room for a
-        line is left a transition may still find none."""
+        """Run a transaction; with `durable` flush it to the disk.
+
+        `what` names the operation whose trouble is noted: a nearly full disk may take a log line but not a transition.
+        """
         try:
             self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
             except BaseException:
-                # A full disk has rolled back already; an error of a second rollback would hide the cause.
+                # After a full disk SQLite has rolled back already; the error of a second rollback would hide the cause.
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
@@ -181,13 +183,13 @@ class SqliteState(State):
             cure = "does another program use it?" if "locked" in str(error) else "is its disk full?"
             raise self._failed(what, f"the coordinator cannot write its state ({error}); {cure}") from None
         except OverflowError:
-            raise ProtocolError("a number in the message is too large to be true") from None
+            raise ProtocolError("a number in the message is impossibly large") from None
         if durable:
             self._troubles.clear()
         self._troubles.pop(what, None)
 
     def _read(self, query: str, values: Sequence[object] | dict[str, object] = ()) -> list[Any]:
-        """All rows of a query. Raises UnreachableError."""
+        """Return all rows of a query. Raises UnreachableError."""
         try:
             rows = self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
@@ -219,7 +221,7 @@ class SqliteState(State):
             db.execute(f"UPDATE jobs SET {assignments} WHERE job_id = ?", (*_job_row(record), record.job_id))
             if plan is not None:
                 db.execute("INSERT OR REPLACE INTO plans VALUES (?, ?, ?)", (record.job_id, record.epoch, plan))
-                # Older plans can never be taken up again, and a large model's is megabytes.
+                # Older plans are never used again, and a large model's plan has megabytes.
                 db.execute("DELETE FROM plans WHERE job_id = ? AND epoch < ?", (record.job_id, record.epoch))
             for item in items:
                 _append(db, record.job_id, item)
@@ -323,7 +325,7 @@ class SqliteState(State):
 
     def record_validation_part(self, report: coordinator_pb2.ReportValidationRequest) -> bool:
         with self._transaction("record_validation_part", durable=True) as db:
-            # SQLite takes NaN for NULL, which the column refuses.
+            # SQLite stores NaN as NULL, which the column refuses.
             loss_sum = "nan" if math.isnan(report.loss_sum) else report.loss_sum
             row = (report.job_id, report.epoch, report.version, report.slot, loss_sum, report.num_tokens)
             return bool(db.execute("INSERT OR IGNORE INTO validation_parts VALUES (?, ?, ?, ?, ?, ?)", row).rowcount)
@@ -334,7 +336,7 @@ class SqliteState(State):
             " ORDER BY slot, epoch DESC",
             (job_id, version),
         )
-        # The earliest epoch's part is the last of its slot and stays: parts of two epochs are the same anyway.
+        # Of a slot with several rows the last one, of the earliest epoch, counts. Parts of two epochs are equal anyway.
         return {slot: (float(loss_sum), num_tokens) for slot, loss_sum, num_tokens in rows}
 
     def record_validation(self, job_id: str, validation: jobs_pb2.Validation) -> bool:

@@ -1,7 +1,7 @@
-"""What the coordinator remembers across a restart: an interface, so that another database can take SQLite's place.
+"""The interface of the coordinator's durable state. Another database can implement it in place of SQLite.
 
-A method either did all of its work durably or raised. Everything that a node or a person was told is in here; what the
-controller keeps in memory can be built again from it.
+A method either does all of its work durably or raises. The state has everything that nodes and people were told. The
+controller can rebuild its memory from the state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_LOG_LINES = 50_000
 
 @dataclass
 class JobRecord:
-    """The durable part of a job. `desired` is what a person asked for last: run, pause, stop, replan."""
+    """The durable part of a job. `desired` is the last order of a person: run, pause, stop, replan."""
 
     job_id: str
     name: str
@@ -29,17 +29,17 @@ class JobRecord:
     state: jobs_pb2.JobState.ValueType = QUEUED
     reason: str = ""
     desired: str = "run"
-    # Queued jobs run in rising order of rank; a resumed one gets a rank below all others.
+    # Queued jobs run in rising order of rank. A resumed job gets a rank below all others.
     rank: int = 0
     epoch: int = 0
     start_version: int = 0
-    # The last plan may still be on its servers: a coordinator that restarts tries to adopt it.
+    # Whether nodes may still hold the last plan. A coordinator that restarts then tries to adopt it.
     plan_held: bool = False
     ended_unix_ms: int = 0
-    # The lease table as bytes: its number must rise across restarts of the coordinator too.
+    # The lease table as bytes, stored because its number must rise across restarts of the coordinator too.
     leases: bytes = b""
     decisions: dict[str, str] = field(default_factory=dict)
-    # What the submitter called the request; empty for none. No two jobs have the same.
+    # The id that the submitter gave the request; empty for none. It is unique among jobs.
     request_id: str = ""
     # Names of parameter servers that the job's plans leave out.
     without_servers: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Sums over the steps of the current trajectory, each counted once."""
+    """Sums over the steps of the current trajectory; each step counts once."""
 
     num_steps: int = 0
     version: int = 0
@@ -58,13 +58,13 @@ class StepTotals:
 
     @property
     def consecutive_skips(self) -> int:
-        """Skipped steps in a row at this version."""
+        """Number of consecutive skipped steps up to this version."""
         return self.last.consecutive_skips if self.last is not None else 0
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why something that is tried again and again does not work, and since when (Unix ms)."""
+    """Why an operation that is retried fails, and since when (Unix ms)."""
 
     cause: str
     since_unix_ms: int
@@ -73,13 +73,14 @@ class Trouble:
 class State(ABC):
     """Jobs, their history and their ledgers. Used from one thread; every call is short.
 
-    Methods raise UnreachableError when the storage cannot be used, so that whoever called tries again later.
+    Methods raise UnreachableError when the storage cannot be used. The caller then tries again later.
     """
 
     @property
     @abstractmethod
     def trouble(self) -> Trouble | None:
-        """Why the storage cannot be used, from the first call that failed to the next of its kind that succeeds."""
+        """Why the storage cannot be used; None if it can. It stands from a failed call until a call of its kind
+        succeeds."""
 
     @abstractmethod
     def create_job(self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse] = ()) -> None:
@@ -89,16 +90,16 @@ class State(ABC):
     def store_job(
         self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse] = (), plan: bytes | None = None
     ) -> None:
-        """Store a transition in one transaction: a job's record, the items that it adds to the history, and the plan of
-        `record.epoch` when one is given."""
+        """Store a transition in one transaction: the record, new items of the history, the plan of `record.epoch` if
+        given."""
 
     @abstractmethod
     def get_job(self, job_id: str) -> JobRecord | None:
-        """The job, or None."""
+        """The job with this id, or None."""
 
     @abstractmethod
     def job_of_request(self, request_id: str) -> JobRecord | None:
-        """The job that the request of this id, which is not empty, has made, or None."""
+        """The job that the request with this id created, or None. `request_id` must not be empty."""
 
     @abstractmethod
     def list_jobs(self) -> list[JobRecord]:
@@ -110,66 +111,71 @@ class State(ABC):
 
     @abstractmethod
     def append(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
-        """Add items to a job's history; their `cursor` is ignored. The oldest log lines beyond a bound fall out."""
+        """Add items to a job's history; their `cursor` is ignored. Beyond a bound the oldest log lines are deleted."""
 
     @abstractmethod
     def read_history(
         self, job_id: str, after_cursor: int, limit: int, kinds: Sequence[str] = ()
     ) -> list[jobs_pb2.WatchJobResponse]:
-        """At most `limit` items after a cursor, oldest first; of all kinds, or of these."""
+        """At most `limit` items after a cursor, oldest first, of all kinds or of `kinds`."""
 
     @abstractmethod
     def record_step(
         self, report: coordinator_pb2.ReportStepRequest, items: Sequence[jobs_pb2.WatchJobResponse] = ()
     ) -> bool:
-        """Enter a step in ledger and history, followed by `items`. False, and nothing changed, when (job, epoch, step)
-        is known."""
+        """Add a step, followed by `items`, to ledger and history.
+
+        Returns False and changes nothing if (job, epoch, step) is known.
+        """
 
     @abstractmethod
     def step_totals(self, job_id: str, epoch: int, start_version: int, below: int | None = None) -> StepTotals:
-        """Sums over the trajectory that `epoch` continues from `start_version`, over steps below `below` if given.
+        """Compute the sums over the trajectory that `epoch` continues from `start_version`, up to `below` if given.
 
-        For a step before `start_version` the row of the highest epoch counts; from there on only rows of `epoch` do.
+        For a step before `start_version` the row of the highest epoch counts. From `start_version` on only rows of
+        `epoch` count. The step `below` itself does not count.
         """
 
     @abstractmethod
     def read_steps(
         self, job_id: str, epoch: int, start_version: int, first: int, limit: int
     ) -> list[coordinator_pb2.ReportStepRequest]:
-        """At most `limit` steps from `first` on, by rising step, of the trajectory of `step_totals`."""
+        """At most `limit` steps of the trajectory of `step_totals`, from `first` on, by rising step."""
 
     @abstractmethod
     def record_validation_part(self, report: coordinator_pb2.ReportValidationRequest) -> bool:
-        """Enter a slot's part of a validation pass. False when it was known."""
+        """Add a slot's part of a validation pass. Returns False if it was known."""
 
     @abstractmethod
     def validation_parts(self, job_id: str, version: int) -> dict[int, tuple[float, int]]:
-        """For each slot that reported on a version under any epoch, (sum of loss, tokens)."""
+        """For each slot with a report on a version in any epoch, (sum of loss, tokens)."""
 
     @abstractmethod
     def record_validation(self, job_id: str, validation: jobs_pb2.Validation) -> bool:
-        """Enter a complete validation pass, in history too. False when the version had one."""
+        """Add a complete validation pass, in the history too. Returns False if the version had one."""
 
     @abstractmethod
     def validations(self, job_id: str) -> list[jobs_pb2.Validation]:
-        """The complete passes by rising version."""
+        """The complete validation passes, by rising version."""
 
     @abstractmethod
     def record_checkpoint_file(self, report: coordinator_pb2.ReportCheckpointRequest) -> bool:
-        """Enter a server's file. False when it was known or the version's manifest of this epoch was written."""
+        """Add a server's file. Returns False if it was known or the version's manifest of this epoch was written."""
 
     @abstractmethod
     def checkpoint_files(self, job_id: str, epoch: int) -> list[coordinator_pb2.ReportCheckpointRequest]:
-        """The files of an epoch whose manifest is still to be written."""
+        """The files of an epoch whose manifest is not written yet."""
 
     @abstractmethod
     def record_residual(self, report: coordinator_pb2.ReportResidualRequest) -> bool:
-        """Enter a slot's residual, or that there is none. False when it was known or the version's manifest of this
-        epoch was written."""
+        """Add the report of a slot's residual, or that there is none.
+
+        Returns False if it was known or the version's manifest of this epoch was written.
+        """
 
     @abstractmethod
     def residuals(self, job_id: str, epoch: int) -> list[coordinator_pb2.ReportResidualRequest]:
-        """The residuals of an epoch whose manifest is still to be written, and all reports that there is none."""
+        """The residuals of an epoch whose manifest is not written yet, and all reports that there is none."""
 
     @abstractmethod
     def record_checkpoint(
@@ -179,23 +185,27 @@ class State(ABC):
         checkpoint: jobs_pb2.Checkpoint,
         items: Sequence[jobs_pb2.WatchJobResponse] = (),
     ) -> None:
-        """Enter a checkpoint whose manifest was written, in history too, followed by `items`; forget the files it was
-        made of."""
+        """Add a checkpoint whose manifest was written, followed by `items` in the history; forget the reports of its
+        files."""
 
     @abstractmethod
     def checkpoint_versions(self, job_id: str) -> list[int]:
-        """The versions of a job whose checkpoints were entered and not forgotten, oldest first. Retention may have
-        removed all but the newest ones."""
+        """The versions of a job's recorded checkpoints, oldest first, without the forgotten ones.
+
+        Retention may have removed all but the newest ones from the disk.
+        """
 
     @abstractmethod
     def forget_checkpoints(self, job_id: str, after: int, items: Sequence[jobs_pb2.WatchJobResponse] = ()) -> None:
-        """Forget the checkpoints later than version `after`, and add `items` to the history: a person goes back to an
-        older one."""
+        """Forget the checkpoints later than version `after`, and add `items` to the history.
+
+        This happens when a person lets the job go back to an older checkpoint.
+        """
 
     @abstractmethod
     def check_writable(self) -> None:
-        """Write something. Raises UnreachableError when that is not possible."""
+        """Test whether the state can be written. Raises UnreachableError when it cannot."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the storage."""
+        """Close the storage."""

@@ -1,7 +1,7 @@
-"""A job's metrics: what the ledger has of each step, as rows. There is no other record of them.
+"""A job's metrics: a row for each step, made from the ledger. There is no other record of them.
 
 Step t starts from version t, so the row of step t has the training loss and the validation loss of version t. The last
-version has no step: where it was validated, a row without a step comes last.
+version has no step. If it was validated, a row without a step comes last.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from gradstream.coordinator.state.state import JobRecord, State
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 PAGE_STEPS = 1000
-"""Steps that are read at a time: a page's rows take less than 0.2 MiB."""
+"""Number of steps that are read at a time. The rows of a page take less than 0.2 MiB."""
 
 
 def pages(state: State, record: JobRecord, first_step: int, every: int) -> Iterator[list[jobs_pb2.StepMetrics]]:
-    """The rows of a job's current trajectory, as GetMetricsRequest asks for them. A page may be empty: between two of
-    them the caller lets others run."""
+    """Yield the rows of a job's current trajectory that GetMetricsRequest selects, in pages.
+
+    A page may be empty. Between two pages the caller lets other tasks run.
+    """
     first_step = min(first_step, 2**63 - 1)
     validations = {item.version: item.loss for item in state.validations(record.job_id)}
     before = state.step_totals(record.job_id, record.epoch, record.start_version, below=first_step)
     rows = _Rows(validations, first_step, every, before.num_tokens)
-    # The step before gives the first one's time.
+    # The report of the step before is needed for the time of the first step.
     next_step = max(0, first_step - 1)
     while True:
         reports = state.read_steps(record.job_id, record.epoch, record.start_version, next_step, PAGE_STEPS)
@@ -34,7 +36,7 @@ def pages(state: State, record: JobRecord, first_step: int, every: int) -> Itera
 
 
 class _Rows:
-    """Makes rows of reports, which come by rising step."""
+    """Makes rows from reports, which come by rising step."""
 
     def __init__(self, validations: Mapping[int, float], first_step: int, every: int, num_tokens: int):
         self._validations = validations
@@ -42,11 +44,11 @@ class _Rows:
         self._every = max(1, every)
         self._num_tokens = num_tokens
         self._before: coordinator_pb2.ReportStepRequest | None = None
-        # The last step's row, which is shown whether `every` divides it or not.
+        # The last step's row, which is always shown, also if `every` does not divide its step.
         self._held: jobs_pb2.StepMetrics | None = None
 
     def take(self, reports: Iterable[coordinator_pb2.ReportStepRequest]) -> Iterator[jobs_pb2.StepMetrics]:
-        """The rows of more reports that were asked for."""
+        """Take more reports; yield the rows of the selected steps."""
         for report in reports:
             if report.step >= self._first_step:
                 self._num_tokens += report.num_tokens
@@ -57,7 +59,7 @@ class _Rows:
             self._before = report
 
     def last(self) -> Iterator[jobs_pb2.StepMetrics]:
-        """The rows at the end: the last step's, if it was not among the others, and that of the last version."""
+        """Yield the rows at the end: that of the last step, if not yielded yet, and that of the last version."""
         if self._held is not None:
             yield self._held
         version = self._before.step + 1 if self._before is not None else 0
@@ -73,7 +75,10 @@ def row_of(
     num_tokens: int,
     validation_loss: float | None,
 ) -> jobs_pb2.StepMetrics:
-    """The row of a step. `before` is the report of the step before, `num_tokens` counts to the end of this one."""
+    """Make the row of a step.
+
+    `before` is the report of the step before. `num_tokens` is the number of tokens up to the end of this step.
+    """
     return jobs_pb2.StepMetrics(
         step=report.step,
         epoch=report.epoch,
@@ -93,9 +98,12 @@ def row_of(
 def step_seconds(
     report: coordinator_pb2.ReportStepRequest, before: coordinator_pb2.ReportStepRequest | None
 ) -> float | None:
-    """Seconds from one commit to the next by the leader's clock. None where that is not how long the step took: the
-    step before is of another epoch, is missing, or ended at a boundary at which the job may have rested."""
+    """Seconds from one commit to the next by the leader's clock; None if this is not the duration of the step.
+
+    It is not when the step before belongs to another epoch, is missing, or ended at a boundary at which the job may
+    have rested.
+    """
     if before is None or before.epoch != report.epoch or before.step + 1 != report.step or before.halted:
         return None
-    # A clock that was set back must not make a step shorter than nothing.
+    # A clock that was set back must not give a negative duration.
     return max(0, report.unix_ms - before.unix_ms) / 1000

@@ -1,8 +1,8 @@
-"""How long the workers of a pipeline wait: their timelines' passes put together to runs of the schedule.
+"""Measure how long the workers of a pipeline wait, from the passes in their timelines, grouped into runs.
 
-A replica runs its schedule once over all the slots that it holds, so a run is the passes of some slots on all stages.
-Nothing in a timeline names replica or run; both follow from the passes. Workers that share a slot in a version are of
-one replica; slots between which one of its workers goes back and forth are of one run.
+A replica runs its schedule once over all the slots that it holds, so a run consists of the passes of some slots on all
+stages. A timeline does not name replica or run; both follow from the passes. Workers that share a slot in a version
+belong to one replica. Slots between which one of its workers alternates belong to one run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gradstream.core.telemetry.timeline import PASSES, SpanKind, Timeline
 
 
 class Pass(NamedTuple):
-    """A microbatch's pass on a stage. Times in microseconds; `microbatch` counts within the slot."""
+    """A microbatch's pass on a stage. Times are in microseconds; `microbatch` counts within the slot."""
 
     begin_us: int
     duration_us: int
@@ -33,11 +33,11 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a replica's schedule; times in microseconds.
+    """One run of a replica's schedule. Times are in microseconds.
 
-    `workers` are in the order of the stages and `passes[i]` are those of worker i, in order; `slots` are in the order
-    in which they begin. `num_microbatches` counts those of all slots: a replica takes them through its stages one after
-    the other without a pause between slots, so the pipeline fills and empties once a run and not once a slot.
+    `workers` are in the order of the stages, `passes[i]` are the passes of worker i in order, and `slots` are in the
+    order in which they begin. `num_microbatches` is the number of microbatches of all slots: a replica computes them
+    without a pause between slots, so the pipeline fills and empties once per run, not once per slot.
     """
 
     epoch: int
@@ -49,61 +49,64 @@ class Run:
 
     @property
     def begin_us(self) -> int:
-        """When the first pass begins."""
+        """The beginning of the first pass."""
         return min(passes[0].begin_us for passes in self.passes)
 
     @property
     def end_us(self) -> int:
-        """When the last pass ends."""
+        """The end of the last pass."""
         return max(one.end_us for passes in self.passes for one in passes)
 
     @property
     def busy_us(self) -> int:
-        """Sum of all passes of all workers."""
+        """The sum of all passes of all workers."""
         return sum(one.duration_us for passes in self.passes for one in passes)
 
     @property
     def worker_us(self) -> int:
-        """Sum over the workers of the time from the first pass of any of them to the last."""
+        """The time from the first pass of the run to the last, times the number of workers."""
         return len(self.workers) * (self.end_us - self.begin_us)
 
 
 class Bubble(NamedTuple):
-    """Shares of the workers' time in which they wait: the one measured, and the one that GPipe and 1F1B would have with
-    the same microbatches if all stages took equally long and passes were indivisible, which can be more."""
+    """The measured and the ideal share of the workers' time in which they wait.
+
+    The ideal share is that of GPipe and 1F1B for the same microbatches, with equal stages and indivisible passes. It
+    can be higher than the measured share.
+    """
 
     measured: float
     ideal: float
 
 
 def bubble(timelines: Iterable[Timeline]) -> float | None:
-    """The measured share of the workers' time in which they wait; None when there is no whole run. See `measure`."""
+    """The measured share of the workers' time in which they wait; None without a complete run. See `measure`."""
     found = measure(runs(timelines))
     return found.measured if found is not None else None
 
 
 def measure(found: Sequence[Run]) -> Bubble | None:
-    """The bubble of these runs: 1 - busy time / (number of workers * (last end - first begin)), with both sums over all
-    runs. None when there are none.
+    """Compute the bubble of runs: 1 - busy time / (number of workers * (last end - first begin)); None without runs.
 
-    First begin and last end may be of different machines: by how far their clocks are apart, the time between them is
-    too long or too short. It is never shorter than what one worker did by its own clock, so no bubble is less than 0.
+    Both times are sums over all runs. First begin and last end may come from different machines. The time between them
+    is then wrong by the difference of the clocks, but never shorter than the time of one worker by its own clock. The
+    result is at least 0.
     """
     worker_us = sum(run.worker_us for run in found)
     busy_us = sum(run.busy_us for run in found)
     if not worker_us or not busy_us:
         return None
-    # What the same work would take if it were ideal.
+    # The workers' time if the same work were ideal.
     ideal_us = sum(run.busy_us / (1 - ideal_bubble(len(run.workers), run.num_microbatches)) for run in found)
-    # Less than 0 only where passes overlap, which no worker's do.
+    # Below 0 only if passes overlap, and the passes of one worker do not.
     return Bubble(max(0.0, 1 - busy_us / worker_us), 1 - busy_us / ideal_us)
 
 
 def runs(timelines: Iterable[Timeline], num_stages: int = 0) -> list[Run]:
-    """The whole runs of all versions, in order: those of which every stage has every microbatch's passes once.
+    """The complete runs of all versions, in order. In a complete run every stage has every microbatch's passes once.
 
-    The others are left out: those of a replica that lost a worker, of which a report was lost, or of which a worker
-    recorded more spans than are kept. An epoch has as many stages as its timelines show, and at least `num_stages`.
+    Other runs are left out: a worker was lost, a report was lost, or a worker recorded more spans than are kept. The
+    number of stages of an epoch is that in its timelines, but at least `num_stages`.
     """
     versions: dict[tuple[int, int], dict[str, list[Pass]]] = defaultdict(lambda: defaultdict(list))
     known_stages: dict[int, int] = defaultdict(lambda: num_stages)
@@ -128,7 +131,7 @@ def runs(timelines: Iterable[Timeline], num_stages: int = 0) -> list[Run]:
 
 
 def newest(found: Sequence[Run]) -> list[Run]:
-    """The runs of the newest version of which no slot is missing, or as few as of any."""
+    """The runs of the newest version among those with the most slots."""
     by_version: dict[tuple[int, int], list[Run]] = defaultdict(list)
     for run in found:
         by_version[run.epoch, run.version].append(run)
@@ -138,7 +141,7 @@ def newest(found: Sequence[Run]) -> list[Run]:
 
 
 def passes_of(timeline: Timeline) -> list[Pass]:
-    """The passes of a timeline that say of which slot, stage and microbatch they are."""
+    """The passes of a timeline that have a slot, a stage and a microbatch."""
     return [
         Pass(span.begin_us, span.duration_us, span.kind, span.slot, span.stage, span.microbatch)
         for span in timeline.spans
@@ -147,13 +150,13 @@ def passes_of(timeline: Timeline) -> list[Pass]:
 
 
 def _put_together(by_worker: Mapping[str, Sequence[Pass]]) -> list[dict[str, list[Pass]]]:
-    """The passes of each run by worker, from those of one version, which are in order; runs in order of their slots.
+    """Group the passes of one version, which are in order, into runs in the order of their slots.
 
-    A worker ends one run before it begins another, by its own clock. Within a run the first worker begins a slot before
-    it has ended the one before, as it does not wait for the last microbatch to come back. (One that is alone does wait,
-    so that each of its slots is a run.)
+    Each run has its passes by worker. A worker ends one run before it begins another, by its own clock. Within a run
+    the first worker begins a slot before it has ended the one before, because it does not wait for the gradient of the
+    last microbatch. A worker without other stages does wait, so each of its slots is a run.
     """
-    # Each slot's set is that of all slots of its run.
+    # Maps each slot to the set of all slots of its run; they share one set object.
     slots_of: dict[int, set[int]] = {}
     for passes in by_worker.values():
         begins: dict[int, int] = {}
@@ -179,7 +182,7 @@ def _put_together(by_worker: Mapping[str, Sequence[Pass]]) -> list[dict[str, lis
 
 
 def _num_microbatches(workers: Iterable[Sequence[Pass]], num_stages: int) -> int:
-    """How many microbatches went through all of the stages; 0 when a stage lacks a pass or has one twice."""
+    """The number of microbatches that passed all stages; 0 if a stage lacks a pass or has one twice."""
     found: dict[int, dict[SpanKind, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
     for passes in workers:
         for one in passes:
@@ -188,7 +191,7 @@ def _num_microbatches(workers: Iterable[Sequence[Pass]], num_stages: int) -> int
     if len(found) != num_stages or len(set(whole)) != len(whole):
         return 0
     for kinds in found.values():
-        # Any kind of backward will do: the first stage has nothing to split.
+        # Any kind of backward pass counts: the first stage does not split its backward pass.
         if SpanKind.FORWARD not in kinds or len(kinds) < 2:
             return 0
         if any(sorted(microbatches) != whole for microbatches in kinds.values()):

@@ -1,8 +1,8 @@
-"""Where a step's time goes: from the workers' StepTimes to means over the last steps, and what would help.
+"""Break a step's time down by cause, as means of the workers' StepTimes over the last steps, and give advice.
 
 A worker knows when its last contribution was acknowledged and when the next version arrived. Between the two it waits
-for the slots of other workers and for the servers' commit. The worker that waits least is the one that the others wait
-for: its wait is the servers' part, and what the others wait longer is the slots' part. No clocks are compared.
+for the slots of other workers and for the servers' commit. The others wait for the worker that waits least. Its wait is
+the servers' part; the rest of the others' waits is the slots' part. No clocks are compared.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 NUM_STEPS = 32
 NUM_OPEN_STEPS = 2
-"""The newest steps, of which reports still come in."""
+"""Number of newest steps whose reports may be incomplete."""
 MAX_WORKERS = 1024
 NOTABLE_SHARE = 0.1
-"""Below this share of a step a cause is not named."""
+"""A cause below this share of a step is not named."""
 COARSER = {"fp32": "bf16", "fp32-zstd": "int8", "bf16-zstd": "int8", "bf16": "int8", "int8": "int4"}
-"""By push codec, the next one that halves the bytes or more."""
+"""For a push codec, the next coarser one, with at most half the bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Seconds of a step by cause. They add up to the step."""
+    """Seconds of a step by cause. Their sum is the step's duration."""
 
     compute: float = 0.0
     weights: float = 0.0
@@ -43,7 +43,7 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """A worker's means: its parts, slots a step, and payload bytes a second up and down."""
+    """A worker's means: its parts, slots per step, and payload bytes per second up and down."""
 
     name: str
     parts: Parts
@@ -66,7 +66,7 @@ class StepWindow:
         self._found: list[WorkerParts] | None = None
 
     def add(self, worker: str, epoch: int, version: int, times: coordinator_pb2.StepTimes) -> None:
-        """Take a worker's times of a version. Steps of an epoch that was replaced are forgotten."""
+        """Add a worker's times of a version. Steps of a superseded epoch are dropped."""
         newest = next(reversed(self._steps), (0, 0))
         if epoch < newest[0]:
             return
@@ -81,26 +81,28 @@ class StepWindow:
 
     @property
     def num_steps(self) -> int:
-        """Steps that are measured."""
+        """The number of measured steps."""
         return len(_whole(list(self._steps.values())))
 
     def workers(self) -> list[WorkerParts]:
-        """Means over the steps of which all workers have reported, by worker."""
+        """The means of each worker over the steps on which all workers have reported."""
         if self._found is None:
             self._found = means(list(self._steps.values()))
         return self._found
 
 
 def _whole(steps: Sequence[Mapping[str, coordinator_pb2.StepTimes]]) -> list[Mapping[str, coordinator_pb2.StepTimes]]:
-    """The steps of which reports came from as many workers as of any, without the newest. A worker that cannot report
-    as fast as it computes leaves steps out."""
+    """The steps with the most reports, without the newest.
+
+    Steps may lack reports, because a worker that cannot report as fast as it computes leaves steps out.
+    """
     over = list(steps[:-NUM_OPEN_STEPS])
     most = max(map(len, over), default=0)
     return [step for step in over if len(step) == most]
 
 
 def means(steps: Sequence[Mapping[str, coordinator_pb2.StepTimes]]) -> list[WorkerParts]:
-    """Each worker's means over `steps`, oldest first; the workers in the order of their names."""
+    """The means of each worker over `steps`, which are oldest first; workers are in the order of their names."""
     found: dict[str, list[tuple[Parts, coordinator_pb2.StepTimes]]] = {}
     for step in _whole(steps):
         servers = min(times.rest_us for times in step.values())
@@ -133,7 +135,7 @@ def mean(parts: Sequence[Parts]) -> Parts:
 
 
 def slowest_worker(workers: Sequence[WorkerParts]) -> WorkerParts | None:
-    """The worker for whose slots the others wait; None where they wait for none a notable time."""
+    """The worker for whose slots the others wait; None if they do not wait a notable time."""
     if len(workers) < 2:
         return None
     slowest = min(workers, key=lambda worker: worker.parts.slots)
@@ -142,7 +144,7 @@ def slowest_worker(workers: Sequence[WorkerParts]) -> WorkerParts | None:
 
 
 def slowest_link(workers: Sequence[WorkerParts]) -> WorkerParts | None:
-    """The worker whose step its link makes longest; None where links cost nobody a notable time."""
+    """The worker whose link takes the most time of a step; None if no link takes a notable time."""
     slowest = max(workers, key=lambda worker: worker.parts.weights + worker.parts.send, default=None)
     if slowest is None or slowest.parts.weights + slowest.parts.send < NOTABLE_SHARE * slowest.parts.total:
         return None
@@ -150,7 +152,7 @@ def slowest_link(workers: Sequence[WorkerParts]) -> WorkerParts | None:
 
 
 def advise(workers: Sequence[WorkerParts], codec: CodecConfig, num_slots: int) -> tuple[str, str]:
-    """(the part that most deserves a change, what to do about it for people)."""
+    """Return the part to improve first and advice for people; "compute" if no other part takes a notable time."""
     parts = mean([worker.parts for worker in workers])
     causes = {"link": parts.weights + parts.send, "slots": parts.slots, "servers": parts.servers}
     cause = max(causes, key=lambda name: causes[name])
@@ -174,7 +176,7 @@ def advise(workers: Sequence[WorkerParts], codec: CodecConfig, num_slots: int) -
 
 
 def breakdown(window: StepWindow, codec: CodecConfig, num_slots: int) -> jobs_pb2.StepBreakdown | None:
-    """What status shows of a window; None before a step was measured."""
+    """The breakdown that status shows; None before a step was measured."""
     workers = window.workers()
     if not workers:
         return None

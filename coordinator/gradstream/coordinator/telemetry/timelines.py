@@ -1,10 +1,10 @@
-"""Workers' timelines: kept on disk beside the job, bounded, so that they outlive the job and the coordinator.
+"""Keep workers' timelines on disk with the job, in bounded space. They outlive the job and the coordinator.
 
-A job's `timeline/` holds numbered files, each a row of records: length, CRC-32 and a GetTimelineResponse. Files
-are only appended to; a record cut short by a crash ends its file, and the next start begins another. A file goes
-when the last NUM_VERSIONS timelines of all its workers are in later ones, or when there are more than MAX_BYTES.
+A job's `timeline/` holds numbered files of records: length, CRC-32 and a GetTimelineResponse. Files are only appended
+to. A record cut short by a crash ends its file, and the next start begins another file. A file is removed when the last
+NUM_VERSIONS timelines of all its workers are in later files, or when all files exceed MAX_BYTES.
 
-All of a job's happens in order, in threads. The event loop hands over records and reads one number.
+All file operations of a job run in order, in threads. The event loop passes on records and reads the results.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ FILE_BYTES = 4 << 20
 MAX_PENDING_BYTES = 16 << 20
 MAX_WORKERS = 1024
 MAX_JOBS = 16
-# Versions whose timelines still come in, and passes that are kept of each until they have come.
+# Number of versions whose timelines may be incomplete, and maximum passes kept of them.
 NUM_OPEN_VERSIONS = 2
 MAX_OPEN_PASSES = 1 << 16
-# Microseconds that JSON's readers still take for whole numbers.
+# Largest microseconds that JSON readers represent exactly.
 _MAX_US = 1 << 53
 _RECORD = struct.Struct("<II")
 _KINDS = frozenset(coordinator_pb2.SpanKind.values()) - {coordinator_pb2.SPAN_KIND_UNSPECIFIED}
@@ -52,7 +52,7 @@ log = get_logger()
 
 
 def check_timeline(report: coordinator_pb2.ReportTimelineRequest, num_steps: int) -> None:
-    """Raises ProtocolError for a timeline that no worker can have recorded."""
+    """Raise ProtocolError for a timeline that no worker can have recorded."""
     wrong = ""
     if report.version > num_steps:
         wrong = f"it is of version {report.version}, and the job has {num_steps} steps"
@@ -63,9 +63,9 @@ def check_timeline(report: coordinator_pb2.ReportTimelineRequest, num_steps: int
     elif any(span.kind not in _KINDS for span in report.spans):
         wrong = "it has a span of an unknown kind"
     elif any(span.begin_unix_us >= _MAX_US or span.duration_us >= _MAX_US for span in report.spans):
-        wrong = "it has a span outside of all time"
+        wrong = "it has a span with an impossible time"
     elif not _possible(report.times):
-        wrong = "its step times are no times"
+        wrong = "its step times are not possible"
     if wrong:
         raise ProtocolError(f"the timeline of {report.node_id[:100]} cannot be right: {wrong}")
 
@@ -78,7 +78,7 @@ def _possible(times: coordinator_pb2.StepTimes) -> bool:
 
 @dataclass
 class _RecordFile:
-    """A file of records: how many of which worker, and its size."""
+    """A file of records: its size, and the number of records of each worker."""
 
     path: Path
     num_bytes: int = 0
@@ -86,7 +86,7 @@ class _RecordFile:
 
 
 class _Window:
-    """(communication, hidden) in microseconds of the last timelines of each worker, and their sums."""
+    """Communication and hidden communication, in microseconds, of each worker's last timelines, and their sums."""
 
     def __init__(self) -> None:
         self.communication_us = 0
@@ -94,7 +94,7 @@ class _Window:
         self._workers: OrderedDict[str, deque[tuple[int, int]]] = OrderedDict()
 
     def add(self, worker: str, communication_us: int, hidden_us: int) -> None:
-        """Take a timeline's numbers; the oldest of the worker, and the worker longest unheard of, make room."""
+        """Add a timeline's numbers. The worker's oldest numbers, or those of the longest silent worker, are dropped."""
         entries = self._workers.setdefault(worker, deque())
         self._workers.move_to_end(worker)
         entries.append((communication_us, hidden_us))
@@ -114,19 +114,19 @@ class _Window:
 class _Pipeline:
     """The bubble over the last versions.
 
-    It takes the timelines of all workers of a replica, which come one by one. A version is measured when others have
-    begun after it, and a timeline that is later still, or beyond MAX_OPEN_PASSES, leaves its replica out.
+    It needs the timelines of all workers of a replica, which arrive one by one. A version is measured once later
+    versions have begun. If a timeline arrives after that, or exceeds MAX_OPEN_PASSES, its replica is left out.
     """
 
     def __init__(self) -> None:
         self.bubble: Bubble | None = None
         self._open: OrderedDict[tuple[int, int], list[Timeline]] = OrderedDict()
         self._measured: deque[list[Run]] = deque(maxlen=NUM_VERSIONS)
-        # Epoch, and its number of stages as far as timelines have shown them.
+        # The epoch, and the number of its stages seen in timelines.
         self._num_stages = (0, 0)
 
     def add(self, record: jobs_pb2.GetTimelineResponse) -> None:
-        """Take the passes of a timeline, if it has any."""
+        """Add the passes of a timeline, if it has any."""
         if not any(span.HasField("stage") for span in record.timeline.spans):
             return
         timeline = Timeline.from_proto(record.worker, record.timeline)
@@ -143,31 +143,31 @@ class _Pipeline:
 
 
 class TimelineFiles:
-    """The timelines of one job. Blocking, but for `share`, `bubble` and `is_loaded`."""
+    """The timelines of one job. All methods block, except for `is_loaded`; the attributes do not."""
 
     def __init__(self, directory: Path):
         self.share: float | None = None
-        """Hidden communication as a share of all over the timelines kept; None while there is none."""
+        """The hidden share of the communication in the kept timelines; None while there is none."""
         self.bubble: Bubble | None = None
-        """Share of their time in which a pipeline's workers waited; None while there is none."""
+        """The share of the time in which a pipeline's workers waited; None while there is none."""
         self.steps = StepWindow()
-        """Where the time of the last steps went."""
+        """The times of the last steps by cause."""
         self._directory = directory
         self._files: list[_RecordFile] | None = None
         self._window = _Window()
         self._pipeline = _Pipeline()
         self._appending = False
         self._complained = False
-        # A thread that was given up may come back.
+        # A thread that was abandoned because its storage hung may continue later.
         self._lock = threading.RLock()
 
     @property
     def is_loaded(self) -> bool:
-        """Whether what is on disk was read."""
+        """Whether the files on disk were read."""
         return self._files is not None
 
     def load(self) -> None:
-        """Read what is on disk, once."""
+        """Read the files on disk, once."""
         with self._lock:
             self._load()
 
@@ -187,7 +187,7 @@ class TimelineFiles:
             self._files = files
 
     def append(self, record: jobs_pb2.GetTimelineResponse) -> None:
-        """Add a timeline. One that cannot be written is logged, the first time, and lost."""
+        """Add a timeline. A timeline that cannot be written is lost; the first such failure is logged."""
         with self._lock:
             self._append(record)
 
@@ -202,7 +202,7 @@ class TimelineFiles:
                 self._directory.mkdir(exist_ok=True)
                 self._files.append(_RecordFile(self._directory / f"{number:08d}.records"))
             file = self._files[-1]
-            # After a record that was cut short nothing more could be read: until this one is whole, there is none.
+            # Records after an incomplete one cannot be read: if this write fails, the next one begins another file.
             self._appending = False
             with file.path.open("ab") as stream:
                 stream.write(_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
@@ -216,7 +216,7 @@ class TimelineFiles:
             self._complained = True
 
     def index(self) -> list[tuple[Path, int]]:
-        """File and offset of the last timelines of each worker, in the order in which they came."""
+        """File and offset of the last timelines of each worker, in the order of their arrival."""
         kept: dict[str, deque[tuple[Path, int]]] = {}
         for path in self._paths():
             for offset, record in _records(path):
@@ -224,7 +224,7 @@ class TimelineFiles:
         return sorted(place for places in kept.values() for place in places)
 
     def _paths(self) -> list[Path]:
-        """The files on disk, in order; what others put beside them does not count."""
+        """The timeline files on disk, in order; other files are ignored."""
         return sorted(path for path in self._directory.glob("*.records") if path.stem.isdecimal())
 
     def _add(self, record: jobs_pb2.GetTimelineResponse) -> None:
@@ -252,7 +252,7 @@ class TimelineFiles:
 
 
 class Timelines:
-    """The timelines of all jobs, for the event loop. Jobs whose storage hangs hold up no others."""
+    """The timelines of all jobs, for the event loop. A job whose storage hangs does not delay others."""
 
     def __init__(self, call_seconds: float = CALL_SECONDS) -> None:
         self._storage = StorageThreads(call_seconds)
@@ -263,8 +263,8 @@ class Timelines:
         self._pending_bytes = 0
 
     def take(self, record: JobRecord, worker: str, report: coordinator_pb2.ReportTimelineRequest) -> None:
-        """Keep a checked report. Dropped when the disk does not keep up: what waits for it is bounded."""
-        # What a peer hides in fields that nobody reads must not reach the disk.
+        """Queue a checked report for the disk; drop it when the disk does not keep up, since the queue is bounded."""
+        # Unknown fields, in which a peer could send any data, must not reach the disk.
         report.DiscardUnknownFields()
         num_bytes = report.ByteSize()
         if self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
@@ -284,23 +284,22 @@ class Timelines:
             self._pending_bytes -= num_bytes
 
     def share(self, job_id: str) -> float | None:
-        """Share of the job's communication that compute hid, if it was loaded and there is one."""
+        """The hidden share of the job's communication; None if it is not loaded or there is none."""
         files = self._jobs.get(job_id)
         return files.share if files is not None else None
 
     def bubble(self, job_id: str) -> Bubble | None:
-        """Share of their time in which the workers of the job's pipeline waited, if it was loaded and there is one."""
+        """The bubble of the job's pipeline; None if it is not loaded or there is none."""
         files = self._jobs.get(job_id)
         return files.bubble if files is not None else None
 
     def steps(self, job_id: str) -> StepWindow | None:
-        """Where the time of the job's last steps went, if that was loaded."""
+        """The times of the job's last steps by cause; None if they are not loaded."""
         files = self._jobs.get(job_id)
         return files.steps if files is not None else None
 
     async def load(self, record: JobRecord) -> None:
-        """Read what is on disk of a job, unless that was done. Where its storage does not answer, what is known has to
-        do."""
+        """Read a job's timelines from disk, unless that was done. If the storage does not answer, log it and go on."""
         files = self._files(record)
         if not files.is_loaded:
             try:
@@ -309,21 +308,25 @@ class Timelines:
                 log.warning("timelines cannot be read", job=record.job_id, cause=one_line(error))
 
     async def stream(self, record: JobRecord) -> AsyncIterator[jobs_pb2.GetTimelineResponse]:
-        """The timelines kept of a job, all that was taken before among them; one at a time in memory. Raises
-        UnreachableError when their storage does not answer."""
+        """Yield the kept timelines of a job, including all reports taken before; one at a time is in memory.
+
+        Raises UnreachableError when their storage does not answer.
+        """
         for path, offset in await self._in_turn(record, self._files(record).index):
             entry = await self._storage.call(record.run_directory, _record_at, path, offset)
             if entry is not None:
                 yield entry
 
     async def close(self) -> None:
-        """Write what is pending."""
+        """Write the queued timelines."""
         if self._writing:
             await asyncio.wait(self._writing, timeout=self._call_seconds)
 
     async def _in_turn(self, record: JobRecord, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a job's function after those that were called before. Raises UnreachableError when its storage, or that
-        of one before, does not answer."""
+        """Call a function of a job after all earlier calls of this job.
+
+        Raises UnreachableError when the storage does not answer this call or an earlier one.
+        """
         turn = self._turns.setdefault(record.job_id, asyncio.Lock())
         try:
             async with asyncio.timeout(self._call_seconds):
@@ -350,7 +353,7 @@ class Timelines:
 
 
 def _records(path: Path) -> Iterator[tuple[int, jobs_pb2.GetTimelineResponse]]:
-    """Offset and content of a file's records, up to the first that is not whole."""
+    """Yield the offset and content of a file's records, up to the first incomplete one."""
     try:
         with path.open("rb") as stream:
             offset = 0
@@ -362,7 +365,7 @@ def _records(path: Path) -> Iterator[tuple[int, jobs_pb2.GetTimelineResponse]]:
 
 
 def _record_at(path: Path, offset: int) -> jobs_pb2.GetTimelineResponse | None:
-    """The record at an offset; None when it is gone."""
+    """The record at an offset; None if it no longer exists."""
     try:
         with path.open("rb") as stream:
             stream.seek(offset)
@@ -372,7 +375,7 @@ def _record_at(path: Path, offset: int) -> jobs_pb2.GetTimelineResponse | None:
 
 
 def _read(stream: IO[bytes]) -> jobs_pb2.GetTimelineResponse | None:
-    """The next record; None where there is no whole one."""
+    """Read the next record; None if there is no complete one."""
     head = stream.read(_RECORD.size)
     if len(head) < _RECORD.size:
         return None

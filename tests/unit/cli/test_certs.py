@@ -226,7 +226,7 @@ def test_rotating_the_ca_in_two_steps(authority: Path, tmp_path: Path, capsys: C
     assert "end the rotation with `gradstream certs rotate --ca --finish`" in capsys.readouterr().err
     assert main(["certs", "rotate", "--ca", "--finish", str(place)]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith(f"{place}: worker 'w' trusts the new CA alone")
+    assert captured.out.startswith(f"{place}: worker 'w' trusts only the new CA")
     assert "the old CA is dropped" in captured.err
     assert load(place, time.time()).ca.count(b"BEGIN") == 1
 

@@ -544,7 +544,7 @@ def test_gantt(
     for timelines, job, path, code, message in [
         (found, canned_job(), "nowhere/x.png", 2, "nowhere/x.png cannot be written (No such file or directory)"),
         (found, canned_job(pipeline=None), "x.png", 2, "job tiny-1 has no pipeline to draw; leave out --gantt"),
-        (found[:3], canned_job(), "x.png", 3, "no version of job tiny-1 yet of which the passes of all stages"),
+        (found[:3], canned_job(), "x.png", 3, "job tiny-1 has no version yet for which the passes of all stages"),
     ]:
         jobs.timelines, jobs.jobs = timelines, [job]
         assert main(["trace", "-c", address, "--gantt", path]) == code

@@ -116,7 +116,7 @@ def test_a_live_cluster_is_asked(
         ([*NEEDLESS, "-s", "seed"], 2, "override 'seed' is not of the form key.sub=value"),
         ([*NEEDLESS, "--link", "fast"], 2, "'fast' is not a link's speed; write it in bits a second, like 1Gb/s"),
         ([*NEEDLESS, "--memory", "much"], 2, "'much' is not a size"),
-        (["--memory", "1GiB"], 2, "say how many with --workers and --servers"),
+        (["--memory", "1GiB"], 2, "also give --workers or --servers"),
         ([*NEEDLESS, "-s", "pipeline.stages=9"], 5, "pipeline.stages 9 needs 9 workers, 4 are live"),
         ([*NEEDLESS, "-s", "pipeline.stages=3", "-s", "pipeline.chunks=2"], 2, "stages 3 is not divisible by chunks 2"),
         (["--workers", "5", "-s", "pipeline.stages=5"], 2, "pipeline.stages 5 is more than the model's 4 segments"),

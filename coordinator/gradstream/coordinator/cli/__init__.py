@@ -1,4 +1,4 @@
-"""The `gradstream` command. Only what `--help` needs is imported; a command's module comes with its first use."""
+"""The `gradstream` command. `--help` imports little; a command's module is imported when the command is used."""
 
 from gradstream.coordinator.cli.app import main
 

@@ -1,4 +1,4 @@
-"""Runs a role until it is done, and no longer."""
+"""Run a role and end the process once the role is done."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Coroutine
 from typing import Any
 
 LEFT_SECONDS = 5.0
-"""For threads of a role that is done."""
+"""Maximum time for the threads of a role that is done."""
 
 
 def run_until_done(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a role under uvloop where there is one.
+    """Run a role, with uvloop if it is installed.
 
-    Once it is done the process ends within LEFT_SECONDS: Python would wait for every thread, and one that writes to a
-    storage that does not answer never ends.
+    After the role is done, the process ends within LEFT_SECONDS. Python itself would wait for every thread, and a
+    thread that writes to a storage that does not answer never ends.
     """
     if sys.platform == "win32":
         import asyncio

@@ -1,6 +1,6 @@
-"""The command tree and what happens to errors.
+"""The command tree, and the handling of errors.
 
-typer alone takes 0.1 s to import and the rest (grpc, pydantic, rich, torch) much longer, so the tree is a table of
+The import of typer takes 0.1 s, that of the rest (grpc, pydantic, rich, torch) much longer. So the tree is a table of
 module names: `gradstream --help` reads the table, and a command's module is imported when the command is used.
 """
 
@@ -33,14 +33,14 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("dev", "dev", "dev", "Train a recipe here: start a cluster on this machine, run the job, show the result."),
     ("submit", "jobs", "submit", "Submit a recipe to a cluster."),
     ("watch", "jobs", "watch", "Show a job's progress until it ends; a fine-tuning's by its name."),
-    ("plan", "plan", "plan", "Tell what a recipe will take before anything starts: cut, memory, bytes, time."),
+    ("plan", "plan", "plan", "Forecast a recipe's cost before anything starts: cut, memory, bytes, time."),
     ("ls", "jobs", "ls", "List jobs, newest first."),
     ("status", "jobs", "status", "Show the cluster and a job: progress, decisions, what it waits for and since when."),
     ("logs", "history", "logs", "Show the log lines of a job's nodes."),
     ("events", "history", "events", "Show a job's history of events."),
-    ("metrics", "metrics", "metrics", "Show what each step had: losses, tokens, learning rate, norm, time, bytes."),
+    ("metrics", "metrics", "metrics", "Show each step's losses, tokens, learning rate, gradient norm, time and bytes."),
     ("plot", "plot", "plot", "Draw the losses of jobs as a picture: training, validation, learning rate, marks."),
-    ("trace", "trace", "trace", "Write a job's timeline as a trace for Perfetto: what hid what."),
+    ("trace", "trace", "trace", "Write a job's timeline for Perfetto: which communication overlapped compute."),
     ("top", "top", "top", "Watch nodes and job live."),
     ("pause", "jobs", "pause", "Pause a job at its next step boundary, with a checkpoint."),
     ("resume", "jobs", "resume", "Go on with a paused job, or start a stopped or failed one again."),
@@ -56,23 +56,23 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("login", "login", "login", "Store a credential for the addresses that you call."),
     ("logout", "login", "logout", "Remove the credentials stored for addresses."),
     ("health", "health", "health", "Ask a service whether it serves; for health checks of containers."),
-    ("doctor", "doctor.command", "doctor", "Check this machine and a cluster: what is wrong, and how to mend it."),
+    ("doctor", "doctor.command", "doctor", "Check this machine and a cluster: what is wrong, and how to fix it."),
 )
 
 
 OLDER_SPELLINGS = {"out": "to"}
-"""Options under names that they had once, which are still taken. Help and docs have the new ones alone."""
+"""Former names of options, which still work. Help and docs only have the new names."""
 
 
 class LazyGroup(typer.core.TyperGroup):
-    """The top-level group: help comes from COMMANDS, a command from its module when it is used."""
+    """The top-level group: takes help from COMMANDS, and imports a command's module when the command is used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All names, in the order of COMMANDS."""
         return [name for name, *_ in COMMANDS]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import the command's module and make the command."""
+        """Import the command's module and create the command."""
         for name, module, attribute, _ in COMMANDS:
             if name == cmd_name:
                 target = getattr(importlib.import_module(f"gradstream.coordinator.cli.{module}"), attribute)
@@ -80,7 +80,7 @@ class LazyGroup(typer.core.TyperGroup):
         return None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As in typer, with the nearest name for an unknown one."""
+        """Resolve a command as typer does; the error for an unknown name suggests the nearest one."""
         if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
             from gradstream.core.errors import nearest
 
@@ -88,16 +88,16 @@ class LazyGroup(typer.core.TyperGroup):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The table of commands, without importing them."""
+        """Write the table of commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, _, _, text in COMMANDS])
 
 
 class WholeHelpGroup(typer.core.TyperGroup):
-    """A group whose list of commands has the first sentence of each in full, wrapped; click's own cuts it off."""
+    """A group whose list of commands has the whole first sentence of each, wrapped; click truncates it."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The table of commands."""
+        """Write the table of commands."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.get_short_help_str(1000)) for name, command in commands if command])
@@ -118,7 +118,7 @@ def _make_command(name: str, target: typer.Typer | Callable[..., Any]) -> Any:
 
 
 def group(text: str) -> typer.Typer:
-    """A group of commands with the settings that all have."""
+    """Create a group of commands with the settings common to all groups."""
     made = typer.Typer(
         cls=WholeHelpGroup,
         help=text,
@@ -127,7 +127,7 @@ def group(text: str) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    # A callback makes it a group even when it has one command.
+    # With a callback typer makes it a group even if it has only one command.
     made.callback()(lambda: None)
     return made
 
@@ -158,11 +158,11 @@ def _root(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (sys.argv[1:] when None); return the exit code."""
-    # gRPC writes its own lines about what is reported here in words; it reads this when it is imported.
+    # Errors are reported here, so gRPC must not log them too. gRPC reads this variable when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     words = list(args) if args is not None else sys.argv[1:]
     if words[:1] == ["serve"]:
-        return _run(words)  # what it writes is a log, without which a role goes on
+        return _run(words)  # a role writes a log and goes on if nobody reads it
     try:
         with watched_output():
             code = _run(words)
@@ -173,7 +173,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    # Not by class: which click typer carries, its own or the installed one, depends on its version.
+    # Not by class: typer's version decides whether it uses its own copy of click or the installed one.
     try:
         result = typer.main.get_command(app).main(args=words, prog_name="gradstream", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -1,4 +1,4 @@
-"""`gradstream certs`: make a cluster's authority, and issue, renew and revoke credentials with it."""
+"""`gradstream certs`: create a cluster's authority, and issue, renew and revoke credentials with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = group("Credentials of a cluster: issue, renew and revoke certificates and tokens.")
 
-# By then certificates would be cut short by the CA's end.
+# From then on new certificates would end early, with the CA.
 CA_WARNING_SECONDS = 400 * 86_400
 SOON_SECONDS = 30 * 86_400
 
@@ -58,7 +58,7 @@ def init(
     ] = None,
     issue: Annotated[
         list[str] | None,
-        typer.Option("--issue", metavar="ROLE=DIR", help="A credential directory that shall be there; repeatable."),
+        typer.Option("--issue", metavar="ROLE=DIR", help="A credential directory to create or renew; repeatable."),
     ] = None,
     every_hours: Annotated[
         float | None,
@@ -68,15 +68,15 @@ def init(
             min=0.0,
             envvar="GRADSTREAM_EVERY_HOURS",
             show_default="once",
-            help="Stay, and do it again so often: credentials are then renewed without a restart of anything.",
+            help="Keep running and repeat every N hours: credentials are renewed without a restart of any service.",
         ),
     ] = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Make the authority of a cluster, and first credentials.
+    """Create the authority of a cluster, and first credentials.
 
-    Nothing that is there and good is changed, so it may run before every start: what is missing is made, and
-    credentials that expire within 30 days are renewed.
+    Existing and valid credentials are not changed, so this command may run before every start. Missing ones are
+    created, and those that expire within 30 days are renewed.
     """
     from gradstream.core.errors import ConfigError
 
@@ -88,12 +88,12 @@ def init(
             _ensure(directory, tokens, wanted, None)
         except (
             ConfigError
-        ) as error:  # a disk that is full, a command that holds the authority: the next time it may be over
+        ) as error:  # a full disk or a command that holds the authority may be gone at the next attempt
             terminal.warn(str(error))
 
 
 def _ensure(directory: Path, tokens: Path | None, wanted: list[tuple[str, Path]], output: OutputFormat | None) -> None:
-    """See that an authority and credentials are there and good; print what was done, without `output` only changes."""
+    """Create or renew authority and credentials if needed; print the result, without `output` only the changes."""
     from gradstream.core.credentials.authority import Authority
 
     with Authority.init(_path(directory), None if tokens is None else _path(tokens)) as authority:
@@ -159,7 +159,7 @@ def show(
 ) -> None:
     """Print a credential directory as a pack, for `gradstream login`.
 
-    When it is not good: exit code 2, and one line that says why.
+    If the credentials are not valid: exit code 2, and one line with the reason.
     """
     from gradstream.core.credentials.store import load
 
@@ -171,9 +171,9 @@ def show(
 
 @app.command()
 def ls(authority: AuthorityOption = None, output: OutputOption = OutputFormat.table) -> None:
-    """List the tokens that were issued, oldest first.
+    """List the issued tokens, oldest first.
 
-    Those that expired or were revoked are forgotten after 30 days.
+    Expired and revoked tokens are forgotten after 30 days.
     """
     now = time.time()
     with _open(authority, read_only=True) as opened:
@@ -211,7 +211,7 @@ def revoke(
 ) -> None:
     """Revoke a token, or all tokens of a name.
 
-    Services refuse it as soon as they have the new token table: `certs publish` gives it to them.
+    Services refuse the token as soon as they have the new token table, which `certs publish` sends.
     """
     with _open(authority) as opened:
         revoked = opened.revoke(name_or_id)
@@ -219,8 +219,8 @@ def revoke(
         _say_when(opened)
     if any(token.role in ("coordinator", "fine-tuning") for token in revoked):
         terminal.warn(
-            "people's commands know this service by the CA alone: until the CA is rotated (`gradstream certs rotate "
-            "--ca`), they would still talk to who holds its key"
+            "people's commands trust any certificate of the CA: until the CA is rotated (`gradstream certs rotate "
+            "--ca`), they would still talk to a holder of this service's key"
         )
     if output is OutputFormat.json:
         terminal.print_json([_token_dict(token, time.time()) for token in revoked])
@@ -253,14 +253,14 @@ def rotate(
             "--grace-minutes",
             metavar="N",
             min=0,
-            help="How long the tokens before stay good; with 0, who has not read the new ones yet is refused.",
+            help="How long the old tokens stay valid; with 0, a service that has not read the new ones yet is refused.",
         ),
     ] = 60,
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Renew credential directories in place: a new certificate and token each.
 
-    Services take them up by themselves, once the token table is published; the tokens before stay good for
+    Services load them without a restart, once the token table is published. The old tokens stay valid for
     --grace-minutes.
     """
     from gradstream.core.errors import ConfigError
@@ -288,7 +288,7 @@ def rotate(
         terminal.print_json({"credentials": rows, "awaited": [_token_dict(token, now) for token in waiting]})
         return
     for row in rows:
-        done = "trusts the new CA alone" if finish else "renewed, good"
+        done = "trusts only the new CA" if finish else "renewed, good"
         until = terminal.format_time(datetime.fromisoformat(row["expires_at"]))
         terminal.print_line(f"{row['directory']}: {row['role']} '{row['name']}' {done} until {until}")
     if ca and finish:
@@ -312,9 +312,10 @@ def publish(
     authority: AuthorityOption = None,
     credentials: CredentialsOption = None,
 ) -> None:
-    """Make what was issued, renewed and revoked take effect: give the coordinator the token table.
+    """Send the token table to the coordinator. Issued, renewed and revoked tokens then take effect.
 
-    With HOST:PORT it goes over mTLS, with an admin's credentials; the CA's signature says that it is the authority's.
+    With HOST:PORT the table is sent over mTLS, with an admin's credentials. The CA's signature proves that it comes
+    from the authority.
     """
     from gradstream.client import Client
 
@@ -332,11 +333,11 @@ def publish(
     )
 
 
-_READS = "a coordinator that reads this very file takes it up within a second, and the other services a second later"
+_READS = "a coordinator that reads this file loads it within a second, and the other services a second later"
 
 
 def _say_when(authority: Authority) -> None:
-    """Say when and where a change takes effect."""
+    """Print when and where a change takes effect."""
     if authority.published_path is None:
         terminal.say(
             "takes effect once it is published: gradstream certs publish HOST:PORT (the coordinator), or a path where "
@@ -360,7 +361,7 @@ def _path(path: Path) -> Path:
 
 
 def _parse_issue(item: str, authority: Path) -> tuple[str, Path]:
-    """(role, directory) of a ROLE=DIR."""
+    """Parse ROLE=DIR; return (role, directory)."""
     from gradstream.core.credentials.tokens import ROLES
     from gradstream.core.errors import ConfigError, nearest
 

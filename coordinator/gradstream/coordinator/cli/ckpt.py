@@ -59,7 +59,7 @@ def now(
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Have a running job write a checkpoint at its next step; it goes on meanwhile."""
+    """Let a running job write a checkpoint at its next step. The job goes on meanwhile."""
     with open_client(coordinator) as client:
         job = client.job(job_id)
         if job.state == "running":
@@ -86,7 +86,7 @@ def export(
     """Write a checkpoint as a Hugging Face directory: config.json, model.safetensors, tokenizer."""
     from gradstream.core.errors import ConfigError
 
-    # Where it goes was a second argument once.
+    # In earlier releases the directory was a second argument.
     to = to if to is not None else directory
     if to is None:
         raise ConfigError("name the directory to write with --to DIR")
@@ -101,7 +101,7 @@ def export(
 
 
 class ExportReporter:
-    """Tells how far an export is: on a terminal a line that is rewritten, else nothing."""
+    """Shows the progress of an export on a terminal, in a line that is rewritten; elsewhere nothing."""
 
     def __init__(self) -> None:
         self._last = 0.0

@@ -1,4 +1,4 @@
-"""`gradstream data`: prepare a data set, and look at one."""
+"""`gradstream data`: prepare and inspect data sets."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def prepare(
         float | None, typer.Option(help="Share of documents held out.", show_default="0.02; of little text up to 0.1")
     ] = None,
     text_field: Annotated[
-        str | None, typer.Option(help="Of rows: the field that holds the text; a.b is b in a.", show_default="text")
+        str | None, typer.Option(help="The field of a row that holds the text; a.b is b in a.", show_default="text")
     ] = None,
     file_format: Annotated[
         str | None,
@@ -89,12 +89,12 @@ def prepare(
         ),
     ] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Stop after about so much text, as in 100MB.")
+        str | None, typer.Option(metavar="SIZE", help="Stop after about this much text, as in 100MB.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a data set that is already there.")] = False,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Make a data set (tokenizer, data shards, manifest) from SOURCES, or as a recipe says."""
+    """Prepare a data set (tokenizer, data shards, manifest) from SOURCES, or as a recipe says."""
     from gradstream.core.extras import require
 
     require("`gradstream data`", "node")
@@ -145,7 +145,7 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its sha256.")] = False,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Show what a data set holds; exit code 3 and one line when it is missing or corrupt."""
+    """Show the contents of a data set. If it is missing or corrupt: exit code 3 and one line."""
     from gradstream.core.extras import require
 
     require("`gradstream data`", "node")
@@ -210,7 +210,7 @@ def _from_options(
 
 @contextmanager
 def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
-    """A progress bar on stderr where that is a terminal; elsewhere one line a phase."""
+    """Show progress on stderr: a bar on a terminal, else one line per phase."""
     if not sys.stderr.isatty():
         said: list[str] = []
 
@@ -239,7 +239,7 @@ def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
             nonlocal phase
             if state.phase != phase:
                 phase = state.phase
-                bar.reset(task, description=PHASES[phase])  # the time left of one phase says nothing of the next
+                bar.reset(task, description=PHASES[phase])  # the speed of one phase does not predict the next
             facts = f"{terminal.format_count(state.num_tokens)} tokens" if state.num_tokens else ""
             bar.update(task, total=state.bytes_total or None, completed=state.bytes_done, facts=facts)
 

@@ -1,6 +1,6 @@
-"""`gradstream dev`: a recipe from start to end on this machine.
+"""`gradstream dev`: run a recipe from start to end on this machine.
 
-Phases: prepare the data, start the cluster, run the job, export, stop the cluster, show the result.
+The phases are: prepare the data, start the cluster, run the job, export, stop the cluster, show the result.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def dev(
         bool, typer.Option("--fine-tuning", help="With --keep: start a fine-tuning service too.")
     ] = False,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="What the sample at the end continues.", show_default=False)
+        str | None, typer.Option("--prompt", help="The prompt of the sample at the end.", show_default=False)
     ] = None,
     output: OutputOption = OutputFormat.table,
 ) -> int:
@@ -85,7 +85,7 @@ def dev(
                 f"start more or set -s cluster.min_{what}={have}"
             )
     if fine_tuning and not keep:
-        raise ConfigError("--fine-tuning is of use only as long as the cluster stays up; add --keep")
+        raise ConfigError("--fine-tuning needs a cluster that stays up; add --keep")
     prepare_data(loaded)
     run = _Run(loaded, servers, workers, keep, fine_tuning)
     code = asyncio.run(run.run())
@@ -96,7 +96,7 @@ def dev(
 
 
 def prepare_data(recipe: Recipe) -> None:
-    """Prepare the recipe's data unless it is there. Raises ConfigError when it is not and the recipe cannot say how."""
+    """Prepare the recipe's data if it is missing. Raises ConfigError if the recipe then has no data.prepare."""
     from gradstream.core.data.manifest import MANIFEST_NAME
     from gradstream.core.errors import ConfigError
     from gradstream.core.storage import files
@@ -154,7 +154,7 @@ def prepare_data(recipe: Recipe) -> None:
 
 @dataclass
 class _Run:
-    """One `dev` run: the cluster, the job and what was seen of it."""
+    """One run of `dev`: the cluster, the job and its last known state."""
 
     recipe: Recipe
     num_servers: int
@@ -166,7 +166,7 @@ class _Run:
     interrupts: int = 0
 
     async def run(self) -> int:
-        """Run the job to its end; return the exit code. Raises JobFailedError, and whatever keeps it from running."""
+        """Run the job to its end; return the exit code. Raises JobFailedError, and any error that prevents the run."""
         from gradstream.coordinator.cli.local.cluster import LocalCluster
 
         directory = Path(self.recipe.run_root) / f".dev-{os.getpid()}"
@@ -194,7 +194,7 @@ class _Run:
             async with cluster:
                 code = await self._run_job(cluster)
         except asyncio.CancelledError:
-            # By one of the handlers above; nobody else has this task.
+            # Cancelled by one of the signal handlers above; no other code has this task.
             return 143 if self._terminated else 130
         finally:
             self._clean_up(directory)
@@ -242,7 +242,7 @@ class _Run:
                     for task in (waiter, teller):
                         task.cancel()
                     await asyncio.gather(waiter, teller, return_exceptions=True)
-            # 3. Keep and export what there is.
+            # 3. Save the metrics, and export the last checkpoint if there is one.
             await save_metrics(client, job)
             checkpoints = await client.checkpoints(job.job_id)
             if not checkpoints:
@@ -253,7 +253,7 @@ class _Run:
             else:
                 last = checkpoints[-1]
                 terminal.say(f"{job.job_id} {job.state} at step {job.version}; its last checkpoint is {last.path}")
-            # 4. Stay, if wanted.
+            # 4. Keep the cluster up, with --keep.
             if self.keep:
                 terminal.say(f"the cluster stays up at {cluster.address} until Ctrl-C")
                 if self.fine_tuning:
@@ -306,7 +306,7 @@ class _Run:
             self._main.cancel()
 
     def _clean_up(self, directory: Path) -> None:
-        """Keep the coordinator's state and the logs with the job's files; remove the rest."""
+        """Move the coordinator's state and the logs to the job's files; remove the rest."""
         if self.job is not None:
             for name in ("state", "fine-tuning"):
                 kept = Path(self.job.run_directory) / name
@@ -318,7 +318,7 @@ class _Run:
 
 
 def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
-    """Sample from the exported model and print what there is."""
+    """Sample from the exported model; print the sample and the job's figures."""
     from gradstream.coordinator.cli.generate import generate_text
     from gradstream.coordinator.cli.local.metrics_files import METRICS_FILE, PICTURE_FILE
 

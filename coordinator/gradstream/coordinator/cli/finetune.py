@@ -1,4 +1,4 @@
-"""`gradstream finetune`: fine-tune a pretrained model and use what came of it."""
+"""`gradstream finetune`: fine-tune a pretrained model and use the result."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ MaxNewTokensOption = Annotated[
         "--max-new-tokens",
         min=1,
         max=2**32 - 1,
-        help="Most tokens to add.",
-        show_default="128, or what there is room for",
+        help="Maximum tokens to add.",
+        show_default="128, or as many as fit",
     ),
 ]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")]
@@ -63,7 +63,7 @@ SystemOption = Annotated[
 ]
 
 
-# ---- Making one ------------------------------------------------------------------------------------------------------
+# ---- Create ----------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -119,7 +119,7 @@ def create(
 def _follow(
     client: FineTuningClient, made: FineTuning, output: OutputFormat, enough: Callable[[FineTuning], bool]
 ) -> FineTuning:
-    """Show progress until it has ended or `enough` holds. Raises FineTuningFailedError."""
+    """Show progress until the fine-tuning has ended or `enough` returns True. Raises FineTuningFailedError."""
     from gradstream.client import FineTuningFailedError
     from gradstream.coordinator.cli.views.fine_tunings import FollowReporter
     from gradstream.coordinator.cli.views.progress import ProgressView
@@ -136,7 +136,7 @@ def _follow(
         return client.get(made.name)
 
 
-# ---- Looking at them -------------------------------------------------------------------------------------------------
+# ---- List and watch --------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -166,7 +166,7 @@ def status(
     service: ServiceOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Show a fine-tuning: its job, its examples, how good base and result are."""
+    """Show a fine-tuning: its job, its examples, and the losses of base and result."""
     with open_fine_tuning_client(service) as client:
         found = client.get(name)
     if output is OutputFormat.json:
@@ -183,7 +183,7 @@ def watch(
     service: ServiceOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Show what happens to a fine-tuning until it ends: states, validation losses, checkpoints, events.
+    """Show a fine-tuning's history until it ends: states, validation losses, checkpoints, events.
 
     With -o json, one object a line, steps too.
     """
@@ -195,7 +195,7 @@ def watch(
             name = client.get(name).name
             for item in client.watch(name):
                 if isinstance(item, FineTuning):
-                    # A new best version is news too, but none that a line here would show.
+                    # An item with only a new best version would show the same line again.
                     same = last is not None and (last.state, last.reason) == (item.state, item.reason)
                     last = item
                     if same and output is not OutputFormat.json:
@@ -233,7 +233,7 @@ def _show(item: Any, output: OutputFormat) -> None:
     terminal.console().print(line, soft_wrap=True)
 
 
-# ---- Steering them ---------------------------------------------------------------------------------------------------
+# ---- Pause, resume, cancel -------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -281,7 +281,7 @@ def _print_one(each: FineTuning, output: OutputFormat) -> None:
     terminal.print_line(": ".join([state, *filter(None, ["; ".join(filter(None, reasons))])]))
 
 
-# ---- Using them ------------------------------------------------------------------------------------------------------
+# ---- Generate, compare, export ---------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -289,7 +289,7 @@ def generate(
     name: NewestFineTuningArgument = None,
     *,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")],
-    base: Annotated[bool, typer.Option("--base", help="The base generates, without what was learnt.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Generate with the base alone, without the adapter.")] = False,
     chat: ChatOption = False,
     system: SystemOption = None,
     max_new_tokens: MaxNewTokensOption = None,
@@ -360,7 +360,7 @@ def compare(
     service: ServiceOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Show what the base and what the fine-tuning's best version say, beside each other."""
+    """Show the texts of the base and of the fine-tuning's best version side by side."""
     from gradstream.coordinator.cli.views.fine_tunings import Comparison, held_out, print_comparisons
     from gradstream.core.errors import ConfigError
 

@@ -1,7 +1,7 @@
-"""`gradstream finetune dev`: a fine-tuning from start to end on this machine.
+"""`gradstream finetune dev`: run a fine-tuning from start to end on this machine.
 
-Phases: start a cluster with a fine-tuning service, create the fine-tuning, follow it to its end, export the result,
-stop the cluster, show base and result beside each other.
+The phases are: start a cluster with a fine-tuning service, create the fine-tuning, follow it to its end, export the
+result, stop the cluster, show base and result side by side.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Done:
 
 
 async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
-    """Run it to its end. Raises FineTuningFailedError, and whatever keeps it from running."""
+    """Run a fine-tuning to its end. Raises FineTuningFailedError, and any error that prevents the run."""
     import psutil
 
     from gradstream.client import AsyncClient, AsyncFineTuningClient
@@ -107,7 +107,7 @@ async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
             LocalCluster(directory, servers, workers, memory, on_news=terminal.warn, fine_tuning=True) as cluster,
             AsyncFineTuningClient(cluster.fine_tuning_address, credentials=cluster.credentials) as client,
         ):
-            # 1. Create it, and follow it to its end.
+            # 1. Create the fine-tuning and follow it to its end.
             made = await client.create(asked)
             with ProgressView() as view:
                 cluster.on_news = view.say
@@ -122,7 +122,7 @@ async def _run(asked: FineTuningRecipe, servers: int, workers: int) -> _Done:
                 finally:
                     waiter.cancel()
                     cluster.on_news = terminal.warn
-            # 2. Take what came of it.
+            # 2. Export the result and the metrics.
             assert made.job is not None
             run_directory = Path(made.job.run_directory)
             async with AsyncClient(cluster.address, credentials=cluster.credentials) as jobs:

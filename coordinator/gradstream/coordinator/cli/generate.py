@@ -23,7 +23,7 @@ def generate(
         ),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")] = "",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens to add.")] = 100,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1, help="Sample from the likeliest share p.")] = 0.95,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text.")] = 0,
@@ -73,11 +73,11 @@ def generate_text(
     seed: int = 0,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """What the model in `directory` (config.json, safetensors, tokenizer.json) adds to `prompt`.
+    """Continue `prompt` with the model in `directory` (config.json, safetensors, tokenizer.json); return the new text.
 
-    `on_progress` is called with what is being done, in words.
+    `on_progress` is called with a text on the current phase.
 
-    Raises ConfigError when the directory is not a model's, and CheckpointError when it cannot be loaded.
+    Raises ConfigError when the directory has no model, and CheckpointError when the model cannot be loaded.
     """
     from gradstream.core.errors import CheckpointError, ConfigError
     from gradstream.core.foreign import parsing
@@ -93,7 +93,7 @@ def generate_text(
         if not (directory / name).is_file():
             raise ConfigError(f"{directory} has no {name}; name a directory that `gradstream ckpt export` wrote")
     on_progress("loading PyTorch and transformers …")
-    # Nothing may be fetched: all that is needed is in the directory.
+    # Work offline: the directory has all files that are needed.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
@@ -141,10 +141,10 @@ def generate_text(
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt as transformers' tokenizer gives them, with bos where the tokenizer adds one.
+    """Encode a prompt as transformers' tokenizer does, with bos if the tokenizer adds one.
 
-    What it puts after a text, most often the end of it, is left out: nothing comes after an end. A bos that the prompt
-    has already is not doubled.
+    Tokens that the tokenizer appends, usually the end of text, are left out, because no text follows an end. A bos that
+    the prompt already has is not added again.
     """
     text: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer(prompt)["input_ids"]

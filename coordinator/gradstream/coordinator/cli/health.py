@@ -1,5 +1,7 @@
-"""`gradstream health`: does a service serve? For scripts; containers ask with `python -m
-gradstream.core.node.health`."""
+"""`gradstream health`: ask a service whether it serves.
+
+This command is for scripts. Containers use `python -m gradstream.core.node.health`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from gradstream.coordinator.cli.views import terminal
 
 
 class Role(StrEnum):
-    """What listens."""
+    """The role of the service at an address."""
 
     coordinator = "coordinator"
     server = "server"
@@ -25,7 +27,7 @@ def health(
     address: Annotated[str, typer.Argument(metavar="ADDRESS", help="HOST:PORT of any service.")] = "127.0.0.1:7000",
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="How long to wait.")] = 4.0,
     role: Annotated[
-        Role, typer.Option("--role", help="What it must be by its certificate; without credentials of no matter.")
+        Role, typer.Option("--role", help="Role that its certificate must have; ignored without credentials.")
     ] = Role.coordinator,
     credentials: CredentialsOption = None,
     output: OutputOption = OutputFormat.table,

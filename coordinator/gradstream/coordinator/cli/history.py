@@ -1,4 +1,4 @@
-"""A job's history as streams: the log lines of its nodes, and its events."""
+"""`gradstream logs` and `gradstream events`: a job's history as streams."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _stream(
     show: Callable[[Any], None],
     command: str,
 ) -> None:
-    """Show the items of one kind (its name on the wire, its type) that are wanted; of those recorded at most `tail`."""
+    """Show the wanted items of one kind (its name in messages, its type); of the recorded ones at most `tail`."""
     with open_client(coordinator) as client:
         try:
             job_id = client.job(job_id).job_id

@@ -1,4 +1,4 @@
-"""`gradstream init`: a commented recipe for a person's own text and machines."""
+"""`gradstream init`: write a commented recipe for a person's own text and machines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LOCAL = "none"
 COMPRESSED_TEXT_RATIO = 3.0
-"""Text bytes a stored byte of a compressed or Parquet file, roughly."""
+"""Approximate bytes of text per stored byte of a compressed or Parquet file."""
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -36,7 +36,7 @@ def init(
     size: Annotated[
         str | None,
         typer.Option(
-            "--size", help="1M, 3M, 10M, 30M, 124M, 350M or 1B parameters.", show_default="what the text can fill"
+            "--size", help="1M, 3M, 10M, 30M, 124M, 350M or 1B parameters.", show_default="by the length of the text"
         ),
     ] = None,
     config: Annotated[
@@ -61,14 +61,14 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a recipe that is already there.")] = False,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Write a first recipe that fits your text and machines, with a comment on each value, and say the next command.
+    """Write a first recipe that fits your text and machines, with a comment on each value, and show the next command.
 
-    On a terminal it asks for what the options do not say.
+    On a terminal it asks for options that are left out.
     """
     from gradstream.coordinator.planning.first_recipe import Machines, first_recipe, steps_in
     from gradstream.core.errors import ConfigError
 
-    # 1. What is asked. Everything that can be refused is refused before anything is measured or written.
+    # 1. The options. All checks come before the first measurement or file.
     if size is not None and config is not None:
         raise ConfigError("--size and --config say the same; give one of them")
     if not data:
@@ -102,11 +102,11 @@ def init(
     terminal.hint(*commands, f"forecast: gradstream plan {target} --link {link}", f"train: gradstream submit {target}")
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
+# --- text, model and machines -----------------------------------------------------------------------------------------
 
 
 def look_at_text(data: list[str]) -> Text:
-    """What the DATA arguments hold: a prepared data set, or sources of one. Raises ConfigError or DataError."""
+    """Inspect the DATA arguments: a prepared data set, or sources of one. Raises ConfigError or DataError."""
     from gradstream.coordinator.data.inspection import load_manifest
     from gradstream.coordinator.planning.first_recipe import BYTES_A_TOKEN, Text
     from gradstream.core.data.manifest import MANIFEST_NAME
@@ -129,7 +129,7 @@ def look_at_text(data: list[str]) -> Text:
 
 
 def read_model(path: str) -> OwnModel:
-    """A person's config.json, or the directory that it lies in. Raises ConfigError when it cannot be trained."""
+    """Read a person's config.json, from its path or its directory. Raises ConfigError if it cannot be trained."""
     import asyncio
 
     from gradstream.core.extras import require
@@ -155,14 +155,17 @@ def read_model(path: str) -> OwnModel:
 
 
 def _arithmetic(rate: float | None, workers: int) -> tuple[int, bool]:
-    """(threads of a worker, whether there is a GPU), as if every machine were this one."""
+    """Return (threads of a worker, whether there is a GPU) of this machine; the others are assumed to be equal."""
     cores = len(os.sched_getaffinity(0))
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     return max(1, cores if rate is not None else cores // workers), has_gpu
 
 
 def measure_step(found: FirstRecipe, machines: Machines) -> float:
-    """Seconds of a step, with the model's segments measured here. On one machine workers share its processor."""
+    """Measure the model's segments here; return the seconds of a step.
+
+    If all workers run on one machine, they share its processor.
+    """
     import asyncio
 
     from gradstream.core.extras import require
@@ -181,7 +184,7 @@ def measure_step(found: FirstRecipe, machines: Machines) -> float:
 
 
 def parse_time(text: str) -> float:
-    """Seconds of a time like 90s, 30m, 8h or 2d. Raises ConfigError for anything else."""
+    """Parse a time like 90s, 30m, 8h or 2d; return seconds. Raises ConfigError for anything else."""
     from gradstream.core.errors import ConfigError
 
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d)\s*", text.lower())
@@ -197,7 +200,7 @@ def parse_time(text: str) -> float:
 def _ask(
     size: str | None, workers: int | None, link: str | None, time: str | None
 ) -> tuple[list[str], str | None, int | None, str | None, str | None]:
-    """Ask on a terminal for what the options leave open. Raises ConfigError where there is none."""
+    """Ask on a terminal for missing options. Raises ConfigError if data is missing and there is no terminal."""
     import shlex
 
     from gradstream.coordinator.planning.first_recipe import SIZES
@@ -211,13 +214,13 @@ def _ask(
 
     data = shlex.split(typer.prompt("Text to train on (files, globs, directories, or a data set)", err=True))
     if size is None:
-        size = ask(f"Model size ({', '.join(SIZES)}, or auto: what the text can fill)", "auto")
+        size = ask(f"Model size ({', '.join(SIZES)}, or auto: by the length of the text)", "auto")
     if workers is None:
         workers = int(typer.prompt("Workers", default=2, type=int, err=True))
     if link is None:
         link = ask(f"Link between the machines, as in 100Mb/s ({LOCAL}: all on this one)", LOCAL)
     if time is None:
-        time = ask("Time to train, as in 30m or 8h (auto: as long as the text is worth)", "auto")
+        time = ask("Time to train, as in 30m or 8h (auto: by the length of the text)", "auto")
     return data, None if size in ("", "auto") else size, workers, link, None if time == "auto" else time
 
 
@@ -225,7 +228,7 @@ def _ask(
 
 
 def check(found: FirstRecipe) -> Recipe:
-    """The recipe as `dev` and `submit` read it. Raises ConfigError when it is none."""
+    """Parse the recipe as `dev` and `submit` do. Raises ConfigError when it is not valid."""
     import tempfile
 
     import yaml
@@ -239,27 +242,29 @@ def check(found: FirstRecipe) -> Recipe:
 
 
 def render(found: FirstRecipe) -> str:
-    """The recipe as YAML, with a comment where a person may want to change something."""
+    """Write the recipe as YAML, with comments at values that a person may want to change."""
     import yaml
 
     comments = {
         "name": "jobs are called NAME-1, NAME-2, …",
-        "seed": "of the weights and of the order of samples; another one gives another run",
+        "seed": "determines the initial weights and the order of samples",
         "training.num_steps": found.reasons["training.num_steps"],
         "training.num_slots": found.reasons["training.num_slots"],
         "training.global_batch": found.reasons["training.global_batch"],
         "training.microbatch": "samples that go through the model at once; more need more memory",
         "training.precision": "bf16 is faster on GPUs, and on CPUs that have it",
-        "training.num_threads": "of a worker on a CPU; shapes the bits",
+        "training.num_threads": "threads of a worker on a CPU; the bits of the result depend on it",
         "optimizer.learning_rate": "the highest; warmup and decay scale it",
         "codec.push": f"gradients: {found.reasons['codec']}",
         "codec.pull": "weights, as differences",
-        "data.path": "where the data set is, or will be",
+        "data.path": "directory of the data set",
         "validation.interval_steps": (
-            "a validation pass each; 0: none" if found.validates else "no passes: there is too little text to hold out"
+            "steps between validation passes; 0: none"
+            if found.validates
+            else "no passes: there is too little text to hold out"
         ),
-        "checkpoint.interval_steps": "a checkpoint each",
-        "cluster.min_servers": "what the job waits for before it starts",
+        "checkpoint.interval_steps": "steps between checkpoints",
+        "cluster.min_servers": "the job waits for this number before it starts",
         "model.config": "" if isinstance(found.tree["model"]["config"], str) else found.reasons["model"],
     }
     lines = []

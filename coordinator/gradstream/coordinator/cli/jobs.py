@@ -58,7 +58,7 @@ def watch(
 ) -> None:
     """Show a job's progress until it ends, as `submit --watch` does. Ctrl-C detaches, and the job goes on.
 
-    For a fine-tuning by its name, too. Prints the job's id at its end; the exit code is 8 when the job failed.
+    Also works for a fine-tuning, by its name. Prints the job's id at its end; the exit code is 8 when the job failed.
     """
     with open_client(coordinator) as client:
         _watch(client, client.job(job_id), output)
@@ -195,16 +195,15 @@ def replan(
     job_id: NewestJobArgument = None,
     without: Annotated[
         list[str] | None,
-        typer.Option(
-            "--without", metavar="SERVER", help="A parameter server that the job shall do without; may be repeated."
-        ),
+        typer.Option("--without", metavar="SERVER", help="A parameter server to take out of the job; may be repeated."),
     ] = None,
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Bring idle parameter servers into a running job at its next step boundary, or take servers out of it.
 
-    The job writes a checkpoint at the boundary and goes on from it under a new plan: no step is lost, no bit changes.
+    The job writes a checkpoint at the boundary and goes on from this checkpoint under a new plan. No step is lost and
+    no bit changes.
     """
     with open_client(coordinator) as client:
         job = client.replan(job_id or client.job().job_id, without or ())

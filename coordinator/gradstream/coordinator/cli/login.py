@@ -1,4 +1,4 @@
-"""`gradstream login` and `gradstream logout`: credentials for the addresses that this user's commands call."""
+"""`gradstream login` and `gradstream logout`: store and remove credentials for the addresses of services."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AddressesArgument = Annotated[
 
 
 def login(addresses: AddressesArgument) -> None:
-    """Store the credential whose pack comes on stdin, for commands and clients that call these addresses.
+    """Store the credential in the pack on stdin, for commands and clients that call these addresses.
 
     A pack comes from `gradstream certs issue` or `gradstream certs show`.
     """
@@ -33,7 +33,7 @@ def login(addresses: AddressesArgument) -> None:
     if not pack.strip():
         raise ConfigError(
             "no pack came on stdin; pipe one: gradstream certs show DIR | gradstream login "
-            f"{addresses[0]} (if you did, what made it has failed)"
+            f"{addresses[0]} (if you did, the command before the pipe has failed)"
         )
     found = store.from_pack(pack, time.time(), "the pack on stdin")
     if found.role in SERVICE_ROLES:
@@ -53,7 +53,7 @@ def login(addresses: AddressesArgument) -> None:
 def logout(addresses: AddressesArgument) -> None:
     """Remove the credentials that are stored for these addresses.
 
-    The token itself stays good: `gradstream certs revoke` ends it.
+    The token itself stays valid until `gradstream certs revoke`.
     """
     from gradstream.core.credentials import store
     from gradstream.core.errors import ConfigError
@@ -64,7 +64,7 @@ def logout(addresses: AddressesArgument) -> None:
             raise ConfigError(f"no credentials are stored for {address}{_stored(place.parent)}")
     for address, place in places:
         try:
-            if place.is_symlink():  # of a local cluster, whose credentials are its own
+            if place.is_symlink():  # to the credentials of a local cluster, which must stay
                 place.unlink()
             else:
                 shutil.rmtree(place)
@@ -76,7 +76,7 @@ def logout(addresses: AddressesArgument) -> None:
 
 
 def _stored(directory: Path) -> str:
-    """What is stored, as the end of a message."""
+    """The addresses with stored credentials, as the end of a message."""
     try:
         names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
     except OSError:
@@ -91,7 +91,7 @@ def _read_pack(max_bytes: int) -> bytes:
         return stdin.read(max_bytes + 1)
     terminal.say("paste the pack, or pipe one: gradstream certs show DIR | gradstream login ADDRESS")
     text = b""
-    # A pack is one JSON object, on one line: nobody should have to know of Ctrl-D.
+    # A pack is one JSON object on one line, so its end is known without Ctrl-D.
     while len(text) <= max_bytes and (line := stdin.readline(max_bytes)):
         text += line
         if text.strip().endswith(b"}"):

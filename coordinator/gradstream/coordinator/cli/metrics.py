@@ -1,4 +1,4 @@
-"""`gradstream metrics`: what the ledger has of each step of a job."""
+"""`gradstream metrics`: the figures of each step of a job, from the ledger."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class OutputFormat(StrEnum):
 
 
 class RowsFormat(StrEnum):
-    """How a command shows a result that is rows of one kind."""
+    """How a command shows a result that consists of rows."""
 
     table = "table"
     csv = "csv"
@@ -36,7 +36,7 @@ RequestIdOption = Annotated[
         "--request-id",
         metavar="ID",
         show_default="a new one",
-        help="What this request is called: made again with the ID of one that was taken, it gives what that one made.",
+        help="Name of this request. A repeated request with the same ID returns the result of the first one.",
     ),
 ]
 CoordinatorOption = Annotated[
@@ -66,8 +66,8 @@ CredentialsOption = Annotated[
         "--credentials",
         envvar="GRADSTREAM_CREDENTIALS",
         metavar="DIR",
-        help="Directory with the credentials to show.",
-        show_default="those of `gradstream login`, else in the clear",
+        help="Directory with the credentials to use.",
+        show_default="those of `gradstream login`, else no encryption",
     ),
 ]
 OutputOption = Annotated[
@@ -110,7 +110,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_size(text: str) -> int:
-    """Bytes that a size like 4GiB, 500MB, 1.5g or 4096 stands for. Raises ConfigError for anything else."""
+    """Parse a size like 4GiB, 500MB, 1.5g or 4096; return bytes. Raises ConfigError for anything else."""
     from gradstream.core.errors import ConfigError
 
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
@@ -121,7 +121,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_bit_rate(text: str) -> float:
-    """Bits a second that a rate like 1Gb/s, 100Mb/s or 2.5g stands for. Raises ConfigError for anything else."""
+    """Parse a rate like 1Gb/s, 100Mb/s or 2.5g; return bits per second. Raises ConfigError for anything else."""
     from gradstream.core.errors import ConfigError
 
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:b(?:it)?(?:/s|ps)?)?\s*", text.lower())
@@ -132,8 +132,7 @@ def parse_bit_rate(text: str) -> float:
 
 
 def data_name(sources: Sequence[str]) -> str:
-    """What to call data when nobody says it, by its first source: a file's name without suffixes, of a glob the
-    directory before it."""
+    """The default name of data, from its first source: a file's name without suffixes, or the directory of a glob."""
     fixed: list[str] = []
     for part in re.split(r"[/:]+", sources[0]):
         if any(character in part for character in "*?["):
@@ -145,26 +144,26 @@ def data_name(sources: Sequence[str]) -> str:
 
 
 def data_path(sources: Sequence[str]) -> str:
-    """Where the data set of sources goes when nobody says it."""
+    """The default directory of the data set of these sources."""
     return f"data/{data_name(sources)}"
 
 
 def open_client(coordinator: str | None) -> Client:
-    """A client for the --coordinator option."""
+    """Open a client for the --coordinator option."""
     from gradstream.client import Client
 
     return Client(coordinator)
 
 
 def open_fine_tuning_client(service: str | None) -> FineTuningClient:
-    """A client for the --service option."""
+    """Open a client for the --service option."""
     from gradstream.client import FineTuningClient
 
     return FineTuningClient(service)
 
 
 def write_file(path: Path, content: bytes, option: str) -> None:
-    """Write a file that `option` names, in one piece. Raises ConfigError when it cannot be written."""
+    """Write a file atomically. `option` is the option with its path. Raises ConfigError when it cannot be written."""
     from gradstream.core.errors import ConfigError
     from gradstream.core.storage import files
 
@@ -175,20 +174,20 @@ def write_file(path: Path, content: bytes, option: str) -> None:
 
 
 def name_it(command: str, effect: str, newest: str) -> ConfigError:
-    """The error of a command that takes no default for what it ends or removes."""
+    """The error of a command that requires the name of the thing that it ends or removes."""
     from gradstream.core.errors import ConfigError
 
     return ConfigError(f"`{command}` {effect}, so name it; for the newest: {command} {newest}")
 
 
 def recipe_directories() -> list[Path]:
-    """Where recipes that come along are: in the installed package, or in the checkout."""
+    """The directories of the bundled recipes: in the installed package, or in the checkout."""
     here = Path(__file__).resolve()
     return [path for path in (here.parents[1] / "recipes", here.parents[4] / "recipes") if path.is_dir()]
 
 
 def bundled_recipes() -> dict[str, Path]:
-    """The recipes that come along, by name."""
+    """The bundled recipes by name."""
     found: dict[str, Path] = {}
     for directory in recipe_directories():
         for path in sorted(directory.rglob("*.yaml")):
@@ -197,7 +196,7 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def find_recipe(recipe: str) -> Path:
-    """The file that a RECIPE argument means. Raises ConfigError when there is none."""
+    """Find the file of a RECIPE argument. Raises ConfigError when there is none."""
     from gradstream.core.errors import ConfigError, nearest
 
     path = Path(recipe).expanduser()

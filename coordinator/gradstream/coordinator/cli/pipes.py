@@ -1,7 +1,7 @@
-"""What happens when the reader of a command's output goes away (`| head`): the command ends, with exit code 141.
+"""End a command with exit code 141 when the reader of its output closes the pipe (`| head`).
 
-rich and typer each take the operating system's error for themselves and end with 1. So it gets another name before
-either of them sees it, which no `except Exception` on the way takes for an error of the command's own.
+rich and typer catch the operating system's error and end with 1. So this module turns it into another exception before
+they see it. This exception is no subclass of Exception, so no `except Exception` catches it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 EXIT_CODE = 141
-"""128 + SIGPIPE, as a shell has it for programs that the signal ends."""
+"""128 + SIGPIPE, a shell's exit code for programs that the signal ends."""
 
 
 class ReaderLeftError(BaseException):
-    """Nobody reads what is written any more."""
+    """The reader of the output has closed the pipe."""
 
 
 class _Watched:
-    """A stream whose reader may leave."""
+    """A stream that raises ReaderLeftError once its reader has closed the pipe."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -30,17 +30,17 @@ class _Watched:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As of the stream. Raises ReaderLeftError."""
+        """Write to the stream. Raises ReaderLeftError."""
         with _renamed():
             return self._stream.write(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """As of the stream. Raises ReaderLeftError."""
+        """Write lines to the stream. Raises ReaderLeftError."""
         with _renamed():
             self._stream.writelines(lines)
 
     def flush(self) -> None:
-        """As of the stream. Raises ReaderLeftError."""
+        """Flush the stream. Raises ReaderLeftError."""
         with _renamed():
             self._stream.flush()
 
@@ -55,8 +55,10 @@ def _renamed() -> Iterator[None]:
 
 @contextmanager
 def watched_output() -> Iterator[None]:
-    """Have stdout and stderr raise ReaderLeftError where the other end is closed. Passed on, neither is written to any
-    more: the interpreter must not try once again when it ends."""
+    """Let stdout and stderr raise ReaderLeftError when their reader has closed the pipe.
+
+    After that neither stream is written to, so that the interpreter does not flush them once more at its end.
+    """
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Watched(streams[0]), _Watched(streams[1])  # type: ignore[assignment]
     try:

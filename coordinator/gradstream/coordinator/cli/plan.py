@@ -1,4 +1,4 @@
-"""`gradstream plan`: what a recipe will take on a cluster, told before anything starts."""
+"""`gradstream plan`: forecast the cost of a recipe on a cluster before anything starts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def plan(
         int | None, typer.Option("--workers", min=1, help="Number of workers to plan for, instead of a live cluster's.")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", metavar="SIZE", help="What each of them offers; left out: enough.")
+        str | None, typer.Option("--memory", metavar="SIZE", help="Memory of each of them; left out: enough.")
     ] = None,
     link: Annotated[
         str | None,
@@ -60,27 +60,27 @@ def plan(
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Tell what a recipe will take before anything starts: stage cut, memory, bytes on each link, seconds a step.
+    """Forecast a recipe's cost before anything starts: stage cut, memory, bytes on each link, seconds per step.
 
-    Plans for the nodes of a live cluster; with --workers or --servers, for a cluster that need not exist. Times are
-    measured on this machine, segment by segment, as if every worker were like it. Where PyTorch is not installed the
-    coordinator measures and plans, on its machine.
+    Plans for the nodes of a live cluster; with --workers or --servers, for a hypothetical cluster. Times are measured
+    on this machine, segment by segment, as if every worker were like it. If PyTorch is not installed, the coordinator
+    measures and plans on its machine.
     """
     from gradstream.core.errors import ConfigError
     from gradstream.core.extras import installed
     from gradstream.core.recipe.loading import load_recipe
 
-    # 1. What is asked.
+    # 1. The options.
     loaded = load_recipe(find_recipe(recipe), overrides or ())
     is_live = servers is None and workers is None
     bits_per_second, link_reason = (parse_bit_rate(link), "as asked") if link else (0.0, "")
     memory_bytes = parse_size(memory) if memory is not None else 0
     if memory is not None and servers is None and workers is None:
-        raise ConfigError("--memory is that of nodes that need not exist; say how many with --workers and --servers")
+        raise ConfigError("--memory is only for hypothetical nodes; also give --workers or --servers")
     if not link:
         assumed = parse_bit_rate(DEFAULT_LINK), ASSUMED
         bits_per_second, link_reason = (measured_link(coordinator) if is_live else None) or assumed
-    # 2. The plan, and what follows from it.
+    # 2. The plan and its forecast.
     plan_it = _plan_here if "node" in installed() else _plan_there
     told = plan_it(loaded, servers or 0, workers or 0, memory_bytes, bits_per_second, coordinator)
     for warning in told.warnings:
@@ -95,7 +95,7 @@ def plan(
 def _plan_here(
     recipe: Recipe, servers: int, workers: int, memory_bytes: int, bits_per_second: float, coordinator: str | None
 ) -> Forecast:
-    """The forecast with the model measured on this machine."""
+    """Make the forecast with the model measured on this machine."""
     from gradstream.coordinator.planning.recipe_forecast import forecast_recipe, hypothetical_nodes
 
     if servers or workers:
@@ -108,7 +108,7 @@ def _plan_here(
 def _plan_there(
     recipe: Recipe, servers: int, workers: int, memory_bytes: int, bits_per_second: float, coordinator: str | None
 ) -> Forecast:
-    """The forecast with the model measured on the coordinator's machine, since this one has no PyTorch."""
+    """Make the forecast with the model measured on the coordinator's machine, because this one has no PyTorch."""
     with _live_client(coordinator) as client:
         return client.plan(
             recipe,
@@ -153,7 +153,7 @@ def _live_client(coordinator: str | None) -> Iterator[Client]:
 
 
 def live_nodes(coordinator: str | None) -> tuple[list[NodeOffer], list[NodeOffer]]:
-    """(servers, workers) that are live. Raises UnreachableError when no coordinator answers."""
+    """Ask the coordinator for the live (servers, workers). Raises UnreachableError when it does not answer."""
     from gradstream.client import NodeKind
     from gradstream.coordinator.planning.needs import NodeOffer
 
@@ -171,7 +171,7 @@ def live_nodes(coordinator: str | None) -> tuple[list[NodeOffer], list[NodeOffer
 
 
 def find_manifest(recipe: Recipe) -> Manifest | None:
-    """The recipe's data set; None when it is not there. Raises DataError when it is there and cannot be used."""
+    """Find the recipe's data set; None if it is missing. Raises DataError if it exists but cannot be used."""
     from gradstream.coordinator.data.inspection import load_manifest
     from gradstream.core.data.manifest import MANIFEST_NAME
     from gradstream.core.storage import files

@@ -1,4 +1,4 @@
-"""`gradstream plot`: the losses of jobs as a picture."""
+"""`gradstream plot`: draw the losses of jobs as a picture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plot(
         Path | None,
         typer.Option("--to", metavar="FILE", help="Where to write; .png or .svg.", show_default="JOB-loss.png"),
     ] = None,
-    x: Annotated[XAxis, typer.Option("--x", help="What the losses lie over.")] = XAxis.steps,
+    x: Annotated[XAxis, typer.Option("--x", help="The horizontal axis.")] = XAxis.steps,
     coordinator: CoordinatorOption = None,
 ) -> None:
     """Draw the losses of a job or a fine-tuning: each step's, a smoothed line, validation, learning rate, and marks
@@ -46,7 +46,7 @@ def plot(
             job = client.job(job_id)
             rows = list(client.metrics(job.job_id))
             if not rows:
-                raise DataError(f"job {job.job_id} is {job.state} and has no step yet; draw it when it has")
+                raise DataError(f"job {job.job_id} is {job.state} and has no step yet; draw it after its first step")
             history = client.watch(job.job_id, follow=False, kinds=["event"])
             found.append(series_of(job, rows, [item for item in history if isinstance(item, Event)], x))
     ids = [series.job.job_id for series in found]

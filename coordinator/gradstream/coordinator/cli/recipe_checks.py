@@ -1,6 +1,6 @@
-"""What can be said of a recipe on the machine of the person who wrote it, before a cluster is there.
+"""Check a recipe on its author's machine, without a cluster.
 
-The model is built on the meta device. Data and bases are looked at where they are within reach.
+The model is built on the meta device. Data and bases are checked if this machine can read them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 def with_data(recipe: Recipe) -> tuple[Recipe, Manifest | None]:
-    """The recipe with what its data set fills in, and the manifest; None when the data set is not here.
+    """Complete a recipe with values from its data set; return both, None for a data set that is not here.
 
-    Raises DataError when the two do not fit.
+    Raises DataError when recipe and data set do not fit.
     """
     from gradstream.core.data.manifest import MANIFEST_NAME
     from gradstream.core.storage import files
 
     try:
         here = MANIFEST_NAME in files.list_names(recipe.data.path)
-    except Exception:  # every fsspec backend raises its own kind; the cluster may reach the path all the same
+    except Exception:  # every fsspec backend raises its own kind; the cluster may still reach the path
         here = False
     if not here:
         return recipe, None
-    # Not above: without the data set no package of an extra is needed.
+    # Imported here: without the data set no package of an extra is needed.
     from gradstream.coordinator.planning.planner import check_data
     from gradstream.coordinator.servicers.recipe_data import read_data_manifest
     from gradstream.core.model.check import with_ends
@@ -40,8 +40,10 @@ def with_data(recipe: Recipe) -> tuple[Recipe, Manifest | None]:
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
-    """Build a pretraining recipe's model and compare it with its data; return warnings. Raises ConfigError or
-    DataError, as a coordinator would at submission."""
+    """Build a pretraining recipe's model and compare it with its data; return warnings.
+
+    Raises ConfigError or DataError, as a coordinator would at submission.
+    """
     from gradstream.coordinator.planning.inventory import check_model, special_tokens
 
     recipe, manifest = with_data(recipe)
@@ -53,9 +55,11 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
 
 def check_fine_tuning_recipe(asked: FineTuningRecipe) -> list[str]:
-    """Compare a fine-tuning recipe with its base, where that is here; return warnings. Raises ConfigError or
-    CheckpointError, as the fine-tuning service would."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks are about the small trial model
+    """Compare a fine-tuning recipe with its base, if the base is here; return warnings.
+
+    Raises ConfigError or CheckpointError, as the fine-tuning service would.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings concern only the small trial model
     from gradstream.core.model import check
     from gradstream.core.model.trial import ModelUse, describe
     from gradstream.core.pretrained.base import check_base
@@ -71,7 +75,7 @@ def check_fine_tuning_recipe(asked: FineTuningRecipe) -> list[str]:
     config = check_base(asked.base_model)
     lora = asked.lora if asked.method == "lora" else None
     use = ModelUse(has_pipeline=asked.pipeline.stages != 1, packs_examples=True)
-    # In this process, not in a child: the base's check has imported transformers, which takes longer than all the rest.
+    # In this process, not in a child: the base's check has already imported transformers, the slowest part.
     found = describe(config, lora, use)
     if asked.training.sequence_length is not None:
         check.check_positions(found["positions"], asked.training.sequence_length, config.get("model_type"))

@@ -1,4 +1,4 @@
-"""`gradstream recipes`: the recipes that come along, and checking one's own."""
+"""`gradstream recipes`: list and show the bundled recipes, and check a recipe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ app = group("Recipes: list, show and validate.")
 
 @app.command()
 def ls(output: OutputOption = OutputFormat.table) -> None:
-    """List the recipes that come along."""
+    """List the bundled recipes."""
     from gradstream.core.errors import GradstreamError, one_line
     from gradstream.core.recipe.fine_tuning_recipe import load_any_recipe
 
@@ -72,7 +72,7 @@ def show(
 
 
 def resolved_lines(section: Section, depth: int = 0) -> Iterator[str]:
-    """A recipe as YAML, with a comment in place of what is derived where the job begins."""
+    """Yield a recipe as YAML lines, with a comment in place of each value that is derived when the job begins."""
     import yaml
 
     from gradstream.core.recipe.section import DERIVED, Section
@@ -97,9 +97,9 @@ def resolved_lines(section: Section, depth: int = 0) -> Iterator[str]:
 def validate(
     recipe: RecipeArgument, overrides: OverrideOption = None, output: OutputOption = OutputFormat.table
 ) -> None:
-    """Check a recipe: build its model without weights, and compare it with its data or base where these are here.
+    """Check a recipe: build its model without weights, and compare it with its data or base if these are here.
 
-    Exit code 2, 3 or 4 and one line when it is wrong. What is likely not meant is a warning.
+    Exit code 2, 3 or 4 and one line when it is wrong. Likely mistakes are warnings.
     """
     from gradstream.coordinator.cli.recipe_checks import check_fine_tuning_recipe, check_recipe
     from gradstream.core.extras import require

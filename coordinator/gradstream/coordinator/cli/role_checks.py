@@ -1,4 +1,4 @@
-"""What the options of `gradstream serve` must hold, and what they mean where they are left out."""
+"""Check the options of `gradstream serve`, and give their defaults."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def root_directory(root: Path | None) -> str:
 
 
 def default_name() -> str:
-    """host-pid, which no two live nodes of a cluster share."""
+    """The default name of a node, host-pid, which no two live nodes of a cluster share."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname().split('.')[0] or 'node'}-{os.getpid()}")
 
 
 def check_name(name: str) -> str:
-    """`name` if it can be a node's name. Raises ConfigError when not."""
+    """Check that `name` can be a node's name and return it. Raises ConfigError if not."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
         from gradstream.core.errors import ConfigError
 
@@ -32,7 +32,7 @@ def check_name(name: str) -> str:
 
 
 def check_address(address: str, option: str) -> str:
-    """`address` if it is host:port. Raises ConfigError when not."""
+    """Check that `address` is host:port and return it. Raises ConfigError if not."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit() or int(port) > 65535:
         from gradstream.core.errors import ConfigError
@@ -42,7 +42,7 @@ def check_address(address: str, option: str) -> str:
 
 
 def writable_directory(directory: Path, option: str) -> Path:
-    """`directory` as an absolute path, made if it is not there. Raises ConfigError when it cannot be written."""
+    """Create `directory` if needed; return its absolute path. Raises ConfigError when it cannot be written."""
     import tempfile
 
     from gradstream.core.errors import ConfigError
@@ -59,7 +59,7 @@ def writable_directory(directory: Path, option: str) -> Path:
 
 
 def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> None:
-    """Raises ConfigError when a role would serve everybody who can reach this machine without --insecure."""
+    """Raise ConfigError when a role would serve other machines without credentials and without --insecure."""
     import ipaddress
 
     from gradstream.core.errors import ConfigError
@@ -79,7 +79,7 @@ def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> Non
 
 
 def memory_bytes(memory: str | None, share: float = DEFAULT_MEMORY_SHARE) -> int:
-    """Bytes that the --memory option gives to jobs: a share of the machine's, or container's, when it is left out."""
+    """The bytes of the --memory option; by default a share of the memory of the machine or container."""
     if memory is not None:
         return parse_size(memory)
     from gradstream.core.machine.memory import available_bytes

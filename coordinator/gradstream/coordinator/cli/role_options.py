@@ -1,4 +1,4 @@
-"""The options of `gradstream serve`, which its roles share."""
+"""The options that the roles of `gradstream serve` share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LogLevel(StrEnum):
 
 
 class Device(StrEnum):
-    """What a role computes on."""
+    """The device on which a role computes."""
 
     auto = "auto"
     cpu = "cpu"
@@ -53,7 +53,7 @@ ThreadsOption = Annotated[
         "--threads",
         metavar="N",
         min=1,
-        help="Threads for arithmetic of a process.",
+        help="Threads of a process for arithmetic.",
         show_default="its share of the cores, at most 8",
     ),
 ]
@@ -64,8 +64,8 @@ ProcessesOption = Annotated[
         metavar="N",
         min=1,
         max=MAX_PROCESSES,
-        help="Run N servers NAME-0, NAME-1 and so on, each an event loop of its own, on ports from --listen's on; "
-        "--memory is shared evenly.",
+        help="Run N servers NAME-0, NAME-1 and so on, each with its own event loop, on consecutive ports from "
+        "--listen's on; --memory is divided evenly.",
     ),
 ]
 RootOption = Annotated[
@@ -73,8 +73,8 @@ RootOption = Annotated[
     typer.Option(
         "--root",
         metavar="DIR",
-        help="Stands for the directory in which people submit: what a recipe has below it is here below DIR.",
-        show_default="paths stay as they are",
+        help="Replaces the directory in which people submit: a recipe's paths below that directory are here below DIR.",
+        show_default="paths are not changed",
     ),
 ]
 ReadyFileOption = Annotated[
@@ -97,7 +97,7 @@ CredentialsOption = Annotated[
         "--credentials",
         envvar="GRADSTREAM_CREDENTIALS",
         metavar="DIR",
-        help="Directory of this role's credentials; without them all is in the clear.",
+        help="Directory of this role's credentials; without them nothing is encrypted.",
         show_default=False,
     ),
 ]
@@ -106,9 +106,9 @@ TimingOption = Annotated[
     typer.Option(
         "--timing",
         metavar="KEY=SECONDS",
-        help="Another time than the default, as often as needed: lease_seconds=10 until a node without heartbeats is "
-        "silent, reunion_seconds=30 for which the state of silent servers is waited for, unreachable_seconds=30 and "
-        "stall_seconds=30 until a worker that reaches no server, or gets nothing done, gives up its slots.",
+        help="Change a time; may be repeated. lease_seconds=10: until a node without heartbeats is silent. "
+        "reunion_seconds=30: how long a job waits for the state of silent servers. unreachable_seconds=30 and "
+        "stall_seconds=30: until a worker that reaches no server, or makes no progress, loses its slots.",
         show_default=False,
     ),
 ]
@@ -117,13 +117,13 @@ AdvertiseOption = Annotated[
     typer.Option(
         "--advertise",
         metavar="HOST:PORT",
-        help="Where workers and other servers reach this one, if that is not where it listens: behind a published port "
-        "or a proxy.",
+        help="Address at which workers and other servers reach this one, if it differs from --listen: behind a "
+        "published port or a proxy.",
         show_default="the address that it listens on",
     ),
 ]
 InsecureOption = Annotated[
-    bool, typer.Option("--insecure", help="Serve in the clear, without credentials, also beyond this machine.")
+    bool, typer.Option("--insecure", help="Serve other machines too without credentials or encryption.")
 ]
 ParentOption = Annotated[
     int | None, typer.Option("--die-with-parent", metavar="PID", hidden=True, help="End when process PID ends.")

@@ -1,6 +1,6 @@
-"""`gradstream serve`: one role of a cluster in the foreground, until SIGTERM or Ctrl-C.
+"""`gradstream serve`: run one role of a cluster in the foreground, until SIGTERM or Ctrl-C.
 
-The roles live in packages that must not import each other; the CLI reaches them by name, when one is wanted.
+The roles are in packages that must not import each other. This module imports a role's package by name when needed.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 
 app = group("Run one role of a cluster: coordinator, parameter-server, worker or fine-tuning.")
 
-# It is mostly on a machine that others work on too.
+# The service usually shares its machine with other processes.
 FINE_TUNING_MEMORY_SHARE = 0.4
-# Less than the time after which deploy/compose.yaml kills the container.
+# Shorter than the time after which deploy/compose.yaml kills the container.
 GRACE_SECONDS = 20.0
 SERVER_GRACE_SECONDS = 50.0
 
@@ -126,9 +126,9 @@ def parameter_server(
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
 ) -> None:
-    """Run a parameter server: holds fragments, adds contributions, applies the optimizer.
+    """Run a parameter server, which holds fragments, adds contributions and applies the optimizer.
 
-    Workers and the other servers must reach the address that it listens on.
+    Workers and the other servers must be able to reach its address.
     """
     _prepare(log_level, die_with_parent)
     check_address(listen, "--listen")
@@ -167,9 +167,9 @@ def parameter_server(
 def server_processes(
     coordinator: str, name: str, listen: str, memory: int, threads: int | None, count: int, options: Sequence[str]
 ) -> list[Child]:
-    """The servers that `--processes` stands for: `memory` bytes and, without `threads`, the cores shared evenly.
+    """The servers of `--processes`. They divide `memory` bytes and, without `threads`, the cores evenly.
 
-    Raises ConfigError when there are not enough ports from the one to listen on.
+    Raises ConfigError when there are too few ports from that of `listen` on.
     """
     from gradstream.coordinator.cli.local.processes import Child
     from gradstream.core.errors import ConfigError
@@ -212,9 +212,9 @@ def worker(
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
 ) -> None:
-    """Run a worker: computes the gradients of the slots that it holds.
+    """Run a worker, which computes the gradients of its slots.
 
-    In a job with a pipeline other workers must reach the address that it listens on.
+    In a job with a pipeline other workers must be able to reach its address.
     """
     _prepare(log_level, die_with_parent)
     check_address(listen, "--listen")
@@ -259,7 +259,7 @@ def fine_tuning(
     log_level: LogLevelOption = LogLevel.info,
     die_with_parent: ParentOption = None,
 ) -> None:
-    """Run the fine-tuning service: prepares examples, submits jobs, evaluates, generates, exports.
+    """Run the fine-tuning service, which prepares examples, submits jobs, evaluates, generates and exports.
 
     Coordinator, servers and workers must see its state directory and the bases under the same paths.
     """
@@ -288,13 +288,13 @@ def _prepare(log_level: LogLevel, parent: int | None) -> None:
     from gradstream.core.extras import require
 
     require("`gradstream serve`", "node")
-    # The role configures the log again with a buffer of its own; it finds the level here.
+    # The role configures the log again with its own buffer, and reads the level from here.
     os.environ["GRADSTREAM_LOG_LEVEL"] = str(log_level)
     log.configure(str(log_level))
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, process `parent`, ends, however that ends."""
+    """Let the kernel kill this process when its parent, process `parent`, ends in any way."""
     if sys.platform != "linux":
         return
     import ctypes

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 def top(
     job_id: NewestJobArgument = None,
-    interval: Annotated[float, typer.Option("--interval", "-n", min=0.1, help="Seconds between two looks.")] = 1.0,
-    count: Annotated[int | None, typer.Option("--count", min=1, help="Look this many times, then end.")] = None,
+    interval: Annotated[float, typer.Option("--interval", "-n", min=0.1, help="Seconds between two updates.")] = 1.0,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="Number of updates, then end.")] = None,
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
@@ -39,7 +39,7 @@ def top(
 
     choices = Choices(job_id)
     with open_client(coordinator) as client:
-        # The first look fails like any other command; later the coordinator may go away and come back.
+        # The first update fails like any other command. Later the coordinator may go away and come back.
         client.nodes()
         if output is OutputFormat.table and sys.stdout.isatty():
             _live(client, choices, interval, count)

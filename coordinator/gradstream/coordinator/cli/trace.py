@@ -27,14 +27,15 @@ def trace(
         typer.Option(
             "--gantt",
             metavar="FILE",
-            help="Draw the last whole version of a job with a pipeline instead (.png or .svg); with --to, as well.",
+            help="Draw the last complete version of a job with a pipeline (.png or .svg), instead of the trace; with "
+            "--to, both.",
         ),
     ] = None,
     coordinator: CoordinatorOption = None,
 ) -> None:
-    """Write what a job's workers did over its last versions as a Chrome trace: compute, wait, send, receive and so on.
+    """Write the timelines of a job's workers as a Chrome trace: compute, wait, send, receive and so on.
 
-    Open it in https://ui.perfetto.dev or in chrome://tracing. Each worker is a process; overlapping transfers lie side
+    Open it in https://ui.perfetto.dev or in chrome://tracing. Each worker is a process. Overlapping transfers lie side
     by side, and arrows lead from stage to stage of a pipeline.
     """
     if gantt is not None:
@@ -82,7 +83,7 @@ def _write_gantt(path: Path, timelines: list[Timeline], pipeline: Pipeline | Non
     found = newest(runs(timelines, pipeline.num_stages))
     bubble = measure(found)
     if bubble is None:
-        raise DataError(f"there is no version of job {job_id} yet of which the passes of all stages are known")
+        raise DataError(f"job {job_id} has no version yet for which the passes of all stages are known")
     version = found[0].version
     shares = f"bubble {terminal.format_share(bubble.measured)} (ideal {terminal.format_share(bubble.ideal)})"
     title = f"{job_id}, version {version}: {pipeline.schedule}, {shares}"

@@ -1,1 +1,1 @@
-"""The pieces of data preparation: sources, tokenizer, data shards, inspection. `data_prepare` puts them together."""
+"""Prepare data sets: sources, tokenizer, data shards, inspection. `prepare` runs all phases."""

@@ -1,4 +1,4 @@
-"""Which token ends a document: the one that the model's own files name, or that the recipe names, and never a guess."""
+"""Find the token that ends a document, from the model's own files or from the recipe. It is never guessed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CURE = "set data.prepare.end_of_text or --end-of-text"
 
 @dataclass(frozen=True, slots=True)
 class EndOfText:
-    """The token that ends a document. `origin`: what says so."""
+    """The token that ends a document. `origin` is the file or option that names it."""
 
     id: int
     text: str
@@ -32,10 +32,10 @@ class EndOfText:
 def find_end_of_text(
     tokenizer_path: str, vocabulary: Mapping[str, int], special: list[str], asked: str | int | None
 ) -> EndOfText:
-    """The end of text of the tokenizer at `tokenizer_path` (any fsspec path), by the files beside it.
+    """Find the end of text of the tokenizer at `tokenizer_path` (any fsspec path) in the files beside it.
 
-    `special`: its special tokens, for a message. `asked`: a token or its id, which decides.
-    Raises ConfigError when nothing says it, when two files say different things, and for files that cannot be used.
+    `special` are its special tokens, for a message. `asked` is a token or its id, which takes precedence. Raises
+    ConfigError when no file names the token, when two files name different tokens, and for files that cannot be used.
     """
     names = (DATA_MANIFEST, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, CONFIG, GENERATION_CONFIG)
     beside = {} if asked is not None else {name: _read_beside(tokenizer_path, name) for name in names}
@@ -49,12 +49,12 @@ def choose_end_of_text(
     special: list[str],
     asked: str | int | None = None,
 ) -> EndOfText:
-    """The decision of `find_end_of_text`, of what the files beside the tokenizer hold, by name. Raises ConfigError."""
+    """Decide for `find_end_of_text`. `beside` has the files beside the tokenizer. Raises ConfigError."""
     texts = {number: text for text, number in vocabulary.items()}
     if asked is not None:
         return _asked(tokenizer_path, asked, vocabulary, texts)
     manifest = beside.get(DATA_MANIFEST, {})
-    if "end_of_text_id" in manifest:  # a data set or a checkpoint of gradstream's
+    if "end_of_text_id" in manifest:  # a data set or a checkpoint of gradstream
         number = _ids(manifest["end_of_text_id"], DATA_MANIFEST, "end_of_text_id")[0]
         return EndOfText(number, _text(number, texts, tokenizer_path, DATA_MANIFEST), DATA_MANIFEST)
     stated = {
@@ -62,7 +62,7 @@ def choose_end_of_text(
         for name in (CONFIG, GENERATION_CONFIG)
         if (value := _eos_token_id(beside.get(name, {}))) is not None
     }
-    # As transformers reads them: the older file counts first unless the other one holds the added tokens too.
+    # In transformers' order: the older file first, unless the newer file has the added tokens too.
     settings = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
     if beside.get(TOKENIZER_CONFIG, {}).get("added_tokens_decoder") is None:
         settings = (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG)
@@ -108,7 +108,7 @@ def _asked(tokenizer_path: str, asked: str | int, vocabulary: Mapping[str, int],
 
 
 def _agree(text: str, number: int, origin: str, stated: Mapping[str, list[int]], texts: Mapping[int, str]) -> None:
-    """Raise ConfigError for a file that names other ends of text than `origin` does."""
+    """Raise ConfigError for a file that names another end of text than `origin`."""
     for name, ids in stated.items():
         if number not in ids:
             shown = ", ".join(f"{texts.get(other, 'no token')!r} ({other})" for other in ids)
@@ -120,7 +120,7 @@ def _agree(text: str, number: int, origin: str, stated: Mapping[str, list[int]],
 
 def _eos_token_id(config: Mapping[str, Any]) -> Any:
     value = config.get("eos_token_id")
-    inner = config.get("text_config")  # of models that also see or hear
+    inner = config.get("text_config")  # of models with images or audio
     return inner.get("eos_token_id") if value is None and isinstance(inner, Mapping) else value
 
 

@@ -1,4 +1,4 @@
-"""Looking at a prepared data set: what is in it, and whether its files are what the manifest says."""
+"""Inspect a prepared data set: summarize its contents, and compare its files with the manifest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class SplitSummary:
 
 @dataclass(frozen=True, slots=True)
 class DataSummary:
-    """What a data set holds. `sample`: the text of the first training tokens; `verified`: all hashes were checked."""
+    """The contents of a data set. `sample` is the text of the first training tokens.
+
+    `verified` tells whether all hashes were checked.
+    """
 
     path: str
     vocab_size: int
@@ -63,7 +66,7 @@ def load_manifest(path: str) -> Manifest:
 
 
 def inspect(path: str, verify_hashes: bool = False) -> DataSummary:
-    """Summarize the data set at `path`, and with `verify_hashes` read all of it. Raises DataError."""
+    """Summarize the data set at `path`; with `verify_hashes` read and check all of it. Raises DataError."""
     manifest = verify(path) if verify_hashes else load_manifest(path)
     return DataSummary(
         path=public_text(path),
@@ -82,7 +85,10 @@ def inspect(path: str, verify_hashes: bool = False) -> DataSummary:
 
 
 def verify(path: str) -> Manifest:
-    """Compare size and sha256 of every file with the manifest, which is returned. Raises DataError at the first."""
+    """Compare size and sha256 of every file with the manifest; return the manifest.
+
+    Raises DataError at the first difference.
+    """
     manifest = load_manifest(path)
     filesystem, root = open_filesystem(path)
     _verify_file(filesystem, root, manifest.tokenizer_file, manifest.tokenizer_sha256, None)

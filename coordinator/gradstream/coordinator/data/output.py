@@ -1,4 +1,4 @@
-"""Distributing documents over the data shards of a split."""
+"""Distribute documents over the data shards of a split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradstream.core.data.output import Output, ShardWriter, Split
 
 
 class SplitWriter:
-    """Distributes the documents of one split over its data shards: each goes to the one with the fewest tokens.
+    """Distributes the documents of one split over its data shards: each goes to the shard with the fewest tokens.
 
     So the sizes of shards differ by at most one document, and a split with fewer documents than `max_shards` has one
     shard for each.
@@ -38,6 +38,6 @@ class SplitWriter:
         self.num_tokens += document.num_tokens
 
     def close(self) -> list[DataShard]:
-        """Finish all files and return what the manifest says of them. Raises DataError."""
+        """Finish all files; return their entries for the manifest. Raises DataError."""
         with self._output.explained():
             return [shard.close() for shard in self._shards]

@@ -1,8 +1,8 @@
-"""Dividing a corpus: whether long documents are split into pieces, where, and what share of documents is held out.
+"""Divide a corpus: split long documents into pieces, and choose the share of documents that is held out.
 
-A corpus of many documents is taken as it is. One of few documents, or with a document that is longer than a data
-shard's share of the text, has its long documents split at paragraphs, lines, sentences or words. Each piece is a
-document of the data set. All of it is a function of the text and the options.
+A corpus of many documents is not changed. If a corpus has few documents, or a document longer than a data shard's share
+of the text, its long documents are split at paragraphs, lines, sentences or words. Each piece is a document of the data
+set. The result depends only on the text and the options.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 VALIDATION_FRACTION = 0.02
 MAX_DEFAULT_FRACTION = 0.1
 HELD_OUT_BYTES = 64 << 10
-"""Text that is held out of a small corpus where the recipe names no share: some 60 samples of 256 tokens."""
+"""Bytes of text to hold out of a small corpus if the recipe names no share: some 60 samples of 256 tokens."""
 MIN_PIECE_BYTES = 1 << 10
 PIECES_PER_SHARD = 4
 HELD_OUT_PIECES = 2
@@ -29,10 +29,11 @@ BREAKS = (
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much text there is. Sizes are in bytes of UTF-8.
+    """The amount of text in a corpus. Sizes are in bytes of UTF-8.
 
-    `lengths`: of the documents that were counted: all of them if `whole`, else as many as nothing depends on more.
-    `num_bytes`, `longest`: of the whole corpus; where it is not counted whole, by the stored sizes of its files.
+    `lengths` are the lengths of the documents that were counted: all documents if `whole`, else so many that the
+    division does not depend on more. `num_bytes` and `longest` are of the whole corpus; if it was not counted whole,
+    they come from the stored sizes of its files.
     """
 
     lengths: tuple[int, ...]
@@ -43,21 +44,24 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """Documents of at least 1.5 times `piece_bytes` are split, none where it is 0; `validation_fraction` of the
-    documents (after the split) is held out."""
+    """The division of a corpus.
+
+    Documents of at least 1.5 times `piece_bytes` are split; 0 splits none. `validation_fraction` of the documents,
+    after the split, is held out.
+    """
 
     piece_bytes: int
     validation_fraction: float
 
 
 def enough_documents(num_shards: int, fraction: float | None) -> int:
-    """The number of documents from which on no document needs a split for there to be enough."""
+    """The number of documents that suffices without splitting any document."""
     share = VALIDATION_FRACTION if fraction is None else fraction
     return max(math.ceil(num_shards / (1 - share)), math.ceil(1 / share) if share else 1)
 
 
 def divide(extent: Extent, num_shards: int, fraction: float | None) -> Division:
-    """How a corpus of that extent is divided. `fraction`: the share to hold out that a person asked for."""
+    """Decide how to divide a corpus. `fraction` is the person's share to hold out, None for the default."""
     share = fraction
     if share is None:
         share = min(MAX_DEFAULT_FRACTION, max(VALIDATION_FRACTION, HELD_OUT_BYTES / max(1, extent.num_bytes)))
@@ -66,19 +70,19 @@ def divide(extent: Extent, num_shards: int, fraction: float | None) -> Division:
     if too_few or extent.longest * num_shards > extent.num_bytes:
         num_pieces = max(PIECES_PER_SHARD * num_shards, math.ceil(HELD_OUT_PIECES / share) if share else 0)
         piece_bytes = max(MIN_PIECE_BYTES, math.ceil(extent.num_bytes / num_pieces))
-    if share and extent.whole:  # of two documents one is held out
+    if share and extent.whole:  # hold out at least one document if there are two
         total = sum(num_pieces_of(length, piece_bytes) for length in extent.lengths)
         share = max(share, 1 / total) if total > 1 else 0.0
     return Division(piece_bytes, share)
 
 
 def num_pieces_of(num_bytes: int, piece_bytes: int) -> int:
-    """Into how many pieces a document is split."""
+    """The number of pieces into which a document is split."""
     return max(1, math.floor(num_bytes / piece_bytes + 0.5)) if piece_bytes else 1
 
 
 def split_document(text: str, piece_bytes: int) -> Iterator[str]:
-    """The pieces of a document, which together are the document. None is blank unless the document is."""
+    """Split a document into pieces, whose concatenation is the document. No piece is blank unless the document is."""
     count = num_pieces_of(len(text.encode("utf-8")), piece_bytes)
     begin = 0
     for end in _cuts(text, count):
@@ -89,7 +93,7 @@ def split_document(text: str, piece_bytes: int) -> Iterator[str]:
 
 
 def _cuts(text: str, count: int) -> Iterable[int]:
-    """`count - 1` places in rising order, near equal distances, each after the strongest break nearby."""
+    """Choose `count - 1` places in rising order, at nearly equal distances, each after the strongest break nearby."""
     reach = len(text) // count // 4
     for number in range(1, count):
         target = len(text) * number // count

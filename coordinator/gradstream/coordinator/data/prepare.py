@@ -1,7 +1,8 @@
-"""Preparing a data set: from text to a manifest, a tokenizer and data shards of token ids.
+"""Prepare a data set: turn text into a manifest, a tokenizer and data shards of token ids.
 
-Phases: list the files, train or load the tokenizer, tokenize and write, publish. The result is a function of the input
-and the options alone, not of the number of processes. Memory is bounded: batches in flight and the largest document.
+The phases are: list the files, train or load the tokenizer, tokenize and write, publish. The result depends only on the
+input and the options, not on the number of processes. Memory is bounded by the batches in flight and the largest
+document.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ __all__ = [
     "verify",
 ]
 
-# Below this, starting processes takes longer than tokenizing.
+# For fewer bytes, starting processes takes longer than tokenizing.
 SERIAL_BYTES = 4 << 20
 PROGRESS_INTERVAL_BYTES = 256 << 10
 TOKENIZER_FILE = "tokenizer.json"
@@ -47,7 +48,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 @dataclass(frozen=True, slots=True)
 class PrepareProgress:
-    """How far preparation has come. Bytes are of text for the tokenizer, of stored files for tokenizing."""
+    """The progress of a preparation. Bytes are bytes of text for the tokenizer, of stored files for tokenizing."""
 
     phase: Literal["tokenizer", "tokenize", "done"]
     bytes_done: int = 0
@@ -57,11 +58,11 @@ class PrepareProgress:
     num_skipped_files: int = 0
     """files left out because they are not UTF-8 text"""
     end_of_text: str = ""
-    """the token that ends a document, its id, and what says so; for people"""
+    """the token that ends a document, its id, and the file or option that names it; for people"""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """what the sources name and the data set does not hold, by reason"""
+    """number of sources or parts of them that are not in the data set, by reason"""
     notes: tuple[str, ...] = ()
-    """what people should look at, a sentence each"""
+    """notes that people should check, a sentence each"""
 
 
 def prepare(
@@ -72,21 +73,21 @@ def prepare(
     num_processes: int | None = None,
     force: bool = False,
 ) -> Manifest:
-    """Make the data set `options` describes in the directory `out` (any fsspec path) and return its manifest.
+    """Make the data set that `options` describe in the directory `out` (any fsspec path); return its manifest.
 
-    `num_processes`: tokenizing processes, at most one a core; None chooses. `force` replaces a data set at `out`.
-    `progress` is called in this thread, often. After an error or an interrupt nothing half-written stays.
+    `num_processes` is the number of tokenizing processes, at most one per core; None chooses. `force` replaces a data
+    set at `out`. `progress` is called often, in this thread. After an error or an interrupt no partial files remain.
 
     Raises ConfigError (sources, tokenizer, options or `out`) and DataError (contents), each with one line.
     """
-    # Phase 1: list the files. What is wrong with the paths shows before anything is written.
+    # Phase 1: list the files. Errors in the paths are raised before anything is written.
     found = find_files(options.sources)
     files = _without_output(found, out)
     if isinstance(options.end_of_text, int) and options.tokenizer is None:
         raise ConfigError(
             f"end_of_text {options.end_of_text} is an id, which a trained tokenizer gives out itself; name its text"
         )
-    # How it is divided, which the number and the length of the documents decide.
+    # The division depends on the number and the length of the documents.
     division = divide(
         Corpus(files, options.text_field, options.max_bytes, options.format).measure(
             enough_documents(options.num_shards, options.validation_fraction)
@@ -110,7 +111,7 @@ def prepare(
         num_unknown = 0
         processes = _num_processes(num_processes, corpus.stored_bytes)
         reported = -PROGRESS_INTERVAL_BYTES
-        # Closed here, not when it is collected: its processes must be gone before the files are.
+        # Closed here, not by the garbage collector: the processes must end before the files are removed.
         with closing(tokenization.encode(corpus, tokenizer, processes)) as documents:
             for index, document in enumerate(documents):
                 num_unknown += document.num_unknown
@@ -161,7 +162,7 @@ def _make_tokenizer(
 
 
 def _without_output(found: FoundFiles, out: str) -> list[SourceFile]:
-    """The files found, without those of a data set at `out`: its sources may be a directory that it lies in."""
+    """The files found, without those of a data set at `out`: the sources may be a directory that contains `out`."""
     filesystem, path = open_filesystem(out)
     root = (os.path.realpath(path) if is_local(filesystem) else path).rstrip("/") + "/"
 
@@ -178,10 +179,10 @@ def _without_output(found: FoundFiles, out: str) -> list[SourceFile]:
 
 
 def is_validation(index: int, fraction: float) -> bool:
-    """Whether document number `index` is held out: a pure function of the two.
+    """Whether document number `index` is held out. A pure function of `index` and `fraction`.
 
-    Of every 1/fraction consecutive documents one is, at a scrambled place. So the number held out is the fraction to
-    within one document, however small the corpus (independent draws would leave data shards without any).
+    Of every 1/fraction consecutive documents one is held out, at a scrambled place. So the number of held-out documents
+    is exact to within one document also for a small corpus. Independent draws would leave data shards without any.
     """
     if fraction <= 0:
         return False
@@ -195,7 +196,7 @@ def is_validation(index: int, fraction: float) -> bool:
 def _contents(
     options: PrepareConfig, corpus: Corpus, division: Division, tokenizer: tokenization.TokenizerFile
 ) -> dict[str, Any]:
-    """What the manifest says of the tokenizer, and of what was read and how it was divided."""
+    """The manifest's entries on the tokenizer, the files that were read, and the division."""
     return {
         "token_dtype": tokenizer.token_dtype,
         "vocab_size": tokenizer.vocab_size,
@@ -232,7 +233,7 @@ def _notes(
     if corpus.first_not_text:
         notes.append(f"{NOT_TEXT} were left out ({corpus.num_skipped_files}), the first: {corpus.first_not_text}")
     if found.num_repeated:
-        notes.append(f"files are read again under another name, a link; their text comes twice ({found.num_repeated})")
+        notes.append(f"files are also read through a link; their text is in the data set twice ({found.num_repeated})")
     if division.validation_fraction == 0 and options.validation_fraction != 0:
         notes.append("nothing was held out, since there is a single short text; add text, or train without validation")
     if corpus.num_split:
@@ -241,9 +242,9 @@ def _notes(
             f"{-(-corpus.piece_bytes >> 10)} KiB, each a document of the data set ({corpus.num_split})"
         )
     if num_unknown:
-        notes.append(f"texts hold what the tokenizer does not know, each a token for the unknown ({num_unknown})")
+        notes.append(f"parts of texts are not in the tokenizer's vocabulary; each is an unknown token ({num_unknown})")
     if tokenization.drops_characters(tokenizer.content):
-        notes.append("the tokenizer writes nothing for characters that it does not know: those of the texts are lost")
+        notes.append("the tokenizer drops characters that its vocabulary lacks: such characters of the texts are lost")
     return tuple(notes)
 
 

@@ -1,5 +1,4 @@
-"""From the files of the sources to a stream of documents: a document is a text file, or a row of a JSON or Parquet
-file."""
+"""Read the documents of source files. A document is a text file, or a row of a JSON or Parquet file."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from gradstream.core.errors import DataError, nearest
 
 Format = Literal["auto", "text", "jsonl", "json", "parquet"]
 
-# Reasons for which something of a file is not in the data set.
+# Reasons for which a file, or a part of it, is not in the data set.
 NOT_TEXT = "files that are not UTF-8 text"
 BLANK = "blank documents"
 BEYOND_LIMIT = "files beyond max_bytes"
@@ -37,13 +36,13 @@ TABLE_SUFFIXES = (".csv", ".tsv")
 
 
 class NotTextError(Exception):
-    """A file that is not UTF-8 text; it is left out and counted, never shown to people."""
+    """A file that is not UTF-8 text. The file is left out and counted; people never see this error."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the files that were read: how many by what they were read as, what was left out by reason, and
-    what people should look at."""
+    """Counts of the files that were read: by the format in which they were read, left out by reason, and notes for
+    people."""
 
     read_as: Counter[str] = dataclass_field(default_factory=Counter)
     left_out: Counter[str] = dataclass_field(default_factory=Counter)
@@ -53,11 +52,11 @@ class Tally:
 def read_documents(
     file: SourceFile, text_field: str, limit: int | None = None, fmt: Format = "auto", tally: Tally | None = None
 ) -> Iterator[str]:
-    """The documents of one file, as text that encodes to UTF-8; blank ones come as "".
+    """Yield the documents of one file, as text that can be encoded as UTF-8; blank documents as "".
 
-    Of a text file, at most `limit` bytes are read; rows are read until the caller stops. `fmt`: what the file holds,
-    "auto" by its name and then by its content.
-    Raises NotTextError for a text file that is not UTF-8, DataError (with the line) for anything else that is wrong.
+    At most `limit` bytes of a text file are read; rows are read until the caller stops. `fmt` is the format of the
+    file; "auto" takes it from the file's name, else from its content. Raises NotTextError for a text file that is not
+    UTF-8, DataError (with the line) for any other error in the file.
     """
     with open_source(file, fmt, (text_field,)) as source:
         if tally is not None:
@@ -66,7 +65,7 @@ def read_documents(
             yield _read_text(source, limit)
             return
         for text in (_parquet_rows if source.kind == "parquet" else _json_texts)(source, text_field):
-            # A lone surrogate (JSON can spell one) has no UTF-8; a tokenizer would refuse it.
+            # A lone surrogate, which JSON can contain, has no UTF-8 encoding; a tokenizer would refuse it.
             whole = text.encode("utf-8", "replace").decode("utf-8")
             if tally is not None and whole != text:
                 tally.notes["documents hold half of a surrogate pair, which became '?'"] += 1
@@ -84,7 +83,7 @@ def _count_kind(file: SourceFile, source: OpenSource, tally: Tally) -> None:
 
 def _read_text(source: OpenSource, limit: int | None) -> str:
     head = source.stream.read(PROBE_BYTES if limit is None else min(limit, PROBE_BYTES))
-    if b"\0" in head:  # text has none; saves reading a large binary file to its end
+    if b"\0" in head:  # not in text; a large binary file is then not read to its end
         raise NotTextError(source.name)
     rest = b"".join(source.stream.blocks()) if limit is None else source.stream.read(max(0, limit - len(head)))
     if b"\0" in rest:
@@ -92,7 +91,7 @@ def _read_text(source: OpenSource, limit: int | None) -> str:
     raw = head + rest
     cut = limit is not None and len(raw) >= limit
     try:
-        # Where the limit cuts a character, the incremental decoder leaves its first bytes out.
+        # If the limit cuts a character, the incremental decoder drops the character's first bytes.
         text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=not cut).removeprefix("\ufeff")
     except UnicodeDecodeError:
         raise NotTextError(source.name) from None
@@ -167,10 +166,10 @@ def _no_field(where: str, text_field: str, fields: list[str], by_content: bool =
 
 
 class Corpus:
-    """The documents of several files, in order, with what has been read so far. Blank documents are left out.
+    """The documents of several files, in order, with counts of what has been read. Blank documents are left out.
 
-    `max_bytes`: stop after this number of bytes of text; the document that crosses the line is cut.
-    `piece_bytes`: split documents into pieces of about this size; 0: take them as they are.
+    Reading stops after `max_bytes` bytes of text; a document that crosses this limit is cut. Documents are split into
+    pieces of about `piece_bytes`; 0 splits none.
     """
 
     def __init__(
@@ -194,7 +193,7 @@ class Corpus:
         self.num_bytes = 0
         """bytes of text read"""
         self.stored_bytes_done = 0
-        """stored bytes of the files read to their end, and what is known of the current one"""
+        """stored bytes of the files read to their end, plus an estimate for the current file"""
 
     @property
     def num_skipped_files(self) -> int:
@@ -203,7 +202,7 @@ class Corpus:
 
     @property
     def stored_bytes(self) -> int:
-        """What `stored_bytes_done` grows to: a measure of progress, exact for uncompressed text."""
+        """The final value of `stored_bytes_done`, for progress; exact for uncompressed text."""
         total = sum(file.num_bytes for file in self._files)
         return total if self._max_bytes is None else min(total, self._max_bytes)
 
@@ -220,7 +219,7 @@ class Corpus:
                         continue
                     text = self._cut(text)
                     self.num_bytes += len(text.encode("utf-8"))
-                    # Text can be larger than its compressed file; never report more than the file.
+                    # Text can be larger than its compressed file; count at most the size of the file.
                     self.stored_bytes_done = finished + min(file.num_bytes, self.num_bytes - before)
                     if text:
                         yield from self._pieces(text)
@@ -240,9 +239,9 @@ class Corpus:
             self.stored_bytes_done = finished
 
     def measure(self, enough: int) -> Extent:
-        """How much text there is, from reading it, or from reading the first `enough` documents where there are more.
+        """Measure the amount of text by reading all documents, or only the first `enough` ones if there are more.
 
-        Raises DataError as iterating does.
+        Raises DataError as iteration does.
         """
         lengths: list[int] = []
         for text in self:
@@ -266,7 +265,7 @@ class Corpus:
         return None if self._max_bytes is None else max(0, self._max_bytes - self.num_bytes)
 
     def _full(self) -> bool:
-        # A cut leaves out up to three bytes of a character: what is left then is no room for a document.
+        # A cut drops up to three bytes of a character; the few bytes that then remain hold no further document.
         remaining = self._remaining()
         return remaining is not None and remaining < 4
 

@@ -1,6 +1,6 @@
-"""The tokenizer of a data set: trained on a sample or taken as it is, and run in parallel over documents.
+"""Train or load the tokenizer of a data set, and encode documents in parallel.
 
-A trained one is a byte-level BPE (Sennrich et al. 2016; byte level after GPT-2): every text has an encoding.
+A trained tokenizer is a byte-level BPE (Sennrich et al. 2016; byte level as in GPT-2): it can encode every text.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from gradstream.core.errors import ConfigError, DataError, one_line
 from gradstream.core.foreign import Guarded, parsing
 
 END_OF_TEXT = "<|endoftext|>"
-"""Ends a document where a tokenizer is trained and the recipe names no other."""
+"""The end of text of a trained tokenizer if the recipe names no other."""
 TRAINED = "the trained tokenizer"
 TOKENIZER_NAME = "tokenizer.json"
 RARE_CHARACTERS = ("\ua66e", "\U00013000", "\u2603")  # a Slavonic letter, a hieroglyph, a snowman
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
-SAMPLE_BYTES = 4 << 20  # more changes the merges little and costs 0.3 s a MB
+SAMPLE_BYTES = 4 << 20  # a larger sample changes the merges little and takes 0.3 s per MB
 SMALL_FILE_BYTES = 64 << 10
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1024
@@ -40,8 +40,10 @@ BATCHES_PER_PROCESS = 3  # in flight: one being encoded, one waiting, one being 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFile:
-    """A tokenizer.json and what the manifest says of it. `vocab_size` is the largest id plus one; `origin`: what says
-    which token ends a text."""
+    """A tokenizer.json and its entries for the manifest.
+
+    `vocab_size` is the largest id plus one. `origin` is the file or option that names the end of text.
+    """
 
     content: bytes
     vocab_size: int
@@ -57,19 +59,19 @@ class TokenizerFile:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document on its way to a data shard: its token ids (end of text included), little-endian, as bytes."""
+    """An encoded document: its token ids, with the end of text, as little-endian bytes."""
 
     tokens: bytes
     num_tokens: int
     num_unknown: int = 0
-    """tokens that stand for text outside of the vocabulary"""
+    """number of unknown tokens, for text outside of the vocabulary"""
 
 
 def load(path: str, end_of_text: str | int | None = None) -> TokenizerFile:
-    """Read an existing tokenizer.json from any fsspec path, or that of a directory.
+    """Load an existing tokenizer.json from any fsspec path; a directory's path stands for the tokenizer.json in it.
 
-    Its end of text is what the files beside it say, unless `end_of_text` names a token or an id.
-    Raises ConfigError when it cannot be read, is no tokenizer, or when nothing says which token ends a text.
+    Its end of text comes from the files beside it, unless `end_of_text` names a token or an id. Raises ConfigError when
+    the file cannot be read, is not a tokenizer, or when no file names the end of text.
     """
     filesystem, inner = open_filesystem(path)
     try:
@@ -87,7 +89,7 @@ def load(path: str, end_of_text: str | int | None = None) -> TokenizerFile:
 
 
 def _vocabulary(content: bytes, origin: str) -> tuple[dict[str, int], list[str]]:
-    """The ids of all tokens of a tokenizer.json, and its special ones. Raises ConfigError."""
+    """The ids of all tokens of a tokenizer.json, and its special tokens. Raises ConfigError."""
     from tokenizers import Tokenizer
 
     with parsing(lambda cause: ConfigError(f"{origin} is not a tokenizer.json ({cause}); save the tokenizer again")):
@@ -111,8 +113,8 @@ def train(
 ) -> TokenizerFile:
     """Train a byte-level BPE on a sample of at most SAMPLE_BYTES of the documents; `end_of_text` is its special token.
 
-    The same files give the same bytes. `progress` is called with the bytes of text sampled so far.
-    Raises ConfigError for a vocabulary that is too small.
+    The same files give the same bytes. `progress` is called with the number of bytes of text sampled so far. Raises
+    ConfigError for a vocabulary that is too small.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -142,12 +144,12 @@ def _sample(
     progress: Callable[[int], None],
     fmt: Format = "auto",
 ) -> Iterator[str]:
-    """Text from all over the corpus, without reading all of it.
+    """Yield text from all parts of the corpus, without reading all of it.
 
-    Files are visited in a scrambled order that depends on their number alone. Each gives the beginning of its text, in
-    proportion to its size, but small files give all of theirs.
+    Files are visited in a scrambled order that depends only on their number. Each gives the beginning of its text, in
+    proportion to its size; small files give all of their text.
     """
-    if max_bytes is not None:  # the tokenizer should see what will be tokenized: about the first max_bytes
+    if max_bytes is not None:  # sample only the text that will be tokenized: about the first max_bytes
         reached, kept = 0, 0
         while kept < len(files) and reached < max_bytes:
             reached += files[kept].num_bytes
@@ -162,7 +164,7 @@ def _sample(
         try:
             for text in read_documents(files[index], text_field, fmt=fmt):
                 if text:
-                    # A character is at least a byte: cheap first cut, then the exact one.
+                    # First a fast cut by characters, each at least one byte, then the exact cut by bytes.
                     piece = text[:left].encode("utf-8")[:left].decode("utf-8", "ignore")
                     size = len(piece.encode("utf-8"))
                     left, sampled = left - max(1, size), sampled + size
@@ -171,16 +173,16 @@ def _sample(
                 if left <= 0:
                     break
         except NotTextError:
-            continue  # counted when the corpus itself is read
+            continue  # the file is counted when the corpus is read
         if sampled >= budget:
             return
 
 
 def encode(texts: Iterable[str], tokenizer: TokenizerFile, num_processes: int) -> Generator[Document, None, None]:
-    """Encode documents, in the order given, whatever the number of processes.
+    """Encode documents in the given order, which does not depend on the number of processes.
 
-    At most BATCHES_PER_PROCESS batches of about BATCH_BYTES for each process are in memory at once.
-    One process means this one; more are spawned. Raises DataError when a spawned process dies.
+    At most BATCHES_PER_PROCESS batches of about BATCH_BYTES for each process are in memory at once. A single process is
+    the caller's own; several are spawned. Raises DataError when a spawned process dies.
     """
     setup = (tokenizer.content, tokenizer.token_dtype, tokenizer.end_of_text_id)
     if num_processes == 1:
@@ -222,7 +224,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class _Encoder:
-    """A tokenizer set up to encode whole documents: no truncation, no padding, no template."""
+    """A tokenizer that encodes whole documents: without truncation, padding or template."""
 
     def __init__(self, content: bytes, token_dtype: str, end_of_text_id: int):
         from tokenizers import Tokenizer
@@ -232,7 +234,7 @@ class _Encoder:
         )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # "<|endoftext|>" in a document's text is text: a document must not be able to end itself.
+        # "<|endoftext|>" in a document is encoded as ordinary text: a document must not be able to end itself.
         self._tokenizer.encode_special_tokens = True
         self._dtype = np.dtype(token_dtype).newbyteorder("<")
         self._end_of_text_id = end_of_text_id
@@ -257,7 +259,7 @@ def _refused(cause: str) -> ConfigError:
 
 
 def unknown_id(content: bytes) -> int | None:
-    """The token that a tokenizer.json gives text outside of its vocabulary; None when it has none."""
+    """The token of a tokenizer.json for text outside of its vocabulary; None if it has none."""
     tree = json.loads(content)
     model = tree.get("model") or {}
     if isinstance(model.get("unk_id"), int):  # Unigram
@@ -269,7 +271,7 @@ def unknown_id(content: bytes) -> int | None:
 
 
 def drops_characters(content: bytes) -> bool:
-    """Whether a tokenizer writes nothing at all for a character that its vocabulary lacks."""
+    """Whether a tokenizer drops a character that its vocabulary lacks."""
     from tokenizers import Tokenizer
 
     tokenizer: Any = Guarded(Tokenizer.from_str(content.decode("utf-8")), _refused)
@@ -277,7 +279,7 @@ def drops_characters(content: bytes) -> bool:
 
 
 def _with_special(text: str, end_of_text_id: int) -> str:
-    """A tokenizer.json whose end of text is a special token, which a document's text is never encoded as."""
+    """Make the end of text a special token of a tokenizer.json, so that a document's text never encodes to it."""
     tree = json.loads(text)
     for token in tree.get("added_tokens") or []:
         if token["id"] == end_of_text_id and not token.get("special"):
@@ -290,7 +292,7 @@ _process_encoder: _Encoder | None = None
 
 
 def _start_process(content: bytes, token_dtype: str, end_of_text_id: int) -> None:
-    """Set up a spawned process: one thread each, and Ctrl-C is the parent's to handle."""
+    """Set up a spawned process: one thread, and Ctrl-C is left to the parent."""
     global _process_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -239,8 +239,7 @@ def test_nodes_that_are_reached_only_inside_the_cluster() -> None:
     (told,) = (check for check in found if "none is reached from this machine, as is usual" in check.message)
     assert told.name == "nodes"
     assert found[2].message == (
-        "10.0.0.2:7003 tells of itself: 0.4 ms to the coordinator and back, "
-        "6.0 GiB of memory and 100.0 GiB of disk free"
+        "10.0.0.2:7003 reports: 0.4 ms to the coordinator and back, 6.0 GiB of memory and 100.0 GiB of disk free"
     )
     ill = away("w-0", link=RoundTrip(0.001, 40.0), machine=replace(ROOMY, free_disk_bytes=1 << 30))
     clock, disk = problems(healthy(nodes=(away("s-0", SERVER), ill)))

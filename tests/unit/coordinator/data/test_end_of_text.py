@@ -245,7 +245,7 @@ def test_text_that_the_tokenizer_does_not_know(tmp_path: Path, unknown: str | No
     manifest = prepare(asked, str(tmp_path / "out"), seen.append)
     assert sum(shard.num_tokens for shard in manifest.shards) == (8 if unknown else 5)
     (note,) = seen[-1].notes
-    assert note.endswith("each a token for the unknown (3)" if unknown else "those of the texts are lost")
+    assert note.endswith("each is an unknown token (3)" if unknown else "such characters of the texts are lost")
 
 
 def test_unknown_tokens_of_every_kind_of_model() -> None:

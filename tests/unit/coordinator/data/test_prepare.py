@@ -145,7 +145,7 @@ def test_what_people_should_see(tmp_path: Path, out: str) -> None:
     assert seen[-1].left_out == manifest.left_out
     assert seen[-1].notes == (
         f"files that are not UTF-8 text were left out (1), the first: {tmp_path}/in/b.bin",
-        "files are read again under another name, a link; their text comes twice (1)",
+        "files are also read through a link; their text is in the data set twice (1)",
     )
     assert seen[-1].end_of_text == "'<|endoftext|>' (id 0), by the trained tokenizer"
     summary = inspect(out)

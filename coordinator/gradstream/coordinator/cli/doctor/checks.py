@@ -1,4 +1,4 @@
-"""One line of what `gradstream doctor` says."""
+"""One line of the output of `gradstream doctor`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The result of one check. `cure` says what to do unless the result is ok."""
+    """The result of one check. `cure` is what to do if the result is not ok."""
 
     name: str
     result: Literal["ok", "warn", "fail"]

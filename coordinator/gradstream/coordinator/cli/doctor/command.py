@@ -1,6 +1,6 @@
-"""`gradstream doctor`: is this machine fit, and is the cluster?
+"""`gradstream doctor`: check this machine and a cluster.
 
-A cluster is looked at in two steps: `_doctor_gather` finds the facts, `_doctor_diagnosis` concludes from them.
+A cluster is checked in two steps: `gather` collects facts, and `diagnosis` draws conclusions from them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FineTuningOption = Annotated[
         envvar="GRADSTREAM_FINE_TUNING",
         metavar="HOST:PORT",
         help="The fine-tuning service's address.",
-        show_default="not looked at",
+        show_default="not checked",
     ),
 ]
 
@@ -50,14 +50,14 @@ def doctor(
         typer.Option(
             "--run-root",
             metavar="DIR",
-            help="Directory that the coordinator and all parameter servers are to share.",
+            help="Directory that the coordinator and all parameter servers must share.",
             show_default="that of the newest job",
         ),
     ] = None,
     credentials: CredentialsOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> int:
-    """Check this machine and, where an address is given, the cluster: what is wrong, and how to mend it.
+    """Check this machine and, if an address is given, the cluster: what is wrong, and how to fix it.
 
     Exit code 1 when a check fails.
     """
@@ -87,7 +87,7 @@ def doctor(
 
 
 def _print(console: Console, check: Check) -> None:
-    """One line; on a terminal that is narrower, what follows is indented."""
+    """Print a check as one line; on a narrow terminal the rest of the line is wrapped and indented."""
     from rich.table import Table
     from rich.text import Text
 
@@ -116,7 +116,7 @@ def _guarded(test: Callable[[], list[Check]]) -> list[Check]:
 
 
 def check_python() -> list[Check]:
-    """The interpreter is new enough."""
+    """Check that the interpreter is new enough."""
     version = ".".join(map(str, sys.version_info[:3]))
     if tuple(sys.version_info) < (3, 11):
         return [Check("python", "fail", version, "install Python 3.11 or newer")]
@@ -124,7 +124,7 @@ def check_python() -> list[Check]:
 
 
 def check_packages() -> list[Check]:
-    """What gradstream requires is installed, in a version that fits."""
+    """Check that gradstream's requirements are installed, in versions that fit."""
     try:
         required = importlib.metadata.requires("gradstream") or []
     except importlib.metadata.PackageNotFoundError:
@@ -152,7 +152,7 @@ def check_packages() -> list[Check]:
 
 
 def check_extras() -> list[Check]:
-    """Which extras are not installed, and what for one would install them."""
+    """List the extras that are not installed, with their purposes."""
     purposes = {"node": "train or serve here", "plot": "draw pictures"}
     return [
         Check(f"extra {extra}", "ok", "not installed", f"to {purpose}: pip install 'gradstream[{extra}]'")
@@ -162,7 +162,7 @@ def check_extras() -> list[Check]:
 
 
 def check_torch() -> list[Check]:
-    """torch computes, and on what; nothing where the extra that brings it is not installed."""
+    """Check that torch computes correctly, and on which device; nothing if its extra is not installed."""
     if "node" not in installed():
         return []
     try:
@@ -182,7 +182,7 @@ def check_torch() -> list[Check]:
 
 
 def check_memory() -> list[Check]:
-    """Enough memory is free."""
+    """Check that enough memory is free."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -193,7 +193,7 @@ def check_memory() -> list[Check]:
 
 
 def check_disk(directory: Path) -> list[Check]:
-    """Enough disk is free where runs go, and it can be written."""
+    """Check that `directory`, where runs go, can be written and has enough free space."""
     free = shutil.disk_usage(directory).free
     message = f"{terminal.format_bytes(free)} free in {directory}"
     if not os.access(directory, os.W_OK):
@@ -204,7 +204,7 @@ def check_disk(directory: Path) -> list[Check]:
 
 
 def check_loopback() -> list[Check]:
-    """A gRPC call from this machine to itself comes back, with a 1 MiB message each way."""
+    """Check a gRPC call from this machine to itself, with a 1 MiB message each way."""
     import asyncio
     import time
 
@@ -253,7 +253,7 @@ def check_loopback() -> list[Check]:
 def check_cluster(
     coordinator: str | None, fine_tuning: str | None, credentials: Path | None, run_root: str | None = None
 ) -> list[Check]:
-    """The services at these addresses, the nodes that the coordinator knows, and the links to all of them."""
+    """Check the services at these addresses, the coordinator's nodes, and the links to all of them."""
     if coordinator is None and fine_tuning is None and credentials is None:
         return [Check("coordinator", "ok", "not asked; -c HOST:PORT checks a cluster")]
     import asyncio

@@ -1,4 +1,4 @@
-"""What `gradstream doctor` concludes: a pure function from what was found to lines with a cause and a cure."""
+"""The conclusions of `gradstream doctor`: a pure function from facts to lines with a cause and a cure."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ SKEW_WARN_SECONDS, SKEW_FAIL_SECONDS = 1.0, 30.0
 MIN_MEMORY_BYTES = 1 << 30
 MIN_DISK_BYTES, FULL_DISK_BYTES = 5 << 30, 256 << 20
 SLOW_BITS_PER_SECOND = 100e6
-"""Below it a step takes half the time with int4 (docs/benchmarks.md)."""
+"""Below this speed a step with int4 takes half the time (docs/benchmarks.md)."""
 SLOW_ROUND_TRIP_SECONDS = 0.05
 RECENT_SECONDS = 300.0
 EXAMPLE_PARAMETERS = 100_000_000
 
-# A node that is not reached from here for one of these reasons may well be reached by those who need it.
+# Causes for which this machine cannot reach a node although the other nodes may.
 _ELSEWHERE = (Cause.HOST_UNKNOWN, Cause.REFUSED, Cause.TIMED_OUT, Cause.NO_ROUTE, Cause.BAD_ADDRESS)
 
 
 def diagnose(facts: ClusterFacts) -> list[Check]:
-    """What is well and what is not, with what to do about it."""
+    """Judge all facts; return a check for each finding, with a cure for each problem."""
     checks: list[Check] = []
     if facts.credentials is not None:
         checks += _credentials(facts.credentials, facts.now)
@@ -55,7 +55,7 @@ def diagnose(facts: ClusterFacts) -> list[Check]:
 
 
 def _standard(facts: ClusterFacts) -> tuple[str, str]:
-    """The version that all should have, and whose it is."""
+    """The version that all processes should have, and the name of its owner."""
     if facts.coordinator is not None and facts.coordinator.version:
         return facts.coordinator.version, "the coordinator"
     return facts.version, "this client"
@@ -94,7 +94,7 @@ _RENEW = "renew it: `gradstream certs rotate`, or `gradstream certs issue`"
 
 
 def _service(name: str, facts: ServiceFacts, version: str, whose: str, now: float) -> Iterator[Check]:
-    """A service that should answer here, and all that is not as it should be with it."""
+    """Check a service that this machine should reach."""
     fault = _fault(name, facts, version, whose)
     if fault is not None:
         yield fault
@@ -104,7 +104,7 @@ def _service(name: str, facts: ServiceFacts, version: str, whose: str, now: floa
 
 
 def _fault(name: str, facts: ServiceFacts, version: str, whose: str) -> Check | None:
-    """Why it cannot be used at all."""
+    """The problem for which a service cannot be used at all; None without one."""
     if not facts.connection.ok:
         return Check(name, "fail", facts.connection.text, facts.connection.cure)
     if facts.refusal is not None:
@@ -119,7 +119,7 @@ def _fault(name: str, facts: ServiceFacts, version: str, whose: str) -> Check | 
 def _ailments(
     name: str, facts: ServiceFacts, version: str, whose: str, now: float, offered_bytes: int = 0
 ) -> Iterator[Check]:
-    """What is not as it should be with one that answers."""
+    """The problems of a service that answers."""
     yield from _version(name, facts, version, whose)
     yield from _clock(name, facts.round_trip, "this machine's")
     yield from _certificate(name, facts.connection.certificate, now)
@@ -183,7 +183,7 @@ def _clock(name: str, round_trip: RoundTrip | None, whose: str) -> Iterator[Chec
     if round_trip is None:
         return
     apart = abs(round_trip.clock_ahead_seconds)
-    # What is surely so, however unevenly the call took its time.
+    # The lower bound of the difference, however the call's time splits between request and response.
     if apart - round_trip.seconds / 2 <= SKEW_WARN_SECONDS:
         return
     way = "ahead of" if round_trip.clock_ahead_seconds > 0 else "behind"
@@ -277,7 +277,7 @@ def _nodes(facts: ClusterFacts) -> Iterator[Check]:
 
 
 def _storage(facts: StorageFacts | None) -> Iterator[Check]:
-    """Whether the coordinator and all servers see one and the same run_root."""
+    """Check whether the coordinator and all servers share one run_root."""
     if facts is None:
         yield Check("run_root", "ok", "not asked; --run-root DIR checks that the coordinator and all servers share DIR")
     elif facts.refusal is not None:
@@ -316,12 +316,12 @@ def _node(node: NodeFacts, facts: ClusterFacts, expected_here: bool) -> Iterator
         yield fault
     elif service is not None and expected_here:
         yield Check(node.title, "warn", f"not reached from here: {service.connection.text}", service.connection.cure)
-    # What it told the coordinator.
+    # The node's own reports to the coordinator.
     told = [f"{1000 * node.link.seconds:.1f} ms to the coordinator and back"] if node.link is not None else []
     if node.machine is not None:
         told.append(_machine_words(node.machine))
     if told:
-        yield Check(node.title, "ok", f"{node.address} tells of itself: {', '.join(told)}")
+        yield Check(node.title, "ok", f"{node.address} reports: {', '.join(told)}")
     yield from _clock(node.title, node.link, "the coordinator's")
     if node.machine is not None:
         yield from _machine(node.title, node.machine, node.memory_bytes)
@@ -339,7 +339,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _links(facts: ClusterFacts) -> Iterator[Check]:
-    """The slowest link from here to a parameter server and what it means for a step; else that to the coordinator."""
+    """Judge the slowest link from here to a parameter server by its effect on a step; else that to the coordinator."""
     measured = [
         (node.title, node.service)
         for node in facts.nodes

@@ -1,4 +1,4 @@
-"""What `gradstream doctor` finds out about a cluster, before it concludes anything."""
+"""The facts that `gradstream doctor` collects about a cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradstream.core.rpc.access import SERVER
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """How a call failed: the gRPC status, the name of gradstream's error class if it named one, and its text."""
+    """A failed call: the gRPC status, the name of gradstream's error class if there is one, and the text."""
 
     status: str
     error_class: str
@@ -23,7 +23,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class ServiceFacts:
-    """What was found when one service was called from this machine."""
+    """The facts from a call of one service from this machine."""
 
     role: str
     address: str
@@ -36,17 +36,17 @@ class ServiceFacts:
     round_trip: RoundTrip | None = None
     bandwidth: Bandwidth | None = None
     not_measured: str = ""
-    """Why there is no bandwidth, if it was asked for."""
+    """Why the bandwidth is missing, if it was to be measured."""
 
     @property
     def answers(self) -> bool:
-        """Whether it is what it should be, and can be spoken to."""
+        """Whether the service has the expected role and answers calls."""
         return self.connection.ok and self.refusal is None and self.told_role == self.role
 
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """A node as the coordinator knows it, and as it answered here (None: it was not called)."""
+    """A node: the coordinator's facts, and those from a call from here (None: it was not called)."""
 
     name: str
     role: str
@@ -56,7 +56,7 @@ class NodeFacts:
     memory_bytes: int
     machine: Machine | None = None
     link: RoundTrip | None = None
-    """From the node to the coordinator."""
+    """The round trip from the node to the coordinator."""
     service: ServiceFacts | None = None
 
     @property
@@ -67,7 +67,7 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class RefusedFacts:
-    """A node that the coordinator did not let in."""
+    """A node whose registration the coordinator refused."""
 
     title: str
     reason: str
@@ -76,19 +76,19 @@ class RefusedFacts:
 
 @dataclass(frozen=True, slots=True)
 class CredentialFacts:
-    """One's own credentials. `problem` is a diagnosis of what makes them unusable."""
+    """The user's own credentials. `problem` is a diagnosis if they are unusable."""
 
     directory: str
     problem: Diagnosis | None = None
     certificate: CertificateFacts | None = None
     has_token: bool = True
     token_cluster: str = ""
-    """Empty when the token does not look like one."""
+    """The cluster in the token; empty if the token is malformed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """A job whose bytes give a link's speed a meaning."""
+    """A job, for the effect of a link's speed on its steps."""
 
     title: str
     num_parameters: int
@@ -97,18 +97,18 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class StorageFacts:
-    """What came of having the coordinator and all servers write to and read from one directory."""
+    """The result of a check in which the coordinator and all servers write to and read from one directory."""
 
     directory: str
     problem: str = ""
-    """One line; empty when all see the same."""
+    """One line; empty if all of them share the directory."""
     num_servers: int = 0
     refusal: Refusal | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterFacts:
-    """All that was found. `now` is Unix time in seconds, `version` this client's."""
+    """All facts about a cluster. `now` is Unix time in seconds, `version` the version of this client."""
 
     now: float
     version: str
@@ -119,9 +119,9 @@ class ClusterFacts:
     nodes_refusal: Refusal | None = None
     refused: Sequence[RefusedFacts] = ()
     warnings: Sequence[str] = ()
-    """The coordinator's own, of what needs somebody's hand soon."""
+    """The coordinator's warnings about things that a person must do soon."""
     num_not_called: int = 0
-    """Live nodes that there was no time for."""
+    """Number of live nodes that were not called for lack of time."""
     model: ModelFacts | None = None
     storage: StorageFacts | None = None
-    """None: there was no directory to look at."""
+    """None if there was no directory to check."""

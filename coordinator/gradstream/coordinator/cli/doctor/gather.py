@@ -1,6 +1,6 @@
-"""How `gradstream doctor` finds out about a cluster: calls each service from this machine, one step at a time.
+"""Collect facts about a cluster for `gradstream doctor`: call each service from this machine, one step at a time.
 
-Nothing here raises for what is wrong with the cluster: it is written down as a fact.
+A problem of the cluster raises no error here. It is recorded as a fact.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc, probe_
 
 CALL_SECONDS = 10.0
 REACH_SECONDS = 20.0
-"""How long nodes are called for; those that come later are left out."""
+"""Maximum time to call nodes; the remaining nodes are left out."""
 MEASURE_SECONDS = 20.0
-"""How long links to nodes are measured for."""
+"""Maximum time to measure links to nodes."""
 STORAGE_SECONDS = 45.0
-"""For the coordinator and the servers to write and read small files."""
+"""Maximum time for the coordinator and the servers to write and read small files."""
 MAX_CALLS = 16
 ROLES = {
     coordinator_pb2.NODE_KIND_PARAMETER_SERVER: access.SERVER,
@@ -56,19 +56,19 @@ ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What to look at: addresses as host:port, and the directory of the credentials to show."""
+    """What to check: addresses as host:port, and the directory of the credentials to use."""
 
     coordinator: str | None = None
     fine_tuning: str | None = None
     credentials: Path | None = None
     run_root: str | None = None
-    """A directory that the coordinator and all servers are to share; None: that of the newest job."""
+    """A directory that the coordinator and all servers must share; None for that of the newest job."""
 
 
 async def gather(
     targets: Targets, progress: Callable[[str], None] = lambda what: None, clock: Callable[[], float] = time.time
 ) -> ClusterFacts:
-    """All that can be found out. `progress` is told what is looked at; `clock` is Unix time in seconds."""
+    """Collect all facts. `progress` is called with the current step; `clock` is Unix time in seconds."""
     facts = ClusterFacts(now=clock(), version=__version__)
     identity = None
     if targets.credentials is not None:
@@ -103,10 +103,10 @@ async def gather(
 async def _cluster(
     visit: _Visit, facts: ClusterFacts, targets: Targets, progress: Callable[[str], None]
 ) -> ClusterFacts:
-    """The nodes that the coordinator knows, and those of them that answer here."""
+    """Add the coordinator's nodes, and the facts from calling them from here."""
     coordinator = targets.coordinator
     assert coordinator is not None
-    # 1. What the coordinator says.
+    # 1. Ask the coordinator.
     async with visit.channel(access.COORDINATOR, coordinator) as channel:
         stub: Any = jobs_pb2_grpc.JobsServiceStub(channel)
         try:
@@ -120,7 +120,7 @@ async def _cluster(
             facts = replace(facts, storage=await _storage(stub, run_root))
     now_ms = 1000 * visit.clock() + 1000 * (_clock_ahead(facts.coordinator))
     nodes = [_node(message, now_ms) for message in listed.nodes]
-    # 2. Who answers here.
+    # 2. Call the nodes.
     progress(f"{sum(node.alive for node in nodes)} nodes")
     began, free = time.monotonic(), asyncio.Semaphore(MAX_CALLS)
 
@@ -131,7 +131,7 @@ async def _cluster(
             return replace(node, service=await visit.service(node.role, node.address, measure=False))
 
     nodes = list(await asyncio.gather(*map(call, nodes)))
-    # 3. How fast their links are: one after the other, those that every step waits for first.
+    # 3. Measure the links one after the other, first those for which every step waits.
     began = time.monotonic()
     for index, node in sorted(enumerate(nodes), key=lambda item: item[1].role != access.SERVER):
         if node.service is None or node.service.machine is None or time.monotonic() - began > MEASURE_SECONDS:
@@ -152,7 +152,7 @@ async def _cluster(
 
 
 class _Visit:
-    """Calls services, with one's credentials or in the clear."""
+    """Calls services, with the user's credentials or without encryption."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Visit:
         self.clock = clock
 
     async def service(self, role: str, address: str, measure: bool) -> ServiceFacts:
-        """What a service at `address` is like, from its port to its link."""
+        """Collect the facts of a service at `address`, from its port to its link."""
         host, _, port = address.rpartition(":")
         connection = await asyncio.get_running_loop().run_in_executor(
             self._threads,
@@ -195,7 +195,7 @@ class _Visit:
         return await self.measured(facts) if measure else facts
 
     async def measured(self, facts: ServiceFacts) -> ServiceFacts:
-        """With the bandwidth of the link to it."""
+        """Add the bandwidth of the link to a service."""
         async with self.channel(facts.role, facts.address) as channel:
             try:
                 bandwidth = await probe.measure_bandwidth(probe_pb2_grpc.ProbeServiceStub(channel))
@@ -204,12 +204,12 @@ class _Visit:
         return replace(facts, bandwidth=bandwidth)
 
     def channel(self, role: str, address: str) -> grpc.aio.Channel:
-        """A channel to the service of that role at `address`."""
+        """Open a channel to a service of a role at `address`."""
         return open_channel(address, role, self._transport)
 
 
 def read_credentials(directory: Path, now: float) -> tuple[CredentialFacts, Identity | None]:
-    """What a credential directory holds, and what to show of it (None: it cannot be used)."""
+    """Read a credential directory; return its facts, and the identity to use in calls (None if unusable)."""
     place = str(directory)
     contents: dict[str, bytes] = {}
     for name in ("ca.pem", "cert.pem", "key.pem", "token"):
@@ -268,7 +268,7 @@ def _node(message: jobs_pb2.Node, now_ms: float) -> NodeFacts:
 
 
 async def _storage(stub: Any, run_root: str) -> StorageFacts:
-    """Whether the coordinator and the servers share a directory."""
+    """Check whether the coordinator and the servers share a directory."""
     request = jobs_pb2.CheckStorageRequest(directory=run_root, caller_directory=os.getcwd())
     try:
         found = await stub.CheckStorage(request, timeout=STORAGE_SECONDS)
@@ -278,7 +278,7 @@ async def _storage(stub: Any, run_root: str) -> StorageFacts:
 
 
 def _run_root(jobs: Sequence[jobs_pb2.Job]) -> str:
-    """Where the newest job's run directory lies; empty when there is no job."""
+    """The parent of the newest job's run directory; empty without a job."""
     return os.path.dirname(jobs[0].run_directory) if jobs else ""
 
 

@@ -1,7 +1,7 @@
-"""A cluster on this machine for `gradstream dev`: each role a process of its own, as on real machines.
+"""A cluster on this machine for `gradstream dev`, with a process for each role, as on real machines.
 
-None of the processes outlives this one: they are stopped when the cluster is left, and the kernel kills them when this
-process is killed. One that dies while the job runs is started again, so that killing one shows what a cluster does.
+No process outlives this one: they are stopped at the end of the context manager, and the kernel kills them when this
+process is killed. A process that dies while the job runs is restarted, so a person can kill one to see the recovery.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESTART_PAUSE_SECONDS = 1.0
 MAX_RESTARTS = 5
 _POLL_SECONDS = 0.05
 THROW_AWAY_DAYS = 30
-"""How long the credentials of a local cluster last: longer than anybody keeps one up."""
+"""Validity of the credentials of a local cluster; no local cluster is expected to run longer."""
 ROLES = (COORDINATOR, SERVER, WORKER, FINE_TUNING, ADMIN)
 
 
@@ -45,10 +45,10 @@ class _Member:
 
 
 class LocalCluster:
-    """Starts the processes and watches over them. `failed` is set to a ClusterError when one cannot be kept up.
+    """Starts the processes and restarts those that die. `failed` gets a ClusterError when one keeps dying.
 
-    `directory` takes state, caches and, until `move_logs`, logs. With `fine_tuning` there is a fine-tuning service too,
-    with its state in `directory / "fine-tuning"`. `command` is what `serve …` arguments are added to.
+    `directory` holds state, caches and, until `move_logs`, logs. With `fine_tuning` there is a fine-tuning service too,
+    with its state in `directory / "fine-tuning"`. `command` is the command to which `serve …` arguments are added.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class LocalCluster:
         self.address = ""
         self.fine_tuning_address = ""
         self.credentials = directory / "credentials" / ADMIN
-        """Those with which people use this cluster."""
+        """The credentials for people's commands."""
         self._stored: list[Path] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._num_servers = num_servers
@@ -99,7 +99,7 @@ class LocalCluster:
     async def _start(self) -> None:
         self.logs.mkdir(parents=True)
         await asyncio.to_thread(make_credentials, self.directory / "credentials", ROLES)
-        # 1. The coordinator, on a port that is free.
+        # 1. The coordinator, on a free port.
         coordinator = _Member(
             "coordinator",
             [
@@ -114,11 +114,11 @@ class LocalCluster:
         self._members.append(coordinator)
         await self._spawn(coordinator)
         self.address = await self._ready(coordinator)
-        # A coordinator that is started again must be where the others look for it.
+        # A restarted coordinator must have the same address.
         coordinator.arguments[2] = self.address
         # 2. Servers and workers, all at once.
         common = ["--coordinator", self.address, "--memory", str(self._memory_bytes)]
-        # More would take each other's turns, and a bundle that a worker waits for would be ready no sooner.
+        # More threads would compete for the cores, and the bundles for which workers wait would not be ready sooner.
         threads = ["--threads", str(arithmetic_threads(self._num_servers))]
         for index in range(self._num_servers):
             name = f"server-{index}"
@@ -140,12 +140,12 @@ class LocalCluster:
             await self._spawn(member)
         addresses = [await self._ready(member) for member in self._members[1:]]
         if self._fine_tuning:
-            # One that is started again must be where its clients look for it.
+            # A restarted service must have the same address.
             self.fine_tuning_address = self._members[-1].arguments[2] = addresses[-1]
         self._store(self.address)
         if self._fine_tuning:
             self._store(self.fine_tuning_address)
-        # 3. From here on, deaths are healed.
+        # 3. From here on, processes that die are restarted.
         self._watchers = [asyncio.create_task(self._watch(member)) for member in self._members]
 
     async def stop(self) -> None:
@@ -161,7 +161,7 @@ class LocalCluster:
             await asyncio.gather(*(self._end(member) for member in group))
 
     def move_logs(self, directory: Path) -> None:
-        """Move the logs to `directory`, where the processes go on writing them."""
+        """Move the logs to `directory`. The processes keep writing to the moved files."""
         directory.mkdir(parents=True, exist_ok=True)
         for log in self.logs.iterdir():
             os.replace(log, directory / log.name)
@@ -191,7 +191,7 @@ class LocalCluster:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # Ctrl-C on the terminal is for this process alone, which then says what shall happen.
+                # Only this process gets Ctrl-C on the terminal; it then decides about the others.
                 start_new_session=True,
             )
 
@@ -199,11 +199,11 @@ class LocalCluster:
         return ["--credentials", str(self.directory / "credentials" / role)]
 
     def _store(self, address: str) -> None:
-        """Have commands on this machine find the credentials, for as long as the cluster is there."""
+        """Store a link to the credentials for commands on this machine, until the cluster ends."""
         link = store_for(address)
         try:
             link.parent.mkdir(parents=True, exist_ok=True)
-            if link.is_symlink():  # of a cluster that was killed
+            if link.is_symlink():  # left by a cluster that was killed
                 link.unlink()
             link.symlink_to(self.credentials.absolute())
         except OSError as error:
@@ -260,13 +260,13 @@ class LocalCluster:
                 await asyncio.wait_for(process.wait(), STOP_SECONDS)
             except TimeoutError:
                 pass
-        # Also what the process may have started and left.
+        # Also kill processes that this one started.
         _signal_group(process.pid, signal.SIGKILL)
         await process.wait()
 
 
 def make_credentials(directory: Path, roles: Iterable[str]) -> None:
-    """Make an authority and credentials of each role, in `directory / role`."""
+    """Create an authority and the credentials of each role, in `directory / role`."""
     with Authority.init(directory / "authority", directory / COORDINATOR / "tokens.json") as authority:
         for role in roles:
             authority.issue(role, role, THROW_AWAY_DAYS, directory / role)

@@ -1,4 +1,4 @@
-"""What a local run leaves of its metrics: the coordinator that has them ends with the run."""
+"""Save the metrics of a local run to files, because its coordinator ends with the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METRICS_FILE, PICTURE_FILE = "metrics.csv", "loss.png"
 
 
 async def save_metrics(client: AsyncClient, job: Job) -> None:
-    """Write a job's metrics into its directory as CSV and, where there is matplotlib, as a picture."""
+    """Write a job's metrics to its directory as CSV and, if matplotlib is installed, as a picture."""
     from gradstream.client import Event
 
     rows = [row async for row in client.metrics(job.job_id)]

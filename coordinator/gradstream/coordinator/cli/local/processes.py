@@ -1,4 +1,4 @@
-"""One `serve` command as several processes: started together, stopped together, and none outlives the command."""
+"""Run one `serve` command as several processes, which start and stop together and do not outlive the command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradstream.core.log import get_logger
 from gradstream.core.node.ready import write_ready_file
 
 STOP_SECONDS = 10.0
-"""Beyond the time that a child is given to finish what is under way."""
+"""Added to the time that a child gets to finish its work."""
 _POLL_SECONDS = 0.05
 COMMAND = (sys.executable, "-m", "gradstream.coordinator.cli")
 
@@ -37,12 +37,12 @@ async def run_children(
     command: Sequence[str] = COMMAND,
     stop_seconds: float = STOP_SECONDS,
 ) -> None:
-    """Run the children until SIGTERM or SIGINT, which reaches all of them; a second one kills them, as do
-    `stop_seconds` after the first.
+    """Run the children until SIGTERM or SIGINT, which is passed on to all of them.
 
-    A child that ends unasked takes the others with it and raises GradstreamError: its shard is lost either way, and
-    whoever supervises this command starts all of them again. The kernel kills the children should this process be
-    killed. `ready_file` gets a line a child, its address, once all are up.
+    A second signal kills them, as does the end of `stop_seconds` after the first. If a child ends by itself, the others
+    are stopped and GradstreamError is raised: the child's shard is lost in any case, and the supervisor of this command
+    restarts all of them. The kernel kills the children if this process is killed. `ready_file` gets the address of each
+    child, one per line, once all are up.
     """
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -73,7 +73,7 @@ async def _spawn(command: Sequence[str]) -> asyncio.subprocess.Process:
         "--die-with-parent",
         str(os.getpid()),
         stdin=asyncio.subprocess.DEVNULL,
-        # Ctrl-C on the terminal is for this process alone, which passes it on once.
+        # Only this process gets Ctrl-C on the terminal; it passes it on once.
         start_new_session=True,
     )
 
@@ -104,7 +104,7 @@ async def _watch(
 async def _end(
     processes: Sequence[asyncio.subprocess.Process], signals: asyncio.Queue[int], stop_seconds: float
 ) -> None:
-    """SIGTERM to all; SIGKILL after `stop_seconds` or at another signal."""
+    """Send SIGTERM to all; SIGKILL after `stop_seconds` or at another signal."""
     for process in processes:
         _send(process, signal.SIGTERM)
     waiting = asyncio.gather(*(process.wait() for process in processes))
@@ -138,7 +138,7 @@ async def _announce(ready_files: Sequence[Path], ready_file: Path) -> None:
 
 
 def ending(code: int) -> str:
-    """How a process ended, from its return code: "exit code 1", "signal SIGKILL"."""
+    """Describe a process's return code: "exit code 1", "signal SIGKILL"."""
     if code < 0:
         try:
             return f"signal {signal.Signals(-code).name}"

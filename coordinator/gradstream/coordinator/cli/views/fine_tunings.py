@@ -1,4 +1,4 @@
-"""Fine-tunings, examples and comparisons as people see them."""
+"""Show fine-tunings, examples and comparisons to people."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 SHOWN_FIELDS = 8
 FEW_EXAMPLES = 20
-"""Fewer examples than this are warned of."""
+"""Fewer examples than this cause a warning."""
 TARGET_STYLE = "bold green"
-# Where there are no colours: marks that hardly any text has.
+# Marks for output without colours, which are very rare in texts.
 TARGET_MARKS = ("⟦", "⟧")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What base and result say to one prompt; `expected` is None for a prompt of a person's own."""
+    """The texts of base and result for one prompt. `expected` is None for a person's own prompt."""
 
     prompt: str
     expected: str | None
@@ -32,12 +32,12 @@ class Comparison:
     result: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As what `json.dumps` takes."""
+        """The comparison as a dict for `json.dumps`."""
         return {"prompt": self.prompt, "expected": self.expected, "base": self.base, "result": self.result}
 
 
 class FollowReporter:
-    """Says what has changed, and shows the job's progress."""
+    """Prints changes of a fine-tuning, and shows its job's progress."""
 
     def __init__(self, view: ProgressView):
         self._view = view
@@ -75,17 +75,17 @@ def fine_tunings_table(fine_tunings: Sequence[FineTuning]) -> Any:
 
 
 def is_resting(each: FineTuning) -> bool:
-    """Whether a fine-tuning's training does not go on: its job is queued, being planned or paused."""
+    """Whether a fine-tuning's training does not progress: its job is queued, planning or paused."""
     return each.state == "training" and each.job is not None and each.job.state in ("queued", "planning", "paused")
 
 
 def state_of(each: FineTuning) -> str:
-    """A fine-tuning's state, or its job's while its training does not go on."""
+    """A fine-tuning's state, or the state of its job while the training does not progress."""
     return each.job.state if each.job is not None and is_resting(each) else each.state
 
 
 def reason_of(each: FineTuning) -> str:
-    """Why a fine-tuning is in its state, and how to go on with one that rests."""
+    """Why a fine-tuning is in its state, and how to resume a resting one."""
     state = state_of(each)
     reason = each.job.reason if each.job is not None and is_resting(each) else each.reason
     cure = f"go on with: gradstream finetune resume {each.name}" if state in ("paused", "failed", "cancelled") else ""
@@ -93,7 +93,7 @@ def reason_of(each: FineTuning) -> str:
 
 
 def short_base(base: str) -> str:
-    """A base as a table has room for: a checkpoint as JOB@STEP, another directory by its name, job:ID as it is."""
+    """A base, shortened for tables: a checkpoint as JOB@STEP, another directory by its name, job:ID unchanged."""
     path = PurePosixPath(base)
     if path.parent.name == "checkpoints" and path.name.startswith("step-"):
         return f"{path.parent.parent.name}@{path.name.removeprefix('step-').lstrip('0') or '0'}"
@@ -101,7 +101,7 @@ def short_base(base: str) -> str:
 
 
 def fine_tuning_view(each: FineTuning) -> Any:
-    """A fine-tuning as rich text: one fact a line."""
+    """A fine-tuning as rich text, one fact per line."""
     from rich.table import Table
     from rich.text import Text
 
@@ -121,12 +121,12 @@ def fine_tuning_view(each: FineTuning) -> Any:
         row("examples", report_text(each.examples))
     if each.job is not None:
         job = each.job
-        # The reason of a job that rests is the fine-tuning's, above.
+        # The reason of a resting job is already shown above, as that of the fine-tuning.
         reason = f": {job.reason}" if job.reason and not is_resting(each) else ""
         row("job", terminal.styled(f"{job.job_id} ", None) + terminal.state_text(job.state) + Text(reason))
         row("step", f"{job.version} of {job.num_steps}{rates_text(each)}, ETA {terminal.format_duration(job.eta)}")
         row("training loss", f"{terminal.format_loss(job.loss)} nats a token")
-        # A paused job waits for a person; the state says which command goes on.
+        # A paused job waits for a person; the state already shows the command that resumes it.
         for wait in job.waits if job.state != "paused" else ():
             row(
                 "waits for", Text(f"{wait.what}, from {wait.whom}, {terminal.format_since(wait.since)}", style="yellow")
@@ -142,7 +142,7 @@ def fine_tuning_view(each: FineTuning) -> Any:
 
 
 def rates_text(each: FineTuning) -> str:
-    """Tokens a second, targets and all of them, with a comma before them; empty where nothing is measured."""
+    """Tokens per second, of targets and of all tokens, after a comma; empty if they are not measured."""
     target = each.job.tokens_per_second if each.job is not None else 0.0
     if not target:
         return ""
@@ -153,12 +153,12 @@ def rates_text(each: FineTuning) -> str:
 
 
 def chat_flag(each: FineTuning) -> str:
-    """The flag with which a prompt is rendered as the examples were."""
+    """The flag with which `generate` renders a prompt as the examples were rendered."""
     return " --chat" if each.examples is not None and each.examples.format == "chat" else ""
 
 
 def evaluation_text(evaluation: Evaluation | None, loss: float | None = None) -> str:
-    """An evaluation on one line; where there is none yet, the loss if it is known."""
+    """An evaluation on one line; without one, the loss if it is known."""
     if evaluation is None:
         return f"validation loss {loss:.4f} nats a token" if loss is not None else "not evaluated yet"
     prompts = f"{evaluation.num_exact} of {evaluation.num_prompts} different held-out prompts completed exactly"
@@ -167,7 +167,7 @@ def evaluation_text(evaluation: Evaluation | None, loss: float | None = None) ->
 
 
 def report_text(report: ExamplesReport) -> str:
-    """What became of the rows, on one line."""
+    """The counts of used and unused rows, on one line."""
     left_out = [
         f"{count} {what}"
         for count, what in (
@@ -186,7 +186,7 @@ def report_text(report: ExamplesReport) -> str:
 
 
 def unused_text(report: ExamplesReport) -> str:
-    """The fields that no example was made of, on one line; empty when there are none."""
+    """The fields that no example uses, on one line; empty when there are none."""
     fields = sorted(report.unused_fields.items(), key=lambda item: (-item[1], item[0]))
     shown = ", ".join(f"{name} ({count} rows)" for name, count in fields[:SHOWN_FIELDS])
     more = f" and {len(fields) - SHOWN_FIELDS} more" if len(fields) > SHOWN_FIELDS else ""
@@ -194,7 +194,7 @@ def unused_text(report: ExamplesReport) -> str:
 
 
 def example_text(example: RenderedExample, colours: bool) -> Any:
-    """A rendered example with its targets in colour, or between marks where there are no colours."""
+    """A rendered example with its targets in colour, or between marks in output without colours."""
     from rich.text import Text
 
     text = Text()
@@ -209,7 +209,7 @@ def example_text(example: RenderedExample, colours: bool) -> Any:
 
 
 def steps_text(training: FineTuningTraining, report: ExamplesReport) -> str:
-    """How many steps the rows make, on one line."""
+    """The number of steps for these rows, on one line."""
     from gradstream.core.recipe.fine_tuning_recipe import FEW_STEPS, MORE_STEPS
 
     steps = training.count_steps(report.num_packed_rows)
@@ -218,7 +218,7 @@ def steps_text(training: FineTuningTraining, report: ExamplesReport) -> str:
 
 
 def print_preview(preview: ExamplesPreview, training: FineTuningTraining) -> None:
-    """Examples as they would be trained on, what would become of all rows, and how many steps they make."""
+    """Print rendered examples, the counts of used and unused rows, and the number of steps."""
     from rich.text import Text
 
     console = terminal.console()
@@ -242,24 +242,26 @@ def print_preview(preview: ExamplesPreview, training: FineTuningTraining) -> Non
 
 
 def preview_warnings(report: ExamplesReport) -> list[str]:
-    """What a person should know of the data before a fine-tuning begins."""
+    """Warnings on the data for a person before a fine-tuning begins."""
     warnings = []
     if report.num_train + report.num_validation < FEW_EXAMPLES:
         count = report.num_train + report.num_validation
         warnings.append(
-            f"{count} examples are few: a model learns them by heart and little else; add rows to data.path"
+            f"{count} examples are few: a model memorizes them and learns little else; add rows to data.path"
         )
     if not report.num_validation:
         warnings.append(
-            "no example is held out, so nothing would tell which version is the best; add rows to data.path, raise "
+            "no example is held out, so the best version cannot be found; add rows to data.path, raise "
             "data.validation_fraction or name a data.validation_path"
         )
     return warnings
 
 
 def held_out(found: FineTuning) -> list[Comparison]:
-    """What base and result made of the held-out prompts; nothing where there are none, as for text. Raises ConfigError
-    when that is not known yet."""
+    """The texts of base and result for the held-out prompts; empty without prompts, as for text.
+
+    Raises ConfigError when there is no result yet.
+    """
     from gradstream.core.errors import ConfigError
 
     if found.before is None or found.after is None:
@@ -272,7 +274,7 @@ def held_out(found: FineTuning) -> list[Comparison]:
 
 
 def print_comparisons(each: FineTuning, comparisons: Iterable[Comparison]) -> None:
-    """Base beside result, prompt by prompt."""
+    """Print the texts of base and result side by side, prompt by prompt."""
     from rich.text import Text
 
     console = terminal.console()
@@ -297,7 +299,7 @@ def print_comparisons(each: FineTuning, comparisons: Iterable[Comparison]) -> No
         if comparison.expected is not None:
             said.insert(0, ("expected", comparison.expected, "cyan"))
         for name, text, style in said:
-            # A model that has nothing to say says line after line of it.
+            # Drop blank lines: an undertrained model often writes many.
             lines = [line for line in text.splitlines() if line.strip()]
             indented = ("\n" + " " * (width + 2)).join(lines) if lines else "(blank)"
             console.print(Text.assemble((f"{name:<{width}}  ", style), indented), soft_wrap=True)
@@ -312,5 +314,5 @@ def _first_loss(each: FineTuning) -> float | None:
 def _last_loss(each: FineTuning) -> float | None:
     if each.after is not None:
         return each.after.loss
-    # The job's last pass is that of the base until there is a second one, however many steps are done.
+    # Until there is a second validation pass, the job's last pass is that of the base, whatever the number of steps.
     return each.job.validation_loss if each.job is not None and each.best_version is not None else None

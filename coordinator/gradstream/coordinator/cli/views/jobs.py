@@ -1,4 +1,4 @@
-"""Jobs and nodes as people see them: tables, and a job's facts, one a line."""
+"""Show jobs and nodes to people: tables, and a job's facts, one per line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def jobs_table(jobs: Sequence[Job]) -> Any:
 
 
 def nodes_table(nodes: Sequence[Node], job: Job | None) -> Any:
-    """The nodes of a cluster as a rich table. `job` is the one that most of them work for."""
+    """The nodes of a cluster as a rich table. `job` is the job for which most of them work."""
     return terminal.make_table(
         ["NODE", "KIND", "ALIVE", "PHASE", ">STEP", ">RESIDENT?", ">SENT?", ">RECEIVED?", "DEVICE?", "WAITS FOR…"],
         [
@@ -59,13 +59,13 @@ def nodes_table(nodes: Sequence[Node], job: Job | None) -> Any:
 
 
 def step_seconds(job: Job) -> float | None:
-    """How long a step takes at the present pace; None where that is not known."""
+    """The duration of a step at the current rate; None if it is not known."""
     to_go = job.num_steps - job.version
     return job.eta.total_seconds() / to_go if job.eta is not None and to_go > 0 else None
 
 
 def wait_text(node: Node, job: Job | None) -> str:
-    """What a live node says that it waits for, once it waits longer than a step's normal way takes; else ""."""
+    """The wait that a live node reports, once it is longer than usual in a step; else ""."""
     from gradstream.coordinator.timing import judge_wait
 
     activity = node.activity
@@ -79,7 +79,7 @@ def wait_text(node: Node, job: Job | None) -> str:
 
 
 def job_view(job: Job, nodes: Sequence[Node]) -> Any:
-    """A job as rich text: one fact a line."""
+    """A job as rich text, one fact per line."""
     from rich.table import Table
     from rich.text import Text
 
@@ -138,7 +138,7 @@ def job_view(job: Job, nodes: Sequence[Node]) -> Any:
 
 
 def holders_text(job: Job) -> list[str]:
-    """Which worker computes which slots, a line each: "slots 0, 2: worker-0"."""
+    """The slots of each worker, one line for each: "slots 0, 2: worker-0"."""
     from gradstream.core.plan.leases import slots_text
 
     slots: dict[str, list[int]] = {}
@@ -148,10 +148,10 @@ def holders_text(job: Job) -> list[str]:
 
 
 def waits_text(job: Job, nodes: Sequence[Node]) -> list[str]:
-    """What a job and its nodes wait for, for whom and since when."""
+    """The waits of a job and its nodes: for what, for whom, and since when."""
     waits = [f"{wait.what}, from {wait.whom}, {terminal.format_since(wait.since)}" for wait in job.waits]
     for node in nodes:
-        # The coordinator has most of what nodes wait for among the job's waits already.
+        # Most waits of nodes are already among the job's waits.
         named = any(node.name in f"{wait.what} {wait.whom}" for wait in job.waits)
         text = wait_text(node, job) if node.activity.job_id == job.job_id and not named else ""
         waits += [f"{node.name} waits for {text}"] if text else []

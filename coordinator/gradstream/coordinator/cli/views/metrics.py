@@ -1,4 +1,4 @@
-"""A job's metrics for people and for programs: a table with a sparkline of the loss, and CSV."""
+"""Show a job's metrics: a table with a sparkline of the loss for people, CSV for programs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ COLUMNS = (
 
 
 def csv_lines(rows: Iterable[StepMetrics]) -> Iterator[str]:
-    """The rows as CSV with a header, a line at a time. What a row does not have is empty; a loss or norm that is not
-    finite is `nan`, `inf` or `-inf`; numbers have all their digits."""
+    """Yield the rows as lines of CSV, after a header.
+
+    Missing values are empty. A loss or norm that is not finite is `nan`, `inf` or `-inf`. Numbers have all digits.
+    """
     yield _csv_line(COLUMNS)
     for row in rows:
         document = row.to_dict()
-        # JSON has no NaN.
+        # `to_dict` has no NaN, because JSON has none.
         document |= {"loss": row.loss, "grad_norm": row.grad_norm, "validation_loss": row.validation_loss}
         document["skipped"] = str(row.skipped).lower()
         yield _csv_line([document[column] for column in COLUMNS])
@@ -43,8 +45,10 @@ def _csv_line(values: Sequence[Any]) -> str:
 
 
 def bucket_means(values: Sequence[float], num_buckets: int) -> list[float]:
-    """The means of at most `num_buckets` runs of neighbours, which are equally long within one. Values that are not
-    finite are left out."""
+    """Compute the means of at most `num_buckets` runs of neighbours, whose lengths differ by at most one.
+
+    Values that are not finite are left out.
+    """
     finite = [value for value in values if math.isfinite(value)]
     num_buckets = min(num_buckets, len(finite))
     edges = [len(finite) * index // num_buckets for index in range(num_buckets + 1)] if num_buckets else []
@@ -52,7 +56,7 @@ def bucket_means(values: Sequence[float], num_buckets: int) -> list[float]:
 
 
 def sparkline(values: Sequence[float], num_columns: int = SPARKLINE_COLUMNS) -> str:
-    """The values as a row of bars from their least to their greatest mean, at most `num_columns` long."""
+    """The values as a line of bars, at most `num_columns` long, scaled from the lowest to the highest mean."""
     means = bucket_means(values, num_columns)
     if not means:
         return ""
@@ -61,7 +65,7 @@ def sparkline(values: Sequence[float], num_columns: int = SPARKLINE_COLUMNS) -> 
 
 
 def metrics_table(rows: Iterable[StepMetrics]) -> Any:
-    """Rows as a rich table of 80 columns at most."""
+    """The rows as a rich table of at most 80 columns."""
     return terminal.make_table(
         [">STEP", ">TOKENS", ">LOSS", ">VALIDATION", ">RATE", ">NORM", ">TIME", ">UP", ">DOWN"],
         [

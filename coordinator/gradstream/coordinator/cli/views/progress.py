@@ -1,4 +1,4 @@
-"""A job's progress while one waits: a bar on a terminal, else a plain line every few seconds. Always on stderr."""
+"""Show a job's progress on stderr: a bar on a terminal, else a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LINE_INTERVAL_SECONDS = 5.0
 
 
 class ProgressView:
-    """Shows each Job given to `update`. A context manager, so that the terminal is left in order."""
+    """Shows each Job given to `update`. A context manager, which restores the terminal at its end."""
 
     def __init__(self, interactive: bool | None = None):
         self._interactive = sys.stderr.isatty() if interactive is None else interactive
@@ -64,7 +64,7 @@ class ProgressView:
                 completed=job.version,
                 place=place,
             )
-            # Two lines, or three: one alone is cut off on a terminal of 80 columns.
+            # Two or three lines: a single one would be cut off on a terminal of 80 columns.
             where = f"a step takes {step_line(job.step_breakdown)}" if job.step_breakdown is not None else ""
             lines = [Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in (facts, where, wait) if line]
             self._live.update(Group(self._progress, *lines))
@@ -76,7 +76,7 @@ class ProgressView:
             terminal.say(text)
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self._live is not None:
             self._live.console.print(text, markup=False)
         else:
@@ -84,7 +84,7 @@ class ProgressView:
 
 
 def progress_place(job: Job) -> list[str]:
-    """How far it is: step and ETA."""
+    """The progress of a job: step and ETA."""
     parts = [f"step {job.version}/{job.num_steps}"]
     if job.eta is not None and not job.state.ended:
         parts.append(f"ETA {terminal.format_duration(job.eta)}")
@@ -106,7 +106,7 @@ def progress_facts(job: Job) -> list[str]:
 
 
 def counted_tokens(job: Job) -> str:
-    """Which tokens a job counts: of a fine-tuning those that it is trained to predict."""
+    """The name of the tokens that a job counts: a fine-tuning counts only targets."""
     return "target tokens" if is_fine_tuning(job) else "tokens"
 
 
@@ -118,7 +118,7 @@ def is_fine_tuning(job: Job) -> bool:
 
 
 def progress_wait(job: Job) -> str:
-    """What the job waits for, while nothing moves."""
+    """The wait to show while the job makes no progress."""
     if not job.waits or job.state.ended:
         return ""
     wait = job.waits[0]

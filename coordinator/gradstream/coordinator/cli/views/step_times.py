@@ -1,4 +1,4 @@
-"""Where a step's time goes, on one line and as a table."""
+"""Show a step's time by cause, on one line and as a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL_SHARE = 0.005
 
 
 def step_line(found: StepBreakdown) -> str:
-    """A step's duration and its parts in percent, with whom each part is about."""
+    """A step's duration and its parts in percent, with the worker that causes a part."""
     slots = f" (of {found.slowest_worker})" if found.slowest_worker else ""
     link = f"; slowest link {found.slowest_link}" if found.slowest_link else ""
     parts = [
@@ -31,7 +31,7 @@ def step_line(found: StepBreakdown) -> str:
 
 
 def print_step_table(found: StepBreakdown) -> None:
-    """Each worker's seconds a step, by part, and its links."""
+    """Print each worker's seconds per step by part, and the rates of its link."""
     terminal.print_table(
         ["WORKER", ">SLOTS", ">COMPUTE", ">WEIGHTS", ">SEND", ">OTHERS' SLOTS", ">SERVERS", ">OTHER", ">UP", ">DOWN"],
         [
@@ -58,5 +58,5 @@ def print_step_table(found: StepBreakdown) -> None:
 
 
 def seconds_text(seconds: float) -> str:
-    """1.23 s, or 45 ms."""
+    """Format seconds, as 1.23 s or 45 ms."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout as tables or JSON, everything else on stderr; and numbers for people."""
+"""Print output of commands: results on stdout as tables or JSON, all else on stderr. Format numbers for people."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ STATE_STYLES = {
 }
 LEVEL_STYLES = {"debug": "dim", "info": "green", "warning": "yellow", "error": "bold red", "critical": "bold red"}
 PIPED_COLUMNS = 10_000
-"""How wide lines may be where the output is no terminal: wide enough that nothing is cut."""
+"""Width of lines if the output is not a terminal; wide enough that no text is cut."""
 CUT_COLUMNS = 24
-"""The least that a long text is cut to before columns are left out."""
+"""The smallest width to which a long text is cut; in still narrower tables columns are left out."""
 
 
 def console(stderr: bool = False) -> Console:
-    """A rich console, which shows control characters instead of carrying them out. Where the output is not a terminal,
-    lines are as long as they need to be."""
+    """Create a rich console that shows control characters instead of executing them.
+
+    If the output is not a terminal, lines are as long as needed.
+    """
     from rich.console import Console
     from rich.segment import Segment
 
@@ -51,27 +53,27 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     print(shown_json(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 def print_json_line(document: Any) -> None:
-    """One JSON document of a stream on stdout, at once."""
+    """Print one JSON document of a stream on stdout, and flush."""
     print(shown_json(json.dumps(document, ensure_ascii=False, allow_nan=False)), flush=True)
 
 
 def print_line(text: str, flush: bool = False) -> None:
-    """A line on stdout, with control characters shown."""
+    """Print a line on stdout, with control characters shown."""
     print(shown(text), flush=flush)
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """Text on stdout at once, as it is for another program and with control characters shown for a person."""
+    """Print text on stdout and flush: with control characters shown on a terminal, else unchanged."""
     print(shown(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def show(renderable: Any) -> None:
-    """A table or view on stdout. Where stdout is no terminal nothing is cut, and no line ends in spaces."""
+    """Print a table or view on stdout. If stdout is not a terminal, no text is cut and no line ends in spaces."""
     if sys.stdout.isatty():
         console().print(renderable)
         return
@@ -82,23 +84,23 @@ def show(renderable: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
-    """A table on stdout; see `make_table`."""
+    """Print a table on stdout; see `make_table`."""
     show(make_table(columns, rows, title))
 
 
 def make_table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None, width: int | None = None
 ) -> Any:
-    """A rich table without frames. Cells are plain text or rich Text.
+    """Create a rich table without frames. Cells are plain text or rich Text.
 
-    A column whose name starts with '>' is right-aligned. One whose name ends in '…' is cut with an ellipsis where the
-    table is wider than `width` columns (the terminal's when None); then no other column is. One whose name ends in '?'
-    is left out where cutting is not enough.
+    A column whose name starts with '>' is right-aligned. If the table is wider than `width` columns (None: the
+    terminal's), only a column whose name ends in '…' is cut, with an ellipsis. If that is not enough, columns whose
+    name ends in '?' are left out.
     """
     from rich.table import Table
     from rich.text import Text
 
-    # Text, so that brackets in names and messages are not taken for markup.
+    # As Text: rich would take brackets in names and messages for markup.
     cells = [[cell if isinstance(cell, Text) else Text(shown(str(cell))) for cell in row] for row in rows]
     lengths = [
         max([len(_title(column)), *(row[index].cell_len for row in cells)]) for index, column in enumerate(columns)
@@ -111,7 +113,7 @@ def make_table(
         table.add_column(
             Text(_title(column), no_wrap=cuts, overflow="ellipsis"),
             justify="right" if column.startswith(">") else "left",
-            # rich takes room from columns that may wrap; the cells of one that is cut do not.
+            # rich narrows columns that may wrap; cells of a cut column do not wrap.
             no_wrap=cuts and not cut,
         )
         if cut:
@@ -128,8 +130,10 @@ def _title(column: str) -> str:
 
 
 def fitting(columns: Sequence[str], lengths: Sequence[int], width: int) -> list[int]:
-    """Which columns a table of `width` has room for: all, or without the last of those whose name ends in '?'.
-    `lengths` are the columns' longest cells."""
+    """Choose the columns that fit into `width`: all, or without the last ones whose name ends in '?'.
+
+    `lengths` are the lengths of the columns' longest cells.
+    """
     kept = list(range(len(columns)))
     least = [
         min(length, CUT_COLUMNS) if name.endswith("…") else length
@@ -154,18 +158,18 @@ def state_text(state: str) -> Any:
 
 
 def say(text: str) -> None:
-    """A line on stderr: progress and news, no result."""
+    """Print a line of progress or news on stderr."""
     print(shown(text), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
-    """A warning on stderr."""
+    """Print a warning on stderr."""
     yellow, normal = ("\033[33m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
     print(f"{yellow}warning: {shown(text)}{normal}", file=sys.stderr, flush=True)
 
 
 def hint(*commands: str) -> None:
-    """What one may do next, dim, on stderr and only for people."""
+    """Print possible next commands on stderr, dim, only on a terminal."""
     if not sys.stderr.isatty():
         return
     for command in commands:
@@ -191,7 +195,7 @@ class WorkingLine:
 
 
 def format_bytes(count: float) -> str:
-    """12.3 MiB."""
+    """Format bytes, as 12.3 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -200,12 +204,12 @@ def format_bytes(count: float) -> str:
 
 
 def format_rate(bytes_per_second: float) -> str:
-    """12.3 MiB/s."""
+    """Format bytes per second, as 12.3 MiB/s."""
     return f"{format_bytes(bytes_per_second)}/s"
 
 
 def format_bit_rate(bytes_per_second: float) -> str:
-    """94 Mb/s: as links are sold."""
+    """Format a link's speed in bits per second, as 94 Mb/s."""
     bits = 8 * bytes_per_second
     for unit in ("b/s", "kb/s", "Mb/s"):
         if bits < 999.5:
@@ -215,7 +219,7 @@ def format_bit_rate(bytes_per_second: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """12.3 M."""
+    """Format a count, as 12.3 M."""
     for unit in ("", " k", " M", " G"):
         if abs(count) < 1000:
             return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
@@ -224,12 +228,12 @@ def format_count(count: float) -> str:
 
 
 def format_share(share: float) -> str:
-    """42 %."""
+    """Format a share, as 42 %."""
     return f"{100 * share:.0f} %"
 
 
 def format_duration(duration: timedelta | float | None) -> str:
-    """42 s, 3 min 05 s, 2 h 07 min; - for None."""
+    """Format a duration, as 42 s, 3 min 05 s or 2 h 07 min; - for None."""
     if duration is None:
         return "-"
     seconds = max(0, int(duration.total_seconds() if isinstance(duration, timedelta) else duration))
@@ -243,12 +247,12 @@ def format_duration(duration: timedelta | float | None) -> str:
 
 
 def format_loss(loss: float | None) -> str:
-    """4.1234; - for None."""
+    """Format a loss, as 4.1234; - for None."""
     return "-" if loss is None else f"{loss:.4f}"
 
 
 def format_time(time: datetime | None) -> str:
-    """Local time, with the date when it is not today's."""
+    """Format a time as local time, with the date if it is not today's."""
     if time is None:
         return "-"
     local = time.astimezone()
@@ -256,7 +260,7 @@ def format_time(time: datetime | None) -> str:
 
 
 def format_since(time: datetime | None) -> str:
-    """since 12:01:05 (42 s); without the duration where it is below a second."""
+    """Format the begin of a wait, as since 12:01:05 (42 s); without a duration below a second."""
     if time is None:
         return ""
     duration = datetime.now(UTC) - time

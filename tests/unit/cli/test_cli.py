@@ -114,7 +114,7 @@ def test_unknown_recipe_key_suggests(capsys: pytest.CaptureFixture[str]) -> None
         (["serve", "parameter-server", "--processes", "2", "--name", "a" * 62], "a name has"),
         (["serve", "parameter-server", "--processes", "3", "--listen", "[::1]:65534"], "need ports up to 65536"),
         (["serve", "coordinator", "--listen", "7000"], "host:port"),
-        (["serve", "coordinator", "--listen", "0.0.0.0:7000"], "say --insecure on a network where you trust"),
+        (["serve", "coordinator", "--listen", "0.0.0.0:7000"], "use --insecure on a network where you trust"),
         (["serve", "worker", "--listen", "[::]:0"], "is open to other machines, and there are no credentials"),
         (["serve", "worker", "--cache", "/dev/null/x"], "--cache /dev/null/x cannot be written"),
         (["serve", "worker", "--insecure", "--credentials", "."], "contradict each other"),

@@ -208,4 +208,4 @@ def find_recipe(recipe: str) -> Path:
     if path.is_dir():
         raise ConfigError(f"{recipe} is a directory; name a recipe file in it")
     near = nearest(recipe, bundled)
-    raise ConfigError(f"{recipe}: no such recipe{near or '; `gradstream recipes ls` lists the ones that come along'}")
+    raise ConfigError(f"{recipe}: no such recipe{near or '; `gradstream recipes ls` lists the bundled ones'}")

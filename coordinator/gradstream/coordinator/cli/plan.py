@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DEFAULT_LINK = "10Gb/s"
 ASSUMED = "assumed (say it with --link)"
 MAX_JOBS = 5
-"""Newest jobs of which the links' rates are looked for."""
+"""Maximum number of newest jobs in which to look for measured rates of links."""
 
 
 def plan(
@@ -120,10 +120,10 @@ def _plan_there(
 
 
 def measured_link(coordinator: str | None) -> tuple[float, str] | None:
-    """(bits a second of the slowest worker's link in the newest job that measured it, whence), if one did.
+    """Look up the slowest worker's link in the newest job that measured it; return (bits per second, origin) or None.
 
-    Rates are those while something was under way: a job that the network does not hold up measures less than the link
-    can carry. Raises UnreachableError when no coordinator answers.
+    A rate is measured while data is sent. A job that does not wait for the network measures less than the link can
+    carry. Raises UnreachableError when no coordinator answers.
     """
     with _live_client(coordinator) as client:
         for job in islice(client.jobs(), MAX_JOBS):
@@ -136,7 +136,7 @@ def measured_link(coordinator: str | None) -> tuple[float, str] | None:
 
 @contextmanager
 def _live_client(coordinator: str | None) -> Iterator[Client]:
-    """A client; where no coordinator answers, the error says how to do without one."""
+    """Open a client; the error when no coordinator answers says how to plan without one."""
     from gradstream.core.errors import UnreachableError, one_line
     from gradstream.core.extras import installed
 

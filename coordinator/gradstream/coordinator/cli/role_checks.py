@@ -74,7 +74,7 @@ def check_exposure(listen: str, credentials: Path | None, insecure: bool) -> Non
     if credentials is None and not insecure and not is_loopback:
         raise ConfigError(
             f"--listen {listen} is open to other machines, and there are no credentials; name some with --credentials "
-            f"(`gradstream certs init` makes them), or say --insecure on a network where you trust everybody"
+            f"(`gradstream certs init` makes them), or use --insecure on a network where you trust every machine"
         )
 
 

@@ -1,4 +1,4 @@
-"""`gradstream top`: job and nodes, live."""
+"""`gradstream top`: watch job and nodes live."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def top(
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Watch job and nodes live; the last line names the keys. With -o json, one object a line for each look."""
+    """Watch job and nodes live; the last line names the keys. With -o json, one object per line for each update."""
     from gradstream.coordinator.cli.views.top import Choices, chosen_job, view
 
     choices = Choices(job_id)
@@ -67,7 +67,7 @@ def top(
 
 
 def _look(client: Client, before: Look | None = None) -> Look:
-    """What the coordinator answers; while it does not, what it said `before`, and why."""
+    """Ask the coordinator for jobs and nodes; if it does not answer, return `before` with the error as `trouble`."""
     from gradstream.coordinator.cli.views.top import Look
     from gradstream.core.errors import UnreachableError, one_line
 
@@ -78,7 +78,7 @@ def _look(client: Client, before: Look | None = None) -> Look:
 
 
 def _live(client: Client, choices: Choices, interval: float, count: int | None) -> None:
-    """Fill the terminal until a person quits or the looks are done; what was shown last stays on the terminal."""
+    """Fill the terminal until a person quits or `count` updates are done. The last screen stays on the terminal."""
     from rich.live import Live
 
     from gradstream.coordinator.cli.views.top import view
@@ -110,8 +110,10 @@ def _live(client: Client, choices: Choices, interval: float, count: int | None) 
 
 @contextmanager
 def _keys() -> Iterator[Any]:
-    """Yield a function that waits so many seconds for a key press: the key, or None. Where stdin is no terminal it only
-    waits."""
+    """Yield a function that waits up to a number of seconds for a key press and returns the key or None.
+
+    If stdin is not a terminal, the function only waits.
+    """
     if not sys.stdin.isatty():
         yield lambda seconds: time.sleep(max(0.0, seconds))
         return
@@ -123,7 +125,7 @@ def _keys() -> Iterator[Any]:
 
     def next_key(seconds: float) -> str | None:
         ready, _, _ = select.select([stdin], [], [], max(0.0, seconds))
-        # A terminal that went away reads as its end.
+        # A closed terminal reads as end of file: quit.
         return (os.read(stdin, 1).decode(errors="replace") or "q") if ready else None
 
     try:

@@ -318,7 +318,7 @@ class ActiveJob:
         return after is not None and self.checkpoint_awaited and all(version <= after for version in self.files)
 
     def sight(self, any_worker: bool, settled: bool) -> JobSight:
-        """How the job looks to the decision where it goes. The job must have a plan."""
+        """The current situation of the job, for `judge_end`. The job must have a plan."""
         return JobSight(
             desired=self.record.desired,
             state=self.state,

@@ -139,7 +139,7 @@ def judge_replan(planned: Sequence[str], offered: Sequence[str], version: int) -
 
 
 def order_text(job: JobSight) -> str:
-    """What a pause or a stop that is under way still waits for, for people; "" when none is."""
+    """Describe for people how a pause or a stop will end; "" when none is under way."""
     doing = {"pause": "pausing", "stop": "stopping"}.get(job.desired)
     if doing is None or job.state in ENDED or (job.state == PAUSED and job.desired == "pause"):
         return ""
@@ -176,8 +176,8 @@ def lease_slots(
     """Assign the slots to workers; return the holders and the reason. While a job rests, no slot has a holder.
 
     `workers` are node ids, oldest first; in a job with a pipeline only the first worker of each replica. `names` has
-    the names of all members. `formed` says how the replicas of a pipeline were formed. `slot_seconds` is how long a
-    slot takes each worker, where that was measured.
+    the names of all members. `formed` says how the replicas of a pipeline were formed. `slot_seconds` has each
+    worker's time for a slot, if it was measured.
     """
     if resting:
         return [""] * len(holders), "leases: none, the job rests"

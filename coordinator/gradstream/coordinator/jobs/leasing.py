@@ -98,7 +98,7 @@ class Leasing:
         return Proposal(holders, replicas, f"{reason}; {benched}" if benched else reason)
 
     def _slot_seconds(self, active: ActiveJob, workers: list[str]) -> dict[str, float]:
-        """How long a slot takes each worker, of those that were measured over enough steps."""
+        """Each worker's time for a slot, 0 if not measured; empty before enough steps were measured."""
         steps = self._timelines.steps(active.job_id)
         if steps is None or steps.num_steps < MIN_MEASURED_STEPS:
             return {}

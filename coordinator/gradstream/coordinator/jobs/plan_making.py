@@ -268,7 +268,7 @@ def recomputed(before: int, start: int) -> str:
 
 
 def offers(nodes: Sequence[NodeEntry]) -> list[needs.NodeOffer]:
-    """The nodes as the planner sees them."""
+    """The nodes as input of the planner."""
     return [
         needs.NodeOffer(node.node_id, node.name, node.address, node.memory_bytes, node.flops_per_second)
         for node in nodes

@@ -65,7 +65,10 @@ def hypothetical_nodes(recipe: Recipe, num_servers: int, num_workers: int, memor
 async def _at_their_speed(
     profiles: list[SegmentProfile] | None, workers: Sequence[NodeOffer]
 ) -> tuple[list[SegmentProfile] | None, dict[str, str]]:
-    """What segments cost the fastest worker, and a reason; as measured here where no worker has said its speed."""
+    """Scale the profiles to the speed of the fastest worker; return them with a reason.
+
+    If no worker has reported its speed, return the profiles as measured here.
+    """
     fastest = max((worker.flops_per_second for worker in workers), default=0.0)
     if not profiles or not fastest:
         return profiles, {}
@@ -80,7 +83,7 @@ async def _at_their_speed(
 
 
 def slower(profile: SegmentProfile, factor: float) -> SegmentProfile:
-    """A segment's costs where everything takes `factor` times as long."""
+    """Multiply all times of a segment's profile by `factor`."""
     return replace(
         profile,
         forward_seconds=factor * profile.forward_seconds,

@@ -1,1 +1,1 @@
-"""Workers' timelines, kept beside the job, and what a pipeline's say together."""
+"""Workers' timelines, the times of steps by cause, a pipeline's bubble, and a job's metrics."""

@@ -53,7 +53,7 @@ class WorkerParts:
 
     @property
     def slot_seconds(self) -> float:
-        """How long one of its slots takes; 0 when it computed none."""
+        """The worker's time for a slot; 0 when it computed none."""
         busy = self.parts.compute + self.parts.weights + self.parts.send + self.parts.other
         return busy / self.num_slots if self.num_slots else 0.0
 

@@ -1,4 +1,4 @@
-"""The picture of losses: each step's in light, a smoothed line, validation passes, the learning rate below."""
+"""Draw the losses of jobs: each step in a light colour, a smoothed line, validation passes, the learning rate below."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _MARKERS = {MarkKind.RESUMED: "D", MarkKind.GONE: "v"}
 _MARKER_SIGNS = {MarkKind.RESUMED: "◆", MarkKind.GONE: "▼"}
 _MARK_COLOURS = {MarkKind.RESUMED: style.MUTED, MarkKind.GONE: style.RED}
 _MARK_POINTS = {MarkKind.RESUMED: 3.0, MarkKind.GONE: 10.0}
-"""How far above the losses the marks are: one of each kind may be at the same step."""
+"""Height of the marks above the losses in points. It differs by kind, because two marks may be at the same step."""
 
 
 def draw(found: Sequence[Series], axis: XAxis, form: str) -> bytes:
-    """The losses of one or several jobs as a picture; `form` is one of style.FORMATS."""
+    """Draw the losses of one or several jobs; `form` is one of style.FORMATS."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure = style.new_figure(9, 5.6)
@@ -59,7 +59,7 @@ def draw(found: Sequence[Series], axis: XAxis, form: str) -> bytes:
     rates.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
     rates.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
     rates.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    # After the first step of a warm-up no rate may be above 0.
+    # After the first step of a warmup all rates may be 0.
     highest = max((rate for series in found for rate in series.rates if math.isfinite(rate)), default=0.0) or 1.0
     rates.set_yticks([0, highest])
     rates.set_ylim(0, 1.1 * highest)
@@ -91,7 +91,7 @@ def heading(found: Sequence[Series]) -> tuple[str, str]:
     notes = [steps]
     fine_tuning = job.recipe.get("fine_tuning")
     if fine_tuning:
-        # How a person named it may be a long path.
+        # A person may have named the base by a long path.
         base = (fine_tuning.get("base") or {}).get("title", "").rstrip("/").rpartition("/")[2]
         notes.insert(0, f"{'LoRA on' if fine_tuning.get('method') == 'lora' else 'fine-tuning of'} {base}")
     if job.validation_loss is not None and job.initial_validation_loss is not None:
@@ -100,7 +100,7 @@ def heading(found: Sequence[Series]) -> tuple[str, str]:
 
 
 def format_tick(value: float) -> str:
-    """A number on an axis: 0, 500, 20 k, 1.5 M."""
+    """Format a number on an axis, as 0, 500, 20 k or 1.5 M."""
     for least, factor, unit in ((1e9, 1e9, " G"), (1e6, 1e6, " M"), (1e4, 1e3, " k")):
         if abs(value) >= least:
             return f"{value / factor:g}{unit}"
@@ -122,7 +122,7 @@ def _draw_validations(axes: Axes, series: Series, colour: str, name: str) -> Non
 
 
 def _draw_marks(figure: Figure, losses: Axes, rates: Axes, series: Series, colour: str, alone: bool) -> None:
-    """Marks above the losses; for one job alone also a line down to the axis where it was resumed."""
+    """Draw marks above the losses; if there is only one job, also a line down to the axis where it was resumed."""
     from matplotlib.transforms import offset_copy
 
     for kind in MarkKind:

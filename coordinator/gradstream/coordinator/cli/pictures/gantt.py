@@ -1,4 +1,4 @@
-"""The picture of a pipeline: which worker computed which microbatch when."""
+"""Draw a pipeline's passes: which worker computed which microbatch when."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _BOX_HEIGHT = 0.84
 _REPLICA_GAP = 0.5
 _MAX_HEIGHT_INCHES = 200
 _LABEL_POINTS = (7.0, 4.5)
-"""The largest and the smallest font of labels."""
-# A digit's width as a share of the font's size, and the room that a label needs at its sides.
+"""The largest and the smallest font size of labels."""
+# A digit's width as a share of the font size, and the space that a label needs at its sides.
 _DIGIT_WIDTH = 0.64
 _MARGIN_POINTS = 1.0
 _LINE_POINTS = 2.0
-"""A narrower box is a line, which has no label: a first stage hands on no gradient, so that part takes no time."""
+"""A narrower box is drawn as a line without a label. The first stage has such boxes: it sends no input gradient."""
 _WHY_BELOW = (
     "The ideal is that of GPipe and 1F1B with equally long stages and backward passes in one piece. Here a pass hands "
     "on its input's gradient before it ends: the bubble may lie below."
@@ -44,7 +44,7 @@ _WHY_BELOW = (
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where things are drawn: the row and the stages of each worker, the rows' height, the begin of the first pass."""
+    """The layout of a picture: the row and the stages of each worker, the rows' height, the begin of the first pass."""
 
     rows: dict[str, float]
     stages: dict[str, list[int]]
@@ -53,7 +53,7 @@ class _Layout:
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> _Layout:
-        """The workers of one replica below each other, in the order of the stages."""
+        """Lay out the workers of one replica below each other, in the order of the stages."""
         rows: dict[str, float] = {}
         place = 0.0
         for workers in dict.fromkeys(run.workers for run in runs):
@@ -71,20 +71,19 @@ class _Layout:
         return cls(rows, stages, place - _REPLICA_GAP, min(run.begin_us for run in runs))
 
     def ms(self, at_us: float) -> float:
-        """A time on the axis."""
+        """Convert a time to milliseconds on the axis."""
         return (at_us - self.origin_us) / 1000
 
 
 def draw(runs: Sequence[Run], title: str, form: str = "png") -> bytes:
-    """A picture of one version's runs, in order: a row for each worker, a box for each pass, white where the worker
-    waits. `form` is one of style.FORMATS.
+    """Draw one version's runs, in order: a row for each worker, a box for each pass, white while the worker waits.
 
-    Each box names its microbatch, after "slot." where the run has several slots; none does where one box is too narrow.
-    The further down the model the lighter, where workers have several stages. Beside each row is its worker's share of
-    waiting. Times are by each worker's own clock, from the first pass of all.
+    `form` is one of style.FORMATS. The label of a box is its microbatch, after "slot." if the run has several slots. If
+    one box is too narrow, no box has a label. If workers have several stages, the boxes of later stages are lighter.
+    Next to each row is its worker's share of waiting. Times are by each worker's own clock, from the first pass of all.
     """
     layout = _Layout.of(runs)
-    # Of thousands of rows there is no picture that could be drawn.
+    # Limited: thousands of rows could not be drawn.
     figure = style.new_figure(14, 1.5 + min(0.42 * layout.height, _MAX_HEIGHT_INCHES))
     axes = figure.add_subplot()
     _draw_frame(axes, layout, runs)
@@ -92,7 +91,7 @@ def draw(runs: Sequence[Run], title: str, form: str = "png") -> bytes:
     for worker in layout.rows:
         _draw_row(axes, layout, runs, worker)
     _draw_legend(axes, runs)
-    figure.draw_without_rendering()  # from here on it is known how wide the boxes are
+    figure.draw_without_rendering()  # determines the width of the boxes
     _draw_labels(axes, layout, runs, axes.get_window_extent().width * 72 / figure.dpi / axes.get_xlim()[1])
     return style.encoded(figure, form)
 
@@ -110,14 +109,14 @@ def _draw_frame(axes: Axes, layout: _Layout, runs: Sequence[Run]) -> None:
 
 
 def _describe(axes: Axes, layout: _Layout, *numbers: str) -> None:
-    """What is seen, below the time axis: `numbers` says what the labels are, where there are any."""
+    """Explain the picture below the time axis. `numbers` explains the labels, if there are any."""
     notes = ["ms since the first pass", "white: waiting", *numbers]
     notes += ["lighter: the worker's later stages"] if any(len(found) > 1 for found in layout.stages.values()) else []
     axes.set_xlabel("; ".join(notes) + "\n" + _WHY_BELOW)
 
 
 def _draw_row(axes: Axes, layout: _Layout, runs: Sequence[Run], worker: str) -> None:
-    """A worker's boxes, and beside them its share of waiting."""
+    """Draw a worker's boxes, and next to them its share of waiting."""
     row = layout.rows[worker]
     own = [(run, run.passes[_index(run, worker)]) for run in runs if worker in run.workers]
     for _, passes in own:
@@ -156,7 +155,7 @@ def _draw_legend(axes: Axes, runs: Sequence[Run]) -> None:
 
 
 def _draw_labels(axes: Axes, layout: _Layout, runs: Sequence[Run], points_per_ms: float) -> None:
-    """The microbatch of each box, where all have room for it."""
+    """Label each box with its microbatch, if all labels fit."""
     points = _label_points(runs, points_per_ms)
     if not points:
         return
@@ -174,7 +173,7 @@ def _draw_labels(axes: Axes, layout: _Layout, runs: Sequence[Run], points_per_ms
 
 
 def _label_points(runs: Sequence[Run], points_per_ms: float) -> float:
-    """The font's size at which every box has room for its label; 0 where it would be too small."""
+    """The font size at which every label fits its box; 0 if it would be too small."""
     largest, smallest = _LABEL_POINTS
     boxes = [
         (one.duration_us / 1000 * points_per_ms, len(_label(run, one)))
@@ -202,7 +201,7 @@ def _stages_text(stages: Sequence[int]) -> str:
 
 
 def _colour(one: Pass, stages: Sequence[int]) -> tuple[float, float, float]:
-    """Of a kind: its own on the first of a worker's stages, and up to two thirds of the way to white on the last."""
+    """The colour of a pass: its kind's colour on the worker's first stage, up to two thirds lighter on the last."""
     code = _COLOURS[one.kind]
     lighter = 0.65 * stages.index(one.stage) / max(1, len(stages) - 1)
     red, green, blue = (int(code[at : at + 2], 16) / 255 for at in (1, 3, 5))

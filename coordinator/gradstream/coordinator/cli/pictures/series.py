@@ -1,4 +1,4 @@
-"""What the picture of a job's losses shows, as plain numbers: points, smoothed lines and marks."""
+"""The numbers for the picture of a job's losses: points, smoothed lines and marks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from gradstream.client import Event, Job, StepMetrics
 
 MAX_POINTS = 4000
-"""Of a line; a picture has fewer columns."""
+"""Maximum number of points of a line; a picture has fewer columns."""
 WINDOWS = 50
-"""A smoothed line has about as many windows side by side."""
+"""Approximate length of a job in windows of the smoothed line."""
 _GONE = re.compile(r" is gone: | is lost: | has lost its state")
 """In events of nodes: a node went away (`Controller.close_session`), or its state is lost (`nodes/reunion.py`)."""
 _RESUMED = re.compile(r"resumed\b")
@@ -25,14 +25,14 @@ _RESUMED = re.compile(r"resumed\b")
 
 
 class XAxis(StrEnum):
-    """What a picture's points lie over."""
+    """The horizontal axis of a picture."""
 
     steps = "steps"
     tokens = "tokens"
 
 
 class MarkKind(StrEnum):
-    """What happened to a job besides steps."""
+    """The kinds of marks, for events in a job's history."""
 
     RESUMED = "resumed"
     GONE = "node gone"
@@ -40,7 +40,7 @@ class MarkKind(StrEnum):
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened before a step was committed; `x` is the step's place on the axis."""
+    """An event before a step was committed; `x` is the step's place on the axis."""
 
     kind: MarkKind
     x: int
@@ -73,18 +73,18 @@ def series_of(job: Job, rows: Sequence[StepMetrics], events: Iterable[Event], ax
 
 
 def _places(rows: Sequence[StepMetrics], axis: XAxis) -> dict[int, int]:
-    """Where each step lies: at the version from which it starts, as its losses are of that one."""
+    """The place of each step on the axis: that of the version from which it starts, because its losses are of it."""
     if axis is XAxis.steps:
         return {row.step: row.step for row in rows}
-    # What was trained on before the step: up to the end of the row before. A row without a step adds nothing.
+    # The tokens before each step, up to the end of the row before. A row without a step adds none.
     before = [0, *(row.num_tokens for row in rows)]
     return {row.step: tokens for row, tokens in zip(rows, before, strict=False)}
 
 
 def marks(steps: Sequence[StepMetrics], events: Iterable[Event], places: dict[int, int]) -> list[Mark]:
-    """Where a job was resumed (a new epoch, or an order) and where nodes went away; one of a kind at a step."""
+    """Find where a job was resumed (a new epoch, or an order) and where nodes went away; one mark per kind and step."""
     found = {(MarkKind.RESUMED, step.step) for before, step in pairwise(steps) if step.epoch != before.epoch}
-    # Commits of one trajectory rise in time, whatever was left behind by going back.
+    # The times of one trajectory's commits rise: steps that were rolled back are not in it.
     times = [step.time.timestamp() if step.time is not None else 0.0 for step in steps]
     for event in events:
         gone = event.kind == "node" and _GONE.search(event.message) is not None
@@ -96,10 +96,10 @@ def marks(steps: Sequence[StepMetrics], events: Iterable[Event], places: dict[in
 
 
 def smoothed(values: Sequence[float], half_width: int) -> list[float]:
-    """Each value's mean with up to `half_width` neighbours on each side; NaN where none of them is finite.
+    """Smooth values: each value's mean with up to `half_width` neighbours per side; NaN if none of them is finite.
 
-    Near the beginning, where losses fall fast, there are as many on the right as there are on the left: more would pull
-    the line down. Near the end the neighbours on the right run out.
+    Near the beginning, where losses fall fast, only as many neighbours on the right are used as there are on the left:
+    more would lower the line. Near the end there are fewer neighbours on the right.
     """
     sums, counts = [0.0], [0]
     for value in values:
@@ -116,12 +116,12 @@ def smoothed(values: Sequence[float], half_width: int) -> list[float]:
 
 
 def half_width_of(num_steps: int) -> int:
-    """The neighbours on each side in a job of `num_steps` steps: none in a job of a few steps."""
+    """The number of neighbours per side for a job of `num_steps` steps; 0 for a job of a few steps."""
     return max(0, min(num_steps // 10, max(2, num_steps // (2 * WINDOWS))))
 
 
 def envelope(xs: Sequence[int], values: Sequence[float], max_points: int = MAX_POINTS) -> tuple[list[int], list[float]]:
-    """Points that draw the same picture, about `max_points`: the least and the greatest of each run of neighbours."""
+    """Reduce points to about `max_points` that draw the same picture: the lowest and highest of each run of points."""
     run = -(-2 * len(values) // max_points)
     if run <= 2:
         return list(xs), list(values)
@@ -135,7 +135,7 @@ def envelope(xs: Sequence[int], values: Sequence[float], max_points: int = MAX_P
 
 
 def thinned(xs: Sequence[int], values: Sequence[float], max_points: int = MAX_POINTS) -> tuple[list[int], list[float]]:
-    """About `max_points` points of a line that is smooth already, evenly spaced, and the last one."""
+    """Reduce a smooth line to about `max_points` evenly spaced points, and the last one."""
     stride = max(1, -(-len(xs) // max_points))
     chosen = sorted({*range(0, len(xs), stride), *([len(xs) - 1] if xs else [])})
     return [xs[index] for index in chosen], [values[index] for index in chosen]

@@ -1,4 +1,4 @@
-"""What all of gradstream's pictures look like: colours, frame, title and file format."""
+"""The common style of all pictures: colours, frame, title and file format."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED = "#4c78a8", "#f58518", "#59a14f", "#e45756"
 TEAL, YELLOW, PURPLE, BROWN = "#76b7b2", "#edc949", "#b07aa1", "#9c755f"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, BROWN, YELLOW)
-"""The colours of series, in order; further ones begin again."""
+"""The colours of series, in order; further series start with the first colour again."""
 TEXT, MUTED, GRID = "#333333", "#666666", "#e4e4e4"
 SMALL_POINTS, TITLE_POINTS = 9.0, 11.0
 RAW_ALPHA = 0.28
-"""Of the values themselves, below the line that smooths them."""
+"""Opacity of the single values below the smoothed line."""
 DOTS_PER_INCH = 140
 FORMATS = ("png", "svg")
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's name asks for, PNG where it asks for none. Raises ConfigError for any other."""
+    """The format of a file by its suffix, PNG without a suffix. Raises ConfigError for any other suffix."""
     form = path.suffix.lower().removeprefix(".") or FORMATS[0]
     if form not in FORMATS:
         raise ConfigError(f"{path} is no picture's name; let it end in .png or .svg")
@@ -33,7 +33,7 @@ def format_of(path: Path) -> str:
 
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:
-    """A figure without a window, whose parts keep clear of each other."""
+    """Create a figure without a window, with a layout in which parts do not overlap."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,8 +54,10 @@ def frame(axes: Axes, grid: str = "both") -> None:
 
 
 def title(axes: Axes, text: str, note: str = "", room_points: float = 6.0) -> None:
-    """A title at the left, above a line in small print, above `room_points` of room. A name with dollar signs is no
-    formula."""
+    """Add a title at the left, a line in small print below it, and `room_points` of space below both.
+
+    Dollar signs in a name do not start a formula.
+    """
     pad = room_points + (1.6 * SMALL_POINTS if note else 0.0)
     axes.set_title(text, loc="left", fontsize=TITLE_POINTS, color=TEXT, pad=pad, parse_math=False)
     if note:
@@ -66,13 +68,13 @@ def title(axes: Axes, text: str, note: str = "", room_points: float = 6.0) -> No
 
 
 def legend(axes: Axes, **place: Any) -> None:
-    """Add a legend without a box; none where no line has a label."""
+    """Add a legend without a box, if a line has a label."""
     if "handles" in place or axes.get_legend_handles_labels()[0]:
         axes.legend(framealpha=0.8, edgecolor="none", fontsize=SMALL_POINTS, labelcolor=TEXT, **place)
 
 
 def encoded(figure: Figure, form: str) -> bytes:
-    """The figure as a file of one of FORMATS; the same bytes for the same figure."""
+    """Encode the figure in one of FORMATS; equal figures give equal bytes."""
     import matplotlib
 
     stream = io.BytesIO()

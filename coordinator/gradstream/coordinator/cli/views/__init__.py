@@ -1,1 +1,1 @@
-"""What commands show: tables, numbers, pictures, progress."""
+"""The output of commands: tables, numbers, progress."""

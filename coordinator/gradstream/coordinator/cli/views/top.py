@@ -1,5 +1,7 @@
-"""What `gradstream top` shows at one look: the job first, then its nodes by role, one line each. Pure functions of what
-was asked, of the person's choices and of the terminal's size."""
+"""The screen of `gradstream top`: the job first, then its nodes by role, one line each.
+
+Pure functions of the coordinator's answers, of the person's choices and of the terminal's size.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ ROLE_TITLES = {"parameter-server": "PARAMETER SERVER", "worker": "WORKER"}
 COLUMNS = (">STEP", "DOES", "HOLDS?", ">MEMORY?", ">SENT?", ">RECEIVED?", "NOTE…")
 
 BEHIND_SECONDS = 5.0
-"""A node is slow when its step is this long behind: what it sent last is up to a heartbeat old."""
+"""A node is slow when it is this long behind. Its last report may be as old as a heartbeat interval."""
 
 SORTS: dict[str, Callable[[Node], Any]] = {
     "name": lambda node: _natural(node.name),
@@ -41,7 +43,7 @@ SORTS: dict[str, Callable[[Node], Any]] = {
 
 @dataclass(frozen=True)
 class Look:
-    """What a look at the cluster found; `trouble` says why it found nothing."""
+    """The state of the cluster at one update; `trouble` is the error if the coordinator did not answer."""
 
     address: str
     nodes: tuple[Node, ...] = ()
@@ -51,14 +53,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a person has chosen to see. `job_id` None is the running job, else the newest."""
+    """The person's choices. `job_id` None stands for the running job, else the newest."""
 
     job_id: str | None = None
     sort: str = "name"
     decisions: bool = False
 
     def after(self, key: str, jobs: Sequence[Job]) -> Choices | None:
-        """The choices after a key press; None ends."""
+        """Return the choices after a key press; None to quit."""
         if key in ("q", "Q", "\x03", "\x04"):
             return None
         if key == "s":
@@ -75,22 +77,24 @@ class Choices:
 
 
 def chosen_job(jobs: Sequence[Job], job_id: str | None) -> Job | None:
-    """The job that is shown: the one of the id or the name, else the one that is under way, else the newest."""
+    """Choose the job to show: the job with this id or name, else the one under way, else the newest."""
     if job_id is not None:
         return next((job for job in jobs if job_id in (job.job_id, job.name)), None)
     return next((job for job in jobs if not job.state.ended), jobs[0] if jobs else None)
 
 
 def view(look: Look, choices: Choices, width: int, height: int | None, keys: bool = True) -> Any:
-    """What is shown on a terminal of `width` columns and `height` lines, at most as many lines; the last one names the
-    `keys`. Without a height all nodes are listed, decisions too, and no keys are named."""
+    """Make the screen for a terminal of `width` columns and at most `height` lines; the last line names the `keys`.
+
+    Without a height all nodes and decisions are listed, and no keys are named.
+    """
     from rich.console import Group
 
     job = chosen_job(look.jobs, choices.job_id)
     head = _job_lines(look, job, choices, None if height is None else 1)
     if height is None:
         return Group(*head, _line(), *_all_nodes(look, job, width), *map(_line, _decisions(job)))
-    # The lines around: a blank one, and the keys.
+    # Two other lines: a blank one, and the keys.
     room = height - len(head) - 2
     if choices.decisions:
         whole = [_line(line) for text in _decisions(job) for line in textwrap.wrap(text, width, subsequent_indent="  ")]
@@ -141,7 +145,7 @@ def _job_lines(look: Look, job: Job | None, choices: Choices, num_waits: int | N
 
 
 def _decisions(job: Job | None) -> list[str]:
-    """Why things are as they are: the decisions with their reasons; then pipeline, memory and slots."""
+    """The decisions with their reasons, then pipeline, memory and slots."""
     if job is None:
         return []
     texts = [*job.decisions, *([job.step_breakdown.advice] if job.step_breakdown is not None else [])]
@@ -161,7 +165,7 @@ def _keys(look: Look, job: Job | None, choices: Choices) -> Text:
 
 
 def slow_nodes(nodes: Sequence[Node], job: Job | None) -> dict[str, str]:
-    """Why each node that others wait for is slow, by name: it is behind, it is clearly slower, or it waits itself."""
+    """The nodes for which others wait, by name, with the reason: behind, clearly slower, or itself waiting."""
     if job is None:
         return {}
     slow = {}
@@ -183,7 +187,7 @@ def slow_nodes(nodes: Sequence[Node], job: Job | None) -> dict[str, str]:
 
 
 def _rows(nodes: Sequence[Node], job: Job | None, slow: dict[str, str]) -> list[tuple[Any, ...]]:
-    """The nodes of one role as rows: its title, then a line each."""
+    """The nodes of one role as rows, one for each."""
     held: dict[str, list[int]] = {}
     for slot, holder in enumerate(job.slot_holders if job is not None else ()):
         held.setdefault(holder, []).append(slot)
@@ -211,7 +215,7 @@ def _rows(nodes: Sequence[Node], job: Job | None, slow: dict[str, str]) -> list[
 def _table(
     groups: Sequence[tuple[str, Sequence[Node]]], job: Job | None, slow: dict[str, str], width: int
 ) -> list[Any]:
-    """Nodes by role in one table, so that their columns are in line; the title of a later role is a row."""
+    """All nodes in one table with common columns; the title of each later role is a row."""
     rows: list[tuple[Any, ...]] = []
     for index, (title, nodes) in enumerate(groups):
         rows += [(terminal.styled(title, "bold"), *([""] * len(COLUMNS)))] if index else []
@@ -220,7 +224,7 @@ def _table(
 
 
 def _by_role(nodes: Sequence[Node]) -> list[tuple[str, list[Node]]]:
-    """Live nodes by the title of their role."""
+    """Group live nodes by the title of their role."""
     alive = sorted((node for node in nodes if node.alive), key=lambda node: node.kind)
     return [
         (ROLE_TITLES.get(kind, kind.upper()), list(group)) for kind, group in groupby(alive, lambda node: node.kind)
@@ -234,8 +238,10 @@ def _all_nodes(look: Look, job: Job | None, width: int) -> list[Any]:
 
 
 def _fitting_nodes(nodes: Sequence[Node], job: Job | None, choices: Choices, width: int, room: int) -> list[Any]:
-    """Nodes in at most `room` lines: all of them or, where there is no room, each role in one line, the slow ones, and
-    as many others as fit."""
+    """Show nodes in at most `room` lines: all of them if they fit.
+
+    Otherwise each role gets a summary in one line, followed by the slow nodes and as many others as fit.
+    """
     dead, slow, groups = _dead_line(nodes), slow_nodes(nodes, job), _by_role(nodes)
     room -= len(dead)
     groups = [(title, sorted(group, key=SORTS[choices.sort])) for title, group in groups]
@@ -243,7 +249,7 @@ def _fitting_nodes(nodes: Sequence[Node], job: Job | None, choices: Choices, wid
         return [*_table(groups, job, slow, width), *dead]
     summary = [_summary_line(title, group) for title, group in groups]
     ranked = sorted((node for _, group in groups for node in group), key=lambda node: node.name not in slow)
-    # The summary, one title or two, and the line that counts the others.
+    # Other lines: the summary, a title for each role, and the line with the number of hidden nodes.
     shown = ranked[: max(0, room - len(summary) - len(groups) - 1)]
     chosen = [(title, [node for node in group if node in shown]) for title, group in groups]
     rest = len(ranked) - len(shown)
@@ -261,7 +267,7 @@ def _summary_line(title: str, nodes: Sequence[Node]) -> Text:
 
 
 def _dead_line(nodes: Sequence[Node]) -> list[Text]:
-    """The dead nodes in one line, the last one to die first; none when all live."""
+    """The dead nodes in one line; empty when all are alive."""
     dead = sorted((node for node in nodes if not node.alive), key=SORTS["name"])
     if not dead:
         return []
@@ -273,24 +279,24 @@ def _dead_line(nodes: Sequence[Node]) -> list[Text]:
 
 
 def counted(number: int, word: str) -> str:
-    """A number of things: "1 worker", "2 workers"."""
+    """Format a number of things, as "1 worker" or "2 workers"."""
     return f"{number} {word}{'s' * (number != 1)}"
 
 
 def _natural(name: str) -> list[str | int]:
-    """A name as it is sorted: worker-2 before worker-10."""
+    """The sort key of a name, in natural order: worker-2 before worker-10."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers, runs of them joined: "0-3, 7"."""
+    """Format rising numbers with runs joined, as "0-3, 7"."""
     counter = count()
     runs = [list(group) for _, group in groupby(numbers, lambda number: number - next(counter))]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _line(text: str | Text = "", style: str = "") -> Text:
-    """One line, which is cut with an ellipsis where the terminal is narrower."""
+    """Make a line that is cut with an ellipsis on a narrower terminal."""
     from rich.text import Text
 
     made = text if isinstance(text, Text) else Text(shown(text).replace("\n", " "), style=style)

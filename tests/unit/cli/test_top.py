@@ -18,7 +18,8 @@ from rich.console import Console
 
 from gradstream.client import Job, Node
 from gradstream.coordinator.cli.views import terminal
-from gradstream.coordinator.cli.views.top import SORTS, Choices, Look, chosen_job, ranges, slow_nodes, view
+from gradstream.coordinator.cli.views.jobs import chosen_job
+from gradstream.coordinator.cli.views.top import SORTS, Choices, Look, ranges, slow_nodes, view
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 SIZES = [(80, 24), (120, 40)]
@@ -108,6 +109,8 @@ def test_keys_sort_choose_a_job_and_show_decisions() -> None:
     ]
     assert chosen_job(jobs, None) is jobs[0]
     assert chosen_job(jobs[1:], None) is jobs[1]
+    running = Job.from_proto(canned_job("c-0"))
+    assert chosen_job([*jobs, running]) is running
     assert chosen_job(jobs, "c-1") is None
     choices = Choices()
     for sort in [*list(SORTS)[1:], "name"]:

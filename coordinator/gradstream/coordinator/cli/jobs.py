@@ -115,19 +115,19 @@ def ls(coordinator: CoordinatorOption = None, output: OutputOption = OutputForma
 
 
 def status(
-    job_id: NewestJobArgument = None,
+    job_id: NamedJobArgument = None,
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Show a job: progress, rates, slot holders, decisions and their reasons, what it waits for, for whom, since when.
 
-    Without JOB: the cluster's nodes and the newest job.
+    Without JOB: the cluster's nodes, and the job under way, else the newest.
     """
-    from gradstream.coordinator.cli.views.jobs import job_view, nodes_table
+    from gradstream.coordinator.cli.views.jobs import chosen_job, job_view, nodes_table
 
     with open_client(coordinator) as client:
         nodes, warnings = client.nodes(), client.warnings()
-        job = client.job(job_id) if job_id else _newest(client)
+        job = client.job(job_id) if job_id else chosen_job(client.jobs())
     if output is OutputFormat.json:
         found = {"job": job.to_dict() if job else None, "nodes": [node.to_dict() for node in nodes]}
         terminal.print_json({**found, "warnings": warnings})
@@ -147,11 +147,6 @@ def status(
     terminal.show(job_view(job, nodes))
     if not job.state.ended:
         terminal.hint(f"follow it: gradstream watch {job.job_id}", f"its log:   gradstream logs -f {job.job_id}")
-
-
-def _newest(client: Client) -> Job | None:
-    jobs = client.jobs()
-    return next((job for job in jobs if not job.state.ended), jobs[0] if jobs else None)
 
 
 def pause(

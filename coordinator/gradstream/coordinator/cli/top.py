@@ -15,7 +15,7 @@ import typer
 
 from gradstream.coordinator.cli.options import (
     CoordinatorOption,
-    NewestJobArgument,
+    NamedJobArgument,
     OutputFormat,
     OutputOption,
     open_client,
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 
 
 def top(
-    job_id: NewestJobArgument = None,
+    job_id: NamedJobArgument = None,
     interval: Annotated[float, typer.Option("--interval", "-n", min=0.1, help="Seconds between two updates.")] = 1.0,
     count: Annotated[int | None, typer.Option("--count", min=1, help="Number of updates, then end.")] = None,
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
     """Watch job and nodes live; the last line names the keys. With -o json, one object per line for each update."""
-    from gradstream.coordinator.cli.views.top import Choices, chosen_job, view
+    from gradstream.coordinator.cli.views.jobs import chosen_job
+    from gradstream.coordinator.cli.views.top import Choices, view
 
     choices = Choices(job_id)
     with open_client(coordinator) as client:

@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from gradstream.client import Job, Node, Pipeline, ServerMemory
 
 
+UNDER_WAY = ("running", "planning", "paused", "queued")
+
+
+def chosen_job(jobs: Sequence[Job], job_id: str | None = None) -> Job | None:
+    """The job that is shown, of all jobs, newest first: the one of the id or the name; without one the job under way,
+    else the newest."""
+    if job_id is not None:
+        return next((job for job in jobs if job_id in (job.job_id, job.name)), None)
+    newest = jobs[0] if jobs else None
+    return next((job for state in UNDER_WAY for job in jobs if job.state == state), newest)
+
+
 def jobs_table(jobs: Sequence[Job]) -> Any:
     """Jobs as a rich table."""
     return terminal.make_table(

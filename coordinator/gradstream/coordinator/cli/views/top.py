@@ -14,7 +14,14 @@ from itertools import count, groupby
 from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
-from gradstream.coordinator.cli.views.jobs import holders_text, memory_text, pipeline_text, step_seconds, wait_text
+from gradstream.coordinator.cli.views.jobs import (
+    chosen_job,
+    holders_text,
+    memory_text,
+    pipeline_text,
+    step_seconds,
+    wait_text,
+)
 from gradstream.coordinator.cli.views.progress import progress_facts, progress_place
 from gradstream.coordinator.cli.views.step_times import step_line
 from gradstream.core.shown import shown
@@ -53,7 +60,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Choices:
-    """The person's choices. `job_id` None stands for the running job, else the newest."""
+    """The person's choices. `job_id` None stands for the job under way, else the newest."""
 
     job_id: str | None = None
     sort: str = "name"
@@ -74,13 +81,6 @@ class Choices:
         if key == "d":
             return replace(self, decisions=not self.decisions)
         return self
-
-
-def chosen_job(jobs: Sequence[Job], job_id: str | None) -> Job | None:
-    """Choose the job to show: the job with this id or name, else the one under way, else the newest."""
-    if job_id is not None:
-        return next((job for job in jobs if job_id in (job.job_id, job.name)), None)
-    return next((job for job in jobs if not job.state.ended), jobs[0] if jobs else None)
 
 
 def view(look: Look, choices: Choices, width: int, height: int | None, keys: bool = True) -> Any:

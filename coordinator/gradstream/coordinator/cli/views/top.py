@@ -94,6 +94,7 @@ def view(look: Look, choices: Choices, width: int, height: int | None, keys: boo
     head = _job_lines(look, job, choices, None if height is None else 1)
     if height is None:
         return Group(*head, _line(), *_all_nodes(look, job, width), *map(_line, _decisions(job)))
+    head = head[: max(1, height - 3)]
     # Two other lines: a blank one, and the keys.
     room = height - len(head) - 2
     if choices.decisions:
@@ -254,7 +255,9 @@ def _fitting_nodes(nodes: Sequence[Node], job: Job | None, choices: Choices, wid
     chosen = [(title, [node for node in group if node in shown]) for title, group in groups]
     rest = len(ranked) - len(shown)
     last = _line(f"and {counted(rest, 'more node')}" + ("; slow ones are always shown" if slow else ""), "dim")
-    return [*summary, *_table([each for each in chosen if each[1]], job, slow, width), last, *dead]
+    lines = [*summary, *_table([each for each in chosen if each[1]], job, slow, width), last, *dead]
+    # Without nodes every element is one line.
+    return lines if shown else lines[: max(0, room + len(dead))]
 
 
 def _summary_line(title: str, nodes: Sequence[Node]) -> Text:

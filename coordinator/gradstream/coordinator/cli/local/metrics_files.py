@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradstream.coordinator.cli.views import terminal
 from gradstream.core.extras import installed
 
 if TYPE_CHECKING:
@@ -16,13 +17,19 @@ METRICS_FILE, PICTURE_FILE = "metrics.csv", "loss.png"
 
 
 async def save_metrics(client: AsyncClient, job: Job) -> None:
-    """Write a job's metrics to its directory as CSV and, if matplotlib is installed, as a picture."""
+    """Write a job's metrics to its directory as CSV and, if matplotlib is installed, as a picture.
+
+    A file that cannot be written is a warning: the job and its export are worth more.
+    """
     from gradstream.client import Event
 
     rows = [row async for row in client.metrics(job.job_id)]
     history = client.watch(job.job_id, follow=False, kinds=["event"])
     events = [item async for item in history if isinstance(item, Event)]
-    await asyncio.to_thread(_write, job, rows, events)
+    try:
+        await asyncio.to_thread(_write, job, rows, events)
+    except OSError as error:
+        terminal.warn(f"the metrics of {job.job_id} were not written to {job.run_directory} ({error.strerror})")
 
 
 def _write(job: Job, rows: Sequence[StepMetrics], events: Sequence[Event]) -> None:

@@ -191,7 +191,7 @@ def _run(words: list[str]) -> int:
 
 
 def _show_override(error: Exception, words: list[str]) -> None:
-    """Of an option that is a recipe's key, here or in another tool: say how the key is overridden."""
+    """Explain how to override a recipe's key, for an option with such a name here or in another tool."""
     option, command = getattr(error, "option_name", None), getattr(getattr(error, "ctx", None), "command", None)
     if not option or not any("--set" in parameter.opts for parameter in getattr(command, "params", ())):
         return

@@ -159,7 +159,7 @@ def inspect(
 
 
 def _misfits(recipe: str, overrides: list[str], path: str) -> list[str]:
-    """Why a job of the recipe would be refused with the data set at `path`, if it would."""
+    """Check whether a job of the recipe would be refused with the data set at `path`; return the reason, if any."""
     from gradstream.coordinator.data.prepare import load_manifest
     from gradstream.coordinator.planning.planner import check_data
     from gradstream.core.errors import GradstreamError, one_line

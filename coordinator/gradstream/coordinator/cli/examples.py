@@ -37,10 +37,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "finetune generate": ('gradstream finetune generate alpaca --chat --prompt "Write a haiku."',),
     "finetune export": ("gradstream finetune export alpaca --to adapter",),
 }
-"""By a command's words. Names are those that people of other tools know."""
+"""Examples by the words of a command. Users of other tools know the names in them."""
 
 
 def epilog(words: str) -> str | None:
-    """The examples of a command as the end of its help; None when it has none. `\\b` keeps lines as they are."""
+    """The examples of a command as the end of its help; None when it has none. `\\b` preserves the line breaks."""
     lines = EXAMPLES.get(words)
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)]) if lines else None

@@ -279,7 +279,7 @@ def drops_characters(content: bytes) -> bool:
 
 
 def _with_special(text: str, end_of_text_id: int) -> str:
-    """Make the end of text a special token of a tokenizer.json, so that a document's text never encodes to it."""
+    """Make the end of text a special token of a tokenizer.json: a document's text then never encodes to it."""
     tree = json.loads(text)
     for token in tree.get("added_tokens") or []:
         if token["id"] == end_of_text_id and not token.get("special"):

@@ -254,7 +254,7 @@ class Controller:
 
     def _advance(self, active: ActiveJob, now: float) -> None:
         for bench in active.benches.lift(now, lambda node, since: stalls.has_recovered(self.members.get(node), since)):
-            self._note_node(f"{bench.title} is tried again, after: {bench.reason}")
+            self._note_node(f"{bench.title} is no longer benched; the cause was: {bench.reason}")
         if active.failing and self.leasing.candidates(active, now):
             active.failing = ""
         steps: list[Callable[[ActiveJob, float], None]] = [

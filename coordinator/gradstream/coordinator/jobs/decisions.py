@@ -68,7 +68,7 @@ class JobSight:
     start_version: int = 0
     # Whether all servers are present and every step that the leader has decided was reported.
     settled: bool = True
-    # Why nobody can compute a step any more.
+    # Why no worker can compute a step any more.
     failing: str = ""
     # Whether a person waits for a checkpoint.
     checkpoint_awaited: bool = False

@@ -1,4 +1,4 @@
-"""More steps for a job that rests or has ended: a pure function from its recipe to the recipe it goes on with."""
+"""Extend the recipe of a job that rests or has ended to more steps. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from gradstream.core.recipe.recipe import Recipe
 
 
 def with_more_steps(job_id: str, recipe: Recipe, version: int, num_steps: int) -> tuple[Recipe, str]:
-    """The recipe of a job that goes on from `version` to `num_steps` steps in all, and what changes, as a line.
+    """Extend a job's recipe to `num_steps` steps in all from `version` on; return it and a line on the changes.
 
     From `version` on the learning rate follows the schedule of `num_steps` steps, as if the job had been submitted with
-    them; the steps before keep theirs. So the rate may rise at `version`. Raises ConfigError when there are no steps
-    left to do, or the job is a fine-tuning.
+    this number. The steps before keep their rates. So the rate may rise at `version`. Raises ConfigError when no steps
+    are left, or the job is a fine-tuning.
     """
     before = recipe.training.num_steps
     if recipe.fine_tuning is not None:
@@ -35,6 +35,6 @@ def with_more_steps(job_id: str, recipe: Recipe, version: int, num_steps: int) -
 
 
 def as_submitted(recipe: Recipe) -> Recipe:
-    """A job's recipe as it was before the job got another number of steps."""
+    """Restore a job's recipe as submitted, before the number of steps was changed."""
     steps = {"num_steps": recipe.training.submitted_num_steps, "earlier": ()}
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=steps)})

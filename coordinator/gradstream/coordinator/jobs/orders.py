@@ -142,8 +142,10 @@ class Orders:
         return any(version is not None and version > after and version not in active.checkpoints for version in due)
 
     def may_extend(self, record: JobRecord, num_steps: int) -> bool:
-        """Whether a job can be given `num_steps` steps now; False while its checkpoint is still to come. Raises
-        ConfigError for a job that does not rest."""
+        """Whether a job can be extended to `num_steps` steps now; False while its checkpoint is not written yet.
+
+        Raises ConfigError for a job that does not rest.
+        """
         active = self._active_of(record)
         if active is None and record.state != QUEUED:
             return True
@@ -156,7 +158,7 @@ class Orders:
         return active.version in active.checkpoints or active.version == 0
 
     def extend(self, record: JobRecord, on_disk: Sequence[int], num_steps: int) -> None:
-        """Queue a job that rests or has ended again, to go on to `num_steps` steps in all from its last checkpoint.
+        """Queue a resting or ended job again; it goes on from its last checkpoint to `num_steps` steps in all.
 
         `may_extend` must hold; the next reconcile takes the job up. Raises ConfigError when there are no steps left to
         do, CheckpointError when the last checkpoint is not there.
@@ -183,7 +185,7 @@ class Orders:
             self._journal.store(record, [event], state=QUEUED, reason=line, ended_unix_ms=0, **changes)
 
     def _first_rank(self) -> int:
-        """The rank before all others."""
+        """A rank before those of all other jobs."""
         return min([job.rank for job in self._controller.state.list_jobs()], default=0) - 1
 
     def resume(self, record: JobRecord, on_disk: Sequence[int] = ()) -> None:

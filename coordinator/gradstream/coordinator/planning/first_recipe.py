@@ -24,7 +24,7 @@ MIN_SLOTS = 4
 LARGEST_MICROBATCH = 8
 MIN_LENGTH = 16
 SAMPLES_A_SLOT = 8
-"""Fewest samples that a slot should have; samples become shorter down to MIN_LENGTH."""
+"""Minimum number of samples per slot. With little text, samples become shorter, but not below MIN_LENGTH."""
 SLOW_BITS_PER_SECOND = 300e6
 """Below it int4 is worth its coarser gradients: at 100 Mb/s int4 halves the time of a step (docs/benchmarks.md)."""
 LARGEST_UNASKED = "10M"
@@ -151,7 +151,7 @@ def first_recipe(name: str, text: Text, machines: Machines, size: str | OwnModel
     if isinstance(size, OwnModel) and size.positions is not None:
         length = min(length, size.positions)
     while length > MIN_LENGTH and text.num_tokens < SAMPLES_A_SLOT * slots * length:
-        length //= 2  # little text: shorter samples, so that each slot has some
+        length //= 2  # with little text, shorter samples give each slot enough of them
     batch = max(slots, math.ceil(preset.batch_tokens / length / slots) * slots)
     micro = next(count for count in range(LARGEST_MICROBATCH, 0, -1) if batch // slots % count == 0)
     reasons["training.num_slots"] = (

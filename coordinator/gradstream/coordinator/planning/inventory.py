@@ -95,7 +95,7 @@ async def take_profile(
 ) -> list[SegmentProfile]:
     """Measure the cost of each segment of a model on this machine. The result is cached while this process lives.
 
-    The child also returns the inventory, so that a later `take_inventory` starts no child.
+    The child also returns the inventory. A later `take_inventory` then starts no child.
 
     Raises ConfigError as `take_inventory` does, or when the model cannot be cut into segments.
     """

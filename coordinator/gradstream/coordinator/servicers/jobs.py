@@ -56,7 +56,7 @@ from gradstream.proto.v1 import jobs_pb2, jobs_pb2_grpc
 
 MAX_EXPORTS = 2
 EXTEND_SECONDS = 30.0
-"""Longest wait for the checkpoint of a pause."""
+"""Maximum wait for the checkpoint of a pause."""
 MAX_HOLDS = 256
 """Maximum number of checkpoints that are kept for readers at the same time."""
 
@@ -194,7 +194,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             num_steps = parse_recipe(record.recipe_json).training.num_steps
             if request.HasField("num_steps") and (request.num_steps != num_steps or record.state == FINISHED):
                 await self._extend(record, request.num_steps)
-                # As queued: the reason says what changes.
+                # The answer shows the queued job before it is planned: its reason still says what has changed.
                 job = self._views.job(self._find(record.job_id))
                 self._controller.reconcile()
                 return jobs_pb2.ResumeJobResponse(job=job)
@@ -203,8 +203,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             return jobs_pb2.ResumeJobResponse(job=self._views.job(self._find(request.job_id)))
 
     async def _extend(self, record: JobRecord, num_steps: int) -> None:
-        """Give a job that rests or has ended more steps; a job that has just paused is waited for until its checkpoint
-        is there."""
+        """Extend a resting or ended job to more steps; after a recent pause, first wait for the job's checkpoint."""
         try:
             async with asyncio.timeout(EXTEND_SECONDS):
                 while True:
@@ -216,7 +215,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         except TimeoutError:
             raise BusyError(
                 f"the checkpoint of job {record.job_id} is not written yet, and it goes on from there; try again when "
-                f"`gradstream status {record.job_id}` waits for it no more"
+                f"`gradstream status {record.job_id}` does not wait for it any more"
             ) from None
         self._orders.extend(self._find(record.job_id), on_disk, num_steps)
 

@@ -188,8 +188,7 @@ class Views:
 
     def _waits_for(self, active: ActiveJob) -> list[tuple[str, str]]:
         benched = [
-            (f"{bench.title} to be tried again, benched: {bench.reason}", bench.title)
-            for bench in active.benches.current()
+            (f"{bench.title}, which is benched: {bench.reason}", bench.title) for bench in active.benches.current()
         ]
         if active.state == PLANNING:
             return [*self._planning_waits(active), *benched]

@@ -283,7 +283,7 @@ def test_what_a_link_means_for_a_step() -> None:
     assert found == Check(
         "links",
         "warn",
-        "the slowest from here is that to server s-1, 40 Mb/s: a step's gradients of tiny-1 (10.0 M parameters) take "
+        "the slowest link from here goes to server s-1, 40 Mb/s: a step's gradients of tiny-1 (10.0 M parameters) take "
         "8.0 s with fp32, 4.0 s with bf16, 2.0 s with int8, 1.0 s with int4",
         "below 100 Mb/s use codec.push=int4 codec.pull=delta-int4, or auto",
     )

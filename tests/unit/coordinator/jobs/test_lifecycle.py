@@ -396,7 +396,7 @@ async def test_a_failed_server_is_benched_and_the_job_says_what_is_missing(clust
     assert job.state == jobs_pb2.JOB_STATE_PLANNING
     assert [wait.what for wait in job.waits] == [
         "2 parameter servers, 1 is live",
-        "parameter server ps-1 to be tried again, benched: disk full",
+        "parameter server ps-1, which is benched: disk full",
     ]
     spare = cluster.node(SERVER, "ps-2")
     assert [server.name for server in (await spare.plan_of(2)).servers] == ["ps-0", "ps-2"]

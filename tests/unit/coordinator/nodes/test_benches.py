@@ -149,7 +149,7 @@ async def test_a_failed_worker_is_tried_again(cluster: Cluster) -> None:
     assert first.directives == []
     await first.slots(1)
     assert [directive.WhichOneof("directive") for directive in first.directives] == ["plan", "leases"]
-    await cluster.event(job_id, "worker worker-0 is tried again, after: disk full")
+    await cluster.event(job_id, "worker worker-0 is no longer benched; the cause was: disk full")
 
 
 async def test_a_stop_without_workers_keeps_what_the_servers_hold(cluster: Cluster) -> None:

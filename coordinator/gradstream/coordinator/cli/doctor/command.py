@@ -177,7 +177,7 @@ def check_torch() -> list[Check]:
         total = float((torch.ones(8, 8) @ torch.ones(8, 8)).sum())
         where = f"cpu, {os.cpu_count()} cores"
     if total != 512.0:
-        return [Check("torch", "fail", f"{torch.__version__} on {where} multiplies wrongly", "install torch again")]
+        return [Check("torch", "fail", f"{torch.__version__} on {where} multiplies incorrectly", "install torch again")]
     return [Check("torch", "ok", f"{torch.__version__} on {where}")]
 
 

@@ -263,7 +263,7 @@ def _nodes(facts: ClusterFacts) -> Iterator[Check]:
         more = f" and {len(gone) - 8} more" if len(gone) > 8 else ""
         yield Check("nodes", "warn", f"gone lately: {names}{more}", "look at their logs, unless you stopped them")
     if facts.num_not_called:
-        yield Check("nodes", "ok", f"{facts.num_not_called} of them were not called: there are too many for one visit")
+        yield Check("nodes", "ok", f"{facts.num_not_called} of them were not called, to limit the time of the check")
     away = [node for node in alive if _is_elsewhere(node)]
     for node in alive:
         yield from _node(node, facts, expected_here=len(away) < len(alive))
@@ -304,7 +304,7 @@ def _node(node: NodeFacts, facts: ClusterFacts, expected_here: bool) -> Iterator
         yield Check(
             node.title,
             "warn",
-            f"it says that it is at {node.address}, where only its own machine finds it",
+            f"its address is {node.address}, which only its own machine can reach",
             "start it with --listen on an address that the others can reach",
         )
     elif service is not None and not _is_elsewhere(node):
@@ -376,7 +376,7 @@ def _step_link(title: str, service: ServiceFacts, model: ModelFacts | None) -> I
             continue
         times.append(f"{_seconds(num_bytes / rate if rate else float('inf'))} with {codec}")
     message = (
-        f"the slowest from here is that to {title}, {terminal.format_bit_rate(rate)}: a step's gradients of "
+        f"the slowest link from here goes to {title}, {terminal.format_bit_rate(rate)}: a step's gradients of "
         f"{_model_words(model)} take {', '.join(times)}"
     )
     if 8 * rate < SLOW_BITS_PER_SECOND:

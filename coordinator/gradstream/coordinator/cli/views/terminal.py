@@ -177,7 +177,7 @@ def hint(*commands: str) -> None:
 
 
 class WorkingLine:
-    """A line on stderr that says what is being done, until it is replaced or cleared; nothing where nobody looks."""
+    """A line on stderr with the current activity, until it is replaced or cleared; only on a terminal."""
 
     def __init__(self, interactive: bool | None = None):
         self._interactive = sys.stderr.isatty() if interactive is None else interactive
@@ -189,7 +189,7 @@ class WorkingLine:
         self("")
 
     def __call__(self, text: str) -> None:
-        """Show `text` in the place of what was shown before; "" clears the line."""
+        """Replace the line by `text`; "" clears the line."""
         if self._interactive:
             print(f"\r\033[K{shown(text)}", end="", file=sys.stderr, flush=True)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from gradstream.client import Job, Node
 from gradstream.coordinator.cli.views import terminal
-from gradstream.coordinator.cli.views.jobs import chosen_job
+from gradstream.coordinator.cli.views.jobs import chosen_job, holders_text
 from gradstream.coordinator.cli.views.top import SORTS, Choices, Look, ranges, slow_nodes, view
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
@@ -138,6 +138,13 @@ def test_trouble_is_shown_above_what_was_known() -> None:
     lines = screen(replace(look_at(1, 2), trouble="coordinator 10.0.0.1:7000 does not answer"), 80, 24)
     assert lines[0] == "coordinator 10.0.0.1:7000 does not answer"
     assert any(line.startswith("gpu-machine-1") for line in lines)
+
+
+def test_the_slots_of_few_workers_have_a_line_each() -> None:
+    few, many = (look_at(1, number).jobs[0] for number in (8, 9))
+    assert holders_text(few)[:2] == ["slot 0: gpu-machine-0", "slot 1: gpu-machine-1"]
+    assert len(holders_text(few)) == 8
+    assert holders_text(many) == ["; ".join(f"slot {number}: gpu-machine-{number}" for number in range(9))]
 
 
 def test_runs_of_slots_are_joined() -> None:

@@ -73,7 +73,7 @@ def logs(
     console = terminal.console()
     _stream(coordinator, job_id, ("log", LogLine), follow, tail, wanted, show, "logs -f")
     if heard and not shown:
-        terminal.say(f"no line of {len(heard)} nodes is wanted; lines came from {', '.join(sorted(heard))}")
+        terminal.say(f"no line matches --node and --level; lines came from {', '.join(sorted(heard))}")
 
 
 def events(

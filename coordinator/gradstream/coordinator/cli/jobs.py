@@ -48,7 +48,7 @@ def submit(
             _watch(client, job, output)
             return
     _print_job(job, output)
-    terminal.hint(f"watch it: gradstream watch {job.job_id}, gradstream status {job.job_id}, gradstream top")
+    terminal.hint(f"watch it: gradstream watch {job.job_id}", f"its log:  gradstream logs -f {job.job_id}")
 
 
 def watch(

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gradstream.client import Job, Node, Pipeline, ServerMemory
 
 
+MAX_HOLDER_LINES = 8
+"""Up to this many workers have a line each."""
 UNDER_WAY = ("running", "planning", "paused", "queued")
 
 
@@ -150,13 +152,14 @@ def job_view(job: Job, nodes: Sequence[Node]) -> Any:
 
 
 def holders_text(job: Job) -> list[str]:
-    """The slots of each worker, one line for each: "slots 0, 2: worker-0"."""
+    """List which worker computes which slots, as in "slots 0, 2: worker-0". Many workers share one text."""
     from gradstream.core.plan.leases import slots_text
 
     slots: dict[str, list[int]] = {}
     for slot, holder in enumerate(job.slot_holders):
         slots.setdefault(holder, []).append(slot)
-    return [f"{slots_text(held)}: {holder or 'nobody'}" for holder, held in slots.items()]
+    texts = [f"{slots_text(held)}: {holder or 'nobody'}" for holder, held in slots.items()]
+    return texts if len(texts) <= MAX_HOLDER_LINES else ["; ".join(texts)]
 
 
 def waits_text(job: Job, nodes: Sequence[Node]) -> list[str]:

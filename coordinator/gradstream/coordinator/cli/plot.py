@@ -28,8 +28,10 @@ def plot(
     x: Annotated[XAxis, typer.Option("--x", help="The horizontal axis.")] = XAxis.steps,
     coordinator: CoordinatorOption = None,
 ) -> None:
-    """Draw the losses of a job or a fine-tuning: each step's, a smoothed line, validation, learning rate, and marks
-    where it was resumed or nodes went away. Several jobs are compared in one picture.
+    """Draw the losses of a job or a fine-tuning. Several jobs are compared in one picture.
+
+    The picture has the loss of each step, a smoothed line, validation, the learning rate, and marks where the job was
+    resumed or nodes went away.
     """
     from gradstream.client import Event
     from gradstream.coordinator.cli.pictures.curves import draw

@@ -41,8 +41,7 @@ class NotTextError(Exception):
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of the files that were read: by the format in which they were read, left out by reason, and notes for
-    people."""
+    """Counts of files: read ones by format, left-out ones by reason, and notes for people."""
 
     read_as: Counter[str] = dataclass_field(default_factory=Counter)
     left_out: Counter[str] = dataclass_field(default_factory=Counter)

@@ -45,8 +45,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """Serves the calls of nodes."""
 
     def __init__(self, controller: Controller, reports: Reports, tokens: FileTokens | None = None):
-        """Create the service. `tokens` is the table of tokens that is sent to other processes; None without
-        credentials."""
+        """Create the service. `tokens` is the table of tokens to send to other processes; None without credentials."""
         self._controller = controller
         self._reports = reports
         self._tokens = tokens

@@ -79,8 +79,10 @@ class State(ABC):
     @property
     @abstractmethod
     def trouble(self) -> Trouble | None:
-        """Why the storage cannot be used; None if it can. It stands from a failed call until a call of its kind
-        succeeds."""
+        """Why the storage cannot be used; None if it can.
+
+        The trouble stands from a failed call until a call of the same kind succeeds.
+        """
 
     @abstractmethod
     def create_job(self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse] = ()) -> None:
@@ -90,8 +92,7 @@ class State(ABC):
     def store_job(
         self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse] = (), plan: bytes | None = None
     ) -> None:
-        """Store a transition in one transaction: the record, new items of the history, the plan of `record.epoch` if
-        given."""
+        """Store a transition in one transaction: the record, new history items, and a plan if given."""
 
     @abstractmethod
     def get_job(self, job_id: str) -> JobRecord | None:
@@ -185,8 +186,10 @@ class State(ABC):
         checkpoint: jobs_pb2.Checkpoint,
         items: Sequence[jobs_pb2.WatchJobResponse] = (),
     ) -> None:
-        """Add a checkpoint whose manifest was written, followed by `items` in the history; forget the reports of its
-        files."""
+        """Add a checkpoint whose manifest was written, also to the history, followed by `items`.
+
+        The reports of its files are forgotten.
+        """
 
     @abstractmethod
     def checkpoint_versions(self, job_id: str) -> list[int]:

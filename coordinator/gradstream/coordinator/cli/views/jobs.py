@@ -19,8 +19,10 @@ UNDER_WAY = ("running", "planning", "paused", "queued")
 
 
 def chosen_job(jobs: Sequence[Job], job_id: str | None = None) -> Job | None:
-    """The job that is shown, of all jobs, newest first: the one of the id or the name; without one the job under way,
-    else the newest."""
+    """Choose the job to show: the job with this id or name; without one, the job under way, else the newest.
+
+    `jobs` are all jobs, newest first.
+    """
     if job_id is not None:
         return next((job for job in jobs if job_id in (job.job_id, job.name)), None)
     newest = jobs[0] if jobs else None

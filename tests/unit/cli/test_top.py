@@ -16,10 +16,11 @@ from canned_jobs import CannedJobs, canned_cluster, canned_job, canned_node
 from rich.cells import cell_len
 from rich.console import Console
 
-from gradstream.client import Job, Node
+from gradstream.client import Job, JobState, Node
 from gradstream.coordinator.cli.views import terminal
 from gradstream.coordinator.cli.views.jobs import chosen_job, holders_text
 from gradstream.coordinator.cli.views.top import SORTS, Choices, Look, ranges, slow_nodes, view
+from gradstream.core.plan.leases import SLOTS
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 SIZES = [(80, 24), (120, 40), (60, 15), (40, 10), (20, 6)]
@@ -101,6 +102,12 @@ def test_a_long_wait_is_cut_and_its_node_is_slow() -> None:
     node.activity.step = 25
     assert slow_nodes([Node.from_proto(node)], job) == {"gpu-machine-2": "6 steps behind"}
     assert slow_nodes([Node.from_proto(node)], None) == {}
+    # A worker without slots, or of a job that rests, holds up no step.
+    node.activity.step, node.activity.waiting_since_unix_ms = 31, int(1000 * (time.time() - 60))
+    assert list(slow_nodes([Node.from_proto(node)], job)) == ["gpu-machine-2"]
+    assert slow_nodes([Node.from_proto(node)], replace(job, state=JobState.PAUSED)) == {}
+    node.activity.waiting_for = SLOTS
+    assert slow_nodes([Node.from_proto(node)], job) == {}
 
 
 def test_keys_sort_choose_a_job_and_show_decisions() -> None:

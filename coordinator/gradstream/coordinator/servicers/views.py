@@ -16,7 +16,7 @@ from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.telemetry.step_times import breakdown
 from gradstream.coordinator.timing import judge_wait, unix_ms
 from gradstream.core.job_states import PAUSED, PLANNING, QUEUED, RUNNING, STATE_WORDS
-from gradstream.core.plan.leases import slots_text
+from gradstream.core.plan.leases import SLOTS, slots_text
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.recipe.recipe import CodecConfig, Recipe
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
@@ -294,6 +294,8 @@ class Views:
                 slots = list(activity.missing_slots)[: len(active.holders)]
                 what = f"contributions of {slots_text(slots)} to step {activity.step} at {node.name}"
                 waits.append(jobs_pb2.Wait(what=what, whom=self._holders_of(active, slots), since_unix_ms=since))
+            elif activity.waiting_for == SLOTS:
+                continue  # it holds up no step
             elif activity.waiting_for:
                 waits.append(
                     jobs_pb2.Wait(what=activity.waiting_for, whom=f"asked by {node.name}", since_unix_ms=since)

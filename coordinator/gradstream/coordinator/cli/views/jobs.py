@@ -94,6 +94,15 @@ def wait_text(node: Node, job: Job | None) -> str:
     return f"{activity.waiting_for} {terminal.format_since(activity.waiting_since)}".strip()
 
 
+def step_wait(node: Node, job: Job) -> str:
+    """The wait of a node that holds up a running job's step; else "". A worker without slots holds up nothing."""
+    from gradstream.core.plan.leases import SLOTS
+
+    activity = node.activity
+    concerned = job.state == "running" and activity.job_id == job.job_id and activity.waiting_for != SLOTS
+    return wait_text(node, job) if concerned else ""
+
+
 def job_view(job: Job, nodes: Sequence[Node]) -> Any:
     """A job as rich text, one fact per line."""
     from rich.table import Table
@@ -170,7 +179,7 @@ def waits_text(job: Job, nodes: Sequence[Node]) -> list[str]:
     for node in nodes:
         # Most waits of nodes are already among the job's waits.
         named = any(node.name in f"{wait.what} {wait.whom}" for wait in job.waits)
-        text = wait_text(node, job) if node.activity.job_id == job.job_id and not named else ""
+        text = step_wait(node, job) if not named else ""
         waits += [f"{node.name} waits for {text}"] if text else []
     return waits
 

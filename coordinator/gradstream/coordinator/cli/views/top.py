@@ -20,7 +20,7 @@ from gradstream.coordinator.cli.views.jobs import (
     memory_text,
     pipeline_text,
     step_seconds,
-    wait_text,
+    step_wait,
 )
 from gradstream.coordinator.cli.views.progress import progress_facts, progress_place
 from gradstream.coordinator.cli.views.step_times import step_line
@@ -176,7 +176,7 @@ def slow_nodes(nodes: Sequence[Node], job: Job | None) -> dict[str, str]:
         if not node.alive or node.activity.job_id != job.job_id:
             continue
         behind = job.version - step if job.state == "running" and step else 0
-        wait = wait_text(node, job)
+        wait = step_wait(node, job)
         reasons = [
             f"{counted(behind, 'step')} behind" if behind * (step_seconds(job) or 0.0) >= BEHIND_SECONDS else "",
             "the slowest" if node.name == slowest else "",

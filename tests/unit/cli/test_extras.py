@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from canned_fine_tunings import CannedFineTunings, serving_fine_tunings
 from canned_jobs import CannedJobs, canned_job
 from packaging.requirements import Requirement
 from support.base_install import ROOT, BaseInstall
@@ -18,7 +19,7 @@ from gradstream.proto.v1 import jobs_pb2
 
 NEEDS_AN_EXTRA = [
     ("dev stdlib-gpt", "all"),
-    ("generate tiny-1", "node"),
+    ("generate .", "node"),
     ("finetune dev stdlib-finetune", "node"),
     ("recipes validate stdlib-gpt", "node"),
     ("init stdlib: --size 3M --time 1h --out mine.yaml", "node"),
@@ -130,6 +131,15 @@ def test_pictures_need_the_extra_plot_alone(
     result = drawing.gradstream("plot", "tiny-1", "-c", address)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "tiny-1-loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_fine_tuning_service_generates_with_a_job(base: BaseInstall, address: str) -> None:
+    with serving_fine_tunings(CannedFineTunings()) as service:
+        result = base.gradstream("generate", "tiny-1", "-p", "def ", "--service", service, "-c", address)
+    assert (result.returncode, result.stdout) == (0, "def return a + b\n"), result.stderr
+    result = base.gradstream("generate", "tiny-1", "--service", service, "-c", address)
+    assert result.returncode == 7
+    assert f"fine-tuning service {service} does not answer" in result.stderr
 
 
 def test_a_plan_without_a_coordinator_names_both_ways(base: BaseInstall) -> None:

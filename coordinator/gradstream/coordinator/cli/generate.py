@@ -27,6 +27,15 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1, help="Sample from the likeliest share p.")] = 0.95,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same text.")] = 0,
+    service: Annotated[
+        str | None,
+        typer.Option(
+            "--service",
+            metavar="HOST:PORT",
+            help="With a job: the fine-tuning service that generates, instead of this machine.",
+            show_default="this machine, if PyTorch is installed",
+        ),
+    ] = None,
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
@@ -34,9 +43,8 @@ def generate(
     import tempfile
 
     from gradstream.core.errors import ConfigError
-    from gradstream.core.extras import require
+    from gradstream.core.extras import installed, require
 
-    require("`gradstream generate`", "node")
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -45,10 +53,17 @@ def generate(
     }
     path = Path(source).expanduser() if source is not None else None
     if path is not None and path.is_dir():
+        require("`gradstream generate DIRECTORY`", "node")
+        if service is not None:
+            raise ConfigError(f"{source} is a directory, and a service generates with jobs; leave out --service")
         with terminal.WorkingLine() as working:
             text = generate_text(path, prompt, **settings, on_progress=working)
     elif source is not None and (os.sep in source or source.startswith(".")):
         raise ConfigError(f"{source}: no such directory; export a checkpoint with `gradstream ckpt export`")
+    elif service is not None or "node" not in installed():
+        with open_client(coordinator) as client, terminal.WorkingLine() as working:
+            working("generating")
+            text = "".join(piece.text for piece in client.generate(source, prompt, service=service, **settings))
     else:
         from gradstream.coordinator.cli.ckpt import ExportReporter
 

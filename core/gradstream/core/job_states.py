@@ -24,3 +24,10 @@ STATE_WORDS = {
     FAILED: "failed",
     STOPPED: "stopped",
 }
+
+
+def after_state(state: str, reason: str) -> str:
+    """Return what follows a state's word: `: REASON`, or only the rest of a reason that begins with the word itself."""
+    if reason.startswith(f"{state} "):
+        return reason.removeprefix(state)
+    return f": {reason}" if reason else ""

@@ -100,7 +100,7 @@ def test_time_is_measured(text: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["init", text.name, "--time", "1m", "--size", "1M"]) == 0
     steps = load_recipe("my-book.yaml").training.num_steps
     assert 2 < steps < 2000
-    assert "as many as fit into 1 minutes at about" in Path("my-book.yaml").read_text()
+    assert "as many as fit into 60 s at about" in Path("my-book.yaml").read_text()
 
 
 @pytest.mark.parametrize(

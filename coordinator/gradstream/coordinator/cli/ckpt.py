@@ -112,5 +112,6 @@ class ExportReporter:
         done = progress.received_bytes == progress.file_bytes
         if self._interactive and (done or time.monotonic() - self._last > 0.1):
             self._last = time.monotonic()
-            sizes = f"{terminal.format_bytes(progress.received_bytes)} of {terminal.format_bytes(progress.file_bytes)}"
+            whole = terminal.format_bytes(progress.file_bytes)
+            sizes = whole if done else f"{terminal.format_bytes(progress.received_bytes)} of {whole}"
             print(f"\r\033[K{shown(progress.file)}: {sizes}", end="\n" if done else "", file=sys.stderr, flush=True)

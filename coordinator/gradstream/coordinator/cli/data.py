@@ -137,6 +137,8 @@ def prepare(
     terminal.say(f"prepared in {seconds:.1f} s")
     if recipe is None:
         terminal.hint(f"a recipe for it: gradstream init {path}")
+    else:
+        terminal.hint(f"train it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}")
 
 
 @data_app.command()

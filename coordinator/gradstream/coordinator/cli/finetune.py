@@ -212,6 +212,7 @@ def _show(item: Any, output: OutputFormat) -> None:
     from rich.text import Text
 
     from gradstream.client import Checkpoint, Event, FineTuning, Validation
+    from gradstream.core.job_states import after_state
 
     if output is OutputFormat.json:
         terminal.print_json_line(
@@ -219,9 +220,7 @@ def _show(item: Any, output: OutputFormat) -> None:
         )
         return
     if isinstance(item, FineTuning):
-        line = Text.assemble(
-            f"{item.name} ", terminal.state_text(item.state), f": {item.reason}" if item.reason else ""
-        )
+        line = Text.assemble(f"{item.name} ", terminal.state_text(item.state), after_state(item.state, item.reason))
     elif isinstance(item, Validation):
         line = Text(f"validation loss {terminal.format_loss(item.loss)} at version {item.version}")
     elif isinstance(item, Checkpoint):

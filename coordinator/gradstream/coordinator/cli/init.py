@@ -97,9 +97,12 @@ def init(
     terminal.print_line(f"codec {recipe.codec.push} up, {recipe.codec.pull} down: {found.reasons['codec']}")
     if rate is None:
         terminal.hint(f"train it here: gradstream dev {target}")
+    prepare, submit = f"gradstream data prepare --recipe {target}", f"gradstream submit {target}"
+    if rate is None:
+        terminal.hint(f"on a cluster: {'; '.join([prepare, submit] if text.sources else [submit])}")
         return
-    commands = [f"data: gradstream data prepare --recipe {target}"] if text.sources else []
-    terminal.hint(*commands, f"forecast: gradstream plan {target} --link {link}", f"train: gradstream submit {target}")
+    commands = [f"data: {prepare}"] if text.sources else []
+    terminal.hint(*commands, f"forecast: gradstream plan {target} --link {link}", f"train: {submit}")
 
 
 # --- text, model and machines -----------------------------------------------------------------------------------------

@@ -222,7 +222,9 @@ def stop(
 
 
 def _print_changed(job: Job, output: OutputFormat) -> None:
+    from gradstream.core.job_states import after_state
+
     if output is OutputFormat.json:
         terminal.print_json(job.to_dict())
     else:
-        terminal.print_line(f"{job.job_id} {job.state}" + (f": {job.reason}" if job.reason else ""))
+        terminal.print_line(f"{job.job_id} {job.state}{after_state(job.state, job.reason)}")

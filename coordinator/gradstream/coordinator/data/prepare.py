@@ -238,8 +238,8 @@ def _notes(
         notes.append("nothing was held out, since there is a single short text; add text, or train without validation")
     if corpus.num_split:
         notes.append(
-            f"long documents were split at paragraphs, lines or sentences into pieces of about "
-            f"{-(-corpus.piece_bytes >> 10)} KiB, each a document of the data set ({corpus.num_split})"
+            f"long documents were split at paragraphs, lines or sentences ({corpus.num_split}); each piece of about "
+            f"{-(-corpus.piece_bytes >> 10)} KiB is a document of the data set"
         )
     if num_unknown:
         notes.append(f"parts of texts are not in the tokenizer's vocabulary; each is an unknown token ({num_unknown})")

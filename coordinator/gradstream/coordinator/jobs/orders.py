@@ -201,7 +201,7 @@ class Orders:
             self._go_back(record, on_disk)
         if active is not None:
             event = Event("state", f"resumed{by_caller()}")
-            reason = f"resumed; goes on with step {active.version}"
+            reason = f"resumed at step {active.version}"
             if active.state == PAUSED:
                 self._controller.transitions.set_state(active, RUNNING, reason, event, desired="run")
             elif active.record.desired != "run":

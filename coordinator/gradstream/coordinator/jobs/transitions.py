@@ -19,7 +19,7 @@ from gradstream.coordinator.nodes.registry import NodeRegistry
 from gradstream.coordinator.state.state import JobRecord, State
 from gradstream.coordinator.timing import Timing, unix_ms
 from gradstream.core.errors import GradstreamError, UnreachableError, one_line
-from gradstream.core.job_states import FAILED, PLANNING, STATE_WORDS
+from gradstream.core.job_states import FAILED, PLANNING, STATE_WORDS, after_state
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 
@@ -86,7 +86,7 @@ class Transitions:
         self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str, *before: Event, **changes: Any
     ) -> None:
         """Move the active job to another state in which it stays active. Raises UnreachableError."""
-        event = Event("state", f"{STATE_WORDS[state]}: {reason}")
+        event = Event("state", f"{STATE_WORDS[state]}{after_state(STATE_WORDS[state], reason)}")
         self.update(active, *before, event, state=state, reason=reason, **changes)
         active.progress_at = self._clock()
 
@@ -164,7 +164,7 @@ class Transitions:
         self.update(
             active,
             *before,
-            Event(kind, f"{STATE_WORDS[state]}: {reason}"),
+            Event(kind, f"{STATE_WORDS[state]}{after_state(STATE_WORDS[state], reason)}"),
             state=state,
             reason=reason,
             plan_held=False,

@@ -132,7 +132,7 @@ class FirstRecipe:
         interval = _nice(num_steps / 10)
         tree = dict(self.tree)
         tree["training"] = {**tree["training"], "num_steps": num_steps}
-        tree["schedule"] = {**tree["schedule"], "warmup_steps": max(1, min(2000, num_steps // 20))}
+        tree["schedule"] = {**tree["schedule"], "warmup_steps": _warmup(num_steps)}
         tree["validation"] = {"interval_steps": interval if self.validates else 0}
         tree["checkpoint"] = {**tree["checkpoint"], "interval_steps": interval}
         return replace(self, tree=tree, reasons={**self.reasons, "training.num_steps": reason})
@@ -244,10 +244,17 @@ def _codec(link_bits_per_second: float | None) -> tuple[str, str, str]:
 
 def _steps(num_parameters: int, num_tokens: int, step_tokens: int) -> tuple[int, str]:
     by_size, by_text = TOKENS_A_PARAMETER * num_parameters, MAX_PASSES * num_tokens
-    steps = max(MIN_STEPS, min(MAX_STEPS, _nice(min(by_size, by_text) / step_tokens)))
+    wanted = _nice(min(by_size, by_text) / step_tokens)
+    steps = max(MIN_STEPS, min(MAX_STEPS, wanted))
     tokens = steps * step_tokens
+    least = f"; fewer than {MIN_STEPS} steps teach little" if wanted < MIN_STEPS else ""
     passes = f"{tokens / num_tokens:.2g} times through the text" if num_tokens else "the text"
-    return steps, f"{_count(tokens)} tokens, {passes}, {tokens / num_parameters:.2g} a parameter"
+    return steps, f"{_count(tokens)} tokens, {passes}, {tokens / num_parameters:.2g} a parameter{least}"
+
+
+def _warmup(num_steps: int) -> int:
+    """A twentieth of the steps, at most 2000. Of a short run more: 20 steps, but at most a fifth of them."""
+    return max(1, min(2000, max(num_steps // 20, min(20, num_steps // 5))))
 
 
 def _nice(value: float) -> int:
@@ -266,4 +273,6 @@ def _count(number: float) -> str:
 
 
 def _minutes(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
     return f"{seconds / 3600:.3g} hours" if seconds >= 7200 else f"{seconds / 60:.3g} minutes"

@@ -122,7 +122,7 @@ async def test_pause_resume_and_stop_with_a_checkpoint(cluster: Cluster) -> None
     number = worker.leases.number if worker.leases else 0
     resumed = await cluster.jobs.ResumeJob(jobs_pb2.ResumeJobRequest(job_id=job_id))
     assert resumed.job.state == RUNNING
-    assert resumed.job.reason == "resumed; goes on with step 1"
+    assert resumed.job.reason == "resumed at step 1"
     await worker.slots(2)
     assert worker.leases is not None
     assert worker.leases.number > number

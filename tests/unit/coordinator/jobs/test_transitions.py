@@ -204,7 +204,7 @@ async def lose(cluster: Cluster, job_id: str, nodes: list[FakeNode]) -> str:
 async def halt(cluster: Cluster, job_id: str, nodes: list[FakeNode]) -> str:
     await cluster.jobs.PauseJob(jobs_pb2.PauseJobRequest(job_id=job_id))
     await cluster.stub.ReportStep(step_report(job_id, 0, halted=True))
-    return "paused: paused at version 1"
+    return "paused at version 1"
 
 
 @pytest.mark.parametrize("cause", [start, end, skip, lose, halt])

@@ -82,6 +82,20 @@ def test_time_sets_the_steps_and_what_follows_from_them() -> None:
     assert "10 minutes" in found.reasons["training.num_steps"]
 
 
+@pytest.mark.parametrize(("num_steps", "warmup"), [(1, 1), (33, 6), (200, 20), (1200, 60), (100_000, 2000)])
+def test_a_short_run_warms_up_too(num_steps: int, warmup: int) -> None:
+    assert first_recipe("mine", TEXT, Machines()).with_steps(num_steps, "").tree["schedule"]["warmup_steps"] == warmup
+
+
+def test_few_steps_have_their_reason() -> None:
+    little = first_recipe("mine", Text("data/mine", 50_000, ("a",)), Machines())
+    assert little.tree["training"]["num_steps"] == 200
+    assert "fewer than 200 steps teach little" in little.reasons["training.num_steps"]
+    assert (
+        "fewer" not in first_recipe("mine", Text("data/mine", 10**8, ("a",)), Machines()).reasons["training.num_steps"]
+    )
+
+
 def test_an_own_model_keeps_its_positions_and_words() -> None:
     own = OwnModel("config.json", 12_000_000, 5000, 64)
     found = first_recipe("mine", TEXT, Machines(), own)

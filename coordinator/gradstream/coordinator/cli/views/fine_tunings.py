@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
+from gradstream.core.job_states import after_state
 
 if TYPE_CHECKING:
     from gradstream.client import Evaluation, ExamplesPreview, ExamplesReport, FineTuning, RenderedExample
@@ -44,7 +45,7 @@ class FollowReporter:
         self._said = ""
 
     def __call__(self, now: FineTuning) -> None:
-        said = f"{now.name} {now.state}" + (f": {now.reason}" if now.reason else "")
+        said = f"{now.name} {now.state}{after_state(now.state, now.reason)}"
         if said != self._said and now.state != "failed":
             self._said = said
             self._view.say(said)
@@ -113,7 +114,8 @@ def fine_tuning_view(each: FineTuning) -> Any:
         table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
 
     row("fine-tuning", each.name)
-    row("state", terminal.state_text(state_of(each)) + Text(f": {reason}" if (reason := reason_of(each)) else ""))
+    state = state_of(each)
+    row("state", terminal.state_text(state) + Text(after_state(state, reason_of(each))))
     row("base", f"{each.base} (sha256 {each.base_sha256[:16]})" if each.base_sha256 else each.base)
     trained = f", {terminal.format_count(each.num_trained_parameters)} parameters trained"
     row("method", each.method + (trained if each.num_trained_parameters else ""))
@@ -122,7 +124,7 @@ def fine_tuning_view(each: FineTuning) -> Any:
     if each.job is not None:
         job = each.job
         # The reason of a resting job is already shown above, as that of the fine-tuning.
-        reason = f": {job.reason}" if job.reason and not is_resting(each) else ""
+        reason = after_state(job.state, job.reason if not is_resting(each) else "")
         row("job", terminal.styled(f"{job.job_id} ", None) + terminal.state_text(job.state) + Text(reason))
         row("step", f"{job.version} of {job.num_steps}{rates_text(each)}, ETA {terminal.format_duration(job.eta)}")
         row("training loss", f"{terminal.format_loss(job.loss)} nats a token")

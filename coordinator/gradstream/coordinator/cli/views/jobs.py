@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
 from gradstream.coordinator.cli.views.step_times import step_line
+from gradstream.core.job_states import after_state
 
 if TYPE_CHECKING:
     from gradstream.client import Job, Node, Pipeline, ServerMemory
@@ -122,7 +123,7 @@ def job_view(job: Job, nodes: Sequence[Node]) -> Any:
             row(name if index == 0 else "", value)
 
     row("job", job.job_id)
-    row("state", terminal.state_text(job.state) + (Text(f": {job.reason}") if job.reason else Text()))
+    row("state", terminal.state_text(job.state) + Text(after_state(job.state, job.reason)))
     percent = f" ({100 * job.version / job.num_steps:.0f} %)" if job.num_steps else ""
     submitted = f", submitted with {job.submitted_num_steps}" if job.submitted_num_steps != job.num_steps else ""
     row("step", f"{job.version} of {job.num_steps}{percent}{submitted}, epoch {job.epoch}, skipped {job.num_skipped}")

@@ -33,7 +33,7 @@ def step_line(found: StepBreakdown) -> str:
 def print_step_table(found: StepBreakdown) -> None:
     """Print each worker's seconds per step by part, and the rates of its link."""
     terminal.print_table(
-        ["WORKER", ">SLOTS", ">COMPUTE", ">WEIGHTS", ">SEND", ">OTHERS' SLOTS", ">SERVERS", ">OTHER", ">UP", ">DOWN"],
+        ["WORKER", ">SLOTS", ">COMPUTE", ">WEIGHTS", ">SEND", ">OTHERS' SLOTS", ">SERVERS", ">OTHER", ">UP?", ">DOWN?"],
         [
             (
                 worker.worker,

@@ -172,8 +172,9 @@ def hint(*commands: str) -> None:
     """Print possible next commands on stderr, dim, only on a terminal."""
     if not sys.stderr.isatty():
         return
+    dim, normal = ("\033[2m", "\033[0m") if "NO_COLOR" not in os.environ else ("", "")
     for command in commands:
-        print(f"\033[2m{command}\033[0m", file=sys.stderr)
+        print(f"{dim}{command}{normal}", file=sys.stderr)
 
 
 class WorkingLine:

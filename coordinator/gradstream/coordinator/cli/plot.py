@@ -16,7 +16,7 @@ def plot(
     job_ids: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="JOB…",
+            metavar="JOB",
             help="Ids of jobs or names of fine-tunings; the newest job when left out.",
             show_default=False,
         ),

@@ -134,7 +134,8 @@ class ServerMemory(_Value):
     """What a server holds of a job, and what its plan predicted, in bytes.
 
     State is weights, moments, accumulators, reference and published bundles; early are contributions that wait for
-    their turn.
+    their turn. `newcomer_bytes` are in `state_bytes`, but not in its prediction: whole bundles for workers without the
+    version before, where other workers pull differences.
     """
 
     name: str
@@ -143,6 +144,8 @@ class ServerMemory(_Value):
     predicted_state_bytes: int
     early_bytes: int
     most_early_bytes: int
+    newcomer_bytes: int = 0
+    max_newcomer_bytes: int = 0
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.ServerMemory) -> ServerMemory:
@@ -154,6 +157,8 @@ class ServerMemory(_Value):
             predicted_state_bytes=message.predicted_state_bytes,
             early_bytes=message.early_bytes,
             most_early_bytes=message.most_early_bytes,
+            newcomer_bytes=message.newcomer_bytes,
+            max_newcomer_bytes=message.max_newcomer_bytes,
         )
 
 

@@ -23,11 +23,13 @@ import typer
 from canned_jobs import CannedJobs, canned_job, canned_node
 from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
+from gradstream.client import ServerMemory
 from gradstream.coordinator.cli import main
 from gradstream.coordinator.cli.app import COMMANDS, app
 from gradstream.coordinator.cli.examples import EXAMPLES
 from gradstream.coordinator.cli.options import parse_size
 from gradstream.coordinator.cli.views import terminal
+from gradstream.coordinator.cli.views.jobs import memory_text
 from gradstream.core.errors import ConfigError
 from gradstream.core.pipeline.schedule import make_schedule
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
@@ -277,6 +279,14 @@ def test_status_names_waits_decisions_and_holders(address: str, capsys: pytest.C
         "contributions that wait: 1.0 MiB of at most 8.0 MiB",
     ):
         assert part in text, part
+
+
+def test_whole_bundles_for_new_workers_are_not_taken_for_state() -> None:
+    memory = ServerMemory("server-0", 1 << 20, 25 << 20, 21 << 20, 0, 4 << 20, 4 << 20, 4 << 20)
+    assert memory_text(memory) == (
+        "server-0: holds 21.0 MiB for 1.0 M parameters, 21.00 B each (predicted 21.00); "
+        "whole bundles for new workers: 4.0 MiB of at most 4.0 MiB; contributions that wait: 0 B of at most 4.0 MiB"
+    )
 
 
 def test_status_of_an_empty_cluster(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,8 @@ class Views:
                 predicted_state_bytes=predicted.state,
                 early_bytes=activity.early_bytes,
                 most_early_bytes=predicted.early,
+                newcomer_bytes=activity.newcomer_bytes,
+                max_newcomer_bytes=predicted.newcomer,
             )
 
     def _turn(self, record: JobRecord) -> jobs_pb2.Wait:

@@ -458,6 +458,8 @@ class ServerMemory(_message.Message):
     PREDICTED_STATE_BYTES_FIELD_NUMBER: _builtins.int
     EARLY_BYTES_FIELD_NUMBER: _builtins.int
     MOST_EARLY_BYTES_FIELD_NUMBER: _builtins.int
+    NEWCOMER_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_NEWCOMER_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The server's name."""
     num_parameters: _builtins.int
@@ -470,6 +472,10 @@ class ServerMemory(_message.Message):
     """Bytes of contributions that wait to be added in slot order."""
     most_early_bytes: _builtins.int
     """Maximum number of bytes of contributions that can wait."""
+    newcomer_bytes: _builtins.int
+    """Bytes, among `state_bytes` but not predicted there, of whole bundles for workers without the version before."""
+    max_newcomer_bytes: _builtins.int
+    """Maximum number of bytes of these whole bundles."""
     def __init__(
         self,
         *,
@@ -479,10 +485,12 @@ class ServerMemory(_message.Message):
         predicted_state_bytes: _builtins.int = ...,
         early_bytes: _builtins.int = ...,
         most_early_bytes: _builtins.int = ...,
+        newcomer_bytes: _builtins.int = ...,
+        max_newcomer_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_bytes", b"early_bytes", "most_early_bytes", b"most_early_bytes", "name", b"name", "num_parameters", b"num_parameters", "predicted_state_bytes", b"predicted_state_bytes", "state_bytes", b"state_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_bytes", b"early_bytes", "max_newcomer_bytes", b"max_newcomer_bytes", "most_early_bytes", b"most_early_bytes", "name", b"name", "newcomer_bytes", b"newcomer_bytes", "num_parameters", b"num_parameters", "predicted_state_bytes", b"predicted_state_bytes", "state_bytes", b"state_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

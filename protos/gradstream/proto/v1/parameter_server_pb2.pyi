@@ -508,6 +508,7 @@ class GetServerStatusResponse(_message.Message):
     EARLY_BYTES_FIELD_NUMBER: _builtins.int
     MISSING_SLOTS_FIELD_NUMBER: _builtins.int
     NUM_DROPPED_FIELD_NUMBER: _builtins.int
+    NEWCOMER_BYTES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The plan's epoch; 0 when the server has no job."""
     version: _builtins.int
@@ -522,6 +523,8 @@ class GetServerStatusResponse(_message.Message):
     """Bytes of contributions that wait to be added in slot order."""
     num_dropped: _builtins.int
     """Contributions refused since the plan was taken up: duplicates and stale ones."""
+    newcomer_bytes: _builtins.int
+    """Bytes, among `state_bytes`, of whole bundles for workers without the version before."""
     @_builtins.property
     def missing_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Slots of the current step with missing contributions."""
@@ -537,10 +540,11 @@ class GetServerStatusResponse(_message.Message):
         early_bytes: _builtins.int = ...,
         missing_slots: _abc.Iterable[_builtins.int] | None = ...,
         num_dropped: _builtins.int = ...,
+        newcomer_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_bytes", b"early_bytes", "epoch", b"epoch", "missing_slots", b"missing_slots", "num_dropped", b"num_dropped", "num_fragments", b"num_fragments", "num_parameters", b"num_parameters", "state_bytes", b"state_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_bytes", b"early_bytes", "epoch", b"epoch", "missing_slots", b"missing_slots", "newcomer_bytes", b"newcomer_bytes", "num_dropped", b"num_dropped", "num_fragments", b"num_fragments", "num_parameters", b"num_parameters", "state_bytes", b"state_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

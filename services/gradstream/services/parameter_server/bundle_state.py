@@ -197,6 +197,11 @@ class BundleState:
         return 8 * self.bundle.num_elements + self._optimizer.state_bytes + self._publisher.state_bytes
 
     @property
+    def newcomer_bytes(self) -> int:
+        """Bytes, among `state_bytes`, of the whole bundle for a worker without the version before."""
+        return self._publisher.newcomer_bytes
+
+    @property
     def early_bytes(self) -> int:
         """Bytes of contributions that wait for their turn."""
         return sum(len(payload) for payloads in self._early.values() for payload in payloads)

@@ -68,6 +68,15 @@ class Publisher(ABC):
         """Bytes of the reference and of the framed messages."""
         return sum(framed.num_bytes for framed in (self.delta, self._full) if framed is not None)
 
+    @property
+    def newcomer_bytes(self) -> int:
+        """Bytes, among `state_bytes`, of a whole bundle that was framed only for workers without the version before.
+
+        It is framed when the first of these workers pulls, and held until the next version is published.
+        """
+        full = self._full
+        return full.num_bytes if full is not None else 0
+
     def saved(self) -> torch.Tensor | None:
         """The values, one an element of the bundle, that a checkpoint must hold beside the weights; None if none."""
         return None
@@ -91,6 +100,10 @@ class WholePublisher(Publisher):
     def full(self) -> PublishedBundle:
         assert self._full is not None
         return self._full
+
+    @property
+    def newcomer_bytes(self) -> int:
+        return 0
 
 
 class DeltaPublisher(Publisher):

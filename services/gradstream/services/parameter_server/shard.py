@@ -313,6 +313,7 @@ class Shard:
             received_bytes=self.accumulation.received_bytes,
             missing_slots=missing,
             state_bytes=sum(state.state_bytes for state in states),
+            newcomer_bytes=sum(state.newcomer_bytes for state in states),
             early_bytes=sum(state.early_bytes for state in states),
             num_parameters=sum(state.bundle.num_elements for state in states) if self.loaded else 0,
         )
@@ -326,6 +327,7 @@ class Shard:
             num_fragments=sum(len(state.bundle.fragments) for state in states),
             num_parameters=sum(state.bundle.num_elements for state in states),
             state_bytes=sum(state.state_bytes for state in states),
+            newcomer_bytes=sum(state.newcomer_bytes for state in states),
             early_bytes=sum(state.early_bytes for state in states),
             missing_slots=self.missing_slots(),
             num_dropped=self.accumulation.num_dropped,

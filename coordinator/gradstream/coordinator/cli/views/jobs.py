@@ -200,9 +200,16 @@ def pipeline_text(pipeline: Pipeline) -> str:
 def memory_text(memory: ServerMemory) -> str:
     """A server's memory on one line."""
     parameters = max(1, memory.num_parameters)
+    state_bytes = memory.state_bytes - memory.newcomer_bytes
+    whole = ""
+    if memory.newcomer_bytes:
+        whole = (
+            f"whole bundles for new workers: {terminal.format_bytes(memory.newcomer_bytes)} of at most "
+            f"{terminal.format_bytes(memory.max_newcomer_bytes)}; "
+        )
     return (
-        f"{memory.name}: holds {terminal.format_bytes(memory.state_bytes)} for "
-        f"{terminal.format_count(memory.num_parameters)} parameters, {memory.state_bytes / parameters:.2f} B each "
-        f"(predicted {memory.predicted_state_bytes / parameters:.2f}); contributions that wait: "
+        f"{memory.name}: holds {terminal.format_bytes(state_bytes)} for "
+        f"{terminal.format_count(memory.num_parameters)} parameters, {state_bytes / parameters:.2f} B each "
+        f"(predicted {memory.predicted_state_bytes / parameters:.2f}); {whole}contributions that wait: "
         f"{terminal.format_bytes(memory.early_bytes)} of at most {terminal.format_bytes(memory.most_early_bytes)}"
     )

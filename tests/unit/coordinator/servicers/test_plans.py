@@ -74,3 +74,10 @@ async def test_what_cannot_be_planned_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         await planned(cluster, **asked)
+
+
+async def test_a_plan_opens_no_path_that_a_submission_may_not(cluster: Cluster) -> None:
+    recipe = make_recipe(cluster.directory)
+    elsewhere = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": "ftp://127.0.0.1:1/data"})})
+    with pytest.raises(ConfigError, match="is a URL, and this service opens local paths alone"):
+        await planned(cluster, elsewhere.model_dump_json(), num_workers=1)

@@ -206,5 +206,10 @@ def _message(parts: Parts) -> jobs_pb2.StepParts:
 
 
 def _link(worker: WorkerParts) -> str:
-    up, down = (rate * 8 / 1e6 for rate in (worker.push_bytes_per_second, worker.pull_bytes_per_second))
-    return f"{worker.name}: {up:.3g} Mb/s up, {down:.3g} Mb/s down"
+    up, down = (_bit_rate(rate) for rate in (worker.push_bytes_per_second, worker.pull_bytes_per_second))
+    return f"{worker.name}: {up} up, {down} down"
+
+
+def _bit_rate(bytes_per_second: float) -> str:
+    megabits = 8 * bytes_per_second / 1e6
+    return f"{megabits / 1000:.1f} Gb/s" if megabits >= 999.5 else f"{megabits:.3g} Mb/s"

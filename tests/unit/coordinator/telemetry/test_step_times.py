@@ -83,6 +83,11 @@ def test_the_slowest_link_is_named_with_its_rates() -> None:
     found = breakdown(window(times(), times(send=200)), CODEC, 8)
     assert found is not None
     assert found.slowest_link == "worker-1: 8 Mb/s up, 16 Mb/s down"
+    fast = times(send=200)
+    fast.push_bytes_per_second, fast.pull_bytes_per_second = 205e6, 124.9e6
+    found = breakdown(window(fast), CODEC, 8)
+    assert found is not None
+    assert found.slowest_link == "worker-0: 1.6 Gb/s up, 999 Mb/s down"
     none = breakdown(window(times(), times()), CODEC, 8)
     assert none is not None
     assert not none.slowest_link

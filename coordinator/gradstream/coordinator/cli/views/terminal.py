@@ -261,9 +261,7 @@ def format_time(time: datetime | None) -> str:
 
 
 def format_since(time: datetime | None) -> str:
-    """Format the begin of a wait, as since 12:01:05 (42 s); without a duration below a second."""
+    """since 12:01:05 (42 s)."""
     if time is None:
         return ""
-    duration = datetime.now(UTC) - time
-    lasted = f" ({format_duration(duration)})" if duration >= timedelta(seconds=1) else ""
-    return f"since {format_time(time)}{lasted}"
+    return f"since {format_time(time)} ({format_duration(datetime.now(UTC) - time)})"

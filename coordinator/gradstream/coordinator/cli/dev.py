@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -16,13 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, RecipeArgument, find_recipe
+from gradstream.coordinator.cli.local.earlier_run import KEPT, cluster_directory, find_earlier_run
+from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, find_recipe
 from gradstream.coordinator.cli.views import terminal
 from gradstream.coordinator.cli.views.step_times import step_line
 
 if TYPE_CHECKING:
     from gradstream.client import AsyncClient, Job
     from gradstream.coordinator.cli.local.cluster import LocalCluster
+    from gradstream.coordinator.cli.local.earlier_run import EarlierRun
     from gradstream.coordinator.cli.views.progress import ProgressView
     from gradstream.core.recipe.recipe import Recipe
 
@@ -33,7 +36,12 @@ QUIET_EVENTS = ("step", "validation", "log")
 
 
 def dev(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe file, or the name of one of `gradstream recipes ls`.", show_default=False
+        ),
+    ] = None,
     overrides: OverrideOption = None,
     servers: Annotated[
         int | None,
@@ -46,6 +54,26 @@ def dev(
     run_root: Annotated[
         Path | None, typer.Option("--run-root", metavar="DIR", help="Where the job's directory is made.")
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="JOB",
+            help="Instead of a RECIPE: go on with a job that an earlier `gradstream dev` has run, by its id or its "
+            "directory.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            metavar="N",
+            min=1,
+            help="With --resume: go on to N steps in all, as `gradstream resume --steps` does.",
+            show_default="those that it has",
+        ),
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the cluster up after the job, until Ctrl-C.")] = False,
     fine_tuning: Annotated[
         bool, typer.Option("--fine-tuning", help="With --keep: start a fine-tuning service too.")
@@ -57,16 +85,34 @@ def dev(
 ) -> int:
     """Train a recipe here: start a cluster on this machine, run the job, show the result.
 
-    Ctrl-C stops the job at its next step with a checkpoint; a second one stops it at once.
+    Ctrl-C stops the job at its next step with a checkpoint; a second one stops it at once. --resume goes on with it.
     """
     from gradstream.core.errors import ConfigError
     from gradstream.core.extras import require
+    from gradstream.core.job_states import FINISHED
     from gradstream.core.recipe.loading import load_recipe
 
     require("`gradstream dev`", "node", "plot")
-    loaded = load_recipe(find_recipe(recipe), overrides or ())
-    if run_root is not None:
-        loaded = loaded.model_copy(update={"run_root": str(run_root.expanduser().absolute())})
+    earlier = None
+    if (recipe is None) == (resume is None):
+        raise ConfigError("name a RECIPE to start a job, or --resume JOB to go on with one")
+    if recipe is not None:
+        if steps is not None:
+            raise ConfigError(f"--steps goes with --resume; for a new job say -s training.num_steps={steps}")
+        loaded = load_recipe(find_recipe(recipe), overrides or ())
+        if run_root is not None:
+            loaded = loaded.model_copy(update={"run_root": str(run_root.expanduser().absolute())})
+    else:
+        assert resume is not None
+        if overrides:
+            raise ConfigError("a job goes on with the recipe that it has; leave --set out, or start a job of a RECIPE")
+        earlier = find_earlier_run(resume, (run_root or Path("runs")).expanduser().absolute())
+        loaded = earlier.recipe
+        if earlier.record.state == FINISHED and steps is None:
+            raise ConfigError(
+                f"job {earlier.record.job_id} has done all of its {loaded.training.num_steps} steps; give it more with "
+                f"--steps N"
+            )
     cluster, replica = loaded.cluster, loaded.pipeline.min_workers
     servers = servers if servers is not None else max(DEFAULT_NODES, cluster.min_servers)
     workers = workers if workers is not None else max(DEFAULT_NODES, cluster.min_workers, replica)
@@ -88,6 +134,8 @@ def dev(
         raise ConfigError("--fine-tuning needs a cluster that stays up; add --keep")
     prepare_data(loaded)
     run = _Run(loaded, servers, workers, keep, fine_tuning)
+    if earlier is not None:
+        run.earlier, run.num_steps = earlier, steps
     code = asyncio.run(run.run())
     if run.job is None or run.exported is None:
         return code
@@ -161,6 +209,9 @@ class _Run:
     num_workers: int
     keep: bool
     fine_tuning: bool = False
+    earlier: EarlierRun | None = None
+    # In all, where the job of `earlier` is to have another number than it has.
+    num_steps: int | None = None
     job: Job | None = None
     exported: Path | None = None
     interrupts: int = 0
@@ -169,9 +220,13 @@ class _Run:
         """Run the job to its end; return the exit code. Raises JobFailedError, and any error that prevents the run."""
         from gradstream.coordinator.cli.local.cluster import LocalCluster
 
-        directory = Path(self.recipe.run_root) / f".dev-{os.getpid()}"
+        earlier = self.earlier
+        run_root = earlier.run_directory.parent if earlier is not None else Path(self.recipe.run_root)
+        directory = cluster_directory(run_root, os.getpid())
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
+        if earlier is not None:
+            earlier.move_state(directory)
         self._interrupted = asyncio.Event()
         self._main = asyncio.current_task()
         self._client: AsyncClient | None = None
@@ -190,6 +245,7 @@ class _Run:
                 self._memory_bytes(),
                 on_news=terminal.warn,
                 fine_tuning=self.fine_tuning,
+                logs=earlier.run_directory / "logs" if earlier is not None else None,
             )
             async with cluster:
                 code = await self._run_job(cluster)
@@ -214,16 +270,24 @@ class _Run:
 
         async with AsyncClient(cluster.address, credentials=cluster.credentials) as client:
             self._client = client
-            # 1. Submit.
-            job = self.job = await client.submit(self.recipe)
-            cluster.move_logs(Path(job.run_directory) / "logs")
-            terminal.say(f"submitted {job.job_id}; files in {job.run_directory}")
+            # 1. Submit, or go on with the earlier job.
+            cursor = 0
+            if self.earlier is not None:
+                job = self.job = await client.job(self.earlier.record.job_id)
+                async for item in client.watch(job.job_id, follow=False, kinds=["event"]):
+                    cursor = item.cursor
+                job = self.job = await client.resume(job.job_id, self.num_steps)
+                terminal.say(f"{job.job_id} goes on from version {job.version}: {job.reason}")
+            else:
+                job = self.job = await client.submit(self.recipe)
+                cluster.move_logs(Path(job.run_directory) / "logs")
+                terminal.say(f"submitted {job.job_id}; files in {job.run_directory}")
             terminal.say(f"look at it from another terminal: gradstream top -c {cluster.address}")
             terminal.say("processes: " + ", ".join(f"{name} {pid}" for name, pid in cluster.pids.items()))
             # 2. Follow it to its end.
             with ProgressView() as view:
                 cluster.on_news = view.say
-                teller = asyncio.create_task(self._tell(client, job.job_id, view))
+                teller = asyncio.create_task(self._tell(client, job.job_id, cursor, view))
                 waiter = asyncio.create_task(client.wait(job.job_id, view.update, poll_seconds=0.5))
                 try:
                     futures: set[asyncio.Future[Any]] = {waiter, cluster.failed}
@@ -249,7 +313,7 @@ class _Run:
                 terminal.say(f"{job.job_id} {job.state} at step {job.version} without a checkpoint")
                 return 130 if self.interrupts else 1
             if job.state == "finished":
-                self.exported = await client.export(job.job_id, Path(job.run_directory) / "export")
+                self.exported = await client.export(job.job_id, self._new_export(job))
             else:
                 last = checkpoints[-1]
                 terminal.say(f"{job.job_id} {job.state} at step {job.version}; its last checkpoint is {last.path}")
@@ -266,11 +330,17 @@ class _Run:
             self._client = None
             return 0 if job.state == "finished" else 130
 
-    async def _tell(self, client: AsyncClient, job_id: str, view: ProgressView) -> None:
+    @staticmethod
+    def _new_export(job: Job) -> Path:
+        """Where the result goes: an earlier export, of fewer steps, stays as it is."""
+        plain = Path(job.run_directory) / "export"
+        return plain.with_name(f"export-{job.version}") if plain.exists() else plain
+
+    async def _tell(self, client: AsyncClient, job_id: str, after_cursor: int, view: ProgressView) -> None:
         """Show events as they happen."""
         from gradstream.client import Event
 
-        async for item in client.watch(job_id, kinds=["event"]):
+        async for item in client.watch(job_id, after_cursor=after_cursor, kinds=["event"]):
             if isinstance(item, Event) and item.kind not in QUIET_EVENTS:
                 view.say(f"{terminal.format_time(item.time)} {item.kind}: {item.message}")
 
@@ -306,13 +376,20 @@ class _Run:
             self._main.cancel()
 
     def _clean_up(self, directory: Path) -> None:
-        """Move the coordinator's state and the logs to the job's files; remove the rest."""
-        if self.job is not None:
-            for name in ("state", "fine-tuning"):
-                kept = Path(self.job.run_directory) / name
-                if (directory / name).is_dir() and not kept.exists():
-                    os.replace(directory / name, kept)
+        """Move the coordinator's state to the job's files; remove the rest."""
+        job = self.job
+        run_directory = Path(job.run_directory) if job is not None else None
+        if self.earlier is not None:
+            run_directory = self.earlier.run_directory
+        if run_directory is not None:
+            for name in KEPT:
+                if (directory / name).is_dir() and not (run_directory / name).exists():
+                    os.replace(directory / name, run_directory / name)
             shutil.rmtree(directory, ignore_errors=True)
+            if self.exported is None:
+                root = run_directory.parent
+                place = "" if root == Path("runs").absolute() else f" --run-root {shlex.quote(str(root))}"
+                terminal.say(f"go on with: gradstream dev --resume {run_directory.name}{place}")
         elif self.interrupts or self._terminated:
             shutil.rmtree(directory, ignore_errors=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from gradstream.coordinator.cli.options import parse_size
@@ -15,6 +16,22 @@ DEFAULT_MEMORY_SHARE = 0.8
 def root_directory(root: Path | None) -> str:
     """The --root option as an absolute path; empty without one."""
     return str(root.expanduser().absolute()) if root is not None else ""
+
+
+def state_directory(given: Path | None, name: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """The --state option as an absolute path. Without one: `name` below $XDG_STATE_HOME or ~/.local/state.
+
+    A state below ~/.local/state stays in use until there is one below $XDG_STATE_HOME: earlier versions wrote it.
+    """
+    usual = Path("~/.local/state").expanduser().absolute() / name
+    configured = environment.get("XDG_STATE_HOME", "")
+    if given is not None:
+        return given.expanduser().absolute()
+    # The XDG standard says to ignore a relative path.
+    if not os.path.isabs(configured):
+        return usual
+    chosen = Path(configured) / name
+    return usual if usual.is_dir() and not chosen.exists() else chosen
 
 
 def default_name() -> str:

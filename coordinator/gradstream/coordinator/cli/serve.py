@@ -23,6 +23,7 @@ from gradstream.coordinator.cli.role_checks import (
     default_name,
     memory_bytes,
     root_directory,
+    state_directory,
     writable_directory,
 )
 from gradstream.coordinator.cli.role_options import (
@@ -61,9 +62,15 @@ SERVER_GRACE_SECONDS = 50.0
 @app.command()
 def coordinator(
     listen: ListenOption = "127.0.0.1:7000",
-    state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Directory of the durable state.")] = Path(
-        "~/.local/state/gradstream"
-    ),
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state",
+            metavar="DIR",
+            help="Directory of the durable state.",
+            show_default="$XDG_STATE_HOME/gradstream, else ~/.local/state/gradstream",
+        ),
+    ] = None,
     root: RootOption = None,
     tokens: Annotated[
         Path | None,
@@ -90,7 +97,7 @@ def coordinator(
     from gradstream.coordinator.timing import parse_timing
 
     times = parse_timing(timing or ())
-    state_dir = state.expanduser().absolute()
+    state_dir = state_directory(state, "gradstream")
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -239,9 +246,14 @@ def fine_tuning(
     coordinator: NodeCoordinatorOption = "127.0.0.1:7000",
     listen: ListenOption = "127.0.0.1:7001",
     state: Annotated[
-        Path,
-        typer.Option("--state", metavar="DIR", help="Directory of the durable state and of the prepared examples."),
-    ] = Path("~/.local/state/gradstream-fine-tuning"),
+        Path | None,
+        typer.Option(
+            "--state",
+            metavar="DIR",
+            help="Directory of the durable state and of the prepared examples.",
+            show_default="$XDG_STATE_HOME/gradstream-fine-tuning, else ~/.local/state/gradstream-fine-tuning",
+        ),
+    ] = None,
     root: RootOption = None,
     memory: Annotated[
         str | None,
@@ -272,7 +284,7 @@ def fine_tuning(
         "gradstream.services.fine_tuning.server",
         coordinator,
         listen,
-        state.expanduser().absolute(),
+        state_directory(state, "gradstream-fine-tuning"),
         str(device),
         memory_bytes(memory, FINE_TUNING_MEMORY_SHARE),
         ready_file,

@@ -47,8 +47,9 @@ class _Member:
 class LocalCluster:
     """Starts the processes and restarts those that die. `failed` gets a ClusterError when one keeps dying.
 
-    `directory` holds state, caches and, until `move_logs`, logs. With `fine_tuning` there is a fine-tuning service too,
-    with its state in `directory / "fine-tuning"`. `command` is the command to which `serve …` arguments are added.
+    `directory` takes state, caches and, unless `logs` is given, the logs until `move_logs`. With `fine_tuning` there is
+    a fine-tuning service too, with its state in `directory / "fine-tuning"`. `command` is the command to which
+    `serve …` arguments are added.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class LocalCluster:
         on_news: Callable[[str], None],
         command: Sequence[str] = COMMAND,
         fine_tuning: bool = False,
+        logs: Path | None = None,
     ):
         self.directory = directory
-        self.logs = directory / "logs"
+        self.logs = logs or directory / "logs"
         self.address = ""
         self.fine_tuning_address = ""
         self.credentials = directory / "credentials" / ADMIN
@@ -97,7 +99,7 @@ class LocalCluster:
         return {member.name: member.process.pid for member in self._members if member.process is not None}
 
     async def _start(self) -> None:
-        self.logs.mkdir(parents=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(make_credentials, self.directory / "credentials", ROLES)
         # 1. The coordinator, on a free port.
         coordinator = _Member(

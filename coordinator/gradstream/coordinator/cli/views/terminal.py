@@ -261,7 +261,7 @@ def format_time(time: datetime | None) -> str:
 
 
 def format_since(time: datetime | None) -> str:
-    """since 12:01:05 (42 s)."""
+    """Format the begin of a wait, as since 12:01:05 (42 s)."""
     if time is None:
         return ""
     return f"since {format_time(time)} ({format_duration(datetime.now(UTC) - time)})"

@@ -18,7 +18,9 @@ from support.micro import micro_plan
 from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
 from gradstream.client import _fine_tuning_types as fine_tuning_types
-from gradstream.client import _types as types
+from gradstream.client._job_types import Job
+from gradstream.client._node_types import Node
+from gradstream.client._watch_types import Checkpoint, watch_item
 from gradstream.coordinator.jobs.residuals import check_residual
 from gradstream.coordinator.servicers.nodes import check_registration
 from gradstream.coordinator.state.sqlite import SqliteState
@@ -372,11 +374,11 @@ def test_a_validation_pass_that_diverged_is_stored(tmp_path: Path, loss: float) 
 # -- what clients are told ---------------------------------------------------------------------------------------------
 
 ANSWERS: list[tuple[Any, Message]] = [
-    (types.Job.from_proto, jobs_pb2.Job(job_id="j", state=3, submitted_unix_ms=1, ended_unix_ms=2, recipe_json="{}")),
-    (types.Node.from_proto, jobs_pb2.Node(name="w", last_heartbeat_unix_ms=5)),
-    (types.Checkpoint.from_proto, jobs_pb2.Checkpoint(version=1, unix_ms=4)),
-    (types.watch_item, jobs_pb2.WatchJobResponse(cursor=1, event=jobs_pb2.Event(unix_ms=3, message="m"))),
-    (types.watch_item, jobs_pb2.WatchJobResponse(cursor=1, step=coordinator_pb2.ReportStepRequest(step=1))),
+    (Job.from_proto, jobs_pb2.Job(job_id="j", state=3, submitted_unix_ms=1, ended_unix_ms=2, recipe_json="{}")),
+    (Node.from_proto, jobs_pb2.Node(name="w", last_heartbeat_unix_ms=5)),
+    (Checkpoint.from_proto, jobs_pb2.Checkpoint(version=1, unix_ms=4)),
+    (watch_item, jobs_pb2.WatchJobResponse(cursor=1, event=jobs_pb2.Event(unix_ms=3, message="m"))),
+    (watch_item, jobs_pb2.WatchJobResponse(cursor=1, step=coordinator_pb2.ReportStepRequest(step=1))),
     (
         fine_tuning_types.FineTuning.from_proto,
         fine_tuning_pb2.FineTuning(name="n", state=1, created_unix_ms=3, recipe_json="{}"),

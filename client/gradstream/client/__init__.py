@@ -40,27 +40,10 @@ from gradstream.client._fine_tuning_types import (
     RenderedPiece,
     Sample,
 )
-from gradstream.client._types import (
-    Activity,
-    Checkpoint,
-    Event,
-    ExportProgress,
-    Job,
-    JobState,
-    LogLine,
-    Node,
-    NodeKind,
-    Pipeline,
-    ServerMemory,
-    Step,
-    StepBreakdown,
-    StepMetrics,
-    StepParts,
-    Validation,
-    Wait,
-    WatchItem,
-    WorkerTimes,
-)
+from gradstream.client._job_types import ExportProgress, Job, JobState, Pipeline, ServerMemory, Wait
+from gradstream.client._node_types import Activity, Node, NodeKind
+from gradstream.client._step_types import StepBreakdown, StepMetrics, StepParts, WorkerTimes
+from gradstream.client._watch_types import Checkpoint, Event, LogLine, Step, Validation, WatchItem
 from gradstream.core.plan.forecast import Forecast, LinkForecast, PlaceForecast, ServerForecast, StageForecast
 from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_fine_tuning_recipe
 from gradstream.core.recipe.loading import load_recipe

@@ -19,7 +19,10 @@ from gradstream.client._connection import Connection, Peer
 from gradstream.client._errors import JobFailedError
 from gradstream.client._export import ExportWriter
 from gradstream.client._fine_tuning_types import GeneratedText
-from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, StepMetrics, WatchItem, watch_item
+from gradstream.client._job_types import ExportProgress, Job
+from gradstream.client._node_types import Node
+from gradstream.client._step_types import StepMetrics
+from gradstream.client._watch_types import Checkpoint, WatchItem, watch_item
 from gradstream.core.errors import BusyError, ConfigError, UnreachableError
 from gradstream.core.plan.forecast import Forecast
 from gradstream.core.recipe.loading import absolute_paths, load_recipe, parse_recipe

@@ -23,7 +23,8 @@ from gradstream.client._fine_tuning_types import (
     FineTuningWatchItem,
     GeneratedText,
 )
-from gradstream.client._types import ExportProgress, watch_item
+from gradstream.client._job_types import ExportProgress
+from gradstream.client._watch_types import watch_item
 from gradstream.core.errors import BusyError, ConfigError, UnreachableError
 from gradstream.core.recipe.files import absolute_path
 from gradstream.core.recipe.fine_tuning_recipe import (

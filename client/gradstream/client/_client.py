@@ -11,8 +11,11 @@ from typing import Any
 
 from gradstream.client._async_client import AsyncClient
 from gradstream.client._fine_tuning_types import GeneratedText
+from gradstream.client._job_types import ExportProgress, Job
 from gradstream.client._loop_thread import LoopThread
-from gradstream.client._types import Checkpoint, ExportProgress, Job, Node, StepMetrics, WatchItem
+from gradstream.client._node_types import Node
+from gradstream.client._step_types import StepMetrics
+from gradstream.client._watch_types import Checkpoint, WatchItem
 from gradstream.core.plan.forecast import Forecast
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.telemetry.timeline import Timeline

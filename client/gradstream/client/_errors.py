@@ -18,7 +18,7 @@ GradstreamError
 from __future__ import annotations
 
 from gradstream.client._fine_tuning_types import FineTuning
-from gradstream.client._types import Job
+from gradstream.client._job_types import Job
 from gradstream.core.errors import (
     AccessError,
     BusyError,

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from gradstream.client._types import ExportProgress
+from gradstream.client._job_types import ExportProgress
 from gradstream.core.errors import CheckpointError, ConfigError, ProtocolError
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")

@@ -16,8 +16,8 @@ from gradstream.client._fine_tuning_types import (
     FineTuningWatchItem,
     GeneratedText,
 )
+from gradstream.client._job_types import ExportProgress
 from gradstream.client._loop_thread import LoopThread
-from gradstream.client._types import ExportProgress
 
 
 class FineTuningClient:

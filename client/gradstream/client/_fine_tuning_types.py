@@ -9,7 +9,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal
 
-from gradstream.client._types import Job, WatchItem, _time_or_none, _Value
+from gradstream.client._job_types import Job
+from gradstream.client._values import Value, time_or_none
+from gradstream.client._watch_types import WatchItem
 from gradstream.proto.v1 import fine_tuning_pb2
 
 FinishReason = Literal["", "end-of-text", "stop", "length"]
@@ -45,7 +47,7 @@ _FINISH_REASONS: dict[int, FinishReason] = {
 
 
 @dataclass(frozen=True, slots=True)
-class ExamplesReport(_Value):
+class ExamplesReport(Value):
     """What became of the rows of a task's data."""
 
     format: str
@@ -89,7 +91,7 @@ class ExamplesReport(_Value):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample(_Value):
+class Sample(Value):
     """A held-out prompt, what its example says, and what a model said."""
 
     prompt: str
@@ -98,7 +100,7 @@ class Sample(_Value):
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation(_Value):
+class Evaluation(Value):
     """How good a version is on the held-out examples. `loss` is in nats a target token; version 0 is the base."""
 
     version: int
@@ -122,7 +124,7 @@ class Evaluation(_Value):
 
 
 @dataclass(frozen=True, slots=True)
-class FineTuning(_Value):
+class FineTuning(Value):
     """A fine-tuning: its state, its job and how good its result is."""
 
     name: str
@@ -164,12 +166,12 @@ class FineTuning(_Value):
             best_version=message.best_version if message.HasField("best_version") else None,
             pushed_bytes_per_step=message.pushed_bytes_per_step,
             recipe=recipe if isinstance(recipe, dict) else {},
-            created=_time_or_none(message.created_unix_ms),
+            created=time_or_none(message.created_unix_ms),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class RenderedPiece(_Value):
+class RenderedPiece(Value):
     """A piece of a rendered example; `is_target` says whether its tokens are trained on."""
 
     text: str
@@ -177,7 +179,7 @@ class RenderedPiece(_Value):
 
 
 @dataclass(frozen=True, slots=True)
-class RenderedExample(_Value):
+class RenderedExample(Value):
     """An example as it is trained on."""
 
     origin: str
@@ -187,7 +189,7 @@ class RenderedExample(_Value):
 
 
 @dataclass(frozen=True, slots=True)
-class ExamplesPreview(_Value):
+class ExamplesPreview(Value):
     """The first examples, rendered, and what would become of all rows."""
 
     examples: tuple[RenderedExample, ...]
@@ -211,7 +213,7 @@ class ExamplesPreview(_Value):
 
 
 @dataclass(frozen=True, slots=True)
-class GeneratedText(_Value):
+class GeneratedText(Value):
     """More of a completion: `text` comes after all before it. The last one has a `finish_reason`."""
 
     text: str

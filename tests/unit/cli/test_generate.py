@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from support.tokenizers import byte_level, sentencepiece_like
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradstream.coordinator.cli.generate import generate_text, prompt_ids
+from gradstream.coordinator.cli.generate import WordStreamer, generate_text, prompt_ids
 from gradstream.coordinator.cli.views.terminal import WorkingLine
+from gradstream.core.machine.openmp import sleep_while_waiting
 
 
 def with_bos_and_end() -> Any:
@@ -40,6 +44,51 @@ def test_what_is_being_done_is_said_until_the_text_is_there(tmp_path: Path) -> N
     generate_text(tmp_path, "a b", max_new_tokens=2, temperature=0.0, on_progress=said.append)
     assert [line.split()[0] for line in said] == ["loading", "loading", "generating,"]
     assert "loading the model (" in said[1]
+
+
+def test_the_text_comes_in_words_as_it_is_generated(tmp_path: Path) -> None:
+    save_base(tmp_path)
+    pieces: list[str] = []
+    text = generate_text(tmp_path, "a b", max_new_tokens=20, temperature=0.0, on_text=pieces.append)
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
+
+
+def test_a_word_is_held_back_until_the_next_one_begins() -> None:
+    words = ["Tom", " did", " n", "'t", " \n", "go", "\ufffd"]
+
+    def decode(ids: list[int]) -> str:
+        # As tokenizers that clean up blanks: the word before is joined to its end.
+        return "".join(words[index] for index in ids).replace(" n't", "n't")
+
+    pieces: list[str] = []
+    streamer = WordStreamer(decode, pieces.append)
+    streamer.put(torch.tensor([[5, 5]]))  # the prompt
+    for index in range(len(words)):
+        streamer.put(torch.tensor([index]))
+    assert pieces == ["Tom", " did", "n't "]
+    streamer.end()
+    assert streamer.finish() == "Tom didn't \ngo\ufffd" == "".join(pieces)
+
+
+def test_threads_of_generation_sleep_while_they_wait(tmp_path: Path) -> None:
+    """The policy reaches the OpenMP library: it is set before PyTorch loads it."""
+    save_base(tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment["OMP_DISPLAY_ENV"] = "true"
+    command = [sys.executable, "-m", "gradstream.coordinator.cli", "generate", str(tmp_path), "--prompt", "a b"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "5"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+    assert done.stdout.startswith("a b")
+    assert done.stdout.endswith("\n")
+
+
+def test_a_policy_of_the_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    sleep_while_waiting()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_working_line_is_cleared(capsys: pytest.CaptureFixture[str]) -> None:

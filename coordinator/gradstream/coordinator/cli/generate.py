@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import typer
 
@@ -39,7 +39,10 @@ def generate(
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Continue a prompt with a job's model (its last checkpoint) or an exported directory."""
+    """Continue a prompt with a job's model (its last checkpoint) or an exported directory.
+
+    The text appears as it is generated.
+    """
     import tempfile
 
     from gradstream.core.errors import ConfigError
@@ -56,26 +59,58 @@ def generate(
         require("`gradstream generate DIRECTORY`", "node")
         if service is not None:
             raise ConfigError(f"{source} is a directory, and a service generates with jobs; leave out --service")
-        with terminal.WorkingLine() as working:
-            text = generate_text(path, prompt, **settings, on_progress=working)
+        with terminal.WorkingLine() as working, _Printer(prompt, working, output) as printer:
+            text = generate_text(path, prompt, **settings, on_progress=working, on_text=printer)
     elif source is not None and (os.sep in source or source.startswith(".")):
         raise ConfigError(f"{source}: no such directory; export a checkpoint with `gradstream ckpt export`")
     elif service is not None or "node" not in installed():
-        with open_client(coordinator) as client, terminal.WorkingLine() as working:
-            working("generating")
-            text = "".join(piece.text for piece in client.generate(source, prompt, service=service, **settings))
+        text = ""
+        with (
+            open_client(coordinator) as client,
+            terminal.WorkingLine() as working,
+            _Printer(prompt, working, output) as printer,
+        ):
+            working("waiting for the first token: the service may have to load the model …")
+            for piece in client.generate(source, prompt, service=service, **settings):
+                text += piece.text
+                printer(piece.text)
     else:
         from gradstream.coordinator.cli.ckpt import ExportReporter
 
         with tempfile.TemporaryDirectory(prefix="gradstream-generate-") as temporary:
             with open_client(coordinator) as client:
                 exported = client.export(source, Path(temporary) / "export", None, ExportReporter())
-            with terminal.WorkingLine() as working:
-                text = generate_text(exported, prompt, **settings, on_progress=working)
+            with terminal.WorkingLine() as working, _Printer(prompt, working, output) as printer:
+                text = generate_text(exported, prompt, **settings, on_progress=working, on_text=printer)
     if output is OutputFormat.json:
         terminal.print_json({"prompt": prompt, "text": text, **settings})
-    else:
-        terminal.print_text(prompt + text)
+
+
+class _Printer:
+    """Prints the prompt and then each piece of the text as it is generated; with JSON output nothing."""
+
+    def __init__(self, prompt: str, working: terminal.WorkingLine, output: OutputFormat):
+        self._prompt: str | None = prompt  # None once printed
+        self._working = working
+        self._prints = output is not OutputFormat.json
+
+    def __call__(self, piece: str) -> None:
+        if self._prints and piece:
+            self._print(piece, end="")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        """End the line; without an error print the prompt, if no text followed it."""
+        if self._prints and (error is None or self._prompt is None):
+            self._print("", end="\n")
+
+    def _print(self, piece: str, end: str) -> None:
+        if self._prompt is not None:
+            self._working("")
+        terminal.print_text((self._prompt or "") + piece, end)
+        self._prompt = None
 
 
 def generate_text(
@@ -87,15 +122,18 @@ def generate_text(
     top_p: float = 0.95,
     seed: int = 0,
     on_progress: Callable[[str], None] = lambda text: None,
+    on_text: Callable[[str], None] = lambda piece: None,
 ) -> str:
     """Continue `prompt` with the model in `directory` (config.json, safetensors, tokenizer.json); return the new text.
 
-    `on_progress` is called with a text on the current phase.
+    `on_progress` is called with a text on the current phase, `on_text` with each piece of the new text as it is
+    generated, a word or more.
 
     Raises ConfigError when the directory has no model, and CheckpointError when the model cannot be loaded.
     """
     from gradstream.core.errors import CheckpointError, ConfigError
     from gradstream.core.foreign import parsing
+    from gradstream.core.machine.openmp import sleep_while_waiting
     from gradstream.core.pretrained.tokenizer import end_ids, load_tokenizer
     from gradstream.core.recipe.fine_tuning import Base
 
@@ -111,6 +149,7 @@ def generate_text(
     # Work offline: the directory has all files that are needed.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sleep_while_waiting()
     import torch
     import transformers
 
@@ -141,18 +180,62 @@ def generate_text(
         else {"do_sample": False}
     )
     input_ids_BT = torch.tensor([ids])
+
+    def decode(new_ids: list[int]) -> str:
+        with parsing(
+            lambda cause: CheckpointError(f"{directory}: its tokenizer cannot decode ({cause}); export it again")
+        ):
+            text: str = tokenizer.decode(new_ids, skip_special_tokens=True)
+        return text
+
+    streamer = WordStreamer(decode, on_text)
     with torch.no_grad():
-        output_BT = model.generate(
+        model.generate(
             input_ids_BT,
             attention_mask=torch.ones_like(input_ids_BT),
             max_new_tokens=max_new_tokens,
             eos_token_id=ends,
             pad_token_id=ends[0],
+            streamer=streamer,
             **sampling,
         )
-    with parsing(lambda cause: CheckpointError(f"{directory}: its tokenizer cannot decode ({cause}); export it again")):
-        text: str = tokenizer.decode(output_BT[0, len(ids) :], skip_special_tokens=True)
-    return text
+    return streamer.finish()
+
+
+class WordStreamer:
+    """Takes tokens from transformers' `generate`, which calls `put` and `end`, and passes their text on in whole words.
+
+    The last word is held back until the next one begins: the tokens after it may change it.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], on_text: Callable[[str], None]):
+        self._decode = decode
+        self._on_text = on_text
+        self._ids: list[int] | None = None  # None until the prompt, which comes first, was put
+        self._passed_on = ""
+
+    def put(self, ids: Any) -> None:
+        """Take the prompt's tokens, and then each new token."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += ids.reshape(-1).tolist()
+        text = self._decode(self._ids)
+        self._pass_on(text[: max(text.rfind(" "), text.rfind("\n"), 0)])
+
+    def end(self) -> None:
+        """Do nothing: `finish` passes the last word on."""
+
+    def finish(self) -> str:
+        """Pass the rest of the text on; return the whole text."""
+        text = self._decode(self._ids or [])
+        self._pass_on(text)
+        return text
+
+    def _pass_on(self, text: str) -> None:
+        if len(text) > len(self._passed_on):
+            self._on_text(text[len(self._passed_on) :])
+            self._passed_on = text
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

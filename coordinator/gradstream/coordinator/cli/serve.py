@@ -280,6 +280,9 @@ def fine_tuning(
     check_address(listen, "--listen")
     check_exposure(listen, credentials, insecure)
     check_address(coordinator, "--coordinator")
+    from gradstream.core.machine.openmp import sleep_while_waiting
+
+    sleep_while_waiting()
     _run(
         "gradstream.services.fine_tuning.server",
         coordinator,

@@ -18,7 +18,7 @@ from gradstream.core.storage import files
 from gradstream.proto.v1 import fine_tuning_pb2, fine_tuning_pb2_grpc
 from gradstream.services.fine_tuning.coordinator_jobs import CoordinatorJobs
 from gradstream.services.fine_tuning.fine_tunings import FineTunings
-from gradstream.services.fine_tuning.generation.serving import Serving
+from gradstream.services.fine_tuning.generation.serving import Serving, import_libraries
 from gradstream.services.fine_tuning.servicer import FineTuningServicer
 from gradstream.services.fine_tuning.store import Store
 
@@ -62,6 +62,8 @@ async def serve(
             FineTuningServicer(fine_tunings, jobs, serving, root), server
         )
         probe.add_probe(server, access.FINE_TUNING, lambda: state_directory)
+        # Here, and not in the first request: with other work on the machine the imports take seconds.
+        await asyncio.to_thread(import_libraries)
         health = process.Health(server, HEALTH_SERVICE)
         await health.set(False)
         await stack.enter_async_context(door.following(jobs.channel, f"coordinator {coordinator}"))

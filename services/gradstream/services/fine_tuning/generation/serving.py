@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import math
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -159,6 +160,12 @@ class Serving:
             self._models.add_base(directory, find_base(directory, directory)[0])
         else:
             self._models.add_adapter(directory, fine_tuning.base, fine_tuning.lora, CheckpointWeights(directory))
+
+
+def import_libraries() -> None:
+    """Import the libraries that load models. They take about a second of processor time."""
+    for name in ("transformers.modeling_utils", "transformers.models.auto.modeling_auto", "peft"):
+        importlib.import_module(name)
 
 
 def resolve_device(device: str) -> str:

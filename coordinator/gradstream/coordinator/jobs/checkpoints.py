@@ -8,6 +8,7 @@ mounted.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -24,6 +25,7 @@ from gradstream.core.checkpoint.manifest import (
     remove_checkpoint,
 )
 from gradstream.core.errors import CheckpointError, UnreachableError
+from gradstream.core.recipe.fine_tuning import with_new_key
 from gradstream.core.storage import files
 from gradstream.proto.v1 import jobs_pb2
 
@@ -78,6 +80,14 @@ class Pins:
     def of(self, root: str) -> set[int]:
         """The versions pinned under a root."""
         return {version for where, version in self._pins if where == root}
+
+
+def base_path(recipe_json: str) -> str:
+    """Where the checkpoint or base that a job starts from lies; empty for a job that starts from its seed."""
+    recipe = with_new_key(json.loads(recipe_json))
+    base = (recipe.get("fine_tuning") or {}).get("base") or {}
+    start = recipe.get("start_from") or {}
+    return str(base.get("path") or start.get("checkpoint") or "")
 
 
 def bases_under(root: str, paths: Iterable[str]) -> set[int]:

@@ -35,6 +35,9 @@ def with_more_steps(job_id: str, recipe: Recipe, version: int, num_steps: int) -
 
 
 def as_submitted(recipe: Recipe) -> Recipe:
-    """Restore a job's recipe as submitted, before the number of steps was changed."""
+    """Restore a job's recipe as submitted: before the number of steps was changed and its start was resolved."""
     steps = {"num_steps": recipe.training.submitted_num_steps, "earlier": ()}
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update=steps)})
+    changes: dict[str, object] = {"training": recipe.training.model_copy(update=steps)}
+    if recipe.start_from is not None:
+        changes["start_from"] = recipe.start_from.model_copy(update={"checkpoint": None, "state_sha256": None})
+    return recipe.model_copy(update=changes)

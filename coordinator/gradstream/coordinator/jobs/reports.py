@@ -6,7 +6,6 @@ A report of a superseded epoch is accepted without effect: its node did nothing 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableEr
 from gradstream.core.job_states import ENDED
 from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
 from gradstream.core.plan.leases import slots_text
-from gradstream.core.recipe.fine_tuning import with_new_key
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
@@ -257,7 +255,7 @@ class Reports:
         bases = [
             base
             for record in self._state.list_jobs()
-            if record.state not in ENDED and (base := _base_path(record.recipe_json))
+            if record.state not in ENDED and (base := checkpoints.base_path(record.recipe_json))
         ]
         return self._controller.pins.of(root) | active.candidates | checkpoints.bases_under(root, bases)
 
@@ -321,12 +319,6 @@ class Reports:
     @staticmethod
     def _recipe(record: JobRecord, active: ActiveJob | None) -> Recipe:
         return active.recipe if active is not None else Recipe.model_validate_json(record.recipe_json)
-
-
-def _base_path(recipe_json: str) -> str:
-    """The path of a fine-tuning's base; empty for any other job."""
-    fine_tuning = with_new_key(json.loads(recipe_json)).get("fine_tuning") or {}
-    return str((fine_tuning.get("base") or {}).get("path", ""))
 
 
 def _total(values: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import Any
 
 import grpc.aio
 
-from gradstream.coordinator.jobs import checkpoints, decisions
+from gradstream.coordinator.jobs import checkpoints
 from gradstream.coordinator.jobs.active import nothing
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.more_steps import as_submitted
 from gradstream.coordinator.jobs.orders import Orders
 from gradstream.coordinator.nodes.membership import SERVER
 from gradstream.coordinator.planning.inventory import check_model, special_tokens
+from gradstream.coordinator.servicers.kept_checkpoints import KeptCheckpoints
 from gradstream.coordinator.servicers.plans import Plans
 from gradstream.coordinator.servicers.recipe_data import find_data
 from gradstream.coordinator.servicers.views import Views
@@ -83,6 +84,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self._bulk = StorageThreads(BULK_SECONDS)
         self._plans = Plans(controller.members, self._allowed, self._storage)
         self._requests = Requests()
+        self._kept = KeptCheckpoints(controller.pins, self._storage, self._allowed)
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
         self._num_holds = 0
 
@@ -92,7 +94,10 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             request_id = checked_request_id(request.request_id)
             # The client may have sent the same request on another connection too.
             async with self._requests.one_at_a_time(request_id):
-                record = self._repeated(request_id, recipe) or await self._submit(request_id, recipe)
+                record = self._repeated(request_id, recipe)
+                if record is None:
+                    async with self._kept.start_of(recipe, self._find) as resolved:
+                        record = await self._submit(request_id, resolved)
                 return jobs_pb2.SubmitJobResponse(job=self._views.job(record))
 
     def _repeated(self, request_id: str, recipe: Recipe) -> JobRecord | None:
@@ -102,7 +107,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             return None
         # The stored recipe has values from its data, and perhaps keys of an older release, or more steps since then.
         stored = as_submitted(parse_recipe(record.recipe_json)).model_dump_json()
-        if model_check.with_ends(recipe, parse_manifest(record.manifest_json)).model_dump_json() != stored:
+        asked = as_submitted(model_check.with_ends(recipe, parse_manifest(record.manifest_json)))
+        if asked.model_dump_json() != stored:
             raise ConfigError(
                 f"request id {request_id} is that of job {record.job_id}, which has another recipe; take a new id for "
                 f"each job"
@@ -267,7 +273,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     ) -> AsyncIterator[jobs_pb2.ExportCheckpointResponse]:
         async with answering(context):
             record = self._find(request.job_id)
-            version, release = await self._pinned(record, request)
+            version, release = await self._kept.keep(record, _version_of(request))
             try:
                 async with self._exports:
                     directory = directory_of(checkpoints.root_of(record.run_directory), version)
@@ -286,7 +292,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             release = nothing
             try:
                 record = self._find(request.job_id)
-                version, release = await self._pinned(record, request)
+                version, release = await self._kept.keep(record, _version_of(request))
                 root = checkpoints.root_of(record.run_directory)
                 manifest = await self._storage.call(root, read_manifest, directory_of(root, version))
                 yield jobs_pb2.HoldCheckpointResponse(checkpoint=checkpoints.as_message(root, manifest))
@@ -295,21 +301,6 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             finally:
                 release()
                 self._num_holds -= 1
-
-    async def _pinned(
-        self, record: JobRecord, request: jobs_pb2.ExportCheckpointRequest | jobs_pb2.HoldCheckpointRequest
-    ) -> tuple[int, Callable[[], None]]:
-        """Pin the requested version; return it and the function that unpins it. Raises CheckpointError without one."""
-        root = checkpoints.root_of(record.run_directory)
-        async with self._controller.pins.choosing(root):
-            versions = await self._storage.call(root, checkpoints.versions_on_disk, root)
-            version = request.version if request.HasField("version") else versions[-1] if versions else 0
-            if not versions:
-                raise CheckpointError(f"job {record.job_id} has no checkpoint yet; wait for its first one")
-            if version not in versions:
-                known = f"it has versions {decisions.joined(versions)}"
-                raise CheckpointError(f"job {record.job_id} has no checkpoint of version {version}; {known}")
-            return version, self._controller.pins.pin(root, version)
 
     async def GetTimeline(
         self, request: jobs_pb2.GetTimelineRequest, context: Context
@@ -427,3 +418,8 @@ async def _export(directory: str, storage: StorageThreads) -> AsyncIterator[jobs
             yield jobs_pb2.ExportCheckpointResponse(file=file, file_bytes=file_bytes, payload=payload)
     async for file, file_bytes, payload in sent_pieces(huggingface_weights(reader), storage, directory):
         yield jobs_pb2.ExportCheckpointResponse(file=file, file_bytes=file_bytes, payload=payload)
+
+
+def _version_of(request: jobs_pb2.ExportCheckpointRequest | jobs_pb2.HoldCheckpointRequest) -> int | None:
+    """The version that a request names; None for the last one."""
+    return request.version if request.HasField("version") else None

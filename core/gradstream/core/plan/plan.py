@@ -130,6 +130,8 @@ class Plan:
         tuning = self.recipe.fine_tuning
         if self.checkpoint_path:
             return self.checkpoint_path
+        if self.recipe.start_from is not None:
+            return self.recipe.start_from.title
         seed = f"seed {self.recipe.seed}"
         if tuning is None:
             return seed

@@ -74,7 +74,11 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         )
         data = data.model_copy(update={"prepare": prepare})
     data = data.model_copy(update={"path": absolute_path(data.path)})
-    return recipe.model_copy(update={"run_root": absolute_path(recipe.run_root), "data": data})
+    start = recipe.start_from
+    if start is not None and start.job is None:
+        start = start.model_copy(update={"weights": absolute_path(start.weights)})
+    changes = {"run_root": absolute_path(recipe.run_root), "data": data, "start_from": start}
+    return recipe.model_copy(update=changes)
 
 
 def _manifest(tree: Mapping[str, Any]) -> Manifest | None:

@@ -26,6 +26,7 @@ from gradstream.core.recipe.files import is_url
 from gradstream.core.recipe.fine_tuning import FineTuning, LoraConfig, with_new_key
 from gradstream.core.recipe.model_config import check_fields, check_special_ids
 from gradstream.core.recipe.section import NonNegative, Positive, Section, derived
+from gradstream.core.recipe.start_from import StartFrom
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 S = TypeVar("S", bound=Section)
@@ -353,6 +354,9 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     pipeline: PipelineConfig = PipelineConfig()
     cluster: ClusterConfig = ClusterConfig()
+    start_from: StartFrom | None = Field(
+        default=None, description="the checkpoint of another job whose weights this job starts with; none: the seed"
+    )
     fine_tuning: FineTuning | None = Field(default=None, description="written by the fine-tuning service")
 
     @model_validator(mode="before")
@@ -371,6 +375,8 @@ class Recipe(Section):
                 f"{longest[1]} positions; lower it or raise model.config.{longest[0]}"
             )
         check_sections(self.run_root, self.pipeline, self.codec)
+        if self.start_from is not None and self.fine_tuning is not None:
+            raise ValueError("a fine-tuning starts from its base_model; leave start_from out")
         prepare = self.data.prepare
         num_words = text_section(self.model.config).get("vocab_size")
         trained = prepare.vocab_size if prepare is not None and prepare.tokenizer is None else 0

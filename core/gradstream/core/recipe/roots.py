@@ -32,7 +32,11 @@ def moved(path: str, directory: str, root: str) -> str:
 def moved_recipe(recipe: Recipe, directory: str, root: str) -> Recipe:
     """A recipe with the paths moved that a service uses: run_root and data.path."""
     data = recipe.data.model_copy(update={"path": moved(recipe.data.path, directory, root)})
-    return recipe.model_copy(update={"run_root": moved(recipe.run_root, directory, root), "data": data})
+    start = recipe.start_from
+    if start is not None and start.job is None:
+        start = start.model_copy(update={"weights": moved(start.weights, directory, root)})
+    changes = {"run_root": moved(recipe.run_root, directory, root), "data": data, "start_from": start}
+    return recipe.model_copy(update=changes)
 
 
 def moved_fine_tuning_recipe(recipe: FineTuningRecipe, directory: str, root: str) -> FineTuningRecipe:

@@ -167,29 +167,48 @@ class BundleState:
             slice_N = reader.read(tensor.name, fragment.begin, fragment.end)
             self._weights[number].copy_(torch.from_numpy(slice_N))
 
+    def take_start(self, reader: CheckpointReader, with_optimizer: bool) -> None:
+        """Load the initial weights from another job's checkpoint, and the optimizer state if asked for.
+
+        The reference is the new job's own: it begins with the weights. Raises CheckpointError.
+        """
+        self._load_weights(reader)
+        if with_optimizer:
+            self._load_optimizer(reader)
+
     def load(self, reader: CheckpointReader) -> None:
         """Load weights, optimizer state and the reference from a checkpoint. Raises CheckpointError."""
+        self._load_weights(reader)
+        self._load_optimizer(reader)
         saved_N = self._publisher.saved()
-        reference_N = None if saved_N is None else torch.empty_like(saved_N)
-        references = [] if reference_N is None else slices(reference_N, self.bundle)
-        states: list[State] = []
+        if saved_N is None:
+            return
+        reference_N = torch.empty_like(saved_N)
+        references = slices(reference_N, self.bundle)
         for number, (fragment, tensor) in enumerate(zip(self.bundle.fragments, self._tensors, strict=True)):
-            name, begin, end = tensor.name, fragment.begin, fragment.end
+            slice_N = reader.read(REFERENCE, tensor.name, fragment.begin, fragment.end)
+            references[number].copy_(torch.from_numpy(slice_N))
+        self._publisher.restore(reference_N)
+
+    def _load_weights(self, reader: CheckpointReader) -> None:
+        for number, (fragment, tensor) in enumerate(zip(self.bundle.fragments, self._tensors, strict=True)):
+            name = tensor.name
             if reader.shape(name) != tensor.shape:
                 raise CheckpointError(
                     f"checkpoint {reader.directory}: tensor '{name}' has shape {list(reader.shape(name))}, the "
                     f"recipe's model {list(tensor.shape)}; use the model config of the checkpoint"
                 )
-            self._weights[number].copy_(torch.from_numpy(reader.read(WEIGHT, name, begin, end)))
-            kinds = set(self._optimizer.names())
+            self._weights[number].copy_(torch.from_numpy(reader.read(WEIGHT, name, fragment.begin, fragment.end)))
+
+    def _load_optimizer(self, reader: CheckpointReader) -> None:
+        kinds = set(self._optimizer.names())
+        states: list[State] = []
+        for fragment, tensor in zip(self.bundle.fragments, self._tensors, strict=True):
+            name, begin, end = tensor.name, fragment.begin, fragment.end
             state = {kind: reader.read(kind, name, begin, end) for kind in kinds - {STEP_COUNT}}
             state |= {kind: reader.scalar(kind, name, begin) for kind in kinds & {STEP_COUNT}}
             states.append(state)
-            if references:
-                references[number].copy_(torch.from_numpy(reader.read(REFERENCE, name, begin, end)))
         self._optimizer.load(states)
-        if reference_N is not None:
-            self._publisher.restore(reference_N)
 
     @property
     def state_bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradstream.core.checkpoint.shard import CheckpointReader
+from gradstream.core.errors import CheckpointError
 from gradstream.core.model.model import initial_weights
 from gradstream.core.plan.plan import Plan
 from gradstream.core.pretrained.base import BaseReader
@@ -26,6 +27,15 @@ def load_bundles(plan: Plan, states: Sequence[BundleState], pull_codec: str) -> 
         base = BaseReader(tuning.base)
         for state in states:
             state.take_base(base)
+    elif (start := plan.recipe.start_from) is not None:
+        reader = CheckpointReader(start.checkpoint or start.weights)
+        if reader.manifest.state_sha256 != start.state_sha256:
+            raise CheckpointError(
+                f"checkpoint {reader.directory} is not the one that the job was submitted with; restore that one, or "
+                f"submit the job again"
+            )
+        for state in states:
+            state.take_start(reader, start.optimizer)
     else:
         _initialize(plan, states)
     for state in states:

@@ -40,7 +40,7 @@ from gradstream.client._fine_tuning_types import (
     RenderedPiece,
     Sample,
 )
-from gradstream.client._job_types import ExportProgress, Job, JobState, Pipeline, ServerMemory, Wait
+from gradstream.client._job_types import ExportProgress, Job, JobState, Pipeline, RemovedJob, ServerMemory, Wait
 from gradstream.client._node_types import Activity, Node, NodeKind
 from gradstream.client._step_types import StepBreakdown, StepMetrics, StepParts, WorkerTimes
 from gradstream.client._watch_types import Checkpoint, Event, LogLine, Step, Validation, WatchItem
@@ -89,6 +89,7 @@ __all__ = [
     "PlanError",
     "ProtocolError",
     "Recipe",
+    "RemovedJob",
     "RenderedExample",
     "RenderedPiece",
     "Sample",

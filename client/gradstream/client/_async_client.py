@@ -19,7 +19,7 @@ from gradstream.client._connection import Connection, Peer
 from gradstream.client._errors import JobFailedError
 from gradstream.client._export import ExportWriter
 from gradstream.client._fine_tuning_types import GeneratedText
-from gradstream.client._job_types import ExportProgress, Job
+from gradstream.client._job_types import ExportProgress, Job, RemovedJob
 from gradstream.client._node_types import Node
 from gradstream.client._step_types import StepMetrics
 from gradstream.client._watch_types import Checkpoint, WatchItem, watch_item
@@ -326,6 +326,19 @@ class AsyncClient:
         request = jobs_pb2.ReplanJobRequest(job_id=job_id, without=without)
         response = await self._connection.call(lambda stub, timeout: stub.ReplanJob(request, timeout=timeout))
         return Job.from_proto(response.job)
+
+    async def remove(self, job_id: str, dry_run: bool = False) -> RemovedJob:
+        """Remove a job that has ended: its record, its history and ledger, its checkpoints and timelines on the disk.
+
+        Other files in the job's directory stay, such as exports. With `dry_run` nothing is removed. Return what went,
+        or would go.
+
+        Raises ConfigError when the job has not ended, is a fine-tuning's, or has a checkpoint that another job or a
+        reader needs.
+        """
+        request = jobs_pb2.RemoveJobRequest(job_id=job_id, dry_run=dry_run)
+        response = await self._connection.call(lambda stub, timeout: stub.RemoveJob(request, timeout=timeout))
+        return RemovedJob.from_proto(response)
 
     async def stop(self, job_id: str, now: bool = False) -> Job:
         """Stop a job at its next step boundary with a checkpoint or, with `now`, at once and without one.

@@ -11,7 +11,7 @@ from typing import Any
 
 from gradstream.client._async_client import AsyncClient
 from gradstream.client._fine_tuning_types import GeneratedText
-from gradstream.client._job_types import ExportProgress, Job
+from gradstream.client._job_types import ExportProgress, Job, RemovedJob
 from gradstream.client._loop_thread import LoopThread
 from gradstream.client._node_types import Node
 from gradstream.client._step_types import StepMetrics
@@ -219,6 +219,17 @@ class Client:
         cannot hold the model.
         """
         return self._thread.run(self._client.replan(job_id, without))
+
+    def remove(self, job_id: str, dry_run: bool = False) -> RemovedJob:
+        """Remove a job that has ended: its record, its history and ledger, its checkpoints and timelines on the disk.
+
+        Other files in the job's directory stay, such as exports. With `dry_run` nothing is removed. Return what went,
+        or would go.
+
+        Raises ConfigError when the job has not ended, is a fine-tuning's, or has a checkpoint that another job or a
+        reader needs.
+        """
+        return self._thread.run(self._client.remove(job_id, dry_run))
 
     def stop(self, job_id: str, now: bool = False) -> Job:
         """Stop a job at its next step boundary with a checkpoint or, with `now`, at once and without one.

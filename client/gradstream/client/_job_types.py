@@ -204,3 +204,25 @@ class ExportProgress(Value):
     received_bytes: int
     file_bytes: int
     total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedJob(Value):
+    """What a removal took away of a job, or would take away. `left` stays in the job's directory."""
+
+    job_id: str
+    num_bytes: int
+    versions: tuple[int, ...]
+    run_directory: str
+    left: tuple[str, ...]
+
+    @classmethod
+    def from_proto(cls, message: jobs_pb2.RemoveJobResponse) -> RemovedJob:
+        """The value that a message describes."""
+        return cls(
+            job_id=message.job_id,
+            num_bytes=message.num_bytes,
+            versions=tuple(message.versions),
+            run_directory=message.run_directory,
+            left=tuple(message.left),
+        )

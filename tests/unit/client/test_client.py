@@ -94,6 +94,7 @@ def test_public_names_are_pinned() -> None:
         "PlanError",
         "ProtocolError",
         "Recipe",
+        "RemovedJob",
         "RenderedExample",
         "RenderedPiece",
         "Sample",

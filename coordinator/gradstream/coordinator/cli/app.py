@@ -46,6 +46,7 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (
     ("resume", "jobs", "resume", "Go on with a paused job, or start a stopped or failed one again."),
     ("replan", "jobs", "replan", "Bring idle servers into a running job, or take servers out of it."),
     ("stop", "jobs", "stop", "End a job at its next step boundary, or at once."),
+    ("rm", "rm", "rm", "Remove jobs that have ended: record, history, checkpoints."),
     ("ckpt", "ckpt", "app", "Checkpoints: list and export."),
     ("finetune", "finetune", "app", "Fine-tune a pretrained model: create, watch, generate, compare, export."),
     ("generate", "generate", "generate", "Continue a prompt with a job's model or an exported directory."),

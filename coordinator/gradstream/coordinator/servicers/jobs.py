@@ -23,6 +23,7 @@ from gradstream.coordinator.planning.inventory import check_model, special_token
 from gradstream.coordinator.servicers.kept_checkpoints import KeptCheckpoints
 from gradstream.coordinator.servicers.plans import Plans
 from gradstream.coordinator.servicers.recipe_data import find_data
+from gradstream.coordinator.servicers.removals import Removals
 from gradstream.coordinator.servicers.views import Views
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.telemetry import metrics
@@ -84,6 +85,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self._bulk = StorageThreads(BULK_SECONDS)
         self._plans = Plans(controller.members, self._allowed, self._storage)
         self._requests = Requests()
+        self._removals = Removals(controller, self._bulk)
         self._kept = KeptCheckpoints(controller.pins, self._storage, self._allowed)
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
         self._num_holds = 0
@@ -239,6 +241,20 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             record = self._find(request.job_id)
             await self._orders.replan(record, request.without)
             return jobs_pb2.ReplanJobResponse(job=self._views.job(self._find(record.job_id)))
+
+    async def RemoveJob(self, request: jobs_pb2.RemoveJobRequest, context: Context) -> jobs_pb2.RemoveJobResponse:
+        async with answering(context):
+            if not request.job_id:
+                raise ConfigError("name the job that is to be removed; `gradstream ls` lists them")
+            record = self._find(request.job_id)
+            files = await self._removals.remove(record, request.dry_run)
+            return jobs_pb2.RemoveJobResponse(
+                job_id=record.job_id,
+                num_bytes=files.num_bytes,
+                versions=files.versions,
+                run_directory=record.run_directory,
+                left=files.left,
+            )
 
     async def CheckpointJob(
         self, request: jobs_pb2.CheckpointJobRequest, context: Context

@@ -103,6 +103,18 @@ CREATE TABLE IF NOT EXISTS checkpoints (
 CREATE TABLE IF NOT EXISTS pulse (id INTEGER PRIMARY KEY, count INTEGER NOT NULL);
 """
 
+# The tables with rows of a job.
+JOB_TABLES = (
+    "jobs",
+    "plans",
+    "history",
+    "steps",
+    "validation_parts",
+    "validations",
+    "checkpoint_files",
+    "residuals",
+    "checkpoints",
+)
 _JOB_COLUMNS = (
     "job_id, name, recipe_json, manifest_json, run_directory, submitted_unix_ms, state, reason, desired, rank, epoch, "
     "start_version, plan_held, ended_unix_ms, leases, decisions_json, request_id, without_servers_json"
@@ -414,6 +426,12 @@ class SqliteState(State):
             db.execute("DELETE FROM checkpoints WHERE job_id = ? AND version > ?", (job_id, after))
             for item in items:
                 _append(db, job_id, item)
+
+    def delete_job(self, job_id: str) -> None:
+        with self._transaction("delete_job", durable=True) as db:
+            for table in JOB_TABLES:
+                db.execute(f"DELETE FROM {table} WHERE job_id = ?", (job_id,))
+        self._untrimmed.pop(job_id, None)
 
     def check_writable(self) -> None:
         with self._transaction("check_writable", durable=False) as db:

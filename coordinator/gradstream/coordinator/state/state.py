@@ -206,6 +206,10 @@ class State(ABC):
         """
 
     @abstractmethod
+    def delete_job(self, job_id: str) -> None:
+        """Forget a job: its record, plans, history, ledger and all that was reported of it, in one transaction."""
+
+    @abstractmethod
     def check_writable(self) -> None:
         """Test whether the state can be written. Raises UnreachableError when it cannot."""
 

@@ -317,6 +317,10 @@ class Timelines:
             if entry is not None:
                 yield entry
 
+    def forget(self, job_id: str) -> None:
+        """Forget a job whose files were removed."""
+        self._jobs.pop(job_id, None)
+
     async def close(self) -> None:
         """Write the queued timelines."""
         if self._writing:

@@ -1172,6 +1172,74 @@ class ReplanJobResponse(_message.Message):
 Global___ReplanJobResponse: _TypeAlias = ReplanJobResponse  # noqa: Y015
 
 @_typing.final
+class RemoveJobRequest(_message.Message):
+    """Asks for a job to be removed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    dry_run: _builtins.bool
+    """True: only find out what would be removed."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveJobRequest: _TypeAlias = RemoveJobRequest  # noqa: Y015
+
+@_typing.final
+class RemoveJobResponse(_message.Message):
+    """What was removed, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    RUN_DIRECTORY_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    num_bytes: _builtins.int
+    """Bytes of its checkpoints and timelines."""
+    run_directory: _builtins.str
+    """The job's directory."""
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The versions of its checkpoints."""
+
+    @_builtins.property
+    def left(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of files and directories in it that stay, such as exports. Without any the directory goes too."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+        versions: _abc.Iterable[_builtins.int] | None = ...,
+        run_directory: _builtins.str = ...,
+        left: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "left", b"left", "num_bytes", b"num_bytes", "run_directory", b"run_directory", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveJobResponse: _TypeAlias = RemoveJobResponse  # noqa: Y015
+
+@_typing.final
 class CheckpointJobRequest(_message.Message):
     """Asks for a checkpoint."""
 

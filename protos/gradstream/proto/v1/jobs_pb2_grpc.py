@@ -80,6 +80,11 @@ class JobsServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobResponse.FromString,
                 _registered_method=True)
+        self.RemoveJob = channel.unary_unary(
+                '/gradstream.proto.v1.JobsService/RemoveJob',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.RemoveJobRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.RemoveJobResponse.FromString,
+                _registered_method=True)
         self.CheckpointJob = channel.unary_unary(
                 '/gradstream.proto.v1.JobsService/CheckpointJob',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.CheckpointJobRequest.SerializeToString,
@@ -198,6 +203,14 @@ class JobsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RemoveJob(self, request, context):
+        """Removes a job that has ended: its record, its history, its ledger, and its checkpoints and timelines on the disk.
+        Refused while a job that has not ended starts from one of its checkpoints.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CheckpointJob(self, request, context):
         """Writes a checkpoint at a running job's next step boundary. Returns when the checkpoint exists.
         """
@@ -311,6 +324,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.ReplanJob,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobResponse.SerializeToString,
+            ),
+            'RemoveJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveJob,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.RemoveJobRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_jobs__pb2.RemoveJobResponse.SerializeToString,
             ),
             'CheckpointJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckpointJob,
@@ -602,6 +620,33 @@ class JobsService(object):
             '/gradstream.proto.v1.JobsService/ReplanJob',
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_jobs__pb2.ReplanJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.JobsService/RemoveJob',
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.RemoveJobRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_jobs__pb2.RemoveJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,10 @@ class JobsServiceStub:
     """Replaces the plan of a running job at its next step boundary, through a checkpoint. The new plan includes idle
     servers and leaves out the named ones. Refused when nothing would change.
     """
+    RemoveJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.RemoveJobRequest, _jobs_pb2.RemoveJobResponse]
+    """Removes a job that has ended: its record, its history, its ledger, and its checkpoints and timelines on the disk.
+    Refused while a job that has not ended starts from one of its checkpoints.
+    """
     CheckpointJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CheckpointJobRequest, _jobs_pb2.CheckpointJobResponse]
     """Writes a checkpoint at a running job's next step boundary. Returns when the checkpoint exists."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListCheckpointsRequest, _jobs_pb2.ListCheckpointsResponse]
@@ -114,6 +118,10 @@ class JobsServiceAsyncStub(JobsServiceStub):
     ReplanJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ReplanJobRequest, _jobs_pb2.ReplanJobResponse]  # type: ignore[assignment]
     """Replaces the plan of a running job at its next step boundary, through a checkpoint. The new plan includes idle
     servers and leaves out the named ones. Refused when nothing would change.
+    """
+    RemoveJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.RemoveJobRequest, _jobs_pb2.RemoveJobResponse]  # type: ignore[assignment]
+    """Removes a job that has ended: its record, its history, its ledger, and its checkpoints and timelines on the disk.
+    Refused while a job that has not ended starts from one of its checkpoints.
     """
     CheckpointJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CheckpointJobRequest, _jobs_pb2.CheckpointJobResponse]  # type: ignore[assignment]
     """Writes a checkpoint at a running job's next step boundary. Returns when the checkpoint exists."""
@@ -221,6 +229,16 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_jobs_pb2.ReplanJobResponse, _abc.Awaitable[_jobs_pb2.ReplanJobResponse]]:
         """Replaces the plan of a running job at its next step boundary, through a checkpoint. The new plan includes idle
         servers and leaves out the named ones. Refused when nothing would change.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveJob(
+        self,
+        request: _jobs_pb2.RemoveJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.RemoveJobResponse, _abc.Awaitable[_jobs_pb2.RemoveJobResponse]]:
+        """Removes a job that has ended: its record, its history, its ledger, and its checkpoints and timelines on the disk.
+        Refused while a job that has not ended starts from one of its checkpoints.
         """
 
     @_abc_1.abstractmethod

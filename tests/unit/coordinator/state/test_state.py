@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gradstream.coordinator.state.sqlite import SqliteState
+from gradstream.coordinator.state.sqlite import JOB_TABLES, SqliteState
 from gradstream.coordinator.state.state import JobRecord, State
 from gradstream.core.errors import ConfigError, ProtocolError, UnreachableError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
@@ -262,3 +262,34 @@ def test_residuals_wait_for_their_manifest(state: State) -> None:
     state.record_checkpoint("a-1", 2, jobs_pb2.Checkpoint(version=6))
     assert state.residuals("a-1", 1) == []
     assert len(state.residuals("a-1", 2)) == 1
+
+
+def test_a_deleted_job_leaves_nothing_and_no_other_job_changes(state: State) -> None:
+    validation = jobs_pb2.Validation(version=2, loss=1.0, num_tokens=8)
+    for job_id in ("a-1", "a-2"):
+        state.create_job(make_record(job_id), [jobs_pb2.WatchJobResponse(event=jobs_pb2.Event(message="submitted"))])
+        state.store_job(replace(make_record(job_id), epoch=1), plan=b"plan")
+        report = make_step(0)
+        report.job_id = job_id
+        state.record_step(report)
+        state.record_validation(job_id, validation)
+        state.record_checkpoint(job_id, 1, jobs_pb2.Checkpoint(version=2))
+    state.delete_job("a-1")
+    assert state.get_job("a-1") is None
+    assert not state.read_history("a-1", 0, 10)
+    assert state.load_plan("a-1", 1) is None
+    assert (state.step_totals("a-1", 1, 0).num_steps, state.validations("a-1")) == (0, [])
+    assert state.checkpoint_versions("a-1") == []
+    assert [job.job_id for job in state.list_jobs()] == ["a-2"]
+    assert len(state.read_history("a-2", 0, 10)) == 4
+    assert state.load_plan("a-2", 1) == b"plan"
+    assert (state.step_totals("a-2", 1, 0).num_steps, state.validations("a-2")) == (1, [validation])
+    state.delete_job("a-1")  # once more, without effect
+
+
+def test_no_table_is_forgotten_when_a_job_is_deleted(tmp_path: Path) -> None:
+    SqliteState(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as db:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        of_jobs = [name for name in tables if "job_id" in {row[1] for row in db.execute(f"PRAGMA table_info({name})")}]
+    assert sorted(of_jobs) == sorted(JOB_TABLES)

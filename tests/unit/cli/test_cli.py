@@ -261,6 +261,11 @@ def test_streams_are_one_object_a_line(
     assert [json.loads(line)["type"] for line in capsys.readouterr().out.splitlines()] == kinds
 
 
+def test_events_name_written_checkpoints_too(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["events", "tiny-1", "-c", address]) == 0
+    assert "checkpoint written version 1, 4.0 KiB" in capsys.readouterr().out
+
+
 def test_status_names_waits_decisions_and_holders(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "-c", address]) == 0
     text = capsys.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,7 +71,7 @@ def logs(
         )
 
     console = terminal.console()
-    _stream(coordinator, job_id, ("log", LogLine), follow, tail, wanted, show, "logs -f")
+    _stream(coordinator, job_id, {"log": LogLine}, follow, tail, wanted, show, "logs -f")
     if heard and not shown:
         terminal.say(f"no line matches --node and --level; lines came from {', '.join(sorted(heard))}")
 
@@ -86,12 +86,15 @@ def events(
     """Show a job's history of events: states, plans, leases, nodes, checkpoints. With -o json, one object a line."""
     from rich.text import Text
 
-    from gradstream.client import Event
+    from gradstream.client import Checkpoint, Event
 
-    def show(event: Event) -> None:
+    def show(event: Event | Checkpoint) -> None:
         if output is OutputFormat.json:
             terminal.print_json_line(event.to_dict())
             return
+        if isinstance(event, Checkpoint):
+            written = f"written version {event.version}, {terminal.format_bytes(event.num_bytes)}"
+            event = Event(event.cursor, event.time, "checkpoint", written)
         style = "red" if event.kind == "failure" else "yellow" if event.kind == "skip" else "cyan"
         console.print(
             Text.assemble(
@@ -101,24 +104,27 @@ def events(
         )
 
     console = terminal.console()
-    _stream(coordinator, job_id, ("event", Event), follow, tail, lambda event: True, show, "events -f")
+    kinds: dict[str, type] = {"event": Event}
+    if output is not OutputFormat.json:
+        kinds["checkpoint"] = Checkpoint
+    _stream(coordinator, job_id, kinds, follow, tail, lambda event: True, show, "events -f")
 
 
 def _stream(
     coordinator: str | None,
     job_id: str | None,
-    kind: tuple[str, type],
+    kinds: Mapping[str, type],
     follow: bool,
     tail: int | None,
     wanted: Callable[[Any], bool],
     show: Callable[[Any], None],
     command: str,
 ) -> None:
-    """Show the wanted items of one kind (its name in messages, its type); of the recorded ones at most `tail`."""
+    """Show the wanted items of some kinds (names in messages, types); of the recorded ones at most `tail`."""
     with open_client(coordinator) as client:
         try:
             job_id = client.job(job_id).job_id
-            for item in _items(client, job_id, kind, follow, tail, wanted):
+            for item in _items(client, job_id, kinds, follow, tail, wanted):
                 show(item)
         except KeyboardInterrupt:
             if not follow:
@@ -127,19 +133,24 @@ def _stream(
 
 
 def _items(
-    client: Client, job_id: str, kind: tuple[str, type], follow: bool, tail: int | None, wanted: Callable[[Any], bool]
+    client: Client,
+    job_id: str,
+    kinds: Mapping[str, type],
+    follow: bool,
+    tail: int | None,
+    wanted: Callable[[Any], bool],
 ) -> Iterator[Any]:
-    name, of = kind
+    names, types = list(kinds), tuple(kinds.values())
     cursor = 0
     if tail is not None:
         last: deque[Any] = deque(maxlen=tail)
-        for item in client.watch(job_id, follow=False, kinds=[name]):
+        for item in client.watch(job_id, follow=False, kinds=names):
             cursor = item.cursor
-            if isinstance(item, of) and wanted(item):
+            if isinstance(item, types) and wanted(item):
                 last.append(item)
         yield from last
         if not follow:
             return
-    for item in client.watch(job_id, follow=follow, after_cursor=cursor, kinds=[name]):
-        if isinstance(item, of) and wanted(item):
+    for item in client.watch(job_id, follow=follow, after_cursor=cursor, kinds=names):
+        if isinstance(item, types) and wanted(item):
             yield item

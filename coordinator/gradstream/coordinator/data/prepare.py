@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 # For fewer bytes, starting processes takes longer than tokenizing.
+SPLIT = "long documents were split"
+"""How the note of a split begins."""
 SERIAL_BYTES = 4 << 20
 PROGRESS_INTERVAL_BYTES = 256 << 10
 TOKENIZER_FILE = "tokenizer.json"
@@ -238,7 +240,7 @@ def _notes(
         notes.append("nothing was held out, since there is a single short text; add text, or train without validation")
     if corpus.num_split:
         notes.append(
-            f"long documents were split at paragraphs, lines or sentences ({corpus.num_split}); each piece of about "
+            f"{SPLIT} at paragraphs, lines or sentences ({corpus.num_split}); each piece of about "
             f"{-(-corpus.piece_bytes >> 10)} KiB is a document of the data set"
         )
     if num_unknown:

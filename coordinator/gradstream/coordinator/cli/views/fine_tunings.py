@@ -126,7 +126,8 @@ def fine_tuning_view(each: FineTuning) -> Any:
         # The reason of a resting job is already shown above, as that of the fine-tuning.
         reason = after_state(job.state, job.reason if not is_resting(each) else "")
         row("job", terminal.styled(f"{job.job_id} ", None) + terminal.state_text(job.state) + Text(reason))
-        row("step", f"{job.version} of {job.num_steps}{rates_text(each)}, ETA {terminal.format_duration(job.eta)}")
+        eta = f", ETA {terminal.format_duration(job.eta)}" if not job.state.ended else ""
+        row("step", f"{job.version} of {job.num_steps}{rates_text(each)}{eta}")
         row("training loss", f"{terminal.format_loss(job.loss)} nats a token")
         # A paused job waits for a person; the state already shows the command that resumes it.
         for wait in job.waits if job.state != "paused" else ():

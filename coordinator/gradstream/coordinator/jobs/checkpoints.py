@@ -92,13 +92,15 @@ def base_path(recipe_json: str) -> str:
 
 def bases_under(root: str, paths: Iterable[str]) -> set[int]:
     """The versions under `root` that are the base of a job; `paths` are the bases of jobs that have not ended."""
-    found = set()
-    for path in paths:
-        directory, name = os.path.split(os.path.normpath(path.removeprefix("file://")))
-        match = _DIRECTORY.fullmatch(name)
-        if match and directory == os.path.normpath(root.removeprefix("file://")):
-            found.add(int(match[1]))
-    return found
+    places = [place for path in paths if (place := place_of(path)) is not None]
+    return {version for where, version in places if where == os.path.normpath(root.removeprefix("file://"))}
+
+
+def place_of(path: str) -> tuple[str, int] | None:
+    """The root and the version of a checkpoint's directory; None for any other path."""
+    directory, name = os.path.split(os.path.normpath(path.removeprefix("file://")))
+    match = _DIRECTORY.fullmatch(name)
+    return (directory, int(match[1])) if match else None
 
 
 def missing(root: str, on_disk: Collection[int], acknowledged: Collection[int], job_id: str) -> str:

@@ -164,13 +164,15 @@ class Orders:
         do, CheckpointError when the last checkpoint is not there.
         """
         known = self._controller.state.checkpoint_versions(record.job_id)
-        if record.state == FAILED and on_disk:
-            self._go_back(record, on_disk)
-        elif gone := checkpoints.missing(checkpoints.root_of(record.run_directory), on_disk, known, record.job_id):
-            raise CheckpointError(gone)
+        root, goes_back = checkpoints.root_of(record.run_directory), record.state == FAILED and bool(on_disk)
+        if not goes_back and checkpoints.missing(root, on_disk, known, record.job_id):
+            # Without the cure of a job that waits: to go back to an older version.
+            raise CheckpointError(checkpoints.missing(root, (), known, record.job_id))
         recipe, line = with_more_steps(
             record.job_id, parse_recipe(record.recipe_json), on_disk[-1] if on_disk else 0, num_steps
         )
+        if goes_back:
+            self._go_back(record, on_disk)
         changes: dict[str, Any] = {
             "desired": "run",
             "recipe_json": recipe.model_dump_json(),

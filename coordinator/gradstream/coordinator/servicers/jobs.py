@@ -216,10 +216,13 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             async with asyncio.timeout(EXTEND_SECONDS):
                 while True:
                     change = self._controller.notifier.change(record.job_id)
+                    # Before the look at the disk: a checkpoint that counts here is seen there.
+                    is_ready = self._orders.may_extend(self._find(record.job_id), num_steps)
                     on_disk = await self._versions_on_disk(record)
-                    if self._orders.may_extend(self._find(record.job_id), num_steps):
+                    if is_ready and self._orders.may_extend(self._find(record.job_id), num_steps):
                         break
-                    await change.wait()
+                    if not is_ready:
+                        await change.wait()
         except TimeoutError:
             raise BusyError(
                 f"the checkpoint of job {record.job_id} is not written yet, and it goes on from there; try again when "

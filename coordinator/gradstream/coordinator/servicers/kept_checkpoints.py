@@ -56,6 +56,10 @@ class KeptCheckpoints:
             if start.job is None or start.checkpoint is not None:
                 directory = start.checkpoint or start.weights
                 await self._storage.call(directory, self._allowed.check, "start_from", directory)
+                place = checkpoints.place_of(directory)
+                if place is not None:
+                    async with self._pins.choosing(place[0]):
+                        release = self._pins.pin(*place)
             else:
                 record = find(start.job[0])
                 version, release = await self.keep(record, start.job[1])

@@ -12,6 +12,7 @@ from coordinator_fakes import Cluster, FakeNode, make_recipe, report_checkpoint,
 
 from gradstream.coordinator.jobs.more_steps import as_submitted, with_more_steps
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError
+from gradstream.core.recipe.fine_tuning import FineTuning
 from gradstream.core.recipe.learning_rate import learning_rate, rate_of_step
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import Recipe
@@ -79,6 +80,12 @@ def test_parts_that_cannot_be_are_refused(recipe: Recipe, earlier: list[tuple[in
 def test_steps_that_are_done_are_no_more_steps(recipe: Recipe) -> None:
     with pytest.raises(ConfigError, match="has done 10 steps; --steps 10 is the number in all, so give more"):
         with_more_steps("a-1", recipe, 10, 10)
+
+
+def test_a_fine_tuning_is_refused_with_what_to_do_instead(recipe: Recipe) -> None:
+    tuned = recipe.model_copy(update={"fine_tuning": FineTuning.model_construct()})
+    with pytest.raises(ConfigError, match=r"is a fine-tuning, whose steps follow from its examples; .* job:a-1"):
+        with_more_steps("a-1", tuned, 10, 20)
 
 
 # --- the order --------------------------------------------------------------------------------------------------------
@@ -177,3 +184,18 @@ async def test_a_request_that_is_repeated_knows_its_job_with_more_steps(cluster:
     await cluster.jobs.StopJob(jobs_pb2.StopJobRequest(job_id=job_id))
     await resume(cluster, job_id, 9)
     assert (await cluster.jobs.SubmitJob(request)).job.job_id == job_id
+
+
+async def test_a_failed_job_goes_back_to_the_checkpoint_that_is_there(cluster: Cluster) -> None:
+    job_id = await cluster.submit(max_consecutive_skips=1)
+    ps, (worker,) = await cluster.running(job_id)
+    await steps(cluster, job_id, ps[0], 0, 2)
+    await cluster.watch(job_id, lambda item: item.checkpoint.version == 2)
+    await cluster.stub.ReportStep(step_report(job_id, 2))
+    await cluster.stub.ReportStep(step_report(job_id, 3, skipped=True, consecutive_skips=1))
+    await cluster.event(job_id, "failed")
+    assert "has done 2 steps" in str(await refused(cluster, job_id, 2))
+    # Also to fewer steps than it had, since it has not done them.
+    await resume(cluster, job_id, 3)
+    plan = await worker.plan_of(2)
+    assert (plan.start_version, plan.num_steps) == (2, 3)

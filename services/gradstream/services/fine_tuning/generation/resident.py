@@ -167,8 +167,9 @@ def _fill_adapter(model: nn.Module, adapter: str, weights: Mapping[str, torch.Te
     if differing:
         what = "lacks" if differing[0] in parameters else "has, beyond what its recipe says,"
         raise CheckpointError(f"the adapter {what} the tensor '{differing[0]}'; it belongs to another base or recipe")
-    for name, own in parameters.items():
-        shape, fresh = model.get_parameter(own).shape, weights[name]
+    for name, fresh in weights.items():  # not by name: a checkpoint's tensors are read together
+        own = parameters[name]
+        shape = model.get_parameter(own).shape
         if fresh.shape != shape:
             raise CheckpointError(
                 f"the adapter's tensor '{name}' has shape {tuple(fresh.shape)}, but its base and recipe say "

@@ -6,7 +6,7 @@ import asyncio
 import importlib
 import math
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, ItemsView, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -36,22 +36,33 @@ CACHE_SHARE = 0.25
 
 
 class CheckpointWeights(Mapping[str, torch.Tensor]):
-    """The trained tensors of a checkpoint, read on access. Raises CheckpointError when the checkpoint is damaged."""
+    """The trained tensors of a checkpoint, read on access. Raises CheckpointError when the checkpoint is damaged.
+
+    To read all of them, use `items`: it opens the checkpoint, and verifies each file, once and not for each tensor.
+    """
 
     def __init__(self, directory: str):
         self._directory = directory
         self._names = [entry.name for entry in read_manifest(directory).tensors]
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        return _read_weight(CheckpointReader(self._directory), name)
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        """Read all tensors into memory."""
         reader = CheckpointReader(self._directory)
-        shape = reader.shape(name)
-        return torch.from_numpy(reader.read(WEIGHT, name, 0, math.prod(shape))).reshape(shape)
+        return {name: _read_weight(reader, name) for name in self._names}.items()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _read_weight(reader: CheckpointReader, name: str) -> torch.Tensor:
+    shape = reader.shape(name)
+    return torch.from_numpy(reader.read(WEIGHT, name, 0, math.prod(shape))).reshape(shape)
 
 
 class Serving:

@@ -2,11 +2,13 @@
 
 import hashlib
 import weakref
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from support.bases import lora_checkpoint
 from support.generation import (
     CONFIGS,
     MemoryBases,
@@ -22,6 +24,9 @@ from support.generation import (
     with_adapters,
 )
 
+from gradstream.core.checkpoint import shard
+from gradstream.core.checkpoint.manifest import FileEntry
+from gradstream.core.checkpoint.shard import verified_file
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.model.lora import peft_config
 from gradstream.core.model.model import build
@@ -31,6 +36,7 @@ from gradstream.services.fine_tuning.generation.batching import Batcher, EngineS
 from gradstream.services.fine_tuning.generation.engine import EngineLimits
 from gradstream.services.fine_tuning.generation.models import ResidentLimits, ServedModels
 from gradstream.services.fine_tuning.generation.resident import NO_ADAPTER, ResidentBase
+from gradstream.services.fine_tuning.generation.serving import CheckpointWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -247,3 +253,26 @@ def test_what_cannot_be_loaded_fails_alone(bases: MemoryBases) -> None:
     models.add_base("missing", bases.add("missing", random_model(CONFIGS["llama"])))
     with pytest.raises(CheckpointError, match=r"has no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         raise generated(models, ask("missing", PROMPTS[0]))[0].error
+
+
+def test_a_checkpoint_is_verified_once_for_all_its_tensors(
+    bases: MemoryBases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, lora = CONFIGS["llama"], LORAS["first"]
+    base = bases.add("base", random_model(config))
+    weights = CheckpointWeights(lora_checkpoint(tmp_path / "checkpoint", base, config, lora))
+    verified: list[str] = []
+
+    def verify(directory: str, entry: FileEntry) -> str:
+        verified.append(entry.file)
+        return verified_file(directory, entry)
+
+    monkeypatch.setattr(shard, "verified_file", verify)
+    read = dict(weights.items())
+    assert len(read) == len(weights) > 1
+    assert len(verified) == 1
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+    resident = ResidentBase(bases.open(base), torch.float32, CPU)
+    verified.clear()
+    resident.add_adapter("one", lora, weights)
+    assert len(verified) == 1

@@ -67,6 +67,8 @@ class StepBreakdown(Value):
     """Empty when no worker is clearly slower."""
     slowest_link: str
     """The worker whose link costs it most, with its rates; empty when links cost next to nothing."""
+    slowest_server: str
+    """The server whose contributions are under way much longer than those of the others; empty when there is none."""
     advice: str
     workers: tuple[WorkerTimes, ...]
 
@@ -78,6 +80,7 @@ class StepBreakdown(Value):
             mean=StepParts.from_proto(message.mean),
             slowest_worker=message.slowest_worker,
             slowest_link=message.slowest_link,
+            slowest_server=message.slowest_server,
             advice=message.advice,
             workers=tuple(WorkerTimes.from_proto(worker) for worker in message.workers),
         )

@@ -119,6 +119,7 @@ def test_a_period_is_divided_by_what_the_worker_did() -> None:
     assert (found.period_us, found.compute_us, found.weights_us) == (300_000, 160_000, 30_000)
     assert (found.send_us, found.rest_us, found.num_slots) == (60_000, 40_000, 1)
     assert found.push_bytes_per_second == pytest.approx(1000 / 0.110)
+    assert list(step_times(spans, 0, 300 * ms, [1, 0]).server_us) == [0, 110_000]
     assert step_times([], 0, ms) is None
     assert step_times([*spans, (SpanKind.VALIDATE, 0, ms, 2, None, 0, None, None)], 0, 300 * ms) is None
 

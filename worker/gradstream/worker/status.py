@@ -135,7 +135,14 @@ class Reports:
             # the job may end before they have arrived.
             await self._puller.settled()
         report = await asyncio.to_thread(
-            self._timeline.report, taken, plan.job_id, plan.epoch, version, self._session.node_id, period_ns
+            self._timeline.report,
+            taken,
+            plan.job_id,
+            plan.epoch,
+            version,
+            self._session.node_id,
+            period_ns,
+            [bundle.server for bundle in plan.bundles],
         )
         try:
             await self._session.stub.ReportTimeline(report, timeout=UNARY_TIMEOUT_SECONDS)

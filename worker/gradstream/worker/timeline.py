@@ -103,10 +103,12 @@ class Timeline:
         version: int,
         node_id: str,
         period_ns: tuple[int, int] | None = None,
+        server_of: Sequence[int] = (),
     ) -> coordinator_pb2.ReportTimelineRequest:
         """Make the report of taken spans. It costs a few milliseconds, so call it in a thread.
 
         `period_ns` is begin and end of the version on `clock_ns`; None if the worker was not at work all the time.
+        `server_of` is the server of each bundle.
         """
         spans = []
         for kind, begin_ns, end_ns, slot, item, num_bytes, stage, microbatch in taken[:MAX_SPANS]:
@@ -122,11 +124,13 @@ class Timeline:
             spans=[span.to_proto() for span in spans],
             communication_us=communication_us,
             hidden_us=hidden_us,
-            times=step_times(taken, *period_ns) if period_ns is not None else None,
+            times=step_times(taken, *period_ns, server_of) if period_ns is not None else None,
         )
 
 
-def step_times(taken: Sequence[RawSpan], begin_ns: int, end_ns: int) -> coordinator_pb2.StepTimes | None:
+def step_times(
+    taken: Sequence[RawSpan], begin_ns: int, end_ns: int, server_of: Sequence[int] = ()
+) -> coordinator_pb2.StepTimes | None:
     """Divide the period of a version into the worker's activities.
 
     Returns None when the worker computed nothing, or ran a validation pass.
@@ -148,7 +152,17 @@ def step_times(taken: Sequence[RawSpan], begin_ns: int, end_ns: int) -> coordina
         push_bytes_per_second=_bytes_per_second(taken, SpanKind.SEND),
         pull_bytes_per_second=_bytes_per_second(taken, SpanKind.RECEIVE),
         num_slots=len({slot for kind, _, _, slot, *_ in taken if kind is SpanKind.ENCODE}),
+        server_us=_server_us(taken, server_of),
     )
+
+
+def _server_us(taken: Sequence[RawSpan], server_of: Sequence[int]) -> list[int]:
+    """For each server, the microseconds during which at least one contribution to it was under way."""
+    sends: list[list[tuple[int, int]]] = [[] for _ in range(max(server_of, default=-1) + 1)]
+    for kind, begin, end, _, bundle, *_ in taken:
+        if kind is SpanKind.SEND and bundle is not None and bundle < len(server_of):
+            sends[server_of[bundle]].append((begin, end))
+    return [sum(end - begin for begin, end in union(spans)) // 1000 for spans in sends]
 
 
 def measure(taken: Sequence[RawSpan]) -> pb.LinkMeasurement | None:

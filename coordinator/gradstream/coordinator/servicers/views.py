@@ -70,12 +70,16 @@ class Views:
         hidden_share = self._controller.timelines.share(record.job_id)
         if hidden_share is not None:
             message.hidden_share = hidden_share
-        steps = self._controller.timelines.steps(record.job_id)
-        if steps is not None and (found := breakdown(steps, recipe.codec, recipe.training.num_slots)) is not None:
-            message.step_breakdown.CopyFrom(found)
         plan = active.plan_message if active is not None else self._last_plan(record, recipe, whole)
         if plan is not None:
             message.num_parameters = sum(math.prod(tensor.shape) for tensor in plan.tensors)
+        steps = self._controller.timelines.steps(record.job_id)
+        names = [server.name for server in plan.servers] if plan is not None else []
+        if (
+            steps is not None
+            and (found := breakdown(steps, recipe.codec, recipe.training.num_slots, names)) is not None
+        ):
+            message.step_breakdown.CopyFrom(found)
         if plan is not None and plan.stage_ends:
             message.pipeline.CopyFrom(self._pipeline(record.job_id, plan))
         validations = self._state.validations(record.job_id)

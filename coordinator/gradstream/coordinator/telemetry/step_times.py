@@ -50,6 +50,8 @@ class WorkerParts:
     num_slots: float
     push_bytes_per_second: float
     pull_bytes_per_second: float
+    server_seconds: tuple[float, ...] = ()
+    """for each server, the time during which at least one contribution to it was under way"""
 
     @property
     def slot_seconds(self) -> float:
@@ -124,9 +126,17 @@ def means(steps: Sequence[Mapping[str, coordinator_pb2.StepTimes]]) -> list[Work
             sum(times.num_slots for _, times in entries) / len(entries),
             sum(times.push_bytes_per_second for _, times in entries) / len(entries),
             sum(times.pull_bytes_per_second for _, times in entries) / len(entries),
+            _server_seconds([times.server_us for _, times in entries]),
         )
         for worker, entries in sorted(found.items())
     ]
+
+
+def _server_seconds(steps: Sequence[Sequence[int]]) -> tuple[float, ...]:
+    """Means by server; of steps under one plan, all have the same servers."""
+    if len({len(step) for step in steps}) != 1:
+        return ()
+    return tuple(sum(server) / len(steps) / 1e6 for server in zip(*steps, strict=True))
 
 
 def mean(parts: Sequence[Parts]) -> Parts:
@@ -149,6 +159,23 @@ def slowest_link(workers: Sequence[WorkerParts]) -> WorkerParts | None:
     if slowest is None or slowest.parts.weights + slowest.parts.send < NOTABLE_SHARE * slowest.parts.total:
         return None
     return slowest
+
+
+def slowest_server(workers: Sequence[WorkerParts]) -> tuple[int, float, float] | None:
+    """(a server's place in the plan, seconds its contributions are under way, those of the other servers on average).
+
+    None unless that takes the server a notable part of a step longer than the others.
+    """
+    known = [worker.server_seconds for worker in workers if len(worker.server_seconds) > 1]
+    if not known or len({len(each) for each in known}) != 1:
+        return None
+    seconds = [sum(server) / len(known) for server in zip(*known, strict=True)]
+    slowest = max(range(len(seconds)), key=lambda server: seconds[server])
+    others = (sum(seconds) - seconds[slowest]) / (len(seconds) - 1)
+    step_seconds = mean([worker.parts for worker in workers]).total
+    if seconds[slowest] - others < NOTABLE_SHARE * step_seconds:
+        return None
+    return slowest, seconds[slowest], others
 
 
 def advise(workers: Sequence[WorkerParts], codec: CodecConfig, num_slots: int) -> tuple[str, str]:
@@ -175,18 +202,21 @@ def advise(workers: Sequence[WorkerParts], codec: CodecConfig, num_slots: int) -
     return cause, "the servers set the pace: another parameter server would help"
 
 
-def breakdown(window: StepWindow, codec: CodecConfig, num_slots: int) -> jobs_pb2.StepBreakdown | None:
-    """The breakdown that status shows; None before a step was measured."""
+def breakdown(
+    window: StepWindow, codec: CodecConfig, num_slots: int, server_names: Sequence[str] = ()
+) -> jobs_pb2.StepBreakdown | None:
+    """The breakdown that status shows; None before a step was measured. `server_names` are those of the plan."""
     workers = window.workers()
     if not workers:
         return None
     parts = mean([worker.parts for worker in workers])
-    slowest, link = slowest_worker(workers), slowest_link(workers)
+    slowest, link, server = slowest_worker(workers), slowest_link(workers), slowest_server(workers)
     return jobs_pb2.StepBreakdown(
         num_steps=window.num_steps,
         mean=_message(parts),
         slowest_worker=slowest.name if slowest is not None else "",
         slowest_link=_link(link) if link is not None else "",
+        slowest_server=_server(server_names, *server) if server is not None else "",
         advice=advise(workers, codec, num_slots)[1],
         workers=[
             jobs_pb2.WorkerTimes(
@@ -203,6 +233,11 @@ def breakdown(window: StepWindow, codec: CodecConfig, num_slots: int) -> jobs_pb
 
 def _message(parts: Parts) -> jobs_pb2.StepParts:
     return jobs_pb2.StepParts(**{f"{field.name}_seconds": getattr(parts, field.name) for field in fields(Parts)})
+
+
+def _server(names: Sequence[str], place: int, seconds: float, others: float) -> str:
+    name = names[place] if place < len(names) else f"server {place} of the plan"
+    return f"{name}: contributions are under way for {seconds:.2f} s, to the others for {others:.2f} s"
 
 
 def _link(worker: WorkerParts) -> str:

@@ -40,6 +40,7 @@ FILE_BYTES = 4 << 20
 MAX_PENDING_BYTES = 16 << 20
 MAX_WORKERS = 1024
 MAX_JOBS = 16
+MAX_SERVERS = 4096
 # Number of versions whose timelines may be incomplete, and maximum passes kept of them.
 NUM_OPEN_VERSIONS = 2
 MAX_OPEN_PASSES = 1 << 16
@@ -73,7 +74,8 @@ def check_timeline(report: coordinator_pb2.ReportTimelineRequest, num_steps: int
 def _possible(times: coordinator_pb2.StepTimes) -> bool:
     parts = (times.compute_us, times.weights_us, times.send_us, times.rest_us)
     rates = (times.push_bytes_per_second, times.pull_bytes_per_second)
-    return max(*parts, times.period_us) < _MAX_US and all(math.isfinite(rate) and rate >= 0 for rate in rates)
+    whole = max(*parts, times.period_us, *times.server_us) < _MAX_US and len(times.server_us) <= MAX_SERVERS
+    return whole and all(math.isfinite(rate) and rate >= 0 for rate in rates)
 
 
 @dataclass

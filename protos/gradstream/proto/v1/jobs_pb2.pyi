@@ -323,6 +323,7 @@ class StepBreakdown(_message.Message):
     SLOWEST_LINK_FIELD_NUMBER: _builtins.int
     ADVICE_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    SLOWEST_SERVER_FIELD_NUMBER: _builtins.int
     num_steps: _builtins.int
     """Number of steps that were measured."""
     slowest_worker: _builtins.str
@@ -331,6 +332,8 @@ class StepBreakdown(_message.Message):
     """The worker whose link takes the most of its time, with its rates, for people; empty when links take almost no time."""
     advice: _builtins.str
     """Advice that would make steps faster, for people."""
+    slowest_server: _builtins.str
+    """The server whose contributions are under way much longer than those of the others; empty when there is none."""
     @_builtins.property
     def mean(self) -> Global___StepParts:
         """The mean of all workers."""
@@ -348,10 +351,11 @@ class StepBreakdown(_message.Message):
         slowest_link: _builtins.str = ...,
         advice: _builtins.str = ...,
         workers: _abc.Iterable[Global___WorkerTimes] | None = ...,
+        slowest_server: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mean", b"mean"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "mean", b"mean", "num_steps", b"num_steps", "slowest_link", b"slowest_link", "slowest_worker", b"slowest_worker", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "mean", b"mean", "num_steps", b"num_steps", "slowest_link", b"slowest_link", "slowest_server", b"slowest_server", "slowest_worker", b"slowest_worker", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

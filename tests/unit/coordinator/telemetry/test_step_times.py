@@ -110,3 +110,16 @@ def test_an_epoch_that_was_replaced_is_forgotten() -> None:
     made.add("worker-0", 1, 9, times())
     assert breakdown(made, CODEC, 8) is None
     assert means([]) == []
+
+
+def test_a_slow_server_is_named() -> None:
+    slow = times(rest=400)
+    slow.server_us.extend([100_000, 350_000, 120_000])
+    found = breakdown(window(slow, slow), CODEC, 8, ["a", "b", "c"])
+    assert found is not None
+    assert found.slowest_server == "b: contributions are under way for 0.35 s, to the others for 0.11 s"
+    even = times(rest=400)
+    even.server_us.extend([100_000, 120_000, 120_000])
+    none = breakdown(window(even), CODEC, 8, ["a", "b", "c"])
+    assert none is not None
+    assert not none.slowest_server

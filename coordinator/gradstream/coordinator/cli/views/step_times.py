@@ -17,6 +17,7 @@ def step_line(found: StepBreakdown) -> str:
     """A step's duration and its parts in percent, with the worker that causes a part."""
     slots = f" (of {found.slowest_worker})" if found.slowest_worker else ""
     link = f"; slowest link {found.slowest_link}" if found.slowest_link else ""
+    server = f"; slowest server {found.slowest_server}" if found.slowest_server else ""
     parts = [
         ("compute", found.mean.compute_seconds),
         ("weights", found.mean.weights_seconds),
@@ -27,7 +28,7 @@ def step_line(found: StepBreakdown) -> str:
     ]
     whole = found.mean.step_seconds or 1.0
     shown = [f"{name} {100 * seconds / whole:.0f} %" for name, seconds in parts if seconds / whole >= SMALL_SHARE]
-    return f"{seconds_text(found.mean.step_seconds)}: {', '.join(shown)}{link}"
+    return f"{seconds_text(found.mean.step_seconds)}: {', '.join(shown)}{link}{server}"
 
 
 def print_step_table(found: StepBreakdown) -> None:

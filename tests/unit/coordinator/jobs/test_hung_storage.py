@@ -19,7 +19,7 @@ from gradstream.core.storage import files
 from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import jobs_pb2
 
-SOON = 0.3
+SOON = 0.8
 BOUND_SECONDS = 20.0
 
 
@@ -103,7 +103,7 @@ async def test_a_plan_waits_for_its_storage_and_says_so(cluster: Cluster, hung: 
     async with asyncio.timeout(BOUND_SECONDS):
         while True:
             waits = [wait.what for wait in (await cluster.job(job_id)).waits]
-            if any("has not answered for 0.3 s; check that it is mounted" in what for what in waits):
+            if any(f"has not answered for {SOON} s; check that it is mounted" in what for what in waits):
                 break
             await asyncio.sleep(0.05)
     assert not running.done()

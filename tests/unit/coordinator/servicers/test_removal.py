@@ -14,6 +14,7 @@ from coordinator_fakes import Cluster, make_recipe, report_checkpoint, report_va
 from gradstream.coordinator.jobs.removal import judge_removal, put_back, remove_files, set_aside, survey
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.core.errors import ConfigError, GradstreamError
+from gradstream.core.recipe.fine_tuning import OLD_KEY
 from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.proto.v1 import jobs_pb2
 
@@ -35,7 +36,7 @@ def test_which_jobs_may_go() -> None:
         (ended, [record("a-2", QUEUED, needs_it)], (), "has the checkpoint of version 2 that job a-2 starts from"),
         (ended, [], {4}, "has a checkpoint, of version 4, that is being read"),
         (record("a-1", FINISHED, fine_tuning={"base": {}}), [], (), "is a fine-tuning's"),
-        (record("a-1", FINISHED, finetuning={"base": {}}), [], (), "is a fine-tuning's"),
+        (record("a-1", FINISHED, **{OLD_KEY: {"base": {}}}), [], (), "is a fine-tuning's"),
     ):
         may_go, reason = judge_removal(job, others, pinned)
         assert not may_go

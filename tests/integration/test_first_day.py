@@ -103,14 +103,19 @@ def test_the_fine_tuning_learns(person: Person) -> None:
     assert (person.directory / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_the_script_trains_too(person: Person) -> None:
-    (printed,) = [text for command, text in person.transcript if command == "python again.py"]
-    assert masked(printed.splitlines()[0]) == "tales-# finished: loss #"
-    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["0", "1", "2", "3"]
-    names = [line.split()[0] for line in said_lines(person, "ls")]
-    assert names == ["JOB", "tales-2", "habits-1", "tales-1", "more"]
+def test_the_script_goes_on_from_the_first_job(person: Person) -> None:
+    (printed,) = [text for command, text in person.transcript if command == "python further.py"]
+    first, *rows = printed.splitlines()
+    assert masked(first) == "tales-# finished: validation loss #"
+    assert [row.split()[0] for row in rows] == ["0", "1", "2", "3"]
+    trained, untrained = re.findall(
+        r"validation loss +(\S+) nats a token \(at the start (\S+)\)", last(person, "status")
+    )[0]
+    assert float(rows[0].split()[2]) < (float(trained) + float(untrained)) / 2
+    names = [line.split()[0] for line in last(person, "ls").splitlines()]
+    assert names == ["JOB", "habits-1", "tales-1", "more"]
 
 
-def said_lines(person: Person, command: str) -> list[str]:
-    """The lines that a command printed the last time."""
-    return [text for each, text in person.transcript if each == f"gradstream {command}"][-1].splitlines()
+def last(person: Person, command: str) -> str:
+    """What a command printed the last time."""
+    return [text for each, text in person.transcript if each == f"gradstream {command}"][-1]

@@ -97,8 +97,9 @@ def walk(person: Person, cluster: Cluster) -> None:
     person.gradstream("generate", "model", "--prompt", "The old", "--max-new-tokens", "60")
     assert job_id == "tales-1"
     fine_tune(person, cluster)
-    (files / "again.py").write_text(blocks(page, "python")[0].replace("127.0.0.1:7000", cluster.address))
-    person.python("again.py")
+    (files / "further.py").write_text(blocks(page, "python")[0].replace("127.0.0.1:7000", cluster.address))
+    person.python("further.py")
+    person.gradstream("rm", "tales-2")
     person.gradstream("ls")
 
 

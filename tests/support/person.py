@@ -27,20 +27,23 @@ class Person:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "XDG_CONFIG_HOME": str(directory / "config")}
+        own = {"TERM": "dumb", "NO_COLOR": "1", "XDG_CONFIG_HOME": str(directory / "config")}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("GRADSTREAM_", "COLUMNS"))}
+        self.environment = {**kept, **own}
         self.aliases = {str(directory): "/home/ann/tales"}
         self.transcript: list[tuple[str, str]] = []
 
-    def gradstream(self, *arguments: str, exit_code: int = 0) -> str:
-        """Run `gradstream …`; return what it printed on both streams. Another exit code fails the test."""
-        return self.run(f"gradstream {_shown(arguments)}", [_beside_python("gradstream"), *arguments], exit_code)
+    def gradstream(self, *arguments: str) -> str:
+        """Run `gradstream …`; return what it printed on both streams."""
+        return self._run("gradstream", [str(Path(sys.executable).with_name("gradstream")), *arguments])
 
     def python(self, *arguments: str) -> str:
         """Run `python …`; return what it printed on both streams."""
-        return self.run(f"python {_shown(arguments)}", [sys.executable, *arguments], 0)
+        return self._run("python", [sys.executable, *arguments])
 
-    def run(self, shown: str, command: Sequence[str], exit_code: int) -> str:
-        """Run a command that the transcript shows as `shown`."""
+    def _run(self, name: str, command: Sequence[str]) -> str:
+        """Run a command whose program the transcript calls `name`. Raises AssertionError unless it ends with 0."""
+        shown = " ".join([name, *(f'"{word}"' if " " in word else word for word in command[1:])])
         mine, its = pty.openpty()
         fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
         process = subprocess.Popen(
@@ -57,7 +60,7 @@ class Person:
             os.close(mine)
             code = process.wait(30)
         text = screen(printed.decode())
-        assert code == exit_code, f"`{shown}` ended with {code}:\n{text}"
+        assert code == 0, f"`{shown}` ended with {code}:\n{text}"
         self.note(shown, text)
         return text
 
@@ -66,14 +69,6 @@ class Person:
         for real, alias in self.aliases.items():
             command, text = command.replace(real, alias), text.replace(real, alias)
         self.transcript.append((command, text))
-
-
-def _shown(arguments: Sequence[str]) -> str:
-    return " ".join(f'"{word}"' if " " in word else word for word in arguments)
-
-
-def _beside_python(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))
 
 
 def screen(printed: str) -> str:

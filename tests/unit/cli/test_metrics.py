@@ -55,7 +55,7 @@ def test_the_table_has_the_last_rows_below_a_sparkline(
     assert lines[0] == "tiny-1 running, 12.0 k tokens in 12 steps"
     assert lines[1].startswith("loss 8.0000 █")
     assert lines[1].endswith("▁ -6.5000")
-    assert lines[3].split() == ["STEP", "TOKENS", "LOSS", "VALIDATION", "RATE", "NORM", "TIME", "UP", "DOWN"]
+    assert lines[3].split() == ["STEP", "TOKENS", "LOSS", "VALIDATION", "LR", "NORM", "TIME", "UP", "DOWN"]
     assert [line.split()[0] for line in lines[4:]] == [str(step) for step in range(16, 31)]
     assert all(len(line.rstrip()) <= 80 for line in lines)
     assert main(["metrics", "tiny-1", "-c", address, "--every", "7", "--last", "2"]) == 0
@@ -70,6 +70,15 @@ def test_a_skipped_step_says_so(address: str, capsys: pytest.CaptureFixture[str]
     assert rows[0][:4] == ["0", "1.0", "k", "8.0000"]
     assert (rows[1][3], rows[1][7:9]) == ("skipped", ["500", "ms"])
     assert rows[3] == ["3", "3.0", "k", "-", "6.2500", "-", "-", "-", "-", "-"]
+
+
+def test_a_norm_has_three_digits(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs.metrics = canned_metrics(4)
+    for row, norm in zip(jobs.metrics, (132.4, 12.34, 0.5), strict=False):
+        row.grad_norm = norm
+    assert main(["metrics", "-c", address]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[4:]]
+    assert (rows[0][6], rows[2][6]) == ("132", "0.500")
 
 
 def test_programs_get_all_rows(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:

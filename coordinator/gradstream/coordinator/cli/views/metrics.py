@@ -67,7 +67,7 @@ def sparkline(values: Sequence[float], num_columns: int = SPARKLINE_COLUMNS) -> 
 def metrics_table(rows: Iterable[StepMetrics]) -> Any:
     """The rows as a rich table of at most 80 columns."""
     return terminal.make_table(
-        [">STEP", ">TOKENS", ">LOSS", ">VALIDATION", ">RATE", ">NORM", ">TIME", ">UP", ">DOWN"],
+        [">STEP", ">TOKENS", ">LOSS", ">VALIDATION", ">LR", ">NORM", ">TIME", ">UP", ">DOWN"],
         [
             (
                 row.step,
@@ -86,4 +86,4 @@ def metrics_table(rows: Iterable[StepMetrics]) -> Any:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
+    return "-" if value is None else f"{value:{form}}".removesuffix(".")

@@ -21,8 +21,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.recipe.learning_rate import learning_rate
 from gradstream.core.recipe.loading import parse_recipe
-from gradstream.services.parameter_server.optimizer import learning_rate
 from gradstream.worker.samples.data import SlotReader
 
 

@@ -18,8 +18,8 @@ from torch import nn
 
 from gradstream.core.data.manifest import Manifest, parse_manifest
 from gradstream.core.model.model import build, initial_weights
+from gradstream.core.recipe.learning_rate import learning_rate
 from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
-from gradstream.services.parameter_server.optimizer import learning_rate
 from gradstream.worker.samples.data import SlotReader, Split
 
 

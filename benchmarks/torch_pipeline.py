@@ -36,10 +36,10 @@ from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.model.model import build, initial_weights
 from gradstream.core.model.stage_module import StageModule, segments_of, stage_tensors
 from gradstream.core.pipeline.schedule import make_schedule
+from gradstream.core.recipe.learning_rate import learning_rate
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.telemetry.timeline import SpanKind
-from gradstream.services.parameter_server.optimizer import learning_rate
 from gradstream.worker.samples.data import SlotReader
 
 _ACTIVATIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

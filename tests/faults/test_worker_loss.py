@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def test_workers_that_hang_or_fail_are_benched_and_change_no_bit(
     messages = [item.message for item in cluster.client.watch(job.job_id, follow=False) if hasattr(item, "message")]
     failed = "worker worker-2 is benched for this job: MemoryError: out of memory in slot 2 of step 2"
     assert failed in messages, messages
-    assert any("worker worker-1 is benched: no progress on slot 1" in message for message in messages), messages
+    # By then worker-1 may have got slot 2 as well.
+    hung = re.compile(r"worker worker-1 is benched: no progress on slots? 1\b")
+    assert any(hung.search(message) for message in messages), messages
     ended = cluster.client.job(job.job_id)
     assert (ended.epoch, set(ended.slot_holders)) == (1, set())
     assert cluster.final_digest(job.job_id) == reference

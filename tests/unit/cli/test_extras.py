@@ -45,6 +45,7 @@ WORKS_WITH_A_CLUSTER = [
     "metrics tiny-1",
     "pause tiny-1",
     "replan tiny-1",
+    "rm tiny-1 --dry-run",
     "resume tiny-1",
     "stop tiny-1",
     "ckpt ls",

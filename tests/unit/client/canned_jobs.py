@@ -343,6 +343,15 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
             return jobs_pb2.ReplanJobResponse(job=self._find(request.job_id))
         raise AssertionError
 
+    async def RemoveJob(self, request: Any, context: Any) -> jobs_pb2.RemoveJobResponse:
+        self.requests.append(request)
+        async with rpc_errors.answering(context):
+            job = self._find(request.job_id)
+            return jobs_pb2.RemoveJobResponse(
+                job_id=job.job_id, num_bytes=5, versions=[2], run_directory="/runs/tiny-1"
+            )
+        raise AssertionError
+
     async def StopJob(self, request: Any, context: Any) -> jobs_pb2.StopJobResponse:
         self.requests.append(request)
         async with rpc_errors.answering(context):

@@ -1,4 +1,4 @@
-"""A finished job goes on to more steps: the bits are those of the resulting recipe from its start, whoever dies."""
+"""A finished job goes on to more steps: the bits are those of the resulting recipe, also after deaths."""
 
 from __future__ import annotations
 

@@ -102,6 +102,7 @@ class Reports:
         self._session = session
         self._timeline = timeline
         self._puller = puller
+        self._server_of = [bundle.server for bundle in plan.bundles]
         self._timeline_report: asyncio.Task[None] | None = None
 
     def close(self) -> None:
@@ -142,7 +143,7 @@ class Reports:
             version,
             self._session.node_id,
             period_ns,
-            [bundle.server for bundle in plan.bundles],
+            self._server_of,
         )
         try:
             await self._session.stub.ReportTimeline(report, timeout=UNARY_TIMEOUT_SECONDS)

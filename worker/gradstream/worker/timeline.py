@@ -51,7 +51,8 @@ class Timeline:
         After the first MAX_SPANS of a version only spans of WORK are kept. They count in `step_times` but are not
         reported.
         """
-        if len(self._spans) < (MAX_SPANS if kind not in WORK else 2 * MAX_SPANS):
+        num_spans = len(self._spans)
+        if num_spans < MAX_SPANS or (kind in WORK and num_spans < 2 * MAX_SPANS):
             self._spans.append((kind, begin_ns, end_ns, slot, item, num_bytes, stage, microbatch))
 
     @contextmanager

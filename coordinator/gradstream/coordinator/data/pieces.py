@@ -31,9 +31,9 @@ BREAKS = (
 class Extent:
     """The amount of text in a corpus. Sizes are in bytes of UTF-8.
 
-    `lengths` are the lengths of the documents that were counted: all documents if `whole`, else so many that the
-    division does not depend on more. `num_bytes` and `longest` are of the whole corpus; if it was not counted whole,
-    they come from the stored sizes of its files.
+    `lengths` are the lengths of the documents that were counted: all documents if `whole`, else a number from which on
+    further documents do not change the division. `num_bytes` and `longest` are of the whole corpus; if it was not
+    counted whole, they come from the stored sizes of its files.
     """
 
     lengths: tuple[int, ...]

@@ -100,9 +100,9 @@ class Leasing:
     def _slot_seconds(self, active: ActiveJob, workers: list[str]) -> dict[str, float]:
         """Each worker's time for a slot, 0 if not measured; empty before enough steps were measured."""
         steps = self._timelines.steps(active.job_id)
-        if steps is None or steps.num_steps < MIN_MEASURED_STEPS:
+        if steps is None or steps.measured.num_steps < MIN_MEASURED_STEPS:
             return {}
-        by_name = {worker.name: worker.slot_seconds for worker in steps.workers()}
+        by_name = {worker.name: worker.slot_seconds for worker in steps.measured.workers}
         return {worker: by_name.get(self._members.name_of(worker), 0.0) for worker in workers}
 
     def table(self, active: ActiveJob, proposal: Proposal, number: int) -> plan_pb2.LeaseTable:

@@ -36,8 +36,10 @@ def judge_removal(record: JobRecord, others: Iterable[JobRecord], pinned: Collec
         return False, f"{name} is {STATE_WORDS[record.state]}; stop it first: gradstream stop {record.job_id}"
     root = checkpoints.root_of(record.run_directory)
     for other in others:
+        if other.state in ENDED or other.job_id == record.job_id:
+            continue
         needed = checkpoints.bases_under(root, [checkpoints.base_path(other.recipe_json)])
-        if other.state not in ENDED and other.job_id != record.job_id and needed:
+        if needed:
             return False, (
                 f"{name} has the checkpoint of version {min(needed)} that job {other.job_id} starts from; wait until "
                 f"that one has ended, or stop it"

@@ -33,8 +33,8 @@ class Views:
     def job(self, record: JobRecord, whole: bool = False) -> jobs_pb2.Job:
         """One job: state, progress and waits.
 
-        `whole` also reads the plan of a job that has ended. A large model's plan has megabytes, so a list of jobs
-        leaves it out.
+        `whole` also gives each worker's step times, and reads the plan of a job that has ended. A list of jobs leaves
+        both out: a large model's plan has megabytes.
         """
         active = self._controller.active
         if active is not None and active.job_id == record.job_id:
@@ -80,6 +80,8 @@ class Views:
             and (found := breakdown(steps, recipe.codec, recipe.training.num_slots, names)) is not None
         ):
             message.step_breakdown.CopyFrom(found)
+            if not whole:
+                message.step_breakdown.ClearField("workers")
         if plan is not None and plan.stage_ends:
             message.pipeline.CopyFrom(self._pipeline(record.job_id, plan))
         validations = self._state.validations(record.job_id)

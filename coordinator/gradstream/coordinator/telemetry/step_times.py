@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from gradstream.core.recipe.recipe import CodecConfig
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
@@ -60,12 +61,53 @@ class WorkerParts:
         return busy / self.num_slots if self.num_slots else 0.0
 
 
+class WorkerReport(NamedTuple):
+    """A worker's StepTimes of one step, in seconds. `rest` is the wait for other workers' slots and for the servers.
+
+    The values are plain, because a part of a message keeps the whole message, with its timeline, in memory.
+    """
+
+    compute: float
+    weights: float
+    send: float
+    rest: float
+    other: float
+    num_slots: int
+    push_bytes_per_second: float
+    pull_bytes_per_second: float
+    server_seconds: tuple[float, ...]
+
+    @classmethod
+    def from_proto(cls, times: coordinator_pb2.StepTimes) -> WorkerReport:
+        """The report that a message holds."""
+        known = times.compute_us + times.weights_us + times.send_us + times.rest_us
+        return cls(
+            times.compute_us / 1e6,
+            times.weights_us / 1e6,
+            times.send_us / 1e6,
+            times.rest_us / 1e6,
+            max(0, times.period_us - known) / 1e6,
+            times.num_slots,
+            times.push_bytes_per_second,
+            times.pull_bytes_per_second,
+            tuple(each / 1e6 for each in times.server_us),
+        )
+
+
+class Measured(NamedTuple):
+    """The means of each worker over `num_steps` steps."""
+
+    num_steps: int = 0
+    workers: tuple[WorkerParts, ...] = ()
+
+
 class StepWindow:
-    """The StepTimes of the last steps, by worker."""
+    """The reports of the last steps, by worker. One thread at a time calls `add`; any thread reads `measured`."""
 
     def __init__(self) -> None:
-        self._steps: OrderedDict[tuple[int, int], dict[str, coordinator_pb2.StepTimes]] = OrderedDict()
-        self._found: list[WorkerParts] | None = None
+        self.measured = Measured()
+        """The last steps; renewed when the reports of another step begin to come."""
+        self._steps: OrderedDict[tuple[int, int], dict[str, WorkerReport]] = OrderedDict()
 
     def add(self, worker: str, epoch: int, version: int, times: coordinator_pb2.StepTimes) -> None:
         """Add a worker's times of a version. Steps of a superseded epoch are dropped."""
@@ -74,69 +116,50 @@ class StepWindow:
             return
         if epoch > newest[0]:
             self._steps.clear()
+        is_new = (epoch, version) not in self._steps
         step = self._steps.setdefault((epoch, version), {})
         if worker in step or len(step) < MAX_WORKERS:
-            step[worker] = times
+            step[worker] = WorkerReport.from_proto(times)
         while len(self._steps) > NUM_STEPS + NUM_OPEN_STEPS:
             self._steps.popitem(last=False)
-        self._found = None
-
-    @property
-    def num_steps(self) -> int:
-        """The number of measured steps."""
-        return len(_whole(list(self._steps.values())))
-
-    def workers(self) -> list[WorkerParts]:
-        """The means of each worker over the steps on which all workers have reported."""
-        if self._found is None:
-            self._found = means(list(self._steps.values()))
-        return self._found
+        if is_new:
+            self.measured = measure(list(self._steps.values()))
 
 
-def _whole(steps: Sequence[Mapping[str, coordinator_pb2.StepTimes]]) -> list[Mapping[str, coordinator_pb2.StepTimes]]:
-    """The steps with the most reports, without the newest.
+def measure(steps: Sequence[Mapping[str, WorkerReport]]) -> Measured:
+    """Average over `steps`, which are oldest first; workers are in the order of their names.
 
-    Steps may lack reports, because a worker that cannot report as fast as it computes leaves steps out.
+    Only the steps with the most reports count, because a worker that cannot report as fast as it computes leaves steps
+    out. The newest steps do not count, because their reports still come.
     """
-    over = list(steps[:-NUM_OPEN_STEPS])
+    over = steps[:-NUM_OPEN_STEPS]
     most = max(map(len, over), default=0)
-    return [step for step in over if len(step) == most]
-
-
-def means(steps: Sequence[Mapping[str, coordinator_pb2.StepTimes]]) -> list[WorkerParts]:
-    """The means of each worker over `steps`, which are oldest first; workers are in the order of their names."""
-    found: dict[str, list[tuple[Parts, coordinator_pb2.StepTimes]]] = {}
-    for step in _whole(steps):
-        servers = min(times.rest_us for times in step.values())
-        for worker, times in step.items():
-            known = times.compute_us + times.weights_us + times.send_us + times.rest_us
-            parts = Parts(
-                times.compute_us / 1e6,
-                times.weights_us / 1e6,
-                times.send_us / 1e6,
-                (times.rest_us - servers) / 1e6,
-                servers / 1e6,
-                max(0, times.period_us - known) / 1e6,
-            )
-            found.setdefault(worker, []).append((parts, times))
-    return [
+    whole = [step for step in over if len(step) == most]
+    found: dict[str, list[tuple[Parts, WorkerReport]]] = {}
+    for step in whole:
+        servers = min(report.rest for report in step.values())
+        for worker, report in step.items():
+            parts = Parts(report.compute, report.weights, report.send, report.rest - servers, servers, report.other)
+            found.setdefault(worker, []).append((parts, report))
+    workers = [
         WorkerParts(
             worker,
             mean([parts for parts, _ in entries]),
-            sum(times.num_slots for _, times in entries) / len(entries),
-            sum(times.push_bytes_per_second for _, times in entries) / len(entries),
-            sum(times.pull_bytes_per_second for _, times in entries) / len(entries),
-            _server_seconds([times.server_us for _, times in entries]),
+            sum(report.num_slots for _, report in entries) / len(entries),
+            sum(report.push_bytes_per_second for _, report in entries) / len(entries),
+            sum(report.pull_bytes_per_second for _, report in entries) / len(entries),
+            _server_seconds([report.server_seconds for _, report in entries]),
         )
         for worker, entries in sorted(found.items())
     ]
+    return Measured(len(whole), tuple(workers))
 
 
-def _server_seconds(steps: Sequence[Sequence[int]]) -> tuple[float, ...]:
-    """Means by server; of steps under one plan, all have the same servers."""
+def _server_seconds(steps: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Means by server; all steps under one plan have the same servers."""
     if len({len(step) for step in steps}) != 1:
         return ()
-    return tuple(sum(server) / len(steps) / 1e6 for server in zip(*steps, strict=True))
+    return tuple(sum(server) / len(steps) for server in zip(*steps, strict=True))
 
 
 def mean(parts: Sequence[Parts]) -> Parts:
@@ -206,13 +229,13 @@ def breakdown(
     window: StepWindow, codec: CodecConfig, num_slots: int, server_names: Sequence[str] = ()
 ) -> jobs_pb2.StepBreakdown | None:
     """The breakdown that status shows; None before a step was measured. `server_names` are those of the plan."""
-    workers = window.workers()
+    num_steps, workers = window.measured
     if not workers:
         return None
     parts = mean([worker.parts for worker in workers])
     slowest, link, server = slowest_worker(workers), slowest_link(workers), slowest_server(workers)
     return jobs_pb2.StepBreakdown(
-        num_steps=window.num_steps,
+        num_steps=num_steps,
         mean=_message(parts),
         slowest_worker=slowest.name if slowest is not None else "",
         slowest_link=_link(link) if link is not None else "",

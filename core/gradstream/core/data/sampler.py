@@ -49,15 +49,9 @@ def slot_groups(manifest: Manifest, split: str, num_slots: int, sequence_length:
     consecutive ranges, whose sizes differ by at most one sample. A group is empty only if the split has fewer samples
     than there are slots. Raises DataError for rows of another length.
     """
-    shards = [
-        SampleRange(shard, 0, count)
-        for shard in manifest.split(split)
-        if (count := manifest.num_samples(shard, sequence_length))
-    ]
-    files = [shard.file for shard in manifest.split(split)]
-    if len(files) % num_slots == 0:
-        slot_of = {file: number % num_slots for number, file in enumerate(files)}
-        groups = [[part for part in shards if slot_of[part.shard.file] == slot] for slot in range(num_slots)]
+    shards = [SampleRange(shard, 0, manifest.num_samples(shard, sequence_length)) for shard in manifest.split(split)]
+    if len(shards) % num_slots == 0:
+        groups = [[part for part in shards[slot::num_slots] if part.count] for slot in range(num_slots)]
         if all(groups):
             return groups
     total = sum(part.count for part in shards)

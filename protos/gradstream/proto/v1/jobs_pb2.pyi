@@ -340,7 +340,7 @@ class StepBreakdown(_message.Message):
 
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerTimes]:
-        """The parts for each worker."""
+        """The parts for each worker; empty in a list of jobs."""
 
     def __init__(
         self,

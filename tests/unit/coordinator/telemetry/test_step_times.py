@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.coordinator.telemetry.step_times import NUM_OPEN_STEPS, NUM_STEPS, StepWindow, breakdown, means
+from gradstream.coordinator.telemetry.step_times import (
+    NUM_OPEN_STEPS,
+    NUM_STEPS,
+    Measured,
+    StepWindow,
+    breakdown,
+    measure,
+)
 from gradstream.core.recipe.recipe import CodecConfig
 from gradstream.proto.v1.coordinator_pb2 import StepTimes
 
@@ -109,7 +116,7 @@ def test_an_epoch_that_was_replaced_is_forgotten() -> None:
     made.add("worker-9", 2, 3, times())
     made.add("worker-0", 1, 9, times())
     assert breakdown(made, CODEC, 8) is None
-    assert means([]) == []
+    assert measure([]) == Measured()
 
 
 def test_a_slow_server_is_named() -> None:

@@ -12,8 +12,9 @@ from support.person import Person, masked, refreshed, sessions
 
 pytestmark = pytest.mark.timeout(300)
 
-# What these print depends on times, on how many steps there were time for, or on the bits of this machine.
-VARYING = ("status", "watch", "ls", "events", "metrics", "generate", "finetune create", "finetune status")
+# What these print depends on times, on how many steps there were time for (`init` measures the machine and decides how
+# often a checkpoint is written, so `rm` has one or more of them to remove), or on the bits of this machine.
+VARYING = ("status", "watch", "ls", "events", "metrics", "generate", "rm", "finetune create", "finetune status")
 VARYING_COMMANDS = re.compile(rf"gradstream ({'|'.join(VARYING)}|finetune compare)\b(?!.*--dry-run)|python ")
 
 
@@ -112,6 +113,7 @@ def test_the_script_goes_on_from_the_first_job(person: Person) -> None:
         r"validation loss +(\S+) nats a token \(at the start (\S+)\)", last(person, "status")
     )[0]
     assert float(rows[0].split()[2]) < (float(trained) + float(untrained)) / 2
+    assert re.fullmatch(r"tales-# removed: # checkpoints?, #", said(person, "rm tales-2"))
     names = [line.split()[0] for line in last(person, "ls").splitlines()]
     assert names == ["JOB", "habits-1", "tales-1", "more"]
 

@@ -1,7 +1,8 @@
-"""bench-server: one server process with 1 to 64 senders: goodput, processor time per GB, memory against its bound.
+"""bench-server: one server process with 1 to 64 senders: goodput, processor time per GB, memory, a checkpoint's cost.
 
 Each sender is a stream on a channel of its own. The senders are spread over at most 4 processes, because the machine
-has few cores. All push whole slots at once, so contributions arrive out of turn and wait, as in a step of many workers.
+has few cores. All push whole slots at once, so contributions arrive out of turn, as in a step of many workers. The
+cases of late slots and of a checkpoint are in server_memory.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import statistics
 from contextlib import ExitStack
 
 from report import Result, arguments_parser, chosen, fail, report, result
+from server_memory import CASES as MEMORY_CASES
 from standalone import Child, Usage, make_plan, payloads_of, run_sender, run_server
 
 from gradstream.core.wire.frames import PIECE_BYTES
@@ -26,12 +28,22 @@ TARGET_LINEAR = 0.67
 
 def main() -> None:
     arguments = arguments_parser(__doc__).parse_args()
-    num_slots, num_rounds = (4, 1) if arguments.smoke else (NUM_SLOTS, NUM_ROUNDS)
-    cases = chosen("server", {f"{number}_senders": number for number in NUM_SENDERS}, arguments.only)
-    counts = [number for number in cases.values() if not arguments.smoke or number <= SMOKE_SENDERS]
-    if not counts:
+    names = {f"{number}_senders": number for number in NUM_SENDERS} | dict.fromkeys(MEMORY_CASES, 0)
+    cases = chosen("server", names, arguments.only)
+    counts = [number for number in cases.values() if number and (not arguments.smoke or number <= SMOKE_SENDERS)]
+    memory_cases = [MEMORY_CASES[name] for name in cases if name in MEMORY_CASES]
+    if not counts and not memory_cases:
         fail("server", f"a smoke run has at most {SMOKE_SENDERS} senders")
-    plan = make_plan(CODEC, num_slots, num_layers=1 if arguments.smoke else 4)
+    results = _many_senders(counts, arguments.smoke) if counts else []
+    for measure in memory_cases:
+        results += measure(arguments.smoke)
+    report("server", results)
+
+
+def _many_senders(counts: list[int], smoke: bool) -> list[Result]:
+    """Push whole slots with each of these numbers of senders."""
+    num_slots, num_rounds = (4, 1) if smoke else (NUM_SLOTS, NUM_ROUNDS)
+    plan = make_plan(CODEC, num_slots, num_layers=1 if smoke else 4)
     slot_bytes = sum(payload.nbytes for payload in payloads_of(plan))
     bundles = list(range(len(plan.bundles)))
     results: list[Result] = []
@@ -78,12 +90,13 @@ def main() -> None:
             )
             print(f"{num_senders} senders: {detail}", flush=True)
             results.append(result(f"memory_bound_over_growth_{num_senders}", bound_bytes / growth_bytes, 1.0, detail))
+            results.append(result(f"gb_per_second_{num_senders}", statistics.median(speeds), 0.0))
     for num_senders in counts if NUM_SENDERS[0] in counts else ():
         if num_senders == NUM_SENDERS[0]:
             continue
         ratio = seconds_a_gb[NUM_SENDERS[0]] / seconds_a_gb[num_senders]
         results.append(result(f"cpu_per_gb_1_over_{num_senders}", ratio, TARGET_LINEAR))
-    report("server", results)
+    return results
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ import uvloop
 from gradstream.core.codecs import Payload
 from gradstream.core.codecs.payloads import BundleCodec, split
 from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.machine import memory
+from gradstream.core.model import model
 from gradstream.core.model.model import inventory
 from gradstream.core.plan.bundles import Bundle
 from gradstream.core.plan.fragments import cut
@@ -48,6 +50,8 @@ from gradstream.services.parameter_server.shard import Shard
 
 FRAGMENT_ELEMENTS = 1 << 20
 ANSWER_SECONDS = 120.0
+LATENESS_SECONDS = 0.02
+"""Time between two measurements of the event loop's lateness."""
 BARE_SERVICE = "gradstream.bench.Bare"
 _MODEL = {
     "model_type": "llama",
@@ -64,15 +68,23 @@ _MODEL = {
 _SLOT_TOKENS = 8
 
 
-def make_plan(codec: str, num_slots: int, num_layers: int = 4) -> Plan:
+def make_plan(
+    codec: str,
+    num_slots: int,
+    num_layers: int = 4,
+    pull: str | None = None,
+    checkpoint_root: str = "",
+    checkpoint_steps: int = 0,
+) -> Plan:
     """Make a plan of one server: 4 MiB fragments, 16 MiB of embedding and 16 MiB a layer in fp32.
 
-    The norms are one bundle of a few KiB.
+    The norms are one bundle of a few KiB. `codec` is the codec of pushes, and of pulls unless `pull` is given. Every
+    `checkpoint_steps` steps a checkpoint is written below `checkpoint_root`.
     """
-    model = _MODEL | {"num_hidden_layers": num_layers}
+    config = _MODEL | {"num_hidden_layers": num_layers}
     recipe = {
         "name": "transport",
-        "model": {"config": model},
+        "model": {"config": config},
         "training": {
             "num_steps": 1000,
             "num_slots": num_slots,
@@ -80,18 +92,18 @@ def make_plan(codec: str, num_slots: int, num_layers: int = 4) -> Plan:
             "microbatch": 1,
             "sequence_length": 8,
         },
-        "codec": {"push": codec, "pull": codec},
+        "codec": {"push": codec, "pull": pull or codec},
         "validation": {"num_samples": num_slots},
-        "checkpoint": {"interval_steps": 0},
+        "checkpoint": {"interval_steps": checkpoint_steps},
         "data": {"path": "none"},
     }
     data = {"token_dtype": "uint16", "vocab_size": 8192, "end_of_text_id": 0, "tokenizer_sha256": "0" * 64}
-    tensors = tuple(inventory(model))
+    tensors = tuple(inventory(config))
     return Plan(
         job_id="transport",
         epoch=1,
         recipe=parse_recipe(recipe),
-        model_config=model,
+        model_config=config,
         data_manifest=parse_manifest(data | {"shards": []}),
         tensors=tensors,
         fragment_elements=FRAGMENT_ELEMENTS,
@@ -100,7 +112,7 @@ def make_plan(codec: str, num_slots: int, num_layers: int = 4) -> Plan:
         leader=0,
         start_version=0,
         checkpoint_path="",
-        checkpoint_root="",
+        checkpoint_root=checkpoint_root,
     )
 
 
@@ -227,6 +239,8 @@ class ServerActor:
         torch.set_num_threads(1)
         self.shard: Shard | None = None
         self.failures: list[Exception] = []
+        self._late_seconds = 0.0
+        self._checkpoints = 0
         self._executor = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "tensor")
         self._transport = Transport(credentials and credentials / "server")
         guards = []
@@ -241,11 +255,27 @@ class ServerActor:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BARE_SERVICE, handlers),))
         self._port = listen(self._server, "127.0.0.1:0", self._transport)
         await self._server.start()
+        self._watch = asyncio.create_task(self._measure_lateness())
 
     async def stop(self) -> None:
+        self._watch.cancel()
         await self._server.stop(None)
         if self.shard is not None:
             await self.shard.close("the benchmark is over")
+
+    async def _measure_lateness(self) -> None:
+        """Measure how late the event loop comes to a timer, as it would to a heartbeat."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LATENESS_SECONDS
+            await asyncio.sleep(LATENESS_SECONDS)
+            self._late_seconds = max(self._late_seconds, loop.time() - due)
+
+    async def prepare(self) -> None:
+        """Import and compile what a server needs before it registers."""
+        model.preload()
+        memory.settle()
+        memory.give_back()
 
     async def load(self, plan: Plan) -> str:
         """Load a plan; return the server's address."""
@@ -255,10 +285,13 @@ class ServerActor:
         async def ignore(_: Any) -> None:
             pass
 
+        async def count(_: Any) -> None:
+            self._checkpoints += 1
+
         async def fail(error: Exception) -> None:
             self.failures.append(error)
 
-        self.shard = Shard(plan, 0, self._executor, ignore, ignore, ignore, fail)  # type: ignore[arg-type]
+        self.shard = Shard(plan, 0, self._executor, ignore, ignore, count, fail)  # type: ignore[arg-type]
         await self.shard.load()
         return f"127.0.0.1:{self._port}"
 
@@ -290,6 +323,19 @@ class ServerActor:
         peak = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
         Path("/proc/self/clear_refs").write_text("5")  # begin a new peak
         return Usage(times.user + times.system, process.memory_info().rss, peak)
+
+    async def lateness(self) -> float:
+        """The most seconds that the event loop was late since the previous call."""
+        seconds, self._late_seconds = self._late_seconds, 0.0
+        return seconds
+
+    async def wait_checkpoints(self, count: int) -> float:
+        """Wait until `count` checkpoints have been written; return the time."""
+        while self._checkpoints < count:
+            if self.failures:
+                raise self.failures[0]
+            await asyncio.sleep(0.01)
+        return time.monotonic()
 
     async def state_bytes(self) -> int:
         """Bytes of weights, moments, accumulators and copies."""

@@ -1,0 +1,60 @@
+"""bench-scale: real coordinator and server processes with up to 1,000 simulated workers on real gRPC.
+
+    make bench-scale                                          # all cases
+    python benchmarks/scale.py --only steps_1000 --servers 8
+
+A simulated worker (`scaling.workers`) is a coroutine with the worker's own session, pulls, pushes and reports, and no
+model. All workers have one address, as behind a NAT. Each case is a module of the package `scaling`, named in `CASES`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import uvloop
+from report import Result, arguments_parser, chosen, report
+from scaling import steps
+from scaling.cluster import prepare_data, raise_descriptor_limit
+
+from gradstream.core import log
+
+Case = Callable[[Path, Path, Namespace], Awaitable[list[Result]]]
+"""Takes the data set, an own directory that does not exist yet, and the command line."""
+
+SMOKE_WORKERS = 12
+
+
+async def _steps(num_workers: int, data: Path, directory: Path, arguments: Namespace) -> list[Result]:
+    return await steps.measure(data, directory, num_workers, arguments.servers, arguments.memory)
+
+
+CASES: dict[str, Case] = {f"steps_{number}": partial(_steps, number) for number in (100, 200, 500, 1000)}
+SMOKE_CASES: dict[str, Case] = {f"steps_{SMOKE_WORKERS}": partial(_steps, SMOKE_WORKERS)}
+
+
+def main() -> None:
+    parser = arguments_parser(__doc__)
+    parser.add_argument("--servers", type=int, default=2, help="parameter servers (up to 64)")
+    parser.add_argument("--memory", default="2GiB", help="memory that each server offers")
+    arguments = parser.parse_args()
+    cases = chosen("scale", SMOKE_CASES if arguments.smoke else CASES, arguments.only)
+    # Makes `timeout` and `kill` end the cluster too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    raise_descriptor_limit()
+    log.configure("error")  # 1,000 workers log a line each
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="gradstream-scale-") as temporary:
+        data = prepare_data(Path(temporary))
+        for name, case in cases.items():
+            results += uvloop.run(case(data, Path(temporary) / name, arguments))
+    report("scale", results)
+
+
+if __name__ == "__main__":
+    main()

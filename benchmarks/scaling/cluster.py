@@ -1,0 +1,156 @@
+"""The real processes of bench-scale: a coordinator and parameter servers, started with `gradstream serve`.
+
+The coordinator can be killed and started again with the same state and address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from step import await_file, process
+
+from gradstream.client import AsyncClient
+from gradstream.coordinator.data.prepare import prepare
+from gradstream.core.recipe.loading import parse_recipe
+from gradstream.core.recipe.recipe import PrepareConfig, Recipe
+
+VOCAB_SIZE = 320
+MODEL: Mapping[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+FRAGMENT_BYTES = 1024
+"""Small, so that 64 servers have a fragment each."""
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process open as many files as the hard limit allows; return that number."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def prepare_data(directory: Path) -> Path:
+    """Prepare a small data set of the standard library's text; return its directory."""
+    data = directory / "data"
+    options = PrepareConfig(
+        sources=["stdlib:"], vocab_size=VOCAB_SIZE, num_shards=8, max_bytes=200_000, validation_fraction=0.0
+    )
+    prepare(options, str(data))
+    return data
+
+
+def recipe_of(data: Path, directory: Path, num_slots: int, num_steps: int, **sections: Any) -> Recipe:
+    """The recipe of a tiny job with `num_slots` slots of one sample each. `sections` replace keys of sections."""
+    tree: dict[str, Any] = {
+        "name": "scale",
+        "seed": 1,
+        "run_root": str(directory / "runs"),
+        "model": {"config": dict(MODEL)},
+        "training": {
+            "num_steps": num_steps,
+            "num_slots": num_slots,
+            "global_batch": num_slots,
+            "microbatch": 1,
+            "sequence_length": 8,
+        },
+        "optimizer": {"learning_rate": 1e-3},
+        "schedule": {"kind": "constant", "warmup_steps": 1},
+        "codec": {"push": "bf16", "pull": "bf16"},
+        "data": {"path": str(data)},
+        "validation": {"interval_steps": 0},
+        "checkpoint": {"interval_steps": 0},
+        "cluster": {"fragment_bytes": FRAGMENT_BYTES},
+    }
+    for key, value in sections.items():
+        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value
+    return parse_recipe(tree)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A process's processor time in seconds, and its resident memory in bytes now."""
+
+    cpu_seconds: float
+    resident_bytes: int
+
+
+class ScaleCluster:
+    """A coordinator and servers. Each is a process that ends with the block of `cluster`."""
+
+    def __init__(self, directory: Path, stack: ExitStack):
+        self.directory = directory
+        self.address = "127.0.0.1:0"
+        self._stack = stack
+        self._processes: dict[str, psutil.Process] = {}
+        self._coordinator = ExitStack()
+        stack.push(self._coordinator)
+
+    async def start_coordinator(self) -> None:
+        """Start the coordinator; a second start has the state and address of the first one."""
+        state = ["--listen", self.address, "--state", str(self.directory / "state")]
+        ready = self._serve(self._coordinator, "coordinator", "coordinator", *state)
+        self.address = await asyncio.to_thread(await_file, ready)
+
+    def kill_coordinator(self) -> None:
+        """Kill the coordinator and wait for its end."""
+        self._coordinator.close()
+
+    async def start_servers(self, count: int, memory: str) -> None:
+        """Start parameter servers that offer `memory` each, a few at a time; return when all listen."""
+        for begin in range(0, count, 4):
+            waiting = []
+            for number in range(begin, min(count, begin + 4)):
+                name = f"server-{number:02d}"
+                common = ["--coordinator", self.address, "--listen", "127.0.0.1:0", "--memory", memory]
+                options = ["--name", name, "--threads", "1", *common]
+                waiting.append(self._serve(self._stack, name, "parameter-server", *options))
+            for ready in waiting:
+                await asyncio.to_thread(await_file, ready)
+
+    def usage(self, name: str) -> Usage:
+        """What a process has used: "coordinator", "server-00" and so on."""
+        found = self._processes[name]
+        times = found.cpu_times()
+        return Usage(times.user + times.system, int(found.memory_info().rss))
+
+    def client(self) -> AsyncClient:
+        """A client of the coordinator."""
+        return AsyncClient(self.address)
+
+    def _serve(self, stack: ExitStack, name: str, role: str, *options: str) -> Path:
+        ready = self.directory / f"{name}.ready"
+        ready.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "gradstream.coordinator.cli", "serve", role, "--insecure", *options]
+        command += ["--ready-file", str(ready)]
+        started = stack.enter_context(process(command, {}, log=self.directory / f"{name}.log"))
+        self._processes[name] = psutil.Process(started.pid)
+        return ready
+
+
+@asynccontextmanager
+async def cluster(directory: Path, num_servers: int, memory: str = "2GiB") -> AsyncIterator[ScaleCluster]:
+    """Run a coordinator and servers for the block. `directory` gets their state and logs."""
+    directory.mkdir(parents=True)
+    with ExitStack() as stack:
+        running = ScaleCluster(directory, stack)
+        await running.start_coordinator()
+        await running.start_servers(num_servers, memory)
+        yield running

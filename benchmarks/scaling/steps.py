@@ -1,0 +1,59 @@
+"""Case `steps`: do the steps of one job complete, with 100 to 1,000 workers behind one address?"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from report import Result, at_most, result
+
+from gradstream.client import Job, Step
+from scaling.cluster import cluster, recipe_of
+from scaling.workers import SimulatedWorkers
+
+NUM_STEPS = 6
+MAX_SECONDS = 120.0
+"""Time for all steps, from the submission on."""
+
+
+async def measure(data: Path, directory: Path, num_workers: int, num_servers: int, memory: str) -> list[Result]:
+    """Run one job with a slot for each worker; return the share of its steps that completed, and its figures."""
+    times: list[float] = []
+    async with cluster(directory, num_servers, memory) as running, SimulatedWorkers(running.address) as workers:
+        began = time.monotonic()
+        await workers.start(num_workers)
+        registered_seconds = time.monotonic() - began
+        before, server_before = running.usage("coordinator"), running.usage("server-00")
+        async with running.client() as client:
+            limits = {"min_workers": num_workers, "min_servers": num_servers}
+            job = await client.submit(recipe_of(data, directory, num_workers, NUM_STEPS, cluster=limits))
+            try:
+                async with asyncio.timeout(MAX_SECONDS):
+                    async for item in client.watch(job.job_id):
+                        if isinstance(item, Step):
+                            times.append(item.time.timestamp())
+                        elif isinstance(item, Job) and item.state.ended:
+                            break
+            except TimeoutError:
+                pass
+            job = await client.job(job.job_id)
+        after = running.usage("coordinator")
+        server = running.usage("server-00")
+    seconds = [end - begin for begin, end in pairwise(times)]
+    median = statistics.median(seconds) if seconds else 0.0
+    detail = (
+        f"{len(times)} of {NUM_STEPS} steps, {num_servers} servers; all registered in {registered_seconds:.1f} s; "
+        f"{median:.2f} s a step; the job is {job.state} ({job.reason or 'no reason'})"
+    )
+    print(f"{num_workers} workers: {detail}", flush=True)
+    results = [result(f"steps_{num_workers}", len(times) / NUM_STEPS, 1.0, detail)]
+    if seconds:
+        server_seconds = server.cpu_seconds - server_before.cpu_seconds
+        cost = f"{after.cpu_seconds - before.cpu_seconds:.1f} CPU s of the coordinator; one server {server_seconds:.1f}"
+        results.append(at_most(f"step_seconds_{num_workers}", median, 0.0, cost))
+    memory_detail = f"of the coordinator; one server {server.resident_bytes / 2**20:.0f}"
+    results.append(at_most(f"mib_{num_workers}", after.resident_bytes / 2**20, 0.0, memory_detail))
+    return results

@@ -130,3 +130,21 @@ def test_work_is_kept_where_there_are_too_many_spans() -> None:
         timeline.add(SpanKind.SEND, number, number + 1, item=number)
     timeline.add(SpanKind.COMPUTE, 0, 5, 1)
     assert timeline.take()[-1][0] is SpanKind.COMPUTE
+
+
+def test_a_wait_for_an_acknowledgement_counts_as_sending() -> None:
+    timeline = Timeline()
+    with timeline.computing(SpanKind.COMPUTE, 2), timeline.waiting(bundle=5):
+        pass
+    (wait,) = (span for span in timeline.take() if span[0] is SpanKind.WAIT)
+    assert (wait[3], wait[4]) == (2, 5)
+    ms = 1_000_000
+    spans: list[RawSpan] = [
+        (SpanKind.COMPUTE, 0, 100 * ms, 2, None, 0, None, None),
+        (SpanKind.WAIT, 100 * ms, 150 * ms, 2, 5, 0, None, None),
+        (SpanKind.COMPUTE, 150 * ms, 200 * ms, 2, None, 0, None, None),
+        (SpanKind.SEND, 150 * ms, 220 * ms, 2, 0, 1000, None, None),
+    ]
+    found = step_times(spans, 0, 300 * ms)
+    assert found is not None
+    assert (found.compute_us, found.weights_us, found.send_us, found.rest_us) == (150_000, 0, 70_000, 80_000)

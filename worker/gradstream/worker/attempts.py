@@ -180,7 +180,7 @@ class AttemptRunner:
             exchange = neighbours
         self._status.enter("validating" if attempt.validate else "computing")
         if not attempt.validate:
-            await self._compute(partial(self._train, readers, attempt, goes_on, exchange))
+            await self._compute(partial(self._train, readers, attempt, wanted, goes_on, exchange))
             return
         slot = attempt.slots[0]
         found = await self._compute(partial(self._validate, readers.get(slot), attempt, goes_on, exchange))
@@ -206,7 +206,12 @@ class AttemptRunner:
     # -- in the compute thread -------------------------------------------------------------------------------------
 
     def _train(
-        self, readers: Mapping[int, SlotReader], attempt: Attempt, wanted: Callable[[], bool], exchange: Exchange
+        self,
+        readers: Mapping[int, SlotReader],
+        attempt: Attempt,
+        wanted: Callable[[], bool],
+        goes_on: Callable[[], bool],
+        exchange: Exchange,
     ) -> None:
         step = attempt.version
         batch = self._plan.recipe.training.slot_batch
@@ -214,7 +219,14 @@ class AttemptRunner:
             self._faults.before_slot(step, slot)
         batches = {slot: reader.batch(step, batch) for slot, reader in readers.items()}
         with self._timeline.computing(SpanKind.COMPUTE, attempt.slots[0]):
-            self._computer.run(attempt, batches, partial(self._pusher.submit, step), wanted, exchange)
+            self._computer.run(
+                attempt,
+                batches,
+                partial(self._pusher.submit, step),
+                goes_on,
+                exchange,
+                lambda slot, stage: self._pusher.backlog.make_room(step, slot, stage, wanted),
+            )
 
     def _validate(
         self, reader: SlotReader | None, attempt: Attempt, wanted: Callable[[], bool], exchange: Exchange

@@ -72,13 +72,15 @@ class SlotComputer:
         begin_slot: Callable[[int], Emit],
         wanted: Callable[[], bool],
         exchange: Exchange,
+        make_room: Callable[[int, int], None] = lambda slot, stage: None,
     ) -> None:
         """Compute this worker's part of an attempt's gradients at the installed weights.
 
         `batches` are by slot; without packed rows only workers with the first or the last stage need them.
         `begin_slot(slot)` is called before the first backward pass of a slot and returns the slot's `Emit`. `Emit` is
         called during the slot's last backward passes, last layers first, as soon as a tensor's gradient, summed over
-        the slot's target tokens, is final. Raises AbandonedError when `wanted()` turns false.
+        the slot's target tokens, is final. `make_room(slot, stage)` is called before the pass after which a stage's
+        gradients of a slot are final, and may wait. Raises AbandonedError when `wanted()` turns false.
         """
         slots = attempt.slots
         schedule = schedule_for(self.plan, attempt)
@@ -102,6 +104,7 @@ class SlotComputer:
                     emits[number] = begin_slot(slot)
                 received = self._receive(action, exchange, losses)
                 if action in finals:
+                    make_room(slot, action.stage)
                     own = range(number * per_slot, (number + 1) * per_slot)
                     loss_sum = math.fsum(losses[microbatch] for microbatch in own)
                     totals = self._totals(batches.get(slot), loss_sum)

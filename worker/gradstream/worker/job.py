@@ -102,8 +102,17 @@ class WorkerJob:
         stubs = [ParameterServerStub(channel) for channel in self._channels]
         self._timeline = Timeline()
         self._held = HeldSlots()
-        self._membership = Membership(plan, place, servicer, faults, self._timeline, session.transport, self._held.wake)
         self._pusher = Pusher(plan, stubs, faults, self._timeline, self.worker)
+        self._membership = Membership(
+            plan,
+            place,
+            servicer,
+            faults,
+            self._timeline,
+            session.transport,
+            self._held.wake,
+            self._pusher.backlog.wake,
+        )
         self._puller = Puller(plan, stubs, self._timeline, self.worker)
         self._keeper = ResidualKeeper(plan, session, self._pusher.residuals, self._pusher.encode_thread)
         self._readers = Readers(plan, session, cache_directory)
@@ -157,6 +166,7 @@ class WorkerJob:
             raise errors.exceptions[0] from None
         finally:
             self._superseded = True
+            self._wake()
             self._reports.close()
             self._keeper.close()
             await self._puller.stop()
@@ -261,7 +271,7 @@ class WorkerJob:
         model.installer.install(inbox)
         done: Done = set()
         membership = self._membership
-        upcoming.add_done_callback(lambda _: membership.wake())
+        upcoming.add_done_callback(lambda _: self._wake())
         while not upcoming.done():
             place = membership.place
             if not self._held.slots:
@@ -298,6 +308,11 @@ class WorkerJob:
                 continue
             done.update((slot, attempt.validate) for slot in attempt.slots)
         return True
+
+    def _wake(self) -> None:
+        """Wake the compute thread to check whether its attempt is still wanted."""
+        self._membership.wake()
+        self._pusher.backlog.wake()
 
 
 async def _cancelled(task: asyncio.Task[Inbox] | None) -> None:

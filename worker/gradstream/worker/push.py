@@ -26,6 +26,7 @@ from gradstream.core.wire.slot_totals import SlotTotals
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.attempt import Emit
+from gradstream.worker.backlog import Backlog
 from gradstream.worker.outbound import Call, Outbound
 from gradstream.worker.residuals import SlotResiduals
 from gradstream.worker.timeline import Timeline, clock_ns
@@ -36,14 +37,18 @@ DEFAULT_WINDOW_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Contribution:
-    """One slot's encoded gradient of one bundle."""
+    """One slot's encoded gradient of one bundle.
+
+    `let_go` is called once the contribution is held no longer: it was acknowledged, or its step is over.
+    """
 
     header: pb.ContributionHeader
     payloads: list[Payload]
+    let_go: Callable[[], None] = lambda: None
 
 
 class PushStream(Outbound[Contribution]):
-    """Sends contributions to one server; it holds at most those of the worker's slots of one step."""
+    """Sends contributions to one server; it holds those of at most two slots (gradstream.worker.backlog)."""
 
     kind = "a parameter server"
 
@@ -59,7 +64,12 @@ class PushStream(Outbound[Contribution]):
 
     def forget_before(self, step: int) -> None:
         """Drop contributions to committed steps that were not sent yet."""
-        self._waiting = deque(c for c in self._waiting if c.header.step >= step)
+        waiting, self._waiting = self._waiting, deque()
+        for contribution in waiting:
+            if contribution.header.step >= step:
+                self._waiting.append(contribution)
+            else:
+                contribution.let_go()
 
     # -- Outbound --------------------------------------------------------------------------------------------------
 
@@ -82,8 +92,9 @@ class PushStream(Outbound[Contribution]):
             return
         if not self._under_way or not _acknowledges(response, self._under_way[0].header):
             raise ProtocolError(f"server {self._server.name} acknowledged a contribution that was not sent")
-        header = self._under_way.popleft().header
-        num_bytes = header.payload_bytes
+        contribution = self._under_way.popleft()
+        contribution.let_go()
+        header, num_bytes = contribution.header, contribution.header.payload_bytes
         self._under_way_bytes -= num_bytes
         self._timeline.add(SpanKind.SEND, self._begun_ns.popleft(), clock_ns(), header.slot, header.bundle, num_bytes)
         self._faults.acknowledged(response.step, response.slot)
@@ -173,14 +184,18 @@ class Pusher:
         self._book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
         self._codec = first_push_codec(plan.recipe.codec)
         self.residuals = SlotResiduals(plan)
+        self.backlog = Backlog(plan, timeline)
         self._bundles_of: dict[tuple[int, int], list[Bundle]] = {}
         self._tensors_of: dict[tuple[int, int], set[int]] = {}
+        self._stage_of: dict[tuple[int, int], int] = {}  # by (bundle, part)
         uses = set(plan.uses_of_worker(worker))
         for bundle in plan.bundles:
             tensors = {fragment.tensor for fragment in bundle.fragments}
             for part in range(bundle.num_parts):
                 if uses.issuperset((tensor, part) for tensor in tensors):
                     self._tensors_of[bundle.index, part] = tensors
+                    first = plan.tensors[bundle.fragments[0].tensor]  # all tensors of a bundle have the same use
+                    self._stage_of[bundle.index, part] = plan.stage_of((first.unit, first.last_unit)[part])
                     for tensor in tensors:
                         self._bundles_of.setdefault((tensor, part), []).append(bundle)
         self._loop = asyncio.get_running_loop()
@@ -236,12 +251,20 @@ class Pusher:
     def _encode_later(
         self, key: _SlotOfStep, bundle: Bundle, part: int, gradients: dict[int, torch.Tensor], totals: SlotTotals
     ) -> None:
-        future = self.encode_thread.submit(self._encode, key, bundle, part, gradients, totals)
+        at = (bundle.index, part)
+        let_go = self.backlog.add(key.step, key.slot, self._stage_of[at], at)
+        future = self.encode_thread.submit(self._encode, key, bundle, part, gradients, totals, let_go)
         future.add_done_callback(self._encoded)
         key.futures.append(future)
 
     def _encode(
-        self, key: _SlotOfStep, bundle: Bundle, part: int, gradients: dict[int, torch.Tensor], totals: SlotTotals
+        self,
+        key: _SlotOfStep,
+        bundle: Bundle,
+        part: int,
+        gradients: dict[int, torch.Tensor],
+        totals: SlotTotals,
+        let_go: Callable[[], None],
     ) -> None:
         begin_ns = clock_ns()
         codec = self._book.of(bundle, key.codec)
@@ -266,5 +289,5 @@ class Pusher:
             slot_samples=totals.num_samples,
             slot_loss_sum=totals.loss_sum,
         )
-        self._loop.call_soon_threadsafe(self.streams[bundle.server].put, Contribution(header, payloads))
+        self._loop.call_soon_threadsafe(self.streams[bundle.server].put, Contribution(header, payloads, let_go))
         self._timeline.add(SpanKind.ENCODE, begin_ns, clock_ns(), key.slot, bundle.index, num_bytes)

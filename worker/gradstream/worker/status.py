@@ -60,15 +60,16 @@ class Status:
     ) -> coordinator_pb2.Activity:
         """The worker's activity, for heartbeats.
 
-        As the reason of a wait, a peer that cannot be reached comes first, then what the compute thread waits for.
+        As the reason of a wait, a peer that cannot be reached comes first, then what the compute thread waits for: a
+        neighbour, or servers that have to acknowledge earlier slots.
         """
         links = neighbours.links.values() if neighbours is not None else ()
         outbounds: list[Outbound[Any]] = [*pusher.streams, *links]
         waiting_for, since = self._waiting_for, self._since
         cut_off, cut_since = _cut_off(outbounds, puller)
-        neighbour = neighbours.waiting if neighbours is not None else None  # the compute thread's
-        if neighbour is not None:
-            waiting_for, since = neighbour
+        waits = (neighbours.waiting if neighbours is not None else None, pusher.backlog.waiting)
+        for wait in filter(None, waits):  # the compute thread is in one of them at most
+            waiting_for, since = wait
         if cut_off:
             waiting_for, since = f"{cut_off} to answer", cut_since
         received_bytes = puller.received_bytes + (neighbours.received_bytes if neighbours is not None else 0)

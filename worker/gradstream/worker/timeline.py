@@ -77,8 +77,12 @@ class Timeline:
             self.add(piece.kind, piece.begin_ns, clock_ns(), piece.slot)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Record a WAIT, during which the compute thread does not compute."""
+    def waiting(self, bundle: int | None = None) -> Iterator[None]:
+        """Record a WAIT, during which the compute thread does not compute.
+
+        `bundle` is set where it waits for the acknowledgement of an earlier slot: the first bundle of that slot that is
+        missing.
+        """
         begin_ns = clock_ns()
         piece = self._computing
         if piece is not None:
@@ -87,7 +91,7 @@ class Timeline:
             yield
         finally:
             end_ns = clock_ns()
-            self.add(SpanKind.WAIT, begin_ns, end_ns, None if piece is None else piece.slot)
+            self.add(SpanKind.WAIT, begin_ns, end_ns, None if piece is None else piece.slot, bundle)
             if piece is not None:
                 piece.begin_ns = end_ns
 
@@ -140,7 +144,9 @@ def step_times(
     if not passes or any(span[0] is SpanKind.VALIDATE for span in taken):
         return None
     compute_ns = sum(end - begin for begin, end in union([(begin, end) for _, begin, end, *_ in passes]))
-    weights_ns = sum(end - begin for kind, begin, end, slot, *_ in taken if kind is SpanKind.WAIT and slot is not None)
+    waits = [span for span in taken if span[0] is SpanKind.WAIT and span[3] is not None]
+    weights_ns = sum(end - begin for _, begin, end, _, bundle, *_ in waits if bundle is None)
+    acknowledged_ns = sum(end - begin for _, begin, end, _, bundle, *_ in waits if bundle is not None)
     computed_ns = max(end for _, _, end, *_ in passes)
     sent_ns = max((end for kind, _, end, *_ in taken if kind is SpanKind.SEND), default=computed_ns)
     sent_ns = min(max(sent_ns, computed_ns), end_ns)
@@ -148,7 +154,7 @@ def step_times(
         period_us=max(0, end_ns - begin_ns) // 1000,
         compute_us=compute_ns // 1000,
         weights_us=weights_ns // 1000,
-        send_us=max(0, sent_ns - computed_ns) // 1000,
+        send_us=(max(0, sent_ns - computed_ns) + acknowledged_ns) // 1000,
         rest_us=max(0, end_ns - sent_ns) // 1000,
         push_bytes_per_second=_bytes_per_second(taken, SpanKind.SEND),
         pull_bytes_per_second=_bytes_per_second(taken, SpanKind.RECEIVE),

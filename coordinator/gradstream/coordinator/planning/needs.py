@@ -9,7 +9,7 @@ from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor
 from gradstream.core.plan.plan import Plan
-from gradstream.core.plan.sizes import encoded_bytes
+from gradstream.core.plan.sizes import MAX_ENCODED_SLOTS, encoded_bytes
 from gradstream.core.recipe.recipe import RESIDUAL_CODECS, Recipe
 
 # Number of fp32 arrays that an optimizer keeps besides the weights.
@@ -84,19 +84,21 @@ def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int
     """Bytes that a worker needs besides its activations if it holds every slot.
 
     A frozen base takes `HELD_BYTES` per element. The `num_parameters` trained parameters take: weights, the gradients
-    of the slot under way and of the slot being encoded, the slots' encoded gradients until they are acknowledged, the
-    next version's weights as they arrive, and each slot's residual if the codec keeps one.
+    of the slot under way and of the slot being encoded, the encoded gradients of two slots (no more are held until
+    they are acknowledged, gradstream.worker.backlog), the next version's weights as they arrive, and the residual of
+    each slot if the codec keeps one.
     """
     push, pull = first_push_codec(recipe.codec), downlink(recipe.codec.pull).full
-    slot = encoded_bytes(push, (num_parameters,))
+    num_slots = recipe.training.num_slots
+    slots = min(MAX_ENCODED_SLOTS, num_slots) * encoded_bytes(push, (num_parameters,))
     if push in RESIDUAL_CODECS:
         # The slot's residual at the version, and the new one after the step.
-        slot += 2 * BYTES_PER_ELEMENT * num_parameters
+        slots += num_slots * 2 * BYTES_PER_ELEMENT * num_parameters
     arriving = encoded_bytes(pull, (num_parameters,))
     frozen = 0
     if recipe.fine_tuning is not None:
         frozen = num_frozen_parameters * HELD_BYTES[recipe.fine_tuning.held]
-    return frozen + 3 * BYTES_PER_ELEMENT * num_parameters + recipe.training.num_slots * slot + arriving
+    return frozen + 3 * BYTES_PER_ELEMENT * num_parameters + slots + arriving
 
 
 def stage_need(plan: Plan, place: int = 0) -> int:

@@ -6,6 +6,9 @@ import math
 
 from gradstream.core.kernels.blocks import BLOCK, TOPK_CHUNK, TOPK_PART
 
+MAX_ENCODED_SLOTS = 2
+"""Maximum number of slots of which a worker holds encoded gradients that servers have not acknowledged."""
+
 Shape = tuple[int, ...]
 """The shape of a slice: (rows, columns) or (elements,)."""
 

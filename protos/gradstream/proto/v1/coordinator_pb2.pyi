@@ -60,7 +60,7 @@ class _SpanKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpanKind.Val
     SPAN_KIND_SEND: _SpanKind.ValueType  # 3
     """A contribution under way: from its first byte to its acknowledgement."""
     SPAN_KIND_WAIT: _SpanKind.ValueType  # 4
-    """The compute thread waits for weights."""
+    """The compute thread waits: for weights, or, with a bundle as its item, for the acknowledgement of an earlier slot."""
     SPAN_KIND_RECEIVE: _SpanKind.ValueType  # 5
     """A fragment's weights under way: from the first byte to the last."""
     SPAN_KIND_DECODE: _SpanKind.ValueType  # 6
@@ -88,7 +88,7 @@ SPAN_KIND_ENCODE: SpanKind.ValueType  # 2
 SPAN_KIND_SEND: SpanKind.ValueType  # 3
 """A contribution under way: from its first byte to its acknowledgement."""
 SPAN_KIND_WAIT: SpanKind.ValueType  # 4
-"""The compute thread waits for weights."""
+"""The compute thread waits: for weights, or, with a bundle as its item, for the acknowledgement of an earlier slot."""
 SPAN_KIND_RECEIVE: SpanKind.ValueType  # 5
 """A fragment's weights under way: from the first byte to the last."""
 SPAN_KIND_DECODE: SpanKind.ValueType  # 6
@@ -1133,7 +1133,9 @@ class StepTimes(_message.Message):
     weights_us: _builtins.int
     """Waits of the compute thread for weights that are under way."""
     send_us: _builtins.int
-    """From the end of the last pass to the acknowledgement of the worker's last contribution."""
+    """From the end of the last pass to the acknowledgement of the worker's last contribution, and before it the waits of
+    the compute thread for the acknowledgement of an earlier slot.
+    """
     rest_us: _builtins.int
     """From that acknowledgement to the next version: other workers' slots, and the servers' commit."""
     push_bytes_per_second: _builtins.float

@@ -91,7 +91,7 @@ def test_equal_layers_are_cut_in_the_middle(tmp_path: Path) -> None:
     assert (made.stage_ends, made.num_chunks, made.schedule) == ((5, 10), 1, "1f1b")
     assert re.match(
         r"stages: 2, in 2 replicas of 2 workers, cut after layers.3; stage \d on w-\d is the slowest with 12 s a "
-        r"microbatch, 1.00 times the mean; a worker needs 1.7 MiB, 1.6 MiB by its place",
+        r"microbatch, 1.00 times the mean; a worker needs 1.5 MiB, 1.5 MiB by its place",
         reasons["stages"],
     )
     assert reasons["schedule"].startswith("schedule: 1f1b as pipeline.schedule says, it takes ")

@@ -30,8 +30,9 @@ class Membership:
         timeline: Timeline,
         transport: Transport,
         on_again: Callable[[], None],
+        on_wake: Callable[[], None],
     ):
-        """`place` is None in a job without a pipeline."""
+        """`place` is None in a job without a pipeline. `on_wake` is called when an attempt may be wanted no longer."""
         self.place = place
         self.neighbours: Neighbours | None = None
         self.again = False
@@ -42,6 +43,7 @@ class Membership:
         self._timeline = timeline
         self._transport = transport
         self._on_again = on_again
+        self._on_wake = on_wake
         self._met = 0  # the number of the replica whose neighbours were met
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -72,6 +74,7 @@ class Membership:
                 self._fail,
                 self._compute_again,
                 self._transport,
+                self._on_wake,
             )
             self._servicer.set(self.neighbours)
 

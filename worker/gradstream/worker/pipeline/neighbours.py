@@ -51,7 +51,7 @@ class Neighbours:
     """The neighbours of one worker in one place, and the attempt that is under way: the `Exchange` of a SlotComputer.
 
     `on_error` is called with an error after which this worker cannot go on. On the first worker, `on_void` is called
-    when another worker has abandoned an attempt.
+    when another worker has abandoned an attempt. `on_wake` is called when an attempt may have become void.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Neighbours:
         on_error: Callable[[Exception], None],
         on_void: Callable[[], None],
         transport: Transport = PLAIN,
+        on_wake: Callable[[], None] = lambda: None,
     ):
         self.plan, self.place = plan, place
         self.latest: Attempt | None = None
@@ -76,6 +77,7 @@ class Neighbours:
         self._faults = faults
         self._on_error = on_error
         self._on_void = on_void
+        self._on_wake = on_wake
         self._timeline = timeline
         self._codec = codec_named(plan.recipe.pipeline.activations)
         self._checks = HeaderChecks(plan, place, self._shapes, self._codec)
@@ -192,13 +194,14 @@ class Neighbours:
         """Wake the compute thread to check whether its attempt is still wanted."""
         with self._condition:
             self._condition.notify_all()
+        self._on_wake()
 
     def _forget_before(self, number: int) -> None:
         with self._condition:
             self._void_before = max(self._void_before, number)
             for inbound in self.inbounds.values():
                 inbound.forget_before(number)
-            self._condition.notify_all()
+        self.wake()
         for link in self.links.values():
             link.forget_before(number)
         self._upcoming = deque(attempt for attempt in self._upcoming if attempt.number >= number)

@@ -34,8 +34,8 @@ async def _steps(num_workers: int, data: Path, directory: Path, arguments: Names
     return await steps.measure(data, directory, num_workers, arguments.servers, arguments.memory)
 
 
-CASES: dict[str, Case] = {f"steps_{number}": partial(_steps, number) for number in (100, 200, 500, 1000)}
-SMOKE_CASES: dict[str, Case] = {f"steps_{SMOKE_WORKERS}": partial(_steps, SMOKE_WORKERS)}
+CASES: dict[str, Case] = {f"steps_{number:04d}": partial(_steps, number) for number in (100, 200, 500, 1000)}
+SMOKE_CASES: dict[str, Case] = {f"steps_{SMOKE_WORKERS:04d}": partial(_steps, SMOKE_WORKERS)}
 
 
 def main() -> None:

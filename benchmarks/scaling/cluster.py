@@ -36,8 +36,8 @@ MODEL: Mapping[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-FRAGMENT_BYTES = 1024
-"""Small, so that 64 servers have a fragment each."""
+MODEL_BYTES = 28_672
+"""About the model's bytes in fp32."""
 
 
 def raise_descriptor_limit() -> int:
@@ -57,8 +57,11 @@ def prepare_data(directory: Path) -> Path:
     return data
 
 
-def recipe_of(data: Path, directory: Path, num_slots: int, num_steps: int, **sections: Any) -> Recipe:
-    """The recipe of a tiny job with `num_slots` slots of one sample each. `sections` replace keys of sections."""
+def recipe_of(data: Path, directory: Path, num_slots: int, num_steps: int, num_servers: int, **sections: Any) -> Recipe:
+    """The recipe of a tiny job with `num_slots` slots of one sample each. `sections` replace keys of sections.
+
+    Its fragments are so small that each server has a few.
+    """
     tree: dict[str, Any] = {
         "name": "scale",
         "seed": 1,
@@ -77,7 +80,7 @@ def recipe_of(data: Path, directory: Path, num_slots: int, num_steps: int, **sec
         "data": {"path": str(data)},
         "validation": {"interval_steps": 0},
         "checkpoint": {"interval_steps": 0},
-        "cluster": {"fragment_bytes": FRAGMENT_BYTES},
+        "cluster": {"fragment_bytes": max(256, MODEL_BYTES // num_servers), "min_servers": num_servers},
     }
     for key, value in sections.items():
         tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value

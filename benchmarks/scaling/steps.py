@@ -28,8 +28,8 @@ async def measure(data: Path, directory: Path, num_workers: int, num_servers: in
         registered_seconds = time.monotonic() - began
         before, server_before = running.usage("coordinator"), running.usage("server-00")
         async with running.client() as client:
-            limits = {"min_workers": num_workers, "min_servers": num_servers}
-            job = await client.submit(recipe_of(data, directory, num_workers, NUM_STEPS, cluster=limits))
+            limits = {"min_workers": num_workers}
+            job = await client.submit(recipe_of(data, directory, num_workers, NUM_STEPS, num_servers, cluster=limits))
             try:
                 async with asyncio.timeout(MAX_SECONDS):
                     async for item in client.watch(job.job_id):
@@ -49,11 +49,11 @@ async def measure(data: Path, directory: Path, num_workers: int, num_servers: in
         f"{median:.2f} s a step; the job is {job.state} ({job.reason or 'no reason'})"
     )
     print(f"{num_workers} workers: {detail}", flush=True)
-    results = [result(f"steps_{num_workers}", len(times) / NUM_STEPS, 1.0, detail)]
+    results = [result(f"steps_{num_workers:04d}", len(times) / NUM_STEPS, 1.0, detail)]
     if seconds:
         server_seconds = server.cpu_seconds - server_before.cpu_seconds
         cost = f"{after.cpu_seconds - before.cpu_seconds:.1f} CPU s of the coordinator; one server {server_seconds:.1f}"
-        results.append(at_most(f"step_seconds_{num_workers}", median, 0.0, cost))
+        results.append(at_most(f"step_seconds_{num_workers:04d}", median, 0.0, cost))
     memory_detail = f"of the coordinator; one server {server.resident_bytes / 2**20:.0f}"
-    results.append(at_most(f"mib_{num_workers}", after.resident_bytes / 2**20, 0.0, memory_detail))
+    results.append(at_most(f"mib_{num_workers:04d}", after.resident_bytes / 2**20, 0.0, memory_detail))
     return results

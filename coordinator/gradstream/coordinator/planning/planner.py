@@ -20,7 +20,7 @@ from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, 
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
 from gradstream.core.rpc.channel import MAX_MESSAGE_BYTES
-from gradstream.core.wire.stream_limits import more_than_usual_bytes
+from gradstream.core.wire.stream_limits import more_than_usual_bytes, traffic
 
 # A plan is sent in one message; the rest of the message needs a little space too.
 MAX_PLAN_BYTES = MAX_MESSAGE_BYTES - (64 << 10)
@@ -95,7 +95,7 @@ def make_plan(
         pipeline_schedule=pipeline.schedule,
         worker_bytes=pipeline.worker_bytes,
     )
-    _check_streams(recipe, plan.max_workers, chosen, needs)
+    _check_streams(plan, chosen, needs)
     _check_message(plan)
     start = f"the checkpoint of version {at.checkpoint.version}" if at.checkpoint else plan.source
     reasons = {
@@ -209,15 +209,13 @@ def _check_server_memory(
     return reason, needs
 
 
-def _check_streams(
-    recipe: Recipe, num_workers: int, servers: Sequence[NodeOffer], needs: Sequence[ServerBytes]
-) -> None:
-    """Raise PlanError when a server lacks memory for the windows of all workers' streams."""
-    streams = more_than_usual_bytes(num_workers)
-    for server, needed in zip(servers, needs, strict=True):
+def _check_streams(plan: Plan, servers: Sequence[NodeOffer], needs: Sequence[ServerBytes]) -> None:
+    """Raise PlanError when a server lacks memory for the streams of all workers that can share the job."""
+    for server, needed, peers in zip(servers, needs, traffic(plan), strict=True):
+        streams = more_than_usual_bytes(plan.max_workers, peers)
         if server.memory_bytes and needed.most + streams > server.memory_bytes:
             raise PlanError(
-                f"up to {num_workers} workers may share this job (training.num_slots is {recipe.training.num_slots}), "
+                f"up to {plan.max_workers} workers may share this job (training.num_slots is {plan.num_slots}), "
                 f"and their streams may hold {human_bytes(streams)} at parameter server {server.name}, which needs "
                 f"{human_bytes(needed.most)} for its share of the model and offers {human_bytes(server.memory_bytes)}; "
                 f"lower training.num_slots, or give it more memory, then `gradstream resume`"

@@ -17,8 +17,6 @@ from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.shard import Shard
 from gradstream.services.parameter_server.streams import Stream, Streams
 
-WINDOW_BYTES = 64 << 20
-
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -27,12 +25,17 @@ class ParameterServerServicer:
 
     def __init__(self, current: Callable[[], Shard | None]):
         self._current = current
-        self._streams = Streams(self._num_workers)
+        self._streams = Streams(self._num_workers, self._contribution_bytes)
 
     def _num_workers(self) -> int:
         """The number of workers that can share the current job; 0 without a job."""
         shard = self._current()
         return shard.plan.max_workers if shard is not None else 0
+
+    def _contribution_bytes(self) -> int:
+        """The size of the current job's largest contribution to this server; 0 without a job."""
+        shard = self._current()
+        return shard.traffic.contribution_bytes if shard is not None else 0
 
     def _shard(self, job_id: str, epoch: int) -> Shard:
         """The current shard. Raises StaleEpochError when the shard belongs to another plan."""
@@ -45,9 +48,9 @@ class ParameterServerServicer:
     async def Push(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.PushResponse]:
         """Receive contributions; acknowledge each."""
         async with answering(context):
-            with self._streams.admit(context.peer()) as stream:
+            with self._streams.admit(context.peer(), "push") as stream:
                 assembler: Assembler[pb.ContributionHeader] = Assembler()
-                yield pb.PushResponse(window_bytes=WINDOW_BYTES)
+                yield pb.PushResponse(window_bytes=self._streams.push_window_bytes)
                 try:
                     while (message := await self._read(messages, stream)) is not None:
                         response = self._take(message, assembler, stream)
@@ -81,7 +84,7 @@ class ParameterServerServicer:
         header, payload = whole
         verify(header, payload, f"contribution to bundle {header.bundle} from slot {header.slot}")
         return pb.PushResponse(
-            window_bytes=WINDOW_BYTES,
+            window_bytes=self._streams.push_window_bytes,
             result=self._shard(header.job_id, header.epoch).offer(header, payload),
             step=header.step,
             slot=header.slot,
@@ -102,7 +105,7 @@ class ParameterServerServicer:
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
         """Stream the weights of one version, bundle by bundle, as each is published."""
         async with answering(context):
-            with self._streams.admit(context.peer()):
+            with self._streams.admit(context.peer(), "pull"):
                 shard = self._shard(request.job_id, request.epoch)
                 unknown = [index for index in request.bundles if index not in shard.bundles]
                 if unknown:

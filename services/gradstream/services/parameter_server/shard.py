@@ -31,6 +31,7 @@ from gradstream.core.plan.bundles import first_push_codec, is_tuned
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.leases import slots_text
 from gradstream.core.plan.plan import Plan
+from gradstream.core.wire.stream_limits import traffic
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server import commit
@@ -74,6 +75,7 @@ class Shard:
     ):
         self.plan = plan
         self.index = index
+        self.traffic = traffic(plan)[index]
         self.version = -1  # -1 while the shard loads
         self.checkpointed = False  # whether `version` gets a checkpoint
         self.failed = False  # whether the shard failed: its state is of no more use

@@ -2,9 +2,9 @@
 
 A stream costs the server at most one contribution in assembly or one bundle being written, and the few messages that
 gRPC's flow control admits. So a bound on streams bounds memory. The bounds follow from the number of workers that the
-plan lets share the job (gradstream.core.wire.stream_limits). At the bound on streams a new peer is told to retry. At
-the bound on half-sent contributions the oldest one is dropped: an honest peer completes a contribution within moments,
-and would send it again.
+plan lets share the job, and from its largest contribution (gradstream.core.wire.stream_limits). Pushes and pulls are
+counted apart. At the bound on streams a new peer is told to retry. At the bound on half-sent contributions, which the
+plan's workers cannot reach, the oldest one is dropped: an honest peer would send it again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from gradstream.core.errors import GradstreamError, UnreachableError
 from gradstream.core.wire.stream_limits import (
     MAX_DATA_STREAMS_A_CONNECTION,
-    MAX_HALF_SENT_BYTES,
+    StreamKind,
+    max_half_sent_bytes,
     max_streams,
     max_streams_a_host,
+    push_window,
 )
 
 
@@ -64,54 +66,72 @@ class Streams:
     def __init__(
         self,
         num_workers: Callable[[], int] = lambda: 0,
+        contribution_bytes: Callable[[], int] = lambda: 0,
         max_a_connection: int = MAX_DATA_STREAMS_A_CONNECTION,
-        max_half_sent_bytes: int = MAX_HALF_SENT_BYTES,
     ):
-        """`num_workers` returns the number of workers that can share the current job; 0 without a job."""
+        """`num_workers` returns the number of workers that can share the current job; 0 without a job.
+
+        `contribution_bytes` returns the size of the job's largest contribution to this server.
+        """
         self.half_sent: dict[Stream, None] = {}  # streams with a half-sent contribution, oldest first
-        self.num_open = 0
         self._num_workers = num_workers
+        self._contribution_bytes = contribution_bytes
         self._max_a_connection = max_a_connection
-        self._max_half_sent_bytes = max_half_sent_bytes
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[tuple[str, str]] = Counter()  # by (kind or "", whose)
+
+    @property
+    def num_open(self) -> int:
+        """Number of open streams of both kinds."""
+        return self._counts["push", _ALL] + self._counts["pull", _ALL]
+
+    @property
+    def push_window_bytes(self) -> int:
+        """Payload bytes that a push stream may have under way without acknowledgement."""
+        return push_window(self._counts["push", _ALL])
 
     @contextmanager
-    def admit(self, peer: str) -> Iterator[Stream]:
+    def admit(self, peer: str, kind: StreamKind = "pull") -> Iterator[Stream]:
         """Count a stream of `peer` (gRPC's name for the peer) while it is open.
 
         Raises UnreachableError when a bound is reached.
         """
         num_workers = self._num_workers()
-        most = max_streams(num_workers)
-        if self.num_open >= most:
-            raise UnreachableError(f"this server already has {most} streams open; try again later")
-        limits = {_host(peer): max_streams_a_host(num_workers), _connection(peer): self._max_a_connection}
-        for name, limit in limits.items():
-            if self._counts[name] >= limit:
-                raise UnreachableError(f"{name} already has {limit} streams open here; close some or try again later")
+        limits = {
+            (kind, _ALL): max_streams(num_workers),
+            (kind, _host(peer)): max_streams_a_host(num_workers),
+            ("", _connection(peer)): self._max_a_connection,
+        }
+        for (of_kind, whose), limit in limits.items():
+            if self._counts[of_kind, whose] >= limit:
+                detail = f" for a {kind}" if of_kind else ""
+                raise UnreachableError(
+                    f"{whose} already has {limit} streams open here{detail}; close some or try again later"
+                )
         stream = Stream(self, peer)
-        self.num_open += 1
         self._counts.update(limits.keys())
         try:
             yield stream
         finally:
             stream.finish()
-            self.num_open -= 1
             self._counts.subtract(limits.keys())
-            for name in limits:
-                if not self._counts[name]:
-                    del self._counts[name]
+            for key in limits:
+                if not self._counts[key]:
+                    del self._counts[key]
 
     def make_room(self, stream: Stream, num_bytes: int) -> None:
         """Count a contribution that begins; end the oldest ones while there are too many half-sent bytes."""
         self.half_sent[stream] = None
         total = num_bytes + sum(other.half_sent_bytes for other in self.half_sent)
-        while total > self._max_half_sent_bytes:
+        most = max_half_sent_bytes(self._num_workers(), self._contribution_bytes())
+        while total > most:
             oldest = next(iter(self.half_sent))
             if oldest is stream:
                 return  # a single contribution may exceed the bound, but is at most a bundle
             total -= oldest.half_sent_bytes
             oldest.end()
+
+
+_ALL = "all hosts together"
 
 
 def _connection(peer: str) -> str:

@@ -27,6 +27,7 @@ from gradstream.core.errors import DataError, PlanError
 from gradstream.core.plan.fragments import Tensor, cut
 from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.wire.stream_limits import more_than_usual_bytes, traffic
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 TENSORS = [Tensor(f"layer.{unit}", (64, 64), True, unit) for unit in range(8)]
@@ -100,28 +101,48 @@ def test_a_model_too_big_names_server_sizes_and_cure(recipe: Recipe) -> None:
         assert part in message
 
 
-@pytest.mark.parametrize(
-    ("num_slots", "memory_gib", "is_served"), [(200, 6, True), (200, 3, False), (1000, 8, False), (1000, 24, True)]
-)
-def test_a_job_of_many_workers_is_served_or_refused(
-    recipe: Recipe, num_slots: int, memory_gib: int, is_served: bool
-) -> None:
-    """Never planned and then hung for want of streams."""
+def with_slots(recipe: Recipe, num_slots: int) -> Recipe:
     training = recipe.training.model_copy(update={"num_slots": num_slots})
-    recipe = recipe.model_copy(update={"training": training})
+    return recipe.model_copy(update={"training": training})
 
-    def planned() -> Plan:
-        return make_plan(FIRST, recipe, None, model(), offers(2, memory_gib << 30), [])[0]
 
+@pytest.mark.parametrize("num_slots", [200, 1000])
+@pytest.mark.parametrize("is_served", [True, False])
+def test_a_job_of_many_workers_is_served_or_refused(recipe: Recipe, num_slots: int, is_served: bool) -> None:
+    """Never planned and then hung for want of streams."""
+    cluster = recipe.cluster.model_copy(update={"fragment_bytes": 4 << 20})
+    recipe = with_slots(recipe.model_copy(update={"cluster": cluster}), num_slots)
+    large = [Tensor(f"layer.{unit}", (4096, 4096), True, unit) for unit in range(4)]
+
+    def planned(memory: int) -> Plan:
+        return make_plan(FIRST, recipe, None, model(large), offers(2, memory), [])[0]
+
+    unbounded = planned(0)
+    needed = server_bytes(recipe, unbounded.fragments_of(0), large).most
+    streams = more_than_usual_bytes(num_slots, traffic(unbounded)[0])
+    assert streams > 100 << 20
     if is_served:
-        assert planned().max_workers == num_slots
+        assert planned(needed + streams).max_workers == num_slots
         return
     with pytest.raises(PlanError) as caught:
-        planned()
+        planned(needed + streams - 1)
     message = str(caught.value)
     assert "\n" not in message
     assert f"up to {num_slots} workers may share this job (training.num_slots is {num_slots})" in message
     assert "lower training.num_slots, or give it more memory" in message
+
+
+def test_the_memory_of_streams_follows_what_a_plan_sends(recipe: Recipe) -> None:
+    """A tiny model's contributions never fill the windows of 1,000 workers."""
+    codec = recipe.codec.model_copy(update={"push": "bf16"})
+    recipe = with_slots(recipe.model_copy(update={"codec": codec}), 1000)
+    made = make_plan(FIRST, recipe, None, model(), offers(2), [])[0]
+    for peers, server in zip(traffic(made), range(2), strict=True):
+        assert peers.contribution_bytes >= max(
+            sum(2 * fragment.num_elements for fragment in bundle.fragments) for bundle in made.bundles_of(server)
+        )
+        assert peers.step_bytes == 1000 * sum(2 * fragment.num_elements for fragment in made.fragments_of(server))
+        assert not more_than_usual_bytes(1000, peers)
 
 
 def test_a_server_that_did_not_say_its_memory_is_believed(recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from gradstream.core.wire.stream_limits import (
     max_streams,
     max_streams_a_host,
     more_than_usual_bytes,
+    push_window,
 )
 from gradstream.services.parameter_server.streams import Streams
 
@@ -51,3 +52,34 @@ def test_what_all_peers_can_hold_fits_beside_what_jobs_are_given() -> None:
         assert held_bytes(num_workers) - more_than_usual_bytes(num_workers) < 0.2 * container
         assert more_than_usual_bytes(num_workers) >= 0
         assert max_streams(num_workers) >= 4 * num_workers
+
+
+@pytest.mark.parametrize("num_workers", [1, 96, 1000])
+async def test_waiting_pulls_take_no_place_of_a_push(num_workers: int) -> None:
+    streams = Streams(lambda: num_workers, max_a_connection=10**6)
+    with ExitStack() as stack:
+        for host in range(2):
+            for _ in range(max_streams_a_host(num_workers)):
+                stack.enter_context(streams.admit(f"ipv4:10.0.0.{host}:1", "pull"))
+        with pytest.raises(UnreachableError, match="all hosts together already has"):
+            stack.enter_context(streams.admit("ipv4:192.168.0.1:1", "pull"))
+        for worker in range(num_workers):
+            stack.enter_context(streams.admit(f"ipv4:10.0.0.0:{worker}", "push"))
+
+
+async def test_each_worker_of_a_plan_may_have_a_contribution_half_sent() -> None:
+    """None is dropped while others begin theirs."""
+    num_workers, contribution_bytes = 200, 4 << 20
+    streams = Streams(lambda: num_workers, lambda: contribution_bytes)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(streams.admit(f"ipv4:10.0.0.1:{port}", "push")) for port in range(num_workers)]
+        for stream in opened:
+            stream.begin(contribution_bytes)
+        assert not any(stream.ended for stream in opened)
+        assert held_bytes(num_workers) >= num_workers * contribution_bytes
+
+
+def test_a_push_window_shrinks_with_the_number_of_pushes() -> None:
+    assert [push_window(number) >> 20 for number in (0, 8, 64, 256)] == [64, 64, 8, 2]
+    for number in (8, 64, 1000):
+        assert number * push_window(number) <= 512 << 20

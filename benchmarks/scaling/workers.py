@@ -38,6 +38,7 @@ from gradstream.core.wire.frames import checksum
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.worker.backlog import Backlog
 from gradstream.worker.held_slots import HeldSlots
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Contribution, PushStream
@@ -104,12 +105,13 @@ class SimulatedJob:
         self.streams = [
             PushStream(server, stub, Faults(), self._timeline) for server, stub in zip(plan.servers, stubs, strict=True)
         ]
+        self.backlog = Backlog(plan, self._timeline)
         self._puller = Puller(plan, stubs, self._timeline)
         self._reports = Reports(plan, session, self._timeline, self._puller)
 
     def activity(self) -> coordinator_pb2.Activity:
         """The worker's activity, for heartbeats."""
-        # Status reads only the streams of a Pusher.
+        # Of a Pusher Status reads only the streams and the backlog, which is empty here.
         return self._status.activity(self.plan.job_id, self.version, self, self._puller, None)  # type: ignore[arg-type]
 
     async def run(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from functools import partial
@@ -19,10 +19,11 @@ from gradstream.client._connection import Connection, Peer
 from gradstream.client._errors import JobFailedError
 from gradstream.client._export import ExportWriter
 from gradstream.client._fine_tuning_types import GeneratedText
-from gradstream.client._job_types import ExportProgress, Job, RemovedJob
+from gradstream.client._job_types import ExportProgress, Job, RemovedJob, job_state
 from gradstream.client._node_types import Node
 from gradstream.client._step_types import StepMetrics
-from gradstream.client._watch_types import Checkpoint, WatchItem, watch_item
+from gradstream.client._values import unix_ms_of
+from gradstream.client._watch_types import Checkpoint, WatchItem, check_selected, watch_item
 from gradstream.core.errors import BusyError, ConfigError, UnreachableError
 from gradstream.core.plan.forecast import Forecast
 from gradstream.core.recipe.loading import absolute_paths, load_recipe, parse_recipe
@@ -185,15 +186,20 @@ class AsyncClient:
         )
         return Forecast.from_proto(response.forecast)
 
-    async def jobs(self) -> list[Job]:
-        """All jobs, newest first."""
+    async def jobs(self, *, states: Iterable[str] = (), limit: int | None = None) -> list[Job]:
+        """The jobs, newest first: all of them or those in `states`, such as "running"; at most `limit`.
+
+        Raises ConfigError for a state that no job can have.
+        """
+        wanted = [job_state(state) for state in states]
         found: list[Job] = []
-        request = jobs_pb2.ListJobsRequest()
+        request = jobs_pb2.ListJobsRequest(states=wanted, page_size=limit or 0)
         while True:
             response = await self._connection.call(lambda stub, timeout: stub.ListJobs(request, timeout=timeout))
-            found += map(Job.from_proto, response.jobs)
-            if not response.next_page_token:
-                return found
+            # A coordinator of an earlier release sends the jobs in all states, as many as fit in a message.
+            found += [Job.from_proto(job) for job in response.jobs if not wanted or job.state in wanted]
+            if not response.next_page_token or (limit is not None and len(found) >= limit):
+                return found[:limit]
             request.page_token = response.next_page_token
 
     async def job(self, job_id: str | None = None) -> Job:
@@ -209,39 +215,89 @@ class AsyncClient:
         follow: bool = True,
         after_cursor: int = 0,
         kinds: Iterable[str] = (),
+        event_kinds: Iterable[str] = (),
+        nodes: Iterable[str] = (),
+        level: str = "",
+        since: datetime | None = None,
+        tail: int | None = None,
     ) -> AsyncIterator[WatchItem]:
         """Iterate over a job's history: Event, Step, Validation, LogLine and Checkpoint items, in order, each once.
 
-        Items have rising cursors; `after_cursor` leaves out those up to a cursor. `kinds` selects items by the `type`
-        of their `to_dict`: "event", "step", "validation", "log" or "checkpoint"; empty selects all.
+        Items have rising cursors; `after_cursor` leaves out those up to a cursor. The coordinator selects the items:
+
+        - `kinds`: by the `type` of their `to_dict`: "event", "step", "validation", "log" or "checkpoint".
+        - `event_kinds`: of the events, those of these kinds, such as "failure". Other items are not affected.
+        - `nodes`: log lines of these nodes and events whose message names one of them; no items of other kinds.
+        - `level`: of the log lines, those of this level and above. Other items are not affected.
+        - `since`: items of this time and later.
+        - `tail`: of the recorded items that the others select, the last of this number.
 
         With `follow` the iteration ends when the job has ended. While the coordinator does not answer, or is too busy,
         the client retries from the last cursor without a limit; `unreachable_since` says since when. Without `follow`
         the iteration ends after what is recorded.
 
-        Raises UnreachableError when the coordinator does not answer the first call or, without `follow`, any.
+        Raises UnreachableError when the coordinator does not answer the first call or, without `follow`, any;
+        ConfigError for an unknown kind or level.
         """
-        job_id = (await self.job(job_id)).job_id
-        kinds = tuple(kinds)
-        cursor = after_cursor
+        pages = self._watch_pages(
+            job_id,
+            follow=follow,
+            after_cursor=after_cursor,
+            kinds=kinds,
+            event_kinds=event_kinds,
+            nodes=nodes,
+            level=level,
+            since=since,
+            tail=tail,
+        )
+        async with aclosing(pages):
+            async for page in pages:
+                for item in page:
+                    yield item
+
+    async def _watch_pages(
+        self,
+        job_id: str | None,
+        *,
+        follow: bool,
+        after_cursor: int,
+        kinds: Iterable[str],
+        event_kinds: Iterable[str],
+        nodes: Iterable[str],
+        level: str,
+        since: datetime | None,
+        tail: int | None,
+    ) -> AsyncGenerator[Sequence[WatchItem], None]:
+        request = jobs_pb2.WatchJobRequest(
+            job_id=(await self.job(job_id)).job_id,
+            after_cursor=after_cursor,
+            follow=follow,
+            kinds=kinds,
+            event_kinds=event_kinds,
+            nodes=nodes,
+            level=level,
+            since_unix_ms=unix_ms_of(since),
+            tail=tail or 0,
+            paged=True,
+        )
         backoff = Backoff()
         while True:
             try:
                 # 1. All that the coordinator has, and with follow all that it will have.
-                request = jobs_pb2.WatchJobRequest(job_id=job_id, after_cursor=cursor, follow=follow, kinds=kinds)
                 stub = await self._connection.connect()
-                with cancelling(stub.WatchJob(request)) as messages:
-                    async for message in messages:
+                with cancelling(stub.WatchJob(request)) as responses:
+                    async for response in responses:
                         self._connection.unreachable_since = None
                         backoff.reset()
-                        if message.cursor <= cursor:
-                            continue
-                        cursor = message.cursor
-                        item = watch_item(message)
-                        if item is not None:
-                            yield item
+                        check_selected(request, response)
+                        # A coordinator of an earlier release sends single items.
+                        new = [each for each in response.items or [response] if each.cursor > request.after_cursor]
+                        if new:
+                            # The next request goes on from here: the last items have been selected.
+                            request.after_cursor, request.tail = new[-1].cursor, 0
+                            yield [item for each in new if (item := watch_item(each)) is not None]
                 # 2. The stream ended in good order. A coordinator that shuts down may do that too.
-                if not follow or (await self.job(job_id)).state.ended:
+                if not follow or (await self.job(request.job_id)).state.ended:
                     return
             except grpc.aio.AioRpcError as rpc_error:
                 error = self._connection.error(rpc_error)
@@ -402,9 +458,14 @@ class AsyncClient:
 
     async def checkpoints(self, job_id: str | None = None) -> list[Checkpoint]:
         """A job's checkpoints, oldest first."""
+        found: list[Checkpoint] = []
         request = jobs_pb2.ListCheckpointsRequest(job_id=job_id or "")
-        response = await self._connection.call(lambda stub, timeout: stub.ListCheckpoints(request, timeout=timeout))
-        return [Checkpoint.from_proto(checkpoint) for checkpoint in response.checkpoints]
+        while True:
+            response = await self._connection.call(lambda stub, timeout: stub.ListCheckpoints(request, timeout=timeout))
+            found += map(Checkpoint.from_proto, response.checkpoints)
+            if not response.next_page_token:
+                return found
+            request.page_token = response.next_page_token
 
     async def export(
         self,
@@ -486,7 +547,7 @@ class AsyncClient:
 
     async def warnings(self) -> list[str]:
         """What an administrator should do soon, one line each, such as renewing credentials that expire."""
-        request = jobs_pb2.ListNodesRequest()
+        request = jobs_pb2.ListNodesRequest(page_size=1)
         response = await self._connection.call(lambda stub, timeout: stub.ListNodes(request, timeout=timeout))
         return list(response.warnings)
 
@@ -502,9 +563,15 @@ class AsyncClient:
 
     async def nodes(self) -> list[Node]:
         """The nodes of the cluster: live ones first, then by kind and name."""
+        # By id: a node that dies between two pages may be in both.
+        found: dict[str, Node] = {}
         request = jobs_pb2.ListNodesRequest()
-        response = await self._connection.call(lambda stub, timeout: stub.ListNodes(request, timeout=timeout))
-        return [Node.from_proto(node) for node in response.nodes]
+        while True:
+            response = await self._connection.call(lambda stub, timeout: stub.ListNodes(request, timeout=timeout))
+            found.update((node.node_id, Node.from_proto(node)) for node in response.nodes)
+            if not response.next_page_token:
+                return list(found.values())
+            request.page_token = response.next_page_token
 
 
 async def _resolved(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Iterable[str]) -> Recipe:

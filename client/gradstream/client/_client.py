@@ -140,9 +140,12 @@ class Client:
             )
         )
 
-    def jobs(self) -> list[Job]:
-        """All jobs, newest first."""
-        return self._thread.run(self._client.jobs())
+    def jobs(self, *, states: Iterable[str] = (), limit: int | None = None) -> list[Job]:
+        """The jobs, newest first: all of them or those in `states`, such as "running"; at most `limit`.
+
+        Raises ConfigError for a state that no job can have.
+        """
+        return self._thread.run(self._client.jobs(states=states, limit=limit))
 
     def job(self, job_id: str | None = None) -> Job:
         """One job: its state, its progress and what it waits for. Raises ConfigError when there is none."""
@@ -155,19 +158,45 @@ class Client:
         follow: bool = True,
         after_cursor: int = 0,
         kinds: Iterable[str] = (),
+        event_kinds: Iterable[str] = (),
+        nodes: Iterable[str] = (),
+        level: str = "",
+        since: datetime | None = None,
+        tail: int | None = None,
     ) -> Iterator[WatchItem]:
         """Iterate over a job's history: Event, Step, Validation, LogLine and Checkpoint items, in order, each once.
 
-        Items have rising cursors; `after_cursor` leaves out those up to a cursor. `kinds` selects items by the `type`
-        of their `to_dict`: "event", "step", "validation", "log" or "checkpoint"; empty selects all.
+        Items have rising cursors; `after_cursor` leaves out those up to a cursor. The coordinator selects the items:
+
+        - `kinds`: by the `type` of their `to_dict`: "event", "step", "validation", "log" or "checkpoint".
+        - `event_kinds`: of the events, those of these kinds, such as "failure". Other items are not affected.
+        - `nodes`: log lines of these nodes and events whose message names one of them; no items of other kinds.
+        - `level`: of the log lines, those of this level and above. Other items are not affected.
+        - `since`: items of this time and later.
+        - `tail`: of the recorded items that the others select, the last of this number.
 
         With `follow` the iteration ends when the job has ended. While the coordinator does not answer, or is too busy,
         the client retries from the last cursor without a limit; `unreachable_since` says since when. Without `follow`
         the iteration ends after what is recorded.
 
-        Raises UnreachableError when the coordinator does not answer the first call or, without `follow`, any.
+        Raises UnreachableError when the coordinator does not answer the first call or, without `follow`, any;
+        ConfigError for an unknown kind or level.
         """
-        return self._thread.iterate(self._client.watch(job_id, follow=follow, after_cursor=after_cursor, kinds=kinds))
+        # A page at a time: to change threads for every item would take longer than all the rest.
+        for page in self._thread.iterate(
+            self._client._watch_pages(
+                job_id,
+                follow=follow,
+                after_cursor=after_cursor,
+                kinds=kinds,
+                event_kinds=event_kinds,
+                nodes=nodes,
+                level=level,
+                since=since,
+                tail=tail,
+            )
+        ):
+            yield from page
 
     def wait(
         self,

@@ -12,6 +12,7 @@ from typing import Any
 from gradstream.client._step_types import StepBreakdown
 from gradstream.client._values import Value, duration_of, time_or_none
 from gradstream.core import job_states
+from gradstream.core.errors import ConfigError, nearest
 from gradstream.proto.v1 import jobs_pb2
 
 
@@ -34,6 +35,14 @@ class JobState(StrEnum):
 
 
 _JOB_STATES = {number: JobState(name.removeprefix("JOB_STATE_").lower()) for name, number in jobs_pb2.JobState.items()}
+
+
+def job_state(name: str) -> jobs_pb2.JobState.ValueType:
+    """The state with this name. Raises ConfigError that suggests the nearest one."""
+    known = {str(state): number for number, state in _JOB_STATES.items() if state is not JobState.UNSPECIFIED}
+    if name not in known:
+        raise ConfigError(f"a job has no state '{name[:100]}'{nearest(name, known)}")
+    return known[name]
 
 
 _ENDED = frozenset(_JOB_STATES[number] for number in job_states.ENDED)

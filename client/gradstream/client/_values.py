@@ -63,3 +63,8 @@ def duration_of(seconds: float) -> timedelta | None:
         return timedelta(seconds=seconds)
     except (OverflowError, ValueError):
         return None
+
+
+def unix_ms_of(time: datetime | None) -> int:
+    """A time as Unix milliseconds, at least 1; 0 for None. A time without a zone is local."""
+    return max(1, int(time.timestamp() * 1000)) if time is not None else 0

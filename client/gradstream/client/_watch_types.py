@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from gradstream.client._values import Value, time_of
+from gradstream.core.errors import ConfigError
 from gradstream.proto.v1 import jobs_pb2
 
 
@@ -100,6 +101,28 @@ class Checkpoint(_WatchValue):
 
 
 WatchItem = Event | Step | Validation | LogLine | Checkpoint
+
+
+def check_selected(request: jobs_pb2.WatchJobRequest, response: jobs_pb2.WatchJobResponse) -> None:
+    """Raise ConfigError for a response of a coordinator of an earlier release, which selects items by kind only."""
+    if response.items or not response.WhichOneof("item"):
+        return
+    asked = [
+        name
+        for name, value in (
+            ("event_kinds", request.event_kinds),
+            ("nodes", request.nodes),
+            ("level", request.level),
+            ("since", request.since_unix_ms),
+            ("tail", request.tail),
+        )
+        if value
+    ]
+    if asked:
+        raise ConfigError(
+            f"the coordinator is of an earlier release and cannot select by {', '.join(asked)}; update it, or watch "
+            f"all items"
+        )
 
 
 def watch_item(message: jobs_pb2.WatchJobResponse) -> WatchItem | None:

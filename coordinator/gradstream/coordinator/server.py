@@ -109,6 +109,7 @@ class Coordinator:
         await self.controller.stop(self._grace_seconds)
         await self._server.stop(process.STOP_GRACE_SECONDS)
         await self.controller.timelines.close()
+        await self.controller.reads.close()
         self._state.close()
         self._lock.close()
 

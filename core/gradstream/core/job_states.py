@@ -12,6 +12,8 @@ FINISHED = jobs_pb2.JOB_STATE_FINISHED
 FAILED = jobs_pb2.JOB_STATE_FAILED
 STOPPED = jobs_pb2.JOB_STATE_STOPPED
 
+LIVE = (QUEUED, PLANNING, RUNNING, PAUSED)
+"""A job in one of these states has not ended."""
 ENDED = (FINISHED, FAILED, STOPPED)
 """A job in one of these states makes no more steps unless it is resumed."""
 

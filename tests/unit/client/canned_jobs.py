@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from grpc import StatusCode
 
+from gradstream.coordinator.servicers.lists import checked_filter
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, GradstreamError
 from gradstream.core.node import probe
 from gradstream.core.plan.forecast import Forecast, LinkForecast, PlaceForecast, ServerForecast
@@ -318,9 +320,11 @@ class CannedJobs(jobs_pb2_grpc.JobsServiceServicer):
 
     async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
         self.requests.append(request)
-        for item in self.history:
+        # It sends items of all kinds, but selects by everything else.
+        wanted = replace(checked_filter(request), kinds=())
+        for item in [item for item in self.history if wanted.selects(item)][-request.tail :]:
             if item.cursor > request.after_cursor:
-                yield item
+                yield jobs_pb2.WatchJobResponse(items=[item]) if request.paged else item
                 if item.cursor in self.break_watch_after:
                     self.break_watch_after.remove(item.cursor)
                     await context.abort(StatusCode.UNAVAILABLE, "going down")

@@ -25,6 +25,8 @@ from gradstream.coordinator.cli.views import terminal
 if TYPE_CHECKING:
     from gradstream.client import Client, Job
 
+TABLE_JOBS = 50
+
 
 def submit(
     recipe: RecipeArgument,
@@ -97,12 +99,37 @@ def _print_job(job: Job, output: OutputFormat) -> None:
         terminal.print_line(job.job_id)
 
 
-def ls(coordinator: CoordinatorOption = None, output: OutputOption = OutputFormat.table) -> None:
+def ls(
+    states: Annotated[
+        list[str] | None, typer.Option("--state", metavar="STATE", help="Jobs in this state; may be repeated.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            "-n",
+            min=0,
+            metavar="N",
+            help="The newest N jobs; 0 for all.",
+            show_default=f"{TABLE_JOBS} in a table, else all",
+        ),
+    ] = None,
+    coordinator: CoordinatorOption = None,
+    output: OutputOption = OutputFormat.table,
+) -> None:
     """List jobs, newest first."""
+    if limit is None:
+        limit = TABLE_JOBS if output is OutputFormat.table else 0
     with open_client(coordinator) as client:
-        jobs = client.jobs()
+        # One more than is shown: whether there are older ones.
+        jobs = client.jobs(states=states or (), limit=limit + 1 if limit else None)
+    has_older = bool(limit) and len(jobs) > limit
+    jobs = jobs[:limit] if limit else jobs
     if output is OutputFormat.json:
         terminal.print_json([job.to_dict() for job in jobs])
+        return
+    if not jobs and states:
+        terminal.say(f"no job is {' or '.join(states)}")
         return
     if not jobs:
         terminal.say("no jobs yet")
@@ -111,6 +138,8 @@ def ls(coordinator: CoordinatorOption = None, output: OutputOption = OutputForma
     from gradstream.coordinator.cli.views.jobs import jobs_table
 
     terminal.show(jobs_table(jobs))
+    if has_older:
+        terminal.say(f"the newest {limit} jobs; all of them: gradstream ls -n 0")
     terminal.hint(f"more about one: gradstream status {jobs[0].job_id}")
 
 
@@ -123,11 +152,11 @@ def status(
 
     Without JOB: the cluster's nodes, and the job under way, else the newest.
     """
-    from gradstream.coordinator.cli.views.jobs import chosen_job, job_view, nodes_table
+    from gradstream.coordinator.cli.views.jobs import chosen_job, job_view, jobs_to_choose, nodes_table
 
     with open_client(coordinator) as client:
         nodes, warnings = client.nodes(), client.warnings()
-        job = client.job(job_id) if job_id else chosen_job(client.jobs())
+        job = client.job(job_id) if job_id else chosen_job(jobs_to_choose(client))
     if output is OutputFormat.json:
         found = {"job": job.to_dict() if job else None, "nodes": [node.to_dict() for node in nodes]}
         terminal.print_json({**found, "warnings": warnings})

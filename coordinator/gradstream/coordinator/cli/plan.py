@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -126,7 +125,7 @@ def measured_link(coordinator: str | None) -> tuple[float, str] | None:
     carry. Raises UnreachableError when no coordinator answers.
     """
     with _live_client(coordinator) as client:
-        for job in islice(client.jobs(), MAX_JOBS):
+        for job in client.jobs(limit=MAX_JOBS):
             found = client.job(job.job_id).step_breakdown
             rates = [worker.push_bytes_per_second for worker in found.workers] if found is not None else []
             if rates and min(rates) > 0:

@@ -48,7 +48,7 @@ def top(
         looked = 0
         try:
             while True:
-                found = _look(client)
+                found = _look(client, job_id)
                 if output is OutputFormat.json:
                     job = chosen_job(found.jobs, job_id)
                     document = {
@@ -67,13 +67,14 @@ def top(
             return
 
 
-def _look(client: Client, before: Look | None = None) -> Look:
+def _look(client: Client, job_id: str | None, before: Look | None = None) -> Look:
     """Ask the coordinator for jobs and nodes; if it does not answer, return `before` with the error as `trouble`."""
+    from gradstream.coordinator.cli.views.jobs import newest_jobs
     from gradstream.coordinator.cli.views.top import Look
     from gradstream.core.errors import UnreachableError, one_line
 
     try:
-        return Look(client.address, tuple(client.nodes()), tuple(client.jobs()))
+        return Look(client.address, tuple(client.nodes()), tuple(newest_jobs(client, job_id)))
     except UnreachableError as error:
         return replace(before or Look(client.address), trouble=one_line(error))
 
@@ -89,7 +90,7 @@ def _live(client: Client, choices: Choices, interval: float, count: int | None) 
     def shown() -> Any:
         return view(found, chosen, console.width, console.height)
 
-    found, chosen = _look(client), choices
+    found, chosen = _look(client, choices.job_id), choices
     looked = 1
     try:
         with _keys() as next_key, Live(shown(), console=console, screen=True, auto_refresh=False) as live:
@@ -97,7 +98,7 @@ def _live(client: Client, choices: Choices, interval: float, count: int | None) 
             while count is None or looked < count:
                 key = next_key(due - time.monotonic())
                 if key is None:
-                    found, looked, due = _look(client, found), looked + 1, time.monotonic() + interval
+                    found, looked, due = _look(client, chosen.job_id, found), looked + 1, time.monotonic() + interval
                 else:
                     after = chosen.after(key, found.jobs)
                     if after is None:

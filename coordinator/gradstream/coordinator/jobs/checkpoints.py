@@ -166,6 +166,9 @@ def as_message(root: str, manifest: CheckpointManifest) -> jobs_pb2.Checkpoint:
     )
 
 
-def listing(root: str) -> list[jobs_pb2.Checkpoint]:
-    """All checkpoints, oldest first. Raises CheckpointError when a manifest is damaged."""
-    return [as_message(root, manifest) for manifest in list_checkpoints(root)]
+def listing(root: str, after: int = -1, limit: int | None = None) -> list[jobs_pb2.Checkpoint]:
+    """The checkpoints of versions above `after`, oldest first, at most `limit`.
+
+    Raises CheckpointError when a manifest is damaged.
+    """
+    return [as_message(root, manifest) for manifest in list_checkpoints(root, after, limit)]

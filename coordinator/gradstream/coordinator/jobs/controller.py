@@ -32,6 +32,7 @@ from gradstream.coordinator.nodes.sessions import OpenSession
 from gradstream.coordinator.nodes.storage_checks import StorageChecks
 from gradstream.coordinator.planning.needs import human_bytes
 from gradstream.coordinator.state.notify import Notifier
+from gradstream.coordinator.state.reads import StateReads
 from gradstream.coordinator.state.state import JobRecord, State
 from gradstream.coordinator.telemetry.timelines import Timelines
 from gradstream.coordinator.timing import Timing
@@ -54,7 +55,8 @@ class Controller:
         self.clock = clock
         self.nodes = NodeRegistry(self.timing, clock())
         self.members = self.nodes.members
-        self.notifier = Notifier(state)
+        self.reads = StateReads(state)
+        self.notifier = Notifier(state, self.reads)
         self.journal = Journal(state, self.notifier)
         self.timelines = Timelines()
         self.leasing = Leasing(self.members, self.timing, self.timelines)
@@ -81,7 +83,7 @@ class Controller:
 
     async def start(self) -> None:
         """Load the job under way from the state, and start the task that watches the clock."""
-        for record in self.state.list_jobs():
+        for record in self.state.list_jobs((PLANNING, RUNNING, PAUSED)):
             if record.state in (PLANNING, RUNNING) or (record.state == PAUSED and record.plan_held):
                 await self._adopt(record)
         self._loop_task = asyncio.create_task(self._watch_clock())
@@ -244,7 +246,7 @@ class Controller:
 
     def _start_next(self) -> None:
         while self.active is None and self.journal.jobs_changed:
-            record = decisions.next_job(self.state.list_jobs())
+            record = decisions.next_job(self.state.list_jobs((QUEUED,)))
             if record is None:
                 self.journal.jobs_changed = False
                 return

@@ -14,6 +14,7 @@ from gradstream.coordinator.state.notify import Notifier
 from gradstream.coordinator.state.state import JobRecord, State, Trouble
 from gradstream.coordinator.timing import unix_ms
 from gradstream.core.errors import UnreachableError, one_line
+from gradstream.core.job_states import ENDED
 from gradstream.core.log import get_logger
 from gradstream.core.rpc.retry import Backoff
 from gradstream.proto.v1 import jobs_pb2
@@ -45,16 +46,18 @@ class Journal:
 
     def create(self, record: JobRecord, events: Sequence[Event]) -> None:
         """Store a new job with its first events. Raises UnreachableError."""
-        self._state.create_job(record, [event.as_item() for event in events])
-        self._told(record.job_id, events)
+        items = [event.as_item() for event in events]
+        self._state.create_job(record, items)
+        self._told(record, items)
 
     def store(
         self, record: JobRecord, events: Sequence[Event] = (), plan: bytes | None = None, **changes: Any
     ) -> JobRecord:
         """Store a transition of a job; return its new record. Raises UnreachableError and then changes nothing."""
         changed = replace(record, **changes)
-        self._state.store_job(changed, [event.as_item() for event in events], plan)
-        self._told(record.job_id, events)
+        items = [event.as_item() for event in events]
+        self._state.store_job(changed, items, plan)
+        self._told(changed, items)
         return changed
 
     def note(self, job_id: str, kind: str, message: str) -> None:
@@ -65,11 +68,12 @@ class Journal:
         except UnreachableError as error:
             log.error("an event was not stored", cause=one_line(error))
 
-    def _told(self, job_id: str, events: Sequence[Event]) -> None:
+    def _told(self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
         self.jobs_changed = True
-        for event in events:
-            log.info(event.message, job=job_id, kind=event.kind)
-        self._notifier.changed(job_id)
+        for item in items:
+            log.info(item.event.message, job=record.job_id, kind=item.event.kind)
+        # The end of a job ends every watch.
+        self._notifier.changed(record.job_id, None if record.state in ENDED else items)
 
 
 @dataclass

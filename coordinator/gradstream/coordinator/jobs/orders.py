@@ -188,7 +188,7 @@ class Orders:
 
     def _first_rank(self) -> int:
         """A rank before those of all other jobs."""
-        return min([job.rank for job in self._controller.state.list_jobs()], default=0) - 1
+        return self._controller.state.ranks()[0] - 1
 
     def resume(self, record: JobRecord, on_disk: Sequence[int] = ()) -> None:
         """Resume a paused job, or queue an ended one again. Raises ConfigError when the job is finished.

@@ -21,7 +21,7 @@ from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.telemetry.timelines import check_timeline
 from gradstream.core.checkpoint.manifest import directory_of, write_manifest
 from gradstream.core.errors import GradstreamError, ProtocolError, UnreachableError, one_line
-from gradstream.core.job_states import ENDED
+from gradstream.core.job_states import LIVE
 from gradstream.core.log import MAX_LINES_PER_HEARTBEAT, get_logger
 from gradstream.core.plan.leases import slots_text
 from gradstream.core.recipe.recipe import Recipe
@@ -65,7 +65,7 @@ class Reports:
             skipped.append(Event("skip", line).as_item())
         if not self._state.record_step(report, skipped):
             return
-        self._controller.notifier.changed(record.job_id)
+        self._controller.notifier.changed(record.job_id, [jobs_pb2.WatchJobResponse(step=report), *skipped])
         if active is None:
             return
         if report.epoch != record.epoch or report.step != active.version:
@@ -108,22 +108,25 @@ class Reports:
             )
         # The pass is completed even if the part was known: a coordinator may have died between the two calls.
         self._state.record_validation_part(report)
-        self._complete_validation(record.job_id, report.version, recipe.training.num_slots)
+        done = self._complete_validation(record.job_id, report.version, recipe.training.num_slots)
         if active is not None:
-            active.take_validations(self._state)
+            if done is not None:
+                active.validations[done.version] = done.loss
             active.progress_at = self._controller.clock()
             self._controller.reconcile()
 
-    def _complete_validation(self, job_id: str, version: int, num_slots: int) -> None:
+    def _complete_validation(self, job_id: str, version: int, num_slots: int) -> jobs_pb2.Validation | None:
+        """Store a validation pass once all of its parts are there, and return it; None before."""
         parts = self._state.validation_parts(job_id, version)
         if len(parts) < num_slots:
-            return
+            return None
         # In slot order and correctly rounded: the mean has the same bits in whatever order the reports came.
         loss_sum = _total([parts[slot][0] for slot in range(num_slots)])
         num_tokens = sum(tokens for _, tokens in parts.values())
         validation = jobs_pb2.Validation(version=version, loss=loss_sum / num_tokens, num_tokens=num_tokens)
         if self._state.record_validation(job_id, validation):
-            self._controller.notifier.changed(job_id)
+            self._controller.notifier.changed(job_id, [jobs_pb2.WatchJobResponse(validation=validation)])
+        return validation
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -205,8 +208,10 @@ class Reports:
                 slots = slots_text(residuals.lost)
                 line = f"version {version}: the residuals of {slots} were lost with their worker; if the job goes back"
                 events.append(Event("checkpoint", f"{line} to this version, these slots start without them").as_item())
-            self._state.record_checkpoint(record.job_id, plan.epoch, checkpoints.as_message(root, manifest), events)
-            self._controller.notifier.changed(record.job_id)
+            checkpoint = checkpoints.as_message(root, manifest)
+            self._state.record_checkpoint(record.job_id, plan.epoch, checkpoint, events)
+            written = jobs_pb2.WatchJobResponse(checkpoint=checkpoint)
+            self._controller.notifier.changed(record.job_id, [written, *events])
             if active.record.epoch == plan.epoch:
                 active.written(version)
                 active.progress_at = self._controller.clock()
@@ -252,11 +257,7 @@ class Reports:
         These are the start of a plan, the input of an export, candidates for a fine-tuning's result, and the bases of
         jobs that have not ended.
         """
-        bases = [
-            base
-            for record in self._state.list_jobs()
-            if record.state not in ENDED and (base := checkpoints.base_path(record.recipe_json))
-        ]
+        bases = [base for record in self._state.list_jobs(LIVE) if (base := checkpoints.base_path(record.recipe_json))]
         return self._controller.pins.of(root) | active.candidates | checkpoints.bases_under(root, bases)
 
     # --- timelines --------------------------------------------------------------------------------------------------

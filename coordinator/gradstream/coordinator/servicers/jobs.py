@@ -21,10 +21,13 @@ from gradstream.coordinator.jobs.orders import Orders
 from gradstream.coordinator.nodes.membership import SERVER
 from gradstream.coordinator.planning.inventory import check_model, special_tokens
 from gradstream.coordinator.servicers.kept_checkpoints import KeptCheckpoints
+from gradstream.coordinator.servicers.lists import Lists
+from gradstream.coordinator.servicers.lookup import JobLookup
 from gradstream.coordinator.servicers.plans import Plans
 from gradstream.coordinator.servicers.recipe_data import find_data
 from gradstream.coordinator.servicers.removals import Removals
-from gradstream.coordinator.servicers.views import Views
+from gradstream.coordinator.servicers.views import Views, read_stored_job
+from gradstream.coordinator.state.history import HistoryFilter
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.telemetry import metrics
 from gradstream.coordinator.timing import unix_ms
@@ -38,9 +41,8 @@ from gradstream.core.errors import (
     ConfigError,
     DataError,
     GradstreamError,
-    nearest,
 )
-from gradstream.core.job_states import ENDED, FINISHED, STATE_WORDS
+from gradstream.core.job_states import FINISHED, STATE_WORDS
 from gradstream.core.model import check as model_check
 from gradstream.core.pretrained.export import huggingface_weights, write_huggingface
 from gradstream.core.recipe.files import absolute_path
@@ -48,7 +50,6 @@ from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.recipe.roots import moved, moved_recipe
 from gradstream.core.rpc.errors import answering
-from gradstream.core.rpc.paging import MAX_PAGE_BYTES, start_of_page
 from gradstream.core.rpc.requests import Requests, checked_request_id
 from gradstream.core.rpc.token_sources import FileTokens
 from gradstream.core.storage import files
@@ -62,7 +63,8 @@ EXTEND_SECONDS = 30.0
 MAX_HOLDS = 256
 """Maximum number of checkpoints that are kept for readers at the same time."""
 
-HISTORY_KINDS = tuple(field.name for field in jobs_pb2.WatchJobResponse.DESCRIPTOR.oneofs_by_name["item"].fields)
+CHECKPOINT_CHANGES = HistoryFilter(kinds=("event", "checkpoint"))
+"""What changes whether a job has a checkpoint, or will have one."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -88,6 +90,9 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self._removals = Removals(controller, self._bulk)
         self._kept = KeptCheckpoints(controller.pins, self._storage, self._allowed)
         self._exports = asyncio.Semaphore(MAX_EXPORTS)
+        self._lookup = JobLookup(self._state)
+        self._find = self._lookup.find
+        self._lists = Lists(controller, views, self._lookup, self._storage)
         self._num_holds = 0
 
     async def SubmitJob(self, request: jobs_pb2.SubmitJobRequest, context: Context) -> jobs_pb2.SubmitJobResponse:
@@ -123,9 +128,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         warnings = await check_model(
             recipe, manifest, lambda: self._storage.call(recipe.data.path, special_tokens, recipe, manifest)
         )
-        taken = [job.job_id for job in self._state.list_jobs()]
+        taken = self._state.job_ids()
         job_id, directory = await self._storage.call(recipe.run_root, make_run_directory, recipe, taken)
-        jobs = self._state.list_jobs()
         record = JobRecord(
             job_id=job_id,
             name=recipe.name,
@@ -134,7 +138,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             run_directory=str(directory),
             submitted_unix_ms=unix_ms(),
             reason="waits for its turn",
-            rank=max((job.rank for job in jobs), default=0) + 1,
+            rank=self._state.ranks()[1] + 1,
             request_id=request_id,
         )
         try:
@@ -154,42 +158,22 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
         async with answering(context):
-            records = self._state.list_jobs()[::-1]
-            response = jobs_pb2.ListJobsResponse()
-            num_bytes = 0
-            for record in records[start_of_page([record.job_id for record in records], request.page_token) :]:
-                job = self._views.job(record)
-                num_bytes += job.ByteSize()
-                if response.jobs and num_bytes > MAX_PAGE_BYTES:
-                    response.next_page_token = response.jobs[-1].job_id
-                    break
-                response.jobs.append(job)
-                # A long list must not delay heartbeats.
-                await asyncio.sleep(0)
-            return response
+            return await self._lists.jobs(request)
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
         async with answering(context):
-            record = self._named(request.job_id)
+            record = self._lookup.named(request.job_id)
             await self._controller.timelines.load(record)
-            return jobs_pb2.GetJobResponse(job=self._views.job(self._find(record.job_id), whole=True))
+            record = self._find(record.job_id)
+            stored = await self._controller.reads.call(lambda reader: read_stored_job(reader, record, whole=True))
+            return jobs_pb2.GetJobResponse(job=self._views.from_stored(stored, whole=True))
 
     async def WatchJob(
         self, request: jobs_pb2.WatchJobRequest, context: Context
     ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
         async with answering(context):
-            job_id = self._named(request.job_id).job_id
-            for kind in request.kinds:
-                if kind not in HISTORY_KINDS:
-                    raise ConfigError(f"a history has no items of kind '{kind[:100]}'{nearest(kind, HISTORY_KINDS)}")
-
-            def is_over() -> bool:
-                return not request.follow or self._find(job_id).state in ENDED
-
-            async for item in self._controller.notifier.follow(
-                job_id, request.after_cursor, is_over, tuple(request.kinds)
-            ):
-                yield item
+            async for response in self._lists.watch(request):
+                yield response
 
     async def PauseJob(self, request: jobs_pb2.PauseJobRequest, context: Context) -> jobs_pb2.PauseJobResponse:
         async with answering(context):
@@ -214,15 +198,16 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         """Extend a resting or ended job to more steps; after a recent pause, first wait for the job's checkpoint."""
         try:
             async with asyncio.timeout(EXTEND_SECONDS):
-                while True:
-                    change = self._controller.notifier.change(record.job_id)
-                    # Before the look at the disk: a checkpoint that counts here is seen there.
-                    is_ready = self._orders.may_extend(self._find(record.job_id), num_steps)
-                    on_disk = await self._versions_on_disk(record)
-                    if is_ready and self._orders.may_extend(self._find(record.job_id), num_steps):
-                        break
-                    if not is_ready:
-                        await change.wait()
+                with self._controller.notifier.watching(record.job_id, CHECKPOINT_CHANGES) as changes:
+                    while True:
+                        changes.begin()
+                        # Before the look at the disk: a checkpoint that counts here is seen there.
+                        is_ready = self._orders.may_extend(self._find(record.job_id), num_steps)
+                        on_disk = await self._versions_on_disk(record)
+                        if is_ready and self._orders.may_extend(self._find(record.job_id), num_steps):
+                            break
+                        if not is_ready:
+                            await changes.wait()
         except TimeoutError:
             raise BusyError(
                 f"the checkpoint of job {record.job_id} is not written yet, and it goes on from there; try again when "
@@ -266,26 +251,25 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             record = self._find(request.job_id)
             version = self._orders.checkpoint(record)
             root = checkpoints.root_of(record.run_directory)
-            while True:
-                # Subscribe before the check: a change between the check and the wait is not missed.
-                change = self._controller.notifier.change(record.job_id)
-                versions = await self._storage.call(root, checkpoints.versions_on_disk, root)
-                if versions and versions[-1] > version:
-                    listing = await self._storage.call(root, checkpoints.listing, root)
-                    return jobs_pb2.CheckpointJobResponse(checkpoint=listing[-1])
-                if not self._orders.checkpoint_comes(record, version):
-                    state = self._find(record.job_id).state
-                    raise CheckpointError(f"job {record.job_id} is {STATE_WORDS[state]} before its next step")
-                await change.wait()
+            with self._controller.notifier.watching(record.job_id, CHECKPOINT_CHANGES) as changes:
+                while True:
+                    # Before the check: a change between the check and the wait is not missed.
+                    changes.begin()
+                    versions = await self._storage.call(root, checkpoints.versions_on_disk, root)
+                    if versions and versions[-1] > version:
+                        listing = await self._storage.call(root, checkpoints.listing, root, versions[-1] - 1)
+                        return jobs_pb2.CheckpointJobResponse(checkpoint=listing[-1])
+                    if not self._orders.checkpoint_comes(record, version):
+                        state = self._find(record.job_id).state
+                        raise CheckpointError(f"job {record.job_id} is {STATE_WORDS[state]} before its next step")
+                    await changes.wait()
 
     async def ListCheckpoints(
         self, request: jobs_pb2.ListCheckpointsRequest, context: Context
     ) -> jobs_pb2.ListCheckpointsResponse:
         async with answering(context):
             record = self._find(request.job_id)
-            root = checkpoints.root_of(record.run_directory)
-            listing = await self._storage.call(root, checkpoints.listing, root)
-            return jobs_pb2.ListCheckpointsResponse(checkpoints=listing)
+            return await self._lists.checkpoints(record, request)
 
     async def ExportCheckpoint(
         self, request: jobs_pb2.ExportCheckpointRequest, context: Context
@@ -339,11 +323,11 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         self, request: jobs_pb2.GetMetricsRequest, context: Context
     ) -> AsyncIterator[jobs_pb2.GetMetricsResponse]:
         async with answering(context):
-            for rows in metrics.pages(self._state, self._named(request.job_id), request.first_step, request.every):
+            record, reads = self._lookup.named(request.job_id), self._controller.reads
+            pages = await reads.call(lambda reader: metrics.pages(reader, record, request.first_step, request.every))
+            while (rows := await reads.call(lambda _: next(pages, None))) is not None:
                 if rows:
                     yield jobs_pb2.GetMetricsResponse(rows=rows)
-                # A long job must not delay heartbeats.
-                await asyncio.sleep(0)
 
     async def CheckStorage(
         self, request: jobs_pb2.CheckStorageRequest, context: Context
@@ -358,9 +342,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             return jobs_pb2.CheckStorageResponse(problem=problem, num_servers=len(servers), directory=directory)
 
     async def ListNodes(self, request: jobs_pb2.ListNodesRequest, context: Context) -> jobs_pb2.ListNodesResponse:
-        return jobs_pb2.ListNodesResponse(
-            nodes=self._views.nodes(), refused=self._views.refused_nodes(), warnings=self._warnings()
-        )
+        async with answering(context):
+            return self._lists.nodes(request, self._warnings())
 
     async def PublishTokens(
         self, request: jobs_pb2.PublishTokensRequest, context: Context
@@ -374,30 +357,6 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     def _warnings(self) -> list[str]:
         return [] if self._tokens is None else expiring(self._tokens.table, time.time())
-
-    def _named(self, name: str) -> JobRecord:
-        """Find a job by its id, else the newest with this name (of a fine-tuning); the newest job for an empty name.
-
-        Raises ConfigError that suggests the nearest name.
-        """
-        if name and self._state.get_job(name) is None:
-            found = [job for job in self._state.list_jobs() if job.name == name]
-            if found:
-                return found[-1]
-        return self._find(name)
-
-    def _find(self, job_id: str) -> JobRecord:
-        """Find a job by its id, the newest job for an empty id. Raises ConfigError that suggests the nearest id."""
-        record = self._state.get_job(job_id) if job_id else None
-        if record is not None:
-            return record
-        jobs = self._state.list_jobs()
-        if not job_id and jobs:
-            return jobs[-1]
-        if not jobs:
-            raise ConfigError("there is no job yet; submit one with `gradstream submit RECIPE`")
-        known = nearest(job_id, [job.job_id for job in jobs]) or "; `gradstream ls` lists them"
-        raise ConfigError(f"there is no job '{job_id[:100]}'{known}")
 
 
 def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:

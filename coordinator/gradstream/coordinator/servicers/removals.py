@@ -7,6 +7,7 @@ from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.removal import JobFiles
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.core.errors import ConfigError
+from gradstream.core.job_states import LIVE
 from gradstream.core.log import get_logger
 from gradstream.core.rpc.access import by_caller
 from gradstream.core.storage.pool import StorageThreads
@@ -52,6 +53,6 @@ class Removals:
         if now is None:
             raise ConfigError(f"job {record.job_id} was removed meanwhile")
         pinned = self._controller.pins.of(checkpoints.root_of(record.run_directory))
-        may_go, reason = removal.judge_removal(now, state.list_jobs(), pinned)
+        may_go, reason = removal.judge_removal(now, state.list_jobs(LIVE), pinned)
         if not may_go:
             raise ConfigError(reason)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 from gradstream.coordinator.jobs import decisions
 from gradstream.coordinator.jobs.active import ActiveJob
@@ -12,7 +14,7 @@ from gradstream.coordinator.jobs.plan_making import waits_for_nodes
 from gradstream.coordinator.jobs.residuals import standing
 from gradstream.coordinator.jobs.stalls import step_seconds
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
-from gradstream.coordinator.state.state import JobRecord
+from gradstream.coordinator.state.state import JobRecord, StateReader, StepTotals
 from gradstream.coordinator.telemetry.step_times import breakdown
 from gradstream.coordinator.timing import judge_wait, unix_ms
 from gradstream.core.job_states import PAUSED, PLANNING, QUEUED, RUNNING, STATE_WORDS
@@ -20,6 +22,38 @@ from gradstream.core.plan.leases import SLOTS, slots_text
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.recipe.recipe import CodecConfig, Recipe
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
+
+
+@dataclass(frozen=True)
+class StoredJob:
+    """What the state has of a job for people."""
+
+    record: JobRecord
+    recipe: Recipe
+    totals: StepTotals
+    # The first and the last complete validation pass.
+    validations: tuple[jobs_pb2.Validation, jobs_pb2.Validation] | None
+    plan: plan_pb2.Plan | None
+
+
+def read_stored_job(reader: StateReader, record: JobRecord, whole: bool = False) -> StoredJob:
+    """Read a job. Only `whole` reads the plan of a job without a pipeline: a large model's plan has megabytes."""
+    recipe = _recipe_of(record.recipe_json)
+    wanted = whole or recipe.pipeline.stages != 1
+    plan = reader.load_plan(record.job_id, record.epoch) if wanted else None
+    return StoredJob(
+        record,
+        recipe,
+        reader.step_totals(record.job_id, record.epoch, record.start_version),
+        reader.first_and_last_validation(record.job_id),
+        plan_pb2.Plan.FromString(plan) if plan is not None else None,
+    )
+
+
+@lru_cache(maxsize=256)
+def _recipe_of(recipe_json: str) -> Recipe:
+    """A stored recipe. Lists of jobs need the same ones again and again, and to validate one takes 70 us."""
+    return Recipe.model_validate_json(recipe_json)
 
 
 class Views:
@@ -30,23 +64,21 @@ class Views:
         self._state = controller.state
         controller.after_reconcile.append(self._keep_time)
 
-    def job(self, record: JobRecord, whole: bool = False) -> jobs_pb2.Job:
-        """One job: state, progress and waits.
+    def job(self, record: JobRecord) -> jobs_pb2.Job:
+        """One job, read from the state now: its state, progress and waits."""
+        return self.from_stored(read_stored_job(self._state, record))
 
-        `whole` also gives each worker's step times, and reads the plan of a job that has ended. A list of jobs leaves
-        both out: a large model's plan has megabytes.
+    def from_stored(self, stored: StoredJob, whole: bool = False) -> jobs_pb2.Job:
+        """One job from what the state has of it, and for the active job from memory. `whole` adds workers' step times.
+
+        A list of jobs leaves these out.
         """
+        record, totals, recipe, plan = stored.record, stored.totals, stored.recipe, stored.plan
         active = self._controller.active
         if active is not None and active.job_id == record.job_id:
-            record = active.record
+            record, totals, recipe, plan = active.record, active.totals, active.recipe, active.plan_message
         else:
             active = None
-        totals = (
-            active.totals
-            if active is not None
-            else self._state.step_totals(record.job_id, record.epoch, record.start_version)
-        )
-        recipe = active.recipe if active else Recipe.model_validate_json(record.recipe_json)
         message = jobs_pb2.Job(
             job_id=record.job_id,
             name=record.name,
@@ -70,7 +102,6 @@ class Views:
         hidden_share = self._controller.timelines.share(record.job_id)
         if hidden_share is not None:
             message.hidden_share = hidden_share
-        plan = active.plan_message if active is not None else self._last_plan(record, recipe, whole)
         if plan is not None:
             message.num_parameters = sum(math.prod(tensor.shape) for tensor in plan.tensors)
         steps = self._controller.timelines.steps(record.job_id)
@@ -84,21 +115,14 @@ class Views:
                 message.step_breakdown.ClearField("workers")
         if plan is not None and plan.stage_ends:
             message.pipeline.CopyFrom(self._pipeline(record.job_id, plan))
-        validations = self._state.validations(record.job_id)
-        if validations:
-            message.initial_validation_loss = validations[0].loss
-            message.validation_loss = validations[-1].loss
+        if stored.validations is not None:
+            first, last = stored.validations
+            message.initial_validation_loss, message.validation_loss = first.loss, last.loss
         if active is not None:
             self._add_live(message, active)
         elif record.state == QUEUED:
             message.waits.extend([*self._troubles(), self._turn(record)])
         return message
-
-    def _last_plan(self, record: JobRecord, recipe: Recipe, whole: bool) -> plan_pb2.Plan | None:
-        """The last plan of a job; for a job without a pipeline only if `whole`."""
-        wanted = whole or recipe.pipeline.stages != 1
-        stored = self._state.load_plan(record.job_id, record.epoch) if wanted else None
-        return plan_pb2.Plan.FromString(stored) if stored is not None else None
 
     def _pipeline(self, job_id: str, plan: plan_pb2.Plan) -> jobs_pb2.Pipeline:
         """A plan's pipeline and its bubble, measured and ideal.
@@ -320,24 +344,21 @@ class Views:
 
     # --- nodes ------------------------------------------------------------------------------------------------------
 
-    def nodes(self) -> list[jobs_pb2.Node]:
-        """All nodes, live ones first."""
-        return [
-            jobs_pb2.Node(
-                node_id=node.node_id,
-                name=node.name,
-                kind=node.kind,
-                address=node.address,
-                alive=node.alive,
-                last_heartbeat_unix_ms=node.last_heartbeat_unix_ms,
-                activity=node.activity,
-                memory_bytes=node.memory_bytes,
-                device=node.device,
-                flops_per_second=node.flops_per_second,
-                vitals=node.vitals,
-            )
-            for node in self._controller.members.all()
-        ]
+    def node(self, node: NodeEntry) -> jobs_pb2.Node:
+        """One node."""
+        return jobs_pb2.Node(
+            node_id=node.node_id,
+            name=node.name,
+            kind=node.kind,
+            address=node.address,
+            alive=node.alive,
+            last_heartbeat_unix_ms=node.last_heartbeat_unix_ms,
+            activity=node.activity,
+            memory_bytes=node.memory_bytes,
+            device=node.device,
+            flops_per_second=node.flops_per_second,
+            vitals=node.vitals,
+        )
 
     def refused_nodes(self) -> list[jobs_pb2.RefusedNode]:
         """Nodes whose registration was refused."""

@@ -3,53 +3,107 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
-from gradstream.coordinator.state.state import State
+from gradstream.coordinator.state.history import ALL, HistoryFilter
+from gradstream.coordinator.state.reads import StateReads
+from gradstream.coordinator.state.state import State, StateReader
 from gradstream.proto.v1 import jobs_pb2
 
 PAGE_ITEMS = 256
 
 
+class Watcher:
+    """Waits for changes of a job that a caller wants."""
+
+    def __init__(self, wanted: HistoryFilter):
+        self._wanted = wanted
+        self._changed = asyncio.Event()
+
+    def begin(self) -> None:
+        """Forget earlier changes. The caller then looks, and waits for what changes after the look began."""
+        self._changed.clear()
+
+    async def wait(self) -> None:
+        """Wait for a change after the last `begin`."""
+        await self._changed.wait()
+
+    def tell(self, items: Sequence[jobs_pb2.WatchJobResponse] | None) -> bool:
+        """Wake the waiter if it wants one of the new items; None stands for a change that everyone wants."""
+        if not self._changed.is_set() and (items is None or any(map(self._wanted.selects, items))):
+            self._changed.set()
+            return True
+        return False
+
+
 class Notifier:
     """Appends to histories and lets any number of watchers follow, each with one page in memory."""
 
-    def __init__(self, state: State):
+    def __init__(self, state: State, reads: StateReads):
         self._state = state
-        self._changes: dict[str, asyncio.Event] = {}
+        self._reads = reads
+        self._watchers: dict[str, set[Watcher]] = {}
+        # Number of times that a watcher was woken.
+        self.num_wakes = 0
 
     def append(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
         """Add items to a job's history."""
         self._state.append(job_id, items)
-        self.changed(job_id)
+        self.changed(job_id, items)
 
-    def changed(self, job_id: str) -> None:
-        """Wake the job's watchers: its history or its state has changed."""
-        event = self._changes.pop(job_id, None)
-        if event is not None:
-            event.set()
+    def changed(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse] | None = None) -> None:
+        """Wake the job's watchers that want one of the new items of its history; without items, wake all."""
+        for watcher in self._watchers.get(job_id, ()):
+            self.num_wakes += watcher.tell(items)
 
-    def change(self, job_id: str) -> asyncio.Event:
-        """Return an event that is set at the next change of the job's history or state."""
-        return self._changes.setdefault(job_id, asyncio.Event())
+    @contextmanager
+    def watching(self, job_id: str, wanted: HistoryFilter = ALL) -> Iterator[Watcher]:
+        """Register a watcher for a job's new items that are wanted, and for its end."""
+        watcher = Watcher(wanted)
+        self._watchers.setdefault(job_id, set()).add(watcher)
+        try:
+            yield watcher
+        finally:
+            watchers = self._watchers[job_id]
+            watchers.discard(watcher)
+            if not watchers:
+                del self._watchers[job_id]
 
     async def follow(
-        self, job_id: str, after_cursor: int, is_over: Callable[[], bool], kinds: Sequence[str] = ()
-    ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
-        """Yield the items after a cursor, of all kinds or of `kinds`.
+        self,
+        job_id: str,
+        after_cursor: int,
+        is_over: Callable[[], bool],
+        wanted: HistoryFilter = ALL,
+        tail: int = 0,
+    ) -> AsyncIterator[list[jobs_pb2.WatchJobResponse]]:
+        """Yield pages of the wanted items after a cursor; with `tail` only the last ones of those that are recorded.
 
         Ends when all items were sent and `is_over` returns True: no more will come.
         """
-        while True:
-            # Subscribe before reading: an item that is added between the read and the wait is not missed.
-            change = self.change(job_id)
-            over = is_over()
-            page = self._state.read_history(job_id, after_cursor, PAGE_ITEMS, kinds)
-            for item in page:
-                yield item
-                after_cursor = item.cursor
-            if page:
-                continue
-            if over:
-                return
-            await change.wait()
+        if tail:
+            last = await self._reads.call(lambda reader: reader.cursor_before_last(job_id, tail, wanted))
+            after_cursor = max(after_cursor, last)
+        with self.watching(job_id, wanted) as watcher:
+            while True:
+                # Before the read: an item that is added between the read and the wait is not missed.
+                watcher.begin()
+                over = is_over()
+                read = partial(_read_page, job_id=job_id, after_cursor=after_cursor, wanted=wanted)
+                page = await self._reads.call(read)
+                if page:
+                    yield page
+                    after_cursor = page[-1].cursor
+                if len(page) == PAGE_ITEMS:
+                    continue
+                if over:
+                    return
+                await watcher.wait()
+
+
+def _read_page(
+    reader: StateReader, *, job_id: str, after_cursor: int, wanted: HistoryFilter
+) -> list[jobs_pb2.WatchJobResponse]:
+    return reader.read_history(job_id, after_cursor, PAGE_ITEMS, wanted)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from gradstream.coordinator.state.state import JobRecord, State
+from gradstream.coordinator.state.state import JobRecord, StateReader
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 PAGE_STEPS = 1000
 """Number of steps that are read at a time. The rows of a page take less than 0.2 MiB."""
 
 
-def pages(state: State, record: JobRecord, first_step: int, every: int) -> Iterator[list[jobs_pb2.StepMetrics]]:
+def pages(state: StateReader, record: JobRecord, first_step: int, every: int) -> Iterator[list[jobs_pb2.StepMetrics]]:
     """Yield the rows of a job's current trajectory that GetMetricsRequest selects, in pages.
 
-    A page may be empty. Between two pages the caller lets other tasks run.
+    A page may be empty.
     """
     first_step = min(first_step, 2**63 - 1)
     validations = {item.version: item.loss for item in state.validations(record.job_id)}

@@ -283,12 +283,18 @@ def _damaged_manifest(directory: str, detail: str) -> str:
     )
 
 
-def list_checkpoints(root: str) -> list[CheckpointManifest]:
-    """The checkpoints under `root`, oldest first. Directories without a manifest do not count."""
-    found = []
-    for name in files.list_names(root):
-        directory = files.join(root, name)
-        if _DIRECTORY.fullmatch(name) and MANIFEST_NAME in files.list_names(directory):
+def list_checkpoints(root: str, after: int = -1, limit: int | None = None) -> list[CheckpointManifest]:
+    """The checkpoints under `root` of versions above `after`, oldest first, at most `limit`.
+
+    Directories without a manifest do not count.
+    """
+    found: list[CheckpointManifest] = []
+    versions = {int(match[1]): name for name in files.list_names(root) if (match := _DIRECTORY.fullmatch(name))}
+    for version in sorted(version for version in versions if version > after):
+        if limit is not None and len(found) >= limit:
+            break
+        directory = files.join(root, versions[version])
+        if MANIFEST_NAME in files.list_names(directory):
             try:
                 found.append(read_manifest(directory))
             except CheckpointError:

@@ -792,16 +792,26 @@ class ListJobsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
     page_token: _builtins.str
     """Empty for the first page, else next_page_token of the page before."""
+    page_size: _builtins.int
+    """Maximum number of jobs of the page; 0: as many as fit in a message."""
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[Global___JobState.ValueType]:
+        """Only jobs in these states. Empty: all."""
+
     def __init__(
         self,
         *,
         page_token: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        states: _abc.Iterable[Global___JobState.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -809,7 +819,7 @@ Global___ListJobsRequest: _TypeAlias = ListJobsRequest  # noqa: Y015
 
 @_typing.final
 class ListJobsResponse(_message.Message):
-    """A page of jobs: as many as fit in a message."""
+    """A page of jobs: at most as many as fit in a message."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -891,15 +901,39 @@ class WatchJobRequest(_message.Message):
     AFTER_CURSOR_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
     KINDS_FIELD_NUMBER: _builtins.int
+    EVENT_KINDS_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    SINCE_UNIX_MS_FIELD_NUMBER: _builtins.int
+    TAIL_FIELD_NUMBER: _builtins.int
+    PAGED_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job; empty for the newest."""
     after_cursor: _builtins.int
     """The cursor of the last item seen; 0 to start from the beginning."""
     follow: _builtins.bool
     """True: continue until the job has ended. False: end when all recorded items were sent."""
+    level: _builtins.str
+    """Of the log lines only those of this level and above: debug, info, warning, error, critical. Empty: all. Other items
+    are not affected.
+    """
+    since_unix_ms: _builtins.int
+    """Only items of this Unix time in milliseconds and later. A validation has the time at which it was recorded."""
+    tail: _builtins.int
+    """Of the recorded items that the fields above select, only the last of this number. 0: all. Later items follow."""
+    paged: _builtins.bool
+    """True: a response has a page of items in `items`. False: a response has one item."""
     @_builtins.property
     def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only items of these kinds: event, step, validation, log, checkpoint. Empty: all."""
+
+    @_builtins.property
+    def event_kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the events only those of these kinds (Event.kind). Empty: all. Other items are not affected."""
+
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only log lines of these nodes and events whose message names one of them, and no items of other kinds. Empty: all."""
 
     def __init__(
         self,
@@ -908,10 +942,16 @@ class WatchJobRequest(_message.Message):
         after_cursor: _builtins.int = ...,
         follow: _builtins.bool = ...,
         kinds: _abc.Iterable[_builtins.str] | None = ...,
+        event_kinds: _abc.Iterable[_builtins.str] | None = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        level: _builtins.str = ...,
+        since_unix_ms: _builtins.int = ...,
+        tail: _builtins.int = ...,
+        paged: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_cursor", b"after_cursor", "follow", b"follow", "job_id", b"job_id", "kinds", b"kinds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_cursor", b"after_cursor", "event_kinds", b"event_kinds", "follow", b"follow", "job_id", b"job_id", "kinds", b"kinds", "level", b"level", "nodes", b"nodes", "paged", b"paged", "since_unix_ms", b"since_unix_ms", "tail", b"tail"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -929,6 +969,7 @@ class WatchJobResponse(_message.Message):
     VALIDATION_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
     """Position of this item, for after_cursor."""
     @_builtins.property
@@ -951,6 +992,10 @@ class WatchJobResponse(_message.Message):
     def checkpoint(self) -> Global___Checkpoint:
         """A checkpoint exists."""
 
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchJobResponse]:
+        """The items of a page, with rising cursors. Only in responses to a request with `paged`, without any other field."""
+
     def __init__(
         self,
         *,
@@ -960,10 +1005,11 @@ class WatchJobResponse(_message.Message):
         validation: Global___Validation | None = ...,
         log: Global___NodeLogLine | None = ...,
         checkpoint: Global___Checkpoint | None = ...,
+        items: _abc.Iterable[Global___WatchJobResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "event", b"event", "item", b"item", "log", b"log", "step", b"step", "validation", b"validation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cursor", b"cursor", "event", b"event", "item", b"item", "log", b"log", "step", b"step", "validation", b"validation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "cursor", b"cursor", "event", b"event", "item", b"item", "items", b"items", "log", b"log", "step", b"step", "validation", b"validation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_item: _TypeAlias = _typing.Literal["event", "step", "validation", "log", "checkpoint"]  # noqa: Y015
     _WhichOneofArgType_item: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
@@ -1296,16 +1342,24 @@ class ListCheckpointsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job; empty for the newest."""
+    page_token: _builtins.str
+    """Empty for the first page, else next_page_token of the page before."""
+    page_size: _builtins.int
+    """Maximum number of checkpoints of the page; 0: as many as fit in a message."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
+        page_token: _builtins.str = ...,
+        page_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1313,11 +1367,14 @@ Global___ListCheckpointsRequest: _TypeAlias = ListCheckpointsRequest  # noqa: Y0
 
 @_typing.final
 class ListCheckpointsResponse(_message.Message):
-    """A job's checkpoints."""
+    """A page of a job's checkpoints: at most as many as fit in a message."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """The page_token of the next page; empty on the last page."""
     @_builtins.property
     def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Checkpoint]:
         """The checkpoints, oldest first."""
@@ -1326,10 +1383,11 @@ class ListCheckpointsResponse(_message.Message):
         self,
         *,
         checkpoints: _abc.Iterable[Global___Checkpoint] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2085,12 +2143,21 @@ class ListNodesRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    page_token: _builtins.str
+    """Empty for the first page, else next_page_token of the page before."""
+    page_size: _builtins.int
+    """Maximum number of nodes of the page; 0: as many as fit in a message."""
     def __init__(
         self,
+        *,
+        page_token: _builtins.str = ...,
+        page_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2098,26 +2165,29 @@ Global___ListNodesRequest: _TypeAlias = ListNodesRequest  # noqa: Y015
 
 @_typing.final
 class ListNodesResponse(_message.Message):
-    """The nodes."""
+    """A page of nodes: at most as many as fit in a message."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NODES_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """The page_token of the next page; empty on the last page."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]:
-        """The nodes: live ones first, then by kind and name."""
+        """The nodes: live ones first, then by kind and name. A node that dies between two pages may be in both or in none."""
 
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedNode]:
         """Nodes that were refused since the coordinator started and have not registered since; the newest attempt first, at
-        most 64.
+        most 64. Only on the first page.
         """
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Warnings about the cluster, one line each, such as credentials that expire soon."""
+        """Warnings about the cluster, one line each, such as credentials that expire soon. Only on the first page."""
 
     def __init__(
         self,
@@ -2125,10 +2195,11 @@ class ListNodesResponse(_message.Message):
         nodes: _abc.Iterable[Global___Node] | None = ...,
         refused: _abc.Iterable[Global___RefusedNode] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "refused", b"refused", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "nodes", b"nodes", "refused", b"refused", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

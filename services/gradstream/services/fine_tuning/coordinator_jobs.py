@@ -44,7 +44,7 @@ class CoordinatorJobs:
     async def check(self) -> None:
         """Raise UnreachableError when the coordinator does not answer, CredentialsError if credentials cause that."""
         try:
-            await self._call(self._stub.ListNodes, jobs_pb2.ListNodesRequest())
+            await self._call(self._stub.ListNodes, jobs_pb2.ListNodesRequest(page_size=1))
         except UnreachableError as error:
             raise await why_unreachable(self.address, COORDINATOR, self._transport) or error from None
 
@@ -100,8 +100,14 @@ class CoordinatorJobs:
 
     async def checkpoints(self, job_id: str) -> list[jobs_pb2.Checkpoint]:
         """List a job's checkpoints, oldest first."""
+        found: list[jobs_pb2.Checkpoint] = []
         request = jobs_pb2.ListCheckpointsRequest(job_id=job_id)
-        return list((await self._call(self._stub.ListCheckpoints, request)).checkpoints)
+        while True:
+            page = await self._call(self._stub.ListCheckpoints, request)
+            found += page.checkpoints
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
 
     @asynccontextmanager
     async def held(self, job_id: str, version: int | None = None) -> AsyncIterator[jobs_pb2.Checkpoint]:

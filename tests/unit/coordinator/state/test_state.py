@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from gradstream.coordinator.state.sqlite import JOB_TABLES, SqliteState
+from gradstream.coordinator.state.history import HistoryFilter
+from gradstream.coordinator.state.sqlite import SqliteState
+from gradstream.coordinator.state.sqlite_schema import JOB_TABLES
 from gradstream.coordinator.state.state import JobRecord, State
 from gradstream.core.errors import ConfigError, ProtocolError, UnreachableError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
@@ -82,9 +84,12 @@ def test_history_is_read_in_pages_by_cursor(state: State) -> None:
 def test_history_of_some_kinds(state: State) -> None:
     line = jobs_pb2.WatchJobResponse(log=jobs_pb2.NodeLogLine(node="w"))
     state.append("a-1", [event("0"), line, event("1"), line, event("2")])
-    assert [item.event.message for item in state.read_history("a-1", 0, 2, ["event"])] == ["0", "1"]
-    assert len(state.read_history("a-1", 0, 9, ["event", "log"])) == 5
-    assert state.read_history("a-1", 0, 9, ["step"]) == []
+    assert [item.event.message for item in state.read_history("a-1", 0, 2, HistoryFilter(kinds=("event",)))] == [
+        "0",
+        "1",
+    ]
+    assert len(state.read_history("a-1", 0, 9, HistoryFilter(kinds=("event", "log")))) == 5
+    assert state.read_history("a-1", 0, 9, HistoryFilter(kinds=("step",))) == []
 
 
 def test_log_lines_are_bounded_and_other_items_are_not(state: State) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import grpc.aio
 import pytest
 from support.pipelines import simulated_timelines, stage_costs, timeline_message
 
-from gradstream.coordinator.servicers.views import Views
+from gradstream.coordinator.servicers.views import Views, read_stored_job
 from gradstream.coordinator.telemetry import timelines
 from gradstream.coordinator.telemetry.timelines import NUM_VERSIONS, TimelineFiles, check_timeline
 from gradstream.core.errors import ProtocolError
@@ -224,8 +225,9 @@ async def test_a_pipeline_is_shown_with_its_bubble(cluster: Any) -> None:
     recipe = active.recipe.model_copy(update={"pipeline": PipelineConfig(stages=4, chunks=2)})
     views = Views(cluster.coordinator.controller)
     cluster.coordinator._state.store_job(record, plan=plan.SerializeToString())
-    assert views._last_plan(record, recipe, whole=False) == plan
-    assert views._last_plan(record, active.recipe, whole=False) is None
+    state = cluster.coordinator._state
+    assert read_stored_job(state, replace(record, recipe_json=recipe.model_dump_json())).plan == plan
+    assert read_stored_job(state, record).plan is None
     assert views._pipeline(job_id, plan) == shown
 
 

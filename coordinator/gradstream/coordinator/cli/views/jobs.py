@@ -11,11 +11,13 @@ from gradstream.coordinator.cli.views.step_times import step_line
 from gradstream.core.job_states import after_state
 
 if TYPE_CHECKING:
-    from gradstream.client import Job, Node, Pipeline, ServerMemory
+    from gradstream.client import Client, Job, Node, Pipeline, ServerMemory
 
 
 MAX_HOLDER_LINES = 8
 """Up to this many workers have a line each."""
+NEWEST_JOBS = 50
+"""Number of jobs among which `gradstream top` changes from one to the next."""
 UNDER_WAY = ("running", "planning", "paused", "queued")
 
 
@@ -28,6 +30,32 @@ def chosen_job(jobs: Sequence[Job], job_id: str | None = None) -> Job | None:
         return next((job for job in jobs if job_id in (job.job_id, job.name)), None)
     newest = jobs[0] if jobs else None
     return next((job for state in UNDER_WAY for job in jobs if job.state == state), newest)
+
+
+def jobs_to_choose(client: Client) -> list[Job]:
+    """The one job among which `chosen_job` chooses if no job is named: the first that is under way, else the newest."""
+    for state in UNDER_WAY:
+        found = client.jobs(states=[state], limit=1)
+        if found:
+            return found
+    return client.jobs(limit=1)
+
+
+def newest_jobs(client: Client, job_id: str | None) -> list[Job]:
+    """The newest jobs, with the jobs under way and the job of a person's choice if they are older, newest first."""
+    from gradstream.core.errors import ConfigError
+
+    found = client.jobs(limit=NEWEST_JOBS)
+    if len(found) < NEWEST_JOBS:
+        return found
+    older = client.jobs(states=UNDER_WAY[:-1], limit=NEWEST_JOBS)
+    if job_id is not None and chosen_job([*found, *older], job_id) is None:
+        try:
+            older.append(client.job(job_id))
+        except ConfigError:
+            pass  # it was removed, or never there
+    known = {job.job_id for job in found}
+    return [*found, *(job for job in older if job.job_id not in known)]
 
 
 def jobs_table(jobs: Sequence[Job]) -> Any:

@@ -15,15 +15,9 @@ from gradstream.core.errors import GradstreamError
 from gradstream.core.model.model import build
 from gradstream.core.recipe.fine_tuning import Base, LoraConfig
 from gradstream.proto.v1 import fine_tuning_pb2 as pb
-from gradstream.services.fine_tuning.generation.batching import (
-    Batcher,
-    EngineLimits,
-    EngineStatus,
-    GenerationRequest,
-    Piece,
-    Row,
-)
+from gradstream.services.fine_tuning.generation.batching import Batcher, EngineLimits, EngineStatus
 from gradstream.services.fine_tuning.generation.models import ResidentLimits, ServedModels
+from gradstream.services.fine_tuning.generation.rows import GenerationRequest, Piece, Row
 from support.tiny import GPT2, LLAMA
 
 TEXT = ["the cat sat on the mat, and the dog sat by the door", "Zoë said: naïve 東京 🎉", "2+3=5 and 4+4=8"]

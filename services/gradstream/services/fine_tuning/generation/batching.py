@@ -1,62 +1,43 @@
-"""Chooses the requests that are generated together, token by token.
+"""Generates for many requests at once, token by token, as `scheduling` decides.
 
-Requests wait in the order in which they came. Between any two tokens, rows that are done or cancelled leave their
-batch, and the requests at the head of the queue join while there is room: rows, memory for keys and values, and memory
-for their base and adapter. A request that cannot join yet is not overtaken, so none waits without end. Each base in use
-has one batch, and the batches compute their next token in turn.
+A step gives every running row a token. In the time that is left, prompts are computed, in chunks if they are long.
+Between two steps rows that are done or cancelled leave and free their memory, and waiting requests join. Rows of one
+base are computed together, in one batch, or in several when their lengths differ much.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 
 from gradstream.core.errors import GradstreamError, UnreachableError, one_line
 from gradstream.core.foreign import panics_caught
-from gradstream.proto.v1 import fine_tuning_pb2 as pb
-from gradstream.services.fine_tuning.generation.batch import Batch, peak_positions
-from gradstream.services.fine_tuning.generation.models import BaseFacts, Served, ServedModels
-from gradstream.services.fine_tuning.generation.resident import ResidentBase
-from gradstream.services.fine_tuning.generation.sampling import choose
-from gradstream.services.fine_tuning.generation.text_stream import TextStream, special_tokens
+from gradstream.services.fine_tuning.generation import scheduling
+from gradstream.services.fine_tuning.generation.batch import Batch
+from gradstream.services.fine_tuning.generation.models import ServedModels
+from gradstream.services.fine_tuning.generation.resident import ResidentBase, check_request_fits
+from gradstream.services.fine_tuning.generation.rows import UNFINISHED, Piece, Row
 
-UNFINISHED = pb.FINISH_REASON_UNSPECIFIED
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A request to complete a prompt."""
-
-    model: str  # a name among the served models
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int = 128
-    temperature: float = 0.0  # 0: the likeliest token each time
-    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability
-    seed: int = 0
-    stop: tuple[str, ...] = ()  # the completion ends before the first of these
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next piece of a completion. Only the last piece has a finish reason."""
-
-    text: str
-    num_tokens: int  # tokens generated so far, without the one that ends the text
-    finish_reason: pb.FinishReason.ValueType = UNFINISHED
+# Choosing a row's token and its text take 0.1 ms or more, one row after the other, so that a step of more rows would
+# make the streams pause.
+MAX_RUNNING = 256
 
 
 @dataclass(frozen=True)
 class EngineLimits:
     """Limits of concurrent generation."""
 
-    max_batch: int = 8
+    max_batch: int = MAX_RUNNING  # rows that run at once, if the memory for their keys and values is enough
     max_waiting: int = 64
     cache_bytes: int = 1 << 30  # keys and values of all rows; a single row may exceed it
+    memory_bytes: int | None = None  # what a base and the keys and values of a single row may take; None: any
 
 
 @dataclass(frozen=True)
@@ -67,80 +48,66 @@ class EngineStatus:
     num_waiting: int
 
 
-@dataclass(eq=False)
-class Row:
-    """A request while it is served."""
+@dataclass(frozen=True)
+class CacheStatus:
+    """Memory for keys and values: what the running rows reserve, and the budget. `reason`: why the next one waits."""
 
-    request: GenerationRequest
-    served: Served
-    facts: BaseFacts
-    deliver: Callable[[Piece | GradstreamError], None]  # called by the compute thread
-    patient: bool = False  # may wait beyond max_waiting: the caller bounds the number of patient requests
-    cancelled: bool = False
-    num_tokens: int = 0
-    text: TextStream = field(init=False)
-    stop_ids: frozenset[int] = field(init=False)  # stop texts that are special tokens, which have no text
-    generator: torch.Generator = field(init=False)
-
-    def __post_init__(self) -> None:
-        request = self.request
-        special = special_tokens(self.facts.tokenizer)
-        self.stop_ids = frozenset(special[text] for text in request.stop if text in special)
-        texts = [text for text in request.stop if text not in special]
-        self.text = TextStream(self.facts.tokenizer, request.prompt_ids, texts)
-        self.generator = torch.Generator().manual_seed(request.seed)
-
-    def choose(self, logits_V: torch.Tensor) -> int:
-        """Choose the next token."""
-        return choose(logits_V, self.request.temperature, self.request.top_p, self.generator)
-
-    def take(self, token: int) -> Piece | None:
-        """Return the piece that can be shown after `token`, or None if there is no new text."""
-        if token in self.facts.end_ids:
-            return self._last(self.text.flush(), pb.FINISH_REASON_END_OF_TEXT)
-        if token in self.stop_ids:
-            return self._last(self.text.flush(), pb.FINISH_REASON_STOP)
-        self.num_tokens += 1
-        text = self.text.push(token)
-        if self.text.stopped:
-            return Piece(text, self.num_tokens, pb.FINISH_REASON_STOP)
-        if self.num_tokens >= self.request.max_new_tokens:
-            return self._last(text + self.text.flush(), pb.FINISH_REASON_LENGTH)
-        return Piece(text, self.num_tokens) if text else None
-
-    def _last(self, text: str, reason: pb.FinishReason.ValueType) -> Piece:
-        return Piece(text, self.num_tokens, pb.FINISH_REASON_STOP if self.text.stopped else reason)
+    held_bytes: int
+    budget_bytes: int
+    reason: str
 
 
 @dataclass(eq=False)
 class _Running:
-    """The batch of one base."""
+    """Rows that generate, in one batch."""
 
     batch: Batch
     resident: ResidentBase
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row]
     tokens: list[int] = field(default_factory=list)  # each row's last token, which the model has not processed yet
 
-    def peak_bytes(self, joining: list[Row]) -> int:
-        """Peak bytes of keys and values if these rows join."""
-        now = [
-            (length, row.request.max_new_tokens - row.num_tokens)
-            for length, row in zip(self.batch.lengths, self.rows, strict=True)
-        ]
-        new = [(len(row.request.prompt_ids), row.request.max_new_tokens) for row in joining]
-        return peak_positions(now + new) * self.resident.position_bytes
+    def shape(self) -> scheduling.Shape:
+        return scheduling.Shape(
+            base=id(self.resident),
+            num_rows=len(self.rows),
+            max_length=max(self.batch.lengths),
+            max_to_come=max(row.num_to_come for row in self.rows),
+            position_bytes=self.resident.position_bytes,
+            weights_bytes=self.resident.num_bytes,
+        )
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """An admitted row whose prompt is not computed yet, or only its first tokens, which the batch then holds."""
+
+    row: Row
+    resident: ResidentBase
+    batch: Batch
+    num_done: int = 0
+
+    def shape(self) -> scheduling.Prompt:
+        request = self.row.request
+        left = len(request.prompt_ids) - self.num_done
+        return scheduling.Prompt(id(self.resident), self.num_done, left, request.max_new_tokens, self.row.arrived)
 
 
 class Batcher:
     """The queue and the batches. Any thread may submit and cancel; one thread steps."""
 
-    def __init__(self, models: ServedModels, limits: EngineLimits):
+    def __init__(self, models: ServedModels, limits: EngineLimits, clock: Callable[[], float] = time.monotonic):
         self._models = models
         self._limits = limits
+        self._budget = scheduling.Budget(limits.cache_bytes, limits.max_batch)
+        self._clock = clock
         self._changed = threading.Condition()
         self._waiting: deque[Row] = deque()
         self._running: list[_Running] = []
+        self._prompts: list[_Prompt] = []
+        self._paces: WeakKeyDictionary[ResidentBase, scheduling.Pace] = WeakKeyDictionary()
+        self._turn = 0
         self._num_running = 0
+        self._cache = CacheStatus(0, limits.cache_bytes, "no request waits")
         self._closed = False
 
     def submit(self, row: Row) -> None:
@@ -154,6 +121,7 @@ class Batcher:
                     f"busy: {self._num_running} requests are being generated and {num_waiting} wait already; try "
                     f"again later"
                 )
+            row.arrived = self._clock()
             self._waiting.append(row)
             self._changed.notify()
 
@@ -170,6 +138,11 @@ class Batcher:
         with self._changed:
             return EngineStatus(self._num_running, len(self._waiting))
 
+    def cache(self) -> CacheStatus:
+        """The memory for keys and values, as of the last step."""
+        with self._changed:
+            return self._cache
+
     def close(self) -> None:
         """Take no more requests; `wait` returns False from now on."""
         with self._changed:
@@ -179,7 +152,7 @@ class Batcher:
     def wait(self) -> bool:
         """Wait until there is work to do. Returns False after `close`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
+            self._changed.wait_for(lambda: self._closed or self._waiting or self._running or self._prompts)
             return not self._closed
 
     def abandon(self) -> None:
@@ -192,106 +165,145 @@ class Batcher:
             row.deliver(error)
         for running in list(self._running):
             self._fail(running, error)
-        self._running.clear()
+        self._fail_prompts(list(self._prompts), error)
 
     def step(self) -> None:
-        """Compute one token for every row. Rows that are done or cancelled leave; requests join while there is room."""
-        self._advance_each(self._drop_cancelled)
-        self._forget_empty()
-        joining = self._admit()
-        self._advance_each(self._next_tokens)
-        for running, rows in joining:
-            self._advance(running, partial(self._first_tokens, rows))
-        # Not earlier: a batch whose last rows have ended may be about to get new rows.
-        self._forget_empty()
-
-    def _forget_empty(self) -> None:
-        """Drop empty batches. Called before requests are admitted, too: a batch keeps its base in memory."""
-        self._running = [running for running in self._running if running.rows]
-
-    def _advance_each(self, action: Callable[[_Running], None]) -> None:
+        """Compute one token for every row, and prompts in the time left. Before, rows leave and requests join."""
+        self._drop_cancelled()
+        self._admit()
+        begin = self._clock()
         for running in list(self._running):
-            if running.rows:
-                self._advance(running, action)
+            self._advance(running, self._next_tokens)
+        self._compute_prompts(begin)
+        self._join_batches()
+        self._forget_empty()
+        with self._changed:
+            reason = self._cache.reason if self._waiting else "no request waits"
+            self._cache = CacheStatus(self._held_bytes(), self._budget.cache_bytes, reason)
 
-    def _admit(self) -> list[tuple[_Running, list[Row]]]:
-        """Take requests from the head of the queue while there is room."""
-        joining: dict[_Running, list[Row]] = {}
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Let waiting requests run while there is memory for them."""
         while True:
             with self._changed:
-                if not self._waiting or self._num_running >= self._limits.max_batch:
-                    break
-                row = self._waiting[0]
+                waiting = list(self._waiting)
+            running = [row.need for row in self._rows()]
+            index, reason = scheduling.next_request(
+                self._clock(), [row.need for row in waiting], running, self._held_bytes(), self._budget
+            )
+            if index is None:
+                break
+            row = waiting[index]
             try:
                 resident = self._models.acquire(row.served)
+                if resident is not None and (memory_bytes := self._limits.memory_bytes) is not None:
+                    try:
+                        check_request_fits(
+                            row.request.num_positions, resident.position_bytes, resident.num_bytes, memory_bytes
+                        )
+                    except GradstreamError:
+                        self._models.release(row.served, resident)
+                        raise
             except GradstreamError as error:
-                self._take_first(row)
+                self._take(row)
                 row.deliver(error)
                 continue
             if resident is None:
+                reason = "the models of the running requests leave no memory for the next request's model"
                 break
-            running = next((one for one in self._running if one.resident is resident), None)
-            fresh = running or _Running(Batch(resident), resident)
-            planned = {one: joining.get(one, []) for one in [*self._running, fresh]}
-            planned[fresh] = [*planned[fresh], row]
-            needed = sum(one.peak_bytes(rows) for one, rows in planned.items())
-            taken = (self._num_running == 0 or needed <= self._limits.cache_bytes) and self._take_first(row)
-            if not taken:
+            if not self._take(row):
                 self._models.release(row.served, resident)
-                if row.cancelled:
-                    continue
-                break
-            joining[fresh] = planned[fresh]
-            if running is None:
-                self._running.append(fresh)
+                continue
+            self._prompts.append(_Prompt(row, resident, Batch(resident)))
             with self._changed:
                 self._num_running += 1
-        return list(joining.items())
-
-    def _take_first(self, row: Row) -> bool:
-        """Remove the head of the queue. Returns False when it was cancelled in the meantime."""
         with self._changed:
-            if not self._waiting or self._waiting[0] is not row:
+            self._cache = CacheStatus(self._held_bytes(), self._budget.cache_bytes, reason)
+
+    def _rows(self) -> list[Row]:
+        return [row for running in self._running for row in running.rows] + [one.row for one in self._prompts]
+
+    def _held_bytes(self) -> int:
+        batches = sum(running.shape().peak_bytes for running in self._running if running.rows)
+        return batches + sum(prompt.row.need.num_bytes for prompt in self._prompts)
+
+    def _spare_bytes(self) -> int:
+        """Memory for the padding of rows that are computed together."""
+        return self._budget.cache_bytes - self._budget.kept_bytes - self._held_bytes()
+
+    def _take(self, row: Row) -> bool:
+        """Remove a request from the queue. Returns False when it was cancelled in the meantime."""
+        with self._changed:
+            if row not in self._waiting:
                 return False
-            self._waiting.popleft()
+            self._waiting.remove(row)
             return True
 
-    def _advance(self, running: _Running, action: Callable[[_Running], None]) -> None:
-        """Apply an action to a batch. An error ends the rows of this batch only."""
+    # -- prompts ----------------------------------------------------------------------------------------------------
+
+    def _compute_prompts(self, begin: float) -> None:
+        """Compute prompts, or chunks of them, while the step that began at `begin` has time; one call at least."""
+        step_seconds = scheduling.STEP_SECONDS if self._running else scheduling.CHUNK_SECONDS
+        while self._prompts:
+            shapes = [prompt.shape() for prompt in self._prompts]
+            chosen, _ = scheduling.next_prompt(self._clock(), shapes, self._turn)
+            self._turn += 1
+            first = self._prompts[chosen]
+            resident = first.resident
+            seconds = begin + step_seconds - self._clock()
+            num_tokens = self._pace(resident).chunk(first.num_done, seconds)
+            spare = self._spare_bytes() // resident.position_bytes
+            indices = scheduling.computed_together(shapes, chosen, num_tokens, spare)
+            self._compute([self._prompts[index] for index in indices], num_tokens)
+            if begin + step_seconds - self._clock() < step_seconds / 4:
+                break
+
+    def _compute(self, prompts: list[_Prompt], num_tokens: int) -> None:
+        """Compute the next tokens of prompts. Rows whose prompts are complete become a batch that generates."""
+        resident, num_done = prompts[0].resident, prompts[0].num_done
+        begin = self._clock()
         try:
             with panics_caught():
-                action(running)
+                num_computed, logits_BV = _extended(prompts, num_tokens)
         except Exception as error:
-            known = error if isinstance(error, GradstreamError) else GradstreamError(_failed(error))
-            self._fail(running, known)
+            self._fail_prompts(prompts, _known(error))
+            return
+        self._paces[resident] = self._pace(resident).after(num_done, num_computed, self._clock() - begin)
+        if all(prompt.num_done == len(prompt.row.request.prompt_ids) for prompt in prompts):
+            self._prompts = [prompt for prompt in self._prompts if prompt not in prompts]
+            rows = [prompt.row for prompt in prompts]
+            running = _Running(prompts[0].batch, resident, rows, [0] * len(rows))
+            self._running.append(running)
+            self._advance(running, partial(self._take_all, logits_BV))
 
-    def _fail(self, running: _Running, error: GradstreamError) -> None:
-        for row in running.rows:
-            self._leave(running, row)
-            row.deliver(error)
-        running.rows, running.tokens = [], []
-        running.batch = Batch(running.resident)  # the old batch may have computed a part of a token
+    def _pace(self, resident: ResidentBase) -> scheduling.Pace:
+        known = self._paces.get(resident)
+        return known or scheduling.Pace(float(resident.num_parameters), float(resident.attention_width))
 
-    def _drop_cancelled(self, running: _Running) -> None:
-        cancelled = {index for index, row in enumerate(running.rows) if row.cancelled}
-        self._keep_others(running, cancelled)
+    def _join_batches(self) -> None:
+        """Make one batch of those for which this is faster."""
+        while True:
+            batches = [running for running in self._running if running.rows]
+            pair, _ = scheduling.next_join([running.shape() for running in batches], self._spare_bytes())
+            if pair is None:
+                return
+            mine, other = batches[pair[0]], batches[pair[1]]
+            mine.rows += other.rows
+            mine.tokens += other.tokens
+            other.rows, other.tokens = [], []
+            self._advance(mine, partial(_absorb, absorbed=other.batch))
+
+    # -- tokens -----------------------------------------------------------------------------------------------------
 
     def _next_tokens(self, running: _Running) -> None:
-        self._take_all(running, running.batch.step(running.tokens), 0)
+        self._take_all(running.batch.step(running.tokens), running)
 
-    def _first_tokens(self, rows: list[Row], running: _Running) -> None:
-        num_before = len(running.rows)
-        running.rows += rows
-        running.tokens += [0] * len(rows)
-        prompts = [row.request.prompt_ids for row in rows]
-        logits_BV = running.batch.join(prompts, [row.served.adapter for row in rows])
-        self._take_all(running, logits_BV, num_before)
-
-    def _take_all(self, running: _Running, logits_BV: torch.Tensor, first: int) -> None:
-        """Choose the next token of the rows from `first` on. Rows that are done leave before their pieces are sent."""
+    def _take_all(self, logits_BV: torch.Tensor, running: _Running) -> None:
+        """Choose the next token of every row. Rows that are done leave before their pieces are sent."""
         done: set[int] = set()
         said: list[tuple[Row, Piece | GradstreamError]] = []
-        for index, logits_V in enumerate(logits_BV, first):
+        for index, logits_V in enumerate(logits_BV):
             row = running.rows[index]
             try:
                 with panics_caught():
@@ -299,7 +311,7 @@ class Batcher:
                     piece = row.take(token)
             except Exception as error:
                 done.add(index)
-                said.append((row, error if isinstance(error, GradstreamError) else GradstreamError(_failed(error))))
+                said.append((row, _known(error)))
                 continue
             running.tokens[index] = token
             if piece is not None:
@@ -312,21 +324,87 @@ class Batcher:
             for row, piece_or_error in said:
                 row.deliver(piece_or_error)
 
+    # -- leaving ----------------------------------------------------------------------------------------------------
+
+    def _drop_cancelled(self) -> None:
+        cancelled = [prompt for prompt in self._prompts if prompt.row.cancelled]
+        self._remove_prompts(cancelled)
+        for running in list(self._running):
+            leaving = {index for index, row in enumerate(running.rows) if row.cancelled}
+            self._advance(running, partial(self._keep_others, leaving=leaving))
+        self._forget_empty()
+
+    def _forget_empty(self) -> None:
+        """Drop empty batches: a batch keeps its base in memory."""
+        self._running = [running for running in self._running if running.rows]
+
+    def _advance(self, running: _Running, action: Callable[[_Running], None]) -> None:
+        """Apply an action to a batch. An error ends the rows of this batch only."""
+        try:
+            with panics_caught():
+                action(running)
+        except Exception as error:
+            self._fail(running, _known(error))
+
+    def _fail(self, running: _Running, error: GradstreamError) -> None:
+        for row in running.rows:
+            self._leave(row, running.resident)
+            row.deliver(error)
+        running.rows, running.tokens = [], []
+        self._forget_empty()
+
+    def _fail_prompts(self, prompts: Sequence[_Prompt], error: GradstreamError) -> None:
+        self._remove_prompts(prompts)
+        for prompt in prompts:
+            prompt.row.deliver(error)
+
+    def _remove_prompts(self, prompts: Sequence[_Prompt]) -> None:
+        self._prompts = [prompt for prompt in self._prompts if prompt not in prompts]
+        for prompt in prompts:
+            self._leave(prompt.row, prompt.resident)
+
     def _keep_others(self, running: _Running, leaving: set[int]) -> None:
         if not leaving:
             return
         kept = [index for index in range(len(running.rows)) if index not in leaving]
         for index in leaving:
-            self._leave(running, running.rows[index])
+            self._leave(running.rows[index], running.resident)
         running.rows = [running.rows[index] for index in kept]
         running.tokens = [running.tokens[index] for index in kept]
         running.batch.keep(kept)
 
-    def _leave(self, running: _Running, row: Row) -> None:
-        self._models.release(row.served, running.resident)
+    def _leave(self, row: Row, resident: ResidentBase) -> None:
+        self._models.release(row.served, resident)
         with self._changed:
             self._num_running -= 1
 
 
-def _failed(error: Exception) -> str:
-    return f"generating failed ({one_line(error)}); try again with a shorter prompt, or see the service's log"
+def _extended(prompts: Sequence[_Prompt], num_tokens: int) -> tuple[int, torch.Tensor]:
+    """Compute the next tokens of a prompt, or several whole prompts, in the first one's batch.
+
+    Returns the number of tokens that a row's work is counted for, and the logits after the last ones, shape (B, V).
+    """
+    first = prompts[0]
+    if len(prompts) > 1 or first.num_done == 0:
+        chunks = [prompt.row.request.prompt_ids[:num_tokens] for prompt in prompts]
+        longest = max(len(prompt.row.request.prompt_ids) for prompt in prompts)
+        logits_BV = first.batch.join(chunks, [prompt.row.served.adapter for prompt in prompts], longest)
+        for prompt, chunk in zip(prompts, chunks, strict=True):
+            prompt.num_done = len(chunk)
+        return len(chunks) * max(map(len, chunks)), logits_BV
+    chunk = first.row.request.prompt_ids[first.num_done : first.num_done + num_tokens]
+    logits_BV = first.batch.extend([chunk])
+    first.num_done += len(chunk)
+    return len(chunk), logits_BV
+
+
+def _absorb(running: _Running, absorbed: Batch) -> None:
+    running.batch.absorb(absorbed)
+
+
+def _known(error: Exception) -> GradstreamError:
+    if isinstance(error, GradstreamError):
+        return error
+    return GradstreamError(
+        f"generating failed ({one_line(error)}); try again with a shorter prompt, or see the service's log"
+    )

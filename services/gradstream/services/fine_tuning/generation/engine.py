@@ -13,16 +13,9 @@ from collections.abc import AsyncGenerator, Callable
 
 from gradstream.core.errors import ConfigError, GradstreamError
 from gradstream.core.storage.pool import LOAD_SECONDS, StorageThreads
-from gradstream.services.fine_tuning.generation.batching import (
-    UNFINISHED,
-    Batcher,
-    EngineLimits,
-    EngineStatus,
-    GenerationRequest,
-    Piece,
-    Row,
-)
+from gradstream.services.fine_tuning.generation.batching import Batcher, EngineLimits, EngineStatus
 from gradstream.services.fine_tuning.generation.models import BaseFacts, Served, ServedModels
+from gradstream.services.fine_tuning.generation.rows import UNFINISHED, GenerationRequest, Piece, Row
 from gradstream.services.fine_tuning.generation.text_stream import special_tokens
 
 __all__ = ["Engine", "EngineLimits", "EngineStatus", "GenerationRequest", "Piece", "check_request"]

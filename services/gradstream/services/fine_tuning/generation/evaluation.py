@@ -13,6 +13,8 @@ from gradstream.services.fine_tuning.generation.models import BaseFacts
 
 # Tokens beyond those of the expected completion: for the end of text, or to find that it does not come.
 MARGIN_TOKENS = 8
+# Prompts that are completed at once.
+MAX_TOGETHER = 16
 
 
 class ExactMatch(NamedTuple):
@@ -53,8 +55,8 @@ async def exact_match(
 ) -> ExactMatch:
     """Complete each (prompt ids, prompt, expected completion) greedily and count the exact ones.
 
-    A prompt that has no token, or leaves the model no room, counts as not exact. At most half of the engine's rows are
-    used, so other requests are served in the meantime. Raises the errors of `Engine.generate`.
+    A prompt that has no token, or leaves the model no room, counts as not exact. At most MAX_TOGETHER and half of
+    the engine's rows are used, so other requests are served in the meantime. Raises the errors of `Engine.generate`.
     """
     if not prompts:
         return ExactMatch(0, 0, [])
@@ -69,7 +71,7 @@ async def exact_match(
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(max(1, engine.limits.max_batch // 2)):
+            for _ in range(max(1, min(MAX_TOGETHER, engine.limits.max_batch // 2))):
                 group.create_task(complete_next())
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the first error is enough for people

@@ -18,6 +18,7 @@ import torch
 
 from gradstream.core.errors import CheckpointError, ConfigError, GradstreamError, nearest, one_line
 from gradstream.core.foreign import panics_caught
+from gradstream.core.model.model import load_config
 from gradstream.core.pretrained.tokenizer import end_ids, end_ids_in
 from gradstream.core.recipe.fine_tuning import Base, LoraConfig
 from gradstream.services.fine_tuning.generation.resident import (
@@ -27,6 +28,7 @@ from gradstream.services.fine_tuning.generation.resident import (
     base_bytes,
     check_fits,
     max_positions,
+    position_bytes,
 )
 
 MAX_KNOWN_BASES = 16
@@ -52,6 +54,7 @@ class BaseFacts:
     max_positions: int | None  # None: no bound
     vocab_size: int
     end_ids: frozenset[int]  # tokens that end a text
+    position_bytes: int  # of the keys and values of one token of one row
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ class ServedModels:
             facts = self._known_facts.get(key)
         if facts is None:
             # Without the lock: a slow or hanging storage must not delay callers for other bases.
-            facts = _facts_of(self._open_base(served.base).config, self._load_tokenizer(served.base))
+            config = self._open_base(served.base).config
+            facts = _facts_of(config, self._load_tokenizer(served.base), self.limits.dtype)
         with self._facts_lock:
             self._known_facts[key] = facts
             self._known_facts.move_to_end(key)
@@ -218,7 +222,8 @@ class ServedModels:
         return True
 
 
-def _facts_of(config: Mapping[str, Any], tokenizer: Any) -> BaseFacts:
+def _facts_of(config: Mapping[str, Any], tokenizer: Any, dtype: torch.dtype) -> BaseFacts:
     # For a chat model, the tokenizer may name the token that ends a turn, and the config the one that ends a document.
     ends = end_ids(tokenizer) | {*end_ids_in(config)}
-    return BaseFacts(tokenizer, max_positions(config), int(config["vocab_size"]), ends)
+    each = position_bytes(load_config(config), dtype)
+    return BaseFacts(tokenizer, max_positions(config), int(config["vocab_size"]), ends, each)

@@ -55,6 +55,8 @@ class ResidentBase:
         self.num_users = 0
         self.adapter_users: dict[str, int] = {}
         self.position_bytes = position_bytes(self.model.config, dtype)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.attention_width = attention_width(self.model.config)
         self.device = device
         self._config = tensors.config
         self._rows = _RowAdapters()
@@ -204,6 +206,24 @@ def position_bytes(config: Any, dtype: torch.dtype) -> int:
     num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // num_heads)
     return 2 * int(text.num_hidden_layers) * num_kv_heads * head_dim * dtype.itemsize
+
+
+def attention_width(config: Any) -> int:
+    """Compute the elements of the queries of all layers: twice that many multiplications for a pair of tokens."""
+    text = config.get_text_config()
+    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2 * int(text.num_hidden_layers) * int(text.num_attention_heads) * head_dim
+
+
+def check_request_fits(num_positions: int, position_bytes: int, base_bytes: int, memory_bytes: int) -> None:
+    """Raise ConfigError for a request whose keys and values never fit into memory beside its base."""
+    if base_bytes + num_positions * position_bytes > memory_bytes:
+        room = max(0, (memory_bytes - base_bytes) // position_bytes)
+        raise ConfigError(
+            f"the prompt and max_new_tokens are {num_positions} tokens, whose keys and values take "
+            f"{num_positions * position_bytes / 2**30:.2f} GiB, but the service has memory for {room} beside the base; "
+            f"shorten them, or give the service more --memory"
+        )
 
 
 def check_fits(num_bytes: int, budget_bytes: int, title: str) -> None:

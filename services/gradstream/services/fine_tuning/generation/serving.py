@@ -79,7 +79,7 @@ class Serving:
             device=chosen,
         )
         self._models = ServedModels(BaseReader, load_tokenizer, limits)
-        self.engine = Engine(self._models, EngineLimits(cache_bytes=cache_bytes))
+        self.engine = Engine(self._models, EngineLimits(cache_bytes=cache_bytes, memory_bytes=memory_bytes))
         self._storage = StorageThreads(LOAD_SECONDS)
         self._served: OrderedDict[str, None] = OrderedDict()
         self._tokenizers: OrderedDict[str, tuple[Any, Encoder]] = OrderedDict()

@@ -20,9 +20,10 @@ from pathlib import Path
 import uvloop
 from report import Result, arguments_parser, chosen, report
 from scaling import steps
-from scaling.cluster import prepare_data, raise_descriptor_limit
+from scaling.cluster import prepare_data
 
 from gradstream.core import log
+from gradstream.core.machine.open_files import raise_limit
 
 Case = Callable[[Path, Path, Namespace], Awaitable[list[Result]]]
 """Takes the data set, an own directory that does not exist yet, and the command line."""
@@ -46,7 +47,7 @@ def main() -> None:
     cases = chosen("scale", SMOKE_CASES if arguments.smoke else CASES, arguments.only)
     # Makes `timeout` and `kill` end the cluster too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    raise_descriptor_limit()
+    raise_limit()
     log.configure("error")  # 1,000 workers log a line each
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="gradstream-scale-") as temporary:

@@ -6,7 +6,6 @@ The coordinator can be killed and started again with the same state and address.
 from __future__ import annotations
 
 import asyncio
-import resource
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
@@ -38,13 +37,6 @@ MODEL: Mapping[str, Any] = {
 }
 MODEL_BYTES = 28_672
 """About the model's bytes in fp32."""
-
-
-def raise_descriptor_limit() -> int:
-    """Let this process open as many files as the hard limit allows; return that number."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
 
 
 def prepare_data(directory: Path) -> Path:

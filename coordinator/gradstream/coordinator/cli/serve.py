@@ -323,8 +323,18 @@ def die_with_parent(parent: int) -> None:
 
 
 def _run(module: str, *arguments: Any) -> None:
+    from gradstream.core.log import get_logger
+    from gradstream.core.machine import open_files
     from gradstream.core.machine.memory import use_huge_pages
 
+    limit = open_files.raise_limit()
+    if 0 < limit < open_files.FEW_FILES:
+        get_logger().warning(
+            "few files may be open at the same time",
+            limit=limit,
+            peers=f"at most about {max(0, limit - open_files.RESERVED_FILES)} connect",
+            cure=open_files.CURE,
+        )
     use_huge_pages()
     serve = importlib.import_module(module).serve
     run_until_done(serve(*arguments))

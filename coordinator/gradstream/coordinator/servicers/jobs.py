@@ -19,6 +19,7 @@ from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.more_steps import as_submitted
 from gradstream.coordinator.jobs.orders import Orders
 from gradstream.coordinator.nodes.membership import SERVER
+from gradstream.coordinator.nodes.open_files import shortages
 from gradstream.coordinator.planning.inventory import check_model, special_tokens
 from gradstream.coordinator.servicers.kept_checkpoints import KeptCheckpoints
 from gradstream.coordinator.servicers.lists import Lists
@@ -43,6 +44,7 @@ from gradstream.core.errors import (
     GradstreamError,
 )
 from gradstream.core.job_states import FINISHED, STATE_WORDS
+from gradstream.core.machine.open_files import max_open_files
 from gradstream.core.model import check as model_check
 from gradstream.core.pretrained.export import huggingface_weights, write_huggingface
 from gradstream.core.recipe.files import absolute_path
@@ -356,7 +358,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             return jobs_pb2.PublishTokensResponse(serial=table.serial, num_tokens=len(table.tokens))
 
     def _warnings(self) -> list[str]:
-        return [] if self._tokens is None else expiring(self._tokens.table, time.time())
+        short = shortages(max_open_files(), self._controller.members.all())
+        return short if self._tokens is None else [*short, *expiring(self._tokens.table, time.time())]
 
 
 def make_run_directory(recipe: Recipe, taken: list[str]) -> tuple[str, Path]:

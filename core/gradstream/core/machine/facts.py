@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradstream.core.machine.open_files import max_open_files
 from gradstream.proto.v1 import probe_pb2
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -27,13 +28,15 @@ DiskDirectory = Callable[[], Path | None]
 class Machine:
     """Free memory and disk, in bytes.
 
-    `free_disk_bytes` is None for a service that writes nothing, and when the disk does not answer.
+    `free_disk_bytes` is None for a service that writes nothing, and when the disk does not answer. `max_open_files` is
+    0 if the process's open files are not limited.
     """
 
     total_memory_bytes: int
     available_memory_bytes: int
     free_disk_bytes: int | None = None
     disk_directory: str = ""
+    max_open_files: int = 0
 
     def to_proto(self) -> probe_pb2.Machine:
         """The message that carries this."""
@@ -42,6 +45,7 @@ class Machine:
             available_memory_bytes=self.available_memory_bytes,
             free_disk_bytes=self.free_disk_bytes,
             disk_directory=self.disk_directory,
+            max_open_files=self.max_open_files,
         )
 
     @classmethod
@@ -52,6 +56,7 @@ class Machine:
             available_memory_bytes=message.available_memory_bytes,
             free_disk_bytes=message.free_disk_bytes if message.HasField("free_disk_bytes") else None,
             disk_directory=message.disk_directory,
+            max_open_files=message.max_open_files,
         )
 
 
@@ -105,7 +110,7 @@ def read_machine(directory: Path | None) -> Machine:
     """Read the free memory and disk of this machine. Blocks while the directory's disk does not answer."""
     total, available = read_memory()
     free = None if directory is None else free_disk_bytes(directory)
-    return Machine(total, available, free, "" if free is None else str(directory))
+    return Machine(total, available, free, "" if free is None else str(directory), max_open_files())
 
 
 class MachineReader:
@@ -132,7 +137,7 @@ class MachineReader:
         reading = self._reading
         done, _ = await asyncio.wait({reading}, timeout=READ_SECONDS)
         if not done:
-            return Machine(*read_memory())
+            return Machine(*read_memory(), max_open_files=max_open_files())
         if self._reading is reading:
             self._reading = None
         found = reading.result()

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from gradstream.proto.v1 import access_pb2 as gradstream_dot_proto_dot_v1_dot_access__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fgradstream/proto/v1/probe.proto\x12\x13gradstream.proto.v1\x1a gradstream/proto/v1/access.proto\"\x8f\x01\n\x07Machine\x12\x1a\n\x12total_memory_bytes\x18\x01 \x01(\x04\x12\x1e\n\x16\x61vailable_memory_bytes\x18\x02 \x01(\x04\x12\x1c\n\x0f\x66ree_disk_bytes\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0e\x64isk_directory\x18\x04 \x01(\tB\x12\n\x10_free_disk_bytes\"\x10\n\x0eGetInfoRequest\"\x83\x01\n\x0fGetInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07unix_ms\x18\x03 \x01(\x04\x12\x11\n\tuptime_ms\x18\x04 \x01(\x04\x12-\n\x07machine\x18\x05 \x01(\x0b\x32\x1c.gradstream.proto.v1.Machine\"#\n\x10MeasureUpRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"[\n\x11MeasureUpResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x15\n\rcounted_bytes\x18\x02 \x01(\x04\x12\x1c\n\x14\x63ounted_microseconds\x18\x03 \x01(\x04\"\'\n\x12MeasureDownRequest\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"&\n\x13MeasureDownResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x32\xc7\x02\n\x0cProbeService\x12_\n\x07GetInfo\x12#.gradstream.proto.v1.GetInfoRequest\x1a$.gradstream.proto.v1.GetInfoResponse\"\t\xda\xd8\x18\x05\n\x03\x01\x04\x05\x12g\n\tMeasureUp\x12%.gradstream.proto.v1.MeasureUpRequest\x1a&.gradstream.proto.v1.MeasureUpResponse\"\t\xda\xd8\x18\x05\n\x03\x01\x04\x05(\x01\x12m\n\x0bMeasureDown\x12\'.gradstream.proto.v1.MeasureDownRequest\x1a(.gradstream.proto.v1.MeasureDownResponse\"\t\xda\xd8\x18\x05\n\x03\x01\x04\x05\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fgradstream/proto/v1/probe.proto\x12\x13gradstream.proto.v1\x1a gradstream/proto/v1/access.proto\"\xa7\x01\n\x07Machine\x12\x1a\n\x12total_memory_bytes\x18\x01 \x01(\x04\x12\x1e\n\x16\x61vailable_memory_bytes\x18\x02 \x01(\x04\x12\x1c\n\x0f\x66ree_disk_bytes\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0e\x64isk_directory\x18\x04 \x01(\t\x12\x16\n\x0emax_open_files\x18\x05 \x01(\x04\x42\x12\n\x10_free_disk_bytes\"\x10\n\x0eGetInfoRequest\"\x83\x01\n\x0fGetInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07unix_ms\x18\x03 \x01(\x04\x12\x11\n\tuptime_ms\x18\x04 \x01(\x04\x12-\n\x07machine\x18\x05 \x01(\x0b\x32\x1c.gradstream.proto.v1.Machine\"#\n\x10MeasureUpRequest\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\"[\n\x11MeasureUpResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x15\n\rcounted_bytes\x18\x02 \x01(\x04\x12\x1c\n\x14\x63ounted_microseconds\x18\x03 \x01(\x04\"\'\n\x12MeasureDownRequest\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"&\n\x13MeasureDownResponse\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x32\xc7\x02\n\x0cProbeService\x12_\n\x07GetInfo\x12#.gradstream.proto.v1.GetInfoRequest\x1a$.gradstream.proto.v1.GetInfoResponse\"\t\xda\xd8\x18\x05\n\x03\x01\x04\x05\x12g\n\tMeasureUp\x12%.gradstream.proto.v1.MeasureUpRequest\x1a&.gradstream.proto.v1.MeasureUpResponse\"\t\xda\xd8\x18\x05\n\x03\x01\x04\x05(\x01\x12m\n\x0bMeasureDown\x12\'.gradstream.proto.v1.MeasureDownRequest\x1a(.gradstream.proto.v1.MeasureDownResponse\"\t\xda\xd8\x18\x05\n\x03\x01\x04\x05\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,19 +39,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROBESERVICE'].methods_by_name['MeasureDown']._loaded_options = None
   _globals['_PROBESERVICE'].methods_by_name['MeasureDown']._serialized_options = b'\332\330\030\005\n\003\001\004\005'
   _globals['_MACHINE']._serialized_start=91
-  _globals['_MACHINE']._serialized_end=234
-  _globals['_GETINFOREQUEST']._serialized_start=236
-  _globals['_GETINFOREQUEST']._serialized_end=252
-  _globals['_GETINFORESPONSE']._serialized_start=255
-  _globals['_GETINFORESPONSE']._serialized_end=386
-  _globals['_MEASUREUPREQUEST']._serialized_start=388
-  _globals['_MEASUREUPREQUEST']._serialized_end=423
-  _globals['_MEASUREUPRESPONSE']._serialized_start=425
-  _globals['_MEASUREUPRESPONSE']._serialized_end=516
-  _globals['_MEASUREDOWNREQUEST']._serialized_start=518
-  _globals['_MEASUREDOWNREQUEST']._serialized_end=557
-  _globals['_MEASUREDOWNRESPONSE']._serialized_start=559
-  _globals['_MEASUREDOWNRESPONSE']._serialized_end=597
-  _globals['_PROBESERVICE']._serialized_start=600
-  _globals['_PROBESERVICE']._serialized_end=927
+  _globals['_MACHINE']._serialized_end=258
+  _globals['_GETINFOREQUEST']._serialized_start=260
+  _globals['_GETINFOREQUEST']._serialized_end=276
+  _globals['_GETINFORESPONSE']._serialized_start=279
+  _globals['_GETINFORESPONSE']._serialized_end=410
+  _globals['_MEASUREUPREQUEST']._serialized_start=412
+  _globals['_MEASUREUPREQUEST']._serialized_end=447
+  _globals['_MEASUREUPRESPONSE']._serialized_start=449
+  _globals['_MEASUREUPRESPONSE']._serialized_end=540
+  _globals['_MEASUREDOWNREQUEST']._serialized_start=542
+  _globals['_MEASUREDOWNREQUEST']._serialized_end=581
+  _globals['_MEASUREDOWNRESPONSE']._serialized_start=583
+  _globals['_MEASUREDOWNRESPONSE']._serialized_end=621
+  _globals['_PROBESERVICE']._serialized_start=624
+  _globals['_PROBESERVICE']._serialized_end=951
 # @@protoc_insertion_point(module_scope)

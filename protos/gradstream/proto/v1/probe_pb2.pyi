@@ -26,6 +26,7 @@ class Machine(_message.Message):
     AVAILABLE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     FREE_DISK_BYTES_FIELD_NUMBER: _builtins.int
     DISK_DIRECTORY_FIELD_NUMBER: _builtins.int
+    MAX_OPEN_FILES_FIELD_NUMBER: _builtins.int
     total_memory_bytes: _builtins.int
     """Bytes of memory of the machine, or of its container's limit."""
     available_memory_bytes: _builtins.int
@@ -36,6 +37,8 @@ class Machine(_message.Message):
     """
     disk_directory: _builtins.str
     """The service's directory on that disk; empty when free_disk_bytes is absent."""
+    max_open_files: _builtins.int
+    """How many files, and so connections, the service may have open at the same time; 0 if not limited or not known."""
     def __init__(
         self,
         *,
@@ -43,10 +46,11 @@ class Machine(_message.Message):
         available_memory_bytes: _builtins.int = ...,
         free_disk_bytes: _builtins.int | None = ...,
         disk_directory: _builtins.str = ...,
+        max_open_files: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_free_disk_bytes", b"_free_disk_bytes", "free_disk_bytes", b"free_disk_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_free_disk_bytes", b"_free_disk_bytes", "available_memory_bytes", b"available_memory_bytes", "disk_directory", b"disk_directory", "free_disk_bytes", b"free_disk_bytes", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_free_disk_bytes", b"_free_disk_bytes", "available_memory_bytes", b"available_memory_bytes", "disk_directory", b"disk_directory", "free_disk_bytes", b"free_disk_bytes", "max_open_files", b"max_open_files", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__free_disk_bytes: _TypeAlias = _typing.Literal["free_disk_bytes"]  # noqa: Y015
     _WhichOneofArgType__free_disk_bytes: _TypeAlias = _typing.Literal["_free_disk_bytes", b"_free_disk_bytes"]  # noqa: Y015

@@ -14,7 +14,7 @@ import torch
 
 from gradstream.core.errors import StaleEpochError, one_line
 from gradstream.core.log import LogBuffer, get_logger
-from gradstream.core.machine import memory
+from gradstream.core.machine import memory, open_files
 from gradstream.core.machine.facts import arithmetic_threads
 from gradstream.core.model import model
 from gradstream.core.node import probe, process
@@ -108,6 +108,10 @@ class ParameterServer:
 
     async def _take_up(self, plan: Plan, index: int) -> None:
         report_failure = partial(self.session.report_failure, plan.job_id, plan.epoch)
+        peers = f"up to {plan.max_workers} workers and {len(plan.servers)} servers"
+        short = open_files.shortage(open_files.max_open_files(), plan.max_workers + len(plan.servers), peers)
+        if short:
+            log.warning(f"this server {short}", job=plan.job_id)
         try:
             shard = Shard(
                 plan,

@@ -240,7 +240,7 @@ class ServerActor:
         self.shard: Shard | None = None
         self.failures: list[Exception] = []
         self._late_seconds = 0.0
-        self._checkpoints = 0
+        self._checkpoint_times: list[float] = []
         self._executor = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "tensor")
         self._transport = Transport(credentials and credentials / "server")
         guards = []
@@ -286,7 +286,7 @@ class ServerActor:
             pass
 
         async def count(_: Any) -> None:
-            self._checkpoints += 1
+            self._checkpoint_times.append(time.monotonic())
 
         async def fail(error: Exception) -> None:
             self.failures.append(error)
@@ -330,12 +330,12 @@ class ServerActor:
         return seconds
 
     async def wait_checkpoints(self, count: int) -> float:
-        """Wait until `count` checkpoints have been written; return the time."""
-        while self._checkpoints < count:
+        """Wait until `count` checkpoints have been written; return the time at which the last one was."""
+        while len(self._checkpoint_times) < count:
             if self.failures:
                 raise self.failures[0]
             await asyncio.sleep(0.01)
-        return time.monotonic()
+        return self._checkpoint_times[count - 1]
 
     async def state_bytes(self) -> int:
         """Bytes of weights, moments, accumulators and copies."""

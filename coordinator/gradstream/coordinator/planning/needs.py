@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradstream.core.checkpoint.shard import MAX_COPY_BYTES
 from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor
@@ -33,7 +34,7 @@ class ServerBytes:
 
     # Always: master weights, moments, accumulator, reference, and the encoded published bundles.
     state: int
-    # In addition while a checkpoint is written: a copy of the saved arrays.
+    # In addition while a checkpoint is written: copies of bundles that are updated before they are written.
     checkpoint: int
     # In addition while a newcomer pulls whole bundles of a version of which the other workers pull differences.
     newcomer: int
@@ -73,7 +74,7 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
             encoded_bytes(codec_for(tensors[fragment.tensor].kind, push, embedding), fragment.shape)
             for fragment in tied
         )
-    return ServerBytes(state, saved, newcomer, early)
+    return ServerBytes(state, min(saved, MAX_COPY_BYTES), newcomer, early)
 
 
 HELD_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}

@@ -14,7 +14,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,7 +23,7 @@ from gradstream.core.errors import CheckpointError, ConfigError, DataError, one_
 from gradstream.core.plan.fragments import Fragment, Tensor, cut, num_fragments
 from gradstream.core.recipe.fine_tuning import FineTuning, with_new_key
 from gradstream.core.storage import files
-from gradstream.core.storage.tensor_files import TensorSpec, bytes_of, write_tensors
+from gradstream.core.storage.tensor_files import bytes_of
 from gradstream.proto.v1 import coordinator_pb2
 
 if TYPE_CHECKING:
@@ -138,21 +138,14 @@ def state_digest(fragment_digests: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(fragment_digests)).hexdigest()
 
 
-def write_tensor_file(
-    directory: str,
-    file: str,
-    specs: Sequence[TensorSpec],
-    contents: Callable[[str], npt.NDArray[Any]],
-    metadata: Mapping[str, str],
-) -> FileEntry:
-    """Write a safetensors file of a checkpoint atomically. Makes its directory if missing. Raises OSError."""
+def write_checkpoint_file(directory: str, file: str, write: Callable[[BinaryIO], tuple[int, str]]) -> FileEntry:
+    """Write a file of a checkpoint atomically; `write` returns its size and hex sha256.
+
+    Makes its directory if missing. Raises OSError.
+    """
     files.make_directory(directory)
     written: list[tuple[int, str]] = []
-    files.write_atomic(
-        files.join(directory, file),
-        lambda stream: written.append(write_tensors(stream, specs, contents, metadata)),
-        judged=True,
-    )
+    files.write_atomic(files.join(directory, file), lambda stream: written.append(write(stream)), True, large=True)
     num_bytes, sha256 = written[-1]
     return FileEntry(file=file, num_bytes=num_bytes, sha256=sha256)
 

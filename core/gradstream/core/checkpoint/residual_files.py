@@ -8,11 +8,12 @@ to slots, not to weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
 
-from gradstream.core.checkpoint.manifest import FileEntry, write_tensor_file
+from gradstream.core.checkpoint.manifest import FileEntry, write_checkpoint_file
 from gradstream.core.checkpoint.shard import slice_name, verified_file
 from gradstream.core.codecs import ResidualCodec, State
 from gradstream.core.codecs.payloads import CodecBook
@@ -21,7 +22,7 @@ from gradstream.core.foreign import parsing
 from gradstream.core.plan.fragments import Fragment
 from gradstream.core.plan.plan import Plan
 from gradstream.core.storage import files
-from gradstream.core.storage.tensor_files import TensorSpec
+from gradstream.core.storage.tensor_files import TensorSpec, write_tensors
 
 
 def residual_file_name(epoch: int, slot: int, node_id: str) -> str:
@@ -38,7 +39,11 @@ def write_residual(directory: str, file: str, plan: Plan, states: Mapping[int, S
     }
     specs = [TensorSpec(name, "F32", tuple(array.shape)) for name, array in arrays.items()]
     metadata = {"format": "gradstream", "codec": plan.recipe.codec.push}
-    return write_tensor_file(directory, file, specs, lambda name: arrays[name].reshape(-1).numpy(), metadata)
+
+    def write(stream: BinaryIO) -> tuple[int, str]:
+        return write_tensors(stream, specs, lambda name: arrays[name].reshape(-1).numpy(), metadata)
+
+    return write_checkpoint_file(directory, file, write)
 
 
 def read_residual(directory: str, entry: FileEntry, plan: Plan) -> tuple[dict[int, State], str]:

@@ -1,37 +1,81 @@
-"""The shards of a checkpoint: the servers' files, written tensor by tensor, verified and read in slices."""
+"""The shards of a checkpoint: the servers' files, written fragment by fragment, verified and read in slices."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from gradstream.core.errors import CheckpointError
 from gradstream.core.foreign import parsing
 from gradstream.core.plan.fragments import Fragment, Tensor
 from gradstream.core.storage import files
-from gradstream.core.storage.tensor_files import TensorSpec
+from gradstream.core.storage.tensor_files import TensorSpec, TensorStream
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 
-from gradstream.core.checkpoint.manifest import FileEntry, State, fragment_digest, read_manifest, write_tensor_file
+from gradstream.core.checkpoint.manifest import FileEntry, State, fragment_digest, read_manifest, write_checkpoint_file
 
 REFERENCE = "copy"  # the kind's name in files for the weights as workers hold them, if they pull differences
 
 
+MAX_COPY_BYTES = 256 << 20
+"""The most bytes that a server copies for a checkpoint, unless two bundles are larger: then two bundles."""
+
+Sizes: TypeAlias = "Mapping[str, int]"
+"""The number of elements of each of a fragment's arrays, by kind."""
+
+
 def write_shard(
-    directory: str, file: str, tensors: Sequence[Tensor], shard: Sequence[tuple[Fragment, State]]
+    directory: str,
+    file: str,
+    tensors: Sequence[Tensor],
+    shard: Iterable[tuple[Fragment, State]],
+    sizes: Sequence[tuple[Fragment, Sizes]] | None = None,
 ) -> tuple[FileEntry, list[bytes]]:
-    """Write one server's fragments; return the file's entry and each fragment's digest."""
-    arrays = {
-        f"{kind}/{slice_name(tensors, fragment)}": array for fragment, state in shard for kind, array in state.items()
-    }
-    specs = [TensorSpec(name, "F32", array.shape) for name, array in arrays.items()]
-    entry = write_tensor_file(directory, file, specs, lambda name: arrays[name], {"format": "gradstream"})
-    return entry, [fragment_digest(state) for _, state in shard]
+    """Write one server's fragments, one after the other; return the file's entry and each fragment's digest.
+
+    `shard` may generate the fragments: an array is in use only until the next fragment is requested. Then `sizes`
+    announces all of them in the same order, with the same kinds in the same order. Raises OSError, and ValueError for a
+    fragment that was not announced.
+    """
+    announced = sizes if sizes is not None else [(fragment, sizes_of(state)) for fragment, state in _listed(shard)]
+    specs = [
+        TensorSpec(f"{kind}/{slice_name(tensors, fragment)}", "F32", (num_elements,))
+        for fragment, kinds in announced
+        for kind, num_elements in kinds.items()
+    ]
+    digests: list[bytes] = []
+
+    def write(stream: BinaryIO) -> tuple[int, str]:
+        written = TensorStream(stream, specs, {"format": "gradstream"})
+        # A thread of its own for the fragments' digests: two digests of each byte take longer than a fast disk.
+        with ThreadPoolExecutor(1, "digest") as threads:
+            for (fragment, state), (expected, kinds) in zip(shard, announced, strict=True):
+                if fragment.index != expected.index or list(state) != list(kinds):
+                    raise ValueError(f"fragment {fragment.index} is not the one that was announced")
+                digest = threads.submit(fragment_digest, state)
+                for array in state.values():
+                    written.write(array)
+                digests.append(digest.result())
+        return written.end()
+
+    return write_checkpoint_file(directory, file, write), digests
+
+
+def sizes_of(state: State) -> dict[str, int]:
+    """The number of elements of each of a fragment's arrays."""
+    return {kind: array.size for kind, array in state.items()}
+
+
+def _listed(shard: Iterable[tuple[Fragment, State]]) -> Sequence[tuple[Fragment, State]]:
+    if not isinstance(shard, Sequence):
+        raise ValueError("the sizes of fragments that are generated must be announced")
+    return shard
 
 
 class CheckpointReader:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gradstream.core.errors import CheckpointError, ConfigError, DataError
+from gradstream.core.storage.direct import DirectStream
 from gradstream.core.storage.paths import AllowedPaths, check_scheme
 
 PIECE_BYTES = 1 << 20
@@ -234,13 +235,14 @@ def sha256(path: str) -> str:
         return digest(stream)
 
 
-def write_atomic(path: str, write: Callable[[BinaryIO], object], judged: bool = False) -> None:
+def write_atomic(path: str, write: Callable[[BinaryIO], object], judged: bool = False, large: bool = False) -> None:
     """Write a file atomically: temporary file, fsync, rename.
 
     On an object store a file appears once its upload is complete, which has the same effect. Set `judged` for a path
     that others named: the path is checked again when the file is open, because a link may have replaced a directory
-    since the first check. Raises OSError, with `judged` also when the file would lie outside the paths of
-    GRADSTREAM_PATHS.
+    since the first check, and `large` for a file of many MiB (gradstream.core.storage.direct).
+
+    Raises OSError, with `judged` also when the file would lie outside the paths of GRADSTREAM_PATHS.
     """
     fs, inner = file_system(path)
     if not is_local(path):
@@ -252,8 +254,10 @@ def write_atomic(path: str, write: Callable[[BinaryIO], object], judged: bool = 
         with open(temporary, "wb") as stream:
             if judged:
                 _judge(path, stream)
-            write(stream)
-            stream.flush()
+            # O_DIRECT needs a file with nothing in its buffer, which a new file has.
+            sink: Any = DirectStream(stream.fileno()) if large else stream
+            write(sink)
+            sink.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, inner)
     except BaseException:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from gradstream.core.checkpoint.manifest import WEIGHT
-from gradstream.core.checkpoint.shard import REFERENCE, CheckpointReader
+from gradstream.core.checkpoint.shard import REFERENCE, CheckpointReader, Sizes, sizes_of
 from gradstream.core.codecs import Payload
 from gradstream.core.codecs.payloads import BundleCodec, CodecBook, slices
 from gradstream.core.errors import CheckpointError
@@ -143,8 +143,36 @@ class BundleState:
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> list[FragmentState]:
-        """Copy the weights, optimizer state and reference of each fragment. Worker thread."""
+    def saved_sizes(self) -> list[tuple[Fragment, Sizes]]:
+        """The kinds and sizes of the arrays that a checkpoint holds of each fragment, as in `snapshot`."""
+        return [(fragment, sizes_of(state)) for fragment, state in self._saved()]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of a snapshot."""
+        return sum(array.nbytes for _, state in self._saved() for array in state.values())
+
+    def snapshot(self, out: npt.NDArray[np.uint8] | None = None) -> list[FragmentState]:
+        """Copy the weights, optimizer state and reference of each fragment, one after the other. Worker thread.
+
+        The copies lie in `out`, which has at least `saved_bytes`; without it, in new memory.
+        """
+        if out is None:
+            out = np.empty(self.saved_bytes, dtype=np.uint8)
+        copies: list[FragmentState] = []
+        begin = 0
+        for fragment, state in self._saved():
+            copied: State = {}
+            for name, array in state.items():
+                copied[name] = out[begin : begin + array.nbytes].view(array.dtype)
+                begin += array.nbytes
+                # torch's copy releases the interpreter lock.
+                torch.from_numpy(copied[name]).copy_(torch.from_numpy(array))
+            copies.append((fragment, copied))
+        return copies
+
+    def _saved(self) -> list[FragmentState]:
+        """What a checkpoint holds of each fragment, as views."""
         states = self._optimizer.state()
         saved_N = self._publisher.saved()
         references = slices(saved_N, self.bundle) if saved_N is not None else []
@@ -153,7 +181,7 @@ class BundleState:
             state = {WEIGHT: self._weights[number].numpy(), **states[number]}
             if references:
                 state[REFERENCE] = references[number].numpy()
-            found.append((fragment, {name: array.copy() for name, array in state.items()}))
+            found.append((fragment, state))
         return found
 
     def initialize(self, number: int, tensor: torch.Tensor) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from gradstream.core.codecs import codec_named, codec_on_wire
-from gradstream.core.errors import ProtocolError, one_line
+from gradstream.core.errors import ProtocolError
 from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.learning_rate import rate_of_step
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.accumulation import StepTotals
-from gradstream.services.parameter_server.bundle_state import BundleState, FragmentState
+from gradstream.services.parameter_server.bundle_state import BundleState
 
 
 @dataclass(frozen=True)
@@ -196,27 +196,12 @@ def update_of(plan: Plan, decision: Decision) -> Update:
     return Update(decision, rate_of_step(plan.recipe, decision.step), codec_on_wire(decision.pull_codec).name)
 
 
-@dataclass(frozen=True)
-class Applied:
-    """The result of an update of a bundle.
-
-    `snapshot` is empty where no checkpoint is due, and None where the snapshot failed because of `cause`.
-    """
-
-    snapshot: list[FragmentState] | None
-    cause: str = ""
-
-
-def apply(state: BundleState, update: Update) -> Applied:
-    """Update a bundle's weights, encode them for pulls, and take a snapshot if a checkpoint is due. Worker thread."""
+def apply(state: BundleState, update: Update) -> None:
+    """Update a bundle's weights and encode them for pulls. Worker thread."""
     decision = update.decision
     if not decision.skip:
         state.apply(decision.num_tokens, decision.clip_scale, update.rate)
     state.publish(decision.step + 1, update.pull_codec)
-    try:
-        return Applied(state.snapshot() if decision.checkpoint else [])
-    except Exception as error:
-        return Applied(None, one_line(error))
 
 
 # -- report ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Everything runs on the event loop except the arithmetic, which runs in the threa
   2. complete (`commit.py`): every fragment has every slot; the server reports to the leader, which answers with its
      decision;
   3. apply (`commit.py`): the optimizer updates each fragment, which is then published as version t + 1.
-A snapshot of a version that gets a checkpoint is written in the background (`checkpointing.py`).
+A version that gets a checkpoint is written in the background (`checkpointing.py`), bundle by bundle.
 
 The other modules compute and return decisions. Only the shard changes the version, its phase and the codecs, starts
 tasks and wakes waiting calls. A pull that comes while the shard loads waits for the start version like any other pull.
@@ -19,7 +19,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from typing import TypeVar
 
 from gradstream.core.codecs import Payload, codec_named, codec_on_wire
@@ -36,7 +35,7 @@ from gradstream.proto.v1 import coordinator_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server import commit
 from gradstream.services.parameter_server.accumulation import Accumulation
-from gradstream.services.parameter_server.bundle_state import BundleState, FragmentState
+from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.checkpointing import CheckpointWriter
 from gradstream.services.parameter_server.commit import CompletedStep, Decision, Update
 from gradstream.services.parameter_server.leader import Leader
@@ -92,7 +91,7 @@ class Shard:
             bundle.index: BundleState(bundle, plan.tensors, recipe, form, book) for bundle in plan.bundles_of(index)
         }
         self.accumulation = Accumulation(plan, index, self.bundles, book, executor)
-        self.checkpoints = CheckpointWriter(plan, index, report_checkpoint, self._spawn)
+        self.checkpoints = CheckpointWriter(plan, index, self.bundles, executor, report_checkpoint, self._spawn)
         self._tuner = Tuner(plan) if is_tuned(recipe.codec) and index == plan.leader else None
         self.leader = Leader(len(plan.servers), plan.start_version, self._decide) if index == plan.leader else None
         self._executor = executor
@@ -182,28 +181,20 @@ class Shard:
         self._enter(step + 1, "applying")
         self._consecutive_skips = decision.consecutive_skips
         self.accumulation.begin_step()
-        if decision.checkpoint:
-            await self.checkpoints.settle()
-        snapshots = await asyncio.gather(*(self._apply(state, update) for state in self.bundles.values()))
+        await asyncio.gather(*(self._apply(state, update) for state in self.bundles.values()))
         self._enter(step + 1)
-        whole = [snapshot for snapshot in snapshots if snapshot is not None]
-        if decision.checkpoint and len(whole) == len(snapshots):
-            self.checkpoints.begin(step + 1, list(chain.from_iterable(whole)), self._consecutive_skips)
-        elif decision.checkpoint:
-            del whole, snapshots
-            self.request_snapshot(step + 1)
+        if decision.checkpoint:
+            self.checkpoints.begin(step + 1, self._consecutive_skips)
         if self.leader is not None:
             reason = self._tuner.reason if self._tuner is not None else ""
             await self._report_step(commit.step_report(plan, update, totals.num_samples, push_codec, reason))
 
-    async def _apply(self, state: BundleState, update: Update) -> list[FragmentState] | None:
-        """Update a bundle and publish it; return its snapshot, None where the snapshot failed."""
-        applied = await self._run(commit.apply, state, update)
-        if applied.snapshot is None:
-            self.checkpoints.note_unwritten(applied.cause)
+    async def _apply(self, state: BundleState, update: Update) -> None:
+        """Update a bundle and publish it, once a checkpoint that is being written no longer needs it as it is."""
+        await self.checkpoints.release(state.bundle.index)
+        await self._run(commit.apply, state, update)
         state.begin_step(update.decision.step + 1)
         self._notify()
-        return applied.snapshot
 
     def _decide(self, step: int, reports: Mapping[int, pb.CompleteStepRequest]) -> Decision:
         """Decide, on the leader, on a step that all servers have completed and on the codecs of the next step."""
@@ -228,16 +219,9 @@ class Shard:
 
     def request_snapshot(self, version: int) -> None:
         """Write a checkpoint of `version` without a commit, if it is the current version and has no checkpoint yet."""
-        self.checkpoints.save(version, self._consecutive_skips, lambda: self._at_hand(version), self._snapshot)
-
-    def _at_hand(self, version: int) -> bool:
-        """Return whether the bundles hold `version` and no update is under way."""
         settled = self._closed is None and self.phase.name not in ("loading", "applying")
-        return settled and self.version == version
-
-    async def _snapshot(self) -> list[FragmentState]:
-        states = self.bundles.values()
-        return list(chain.from_iterable(await asyncio.gather(*(self._run(state.snapshot) for state in states))))
+        if settled and self.version == version > self.checkpoints.version:
+            self.checkpoints.begin(version, self._consecutive_skips)
 
     async def drain(self) -> None:
         """Wait until a checkpoint that is being written is reported."""

@@ -190,8 +190,7 @@ def begin_checkpoint(server: ParameterServer, version: int) -> None:
     """As the shard does after a commit."""
     shard = server.shard
     assert shard is not None
-    states = [found for state in shard.bundles.values() for found in state.snapshot()]
-    shard.checkpoints.begin(version, states, 0)
+    shard.checkpoints.begin(version, 0)
 
 
 def taken_files(cluster: Cluster, job_id: str) -> list[int]:

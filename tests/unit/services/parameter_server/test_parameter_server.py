@@ -332,10 +332,10 @@ async def test_a_copy_for_a_checkpoint_that_finds_no_memory_costs_no_state(
     plan = make_plan(1, data=str(tmp_path), checkpoint_root=root, checkpoint={"interval_steps": interval_steps})
     snapshot, full = BundleState.snapshot, True
 
-    def fails(state: BundleState) -> Any:
+    def fails(state: BundleState, *given: Any) -> Any:
         if full:
             raise MemoryError
-        return snapshot(state)
+        return snapshot(state, *given)
 
     monkeypatch.setattr(BundleState, "snapshot", fails)
     async with serving(plan) as cluster:

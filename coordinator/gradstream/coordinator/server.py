@@ -12,7 +12,7 @@ import grpc.aio
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.reports import Reports
 from gradstream.coordinator.servicers.jobs import JobsServicer
-from gradstream.coordinator.servicers.nodes import CoordinatorServicer
+from gradstream.coordinator.servicers.nodes import CoordinatorServicer, add_coordinator
 from gradstream.coordinator.servicers.views import Views
 from gradstream.coordinator.state.sqlite import SqliteState
 from gradstream.coordinator.timing import Timing
@@ -27,7 +27,7 @@ from gradstream.core.rpc.guard import Guard
 from gradstream.core.rpc.token_sources import FileTokens
 from gradstream.core.rpc.transport import PLAIN, Transport
 from gradstream.core.storage.state_lock import lock_directory
-from gradstream.proto.v1 import coordinator_pb2, coordinator_pb2_grpc, jobs_pb2, jobs_pb2_grpc, probe_pb2
+from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc, probe_pb2
 
 TOKENS_NAME = "tokens.json"
 
@@ -77,9 +77,7 @@ class Coordinator:
                 guards.append(Guard(tokens, AuditLog(self._state_dir).note))
                 self._tasks.append(asyncio.create_task(guards[0].run()))
             self._server = channel.new_server(*guards, takes_bulk=False)
-            coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
-                CoordinatorServicer(self.controller, reports, tokens), self._server
-            )
+            add_coordinator(CoordinatorServicer(self.controller, reports, tokens), self._server)
             jobs_pb2_grpc.add_JobsServiceServicer_to_server(
                 JobsServicer(self.controller, views, self._root, tokens), self._server
             )

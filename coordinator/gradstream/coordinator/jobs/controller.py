@@ -12,6 +12,7 @@ running back to planning.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -68,6 +69,8 @@ class Controller:
         self.after_reconcile: list[Callable[[ActiveJob], None]] = []
         # Why the last `reconcile` could not make its transitions, and the time of the next one.
         self.retry = Retry(self.timing.retry_seconds)
+        # When a node that came or went last caused a reconcile.
+        self._membership_at = -math.inf
         self._closing = False
         self.boundaries = Boundaries(self.members, self.leasing, self.nodes.send)
         self.storage = StorageChecks(self.nodes.send)
@@ -121,8 +124,20 @@ class Controller:
 
     async def _watch_clock(self) -> None:
         while True:
-            self.reconcile()
+            self._tick()
             await asyncio.sleep(self.timing.tick_seconds)
+
+    def _tick(self) -> None:
+        """End the nodes whose lease has run out, and reconcile."""
+        if self._closing:
+            return
+        now = self.clock()
+        missed = self.nodes.forgive_own_stall(now)
+        if missed and self.active is not None:
+            self.active.reunion.forgive(missed)
+        for node in self.nodes.expire(now):
+            self._note_node(f"{node.title} is gone: no heartbeat for {self.timing.lease_seconds:g} s")
+        self.reconcile()
 
     # --- nodes ------------------------------------------------------------------------------------------------------
 
@@ -144,21 +159,14 @@ class Controller:
         node, session = opened
         if active is not None:
             self._note_arrival(node, active)
-        number = active.lease_number if active is not None else 0
-        self.reconcile()
-        under_way = active is not None and self.active is active and active.state in (RUNNING, PAUSED)
-        if node.kind == WORKER and active is not None and under_way:
-            # A table that is not stored yet is sent once it is. A table that was just sent is not sent twice.
-            stands = not active.leases_due and active.lease_number == number and active.job_id in node.holds
-            if stands:
-                self.nodes.send(node, coordinator_pb2.SessionResponse(leases=self.leasing.standing_table(active)))
+        self._membership_changed()
         return session
 
     def _note_arrival(self, node: NodeEntry, active: ActiveJob) -> None:
-        """Note that a node is here, and send a worker the plan."""
+        """Note that a node is here, and send a worker the plan and the lease table."""
         self._note_node(f"{node.title} is here ({node.device})")
         if active.plan is not None and active.state in (RUNNING, PAUSED) and node.kind == WORKER:
-            self.transitions.send_plan(node, active)
+            self.transitions.welcome(node, active)
             if node not in self.leasing.workers(active):
                 has = human_bytes(node.memory_bytes)
                 self._note_node(f"{node.title} offers {has}, too little for this model: no slots")
@@ -168,6 +176,16 @@ class Controller:
         node = self.nodes.close_session(session, why)
         if node is not None and not self._closing:
             self._note_node(f"{node.title} is gone: {why}")
+            self._membership_changed()
+
+    def _membership_changed(self) -> None:
+        """Reconcile after a node came or went: at once, or at the next tick if the last change is less than a tick old.
+
+        So nodes that come or go together share a lease table.
+        """
+        now = self.clock()
+        if now - self._membership_at >= self.timing.tick_seconds:
+            self._membership_at = now
             self.reconcile()
 
     def _note_node(self, message: str) -> None:
@@ -219,11 +237,6 @@ class Controller:
         if self._closing:
             return
         now = self.clock()
-        stall = self.nodes.forgive_own_stall(now)
-        if stall and self.active is not None:
-            self.active.reunion.forgive(stall)
-        for node in self.nodes.expire(now):
-            self._note_node(f"{node.title} is gone: no heartbeat for {self.timing.lease_seconds:g} s")
         if not self.retry.due(now):
             return
         try:

@@ -8,7 +8,7 @@ from enum import Enum
 
 from gradstream.coordinator.state.state import JobRecord, StepTotals
 from gradstream.core.job_states import ENDED, PAUSED, PLANNING, QUEUED
-from gradstream.core.plan.leases import assign_slots
+from gradstream.core.plan.leases import MAX_SHOWN, assign_slots, numbers_text
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.proto.v1 import jobs_pb2
 
@@ -186,11 +186,12 @@ def lease_slots(
         return assigned, f"leases: none, {formed or reason}"
     if formed:
         reason = f"{formed}; {reason}"
-    shares: dict[str, list[str]] = {}
+    shares: dict[str, list[int]] = {}
     for slot, holder in enumerate(assigned):
-        shares.setdefault(holder, []).append(str(slot))
-    who = "; ".join(f"{names[holder]}: {', '.join(slots)}" for holder, slots in sorted(shares.items()))
-    return assigned, f"leases: {reason} → {who}"
+        shares.setdefault(holder, []).append(slot)
+    shown = [f"{names[holder]}: {numbers_text(slots)}" for holder, slots in sorted(shares.items())[:MAX_SHOWN]]
+    rest = [f"and {len(shares) - MAX_SHOWN} more workers"] if len(shares) > MAX_SHOWN else []
+    return assigned, f"leases: {reason} → {'; '.join([*shown, *rest])}"
 
 
 def joined(numbers: Iterable[int]) -> str:

@@ -14,11 +14,13 @@ from gradstream.core.plan.leases import SLOTS
 
 def worker_sights(active: ActiveJob, members: Membership, now: float) -> list[WorkerSight]:
     """The sights of those workers of the lease table that have a session."""
-    missing = missing_slots(active, members)
+    missing: dict[str, list[int]] = {}
+    for slot in missing_slots(active, members):
+        missing.setdefault(active.holders[slot], []).append(slot)
     chains = [replica.workers for replica in active.replicas] or [(holder,) for holder in dict.fromkeys(active.holders)]
     sights = []
     for number, chain in enumerate(chains):
-        slots = tuple(slot for slot in missing if active.holders[slot] == chain[0])
+        slots = tuple(missing.get(chain[0], ()))
         for node_id in chain:
             node = members.get(node_id)
             if node is None or not node.present:

@@ -20,6 +20,7 @@ from gradstream.coordinator.state.state import JobRecord, State
 from gradstream.coordinator.timing import Timing, unix_ms
 from gradstream.core.errors import GradstreamError, UnreachableError, one_line
 from gradstream.core.job_states import FAILED, PLANNING, STATE_WORDS, after_state
+from gradstream.core.plan.leases import moved_workers
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 
@@ -42,6 +43,8 @@ class Transitions:
         self._leasing = leasing
         self._timing = timing
         self._clock = clock
+        # The lease table in force, and its directive. None before the first one is sent.
+        self._table: tuple[plan_pb2.LeaseTable, bytes] | None = None
 
     # --- into the cluster -------------------------------------------------------------------------------------------
 
@@ -125,17 +128,39 @@ class Transitions:
             leases=table.SerializeToString(),
             decisions={**active.record.decisions, "leases": proposal.reason},
         )
+        moved = moved_workers(active.holders, proposal.holders, active.replicas, proposal.replicas)
+        to_all = active.leases_due
         active.take_leases(number, proposal.holders, proposal.replicas, proposal.reason, now)
+        self._table = (table, coordinator_pb2.SessionResponse(leases=table).SerializeToString())
+        concerned = []
         for node in self._nodes.members.present(WORKER):
-            self.send_plan(node, active)
-            if active.job_id in node.holds:
-                self._nodes.send(node, coordinator_pb2.SessionResponse(leases=table))
+            is_new = self.send_plan(node, active)
+            if active.job_id in node.holds and (to_all or is_new or node.node_id in moved):
+                concerned.append(node)
+        self._nodes.send_all(concerned, self._table[1])
 
-    def send_plan(self, node: NodeEntry, active: ActiveJob) -> None:
-        """Send a node the plan, unless it holds it or has failed with it. The job must have one."""
+    def send_plan(self, node: NodeEntry, active: ActiveJob) -> bool:
+        """Send a node the plan, unless it holds it or has failed with it; return whether it was sent.
+
+        The job must have a plan.
+        """
         assert active.plan_message is not None
-        if not active.benches.failed(node.node_id):
-            self._nodes.send_plan(node, active.plan_message)
+        return not active.benches.failed(node.node_id) and self._nodes.send_plan(node, active.plan_message)
+
+    def welcome(self, node: NodeEntry, active: ActiveJob) -> None:
+        """Send the plan and the lease table in force to a worker that has opened a session. The job must have a plan.
+
+        A newcomer that the table does not name hears of the first table that names it.
+        """
+        is_new = self.send_plan(node, active)
+        # A table that is not stored yet is sent once it is.
+        if active.leases_due or active.job_id not in node.holds or (is_new and node.node_id not in active.members):
+            return
+        key = (active.job_id, active.record.epoch, active.lease_number)
+        if self._table is None or (self._table[0].job_id, self._table[0].epoch, self._table[0].number) != key:
+            table = self._leasing.standing_table(active)
+            self._table = (table, coordinator_pb2.SessionResponse(leases=table).SerializeToString())
+        self._nodes.send_all([node], self._table[1])
 
     # --- out of the cluster -----------------------------------------------------------------------------------------
 

@@ -65,8 +65,10 @@ def stuck_workers(workers: Sequence[WorkerSight], slot_seconds: float | None, ti
     for worker in workers:
         if worker.unreachable and worker.unreachable_seconds >= timing.unreachable_seconds:
             found[worker.node_id] = f"cannot reach {worker.unreachable} for {worker.unreachable_seconds:.0f} s"
-    for replica in dict.fromkeys(worker.replica for worker in workers):
-        chain = [worker for worker in workers if worker.replica == replica]
+    chains: dict[int, list[WorkerSight]] = {}
+    for worker in workers:
+        chains.setdefault(worker.replica, []).append(worker)
+    for chain in chains.values():
         still = [
             worker
             for worker in chain

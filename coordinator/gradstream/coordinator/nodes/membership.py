@@ -258,6 +258,10 @@ class Membership:
         """The live node of a kind and name."""
         return next((n for n in self._nodes.values() if n.alive and (n.kind, n.name) == (kind, name)), None)
 
+    def live(self, kind: coordinator_pb2.NodeKind.ValueType) -> dict[str, NodeEntry]:
+        """The live nodes of a kind, by name."""
+        return {n.name: n for n in self._nodes.values() if n.alive and n.kind == kind}
+
     @staticmethod
     def _end(node: NodeEntry) -> None:
         node.alive, node.session, node.returning = False, 0, False

@@ -6,6 +6,8 @@ for a job.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from gradstream.coordinator.nodes.membership import Membership, NodeEntry
 from gradstream.coordinator.nodes.sessions import Hub, OpenSession
 from gradstream.coordinator.timing import Timing, unix_ms
@@ -22,7 +24,9 @@ class NodeRegistry:
         self._timing = timing
         self.members = Membership(timing.heartbeat_seconds, timing.lease_seconds)
         self._hub = Hub()
-        self._looked_at = now
+        self._ticked_at = now
+        # The last plan that was sent, and its directive.
+        self._plan: tuple[plan_pb2.Plan, bytes] | None = None
 
     # --- arrival ----------------------------------------------------------------------------------------------------
 
@@ -61,13 +65,22 @@ class NodeRegistry:
 
     def send(self, node: NodeEntry, directive: coordinator_pb2.SessionResponse) -> None:
         """Queue a directive for a node, if it has a session."""
-        self._hub.send(node, directive)
+        self.send_all([node], directive.SerializeToString())
 
-    def send_plan(self, node: NodeEntry, plan: plan_pb2.Plan) -> None:
-        """Send a node the plan, unless the node holds it."""
-        if node.holds.get(plan.job_id) != plan.epoch:
-            self._hub.send(node, coordinator_pb2.SessionResponse(plan=plan))
-            node.holds[plan.job_id] = plan.epoch
+    def send_all(self, nodes: Iterable[NodeEntry], directive: bytes) -> None:
+        """Queue a directive, a serialized SessionResponse, for those of the nodes that have a session."""
+        for node in nodes:
+            self._hub.send(node, directive)
+
+    def send_plan(self, node: NodeEntry, plan: plan_pb2.Plan) -> bool:
+        """Send a node the plan, unless the node holds it; return whether it was sent. The plan must not change."""
+        if node.holds.get(plan.job_id) == plan.epoch:
+            return False
+        if self._plan is None or self._plan[0] is not plan:
+            self._plan = (plan, coordinator_pb2.SessionResponse(plan=plan).SerializeToString())
+        self._hub.send(node, self._plan[1])
+        node.holds[plan.job_id] = plan.epoch
+        return True
 
     def release(self, node: NodeEntry, job_id: str, reason: str) -> None:
         """Tell a node to forget a job."""
@@ -88,17 +101,26 @@ class NodeRegistry:
         return expired
 
     def forgive_own_stall(self, now: float) -> float:
-        """Extend all leases by the time for which this process itself stalled; return it in seconds, 0 if it did not.
+        """Extend all leases by the time that the event loop missed since the last tick; return it in seconds.
 
-        A large import or a suspended machine can stall the process.
+        Only the task that watches the clock calls this, once a tick: its own delay shows how long the loop did not read
+        heartbeats. Many small transitions, a large import or a suspended machine can delay it.
         """
-        stall = now - self._looked_at - self._timing.tick_seconds
-        self._looked_at = now
-        if stall <= self._timing.heartbeat_seconds:
-            return 0.0
-        self.members.forgive(stall, now)
-        return stall
+        missed = missed_seconds(self._ticked_at, now, self._timing.tick_seconds)
+        self._ticked_at = now
+        if missed:
+            self.members.forgive(missed, now)
+        return missed
 
     def end_all(self) -> None:
         """End all sessions without a reason. The nodes then connect to the next coordinator."""
         self._hub.end_all()
+
+
+def missed_seconds(ticked_at: float, now: float, tick_seconds: float) -> float:
+    """The time between two ticks in which the loop read no messages. A tick may take twice its time before it counts.
+
+    So a lease ends after at least lease_seconds / (2 * tick_seconds) turns of the loop without a heartbeat, however
+    long each turn took.
+    """
+    return max(0.0, now - ticked_at - 2 * tick_seconds)

@@ -121,9 +121,10 @@ class Reunion:
         elif returned and self.returned_at is None:
             self.returned_at = now
         sights = []
+        live = members.live(SERVER)
         for server in plan.servers:
             node, absence = nodes[server.node_id], self.absences.get(server.node_id)
-            namesake = members.named(SERVER, server.name)
+            namesake = live.get(server.name)
             sights.append(
                 ServerSight(
                     name=server.name,

@@ -1,4 +1,7 @@
-"""Sessions of nodes: a bounded queue of directives for each."""
+"""Sessions of nodes: a bounded queue of directives for each.
+
+Directives are queued as serialized messages, so a directive to many nodes is one bytes object in all queues.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ class OpenSession:
         self.number = number
         # Why the session ended. A GradstreamError is sent to the node; a text makes the node register again.
         self.ended: GradstreamError | str | None = None
-        self._queue: asyncio.Queue[coordinator_pb2.SessionResponse | None] = asyncio.Queue(MAX_QUEUED + 1)
+        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_QUEUED + 1)
 
-    def send(self, directive: coordinator_pb2.SessionResponse) -> bool:
-        """Queue a directive; return False when the session is over or the node does not keep up."""
+    def send(self, directive: bytes) -> bool:
+        """Queue a serialized SessionResponse; return False when the session is over or the node does not keep up."""
         if self.ended is not None or self._queue.qsize() >= MAX_QUEUED:
             return False
         self._queue.put_nowait(directive)
@@ -34,8 +37,8 @@ class OpenSession:
             self.ended = why
             self._queue.put_nowait(None)
 
-    async def next(self) -> coordinator_pb2.SessionResponse | None:
-        """The next directive; None when the session is over."""
+    async def next(self) -> bytes | None:
+        """The next directive, serialized; None when the session is over."""
         return await self._queue.get()
 
 
@@ -68,8 +71,8 @@ class Hub:
         for session in self._sessions.values():
             session.end()
 
-    def send(self, node: NodeEntry, directive: coordinator_pb2.SessionResponse) -> None:
-        """Queue a directive for a node, if it has a session."""
+    def send(self, node: NodeEntry, directive: bytes) -> None:
+        """Queue a serialized SessionResponse for a node, if it has a session."""
         session = self._sessions.get(node.node_id)
         if session is not None and not session.send(directive):
             self.end(node.node_id, "the node does not read its directives")
@@ -77,5 +80,5 @@ class Hub:
     def release(self, node: NodeEntry, job_id: str, reason: str) -> None:
         """Tell a node to forget a job."""
         release = coordinator_pb2.ReleaseJob(job_id=job_id, reason=reason)
-        self.send(node, coordinator_pb2.SessionResponse(release=release))
+        self.send(node, coordinator_pb2.SessionResponse(release=release).SerializeToString())
         node.holds.pop(job_id, None)

@@ -74,9 +74,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         if request.kind in KIND_WORDS and _NAME.fullmatch(request.name):
             self._controller.members.refuse(request, one_line(error), unix_ms())
 
-    async def Session(
+    async def Session(  # type: ignore[override]
         self, request_iterator: AsyncIterator[coordinator_pb2.SessionRequest], context: Context
-    ) -> AsyncIterator[coordinator_pb2.SessionResponse]:
+    ) -> AsyncIterator[bytes]:
+        """Yield serialized SessionResponse messages: `add_coordinator` registers this call without a serializer."""
         # --- the first heartbeat identifies the node
         try:
             first = await asyncio.wait_for(anext(request_iterator), FIRST_MESSAGE_SECONDS)
@@ -225,6 +226,15 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 sent = table
                 yield coordinator_pb2.WatchTokensResponse(table_json=table.serialize())
             await asyncio.sleep(TOKENS_SECONDS)
+
+
+def add_coordinator(servicer: CoordinatorServicer, server: grpc.aio.Server) -> None:
+    """Register the service. Its Session yields bytes, because a directive to many nodes is serialized once."""
+    service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
+    session = grpc.stream_stream_rpc_method_handler(servicer.Session, coordinator_pb2.SessionRequest.FromString, None)
+    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server)
+    # The handler that is registered last serves a call.
+    server.add_registered_method_handlers(service, {"Session": session})  # type: ignore[attr-defined]
 
 
 # The reason of a session that its node ended itself.

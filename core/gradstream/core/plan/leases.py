@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 
 MIN_GAIN = 0.15
 MIN_GAIN_SECONDS = 0.05
 """Slots move between workers of different speeds where a step becomes shorter by both the share and the seconds."""
+MAX_SHOWN = 32
+"""Maximum number of slots, and of workers with their slots, that a line for people names."""
 SLOTS = "slots from the coordinator"
 """The reason for which a worker without slots waits, as it reports it."""
 
@@ -103,8 +107,8 @@ def assign_slots(
     """
     if not workers:
         return [""] * len(holders), "no live worker"
-    held = {worker: sum(holder == worker for holder in holders) for worker in workers}
-    count = dict(held)
+    counts = Counter(holders)
+    held = {worker: counts[worker] for worker in workers}
     quota, uneven = _quotas(len(holders), workers, held, slot_seconds or {})
     result = [""] * len(holders)
     for slot, holder in enumerate(holders):
@@ -113,24 +117,19 @@ def assign_slots(
             quota[holder] -= 1
     free = [slot for slot, holder in enumerate(result) if not holder]
     # Assign in turns: slots that the server adds one after another then come from different workers.
-    queue = [worker for worker in workers if quota[worker] > 0]
-    moved = []
-    while free:
-        for worker in list(queue):
-            if not free:
-                break
-            slot = free.pop(0)
-            result[slot] = worker
-            moved.append(slot)
-            quota[worker] -= 1
-            if quota[worker] == 0:
-                queue.remove(worker)
+    queue = deque(worker for worker in workers if quota[worker] > 0)
+    for slot in free:
+        worker = queue.popleft()
+        result[slot] = worker
+        quota[worker] -= 1
+        if quota[worker]:
+            queue.append(worker)
     why = f"{len(workers)} live{uneven}"
-    if not moved:
+    if not free:
         return result, f"all slots stay with their workers ({why})"
-    lost = [slot for slot in moved if holders[slot] and holders[slot] not in count]
-    new = [slot for slot in moved if not holders[slot]]
-    given = [slot for slot in moved if holders[slot] in count]
+    lost = [slot for slot in free if holders[slot] and holders[slot] not in held]
+    new = [slot for slot in free if not holders[slot]]
+    given = [slot for slot in free if holders[slot] in held]
     causes = [
         f"{slots_text(slots)} {one if len(slots) == 1 else many}"
         for slots, one, many in (
@@ -155,8 +154,12 @@ def _quotas(
         return even, ""
     # As short a step as can be, with a slot at least for each worker: else its speed would not be known any longer.
     best = dict.fromkeys(workers, 1)
+    with_one_more = [(2 * slot_seconds[worker], order, worker) for order, worker in enumerate(workers)]
+    heapify(with_one_more)
     for _ in range(num_slots - len(workers)):
-        best[min(workers, key=lambda worker: (best[worker] + 1) * slot_seconds[worker])] += 1
+        _, order, worker = with_one_more[0]
+        best[worker] += 1
+        heapreplace(with_one_more, ((best[worker] + 1) * slot_seconds[worker], order, worker))
 
     def step_seconds(quota: Mapping[str, int]) -> float:
         return max(quota[worker] * slot_seconds[worker] for worker in workers)
@@ -175,7 +178,31 @@ def _quotas(
     return chosen, "; uneven, by how long a slot takes each worker"
 
 
+def moved_workers(
+    holders: Sequence[str], new_holders: Sequence[str], replicas: Sequence[Replica], new_replicas: Sequence[Replica]
+) -> set[str]:
+    """The workers whose slots or place differ between two lease tables. The other workers need not hear of the second.
+
+    `holders[slot]` and `new_holders[slot]` are the holders of a slot in the two tables, "" for none.
+    """
+    moved = {worker for pair in zip(holders, new_holders, strict=True) if pair[0] != pair[1] for worker in pair}
+    moved.discard("")
+    for replica in set(replicas) ^ set(new_replicas):
+        moved.update(replica.workers)
+    # The first worker of a replica holds the slots of all.
+    for replica in new_replicas:
+        if replica.workers[0] in moved:
+            moved.update(replica.workers)
+    return moved
+
+
 def slots_text(slots: Iterable[int]) -> str:
-    """Slots for people: "slot 3", "slots 1, 2"."""
-    numbers = list(map(str, slots))
-    return f"slot{'s' if len(numbers) != 1 else ''} {', '.join(numbers)}"
+    """Slots for people: "slot 3", "slots 1, 2"; of more than MAX_SHOWN only the first ones."""
+    numbers = list(slots)
+    return f"slot{'s' if len(numbers) != 1 else ''} {numbers_text(numbers)}"
+
+
+def numbers_text(numbers: Sequence[int]) -> str:
+    """Numbers for people, separated by commas; of more than MAX_SHOWN only the first ones."""
+    shown = ", ".join(map(str, numbers[:MAX_SHOWN]))
+    return f"{shown} and {len(numbers) - MAX_SHOWN} more" if len(numbers) > MAX_SHOWN else shown

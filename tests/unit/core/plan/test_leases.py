@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.core.plan.leases import Replica, assign_slots, form_replicas
+from gradstream.core.plan.leases import MAX_SHOWN, Replica, assign_slots, form_replicas, moved_workers, slots_text
 
 WORKERS = ["a", "b", "c", "d", "e"]
 holders = st.lists(st.sampled_from(["", *WORKERS, "gone"]), max_size=24)
@@ -138,3 +138,27 @@ def test_measured_speed_never_makes_a_step_longer(holders: list[str], workers: l
     if len(holders) >= len(workers):
         assert all(result.count(worker) for worker in workers)
     assert assign_slots(result, workers, seconds)[0] == result
+
+
+def test_only_workers_whose_slots_moved_hear_of_a_table() -> None:
+    before = [f"worker-{number}" for number in range(1000)]
+    live = [worker for number, worker in enumerate(before) if number % 10]
+    after, _ = assign_slots(before, live)
+    moved = moved_workers(before, after, [], [])
+    # The hundred that died, and the hundred that took over their slots.
+    assert len(moved) == 200
+    assert moved_workers(after, after, [], []) == set()
+    assert moved_workers(["", "a"], ["a", "a"], [], []) == {"a"}
+
+
+def test_a_whole_replica_hears_of_its_slots_and_of_its_members() -> None:
+    stays, broken = Replica(1, ("a", "b")), Replica(1, ("c", "d"))
+    formed = Replica(2, ("c", "e"))
+    assert moved_workers(["a", "c"], ["a", "c"], [stays, broken], [stays, formed]) == {"c", "d", "e"}
+    assert moved_workers(["a", "c"], ["a", "a"], [stays, broken], [stays, broken]) == {"a", "b", "c", "d"}
+
+
+def test_long_lists_of_slots_are_cut() -> None:
+    assert slots_text([3]) == "slot 3"
+    assert slots_text(range(MAX_SHOWN)).endswith("30, 31")
+    assert slots_text(range(1000)).endswith(f"30, 31 and {1000 - MAX_SHOWN} more")

@@ -8,9 +8,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from report import Result, at_most, result
+from report import Result, at_most, fail, result
 
 from gradstream.client import Job, Step
+from gradstream.core.machine.open_files import max_open_files, shortage
 from scaling.cluster import cluster, recipe_of
 from scaling.workers import SimulatedWorkers
 
@@ -21,6 +22,9 @@ MAX_SECONDS = 120.0
 
 async def measure(data: Path, directory: Path, num_workers: int, num_servers: int, memory: str) -> list[Result]:
     """Run one job with a slot for each worker; return the share of its steps that completed, and its figures."""
+    num_connections = num_workers * (num_servers + 1)
+    if short := shortage(max_open_files(), num_connections, f"the far ends of {num_connections} connections"):
+        fail("scale", f"this process {short}, or take fewer --servers")
     times: list[float] = []
     async with cluster(directory, num_servers, memory) as running, SimulatedWorkers(running.address) as workers:
         began = time.monotonic()
@@ -54,6 +58,9 @@ async def measure(data: Path, directory: Path, num_workers: int, num_servers: in
         server_seconds = server.cpu_seconds - server_before.cpu_seconds
         cost = f"{after.cpu_seconds - before.cpu_seconds:.1f} CPU s of the coordinator; one server {server_seconds:.1f}"
         results.append(at_most(f"step_seconds_{num_workers:04d}", median, 0.0, cost))
-    memory_detail = f"of the coordinator; one server {server.resident_bytes / 2**20:.0f}"
+    grown = server.resident_bytes - server_before.resident_bytes
+    memory_detail = (
+        f"of the coordinator; one server {server.resident_bytes / 2**20:.0f}, {grown / 2**20:.0f} by the job"
+    )
     results.append(at_most(f"mib_{num_workers:04d}", after.resident_bytes / 2**20, 0.0, memory_detail))
     return results

@@ -13,13 +13,11 @@ from gradstream.core.data.manifest import MANIFEST_NAME, Manifest
 from gradstream.core.errors import ConfigError
 from gradstream.core.plan.forecast import Forecast
 from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.rpc.limits import MAX_NODES
 from gradstream.core.storage import files
 from gradstream.core.storage.paths import AllowedPaths
 from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import jobs_pb2
-
-MAX_NODES = 4096
-"""Maximum number of hypothetical nodes of a kind."""
 
 
 class Plans:

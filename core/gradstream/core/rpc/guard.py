@@ -38,7 +38,7 @@ from gradstream.core.rpc import access
 from gradstream.core.rpc.access import Caller
 from gradstream.core.rpc.channel import MAX_MESSAGE_BYTES
 from gradstream.core.rpc.errors import abort, answering
-from gradstream.core.rpc.limits import MIN_RATE, PERSON_LIMIT, SERVICE_LIMIT, Meter, Patience, Receiving
+from gradstream.core.rpc.limits import MAX_NODES, MIN_RATE, PERSON_LIMIT, SERVICE_LIMIT, Meter, Patience, Receiving
 from gradstream.core.rpc.refusals import AuditEvent, Refusals
 from gradstream.core.rpc.transport import AUTHORIZATION, BEARER
 
@@ -53,7 +53,7 @@ REQUEST_SECONDS = 20.0
 READING_SECONDS = 60.0
 """Time for which a caller may leave a response unread, or an upload without its next message. After it the call is
 ended, because other callers may need the resources that it holds."""
-MAX_IDLE_METERS = 1024
+MAX_IDLE_METERS = 2 * MAX_NODES
 
 _END = object()
 
@@ -143,7 +143,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         clock: Callable[[], float] = time.time,
         request_seconds: float = REQUEST_SECONDS,
         reading_seconds: float = READING_SECONDS,
+        waiting_bytes: Callable[[], int] = lambda: 0,
     ):
+        """`waiting_bytes` returns the bytes of requests that may be served for long (`limits.Receiving`)."""
         self._tokens = tokens
         self._note = note
         self._clock = clock
@@ -151,7 +153,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # its stub i
         self._reading_seconds = reading_seconds
         self._calls: set[_Call] = set()
         self._meters: dict[tuple[str, str], Meter] = {}
-        self.receiving = Receiving()
+        self.receiving = Receiving(waiting_bytes=waiting_bytes)
         self._refusals = Refusals()
         self._guarded: dict[str, tuple[Any, Any]] = {}
 

@@ -19,9 +19,13 @@ class Limit:
     """Number of calls that may come at once after a pause."""
 
 
-# A worker has one or two streams to each service, and sends reports. 1,000 workers may share one address and one
-# credential. `Receiving` bounds the requests besides, and stream_limits a parameter server's streams.
-SERVICE_LIMIT = Limit(calls=4096, calls_per_second=2000.0, burst=8000)
+MAX_NODES = 4096
+"""Number of nodes of a kind for which the limits of all services are made."""
+
+# A worker has two streams to each service, may have left another on a broken connection, and sends reports. All workers
+# may share one address and one credential. `Receiving` bounds the requests besides, and stream_limits a parameter
+# server's streams.
+SERVICE_LIMIT = Limit(calls=3 * MAX_NODES, calls_per_second=2000.0, burst=4 * MAX_NODES)
 PERSON_LIMIT = Limit(calls=64, calls_per_second=200.0, burst=800)
 
 
@@ -112,11 +116,20 @@ class Receiving:
 
     When the bound is reached, the next request is not read until another one has ended; gRPC's flow control stops its
     sender. Each caller has a smaller bound of its own, so no caller can keep others out.
+
+    `waiting_bytes` returns the bytes of requests that may be served for long, such as the pulls of a plan's workers.
+    Both bounds are larger by that number, or else requests that wait for others could keep the others out.
     """
 
-    def __init__(self, max_bytes: int = MAX_REQUEST_BYTES, max_bytes_a_caller: int = MAX_REQUEST_BYTES_A_CALLER):
+    def __init__(
+        self,
+        max_bytes: int = MAX_REQUEST_BYTES,
+        max_bytes_a_caller: int = MAX_REQUEST_BYTES_A_CALLER,
+        waiting_bytes: Callable[[], int] = lambda: 0,
+    ):
         self._max_bytes = max_bytes
         self._max_bytes_a_caller = max_bytes_a_caller
+        self._waiting_bytes = waiting_bytes
         self._held: Counter[Meter] = Counter()
         self._waiting: dict[asyncio.Future[None], tuple[Meter, int]] = {}  # in order of arrival
         self.held_bytes = 0
@@ -147,8 +160,8 @@ class Receiving:
                 turn.set_result(None)
 
     def _is_free(self, caller: Meter, num_bytes: int) -> bool:
-        fits = self.held_bytes + num_bytes <= self._max_bytes
-        return fits and self._held[caller] + num_bytes <= self._max_bytes_a_caller
+        more = num_bytes - self._waiting_bytes()
+        return self.held_bytes + more <= self._max_bytes and self._held[caller] + more <= self._max_bytes_a_caller
 
     def _take(self, caller: Meter, num_bytes: int) -> None:
         self._held[caller] += num_bytes

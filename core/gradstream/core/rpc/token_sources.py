@@ -158,13 +158,16 @@ class FollowingServer:
         note: Note | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         takes_bulk: bool = True,
+        waiting_bytes: Callable[[], int] = lambda: 0,
     ):
-        """Bind the server. `note` gets the audit log's entries; the other arguments are those of `new_server`.
+        """Bind the server. `note` gets the audit log's entries, `waiting_bytes` is the guard's.
+
+        The other arguments are those of `new_server`.
 
         Raises ConfigError when the port is in use or the address is not this machine's.
         """
         self._tokens = FollowedTokens()
-        self._guard = Guard(self._tokens, note) if transport.is_secure else None
+        self._guard = Guard(self._tokens, note, waiting_bytes=waiting_bytes) if transport.is_secure else None
         transport.know_peers(self._tokens.certificates)
         guards = [self._guard] if self._guard is not None else []
         self.server = new_server(*guards, max_message_bytes=max_message_bytes, takes_bulk=takes_bulk)

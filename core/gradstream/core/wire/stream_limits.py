@@ -40,6 +40,10 @@ MAX_PUSH_WINDOW_BYTES = 64 << 20
 STREAM_BYTES = 64 << 10
 """Memory that gRPC and Python need for an open stream without data, with its share of the connection. Measured with
 1,000 workers (docs/benchmarks.md, bench-scale)."""
+REQUEST_BYTES = 1 << 10
+"""Size of a pull's request without the bundles that it names."""
+BUNDLE_INDEX_BYTES = 4
+"""Most bytes of a bundle's index in a request. There are at most as many bundles as fragments."""
 KEPT_BYTES = 4 * MIN_STREAMS_A_HOST * WINDOW_BYTES
 """The part of the memory that is not given to jobs which covers streams."""
 
@@ -48,13 +52,14 @@ KEPT_BYTES = 4 * MIN_STREAMS_A_HOST * WINDOW_BYTES
 class Traffic:
     """What the workers of a plan can have under way with one server, in bytes. The defaults are the most of any plan.
 
-    `contribution_bytes` bounds the largest contribution, `step_bytes` the sum of all contributions to a step, and
-    `message_bytes` the largest message of a pull.
+    `contribution_bytes` bounds the largest contribution, `step_bytes` the sum of all contributions to a step,
+    `message_bytes` the largest message of a pull and `request_bytes` its request.
     """
 
     contribution_bytes: int = WINDOW_BYTES
     step_bytes: int | None = None
     message_bytes: int = PIECE_BYTES
+    request_bytes: int = 64 << 10
 
 
 def traffic(plan: Plan) -> list[Traffic]:
@@ -81,6 +86,7 @@ def traffic(plan: Plan) -> list[Traffic]:
                 contribution_bytes=min(contribution, slot_bytes),
                 step_bytes=plan.num_slots * slot_bytes,
                 message_bytes=min(message, version_bytes, PIECE_BYTES),
+                request_bytes=REQUEST_BYTES + BUNDLE_INDEX_BYTES * sum(kinds.values()),
             )
         )
     return found
@@ -122,7 +128,7 @@ def workers_bytes(num_workers: int, traffic: Traffic) -> int:
     if traffic.step_bytes is not None:
         waiting = min(waiting, traffic.step_bytes)
     half_sent = max_half_sent_bytes(num_workers, traffic.contribution_bytes) - MAX_HALF_SENT_BYTES
-    return num_workers * (2 * STREAM_BYTES + traffic.message_bytes) + waiting + half_sent
+    return num_workers * (2 * STREAM_BYTES + traffic.request_bytes + traffic.message_bytes) + waiting + half_sent
 
 
 def more_than_usual_bytes(num_workers: int, traffic: Traffic | None = None) -> int:

@@ -233,7 +233,12 @@ async def serve(
     process.configure_log(log_buffer)
     # Before the imports that take seconds, so that an error about a port in use comes at once.
     transport = Transport(credentials)
-    door = FollowingServer(transport, listen_address, max_message_bytes=MAX_STREAM_MESSAGE_BYTES)
+    door = FollowingServer(
+        transport,
+        listen_address,
+        max_message_bytes=MAX_STREAM_MESSAGE_BYTES,
+        waiting_bytes=lambda: node.servicer.waiting_bytes,
+    )
     model.preload()
     memory.settle()
     identity = NodeIdentity(

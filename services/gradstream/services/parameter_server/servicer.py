@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from gradstream.core.errors import ProtocolError, StaleEpochError
 from gradstream.core.rpc.errors import answering
 from gradstream.core.wire.frames import Assembler, frame, parse, verify
+from gradstream.core.wire.stream_limits import max_streams_a_host
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.shard import Shard
 from gradstream.services.parameter_server.streams import Stream, Streams
@@ -36,6 +37,12 @@ class ParameterServerServicer:
         """The size of the current job's largest contribution to this server; 0 without a job."""
         shard = self._current()
         return shard.traffic.contribution_bytes if shard is not None else 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the requests of all workers' pulls, which may wait for a version at the same time."""
+        shard = self._current()
+        return max_streams_a_host(shard.plan.max_workers) * shard.traffic.request_bytes if shard is not None else 0
 
     def _shard(self, job_id: str, epoch: int) -> Shard:
         """The current shard. Raises StaleEpochError when the shard belongs to another plan."""

@@ -327,6 +327,19 @@ async def test_requests_are_read_in_turn_within_the_bound() -> None:
     assert receiving.held_bytes == 0
 
 
+async def test_requests_that_wait_for_others_keep_none_out() -> None:
+    """The pulls of a plan's workers are served until the version that they wait for, which others may have to pull."""
+    num_waiting = 0
+    receiving = Receiving(max_bytes=30, max_bytes_a_caller=20, waiting_bytes=lambda: 10 * num_waiting)
+    meter = Meter(Limit(9, 9.0, 9))
+    num_waiting = 100
+    for _ in range(num_waiting):
+        await asyncio.wait_for(receiving.reserve(meter, 20), BOUND_SECONDS)
+        receiving.release(meter, 10)
+    assert receiving.held_bytes == 1000
+    receiving.release(meter, 1000)
+
+
 async def test_refusals_are_bounded_and_told_once(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """A revoked person neither calls more often than others may, nor pushes older events out of the audit log."""
     monkeypatch.setattr("gradstream.core.rpc.guard.PERSON_LIMIT", Limit(calls=64, calls_per_second=0.1, burst=50))

@@ -22,6 +22,7 @@ from gradstream.client._fine_tuning_types import (
     FineTuningState,
     FineTuningWatchItem,
     GeneratedText,
+    Generation,
 )
 from gradstream.client._job_types import ExportProgress
 from gradstream.client._watch_types import watch_item
@@ -222,6 +223,12 @@ class AsyncFineTuningClient:
             if not response.next_page_token:
                 return found
             request.page_token = response.next_page_token
+
+    async def generation(self) -> Generation:
+        """How many requests generate and wait, and the memory of their keys and values."""
+        request = pb.GetGenerationRequest()
+        response = await self._connection.call(lambda stub, timeout: stub.GetGeneration(request, timeout=timeout))
+        return Generation.from_proto(response)
 
     async def get(self, name: str | None = None) -> FineTuning:
         """One fine-tuning: its job, its examples, how good base and result are."""

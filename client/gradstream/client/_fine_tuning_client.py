@@ -15,6 +15,7 @@ from gradstream.client._fine_tuning_types import (
     FineTuning,
     FineTuningWatchItem,
     GeneratedText,
+    Generation,
 )
 from gradstream.client._job_types import ExportProgress
 from gradstream.client._loop_thread import LoopThread
@@ -133,6 +134,10 @@ class FineTuningClient:
     def list(self) -> list[FineTuning]:
         """All fine-tunings, newest first."""
         return self._thread.run(self._client.list())
+
+    def generation(self) -> Generation:
+        """How many requests generate and wait, and the memory of their keys and values."""
+        return self._thread.run(self._client.generation())
 
     def get(self, name: str | None = None) -> FineTuning:
         """One fine-tuning: its job, its examples, how good base and result are."""

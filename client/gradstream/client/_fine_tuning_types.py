@@ -91,6 +91,30 @@ class ExamplesReport(Value):
 
 
 @dataclass(frozen=True, slots=True)
+class Generation(Value):
+    """How many requests the service generates for, and the memory of their keys and values."""
+
+    num_running: int
+    num_waiting: int
+    cache_bytes: int
+    """What the running requests reserve."""
+    max_cache_bytes: int
+    reason: str = ""
+    """Why the next request waits; empty when none does."""
+
+    @classmethod
+    def from_proto(cls, message: fine_tuning_pb2.GetGenerationResponse) -> Generation:
+        """The values of a message."""
+        return cls(
+            num_running=message.num_running,
+            num_waiting=message.num_waiting,
+            cache_bytes=message.cache_bytes,
+            max_cache_bytes=message.max_cache_bytes,
+            reason=message.reason,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Sample(Value):
     """A held-out prompt, what its example says, and what a model said."""
 

@@ -195,6 +195,18 @@ def test_ls(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> N
     assert "no fine-tunings yet" in capsys.readouterr().err
 
 
+def test_ls_says_what_the_service_generates(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "ls"]) == 0
+    assert "generating" not in capsys.readouterr().err
+    service.generation.num_running, service.generation.cache_bytes = 3, 5 << 20
+    assert main(["finetune", "ls"]) == 0
+    line = "generating: 3 running, 0 waiting; keys and values reserve 5.0 MiB of 1.0 GiB"
+    assert line in capsys.readouterr().err.splitlines()
+    service.generation.num_waiting, service.generation.reason = 2, "no memory"
+    assert main(["finetune", "ls"]) == 0
+    assert "3 running, 2 waiting (no memory); keys" in capsys.readouterr().err
+
+
 def test_watch(service: CannedFineTunings, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "watch"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -79,6 +79,7 @@ class CannedFineTunings(fine_tuning_pb2_grpc.FineTuningServiceServicer):
         self.created = canned_fine_tuning("made", state=pb.FINE_TUNING_STATE_TRAINING, reason="as job made-1")
         self.requests: list[Any] = []
         self.uploaded = b""
+        self.generation = pb.GetGenerationResponse(max_cache_bytes=1 << 30)
         self.preview: pb.PreviewExamplesResponse | None = None
         self.break_watch_after: list[int] = []
         """Cursors after which a watch breaks, each once."""
@@ -118,6 +119,9 @@ class CannedFineTunings(fine_tuning_pb2_grpc.FineTuningServiceServicer):
 
     async def ListFineTunings(self, request: Any, context: Any) -> pb.ListFineTuningsResponse:
         return pb.ListFineTuningsResponse(fine_tunings=self.fine_tunings)
+
+    async def GetGeneration(self, request: Any, context: Any) -> pb.GetGenerationResponse:
+        return self.generation
 
     async def GetFineTuning(self, request: Any, context: Any) -> pb.GetFineTuningResponse:
         async with rpc_errors.answering(context):

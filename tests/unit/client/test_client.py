@@ -81,6 +81,7 @@ def test_public_names_are_pinned() -> None:
         "FineTuningWatchItem",
         "Forecast",
         "GeneratedText",
+        "Generation",
         "GradstreamError",
         "Job",
         "JobFailedError",

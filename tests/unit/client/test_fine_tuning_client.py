@@ -20,6 +20,7 @@ from gradstream.client import (
     FineTuningFailedError,
     FineTuningState,
     GeneratedText,
+    Generation,
     RenderedPiece,
     UnreachableError,
     Validation,
@@ -189,6 +190,13 @@ def test_export(client: FineTuningClient, service: CannedFineTunings, tmp_path: 
     assert [request.kind for request in service.requests] == [pb.EXPORT_KIND_UNSPECIFIED, pb.EXPORT_KIND_MERGED]
     with pytest.raises(ConfigError, match="is not empty"):
         client.export("task", tmp_path / "merged")
+
+
+def test_what_the_service_generates(service: CannedFineTunings, client: FineTuningClient) -> None:
+    service.generation = pb.GetGenerationResponse(
+        num_running=3, num_waiting=2, cache_bytes=5, max_cache_bytes=7, reason="no memory"
+    )
+    assert client.generation() == Generation(3, 2, 5, 7, "no memory")
 
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:

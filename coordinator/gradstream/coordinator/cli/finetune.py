@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,12 +142,22 @@ def _follow(
 
 @app.command()
 def ls(service: ServiceOption = None, output: OutputOption = OutputFormat.table) -> None:
-    """List fine-tunings, newest first."""
+    """List fine-tunings, newest first, and what the service generates."""
+    from gradstream.core.errors import ProtocolError
+
     with open_fine_tuning_client(service) as client:
         fine_tunings = client.list()
+        generation = None
+        if output is OutputFormat.table:
+            with suppress(ProtocolError):  # a service of an earlier version does not have this call
+                generation = client.generation()
     if output is OutputFormat.json:
         terminal.print_json([each.to_dict() for each in fine_tunings])
         return
+    if generation is not None and generation.num_running + generation.num_waiting > 0:
+        from gradstream.coordinator.cli.views.fine_tunings import generation_line
+
+        terminal.say(generation_line(generation))
     if not fine_tunings:
         terminal.say("no fine-tunings yet")
         terminal.hint("create one: gradstream finetune create RECIPE")

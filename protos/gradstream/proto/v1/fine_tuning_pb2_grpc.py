@@ -87,6 +87,11 @@ class FineTuningServiceStub(object):
                 request_serializer=gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GetGeneration = channel.unary_unary(
+                '/gradstream.proto.v1.FineTuningService/GetGeneration',
+                request_serializer=gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GetGenerationRequest.SerializeToString,
+                response_deserializer=gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GetGenerationResponse.FromString,
+                _registered_method=True)
         self.ExportFineTuning = channel.unary_stream(
                 '/gradstream.proto.v1.FineTuningService/ExportFineTuning',
                 request_serializer=gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.ExportFineTuningRequest.SerializeToString,
@@ -170,6 +175,13 @@ class FineTuningServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetGeneration(self, request, context):
+        """Returns how many requests generate and wait, and the memory of their keys and values.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportFineTuning(self, request, context):
         """Streams the result as the files of a directory.
         """
@@ -229,6 +241,11 @@ def add_FineTuningServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GenerateRequest.FromString,
                     response_serializer=gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GetGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGeneration,
+                    request_deserializer=gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GetGenerationRequest.FromString,
+                    response_serializer=gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GetGenerationResponse.SerializeToString,
             ),
             'ExportFineTuning': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportFineTuning,
@@ -509,6 +526,33 @@ class FineTuningService(object):
             '/gradstream.proto.v1.FineTuningService/Generate',
             gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GenerateRequest.SerializeToString,
             gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gradstream.proto.v1.FineTuningService/GetGeneration',
+            gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GetGenerationRequest.SerializeToString,
+            gradstream_dot_proto_dot_v1_dot_fine__tuning__pb2.GetGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,8 @@ class FineTuningServiceStub:
     """Ends the job at once. Its checkpoints stay."""
     Generate: _grpc.UnaryStreamMultiCallable[_fine_tuning_pb2.GenerateRequest, _fine_tuning_pb2.GenerateResponse]
     """Streams text that the base, or a fine-tuning of it, generates from a prompt. Stops when the caller disconnects."""
+    GetGeneration: _grpc.UnaryUnaryMultiCallable[_fine_tuning_pb2.GetGenerationRequest, _fine_tuning_pb2.GetGenerationResponse]
+    """Returns how many requests generate and wait, and the memory of their keys and values."""
     ExportFineTuning: _grpc.UnaryStreamMultiCallable[_fine_tuning_pb2.ExportFineTuningRequest, _fine_tuning_pb2.ExportFineTuningResponse]
     """Streams the result as the files of a directory."""
 
@@ -87,6 +89,8 @@ class FineTuningServiceAsyncStub(FineTuningServiceStub):
     """Ends the job at once. Its checkpoints stay."""
     Generate: _aio.UnaryStreamMultiCallable[_fine_tuning_pb2.GenerateRequest, _fine_tuning_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams text that the base, or a fine-tuning of it, generates from a prompt. Stops when the caller disconnects."""
+    GetGeneration: _aio.UnaryUnaryMultiCallable[_fine_tuning_pb2.GetGenerationRequest, _fine_tuning_pb2.GetGenerationResponse]  # type: ignore[assignment]
+    """Returns how many requests generate and wait, and the memory of their keys and values."""
     ExportFineTuning: _aio.UnaryStreamMultiCallable[_fine_tuning_pb2.ExportFineTuningRequest, _fine_tuning_pb2.ExportFineTuningResponse]  # type: ignore[assignment]
     """Streams the result as the files of a directory."""
 
@@ -175,6 +179,14 @@ class FineTuningServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_fine_tuning_pb2.GenerateResponse], _abc.AsyncIterator[_fine_tuning_pb2.GenerateResponse]]:
         """Streams text that the base, or a fine-tuning of it, generates from a prompt. Stops when the caller disconnects."""
+
+    @_abc_1.abstractmethod
+    def GetGeneration(
+        self,
+        request: _fine_tuning_pb2.GetGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fine_tuning_pb2.GetGenerationResponse, _abc.Awaitable[_fine_tuning_pb2.GetGenerationResponse]]:
+        """Returns how many requests generate and wait, and the memory of their keys and values."""
 
     @_abc_1.abstractmethod
     def ExportFineTuning(

@@ -213,6 +213,17 @@ class FineTuningServicer(fine_tuning_pb2_grpc.FineTuningServiceServicer):
                 async for response in responses:
                     yield response
 
+    async def GetGeneration(self, request: pb.GetGenerationRequest, context: Context) -> pb.GetGenerationResponse:
+        async with answering(context):
+            status, cache = self._serving.engine.status(), self._serving.engine.cache()
+            return pb.GetGenerationResponse(
+                num_running=status.num_running,
+                num_waiting=status.num_waiting,
+                cache_bytes=cache.held_bytes,
+                max_cache_bytes=cache.budget_bytes,
+                reason=cache.reason,
+            )
+
     async def ExportFineTuning(
         self, request: pb.ExportFineTuningRequest, context: Context
     ) -> AsyncIterator[pb.ExportFineTuningResponse]:

@@ -37,6 +37,8 @@ async def test_they_come_in_pages_and_whole(tmp_path: Path, monkeypatch: pytest.
             if not page.next_page_token:
                 break
             asked.page_token = page.next_page_token
+        generation = await service.GetGeneration(pb.GetGenerationRequest(), context)
+        assert generation == pb.GetGenerationResponse(max_cache_bytes=1 << 28)  # a quarter of the service's memory
     await serving.close()
     store.close()
     assert [each.name for each in found] == ["task-2", "task-1", "task-0"]

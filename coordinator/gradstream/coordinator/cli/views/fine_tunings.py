@@ -11,7 +11,7 @@ from gradstream.coordinator.cli.views import terminal
 from gradstream.core.job_states import after_state
 
 if TYPE_CHECKING:
-    from gradstream.client import Evaluation, ExamplesPreview, ExamplesReport, FineTuning, RenderedExample
+    from gradstream.client import Evaluation, ExamplesPreview, ExamplesReport, FineTuning, Generation, RenderedExample
     from gradstream.coordinator.cli.views.progress import ProgressView
     from gradstream.core.recipe.fine_tuning_recipe import FineTuningTraining
 
@@ -51,6 +51,15 @@ class FollowReporter:
             self._view.say(said)
         if now.job is not None:
             self._view.update(now.job)
+
+
+def generation_line(generation: Generation) -> str:
+    """What the service generates, in one line."""
+    held, most = terminal.format_bytes(generation.cache_bytes), terminal.format_bytes(generation.max_cache_bytes)
+    waiting = f"{generation.num_waiting} waiting"
+    if generation.reason:
+        waiting += f" ({generation.reason})"
+    return f"generating: {generation.num_running} running, {waiting}; keys and values reserve {held} of {most}"
 
 
 def fine_tunings_table(fine_tunings: Sequence[FineTuning]) -> Any:

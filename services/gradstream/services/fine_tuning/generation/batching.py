@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -50,11 +50,11 @@ class EngineStatus:
 
 @dataclass(frozen=True)
 class CacheStatus:
-    """Memory for keys and values: what the running rows reserve, and the budget. `reason`: why the next one waits."""
+    """Memory for keys and values."""
 
-    held_bytes: int
+    held_bytes: int  # what the running rows reserve
     budget_bytes: int
-    reason: str
+    reason: str = ""  # why the next request waits; empty when none does
 
 
 @dataclass(eq=False)
@@ -107,7 +107,7 @@ class Batcher:
         self._paces: WeakKeyDictionary[ResidentBase, scheduling.Pace] = WeakKeyDictionary()
         self._turn = 0
         self._num_running = 0
-        self._cache = CacheStatus(0, limits.cache_bytes, "no request waits")
+        self._cache = CacheStatus(0, limits.cache_bytes)
         self._closed = False
 
     def submit(self, row: Row) -> None:
@@ -141,7 +141,7 @@ class Batcher:
     def cache(self) -> CacheStatus:
         """The memory for keys and values, as of the last step."""
         with self._changed:
-            return self._cache
+            return self._cache if self._waiting else replace(self._cache, reason="")
 
     def close(self) -> None:
         """Take no more requests; `wait` returns False from now on."""
@@ -178,8 +178,7 @@ class Batcher:
         self._join_batches()
         self._forget_empty()
         with self._changed:
-            reason = self._cache.reason if self._waiting else "no request waits"
-            self._cache = CacheStatus(self._held_bytes(), self._budget.cache_bytes, reason)
+            self._cache = replace(self._cache, held_bytes=self._held_bytes())
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -219,7 +218,7 @@ class Batcher:
             with self._changed:
                 self._num_running += 1
         with self._changed:
-            self._cache = CacheStatus(self._held_bytes(), self._budget.cache_bytes, reason)
+            self._cache = replace(self._cache, reason=reason if self._waiting else "")
 
     def _rows(self) -> list[Row]:
         return [row for running in self._running for row in running.rows] + [one.row for one in self._prompts]

@@ -13,12 +13,12 @@ from collections.abc import AsyncGenerator, Callable
 
 from gradstream.core.errors import ConfigError, GradstreamError
 from gradstream.core.storage.pool import LOAD_SECONDS, StorageThreads
-from gradstream.services.fine_tuning.generation.batching import Batcher, EngineLimits, EngineStatus
+from gradstream.services.fine_tuning.generation.batching import Batcher, CacheStatus, EngineLimits, EngineStatus
 from gradstream.services.fine_tuning.generation.models import BaseFacts, Served, ServedModels
 from gradstream.services.fine_tuning.generation.rows import UNFINISHED, GenerationRequest, Piece, Row
 from gradstream.services.fine_tuning.generation.text_stream import special_tokens
 
-__all__ = ["Engine", "EngineLimits", "EngineStatus", "GenerationRequest", "Piece", "check_request"]
+__all__ = ["CacheStatus", "Engine", "EngineLimits", "EngineStatus", "GenerationRequest", "Piece", "check_request"]
 
 MAX_STOP_TEXTS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -73,6 +73,10 @@ class Engine:
     def status(self) -> EngineStatus:
         """The numbers of running and waiting requests."""
         return self._batcher.status()
+
+    def cache(self) -> CacheStatus:
+        """The memory for keys and values."""
+        return self._batcher.cache()
 
     async def close(self) -> None:
         """End all generations with an error, and end the thread."""

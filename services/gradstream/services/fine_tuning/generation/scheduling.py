@@ -143,7 +143,7 @@ def computed_together(prompts: Sequence[Prompt], chosen: int, num_tokens: int, s
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast prompts of a base are computed: seconds a unit of work, by the last call; None before the first.
+    """How fast prompts of a base are computed: seconds a unit of work, by the last calls; None before the first.
 
     A token's work is `token_work`, and `position_work` for each token before it, which it attends to.
     """
@@ -157,8 +157,9 @@ class Pace:
         return num_tokens * (self.token_work + self.position_work * (num_done + num_tokens / 2))
 
     def after(self, num_done: int, num_tokens: int, seconds: float) -> Pace:
-        """Take a call's time into account."""
-        return replace(self, seconds=seconds / self.work(num_done, num_tokens))
+        """Take a call's time into account: a slower one at once, a faster one by half."""
+        latest = seconds / self.work(num_done, num_tokens)
+        return replace(self, seconds=latest if self.seconds is None else max(latest, (self.seconds + latest) / 2))
 
     def chunk(self, num_done: int, seconds: float) -> int:
         """The number of tokens that are computed in about so many seconds."""

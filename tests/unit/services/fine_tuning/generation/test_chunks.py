@@ -123,7 +123,7 @@ def test_how_many_run_follows_from_the_memory(bases: MemoryBases) -> None:
     drain(batcher)
     assert short.finished
     assert all(one.finished for one in asked)
-    assert (batcher.cache().held_bytes, batcher.cache().reason) == (0, "no request waits")
+    assert (batcher.cache().held_bytes, batcher.cache().reason) == (0, "")
 
 
 def test_a_cancelled_prompt_frees_its_place_at_once(bases: MemoryBases, machine: SlowMachine) -> None:

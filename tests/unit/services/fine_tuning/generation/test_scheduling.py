@@ -132,8 +132,11 @@ def test_a_chunk_takes_the_time_that_it_is_given() -> None:
     assert pace.chunk(4000, 0.1) < pace.chunk(0, 0.1) / 4  # tokens attend to those before them
     assert pace.chunk(0, 0.0) == pace.chunk(0, -1.0) == MIN_CHUNK
     assert pace.chunk(0, 100.0) == MAX_CHUNK
-    slower = pace.after(0, 100, 1.0)
+    slower = pace.after(0, 100, 1.0)  # ten times slower
     assert slower.chunk(0, 0.1) < pace.chunk(0, 0.1) / 4
+    faster = slower.after(0, 100, 0.1)
+    assert faster.seconds is not None
+    assert faster.seconds == pytest.approx(0.55 * (slower.seconds or 0))
     assert Pace(1000, 0).after(0, 10, 0.01).chunk(5000, 0.1) in (99, 100)
 
 

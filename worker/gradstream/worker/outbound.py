@@ -16,12 +16,17 @@ import grpc.aio
 
 from gradstream.core.errors import one_line
 from gradstream.core.log import get_logger
-from gradstream.core.rpc.errors import error_from_rpc, refused_for_good
+from gradstream.core.rpc.errors import error_from_rpc, refusal_of, refused_for_good
 from gradstream.core.rpc.retry import Backoff
 
 log = get_logger()
 M = TypeVar("M")
 Call: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
+
+
+def with_refusal(title: str, refusal: str) -> str:
+    """A peer's title for `status`, with the reason why it refuses, if it does."""
+    return f"{title} ({refusal})" if refusal else title
 
 
 class Outbound(ABC, Generic[M]):
@@ -33,6 +38,8 @@ class Outbound(ABC, Generic[M]):
     def __init__(self, title: str):
         self.title = title
         self.unreachable_since: float | None = None
+        self.refusal = ""
+        """Why the peer, which answers, does not take the stream; empty if it takes it or does not answer."""
         self.sent_bytes = 0
         self._waiting: deque[M] = deque()
         self._under_way: deque[M] = deque()
@@ -65,6 +72,7 @@ class Outbound(ABC, Generic[M]):
                 error = error_from_rpc(rpc_error, self.title)
                 if refused_for_good(error):
                     raise error from None
+                self.refusal = refusal_of(rpc_error)
                 if self.unreachable_since is None:
                     self.unreachable_since = time.time()
                     log.warning(
@@ -80,7 +88,7 @@ class Outbound(ABC, Generic[M]):
         try:
             async for response in call:
                 if self.unreachable_since is not None:
-                    self.unreachable_since = None
+                    self.unreachable_since, self.refusal = None, ""
                     log.info(f"the stream to {self.kind} is back", peer=self.title)
                 backoff.reset()
                 self._heard(response)

@@ -16,12 +16,13 @@ from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.log import get_logger
 from gradstream.core.plan.bundles import Bundle
 from gradstream.core.plan.plan import Plan, Server
-from gradstream.core.rpc.errors import error_from_rpc, refused_for_good
+from gradstream.core.rpc.errors import error_from_rpc, refusal_of, refused_for_good
 from gradstream.core.rpc.retry import Backoff
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.core.wire.frames import Assembler, parse, verify
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import parameter_server_pb2 as pb
+from gradstream.worker.outbound import with_refusal
 from gradstream.worker.timeline import Timeline, clock_ns
 from gradstream.worker.weights import Arrival, Inbox, pulled_codec
 
@@ -49,6 +50,8 @@ class ServerPull:
         self.checkpoint = False
         # Unix time in seconds since which the server does not answer; None when it answers.
         self.unreachable_since: float | None = None
+        # Why the server refuses the pull; empty if it does not, or does not answer.
+        self.refusal = ""
         self._plan = plan
         self._stub = stub
         self._book = book
@@ -59,7 +62,7 @@ class ServerPull:
     async def version(self, min_version: int, held_version: int | None, measured: pb.LinkMeasurement | None) -> int:
         """Request a version and return the one that the server will send. Waits without limit. Raises ProtocolError."""
         backoff = Backoff()
-        self.unreachable_since = None
+        self.unreachable_since, self.refusal = None, ""
         while True:
             self.cancel()
             request = pb.PullRequest(
@@ -84,6 +87,7 @@ class ServerPull:
                 error = error_from_rpc(rpc_error, self.server.title)
                 if refused_for_good(error):
                     raise error from None
+                self.refusal = refusal_of(rpc_error)
                 if self.unreachable_since is None:
                     self.unreachable_since = time.time()
                     log.info("a pull waits for its server", server=self.server.name, cause=one_line(error))
@@ -179,8 +183,11 @@ class Puller:
 
     @property
     def cut_off(self) -> tuple[str, float] | None:
-        """The server that has not answered for longest, and since when in Unix seconds; None when all answer."""
-        silent = [(pull.server.title, pull.unreachable_since) for pull in self._asking]
+        """The server that has not answered for longest, and since when in Unix seconds; None when all answer.
+
+        A server that answers with a refusal is named with the refusal.
+        """
+        silent = [(with_refusal(pull.server.title, pull.refusal), pull.unreachable_since) for pull in self._asking]
         return min(((title, since) for title, since in silent if since is not None), key=lambda p: p[1], default=None)
 
     async def next(

@@ -17,7 +17,7 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS
 from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.proto.v1 import coordinator_pb2
-from gradstream.worker.outbound import Outbound
+from gradstream.worker.outbound import Outbound, with_refusal
 from gradstream.worker.pipeline.neighbours import Neighbours
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Pusher
@@ -88,8 +88,11 @@ class Status:
 
 
 def _cut_off(outbounds: Sequence[Outbound[Any]], puller: Puller) -> tuple[str, float]:
-    """The peer that has been unreachable for longest, and since when in Unix seconds; ("", 0) when there is none."""
-    found = [(outbound.title, outbound.cut_off_since) for outbound in outbounds]
+    """The peer that has been unreachable for longest, and since when in Unix seconds; ("", 0) when there is none.
+
+    A peer that answers with a refusal is named with the refusal.
+    """
+    found = [(with_refusal(outbound.title, outbound.refusal), outbound.cut_off_since) for outbound in outbounds]
     known = [(title, since) for title, since in found if since is not None]
     pulled = puller.cut_off
     return min([*known, *([pulled] if pulled is not None else [])], key=lambda peer: peer[1], default=("", 0.0))

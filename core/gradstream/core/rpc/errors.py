@@ -83,6 +83,14 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> GradstreamError:
     return GradstreamError(f"{peer}: {error.code().name.lower().replace('_', ' ')}: {details}")
 
 
+def refusal_of(error: grpc.aio.AioRpcError) -> str:
+    """The peer's reason in one line if the peer itself refused the call; empty if it did not answer."""
+    metadata: Any = error.trailing_metadata() or ()
+    if any(key == ERROR_CLASS_KEY for key, _ in metadata):
+        return " ".join((error.details() or "").split())
+    return ""
+
+
 def refused_for_good(error: GradstreamError) -> bool:
     """Whether a peer refuses the same request at every retry.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from gradstream.coordinator.planning.fitting import num_parameters
 from gradstream.coordinator.planning.needs import NodeOffer, fits, server_bytes, stage_need
 from gradstream.coordinator.planning.pipeline_planner import (
     LATENCY_SECONDS,
     group_speeds,
     group_workers,
     num_microbatches,
-    num_parameters,
     segments_of_stages,
     stage_costs,
 )

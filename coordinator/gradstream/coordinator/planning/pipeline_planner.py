@@ -7,16 +7,28 @@ of its microbatches depends on the number of replicas.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
-from gradstream.coordinator.planning.needs import NodeOffer, human_bytes, worker_bytes
+from gradstream.coordinator.planning.fitting import (
+    NO_LIMIT,
+    Fitter,
+    lean_live,
+    make_all,
+    offered_bytes,
+    runs_of,
+    schedules_for,
+    segment_costs,
+    stage_live,
+    working_bytes,
+)
+from gradstream.coordinator.planning.needs import NodeOffer, human_bytes
+from gradstream.coordinator.planning.smallest_change import smallest_change
 from gradstream.coordinator.planning.stages import SegmentCost, StageCut, StageOffer, cut_stages
 from gradstream.core.errors import ConfigError, PlanError
 from gradstream.core.model.profile import SegmentProfile
-from gradstream.core.pipeline.schedule import SCHEDULES, SPLIT, Op, Schedule, make_schedule, unavailable
+from gradstream.core.pipeline.schedule import SPLIT, Op, make_schedule
 from gradstream.core.pipeline.simulation import Costs, choose_schedule, simulate
 from gradstream.core.plan.fragments import Tensor
 from gradstream.core.recipe.recipe import PipelineConfig, Recipe, TrainingConfig
@@ -24,7 +36,6 @@ from gradstream.core.recipe.recipe import PipelineConfig, Recipe, TrainingConfig
 LATENCY_SECONDS = 0.0005
 NO_DIFFERENCE = 1 / 3
 """The speeds measured on two threads of one core can differ by as much, depending on the load of the other thread."""
-_NO_LIMIT = 1 << 62
 
 Groups = Sequence[Sequence[NodeOffer]]
 """For each place of a replica its workers, one for each replica."""
@@ -67,11 +78,16 @@ def plan_pipeline(
     # If no size fits, the error comes from the one with the most stages on the fewest replicas: it lacks least.
     nearest = max(sizes, key=lambda item: (item[0], -item[1]))
     refusal: ConfigError | PlanError | None = None
-    held_bytes = sum(cost.held_bytes for cost in costs)
+    fitter = Fitter(recipe, costs, profiles)
+    # A replica of the largest workers fits if any does, so it rules sizes out for all numbers of replicas.
+    alone = {size: group_workers(workers, size, 1) for size in {size for size, _ in sizes}}
+    possible = {size for size, found in alone.items() if any(_may_fit(fitter, groups) for groups in found)}
     for size, num_replicas in sizes:
         fitting: list[tuple[float, Pipeline, dict[str, str]]] = []
+        if size not in possible and (size, num_replicas) != nearest:
+            continue
         for groups in group_workers(workers, size, num_replicas):
-            if held_bytes > sum(map(_memory, groups)) and (size, num_replicas) != nearest:
+            if (size, num_replicas) != nearest and not _may_fit(fitter, groups):
                 continue
             try:
                 fitting.append(_fit(recipe, profiles, costs, groups, latency_seconds))
@@ -80,36 +96,19 @@ def plan_pipeline(
                     refusal = error
         if fitting:
             _, pipeline, reasons = min(fitting, key=lambda item: item[0])
+            spare = num_replicas - recipe.training.num_slots
+            if spare > 0:
+                holds = f"hold{'s' * (spare == 1)} no slot, as training.num_slots is {recipe.training.num_slots}"
+                reasons["stages"] += f"; {_count(spare, 'replica')} {holds}"
             idle = len(workers) - size * num_replicas
             if idle:
                 reasons["stages"] += f"; {idle} more worker{'s stay' if idle > 1 else ' stays'} idle"
             return pipeline, reasons
     assert refusal is not None
-    raise refusal
-
-
-def segment_costs(recipe: Recipe, tensors: Sequence[Tensor], profiles: Sequence[SegmentProfile]) -> list[SegmentCost]:
-    """Compute the costs of the segments for the cut. A tied tensor counts in both of its segments."""
-    # Between the two halves of a split backward pass a worker keeps the activations that it recomputed.
-    keeps = recipe.training.recompute and recipe.pipeline.schedule in SPLIT
-    costs = []
-    for profile in profiles:
-        trained = num_parameters(tensors, profile.units)
-        costs.append(
-            SegmentCost(
-                profile.name,
-                profile.forward_seconds + profile.backward_seconds,
-                worker_bytes(recipe, trained, max(0, profile.num_parameters - trained)),
-                profile.activation_bytes + keeps * profile.working_bytes,
-            )
-        )
-    return costs
-
-
-def num_parameters(tensors: Iterable[Tensor], units: Iterable[int]) -> int:
-    """Count the elements of the tensors that forward units use. A tied tensor counts once per use."""
-    wanted = set(units)
-    return sum(tensor.num_elements for tensor in tensors for unit in {tensor.unit, tensor.last_unit} if unit in wanted)
+    if isinstance(refusal, ConfigError):
+        raise refusal
+    change = smallest_change(recipe, tensors, profiles, [worker.memory_bytes or NO_LIMIT for worker in workers])
+    raise PlanError(f"{refusal}; {change}")
 
 
 def group_workers(workers: Sequence[NodeOffer], size: int, num_replicas: int) -> list[Groups]:
@@ -118,7 +117,7 @@ def group_workers(workers: Sequence[NodeOffer], size: int, num_replicas: int) ->
     Early stages hold more activations, and the last stage has the head: either may need most memory.
     """
     largest = sorted(
-        workers, key=lambda worker: (-(worker.memory_bytes or _NO_LIMIT), -worker.flops_per_second, worker.name)
+        workers, key=lambda worker: (-(worker.memory_bytes or NO_LIMIT), -worker.flops_per_second, worker.name)
     )
     groups = [largest[place * num_replicas : (place + 1) * num_replicas] for place in range(size)]
     least = [(_memory(group), speed) for group, speed in zip(groups, group_speeds(groups), strict=True)]
@@ -168,6 +167,14 @@ def stage_costs(
         speed = speeds[stage % len(speeds)]
         compute.append({op: value / speed for op, value in seconds.items()})
     return Costs(compute, latency_seconds, input_first=not recompute)
+
+
+def _may_fit(fitter: Fitter, groups: Groups) -> bool:
+    """Whether a cut fits the groups' memory, as far as memory tells: an error of the schedule is found by `_fit`."""
+    try:
+        return fitter.fits([_memory(group) for group in groups])
+    except ConfigError:
+        return True
 
 
 def segments_of_stages(stage_ends: Sequence[int], profiles: Sequence[SegmentProfile]) -> list[range]:
@@ -224,21 +231,10 @@ def _fit(
     """Plan the pipeline for these workers; return (seconds of the slowest stage, pipeline, reasons)."""
     config, training = recipe.pipeline, recipe.training
     size, num_replicas, chunks = len(groups), len(groups[0]), config.chunks
-    now, runs = num_microbatches(training, num_replicas), _runs(training)
-    names: tuple[str, ...] = (config.schedule,)
-    if config.schedule == "auto":
-        names = tuple(name for name in SCHEDULES if not (training.recompute and name in SPLIT))
-    lacks = {name: next(filter(None, (unavailable(name, size, run, chunks) for run in runs)), "") for name in names}
-    names = tuple(name for name in names if not lacks[name])
-    if not names:
-        raise ConfigError(
-            f"{list(lacks.values())[-1]}, of training.microbatch={training.microbatch} samples, however many slots a "
-            f"replica holds"
-        )
+    now, runs = num_microbatches(training, num_replicas), runs_of(training)
+    names = schedules_for(recipe, size, runs)
     # 1. The cut, with memory for the activations that the schedule holds; for auto, the schedule that holds least.
-    lives = {name: _stage_live(name, size, runs, chunks) for name in names}
-    lean = min(names, key=lambda name: sum(lives[name]))
-    cut, cut_reason = _cut(costs, profiles, groups, chunks, lives[lean])
+    cut, cut_reason = _cut(costs, profiles, groups, chunks, lean_live(names, size, runs, chunks))
     speeds = group_speeds(groups)
     stage_cost = stage_costs(cut.segments, profiles, latency_seconds, speeds, training.recompute)
     # 2. The schedule.
@@ -256,8 +252,7 @@ def _fit(
         schedule_reason = f"{schedule.name} as pipeline.schedule says, it takes {seconds:.3g} s"
     # 3. The memory that each worker needs with this cut and schedule.
     needs = tuple(
-        _need(place, _make_all(schedule.name, size, runs, chunks), cut.segments, costs, profiles)
-        for place in range(size)
+        _need(place, schedule.name, size, runs, chunks, cut.segments, costs, profiles) for place in range(size)
     )
     ends = _unit_ends(profiles)
     pipeline = Pipeline(
@@ -289,7 +284,7 @@ def _cut(
 ) -> tuple[StageCut, str]:
     """Cut for groups of workers; a stage must fit the smallest worker of its group. Raises PlanError if none fits."""
     # Memory that a worker needs once for all its stages is subtracted; each stage gets an equal share of the rest.
-    working = max(profile.working_bytes for profile in profiles)
+    working = working_bytes(profiles)
     notes = [f"{human_bytes(working)} are reserved to recompute a layer"] * bool(working)
     notes += [f"each of a worker's {chunks} stages is offered an equal share"] * (chunks > 1)
     speeds = group_speeds(groups)
@@ -297,8 +292,8 @@ def _cut(
     for stage in range(len(groups) * chunks):
         group = groups[stage % len(groups)]
         memory = _memory(group)
-        smallest = min(group, key=lambda worker: worker.memory_bytes or _NO_LIMIT)
-        offered = 0 if memory == _NO_LIMIT else max(1, (memory - working) // chunks)
+        smallest = min(group, key=lambda worker: worker.memory_bytes or NO_LIMIT)
+        offered = offered_bytes(memory, working, chunks)
         offers.append(StageOffer(smallest.name, speeds[stage % len(groups)], offered, live[stage]))
     try:
         return cut_stages(costs, offers)
@@ -308,8 +303,8 @@ def _cut(
 
 
 def _memory(group: Sequence[NodeOffer]) -> int:
-    """The smallest memory of a group's workers; _NO_LIMIT when none reported its memory."""
-    return min(worker.memory_bytes or _NO_LIMIT for worker in group)
+    """The smallest memory of a group's workers; NO_LIMIT when none reported its memory."""
+    return min(worker.memory_bytes or NO_LIMIT for worker in group)
 
 
 def _room(
@@ -323,24 +318,29 @@ def _room(
     """The number of microbatches of one stage whose activations a place's workers can hold."""
     stages = [[costs[segment] for segment in cut.segments[stage]] for stage in range(place, len(cut.ends), size)]
     held = sum(segment.held_bytes for stage in stages for segment in stage)
-    held += max(profiles[segment].working_bytes for segment in range(len(profiles)))
+    held += working_bytes(profiles)
     each = max(sum(segment.activation_bytes for segment in stage) for stage in stages)
     return max(0, _memory(groups[place]) - held) // max(1, each)
 
 
 def _need(
     place: int,
-    schedules: Sequence[Schedule],
+    name: str,
+    size: int,
+    runs: tuple[int, ...],
+    chunks: int,
     cut: Sequence[range],
     costs: Sequence[SegmentCost],
     profiles: Sequence[SegmentProfile],
 ) -> int:
     """The peak memory in bytes of the worker in a place, over the schedules of all run lengths."""
-    mine = [segment for stage in range(place, len(cut), schedules[0].num_workers) for segment in cut[stage]]
+    mine = [segment for stage in range(place, len(cut), size) for segment in cut[stage]]
     held = sum(costs[segment].held_bytes for segment in mine) + max(profiles[s].working_bytes for s in mine)
     activations = [sum(costs[segment].activation_bytes for segment in segments) for segments in cut]
+    if chunks == 1:
+        return held + stage_live(name, size, runs, chunks)[place] * activations[place]
     most = 0
-    for schedule in schedules:
+    for schedule in make_all(name, size, runs, chunks):
         now = 0
         for action in schedule.rows[place]:
             if action.op is Op.FORWARD:
@@ -349,35 +349,6 @@ def _need(
             elif action.op is schedule.last_op:
                 now -= activations[action.stage]
     return held + most
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
-def _runs(training: TrainingConfig) -> tuple[int, ...]:
-    """The numbers of microbatches of all possible runs, for any number of replicas; slots are distributed evenly."""
-    slots = training.num_slots
-    shares = {share for replicas in range(1, slots + 1) for share in (slots // replicas, -(-slots // replicas))}
-    return tuple(share * (training.slot_batch // training.microbatch) for share in sorted(shares))
-
-
-@lru_cache(maxsize=16)
-def _make_all(name: str, size: int, runs: tuple[int, ...], chunks: int) -> tuple[Schedule, ...]:
-    """Make a schedule for runs of each of these lengths."""
-    return tuple(make_schedule(name, size, run, chunks) for run in runs)
-
-
-@lru_cache(maxsize=256)
-def _stage_live(name: str, size: int, runs: tuple[int, ...], chunks: int) -> tuple[int, ...]:
-    """For each stage, the maximum number of microbatches whose activations it holds at once."""
-    most = [0] * (size * chunks)
-    for schedule in _make_all(name, size, runs, chunks):
-        for row in schedule.rows:
-            now = dict.fromkeys((action.stage for action in row), 0)
-            for action in row:
-                now[action.stage] += (action.op is Op.FORWARD) - (action.op is schedule.last_op)
-                most[action.stage] = max(most[action.stage], now[action.stage])
-    return tuple(most)
 
 
 def _unit_ends(profiles: Sequence[SegmentProfile]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapreplace
 
 from gradstream.core.plan.fragments import Fragment, Tensor
 
@@ -27,10 +28,12 @@ def place(fragments: Sequence[Fragment], tensors: Sequence[Tensor], num_servers:
     for unit in sorted(windows):
         piles: list[list[Fragment]] = [[] for _ in range(num_servers)]
         pile_bytes = [0] * num_servers
+        smallest = [(0, pile) for pile in range(num_servers)]  # a heap
         for fragment in sorted(windows[unit], key=lambda f: (-f.num_bytes, f.index)):
-            pile = min(range(num_servers), key=lambda p: (pile_bytes[p], p))
+            pile = smallest[0][1]
             piles[pile].append(fragment)
             pile_bytes[pile] += fragment.num_bytes
+            heapreplace(smallest, (pile_bytes[pile], pile))
         largest_first = sorted(range(num_servers), key=lambda p: (-pile_bytes[p], p))
         emptiest_first = sorted(range(num_servers), key=lambda s: (total_bytes[s], s))
         for pile, server in zip(largest_first, emptiest_first, strict=True):

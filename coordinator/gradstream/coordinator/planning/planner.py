@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradstream.coordinator.planning.fitting import NO_LIMIT
 from gradstream.coordinator.planning.inventory import Inventory
 from gradstream.coordinator.planning.needs import NodeOffer, ServerBytes, fits, human_bytes, server_bytes, worker_bytes
 from gradstream.coordinator.planning.pipeline_planner import LATENCY_SECONDS, Pipeline, plan_pipeline
 from gradstream.coordinator.planning.placement import place
+from gradstream.coordinator.planning.smallest_change import smallest_change
 from gradstream.core.data.manifest import Manifest
 from gradstream.core.data.sampler import check_samples
 from gradstream.core.errors import ConfigError, DataError, PlanError
 from gradstream.core.model.profile import SegmentProfile
+from gradstream.core.plan.bundles import keeps_residuals
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut, num_fragments
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
@@ -74,7 +77,14 @@ def make_plan(
     # Sorted by name: the plan does not depend on the order in which the servers registered.
     chosen = sorted(servers, key=lambda server: server.name)[: len(fragments)]
     placement, placement_reason = place(fragments, model.tensors, len(chosen))
-    memory_reason, needs = _check_server_memory(recipe, fragments, placement, chosen, model.tensors)
+    try:
+        memory_reason, needs = _check_server_memory(recipe, fragments, placement, chosen, model.tensors)
+    except PlanError as refusal:
+        try:
+            _plan_workers(recipe, model, workers, profiles, latency_seconds)
+        except PlanError as another:  # the person learns of both at once
+            raise PlanError(f"{refusal}; and {another}") from None
+        raise
     pipeline, worker_reason, pipeline_reasons = _plan_workers(recipe, model, workers, profiles, latency_seconds)
     plan = Plan(
         job_id=at.job_id,
@@ -137,7 +147,13 @@ def _plan_workers(
         return pipeline, "", reasons
     num_trained = sum(tensor.num_elements for tensor in model.tensors)
     need = worker_bytes(recipe, num_trained, model.num_frozen_parameters)
-    _check_worker_memory(need, workers)
+    try:
+        _check_worker_memory(need, workers)
+    except PlanError as refusal:
+        if profiles is None or keeps_residuals(recipe.codec):  # no pipeline is possible, or its segments are unknown
+            raise
+        memories = [worker.memory_bytes or NO_LIMIT for worker in workers]
+        raise PlanError(f"{refusal}; {smallest_change(recipe, model.tensors, profiles, memories)}") from None
     # With frozen parameters the memory does not follow from the trained tensors, so it is stored in the plan.
     pipeline = Pipeline(worker_bytes=(need,)) if model.num_frozen_parameters else Pipeline()
     return pipeline, f"; a worker needs {human_bytes(need)} and its activations", {}

@@ -103,7 +103,7 @@ def cut_stages(segments: Sequence[SegmentCost], offers: Sequence[StageOffer]) ->
         raise ConfigError(
             f"worker {offer.worker} needs {best.num_bytes[stage]:,} bytes for stage {stage} "
             f"({names[0]} to {names[-1]}, activations of {offer.live_activations} at once) but offers "
-            f"{offer.memory_bytes:,} ({missing:,} missing); use more stages, smaller microbatches or recomputation"
+            f"{offer.memory_bytes:,} ({missing:,} missing)"
         )
     found = cut(ends)
     limit = max(range(len(offers)), key=lambda stage: found.seconds[stage])

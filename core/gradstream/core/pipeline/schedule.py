@@ -157,6 +157,21 @@ def max_slots(name: str, num_workers: int, per_slot: int, num_chunks: int, num_s
     )
 
 
+def num_live(name: str, num_workers: int, num_microbatches: int, worker: int) -> int:
+    """The maximum number of microbatches whose activations a worker with one chunk holds at once.
+
+    It never falls with `num_microbatches`.
+    """
+    behind = num_workers - 1 - worker
+    limit = {
+        "gpipe": num_microbatches,
+        "1f1b": behind + 1,
+        "eager-1f1b": 2 * behind + 1,
+        "zero-bubble": num_workers,
+    }[name]
+    return min(num_microbatches, limit)
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 

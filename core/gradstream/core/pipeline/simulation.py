@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from gradstream.core.errors import ConfigError
-from gradstream.core.pipeline.schedule import SCHEDULES, Action, Op, Schedule, make_schedule, unavailable
+from gradstream.core.pipeline.schedule import SCHEDULES, Action, Op, Schedule, make_schedule, num_live, unavailable
 from gradstream.core.pipeline.validation import live_activations
 
 
@@ -117,14 +117,17 @@ def choose_schedule(
         if reason:
             reasons.append(reason)
             continue
-        schedule = make_schedule(name, num_workers, num_microbatches, num_chunks)
         # `validate` is not called: it takes long for many microbatches, and tables of `make_schedule` are valid.
-        made = [make_schedule(name, num_workers, run, num_chunks) for run in runs]
-        live = tuple(map(max, zip(*map(live_activations, made), strict=True)))
+        if num_chunks == 1:
+            live = tuple(num_live(name, num_workers, runs[-1], worker) for worker in range(num_workers))
+        else:
+            made = [make_schedule(name, num_workers, run, num_chunks) for run in runs]
+            live = tuple(map(max, zip(*map(live_activations, made), strict=True)))
         lacking = [max(0, held - most) for held, most in zip(live, max_live, strict=True)]
         if any(lacking):
             too_large[name] = lacking.index(max(lacking))
             continue
+        schedule = make_schedule(name, num_workers, num_microbatches, num_chunks)
         # Rounded to the microsecond: rounding errors must not decide between equal schedules.
         makespan = round(simulate(schedule, costs).makespan, 6)
         tried.append((makespan, max(live), order, schedule))

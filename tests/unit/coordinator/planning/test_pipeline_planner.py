@@ -166,7 +166,7 @@ def test_what_does_not_fit_names_worker_stage_and_missing_bytes(tmp_path: Path) 
         planned(recipe, workers(offered, offered))
     found = re.fullmatch(
         r"worker (w-\d) needs ([\d,]+) bytes for stage (\d) \(\w.* to .*\) but offers ([\d,]+) \(([\d,]+) missing\); "
-        r"use more stages, smaller microbatches or recomputation",
+        r"the smallest change: pipeline.stages=auto and 2 more workers of 1.1 MiB",
         str(caught.value),
     )
     assert found is not None, str(caught.value)

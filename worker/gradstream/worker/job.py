@@ -30,6 +30,7 @@ from gradstream.core.plan.leases import SLOTS
 from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.access import SERVER
 from gradstream.core.rpc.channel import open_channel
+from gradstream.core.telemetry.sampling import Sampling
 from gradstream.core.wire.stubs import ParameterServerStub
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.worker.attempt import AbandonedError
@@ -143,6 +144,10 @@ class WorkerJob:
             self._unsettled = self._keeper.active
         self._held.take(number, mine)
 
+    def take_sampling(self, sampling: Sampling) -> None:
+        """Report timelines by this rule from now on."""
+        self._reports.sampling = sampling
+
     # -- for heartbeats --------------------------------------------------------------------------------------------
 
     def activity(self) -> coordinator_pb2.Activity:
@@ -216,7 +221,8 @@ class WorkerJob:
                 measured = measure(taken) if is_tuned(self.plan.recipe.codec) else None
                 upcoming = asyncio.create_task(self._puller.next(inbox.version + 1, inbox.version, measured))
                 now_ns = clock_ns()
-                self._reports.timeline(taken, self.version, None if begun_ns is None else (begun_ns, now_ns))
+                period_ns = None if begun_ns is None else (begun_ns, now_ns)
+                self._reports.timeline(taken, self.version, period_ns, self._held.last)
                 begun_ns = now_ns
                 if not await self._work(model, runner, inbox, upcoming) and self._held.slots:
                     await _cancelled(upcoming)

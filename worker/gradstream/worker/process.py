@@ -21,6 +21,7 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.access import WORKER
 from gradstream.core.rpc.token_sources import FollowingServer
 from gradstream.core.rpc.transport import Transport
+from gradstream.core.telemetry.sampling import Sampling
 from gradstream.core.wire.stubs import add_worker
 from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.worker.job import WorkerJob
@@ -51,6 +52,7 @@ class Worker:
         self._faults = faults
         self.servicer = WorkerServicer()
         self._plan: Plan | None = None
+        self._sampling = Sampling()
         self._job: WorkerJob | None = None
         self._task: asyncio.Task[None] | None = None
         self._process = psutil.Process()
@@ -76,13 +78,19 @@ class Worker:
                 return
             await self._drop()
             log.info("takes part in a job", job=plan.job_id, epoch=plan.epoch, device=str(self._device))
-            self._plan = plan
+            self._plan, self._sampling = plan, Sampling()
             if not plan.has_pipeline:
                 self._begin(plan, None)
         elif kind == "leases" and self._plan is not None:
             table, plan = directive.leases, self._plan
             if (table.job_id, table.epoch) == (plan.job_id, plan.epoch):
                 await self._take_leases(plan, table)
+        elif kind == "sampling" and self._plan is not None:
+            wanted, plan = directive.sampling, self._plan
+            if (wanted.job_id, wanted.epoch) == (plan.job_id, plan.epoch):
+                self._sampling = Sampling.from_proto(wanted)
+                if self._job is not None:
+                    self._job.take_sampling(self._sampling)
         elif kind == "release" and self._plan is not None and self._plan.job_id == directive.release.job_id:
             log.info("the job was released", job=directive.release.job_id, reason=directive.release.reason)
             await self._drop()
@@ -106,6 +114,7 @@ class Worker:
         self._job = WorkerJob(
             plan, self.session, self._device, self._cache_directory, self._faults, self.servicer, place
         )
+        self._job.take_sampling(self._sampling)
         self._task = asyncio.create_task(self._run_job(self._job))
 
     async def _run_job(self, job: WorkerJob) -> None:

@@ -16,6 +16,7 @@ from gradstream.core.node.session import NodeSession
 from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS
 from gradstream.core.rpc.errors import error_from_rpc
+from gradstream.core.telemetry.sampling import Sampling
 from gradstream.proto.v1 import coordinator_pb2
 from gradstream.worker.outbound import Outbound, with_refusal
 from gradstream.worker.pipeline.neighbours import Neighbours
@@ -108,6 +109,8 @@ class Reports:
         self._puller = puller
         self._server_of = [bundle.server for bundle in plan.bundles]
         self._timeline_report: asyncio.Task[None] | None = None
+        self.sampling = Sampling()
+        """Which timelines the coordinator wants."""
 
     def close(self) -> None:
         """Give up a timeline that is not sent yet."""
@@ -126,14 +129,22 @@ class Reports:
         )
         self._session.report_later(partial(self._session.stub.ReportValidation, report, timeout=UNARY_TIMEOUT_SECONDS))
 
-    def timeline(self, taken: list[RawSpan], version: int, period_ns: tuple[int, int] | None) -> None:
-        """Report the timeline and period of a version that is over. Best effort: it is sent once and may be lost."""
+    def timeline(
+        self, taken: list[RawSpan], version: int, period_ns: tuple[int, int] | None, slots: Sequence[int]
+    ) -> None:
+        """Report the timeline and period of a version that is over, if the coordinator wants it.
+
+        `slots` are those that the worker held. Best effort: the report is sent once and may be lost.
+        """
         late = self._timeline_report is not None and not self._timeline_report.done()
         # While an earlier report is under way this one is dropped: steps can be faster than the coordinator.
-        if version >= 0 and taken and not late:
-            self._timeline_report = asyncio.create_task(self._send_timeline(taken, version, period_ns))
+        if version >= 0 and taken and not late and self.sampling.reports(version):
+            has_spans = self.sampling.has_spans(version, slots)
+            self._timeline_report = asyncio.create_task(self._send_timeline(taken, version, period_ns, has_spans))
 
-    async def _send_timeline(self, taken: list[RawSpan], version: int, period_ns: tuple[int, int] | None) -> None:
+    async def _send_timeline(
+        self, taken: list[RawSpan], version: int, period_ns: tuple[int, int] | None, has_spans: bool
+    ) -> None:
         plan = self._plan
         if version + 1 < plan.num_steps:
             # The weights that the worker waits for are more urgent. After the last step the worker waits for none, and
@@ -148,6 +159,7 @@ class Reports:
             self._session.node_id,
             period_ns,
             self._server_of,
+            has_spans,
         )
         try:
             await self._session.stub.ReportTimeline(report, timeout=UNARY_TIMEOUT_SECONDS)

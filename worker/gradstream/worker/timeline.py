@@ -109,11 +109,12 @@ class Timeline:
         node_id: str,
         period_ns: tuple[int, int] | None = None,
         server_of: Sequence[int] = (),
+        has_spans: bool = True,
     ) -> coordinator_pb2.ReportTimelineRequest:
         """Make the report of taken spans. It costs a few milliseconds, so call it in a thread.
 
         `period_ns` is begin and end of the version on `clock_ns`; None if the worker was not at work all the time.
-        `server_of` is the server of each bundle.
+        `server_of` is the server of each bundle. Without `has_spans` the report has the times, but no spans.
         """
         spans = []
         for kind, begin_ns, end_ns, slot, item, num_bytes, stage, microbatch in taken[:MAX_SPANS]:
@@ -126,7 +127,7 @@ class Timeline:
             epoch=epoch,
             version=version,
             node_id=node_id,
-            spans=[span.to_proto() for span in spans],
+            spans=[span.to_proto() for span in spans] if has_spans else [],
             communication_us=communication_us,
             hidden_us=hidden_us,
             times=step_times(taken, *period_ns, server_of) if period_ns is not None else None,

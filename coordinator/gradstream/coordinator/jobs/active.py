@@ -20,6 +20,7 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.early_stopping import best_version, stops_early
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.telemetry.sampling import Sampling
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 NUM_RATE_STEPS = 20
@@ -156,6 +157,8 @@ class ActiveJob:
     # Until this time (our clock) the workers of the stored lease table count as live: after a restart of the
     # coordinator they register one by one.
     expect_holders_until: float = 0.0
+    # Which timelines the workers report.
+    sampling: Sampling = field(default_factory=Sampling)
     # The time (our clock) of the job's last progress.
     progress_at: float = 0.0
     waits: WaitClock = field(default_factory=WaitClock)

@@ -35,6 +35,7 @@ from gradstream.coordinator.planning.needs import human_bytes
 from gradstream.coordinator.state.notify import Notifier
 from gradstream.coordinator.state.reads import StateReads
 from gradstream.coordinator.state.state import JobRecord, State
+from gradstream.coordinator.telemetry.sampling import decide_sampling
 from gradstream.coordinator.telemetry.timelines import Timelines
 from gradstream.coordinator.timing import Timing
 from gradstream.core.errors import GradstreamError, UnreachableError, one_line
@@ -276,6 +277,7 @@ class Controller:
             self._judge_servers,
             self._judge_end,
             self.leasing.bench_stuck,
+            self._sample_timelines,
             self._lease,
             self.boundaries.ask_for_boundary,
         ]
@@ -413,6 +415,16 @@ class Controller:
             line = self.boundaries.ask_for_snapshot(active, now)
             if line:
                 self.journal.note(active.job_id, "checkpoint", line)
+
+    def _sample_timelines(self, active: ActiveJob, now: float) -> None:
+        """Let workers report as many timelines as the coordinator can take."""
+        assert active.plan is not None
+        num_slots = active.recipe.training.num_slots
+        num_workers = min(len(self.members.present(WORKER)), num_slots * active.plan.replica_size)
+        sampling, reason = decide_sampling(active.sampling, num_workers, num_slots, stalls.step_seconds(active))
+        if sampling != active.sampling:
+            log.info("timelines", job=active.job_id, sampling=reason)
+            self.transitions.take_sampling(active, sampling)
 
     def _lease(self, active: ActiveJob, now: float) -> None:
         """Update the lease table to the live workers."""

@@ -21,6 +21,7 @@ from gradstream.coordinator.timing import Timing, unix_ms
 from gradstream.core.errors import GradstreamError, UnreachableError, one_line
 from gradstream.core.job_states import FAILED, PLANNING, STATE_WORDS, after_state
 from gradstream.core.plan.leases import moved_workers
+from gradstream.core.telemetry.sampling import Sampling
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
 
@@ -145,7 +146,11 @@ class Transitions:
         The job must have a plan.
         """
         assert active.plan_message is not None
-        return not active.benches.failed(node.node_id) and self._nodes.send_plan(node, active.plan_message)
+        if active.benches.failed(node.node_id) or not self._nodes.send_plan(node, active.plan_message):
+            return False
+        if active.sampling != Sampling():
+            self._nodes.send(node, _sampling_directive(active))
+        return True
 
     def welcome(self, node: NodeEntry, active: ActiveJob) -> None:
         """Send the plan and the lease table in force to a worker that has opened a session. The job must have a plan.
@@ -153,6 +158,8 @@ class Transitions:
         A newcomer that the table does not name hears of the first table that names it.
         """
         is_new = self.send_plan(node, active)
+        if not is_new and active.sampling != Sampling():
+            self._nodes.send(node, _sampling_directive(active))
         # A table that is not stored yet is sent once it is.
         if active.leases_due or active.job_id not in node.holds or (is_new and node.node_id not in active.members):
             return
@@ -161,6 +168,12 @@ class Transitions:
             table = self._leasing.standing_table(active)
             self._table = (table, coordinator_pb2.SessionResponse(leases=table).SerializeToString())
         self._nodes.send_all([node], self._table[1])
+
+    def take_sampling(self, active: ActiveJob, sampling: Sampling) -> None:
+        """Change which timelines the workers report. It is not stored: another coordinator decides again."""
+        active.sampling = sampling
+        workers = [node for node in self._nodes.members.present(WORKER) if active.job_id in node.holds]
+        self._nodes.send_all(workers, _sampling_directive(active).SerializeToString())
 
     # --- out of the cluster -----------------------------------------------------------------------------------------
 
@@ -203,3 +216,13 @@ class Transitions:
         self.active = None
         for node in self._nodes.members.everyone_present():
             self._nodes.release(node, active.job_id, reason)
+
+
+def _sampling_directive(active: ActiveJob) -> coordinator_pb2.SessionResponse:
+    sampling = coordinator_pb2.TimelineSampling(
+        job_id=active.job_id,
+        epoch=active.record.epoch,
+        interval_versions=active.sampling.interval_versions,
+        num_groups=active.sampling.num_groups,
+    )
+    return coordinator_pb2.SessionResponse(sampling=sampling)

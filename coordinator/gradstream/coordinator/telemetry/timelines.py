@@ -2,7 +2,7 @@
 
 A job's `timeline/` holds numbered files of records: length, CRC-32 and a GetTimelineResponse. Files are only appended
 to. A record cut short by a crash ends its file, and the next start begins another file. A file is removed when the last
-NUM_VERSIONS timelines of all its workers are in later files, or when all files exceed MAX_BYTES.
+NUM_VERSIONS timelines with spans of all its workers are in later files, or when all files exceed MAX_BYTES.
 
 All file operations of a job run in order, in threads. The event loop passes on records and reads the results.
 """
@@ -80,7 +80,7 @@ def _possible(times: coordinator_pb2.StepTimes) -> bool:
 
 @dataclass
 class _RecordFile:
-    """A file of records: its size, and the number of records of each worker."""
+    """A file of records: its size, and the number of records with spans of each worker."""
 
     path: Path
     num_bytes: int = 0
@@ -181,7 +181,7 @@ class TimelineFiles:
             for path in self._paths():
                 file = _RecordFile(path)
                 for _, record in _records(path):
-                    file.num_records[record.worker] += 1
+                    file.num_records[record.worker] += bool(record.timeline.spans)
                     self._add(record)
                 file.num_bytes = path.stat().st_size
                 files.append(file)
@@ -210,7 +210,7 @@ class TimelineFiles:
                 stream.write(_RECORD.pack(len(payload), zlib.crc32(payload)) + payload)
             self._appending = True
             file.num_bytes += _RECORD.size + len(payload)
-            file.num_records[record.worker] += 1
+            file.num_records[record.worker] += bool(record.timeline.spans)
             self._drop_old(self._files)
         except OSError as error:
             if not self._complained:
@@ -218,11 +218,12 @@ class TimelineFiles:
             self._complained = True
 
     def index(self) -> list[tuple[Path, int]]:
-        """File and offset of the last timelines of each worker, in the order of their arrival."""
+        """File and offset of the last timelines with spans of each worker, in the order of their arrival."""
         kept: dict[str, deque[tuple[Path, int]]] = {}
         for path in self._paths():
             for offset, record in _records(path):
-                kept.setdefault(record.worker, deque(maxlen=NUM_VERSIONS)).append((path, offset))
+                if record.timeline.spans:
+                    kept.setdefault(record.worker, deque(maxlen=NUM_VERSIONS)).append((path, offset))
         return sorted(place for places in kept.values() for place in places)
 
     def _paths(self) -> list[Path]:
@@ -242,12 +243,12 @@ class TimelineFiles:
     def _drop_old(files: list[_RecordFile]) -> None:
         total_bytes = sum(file.num_bytes for file in files)
         while len(files) > 1:
-            later = Counter[str]()
-            for file in files[1:]:
-                later.update(file.num_records)
-            if total_bytes <= MAX_BYTES and any(later[name] < NUM_VERSIONS for name in files[0].num_records):
+            oldest, later = files[0], files[1:]
+            # Mostly the first worker decides: this runs for each record.
+            if total_bytes <= MAX_BYTES and any(
+                sum(file.num_records[name] for file in later) < NUM_VERSIONS for name in oldest.num_records
+            ):
                 return
-            oldest = files[0]
             oldest.path.unlink(missing_ok=True)
             files.pop(0)
             total_bytes -= oldest.num_bytes

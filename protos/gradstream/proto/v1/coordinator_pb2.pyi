@@ -445,6 +445,7 @@ class SessionResponse(_message.Message):
     BOUNDARY_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     STORAGE_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """To the plan's servers and to all workers: take up this plan. A node that has the same job and epoch ignores it."""
@@ -469,6 +470,10 @@ class SessionResponse(_message.Message):
     def storage(self) -> Global___StorageCheck:
         """To nodes that must share a directory, before a plan is made: check that it is the same directory."""
 
+    @_builtins.property
+    def sampling(self) -> Global___TimelineSampling:
+        """To workers: report timelines by this rule from now on."""
+
     def __init__(
         self,
         *,
@@ -478,16 +483,55 @@ class SessionResponse(_message.Message):
         boundary: Global___BoundaryRequest | None = ...,
         snapshot: Global___SnapshotRequest | None = ...,
         storage: Global___StorageCheck | None = ...,
+        sampling: Global___TimelineSampling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "snapshot", b"snapshot", "storage", b"storage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "sampling", b"sampling", "snapshot", b"snapshot", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "snapshot", b"snapshot", "storage", b"storage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundary", b"boundary", "directive", b"directive", "leases", b"leases", "plan", b"plan", "release", b"release", "sampling", b"sampling", "snapshot", b"snapshot", "storage", b"storage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["plan", "leases", "release", "boundary", "snapshot", "storage"]  # noqa: Y015
+    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["plan", "leases", "release", "boundary", "snapshot", "storage", "sampling"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_directive) -> _WhichOneofReturnType_directive | None: ...
 
 Global___SessionResponse: _TypeAlias = SessionResponse  # noqa: Y015
+
+@_typing.final
+class TimelineSampling(_message.Message):
+    """Which timelines the workers of a job report, so that many workers cost the coordinator little. Before a directive
+    they report all.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    INTERVAL_VERSIONS_FIELD_NUMBER: _builtins.int
+    NUM_GROUPS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    epoch: _builtins.int
+    """The plan's epoch."""
+    interval_versions: _builtins.int
+    """Workers report the versions that are multiples of this number. 0 counts as 1."""
+    num_groups: _builtins.int
+    """A report has spans if the worker holds a slot that leaves the same remainder by this number as the report's version
+    divided by `interval_versions`, rounded down. 0 counts as 1.
+    """
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        interval_versions: _builtins.int = ...,
+        num_groups: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "interval_versions", b"interval_versions", "job_id", b"job_id", "num_groups", b"num_groups"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TimelineSampling: _TypeAlias = TimelineSampling  # noqa: Y015
 
 @_typing.final
 class SnapshotRequest(_message.Message):
@@ -1079,7 +1123,7 @@ class ReportTimelineRequest(_message.Message):
     """The part of them during which the worker computed as well."""
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
-        """The spans, at most the first 4096."""
+        """The spans, at most the first 4096. None where TimelineSampling asks only for the times."""
 
     @_builtins.property
     def times(self) -> Global___StepTimes:

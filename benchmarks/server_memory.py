@@ -6,13 +6,16 @@ Memory is resident memory above that of the same process before it loaded a plan
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from report import Result, at_most, result
+import psutil
+from report import Result, at_most, fail, result
 from standalone import Child, Usage, make_plan, payloads_of, run_sender, run_server
 
 from gradstream.core.wire.frames import PIECE_BYTES
@@ -24,6 +27,7 @@ TARGET_PEAK_BYTES = 24.0
 TARGET_LATER = 1.1
 """Target of the memory 3 s after a step over the shard's state."""
 LATER_SECONDS = 3.0
+TARGET_IDLE_MIB = 250.0
 TARGET_LATE_SECONDS = 1.0
 TARGET_EXTRA_MIB = 256.0
 TARGET_COMMIT = 1.05
@@ -164,7 +168,26 @@ def checkpoint(size: Size) -> list[Result]:
     ]
 
 
+def idle() -> list[Result]:
+    """Start a parameter server whose coordinator is away, as the command starts it, and look at its memory."""
+    command = [sys.executable, "-c", "from gradstream.coordinator.cli import main; main()", "serve"]
+    options = ["--coordinator", "127.0.0.1:9", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(
+        [*command, "parameter-server", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        assert server.stdout is not None
+        try:
+            if not any("parameter server listens" in line for line in server.stdout):
+                fail("server", "the parameter server did not start")
+            time.sleep(1)
+            resident_bytes = psutil.Process(server.pid).memory_info().rss
+        finally:
+            server.kill()
+    return [at_most("idle_mib", resident_bytes / (1 << 20), TARGET_IDLE_MIB, "resident, without a plan")]
+
+
 CASES: dict[str, Callable[[bool], list[Result]]] = {
+    "idle": lambda _: idle(),
     "late_slot_1": lambda smoke: late_slot(1, SMOKE_LATE_SLOT if smoke else LATE_SLOT),
     "late_slot_64": lambda smoke: late_slot(2 if smoke else 64, SMOKE_LATE_SLOT if smoke else LATE_SLOT),
     "checkpoint": lambda smoke: checkpoint(SMOKE_CHECKPOINT if smoke else CHECKPOINT),

@@ -30,8 +30,8 @@ import uvloop
 from gradstream.core.codecs import Payload
 from gradstream.core.codecs.payloads import BundleCodec, split
 from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.kernels import preload
 from gradstream.core.machine import memory
-from gradstream.core.model import model
 from gradstream.core.model.model import inventory
 from gradstream.core.plan.bundles import Bundle
 from gradstream.core.plan.fragments import cut
@@ -272,8 +272,8 @@ class ServerActor:
             self._late_seconds = max(self._late_seconds, loop.time() - due)
 
     async def prepare(self) -> None:
-        """Import and compile what a server needs before it registers."""
-        model.preload()
+        """Import and compile what a server needs before it takes up a plan."""
+        preload.preload()
         memory.settle()
         memory.give_back()
 

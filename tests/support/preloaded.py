@@ -23,6 +23,7 @@ import transformers.models.llama.modeling_llama
 import gradstream.coordinator.cli.serve
 import gradstream.coordinator.server
 import gradstream.services.parameter_server.server
+import gradstream.services.parameter_server.shard
 import gradstream.worker.job
 import gradstream.worker.process
 from gradstream.coordinator.planning.inventory import take_inventory, take_profile

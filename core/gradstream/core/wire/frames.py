@@ -11,13 +11,15 @@ allows for a contribution, and returns a payload only if its length is right; `v
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import google_crc32c
 import numpy as np
 
-from gradstream.core.codecs import Payload
 from gradstream.core.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from gradstream.core.codecs import Payload  # whose import needs torch
 
 PIECE_BYTES = 2 << 20
 ALIGNMENT_BYTES = 8

@@ -184,10 +184,9 @@ class BundleState:
             found.append((fragment, state))
         return found
 
-    def initialize(self, number: int, tensor: torch.Tensor) -> None:
-        """Copy the initial weights of fragment `number` of the bundle from the whole tensor."""
-        fragment = self.bundle.fragments[number]
-        self._weights[number].copy_(tensor.reshape(-1)[fragment.begin : fragment.end])
+    def initialize(self, number: int, slice_N: torch.Tensor) -> None:
+        """Copy the initial weights of fragment `number` of the bundle."""
+        self._weights[number].copy_(slice_N)
 
     def take_base(self, reader: BaseReader) -> None:
         """Load the initial weights from a pretrained model, slice by slice. Raises CheckpointError."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
+
+import torch
 
 from gradstream.core.checkpoint.shard import CheckpointReader
 from gradstream.core.errors import CheckpointError
-from gradstream.core.model.model import initial_weights
+from gradstream.core.model.drawing import draw
 from gradstream.core.plan.plan import Plan
 from gradstream.core.pretrained.base import BaseReader
 from gradstream.services.parameter_server.bundle_state import BundleState
@@ -44,11 +47,15 @@ def load_bundles(plan: Plan, states: Sequence[BundleState], pull_codec: str) -> 
 
 
 def _initialize(plan: Plan, states: Sequence[BundleState]) -> None:
-    """Draw the initial weights from the seed, one whole tensor at a time."""
-    wanted: dict[str, list[tuple[BundleState, int]]] = {}
+    """Draw the initial weights from the seed, one fragment at a time."""
+    wanted: dict[str, list[tuple[int, int]]] = {}
+    places: dict[tuple[str, int], tuple[BundleState, int]] = {}
     for state in states:
         for number, fragment in enumerate(state.bundle.fragments):
-            wanted.setdefault(plan.tensors[fragment.tensor].name, []).append((state, number))
-    for name, tensor in initial_weights(plan.model_config, plan.recipe.seed, set(wanted), plan.lora):
-        for state, number in wanted[name]:
-            state.initialize(number, tensor)
+            name = plan.tensors[fragment.tensor].name
+            wanted.setdefault(name, []).append((fragment.begin, fragment.end))
+            places[name, fragment.begin] = state, number
+    with closing(draw(plan.model_config, plan.recipe.seed, wanted, plan.lora)) as drawn:
+        for name, begin, slice_N in drawn:
+            state, number = places[name, begin]
+            state.initialize(number, torch.from_numpy(slice_N))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -15,8 +15,10 @@ from gradstream.core.rpc.errors import answering
 from gradstream.core.wire.frames import Assembler, frame, parse, verify
 from gradstream.core.wire.stream_limits import max_streams_a_host
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.services.parameter_server.shard import Shard
 from gradstream.services.parameter_server.streams import Stream, Streams
+
+if TYPE_CHECKING:
+    from gradstream.services.parameter_server.shard import Shard
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -48,7 +48,7 @@ class Held:
         generator = torch.Generator().manual_seed(version)
         for state in self.states:
             for number, fragment in enumerate(state.bundle.fragments):
-                state.initialize(number, torch.randn(fragment.end, generator=generator))
+                state.initialize(number, torch.randn(fragment.num_elements, generator=generator))
             state.publish(version, self.form.delta or self.form.full)
             state.begin_step(version)
 

@@ -33,6 +33,7 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.access import SERVER
 from gradstream.core.rpc.channel import open_channel
 from gradstream.core.rpc.transport import PLAIN, Transport
+from gradstream.core.telemetry.sampling import Sampling
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.core.wire.frames import checksum
 from gradstream.core.wire.stubs import ParameterServerStub
@@ -109,6 +110,10 @@ class SimulatedJob:
         self._puller = Puller(plan, stubs, self._timeline)
         self._reports = Reports(plan, session, self._timeline, self._puller)
 
+    def take_sampling(self, sampling: Sampling) -> None:
+        """Report timelines by this rule from now on."""
+        self._reports.sampling = sampling
+
     def activity(self) -> coordinator_pb2.Activity:
         """The worker's activity, for heartbeats."""
         # Of a Pusher Status reads only the streams and the backlog, which is empty here.
@@ -143,7 +148,7 @@ class SimulatedJob:
                     upcoming = asyncio.create_task(self._puller.next(self.plan.start_version))
                 inbox = await upcoming
                 upcoming = asyncio.create_task(self._puller.next(inbox.version + 1, inbox.version))
-                self._reports.timeline(self._timeline.take(), self.version, None)
+                self._reports.timeline(self._timeline.take(), self.version, None, self.held.last)
                 if not await self._work(inbox, upcoming):
                     await _cancelled(upcoming)
                     upcoming = None
@@ -242,6 +247,8 @@ class SimulatedWorker:
             if (table.job_id, table.epoch) == (job.plan.job_id, job.plan.epoch) and table.number > job.held.table:
                 me = self.session.node_id
                 job.held.take(table.number, [slot for slot, holder in enumerate(table.holders) if holder == me])
+        elif kind == "sampling" and job is not None and directive.sampling.epoch == job.plan.epoch:
+            job.take_sampling(Sampling.from_proto(directive.sampling))
         elif kind == "release" and job is not None and job.plan.job_id == directive.release.job_id:
             await self._drop()
 

@@ -10,8 +10,9 @@ from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor
 from gradstream.core.plan.plan import Plan
-from gradstream.core.plan.sizes import MAX_ENCODED_SLOTS, encoded_bytes
+from gradstream.core.plan.sizes import MAX_ENCODED_SLOTS, encoded_bytes, sum_bytes
 from gradstream.core.recipe.recipe import RESIDUAL_CODECS, Recipe
+from gradstream.core.wire.stream_limits import MAX_WAITING_BYTES
 
 # Number of fp32 arrays that an optimizer keeps besides the weights.
 NUM_MOMENTS = {"adamw": 2, "sgd": 1}
@@ -38,7 +39,7 @@ class ServerBytes:
     checkpoint: int
     # In addition while a newcomer pulls whole bundles of a version of which the other workers pull differences.
     newcomer: int
-    # Maximum of the contributions that wait for their turn.
+    # Maximum of the contributions that wait to be added.
     early: int
 
     @property
@@ -65,7 +66,8 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
     else:
         published, newcomer = (array if form.keeps_reference else whole), whole
         published += encoded(form.delta, form.delta)
-    state = (2 + NUM_MOMENTS[recipe.optimizer.kind]) * array + published
+    sums = sum(sum_bytes(fragment.num_elements) for fragment in fragments)
+    state = (1 + NUM_MOMENTS[recipe.optimizer.kind]) * array + sums + published
     push = first_push_codec(recipe.codec)
     early = recipe.training.num_slots * encoded(push, embedding)
     if recipe.pipeline.stages != 1:  # both parts of a tied tensor
@@ -74,7 +76,7 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
             encoded_bytes(codec_for(tensors[fragment.tensor].kind, push, embedding), fragment.shape)
             for fragment in tied
         )
-    return ServerBytes(state, min(saved, MAX_COPY_BYTES), newcomer, early)
+    return ServerBytes(state, min(saved, MAX_COPY_BYTES), newcomer, min(early, MAX_WAITING_BYTES))
 
 
 HELD_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from gradstream.core.codecs import Codec, DenseCodec, Payload, ResidualCodec, State, codec_named
+from gradstream.core.codecs.fixed_point import FixedPointSum
 from gradstream.core.errors import ProtocolError
 from gradstream.core.kernels import dense
 from gradstream.core.kernels.dense import I64, address_of, addresses_of
@@ -148,6 +149,21 @@ class BundleCodec:
             return
         for codec, fragment, payload, out_N in zip(self.codecs, self.bundle.fragments, payloads, out, strict=True):
             codec.decode_add(payload, out_N.view(fragment.shape), seed_of(version, fragment.index))
+
+    def add(self, contributions: Sequence[Sequence[Payload]], total: FixedPointSum, version: int) -> None:
+        """Decode contributions, each the payloads of all fragments, and add them to a sum. Raises ProtocolError."""
+        if self._dense:
+            for payloads in contributions:
+                self.check_sizes([len(payload) for payload in payloads], sum(map(len, payloads)))
+            from_FC = np.array([[address_of(each[f]) for each in contributions] for f in range(len(self.codecs))])
+            total.add(*self._call(version), from_FC)
+            return
+        fp32_F = np.full(len(self.codecs), dense.FP32, dtype=np.int64)
+        decoded_N = torch.empty(self.bundle.num_elements)
+        decoded = slices(decoded_N, self.bundle)
+        for payloads in contributions:
+            self.decode(payloads, decoded, version)
+            total.add(fp32_F, self._elements_F, fp32_F, decoded.addresses_F[:, None])
 
     # -- all fragments in one call -----------------------------------------------------------------------------------
 

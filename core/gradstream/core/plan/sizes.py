@@ -46,6 +46,11 @@ def encoded_bytes(name: str, shape: Shape) -> int:
     raise KeyError(name)
 
 
+def sum_bytes(num_elements: int) -> int:
+    """Bytes of a fragment's fixed-point sum: two digits of 4 bytes an element, and a byte a block."""
+    return 8 * num_elements + -(-num_elements // BLOCK)
+
+
 def topk_kept(elements: int) -> int:
     """Number of elements that topk sends: 64 of a whole chunk, one of every 64 or fewer of a short last chunk."""
     whole, rest = divmod(elements, TOPK_CHUNK)

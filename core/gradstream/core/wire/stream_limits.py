@@ -28,6 +28,9 @@ memory is not given to jobs and covers these streams (768 MiB of 819 in a contai
 MAX_DATA_STREAMS_A_CONNECTION = 8
 MAX_HALF_SENT_BYTES = 128 << 20
 """Limit of half-sent contributions, unless the plan's workers can have more of them at the same time."""
+MAX_WAITING_BYTES = 16 << 20
+"""Bytes of complete contributions that wait to be added, from which on a server reads no more. Each stream may complete
+one more, whose bytes were counted as partly sent."""
 MAX_STREAM_MESSAGE_BYTES = PIECE_BYTES + (64 << 10)
 """Size limit of a message: a piece and its header."""
 WINDOW_BYTES = 4 << 20

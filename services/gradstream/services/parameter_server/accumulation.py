@@ -1,8 +1,9 @@
-"""Checks the contributions to the step under way, keeps early ones, and adds them up in slot order.
+"""Checks the contributions to the step under way and adds them up as they come.
 
 A contribution passes three calls: `check` its header before memory is allocated for it, `offer` it once it is complete
-and its checksum is right, `add` the contributions whose turn has come. Slot order makes the sum independent of the
-order of arrival.
+and its checksum is right, `add` those that wait. The sum is in fixed point, so it does not depend on the order of
+arrival, and no contribution waits for another one. When contributions come faster than they are added, `room` makes
+the senders wait.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gradstream.core.errors import ProtocolError
 from gradstream.core.log import get_logger
 from gradstream.core.plan.plan import Plan
 from gradstream.core.wire.slot_totals import SlotTotals
+from gradstream.core.wire.stream_limits import MAX_WAITING_BYTES
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.proto.v1 import plan_pb2
 from gradstream.services.parameter_server.bundle_state import BundleState
@@ -51,6 +53,12 @@ class Accumulation:
         self._book = book
         self._executor = executor
         self._slots: dict[int, SlotTotals] = {}
+        self._num_parts = sum(state.bundle.num_parts for state in bundles.values())
+        self._missing_S = [self._num_parts] * plan.num_slots  # contributions of each slot that have not come
+        self._waiting_bytes = 0
+        self._closed = False
+        self._has_room = asyncio.Event()
+        self._has_room.set()
         self._step_bytes = 0
         self._num_complete = 0
 
@@ -98,12 +106,13 @@ class Accumulation:
         if header.step < version:
             self.num_dropped += 1
             return pb.PUSH_RESULT_STALE
-        turn = state.turn(header.slot, header.part)
-        if state.has(turn):
+        if state.has(header.slot, header.part):
             self.num_dropped += 1
             return pb.PUSH_RESULT_DUPLICATE
         self._compare(header)
-        state.take(turn, split(payload, header.fragment_bytes))
+        state.take(header.slot, header.part, split(payload, header.fragment_bytes))
+        self._missing_S[header.slot] -= 1
+        self._count_waiting(payload.nbytes)
         self._step_bytes += payload.nbytes
         self.received_bytes += payload.nbytes
         return pb.PUSH_RESULT_ACCEPTED
@@ -126,8 +135,29 @@ class Accumulation:
                 f"slot {header.slot} of step {header.step}: {totals} differs from {known} of an earlier contribution"
             )
 
+    async def room(self) -> None:
+        """Wait while too many bytes of contributions wait to be added."""
+        await self._has_room.wait()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the contributions that were taken and are not in a sum yet."""
+        return self._waiting_bytes
+
+    def close(self) -> None:
+        """Let nobody wait for room any more: nothing will be added."""
+        self._closed = True
+        self._has_room.set()
+
+    def _count_waiting(self, change: int) -> None:
+        self._waiting_bytes += change
+        if self._waiting_bytes < MAX_WAITING_BYTES or self._closed:
+            self._has_room.set()
+        else:
+            self._has_room.clear()
+
     async def add(self, state: BundleState, version: int, push_codec: Codec) -> bool:
-        """Add a bundle's contributions in turn, after its `start_adding` has returned True.
+        """Add a bundle's contributions while any wait, after its `start_adding` has returned True.
 
         Returns whether this completed the last bundle of this server.
         """
@@ -135,8 +165,9 @@ class Accumulation:
         loop = asyncio.get_running_loop()
         more = True
         while more:
-            await loop.run_in_executor(self._executor, state.add_next, codec, version)
-            more = state.finish_adding()
+            await loop.run_in_executor(self._executor, state.add, codec, version)
+            more, added_bytes = state.finish_adding()
+            self._count_waiting(-added_bytes)
         if not state.complete:
             return False
         self._num_complete += 1
@@ -158,10 +189,10 @@ class Accumulation:
     def begin_step(self) -> None:
         """Reset the totals for the next step. Bundles begin the next step one by one, as each is published."""
         self._slots.clear()
+        self._missing_S = [self._num_parts] * self._plan.num_slots
         self._step_bytes = 0
         self._num_complete = 0
 
     def missing_slots(self) -> list[int]:
         """The slots of which a contribution is still missing."""
-        states = self._bundles.values()
-        return [slot for slot in range(self._plan.num_slots) if not all(state.has_slot(slot) for state in states)]
+        return [slot for slot, missing in enumerate(self._missing_S) if missing]

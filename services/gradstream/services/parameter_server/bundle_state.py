@@ -16,6 +16,7 @@ import torch
 from gradstream.core.checkpoint.manifest import WEIGHT
 from gradstream.core.checkpoint.shard import REFERENCE, CheckpointReader, Sizes, sizes_of
 from gradstream.core.codecs import Payload
+from gradstream.core.codecs.fixed_point import FixedPointSum
 from gradstream.core.codecs.payloads import BundleCodec, CodecBook, slices
 from gradstream.core.errors import CheckpointError
 from gradstream.core.kernels import dense
@@ -32,24 +33,30 @@ FragmentState = tuple[Fragment, State]
 """A fragment and its arrays by name, as in a checkpoint."""
 
 
+MAX_ADDED_TOGETHER = 4
+"""Contributions that one pass over the sum adds. More would be more streams of memory than a processor prefetches."""
+
+
 class BundleState:
-    """The state of one bundle. Contributions are added in turn: in slot order, and within a slot part by part."""
+    """The state of one bundle. Contributions are added as they come, in any order: the sum is in fixed point."""
 
     def __init__(self, bundle: Bundle, tensors: Sequence[Tensor], recipe: Recipe, form: Downlink, book: CodecBook):
         self.bundle = bundle
         self.published_version = -1
-        self.next_turn = 0
-        """The turn of the contribution that will be added next, or is being added now."""
         self.squared_norms = [0.0] * len(bundle.fragments)
         self._tensors = [tensors[fragment.tensor] for fragment in bundle.fragments]
         self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
-        self._num_turns = recipe.training.num_slots * bundle.num_parts
-        self._early: dict[int, list[Payload]] = {}  # contributions not in the sum yet, by turn
-        self._adding = False  # whether contributions are being added
+        self._num_contributions = recipe.training.num_slots * bundle.num_parts
+        self._taken = bytearray(self._num_contributions)  # 1 for each contribution that was taken, by slot and part
+        self.num_added = 0
+        """Number of the step's contributions that are in the sum."""
+        self._waiting: list[list[Payload]] = []  # contributions that were taken and are not in the sum yet
+        self._adding: list[list[Payload]] = []  # those that are being added
         self._weights_N = torch.zeros(bundle.num_elements)
-        self._sum_N = torch.zeros(bundle.num_elements)
+        elements = [fragment.num_elements for fragment in bundle.fragments]
+        self._sum = FixedPointSum(elements, self._num_contributions)
         self._weights = slices(self._weights_N, bundle)
-        self._sums = slices(self._sum_N, bundle)
+        self._sums = slices(self._sum.result_N, bundle)
         self._optimizer = BundleOptimizer(
             self._weights, self._sums, [tensor.decay for tensor in self._tensors], recipe.optimizer
         )
@@ -58,67 +65,62 @@ class BundleState:
 
     # -- accumulation ----------------------------------------------------------------------------------------------
 
-    def turn(self, slot: int, part: int) -> int:
-        """The position of a contribution in the order of addition."""
-        return slot * self.bundle.num_parts + part
-
-    def has(self, turn: int) -> bool:
+    def has(self, slot: int, part: int) -> bool:
         """Return whether this contribution to the current step was taken."""
-        return turn < self.next_turn or turn in self._early
-
-    def has_slot(self, slot: int) -> bool:
-        """Return whether all parts of a slot's contribution to the current step were taken."""
-        return all(self.has(self.turn(slot, part)) for part in range(self.bundle.num_parts))
+        return bool(self._taken[slot * self.bundle.num_parts + part])
 
     @property
     def complete(self) -> bool:
         """Whether every contribution is in the sum."""
-        return self.next_turn == self._num_turns
+        return self.num_added == self._num_contributions
 
-    def take(self, turn: int, payloads: list[Payload]) -> None:
-        """Keep a contribution, still encoded, until its turn comes."""
-        self._early[turn] = payloads
+    def take(self, slot: int, part: int, payloads: list[Payload]) -> None:
+        """Take a contribution, still encoded, to be added."""
+        self._taken[slot * self.bundle.num_parts + part] = 1
+        self._waiting.append(payloads)
 
     def start_adding(self) -> bool:
-        """Start adding, if the contribution whose turn it is has arrived and none is being added.
+        """Start adding, if a contribution waits and none is being added.
 
-        Returns whether it started. If so, the caller must call `add_next` and then `finish_adding`, and repeat both
-        while `finish_adding` returns True.
+        Returns whether it started. If so, the caller must call `add` and then `finish_adding`, and repeat both while
+        others wait.
         """
-        if self._adding or self.next_turn not in self._early:
+        if self._adding or not self._waiting:
             return False
-        self._adding = True
+        self._next()
         return True
 
-    def add_next(self, codec: BundleCodec, step: int) -> None:
-        """Add the contribution whose turn it is to the sum; after the last one, compute the squared norms.
+    def add(self, codec: BundleCodec, step: int) -> None:
+        """Add the contributions that were started with; after the last one of the step compute the squared norms.
 
         Worker thread.
         """
-        turn, payloads = self.next_turn, self._early[self.next_turn]
-        if turn == 0:
-            codec.decode(payloads, self._sums, step)
-        else:
-            codec.decode_add(payloads, self._sums, step)
-        if turn == self._num_turns - 1:
+        codec.add(self._adding, self._sum, step)
+        if self.num_added + len(self._adding) == self._num_contributions:
+            self._sum.finish()
             # In fp64, in a fixed order and per fragment, so norms do not depend on how fragments are bundled.
             norms_F = np.empty(len(self._sums))
             dense.squared_norms(self._elements_F, self._sums.addresses_F, norms_F)
             self.squared_norms = norms_F.tolist()
 
-    def finish_adding(self) -> bool:
-        """Record that the contribution whose turn it was is in the sum; return whether the next one has arrived."""
-        # Not earlier: until a contribution is added, its entry here is how duplicates are recognized.
-        del self._early[self.next_turn]
-        self.next_turn += 1
-        self._adding = self.next_turn in self._early
-        return self._adding
+    def finish_adding(self) -> tuple[bool, int]:
+        """Record that the contributions are in the sum.
+
+        Returns whether others wait, which are then started with, and the payload bytes of those that were added.
+        """
+        added_bytes = sum(len(payload) for payloads in self._adding for payload in payloads)
+        self.num_added += len(self._adding)
+        self._next()
+        return bool(self._adding), added_bytes
+
+    def _next(self) -> None:
+        self._adding, self._waiting = self._waiting[:MAX_ADDED_TOGETHER], self._waiting[MAX_ADDED_TOGETHER:]
 
     # -- commit ----------------------------------------------------------------------------------------------------
 
     def apply(self, num_tokens: int, clip_scale: float, rate: float) -> None:
         """Scale the sum to the clipped mean over the step's tokens and update the weights; worker thread."""
-        self._sum_N.mul_(clip_scale / num_tokens)
+        self._sum.result_N.mul_(clip_scale / num_tokens)
         self._optimizer.step(rate)
 
     def publish(self, version: int, codec: str) -> None:
@@ -129,8 +131,8 @@ class BundleState:
     def begin_step(self, version: int) -> None:
         """Let workers pull `version`, and reset for that step's contributions."""
         self.published_version = version
-        self.next_turn = 0
-        self._early.clear()
+        self._taken = bytearray(self._num_contributions)
+        self.num_added = 0
 
     def delta(self) -> PublishedBundle | None:
         """The difference for a worker that holds the version before; None if that worker gets the whole bundle."""
@@ -240,14 +242,10 @@ class BundleState:
     @property
     def state_bytes(self) -> int:
         """Bytes of weights, sum, optimizer state, reference and published bundles."""
-        return 8 * self.bundle.num_elements + self._optimizer.state_bytes + self._publisher.state_bytes
+        weights = 4 * self.bundle.num_elements
+        return weights + self._sum.num_bytes + self._optimizer.state_bytes + self._publisher.state_bytes
 
     @property
     def newcomer_bytes(self) -> int:
         """Bytes, among `state_bytes`, of the whole bundle for a worker without the version before."""
         return self._publisher.newcomer_bytes
-
-    @property
-    def early_bytes(self) -> int:
-        """Bytes of contributions that wait for their turn."""
-        return sum(len(payload) for payloads in self._early.values() for payload in payloads)

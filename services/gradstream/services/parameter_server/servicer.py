@@ -102,8 +102,13 @@ class ParameterServerServicer:
         )
 
     async def _read(self, messages: AsyncIterator[bytes], stream: Stream) -> bytes | None:
-        """Read the next message, None at the end. Raises the reason if the server has ended the stream."""
+        """Read the next message, None at the end, once there is room for it.
+
+        Raises the reason if the server has ended the stream.
+        """
         try:
+            if (shard := self._current()) is not None:
+                await shard.room()
             return await anext(messages, None)
         except asyncio.CancelledError:
             error = stream.interrupted()

@@ -1,8 +1,7 @@
 """A server's share of a job for one epoch: its state, the calls that wait for it, and the versions that it publishes.
 
 Everything runs on the event loop except the arithmetic, which runs in the thread pool. Step t has three phases:
-  1. accumulate (`accumulation.py`): contributions are added in slot order as their turn comes; early ones wait, still
-     encoded;
+  1. accumulate (`accumulation.py`): contributions are added as they come, in fixed point;
   2. complete (`commit.py`): every fragment has every slot; the server reports to the leader, which answers with its
      decision;
   3. apply (`commit.py`): the optimizer updates each fragment, which is then published as version t + 1.
@@ -139,6 +138,7 @@ class Shard:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.accumulation.close()
         # Streams hold references to the shard until they have ended; free its memory now.
         self.bundles.clear()
 
@@ -155,6 +155,10 @@ class Shard:
         if result == pb.PUSH_RESULT_ACCEPTED and state.start_adding():
             self._spawn(self._add(state))
         return result
+
+    async def room(self) -> None:
+        """Wait while too many bytes of contributions wait to be added. Returns at once when the shard is closed."""
+        await self.accumulation.room()
 
     async def _add(self, state: BundleState) -> None:
         if await self.accumulation.add(state, self.version, self.push_codec):
@@ -300,7 +304,7 @@ class Shard:
             missing_slots=missing,
             state_bytes=sum(state.state_bytes for state in states),
             newcomer_bytes=sum(state.newcomer_bytes for state in states),
-            early_bytes=sum(state.early_bytes for state in states),
+            early_bytes=self.accumulation.waiting_bytes,
             num_parameters=sum(state.bundle.num_elements for state in states) if self.loaded else 0,
         )
 
@@ -314,7 +318,7 @@ class Shard:
             num_parameters=sum(state.bundle.num_elements for state in states),
             state_bytes=sum(state.state_bytes for state in states),
             newcomer_bytes=sum(state.newcomer_bytes for state in states),
-            early_bytes=sum(state.early_bytes for state in states),
+            early_bytes=self.accumulation.waiting_bytes,
             missing_slots=self.missing_slots(),
             num_dropped=self.accumulation.num_dropped,
         )

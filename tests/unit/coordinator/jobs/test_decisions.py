@@ -165,30 +165,30 @@ def test_the_memory_of_a_server_is_predicted(recipe: Recipe) -> None:
         changed = recipe.model_copy(update={"codec": recipe.codec.model_copy(update=both)})
         return server_bytes(changed, fragments, of)
 
-    # adamw, bf16 both ways, 2 slots: 16 bytes of arrays, 12 for a checkpoint in flight and 2 published an element;
-    # 2 slots × 2 bytes that wait.
-    assert needed() == ServerBytes(18 * 1024, 12 * 1024, 0, 4 * 1024)
+    # adamw, bf16 both ways, 2 slots: 20 bytes of arrays, 12 for a checkpoint in flight and 2 published an element;
+    # 2 slots × 2 bytes that wait. A sum has 8 bytes an element, and one a block of 256.
+    assert needed() == ServerBytes(22 * 1024 + 4, 12 * 1024, 0, 4 * 1024)
     # Differences: the reference in fp32, which is saved too, one difference, and the whole for a newcomer.
     int8 = 1024 + 16
-    assert needed(pull="delta-int8", push="int8") == ServerBytes(20 * 1024 + int8, 16 * 1024, 4 * 1024, 2 * int8)
+    assert needed(pull="delta-int8", push="int8") == ServerBytes(24 * 1024 + 4 + int8, 16 * 1024, 4 * 1024, 2 * int8)
     # Changed bits: the encoded weights are what workers hold; nothing more is saved. A plane has a header of 4 bytes.
-    assert needed(pull="xor-fp32") == ServerBytes(20 * 1024 + 4 * 1028, 12 * 1024, 4 * 1024, 4 * 1024)
-    assert needed(pull="xor-bf16") == ServerBytes(18 * 1024 + 2 * 1028, 12 * 1024, 2 * 1024, 4 * 1024)
+    assert needed(pull="xor-fp32") == ServerBytes(24 * 1024 + 4 + 4 * 1028, 12 * 1024, 4 * 1024, 4 * 1024)
+    assert needed(pull="xor-bf16") == ServerBytes(22 * 1024 + 4 + 2 * 1028, 12 * 1024, 2 * 1024, 4 * 1024)
     # What is no matrix is sent finer, but for differences to embeddings.
     for kind, embedding in (("vector", 2048), ("embedding", int8)):
         other = [Tensor("t", (1024,), True, 0, kind)]
         found = needed(other, push="int4", pull="int8", embedding="int8")
-        assert (found.state - 16 * 1024, found.early) == (embedding, 2 * embedding)
+        assert (found.state - (20 * 1024 + 4), found.early) == (embedding, 2 * embedding)
     table = [Tensor("t", (1024,), True, 0, "embedding")]
-    assert needed(table, push="int4", pull="delta-int4").state == 20 * 1024 + 512 + 16
+    assert needed(table, push="int4", pull="delta-int4").state == 24 * 1024 + 4 + 512 + 16
     sgd = recipe.model_copy(
         update={
             "optimizer": recipe.optimizer.model_copy(update={"kind": "sgd"}),
             "codec": recipe.codec.model_copy(update={"push": "int8", "pull": "fp32"}),
         }
     )
-    assert server_bytes(sgd, fragments, tensors) == ServerBytes(16 * 1024, 8 * 1024, 0, 2 * int8)
-    assert needed().most == sum((18 * 1024, 12 * 1024, 4 * 1024))
+    assert server_bytes(sgd, fragments, tensors) == ServerBytes(20 * 1024 + 4, 8 * 1024, 0, 2 * int8)
+    assert needed().most == sum((22 * 1024 + 4, 12 * 1024, 4 * 1024))
 
 
 def test_vocabulary_mismatch_names_both_and_the_cure(recipe: Recipe) -> None:

@@ -322,10 +322,10 @@ def test_preload_compiles_all_that_the_codecs_call() -> None:
     """What it missed would stop a node for seconds in the middle of a step."""
     code = """
 import torch
-from gradstream.core.kernels import codec, dense, residual
+from gradstream.core.kernels import codec, dense, fixed_point, residual
 from gradstream.core.kernels.preload import preload
 from gradstream.core.codecs import CODEC_NAMES, codec_named
-modules = (dense, codec, residual)
+modules = (dense, codec, fixed_point, residual)
 compiled = [(name, k) for module in modules for name, k in vars(module).items() if hasattr(k, "signatures")]
 preload()
 before = {name: len(k.signatures) for name, k in compiled}

@@ -41,12 +41,18 @@ class Held:
         self._push = first_push_codec(recipe.codec)
         self._book = CodecBook(tensors, recipe.codec.embedding)
         bundles = bundle(self.fragments, [0] * len(self.fragments), FRAGMENT_ELEMENTS)
+        self.early = 0
         self.states = [BundleState(one, tensors, recipe, self.form, self._book) for one in bundles]
 
     def begin_version(self, version: int) -> None:
-        """Publish other weights as a version."""
+        """Add what was taken, and publish other weights as a version."""
+        self.early = 0
         generator = torch.Generator().manual_seed(version)
         for state in self.states:
+            more = state.start_adding()
+            while more:
+                state.add(self._book.of(state.bundle, self._push), 0)
+                more, _ = state.finish_adding()
             for number, fragment in enumerate(state.bundle.fragments):
                 state.initialize(number, torch.randn(fragment.num_elements, generator=generator))
             state.publish(version, self.form.delta or self.form.full)
@@ -63,7 +69,9 @@ class Held:
             codec = self._book.of(state.bundle, self._push)
             values = [torch.randn(fragment.num_elements) for fragment in state.bundle.fragments]
             for slot in range(self._num_slots):
-                state.take(state.turn(slot, 0), codec.encode(values, 0))
+                payloads = codec.encode(values, 0)
+                state.take(slot, 0, payloads)
+                self.early += sum(map(len, payloads))
 
     def bytes(self) -> ServerBytes:
         """What is held now, and what a checkpoint would take."""
@@ -75,8 +83,7 @@ class Held:
             for name, array in arrays.items()
             if name != STEP_COUNT  # one number a fragment
         )
-        early = sum(state.early_bytes for state in self.states)
-        return ServerBytes(sum(state.state_bytes for state in self.states) - newcomer, saved, newcomer, early)
+        return ServerBytes(sum(state.state_bytes for state in self.states) - newcomer, saved, newcomer, self.early)
 
 
 @pytest.mark.parametrize("trained", TRAINED)
@@ -131,7 +138,7 @@ def test_of_compressed_weights_a_maximum_is_predicted(trained: str, pull: str) -
         assert found.checkpoint == predicted.checkpoint
 
 
-def test_adapters_take_21_bytes_a_parameter_and_4_more_for_a_new_worker() -> None:
+def test_adapters_take_25_bytes_a_parameter_and_4_more_for_a_new_worker() -> None:
     """With the default codecs; a new worker pulls the reference in fp32."""
     recipe, tensors = micro_plan().recipe, trained_tensors("lora")
     held = Held(recipe, tensors)
@@ -141,5 +148,5 @@ def test_adapters_take_21_bytes_a_parameter_and_4_more_for_a_new_worker() -> Non
     count = sum(tensor.num_elements for tensor in tensors)
     found = held.bytes()
     # A scale of 4 bytes for each 256 elements, or fewer at the end of a fragment.
-    assert found.state / count == pytest.approx(21, abs=0.1)
+    assert found.state / count == pytest.approx(25, abs=0.1)
     assert found.newcomer / count == 4

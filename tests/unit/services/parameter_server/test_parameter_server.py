@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.core.wire.frames import Assembler, frame, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.proto.v1 import plan_pb2
+from gradstream.services.parameter_server import accumulation
 from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
 
@@ -54,7 +56,7 @@ def initial_fragments() -> dict[int, torch.Tensor]:
 
 
 def expected_after(steps: int, plan: Plan) -> dict[int, torch.Tensor]:
-    """Plain torch in one process: AdamW over whole tensors, with the gradients in slot order."""
+    """Plain torch in one process: AdamW over whole tensors, with the gradients added in fp64."""
     rule = plan.recipe.optimizer
     whole = {name: weights.reshape(-1).clone() for name, weights in initial_weights(MODEL, plan.recipe.seed)}
     optimizers = {
@@ -71,11 +73,12 @@ def expected_after(steps: int, plan: Plan) -> dict[int, torch.Tensor]:
         sums = {}
         for fragment in FRAGMENTS:
             codec = codec_named(codec_for(TENSORS[fragment.tensor].kind, plan.recipe.codec.push, "bf16"))
-            sum_N = torch.zeros(fragment.num_elements)
+            total_N = torch.zeros(fragment.num_elements, dtype=torch.float64)
             for slot in range(NUM_SLOTS):
-                seed = seed_of(step, fragment.index)
-                codec.decode_add(codec.encode(gradient(step, slot, fragment.index), seed), sum_N, seed)
-            sums[fragment.index] = sum_N
+                seed, decoded_N = seed_of(step, fragment.index), torch.empty(fragment.num_elements)
+                codec.decode(codec.encode(gradient(step, slot, fragment.index), seed), decoded_N, seed)
+                total_N += decoded_N
+            sums[fragment.index] = total_N.float()
         num_tokens = NUM_SLOTS * SLOT_TOKENS
         norm = float(torch.cat([*sums.values()]).double().norm()) / num_tokens
         scale = min(1.0, rule.clip_norm / (norm + 1e-6))
@@ -149,12 +152,33 @@ async def test_a_version_appears_everywhere_or_nowhere() -> None:
         assert [version for version, _ in await asyncio.gather(*pulls)] == [1, 1]
 
 
-async def test_early_contributions_wait_encoded_and_are_counted_as_memory() -> None:
+async def test_contributions_are_added_as_they_come_and_do_not_wait_in_memory() -> None:
     async with serving(make_plan(1, push="int8")) as cluster:
-        await cluster.push([(2, 0), (1, 0)])
-        assert (await cluster.status())[0].early_bytes == 2 * cluster.push_codec(0).max_bytes
+        state = cluster.shards[0].bundles[0]
+        for taken, slot in enumerate((2, 1), start=1):
+            await cluster.push([(slot, 0)])
+            await until(lambda taken=taken: state.num_added == taken)
+            assert (await cluster.status())[0].early_bytes == 0
+        assert list((await cluster.status())[0].missing_slots) == [0, 1, 2]
         await cluster.push([(0, 0)])
-        await until(lambda: cluster.shards[0].bundles[0].complete)
+        await until(lambda: state.complete)
+
+
+async def test_senders_wait_while_more_comes_than_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is set to one byte, and nothing is added until the test lets it."""
+    monkeypatch.setattr(accumulation, "MAX_WAITING_BYTES", 1)
+    async with serving(make_plan(1, push="int8")) as cluster:
+        state, gate = cluster.shards[0].bundles[0], threading.Event()
+        add = state.add
+        monkeypatch.setattr(state, "add", lambda codec, step: (gate.wait(30), add(codec, step)))
+        one = cluster.push_codec(0).max_bytes
+        pushing = asyncio.create_task(cluster.push([(0, 0), (1, 0)]))
+        await until(lambda: cluster.shards[0].accumulation.waiting_bytes == one)
+        for _ in range(10):
+            assert (await cluster.status())[0].early_bytes == one
+        gate.set()
+        await pushing
+        await until(lambda: state.num_added == 2)
         assert (await cluster.status())[0].early_bytes == 0
 
 
@@ -471,7 +495,7 @@ def works(cluster: Cluster, runner: asyncio.Runner) -> bool:
 def test_wrong_headers_are_refused_with_nothing_consumed() -> None:
     with attacked() as (runner, cluster):
         runner.run(cluster.push([(0, 1), (2, 1)]))
-        runner.run(until(lambda: cluster.shards[0].bundles[1].next_turn == 1))
+        runner.run(until(lambda: cluster.shards[0].bundles[1].num_added == 2))
         before = runner.run(cluster.status())
 
         @few

@@ -4,6 +4,9 @@ The tensor is larger than the caches, like a layer's gradient, and cut into frag
 is timed in the same loop, in turns, and the median of the pairs' ratios is reported. The values are normal numbers,
 scaled by a magnitude that differs from row to row. `ratio` is fp32's bytes over the payload's; `error` is the norm that
 one call loses, as a share. Codecs with a residual carry it from call to call. bf16, int8 and int4 have targets.
+
+`add_alone` and `add_together` add four contributions to sums in fixed point, as servers do: one after the other, each
+to all fragments, and all four to a fragment in one pass. Their rival is decode-and-add in fp32, one after the other.
 """
 
 from __future__ import annotations
@@ -18,10 +21,16 @@ import torch
 from report import Result, arguments_parser, chosen, report, result
 
 from gradstream.core.codecs import CODEC_NAMES, Codec, Payload, ResidualCodec, State, codec_named
+from gradstream.core.codecs.fixed_point import FixedPointSum
+from gradstream.core.codecs.payloads import BundleCodec
 from gradstream.core.kernels import preload as kernels_preload
+from gradstream.core.plan.bundles import Bundle
+from gradstream.core.plan.fragments import Fragment, Tensor
 
 TARGETS = {"encode": 0.5, "decode_add": 1.0}
 WITH_TARGET = ("bf16", "int8", "int4")
+NUM_CONTRIBUTIONS = 4
+TARGET_ADD = 0.8
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,50 @@ def main() -> None:
             detail = f"{speed:.2f} GB/s of fp32, ratio {ratio:.2f}, error {relative_error(codec, sources[0]):.4f}"
             target = TARGETS[operation] if name in WITH_TARGET else 0.0
             results.append(result(f"{operation}_{name}", value, target, detail))
+        results.extend(add_results(name, sources, size))
     report("codecs", results)
+
+
+def add_results(name: str, sources: list[torch.Tensor], size: Size) -> list[Result]:
+    """Compare sums in fixed point with decode-and-add in fp32."""
+    fragments = [Fragment(0, number, 0, size.shape[0] * size.shape[1], size.shape[1]) for number in range(len(sources))]
+    tensors = [Tensor(f"t{number}", size.shape, True, 0) for number in range(len(sources))]
+    codecs = [BundleCodec(Bundle(0, 0, (fragment,)), tensors, name, name) for fragment in fragments]
+    encoded = [
+        [codec.encode([source.view(-1)], number) for number in range(NUM_CONTRIBUTIONS)]
+        for codec, source in zip(codecs, sources, strict=True)
+    ]
+    sums = [FixedPointSum([fragment.num_elements], NUM_CONTRIBUTIONS) for fragment in fragments]
+    targets = [torch.zeros(fragment.num_elements) for fragment in fragments]
+
+    def in_fp32() -> None:
+        for number in range(NUM_CONTRIBUTIONS):
+            for codec, contributions, target_N in zip(codecs, encoded, targets, strict=True):
+                codec.decode_add(contributions[number], [target_N], 0)
+
+    def alone() -> None:
+        for number in range(NUM_CONTRIBUTIONS):
+            for codec, contributions, total in zip(codecs, encoded, sums, strict=True):
+                codec.add(contributions[number : number + 1], total, 0)
+        clear()
+
+    def together() -> None:
+        for codec, contributions, total in zip(codecs, encoded, sums, strict=True):
+            codec.add(contributions, total, 0)
+        clear()
+
+    def clear() -> None:
+        for total in sums:
+            total.clear()
+
+    results = []
+    for operation, function, target in (("add_alone", alone, 0.0), ("add_together", together, TARGET_ADD)):
+        ours, rival = paired(function, in_fp32, size.num_rounds)
+        value = statistics.median(b / a for a, b in zip(ours, rival, strict=True))
+        num_bytes = 4 * NUM_CONTRIBUTIONS * sum(fragment.num_elements for fragment in fragments)
+        detail = f"{num_bytes / statistics.median(ours) / 1e9:.2f} GB/s of fp32 into fixed point"
+        results.append(result(f"{operation}_{name}", value, target if name in WITH_TARGET else 0.0, detail))
+    return results
 
 
 def states(codec: Codec, size: Size) -> list[State]:

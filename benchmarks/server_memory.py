@@ -94,7 +94,7 @@ class Bench:
 
 
 def late_slot(num_senders: int, size: Size) -> list[Result]:
-    """Push every slot but the first, then the first one: the worst order for a server that adds in slot order."""
+    """Push every slot but the first, then the first one: the worst order for a server that would add in slot order."""
     with ExitStack() as stack:
         bench = Bench(stack, num_senders)
         bench.load(size)

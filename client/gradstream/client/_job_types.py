@@ -61,8 +61,8 @@ class Wait(Value):
 class ServerMemory(Value):
     """What a server holds of a job, and what its plan predicted, in bytes.
 
-    State is weights, moments, accumulators, reference and published bundles; early are contributions that wait for
-    their turn. `newcomer_bytes` are in `state_bytes`, but not in its prediction: whole bundles for workers without the
+    State is weights, moments, accumulators, reference and published bundles; early are contributions that wait to
+    be added. `newcomer_bytes` are in `state_bytes`, but not in its prediction: whole bundles for workers without the
     version before, where other workers pull differences.
     """
 

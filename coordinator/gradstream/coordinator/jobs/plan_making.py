@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gradstream.coordinator.jobs import checkpoints, decisions
@@ -27,10 +27,15 @@ from gradstream.core.model.trial import ModelUse
 from gradstream.core.plan.bundles import keeps_residuals
 from gradstream.core.plan.plan import Plan
 from gradstream.core.storage.pool import StorageThreads
+from gradstream.proto.v1 import plan_pb2
 
 HOLD_SECONDS = 2.0
 """Between two checks of a storage on which something is missing."""
 STORED = "the plan to be stored"
+OTHER_SUMS = (
+    "from version {} on servers add gradients in fixed point; an older release added them in fp32, so the weights will "
+    "differ in their last bits from those that it would have reached"
+)
 
 log = get_logger()
 
@@ -64,12 +69,17 @@ class MadePlan:
     plan: Plan
     reasons: dict[str, str]
     versions: list[int]  # with a checkpoint
+    has_other_sums: bool = False  # the job's last plan was of a release whose servers added in fp32
 
     def events(self, record: JobRecord, version: int) -> list[Event]:
         """The events of the plan and, if the job had reached `version`, of the steps to be recomputed."""
         events = [Event("plan", f"epoch {self.plan.epoch}: {'; '.join(self.reasons.values())}")]
         again = recomputed(version, self.plan.start_version) if record.epoch else ""
-        return [*events, Event("plan", again)] if again else events
+        if again:
+            events.append(Event("plan", again))
+        if self.has_other_sums:
+            events.append(Event("plan", OTHER_SUMS.format(self.plan.start_version)))
+        return events
 
     def changes(self, record: JobRecord) -> dict[str, Any]:
         """The changes of the job's record when it takes the plan."""
@@ -174,6 +184,8 @@ class PlanMaking:
             # Noted before the plan is made: from here on the job does not wait for the storage.
             line = note_hold(active, hold, self._clock())
             made = await make_plan(active, nodes, start) if not hold else None
+            if made is not None:
+                made = replace(made, has_other_sums=adds_otherwise(self._state.load_plan(record.job_id, record.epoch)))
         except Exception as error:
             return PlanOutcome(nodes, setback=judge_error(error, record, waits_for), release=release)
         except BaseException:
@@ -257,6 +269,11 @@ def note_hold(active: ActiveJob, why: str, now: float) -> str:
     line = f"held: {why}" if why and why != active.planning.hold.cause else ""
     active.planning.hold = Hold(why, now + HOLD_SECONDS) if why else Hold()
     return line
+
+
+def adds_otherwise(stored: bytes | None) -> bool:
+    """Whether a stored plan is of a release whose servers added contributions in another way than today's."""
+    return stored is not None and plan_pb2.Plan.FromString(stored).sum_form != plan_pb2.SUM_FORM_FIXED_POINT
 
 
 def recomputed(before: int, start: int) -> str:

@@ -48,6 +48,9 @@ MAX_CONTRIBUTIONS = 1 << 16
 TILE = 4
 """Blocks that stay in the first-level cache while several contributions are added to them."""
 _BIAS = 127
+_SCALED_BITS = 8
+"""A value is at most 2**7 times its scale: 128 in int8, 8 in int4, 8 * 16 if rotated. One bit more is for what the
+rotation rounds."""
 _MIN_EXPONENT = -126
 
 
@@ -60,7 +63,7 @@ class Grid:
     tops: I8
     """The top that a value needs, by its biased exponent (0 to 255)."""
     scaled_tops: I8
-    """The top that a block in int8 needs, by the biased exponent of its scale. A quotient is at most 128."""
+    """The top that a block of int8 or int4 needs, by the biased exponent of its scale."""
     factors: F32
     """1 / unit, by bin."""
     lower_units: F64
@@ -77,7 +80,7 @@ def grid(num_contributions: int) -> Grid:
         ends = [biased - _BIAS + 1 + bits for biased in range(255)]
         return [max(-(-(end + 1) // width) - 1, lowest) - lowest for end in ends]
 
-    plain, scaled = tops(0), tops(7)
+    plain, scaled = tops(0), tops(_SCALED_BITS)
     bins = [width * (lowest + number) for number in range(scaled[-1] + 1)]
     return Grid(
         width,
@@ -176,6 +179,7 @@ def _widen(halves_TE: U16, bits_TE: U32) -> None:
 @kernel
 def _add_int4(
     scales_T: F32,
+    scale_bits_T: I32,
     packed_TH: U8,
     first: int,
     key: int,
@@ -190,17 +194,27 @@ def _add_int4(
 ) -> None:
     """Add blocks of int4, rotated ones as in `codec.hadamard_decode`. `first` is the number of the first block."""
     spare, quotients = scratch + 4 * BLOCK, scratch + 8 * BLOCK
-    values_E, values_1E = carray(pointer(scratch), BLOCK, np.float32), carray(pointer(scratch), (1, BLOCK), np.float32)
-    bits_E, bits_1E = carray(pointer(scratch), BLOCK, np.int32), carray(pointer(scratch), (1, BLOCK), np.int32)
+    values_E, bits_E = carray(pointer(scratch), BLOCK, np.float32), carray(pointer(scratch), BLOCK, np.int32)
     spare_E = carray(pointer(spare), BLOCK, np.float32)
     quotients_E = carray(pointer(quotients), BLOCK, np.int8)
     pairs_H = carray(pointer(quotients), BLOCK // 2, np.uint16)
     for block in range(packed_TH.shape[0]):
+        top = int32(needs[(scale_bits_T[block] & int32(MAGNITUDE_BITS)) >> 23])
+        if top > tops_T[block]:
+            _raise(high_TE, low_TE, tops_T, block, top)
+        top = int32(tops_T[block])
+        if top == NOT_FINITE:
+            continue
         codec._int4_dequantize(scales_T, packed_TH, block, quotients_E, pairs_H, values_E)
         if rotated:
             codec._hadamard(values_E, spare_E)
             codec._flip_signs(bits_E, key, first + block)
-        _add_values(values_1E, bits_1E, high_TE, low_TE, tops_T, block, needs, factors, base)
+        factor = factors[top]
+        for i in range(BLOCK):
+            units = values_E[i] * factor
+            whole = np.rint(units)
+            high_TE[block, i] += int32(whole)
+            low_TE[block, i] += int32(np.rint((units - whole) * base))
 
 
 @kernel
@@ -286,8 +300,8 @@ def _add_fragment(
             payload = payloads_C[c]
             scales, body = payload + 4 * begin, payload + 4 * blocks
             scales_T = carray(pointer(scales), whole, np.float32)
+            bits_T = carray(pointer(scales), whole, np.int32)
             if kind == INT8:
-                bits_T = carray(pointer(scales), whole, np.int32)
                 quotients_TE = carray(pointer(body + BLOCK * begin), (whole, BLOCK), np.int8)
                 _add_int8(scales_T, bits_T, quotients_TE, high_TE, low_TE, tops_T, scaled_tops, factors, base)
                 continue
@@ -295,6 +309,7 @@ def _add_fragment(
                 packed_TH = carray(pointer(body + BLOCK // 2 * begin), (whole, BLOCK // 2), np.uint8)
                 _add_int4(
                     scales_T,
+                    bits_T,
                     packed_TH,
                     begin,
                     key,
@@ -303,7 +318,7 @@ def _add_fragment(
                     high_TE,
                     low_TE,
                     tops_T,
-                    tops,
+                    scaled_tops,
                     factors,
                     base,
                 )

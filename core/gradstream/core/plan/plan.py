@@ -209,6 +209,7 @@ class Plan:
             num_chunks=self.num_chunks,
             pipeline_schedule=self.pipeline_schedule,
             worker_bytes=self.worker_bytes,
+            sum_form=plan_pb2.SUM_FORM_FIXED_POINT,
         )
 
     @classmethod

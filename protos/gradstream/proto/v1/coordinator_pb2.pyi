@@ -274,7 +274,7 @@ class Activity(_message.Message):
     state_bytes: _builtins.int
     """For a server, bytes of the job's state: weights, moments, accumulators, reference and published bundles."""
     early_bytes: _builtins.int
-    """For a server, bytes of contributions that wait to be added in slot order."""
+    """For a server, bytes of contributions that wait to be added."""
     num_parameters: _builtins.int
     """For a server, number of parameters of its shard."""
     unreachable: _builtins.str

@@ -473,7 +473,7 @@ class ServerMemory(_message.Message):
     predicted_state_bytes: _builtins.int
     """Bytes of state in the plan's prediction."""
     early_bytes: _builtins.int
-    """Bytes of contributions that wait to be added in slot order."""
+    """Bytes of contributions that wait to be added."""
     most_early_bytes: _builtins.int
     """Maximum number of bytes of contributions that can wait."""
     newcomer_bytes: _builtins.int

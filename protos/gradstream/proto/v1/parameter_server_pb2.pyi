@@ -29,7 +29,7 @@ class _PushResultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PushResult
     PUSH_RESULT_UNSPECIFIED: _PushResult.ValueType  # 0
     """The stream's first response: no contribution yet, only the window."""
     PUSH_RESULT_ACCEPTED: _PushResult.ValueType  # 1
-    """Accepted; it is added in slot order."""
+    """Accepted; it is added once."""
     PUSH_RESULT_DUPLICATE: _PushResult.ValueType  # 2
     """The server had it already; the duplicate was dropped."""
     PUSH_RESULT_STALE: _PushResult.ValueType  # 3
@@ -41,7 +41,7 @@ class PushResult(_PushResult, metaclass=_PushResultEnumTypeWrapper):
 PUSH_RESULT_UNSPECIFIED: PushResult.ValueType  # 0
 """The stream's first response: no contribution yet, only the window."""
 PUSH_RESULT_ACCEPTED: PushResult.ValueType  # 1
-"""Accepted; it is added in slot order."""
+"""Accepted; it is added once."""
 PUSH_RESULT_DUPLICATE: PushResult.ValueType  # 2
 """The server had it already; the duplicate was dropped."""
 PUSH_RESULT_STALE: PushResult.ValueType  # 3
@@ -520,7 +520,7 @@ class GetServerStatusResponse(_message.Message):
     state_bytes: _builtins.int
     """Bytes of weights, optimizer state, accumulators, reference and published bundles."""
     early_bytes: _builtins.int
-    """Bytes of contributions that wait to be added in slot order."""
+    """Bytes of contributions that wait to be added."""
     num_dropped: _builtins.int
     """Contributions refused since the plan was taken up: duplicates and stale ones."""
     newcomer_bytes: _builtins.int

@@ -105,6 +105,26 @@ TENSOR_KIND_VECTOR: TensorKind.ValueType  # 3
 """One dimension: norms and biases."""
 Global___TensorKind: _TypeAlias = TensorKind  # noqa: Y015
 
+class _SumForm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SumFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SumForm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SUM_FORM_UNSPECIFIED: _SumForm.ValueType  # 0
+    """In fp32, in slot order."""
+    SUM_FORM_FIXED_POINT: _SumForm.ValueType  # 1
+    """In fixed point, in any order."""
+
+class SumForm(_SumForm, metaclass=_SumFormEnumTypeWrapper):
+    """How servers add the contributions to a step."""
+
+SUM_FORM_UNSPECIFIED: SumForm.ValueType  # 0
+"""In fp32, in slot order."""
+SUM_FORM_FIXED_POINT: SumForm.ValueType  # 1
+"""In fixed point, in any order."""
+Global___SumForm: _TypeAlias = SumForm  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
     """One tensor of the model's inventory, in forward order."""
@@ -204,6 +224,7 @@ class Plan(_message.Message):
     NUM_CHUNKS_FIELD_NUMBER: _builtins.int
     PIPELINE_SCHEDULE_FIELD_NUMBER: _builtins.int
     WORKER_BYTES_FIELD_NUMBER: _builtins.int
+    SUM_FORM_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job this plan belongs to."""
     epoch: _builtins.int
@@ -228,6 +249,8 @@ class Plan(_message.Message):
     """Stages that each worker of a replica has; worker w has stages w, w + P, ... where P is the number of its workers."""
     pipeline_schedule: _builtins.str
     """The schedule by which a replica's workers compute their microbatches (gradstream.core.pipeline.schedule)."""
+    sum_form: Global___SumForm.ValueType
+    """How servers add contributions. Plans of older releases have the default."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """The model's inventory in forward order."""
@@ -270,10 +293,11 @@ class Plan(_message.Message):
         num_chunks: _builtins.int = ...,
         pipeline_schedule: _builtins.str = ...,
         worker_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        sum_form: Global___SumForm.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "checkpoint_root", b"checkpoint_root", "data_manifest_json", b"data_manifest_json", "epoch", b"epoch", "fragment_elements", b"fragment_elements", "job_id", b"job_id", "leader", b"leader", "model_config_json", b"model_config_json", "num_chunks", b"num_chunks", "pipeline_schedule", b"pipeline_schedule", "placement", b"placement", "recipe_json", b"recipe_json", "servers", b"servers", "stage_ends", b"stage_ends", "start_version", b"start_version", "tensors", b"tensors", "worker_bytes", b"worker_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_path", b"checkpoint_path", "checkpoint_root", b"checkpoint_root", "data_manifest_json", b"data_manifest_json", "epoch", b"epoch", "fragment_elements", b"fragment_elements", "job_id", b"job_id", "leader", b"leader", "model_config_json", b"model_config_json", "num_chunks", b"num_chunks", "pipeline_schedule", b"pipeline_schedule", "placement", b"placement", "recipe_json", b"recipe_json", "servers", b"servers", "stage_ends", b"stage_ends", "start_version", b"start_version", "sum_form", b"sum_form", "tensors", b"tensors", "worker_bytes", b"worker_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

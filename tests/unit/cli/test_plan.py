@@ -71,12 +71,29 @@ def test_a_plan_for_people(recipe: str, here: None, capsys: pytest.CaptureFixtur
         "a step takes about ",
         "for 4 microbatches a replica, ",
         "of it idle in the pipeline; push ",
-        "stages: 2, in 2 replicas of 2 workers, cut after ",
-        "schedule: 1f1b as pipeline.schedule says",
+        "stages     2, in 2 replicas of 2 workers, cut after ",
+        "schedule   1f1b as pipeline.schedule says",
     ):
         assert part in captured.out, part
     assert captured.err.startswith("warning: data.path ")
     assert "holds no data set yet, so the data was not checked" in captured.err
+
+
+def test_a_plan_of_a_large_cluster_is_summed_up(recipe: str, here: None, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = ["-s", "model.config.num_hidden_layers=14", "-s", "pipeline.stages=12", "-s", "pipeline.schedule=1f1b"]
+    assert main(["plan", recipe, *layers, "--workers", "26", "--servers", "10", "--memory", "1GiB"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split("  ")[0] for line in out.splitlines()]
+    assert rows.count("push") == rows.count("pull") == 2
+    assert rows.count("activations") == rows.count("gradients") == 1
+    assert "10 servers " in rows or "10 servers" in rows
+    places = [row for row in rows if row.startswith("worker")]
+    assert places[0].startswith("worker in place 0") or places[0].startswith("workers in place 0 to ")
+    assert places[-1].endswith("11")
+    assert "all 10 that were live (server-0, server-1, server-2, server-3 and 6 more), led by server-0" in out
+    assert " and 7 more\n" in out, "of 11 cuts"
+    assert "2 more workers stay idle" in out
+    assert len(out.splitlines()) < 60
 
 
 def test_a_plan_without_a_pipeline(recipe: str, here: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from gradstream.coordinator.cli.options import (
     parse_size,
 )
 from gradstream.coordinator.cli.views import terminal
+from gradstream.coordinator.cli.views.plan import print_forecast
 
 if TYPE_CHECKING:
     from gradstream.client import Client
@@ -87,7 +88,7 @@ def plan(
     if output is OutputFormat.json:
         terminal.print_json(told.to_dict())
         return
-    _print(told, loaded, link_reason)
+    print_forecast(told, loaded, link_reason)
     terminal.hint(f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}")
 
 
@@ -176,85 +177,3 @@ def find_manifest(recipe: Recipe) -> Manifest | None:
     from gradstream.core.storage import files
 
     return load_manifest(recipe.data.path) if MANIFEST_NAME in files.list_names(recipe.data.path) else None
-
-
-# --- for people -------------------------------------------------------------------------------------------------------
-
-
-def _print(told: Forecast, recipe: Recipe, link_reason: str) -> None:
-    where = f"{len(told.servers)} servers, {told.num_replicas * len(told.places)} workers"
-    terminal.print_line(f"{recipe.name}: {terminal.format_count(told.num_parameters)} parameters on {where}")
-    print()
-    if told.stages:
-        terminal.print_table(
-            ["STAGE", "PLACE", "SEGMENTS", ">PARAMETERS", ">FORWARD", ">BACKWARD", ""],
-            [
-                (
-                    stage.stage,
-                    stage.place,
-                    _span(stage.segments),
-                    terminal.format_count(stage.num_parameters),
-                    _seconds(stage.forward_seconds),
-                    _seconds(stage.backward_seconds),
-                    "" if stage.measured else "estimated",
-                )
-                for stage in told.stages
-            ],
-        )
-        print()
-    terminal.print_table(
-        ["NODE", "NAMES", ">NEEDS", ">OFFERS"],
-        [
-            *(
-                (
-                    f"worker in place {place.place}",
-                    _some(place.workers),
-                    *_memory(place.need_bytes, place.offered_bytes),
-                )
-                for place in told.places
-            ),
-            *(
-                ("parameter server", server.server, *_memory(server.need_bytes, server.offered_bytes))
-                for server in told.servers
-            ),
-        ],
-    )
-    print()
-    terminal.print_table(
-        ["LINK", "FROM", "TO", ">BYTES A STEP"],
-        [(link.kind, link.sender, link.receiver, terminal.format_bytes(link.step_bytes)) for link in told.links],
-    )
-    print()
-    if told.step_seconds is not None and told.compute_seconds is not None and told.bubble is not None:
-        idle = f", {100 * told.bubble:.0f} % of it idle in the pipeline" if len(told.places) > 1 else ""
-        terminal.print_line(
-            f"a step takes about {_seconds(told.step_seconds)}: compute {_seconds(told.compute_seconds)} for "
-            f"{told.num_microbatches} microbatches a replica{idle}; push {_seconds(told.push_seconds)} and pull "
-            f"{_seconds(told.pull_seconds)} at {terminal.format_bit_rate(told.link_bits_per_second / 8)}, of which "
-            f"{_seconds(told.exposed_seconds or 0)} are not hidden"
-        )
-        steps = recipe.training.num_steps
-        terminal.print_line(
-            f"that is {terminal.format_count(told.tokens_per_second or 0)} tokens/s; {steps} steps take about "
-            f"{terminal.format_duration(steps * told.step_seconds)}, without validation and checkpoints"
-        )
-    terminal.print_line(f"link: {terminal.format_bit_rate(told.link_bits_per_second / 8)} a node, {link_reason}")
-    for reason in told.reasons.values():
-        terminal.print_line(reason)
-
-
-def _span(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = len(names) - 4
-    return ", ".join(names[:4]) + (f" and {more} more" if more > 0 else "")
-
-
-def _memory(need: int, offered: int) -> tuple[str, str]:
-    return terminal.format_bytes(need), terminal.format_bytes(offered) if offered else "not said"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"

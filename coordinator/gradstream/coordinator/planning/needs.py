@@ -121,6 +121,17 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} GiB" if count < 1024 else f"{count / 1024:.1f} TiB"
 
 
+MAX_NAMED = 8
+"""Of more names a reason has the first four, of more figures the range."""
+
+
+def named(names: Sequence[str]) -> str:
+    """Names for a reason: all, or the first ones and how many there are more."""
+    if len(names) <= MAX_NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[:4])} and {len(names) - 4} more"
+
+
 def fits(memory_bytes: int, need: int) -> bool:
     """Whether a node's memory is enough. Memory that was not reported (0) counts as enough."""
     return not memory_bytes or memory_bytes >= need

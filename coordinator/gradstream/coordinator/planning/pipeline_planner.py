@@ -23,7 +23,7 @@ from gradstream.coordinator.planning.fitting import (
     stage_live,
     working_bytes,
 )
-from gradstream.coordinator.planning.needs import NodeOffer, human_bytes
+from gradstream.coordinator.planning.needs import MAX_NAMED, NodeOffer, human_bytes, named
 from gradstream.coordinator.planning.smallest_change import smallest_change
 from gradstream.coordinator.planning.stages import SegmentCost, StageCut, StageOffer, cut_stages
 from gradstream.core.errors import ConfigError, PlanError
@@ -259,7 +259,10 @@ def _fit(
         tuple(ends[end - 1] for end in cut.ends), chunks, schedule.name, needs, tuple(map(tuple, groups))
     )
     per_worker = f", {chunks} a worker" if chunks > 1 else ""
-    cuts = ", ".join(costs[end - 1].name for end in cut.ends[:-1])
+    cuts = named([costs[end - 1].name for end in cut.ends[:-1]])
+    many = len(needs) > MAX_NAMED
+    needed = f"{human_bytes(min(needs))} to {human_bytes(max(needs))}" if many else ", ".join(map(human_bytes, needs))
+    relative = [f"{speed:.2g}" for speed in ([min(speeds), max(speeds)] if many else speeds)]
     auto = ", the fewest that fit the workers' memory" if config.stages == "auto" else ""
     estimated = [profile.name for profile in profiles if not profile.measured]
     reasons = {
@@ -267,8 +270,8 @@ def _fit(
         f"{_count(size, 'worker')}"
         + (f", cut after {cuts}" if cuts else "")
         + f"; {cut_reason}"
-        + (f"; speeds by place {', '.join(f'{speed:.2g}' for speed in speeds)}" if min(speeds) < 1 else "")
-        + f"; a worker needs {', '.join(map(human_bytes, needs))} by its place"
+        + (f"; speeds by place {(' to ' if many else ', ').join(relative)}" if min(speeds) < 1 else "")
+        + f"; a worker needs {needed} by its place"
         + (f"; times of {len(estimated)} of {len(profiles)} segments are estimates" if estimated else ""),
         "schedule": f"schedule: {schedule_reason} for {_count(now, 'microbatch')} a run",
     }

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 from gradstream.coordinator.planning.fitting import NO_LIMIT
 from gradstream.coordinator.planning.inventory import Inventory
-from gradstream.coordinator.planning.needs import NodeOffer, ServerBytes, fits, human_bytes, server_bytes, worker_bytes
+from gradstream.coordinator.planning.needs import (
+    NodeOffer,
+    ServerBytes,
+    fits,
+    human_bytes,
+    named,
+    server_bytes,
+    worker_bytes,
+)
 from gradstream.coordinator.planning.pipeline_planner import LATENCY_SECONDS, Pipeline, plan_pipeline
 from gradstream.coordinator.planning.placement import place
 from gradstream.coordinator.planning.smallest_change import smallest_change
@@ -170,7 +178,7 @@ def _check_message(plan: Plan) -> None:
 
 
 def _servers_reason(chosen: Sequence[NodeOffer], num_idle: int, num_fragments: int) -> str:
-    names = ", ".join(server.name for server in chosen)
+    names = named([server.name for server in chosen])
     idle = f"; {num_idle} more stay idle, as there are only {num_fragments} fragments" if num_idle else ""
     return f"servers: all {len(chosen)} that were live ({names}), led by {chosen[0].name}{idle}"
 

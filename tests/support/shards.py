@@ -47,7 +47,8 @@ Key = tuple[int, int]
 def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: str = "data", **changes: Any) -> Plan:
     """Make a plan for the micro model.
 
-    Keyword arguments replace fields of the plan; `codec` and `training` replace keys of the recipe's sections.
+    Keyword arguments replace fields of the plan; `codec`, `optimizer` and `training` replace keys of the recipe's
+    sections.
     """
     recipe = {
         "name": "tiny",
@@ -55,7 +56,7 @@ def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: st
         "model": {"config": MODEL},
         "training": {"num_steps": 3, "num_slots": 3, "global_batch": 6, "microbatch": 1, "sequence_length": 8}
         | changes.pop("training", {}),
-        "optimizer": {"learning_rate": 0.01, "clip_norm": 0.5},
+        "optimizer": {"learning_rate": 0.01, "clip_norm": 0.5} | changes.pop("optimizer", {}),
         "validation": {"num_samples": 3},
         "checkpoint": {"interval_steps": 1 if changes.get("checkpoint_root") else 0} | changes.pop("checkpoint", {}),
         "codec": {"push": push, "pull": pull, "embedding": "bf16"} | changes.pop("codec", {}),

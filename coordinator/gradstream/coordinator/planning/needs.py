@@ -14,8 +14,10 @@ from gradstream.core.plan.sizes import MAX_ENCODED_SLOTS, encoded_bytes, sum_byt
 from gradstream.core.recipe.recipe import RESIDUAL_CODECS, Recipe
 from gradstream.core.wire.stream_limits import MAX_WAITING_BYTES
 
-# Number of fp32 arrays that an optimizer keeps besides the weights.
 NUM_MOMENTS = {"adamw": 2, "sgd": 1}
+"""Number of arrays that an optimizer keeps besides the weights."""
+MOMENT_BYTES = {"fp32": 4, "bf16": 2}
+"""Bytes of an element of these arrays, by their type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +62,16 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
     array = BYTES_PER_ELEMENT * sum(fragment.num_elements for fragment in fragments)
     form, embedding = downlink(recipe.codec.pull), recipe.codec.embedding
     whole = encoded(form.full, embedding)
-    saved = (1 + NUM_MOMENTS[recipe.optimizer.kind] + form.keeps_reference) * array
+    optimizer = recipe.optimizer
+    moments = NUM_MOMENTS[optimizer.kind] * MOMENT_BYTES[optimizer.moments] * (array // BYTES_PER_ELEMENT)
+    saved = (1 + form.keeps_reference) * array + moments
     if form.delta is None:
         published, newcomer = whole, 0
     else:
         published, newcomer = (array if form.keeps_reference else whole), whole
         published += encoded(form.delta, form.delta)
     sums = sum(sum_bytes(fragment.num_elements) for fragment in fragments)
-    state = (1 + NUM_MOMENTS[recipe.optimizer.kind]) * array + sums + published
+    state = array + moments + sums + published
     push = first_push_codec(recipe.codec)
     early = recipe.training.num_slots * encoded(push, embedding)
     if recipe.pipeline.stages != 1:  # both parts of a tied tensor

@@ -27,12 +27,12 @@ from gradstream.core.storage.tensor_files import bytes_of
 from gradstream.proto.v1 import coordinator_pb2
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     from gradstream.core.plan.plan import Plan
 
-State: TypeAlias = "dict[str, npt.NDArray[np.float32]]"
+State: TypeAlias = "dict[str, npt.NDArray[Any]]"
+"""A fragment's arrays by kind: fp32, or the bits of bf16 as 16-bit numbers."""
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -124,7 +124,7 @@ def shard_file_name(epoch: int, server: int, num_servers: int) -> str:
     return f"epoch-{epoch:04d}-shard-{server:03d}-of-{num_servers:03d}.safetensors"
 
 
-def fragment_digest(state: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
+def fragment_digest(state: Mapping[str, npt.NDArray[Any]]) -> bytes:
     """sha256 of one fragment's state: the weights, then the optimizer's arrays, sorted by name."""
     digest = hashlib.sha256()
     for kind in [WEIGHT, *sorted(set(state) - {WEIGHT})]:

@@ -26,8 +26,11 @@ REFERENCE = "copy"  # the kind's name in files for the weights as workers hold t
 MAX_COPY_BYTES = 256 << 20
 """The most bytes that a server copies for a checkpoint, unless two bundles are larger: then two bundles."""
 
-Sizes: TypeAlias = "Mapping[str, int]"
-"""The number of elements of each of a fragment's arrays, by kind."""
+Sizes: TypeAlias = "Mapping[str, tuple[str, int]]"
+"""The type, as safetensors names it, and the number of elements of each of a fragment's arrays, by kind."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""The kinds that may be bf16."""
+_DTYPES = {"float32": "F32", "uint16": "BF16"}
 
 
 def write_shard(
@@ -45,9 +48,9 @@ def write_shard(
     """
     announced = sizes if sizes is not None else [(fragment, sizes_of(state)) for fragment, state in _listed(shard)]
     specs = [
-        TensorSpec(f"{kind}/{slice_name(tensors, fragment)}", "F32", (num_elements,))
+        TensorSpec(f"{kind}/{slice_name(tensors, fragment)}", dtype, (num_elements,))
         for fragment, kinds in announced
-        for kind, num_elements in kinds.items()
+        for kind, (dtype, num_elements) in kinds.items()
     ]
     digests: list[bytes] = []
 
@@ -67,9 +70,9 @@ def write_shard(
     return write_checkpoint_file(directory, file, write), digests
 
 
-def sizes_of(state: State) -> dict[str, int]:
-    """The number of elements of each of a fragment's arrays."""
-    return {kind: array.size for kind, array in state.items()}
+def sizes_of(state: State) -> dict[str, tuple[str, int]]:
+    """The type and the number of elements of each of a fragment's arrays."""
+    return {kind: (_DTYPES[array.dtype.name], array.size) for kind, array in state.items()}
 
 
 def _listed(shard: Iterable[tuple[Fragment, State]]) -> Sequence[tuple[Fragment, State]]:
@@ -88,6 +91,7 @@ class CheckpointReader:
         self.directory = directory
         self.manifest = read_manifest(directory)
         self._open_files: dict[int, Any] = {}
+        self._locals: dict[int, str] = {}
         self._numbers = {entry.name: number for number, entry in enumerate(self.manifest.tensors)}
         self._tensors = [entry.tensor() for entry in self.manifest.tensors]
         self._fragments: dict[int, list[Fragment]] = {}
@@ -103,7 +107,7 @@ class CheckpointReader:
         return self._tensors[self._numbers[tensor]].shape
 
     def read(self, kind: str, tensor: str, begin: int, end: int) -> npt.NDArray[np.float32]:
-        """Read elements [begin, end) of a tensor's `kind` into a new fp32 array."""
+        """Read elements [begin, end) of a tensor's `kind` into a new fp32 array, which bf16 is widened to."""
         import numpy as np
 
         self.shape(tensor)
@@ -124,7 +128,7 @@ class CheckpointReader:
         return self._slice(kind, piece, 1)[:]  # type: ignore[no-any-return]
 
     def _slice(self, kind: str, piece: Fragment, num_elements: int) -> Any:
-        """A fragment's array in its file, fp32 with `num_elements` elements, which can be read in slices."""
+        """A fragment's array in its file, with `num_elements` elements, which can be read in slices of fp32."""
         from safetensors import SafetensorError, safe_open
 
         number, key = self.manifest.placement[piece.index], f"{kind}/{slice_name(self._tensors, piece)}"
@@ -134,18 +138,34 @@ class CheckpointReader:
             local = verified_file(self.directory, entry)
             with parsing(lambda cause: CheckpointError(f"checkpoint file {path} cannot be read ({cause})")):
                 self._open_files[number] = safe_open(local, framework="numpy")
+            self._locals[number] = local
         try:
             found = self._open_files[number].get_slice(key)
         except SafetensorError:
             raise CheckpointError(
                 f"checkpoint file {path} has no '{key}'; it was written with another optimizer than the recipe's"
             ) from None
-        if found.get_dtype() != "F32" or list(found.get_shape()) != [num_elements]:
+        dtype = found.get_dtype()
+        expected = _DTYPES.values() if kind in MOMENTS else ("F32",)
+        if dtype not in expected or list(found.get_shape()) != [num_elements]:
             raise CheckpointError(
-                f"checkpoint file {path}: '{key}' is {found.get_dtype()} of shape {found.get_shape()}, and the "
+                f"checkpoint file {path}: '{key}' is {dtype} of shape {found.get_shape()}, and the "
                 f"manifest says fp32 of [{num_elements}]; they do not belong together"
             )
-        return found
+        return _Widened(self._locals[number], key) if dtype == "BF16" else found
+
+
+class _Widened:
+    """A bf16 array in a file, read in slices of fp32. numpy has no bf16, so torch reads it."""
+
+    def __init__(self, path: str, key: str):
+        from safetensors import safe_open
+
+        opened: Any = safe_open(path, framework="pt")
+        self._found = opened.get_slice(key)
+
+    def __getitem__(self, elements: slice) -> npt.NDArray[np.float32]:
+        return self._found[elements].float().numpy()  # type: ignore[no-any-return]
 
 
 def verified_file(directory: str, entry: FileEntry) -> str:

@@ -26,7 +26,7 @@ from gradstream.core.kernels.codec import (
 
 def preload() -> None:
     """Compile the kernels of all modules, or load them from the cache."""
-    from gradstream.core.kernels import dense, fixed_point, residual
+    from gradstream.core.kernels import dense, fixed_point, moments, residual
 
     values_BE = np.ones((1, BLOCK), np.float32)
     scales_B, quotients_BE = np.empty(1, np.float32), np.empty((1, BLOCK), np.int8)
@@ -49,6 +49,7 @@ def preload() -> None:
         join_planes(planes_PN, words_N)
     dense.preload()
     fixed_point.preload()
+    moments.preload()
     residual.preload()
 
 

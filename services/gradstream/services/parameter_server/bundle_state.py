@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +26,11 @@ from gradstream.core.plan.downlink import Downlink
 from gradstream.core.plan.fragments import Fragment, Tensor
 from gradstream.core.pretrained.base import BaseReader
 from gradstream.core.recipe.recipe import Recipe
+from gradstream.services.parameter_server.bf16_moments import Bf16MomentsOptimizer
 from gradstream.services.parameter_server.optimizer import STEP_COUNT, BundleOptimizer
 from gradstream.services.parameter_server.publication import PublishedBundle, publisher
 
-State = dict[str, npt.NDArray[np.float32]]
+State = dict[str, npt.NDArray[Any]]
 FragmentState = tuple[Fragment, State]
 """A fragment and its arrays by name, as in a checkpoint."""
 
@@ -57,9 +59,14 @@ class BundleState:
         self._sum = FixedPointSum(elements, self._num_contributions)
         self._weights = slices(self._weights_N, bundle)
         self._sums = slices(self._sum.result_N, bundle)
-        self._optimizer = BundleOptimizer(
-            self._weights, self._sums, [tensor.decay for tensor in self._tensors], recipe.optimizer
-        )
+        self._optimizer: BundleOptimizer | Bf16MomentsOptimizer
+        if recipe.optimizer.moments == "bf16":
+            self._optimizer = Bf16MomentsOptimizer(
+                self._weights, self._sums, bundle.fragments, self._tensors, recipe.optimizer, recipe.seed
+            )
+        else:
+            decays = [tensor.decay for tensor in self._tensors]
+            self._optimizer = BundleOptimizer(self._weights, self._sums, decays, recipe.optimizer)
         self._publishing = threading.Lock()
         self._publisher = publisher(form, bundle, self._weights_N, book, recipe.codec.keyframe_versions)
 
@@ -118,10 +125,10 @@ class BundleState:
 
     # -- commit ----------------------------------------------------------------------------------------------------
 
-    def apply(self, num_tokens: int, clip_scale: float, rate: float) -> None:
-        """Scale the sum to the clipped mean over the step's tokens and update the weights; worker thread."""
+    def apply(self, num_tokens: int, clip_scale: float, rate: float, step: int) -> None:
+        """Scale the sum to the clipped mean over the tokens of `step` and update the weights; worker thread."""
         self._sum.result_N.mul_(clip_scale / num_tokens)
-        self._optimizer.step(rate)
+        self._optimizer.step(rate, step)
 
     def publish(self, version: int, codec: str) -> None:
         """Encode a version for workers' pulls; `codec` is the codec of its differences. Worker thread."""
@@ -166,10 +173,11 @@ class BundleState:
         for fragment, state in self._saved():
             copied: State = {}
             for name, array in state.items():
-                copied[name] = out[begin : begin + array.nbytes].view(array.dtype)
+                copy = out[begin : begin + array.nbytes]
                 begin += array.nbytes
                 # torch's copy releases the interpreter lock.
-                torch.from_numpy(copied[name]).copy_(torch.from_numpy(array))
+                torch.from_numpy(copy).copy_(torch.from_numpy(array.view(np.uint8)))
+                copied[name] = copy.view(array.dtype)
             copies.append((fragment, copied))
         return copies
 

@@ -200,7 +200,7 @@ def apply(state: BundleState, update: Update) -> None:
     """Update a bundle's weights and encode them for pulls. Worker thread."""
     decision = update.decision
     if not decision.skip:
-        state.apply(decision.num_tokens, decision.clip_scale, update.rate)
+        state.apply(decision.num_tokens, decision.clip_scale, update.rate, decision.step)
     state.publish(decision.step + 1, update.pull_codec)
 
 

@@ -68,8 +68,8 @@ class BundleOptimizer:
         return {**zeros, STEP_COUNT: [torch.zeros((), dtype=torch.float32) for _ in weights]}
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Update the weights in place with learning rate `rate`."""
+    def step(self, rate: float, step: int = 0) -> None:
+        """Update the weights in place with learning rate `rate`, whatever the number of the step."""
         config = self._config
         for group in self._groups:
             if config.kind == "adamw":

@@ -15,7 +15,7 @@ from gradstream.core.plan.bundles import bundle, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import Tensor, cut
 from gradstream.core.recipe.fine_tuning import LoraConfig
-from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
 from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.optimizer import STEP_COUNT
 
@@ -136,6 +136,18 @@ def test_of_compressed_weights_a_maximum_is_predicted(trained: str, pull: str) -
         assert found.newcomer <= predicted.newcomer
         assert found.early <= predicted.early
         assert found.checkpoint == predicted.checkpoint
+
+
+def test_bf16_moments_take_4_bytes_a_parameter_less() -> None:
+    whole, tensors = micro_plan().recipe, trained_tensors("full")
+    recipe = whole.model_copy(update={"optimizer": OptimizerConfig(moments="bf16")})
+    held = Held(recipe, tensors)
+    for version in range(2):
+        held.begin_version(version)
+    predicted = server_bytes(recipe, held.fragments, tensors)
+    assert held.bytes() == ServerBytes(predicted.state, predicted.checkpoint, 0, 0)
+    count = sum(tensor.num_elements for tensor in tensors)
+    assert server_bytes(whole, held.fragments, tensors).state - predicted.state == 4 * count
 
 
 def test_adapters_take_25_bytes_a_parameter_and_4_more_for_a_new_worker() -> None:

@@ -21,7 +21,7 @@ from gradstream.coordinator.planning.needs import (
 )
 from gradstream.coordinator.planning.pipeline_planner import LATENCY_SECONDS, Pipeline, plan_pipeline
 from gradstream.coordinator.planning.placement import place
-from gradstream.coordinator.planning.smallest_change import smallest_change
+from gradstream.coordinator.planning.smallest_change import fewer_slots, smallest_change
 from gradstream.core.data.manifest import Manifest
 from gradstream.core.data.sampler import check_samples
 from gradstream.core.errors import ConfigError, DataError, PlanError
@@ -235,14 +235,20 @@ def _check_server_memory(
 
 def _check_streams(plan: Plan, servers: Sequence[NodeOffer], needs: Sequence[ServerBytes]) -> None:
     """Raise PlanError when a server lacks memory for the streams of all workers that can share the job."""
-    for server, needed, peers in zip(servers, needs, traffic(plan), strict=True):
+    found = traffic(plan)
+    for server, needed, peers in zip(servers, needs, found, strict=True):
         streams = more_than_usual_bytes(plan.max_workers, peers)
         if server.memory_bytes and needed.most + streams > server.memory_bytes:
+            rooms = [
+                max(0, s.memory_bytes - n.most) if s.memory_bytes else NO_LIMIT
+                for s, n in zip(servers, needs, strict=True)
+            ]
+            change = fewer_slots(plan, rooms, found)
             raise PlanError(
                 f"up to {plan.max_workers} workers may share this job (training.num_slots is {plan.num_slots}), "
                 f"and their streams may hold {human_bytes(streams)} at parameter server {server.name}, which needs "
                 f"{human_bytes(needed.most)} for its share of the model and offers {human_bytes(server.memory_bytes)}; "
-                f"lower training.num_slots, or give it more memory, then `gradstream resume`"
+                f"lower training.num_slots, or give it more memory, then `gradstream resume`{change}"
             )
 
 

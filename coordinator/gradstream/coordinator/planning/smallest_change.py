@@ -1,10 +1,12 @@
-"""The smallest change of a recipe or a cluster with which a model has a layout. A pure function.
+"""The smallest change of a recipe or a cluster with which a model has a layout. Pure functions.
 
 Changes are tried in this order, and the first one that fits is the answer:
   1. settings that change no bit: `pipeline.stages` and `pipeline.schedule`;
   2. settings that cost time: a smaller microbatch, recomputed activations, both;
   3. more workers, with the fewest of these settings;
   4. workers with more memory, with the settings that need least.
+
+Where it is the servers that lack memory, for the streams of all workers, fewer slots are the change.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from gradstream.coordinator.planning.fitting import NO_LIMIT, Fitter, segment_co
 from gradstream.coordinator.planning.needs import human_bytes
 from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Tensor
+from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.wire.stream_limits import Traffic, more_than_usual_bytes
 
 PRECISION_BYTES = 1 << 20
 """Up to this, the memory that workers must offer is searched for."""
@@ -129,6 +133,28 @@ def recomputed(profiles: Sequence[SegmentProfile]) -> list[SegmentProfile]:
 
 def _cuts_anew(setting: _Setting) -> bool:
     return any(key.startswith("pipeline.stages") for key in setting.keys)
+
+
+# --- servers ----------------------------------------------------------------------------------------------------------
+
+
+def fewer_slots(plan: Plan, rooms: Sequence[int], found: Sequence[Traffic]) -> str:
+    """Name the largest number of slots with whose workers' streams the servers have room, in words that end a line.
+
+    `rooms` are the bytes that each server has beside its shard, `found` the traffic with each of them. Empty when no
+    number of slots is low enough.
+    """
+    training = plan.recipe.training
+    for slots in range(plan.num_slots - 1, 0, -1):
+        if training.global_batch % (slots * training.microbatch):
+            continue
+        workers = slots * plan.replica_size
+        fewer = [
+            replace(each, step_bytes=each.step_bytes and each.step_bytes * slots // plan.num_slots) for each in found
+        ]
+        if all(more_than_usual_bytes(workers, each) <= room for each, room in zip(fewer, rooms, strict=True)):
+            return f"; the smallest change: training.num_slots={slots} instead of {plan.num_slots}"
+    return ""
 
 
 # --- machines ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gradstream.coordinator.planning.fitting import NO_LIMIT, Fitter, segment_costs
 from gradstream.coordinator.planning.inventory import Inventory
-from gradstream.coordinator.planning.needs import NodeOffer
+from gradstream.coordinator.planning.needs import NodeOffer, server_bytes
 from gradstream.coordinator.planning.pipeline_planner import Pipeline, plan_pipeline
 from gradstream.coordinator.planning.planner import NextEpoch, make_plan
 from gradstream.coordinator.planning.smallest_change import recomputed, smaller_microbatch, smallest_change
@@ -25,8 +25,10 @@ from gradstream.core.model.profile import SegmentProfile, Workload, profile_segm
 from gradstream.core.pipeline.schedule import SCHEDULES, make_schedule, num_live
 from gradstream.core.pipeline.validation import live_activations
 from gradstream.core.plan.fragments import Tensor
+from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.loading import load_recipe
 from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.wire.stream_limits import more_than_usual_bytes, traffic
 
 RECIPES = Path(__file__).parents[4] / "recipes"
 GIB = 1 << 30
@@ -228,3 +230,27 @@ def test_a_model_without_a_pipeline_learns_of_one(tmp_path: Path) -> None:
     assert refusal(0).endswith("; the smallest change: pipeline.stages=auto, with 3 stages a replica")
     assert refusal(1 << 10).startswith("parameter server ps-0 needs ")
     assert refusal(1 << 10).endswith(f"; and {refusal(0)}")
+
+
+def test_servers_without_room_for_streams_name_the_number_of_slots(tmp_path: Path) -> None:
+    model = Inventory(tuple(Tensor(f"layer.{unit}", (4096, 4096), True, unit) for unit in range(4)), "Llama", 0)
+    at = NextEpoch("j", 1, None, "/c")
+
+    def planned(num_slots: int, memory: int) -> Plan:
+        training = {"num_slots": num_slots, "global_batch": 768, "microbatch": 1}
+        recipe = recipe_of(tmp_path, training, stages=1, schedule="auto")
+        recipe = recipe.model_copy(
+            update={"cluster": recipe.cluster.model_copy(update={"fragment_bytes": 4 << 20})},
+        )
+        servers = [NodeOffer(f"ps-{n}", f"ps-{n}", "", memory) for n in range(2)]
+        return make_plan(at, recipe, None, model, servers, [])[0]
+
+    made = planned(384, 0)
+    shard = server_bytes(made.recipe, made.fragments_of(0), made.tensors).most
+    memory = shard + more_than_usual_bytes(384, traffic(made)[0])
+    with pytest.raises(PlanError, match=r"; the smallest change: training.num_slots=384 instead of 768$"):
+        planned(768, memory)
+    assert planned(384, memory).num_slots == 384
+    with pytest.raises(PlanError, match=r"; the smallest change: training.num_slots=64 instead of 768$"):
+        planned(768, shard)
+    assert planned(64, shard).num_slots == 64

@@ -1,7 +1,7 @@
 """The smallest change of a recipe or a cluster with which a model has a layout. Pure functions.
 
 Changes are tried in this order, and the first one that fits is the answer:
-  1. settings that change no bit: `pipeline.stages` and `pipeline.schedule`;
+  1. settings of the layout: `pipeline.stages` and `pipeline.schedule`;
   2. settings that cost time: a smaller microbatch, recomputed activations, both;
   3. more workers, with the fewest of these settings;
   4. workers with more memory, with the settings that need least.
@@ -23,7 +23,7 @@ from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.wire.stream_limits import Traffic, more_than_usual_bytes
 
 PRECISION_BYTES = 1 << 20
-"""Up to this, the memory that workers must offer is searched for."""
+"""The memory that workers must offer is found up to this, or up to a thousandth where that is less."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,14 @@ def smallest_change(
     for setting in settings:
         size = setting.fitter.fewest(largest)
         if size is not None:
-            return _told([*setting.keys], f"with {size} stages a replica" if _cuts_anew(setting) else "")
+            return _told(
+                [*setting.keys], f"with {size} stage{'s' * (size > 1)} a replica" if _cuts_anew(setting) else ""
+            )
     for setting in settings:
         count = _missing_workers(setting.fitter, largest)
         if count:
-            return _told([*setting.keys, f"{count} more worker{'s' * (count > 1)} of {human_bytes(largest[0])}"])
+            size_text = "" if largest[0] == NO_LIMIT else f" of {human_bytes(largest[0])}"
+            return _told([*setting.keys, f"{count} more worker{'s' * (count > 1)}{size_text}"])
     needs = [(_needed_memory(setting.fitter, len(largest)), setting) for setting in settings]
     need, setting = min(needs, key=lambda item: item[0])
     return _told([*setting.keys, f"workers of {_rounded_up(need)} instead of {human_bytes(largest[0])}"])
@@ -161,7 +164,7 @@ def fewer_slots(plan: Plan, rooms: Sequence[int], found: Sequence[Traffic]) -> s
 
 
 def _missing_workers(fitter: Fitter, memories: Sequence[int]) -> int:
-    """The number of workers like the largest one that lack; 0 when more workers do not help."""
+    """The fewest workers like the largest one that must be added; 0 when more workers do not help."""
     low, high = 0, fitter.sizes[-1]
     if fitter.fewest([memories[0]] * high + list(memories)) is None:
         return 0
@@ -175,7 +178,7 @@ def _missing_workers(fitter: Fitter, memories: Sequence[int]) -> int:
 
 
 def _needed_memory(fitter: Fitter, num_workers: int) -> int:
-    """The memory in bytes that each of so many workers needs."""
+    """The memory in bytes that each of `num_workers` workers needs."""
     low, high = 0, PRECISION_BYTES
     while fitter.fewest([high] * num_workers) is None:
         low, high = high, 2 * high

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gradstream.coordinator.planning.fitting import NO_LIMIT, Fitter, segment_costs
 from gradstream.coordinator.planning.inventory import Inventory
-from gradstream.coordinator.planning.needs import NodeOffer, server_bytes
+from gradstream.coordinator.planning.needs import NodeOffer, server_bytes, worker_bytes
 from gradstream.coordinator.planning.pipeline_planner import Pipeline, plan_pipeline
 from gradstream.coordinator.planning.planner import NextEpoch, make_plan
 from gradstream.coordinator.planning.smallest_change import recomputed, smaller_microbatch, smallest_change
@@ -64,7 +64,7 @@ def change(recipe: Recipe, *mebibytes: float, activation_bytes: int = 1 << 20) -
 
 # A segment takes 0.28 MiB for weights, gradients and contributions, and 1 MiB a microbatch of four samples for
 # activations, of which a layer that recomputes keeps 16 KiB.
-def test_settings_that_change_no_bit_come_first(tmp_path: Path) -> None:
+def test_settings_of_the_layout_come_first(tmp_path: Path) -> None:
     assert change(recipe_of(tmp_path, schedule="gpipe"), *[9.0] * 4) == "pipeline.schedule=auto"
     assert change(recipe_of(tmp_path, stages=2), *[0.9] * 4, activation_bytes=1024) == (
         "pipeline.stages=auto, with 3 stages a replica"
@@ -89,6 +89,25 @@ def test_then_workers_then_memory(tmp_path: Path) -> None:
     assert change(recipe_of(tmp_path), 1.5) == (
         "training.microbatch=1 instead of 4 and training.recompute=true and 2 more workers of 1.5 MiB"
     )
+
+
+def test_a_worker_of_unknown_memory_has_no_size(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, {"microbatch": 1, "recompute": True}, stages=2)
+    told = smallest_change(recipe, TENSORS, profiles(1024), [NO_LIMIT, 100])
+    assert told == "the smallest change: pipeline.stages=auto, with 1 stage a replica"
+    chunks = recipe_of(tmp_path, {"microbatch": 1, "recompute": True}, stages=4, chunks=2, schedule="auto")
+    assert smallest_change(chunks, TENSORS, profiles(1024), [NO_LIMIT, 100]) == "the smallest change: 1 more worker"
+
+
+def test_a_worker_needs_no_more_for_more_slots(tmp_path: Path) -> None:
+    def need(num_slots: int, push: str = "int8") -> int:
+        recipe = recipe_of(tmp_path, {"num_slots": num_slots, "global_batch": 4 * num_slots}, stages=1, schedule="auto")
+        codec = recipe.codec.model_copy(update={"push": push, "pull": "delta-int8"})
+        return worker_bytes(recipe.model_copy(update={"codec": codec}), 1_100_000_000)
+
+    assert need(1) < need(2) == need(200) < 19 * GIB
+    # A slot's residual is state: before a step, and after it.
+    assert need(200, "sign") - need(100, "sign") == 100 * 2 * 4 * 1_100_000_000
 
 
 def test_an_error_of_the_plan_names_the_change(tmp_path: Path) -> None:

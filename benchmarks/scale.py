@@ -32,7 +32,7 @@ SMOKE_WORKERS = 12
 
 
 async def _steps(num_workers: int, data: Path, directory: Path, arguments: Namespace) -> list[Result]:
-    return await steps.measure(data, directory, num_workers, arguments.servers, arguments.memory)
+    return await steps.measure(data, directory, num_workers, arguments.servers, arguments.memory, arguments.secure)
 
 
 CASES: dict[str, Case] = {f"steps_{number:04d}": partial(_steps, number) for number in (100, 200, 500, 1000)}
@@ -43,6 +43,7 @@ def main() -> None:
     parser = arguments_parser(__doc__)
     parser.add_argument("--servers", type=int, default=2, help="parameter servers (up to 64)")
     parser.add_argument("--memory", default="2GiB", help="memory that each server offers")
+    parser.add_argument("--secure", action="store_true", help="with credentials: TLS, tokens, the guard")
     arguments = parser.parse_args()
     cases = chosen("scale", SMOKE_CASES if arguments.smoke else CASES, arguments.only)
     # Makes `timeout` and `kill` end the cluster too.

@@ -18,8 +18,12 @@ from step import await_file, process
 
 from gradstream.client import AsyncClient
 from gradstream.coordinator.data.prepare import prepare
+from gradstream.coordinator.server import TOKENS_NAME
+from gradstream.core.credentials.authority import Authority
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import PrepareConfig, Recipe
+from gradstream.core.rpc.access import ADMIN, COORDINATOR, SERVER, WORKER
+from gradstream.core.rpc.transport import Transport
 
 VOCAB_SIZE = 320
 MODEL: Mapping[str, Any] = {
@@ -90,9 +94,14 @@ class Usage:
 class ScaleCluster:
     """A coordinator and servers. Each is a process that ends with the block of `cluster`."""
 
-    def __init__(self, directory: Path, stack: ExitStack):
+    def __init__(self, directory: Path, stack: ExitStack, secure: bool = False):
         self.directory = directory
         self.address = "127.0.0.1:0"
+        self._credentials = directory / "credentials" if secure else None
+        if self._credentials is not None:
+            with Authority.init(directory / "authority", self._credentials / COORDINATOR / TOKENS_NAME) as authority:
+                for role in (COORDINATOR, SERVER, WORKER, ADMIN):
+                    authority.issue(role, role, directory=self._credentials / role)
         self._stack = stack
         self._processes: dict[str, psutil.Process] = {}
         self._coordinator = ExitStack()
@@ -128,24 +137,33 @@ class ScaleCluster:
 
     def client(self) -> AsyncClient:
         """A client of the coordinator."""
-        return AsyncClient(self.address)
+        return AsyncClient(self.address, credentials=self._credentials and self._credentials / ADMIN)
+
+    @property
+    def transport(self) -> Transport:
+        """The transport of all simulated workers, which share one credential."""
+        return Transport(self._credentials and self._credentials / WORKER)
 
     def _serve(self, stack: ExitStack, name: str, role: str, *options: str) -> Path:
         ready = self.directory / f"{name}.ready"
         ready.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "gradstream.coordinator.cli", "serve", role, "--insecure", *options]
+        command = [sys.executable, "-m", "gradstream.coordinator.cli", "serve", role, *options]
         command += ["--ready-file", str(ready)]
+        if self._credentials is not None:
+            command += ["--credentials", str(self._credentials / role.removeprefix("parameter-"))]
         started = stack.enter_context(process(command, {}, log=self.directory / f"{name}.log"))
         self._processes[name] = psutil.Process(started.pid)
         return ready
 
 
 @asynccontextmanager
-async def cluster(directory: Path, num_servers: int, memory: str = "2GiB") -> AsyncIterator[ScaleCluster]:
-    """Run a coordinator and servers for the block. `directory` gets their state and logs."""
+async def cluster(
+    directory: Path, num_servers: int, memory: str = "2GiB", secure: bool = False
+) -> AsyncIterator[ScaleCluster]:
+    """Run a coordinator and servers for the block, `secure` with credentials. `directory` gets their state and logs."""
     directory.mkdir(parents=True)
     with ExitStack() as stack:
-        running = ScaleCluster(directory, stack)
+        running = ScaleCluster(directory, stack, secure)
         await running.start_coordinator()
         await running.start_servers(num_servers, memory)
         yield running

@@ -20,13 +20,18 @@ MAX_SECONDS = 120.0
 """Time for all steps, from the submission on."""
 
 
-async def measure(data: Path, directory: Path, num_workers: int, num_servers: int, memory: str) -> list[Result]:
+async def measure(
+    data: Path, directory: Path, num_workers: int, num_servers: int, memory: str, secure: bool = False
+) -> list[Result]:
     """Run one job with a slot for each worker; return the share of its steps that completed, and its figures."""
     num_connections = num_workers * (num_servers + 1)
     if short := shortage(max_open_files(), num_connections, f"the far ends of {num_connections} connections"):
         fail("scale", f"this process {short}, or take fewer --servers")
     times: list[float] = []
-    async with cluster(directory, num_servers, memory) as running, SimulatedWorkers(running.address) as workers:
+    async with (
+        cluster(directory, num_servers, memory, secure) as running,
+        SimulatedWorkers(running.address, running.transport) as workers,
+    ):
         began = time.monotonic()
         await workers.start(num_workers)
         registered_seconds = time.monotonic() - began

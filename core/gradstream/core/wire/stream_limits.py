@@ -140,8 +140,8 @@ def more_than_usual_bytes(num_workers: int, traffic: Traffic | None = None) -> i
 
 
 def held_bytes(num_workers: int, traffic: Traffic | None = None) -> int:
-    """Maximum number of bytes that the workers of a plan, or fewer than 13 workers and hostile peers, can occupy.
+    """Bytes that a server keeps for its peers beside its shard: for streams, half-sent contributions and requests.
 
-    They are streams, partly sent contributions, and requests.
+    The workers of a plan never need more. Hostile peers cannot hold more either while the smallest limits apply.
     """
     return KEPT_BYTES + more_than_usual_bytes(num_workers, traffic) + MAX_HALF_SENT_BYTES + MAX_REQUEST_BYTES

@@ -40,9 +40,9 @@ PUSH_WINDOWS_BYTES = 512 << 20
 """Payload bytes that all workers together may have under way without acknowledgement, unless each may have only one
 contribution under way."""
 MAX_PUSH_WINDOW_BYTES = 64 << 20
-STREAM_BYTES = 64 << 10
-"""Memory that gRPC and Python need for an open stream without data, with its share of the connection. Measured with
-1,000 workers (docs/benchmarks.md, bench-scale)."""
+STREAM_BYTES = 96 << 10
+"""Memory that gRPC and Python need for an open stream without data, with its share of the connection and its TLS.
+Measured with 1,000 workers (docs/benchmarks.md, bench-scale)."""
 REQUEST_BYTES = 1 << 10
 """Size of a pull's request without the bundles that it names."""
 BUNDLE_INDEX_BYTES = 4

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import uvloop
 from report import Result, arguments_parser, chosen, report
-from scaling import steps
+from scaling import membership, steps
 from scaling.cluster import prepare_data
 
 from gradstream.core import log
@@ -35,8 +35,22 @@ async def _steps(num_workers: int, data: Path, directory: Path, arguments: Names
     return await steps.measure(data, directory, num_workers, arguments.servers, arguments.memory, arguments.secure)
 
 
+async def _deaths(num_workers: int, data: Path, directory: Path, arguments: Namespace) -> list[Result]:
+    return await membership.deaths(data, directory, num_workers, arguments.servers, arguments.memory, arguments.secure)
+
+
+async def _joins(num_workers: int, data: Path, directory: Path, arguments: Namespace) -> list[Result]:
+    return await membership.joins(data, directory, num_workers, arguments.servers, arguments.memory, arguments.secure)
+
+
+async def _restart(num_workers: int, data: Path, directory: Path, arguments: Namespace) -> list[Result]:
+    return await membership.restart(data, directory, num_workers, arguments.servers, arguments.memory)
+
+
 CASES: dict[str, Case] = {f"steps_{number:04d}": partial(_steps, number) for number in (100, 200, 500, 1000)}
+CASES |= {"deaths": partial(_deaths, 1000), "joins": partial(_joins, 1000), "restart": partial(_restart, 1000)}
 SMOKE_CASES: dict[str, Case] = {f"steps_{SMOKE_WORKERS:04d}": partial(_steps, SMOKE_WORKERS)}
+SMOKE_CASES["joins"] = partial(_joins, SMOKE_WORKERS)
 
 
 def main() -> None:

@@ -192,22 +192,49 @@ async def _cancelled(task: asyncio.Task[Inbox] | None) -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
+class IdleJob:
+    """A worker's part of a plan in which it takes lease tables and computes nothing. It connects to no server."""
+
+    version = -1
+
+    def __init__(self, contributions: Contributions, session: NodeSession):
+        self.plan = contributions.plan
+        self.held = HeldSlots()
+
+    def take_sampling(self, sampling: Sampling) -> None:
+        """It has no timelines."""
+
+    def activity(self) -> coordinator_pb2.Activity:
+        """The worker's activity, for heartbeats."""
+        return coordinator_pb2.Activity(job_id=self.plan.job_id, phase="waiting")
+
+    async def run(self) -> None:
+        """Wait until cancelled."""
+        await asyncio.Event().wait()
+
+
 class SimulatedWorker:
     """One simulated worker: its session, and its part of a job while it has one."""
 
     def __init__(
-        self, coordinator: str, name: str, contributions_of: Callable[[Any], Contributions], transport: Transport
+        self,
+        coordinator: str,
+        name: str,
+        contributions_of: Callable[[Any], Contributions],
+        transport: Transport,
+        computes: bool = True,
     ):
         self.name = name
         identity = NodeIdentity(coordinator_pb2.NODE_KIND_WORKER, name, ADDRESS, MEMORY_BYTES, "cpu", machine_id=name)
         settings = SessionSettings(coordinator, transport=transport)
         self.session = NodeSession(settings, identity, self._activity, self._held, self._on_directive)
-        self.job: SimulatedJob | None = None
+        self.job: SimulatedJob | IdleJob | None = None
         self.num_plans = 0
         self.num_tables = 0
         self.received_bytes = 0
         """Bytes of all directives."""
         self._contributions_of = contributions_of
+        self._computes = computes
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -239,7 +266,8 @@ class SimulatedWorker:
             self.num_plans += 1
             if job is None or (job.plan.job_id, job.plan.epoch) != (directive.plan.job_id, directive.plan.epoch):
                 await self._drop()
-                self.job = SimulatedJob(self._contributions_of(directive.plan), self.session)
+                job_type = SimulatedJob if self._computes else IdleJob
+                self.job = job_type(self._contributions_of(directive.plan), self.session)
                 self._task = asyncio.create_task(self._run_job(self.job))
         elif kind == "leases" and job is not None:
             self.num_tables += 1
@@ -252,7 +280,7 @@ class SimulatedWorker:
         elif kind == "release" and job is not None and job.plan.job_id == directive.release.job_id:
             await self._drop()
 
-    async def _run_job(self, job: SimulatedJob) -> None:
+    async def _run_job(self, job: SimulatedJob | IdleJob) -> None:
         try:
             await job.run()
         except Exception as error:
@@ -279,10 +307,12 @@ class SimulatedWorker:
 class SimulatedWorkers:
     """A group of simulated workers of one coordinator. All of them end with the `async with` block."""
 
-    def __init__(self, coordinator: str, transport: Transport = PLAIN):
+    def __init__(self, coordinator: str, transport: Transport = PLAIN, computes: bool = True):
+        """Workers that do not compute take plans and lease tables only: the job makes no step."""
         self.coordinator = coordinator
         self.failures: list[BaseException] = []
         self._transport = transport
+        self._computes = computes
         self._tasks: dict[SimulatedWorker, asyncio.Task[None]] = {}
         self._ending: set[Awaitable[Any]] = set()
         self._num_started = 0
@@ -304,7 +334,8 @@ class SimulatedWorkers:
         """Start workers; return them when all have registered. Raises the error of one that was refused."""
         started = []
         for number in range(self._num_started, self._num_started + count):
-            worker = SimulatedWorker(self.coordinator, f"worker-{number:04d}", self._contributions_of, self._transport)
+            name = f"worker-{number:04d}"
+            worker = SimulatedWorker(self.coordinator, name, self._contributions_of, self._transport, self._computes)
             task = self._tasks[worker] = asyncio.create_task(worker.run())
             task.add_done_callback(lambda task, worker=worker: self._ended(worker, task))
             started.append(worker)

@@ -310,3 +310,23 @@ def test_a_transition_is_one_transaction(tmp_path: Path) -> None:
     assert state.load_plan("a-1", 0) is None
     assert state.step_totals("a-1", 1, 0).num_steps == 0
     state.close()
+
+
+async def test_a_table_goes_to_the_workers_that_it_concerns(cluster: Cluster) -> None:
+    job_id = await cluster.submit()
+    _, (first, second) = await cluster.running(job_id, workers=2)
+    await first.slots(1)
+    await second.slots(1)
+    spare = cluster.node(WORKER, "spare")
+    await spare.plan_of(1)
+    assert spare.leases is None  # no table names it
+    tables = [d for d in second.directives if d.HasField("leases")]
+    await first.die()
+    await spare.slots(1)
+    assert [d for d in second.directives if d.HasField("leases")] == tables
+    # A new session brings the table in force.
+    active = controller_of(cluster).active
+    assert active is not None
+    await second.reconnect(cluster.address)
+    await second.until(lambda: second.leases is not None and second.leases.number == active.lease_number)
+    assert await second.slots(1)

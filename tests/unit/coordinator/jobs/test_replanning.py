@@ -9,7 +9,7 @@ from coordinator_fakes import SERVER, WORKER, Cluster, FakeNode, report_checkpoi
 from gradstream.coordinator.jobs.decisions import Ending, JobSight, judge_end, judge_replan
 from gradstream.core.errors import ConfigError, GradstreamError, PlanError
 from gradstream.core.rpc.errors import error_from_rpc
-from gradstream.proto.v1 import jobs_pb2
+from gradstream.proto.v1 import jobs_pb2, plan_pb2
 
 RUNNING, PLANNING, STOPPED = jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_PLANNING, jobs_pb2.JOB_STATE_STOPPED
 
@@ -149,3 +149,35 @@ async def test_a_coordinator_that_restarts_while_it_replans_goes_on(cluster: Clu
         await node.reconnect(cluster.address)
     assert (await spare.plan_of(2)).start_version == 2
     assert (await cluster.job(job_id)).version == 2
+
+
+# --- a job of an older release ----------------------------------------------------------------------------------------
+
+
+async def test_a_job_whose_servers_added_in_fp32_goes_on_and_says_that_its_bits_change(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stored plan does not say how servers add: that of an older release."""
+    job_id, ps, _ = await at_version_1(cluster)
+    state = cluster.coordinator.controller.state
+    load = state.load_plan
+
+    def of_older_release(job_id: str, epoch: int) -> bytes | None:
+        stored = load(job_id, epoch)
+        assert stored is not None
+        plan = plan_pb2.Plan.FromString(stored)
+        plan.ClearField("sum_form")
+        return plan.SerializeToString()
+
+    spare = cluster.node(SERVER, "ps-spare")
+    await cluster.event(job_id, "ps-spare is here")
+    with monkeypatch.context() as patches:
+        patches.setattr(state, "load_plan", of_older_release)
+        await replan(cluster, job_id)
+        await to_the_boundary(cluster, job_id, ps[0])
+        await spare.plan_of(2)
+        told = await cluster.event(job_id, "add gradients in fixed point")
+    assert told.event.kind == "plan"
+    assert told.event.message.startswith("from version 2 on servers add gradients in fixed point")
+    history = [item async for item in cluster.jobs.WatchJob(jobs_pb2.WatchJobRequest(job_id=job_id))]
+    assert sum("fixed point" in item.event.message for item in history) == 1

@@ -51,9 +51,14 @@ def give_back() -> None:
     The C library keeps freed memory, which `status` would show as used.
     """
     gc.collect()
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Return freed memory that the C library keeps to the system. Blocks, without the interpreter lock."""
+    malloc_trim = _malloc_trim()
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 @cache

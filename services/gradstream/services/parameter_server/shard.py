@@ -24,6 +24,7 @@ from gradstream.core.codecs import Payload, codec_named, codec_on_wire
 from gradstream.core.codecs.payloads import CodecBook
 from gradstream.core.errors import StaleEpochError
 from gradstream.core.log import get_logger
+from gradstream.core.machine import memory
 from gradstream.core.node.faults import Faults
 from gradstream.core.plan.bundles import first_push_codec, is_tuned
 from gradstream.core.plan.downlink import downlink
@@ -43,6 +44,8 @@ from gradstream.services.parameter_server.publication import PublishedBundle
 from gradstream.services.parameter_server.tuner import Tuner
 
 log = get_logger()
+PAUSE_SECONDS = 2.0
+"""Time without a commit after which freed memory goes back to the system. Steps in a row would only need it again."""
 T = TypeVar("T")
 
 
@@ -104,6 +107,7 @@ class Shard:
         self._changed = asyncio.Event()
         self._closed: StaleEpochError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pause: asyncio.TimerHandle | None = None
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -134,6 +138,8 @@ class Shard:
         if self.leader is not None:
             self.leader.close(self._closed)
         self._notify()
+        if self._pause is not None:
+            self._pause.cancel()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -189,9 +195,17 @@ class Shard:
         self._enter(step + 1)
         if decision.checkpoint:
             self.checkpoints.begin(step + 1, self._consecutive_skips)
+        self._trim_in_a_pause()
         if self.leader is not None:
             reason = self._tuner.reason if self._tuner is not None else ""
             await self._report_step(commit.step_report(plan, update, totals.num_samples, push_codec, reason))
+
+    def _trim_in_a_pause(self) -> None:
+        """Return freed memory once no step has been committed for PAUSE_SECONDS."""
+        loop = asyncio.get_running_loop()
+        if self._pause is not None:
+            self._pause.cancel()
+        self._pause = loop.call_later(PAUSE_SECONDS, loop.run_in_executor, self._executor, memory.trim)
 
     async def _apply(self, state: BundleState, update: Update) -> None:
         """Update a bundle and publish it, once a checkpoint that is being written no longer needs it as it is."""

@@ -14,8 +14,9 @@ from support.shards import Cluster, make_plan, serving, until
 
 from gradstream.core.checkpoint.manifest import directory_of
 from gradstream.core.checkpoint.shard import MAX_COPY_BYTES, write_shard
+from gradstream.core.machine import memory
 from gradstream.core.plan.plan import Plan
-from gradstream.services.parameter_server import checkpointing
+from gradstream.services.parameter_server import checkpointing, shard
 from gradstream.services.parameter_server.checkpointing import CheckpointWriter
 from gradstream.services.parameter_server.snapshot import BufferPool
 
@@ -136,6 +137,22 @@ async def test_a_version_of_which_a_bundle_is_gone_is_not_tried_again(tmp_path: 
         await until(lambda: writer._writing is not None and writer._writing.done())
         disk.works = True
     assert cluster.checkpoints == []
+
+
+async def test_freed_memory_goes_back_once_steps_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for two steps in a row, and not after the job has left."""
+    trimmed: list[bool] = []
+    monkeypatch.setattr(memory, "trim", lambda: trimmed.append(True))
+    monkeypatch.setattr(shard, "PAUSE_SECONDS", 0.5)
+    async with serving(make_plan(1)) as cluster:
+        for step in range(2):
+            await cluster.push(cluster.all_keys(), step=step)
+            await cluster.pull(step + 1)
+        assert trimmed == []
+        await until(lambda: bool(trimmed))
+        await cluster.push(cluster.all_keys(), step=2)
+        await until(lambda: cluster.shards[0].version == 3 and len(cluster.reports) == 3)
+    assert trimmed == [True]
 
 
 def test_buffers_are_bounded_and_one_is_left_to_the_file() -> None:

@@ -215,6 +215,8 @@ def _answer_commands(pipe: Connection, make_actor: Callable[[], Any]) -> Corouti
                 commands.put_nowait(None)
 
         loop.add_reader(pipe.fileno(), readable)
+        # uvloop clears the flag, and a command that has arrived in part would then be an error.
+        os.set_blocking(pipe.fileno(), True)
         await actor.start()
         while (command := await commands.get()) is not None:
             try:

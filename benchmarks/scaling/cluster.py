@@ -160,8 +160,11 @@ class ScaleCluster:
 async def cluster(
     directory: Path, num_servers: int, memory: str = "2GiB", secure: bool = False
 ) -> AsyncIterator[ScaleCluster]:
-    """Run a coordinator and servers for the block, `secure` with credentials. `directory` gets their state and logs."""
-    directory.mkdir(parents=True)
+    """Run a coordinator and servers for the block, `secure` with credentials.
+
+    `directory` gets their logs and, unless it has one, their state.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         running = ScaleCluster(directory, stack, secure)
         await running.start_coordinator()

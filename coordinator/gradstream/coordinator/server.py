@@ -30,6 +30,8 @@ from gradstream.core.storage.state_lock import lock_directory
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc, probe_pb2
 
 TOKENS_NAME = "tokens.json"
+HEALTH_SECONDS = 5.0
+"""Maximum time of a write of a healthy coordinator's state."""
 
 log = get_logger()
 
@@ -107,6 +109,7 @@ class Coordinator:
         await self.controller.stop(self._grace_seconds)
         await self._server.stop(process.STOP_GRACE_SECONDS)
         await self.controller.timelines.close()
+        await self.controller.writes.close()
         await self.controller.reads.close()
         self._state.close()
         self._lock.close()
@@ -114,9 +117,13 @@ class Coordinator:
     async def _is_healthy(self) -> bool:
         """Whether reports can be stored. SERVING means this, not only that the process runs."""
         try:
-            self._state.check_writable()
+            async with asyncio.timeout(HEALTH_SECONDS):
+                await self.controller.writes.call(lambda state: state.check_writable())
         except GradstreamError as error:
             log.error("not healthy", cause=one_line(error))
+            return False
+        except TimeoutError:
+            log.error("not healthy", cause=f"the state has not been written for {HEALTH_SECONDS:g} s")
             return False
         return True
 

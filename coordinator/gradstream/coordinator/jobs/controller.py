@@ -33,8 +33,8 @@ from gradstream.coordinator.nodes.sessions import OpenSession
 from gradstream.coordinator.nodes.storage_checks import StorageChecks
 from gradstream.coordinator.planning.needs import human_bytes
 from gradstream.coordinator.state.notify import Notifier
-from gradstream.coordinator.state.reads import StateReads
 from gradstream.coordinator.state.state import JobRecord, State
+from gradstream.coordinator.state.threads import StateReads, StateWrites
 from gradstream.coordinator.telemetry.sampling import decide_sampling
 from gradstream.coordinator.telemetry.timelines import Timelines
 from gradstream.coordinator.timing import Timing
@@ -58,7 +58,8 @@ class Controller:
         self.nodes = NodeRegistry(self.timing, clock())
         self.members = self.nodes.members
         self.reads = StateReads(state)
-        self.notifier = Notifier(state, self.reads)
+        self.writes = StateWrites(state)
+        self.notifier = Notifier(state, self.reads, self.writes)
         self.journal = Journal(state, self.notifier)
         self.timelines = Timelines()
         self.leasing = Leasing(self.members, self.timing, self.timelines)

@@ -13,7 +13,6 @@ from typing import Any
 from gradstream.coordinator.state.notify import Notifier
 from gradstream.coordinator.state.state import JobRecord, State, Trouble
 from gradstream.coordinator.timing import unix_ms
-from gradstream.core.errors import UnreachableError, one_line
 from gradstream.core.job_states import ENDED
 from gradstream.core.log import get_logger
 from gradstream.core.rpc.retry import Backoff
@@ -63,10 +62,7 @@ class Journal:
     def note(self, job_id: str, kind: str, message: str) -> None:
         """Add an event that belongs to no transition. If it cannot be stored, only the event is lost."""
         log.info(message, job=job_id, kind=kind)
-        try:
-            self._notifier.append(job_id, [Event(kind, message).as_item()])
-        except UnreachableError as error:
-            log.error("an event was not stored", cause=one_line(error))
+        self._notifier.append(job_id, [Event(kind, message).as_item()])
 
     def _told(self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
         self.jobs_changed = True

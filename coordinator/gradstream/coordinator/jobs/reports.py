@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from typing import Any
 
 from gradstream.coordinator.jobs import checkpoints
 from gradstream.coordinator.jobs.active import ActiveJob
@@ -41,12 +42,30 @@ class Reports:
     def __init__(self, controller: Controller):
         self._controller = controller
         self._state = controller.state
+        self._writes = controller.writes
+        # Reports that are being stored.
+        self._under_way: set[asyncio.Task[None]] = set()
         controller.after_reconcile.append(self._write_manifests)
+
+    async def _to_the_end(self, report: Coroutine[Any, Any, None]) -> None:
+        """Take a report, also when its call is cancelled meanwhile: what is stored must be seen."""
+        task = asyncio.create_task(report)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        await asyncio.shield(task)
+
+    def _active(self, job_id: str) -> ActiveJob | None:
+        """The view of a job if it is the active one."""
+        active = self._controller.active
+        return active if active is not None and active.job_id == job_id else None
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def step(self, report: coordinator_pb2.ReportStepRequest) -> None:
+    async def step(self, report: coordinator_pb2.ReportStepRequest) -> None:
         """Take the report of a step that was committed or skipped. Raises ProtocolError when it cannot be right."""
+        await self._to_the_end(self._step(report))
+
+    async def _step(self, report: coordinator_pb2.ReportStepRequest) -> None:
         record, active = self._job(report.job_id, report.epoch)
         recipe = self._recipe(record, active)
         training = recipe.training
@@ -63,13 +82,20 @@ class Reports:
             row = f"{report.consecutive_skips} in a row"
             line = f"step {report.step} was skipped, loss or gradient was not finite ({row})"
             skipped.append(Event("skip", line).as_item())
-        if not self._state.record_step(report, skipped):
+        if not await self._writes.call(lambda state: state.record_step(report, skipped)):
             return
         self._controller.notifier.changed(record.job_id, [jobs_pb2.WatchJobResponse(step=report), *skipped])
+        self._see_step(report)
+
+    def _see_step(self, report: coordinator_pb2.ReportStepRequest) -> None:
+        """Change the view of the active job by a step that was stored."""
+        active = self._active(report.job_id)
         if active is None:
             return
+        record = active.record
         if report.epoch != record.epoch or report.step != active.version:
-            # The report is out of order, or a late one of an earlier epoch that still counts: compute the totals again.
+            # The report is out of order, or a late one of an earlier epoch that still counts, or the totals were read
+            # after it was stored.
             active.totals = self._state.step_totals(record.job_id, record.epoch, record.start_version)
         else:
             totals = active.totals
@@ -96,8 +122,11 @@ class Reports:
 
     # --- validation -------------------------------------------------------------------------------------------------
 
-    def validation(self, report: coordinator_pb2.ReportValidationRequest) -> None:
+    async def validation(self, report: coordinator_pb2.ReportValidationRequest) -> None:
         """Take the report of a slot's part of a validation pass. Raises ProtocolError for an unknown pass or part."""
+        await self._to_the_end(self._validation(report))
+
+    async def _validation(self, report: coordinator_pb2.ReportValidationRequest) -> None:
         record, active = self._job(report.job_id, report.epoch)
         recipe = self._recipe(record, active)
         expected = recipe.validates(report.version) and report.slot < recipe.training.num_slots
@@ -107,15 +136,16 @@ class Reports:
                 f"of {report.num_tokens} tokens"
             )
         # The pass is completed even if the part was known: a coordinator may have died between the two calls.
-        self._state.record_validation_part(report)
-        done = self._complete_validation(record.job_id, report.version, recipe.training.num_slots)
+        await self._writes.call(lambda state: state.record_validation_part(report))
+        done = await self._complete_validation(record.job_id, report.version, recipe.training.num_slots)
+        active = self._active(report.job_id)
         if active is not None:
             if done is not None:
                 active.validations[done.version] = done.loss
             active.progress_at = self._controller.clock()
             self._controller.reconcile()
 
-    def _complete_validation(self, job_id: str, version: int, num_slots: int) -> jobs_pb2.Validation | None:
+    async def _complete_validation(self, job_id: str, version: int, num_slots: int) -> jobs_pb2.Validation | None:
         """Store a validation pass once all of its parts are there, and return it; None before."""
         parts = self._state.validation_parts(job_id, version)
         if len(parts) < num_slots:
@@ -124,14 +154,17 @@ class Reports:
         loss_sum = _total([parts[slot][0] for slot in range(num_slots)])
         num_tokens = sum(tokens for _, tokens in parts.values())
         validation = jobs_pb2.Validation(version=version, loss=loss_sum / num_tokens, num_tokens=num_tokens)
-        if self._state.record_validation(job_id, validation):
+        if await self._writes.call(lambda state: state.record_validation(job_id, validation)):
             self._controller.notifier.changed(job_id, [jobs_pb2.WatchJobResponse(validation=validation)])
         return validation
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
+    async def checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
         """Take the report of a server's checkpoint file. Raises ProtocolError when it does not fit the plan."""
+        await self._to_the_end(self._checkpoint(report))
+
+    async def _checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
         record, active = self._job(report.job_id, report.epoch)
         if active is None or active.plan is None or report.epoch != record.epoch:
             log.info("dropped a file of a replaced plan", job=report.job_id, epoch=report.epoch, version=report.version)
@@ -148,19 +181,28 @@ class Reports:
                 f"checkpoint report of server {report.server}, version {report.version} of job {report.job_id} "
                 f"does not fit the plan"
             )
-        if self._state.record_checkpoint_file(report):
+        if not await self._writes.call(lambda state: state.record_checkpoint_file(report)):
+            return
+        active = self._active(report.job_id)
+        if active is not None and active.plan is not None and active.record.epoch == report.epoch:
             active.files.setdefault(report.version, {})[report.server] = report
             active.progress_at = self._controller.clock()
             self._controller.reconcile()
 
-    def residual(self, report: coordinator_pb2.ReportResidualRequest) -> None:
+    async def residual(self, report: coordinator_pb2.ReportResidualRequest) -> None:
         """Take the report of a slot's residual file, or that there is none. Raises ProtocolError if it does not fit."""
+        await self._to_the_end(self._residual(report))
+
+    async def _residual(self, report: coordinator_pb2.ReportResidualRequest) -> None:
         record, active = self._job(report.job_id, report.epoch)
         if active is None or active.plan is None or report.epoch != record.epoch:
             log.info("dropped a residual of a replaced plan", job=report.job_id, version=report.version)
             return
         check_residual(report, active)
-        if self._state.record_residual(report):
+        if not await self._writes.call(lambda state: state.record_residual(report)):
+            return
+        active = self._active(report.job_id)
+        if active is not None and active.plan is not None and active.record.epoch == report.epoch:
             active.take_residual(report)
             active.progress_at = self._controller.clock()
             self._controller.reconcile()
@@ -209,7 +251,8 @@ class Reports:
                 line = f"version {version}: the residuals of {slots} were lost with their worker; if the job goes back"
                 events.append(Event("checkpoint", f"{line} to this version, these slots start without them").as_item())
             checkpoint = checkpoints.as_message(root, manifest)
-            self._state.record_checkpoint(record.job_id, plan.epoch, checkpoint, events)
+            job_id, epoch = record.job_id, plan.epoch
+            await self._writes.call(lambda state: state.record_checkpoint(job_id, epoch, checkpoint, events))
             written = jobs_pb2.WatchJobResponse(checkpoint=checkpoint)
             self._controller.notifier.changed(record.job_id, [written, *events])
             if active.record.epoch == plan.epoch:
@@ -273,7 +316,7 @@ class Reports:
 
     # --- failures and logs ------------------------------------------------------------------------------------------
 
-    def failure(self, report: coordinator_pb2.ReportFailureRequest) -> None:
+    async def failure(self, report: coordinator_pb2.ReportFailureRequest) -> None:
         """Take the report that a node cannot go on: it is benched, and the job fails when no other node can go on."""
         record, active = self._job(report.job_id, report.epoch)
         if active is None or report.epoch != record.epoch:

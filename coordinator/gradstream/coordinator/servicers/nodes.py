@@ -139,35 +139,35 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             try:
                 self._reports.log_lines(node, list(message.log))
             except GradstreamError:
-                # On a full disk only log lines are lost; the node keeps its lease.
+                # If the state cannot be read, only log lines are lost; the node keeps its lease.
                 pass
 
     async def ReportStep(
         self, request: coordinator_pb2.ReportStepRequest, context: Context
     ) -> coordinator_pb2.ReportStepResponse:
         async with answering(context):
-            self._reports.step(request)
+            await self._reports.step(request)
         return coordinator_pb2.ReportStepResponse()
 
     async def ReportValidation(
         self, request: coordinator_pb2.ReportValidationRequest, context: Context
     ) -> coordinator_pb2.ReportValidationResponse:
         async with answering(context):
-            self._reports.validation(request)
+            await self._reports.validation(request)
         return coordinator_pb2.ReportValidationResponse()
 
     async def ReportCheckpoint(
         self, request: coordinator_pb2.ReportCheckpointRequest, context: Context
     ) -> coordinator_pb2.ReportCheckpointResponse:
         async with answering(context):
-            self._reports.checkpoint(request)
+            await self._reports.checkpoint(request)
         return coordinator_pb2.ReportCheckpointResponse()
 
     async def ReportResidual(
         self, request: coordinator_pb2.ReportResidualRequest, context: Context
     ) -> coordinator_pb2.ReportResidualResponse:
         async with answering(context):
-            self._reports.residual(request)
+            await self._reports.residual(request)
         return coordinator_pb2.ReportResidualResponse()
 
     async def ReportStorage(
@@ -188,7 +188,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self, request: coordinator_pb2.ReportFailureRequest, context: Context
     ) -> coordinator_pb2.ReportFailureResponse:
         async with answering(context):
-            self._reports.failure(request)
+            await self._reports.failure(request)
         return coordinator_pb2.ReportFailureResponse()
 
     async def FetchDataShard(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 from gradstream.coordinator.state.history import ALL, HistoryFilter
-from gradstream.coordinator.state.reads import StateReads
-from gradstream.coordinator.state.state import State, StateReader
+from gradstream.coordinator.state.state import MAX_WAITING_ITEMS, WAIT_SECONDS, State, StateReader
+from gradstream.coordinator.state.threads import StateReads, StateWrites
+from gradstream.core.errors import UnreachableError, one_line
+from gradstream.core.log import get_logger
 from gradstream.proto.v1 import jobs_pb2
 
 PAGE_ITEMS = 256
+
+log = get_logger()
 
 
 class Watcher:
@@ -41,17 +46,37 @@ class Watcher:
 class Notifier:
     """Appends to histories and lets any number of watchers follow, each with one page in memory."""
 
-    def __init__(self, state: State, reads: StateReads):
+    def __init__(self, state: State, reads: StateReads, writes: StateWrites):
         self._state = state
         self._reads = reads
+        self._writes = writes
+        # Items of histories that watchers hear of once they are stored, with their jobs.
+        self._appended: deque[tuple[str, Sequence[jobs_pb2.WatchJobResponse]]] = deque(maxlen=MAX_WAITING_ITEMS)
+        self._storing: asyncio.Task[None] | None = None
         self._watchers: dict[str, set[Watcher]] = {}
         # Number of times that a watcher was woken.
         self.num_wakes = 0
 
     def append(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
-        """Add items to a job's history."""
-        self._state.append(job_id, items)
-        self.changed(job_id, items)
+        """Add items to a job's history soon, and before what a later write adds. If this fails, they are lost."""
+        self._state.append_later(job_id, items)
+        self._appended.append((job_id, items))
+        if self._storing is None:
+            self._storing = asyncio.create_task(self._store())
+
+    async def _store(self) -> None:
+        try:
+            while self._appended:
+                told = list(self._appended)
+                self._appended.clear()
+                try:
+                    await self._writes.call(lambda state: state.flush())
+                except UnreachableError as error:
+                    log.error("items of a history were not stored", cause=one_line(error))
+                for job_id, items in told:
+                    self.changed(job_id, items)
+        finally:
+            self._storing = None
 
     def changed(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse] | None = None) -> None:
         """Wake the job's watchers that want one of the new items of its history; without items, wake all."""
@@ -83,6 +108,9 @@ class Notifier:
 
         Ends when all items were sent and `is_over` returns True: no more will come.
         """
+        if self._storing is not None:
+            # Items that were appended before this call; a slow disk delays no answer for long.
+            await asyncio.wait([self._storing], timeout=WAIT_SECONDS)
         if tail:
             last = await self._reads.call(lambda reader: reader.cursor_before_last(job_id, tail, wanted))
             after_cursor = max(after_cursor, last)

@@ -1,7 +1,8 @@
 """The coordinator's state in one SQLite file (WAL).
 
 Job records and the step ledger are flushed to the disk before a call returns (`synchronous=FULL`). The history, which
-only people read, may lose its last items in a power failure (`NORMAL`). A killed process loses nothing of either.
+only people read, may lose its last items in a power failure (`NORMAL`). A killed process loses nothing of either, apart
+from the items of `append_later` that wait for the next write.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import sqlite3
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,9 +20,11 @@ from pathlib import Path
 from gradstream.coordinator.state import sqlite_schema, sqlite_sums
 from gradstream.coordinator.state.history import facts_of
 from gradstream.coordinator.state.sqlite_reader import FILE_NAME, JOB_COLUMNS, SqliteReader, Troubles, connect
-from gradstream.coordinator.state.state import MAX_LOG_LINES, JobRecord, State, Trouble
-from gradstream.core.errors import ConfigError, ProtocolError
+from gradstream.coordinator.state.state import MAX_LOG_LINES, MAX_WAITING_ITEMS, WAIT_SECONDS, JobRecord, State, Trouble
+from gradstream.core.errors import ConfigError, ProtocolError, UnreachableError
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
+
+STUCK = "the coordinator cannot write its state (a write has not ended); is its disk slow?"
 
 
 class SqliteState(SqliteReader, State):
@@ -34,6 +38,10 @@ class SqliteState(SqliteReader, State):
         # Lines added since the last trim, by job. A trim at every line would cost more than the line.
         self._untrimmed: dict[str, int] = {}
         self._writing = threading.Lock()
+        # When the write under way began; 0 without one.
+        self._began_unix_ms = 0
+        # Items of `append_later`, with their jobs. The oldest are dropped when there are too many.
+        self._waiting: deque[tuple[str, jobs_pb2.WatchJobResponse]] = deque(maxlen=MAX_WAITING_ITEMS)
         path = directory / FILE_NAME
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -48,6 +56,9 @@ class SqliteState(SqliteReader, State):
 
     @property
     def trouble(self) -> Trouble | None:
+        began = self._began_unix_ms
+        if began and time.time() * 1000 - began > 1000 * WAIT_SECONDS:
+            return Trouble(STUCK, began)
         return self._troubles.oldest
 
     @contextmanager
@@ -56,11 +67,17 @@ class SqliteState(SqliteReader, State):
 
         `what` names the operation whose trouble is noted: a nearly full disk may take a log line but not a transition.
         """
-        with self._writing:
+        if not self._writing.acquire(timeout=WAIT_SECONDS):
+            raise self._troubles.failed(what, STUCK)
+        waiting: list[tuple[str, jobs_pb2.WatchJobResponse]] = []
+        try:
+            self._began_unix_ms = int(time.time() * 1000)
             try:
                 self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
+                    waiting = self._take_waiting()
+                    self._store_items(waiting)
                     yield self._db
                 except BaseException:
                     # After a full disk SQLite has rolled back already; the error of a second rollback would hide the
@@ -78,6 +95,13 @@ class SqliteState(SqliteReader, State):
                 raise self._troubles.failed(what, cause) from None
             except OverflowError:
                 raise ProtocolError("a number in the message is impossibly large") from None
+        except BaseException:
+            # Nothing was stored. What waits goes on waiting, in its order.
+            self._waiting.extendleft(reversed(waiting))
+            raise
+        finally:
+            self._began_unix_ms = 0
+            self._writing.release()
         self._troubles.succeeded(what, all_others=durable)
 
     def create_job(self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse] = ()) -> None:
@@ -100,14 +124,33 @@ class SqliteState(SqliteReader, State):
             for item in items:
                 _append(db, record.job_id, item)
 
+    def append_later(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
+        self._waiting.extend((job_id, item) for item in items)
+
+    def flush(self) -> None:
+        if not self._waiting:
+            return
+        try:
+            with self._transaction("append", durable=False):
+                pass
+        except UnreachableError:
+            self._waiting.clear()
+            raise
+
     def append(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
-        with self._transaction("append", durable=False) as db:
-            for item in items:
-                _append(db, job_id, item)
-            lines = sum(item.WhichOneof("item") == "log" for item in items)
+        with self._transaction("append", durable=False):
+            self._store_items([(job_id, item) for item in items])
+
+    def _store_items(self, items: Sequence[tuple[str, jobs_pb2.WatchJobResponse]]) -> None:
+        """Add items to histories inside a transaction, and delete the log lines that are too many."""
+        num_lines: Counter[str] = Counter()
+        for job_id, item in items:
+            _append(self._db, job_id, item)
+            num_lines[job_id] += item.WhichOneof("item") == "log"
+        for job_id, lines in num_lines.items():
             pending = self._untrimmed.get(job_id, 0) + lines
             if pending >= min(1000, self._max_log_lines):
-                db.execute(
+                self._db.execute(
                     "DELETE FROM history WHERE job_id = :job AND kind = 'log' AND cursor <= ("
                     " SELECT cursor FROM history WHERE job_id = :job AND kind = 'log'"
                     " ORDER BY cursor DESC LIMIT 1 OFFSET :keep)",
@@ -115,6 +158,12 @@ class SqliteState(SqliteReader, State):
                 )
                 pending = 0
             self._untrimmed[job_id] = pending
+
+    def _take_waiting(self) -> list[tuple[str, jobs_pb2.WatchJobResponse]]:
+        waiting = []
+        while self._waiting:
+            waiting.append(self._waiting.popleft())
+        return waiting
 
     def record_step(
         self, report: coordinator_pb2.ReportStepRequest, items: Sequence[jobs_pb2.WatchJobResponse] = ()

@@ -15,6 +15,9 @@ from gradstream.core.job_states import QUEUED
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 MAX_LOG_LINES = 50_000
+MAX_WAITING_ITEMS = 20_000
+WAIT_SECONDS = 1.0
+"""Maximum time that a write waits for the writes before it."""
 
 
 @dataclass
@@ -172,7 +175,8 @@ class StateReader(ABC):
 class State(StateReader):
     """Reads and writes. One thread at a time reads; writes of several threads are made one by one.
 
-    Methods raise UnreachableError when the storage cannot be used. The caller then tries again later.
+    Methods raise UnreachableError when the storage cannot be used, or when an earlier write has not ended for
+    WAIT_SECONDS. The caller then tries again later.
     """
 
     @property
@@ -196,6 +200,17 @@ class State(StateReader):
         self, record: JobRecord, items: Sequence[jobs_pb2.WatchJobResponse] = (), plan: bytes | None = None
     ) -> None:
         """Store a transition in one transaction: the record, new history items, and a plan if given."""
+
+    @abstractmethod
+    def append_later(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:
+        """Add items to a job's history with the next write of any kind, before what that write adds. Never blocks.
+
+        Of more than MAX_WAITING_ITEMS such items the oldest are dropped. Call `flush` soon.
+        """
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Store the items of `append_later`. Raises UnreachableError and then drops them: only people read them."""
 
     @abstractmethod
     def append(self, job_id: str, items: Sequence[jobs_pb2.WatchJobResponse]) -> None:

@@ -50,11 +50,11 @@ def refuse_once(cluster: Cluster, kind: str, error: GradstreamError) -> list[obj
     reports, seen = reports_of(cluster), []
     real = getattr(reports, kind)
 
-    def take(report: object) -> None:
+    async def take(report: object) -> None:
         seen.append(report)
         if len(seen) == 1:
             raise error
-        real(report)
+        await real(report)
 
     setattr(reports, kind, take)
     return seen

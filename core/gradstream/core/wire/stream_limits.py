@@ -36,7 +36,7 @@ MAX_STREAM_MESSAGE_BYTES = PIECE_BYTES + (64 << 10)
 WINDOW_BYTES = 4 << 20
 """Bytes of a stream that gRPC takes before the server reads them. More only if twice a link's bandwidth times its delay
 is more."""
-PUSH_WINDOWS_BYTES = 512 << 20
+PUSH_WINDOWS_BYTES = 64 << 20
 """Payload bytes that all workers together may have under way without acknowledgement, unless each may have only one
 contribution under way."""
 MAX_PUSH_WINDOW_BYTES = 64 << 20

@@ -270,6 +270,6 @@ def test_servers_without_room_for_streams_name_the_number_of_slots(tmp_path: Pat
     with pytest.raises(PlanError, match=r"; the smallest change: training.num_slots=384 instead of 768$"):
         planned(768, memory)
     assert planned(384, memory).num_slots == 384
-    with pytest.raises(PlanError, match=r"; the smallest change: training.num_slots=64 instead of 768$"):
+    with pytest.raises(PlanError, match=r"; the smallest change: training.num_slots=128 instead of 768$"):
         planned(768, shard)
-    assert planned(64, shard).num_slots == 64
+    assert planned(128, shard).num_slots == 128

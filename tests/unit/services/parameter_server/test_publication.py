@@ -554,8 +554,7 @@ def test_whole_bundles_made_while_versions_are_published_are_of_one_version(pull
 
     def publish(version: int) -> None:
         for number, fragment in enumerate(bundle.fragments):
-            value = torch.full(plan.tensors[fragment.tensor].shape, float(version))
-            state.initialize(number, value + torch.arange(value.numel()).reshape(value.shape) / 64)
+            state.initialize(number, version + torch.arange(fragment.begin, fragment.end) / 64)
         state.publish(version, form.delta or form.full)
 
     publish(0)
@@ -625,7 +624,8 @@ def test_initial_weights_are_published_exactly() -> None:
         for bundle in plan.bundles:
             state = BundleState(bundle, plan.tensors, plan.recipe, downlink("delta-int4"), book)
             for number, fragment in enumerate(bundle.fragments):
-                state.initialize(number, whole[plan.tensors[fragment.tensor].name])
+                whole_N = whole[plan.tensors[fragment.tensor].name].reshape(-1)
+                state.initialize(number, whole_N[fragment.begin : fragment.end])
             state.publish(0, "int4")
             assert state.delta() is None
             arrivals.append(arrival_of(state.full()))

@@ -80,6 +80,6 @@ async def test_each_worker_of_a_plan_may_have_a_contribution_half_sent() -> None
 
 
 def test_a_push_window_shrinks_with_the_number_of_pushes() -> None:
-    assert [push_window(number) >> 20 for number in (0, 8, 64, 256)] == [64, 64, 8, 2]
-    for number in (8, 64, 1000):
-        assert number * push_window(number) <= 512 << 20
+    assert [push_window(number) >> 20 for number in (0, 1, 8, 64)] == [64, 64, 8, 1]
+    for number in (1, 8, 64, 1000):
+        assert number * push_window(number) <= 64 << 20

@@ -301,7 +301,7 @@ class ServerActor:
         """Wait until every bundle's sum holds `num_slots` slots; return the time."""
         shard = self.shard
         assert shard is not None
-        while any(state.next_turn < state.turn(num_slots, 0) for state in shard.bundles.values()):
+        while any(state.num_added < num_slots * state.bundle.num_parts for state in shard.bundles.values()):
             if self.failures:
                 raise self.failures[0]
             await asyncio.sleep(0.0005)

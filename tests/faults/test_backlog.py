@@ -22,14 +22,14 @@ def test_a_cut_stream_and_a_lost_server_in_mid_step(cluster: Cluster, tiny_data:
     with closing(Proxy(listen)) as to_server:
         cluster.start_servers("server-0")
         cluster.start_server_behind("server-1", cluster.address, listen, to_server.address)
-        cluster.start_workers("worker-0", faults="slow@milliseconds=50")
+        cluster.start_workers("worker-0", faults="slow@milliseconds=100")
 
         def submit(name: str) -> str:
             recipe = tiny_recipe(
                 tiny_data,
                 tmp_path / "runs",
                 name=name,
-                training={"num_steps": 16},
+                training={"num_steps": 24},
                 validation={"interval_steps": 0},
                 checkpoint={"interval_steps": 1, "keep": 20},
                 cluster={"min_servers": 2},
@@ -47,7 +47,8 @@ def test_a_cut_stream_and_a_lost_server_in_mid_step(cluster: Cluster, tiny_data:
                 begun = cluster.client.job(job_id).version + 1
                 cluster.wait_for(job_id, lambda job, begun=begun: job.version >= begun, "begin a step")  # type: ignore[misc]
                 to_server.cut()
-                # Either it waits with two slots, or it was done with all four: then once more.
+                # Either it waits with two slots, or it was done with all four: then once more. There are steps enough
+                # for some rounds of this, also while other processes keep the cores busy.
                 wait_until(lambda: "server-1" in wait_of_worker(), "the worker to wait", 30)
             return cluster.client.job(job_id).version
 

@@ -432,7 +432,9 @@ def timelines(data: bytes) -> None:
         path.unlink()
     (directory / "00000001.records").write_bytes(data)
     files = TimelineFiles(directory)
-    files.append(jobs_pb2.GetTimelineResponse(worker="worker-0"))
+    entry = jobs_pb2.GetTimelineResponse(worker="worker-0")
+    entry.timeline.spans.add(kind=8)  # type: ignore[arg-type]
+    files.append(entry)
     assert files.index(), "what was written after a damaged segment is lost"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.cluster import Cluster
+from support.cluster import Cluster, wait_until
 from support.tiny import tiny_recipe
 
 from gradstream.client import Event, Step
@@ -37,6 +37,7 @@ def test_servers_come_and_go_without_a_lost_step(cluster: Cluster, tiny_data: Pa
     cluster.client.pause(job_id)
     cluster.wait_for(job_id, lambda job: job.state == "paused", "pause")
     cluster.start_servers("server-2")
+    wait_until(lambda: "server-2" in [node.name for node in cluster.client.nodes()], "server-2 to register", 30)
     cluster.client.resume(job_id)
     told = cluster.client.replan(job_id).reason
     assert told.startswith("replanning at step ")

@@ -9,13 +9,34 @@ import torch
 
 from gradstream.core.errors import CheckpointError
 
+# Numbers of the likeliest tokens to find the nucleus in, before the whole vocabulary is sorted.
+NUM_LIKELIEST = (256, 4096)
+# Far above the rounding of a sum of probabilities.
+MARGIN = 1e-6
+
 
 def nucleus(probabilities_V: torch.Tensor, top_p: float) -> torch.Tensor:
     """Find the nucleus (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020).
 
     The nucleus is the smallest set of the likeliest tokens that together have at least `top_p`, and at least one token;
     among equally likely tokens those of lower number come first. Returns bool, shape (V,).
+
+    The whole vocabulary is sorted only where the likeliest tokens are not enough; both ways give the same nucleus.
     """
+    for num_likeliest in NUM_LIKELIEST:
+        if num_likeliest >= len(probabilities_V):
+            break
+        # All tokens that are at least as likely as one of them: in order they are the first ones of the vocabulary.
+        least = torch.topk(probabilities_V, num_likeliest, sorted=False).values.min()
+        likeliest_V = (probabilities_V >= least).nonzero().squeeze(1)
+        if probabilities_V[likeliest_V].double().sum() > top_p + MARGIN:
+            kept_V = torch.zeros_like(probabilities_V, dtype=torch.bool)
+            kept_V[likeliest_V] = _nucleus_of_all(probabilities_V[likeliest_V], top_p)
+            return kept_V
+    return _nucleus_of_all(probabilities_V, top_p)
+
+
+def _nucleus_of_all(probabilities_V: torch.Tensor, top_p: float) -> torch.Tensor:
     sorted_V, order_V = torch.sort(probabilities_V.double(), descending=True, stable=True)
     before_V = sorted_V.cumsum(0) - sorted_V
     # The first token always belongs to the nucleus: rounding may make the sum before it nonzero, and top_p may be 0.

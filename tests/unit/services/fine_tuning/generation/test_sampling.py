@@ -35,6 +35,17 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens(top_p: float) -> None:
         assert kept == plain_nucleus(probabilities_V.tolist(), top_p)
 
 
+@pytest.mark.parametrize("scale", [0.1, 2, 3, 20])  # from a nucleus of nearly all tokens to one of a single token
+@pytest.mark.parametrize("num_digits", [0, 2, 15])  # of the logits: with few digits many tokens are equally likely
+def test_the_nucleus_of_a_large_vocabulary_is_the_same(scale: float, num_digits: int) -> None:
+    logits_V = torch.randn(6000, generator=seeded(1)).double() * scale
+    probabilities_V = logits_V.round(decimals=num_digits).softmax(0)
+    for top_p in (0.0, 0.1, 0.5, 0.9, 0.999, 1.0):
+        sorted_V, order_V = torch.sort(probabilities_V, descending=True, stable=True)
+        num_kept = max(1, int((sorted_V.cumsum(0) - sorted_V < top_p).sum()))
+        assert nucleus(probabilities_V, top_p).nonzero().flatten().tolist() == sorted(order_V[:num_kept].tolist())
+
+
 def test_the_nucleus_ends_where_it_is_reached() -> None:
     quarters_V = torch.tensor([0.125, 0.25, 0.5, 0.125])
     assert nucleus(quarters_V, 0.5).tolist() == [False, False, True, False]

@@ -27,6 +27,9 @@ CHUNK_SECONDS = 0.2
 FIRST_CHUNK = 32
 MIN_CHUNK = 16
 MAX_CHUNK = 2048
+# A call of the model takes about as long as this many tokens more would: the weights are read for any number of tokens.
+CALL_TOKENS = 24
+RECENT_CALLS = 3
 # Reading this many bytes takes about as long as a call of the model takes beside its arithmetic.
 CALL_BYTES = 64 << 20
 
@@ -143,31 +146,37 @@ def computed_together(prompts: Sequence[Prompt], chosen: int, num_tokens: int, s
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast prompts of a base are computed: seconds a unit of work, by the last calls; None before the first.
+    """How fast prompts of a base are computed: seconds a unit of work in each of the last calls.
 
-    A token's work is `token_work`, and `position_work` for each token before it, which it attends to.
+    A token's work is `token_work`, and `position_work` for each token before it, which it attends to. A call by itself
+    has the work of CALL_TOKENS tokens.
     """
 
     token_work: float
     position_work: float
-    seconds: float | None = None
+    recent: tuple[float, ...] = ()
+
+    @property
+    def seconds(self) -> float | None:
+        """The median of the last calls, which one that was held up does not change; None before the first call."""
+        return sorted(self.recent)[len(self.recent) // 2] if self.recent else None
 
     def work(self, num_done: int, num_tokens: int) -> float:
         """The work of so many tokens after those that are done."""
-        return num_tokens * (self.token_work + self.position_work * (num_done + num_tokens / 2))
+        own = num_tokens * (self.token_work + self.position_work * (num_done + num_tokens / 2))
+        return own + CALL_TOKENS * self.token_work
 
     def after(self, num_done: int, num_tokens: int, seconds: float) -> Pace:
-        """Take a call's time into account: a slower one at once, a faster one by half."""
-        latest = seconds / self.work(num_done, num_tokens)
-        return replace(self, seconds=latest if self.seconds is None else max(latest, (self.seconds + latest) / 2))
+        """Take a call's time into account."""
+        return replace(self, recent=(*self.recent, seconds / self.work(num_done, num_tokens))[-RECENT_CALLS:])
 
     def chunk(self, num_done: int, seconds: float) -> int:
         """The number of tokens that are computed in about so many seconds."""
-        if self.seconds is None or self.seconds <= 0:
+        if not self.seconds:
             return FIRST_CHUNK
-        work = max(0.0, seconds) / self.seconds
+        work = max(0.0, seconds / self.seconds - CALL_TOKENS * self.token_work)
         each = self.token_work + self.position_work * num_done
-        # The positive root of work(num_done, x) = work, in the form that is exact also without position_work.
+        # The positive root of a quadratic equation, in the form that is exact also without position_work.
         fitting = 2 * work / (each + math.sqrt(each * each + 2 * self.position_work * work))
         return min(max(MIN_CHUNK, int(fitting)), MAX_CHUNK)
 

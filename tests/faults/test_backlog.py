@@ -49,7 +49,13 @@ def test_a_cut_stream_and_a_lost_server_in_mid_step(cluster: Cluster, tiny_data:
                 to_server.cut()
                 # Either it waits with two slots, or it was done with all four: then once more. There are steps enough
                 # for some rounds of this, also while other processes keep the cores busy.
-                wait_until(lambda: "server-1" in wait_of_worker(), "the worker to wait", 30)
+                try:
+                    wait_until(lambda: "server-1" in wait_of_worker(), "the worker to wait", 30)
+                except AssertionError as error:
+                    job = cluster.client.job(job_id)
+                    raise AssertionError(
+                        f"{error}; it waits for '{wait_of_worker()}', {job.state} {job.version}"
+                    ) from None
             return cluster.client.job(job_id).version
 
         reference = submit("undisturbed")

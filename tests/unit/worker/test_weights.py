@@ -1,6 +1,7 @@
 """Arriving weights: a unit's forward pass waits for its own bundles alone, and no wait is endless."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -215,6 +216,24 @@ def test_who_waits_for_what_will_not_come_is_sent_away(bench: Bench, wait: str, 
     # A new version works again.
     bench.installer.install(inbox_of(1, bench.whole(2, 1)))
     assert torch.equal(bench.submit(bench.forward).result(BOUND_SECONDS), expected_logits(2))
+
+
+def test_the_wait_for_a_bundle_names_its_server(bench: Bench) -> None:
+    *first, last = bench.whole(1)
+    inbox = inbox_of(0, first)
+    bench.installer.install(inbox)
+    forward = bench.submit(bench.forward)
+    named = f"weights of version 0 from {bench.plan.servers[bench.plan.bundles[last.header.bundle].server].name}"
+    deadline = time.monotonic() + BOUND_SECONDS
+    seen = None
+    while (seen is None or seen[0] != named) and time.monotonic() < deadline:
+        time.sleep(0.005)
+        seen = bench.installer.waiting
+    inbox.put(last)
+    assert seen is not None
+    assert seen[0] == named
+    forward.result(BOUND_SECONDS)
+    assert bench.installer.waiting is None
 
 
 def test_a_version_that_is_complete_may_fail_afterwards(bench: Bench) -> None:

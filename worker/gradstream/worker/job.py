@@ -118,6 +118,7 @@ class WorkerJob:
         self._keeper = ResidualKeeper(plan, session, self._pusher.residuals, self._pusher.encode_thread)
         self._readers = Readers(plan, session, cache_directory)
         self._status = Status()
+        self._installer: WeightInstaller | None = None
         self._reports = Reports(plan, session, self._timeline, self._puller)
         self._attempts = Attempts(plan, self._held, self._status, self._timeline)
         self._unsettled = False  # whether this worker was given slots since its residuals last followed a version
@@ -153,7 +154,12 @@ class WorkerJob:
     def activity(self) -> coordinator_pb2.Activity:
         """The worker's activity, for heartbeats."""
         return self._status.activity(
-            self.plan.job_id, self.version, self._pusher, self._puller, self._membership.neighbours
+            self.plan.job_id,
+            self.version,
+            self._pusher,
+            self._puller,
+            self._membership.neighbours,
+            self._installer,
         )
 
     # -- from loading to the end -----------------------------------------------------------------------------------
@@ -163,6 +169,7 @@ class WorkerJob:
         loading = self._compute_thread.submit(load_model, self.plan, self._device, self.worker, self._timeline)
         try:
             model = await asyncio.wrap_future(loading)
+            self._installer = model.installer
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pusher.run())
                 group.create_task(self._walk(model))

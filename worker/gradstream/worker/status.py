@@ -23,6 +23,7 @@ from gradstream.worker.pipeline.neighbours import Neighbours
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Pusher
 from gradstream.worker.timeline import RawSpan, Timeline
+from gradstream.worker.weights import WeightInstaller
 
 log = get_logger()
 T = TypeVar("T")
@@ -57,18 +58,28 @@ class Status:
         self._num_microbatches += 1
 
     def activity(
-        self, job_id: str, version: int, pusher: Pusher, puller: Puller, neighbours: Neighbours | None
+        self,
+        job_id: str,
+        version: int,
+        pusher: Pusher,
+        puller: Puller,
+        neighbours: Neighbours | None,
+        installer: WeightInstaller | None,
     ) -> coordinator_pb2.Activity:
         """The worker's activity, for heartbeats.
 
         As the reason of a wait, a peer that cannot be reached comes first, then what the compute thread waits for: a
-        neighbour, or servers that have to acknowledge earlier slots.
+        neighbour, servers that have to acknowledge earlier slots, or weights that are under way.
         """
         links = neighbours.links.values() if neighbours is not None else ()
         outbounds: list[Outbound[Any]] = [*pusher.streams, *links]
         waiting_for, since = self._waiting_for, self._since
         cut_off, cut_since = _cut_off(outbounds, puller)
-        waits = (neighbours.waiting if neighbours is not None else None, pusher.backlog.waiting)
+        waits = (
+            neighbours.waiting if neighbours is not None else None,
+            pusher.backlog.waiting,
+            installer.waiting if installer is not None else None,
+        )
         for wait in filter(None, waits):  # the compute thread is in one of them at most
             waiting_for, since = wait
         if cut_off:

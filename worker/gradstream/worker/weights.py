@@ -8,6 +8,7 @@ bundle is decoded into its parameters as it arrives, and the forward pass of a u
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,6 +99,9 @@ class WeightInstaller:
         self._parameters = {tensor: parameter for (tensor, _), parameter in sorted(parameters.items(), reverse=True)}
         self._number = {id(parameter): tensor for (tensor, _), parameter in parameters.items()}
         self._bundles = plan.bundles
+        self._servers = plan.servers
+        self.waiting: tuple[str, float] | None = None
+        """What the compute thread waits for, in words, and since when in Unix seconds."""
         self._slices: dict[int, Slices] = {}  # of the parameters, by bundle
         self._executor = ThreadPoolExecutor(1, "decode")
         self._condition = threading.Condition()
@@ -192,9 +196,26 @@ class WeightInstaller:
     def _wait(self, tensors: Sequence[int]) -> None:
         with self._condition:
             if not self._in_place(tensors):
-                with self._timeline.waiting():
-                    while not self._in_place(tensors):
-                        self._condition.wait()
+                self.waiting = (self._awaited(tensors), time.time())
+                try:
+                    with self._timeline.waiting():
+                        while not self._in_place(tensors):
+                            self._condition.wait()
+                finally:
+                    self.waiting = None
+
+    def _awaited(self, tensors: Sequence[int]) -> str:
+        assert self._inbox is not None
+        version, missing = self._inbox.version, {tensor for tensor in tensors if self._missing[tensor]}
+        servers = {
+            bundle.server
+            for bundle in self._bundles
+            if self._held.get(bundle.index) != version
+            and any(fragment.tensor in missing for fragment in bundle.fragments)
+        }
+        return (
+            f"weights of version {version} from {', '.join(self._servers[server].name for server in sorted(servers))}"
+        )
 
     def _in_place(self, tensors: Sequence[int]) -> bool:
         """Return whether the tensors are complete. The caller must hold the condition.

@@ -15,10 +15,11 @@ of the set of contributions alone.
 
 What is lost: a contribution is rounded by at most half a unit of the lower bin. That is at most 2**(1 - width) times
 the largest magnitude among the contributions to the block; how much less depends on where this magnitude lies in its
-bin. The digits' sum is exact. It is rounded once, to fp32.
+bin. In int8 and int4 256 times the block's scale stands for the magnitude, so that no pass looks for it. The sum of the
+digits is exact. It is rounded once, to fp32.
 
-Shape legend: B blocks, T blocks of a tile, E elements a block, H bytes of a block in
-int4, F fragments, C contributions.
+Shape legend: B blocks, T blocks of a tile, E elements a block, H bytes of a block in int4, F fragments,
+C contributions.
 """
 
 from __future__ import annotations
@@ -43,8 +44,6 @@ EMPTY = -2
 """The top of a block without contributions: more than one bin below every other top."""
 NOT_FINITE = 127
 """The top of a block with a contribution that is not finite. Its sum is NaN."""
-MAX_CONTRIBUTIONS = 1 << 16
-"""More would leave a bin fewer than 15 bits."""
 TILE = 4
 """Blocks that stay in the first-level cache while several contributions are added to them."""
 _BIAS = 127

@@ -162,7 +162,7 @@ class Pace:
         return sorted(self.recent)[len(self.recent) // 2] if self.recent else None
 
     def work(self, num_done: int, num_tokens: int) -> float:
-        """The work of so many tokens after those that are done."""
+        """The work of a number of tokens after those that are done."""
         own = num_tokens * (self.token_work + self.position_work * (num_done + num_tokens / 2))
         return own + CALL_TOKENS * self.token_work
 

@@ -168,7 +168,7 @@ class SimulatedJob:
         while not upcoming.done() and self.held.slots:
             change = asyncio.ensure_future(self.held.next_change())
             for slot in self.held.slots:
-                if slot not in done and version < self.plan.num_steps:
+                if slot not in done and version < self.plan.last_version:
                     self._push(version, slot)
                     done.add(slot)
             try:

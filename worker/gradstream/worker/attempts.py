@@ -88,7 +88,7 @@ class Attempts:
         Returns None when the next version or a lease table comes first, or when the attempt is void.
         """
         waiting_for = f"work at version {version} from {place.title(0)}"
-        if version >= self._plan.num_steps:
+        if version >= self._plan.last_version:
             waiting_for = "the end of the job"
         leases = asyncio.ensure_future(self._held.next_change())
         coming = asyncio.ensure_future(neighbours.next_attempt())
@@ -111,7 +111,7 @@ class Attempts:
 
     async def wait_for_next(self, version: int, upcoming: asyncio.Task[Inbox]) -> None:
         """Wait for the next version, or for a lease table."""
-        if version >= self._plan.num_steps:
+        if version >= self._plan.last_version:
             waiting_for = "the end of the job"
         else:
             waiting_for = f"version {version + 1} from {', '.join(server.name for server in self._plan.servers)}"

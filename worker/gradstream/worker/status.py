@@ -157,7 +157,7 @@ class Reports:
         self, taken: list[RawSpan], version: int, period_ns: tuple[int, int] | None, has_spans: bool
     ) -> None:
         plan = self._plan
-        if version + 1 < plan.num_steps:
+        if version + 1 < plan.last_version:
             # The weights that the worker waits for are more urgent. After the last step the worker waits for none, and
             # the job may end before they have arrived.
             await self._puller.settled()

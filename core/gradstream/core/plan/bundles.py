@@ -15,18 +15,23 @@ from functools import cached_property
 from gradstream.core.plan.fragments import Fragment, TensorKind
 from gradstream.core.recipe.recipe import RESIDUAL_CODECS, CodecConfig
 
+WEIGHTS = "weights"
+"""The array of a bundle whose contributions are gradients, or differences of weights."""
+
 
 @dataclass(frozen=True)
 class Bundle:
     """Fragments of server `server` that are sent together. `index` is the bundle's place in the plan.
 
-    Each slot contributes `num_parts` times: 2 if the tensors are tied across two pipeline stages, else 1.
+    Each slot contributes `num_parts` times: 2 if the tensors are tied across two pipeline stages, else 1. `array` is
+    what is sent of the fragments: their weights, or a moment that slots share with local steps.
     """
 
     index: int
     server: int
     fragments: tuple[Fragment, ...]
     num_parts: int = 1
+    array: str = WEIGHTS
 
     def is_of(self, tensors: Collection[int]) -> bool:
         """Whether the bundle's fragments belong to these tensors. All tensors of a bundle have the same use."""

@@ -11,11 +11,14 @@ from typing import Any
 from gradstream.core.data.manifest import Manifest, parse_manifest
 from gradstream.core.data.sampler import samples_by_slot
 from gradstream.core.errors import ProtocolError, one_line
-from gradstream.core.plan.bundles import Bundle, Use, bundle
+from gradstream.core.optimizer.rules import moments_of
+from gradstream.core.plan.bundles import Bundle, Use
+from gradstream.core.plan.bundles import bundle as bundle_fragments
 from gradstream.core.plan.fragments import Fragment, Tensor, TensorKind, cut, num_fragments
 from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.proto.v1 import plan_pb2
 
 _KINDS: dict[TensorKind, plan_pb2.TensorKind.ValueType] = {
@@ -76,7 +79,27 @@ class Plan:
     def bundles(self) -> tuple[Bundle, ...]:
         """All bundles, in forward order."""
         uses = [Use(self.stage_of(tensor.unit), self.num_parts(tensor)) for tensor in self.tensors]
-        return tuple(bundle(self.fragments, self.placement, self.fragment_elements, uses))
+        return tuple(bundle_fragments(self.fragments, self.placement, self.fragment_elements, uses))
+
+    @cached_property
+    def moment_bundles(self) -> tuple[Bundle, ...]:
+        """The bundles of the moments that slots share with local steps, numbered after `bundles`; else none.
+
+        Each has the fragments of one of `bundles`, and one of the moments that the optimizer keeps of them.
+        """
+        local = self.recipe.local
+        if local is None or local.inner_state != "shared":
+            return ()
+        held = [(bundle, array) for array in moments_of(self.recipe.optimizer) for bundle in self.bundles]
+        return tuple(
+            Bundle(number, bundle.server, bundle.fragments, array=array)
+            for number, (bundle, array) in enumerate(held, len(self.bundles))
+        )
+
+    def bundle(self, index: int) -> Bundle:
+        """The bundle with this index, of weights or of a moment."""
+        own = len(self.bundles)
+        return self.bundles[index] if index < own else self.moment_bundles[index - own]
 
     @cached_property
     def held_out_samples(self) -> tuple[int, ...]:
@@ -157,8 +180,18 @@ class Plan:
         return self.num_slots * self.replica_size
 
     @property
-    def num_steps(self) -> int:
-        return self.recipe.training.num_steps
+    def last_version(self) -> int:
+        """The version at which all steps are done. Without local steps it is the number of steps."""
+        return self.rounds.last_version
+
+    @cached_property
+    def rounds(self) -> Rounds:
+        """The steps for which each version stands."""
+        return self.recipe.rounds
+
+    def shares_moments(self, version: int) -> bool:
+        """Whether the step from a version is a round that begins with shared moments and contributes its own."""
+        return bool(self.moment_bundles) and self.rounds.is_round(version)
 
     @property
     def num_parameters(self) -> int:

@@ -24,7 +24,9 @@ from gradstream.core.recipe.defaults import (
 )
 from gradstream.core.recipe.files import is_url
 from gradstream.core.recipe.fine_tuning import FineTuning, LoraConfig, with_new_key
+from gradstream.core.recipe.local import LocalConfig, check_local
 from gradstream.core.recipe.model_config import check_fields, check_special_ids
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.recipe.section import NonNegative, Positive, Section, derived
 from gradstream.core.recipe.start_from import StartFrom
 
@@ -364,6 +366,9 @@ class Recipe(Section):
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     pipeline: PipelineConfig = PipelineConfig()
+    local: LocalConfig | None = Field(
+        default=None, description="local steps between exchanges; none: every step is exchanged"
+    )
     cluster: ClusterConfig = ClusterConfig()
     start_from: StartFrom | None = Field(
         default=None, description="the checkpoint of another job whose weights this job starts with; none: the seed"
@@ -386,6 +391,8 @@ class Recipe(Section):
                 f"{longest[1]} positions; lower it or raise model.config.{longest[0]}"
             )
         check_sections(self.run_root, self.pipeline, self.codec)
+        if self.local is not None:
+            check_local(self.local, self.training, self.optimizer, self.codec, self.pipeline)
         if self.start_from is not None and self.fine_tuning is not None:
             raise ValueError("a fine-tuning starts from its base_model; leave start_from out")
         prepare = self.data.prepare
@@ -408,10 +415,17 @@ class Recipe(Section):
         """The adapters; None when all weights are trained."""
         return self.fine_tuning.lora if self.fine_tuning is not None else None
 
+    @property
+    def rounds(self) -> Rounds:
+        """The steps for which each version stands."""
+        if self.local is None:
+            return Rounds(self.training.num_steps)
+        return Rounds(self.training.num_steps, self.local.steps, self.local.after)
+
     def validates(self, version: int) -> bool:
         """Whether this version has a validation pass: the first, the last, one every interval, and those that were the
         last before the job got more steps."""
-        interval, training = self.validation.interval_steps, self.training
+        interval, training, rounds = self.validation.interval_steps, self.training, self.rounds
         ends = [part.num_steps for part in training.earlier if part.until_version == part.num_steps]
-        due = version in (training.num_steps, *ends) or (interval > 0 and version % interval == 0)
-        return interval > 0 and due and version <= training.num_steps
+        due = rounds.steps_at(version) in (training.num_steps, *ends) or rounds.passes(version, interval)
+        return interval > 0 and due and version <= rounds.last_version

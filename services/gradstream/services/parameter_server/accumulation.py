@@ -75,8 +75,8 @@ class Accumulation:
             raise ProtocolError(f"{what}: the job has {self._plan.num_slots} slots")
         if header.part >= state.bundle.num_parts:
             raise ProtocolError(f"{what}: part {header.part}, but its tensors have {state.bundle.num_parts}")
-        if header.step >= self._plan.num_steps:
-            raise ProtocolError(f"{what}: the job has {self._plan.num_steps} steps")
+        if header.step >= self._plan.last_version:
+            raise ProtocolError(f"{what}: the job has {self._plan.last_version} steps")
         if header.step > version:
             raise ProtocolError(f"{what}: step {version} is under way here")
         codec = push_codec

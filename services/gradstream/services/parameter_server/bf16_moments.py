@@ -18,13 +18,13 @@ from torch.optim.adamw import adamw
 from gradstream.core.checkpoint.shard import MOMENTS
 from gradstream.core.kernels import moments
 from gradstream.core.model.model import derive_seed
+from gradstream.core.optimizer.optimizer import STEP_COUNT
 from gradstream.core.plan.fragments import Fragment, Tensor
 from gradstream.core.recipe.recipe import OptimizerConfig
-from gradstream.services.parameter_server.optimizer import STEP_COUNT
 
 
 class Bf16MomentsOptimizer:
-    """torch's fused AdamW over a bundle's fragments, as BundleOptimizer, with moments that are held in bf16.
+    """torch's fused AdamW over a bundle's fragments, as Optimizer, with moments that are held in bf16.
 
     A fragment's moments are widened to fp32, updated, and rounded back, one fragment at a time.
     """

@@ -21,13 +21,13 @@ from gradstream.core.codecs.fixed_point import FixedPointSum
 from gradstream.core.codecs.payloads import BundleCodec, CodecBook, slices
 from gradstream.core.errors import CheckpointError
 from gradstream.core.kernels import dense
+from gradstream.core.optimizer.optimizer import STEP_COUNT, Optimizer
 from gradstream.core.plan.bundles import Bundle
 from gradstream.core.plan.downlink import Downlink
 from gradstream.core.plan.fragments import Fragment, Tensor
 from gradstream.core.pretrained.base import BaseReader
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.services.parameter_server.bf16_moments import Bf16MomentsOptimizer
-from gradstream.services.parameter_server.optimizer import STEP_COUNT, BundleOptimizer
 from gradstream.services.parameter_server.publication import PublishedBundle, publisher
 
 State = dict[str, npt.NDArray[Any]]
@@ -59,14 +59,14 @@ class BundleState:
         self._sum = FixedPointSum(elements, self._num_contributions)
         self._weights = slices(self._weights_N, bundle)
         self._sums = slices(self._sum.result_N, bundle)
-        self._optimizer: BundleOptimizer | Bf16MomentsOptimizer
+        self._optimizer: Optimizer | Bf16MomentsOptimizer
         if recipe.optimizer.moments == "bf16":
             self._optimizer = Bf16MomentsOptimizer(
                 self._weights, self._sums, bundle.fragments, self._tensors, recipe.optimizer, recipe.seed
             )
         else:
             decays = [tensor.decay for tensor in self._tensors]
-            self._optimizer = BundleOptimizer(self._weights, self._sums, decays, recipe.optimizer)
+            self._optimizer = Optimizer(self._weights, self._sums, decays, recipe.optimizer)
         self._publishing = threading.Lock()
         self._publisher = publisher(form, bundle, self._weights_N, book, recipe.codec.keyframe_versions)
 

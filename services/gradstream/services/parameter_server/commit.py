@@ -154,7 +154,7 @@ class CompletedStep:
 def decide(plan: Plan, completed: CompletedStep) -> tuple[Decision, str]:
     """Decide on a completed step, as its leader; return (decision, reason).
 
-    A checkpoint is due at the last version, at every `checkpoint.interval_steps` and at a halt.
+    A checkpoint is due at the last version, where `checkpoint.interval_steps` pass and at a halt.
     """
     recipe = plan.recipe
     decision, reason = decide_commit(
@@ -165,8 +165,7 @@ def decide(plan: Plan, completed: CompletedStep) -> tuple[Decision, str]:
         completed.consecutive_skips,
     )
     version = completed.step + 1
-    interval = recipe.checkpoint.interval_steps
-    due = version == plan.num_steps or (interval > 0 and version % interval == 0)
+    due = version == plan.last_version or plan.rounds.passes(version, recipe.checkpoint.interval_steps)
     decision = replace(
         decision,
         checkpoint=due or completed.halt,

@@ -288,7 +288,7 @@ class Shard:
 
     def missing_slots(self) -> list[int]:
         """The slots of the step under way of which a contribution is still missing."""
-        if not self.loaded or self.version >= self.plan.num_steps:
+        if not self.loaded or self.version >= self.plan.last_version:
             return []
         return self.accumulation.missing_slots()
 
@@ -305,7 +305,7 @@ class Shard:
         since = self.phase.since
         if (waiting := self.checkpoints.waiting()) is not None:
             waiting_for, since = waiting
-        finished = self.version >= self.plan.num_steps
+        finished = self.version >= self.plan.last_version
         states = self.bundles.values()
         return coordinator_pb2.Activity(
             job_id=self.plan.job_id,

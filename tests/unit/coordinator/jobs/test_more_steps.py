@@ -125,7 +125,7 @@ async def test_a_finished_job_goes_on_to_more_steps(cluster: Cluster) -> None:
     )
     await cluster.event(job_id, f"resumed with more steps: {said}")
     plan = await worker.plan_of(2)
-    assert (plan.start_version, plan.num_steps) == (4, 6)
+    assert (plan.start_version, plan.last_version) == (4, 6)
     assert [(part.until_version, part.num_steps) for part in plan.recipe.training.earlier] == [(4, 4)]
     # A coordinator that restarts finds the longer job.
     await cluster.restart()
@@ -156,7 +156,7 @@ async def test_a_paused_job_waits_for_its_checkpoint_before_it_gets_more_steps(c
     job = await asyncio.wait_for(waiting, 30)
     assert job.num_steps == 9
     plan = await worker.plan_of(2)
-    assert (plan.start_version, plan.num_steps) == (2, 9)
+    assert (plan.start_version, plan.last_version) == (2, 9)
     assert [(part.until_version, part.num_steps) for part in plan.recipe.training.earlier] == [(2, 4)]
     # The same order again has no further effect.
     assert (await resume(cluster, job_id, 9)).state == RUNNING
@@ -198,4 +198,4 @@ async def test_a_failed_job_goes_back_to_the_checkpoint_that_is_there(cluster: C
     # Also to fewer steps than it had, since it has not done them.
     await resume(cluster, job_id, 3)
     plan = await worker.plan_of(2)
-    assert (plan.start_version, plan.num_steps) == (2, 3)
+    assert (plan.start_version, plan.last_version) == (2, 3)

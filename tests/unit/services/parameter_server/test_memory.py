@@ -11,13 +11,13 @@ from support.micro import MICRO_LLAMA, micro_plan
 from gradstream.coordinator.planning.needs import ServerBytes, server_bytes
 from gradstream.core.codecs.payloads import CodecBook
 from gradstream.core.model.model import inventory
+from gradstream.core.optimizer.optimizer import STEP_COUNT
 from gradstream.core.plan.bundles import bundle, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import Tensor, cut
 from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
 from gradstream.services.parameter_server.bundle_state import BundleState
-from gradstream.services.parameter_server.optimizer import STEP_COUNT
 
 FRAGMENT_ELEMENTS = 256
 TRAINED = ("full", "lora")

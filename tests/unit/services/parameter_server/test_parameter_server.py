@@ -85,7 +85,7 @@ def expected_after(steps: int, plan: Plan) -> dict[int, torch.Tensor]:
         for number, tensor in enumerate(TENSORS):
             sum_N = torch.cat([sums[f.index] for f in FRAGMENTS if f.tensor == number])
             whole[tensor.name].grad = sum_N.div(float(num_tokens)).mul(scale)
-            rate = learning_rate(step, plan.num_steps, rule, plan.recipe.schedule)
+            rate = learning_rate(step, plan.last_version, rule, plan.recipe.schedule)
             optimizers[tensor.name].param_groups[0]["lr"] = rate
             optimizers[tensor.name].step()
     return {f.index: whole[TENSORS[f.tensor].name].detach()[f.begin : f.end] for f in FRAGMENTS}

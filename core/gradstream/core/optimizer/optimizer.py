@@ -1,4 +1,4 @@
-"""The optimizer's update, one fragment at a time, and the learning rate as a pure function of the step."""
+"""The optimizer's update of a list of tensors: a server's fragments, or a worker's whole tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEP_COUNT = "step"
 
 @dataclass(frozen=True)
 class _Group:
-    """The fragments of a bundle with the same weight decay, and their optimizer arrays: one a name and fragment.
+    """The tensors with the same weight decay, and their optimizer arrays: one a name and tensor.
 
     torch's functions take lists of arrays; the lists are made once.
     """
@@ -31,12 +31,12 @@ class _Group:
     arrays: dict[str, list[Any]]
 
 
-class BundleOptimizer:
-    """torch's fused AdamW or SGD over a bundle's fragments: updates `weights` in place by `gradients`.
+class Optimizer:
+    """torch's fused AdamW or SGD over a list of flat tensors: updates `weights` in place by `gradients`.
 
-    Each bundle has an optimizer of its own, so any thread can update a bundle as soon as its turn comes. The state is a
-    few flat arrays a fragment, which a checkpoint can name. This class calls torch's optimizer functions and not its
-    optimizer objects, because the objects search all of their state at every step.
+    On a server each bundle has an optimizer of its own, so any thread can update a bundle as soon as its turn comes.
+    The state is a few flat arrays a tensor, which a checkpoint can name. This class calls torch's optimizer functions
+    and not its optimizer objects, because the objects search all of their state at every step.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class BundleOptimizer:
             )
 
     def state(self) -> list[dict[str, npt.NDArray[np.float32]]]:
-        """For each fragment the optimizer's arrays by name, all fp32, as views of the optimizer's memory.
+        """For each tensor the optimizer's arrays by name, all fp32, as views of the optimizer's memory.
 
         The arrays are zeros before the first step.
         """

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from gradstream.core.optimizer.optimizer import Optimizer
 from gradstream.core.recipe.learning_rate import learning_rate
 from gradstream.core.recipe.recipe import LearningRateScheduleConfig, OptimizerConfig
-from gradstream.services.parameter_server.optimizer import BundleOptimizer
 
 PEAK = 2.0
 OPTIMIZER = OptimizerConfig(learning_rate=PEAK)
@@ -51,14 +51,14 @@ def reference(config: OptimizerConfig, decay: bool, weights_N: torch.Tensor) -> 
 
 
 class Slices:
-    """A tensor's slices under one BundleOptimizer, end to end in flat memory as a server holds them."""
+    """A tensor's slices under one Optimizer, end to end in flat memory as a server holds them."""
 
     def __init__(self, config: OptimizerConfig, decay: bool = True, first: int = 0):
         """`first` elements of something else lie before them, so that they begin where they happen to."""
         self.weights_N = torch.cat([torch.zeros(first), initial()])
         self._gradient_N = torch.zeros_like(self.weights_N)
         bounds = [(first + begin, first + end) for begin, end in pairwise(SLICES)]
-        self.optimizer = BundleOptimizer(
+        self.optimizer = Optimizer(
             [self.weights_N[begin:end] for begin, end in bounds],
             [self._gradient_N[begin:end] for begin, end in bounds],
             [decay] * len(bounds),
@@ -101,7 +101,7 @@ def test_decay_is_used_where_asked_for_alone(kind: Any) -> None:
     weights = [torch.ones(4), torch.ones(3), torch.ones(5), torch.ones(1)]
     decays = [True, False, True, False]
     gradients = [torch.zeros_like(weights_N) for weights_N in weights]
-    BundleOptimizer(weights, gradients, decays, rule).step(0.1)
+    Optimizer(weights, gradients, decays, rule).step(0.1)
     for weights_N, decay in zip(weights, decays, strict=True):
         if not decay:
             assert (weights_N == 1).all()

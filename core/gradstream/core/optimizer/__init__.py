@@ -1,0 +1,1 @@
+"""Update rules of the weights, for the servers and for the inner steps of workers."""

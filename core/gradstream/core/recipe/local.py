@@ -1,0 +1,70 @@
+"""The recipe's section for local steps: rounds of inner steps between exchanges."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from gradstream.core.recipe.section import NonNegative, Positive, Section
+
+if TYPE_CHECKING:
+    from gradstream.core.recipe.recipe import CodecConfig, OptimizerConfig, PipelineConfig, TrainingConfig
+
+
+class OuterConfig(Section):
+    """The rule by which servers apply a round's mean difference: SGD with momentum."""
+
+    learning_rate: float = Field(default=0.8, gt=0, description="factor on the mean difference")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="decay of the momentum; 0: none")
+    nesterov: bool = Field(default=True, description="Nesterov's form of the momentum")
+
+
+class LocalConfig(Section):
+    """Local steps (DiLoCo, Douillard et al. 2023): slots exchange only at the end of a round of inner steps.
+
+    Every key shapes the trajectory.
+    """
+
+    steps: Positive = Field(description="inner steps of a round")
+    after: NonNegative = Field(default=0, description="ordinary steps before the first round")
+    inner_state: Literal["shared", "reset"] = Field(
+        default="shared",
+        description="the optimizer's moments at the beginning of a round: the mean of all slots at the end of the "
+        "round before, or zeros",
+    )
+    moments: Literal["fp32", "bf16", "int8"] = Field(
+        default="bf16", description="inner_state: shared only: codec in which moments are sent, both ways"
+    )
+    outer: OuterConfig = OuterConfig()
+
+
+def check_local(
+    local: LocalConfig,
+    training: TrainingConfig,
+    optimizer: OptimizerConfig,
+    codec: CodecConfig,
+    pipeline: PipelineConfig,
+) -> None:
+    """Check local steps against the other sections. Raises ValueError for settings that contradict each other."""
+    rest = (training.num_steps - local.after) % local.steps
+    if training.num_steps < local.after + local.steps or rest:
+        fewer = training.num_steps - rest
+        more = max(fewer, local.after) + local.steps
+        cure = f"{fewer} or {more}" if fewer >= local.after + local.steps else str(local.after + local.steps)
+        raise ValueError(
+            f"training.num_steps {training.num_steps} is not local.after {local.after} plus whole rounds of "
+            f"local.steps {local.steps}; use {cure}"
+        )
+    if "auto" in (codec.push, codec.pull):
+        raise ValueError(
+            "codec auto measures every step, but with local steps few are sent; use codec.push=int4 and "
+            "codec.pull=delta-int4"
+        )
+    if optimizer.moments != "fp32":
+        raise ValueError(
+            f"optimizer.moments {optimizer.moments} is for ordinary steps alone; leave it out, and set local.moments "
+            f"for what is sent"
+        )
+    if pipeline.stages != 1:
+        raise ValueError("local steps need pipeline.stages=1 so far; leave the pipeline out")

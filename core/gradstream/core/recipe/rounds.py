@@ -1,0 +1,54 @@
+"""The rounds of a job with local steps: which inner steps each version stands for. Pure arithmetic on the recipe.
+
+A version is one commit. Without local steps a commit is one step. With them a job first takes `after` ordinary steps,
+one a version, and then rounds: from a version each slot takes `length` inner steps on its own samples before the
+servers combine them to the next version. Intervals, schedules and totals of a recipe count steps, where an inner step
+counts like an ordinary one; the protocol counts versions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The versions of a job of `num_steps` steps. `length` 0: there are no rounds, and a version is a step."""
+
+    num_steps: int
+    length: int = 0
+    after: int = 0
+
+    @property
+    def last_version(self) -> int:
+        """The version at which all steps are done."""
+        return self.version_at(self.num_steps)
+
+    def is_round(self, version: int) -> bool:
+        """Whether the commit after `version` ends a round, and not an ordinary step."""
+        return self.length > 0 and version >= self.after
+
+    def steps_at(self, version: int) -> int:
+        """Number of steps that are done at a version."""
+        if not self.length or version <= self.after:
+            return version
+        return self.after + (version - self.after) * self.length
+
+    def version_at(self, step: int) -> int:
+        """The first version at which at least `step` steps are done."""
+        if not self.length or step <= self.after:
+            return step
+        return self.after - (self.after - step) // self.length
+
+    def steps_from(self, version: int) -> range:
+        """The steps between a version and the next one, by their numbers from 0."""
+        return range(self.steps_at(version), self.steps_at(version + 1))
+
+    def passes(self, version: int, interval_steps: int) -> bool:
+        """Whether the commit that made `version` passed a multiple of `interval_steps`; with 0 never.
+
+        Version 0, which no commit made, counts as one that did.
+        """
+        if not interval_steps:
+            return False
+        return version == 0 or self.steps_at(version) // interval_steps > self.steps_at(version - 1) // interval_steps

@@ -1,0 +1,50 @@
+"""The versions of a job with local steps, and the steps for which they stand."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradstream.core.recipe.rounds import Rounds
+
+ROUNDS = st.builds(
+    lambda length, after, count: Rounds(after + length * count, length, after),
+    st.integers(1, 12),
+    st.integers(0, 12),
+    st.integers(1, 12),
+)
+
+
+@given(ROUNDS)
+def test_versions_cover_every_step_once(rounds: Rounds) -> None:
+    steps = [step for version in range(rounds.last_version) for step in rounds.steps_from(version)]
+    assert steps == list(range(rounds.num_steps))
+    assert rounds.steps_at(rounds.last_version) == rounds.num_steps
+
+
+@given(ROUNDS, st.integers(0, 150))
+def test_a_step_is_done_at_its_version_and_not_before(rounds: Rounds, step: int) -> None:
+    version = rounds.version_at(step)
+    assert rounds.steps_at(version) >= step
+    assert version == 0 or rounds.steps_at(version - 1) < step
+
+
+@given(ROUNDS, st.integers(1, 40))
+def test_each_multiple_of_an_interval_is_passed_by_one_commit(rounds: Rounds, interval: int) -> None:
+    passed = [version for version in range(1, rounds.last_version + 1) if rounds.passes(version, interval)]
+    assert passed == sorted({rounds.version_at(step) for step in range(interval, rounds.num_steps + 1, interval)})
+
+
+def test_without_local_steps_a_version_is_a_step() -> None:
+    rounds = Rounds(7)
+    assert rounds.last_version == 7
+    assert [len(rounds.steps_from(version)) for version in range(7)] == [1] * 7
+    assert [version for version in range(8) if rounds.passes(version, 3)] == [0, 3, 6]
+    assert not rounds.is_round(5)
+    assert not rounds.passes(6, 0)
+
+
+def test_rounds_begin_after_the_ordinary_steps() -> None:
+    rounds = Rounds(100, 30, 10)
+    assert [rounds.is_round(version) for version in (9, 10)] == [False, True]
+    assert [rounds.steps_at(version) for version in (9, 10, 11, 13)] == [9, 10, 40, 100]

@@ -15,7 +15,7 @@ from gradstream.core.codecs.fixed_point import FixedPointSum
 from gradstream.core.errors import ProtocolError
 from gradstream.core.kernels import dense
 from gradstream.core.kernels.dense import I64, address_of, addresses_of
-from gradstream.core.plan.bundles import Bundle, codec_for
+from gradstream.core.plan.bundles import WEIGHTS, Bundle, codec_for
 from gradstream.core.plan.fragments import Tensor
 
 
@@ -61,13 +61,16 @@ class BundleCodec:
     """The codec of one bundle, for a job with codec `codec` and the codec `embedding` for embeddings.
 
     Flat tensors are fp32, contiguous, and have the bundle's concatenated elements. Stateless except for the arguments.
+    Moments have `codec` whatever the kind of their tensor.
     """
 
     def __init__(self, bundle: Bundle, tensors: Sequence[Tensor], codec: str, embedding: str):
         self.bundle = bundle
         self.codec = codec_named(codec)
+        of_weights = bundle.array == WEIGHTS
         self.codecs: tuple[Codec, ...] = tuple(
-            codec_named(codec_for(tensors[fragment.tensor].kind, codec, embedding)) for fragment in bundle.fragments
+            codec_named(codec_for(tensors[fragment.tensor].kind, codec, embedding) if of_weights else codec)
+            for fragment in bundle.fragments
         )
         self._sizes = [
             codec.encoded_bytes(fragment.shape) for codec, fragment in zip(self.codecs, bundle.fragments, strict=True)

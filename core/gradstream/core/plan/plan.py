@@ -12,7 +12,7 @@ from gradstream.core.data.manifest import Manifest, parse_manifest
 from gradstream.core.data.sampler import samples_by_slot
 from gradstream.core.errors import ProtocolError, one_line
 from gradstream.core.optimizer.rules import moments_of
-from gradstream.core.plan.bundles import Bundle, Use
+from gradstream.core.plan.bundles import WEIGHTS, Bundle, Use
 from gradstream.core.plan.bundles import bundle as bundle_fragments
 from gradstream.core.plan.fragments import Fragment, Tensor, TensorKind, cut, num_fragments
 from gradstream.core.recipe.fine_tuning import LoraConfig
@@ -100,6 +100,11 @@ class Plan:
         """The bundle with this index, of weights or of a moment."""
         own = len(self.bundles)
         return self.bundles[index] if index < own else self.moment_bundles[index - own]
+
+    def codec_of(self, bundle: Bundle, codec: str) -> str:
+        """The codec of what is sent of a bundle, by name: `codec` for weights and gradients, else the recipe's."""
+        local = self.recipe.local
+        return codec if local is None or bundle.array == WEIGHTS else local.moments
 
     @cached_property
     def held_out_samples(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Bundles: every fragment is in exactly one, and a peer's header of a bundle's payload is checked."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -121,6 +122,14 @@ def mixed_bundle(odd: bool = True) -> tuple[Bundle, list[Tensor]]:
 def right_sizes(codec: BundleCodec) -> list[int]:
     values = [torch.ones(fragment.num_elements) for fragment in codec.bundle.fragments]
     return [len(payload) for payload in codec.encode(values, 0)]
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8"])
+def test_moments_have_one_codec_whatever_their_tensor(name: str) -> None:
+    found, tensors = mixed_bundle()
+    assert len({tensors[fragment.tensor].kind for fragment in found.fragments}) > 1
+    codec = BundleCodec(replace(found, array="exp_avg"), tensors, name, "bf16")
+    assert [one.name for one in codec.codecs] == [name] * len(found.fragments)
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from gradstream.core.errors import CheckpointError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 from gradstream.core.checkpoint.manifest import FileEntry, State, fragment_digest, read_manifest, write_checkpoint_file
 
 REFERENCE = "copy"  # the kind's name in files for the weights as workers hold them, if they pull differences
+OUTER_MOMENTUM = "outer_momentum"  # the momentum of the outer rule, in jobs with local steps
 
 
 MAX_COPY_BYTES = 256 << 20
@@ -106,6 +108,14 @@ class CheckpointReader:
             )
         return self._tensors[self._numbers[tensor]].shape
 
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of arrays that the checkpoint has of its first fragment."""
+        piece = next(iter(self.manifest.fragments()))
+        keys: list[str] = self._opened(piece)[0].keys()
+        end = f"/{slice_name(self._tensors, piece)}"
+        return frozenset(key.removesuffix(end) for key in keys if key.endswith(end))
+
     def read(self, kind: str, tensor: str, begin: int, end: int) -> npt.NDArray[np.float32]:
         """Read elements [begin, end) of a tensor's `kind` into a new fp32 array, which bf16 is widened to."""
         import numpy as np
@@ -129,18 +139,12 @@ class CheckpointReader:
 
     def _slice(self, kind: str, piece: Fragment, num_elements: int) -> Any:
         """A fragment's array in its file, with `num_elements` elements, which can be read in slices of fp32."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
-        number, key = self.manifest.placement[piece.index], f"{kind}/{slice_name(self._tensors, piece)}"
-        entry = self.manifest.files[number]
-        path = files.join(self.directory, entry.file)
-        if number not in self._open_files:
-            local = verified_file(self.directory, entry)
-            with parsing(lambda cause: CheckpointError(f"checkpoint file {path} cannot be read ({cause})")):
-                self._open_files[number] = safe_open(local, framework="numpy")
-            self._locals[number] = local
+        opened, local, path = self._opened(piece)
+        key = f"{kind}/{slice_name(self._tensors, piece)}"
         try:
-            found = self._open_files[number].get_slice(key)
+            found = opened.get_slice(key)
         except SafetensorError:
             raise CheckpointError(
                 f"checkpoint file {path} has no '{key}'; it was written with another optimizer than the recipe's"
@@ -152,7 +156,21 @@ class CheckpointReader:
                 f"checkpoint file {path}: '{key}' is {dtype} of shape {found.get_shape()}, and the "
                 f"manifest says fp32 of [{num_elements}]; they do not belong together"
             )
-        return _Widened(self._locals[number], key) if dtype == "BF16" else found
+        return _Widened(local, key) if dtype == "BF16" else found
+
+    def _opened(self, piece: Fragment) -> tuple[Any, str, str]:
+        """The open file that has a fragment, its local path, and its path in the checkpoint."""
+        from safetensors import safe_open
+
+        number = self.manifest.placement[piece.index]
+        entry = self.manifest.files[number]
+        path = files.join(self.directory, entry.file)
+        if number not in self._open_files:
+            local = verified_file(self.directory, entry)
+            with parsing(lambda cause: CheckpointError(f"checkpoint file {path} cannot be read ({cause})")):
+                self._open_files[number] = safe_open(local, framework="numpy")
+            self._locals[number] = local
+        return self._open_files[number], self._locals[number], path
 
 
 class _Widened:

@@ -61,9 +61,10 @@ class Optimizer:
         ]
 
     def _initial(self, weights: list[torch.Tensor]) -> dict[str, list[Any]]:
-        """Make the initial arrays: zeros for AdamW; None for SGD, whose first step in torch creates missing arrays."""
+        """Make the initial arrays: zeros, which are None for SGD without momentum, because torch leaves them zeros."""
         if self._config.kind == "sgd":
-            return {"momentum_buffer": [None] * len(weights)}
+            has = self._config.momentum > 0
+            return {"momentum_buffer": [torch.zeros_like(weights_N) if has else None for weights_N in weights]}
         zeros = {name: [torch.zeros_like(weights_N) for weights_N in weights] for name in ("exp_avg", "exp_avg_sq")}
         return {**zeros, STEP_COUNT: [torch.zeros((), dtype=torch.float32) for _ in weights]}
 
@@ -104,6 +105,19 @@ class Optimizer:
                 maximize=False,
             )
 
+    def moment(self, name: str, number: int) -> torch.Tensor:
+        """The array `name` of tensor `number`, in the optimizer's own memory. Steps and `load` write to that memory."""
+        for group in self._groups:
+            if number in group.members:
+                return group.arrays[name][group.members.index(number)]  # type: ignore[no-any-return]
+        raise IndexError(number)
+
+    def count(self, num_steps: int) -> None:
+        """Count steps of AdamW that were taken elsewhere: the moments are set apart."""
+        for group in self._groups:
+            for count in group.arrays.get(STEP_COUNT, ()):
+                count += num_steps
+
     def state(self) -> list[dict[str, npt.NDArray[np.float32]]]:
         """For each tensor the optimizer's arrays by name, all fp32, as views of the optimizer's memory.
 
@@ -122,12 +136,12 @@ class Optimizer:
         return ["exp_avg", "exp_avg_sq", STEP_COUNT] if self._config.kind == "adamw" else ["momentum_buffer"]
 
     def load(self, states: Sequence[dict[str, npt.NDArray[np.float32]]]) -> None:
-        """Replace the optimizer's arrays by arrays in the form of `state`."""
+        """Overwrite the optimizer's arrays by arrays in the form of `state`."""
         for group in self._groups:
             for name, tensors in group.arrays.items():
-                for place, number in enumerate(group.members):
-                    tensor = torch.from_numpy(states[number][name].copy())
-                    tensors[place] = tensor.reshape(()) if name == STEP_COUNT else tensor
+                for held, number in zip(tensors, group.members, strict=True):
+                    if held is not None:
+                        held.copy_(torch.from_numpy(states[number][name]).reshape(held.shape))
 
     @property
     def state_bytes(self) -> int:

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from gradstream.core.codecs import Codec, Payload, codec_on_wire
+from gradstream.core.codecs import Codec, Payload, codec_named, codec_on_wire
 from gradstream.core.codecs.payloads import CodecBook, split
 from gradstream.core.errors import ProtocolError
 from gradstream.core.log import get_logger
+from gradstream.core.plan.bundles import WEIGHTS, Bundle
 from gradstream.core.plan.plan import Plan
 from gradstream.core.wire.slot_totals import SlotTotals
 from gradstream.core.wire.stream_limits import MAX_WAITING_BYTES
@@ -53,14 +54,16 @@ class Accumulation:
         self._book = book
         self._executor = executor
         self._slots: dict[int, SlotTotals] = {}
-        self._num_parts = sum(state.bundle.num_parts for state in bundles.values())
-        self._missing_S = [self._num_parts] * plan.num_slots  # contributions of each slot that have not come
+        self.expected: list[BundleState] = []
+        """The bundles to which slots contribute in the step under way."""
+        self._missing_S: list[int] = []  # contributions of each slot that have not come
         self._waiting_bytes = 0
         self._closed = False
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._step_bytes = 0
         self._num_complete = 0
+        self.begin_step(plan.start_version)
 
     def check(self, header: pb.ContributionHeader, version: int, push_codec: Codec) -> None:
         """Check a header of this epoch against the plan and the current version and codec.
@@ -79,7 +82,9 @@ class Accumulation:
             raise ProtocolError(f"{what}: the job has {self._plan.last_version} steps")
         if header.step > version:
             raise ProtocolError(f"{what}: step {version} is under way here")
-        codec = push_codec
+        if not self._counts(state.bundle, header.step):
+            raise ProtocolError(f"{what}: slots contribute moments to rounds only, and that step is an ordinary one")
+        codec = self._codec(state.bundle, push_codec)
         if header.step < version:
             codec = codec_on_wire(header.codec)  # of a past step: it will be dropped, but must be valid
         if header.codec != codec.wire:
@@ -90,12 +95,21 @@ class Accumulation:
         except ProtocolError as error:
             raise ProtocolError(f"{what}: {error}") from None
         training = self._plan.recipe.training
-        max_tokens = training.slot_batch * training.sequence_length
-        if not 0 < header.slot_tokens <= max_tokens or header.slot_samples > training.slot_batch:
+        max_samples = training.slot_batch * len(self._plan.rounds.steps_from(header.step))
+        max_tokens = max_samples * training.sequence_length
+        if not 0 < header.slot_tokens <= max_tokens or header.slot_samples > max_samples:
             raise ProtocolError(
                 f"{what}: {header.slot_tokens} tokens of {header.slot_samples} samples, but a slot has at most "
-                f"{max_tokens} of {training.slot_batch}"
+                f"{max_tokens} of {max_samples}"
             )
+
+    def _counts(self, bundle: Bundle, step: int) -> bool:
+        """Whether slots contribute to a bundle in a step: to weights always, to moments in rounds that share them."""
+        return bundle.array == WEIGHTS or self._plan.shares_moments(step)
+
+    def _codec(self, bundle: Bundle, push_codec: Codec) -> Codec:
+        """The codec of the contributions to a bundle in a step whose gradients have `push_codec`."""
+        return codec_named(self._plan.codec_of(bundle, push_codec.name))
 
     def offer(self, header: pb.ContributionHeader, payload: Payload, version: int) -> pb.PushResult.ValueType:
         """Take a checked and verified contribution once; return whether it was accepted, stale or a duplicate.
@@ -147,6 +161,7 @@ class Accumulation:
     def close(self) -> None:
         """Let nobody wait for room any more: nothing will be added."""
         self._closed = True
+        self.expected = []
         self._has_room.set()
 
     def _count_waiting(self, change: int) -> None:
@@ -161,7 +176,7 @@ class Accumulation:
 
         Returns whether this completed the last bundle of this server.
         """
-        codec = self._book.of(state.bundle, push_codec.name)
+        codec = self._book.of(state.bundle, self._codec(state.bundle, push_codec).name)
         loop = asyncio.get_running_loop()
         more = True
         while more:
@@ -171,7 +186,7 @@ class Accumulation:
         if not state.complete:
             return False
         self._num_complete += 1
-        return self._num_complete == len(self._bundles)
+        return self._num_complete == len(self.expected)
 
     def totals(self) -> StepTotals:
         """The step's totals over the slots that have arrived."""
@@ -186,10 +201,11 @@ class Accumulation:
             pushed_bytes=self._step_bytes,
         )
 
-    def begin_step(self) -> None:
-        """Reset the totals for the next step. Bundles begin the next step one by one, as each is published."""
+    def begin_step(self, version: int) -> None:
+        """Reset the totals for the step from `version`. Bundles begin it one by one, as each is published."""
         self._slots.clear()
-        self._missing_S = [self._num_parts] * self._plan.num_slots
+        self.expected = [state for state in self._bundles.values() if self._counts(state.bundle, version)]
+        self._missing_S = [sum(state.bundle.num_parts for state in self.expected)] * self._plan.num_slots
         self._step_bytes = 0
         self._num_complete = 0
 

@@ -24,8 +24,8 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.retry import Backoff
 from gradstream.core.storage import files
 from gradstream.proto.v1 import coordinator_pb2
-from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.snapshot import BufferPool, GivenUpError, Snapshot
+from gradstream.services.parameter_server.weight_bundle import WeightBundle
 
 log = get_logger()
 
@@ -59,7 +59,7 @@ class CheckpointWriter:
         self,
         plan: Plan,
         server: int,
-        bundles: Mapping[int, BundleState],
+        bundles: Mapping[int, WeightBundle],
         executor: Executor,
         report: Report,
         spawn: Spawn,

@@ -94,7 +94,7 @@ def completion(
         epoch=plan.epoch,
         step=step,
         server=server,
-        squared_norms=[norm for state in states for norm in state.squared_norms],
+        squared_norms=[norm for state in states for norm in state.reported_norms()],
         num_tokens=totals.num_tokens,
         pushed_bytes=totals.pushed_bytes,
         pulled_bytes=pulled_bytes,
@@ -154,15 +154,13 @@ class CompletedStep:
 def decide(plan: Plan, completed: CompletedStep) -> tuple[Decision, str]:
     """Decide on a completed step, as its leader; return (decision, reason).
 
-    A checkpoint is due at the last version, where `checkpoint.interval_steps` pass and at a halt.
+    A round's mean difference is not clipped: its slots have clipped the gradients of their inner steps. A checkpoint is
+    due at the last version, where `checkpoint.interval_steps` pass and at a halt.
     """
     recipe = plan.recipe
+    clip_norm = math.inf if plan.rounds.is_round(completed.step) else recipe.optimizer.clip_norm
     decision, reason = decide_commit(
-        completed.step,
-        completed.reports,
-        completed.loss_sum,
-        recipe.optimizer.clip_norm,
-        completed.consecutive_skips,
+        completed.step, completed.reports, completed.loss_sum, clip_norm, completed.consecutive_skips
     )
     version = completed.step + 1
     due = version == plan.last_version or plan.rounds.passes(version, recipe.checkpoint.interval_steps)
@@ -185,20 +183,29 @@ class Update:
 
     decision: Decision
     rate: float
-    """The step's learning rate."""
+    """The learning rate of the step, or of the round's last inner step."""
     pull_codec: str
     """The codec in which the next version is published, by name."""
+    num_inner_steps: int
+    """Number of inner steps of the round that the commit ends; 0 for an ordinary step."""
 
 
 def update_of(plan: Plan, decision: Decision) -> Update:
     """Make the update that a decision applies to each bundle of a server."""
-    return Update(decision, rate_of_step(plan.recipe, decision.step), codec_on_wire(decision.pull_codec).name)
+    steps = plan.rounds.steps_from(decision.step)
+    num_inner_steps = len(steps) if plan.rounds.is_round(decision.step) else 0
+    rate = rate_of_step(plan.recipe, steps[-1])
+    return Update(decision, rate, codec_on_wire(decision.pull_codec).name, num_inner_steps)
 
 
 def apply(state: BundleState, update: Update) -> None:
-    """Update a bundle's weights and encode them for pulls. Worker thread."""
+    """Update a bundle and encode it for pulls. Worker thread."""
     decision = update.decision
-    if not decision.skip:
+    if decision.skip:
+        pass
+    elif update.num_inner_steps:
+        state.apply_round(decision.num_tokens, update.num_inner_steps)
+    else:
         state.apply(decision.num_tokens, decision.clip_scale, update.rate, decision.step)
     state.publish(decision.step + 1, update.pull_codec)
 

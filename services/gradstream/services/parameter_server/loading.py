@@ -13,11 +13,13 @@ from gradstream.core.model.drawing import draw
 from gradstream.core.plan.plan import Plan
 from gradstream.core.pretrained.base import BaseReader
 from gradstream.services.parameter_server.bundle_state import BundleState
+from gradstream.services.parameter_server.weight_bundle import WeightBundle
 
 
-def load_bundles(plan: Plan, states: Sequence[BundleState], pull_codec: str) -> int:
-    """Fill the bundles from the plan's source and publish its start version. Worker thread.
+def load_bundles(plan: Plan, states: Sequence[WeightBundle], pulled: Sequence[BundleState], pull_codec: str) -> int:
+    """Fill the bundles of weights from the plan's source and publish its start version. Worker thread.
 
+    `pulled` are all bundles that the version has, those of moments too, whose values the bundles of weights hold.
     Returns the number of consecutive skips before that version. Raises CheckpointError.
     """
     num_skips = 0
@@ -41,15 +43,15 @@ def load_bundles(plan: Plan, states: Sequence[BundleState], pull_codec: str) -> 
             state.take_start(reader, start.optimizer)
     else:
         _initialize(plan, states)
-    for state in states:
-        state.publish(plan.start_version, pull_codec)
+    for bundle in pulled:
+        bundle.publish(plan.start_version, pull_codec)
     return num_skips
 
 
-def _initialize(plan: Plan, states: Sequence[BundleState]) -> None:
+def _initialize(plan: Plan, states: Sequence[WeightBundle]) -> None:
     """Draw the initial weights from the seed, one fragment at a time."""
     wanted: dict[str, list[tuple[int, int]]] = {}
-    places: dict[tuple[str, int], tuple[BundleState, int]] = {}
+    places: dict[tuple[str, int], tuple[WeightBundle, int]] = {}
     for state in states:
         for number, fragment in enumerate(state.bundle.fragments):
             name = plan.tensors[fragment.tensor].name

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gradstream.core.codecs import Payload, PlaneCodec
-from gradstream.core.codecs.payloads import BundleCodec, CodecBook, slices
+from gradstream.core.codecs.payloads import BundleCodec, CodecBook, Slices, slices
 from gradstream.core.plan.bundles import Bundle
 from gradstream.core.plan.downlink import Downlink
 from gradstream.core.wire.frames import checksum, frames
@@ -49,10 +49,9 @@ class Publisher(ABC):
     delta: PublishedBundle | None = None
     """The difference for a worker that holds the version before; None if that worker gets the whole bundle."""
 
-    def __init__(self, bundle: Bundle, weights_N: torch.Tensor):
+    def __init__(self, bundle: Bundle, weights: Slices):
         self._bundle = bundle
-        self._weights_N = weights_N
-        self._weights = slices(weights_N, bundle)
+        self._weights = weights
         self._full: PublishedBundle | None = None
 
     @abstractmethod
@@ -89,8 +88,8 @@ class Publisher(ABC):
 class WholePublisher(Publisher):
     """Publishes the whole bundle in one codec for every pull."""
 
-    def __init__(self, bundle: Bundle, weights_N: torch.Tensor, codec: BundleCodec):
-        super().__init__(bundle, weights_N)
+    def __init__(self, bundle: Bundle, weights: Slices, codec: BundleCodec):
+        super().__init__(bundle, weights)
         self._codec = codec
 
     def publish(self, version: int, codec: str) -> None:
@@ -114,7 +113,8 @@ class DeltaPublisher(Publisher):
     """
 
     def __init__(self, bundle: Bundle, weights_N: torch.Tensor, book: CodecBook, keyframe_versions: int):
-        super().__init__(bundle, weights_N)
+        super().__init__(bundle, slices(weights_N, bundle))
+        self._weights_N = weights_N
         self._book = book
         self._keyframe_versions = keyframe_versions
         self._reference_N = torch.zeros_like(weights_N)
@@ -158,8 +158,8 @@ class DeltaPublisher(Publisher):
 class XorPublisher(Publisher):
     """Publishes the bits that changed since the version before: few if the learning rate is tiny, as in fine-tuning."""
 
-    def __init__(self, bundle: Bundle, weights_N: torch.Tensor, full: BundleCodec, delta: BundleCodec):
-        super().__init__(bundle, weights_N)
+    def __init__(self, bundle: Bundle, weights: Slices, full: BundleCodec, delta: BundleCodec):
+        super().__init__(bundle, weights)
         self._full_codec = full
         self._delta_codec = delta
         self._held: list[Payload] = []
@@ -192,7 +192,9 @@ def publisher(
 ) -> Publisher:
     """Make the publisher for a form of downlink."""
     if form.delta is None:
-        return WholePublisher(bundle, weights_N, book.of(bundle, form.full))
+        return WholePublisher(bundle, slices(weights_N, bundle), book.of(bundle, form.full))
     if form.xor:
-        return XorPublisher(bundle, weights_N, book.of(bundle, form.full), book.delta(bundle, form.delta))
+        return XorPublisher(
+            bundle, slices(weights_N, bundle), book.of(bundle, form.full), book.delta(bundle, form.delta)
+        )
     return DeltaPublisher(bundle, weights_N, book, keyframe_versions)

@@ -132,7 +132,7 @@ class ParameterServerServicer:
                 )
                 yield frame(first.SerializeToString())
                 holds = request.HasField("held_version") and request.held_version + 1 == version
-                for index in request.bundles:
+                for index in shard.pulled(version, request.bundles):
                     published = await shard.published(request.job_id, request.epoch, index, version, holds)
                     if published is None:
                         await context.abort(

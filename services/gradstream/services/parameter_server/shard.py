@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -40,8 +40,10 @@ from gradstream.services.parameter_server.checkpointing import CheckpointWriter
 from gradstream.services.parameter_server.commit import CompletedStep, Decision, Update
 from gradstream.services.parameter_server.leader import Leader
 from gradstream.services.parameter_server.loading import load_bundles
+from gradstream.services.parameter_server.moment_bundle import moment_bundles
 from gradstream.services.parameter_server.publication import PublishedBundle
 from gradstream.services.parameter_server.tuner import Tuner
+from gradstream.services.parameter_server.weight_bundle import WeightBundle
 
 log = get_logger()
 PAUSE_SECONDS = 2.0
@@ -89,11 +91,17 @@ class Shard:
         self.push_codec = codec_named(first_push_codec(recipe.codec))
         self.pull_codec = form.delta or form.full
         book = CodecBook(plan.tensors, recipe.codec.embedding)
-        self.bundles = {
-            bundle.index: BundleState(bundle, plan.tensors, recipe, form, book) for bundle in plan.bundles_of(index)
+        self.weights = {
+            bundle.index: WeightBundle(bundle, plan.tensors, recipe, form, book) for bundle in plan.bundles_of(index)
         }
+        self.moments = moment_bundles(plan, self.weights.values(), book)
+        """The bundles of moments that slots share, by the index of their bundle of weights."""
+        shared = [state for states in self.moments.values() for state in states]
+        self.bundles: dict[int, BundleState] = {**self.weights, **{state.bundle.index: state for state in shared}}
+        """All bundles, of weights and of moments."""
+        self._num_parameters = sum(state.bundle.num_elements for state in self.weights.values())
         self.accumulation = Accumulation(plan, index, self.bundles, book, executor)
-        self.checkpoints = CheckpointWriter(plan, index, self.bundles, executor, report_checkpoint, self._spawn)
+        self.checkpoints = CheckpointWriter(plan, index, self.weights, executor, report_checkpoint, self._spawn)
         self._tuner = Tuner(plan) if is_tuned(recipe.codec) and index == plan.leader else None
         self.leader = Leader(len(plan.servers), plan.start_version, self._decide) if index == plan.leader else None
         self._executor = executor
@@ -113,17 +121,19 @@ class Shard:
 
     async def load(self) -> None:
         """Initialize the fragments from the plan's source, and publish the start version."""
-        states = list(self.bundles.values())
-        self._consecutive_skips = await self._run(load_bundles, self.plan, states, self.pull_codec)
-        for state in self.bundles.values():
-            state.begin_step(self.plan.start_version)
-        self._enter(self.plan.start_version)
+        version = self.plan.start_version
+        weights = list(self.weights.values())
+        pulled = [self.bundles[index] for index in self.pulled(version, self.bundles)]
+        self._consecutive_skips = await self._run(load_bundles, self.plan, weights, pulled, self.pull_codec)
+        for state in pulled:
+            state.begin_step(version)
+        self._enter(version)
         log.info(
             "shard loaded",
             job=self.plan.job_id,
             epoch=self.plan.epoch,
             version=self.version,
-            bundles=len(self.bundles),
+            bundles=len(self.weights),
             source=self.plan.source,
         )
 
@@ -146,7 +156,8 @@ class Shard:
         await asyncio.gather(*tasks, return_exceptions=True)
         self.accumulation.close()
         # Streams hold references to the shard until they have ended; free its memory now.
-        self.bundles.clear()
+        for held in (self.bundles, self.weights, self.moments):
+            held.clear()
 
     # -- push ------------------------------------------------------------------------------------------------------
 
@@ -178,7 +189,7 @@ class Shard:
         self.phase = Phase("committing", time.time())
         totals = self.accumulation.totals()
         pulled_bytes, self._counted_bytes = self.sent_bytes - self._counted_bytes, self.sent_bytes
-        report = commit.completion(plan, self.index, step, self.bundles.values(), totals, pulled_bytes)
+        report = commit.completion(plan, self.index, step, self.accumulation.expected, totals, pulled_bytes)
         decision = await (self.leader.complete(report) if self.leader else self._complete_at_leader(report))
         self._faults.decided(step)
         # From here on version step + 1 is decided. No worker can contribute to it before pulling every fragment, so a
@@ -190,8 +201,8 @@ class Shard:
         self.pull_codec = update.pull_codec
         self._enter(step + 1, "applying")
         self._consecutive_skips = decision.consecutive_skips
-        self.accumulation.begin_step()
-        await asyncio.gather(*(self._apply(state, update) for state in self.bundles.values()))
+        self.accumulation.begin_step(step + 1)
+        await asyncio.gather(*(self._apply(state, update) for state in self.weights.values()))
         self._enter(step + 1)
         if decision.checkpoint:
             self.checkpoints.begin(step + 1, self._consecutive_skips)
@@ -207,12 +218,17 @@ class Shard:
             self._pause.cancel()
         self._pause = loop.call_later(PAUSE_SECONDS, loop.run_in_executor, self._executor, memory.trim)
 
-    async def _apply(self, state: BundleState, update: Update) -> None:
-        """Update a bundle and publish it, once a checkpoint that is being written no longer needs it as it is."""
-        await self.checkpoints.release(state.bundle.index)
-        await self._run(commit.apply, state, update)
-        state.begin_step(update.decision.step + 1)
-        self._notify()
+    async def _apply(self, weights: WeightBundle, update: Update) -> None:
+        """Update and publish a bundle, once a checkpoint that is being written no longer needs it as it is.
+
+        Its moments follow: they share its memory, and ordinary steps update them with the weights.
+        """
+        index, version = weights.bundle.index, update.decision.step + 1
+        await self.checkpoints.release(index)
+        for state in (weights, *(self.moments[index] if self.plan.shares_moments(version) else ())):
+            await self._run(commit.apply, state, update)
+            state.begin_step(version)
+            self._notify()
 
     def _decide(self, step: int, reports: Mapping[int, pb.CompleteStepRequest]) -> Decision:
         """Decide, on the leader, on a step that all servers have completed and on the codecs of the next step."""
@@ -254,6 +270,11 @@ class Shard:
             if self.version >= max(0, min_version):
                 return self.version
             await self._changed.wait()
+
+    def pulled(self, version: int, bundles: Iterable[int]) -> list[int]:
+        """Those of `bundles` that a version has. Moments are pulled only where a round begins with them."""
+        shares = self.plan.shares_moments(version)
+        return [index for index in bundles if shares or index in self.weights]
 
     async def published(
         self, job_id: str, epoch: int, bundle: int, version: int, holds: bool
@@ -319,7 +340,7 @@ class Shard:
             state_bytes=sum(state.state_bytes for state in states),
             newcomer_bytes=sum(state.newcomer_bytes for state in states),
             early_bytes=self.accumulation.waiting_bytes,
-            num_parameters=sum(state.bundle.num_elements for state in states) if self.loaded else 0,
+            num_parameters=self._num_parameters if self.loaded else 0,
         )
 
     def status(self) -> pb.GetServerStatusResponse:
@@ -328,8 +349,8 @@ class Shard:
         return pb.GetServerStatusResponse(
             epoch=self.plan.epoch,
             version=max(0, self.version),
-            num_fragments=sum(len(state.bundle.fragments) for state in states),
-            num_parameters=sum(state.bundle.num_elements for state in states),
+            num_fragments=sum(len(state.bundle.fragments) for state in self.weights.values()),
+            num_parameters=self._num_parameters,
             state_bytes=sum(state.state_bytes for state in states),
             newcomer_bytes=sum(state.newcomer_bytes for state in states),
             early_bytes=self.accumulation.waiting_bytes,

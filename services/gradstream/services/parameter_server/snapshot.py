@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstream.core.checkpoint.shard import MAX_COPY_BYTES
-from gradstream.services.parameter_server.bundle_state import BundleState, FragmentState
+from gradstream.services.parameter_server.weight_bundle import FragmentState, WeightBundle
 
 Buffer = npt.NDArray[np.uint8]
 
@@ -75,7 +75,7 @@ class Snapshot:
     "worker thread" block for as long as a bundle is copied.
     """
 
-    def __init__(self, states: Sequence[BundleState], pool: BufferPool, progressed: Callable[[], None]):
+    def __init__(self, states: Sequence[WeightBundle], pool: BufferPool, progressed: Callable[[], None]):
         self.sizes = [size for state in states for size in state.saved_sizes()]
         """The kinds and sizes of all fragments, in the order of `fragments`."""
         self._states = list(states)

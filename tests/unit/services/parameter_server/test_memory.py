@@ -17,7 +17,7 @@ from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import Tensor, cut
 from gradstream.core.recipe.fine_tuning import LoraConfig
 from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
-from gradstream.services.parameter_server.bundle_state import BundleState
+from gradstream.services.parameter_server.weight_bundle import WeightBundle
 
 FRAGMENT_ELEMENTS = 256
 TRAINED = ("full", "lora")
@@ -42,7 +42,7 @@ class Held:
         self._book = CodecBook(tensors, recipe.codec.embedding)
         bundles = bundle(self.fragments, [0] * len(self.fragments), FRAGMENT_ELEMENTS)
         self.early = 0
-        self.states = [BundleState(one, tensors, recipe, self.form, self._book) for one in bundles]
+        self.states = [WeightBundle(one, tensors, recipe, self.form, self._book) for one in bundles]
 
     def begin_version(self, version: int) -> None:
         """Add what was taken, and publish other weights as a version."""

@@ -43,8 +43,8 @@ from gradstream.core.wire.frames import Assembler, frame, frames
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.proto.v1 import plan_pb2
 from gradstream.services.parameter_server import accumulation
-from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
+from gradstream.services.parameter_server.weight_bundle import WeightBundle
 
 REFUSED = grpc.StatusCode.INVALID_ARGUMENT
 EXACT = ["fp32", "bf16", "int8", "int4", "int4-hadamard", "bf16-zstd"]
@@ -354,14 +354,14 @@ async def test_a_copy_for_a_checkpoint_that_finds_no_memory_costs_no_state(
     (tmp_path / "tokenizer.json").write_text("{}")
     root = str(tmp_path / "checkpoints")
     plan = make_plan(1, data=str(tmp_path), checkpoint_root=root, checkpoint={"interval_steps": interval_steps})
-    snapshot, full = BundleState.snapshot, True
+    snapshot, full = WeightBundle.snapshot, True
 
-    def fails(state: BundleState, *given: Any) -> Any:
+    def fails(state: WeightBundle, *given: Any) -> Any:
         if full:
             raise MemoryError
         return snapshot(state, *given)
 
-    monkeypatch.setattr(BundleState, "snapshot", fails)
+    monkeypatch.setattr(WeightBundle, "snapshot", fails)
     async with serving(plan) as cluster:
         await cluster.push(cluster.all_keys())
         held = await cluster.pull(1)

@@ -27,10 +27,10 @@ from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.plan import Plan
 from gradstream.core.wire.frames import Assembler, parse, verify
 from gradstream.proto.v1 import parameter_server_pb2 as pb
-from gradstream.services.parameter_server.bundle_state import BundleState
 from gradstream.services.parameter_server.commit import Decision
 from gradstream.services.parameter_server.publication import PublishedBundle, Publisher, publisher
 from gradstream.services.parameter_server.servicer import ParameterServerServicer
+from gradstream.services.parameter_server.weight_bundle import WeightBundle
 from gradstream.worker.attempt import AbandonedError
 from gradstream.worker.pull import Puller
 from gradstream.worker.timeline import Timeline
@@ -542,7 +542,7 @@ def test_whole_bundles_made_while_versions_are_published_are_of_one_version(pull
     plan = micro_plan(codec={"pull": pull, "keyframe_versions": 3})
     form, book = downlink(pull), CodecBook(plan.tensors, "bf16")
     bundle = max(plan.bundles, key=lambda one: one.num_elements)
-    state = BundleState(bundle, plan.tensors, plan.recipe, form, book)
+    state = WeightBundle(bundle, plan.tensors, plan.recipe, form, book)
     codec = book.of(bundle, form.full)
 
     def content(published: PublishedBundle) -> tuple[int, bytes]:
@@ -622,7 +622,7 @@ def test_initial_weights_are_published_exactly() -> None:
     with worker(plan) as newcomer:
         arrivals = []
         for bundle in plan.bundles:
-            state = BundleState(bundle, plan.tensors, plan.recipe, downlink("delta-int4"), book)
+            state = WeightBundle(bundle, plan.tensors, plan.recipe, downlink("delta-int4"), book)
             for number, fragment in enumerate(bundle.fragments):
                 whole_N = whole[plan.tensors[fragment.tensor].name].reshape(-1)
                 state.initialize(number, whole_N[fragment.begin : fragment.end])

@@ -25,8 +25,16 @@ MICRO_LLAMA: dict[str, Any] = {
 }
 
 
-def micro_plan(model: dict[str, Any] = MICRO_LLAMA, codec: dict[str, Any] | None = None, **training: Any) -> Plan:
-    """Make a plan on one server, which does not exist. Keyword arguments replace keys of the recipe's `training`."""
+def micro_plan(
+    model: dict[str, Any] = MICRO_LLAMA,
+    codec: dict[str, Any] | None = None,
+    sections: dict[str, Any] | None = None,
+    **training: Any,
+) -> Plan:
+    """Make a plan on one server, which does not exist.
+
+    `sections` are other sections of the recipe. Keyword arguments replace keys of its `training`.
+    """
     recipe = {
         "name": "tiny",
         "model": {"config": model},
@@ -35,7 +43,7 @@ def micro_plan(model: dict[str, Any] = MICRO_LLAMA, codec: dict[str, Any] | None
         "codec": codec or {},
         "data": {"path": "data"},
         "validation": {"num_samples": 8},
-    }
+    } | (sections or {})
     held_out = [
         {
             "file": f"validation-{number}.tokens",

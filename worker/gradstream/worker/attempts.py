@@ -43,7 +43,7 @@ def next_slots(
     for slot in held:
         if recipe.validates(version) and (slot, True) not in done:
             return (slot,), True
-        if version < recipe.training.num_steps and (slot, False) not in done:
+        if version < plan.last_version and (slot, False) not in done:
             return _together(plan, version, slot, held, done), False
     return None
 

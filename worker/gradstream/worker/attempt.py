@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from gradstream.core.pipeline.schedule import Action, Op, Schedule, make_schedule
+from gradstream.core.plan.bundles import WEIGHTS
 from gradstream.core.plan.plan import Plan
 from gradstream.core.wire.slot_totals import SlotTotals
 
@@ -34,10 +35,13 @@ class Attempt:
 
 
 class Emit(Protocol):
-    """Takes the final gradients of one slot, each (tensor, part) once. Called from the compute thread."""
+    """Takes what one slot contributes, each (tensor, part, array) once. Called from the compute thread.
 
-    def __call__(self, tensor: int, part: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
-        """Take a gradient. The caller must not use the gradient afterwards."""
+    With `array` WEIGHTS the values are a final gradient, or the difference of a round; else they are a moment.
+    """
+
+    def __call__(self, tensor: int, part: int, values: torch.Tensor, totals: SlotTotals, array: str = WEIGHTS) -> None:
+        """Take the values. The caller must not use them afterwards."""
 
 
 class Exchange(Protocol):

@@ -24,11 +24,12 @@ from gradstream.worker.pipeline.neighbours import Neighbours
 from gradstream.worker.pipeline.place import Place
 from gradstream.worker.push import Pusher
 from gradstream.worker.residuals import ResidualKeeper
+from gradstream.worker.rounds import Progress, RoundComputer
 from gradstream.worker.samples.data import SlotReader, Split
 from gradstream.worker.samples.readers import Readers
 from gradstream.worker.status import Reports, Status
 from gradstream.worker.timeline import Timeline
-from gradstream.worker.weights import Inbox
+from gradstream.worker.weights import Inbox, WeightInstaller
 
 T = TypeVar("T")
 Done = set[tuple[int, bool]]
@@ -143,9 +144,12 @@ class AttemptRunner:
         timeline: Timeline,
         status: Status,
         reports: Reports,
+        installer: WeightInstaller,
     ):
         self._plan = computer.plan
         self._computer = computer
+        self._installer = installer
+        self._rounds = RoundComputer(computer, installer.held)
         self._compute_thread = compute_thread
         self._readers = readers
         self._keeper = keeper
@@ -179,10 +183,13 @@ class AttemptRunner:
             neighbours.run(attempt, wanted)
             exchange = neighbours
         self._status.enter("validating" if attempt.validate else "computing")
-        if not attempt.validate:
-            await self._compute(partial(self._train, readers, attempt, wanted, goes_on, exchange))
-            return
         slot = attempt.slots[0]
+        if not attempt.validate:
+            if self._plan.rounds.is_round(attempt.version):
+                await self._compute(partial(self._round, readers[slot], attempt, wanted, goes_on))
+            else:
+                await self._compute(partial(self._train, readers, attempt, wanted, goes_on, exchange))
+            return
         found = await self._compute(partial(self._validate, readers.get(slot), attempt, goes_on, exchange))
         if found is not None:
             self._reports.validation(attempt.version, slot, *found)
@@ -227,6 +234,31 @@ class AttemptRunner:
                 exchange,
                 lambda slot, stage: self._pusher.backlog.make_room(step, slot, stage, wanted),
             )
+
+    def _round(
+        self, reader: SlotReader, attempt: Attempt, wanted: Callable[[], bool], goes_on: Callable[[], bool]
+    ) -> None:
+        version, slot = attempt.version, attempt.slots[0]
+        count = self._plan.recipe.training.slot_batch
+
+        def begin_step(progress: Progress) -> None:
+            self._faults.before_slot(progress.step, slot)
+            self._status.detail = f"inner step {progress.place + 1} of {progress.num_steps} of slot {slot}"
+
+        try:
+            with self._timeline.computing(SpanKind.COMPUTE, slot):
+                self._installer.wait_all()
+                self._rounds.run(
+                    attempt,
+                    lambda step: reader.batch(step, count),
+                    self._pusher.submit(version, slot),
+                    goes_on,
+                    begin_step,
+                    lambda: self._pusher.backlog.make_room(version, slot, 0, wanted),
+                    self._faults.spoils,
+                )
+        finally:
+            self._status.detail = ""
 
     def _validate(
         self, reader: SlotReader | None, attempt: Attempt, wanted: Callable[[], bool], exchange: Exchange

@@ -93,6 +93,6 @@ class Backlog:
         return len(self._slots[stage]) < MAX_ENCODED_SLOTS
 
     def _awaited(self, slot: _Slot) -> str:
-        servers = sorted({self._plan.bundles[bundle].server for bundle, _ in slot.held})
+        servers = sorted({self._plan.bundle(bundle).server for bundle, _ in slot.held})
         names = ", ".join(self._plan.servers[server].name for server in servers)
-        return f"{names} to acknowledge slot {slot.slot} of step {slot.step}"
+        return f"{names} to acknowledge slot {slot.slot} of {self._plan.rounds.title(slot.step)}"

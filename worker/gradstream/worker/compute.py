@@ -73,14 +73,17 @@ class SlotComputer:
         wanted: Callable[[], bool],
         exchange: Exchange,
         make_room: Callable[[int, int], None] = lambda slot, stage: None,
+        step: int | None = None,
     ) -> None:
-        """Compute this worker's part of an attempt's gradients at the installed weights.
+        """Compute this worker's part of an attempt's gradients at the weights in the model.
 
         `batches` are by slot; without packed rows only workers with the first or the last stage need them.
         `begin_slot(slot)` is called before the first backward pass of a slot and returns the slot's `Emit`. `Emit` is
         called during the slot's last backward passes, last layers first, as soon as a tensor's gradient, summed over
         the slot's target tokens, is final. `make_room(slot, stage)` is called before the pass after which a stage's
-        gradients of a slot are final, and may wait. Raises AbandonedError when `wanted()` turns false.
+        gradients of a slot are final, and may wait. `step` is the inner step in a round, where a version stands for
+        several; without it the step has the attempt's version as its number. Raises AbandonedError when `wanted()`
+        turns false.
         """
         slots = attempt.slots
         schedule = schedule_for(self.plan, attempt)
@@ -88,7 +91,8 @@ class SlotComputer:
         per_slot = schedule.num_microbatches // len(slots)
         self._microbatches = self._split(slots, batches)
         # A slot has the same key on every worker that computes it.
-        self._key = lambda number: ("step", attempt.version, slots[number // per_slot], number % per_slot)
+        step = attempt.version if step is None else step
+        self._key = lambda number: ("step", step, slots[number // per_slot], number % per_slot)
         for stage in self._stages.values():
             stage.train()
         emits: dict[int, Emit] = {}

@@ -209,6 +209,7 @@ class WorkerJob:
             self._timeline,
             self._status,
             self._reports,
+            model.installer,
         )
         upcoming: asyncio.Task[Inbox] | None = None
         begun_ns: int | None = None  # when the current version arrived; None if the worker has rested since

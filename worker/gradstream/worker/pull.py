@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import grpc
 import grpc.aio
@@ -34,7 +34,10 @@ class OvertakenError(Exception):
 
 
 class ServerPull:
-    """One server's part of a pull: first the version, then its bundles. The version's answer sets `push_codec`."""
+    """One server's part of a pull: first the version, then its bundles. The version's answer sets `push_codec`.
+
+    `bundles` are those of the weights, `moments` those that are pulled besides at versions that share moments.
+    """
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class ServerPull:
         bundles: dict[int, Bundle],
         stub: ParameterServerStub,
         book: CodecBook,
+        moments: dict[int, Bundle],
         on_bundle: Callable[[], None] = lambda: None,
     ):
         self.server = server
@@ -57,10 +61,23 @@ class ServerPull:
         self._book = book
         self._on_bundle = on_bundle
         self._bundles = bundles
+        self._moments = moments
         self._call: grpc.aio.UnaryStreamCall[pb.PullRequest, bytes] | None = None
 
     async def version(self, min_version: int, held_version: int | None, measured: pb.LinkMeasurement | None) -> int:
         """Request a version and return the one that the server will send. Waits without limit. Raises ProtocolError."""
+        while True:
+            version = await self._request(min_version, held_version, measured)
+            if self._bundles_at(version).keys() == self._bundles_at(min_version).keys():
+                return version
+            # A request is for the bundles of `min_version`. Ordinary steps have others than the rounds after them.
+            min_version, measured = version, None
+
+    def _bundles_at(self, version: int) -> dict[int, Bundle]:
+        """The bundles to pull at a version. Moments come last: validation passes need only the weights."""
+        return {**self._bundles, **self._moments} if self._plan.shares_moments(version) else self._bundles
+
+    async def _request(self, min_version: int, held_version: int | None, measured: pb.LinkMeasurement | None) -> int:
         backoff = Backoff()
         self.unreachable_since, self.refusal = None, ""
         while True:
@@ -69,7 +86,7 @@ class ServerPull:
                 job_id=self._plan.job_id,
                 epoch=self._plan.epoch,
                 min_version=min_version,
-                bundles=list(self._bundles),
+                bundles=list(self._bundles_at(min_version)),
                 held_version=held_version,
                 measured=measured,
             )
@@ -100,7 +117,8 @@ class ServerPull:
         """
         if self._call is None:
             raise RuntimeError("version() comes first")
-        missing = set(self._bundles)
+        bundles = self._bundles_at(inbox.version)
+        missing = set(bundles)
         assembler: Assembler[pb.WeightsHeader] = Assembler()
         num_bytes = 0
         # The stream carries one bundle after another: a bundle's first byte follows the last byte of the bundle before.
@@ -111,7 +129,7 @@ class ServerPull:
                 encoded, piece = parse(message)
                 if encoded is not None:
                     header = _decode(bytes(encoded), self.server)
-                    self._check(header, inbox.version, missing)
+                    self._check(header, inbox.version, bundles, missing)
                     assembler.begin(header)
                 whole = assembler.add(piece)
                 if whole is not None:
@@ -144,7 +162,7 @@ class ServerPull:
             raise ProtocolError(f"server {self.server.name} answered a pull without a header")
         return _decode(bytes(encoded), self.server), piece
 
-    def _check(self, header: pb.WeightsHeader, version: int, missing: set[int]) -> None:
+    def _check(self, header: pb.WeightsHeader, version: int, bundles: Mapping[int, Bundle], missing: set[int]) -> None:
         """Check a header against the plan before anything is allocated for it. Raises ProtocolError."""
         what = f"server {self.server.name}, bundle {header.bundle}"
         if header.bundle not in missing:
@@ -152,7 +170,9 @@ class ServerPull:
         if header.version != version:
             raise ProtocolError(f"{what}: version {header.version} in a pull of version {version}")
         try:
-            codec = pulled_codec(self._book, self._bundles[header.bundle], self._plan.recipe.codec.pull, header)
+            bundle = bundles[header.bundle]
+            pull = self._plan.codec_of(bundle, self._plan.recipe.codec.pull)
+            codec = pulled_codec(self._book, bundle, pull, header)
             codec.check_sizes(header.fragment_bytes, header.payload_bytes)
         except ProtocolError as error:
             raise ProtocolError(f"{what}: {error}") from None
@@ -167,8 +187,12 @@ class Puller:
         self._timeline = timeline
         # One target a server. They are made once a plan, because every version has a pull.
         needed = {tensor for tensor, _ in plan.uses_of_worker(worker)}
+
+        def of(server: int, bundles: Sequence[Bundle]) -> dict[int, Bundle]:
+            return {bundle.index: bundle for bundle in bundles if bundle.server == server and bundle.is_of(needed)}
+
         targets = [
-            (server, {bundle.index: bundle for bundle in plan.bundles_of(index) if bundle.is_of(needed)}, stub, book)
+            (server, of(index, plan.bundles), stub, book, of(index, plan.moment_bundles))
             for index, (server, stub) in enumerate(zip(plan.servers, stubs, strict=True))
         ]
         # Servers that hold none of the worker's bundles are not asked. A worker whose stages have nothing trainable

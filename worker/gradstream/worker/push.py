@@ -1,4 +1,4 @@
-"""Encodes gradients off the compute thread and streams them to each bundle's server; sends again after a break.
+"""Encodes contributions off the compute thread and streams them to each bundle's server; sends again after a break.
 
 Everything here except `Pusher.submit` and the encoding runs on the event loop.
 """
@@ -18,7 +18,7 @@ from gradstream.core.codecs import Payload
 from gradstream.core.codecs.payloads import CodecBook
 from gradstream.core.errors import ProtocolError
 from gradstream.core.node.faults import Faults
-from gradstream.core.plan.bundles import Bundle, first_push_codec
+from gradstream.core.plan.bundles import WEIGHTS, Bundle, first_push_codec
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.core.wire.frames import checksum, frames
@@ -37,7 +37,7 @@ DEFAULT_WINDOW_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Contribution:
-    """One slot's encoded gradient of one bundle.
+    """What one slot contributes to one bundle, encoded: its gradient, or its difference or moment of a round.
 
     `let_go` is called once the contribution is held no longer: it was acknowledged, or its step is over.
     """
@@ -127,47 +127,52 @@ class _SlotOfStep:
     """One for each contribution of the slot."""
 
 
-class SlotEmit:
-    """The `Emit` of a slot: collects its gradients, and encodes a bundle as soon as all its gradients are there.
+Source = tuple[int, int, str]
+"""(tensor, part, array): what `Emit` takes at once."""
 
-    `bundles_of` are by (tensor, part), `tensors_of` by (bundle, part). `encode(bundle, part, gradients, totals)` is
-    called once for each (bundle, part). `spoils()` returns whether a fault is injected into the slot.
+
+class SlotEmit:
+    """The `Emit` of a slot: collects its values, and encodes a bundle as soon as all its values are there.
+
+    `bundles_of` are by source, `sources_of` by (bundle, part). `encode(bundle, part, values, totals)` is called once
+    for each (bundle, part), with the values by tensor. `spoils()` returns whether a fault is injected into the slot.
     """
 
     def __init__(
         self,
-        bundles_of: Mapping[tuple[int, int], list[Bundle]],
-        tensors_of: Mapping[tuple[int, int], set[int]],
+        bundles_of: Mapping[Source, list[Bundle]],
+        sources_of: Mapping[tuple[int, int], set[Source]],
         encode: Callable[[Bundle, int, dict[int, torch.Tensor], SlotTotals], None],
         spoils: Callable[[], bool],
     ):
         self._bundles_of = bundles_of
-        self._tensors_of = tensors_of
+        self._sources_of = sources_of
         self._encode = encode
         self._spoils = spoils
-        self._missing = {key: set(tensors) for key, tensors in tensors_of.items()}
-        self._num_bundles = {use: len(bundles) for use, bundles in bundles_of.items()}  # not encoded yet
-        self._gradients: dict[tuple[int, int], torch.Tensor] = {}
+        self._missing = {key: set(sources) for key, sources in sources_of.items()}
+        self._num_bundles = {source: len(bundles) for source, bundles in bundles_of.items()}  # not encoded yet
+        self._values: dict[Source, torch.Tensor] = {}
 
-    def __call__(self, tensor: int, part: int, gradient: torch.Tensor, totals: SlotTotals) -> None:
+    def __call__(self, tensor: int, part: int, values: torch.Tensor, totals: SlotTotals, array: str = WEIGHTS) -> None:
+        source = (tensor, part, array)
         if self._spoils():
-            gradient.fill_(float("nan"))
-        self._gradients[tensor, part] = gradient
-        for bundle in self._bundles_of[tensor, part]:
+            values.fill_(float("nan"))
+        self._values[source] = values
+        for bundle in self._bundles_of[source]:
             missing = self._missing[bundle.index, part]
-            missing.discard(tensor)
+            missing.discard(source)
             if missing:
                 continue
-            needed = {index: self._gradients[index, part] for index in self._tensors_of[bundle.index, part]}
-            self._encode(bundle, part, needed, totals)
-            for index in needed:  # a gradient is kept until its last bundle is given to be encoded
-                self._num_bundles[index, part] -= 1
-                if not self._num_bundles[index, part]:
-                    del self._gradients[index, part]
+            needed = self._sources_of[bundle.index, part]
+            self._encode(bundle, part, {needs[0]: self._values[needs] for needs in needed}, totals)
+            for needs in needed:  # values are kept until their last bundle is given to be encoded
+                self._num_bundles[needs] -= 1
+                if not self._num_bundles[needs]:
+                    del self._values[needs]
 
 
 class Pusher:
-    """Gathers gradients into bundles, encodes the bundles in a separate thread and queues them on the servers' streams.
+    """Gathers a slot's values into bundles, encodes these in a separate thread and queues them on the servers' streams.
 
     Handles the bundles whose gradients worker number `worker` of a replica has.
     """
@@ -185,19 +190,20 @@ class Pusher:
         self._codec = first_push_codec(plan.recipe.codec)
         self.residuals = SlotResiduals(plan)
         self.backlog = Backlog(plan, timeline)
-        self._bundles_of: dict[tuple[int, int], list[Bundle]] = {}
-        self._tensors_of: dict[tuple[int, int], set[int]] = {}
+        self._bundles_of: dict[Source, list[Bundle]] = {}
+        self._sources_of: dict[tuple[int, int], set[Source]] = {}  # by (bundle, part)
         self._stage_of: dict[tuple[int, int], int] = {}  # by (bundle, part)
         uses = set(plan.uses_of_worker(worker))
-        for bundle in plan.bundles:
+        for bundle in (*plan.bundles, *plan.moment_bundles):
             tensors = {fragment.tensor for fragment in bundle.fragments}
             for part in range(bundle.num_parts):
                 if uses.issuperset((tensor, part) for tensor in tensors):
-                    self._tensors_of[bundle.index, part] = tensors
+                    sources = {(tensor, part, bundle.array) for tensor in tensors}
+                    self._sources_of[bundle.index, part] = sources
                     first = plan.tensors[bundle.fragments[0].tensor]  # all tensors of a bundle have the same use
                     self._stage_of[bundle.index, part] = plan.stage_of((first.unit, first.last_unit)[part])
-                    for tensor in tensors:
-                        self._bundles_of.setdefault((tensor, part), []).append(bundle)
+                    for source in sources:
+                        self._bundles_of.setdefault(source, []).append(bundle)
         self._loop = asyncio.get_running_loop()
         # A single thread keeps the order of the backward pass and leaves the other cores to that pass.
         self.encode_thread = ThreadPoolExecutor(1, "encode")
@@ -232,9 +238,9 @@ class Pusher:
         self._codec = codec
 
     def submit(self, step: int, slot: int) -> Emit:
-        """Return the `Emit` that takes a slot's gradients. Called in the compute thread.
+        """Return the `Emit` that takes what a slot contributes. Called in the compute thread.
 
-        Waits until at most one slot is being encoded, so gradients of at most two slots are held.
+        Waits until at most one slot is being encoded, so the values of at most two slots are held.
         """
         while len(self._encoding) > 1:
             for future in self._encoding.popleft().futures:
@@ -242,18 +248,20 @@ class Pusher:
         key = _SlotOfStep(step, slot, self._codec)
         self._encoding.append(key)
         encode = partial(self._encode_later, key)
-        return SlotEmit(self._bundles_of, self._tensors_of, encode, partial(self._faults.spoils, step, slot))
+        # In a round a fault strikes at an inner step, before its gradients are used.
+        spoils = partial(self._faults.spoils, step, slot) if not self._plan.rounds.is_round(step) else lambda: False
+        return SlotEmit(self._bundles_of, self._sources_of, encode, spoils)
 
     def close(self) -> None:
         """Stop encoding."""
         self.encode_thread.shutdown(wait=True, cancel_futures=True)
 
     def _encode_later(
-        self, key: _SlotOfStep, bundle: Bundle, part: int, gradients: dict[int, torch.Tensor], totals: SlotTotals
+        self, key: _SlotOfStep, bundle: Bundle, part: int, values: dict[int, torch.Tensor], totals: SlotTotals
     ) -> None:
         at = (bundle.index, part)
         let_go = self.backlog.add(key.step, key.slot, self._stage_of[at], at)
-        future = self.encode_thread.submit(self._encode, key, bundle, part, gradients, totals, let_go)
+        future = self.encode_thread.submit(self._encode, key, bundle, part, values, totals, let_go)
         future.add_done_callback(self._encoded)
         key.futures.append(future)
 
@@ -262,15 +270,14 @@ class Pusher:
         key: _SlotOfStep,
         bundle: Bundle,
         part: int,
-        gradients: dict[int, torch.Tensor],
+        values: dict[int, torch.Tensor],
         totals: SlotTotals,
         let_go: Callable[[], None],
     ) -> None:
         begin_ns = clock_ns()
-        codec = self._book.of(bundle, key.codec)
+        codec = self._book.of(bundle, self._plan.codec_of(bundle, key.codec))
         slices = [
-            gradients[fragment.tensor].reshape(-1)[fragment.begin : fragment.end].float()
-            for fragment in bundle.fragments
+            values[fragment.tensor].reshape(-1)[fragment.begin : fragment.end].float() for fragment in bundle.fragments
         ]
         payloads = self.residuals.encode(codec, slices, key.step, key.slot)
         num_bytes = sum(map(len, payloads))

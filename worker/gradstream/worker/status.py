@@ -32,7 +32,7 @@ T = TypeVar("T")
 class Status:
     """The current activity of a job's task: its phase, what it waits for, and since when.
 
-    Runs on the event loop, except `count_microbatch`.
+    Runs on the event loop, except `count_microbatch` and `detail`.
     """
 
     def __init__(self) -> None:
@@ -40,6 +40,8 @@ class Status:
         self._waiting_for = ""
         self._since = time.time()
         self._num_microbatches = 0  # begun
+        self.detail = ""
+        """What is computed within the phase, for people. Set in the compute thread."""
 
     def enter(self, phase: str) -> None:
         """Enter a phase, in which the task waits for nothing."""
@@ -95,6 +97,7 @@ class Status:
             received_bytes=received_bytes,
             unreachable=cut_off,
             unreachable_seconds=max(0.0, time.time() - cut_since) if cut_off else 0.0,
+            detail=self.detail,
             progress=self._num_microbatches + puller.num_bundles,
         )
 
@@ -118,7 +121,7 @@ class Reports:
         self._session = session
         self._timeline = timeline
         self._puller = puller
-        self._server_of = [bundle.server for bundle in plan.bundles]
+        self._server_of = [bundle.server for bundle in (*plan.bundles, *plan.moment_bundles)]
         self._timeline_report: asyncio.Task[None] | None = None
         self.sampling = Sampling()
         """Which timelines the coordinator wants."""

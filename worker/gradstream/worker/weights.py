@@ -1,8 +1,9 @@
-"""Installs arriving weights, and delays each layer's forward pass until its weights are in place.
+"""Installs an arriving version, and delays each layer's forward pass until its weights are in place.
 
 There is one inbox a version. An inbox takes bundles, still encoded, from the pulls of all servers. Until an inbox is
 installed it does not touch the model, so a slot that is being computed at the old version is safe. After that, each
-bundle is decoded into its parameters as it arrives, and the forward pass of a unit waits for that unit's bundles alone.
+bundle is decoded into the held arrays as it arrives, and the forward pass of a unit waits for its own bundles alone. A
+round waits for the whole version, with the moments that slots share (gradstream.worker.held_version).
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from gradstream.core.codecs import Payload, PlaneCodec, codec_on_wire
 from gradstream.core.codecs.payloads import BundleCodec, CodecBook, Slices, split
 from gradstream.core.errors import ProtocolError
 from gradstream.core.model.model import forward_units
-from gradstream.core.plan.bundles import Bundle
+from gradstream.core.plan.bundles import WEIGHTS, Bundle
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.plan import Plan
 from gradstream.core.telemetry.timeline import SpanKind
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.attempt import AbandonedError
+from gradstream.worker.held_version import Array, HeldVersion
 from gradstream.worker.timeline import Timeline
 
 
@@ -80,7 +82,7 @@ class Inbox:
 
 
 class WeightInstaller:
-    """Decodes bundles into the parameters, and delays forward passes until their weights are in place."""
+    """Decodes bundles into the held version, and delays forward passes until their weights are in place."""
 
     def __init__(
         self,
@@ -93,34 +95,31 @@ class WeightInstaller:
 
         Two parts of one tensor share their memory.
         """
-        self._pull = plan.recipe.codec.pull
+        self.held = HeldVersion(plan, parameters)
+        self._plan = plan
         self._book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
         self._timeline = timeline
-        self._parameters = {tensor: parameter for (tensor, _), parameter in sorted(parameters.items(), reverse=True)}
         self._number = {id(parameter): tensor for (tensor, _), parameter in parameters.items()}
-        self._bundles = plan.bundles
-        self._servers = plan.servers
         self.waiting: tuple[str, float] | None = None
         """What the compute thread waits for, in words, and since when in Unix seconds."""
-        self._slices: dict[int, Slices] = {}  # of the parameters, by bundle
+        self._slices: dict[int, Slices] = {}  # of the held arrays, by bundle
         self._executor = ThreadPoolExecutor(1, "decode")
         self._condition = threading.Condition()
         self._inbox: Inbox | None = None
         self._error: BaseException | None = None
-        self._held: dict[int, int] = {}  # version of each bundle in place
-        self._missing: dict[int, int] = {}
-        self._needed: dict[int, int] = {}
-        for fragment in plan.fragments:
-            if fragment.tensor in self._parameters:
-                self._needed[fragment.tensor] = self._needed.get(fragment.tensor, 0) + 1
+        self._versions: dict[int, int] = {}  # version of each bundle in place
+        self._missing: dict[Array, int] = {}  # fragments of each array of the installed version
         for model in models:
             self._gate(model)
 
     def install(self, inbox: Inbox) -> None:
-        """Begin to overwrite the weights with a version. The compute thread must be idle."""
+        """Begin to overwrite the held arrays with a version. The compute thread must be idle."""
+        shared = self._plan.shares_moments(inbox.version)
         with self._condition:
             self._inbox = inbox
-            self._missing = dict(self._needed)
+            self._missing = {
+                array: count for array, count in self.held.num_fragments.items() if shared or array[1] == WEIGHTS
+            }
         for arrival in inbox.connect(self):
             self.arrived(inbox, arrival)
 
@@ -135,57 +134,52 @@ class WeightInstaller:
 
     def wait_all(self) -> None:
         """Wait until the whole version is in place. Raises AbandonedError when the version will not become complete."""
-        self._wait(list(self._parameters))
+        self._wait(list(self._missing))
 
     def close(self) -> None:
         """Stop decoding."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _decode(self, inbox: Inbox, arrival: Arrival) -> None:
-        header, bundle = arrival.header, self._bundles[arrival.header.bundle]
+        header, bundle = arrival.header, self._plan.bundle(arrival.header.bundle)
         try:
             # A bundle is also decoded when the next version is already installed, as that may be a difference to it.
-            if header.delta and self._held.get(bundle.index) != inbox.version - 1:
+            if header.delta and self._versions.get(bundle.index) != inbox.version - 1:
                 inbox.fail()  # a difference to a version that broke off: the weights are pulled again in full
                 return
-            if inbox is not self._inbox and self._held.get(bundle.index, -1) > inbox.version:
+            if inbox is not self._inbox and self._versions.get(bundle.index, -1) > inbox.version:
                 return  # late: a newer version of this bundle is in place
-            self._held.pop(bundle.index, None)
+            self._versions.pop(bundle.index, None)
             with (
                 torch.no_grad(),
                 self._timeline.span(SpanKind.DECODE, item=bundle.index, num_bytes=len(arrival.payload)),
             ):
                 self._put_in_place(bundle, arrival)
-            self._held[bundle.index] = inbox.version
+            self._versions[bundle.index] = inbox.version
         except BaseException as error:
             self._error = error
         with self._condition:
             if inbox is self._inbox:
                 for fragment in bundle.fragments:
-                    self._missing[fragment.tensor] -= 1
+                    self._missing[fragment.tensor, bundle.array] -= 1
             self._condition.notify_all()
 
     def _put_in_place(self, bundle: Bundle, arrival: Arrival) -> None:
         header = arrival.header
-        codec = pulled_codec(self._book, bundle, self._pull, header)
+        pull = self._plan.codec_of(bundle, self._plan.recipe.codec.pull)
+        codec = pulled_codec(self._book, bundle, pull, header)
         payloads = split(arrival.payload, header.fragment_bytes)
         slices = self._slices.get(bundle.index)
         if slices is None:
-            slices = self._slices[bundle.index] = Slices(
-                bundle,
-                [
-                    self._parameters[fragment.tensor].data.view(-1)[fragment.begin : fragment.end]
-                    for fragment in bundle.fragments
-                ],
-            )
-        form = downlink(self._pull)
+            slices = self._slices[bundle.index] = Slices(bundle, self.held.slices(bundle))
+        form = downlink(pull)
         if header.delta and form.xor:
             full = self._book.of(bundle, form.full)
             for plane, whole, fragment, payload, slice_N in zip(
                 codec.codecs, full.codecs, bundle.fragments, payloads, slices, strict=True
             ):
                 assert isinstance(plane, PlaneCodec)
-                # Encoding the parameter gives back exactly the bits that it was decoded from.
+                # Encoding the weights gives back exactly the bits that it was decoded from.
                 held = whole.encode(slice_N)
                 whole.decode(np.bitwise_xor(held, plane.unpack(payload, fragment.shape)), slice_N)
         elif header.delta:
@@ -193,38 +187,37 @@ class WeightInstaller:
         else:
             codec.decode(payloads, slices, header.version)
 
-    def _wait(self, tensors: Sequence[int]) -> None:
+    def _wait(self, arrays: Sequence[Array]) -> None:
         with self._condition:
-            if not self._in_place(tensors):
-                self.waiting = (self._awaited(tensors), time.time())
+            if not self._in_place(arrays):
+                self.waiting = (self._awaited(arrays), time.time())
                 try:
                     with self._timeline.waiting():
-                        while not self._in_place(tensors):
+                        while not self._in_place(arrays):
                             self._condition.wait()
                 finally:
                     self.waiting = None
 
-    def _awaited(self, tensors: Sequence[int]) -> str:
+    def _awaited(self, arrays: Sequence[Array]) -> str:
         assert self._inbox is not None
-        version, missing = self._inbox.version, {tensor for tensor in tensors if self._missing[tensor]}
+        plan, version = self._plan, self._inbox.version
+        missing = {array for array in arrays if self._missing[array]}
         servers = {
             bundle.server
-            for bundle in self._bundles
-            if self._held.get(bundle.index) != version
-            and any(fragment.tensor in missing for fragment in bundle.fragments)
+            for bundle in (*plan.bundles, *plan.moment_bundles)
+            if self._versions.get(bundle.index) != version
+            and any((fragment.tensor, bundle.array) in missing for fragment in bundle.fragments)
         }
-        return (
-            f"weights of version {version} from {', '.join(self._servers[server].name for server in sorted(servers))}"
-        )
+        return f"weights of version {version} from {', '.join(plan.servers[server].name for server in sorted(servers))}"
 
-    def _in_place(self, tensors: Sequence[int]) -> bool:
-        """Return whether the tensors are complete. The caller must hold the condition.
+    def _in_place(self, arrays: Sequence[Array]) -> bool:
+        """Return whether the arrays are complete. The caller must hold the condition.
 
-        Raises the error that keeps the tensors from becoming complete.
+        Raises the error that keeps the arrays from becoming complete.
         """
         if self._error is not None:
             raise self._error
-        if not any(self._missing[tensor] for tensor in tensors):
+        if not any(self._missing[array] for array in arrays):
             return True
         if self._inbox is None or self._inbox.failed:
             raise (self._inbox.error if self._inbox is not None else None) or AbandonedError
@@ -245,7 +238,8 @@ class WeightInstaller:
 
     def _hook(self, module: nn.Module, tensors: list[int]) -> None:
         if tensors:
-            module.register_forward_pre_hook(lambda *_: self._wait(tensors))
+            arrays = [(tensor, WEIGHTS) for tensor in tensors]
+            module.register_forward_pre_hook(lambda *_: self._wait(arrays))
 
 
 def pulled_codec(book: CodecBook, bundle: Bundle, pull: str, header: pb.WeightsHeader) -> BundleCodec:

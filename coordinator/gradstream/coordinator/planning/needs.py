@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradstream.core.checkpoint.shard import MAX_COPY_BYTES
+from gradstream.core.optimizer.rules import moments_of
 from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor
@@ -93,19 +94,37 @@ def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int
     A frozen base takes `HELD_BYTES` per element. The `num_parameters` trained parameters take: weights, the gradients
     of the slot under way and of the slot being encoded, the encoded gradients of two slots (no more are held until
     they are acknowledged, gradstream.worker.backlog), the next version's weights as they arrive, and the residual of
-    each slot if the codec keeps one.
+    each slot if the codec keeps one. With local steps they take what `_round_arrays` counts instead of the weights and
+    gradients, and shared moments are encoded and arrive like the weights.
     """
     push, pull = first_push_codec(recipe.codec), downlink(recipe.codec.pull).full
-    num_slots = recipe.training.num_slots
-    slots = min(MAX_ENCODED_SLOTS, num_slots) * encoded_bytes(push, (num_parameters,))
+    num_slots, local = recipe.training.num_slots, recipe.local
+    arrays = 3 if local is None else _round_arrays(recipe)
+    contribution, arriving = encoded_bytes(push, (num_parameters,)), encoded_bytes(pull, (num_parameters,))
+    if local is not None and local.inner_state == "shared":
+        moments = len(moments_of(recipe.optimizer)) * encoded_bytes(local.moments, (num_parameters,))
+        contribution, arriving = contribution + moments, arriving + moments
+    slots = min(MAX_ENCODED_SLOTS, num_slots) * contribution
     if push in RESIDUAL_CODECS:
         # The slot's residual at the version, and the new one after the step.
         slots += num_slots * 2 * BYTES_PER_ELEMENT * num_parameters
-    arriving = encoded_bytes(pull, (num_parameters,))
     frozen = 0
     if recipe.fine_tuning is not None:
         frozen = num_frozen_parameters * HELD_BYTES[recipe.fine_tuning.held]
-    return frozen + 3 * BYTES_PER_ELEMENT * num_parameters + slots + arriving
+    return frozen + arrays * BYTES_PER_ELEMENT * num_parameters + slots + arriving
+
+
+def _round_arrays(recipe: Recipe) -> int:
+    """The fp32 arrays of the weights' size that a worker holds in a round (gradstream.worker.rounds).
+
+    They are: the version's weights and, if shared, its moments; the weights and moments of the slot under way, its
+    gradient under way and its mean gradient; the difference and, if shared, the moments of the slot being encoded.
+    """
+    assert recipe.local is not None
+    num_moments = len(moments_of(recipe.optimizer))
+    shared = num_moments if recipe.local.inner_state == "shared" else 0
+    encoded = 1 + shared if recipe.training.num_slots > 1 else 0
+    return (1 + shared) + (1 + num_moments + 2) + encoded
 
 
 def stage_need(plan: Plan, place: int = 0) -> int:

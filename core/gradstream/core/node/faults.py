@@ -11,6 +11,9 @@ GRADSTREAM_FAULTS holds faults separated by ";", each `KIND@key=value,…`:
     hang@step=3,slot=1                  the compute thread hangs before that slot; heartbeats go on
     fail@step=3,slot=1                  that slot fails, as when memory is short
     slow@milliseconds=300               each slot takes this worker so much longer
+
+In a job with local steps, kill (without a count), nan, hang, fail and slow strike at the inner step `step`, so they can
+strike in the middle of a round. `acknowledged` and `decided` count versions there.
 """
 
 from __future__ import annotations

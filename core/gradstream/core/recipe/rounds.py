@@ -44,6 +44,11 @@ class Rounds:
         """The steps between a version and the next one, by their numbers from 0."""
         return range(self.steps_at(version), self.steps_at(version + 1))
 
+    def title(self, version: int) -> str:
+        """The steps between a version and the next one, for people."""
+        steps = self.steps_from(version)
+        return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+
     def passes(self, version: int, interval_steps: int) -> bool:
         """Whether the commit that made `version` passed a multiple of `interval_steps`; with 0 never.
 

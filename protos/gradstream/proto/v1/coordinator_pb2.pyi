@@ -253,6 +253,7 @@ class Activity(_message.Message):
     UNREACHABLE_SECONDS_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     NEWCOMER_BYTES_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The node's job; empty when idle."""
     phase: _builtins.str
@@ -287,6 +288,8 @@ class Activity(_message.Message):
     """
     newcomer_bytes: _builtins.int
     """For a server, bytes, among `state_bytes`, of whole bundles for workers without the version before."""
+    detail: _builtins.str
+    """What a worker computes within its phase, for people ("inner step 7 of 30 of slot 2"); empty outside of rounds."""
     @_builtins.property
     def missing_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """For a server, slots of the current step with missing contributions."""
@@ -310,10 +313,11 @@ class Activity(_message.Message):
         unreachable_seconds: _builtins.float = ...,
         progress: _builtins.int = ...,
         newcomer_bytes: _builtins.int = ...,
+        detail: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["early_bytes", b"early_bytes", "job_id", b"job_id", "missing_slots", b"missing_slots", "newcomer_bytes", b"newcomer_bytes", "num_parameters", b"num_parameters", "phase", b"phase", "progress", b"progress", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "state_bytes", b"state_bytes", "step", b"step", "unreachable", b"unreachable", "unreachable_seconds", b"unreachable_seconds", "waiting_for", b"waiting_for", "waiting_since_unix_ms", b"waiting_since_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "early_bytes", b"early_bytes", "job_id", b"job_id", "missing_slots", b"missing_slots", "newcomer_bytes", b"newcomer_bytes", "num_parameters", b"num_parameters", "phase", b"phase", "progress", b"progress", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "state_bytes", b"state_bytes", "step", b"step", "unreachable", b"unreachable", "unreachable_seconds", b"unreachable_seconds", "waiting_for", b"waiting_for", "waiting_since_unix_ms", b"waiting_since_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

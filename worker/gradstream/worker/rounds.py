@@ -1,0 +1,170 @@
+"""Computes a slot's round: inner steps on a copy of a version's weights, and what the slot contributes in the end.
+
+    version t ── copy ── inner step ── … ── inner step ── difference to version t, and moments ── push
+
+A slot's round is a function of version t, seed and data alone. Nothing is kept from one slot to the next, so the bits
+do not depend on who computes a slot, or on what that worker computed before (DiLoCo, Douillard et al. 2023, keeps the
+optimizer's moments with a worker instead).
+
+Shape legend: N elements of a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gradstream.core.kernels.codec import squared_norm
+from gradstream.core.optimizer.optimizer import Optimizer
+from gradstream.core.plan.bundles import WEIGHTS
+from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.learning_rate import rate_of_step
+from gradstream.core.wire.slot_totals import SlotTotals
+from gradstream.worker.attempt import AbandonedError, Alone, Attempt, Emit
+from gradstream.worker.compute import SlotComputer
+from gradstream.worker.held_version import HeldVersion
+from gradstream.worker.samples.data import Batch
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An inner step that begins: its number in the job, its place in the round from 0, and its slot."""
+
+    step: int
+    place: int
+    num_steps: int
+    slot: int
+
+
+class RoundComputer:
+    """Computes rounds on the stages of `computer`, from the version in `held`. Runs in the compute thread."""
+
+    def __init__(self, computer: SlotComputer, held: HeldVersion):
+        self._plan = computer.plan
+        self._computer = computer
+        self._held = held
+
+    def run(
+        self,
+        attempt: Attempt,
+        batch_of: Callable[[int], Batch],
+        emit: Emit,
+        wanted: Callable[[], bool],
+        begin_step: Callable[[Progress], None] = lambda progress: None,
+        make_room: Callable[[], None] = lambda: None,
+        spoils: Callable[[int, int], bool] = lambda step, slot: False,
+    ) -> None:
+        """Compute the attempt's slot from the held version, which must be wholly in place, and emit its contribution.
+
+        `batch_of(step)` reads the slot's samples of an inner step.
+        `wanted()` is called before each microbatch, and before each tensor that is emitted. `begin_step` is called
+        before each inner step; `make_room` before the slot's contribution is emitted, and it may wait. `spoils(step,
+        slot)` returns whether a fault makes an inner step's gradients NaN. Raises AbandonedError when `wanted()` turns
+        false. The model computes on the held weights again afterwards.
+        """
+        plan = self._plan
+        (slot,) = attempt.slots
+        state = _SlotState(plan, self._held, attempt.version)
+        steps = plan.rounds.steps_from(attempt.version)
+        self._held.compute_on(state.weights)
+        try:
+            for place, step in enumerate(steps):
+                begin_step(Progress(step, place, len(steps), slot))
+                batches = {slot: batch_of(step)}
+                self._computer.run(attempt, batches, lambda _: state.collect, wanted, Alone(), step=step)
+                state.step(rate_of_step(plan.recipe, step), spoils(step, slot))
+        finally:
+            self._held.compute_on_held()
+        make_room()
+        state.emit(emit, wanted)
+
+
+class _SlotState:
+    """A slot's weights, gradients and moments within its round, by number of the plan's tensor."""
+
+    def __init__(self, plan: Plan, held: HeldVersion, version: int):
+        self._held = held
+        self._clip_norm = plan.recipe.optimizer.clip_norm
+        self.tensors = sorted(tensor for tensor, array in held.arrays if array == WEIGHTS)
+        self.weights = {tensor: held.arrays[tensor, WEIGHTS].clone() for tensor in self.tensors}
+        self.gradients = {tensor: torch.empty_like(weights_N) for tensor, weights_N in self.weights.items()}
+        self._optimizer = Optimizer(
+            list(self.weights.values()),
+            list(self.gradients.values()),
+            [plan.tensors[tensor].decay for tensor in self.tensors],
+            plan.recipe.optimizer,
+        )
+        self._totals: list[SlotTotals] = []
+        self._totals_of_step = SlotTotals(0, 0, 0.0)
+        self._moments: dict[int, dict[str, torch.Tensor]] = {}
+        if plan.shares_moments(version):
+            for number, tensor in enumerate(self.tensors):
+                names = held.moments(tensor)
+                self._moments[tensor] = {name: self._optimizer.moment(name, number) for name in names}
+                for name, moment_N in self._moments[tensor].items():
+                    moment_N.copy_(names[name])
+            # AdamW's count of steps must be a function of the version. Therefore it also counts skipped rounds, and the
+            # steps of this job alone where the moments come from another job.
+            self._optimizer.count(plan.rounds.steps_at(version))
+
+    def collect(self, tensor: int, part: int, values: torch.Tensor, totals: SlotTotals, array: str = WEIGHTS) -> None:
+        """Take an inner step's gradient of a tensor, as its mean over the slot's target tokens."""
+        assert part == 0, "a round has no pipeline, so tensors have one part"
+        torch.div(values.reshape(-1), totals.num_tokens, out=self.gradients[tensor])
+        self._totals_of_step = totals
+
+    def step(self, rate: float, spoiled: bool = False) -> None:
+        """Clip the collected gradient and update the weights, in place."""
+        gradients = list(self.gradients.values())
+        scale = math.nan if spoiled else clip_scale(gradients, self._clip_norm)
+        if scale != 1.0:
+            for gradient_N in gradients:
+                gradient_N.mul_(scale)
+        self._optimizer.step(rate)
+        self._totals.append(self._totals_of_step)
+
+    def emit(self, emit: Emit, wanted: Callable[[], bool]) -> None:
+        """Emit the differences and the moments, last layers first, times the round's tokens.
+
+        The servers divide by the tokens of all slots. Differences and moments are made in the memory of the slot's
+        weights and moments, tensor by tensor. Raises AbandonedError.
+        """
+        totals = sum_of(self._totals)
+        self.gradients.clear()
+        del self._optimizer
+        for tensor in reversed(self.tensors):
+            if not wanted():
+                raise AbandonedError
+            weights_N = self.weights.pop(tensor)
+            torch.sub(self._held.arrays[tensor, WEIGHTS], weights_N, out=weights_N)
+            emit(tensor, 0, weights_N.mul_(totals.num_tokens), totals)
+            for name, moment_N in self._moments.pop(tensor, {}).items():
+                emit(tensor, 0, moment_N.mul_(totals.num_tokens), totals, name)
+
+
+def clip_scale(gradients: Sequence[torch.Tensor], clip_norm: float) -> float:
+    """The factor of torch.nn.utils.clip_grad_norm_; NaN where the norm is not finite.
+
+    A gradient that is not finite must spoil the whole round: a factor of 0 would leave most of the weights as they are.
+    The norm adds the tensors' squared norms, in fp64, exactly.
+    """
+    if gradients[0].device.type == "cpu":
+        squares = [squared_norm(gradient_N.numpy()) for gradient_N in gradients]
+    else:
+        norms = [torch.linalg.vector_norm(gradient_N, dtype=torch.float64) for gradient_N in gradients]
+        squares = torch.stack(norms).square().tolist()
+    if not all(map(math.isfinite, squares)):
+        return math.nan
+    return min(1.0, clip_norm / (math.sqrt(math.fsum(squares)) + 1e-6))
+
+
+def sum_of(steps: Sequence[SlotTotals]) -> SlotTotals:
+    """A slot's totals over the inner steps of a round."""
+    return SlotTotals(
+        sum(totals.num_tokens for totals in steps),
+        sum(totals.num_samples for totals in steps),
+        math.fsum(totals.loss_sum for totals in steps),
+    )

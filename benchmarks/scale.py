@@ -19,7 +19,7 @@ from pathlib import Path
 
 import uvloop
 from report import Result, arguments_parser, chosen, report
-from scaling import history, membership, steps
+from scaling import history, membership, processes, steps
 from scaling.cluster import prepare_data
 
 from gradstream.core import log
@@ -47,15 +47,21 @@ async def _restart(num_workers: int, data: Path, directory: Path, arguments: Nam
     return await membership.restart(data, directory, num_workers, arguments.servers, arguments.memory)
 
 
+async def _processes(worker_counts: tuple[int, ...], data: Path, directory: Path, arguments: Namespace) -> list[Result]:
+    return await processes.measure(data, directory, worker_counts, arguments.smoke)
+
+
 async def _history(num_steps: int, num_jobs: int, data: Path, directory: Path, arguments: Namespace) -> list[Result]:
     return await history.measure(data, directory, num_steps, num_jobs)
 
 
 CASES: dict[str, Case] = {f"steps_{number:04d}": partial(_steps, number) for number in (100, 200, 500, 1000)}
 CASES |= {"deaths": partial(_deaths, 1000), "joins": partial(_joins, 1000), "restart": partial(_restart, 1000)}
+CASES["processes"] = partial(_processes, (8, 64))
 CASES["history"] = partial(_history, 100_000, 500)
 SMOKE_CASES: dict[str, Case] = {f"steps_{SMOKE_WORKERS:04d}": partial(_steps, SMOKE_WORKERS)}
-SMOKE_CASES |= {"joins": partial(_joins, SMOKE_WORKERS), "history": partial(_history, 600, 5)}
+SMOKE_CASES |= {"joins": partial(_joins, SMOKE_WORKERS), "processes": partial(_processes, (2,))}
+SMOKE_CASES["history"] = partial(_history, 600, 5)
 
 
 def main() -> None:

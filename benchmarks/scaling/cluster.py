@@ -129,11 +129,20 @@ class ScaleCluster:
             for ready in waiting:
                 await asyncio.to_thread(await_file, ready)
 
+    async def start_server_processes(self, name: str, count: int, memory: str) -> None:
+        """Start the servers of one command, `--processes count`, which divide `memory`; return when all listen."""
+        common = ["--coordinator", self.address, "--listen", "127.0.0.1:0", "--memory", memory]
+        ready = self._serve(self._stack, name, "parameter-server", "--name", name, "--processes", str(count), *common)
+        await asyncio.to_thread(await_file, ready)
+
     def usage(self, name: str) -> Usage:
         """What a process has used: "coordinator", "server-00" and so on."""
+        return _usage(self._processes[name])
+
+    def usages(self, name: str) -> list[Usage]:
+        """What a process and the processes below it have used."""
         found = self._processes[name]
-        times = found.cpu_times()
-        return Usage(times.user + times.system, int(found.memory_info().rss))
+        return [_usage(each) for each in (found, *found.children(recursive=True))]
 
     def client(self) -> AsyncClient:
         """A client of the coordinator."""
@@ -154,6 +163,11 @@ class ScaleCluster:
         started = stack.enter_context(process(command, {}, log=self.directory / f"{name}.log"))
         self._processes[name] = psutil.Process(started.pid)
         return ready
+
+
+def _usage(found: psutil.Process) -> Usage:
+    times = found.cpu_times()
+    return Usage(times.user + times.system, int(found.memory_info().rss))
 
 
 @asynccontextmanager

@@ -16,8 +16,15 @@ from scaling.cluster import cluster, recipe_of
 from scaling.workers import SimulatedWorkers
 
 NUM_STEPS = 6
-MAX_SECONDS = 120.0
-"""Time for all steps, from the submission on."""
+
+
+def max_seconds(num_workers: int, num_servers: int) -> float:
+    """Time for all steps, from the submission on.
+
+    On two cores a server's first plan costs 3 to 4 s, because it imports torch and a child process draws its weights;
+    a worker's contribution to a server and its pull cost 2 ms. The limit is about three times that.
+    """
+    return 60 + 10 * num_servers + 0.006 * NUM_STEPS * num_workers * num_servers
 
 
 async def measure(
@@ -40,7 +47,7 @@ async def measure(
             limits = {"min_workers": num_workers}
             job = await client.submit(recipe_of(data, directory, num_workers, NUM_STEPS, num_servers, cluster=limits))
             try:
-                async with asyncio.timeout(MAX_SECONDS):
+                async with asyncio.timeout(max_seconds(num_workers, num_servers)):
                     async for item in client.watch(job.job_id):
                         if isinstance(item, Step):
                             times.append(item.time.timestamp())
@@ -49,6 +56,12 @@ async def measure(
             except TimeoutError:
                 pass
             job = await client.job(job.job_id)
+        if workers.failures:
+            raise workers.failures[0]
+        if not times:
+            fail(
+                "scale", f"{num_workers} workers, {num_servers} servers: no step; the job is {job.state} ({job.reason})"
+            )
         after = running.usage("coordinator")
         server = running.usage("server-00")
     seconds = [end - begin for begin, end in pairwise(times)]

@@ -117,7 +117,7 @@ class SimulatedJob:
     def activity(self) -> coordinator_pb2.Activity:
         """The worker's activity, for heartbeats."""
         # Of a Pusher Status reads only the streams and the backlog, which is empty here.
-        return self._status.activity(self.plan.job_id, self.version, self, self._puller, None)  # type: ignore[arg-type]
+        return self._status.activity(self.plan.job_id, self.version, self, self._puller, None, None)  # type: ignore[arg-type]
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -324,6 +324,11 @@ class SimulatedWorkers:
     async def __aexit__(self, *_: object) -> None:
         self.kill(self.running)
         await asyncio.gather(*self._ending, return_exceptions=True)
+
+    @property
+    def contributions(self) -> list[Contributions]:
+        """The contributions of each plan that a worker has taken, oldest first."""
+        return list(self._contributions.values())
 
     @property
     def running(self) -> list[SimulatedWorker]:

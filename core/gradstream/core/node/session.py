@@ -95,6 +95,7 @@ class NodeSession:
         self._drain = drain
         self._grace_seconds = settings.grace_seconds
         self._ending: asyncio.Task[None] | None = None
+        self._heartbeat_error: Exception | None = None
         self._reports: set[asyncio.Future[None]] = set()
         self.transport = settings.transport
         self.channel = open_channel(self.coordinator_address, COORDINATOR, self.transport)
@@ -249,18 +250,29 @@ class NodeSession:
         self.unreachable_since = None
         backoff.reset()
         with cancelling(self.stub.Session(self._heartbeats(response.heartbeat_seconds))) as directives:
-            async for directive in directives:
-                if directive.HasField("storage"):
-                    self._spawn(self._check_storage(directive.storage))
-                else:
-                    await self._on_directive(directive)
+            try:
+                async for directive in directives:
+                    if directive.HasField("storage"):
+                        self._spawn(self._check_storage(directive.storage))
+                    else:
+                        await self._on_directive(directive)
+            except asyncio.CancelledError:
+                # gRPC cancels a call whose requests raise, and drops their error.
+                if self._heartbeat_error is not None:
+                    raise self._heartbeat_error from None
+                raise
 
     async def _heartbeats(self, interval_seconds: float) -> AsyncIterator[coordinator_pb2.SessionRequest]:
         while True:
             leaving = self._leaving
+            try:
+                activity = self._activity()
+            except Exception as error:
+                self._heartbeat_error = error
+                raise
             yield coordinator_pb2.SessionRequest(
                 node_id=self.node_id,
-                activity=self._activity(),
+                activity=activity,
                 log=self._log_buffer.take() if self._log_buffer is not None else [],
                 leaving=leaving,
                 vitals=self._vitals.latest,

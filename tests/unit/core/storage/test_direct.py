@@ -44,6 +44,30 @@ def test_a_slow_disk_is_written_through_the_page_cache(tmp_path: Path, monkeypat
             assert written.is_direct is stays
 
 
+@pytest.mark.parametrize(("cache_seconds", "ends_direct"), [(2.0, True), (0.5, False), (0.001, False)])
+def test_where_both_ways_are_slow_the_faster_one_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_seconds: float, ends_direct: bool
+) -> None:
+    monkeypatch.setattr(direct, "_TRIAL_BLOCKS", 1)
+    now = 0.0
+    data = os.urandom(6 * BLOCK_BYTES)
+    with (tmp_path / "file").open("wb") as stream:
+
+        def clock() -> float:
+            nonlocal now
+            now += 1.0 if written is None or written.is_direct else cache_seconds
+            return now
+
+        written = None
+        written = DirectStream(stream.fileno(), clock)
+        if not written.is_direct:
+            pytest.skip("this file system has no O_DIRECT")
+        written.write(data)
+        assert written.is_direct is ends_direct
+        written.flush()
+    assert (tmp_path / "file").read_bytes() == data
+
+
 def test_a_file_system_that_takes_no_direct_write_gets_an_ordinary_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

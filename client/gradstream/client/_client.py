@@ -208,7 +208,7 @@ class Client:
         """Wait until a job has ended. Return it in its last state.
 
         The returned job's `state` says how it ended: JobState.FINISHED after all steps, or JobState.STOPPED when a
-        person stopped it, at step `version` of `num_steps`. A paused job has not ended: `wait` returns after it was
+        person stopped it, at step `step` of `num_steps`. A paused job has not ended: `wait` returns after it was
         resumed and has ended, or was stopped.
 
         `on_progress` is called with the job about every `poll_seconds`. While the coordinator does not answer, the
@@ -220,6 +220,8 @@ class Client:
 
     def pause(self, job_id: str) -> Job:
         """Pause a job at its next step boundary, with a checkpoint. Return it at once, before it rests.
+
+        With local steps the boundary is the end of the round under way.
 
         Raises ConfigError when the job has ended.
         """
@@ -233,7 +235,7 @@ class Client:
         again; the job's `reason` names both rates.
 
         Raises ConfigError when the job has finished and no `num_steps` are given, or when with `num_steps` it runs or
-        has done as many steps.
+        has done as many steps, or when the steps are no whole rounds of a job with local steps.
         """
         return self._thread.run(self._client.resume(job_id, num_steps))
 
@@ -268,7 +270,7 @@ class Client:
         return self._thread.run(self._client.stop(job_id, now))
 
     def metrics(self, job_id: str | None = None, *, first_step: int = 0, every: int = 1) -> Iterator[StepMetrics]:
-        """Iterate over the ledger's rows of a job's trajectory, one StepMetrics a step, from `first_step` on.
+        """Iterate over the ledger's rows of a job's trajectory, one StepMetrics a step or round, from `first_step` on.
 
         With `every` above 1 there are rows for the steps that `every` divides, for steps whose version was validated,
         and for the last step. `job_id` may also be a job's name, such as a fine-tuning's, and then means the newest job

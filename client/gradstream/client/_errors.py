@@ -58,7 +58,7 @@ class JobFailedError(GradstreamError):
     def __init__(self, job: Job):
         self.job = job
         self.reason = job.reason or "no reason given"
-        super().__init__(f"job {job.job_id} failed at step {job.version} of {job.num_steps}: {self.reason}")
+        super().__init__(f"job {job.job_id} failed at step {job.step} of {job.num_steps}: {self.reason}")
 
 
 class FineTuningFailedError(GradstreamError):

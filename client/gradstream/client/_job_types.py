@@ -118,7 +118,11 @@ class Pipeline(Value):
 
 @dataclass(frozen=True, slots=True)
 class Job(Value):
-    """A job: its state, its progress and what it waits for."""
+    """A job: its state, its progress and what it waits for.
+
+    `version` counts commits, `step` the steps that are done, of `num_steps`. With local steps a commit is a round of
+    inner steps, each of which counts as a step; else the two are equal.
+    """
 
     job_id: str
     name: str
@@ -126,6 +130,7 @@ class Job(Value):
     reason: str
     epoch: int
     version: int
+    step: int
     num_steps: int
     num_tokens: int
     num_samples: int
@@ -174,6 +179,7 @@ class Job(Value):
             reason=message.reason,
             epoch=message.epoch,
             version=message.version,
+            step=message.step if message.HasField("step") else message.version,
             num_steps=message.num_steps,
             num_tokens=message.num_tokens,
             num_samples=message.num_samples,

@@ -11,7 +11,7 @@ from gradstream.proto.v1 import jobs_pb2
 
 @dataclass(frozen=True, slots=True)
 class StepParts(Value):
-    """The parts of a step, in seconds.
+    """The parts of a step, in seconds; with local steps those of a round.
 
     Passes of the model, waits for weights that are under way, contributions that are sent after the last pass, waits
     for the slots of slower workers, the servers' commit, and the rest.
@@ -59,7 +59,7 @@ class WorkerTimes(Value):
 
 @dataclass(frozen=True, slots=True)
 class StepBreakdown(Value):
-    """Where the time of a job's last `num_steps` steps went; `mean` is that of all workers."""
+    """Where the time of a job's last `num_steps` steps, or rounds, went; `mean` is that of all workers."""
 
     num_steps: int
     mean: StepParts
@@ -90,8 +90,11 @@ class StepBreakdown(Value):
 class StepMetrics(Value):
     """What a job's ledger has of one step. Step t starts from version t: both losses are of that version.
 
-    The last version has no step yet: where it was validated, a row comes last that has `step`, `num_tokens` and
-    `validation_loss` alone.
+    The last version has no step yet: where it was validated, a row comes last that has `step`, `version`, `num_tokens`
+    and `validation_loss` alone.
+
+    With local steps a round has one row, for its `num_steps` inner steps from `step` on. Loss, bytes and time are those
+    of the whole round, the norm is that of the mean difference, and the learning rate that of the last inner step.
     """
 
     step: int
@@ -115,6 +118,10 @@ class StepMetrics(Value):
     pulled_bytes: int | None
     """Payload bytes of weights that the servers sent; None where an earlier gradstream reported the step."""
     skipped: bool
+    version: int
+    """From which the step starts; without local steps it equals `step`."""
+    num_steps: int | None
+    """1, or the inner steps of a round."""
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.StepMetrics) -> StepMetrics:
@@ -132,4 +139,7 @@ class StepMetrics(Value):
             pushed_bytes=message.pushed_bytes if message.HasField("pushed_bytes") else None,
             pulled_bytes=message.pulled_bytes if message.HasField("pulled_bytes") else None,
             skipped=message.skipped,
+            version=message.version if message.HasField("version") else message.step,
+            # An earlier coordinator gives neither; without an epoch the row has no step.
+            num_steps=(message.num_steps or 1) if message.epoch else None,
         )

@@ -40,7 +40,11 @@ class Event(_WatchValue):
 
 @dataclass(frozen=True, slots=True)
 class Step(_WatchValue):
-    """A committed or skipped step: version `step` became version `step + 1`. `loss` is in nats a target token."""
+    """A committed or skipped step: version `version` became the next one. `loss` is in nats a target token.
+
+    Without local steps, `step` equals `version`, and `num_steps` is 1. A round has `num_steps` inner steps, of which
+    `step` is the first.
+    """
 
     cursor: int
     time: datetime
@@ -53,16 +57,19 @@ class Step(_WatchValue):
     learning_rate: float
     skipped: bool
     pushed_bytes: int
+    version: int
+    num_steps: int
 
 
 @dataclass(frozen=True, slots=True)
 class Validation(_WatchValue):
-    """A validation pass over version `version`. `loss` is in nats a target token."""
+    """A validation pass over version `version`, at which `step` steps are done. `loss` is in nats a target token."""
 
     cursor: int
     version: int
     loss: float
     num_tokens: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ class LogLine(_WatchValue):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint(_WatchValue):
-    """A checkpoint that exists. `cursor` is 0 when it does not come from a watch."""
+    """A checkpoint of `version`, at which `step` steps are done. `cursor` is 0 when it does not come from a watch."""
 
     cursor: int
     version: int
@@ -86,6 +93,7 @@ class Checkpoint(_WatchValue):
     num_bytes: int
     state_sha256: str
     time: datetime
+    step: int
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.Checkpoint, cursor: int = 0) -> Checkpoint:
@@ -97,6 +105,7 @@ class Checkpoint(_WatchValue):
             num_bytes=message.num_bytes,
             state_sha256=message.state_sha256,
             time=time_of(message.unix_ms),
+            step=message.step if message.HasField("step") else message.version,
         )
 
 
@@ -138,7 +147,7 @@ def watch_item(message: jobs_pb2.WatchJobResponse) -> WatchItem | None:
                 cursor=cursor,
                 time=time_of(step.unix_ms),
                 epoch=step.epoch,
-                step=step.step,
+                step=step.first_step if step.HasField("first_step") else step.step,
                 num_tokens=step.num_tokens,
                 num_samples=step.num_samples,
                 loss=step.loss,
@@ -146,10 +155,13 @@ def watch_item(message: jobs_pb2.WatchJobResponse) -> WatchItem | None:
                 learning_rate=step.learning_rate,
                 skipped=step.skipped,
                 pushed_bytes=step.pushed_bytes,
+                version=step.step,
+                num_steps=step.num_steps if step.HasField("num_steps") else 1,
             )
         case "validation":
             validation = message.validation
-            return Validation(cursor, validation.version, validation.loss, validation.num_tokens)
+            done = validation.step if validation.HasField("step") else validation.version
+            return Validation(cursor, validation.version, validation.loss, validation.num_tokens, done)
         case "log":
             line = message.log.line
             return LogLine(cursor, time_of(line.unix_ms), message.log.node, line.level, line.text)

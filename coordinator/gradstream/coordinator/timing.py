@@ -63,15 +63,15 @@ SHORTEST_WAIT_SECONDS = 2.0
 FIRST_WAIT_SECONDS = 10.0
 
 
-def judge_wait(waited_seconds: float, step_seconds: float | None) -> tuple[bool, str]:
+def judge_wait(waited_seconds: float, step_seconds: float | None, step: str = "step") -> tuple[bool, str]:
     """Judge whether a running job's step is late after `waited_seconds` without progress, and why.
 
-    `step_seconds` is the usual time of a step; None if it is not known.
+    `step_seconds` is the usual time of a step; None if it is not known. `step` is "round" in a round of local steps.
     """
     most = FIRST_WAIT_SECONDS if step_seconds is None else max(SHORTEST_WAIT_SECONDS, USUAL_STEPS * step_seconds)
-    usual = "no step time is known yet" if step_seconds is None else f"a step usually takes {step_seconds:.2g} s"
+    usual = f"no {step} time is known yet" if step_seconds is None else f"a {step} usually takes {step_seconds:.2g} s"
     if waited_seconds < most:
-        return False, f"{waited_seconds:.0f} s of at most {most:.0f} s on the way of a step; {usual}"
+        return False, f"{waited_seconds:.0f} s of at most {most:.0f} s on the way of a {step}; {usual}"
     return True, f"no progress for {waited_seconds:.0f} s; {usual}"
 
 

@@ -43,7 +43,13 @@ def test_csv_has_every_digit_and_blanks_for_what_is_not_known() -> None:
     assert (first["step_time_seconds"], first["pulled_bytes"], first["validation_loss"]) == ("", "", "")
     assert (second["loss"], second["skipped"], second["step_time_seconds"]) == ("nan", "true", "0.5")
     assert (third["learning_rate"], third["pushed_bytes"], third["skipped"]) == ("0.001", str(3 << 20), "false")
-    assert {key for key, value in last.items() if value} == {"step", "num_tokens", "validation_loss", "skipped"}
+    assert {key for key, value in last.items() if value} == {
+        "step",
+        "version",
+        "num_tokens",
+        "validation_loss",
+        "skipped",
+    }
 
 
 def test_the_table_has_the_last_rows_below_a_sparkline(

@@ -223,3 +223,44 @@ def test_link_speeds(text: str, rate: float) -> None:
     assert parse_bit_rate(text) == rate
     with pytest.raises(ConfigError, match="is not a link's speed"):
         parse_bit_rate(text + "x")
+
+
+LOCAL = ["-s", "training.num_steps=30", "-s", "local.steps=30", "-s", "codec.push=int8"]
+
+
+def test_the_plan_of_a_job_with_local_steps(recipe: str, here: None, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", recipe, "--workers", "2", "--link", "1Mb/s", "-o", "json"]
+
+    def forecast(*more: str) -> dict[str, Any]:
+        assert main([*arguments, *more]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    plain, reset = forecast("-s", "codec.push=int8"), forecast(*LOCAL, "-s", "local.inner_state=reset")
+    shared, exact = forecast(*LOCAL), forecast(*LOCAL, "-s", "local.moments=fp32")
+    assert (plain["round_steps"], reset["round_steps"]) == (0, 30)
+    # Without moments a round sends what a step sends; both moments are as large as the weights, one for each slot.
+    assert reset["links"] == plain["links"]
+    assert reset["worker_step_bytes"] == pytest.approx(plain["worker_step_bytes"] / 30)
+    (pushed, pulled), size = (link["step_bytes"] for link in plain["links"]), shared["num_parameters"]
+    assert [link["step_bytes"] for link in shared["links"]] == [pushed + 2 * 2 * 2 * size, pulled + 2 * 2 * size]
+    assert [link["step_bytes"] for link in exact["links"]] == [pushed + 2 * 2 * 4 * size, pulled + 2 * 4 * size]
+    # A round begins when its version has fully arrived, and the first of two slots is sent after half of the compute.
+    push, pull, compute = shared["push_seconds"], shared["pull_seconds"], shared["compute_seconds"]
+    assert shared["exposed_seconds"] == pytest.approx(max(0.0, push - compute / 2) + pull)
+    assert shared["step_seconds"] == pytest.approx((compute + shared["exposed_seconds"]) / 30)
+    assert shared["utilisation"] == pytest.approx(compute / (compute + shared["exposed_seconds"]))
+    assert shared["tokens_per_second"] == pytest.approx(8 * 32 / shared["step_seconds"])
+
+
+def test_the_plan_of_local_steps_for_people(recipe: str, here: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe, "--workers", "2", *LOCAL]) == 0
+    out = capsys.readouterr().out
+    assert "BYTES A ROUND" in out
+    for part in (
+        "a round of 30 steps takes about ",
+        "microbatches a replica in each inner step; push ",
+        " steps/s; a ",
+    ):
+        assert part in out, part
+    assert "B an inner step, and computes " in out

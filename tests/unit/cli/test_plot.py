@@ -45,6 +45,8 @@ def row(step: int, epoch: int = 1, **changes: Any) -> StepMetrics:
         "pushed_bytes": None,
         "pulled_bytes": None,
         "skipped": False,
+        "version": step,
+        "num_steps": 1,
     }
     return StepMetrics(**{**fields, **changes})
 

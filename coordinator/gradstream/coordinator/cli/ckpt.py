@@ -18,6 +18,7 @@ from gradstream.coordinator.cli.options import (
     open_client,
 )
 from gradstream.coordinator.cli.views import terminal
+from gradstream.coordinator.cli.views.steps import rounds_of
 from gradstream.core.shown import shown
 
 if TYPE_CHECKING:
@@ -43,10 +44,18 @@ def ls(
     if not checkpoints:
         terminal.say("no checkpoints yet")
         return
+    has_rounds = any(c.step != c.version for c in checkpoints)
     terminal.print_table(
-        [">VERSION", ">SIZE", "TIME", "STATE SHA256?", "PATH"],
+        [">VERSION", *([">STEP"] if has_rounds else []), ">SIZE", "TIME", "STATE SHA256?", "PATH"],
         [
-            (c.version, terminal.format_bytes(c.num_bytes), terminal.format_time(c.time), c.state_sha256[:16], c.path)
+            (
+                c.version,
+                *([c.step] if has_rounds else []),
+                terminal.format_bytes(c.num_bytes),
+                terminal.format_time(c.time),
+                c.state_sha256[:16],
+                c.path,
+            )
             for c in checkpoints
         ],
     )
@@ -59,11 +68,13 @@ def now(
     coordinator: CoordinatorOption = None,
     output: OutputOption = OutputFormat.table,
 ) -> None:
-    """Let a running job write a checkpoint at its next step. The job goes on meanwhile."""
+    """Let a running job write a checkpoint at its next step or round. The job goes on meanwhile."""
     with open_client(coordinator) as client:
         job = client.job(job_id)
         if job.state == "running":
-            terminal.say(f"{job.job_id}: a checkpoint at the end of step {job.version}; the job goes on")
+            terminal.say(
+                f"{job.job_id}: a checkpoint at the end of {rounds_of(job).commit_text(job.version)}; the job goes on"
+            )
         made = client.checkpoint(job.job_id)
     if output is OutputFormat.json:
         terminal.print_json({k: v for k, v in made.to_dict().items() if k not in ("type", "cursor")})

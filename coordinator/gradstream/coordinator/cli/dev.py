@@ -21,6 +21,7 @@ from gradstream.coordinator.cli.local.earlier_run import KEPT, cluster_directory
 from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, find_recipe
 from gradstream.coordinator.cli.views import terminal
 from gradstream.coordinator.cli.views.step_times import step_line
+from gradstream.coordinator.cli.views.steps import rounds_of, step_word
 
 if TYPE_CHECKING:
     from gradstream.client import AsyncClient, Job
@@ -277,7 +278,7 @@ class _Run:
                 async for item in client.watch(job.job_id, follow=False, kinds=["event"]):
                     cursor = item.cursor
                 job = self.job = await client.resume(job.job_id, self.num_steps)
-                terminal.say(f"{job.job_id} goes on from version {job.version}: {job.reason}")
+                terminal.say(f"{job.job_id} goes on from {rounds_of(job).version_text(job.version)}: {job.reason}")
             else:
                 job = self.job = await client.submit(self.recipe)
                 cluster.move_logs(Path(job.run_directory) / "logs")
@@ -310,13 +311,13 @@ class _Run:
             await save_metrics(client, job)
             checkpoints = await client.checkpoints(job.job_id)
             if not checkpoints:
-                terminal.say(f"{job.job_id} {job.state} at step {job.version} without a checkpoint")
+                terminal.say(f"{job.job_id} {job.state} at step {job.step} without a checkpoint")
                 return 130 if self.interrupts else 1
             if job.state == "finished":
                 self.exported = await client.export(job.job_id, self._new_export(job))
             else:
                 last = checkpoints[-1]
-                terminal.say(f"{job.job_id} {job.state} at step {job.version}; its last checkpoint is {last.path}")
+                terminal.say(f"{job.job_id} {job.state} at step {job.step}; its last checkpoint is {last.path}")
             # 4. Keep the cluster up, with --keep.
             if self.keep:
                 terminal.say(f"the cluster stays up at {cluster.address} until Ctrl-C")
@@ -334,7 +335,7 @@ class _Run:
     def _new_export(job: Job) -> Path:
         """Where the result goes: an earlier export, of fewer steps, stays as it is."""
         plain = Path(job.run_directory) / "export"
-        return plain.with_name(f"export-{job.version}") if plain.exists() else plain
+        return plain.with_name(f"export-{job.step}") if plain.exists() else plain
 
     async def _tell(self, client: AsyncClient, job_id: str, after_cursor: int, view: ProgressView) -> None:
         """Show events as they happen."""
@@ -429,10 +430,10 @@ def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
     if job.initial_validation_loss is not None and job.validation_loss is not None:
         terminal.print_line(
             f"validation loss: {job.initial_validation_loss:.4f} before, {job.validation_loss:.4f} after "
-            f"{job.version} steps (nats a token)"
+            f"{job.step} steps (nats a token)"
         )
     if job.step_breakdown is not None:
-        terminal.print_line(f"a step took:     {step_line(job.step_breakdown)}")
+        terminal.print_line(f"{f'a {step_word(job)} took:':<17}{step_line(job.step_breakdown)}")
     terminal.print_line(f"loss curve:      {picture}")
     terminal.print_line(f"metrics:         {metrics}")
     terminal.print_line(f"model:           {exported}")

@@ -108,7 +108,8 @@ def events(
 
     def shown(item: WatchItem) -> Shown | None:
         if isinstance(item, Checkpoint) and with_checkpoints:
-            written = f"written version {item.version}, {terminal.format_bytes(item.num_bytes)}"
+            at = f" (step {item.step})" if item.step != item.version else ""
+            written = f"written version {item.version}{at}, {terminal.format_bytes(item.num_bytes)}"
             item = Event(item.cursor, item.time, "checkpoint", written)
         if not isinstance(item, Event):
             return None

@@ -75,7 +75,7 @@ def _print_table(job: Job, rows: Iterable[StepMetrics], num_rows: int) -> None:
         return
     console = terminal.console()
     tokens = f"{terminal.format_count(job.num_tokens)} {counted_tokens(job)}"
-    console.print(f"{job.job_id} {job.state}, {tokens} in {job.version} steps")
+    console.print(f"{job.job_id} {job.state}, {tokens} in {job.step} steps")
     if losses and "utf" in (sys.stdout.encoding or "").lower():
         console.print(f"loss {terminal.format_loss(losses[0])} {sparkline(losses)} {terminal.format_loss(losses[-1])}")
     console.print()

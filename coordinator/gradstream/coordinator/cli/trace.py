@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +12,11 @@ import typer
 from gradstream.coordinator.cli.options import CoordinatorOption, NewestJobArgument, open_client, write_file
 from gradstream.coordinator.cli.views import terminal
 from gradstream.coordinator.cli.views.step_times import print_step_table, step_line
+from gradstream.coordinator.cli.views.steps import round_name, rounds_of, step_word
 
 if TYPE_CHECKING:
     from gradstream.client import Pipeline, Timeline
+    from gradstream.core.recipe.rounds import Rounds
 
 
 def trace(
@@ -50,23 +53,24 @@ def trace(
     if gantt is not None:
         _write_gantt(gantt, timelines, job.pipeline)
     if gantt is None or to is not None:
-        _write_trace(to if to is not None else Path(f"{timelines[0].job_id}-trace.json"), timelines)
+        _write_trace(to if to is not None else Path(f"{timelines[0].job_id}-trace.json"), timelines, rounds_of(job))
     if job.step_breakdown is not None:
         print()
         print_step_table(job.step_breakdown)
-        terminal.print_line(f"a step takes {step_line(job.step_breakdown)}")
+        terminal.print_line(f"a {step_word(job)} takes {step_line(job.step_breakdown)}")
         terminal.print_line(job.step_breakdown.advice)
 
 
-def _write_trace(path: Path, timelines: list[Timeline]) -> None:
+def _write_trace(path: Path, timelines: list[Timeline], rounds: Rounds) -> None:
     from gradstream.core.telemetry.trace import chrome_trace
 
-    text = json.dumps(chrome_trace(timelines), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(chrome_trace(timelines, partial(round_name, rounds)), allow_nan=False, separators=(",", ":"))
     write_file(path, text.encode(), "--to")
     num_versions = len({(timeline.epoch, timeline.version) for timeline in timelines})
+    word = "round" if all(rounds.is_round(timeline.version) for timeline in timelines) else "version"
     num_workers = len({timeline.worker for timeline in timelines})
     terminal.print_line(
-        f"{path}: {num_versions} version{'s' * (num_versions != 1)} of {timelines[0].job_id} by {num_workers} "
+        f"{path}: {num_versions} {word}{'s' * (num_versions != 1)} of {timelines[0].job_id} by {num_workers} "
         f"worker{'s' * (num_workers != 1)}; open it in https://ui.perfetto.dev or chrome://tracing"
     )
 

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from gradstream.coordinator.jobs.decisions import JobSight
 from gradstream.coordinator.jobs.journal import Retry
@@ -20,6 +21,7 @@ from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.early_stopping import best_version, stops_early
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.telemetry.sampling import Sampling
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
 
@@ -34,7 +36,7 @@ def nothing() -> None:
 
 @dataclass
 class Pace:
-    """Rates over the last steps. The leader's clock times commits; the coordinator's clock times their absence."""
+    """Rates over the last commits. The leader's clock times commits; the coordinator's clock times their absence."""
 
     steps: deque[tuple[coordinator_pb2.ReportStepRequest, float]] = field(
         default_factory=lambda: deque(maxlen=NUM_RATE_STEPS)
@@ -44,8 +46,11 @@ class Pace:
         """Add a step that was reported at `now`."""
         self.steps.append((report, now))
 
-    def per_second(self, now: float) -> tuple[float, float, float]:
-        """Steps, tokens and pushed bytes per second; zeros before the second step. Falls while no steps come."""
+    def per_second(self, now: float, rounds: Rounds) -> tuple[float, float, float]:
+        """Steps, tokens and pushed bytes per second; zeros before the second commit. Falls while no commits come.
+
+        Each inner step of a round counts.
+        """
         if len(self.steps) < 2:
             return 0.0, 0.0, 0.0
         counted = [report for report, _ in list(self.steps)[1:]]
@@ -54,7 +59,7 @@ class Pace:
         overdue = now - self.steps[-1][1] - 2 * seconds / len(counted) - 2.0
         seconds += max(0.0, overdue)
         return (
-            len(counted) / seconds,
+            sum(len(rounds.steps_from(report.step)) for report in counted) / seconds,
             sum(report.num_tokens for report in counted) / seconds,
             sum(report.pushed_bytes for report in counted) / seconds,
         )
@@ -266,17 +271,28 @@ class ActiveJob:
 
     @property
     def version(self) -> int:
-        """Steps committed on the current trajectory."""
+        """The version that the current trajectory has reached: the number of its commits."""
         return self.totals.version
 
+    @cached_property
+    def rounds(self) -> Rounds:
+        """The steps for which each version stands."""
+        return self.recipe.rounds
+
     @property
-    def num_steps(self) -> int:
-        return self.recipe.training.num_steps
+    def place(self) -> str:
+        """The current version for people."""
+        return self.rounds.version_text(self.version)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are committed."""
+        return self.version >= self.rounds.last_version
 
     @property
     def fully_validated(self) -> bool:
         """Whether no validation pass is missing at the end."""
-        return not self.recipe.validation.interval_steps or self.num_steps in self.validations
+        return not self.recipe.validation.interval_steps or self.rounds.last_version in self.validations
 
     @property
     def early_ending(self) -> str:
@@ -320,13 +336,13 @@ class ActiveJob:
         after = self.checkpoint_after
         return after is not None and self.checkpoint_awaited and all(version <= after for version in self.files)
 
-    def sight(self, any_worker: bool, settled: bool) -> JobSight:
-        """The current situation of the job, for `judge_end`. The job must have a plan."""
+    def sight(self, any_worker: bool, settled: bool, seconds_to_commit: float | None = None) -> JobSight:
+        """The current situation of the job, for `judge_end` and `order_text`. The job must have a plan."""
         return JobSight(
             desired=self.record.desired,
             state=self.state,
             version=self.version,
-            num_steps=self.num_steps,
+            rounds=self.rounds,
             halted_version=self.halted_version,
             checkpoints=self.checkpoints,
             validated=self.fully_validated,
@@ -336,6 +352,7 @@ class ActiveJob:
             settled=settled,
             failing=self.failing,
             checkpoint_awaited=self.checkpoint_awaited,
+            seconds_to_commit=seconds_to_commit,
         )
 
     @property

@@ -58,4 +58,5 @@ class Boundaries:
                 self._send(node, coordinator_pb2.SessionResponse(snapshot=wanted))
         if known:
             return ""
-        return f"no worker computes the next step; the servers write a checkpoint of version {active.version} now"
+        step = "round" if active.rounds.is_round(active.version) else "step"
+        return f"no worker computes the next {step}; the servers write a checkpoint of {active.place} now"

@@ -26,6 +26,7 @@ from gradstream.core.checkpoint.manifest import (
 )
 from gradstream.core.errors import CheckpointError, UnreachableError
 from gradstream.core.recipe.fine_tuning import with_new_key
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.storage import files
 from gradstream.proto.v1 import jobs_pb2
 
@@ -156,13 +157,15 @@ def remove_old(root: str, keep: int, pinned: Collection[int]) -> tuple[list[int]
 
 
 def as_message(root: str, manifest: CheckpointManifest) -> jobs_pb2.Checkpoint:
-    """A checkpoint as a message for clients."""
+    """A checkpoint as a message for clients. Raises CheckpointError when its local steps are not valid."""
+    local = manifest.local
     return jobs_pb2.Checkpoint(
         version=manifest.version,
         path=directory_of(root, manifest.version),
         num_bytes=manifest.num_bytes,
         state_sha256=manifest.state_sha256,
         unix_ms=manifest.unix_ms,
+        step=Rounds(0, local.steps, local.after).steps_at(manifest.version) if local is not None else None,
     )
 
 

@@ -198,10 +198,11 @@ class Controller:
 
     # --- orders and reports -----------------------------------------------------------------------------------------
 
-    def submit(self, record: JobRecord, warnings: Sequence[str] = ()) -> None:
-        """Queue a new job; `warnings` on its recipe become events. Raises UnreachableError."""
+    def submit(self, record: JobRecord, warnings: Sequence[str] = (), start_note: str = "") -> None:
+        """Queue a new job. `warnings` on its recipe and a note on its start become events. Raises UnreachableError."""
         submitted = Event("submitted", f"submitted{by_caller()}; files in {record.run_directory}")
-        self.journal.create(record, [submitted, *(Event("warning", warning) for warning in warnings)])
+        notes = [Event("submitted", start_note)] if start_note else []
+        self.journal.create(record, [submitted, *notes, *(Event("warning", warning) for warning in warnings)])
         self.reconcile()
 
     def fail(self, job_id: str, reason: str) -> None:
@@ -300,7 +301,7 @@ class Controller:
             self.transitions.end(active, FAILED, active.failing)
         elif desired == "stop":
             left = self.transitions.unsaved(active)
-            self.transitions.end(active, STOPPED, f"stopped at version {active.version} while planning{left}")
+            self.transitions.end(active, STOPPED, f"stopped at {active.place} while planning{left}")
         elif desired == "pause":
             self.transitions.leave(active, PAUSED, "paused while planning")
         elif (nodes := self.plan_making.due(active, now)) is not None:
@@ -385,7 +386,7 @@ class Controller:
         event = Event("node", f"{reason}; the job goes back to its last checkpoint")
         if active.record.desired == "stop":
             left = self.transitions.unsaved(active)
-            self.transitions.end(active, STOPPED, f"stopped at version {active.version}{left}: {reason}", event)
+            self.transitions.end(active, STOPPED, f"stopped at {active.place}{left}: {reason}", event)
         elif active.state == PAUSED or active.record.desired == "pause":
             # The cluster is free for another job.
             reason = f"paused; {reason}, so it will go on from its last checkpoint"

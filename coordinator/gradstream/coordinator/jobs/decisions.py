@@ -10,6 +10,7 @@ from gradstream.coordinator.state.state import JobRecord, StepTotals
 from gradstream.core.job_states import ENDED, PAUSED, PLANNING, QUEUED
 from gradstream.core.plan.leases import MAX_SHOWN, assign_slots, numbers_text
 from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.proto.v1 import jobs_pb2
 
 
@@ -54,7 +55,7 @@ class JobSight:
     desired: str
     state: jobs_pb2.JobState.ValueType
     version: int
-    num_steps: int
+    rounds: Rounds
     # The version at which the leader answered a request to halt, if it did.
     halted_version: int | None
     checkpoints: Collection[int]
@@ -72,13 +73,25 @@ class JobSight:
     failing: str = ""
     # Whether a person waits for a checkpoint.
     checkpoint_awaited: bool = False
+    # Expected seconds until the round under way ends, if that is known.
+    seconds_to_commit: float | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are committed."""
+        return self.version >= self.rounds.last_version
+
+    @property
+    def place(self) -> str:
+        """The current version for people."""
+        return self.rounds.version_text(self.version)
 
     @property
     def boundary(self) -> int | None:
         """The version at which the leader has a checkpoint written; None while there is none."""
         if self.halted_version is not None:
             return self.halted_version
-        return self.version if self.version >= self.num_steps else None
+        return self.version if self.done else None
 
     @property
     def saved(self) -> bool:
@@ -93,38 +106,39 @@ def judge_end(job: JobSight) -> tuple[Ending, str]:
     write a checkpoint of the current version.
     """
     if job.early:
-        return Ending.FINISH, f"ended early at version {job.version}: {job.early}"
+        return Ending.FINISH, f"ended early at {job.place}: {job.early}"
     boundary, paused = job.boundary, job.state == PAUSED
-    if job.version >= job.num_steps and job.version in job.checkpoints and job.validated:
-        return Ending.FINISH, f"all {job.num_steps} steps are done"
+    if job.done and job.version in job.checkpoints and job.validated:
+        return Ending.FINISH, f"all {job.rounds.num_steps} steps are done"
     if job.desired == "stop":
         if boundary is not None and boundary in job.checkpoints:
-            return Ending.STOP, f"stopped at version {boundary}, with a checkpoint"
+            return Ending.STOP, f"stopped at {job.rounds.version_text(boundary)}, with a checkpoint"
         if boundary is None and job.saved and job.settled and (paused or not job.any_worker):
             kept = ", with a checkpoint" if job.version in job.checkpoints else ""
-            why = "while paused" if paused else "no worker was live to finish the step"
-            return Ending.STOP, f"stopped at version {job.version}{kept}; {why}"
+            step = "round" if job.rounds.is_round(job.version) else "step"
+            why = "while paused" if paused else f"no worker was live to finish the {step}"
+            return Ending.STOP, f"stopped at {job.place}{kept}; {why}"
     if job.desired == "pause" and not paused:
         if boundary is not None:
-            return Ending.PAUSE, f"paused at version {job.version}"
+            return Ending.PAUSE, f"paused at {job.place}"
         if not job.any_worker:
-            return Ending.PAUSE, f"paused at version {job.version}; no worker was live"
+            return Ending.PAUSE, f"paused at {job.place}; no worker was live"
     if job.desired == "run" and job.failing and job.saved and job.settled:
         return Ending.FAIL, job.failing
-    replan = job.desired == "replan" and job.version < job.num_steps
+    replan = job.desired == "replan" and not job.done
     rests = paused or (replan and boundary is not None) or not job.any_worker
     if replan and rests and job.saved and job.settled:
-        return Ending.REPLAN, f"a new plan starts from version {job.version}"
+        return Ending.REPLAN, f"a new plan starts from {job.place}"
     wanted = job.desired != "run" or job.failing or job.checkpoint_awaited
     if rests and wanted and not job.saved and boundary != job.version:
-        return Ending.SNAPSHOT, f"the checkpoint of version {job.version}"
+        return Ending.SNAPSHOT, f"the checkpoint of {job.place}"
     return Ending.GO_ON, ""
 
 
-def judge_replan(planned: Sequence[str], offered: Sequence[str], version: int) -> tuple[bool, str]:
+def judge_replan(planned: Sequence[str], offered: Sequence[str], step: int) -> tuple[bool, str]:
     """Decide whether a new plan on the servers `offered` differs from the current one on `planned`, and say how.
 
-    Both are names of servers. The new plan would begin at the boundary of `version`.
+    Both are names of servers. The new plan would begin at the boundary at which `step` steps are done.
     """
     joining = [name for name in offered if name not in planned]
     leaving = [name for name in planned if name not in offered]
@@ -135,7 +149,7 @@ def judge_replan(planned: Sequence[str], offered: Sequence[str], version: int) -
         )
     moves = [f"{', '.join(names)} {way}" for names, way in ((joining, "in"), (leaving, "out")) if names]
     change = f"{len(planned)} → {_count(len(offered), 'server')} ({'; '.join(moves)})"
-    return True, f"replanning at step {version}: {change}"
+    return True, f"replanning at step {step}: {change}"
 
 
 def order_text(job: JobSight) -> str:
@@ -147,10 +161,15 @@ def order_text(job: JobSight) -> str:
         return f"{doing} once its servers are back or given up"
     boundary = job.version if job.state == PAUSED else job.boundary
     if boundary is not None:
-        return f"{doing} at version {boundary}" + ("" if boundary in job.checkpoints else "; its checkpoint is written")
+        written = "" if boundary in job.checkpoints else "; its checkpoint is written"
+        return f"{doing} at {job.rounds.version_text(boundary)}{written}"
+    step = "round" if job.rounds.is_round(job.version) else "step"
     if not job.any_worker:
-        return f"{doing} at version {job.version}; no worker is live to finish the step, a checkpoint follows"
-    return f"{doing} at the end of step {job.version}; a checkpoint follows"
+        return f"{doing} at {job.place}; no worker is live to finish the {step}, a checkpoint follows"
+    left = ""
+    if step == "round" and job.seconds_to_commit is not None:
+        left = f", in about {job.seconds_to_commit:.0f} s"
+    return f"{doing} at the end of {job.rounds.commit_text(job.version)}{left}; a checkpoint follows"
 
 
 def judge_skips(totals: StepTotals, epoch: int, recipe: Recipe) -> str:
@@ -158,10 +177,12 @@ def judge_skips(totals: StepTotals, epoch: int, recipe: Recipe) -> str:
     last, most = totals.last, recipe.training.max_consecutive_skips
     if last is None or last.epoch != epoch or not last.skipped or last.consecutive_skips < most:
         return ""
+    steps = "rounds" if recipe.rounds.is_round(last.step) else "steps"
+    end = recipe.rounds.commit_text(last.step)
     return (
-        f"{last.consecutive_skips} steps in a row up to step {last.step} had a loss or gradient that was not finite; "
-        f"lower optimizer.learning_rate (now {recipe.optimizer.learning_rate:g}), lengthen schedule.warmup_steps or "
-        f"check the data, then submit again"
+        f"{last.consecutive_skips} {steps} in a row up to {end} had a loss or gradient that was not finite; lower "
+        f"optimizer.learning_rate (now {recipe.optimizer.learning_rate:g}), lengthen schedule.warmup_steps or check "
+        f"the data, then submit again"
     )
 
 

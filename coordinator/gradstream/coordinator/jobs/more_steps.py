@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gradstream.core.errors import ConfigError
 from gradstream.core.recipe.learning_rate import rate_of_step
+from gradstream.core.recipe.local import whole_rounds_problem
 from gradstream.core.recipe.recipe import Recipe
 
 
@@ -12,7 +13,7 @@ def with_more_steps(job_id: str, recipe: Recipe, version: int, num_steps: int) -
 
     From `version` on the learning rate follows the schedule of `num_steps` steps, as if the job had been submitted with
     this number. The steps before keep their rates. So the rate may rise at `version`. Raises ConfigError when no steps
-    are left, or the job is a fine-tuning.
+    are left, the steps are no whole rounds, or the job is a fine-tuning.
     """
     before = recipe.training.num_steps
     if recipe.fine_tuning is not None:
@@ -20,17 +21,21 @@ def with_more_steps(job_id: str, recipe: Recipe, version: int, num_steps: int) -
             f"job {job_id} is a fine-tuning, whose steps follow from its examples; fine-tune its result further with "
             f"base_model: job:{job_id}"
         )
-    if num_steps <= version:
+    step = recipe.rounds.steps_at(version)
+    if num_steps <= step:
         raise ConfigError(
-            f"job {job_id} has done {version} steps; --steps {num_steps} is the number in all, so give more than that"
+            f"job {job_id} has done {step} steps; --steps {num_steps} is the number in all, so give more than that"
         )
-    extended = recipe.model_copy(update={"training": recipe.training.extended(version, num_steps)})
-    rates = f"{rate_of_step(extended, version):.3g} at step {version}"
-    if version:
-        rates = f"{rate_of_step(extended, version - 1):.3g} at step {version - 1}, {rates}"
+    problem = whole_rounds_problem(num_steps, recipe.local) if recipe.local is not None else ""
+    if problem:
+        raise ConfigError(f"job {job_id} has local steps, and --steps {problem}")
+    extended = recipe.model_copy(update={"training": recipe.training.extended(step, num_steps)})
+    rates = f"{rate_of_step(extended, step):.3g} at step {step}"
+    if step:
+        rates = f"{rate_of_step(extended, step - 1):.3g} at step {step - 1}, {rates}"
     return extended, (
-        f"goes on from version {version} to {num_steps} steps in all ({before} before); its learning rate follows the "
-        f"{recipe.schedule.kind} schedule of {num_steps} steps from here on ({rates})"
+        f"goes on from {recipe.rounds.version_text(version)} to {num_steps} steps in all ({before} before); its "
+        f"learning rate follows the {recipe.schedule.kind} schedule of {num_steps} steps from here on ({rates})"
     )
 
 

@@ -43,7 +43,7 @@ class Orders:
                 active,
                 Event("state", f"a pause was asked for{by_caller()}"),
                 desired="pause",
-                **_without_replan(active.record),
+                **_without_replan(active),
             )
             active.boundary_session = 0
         self._controller.reconcile()
@@ -60,10 +60,10 @@ class Orders:
             return
         asked = Event("state", f"a stop was asked for{by_caller()}")
         if now:
-            reason = f"stopped at once at version {active.version}{self._controller.transitions.unsaved(active)}"
+            reason = f"stopped at once at {active.place}{self._controller.transitions.unsaved(active)}"
             self._controller.transitions.end(active, STOPPED, reason, asked, desired="stop")
         elif active.record.desired != "stop":
-            self._controller.transitions.update(active, asked, desired="stop", **_without_replan(active.record))
+            self._controller.transitions.update(active, asked, desired="stop", **_without_replan(active))
             active.boundary_session = 0
         self._controller.reconcile()
 
@@ -87,7 +87,8 @@ class Orders:
             raise ConfigError(f"job {record.job_id} was planned meanwhile; look at it and try again")
         offered = [server.name for server in made.plan.servers]
         computes = self._controller.leasing.any_worker(active, self._controller.clock())
-        changes, reason = decisions.judge_replan(names, offered, active.version + computes)
+        step = active.rounds.steps_at(active.version + computes)
+        changes, reason = decisions.judge_replan(names, offered, step)
         if not changes:
             raise ConfigError(reason)
         self._controller.transitions.update(
@@ -111,7 +112,7 @@ class Orders:
                 f"job {record.job_id} is {state}; only a running job can be replanned. A job that goes on from a "
                 f"checkpoint takes all live servers by itself"
             )
-        if active.version >= active.num_steps:
+        if active.done:
             raise ConfigError(f"job {record.job_id} has done its last step; there is nothing left to replan for")
         return active
 
@@ -203,7 +204,7 @@ class Orders:
             self._go_back(record, on_disk)
         if active is not None:
             event = Event("state", f"resumed{by_caller()}")
-            reason = f"resumed at step {active.version}"
+            reason = f"resumed at step {active.rounds.steps_at(active.version)}"
             if active.state == PAUSED:
                 self._controller.transitions.set_state(active, RUNNING, reason, event, desired="run")
             elif active.record.desired != "run":
@@ -237,8 +238,9 @@ class Orders:
         return active if active is not None and active.job_id == record.job_id else None
 
 
-def _without_replan(record: JobRecord) -> dict[str, Any]:
-    """The changes of a record when another order supersedes an order to replan."""
+def _without_replan(active: ActiveJob) -> dict[str, Any]:
+    """The changes of a job's record when another order supersedes an order to replan."""
+    record = active.record
     if record.desired != "replan":
         return {}
-    return {"reason": f"epoch {record.epoch} from version {record.start_version}"}
+    return {"reason": f"epoch {record.epoch} from {active.rounds.version_text(record.start_version)}"}

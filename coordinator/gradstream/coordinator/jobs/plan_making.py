@@ -26,6 +26,7 @@ from gradstream.core.log import get_logger
 from gradstream.core.model.trial import ModelUse
 from gradstream.core.plan.bundles import keeps_residuals
 from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.storage.pool import StorageThreads
 from gradstream.proto.v1 import plan_pb2
 
@@ -74,7 +75,7 @@ class MadePlan:
     def events(self, record: JobRecord, version: int) -> list[Event]:
         """The events of the plan and, if the job had reached `version`, of the steps to be recomputed."""
         events = [Event("plan", f"epoch {self.plan.epoch}: {'; '.join(self.reasons.values())}")]
-        again = recomputed(version, self.plan.start_version) if record.epoch else ""
+        again = recomputed(version, self.plan.start_version, self.plan.rounds) if record.epoch else ""
         if again:
             events.append(Event("plan", again))
         if self.has_other_sums:
@@ -85,7 +86,7 @@ class MadePlan:
         """The changes of the job's record when it takes the plan."""
         return {
             "state": RUNNING,
-            "reason": f"epoch {self.plan.epoch} from version {self.plan.start_version}",
+            "reason": f"epoch {self.plan.epoch} from {self.plan.rounds.version_text(self.plan.start_version)}",
             "epoch": self.plan.epoch,
             "start_version": self.plan.start_version,
             "plan_held": True,
@@ -276,11 +277,12 @@ def adds_otherwise(stored: bytes | None) -> bool:
     return stored is not None and plan_pb2.Plan.FromString(stored).sum_form != plan_pb2.SUM_FORM_FIXED_POINT
 
 
-def recomputed(before: int, start: int) -> str:
+def recomputed(before: int, start: int, rounds: Rounds) -> str:
     """The event's line on the steps that a new plan recomputes; "" for none. `before` is the version reached."""
     if before <= start:
         return ""
-    steps = f"steps {start} to {before - 1}" if before - 1 > start else f"step {start}"
+    first, last = rounds.steps_at(start), rounds.steps_at(before) - 1
+    steps = f"steps {first} to {last}" if last > first else f"step {first}"
     return f"{steps} are recomputed, to the same bits"
 
 

@@ -68,19 +68,23 @@ class Reports:
     async def _step(self, report: coordinator_pb2.ReportStepRequest) -> None:
         record, active = self._job(report.job_id, report.epoch)
         recipe = self._recipe(record, active)
-        training = recipe.training
-        max_tokens = training.global_batch * training.sequence_length
+        training, rounds = recipe.training, recipe.rounds
+        num_steps = len(rounds.steps_from(report.step)) if report.step < rounds.last_version else 0
+        max_samples = num_steps * training.global_batch
         if (
-            report.step >= training.num_steps
-            or report.num_samples > training.global_batch
-            or report.num_tokens > max_tokens
+            not num_steps
+            or report.num_samples > max_samples
+            or report.num_tokens > max_samples * training.sequence_length
             or (report.epoch == record.epoch and report.step < record.start_version)
         ):
             raise ProtocolError(f"step report {report.step} of job {report.job_id} contradicts the recipe or the plan")
+        if rounds.length:
+            # For clients, which need not know the recipe.
+            report.first_step, report.num_steps = rounds.steps_at(report.step), num_steps
         skipped = []
         if report.skipped:
             row = f"{report.consecutive_skips} in a row"
-            line = f"step {report.step} was skipped, loss or gradient was not finite ({row})"
+            line = f"{rounds.commit_text(report.step)} was skipped, loss or gradient was not finite ({row})"
             skipped.append(Event("skip", line).as_item())
         if not await self._writes.call(lambda state: state.record_step(report, skipped)):
             return
@@ -137,7 +141,7 @@ class Reports:
             )
         # The pass is completed even if the part was known: a coordinator may have died between the two calls.
         await self._writes.call(lambda state: state.record_validation_part(report))
-        done = await self._complete_validation(record.job_id, report.version, recipe.training.num_slots)
+        done = await self._complete_validation(record.job_id, report.version, recipe)
         active = self._active(report.job_id)
         if active is not None:
             if done is not None:
@@ -145,8 +149,9 @@ class Reports:
             active.progress_at = self._controller.clock()
             self._controller.reconcile()
 
-    async def _complete_validation(self, job_id: str, version: int, num_slots: int) -> jobs_pb2.Validation | None:
+    async def _complete_validation(self, job_id: str, version: int, recipe: Recipe) -> jobs_pb2.Validation | None:
         """Store a validation pass once all of its parts are there, and return it; None before."""
+        num_slots, rounds = recipe.training.num_slots, recipe.rounds
         parts = self._state.validation_parts(job_id, version)
         if len(parts) < num_slots:
             return None
@@ -154,6 +159,8 @@ class Reports:
         loss_sum = _total([parts[slot][0] for slot in range(num_slots)])
         num_tokens = sum(tokens for _, tokens in parts.values())
         validation = jobs_pb2.Validation(version=version, loss=loss_sum / num_tokens, num_tokens=num_tokens)
+        if rounds.length:
+            validation.step = rounds.steps_at(version)
         if await self._writes.call(lambda state: state.record_validation(job_id, validation)):
             self._controller.notifier.changed(job_id, [jobs_pb2.WatchJobResponse(validation=validation)])
         return validation
@@ -171,7 +178,7 @@ class Reports:
             return
         if (
             report.server >= len(active.plan.servers)
-            or not record.start_version <= report.version <= active.num_steps
+            or not record.start_version <= report.version <= active.rounds.last_version
             or not _FILE_NAME.fullmatch(report.file)
             or not _SHA256.fullmatch(report.sha256)
             or report.num_bytes >= 2**63
@@ -248,8 +255,11 @@ class Reports:
             events = []
             if residuals.lost:
                 slots = slots_text(residuals.lost)
-                line = f"version {version}: the residuals of {slots} were lost with their worker; if the job goes back"
-                events.append(Event("checkpoint", f"{line} to this version, these slots start without them").as_item())
+                line = (
+                    f"{plan.rounds.version_text(version)}: the residuals of {slots} were lost with their worker; if "
+                    f"the job goes back to this version, these slots start without them"
+                )
+                events.append(Event("checkpoint", line).as_item())
             checkpoint = checkpoints.as_message(root, manifest)
             job_id, epoch = record.job_id, plan.epoch
             await self._writes.call(lambda state: state.record_checkpoint(job_id, epoch, checkpoint, events))
@@ -273,7 +283,8 @@ class Reports:
         known = active.unwritten.get(version, (0.0, ""))[1]
         active.unwritten[version] = (self._controller.clock() + MANIFEST_RETRY_SECONDS, why)
         if known != why:
-            line = f"the checkpoint of version {version} could not be written, trying again: {why}"
+            place = active.rounds.version_text(version)
+            line = f"the checkpoint of {place} could not be written, trying again: {why}"
             self._controller.journal.note(active.job_id, "checkpoint", line)
 
     async def _remove_old(self, active: ActiveJob, root: str) -> None:
@@ -311,7 +322,7 @@ class Reports:
         node = self._controller.members.get(report.node_id)
         if node is None or node.kind != WORKER:
             raise ProtocolError(f"a timeline came from '{report.node_id[:100]}', which is no worker known here")
-        check_timeline(report, self._recipe(record, active).training.num_steps)
+        check_timeline(report, self._recipe(record, active).rounds.last_version)
         self._controller.timelines.take(record, node.name, report)
 
     # --- failures and logs ------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def check_residual(report: coordinator_pb2.ReportResidualRequest, active: Active
         raise ProtocolError(f"{what}: codec {active.recipe.codec.push} keeps no residual")
     if (
         report.slot >= active.recipe.training.num_slots
-        or not active.record.start_version < report.version <= active.num_steps
+        or not active.record.start_version < report.version <= active.rounds.last_version
     ):
         raise ProtocolError(f"{what} does not fit the plan")
     sound = _FILE_NAME.fullmatch(report.file) and _SHA256.fullmatch(report.sha256) and report.num_bytes < 2**63

@@ -61,17 +61,40 @@ def missing_slots(active: ActiveJob, members: Membership) -> list[int]:
     return sorted(missing)
 
 
-def step_seconds(active: ActiveJob) -> float | None:
-    """The median time of a step over the last steps; None before the second step."""
-    times = [report.unix_ms for report, _ in active.pace.steps]
-    if len(times) < 2:
+def inner_step_seconds(active: ActiveJob) -> float | None:
+    """The median time of a step over the last commits, of a round divided by its inner steps.
+
+    None before the second commit.
+    """
+    reports = [report for report, _ in active.pace.steps]
+    if len(reports) < 2:
         return None
-    return statistics.median(max(0, b - a) / 1000 for a, b in itertools.pairwise(times))
+    return statistics.median(
+        max(0, after.unix_ms - before.unix_ms) / 1000 / len(active.rounds.steps_from(after.step))
+        for before, after in itertools.pairwise(reports)
+    )
+
+
+def step_seconds(active: ActiveJob) -> float | None:
+    """The expected time of the step, or round, under way; None before the second commit."""
+    seconds = inner_step_seconds(active)
+    return seconds * len(active.rounds.steps_from(active.version)) if seconds is not None else None
+
+
+def seconds_to_commit(active: ActiveJob, now: float) -> float | None:
+    """Expected seconds until the step or round under way ends; None before the second commit."""
+    seconds = step_seconds(active)
+    if seconds is None:
+        return None
+    return max(0.0, seconds - (now - active.pace.steps[-1][1]))
 
 
 def slot_seconds(active: ActiveJob) -> float | None:
-    """The median time of a slot over the last steps; None before there are two."""
-    seconds = step_seconds(active)
+    """The median time of a slot in a step over the last commits; None before there are two.
+
+    A worker's progress counter moves within a round, so a round does not make this time longer.
+    """
+    seconds = inner_step_seconds(active)
     if seconds is None:
         return None
     return seconds / max(Counter(filter(None, active.holders)).values(), default=1)

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from gradstream.core.checkpoint.manifest import CheckpointManifest
 from gradstream.core.errors import CheckpointError, ConfigError
 from gradstream.core.plan.fragments import Tensor
+from gradstream.core.recipe.local import LocalConfig
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.recipe.start_from import StartFrom
 
@@ -15,13 +16,19 @@ from gradstream.core.recipe.start_from import StartFrom
 def started_from(recipe: Recipe, start: StartFrom, directory: str, manifest: CheckpointManifest) -> Recipe:
     """The recipe with its start resolved: the checkpoint in `directory`, by its hash.
 
-    Raises ConfigError for an optimizer of another kind, CheckpointError when the recipe names another hash.
+    Raises ConfigError for an optimizer of another kind and for moments that the checkpoint does not have,
+    CheckpointError when the recipe names another hash.
     """
     kind = manifest.recipe.get("optimizer", {}).get("kind", "adamw")
     if start.optimizer and kind != recipe.optimizer.kind:
         raise ConfigError(
             f"start_from.optimizer: {start.weights} was trained with {kind}, and optimizer.kind is "
             f"{recipe.optimizer.kind}; leave start_from.optimizer out, or set optimizer.kind={kind}"
+        )
+    if start.optimizer and not _has_moments(manifest.local) and _has_moments(recipe.local):
+        raise ConfigError(
+            f"start_from.optimizer: {start.weights} has no moments, because local.inner_state reset drops them after "
+            f"each round; leave start_from.optimizer out"
         )
     if start.state_sha256 not in (None, manifest.state_sha256):
         raise CheckpointError(
@@ -30,6 +37,33 @@ def started_from(recipe: Recipe, start: StartFrom, directory: str, manifest: Che
         )
     resolved = start.model_copy(update={"checkpoint": directory, "state_sha256": manifest.state_sha256})
     return recipe.model_copy(update={"start_from": resolved})
+
+
+def _has_moments(local: LocalConfig | None) -> bool:
+    """Whether the servers of a job keep the optimizer's moments between commits, and so in checkpoints."""
+    return local is None or local.inner_state != "reset" or local.after > 0
+
+
+def state_note(recipe: Recipe, start: StartFrom, manifest: CheckpointManifest) -> str:
+    """What becomes of the optimizer's state where only one of two jobs has local steps; "" where both or neither has.
+
+    `recipe` is that of the new job, `manifest` is of the checkpoint that it starts from.
+    """
+    before, local = manifest.local, recipe.local
+    if (before is None) == (local is None):
+        return ""
+    if local is None:
+        moments = "goes on with its moments" if start.optimizer else "begins with moments of zero"
+        return f"starts from {start.weights}, a job with local steps: {moments}, and has no outer momentum"
+    if not start.optimizer:
+        moments = "the moments begin with zeros"
+    elif not _has_moments(local):
+        moments = "its moments are not used, because local.inner_state reset begins each round with zeros"
+    elif local.after:
+        moments = f"the first {local.after} steps, before the first round, go on with its moments"
+    else:
+        moments = "the first round begins with its moments"
+    return f"starts from {start.weights}, a job without local steps: {moments}; the outer momentum begins with zeros"
 
 
 def check_fit(start: StartFrom, model: Sequence[Tensor], manifest: CheckpointManifest) -> None:

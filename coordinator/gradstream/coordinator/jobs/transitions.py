@@ -182,7 +182,7 @@ class Transitions:
         last = max(self._state.checkpoint_versions(active.job_id), default=0)
         if last >= active.version:
             return ""
-        return f"; its last checkpoint is of version {last}" if last else "; it has no checkpoint"
+        return f"; its last checkpoint is of {active.rounds.version_text(last)}" if last else "; it has no checkpoint"
 
     def end(
         self, active: ActiveJob, state: jobs_pb2.JobState.ValueType, reason: str, *before: Event, **changes: Any

@@ -35,14 +35,17 @@ def forecast(
 ) -> Forecast:
     """Forecast the cost of a step of a plan on these nodes, each with a link of `link_bits_per_second` both ways.
 
+    With local steps it is the cost of a round.
+
     The time of compute comes from a simulation of the schedule, in which messages between stages take latency and
     transmission. Push overlaps the compute after the first slot's gradient begins to be final. Pull overlaps the
-    forward pass of one microbatch.
+    forward pass of one microbatch. In a round, push overlaps the compute after the first slot's last inner step, and
+    pull overlaps nothing: a round begins when its version has fully arrived.
 
-    Not included: encoding and decoding, the servers' own work, commits and checkpoints, messages between stages that
-    share a link with push and pull, data in messages besides tensors, the gain of variable-length codecs, `codec: auto`
-    beyond its first choice, the speed of the fastest worker relative to the processor on which the profile was taken,
-    and nodes that share a machine.
+    Not included: encoding and decoding, the servers' own work, the inner optimizer's update, commits and checkpoints,
+    messages between stages that share a link with push and pull, data in messages besides tensors, the gain of
+    variable-length codecs, `codec: auto` beyond its first choice, the speed of the fastest worker relative to the
+    processor on which the profile was taken, and nodes that share a machine.
     """
     size = plan.replica_size
     groups = _groups(plan, workers)
@@ -56,17 +59,21 @@ def forecast(
     push_seconds = _busiest(pushed, share, plan.num_slots) / per_second
     pull_seconds = _busiest(pulled, 1, num_replicas) / per_second
     compute = bubble = exposed = step = None
+    local = plan.recipe.local
+    num_steps = local.steps if local is not None else 1
     if profiles:
         late = latency_seconds + max(messages, default=0) / per_second
         recompute = plan.recipe.training.recompute
         costs = stage_costs(_cut(plan, profiles), profiles, late, group_speeds(groups), recompute)
         schedule = make_schedule(plan.pipeline_schedule or "1f1b", size, microbatches, plan.num_chunks)
         simulation = simulate(schedule, costs)
-        compute, bubble = simulation.makespan, max(0.0, simulation.bubble)
+        compute, bubble = num_steps * simulation.makespan, max(0.0, simulation.bubble)
         forward = min(cost[Op.FORWARD] for cost in costs.compute)
         backward = min(cost[Op.BACKWARD] for cost in costs.compute)
+        if local is not None:
+            forward = backward = 0.0
         exposed = max(0.0, push_seconds - compute * (1 - 1 / share) - backward) + max(0.0, pull_seconds - forward)
-        step = compute + exposed
+        step = (compute + exposed) / num_steps
     tokens = plan.recipe.training.global_batch * plan.recipe.training.sequence_length
     return Forecast(
         num_parameters=plan.num_parameters,
@@ -94,6 +101,9 @@ def forecast(
         step_seconds=step,
         tokens_per_second=tokens / step if step else None,
         reasons=reasons,
+        round_steps=num_steps if local is not None else 0,
+        worker_step_bytes=(_busiest(pushed, share, 0) + _busiest(pulled, 1, 0)) / num_steps,
+        utilisation=compute / (num_steps * step) if compute is not None and step else None,
     )
 
 
@@ -124,7 +134,10 @@ def _need(plan: Plan, place: int, profiles: Sequence[SegmentProfile]) -> int:
 
 
 def _transfers(plan: Plan) -> tuple[Transfers, Transfers]:
-    """Bytes that a worker of each place pushes to each server for one slot, and pulls from it for one version."""
+    """Bytes that a worker of each place pushes to each server for one slot, and pulls from it for one version.
+
+    With local steps these include the moments that the slots of a round share.
+    """
     codec = plan.recipe.codec
     push, form = first_push_codec(codec), downlink(codec.pull)
     pull, table = (form.delta, form.delta) if form.delta is not None else (form.full, codec.embedding)
@@ -140,6 +153,12 @@ def _transfers(plan: Plan) -> tuple[Transfers, Transfers]:
         num_bytes = encoded_bytes(codec_for(tensor.kind, pull, table), fragment.shape)
         for place in set(places):
             pulled[place, server] = pulled.get((place, server), 0) + num_bytes
+    if plan.recipe.local is not None:
+        for bundle in plan.moment_bundles:
+            sizes = (encoded_bytes(plan.recipe.local.moments, fragment.shape) for fragment in bundle.fragments)
+            num_bytes = sum(sizes)
+            for transfers in (pushed, pulled):
+                transfers[0, bundle.server] = transfers.get((0, bundle.server), 0) + num_bytes
     return pushed, pulled
 
 

@@ -105,8 +105,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             async with self._requests.one_at_a_time(request_id):
                 record = self._repeated(request_id, recipe)
                 if record is None:
-                    async with self._kept.start_of(recipe, self._find) as resolved:
-                        record = await self._submit(request_id, resolved)
+                    async with self._kept.start_of(recipe, self._find) as (resolved, note):
+                        record = await self._submit(request_id, resolved, note)
                 return jobs_pb2.SubmitJobResponse(job=self._views.job(record))
 
     def _repeated(self, request_id: str, recipe: Recipe) -> JobRecord | None:
@@ -124,7 +124,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             )
         return record
 
-    async def _submit(self, request_id: str, recipe: Recipe) -> JobRecord:
+    async def _submit(self, request_id: str, recipe: Recipe, start_note: str) -> JobRecord:
         manifest = await self._storage.call(recipe.data.path, find_data, recipe, self._allowed)
         recipe = model_check.with_ends(recipe, manifest)
         warnings = await check_model(
@@ -144,7 +144,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             request_id=request_id,
         )
         try:
-            self._controller.submit(record, warnings)
+            self._controller.submit(record, warnings, start_note)
         except GradstreamError:
             # The job was not created: a directory that stays would only take its name.
             with suppress(OSError, GradstreamError):
@@ -326,7 +326,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     ) -> AsyncIterator[jobs_pb2.GetMetricsResponse]:
         async with answering(context):
             record, reads = self._lookup.named(request.job_id), self._controller.reads
-            pages = await reads.call(lambda reader: metrics.pages(reader, record, request.first_step, request.every))
+            rounds, first, every = parse_recipe(record.recipe_json).rounds, request.first_step, request.every
+            pages = await reads.call(lambda reader: metrics.pages(reader, record, rounds, first, every))
             while (rows := await reads.call(lambda _: next(pages, None))) is not None:
                 if rows:
                     yield jobs_pb2.GetMetricsResponse(rows=rows)

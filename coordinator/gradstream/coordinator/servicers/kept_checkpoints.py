@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from gradstream.coordinator.jobs import checkpoints, decisions
 from gradstream.coordinator.jobs.active import nothing
-from gradstream.coordinator.jobs.starting import check_fit, started_from
+from gradstream.coordinator.jobs.starting import check_fit, started_from, state_note
 from gradstream.coordinator.planning.inventory import take_inventory
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.core.checkpoint.manifest import directory_of, read_manifest
@@ -41,16 +41,17 @@ class KeptCheckpoints:
             return version, self._pins.pin(root, version)
 
     @asynccontextmanager
-    async def start_of(self, recipe: Recipe, find: Callable[[str], JobRecord]) -> AsyncIterator[Recipe]:
+    async def start_of(self, recipe: Recipe, find: Callable[[str], JobRecord]) -> AsyncIterator[tuple[Recipe, str]]:
         """Resolve the checkpoint that a job starts from, and keep it inside the block. Once the job is stored, its
-        record keeps the checkpoint. `find` gives the job of an id.
+        record keeps the checkpoint. `find` gives the job of an id. The text says what becomes of the optimizer's state
+        if only one of the two jobs has local steps.
 
         Raises ConfigError when the model does not fit or there is no such job, CheckpointError when there is no such
         checkpoint.
         """
         start, release = recipe.start_from, nothing
         if start is None:
-            yield recipe
+            yield recipe, ""
             return
         try:
             if start.job is None or start.checkpoint is not None:
@@ -68,6 +69,6 @@ class KeptCheckpoints:
             resolved = started_from(recipe, start, directory, manifest)
             model = await take_inventory(recipe.model.config, recipe.lora, ModelUse.of(recipe))
             check_fit(start, model.tensors, manifest)
-            yield resolved
+            yield resolved, state_note(recipe, start, manifest)
         finally:
             release()

@@ -12,7 +12,7 @@ from gradstream.coordinator.jobs.active import ActiveJob
 from gradstream.coordinator.jobs.controller import Controller
 from gradstream.coordinator.jobs.plan_making import waits_for_nodes
 from gradstream.coordinator.jobs.residuals import standing
-from gradstream.coordinator.jobs.stalls import step_seconds
+from gradstream.coordinator.jobs.stalls import seconds_to_commit, step_seconds
 from gradstream.coordinator.nodes.membership import SERVER, WORKER, NodeEntry
 from gradstream.coordinator.state.state import JobRecord, StateReader, StepTotals
 from gradstream.coordinator.telemetry.step_times import breakdown
@@ -86,6 +86,7 @@ class Views:
             reason=record.reason,
             epoch=record.epoch,
             version=totals.version,
+            step=recipe.rounds.steps_at(totals.version),
             num_steps=recipe.training.num_steps,
             num_tokens=totals.num_tokens,
             num_samples=totals.num_samples,
@@ -106,9 +107,11 @@ class Views:
             message.num_parameters = sum(math.prod(tensor.shape) for tensor in plan.tensors)
         steps = self._controller.timelines.steps(record.job_id)
         names = [server.name for server in plan.servers] if plan is not None else []
+        # The breakdown is of the last commits.
+        local = recipe.local if recipe.rounds.is_round(max(0, totals.version - 1)) else None
         if (
             steps is not None
-            and (found := breakdown(steps, recipe.codec, recipe.training.num_slots, names)) is not None
+            and (found := breakdown(steps, recipe.codec, recipe.training.num_slots, names, local)) is not None
         ):
             message.step_breakdown.CopyFrom(found)
             if not whole:
@@ -150,22 +153,36 @@ class Views:
         message.server_memory.extend(self._memory(active, active.plan))
         if active.state != RUNNING:
             return
-        steps, tokens, pushed = active.pace.per_second(now)
+        steps, tokens, pushed = active.pace.per_second(now, active.rounds)
         message.tokens_per_second, message.push_bytes_per_second = tokens, pushed
         message.pull_bytes_per_second = sum(
             node.sent_bytes_per_second(active.job_id) for node in self._controller.members.present(SERVER)
         )
         if steps > 0:
-            message.eta_seconds = max(0, active.num_steps - active.version) / steps
+            message.eta_seconds = max(0, active.rounds.num_steps - message.step) / steps
 
     def _reason(self, active: ActiveJob, now: float) -> str:
         """The reason shown for a job's state: an order under way, a late step, or the cause of its last transition."""
         can_end_step = self._controller.leasing.can_end_step(active, now)
-        order = decisions.order_text(active.sight(can_end_step, self._controller.servers.settled(active)))
+        settled, left = self._controller.servers.settled(active), seconds_to_commit(active, now)
+        order = decisions.order_text(active.sight(can_end_step, settled, left))
         if order or active.state != RUNNING:
             return order or active.record.reason
-        late, reason = judge_wait(now - active.progress_at, step_seconds(active))
+        late, reason = self._judge_wait(active, self._idle_seconds(active, now))
         return reason if late else active.record.reason
+
+    def _idle_seconds(self, active: ActiveJob, now: float) -> float:
+        """Seconds without progress of the job. In a round each microbatch is progress: a round may take minutes."""
+        at = active.progress_at
+        if active.rounds.is_round(active.version):
+            nodes = [self._controller.members.get(worker) for worker in active.members]
+            at = max([at, *(node.progress_at for node in nodes if node is not None)])
+        return now - at
+
+    @staticmethod
+    def _judge_wait(active: ActiveJob, idle_seconds: float) -> tuple[bool, str]:
+        step = "round" if active.rounds.is_round(active.version) else "step"
+        return judge_wait(idle_seconds, step_seconds(active), step)
 
     def _memory(self, active: ActiveJob, plan: Plan) -> Iterator[jobs_pb2.ServerMemory]:
         """The memory that each server reports for the job; servers that have not loaded the job are left out."""
@@ -240,10 +257,12 @@ class Views:
             waits.append((whom or f"a worker for {slots_text(free)}", "a worker to register"))
             waits.extend(benched)
         leader = active.plan.servers[active.plan.leader].name
-        done = active.version >= active.num_steps
+        done = active.done
         if active.record.desired != "run" and not active.resting and not done and active.snapshot_due is None:
-            waits.append((f"the end of step {active.version}, to {active.record.desired} there", leader))
-        boundary = active.halted_version if active.halted_version is not None else active.num_steps if done else None
+            waits.append(
+                (f"the end of {active.rounds.commit_text(active.version)}, to {active.record.desired} there", leader)
+            )
+        boundary = active.halted_version if active.halted_version is not None else active.version if done else None
         boundary = active.snapshot_due if boundary is None else boundary
         if boundary is not None and boundary not in active.checkpoints:
             waits.append(self._checkpoint_wait(active, boundary))
@@ -291,9 +310,10 @@ class Views:
         late = [self._with_cause(s) for index, s in enumerate(active.plan.servers) if index not in reported]
         owed = standing(active, version, self._controller.members, self._controller.clock()).owed
         late += sorted({self._controller.members.name_of(holder) for holder in owed.values() if holder})
+        place = active.rounds.version_text(version)
         if version in active.unwritten:
-            return f"the checkpoint of version {version}: {active.unwritten[version][1]}", "the storage to be repaired"
-        return f"the checkpoint of version {version}", ", ".join(late) or "the coordinator, to write its manifest"
+            return f"the checkpoint of {place}: {active.unwritten[version][1]}", "the storage to be repaired"
+        return f"the checkpoint of {place}", ", ".join(late) or "the coordinator, to write its manifest"
 
     def _with_cause(self, server: Server) -> str:
         """A server's name and, if it reports that it waits for its disk, the cause."""
@@ -302,7 +322,7 @@ class Views:
         return f"{server.name}: it waits for {cause}" if cause.startswith("the disk") else server.name
 
     def _validation_wait(self, active: ActiveJob) -> tuple[str, str]:
-        parts = self._state.validation_parts(active.job_id, active.num_steps)
+        parts = self._state.validation_parts(active.job_id, active.rounds.last_version)
         late = [slot for slot in range(len(active.holders)) if slot not in parts]
         return f"the last validation pass, {slots_text(late)}", self._holders_of(active, late)
 
@@ -313,8 +333,8 @@ class Views:
 
     def _nodes_waits(self, active: ActiveJob) -> list[jobs_pb2.Wait]:
         """The waits that the job's nodes report themselves, shown when a step is late."""
-        idle_seconds = self._controller.clock() - active.progress_at
-        if active.state != RUNNING or not judge_wait(idle_seconds, step_seconds(active))[0]:
+        idle_seconds = self._idle_seconds(active, self._controller.clock())
+        if active.state != RUNNING or not self._judge_wait(active, idle_seconds)[0]:
             return []
         waits = []
         for node in [*self._servers_of(active), *self._controller.members.present(WORKER)]:
@@ -324,7 +344,9 @@ class Views:
             since = activity.waiting_since_unix_ms or unix_ms() - int(idle_seconds * 1000)
             if activity.missing_slots:
                 slots = list(activity.missing_slots)[: len(active.holders)]
-                what = f"contributions of {slots_text(slots)} to step {activity.step} at {node.name}"
+                what = (
+                    f"contributions of {slots_text(slots)} to {active.rounds.commit_text(activity.step)} at {node.name}"
+                )
                 waits.append(jobs_pb2.Wait(what=what, whom=self._holders_of(active, slots), since_unix_ms=since))
             elif activity.waiting_for == SLOTS:
                 continue  # it holds up no step
@@ -333,7 +355,7 @@ class Views:
                     jobs_pb2.Wait(what=activity.waiting_for, whom=f"asked by {node.name}", since_unix_ms=since)
                 )
             elif activity.phase not in ("", "idle", "waiting"):
-                what = f"step {activity.step}: {activity.phase}"
+                what = f"{active.rounds.commit_text(activity.step)}: {activity.phase}"
                 waits.append(jobs_pb2.Wait(what=what, whom=node.name, since_unix_ms=since))
         return waits
 

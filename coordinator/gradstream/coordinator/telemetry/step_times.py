@@ -1,5 +1,7 @@
 """Break a step's time down by cause, as means of the workers' StepTimes over the last steps, and give advice.
 
+With local steps, a step here is what lies between two versions: a round.
+
 A worker knows when its last contribution was acknowledged and when the next version arrived. Between the two it waits
 for the slots of other workers and for the servers' commit. The others wait for the worker that waits least. Its wait is
 the servers' part; the rest of the others' waits is the slots' part. No clocks are compared.
@@ -12,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from gradstream.core.recipe.local import LocalConfig
 from gradstream.core.recipe.recipe import CodecConfig
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
@@ -201,23 +204,31 @@ def slowest_server(workers: Sequence[WorkerParts]) -> tuple[int, float, float] |
     return slowest, seconds[slowest], others
 
 
-def advise(workers: Sequence[WorkerParts], codec: CodecConfig, num_slots: int) -> tuple[str, str]:
-    """Return the part to improve first and advice for people; "compute" if no other part takes a notable time."""
+def advise(
+    workers: Sequence[WorkerParts], codec: CodecConfig, num_slots: int, local: LocalConfig | None = None
+) -> tuple[str, str]:
+    """Return the part to improve first and advice for people; "compute" if no other part takes a notable time.
+
+    `local` is given if the steps are rounds.
+    """
+    step = "round" if local is not None else "step"
     parts = mean([worker.parts for worker in workers])
     causes = {"link": parts.weights + parts.send, "slots": parts.slots, "servers": parts.servers}
     cause = max(causes, key=lambda name: causes[name])
     if causes[cause] < NOTABLE_SHARE * parts.total:
-        more = f"more workers (up to {num_slots} share a step)" if len(workers) < num_slots else "faster workers"
+        more = f"more workers (up to {num_slots} share a {step})" if len(workers) < num_slots else "faster workers"
         return "compute", f"compute sets the pace: {more} would help"
     if cause == "link":
         coarser = COARSER.get(codec.push)
+        if local is not None:
+            return cause, f"the network sets the pace: more local.steps than {local.steps} make exchanges rarer"
         help_ = f"codec.push={coarser} sends half the bytes" if coarser else "a larger training.global_batch sends less"
         return cause, f"the network sets the pace: {help_}"
     slowest = slowest_worker(workers)
     if cause == "slots" and slowest is not None:
         others = mean([worker.parts for worker in workers if worker is not slowest])
         return cause, (
-            f"the others wait for {slowest.name}, which computes {slowest.parts.compute:.2f} s a step where they "
+            f"the others wait for {slowest.name}, which computes {slowest.parts.compute:.2f} s a {step} where they "
             f"compute {others.compute:.2f} s: more slots (training.num_slots) share the work more evenly"
         )
     if cause == "slots":
@@ -226,9 +237,16 @@ def advise(workers: Sequence[WorkerParts], codec: CodecConfig, num_slots: int) -
 
 
 def breakdown(
-    window: StepWindow, codec: CodecConfig, num_slots: int, server_names: Sequence[str] = ()
+    window: StepWindow,
+    codec: CodecConfig,
+    num_slots: int,
+    server_names: Sequence[str] = (),
+    local: LocalConfig | None = None,
 ) -> jobs_pb2.StepBreakdown | None:
-    """The breakdown that status shows; None before a step was measured. `server_names` are those of the plan."""
+    """The breakdown that status shows; None before a step was measured. `server_names` are those of the plan.
+
+    `local` is given if the steps are rounds.
+    """
     num_steps, workers = window.measured
     if not workers:
         return None
@@ -240,7 +258,7 @@ def breakdown(
         slowest_worker=slowest.name if slowest is not None else "",
         slowest_link=_link(link) if link is not None else "",
         slowest_server=_server(server_names, *server) if server is not None else "",
-        advice=advise(workers, codec, num_slots)[1],
+        advice=advise(workers, codec, num_slots, local)[1],
         workers=[
             jobs_pb2.WorkerTimes(
                 worker=worker.name,

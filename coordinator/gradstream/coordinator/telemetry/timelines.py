@@ -52,11 +52,11 @@ _KINDS = frozenset(coordinator_pb2.SpanKind.values()) - {coordinator_pb2.SPAN_KI
 log = get_logger()
 
 
-def check_timeline(report: coordinator_pb2.ReportTimelineRequest, num_steps: int) -> None:
+def check_timeline(report: coordinator_pb2.ReportTimelineRequest, last_version: int) -> None:
     """Raise ProtocolError for a timeline that no worker can have recorded."""
     wrong = ""
-    if report.version > num_steps:
-        wrong = f"it is of version {report.version}, and the job has {num_steps} steps"
+    if report.version > last_version:
+        wrong = f"it is of version {report.version}, and the job's last is {last_version}"
     elif len(report.spans) > MAX_SPANS:
         wrong = f"it has {len(report.spans)} spans where {MAX_SPANS} are allowed"
     elif not report.hidden_us <= report.communication_us < _MAX_US:

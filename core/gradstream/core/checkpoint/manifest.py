@@ -14,7 +14,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,6 +22,7 @@ from gradstream.core.data.manifest import Count, Digest, FileName
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, one_line
 from gradstream.core.plan.fragments import Fragment, Tensor, cut, num_fragments
 from gradstream.core.recipe.fine_tuning import FineTuning, with_new_key
+from gradstream.core.recipe.local import LocalConfig
 from gradstream.core.storage import files
 from gradstream.core.storage.tensor_files import bytes_of
 from gradstream.proto.v1 import coordinator_pb2
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 State: TypeAlias = "dict[str, npt.NDArray[Any]]"
 """A fragment's arrays by kind: fp32, or the bits of bf16 as 16-bit numbers."""
+
+_Section = TypeVar("_Section", bound=BaseModel)
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -104,12 +107,19 @@ class CheckpointManifest(BaseModel):
     @property
     def fine_tuning(self) -> FineTuning | None:
         """The recipe's section for fine-tuning, if it has one. Raises CheckpointError when the section is not valid."""
-        section = with_new_key(self.recipe).get("fine_tuning")
+        return self._section(FineTuning, with_new_key(self.recipe).get("fine_tuning"), "fine-tuning")
+
+    @property
+    def local(self) -> LocalConfig | None:
+        """The recipe's section for local steps, if it has one. Raises CheckpointError when the section is not valid."""
+        return self._section(LocalConfig, self.recipe.get("local"), "section for local steps")
+
+    def _section(self, kind: type[_Section], tree: Any, name: str) -> _Section | None:
         try:
-            return FineTuning.model_validate(section) if section else None
+            return kind.model_validate(tree) if tree else None
         except ValidationError as error:
             raise CheckpointError(
-                f"the checkpoint of job {self.job_id} has a recipe with an invalid fine-tuning "
+                f"the checkpoint of job {self.job_id} has a recipe with an invalid {name} "
                 f"({error.errors()[0]['msg']}); take another checkpoint"
             ) from None
 

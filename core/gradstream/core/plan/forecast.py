@@ -51,7 +51,7 @@ class ServerForecast:
 
 @dataclass(frozen=True)
 class LinkForecast:
-    """The bytes that a step sends from one node to another.
+    """The bytes that a step, or a round, sends from one node to another.
 
     `kind` is push, pull, activations or gradients. "worker in place p" as sender or receiver means each such worker.
     """
@@ -64,10 +64,12 @@ class LinkForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast cost of a step of a plan.
+    """The forecast cost of a step of a plan; with local steps, of a round of `round_steps` inner steps.
 
     Times are None if the segments' costs are unknown. `step_seconds` is the sum of `compute_seconds` and of
-    `exposed_seconds`, the time of push and pull that does not overlap compute. `reasons` has the plan's decisions by
+    `exposed_seconds`, the time of push and pull that does not overlap compute; of a round it is that sum divided by
+    `round_steps`, which is 0 without local steps. `worker_step_bytes` is what the busiest worker sends and receives in
+    a step, and `utilisation` the share of the time in which workers compute. `reasons` has the plan's decisions by
     subject. `warnings` has the checks and measurements that were not possible, one line each.
     """
 
@@ -89,6 +91,9 @@ class Forecast:
     tokens_per_second: float | None
     reasons: dict[str, str]
     warnings: tuple[str, ...] = ()
+    round_steps: int = 0
+    worker_step_bytes: float = 0.0
+    utilisation: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The forecast as a dict for `json.dumps`."""

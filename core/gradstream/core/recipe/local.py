@@ -39,6 +39,17 @@ class LocalConfig(Section):
     outer: OuterConfig = OuterConfig()
 
 
+def whole_rounds_problem(num_steps: int, local: LocalConfig) -> str:
+    """Why a job cannot have this number of steps, with the nearest numbers that it can have; "" if it can."""
+    rest = (num_steps - local.after) % local.steps
+    if num_steps >= local.after + local.steps and not rest:
+        return ""
+    fewer = num_steps - rest
+    more = max(fewer, local.after) + local.steps
+    cure = f"{fewer} or {more}" if fewer >= local.after + local.steps else str(local.after + local.steps)
+    return f"{num_steps} is not local.after {local.after} plus whole rounds of local.steps {local.steps}; use {cure}"
+
+
 def check_local(
     local: LocalConfig,
     training: TrainingConfig,
@@ -47,15 +58,9 @@ def check_local(
     pipeline: PipelineConfig,
 ) -> None:
     """Check local steps against the other sections. Raises ValueError for settings that contradict each other."""
-    rest = (training.num_steps - local.after) % local.steps
-    if training.num_steps < local.after + local.steps or rest:
-        fewer = training.num_steps - rest
-        more = max(fewer, local.after) + local.steps
-        cure = f"{fewer} or {more}" if fewer >= local.after + local.steps else str(local.after + local.steps)
-        raise ValueError(
-            f"training.num_steps {training.num_steps} is not local.after {local.after} plus whole rounds of "
-            f"local.steps {local.steps}; use {cure}"
-        )
+    problem = whole_rounds_problem(training.num_steps, local)
+    if problem:
+        raise ValueError(f"training.num_steps {problem}")
     if "auto" in (codec.push, codec.pull):
         raise ValueError(
             "codec auto measures every step, but with local steps few are sent; use codec.push=int4 and "

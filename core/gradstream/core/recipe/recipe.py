@@ -58,7 +58,9 @@ class ModelConfig(Section):
 class EarlierSteps(Section):
     """A part of the trajectory that was computed when the job had another number of steps."""
 
-    until_version: NonNegative = Field(description="the steps before this version belong to it")
+    until_version: NonNegative = Field(
+        description="the steps before this one belong to it; with local steps it counts inner steps too"
+    )
     num_steps: Positive = Field(description="the number of steps that the job had")
 
 
@@ -109,11 +111,11 @@ class TrainingConfig(Section):
         """The number of steps that the job was submitted with."""
         return self.earlier[0].num_steps if self.earlier else self.num_steps
 
-    def extended(self, version: int, num_steps: int) -> TrainingConfig:
-        """The same with `num_steps` steps in all from `version` on; earlier steps stay as they are."""
-        parts = [part for part in self.earlier if part.until_version < version]
-        before = next((part.num_steps for part in self.earlier if part.until_version >= version), self.num_steps)
-        last = EarlierSteps(until_version=version, num_steps=before)
+    def extended(self, step: int, num_steps: int) -> TrainingConfig:
+        """The same with `num_steps` steps in all from step `step` on; earlier steps stay as they are."""
+        parts = [part for part in self.earlier if part.until_version < step]
+        before = next((part.num_steps for part in self.earlier if part.until_version >= step), self.num_steps)
+        last = EarlierSteps(until_version=step, num_steps=before)
         return self.model_copy(update={"num_steps": num_steps, "earlier": (*parts, last)})
 
     @model_validator(mode="before")

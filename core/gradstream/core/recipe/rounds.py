@@ -49,6 +49,25 @@ class Rounds:
         steps = self.steps_from(version)
         return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
+    @property
+    def num_rounds(self) -> int:
+        """Number of rounds in all; 0 without local steps."""
+        return self.last_version - self.after if self.length else 0
+
+    def rounds_at(self, version: int) -> int:
+        """Number of rounds that are done at a version."""
+        return max(0, version - self.after) if self.length else 0
+
+    def commit_text(self, version: int) -> str:
+        """The commit after a version for people: "step 12", or "round 3". Steps count from 0, rounds from 1."""
+        if self.is_round(version):
+            return f"round {self.rounds_at(version) + 1}"
+        return f"step {self.steps_at(version)}"
+
+    def version_text(self, version: int) -> str:
+        """A version for people: "version 12", or, in a job with rounds, "version 3 (step 90)"."""
+        return f"version {version} (step {self.steps_at(version)})" if self.length else f"version {version}"
+
     def passes(self, version: int, interval_steps: int) -> bool:
         """Whether the commit that made `version` passed a multiple of `interval_steps`; with 0 never.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gradstream.core.telemetry.timeline import OPS, PASSES, Span, SpanKind, Timeline
@@ -19,14 +19,19 @@ _TRACKS: tuple[tuple[str, tuple[SpanKind, ...]], ...] = (
 )
 
 
-def chrome_trace(timelines: Sequence[Timeline]) -> dict[str, Any]:
+def version_name(version: int) -> str:
+    """The name of a version in a trace."""
+    return f"version {version}"
+
+
+def chrome_trace(timelines: Sequence[Timeline], name_of: Callable[[int], str] = version_name) -> dict[str, Any]:
     """Timelines in Chrome's trace event format (JSON object form), which Perfetto and chrome://tracing open.
 
     Each worker is a process. Its threads show the versions, each kind of span, and all passes of a pipeline together.
     Events of one thread must nest: a kind whose spans overlap gets several threads ("send", "send 2", ...).
     A pass has the name that schedules use: "1F3" is the forward pass of microbatch 3 on stage 1. Arrows (flow events)
     lead from a pass to the pass of the next stage that uses its result. Timestamps are microseconds from the earliest
-    span.
+    span. `name_of` gives the name of a version's event.
     """
     origin_us = min((span.begin_us for timeline in timelines for span in timeline.spans), default=0)
     events: list[dict[str, Any]] = []
@@ -36,7 +41,7 @@ def chrome_trace(timelines: Sequence[Timeline]) -> dict[str, Any]:
         own = [timeline for timeline in timelines if timeline.worker == worker and timeline.spans]
         own.sort(key=lambda timeline: min(span.begin_us for span in timeline.spans))
         events.append(_name("process", process, 0, worker))
-        events += _version_events(process, own, origin_us)
+        events += _version_events(process, own, origin_us, name_of)
         for number, (name, kinds) in enumerate(_TRACKS, start=1):
             found = [(span, timeline) for timeline in own for span in timeline.spans if span.kind in kinds]
             found.sort(key=lambda pair: (pair[0].begin_us, pair[0].duration_us))
@@ -78,7 +83,9 @@ def _name(what: str, process: int, thread: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": f"{what}_name", "pid": process, "tid": thread, "args": {"name": name}}
 
 
-def _version_events(process: int, timelines: Sequence[Timeline], origin_us: int) -> list[dict[str, Any]]:
+def _version_events(
+    process: int, timelines: Sequence[Timeline], origin_us: int, name_of: Callable[[int], str]
+) -> list[dict[str, Any]]:
     """An event for each version, from its first span to the next version's first span, or to its own last end."""
     if not timelines:
         return []
@@ -91,7 +98,7 @@ def _version_events(process: int, timelines: Sequence[Timeline], origin_us: int)
             {
                 "ph": "X",
                 "cat": "version",
-                "name": f"version {timeline.version}",
+                "name": name_of(timeline.version),
                 "pid": process,
                 "tid": 1,
                 "ts": begin - origin_us,

@@ -659,7 +659,10 @@ Global___BoundaryRequest: _TypeAlias = BoundaryRequest  # noqa: Y015
 
 @_typing.final
 class ReportStepRequest(_message.Message):
-    """The leader's report of one step."""
+    """The leader's report of one commit: of a step, or, with local steps, of a round of inner steps. Tokens, samples, loss
+    and bytes are those of the whole round; the norm is that of the mean difference, and the learning rate that of the
+    last inner step.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -680,12 +683,16 @@ class ReportStepRequest(_message.Message):
     PULL_CODEC_FIELD_NUMBER: _builtins.int
     CODEC_REASON_FIELD_NUMBER: _builtins.int
     PULLED_BYTES_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     epoch: _builtins.int
     """The plan's epoch."""
     step: _builtins.int
-    """The step: version `step` became version `step + 1`."""
+    """The version from which the step or round started: version `step` became version `step + 1`. Without local steps it
+    is the step's number.
+    """
     num_tokens: _builtins.int
     """Target tokens of the step over all slots."""
     num_samples: _builtins.int
@@ -716,6 +723,14 @@ class ReportStepRequest(_message.Message):
     """Payload bytes of weights that all servers have sent to workers since the step before. Absent in rows of earlier
     versions of gradstream.
     """
+    first_step: _builtins.int
+    """With local steps, the number of the first step of this report, from 0. Set by the coordinator; absent without local
+    steps.
+    """
+    num_steps: _builtins.int
+    """With local steps, the number of inner steps, 1 for an ordinary step. Set by the coordinator; absent without local
+    steps.
+    """
     def __init__(
         self,
         *,
@@ -736,13 +751,24 @@ class ReportStepRequest(_message.Message):
         pull_codec: _plan_pb2.Codec.ValueType = ...,
         codec_reason: _builtins.str = ...,
         pulled_bytes: _builtins.int | None = ...,
+        first_step: _builtins.int | None = ...,
+        num_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_pulled_bytes", b"_pulled_bytes", "pulled_bytes", b"pulled_bytes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "_num_steps", b"_num_steps", "_pulled_bytes", b"_pulled_bytes", "first_step", b"first_step", "num_steps", b"num_steps", "pulled_bytes", b"pulled_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pulled_bytes", b"_pulled_bytes", "codec_reason", b"codec_reason", "consecutive_skips", b"consecutive_skips", "epoch", b"epoch", "grad_norm", b"grad_norm", "halted", b"halted", "job_id", b"job_id", "learning_rate", b"learning_rate", "loss", b"loss", "num_samples", b"num_samples", "num_tokens", b"num_tokens", "pull_codec", b"pull_codec", "pulled_bytes", b"pulled_bytes", "push_codec", b"push_codec", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "unix_ms", b"unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "_num_steps", b"_num_steps", "_pulled_bytes", b"_pulled_bytes", "codec_reason", b"codec_reason", "consecutive_skips", b"consecutive_skips", "epoch", b"epoch", "first_step", b"first_step", "grad_norm", b"grad_norm", "halted", b"halted", "job_id", b"job_id", "learning_rate", b"learning_rate", "loss", b"loss", "num_samples", b"num_samples", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pull_codec", b"pull_codec", "pulled_bytes", b"pulled_bytes", "push_codec", b"push_codec", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "unix_ms", b"unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_step: _TypeAlias = _typing.Literal["first_step"]  # noqa: Y015
+    _WhichOneofArgType__first_step: _TypeAlias = _typing.Literal["_first_step", b"_first_step"]  # noqa: Y015
+    _WhichOneofReturnType__num_steps: _TypeAlias = _typing.Literal["num_steps"]  # noqa: Y015
+    _WhichOneofArgType__num_steps: _TypeAlias = _typing.Literal["_num_steps", b"_num_steps"]  # noqa: Y015
     _WhichOneofReturnType__pulled_bytes: _TypeAlias = _typing.Literal["pulled_bytes"]  # noqa: Y015
     _WhichOneofArgType__pulled_bytes: _TypeAlias = _typing.Literal["_pulled_bytes", b"_pulled_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_step) -> _WhichOneofReturnType__first_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_steps) -> _WhichOneofReturnType__num_steps | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pulled_bytes) -> _WhichOneofReturnType__pulled_bytes | None: ...
 
 Global___ReportStepRequest: _TypeAlias = ReportStepRequest  # noqa: Y015

@@ -130,6 +130,7 @@ class Job(_message.Message):
     CODECS_FIELD_NUMBER: _builtins.int
     PIPELINE_FIELD_NUMBER: _builtins.int
     STEP_BREAKDOWN_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job's id: the recipe's name and a number."""
     name: _builtins.str
@@ -141,7 +142,7 @@ class Job(_message.Message):
     epoch: _builtins.int
     """The plan's epoch; 0 before the first plan."""
     version: _builtins.int
-    """The version: the number of steps committed on the current trajectory."""
+    """The version: the number of commits on the current trajectory. A commit is a step, or a round of local steps."""
     num_steps: _builtins.int
     """Number of steps in the recipe."""
     num_tokens: _builtins.int
@@ -155,7 +156,7 @@ class Job(_message.Message):
     initial_validation_loss: _builtins.float
     """Validation loss of the first pass, in nats; absent before it."""
     num_skipped: _builtins.int
-    """Number of steps that were skipped because their gradient was not finite."""
+    """Number of steps, or rounds, that were skipped because their gradient or difference was not finite."""
     tokens_per_second: _builtins.float
     """Tokens a second over the last steps."""
     push_bytes_per_second: _builtins.float
@@ -180,6 +181,10 @@ class Job(_message.Message):
     """
     codecs: _builtins.str
     """The codecs of the last step's contributions and of the version after it."""
+    step: _builtins.int
+    """Number of steps that are done at `version`: each inner step of a round counts. Absent in messages of earlier
+    versions of gradstream, in whose jobs it equals `version`.
+    """
     @_builtins.property
     def waits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Wait]:
         """The job's current waits; empty when it makes progress."""
@@ -237,10 +242,11 @@ class Job(_message.Message):
         codecs: _builtins.str = ...,
         pipeline: Global___Pipeline | None = ...,
         step_breakdown: Global___StepBreakdown | None = ...,
+        step: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_step_breakdown", b"_step_breakdown", "_validation_loss", b"_validation_loss", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "loss", b"loss", "pipeline", b"pipeline", "step_breakdown", b"step_breakdown", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_step", b"_step", "_step_breakdown", b"_step_breakdown", "_validation_loss", b"_validation_loss", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "loss", b"loss", "pipeline", b"pipeline", "step", b"step", "step_breakdown", b"step_breakdown", "validation_loss", b"validation_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_step_breakdown", b"_step_breakdown", "_validation_loss", b"_validation_loss", "codecs", b"codecs", "decisions", b"decisions", "ended_unix_ms", b"ended_unix_ms", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "job_id", b"job_id", "loss", b"loss", "name", b"name", "num_parameters", b"num_parameters", "num_samples", b"num_samples", "num_skipped", b"num_skipped", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pipeline", b"pipeline", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "reason", b"reason", "recipe_json", b"recipe_json", "run_directory", b"run_directory", "server_memory", b"server_memory", "slot_holders", b"slot_holders", "state", b"state", "step_breakdown", b"step_breakdown", "submitted_unix_ms", b"submitted_unix_ms", "tokens_per_second", b"tokens_per_second", "validation_loss", b"validation_loss", "version", b"version", "waits", b"waits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_hidden_share", b"_hidden_share", "_initial_validation_loss", b"_initial_validation_loss", "_loss", b"_loss", "_step", b"_step", "_step_breakdown", b"_step_breakdown", "_validation_loss", b"_validation_loss", "codecs", b"codecs", "decisions", b"decisions", "ended_unix_ms", b"ended_unix_ms", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "hidden_share", b"hidden_share", "initial_validation_loss", b"initial_validation_loss", "job_id", b"job_id", "loss", b"loss", "name", b"name", "num_parameters", b"num_parameters", "num_samples", b"num_samples", "num_skipped", b"num_skipped", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pipeline", b"pipeline", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "reason", b"reason", "recipe_json", b"recipe_json", "run_directory", b"run_directory", "server_memory", b"server_memory", "slot_holders", b"slot_holders", "state", b"state", "step", b"step", "step_breakdown", b"step_breakdown", "submitted_unix_ms", b"submitted_unix_ms", "tokens_per_second", b"tokens_per_second", "validation_loss", b"validation_loss", "version", b"version", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eta_seconds: _TypeAlias = _typing.Literal["eta_seconds"]  # noqa: Y015
     _WhichOneofArgType__eta_seconds: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds"]  # noqa: Y015
@@ -250,6 +256,8 @@ class Job(_message.Message):
     _WhichOneofArgType__initial_validation_loss: _TypeAlias = _typing.Literal["_initial_validation_loss", b"_initial_validation_loss"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
     _WhichOneofReturnType__step_breakdown: _TypeAlias = _typing.Literal["step_breakdown"]  # noqa: Y015
     _WhichOneofArgType__step_breakdown: _TypeAlias = _typing.Literal["_step_breakdown", b"_step_breakdown"]  # noqa: Y015
     _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
@@ -263,6 +271,8 @@ class Job(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_breakdown) -> _WhichOneofReturnType__step_breakdown | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_loss) -> _WhichOneofReturnType__validation_loss | None: ...
@@ -271,7 +281,7 @@ Global___Job: _TypeAlias = Job  # noqa: Y015
 
 @_typing.final
 class StepParts(_message.Message):
-    """The parts of a step, in seconds. They add up to the step."""
+    """The parts of a step, in seconds. They add up to the step. With local steps they are those of a round."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -639,24 +649,30 @@ class Validation(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version evaluated."""
     loss: _builtins.float
     """Mean loss over target tokens, in nats."""
     num_tokens: _builtins.int
     """Number of target tokens evaluated."""
+    step: _builtins.int
+    """Number of steps that are done at the version; absent without local steps, where it equals the version."""
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         loss: _builtins.float = ...,
         num_tokens: _builtins.int = ...,
+        step: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "num_tokens", b"num_tokens", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "loss", b"loss", "num_tokens", b"num_tokens", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
 
 Global___Validation: _TypeAlias = Validation  # noqa: Y015
 
@@ -699,6 +715,7 @@ class Checkpoint(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     STATE_SHA256_FIELD_NUMBER: _builtins.int
     UNIX_MS_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version."""
     path: _builtins.str
@@ -709,6 +726,8 @@ class Checkpoint(_message.Message):
     """Hex sha256 over weights and optimizer state, independent of servers and placement."""
     unix_ms: _builtins.int
     """Unix time in milliseconds."""
+    step: _builtins.int
+    """Number of steps that are done at the version; absent without local steps, where it equals the version."""
     def __init__(
         self,
         *,
@@ -717,12 +736,15 @@ class Checkpoint(_message.Message):
         num_bytes: _builtins.int = ...,
         state_sha256: _builtins.str = ...,
         unix_ms: _builtins.int = ...,
+        step: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "path", b"path", "state_sha256", b"state_sha256", "unix_ms", b"unix_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "num_bytes", b"num_bytes", "path", b"path", "state_sha256", b"state_sha256", "step", b"step", "unix_ms", b"unix_ms", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
 
 Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
 
@@ -1565,10 +1587,10 @@ class GetMetricsRequest(_message.Message):
     job_id: _builtins.str
     """The job's id, or a job's name for the newest job of that name. Empty for the newest job."""
     first_step: _builtins.int
-    """The first step of the result."""
+    """The first step of the result. A round to which it belongs is left out unless it is the round's first step."""
     every: _builtins.int
-    """Returns only steps that this number divides, steps whose version was validated, and the last step. 0 or 1: all
-    steps.
+    """Returns only steps that this number divides, rounds with such a step, steps whose version was validated, and the
+    last step. 0 or 1: all steps.
     """
     def __init__(
         self,
@@ -1612,7 +1634,10 @@ Global___GetMetricsResponse: _TypeAlias = GetMetricsResponse  # noqa: Y015
 @_typing.final
 class StepMetrics(_message.Message):
     """The ledger's row of one step. Step t starts from version t, to which both `loss` and `validation_loss` belong. The
-    last version has no step yet: if it was validated, its row has only step and validation_loss.
+    last version has no step yet: if it was validated, its row has only the step, the version and validation_loss.
+
+    With local steps a round has one row. Its loss, bytes and time are those of the whole round, its norm is that of the
+    mean difference, and its learning rate that of the last inner step.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1629,8 +1654,10 @@ class StepMetrics(_message.Message):
     PUSHED_BYTES_FIELD_NUMBER: _builtins.int
     PULLED_BYTES_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    """The step."""
+    """The step, from 0; of a round its first step."""
     epoch: _builtins.int
     """The epoch of the plan under which it was committed; 0 in a row without a step."""
     unix_ms: _builtins.int
@@ -1638,7 +1665,7 @@ class StepMetrics(_message.Message):
     num_tokens: _builtins.int
     """Number of target tokens from the job's beginning to the end of this step."""
     loss: _builtins.float
-    """Mean training loss over the step's target tokens, in nats."""
+    """Mean training loss over the target tokens of the step or round, in nats."""
     validation_loss: _builtins.float
     """Validation loss of the version that the step starts from, in nats; absent where there was no validation pass."""
     learning_rate: _builtins.float
@@ -1655,6 +1682,14 @@ class StepMetrics(_message.Message):
     """Payload bytes of weights that the servers sent; absent for steps that earlier versions of gradstream reported."""
     skipped: _builtins.bool
     """True when the norm or the loss was not finite and the weights did not change."""
+    version: _builtins.int
+    """The version from which the step or round starts. Absent in messages of earlier versions of gradstream, in which it
+    equals `step`.
+    """
+    num_steps: _builtins.int
+    """Number of steps of the row: the inner steps of a round, else 1; 0 in a row without a step. Absent in messages of
+    earlier versions of gradstream, where each row with a step has one.
+    """
     def __init__(
         self,
         *,
@@ -1670,10 +1705,12 @@ class StepMetrics(_message.Message):
         pushed_bytes: _builtins.int | None = ...,
         pulled_bytes: _builtins.int | None = ...,
         skipped: _builtins.bool = ...,
+        version: _builtins.int | None = ...,
+        num_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_pulled_bytes", b"_pulled_bytes", "_pushed_bytes", b"_pushed_bytes", "_step_seconds", b"_step_seconds", "_validation_loss", b"_validation_loss", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "step_seconds", b"step_seconds", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_num_steps", b"_num_steps", "_pulled_bytes", b"_pulled_bytes", "_pushed_bytes", b"_pushed_bytes", "_step_seconds", b"_step_seconds", "_validation_loss", b"_validation_loss", "_version", b"_version", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_steps", b"num_steps", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "step_seconds", b"step_seconds", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_pulled_bytes", b"_pulled_bytes", "_pushed_bytes", b"_pushed_bytes", "_step_seconds", b"_step_seconds", "_validation_loss", b"_validation_loss", "epoch", b"epoch", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_tokens", b"num_tokens", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "unix_ms", b"unix_ms", "validation_loss", b"validation_loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_num_steps", b"_num_steps", "_pulled_bytes", b"_pulled_bytes", "_pushed_bytes", b"_pushed_bytes", "_step_seconds", b"_step_seconds", "_validation_loss", b"_validation_loss", "_version", b"_version", "epoch", b"epoch", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "pulled_bytes", b"pulled_bytes", "pushed_bytes", b"pushed_bytes", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "unix_ms", b"unix_ms", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grad_norm: _TypeAlias = _typing.Literal["grad_norm"]  # noqa: Y015
     _WhichOneofArgType__grad_norm: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm"]  # noqa: Y015
@@ -1681,6 +1718,8 @@ class StepMetrics(_message.Message):
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__num_steps: _TypeAlias = _typing.Literal["num_steps"]  # noqa: Y015
+    _WhichOneofArgType__num_steps: _TypeAlias = _typing.Literal["_num_steps", b"_num_steps"]  # noqa: Y015
     _WhichOneofReturnType__pulled_bytes: _TypeAlias = _typing.Literal["pulled_bytes"]  # noqa: Y015
     _WhichOneofArgType__pulled_bytes: _TypeAlias = _typing.Literal["_pulled_bytes", b"_pulled_bytes"]  # noqa: Y015
     _WhichOneofReturnType__pushed_bytes: _TypeAlias = _typing.Literal["pushed_bytes"]  # noqa: Y015
@@ -1689,12 +1728,16 @@ class StepMetrics(_message.Message):
     _WhichOneofArgType__step_seconds: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds"]  # noqa: Y015
     _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
     _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__grad_norm) -> _WhichOneofReturnType__grad_norm | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_steps) -> _WhichOneofReturnType__num_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pulled_bytes) -> _WhichOneofReturnType__pulled_bytes | None: ...
     @_typing.overload
@@ -1703,6 +1746,8 @@ class StepMetrics(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_seconds) -> _WhichOneofReturnType__step_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_loss) -> _WhichOneofReturnType__validation_loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
 Global___StepMetrics: _TypeAlias = StepMetrics  # noqa: Y015
 
@@ -1776,7 +1821,8 @@ Global___PlanJobResponse: _TypeAlias = PlanJobResponse  # noqa: Y015
 
 @_typing.final
 class Forecast(_message.Message):
-    """The cost of a step of a plan. Times are measured on the coordinator's machine, as if every worker had the same
+    """The cost of a step of a plan. With local steps the times of compute, push, pull and exposed_seconds, and the bytes of
+    links, are those of a round. Times are measured on the coordinator's machine, as if every worker had the same
     machine. They are absent when the costs of the model's segments are unknown.
     """
 
@@ -1800,12 +1846,15 @@ class Forecast(_message.Message):
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    ROUND_STEPS_FIELD_NUMBER: _builtins.int
+    WORKER_STEP_BYTES_FIELD_NUMBER: _builtins.int
+    UTILISATION_FIELD_NUMBER: _builtins.int
     num_parameters: _builtins.int
     """Number of parameters that are trained."""
     num_replicas: _builtins.int
     """Number of replicas that the workers form."""
     num_microbatches: _builtins.int
-    """Number of microbatches of a replica in a step."""
+    """Number of microbatches of a replica in a step; of a round in each inner step."""
     schedule: _builtins.str
     """The pipeline's schedule; empty without a pipeline."""
     link_bits_per_second: _builtins.float
@@ -1821,9 +1870,17 @@ class Forecast(_message.Message):
     exposed_seconds: _builtins.float
     """Time of push and pull that does not overlap compute."""
     step_seconds: _builtins.float
-    """Time of a step: compute_seconds plus exposed_seconds."""
+    """Time of a step: compute_seconds plus exposed_seconds; of a round, divided by its inner steps."""
     tokens_per_second: _builtins.float
     """Tokens a second."""
+    round_steps: _builtins.int
+    """Number of inner steps of a round; 0 without local steps."""
+    worker_step_bytes: _builtins.float
+    """Bytes that the busiest worker sends and receives for the parameter servers in a step; in a round, divided by its
+    inner steps.
+    """
+    utilisation: _builtins.float
+    """Share of the workers' time in which they compute: compute_seconds divided by compute_seconds plus exposed_seconds."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageForecast]:
         """The stages, in order; empty when the costs of segments are unknown."""
@@ -1869,10 +1926,13 @@ class Forecast(_message.Message):
         tokens_per_second: _builtins.float | None = ...,
         reasons: _abc.Iterable[Global___ForecastReason] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        round_steps: _builtins.int = ...,
+        worker_step_bytes: _builtins.float = ...,
+        utilisation: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_compute_seconds", b"_compute_seconds", "_exposed_seconds", b"_exposed_seconds", "_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "bubble", b"bubble", "compute_seconds", b"compute_seconds", "exposed_seconds", b"exposed_seconds", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_compute_seconds", b"_compute_seconds", "_exposed_seconds", b"_exposed_seconds", "_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "_utilisation", b"_utilisation", "bubble", b"bubble", "compute_seconds", b"compute_seconds", "exposed_seconds", b"exposed_seconds", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "utilisation", b"utilisation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_compute_seconds", b"_compute_seconds", "_exposed_seconds", b"_exposed_seconds", "_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "bubble", b"bubble", "compute_seconds", b"compute_seconds", "exposed_seconds", b"exposed_seconds", "link_bits_per_second", b"link_bits_per_second", "links", b"links", "num_microbatches", b"num_microbatches", "num_parameters", b"num_parameters", "num_replicas", b"num_replicas", "places", b"places", "pull_seconds", b"pull_seconds", "push_seconds", b"push_seconds", "reasons", b"reasons", "schedule", b"schedule", "servers", b"servers", "stages", b"stages", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_compute_seconds", b"_compute_seconds", "_exposed_seconds", b"_exposed_seconds", "_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "_utilisation", b"_utilisation", "bubble", b"bubble", "compute_seconds", b"compute_seconds", "exposed_seconds", b"exposed_seconds", "link_bits_per_second", b"link_bits_per_second", "links", b"links", "num_microbatches", b"num_microbatches", "num_parameters", b"num_parameters", "num_replicas", b"num_replicas", "places", b"places", "pull_seconds", b"pull_seconds", "push_seconds", b"push_seconds", "reasons", b"reasons", "round_steps", b"round_steps", "schedule", b"schedule", "servers", b"servers", "stages", b"stages", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "utilisation", b"utilisation", "warnings", b"warnings", "worker_step_bytes", b"worker_step_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bubble: _TypeAlias = _typing.Literal["bubble"]  # noqa: Y015
     _WhichOneofArgType__bubble: _TypeAlias = _typing.Literal["_bubble", b"_bubble"]  # noqa: Y015
@@ -1884,6 +1944,8 @@ class Forecast(_message.Message):
     _WhichOneofArgType__step_seconds: _TypeAlias = _typing.Literal["_step_seconds", b"_step_seconds"]  # noqa: Y015
     _WhichOneofReturnType__tokens_per_second: _TypeAlias = _typing.Literal["tokens_per_second"]  # noqa: Y015
     _WhichOneofArgType__tokens_per_second: _TypeAlias = _typing.Literal["_tokens_per_second", b"_tokens_per_second"]  # noqa: Y015
+    _WhichOneofReturnType__utilisation: _TypeAlias = _typing.Literal["utilisation"]  # noqa: Y015
+    _WhichOneofArgType__utilisation: _TypeAlias = _typing.Literal["_utilisation", b"_utilisation"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bubble) -> _WhichOneofReturnType__bubble | None: ...
     @_typing.overload
@@ -1894,6 +1956,8 @@ class Forecast(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_seconds) -> _WhichOneofReturnType__step_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_second) -> _WhichOneofReturnType__tokens_per_second | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__utilisation) -> _WhichOneofReturnType__utilisation | None: ...
 
 Global___Forecast: _TypeAlias = Forecast  # noqa: Y015
 

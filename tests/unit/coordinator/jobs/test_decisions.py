@@ -27,6 +27,7 @@ from gradstream.core.errors import DataError, PlanError
 from gradstream.core.plan.fragments import Tensor, cut
 from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.recipe import Recipe
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.wire.stream_limits import more_than_usual_bytes, traffic
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
@@ -277,7 +278,7 @@ def test_an_order_under_way_in_words(
     worker: bool,
     text: str,
 ) -> None:
-    assert order_text(JobSight(desired, state, 31, 100, halted, checkpoints, False, worker)) == text
+    assert order_text(JobSight(desired, state, 31, Rounds(100), halted, checkpoints, False, worker)) == text
 
 
 @pytest.mark.parametrize(
@@ -335,7 +336,7 @@ def test_how_a_job_ends(
     worker: bool,
     ending: Ending,
 ) -> None:
-    sight = JobSight(desired, state, version, 4, halted, checkpoints, validated, worker)
+    sight = JobSight(desired, state, version, Rounds(4), halted, checkpoints, validated, worker)
     assert judge_end(sight)[0] is ending
 
 
@@ -350,9 +351,9 @@ def test_the_pace_falls_when_steps_stop() -> None:
     pace = Pace()
     for step in range(5):
         pace.add(coordinator_pb2.ReportStepRequest(step=step, num_tokens=10, pushed_bytes=7, unix_ms=step * 1000), step)
-    assert pace.per_second(4.0) == (1.0, 10.0, 7.0)
-    assert pace.per_second(100.0)[0] < 0.05
-    assert Pace().per_second(1.0) == (0.0, 0.0, 0.0)
+    assert pace.per_second(4.0, Rounds(9)) == (1.0, 10.0, 7.0)
+    assert pace.per_second(100.0, Rounds(9))[0] < 0.05
+    assert Pace().per_second(1.0, Rounds(9)) == (0.0, 0.0, 0.0)
 
 
 def test_a_wait_keeps_the_time_it_began() -> None:

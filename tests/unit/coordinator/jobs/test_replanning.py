@@ -8,6 +8,7 @@ from coordinator_fakes import SERVER, WORKER, Cluster, FakeNode, report_checkpoi
 
 from gradstream.coordinator.jobs.decisions import Ending, JobSight, judge_end, judge_replan
 from gradstream.core.errors import ConfigError, GradstreamError, PlanError
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.proto.v1 import jobs_pb2, plan_pb2
 
@@ -32,7 +33,7 @@ RUNNING, PLANNING, STOPPED = jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_PLAN
 def test_when_a_job_is_replanned(
     version: int, halted: int | None, checkpoints: set[int], worker: bool, settled: bool, ending: Ending
 ) -> None:
-    sight = JobSight("replan", RUNNING, version, 4, halted, checkpoints, False, worker, settled=settled)
+    sight = JobSight("replan", RUNNING, version, Rounds(4), halted, checkpoints, False, worker, settled=settled)
     assert judge_end(sight)[0] is ending
 
 

@@ -13,6 +13,7 @@ import pytest
 from gradstream.coordinator.state.sqlite import SqliteState
 from gradstream.coordinator.state.state import JobRecord
 from gradstream.coordinator.telemetry import metrics
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
 
 RECORD = JobRecord("a-1", "a", "{}", "{}", "/runs/a-1", submitted_unix_ms=5, epoch=1)
@@ -40,7 +41,7 @@ def validate(state: SqliteState, *versions: int) -> None:
 def rows(
     state: SqliteState, record: JobRecord = RECORD, first_step: int = 0, every: int = 1
 ) -> list[jobs_pb2.StepMetrics]:
-    return [row for page in metrics.pages(state, record, first_step, every) for row in page]
+    return [row for page in metrics.pages(state, record, Rounds(9), first_step, every) for row in page]
 
 
 def test_a_row_has_what_the_ledger_has(state: SqliteState) -> None:
@@ -110,7 +111,7 @@ def test_no_page_is_long(state: SqliteState, monkeypatch: pytest.MonkeyPatch) ->
     for step in range(10):
         state.record_step(report(step))
     validate(state, 10)
-    found = list(metrics.pages(state, RECORD, 0, 1))
+    found = list(metrics.pages(state, RECORD, Rounds(9), 0, 1))
     assert [len(page) for page in found] == [4, 4, 2, 1]
     assert [row.step for page in found for row in page] == list(range(11))
-    assert sum(map(len, metrics.pages(state, RECORD, 0, 100))) == 3
+    assert sum(map(len, metrics.pages(state, RECORD, Rounds(9), 0, 100))) == 3

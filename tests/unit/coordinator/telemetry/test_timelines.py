@@ -244,9 +244,9 @@ async def test_a_pipeline_is_shown_with_its_bubble(cluster: Any) -> None:
     ],
 )
 def test_refuses_what_no_worker_recorded(wrong: coordinator_pb2.ReportTimelineRequest, text: str) -> None:
-    check_timeline(report(version=4, num_spans=MAX_SPANS), num_steps=4)
+    check_timeline(report(version=4, num_spans=MAX_SPANS), last_version=4)
     with pytest.raises(ProtocolError, match=text):
-        check_timeline(wrong, num_steps=4)
+        check_timeline(wrong, last_version=4)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_refuses_spans_that_mean_nothing(span: coordinator_pb2.Span) -> None:
     wrong = report()
     wrong.spans.append(span)
     with pytest.raises(ProtocolError, match="cannot be right: it has a span"):
-        check_timeline(wrong, num_steps=4)
+        check_timeline(wrong, last_version=4)
 
 
 async def collected(cluster: Any, job_id: str) -> list[tuple[str, int]]:

@@ -85,9 +85,7 @@ def heading(found: Sequence[Series]) -> tuple[str, str]:
         trained = " trained" if job.recipe.get("fine_tuning") else ""
         parts.append(f"{format_count(job.num_parameters)}{trained} parameters")
     parts.append(f"{format_count(job.num_tokens)} {counted_tokens(job)}")
-    steps = (
-        f"{job.version} steps" if job.state == "finished" else f"{job.state} at step {job.version} of {job.num_steps}"
-    )
+    steps = f"{job.step} steps" if job.state == "finished" else f"{job.state} at step {job.step} of {job.num_steps}"
     notes = [steps]
     fine_tuning = job.recipe.get("fine_tuning")
     if fine_tuning:

@@ -64,7 +64,7 @@ def series_of(job: Job, rows: Sequence[StepMetrics], events: Iterable[Event], ax
     places = _places(rows, axis)
     return Series(
         job=job,
-        xs=[places[row.step] for row in steps],
+        xs=_middles(steps, rows, places, axis),
         losses=[row.loss if row.loss is not None else math.nan for row in steps],
         rates=[row.learning_rate if row.learning_rate is not None else math.nan for row in steps],
         validations=[(places[row.step], row.validation_loss) for row in rows if row.validation_loss is not None],
@@ -79,6 +79,20 @@ def _places(rows: Sequence[StepMetrics], axis: XAxis) -> dict[int, int]:
     # The tokens before each step, up to the end of the row before. A row without a step adds none.
     before = [0, *(row.num_tokens for row in rows)]
     return {row.step: tokens for row, tokens in zip(rows, before, strict=False)}
+
+
+def _middles(
+    steps: Sequence[StepMetrics], rows: Sequence[StepMetrics], places: dict[int, int], axis: XAxis
+) -> list[int]:
+    """The place of each loss: that of its step, and of a round, whose loss is a mean, its middle step."""
+    if all(row.num_steps == 1 for row in steps):
+        return [places[row.step] for row in steps]
+    ends = {row.step: row.step + (row.num_steps or 1) if axis is XAxis.steps else row.num_tokens for row in rows}
+    middles = []
+    for row in steps:
+        begin, count = places[row.step], row.num_steps or 1
+        middles.append(begin + (ends[row.step] - begin) * (count - 1) // (2 * count))
+    return middles
 
 
 def marks(steps: Sequence[StepMetrics], events: Iterable[Event], places: dict[int, int]) -> list[Mark]:

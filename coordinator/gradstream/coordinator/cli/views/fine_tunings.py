@@ -72,7 +72,7 @@ def fine_tunings_table(fine_tunings: Sequence[FineTuning]) -> Any:
                 terminal.state_text(state_of(each)),
                 each.method,
                 short_base(each.base),
-                f"{each.job.version}/{each.job.num_steps}" if each.job is not None else "-",
+                f"{each.job.step}/{each.job.num_steps}" if each.job is not None else "-",
                 terminal.format_loss(_first_loss(each)),
                 terminal.format_loss(_last_loss(each)),
                 each.best_version if each.best_version is not None else "-",
@@ -136,7 +136,7 @@ def fine_tuning_view(each: FineTuning) -> Any:
         reason = after_state(job.state, job.reason if not is_resting(each) else "")
         row("job", terminal.styled(f"{job.job_id} ", None) + terminal.state_text(job.state) + Text(reason))
         eta = f", ETA {terminal.format_duration(job.eta)}" if not job.state.ended else ""
-        row("step", f"{job.version} of {job.num_steps}{rates_text(each)}{eta}")
+        row("step", f"{job.step} of {job.num_steps}{rates_text(each)}{eta}")
         row("training loss", f"{terminal.format_loss(job.loss)} nats a token")
         # A paused job waits for a person; the state already shows the command that resumes it.
         for wait in job.waits if job.state != "paused" else ():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
 from gradstream.coordinator.cli.views.step_times import step_line
+from gradstream.coordinator.cli.views.steps import node_step, progress_text, rounds_of, step_word
 from gradstream.core.job_states import after_state
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def jobs_table(jobs: Sequence[Job]) -> Any:
             (
                 job.job_id,
                 terminal.state_text(job.state),
-                f"{job.version}/{job.num_steps}",
+                f"{job.step}/{job.num_steps}",
                 terminal.format_loss(job.loss),
                 terminal.format_loss(job.validation_loss),
                 terminal.format_count(job.tokens_per_second) if job.state == "running" else "-",
@@ -91,7 +92,7 @@ def nodes_table(nodes: Sequence[Node], job: Job | None) -> Any:
                 if node.alive
                 else terminal.styled(f"no, last heard {terminal.format_time(node.last_heartbeat)}", "red"),
                 node.activity.phase,
-                node.activity.step or "-",
+                node_step(node, job) or "-",
                 terminal.format_bytes(node.activity.resident_bytes),
                 terminal.format_bytes(node.activity.sent_bytes),
                 terminal.format_bytes(node.activity.received_bytes),
@@ -104,9 +105,11 @@ def nodes_table(nodes: Sequence[Node], job: Job | None) -> Any:
 
 
 def step_seconds(job: Job) -> float | None:
-    """The duration of a step at the current rate; None if it is not known."""
-    to_go = job.num_steps - job.version
-    return job.eta.total_seconds() / to_go if job.eta is not None and to_go > 0 else None
+    """The duration of the step, or round, under way at the current rate; None if it is not known."""
+    to_go = job.num_steps - job.step
+    if job.eta is None or to_go <= 0:
+        return None
+    return job.eta.total_seconds() / to_go * len(rounds_of(job).steps_from(job.version))
 
 
 def wait_text(node: Node, job: Job | None) -> str:
@@ -152,9 +155,8 @@ def job_view(job: Job, nodes: Sequence[Node]) -> Any:
 
     row("job", job.job_id)
     row("state", terminal.state_text(job.state) + Text(after_state(job.state, job.reason)))
-    percent = f" ({100 * job.version / job.num_steps:.0f} %)" if job.num_steps else ""
     submitted = f", submitted with {job.submitted_num_steps}" if job.submitted_num_steps != job.num_steps else ""
-    row("step", f"{job.version} of {job.num_steps}{percent}{submitted}, epoch {job.epoch}, skipped {job.num_skipped}")
+    row("step", f"{progress_text(job)}{submitted}, epoch {job.epoch}, skipped {job.num_skipped}")
     row("trained on", f"{terminal.format_count(job.num_tokens)} {counted_tokens(job)} in {job.num_samples} samples")
     row("training loss", f"{terminal.format_loss(job.loss)} nats a token")
     first = f" (at the start {job.initial_validation_loss:.4f})" if job.initial_validation_loss is not None else ""
@@ -171,7 +173,7 @@ def job_view(job: Job, nodes: Sequence[Node]) -> Any:
     if job.codecs:
         row("codecs", job.codecs)
     if job.step_breakdown is not None:
-        row("a step takes", step_line(job.step_breakdown))
+        row(f"a {step_word(job)} takes", step_line(job.step_breakdown))
         if not job.state.ended:
             row("", job.step_breakdown.advice)
     if job.hidden_share is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
 from gradstream.coordinator.cli.views.step_times import seconds_text
+from gradstream.coordinator.cli.views.steps import row_steps
 
 if TYPE_CHECKING:
     from gradstream.client import StepMetrics
@@ -19,7 +20,7 @@ BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_COLUMNS = 56
 COLUMNS = (
     "step", "epoch", "time", "num_tokens", "loss", "validation_loss", "learning_rate", "grad_norm", "step_time_seconds",
-    "pushed_bytes", "pulled_bytes", "skipped",
+    "pushed_bytes", "pulled_bytes", "skipped", "version", "num_steps",
 )  # fmt: skip
 """Of the CSV: the keys of `StepMetrics.to_dict`, in order."""
 
@@ -70,7 +71,7 @@ def metrics_table(rows: Iterable[StepMetrics]) -> Any:
         [">STEP", ">TOKENS", ">LOSS", ">VALIDATION", ">LR", ">NORM", ">TIME", ">UP", ">DOWN"],
         [
             (
-                row.step,
+                row_steps(row),
                 terminal.format_count(row.num_tokens),
                 terminal.styled("skipped", "yellow") if row.skipped else terminal.format_loss(row.loss),
                 terminal.format_loss(row.validation_loss),

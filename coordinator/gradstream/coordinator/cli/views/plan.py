@@ -35,7 +35,9 @@ def print_forecast(told: Forecast, recipe: Recipe, link_reason: str) -> None:
         print()
     terminal.print_table(["NODE", "NAMES?", ">NEEDS", ">OFFERS"], [*_places(told.places), *_servers(told)])
     print()
-    terminal.print_table(["LINK", "FROM", "TO", ">BYTES A STEP"], list(_links(told)))
+    terminal.print_table(
+        ["LINK", "FROM", "TO", f">BYTES A {'ROUND' if told.round_steps else 'STEP'}"], list(_links(told))
+    )
     print()
     terminal.print_table(["DECISION", "CHOICE, AND WHY"], [*_times(told, recipe, link_reason), *_reasons(told)])
 
@@ -127,12 +129,23 @@ def _times(told: Forecast, recipe: Recipe, link_reason: str) -> Iterator[Row]:
     rate = terminal.format_bit_rate(told.link_bits_per_second / 8)
     if told.step_seconds is not None and told.compute_seconds is not None and told.bubble is not None:
         idle = f", {100 * told.bubble:.0f} % of it idle in the pipeline" if len(told.places) > 1 else ""
+        step, step_seconds, inner = "a step", told.step_seconds, ""
+        if told.round_steps:
+            step, step_seconds = f"a round of {told.round_steps} steps", told.round_steps * told.step_seconds
+            inner = " in each inner step"
         yield (
             "time",
-            f"a step takes about {_seconds(told.step_seconds)}: compute {_seconds(told.compute_seconds)} for "
-            f"{told.num_microbatches} microbatches a replica{idle}; push {_seconds(told.push_seconds)} and pull "
+            f"{step} takes about {_seconds(step_seconds)}: compute {_seconds(told.compute_seconds)} for "
+            f"{told.num_microbatches} microbatches a replica{inner}{idle}; push {_seconds(told.push_seconds)} and pull "
             f"{_seconds(told.pull_seconds)} at {rate}, of which {_seconds(told.exposed_seconds or 0)} are not hidden",
         )
+        if told.round_steps and told.utilisation is not None:
+            yield (
+                "",
+                f"that is {1 / told.step_seconds:.3g} steps/s; a worker sends and receives "
+                f"{terminal.format_bytes(told.worker_step_bytes)} an inner step, and computes "
+                f"{100 * told.utilisation:.1f} % of the time",
+            )
         steps = recipe.training.num_steps
         yield (
             "",

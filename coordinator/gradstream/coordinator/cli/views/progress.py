@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
 from gradstream.coordinator.cli.views.step_times import step_line
+from gradstream.coordinator.cli.views.steps import step_word
 
 if TYPE_CHECKING:
     from gradstream.client import Job
@@ -61,11 +62,13 @@ class ProgressView:
                 self._task,
                 description=f"{job.job_id} {job.state}",
                 total=job.num_steps or None,
-                completed=job.version,
+                completed=job.step,
                 place=place,
             )
             # Two or three lines: a single one would be cut off on a terminal of 80 columns.
-            where = f"a step takes {step_line(job.step_breakdown)}" if job.step_breakdown is not None else ""
+            where = (
+                f"a {step_word(job)} takes {step_line(job.step_breakdown)}" if job.step_breakdown is not None else ""
+            )
             lines = [Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in (facts, where, wait) if line]
             self._live.update(Group(self._progress, *lines))
             return
@@ -85,7 +88,7 @@ class ProgressView:
 
 def progress_place(job: Job) -> list[str]:
     """The progress of a job: step and ETA."""
-    parts = [f"step {job.version}/{job.num_steps}"]
+    parts = [f"step {job.step}/{job.num_steps}"]
     if job.eta is not None and not job.state.ended:
         parts.append(f"ETA {terminal.format_duration(job.eta)}")
     return parts

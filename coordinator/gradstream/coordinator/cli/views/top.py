@@ -24,6 +24,7 @@ from gradstream.coordinator.cli.views.jobs import (
 )
 from gradstream.coordinator.cli.views.progress import progress_facts, progress_place
 from gradstream.coordinator.cli.views.step_times import step_line
+from gradstream.coordinator.cli.views.steps import node_step, step_word
 from gradstream.core.shown import shown
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _job_lines(look: Look, job: Job | None, choices: Choices, num_waits: int | N
     )
     lines += [_line("  ".join(facts))] if (facts := progress_facts(job)) else []
     if job.step_breakdown is not None and not job.state.ended:
-        lines.append(_line(f"a step takes {step_line(job.step_breakdown)}"))
+        lines.append(_line(f"a {step_word(job)} takes {step_line(job.step_breakdown)}"))
     if job.reason:
         lines.append(_line(job.reason, "dim" if job.state == "running" and not job.waits else "yellow"))
     waits = () if job.state.ended else job.waits
@@ -178,7 +179,9 @@ def slow_nodes(nodes: Sequence[Node], job: Job | None) -> dict[str, str]:
         behind = job.version - step if job.state == "running" and step else 0
         wait = step_wait(node, job)
         reasons = [
-            f"{counted(behind, 'step')} behind" if behind * (step_seconds(job) or 0.0) >= BEHIND_SECONDS else "",
+            f"{counted(behind, step_word(job))} behind"
+            if behind * (step_seconds(job) or 0.0) >= BEHIND_SECONDS
+            else "",
             "the slowest" if node.name == slowest else "",
             f"waits for {wait}" if wait else "",
         ]
@@ -201,7 +204,7 @@ def _rows(nodes: Sequence[Node], job: Job | None, slow: dict[str, str]) -> list[
         rows.append(
             (
                 node.name,
-                activity.step or "-",
+                node_step(node, job) or "-",
                 terminal.styled(activity.phase, PHASE_STYLES.get(activity.phase, BUSY_STYLE)),
                 parameters if node.kind == "parameter-server" else slots,
                 terminal.format_bytes(activity.resident_bytes),
@@ -248,7 +251,7 @@ def _fitting_nodes(nodes: Sequence[Node], job: Job | None, choices: Choices, wid
     groups = [(title, sorted(group, key=SORTS[choices.sort])) for title, group in groups]
     if sum(len(group) + 1 for _, group in groups) <= room:
         return [*_table(groups, job, slow, width), *dead]
-    summary = [_summary_line(title, group) for title, group in groups]
+    summary = [_summary_line(title, group, job) for title, group in groups]
     ranked = sorted((node for _, group in groups for node in group), key=lambda node: node.name not in slow)
     # Other lines: the summary, a title for each role, and the line with the number of hidden nodes.
     shown = ranked[: max(0, room - len(summary) - len(groups) - 1)]
@@ -260,10 +263,10 @@ def _fitting_nodes(nodes: Sequence[Node], job: Job | None, choices: Choices, wid
     return lines if shown else lines[: max(0, room + len(dead))]
 
 
-def _summary_line(title: str, nodes: Sequence[Node]) -> Text:
+def _summary_line(title: str, nodes: Sequence[Node], job: Job | None) -> Text:
     numbers = Counter(node.activity.phase for node in nodes)
     phases = ", ".join(f"{numbers[phase]} {phase}" for phase in sorted(numbers, key=numbers.__getitem__, reverse=True))
-    steps = [node.activity.step for node in nodes if node.activity.step]
+    steps = [node_step(node, job) for node in nodes if node.activity.step]
     at = f"; at steps {min(steps)} to {max(steps)}" if steps and min(steps) < max(steps) else ""
     at = at or (f"; at step {steps[0]}" if steps else "")
     return _line(f"{len(nodes)} {title.lower()}{'s' * (len(nodes) != 1)}: {phases}{at}")

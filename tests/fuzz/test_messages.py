@@ -32,6 +32,7 @@ from gradstream.core.errors import ConfigError, DataError, ProtocolError, StaleE
 from gradstream.core.node.faults import Faults
 from gradstream.core.pipeline.schedule import make_schedule
 from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.telemetry.timeline import Timeline
 from gradstream.core.telemetry.trace import chrome_trace
 from gradstream.core.wire.frames import Assembler, frames, parse, verify
@@ -325,7 +326,7 @@ def test_timelines_are_taken_or_refused(tmp_path_factory: pytest.TempPathFactory
     files = TimelineFiles(tmp_path_factory.mktemp("timeline"))
     kept = []
     for report in reports:
-        if taken(lambda report=report: check_timeline(report, 10) or True, ProtocolError):
+        if taken(lambda report=report: check_timeline(report, Rounds(10)) or True, ProtocolError):
             files.append(jobs_pb2.GetTimelineResponse(worker="worker-0", timeline=report))
             kept.append(Timeline.from_proto("worker-0", report))
     assert len(files.index()) == min(64, sum(bool(timeline.spans) for timeline in kept))

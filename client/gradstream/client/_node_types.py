@@ -40,6 +40,8 @@ class Activity(Value):
     state_bytes: int
     early_bytes: int
     num_parameters: int
+    detail: str = ""
+    """What a worker computes within a round of local steps, as "inner step 7 of 30 of slot 2"."""
 
     @classmethod
     def from_proto(cls, message: coordinator_pb2.Activity) -> Activity:
@@ -57,6 +59,7 @@ class Activity(Value):
             state_bytes=message.state_bytes,
             early_bytes=message.early_bytes,
             num_parameters=message.num_parameters,
+            detail=message.detail,
         )
 
 

@@ -41,17 +41,21 @@ def rows() -> list[jobs_pb2.StepMetrics]:
 def test_status_counts_steps_and_rounds(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:
     parts = jobs_pb2.StepParts(compute_seconds=2.0)
     jobs.jobs = [local_job(step_breakdown=jobs_pb2.StepBreakdown(num_steps=3, mean=parts))]
-    jobs.nodes = [canned_node(activity=coordinator_pb2.Activity(job_id="tiny-1", phase="computing", step=13))]
+    detail = "inner step 7 of 30 of slot 2"
+    activity = coordinator_pb2.Activity(job_id="tiny-1", phase="computing", step=13, detail=detail)
+    jobs.nodes = [canned_node(activity=activity)]
     assert main(["status", "-c", address]) == 0
     out = capsys.readouterr().out
     assert "100 of 2410 (4 %), 3 of 80 rounds of 30 steps, epoch 2" in out
     assert "a round takes" in out
+    assert detail in out
     assert main(["ls", "-c", address]) == 0
     assert " 100/2410 " in capsys.readouterr().out
     assert main(["top", "--count", "1", "-c", address]) == 0
     out = capsys.readouterr().out
     assert "step 100/2410" in out
-    assert "at step 100" in out or " 100 " in out
+    assert " 100 " in out
+    assert detail in out
 
 
 def test_a_coordinator_of_an_earlier_release_gives_versions() -> None:

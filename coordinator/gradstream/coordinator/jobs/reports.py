@@ -322,7 +322,7 @@ class Reports:
         node = self._controller.members.get(report.node_id)
         if node is None or node.kind != WORKER:
             raise ProtocolError(f"a timeline came from '{report.node_id[:100]}', which is no worker known here")
-        check_timeline(report, self._recipe(record, active).rounds.last_version)
+        check_timeline(report, self._recipe(record, active).rounds)
         self._controller.timelines.take(record, node.name, report)
 
     # --- failures and logs ------------------------------------------------------------------------------------------

@@ -355,7 +355,7 @@ class Views:
                     jobs_pb2.Wait(what=activity.waiting_for, whom=f"asked by {node.name}", since_unix_ms=since)
                 )
             elif activity.phase not in ("", "idle", "waiting"):
-                what = f"{active.rounds.commit_text(activity.step)}: {activity.phase}"
+                what = f"{active.rounds.commit_text(activity.step)}: {activity.phase} {activity.detail}".rstrip()
                 waits.append(jobs_pb2.Wait(what=what, whom=node.name, since_unix_ms=since))
         return waits
 

@@ -27,6 +27,7 @@ from gradstream.coordinator.telemetry.pipeline_timeline import Bubble, Run, meas
 from gradstream.coordinator.telemetry.step_times import StepWindow
 from gradstream.core.errors import ProtocolError, UnreachableError, one_line
 from gradstream.core.log import get_logger
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.storage.pool import CALL_SECONDS, StorageThreads
 from gradstream.core.telemetry.timeline import MAX_SPANS, PASSES, Timeline
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2
@@ -52,11 +53,11 @@ _KINDS = frozenset(coordinator_pb2.SpanKind.values()) - {coordinator_pb2.SPAN_KI
 log = get_logger()
 
 
-def check_timeline(report: coordinator_pb2.ReportTimelineRequest, last_version: int) -> None:
+def check_timeline(report: coordinator_pb2.ReportTimelineRequest, rounds: Rounds) -> None:
     """Raise ProtocolError for a timeline that no worker can have recorded."""
     wrong = ""
-    if report.version > last_version:
-        wrong = f"it is of version {report.version}, and the job's last is {last_version}"
+    if report.version > rounds.last_version:
+        wrong = f"it is of version {report.version}, and the job has {rounds.num_steps} steps"
     elif len(report.spans) > MAX_SPANS:
         wrong = f"it has {len(report.spans)} spans where {MAX_SPANS} are allowed"
     elif not report.hidden_us <= report.communication_us < _MAX_US:

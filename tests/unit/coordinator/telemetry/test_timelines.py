@@ -19,6 +19,7 @@ from gradstream.core.errors import ProtocolError
 from gradstream.core.pipeline.schedule import make_schedule
 from gradstream.core.pipeline.simulation import ideal_bubble, simulate
 from gradstream.core.recipe.recipe import PipelineConfig
+from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.rpc.errors import error_from_rpc
 from gradstream.core.telemetry.timeline import MAX_SPANS
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, plan_pb2
@@ -244,9 +245,9 @@ async def test_a_pipeline_is_shown_with_its_bubble(cluster: Any) -> None:
     ],
 )
 def test_refuses_what_no_worker_recorded(wrong: coordinator_pb2.ReportTimelineRequest, text: str) -> None:
-    check_timeline(report(version=4, num_spans=MAX_SPANS), last_version=4)
+    check_timeline(report(version=4, num_spans=MAX_SPANS), Rounds(4))
     with pytest.raises(ProtocolError, match=text):
-        check_timeline(wrong, last_version=4)
+        check_timeline(wrong, Rounds(4))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_refuses_spans_that_mean_nothing(span: coordinator_pb2.Span) -> None:
     wrong = report()
     wrong.spans.append(span)
     with pytest.raises(ProtocolError, match="cannot be right: it has a span"):
-        check_timeline(wrong, last_version=4)
+        check_timeline(wrong, Rounds(4))
 
 
 async def collected(cluster: Any, job_id: str) -> list[tuple[str, int]]:

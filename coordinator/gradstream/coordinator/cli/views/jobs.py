@@ -81,9 +81,19 @@ def jobs_table(jobs: Sequence[Job]) -> Any:
 
 
 def nodes_table(nodes: Sequence[Node], job: Job | None) -> Any:
-    """The nodes of a cluster as a rich table. `job` is the job for which most of them work."""
+    """The nodes of a cluster as a rich table. `job` is the job for which most of them work.
+
+    In a round of local steps the last column also says which inner step a worker computes.
+    """
+    in_round = any(node.activity.detail for node in nodes)
+
+    def note(node: Node) -> str:
+        wait = wait_text(node, job)
+        return (f"waits for {wait}" if wait else node.activity.detail) if in_round else wait
+
+    last = "NOTE…" if in_round else "WAITS FOR…"
     return terminal.make_table(
-        ["NODE", "KIND", "ALIVE", "PHASE", ">STEP", ">RESIDENT?", ">SENT?", ">RECEIVED?", "DEVICE?", "WAITS FOR…"],
+        ["NODE", "KIND", "ALIVE", "PHASE", ">STEP", ">RESIDENT?", ">SENT?", ">RECEIVED?", "DEVICE?", last],
         [
             (
                 node.name,
@@ -97,7 +107,7 @@ def nodes_table(nodes: Sequence[Node], job: Job | None) -> Any:
                 terminal.format_bytes(node.activity.sent_bytes),
                 terminal.format_bytes(node.activity.received_bytes),
                 node.device,
-                wait_text(node, job),
+                note(node),
             )
             for node in nodes
         ],

@@ -39,8 +39,7 @@ def round_name(rounds: Rounds, version: int) -> str:
     """The name of a version in a trace: of the round that starts from it, if one does."""
     if not rounds.is_round(version):
         return f"version {version}"
-    steps = rounds.steps_from(version)
-    return f"{rounds.commit_text(version)}, steps {steps[0]} to {steps[-1]}"
+    return f"{rounds.commit_text(version)}, {rounds.title(version)}"
 
 
 def row_steps(row: StepMetrics) -> str:

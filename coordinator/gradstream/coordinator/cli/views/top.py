@@ -210,7 +210,7 @@ def _rows(nodes: Sequence[Node], job: Job | None, slow: dict[str, str]) -> list[
                 terminal.format_bytes(activity.resident_bytes),
                 terminal.format_bytes(activity.sent_bytes),
                 terminal.format_bytes(activity.received_bytes),
-                terminal.styled(slow.get(node.name, ""), "yellow"),
+                terminal.styled(slow[node.name], "yellow") if node.name in slow else activity.detail,
             )
         )
     return rows

@@ -289,7 +289,7 @@ def balanced_ends(recipe: Recipe) -> tuple[int, ...]:
     for tensor in inventory(recipe.model.config):
         work.setdefault(tensor.unit, 0)
         # An embedding is only looked up, but a tied one is also multiplied as the head.
-        if tensor.kind == "matrix" or tensor.last_unit != tensor.unit:
+        if tensor.kind in ("matrix", "head") or tensor.last_unit != tensor.unit:
             work[tensor.last_unit] = work.get(tensor.last_unit, 0) + tensor.num_elements
     units = sorted(work)
     segments = [SegmentCost(str(unit), work[unit], 0, 0) for unit in units]

@@ -19,6 +19,7 @@ from gradstream.core.codecs import Payload, codec_on_wire
 from gradstream.core.codecs.payloads import BundleCodec, CodecBook, split
 from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.model.model import inventory
+from gradstream.core.optimizer.rules import whole_tensors
 from gradstream.core.plan.bundles import Bundle, first_push_codec
 from gradstream.core.plan.fragments import cut
 from gradstream.core.plan.plan import Plan, Server
@@ -69,15 +70,17 @@ def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: st
         "tokenizer_sha256": hashlib.sha256(b"{}").hexdigest(),
         "shards": [],
     }
+    parsed = parse_recipe(recipe)
+    whole = whole_tensors(parsed.optimizer, TENSORS)
     fields: dict[str, Any] = {
         "job_id": "job",
         "epoch": 5,
-        "recipe": parse_recipe(recipe),
+        "recipe": parsed,
         "model_config": MODEL,
         "data_manifest": parse_manifest(tokens),
         "tensors": tuple(TENSORS),
         "fragment_elements": 256,
-        "placement": tuple(place(FRAGMENTS, TENSORS, num_servers)[0]),
+        "placement": tuple(place(FRAGMENTS, TENSORS, num_servers, whole)[0]),
         "servers": tuple(Server(f"n{index}", f"server-{index}", "") for index in range(num_servers)),
         "leader": 0,
         "start_version": 0,

@@ -188,7 +188,9 @@ def test_the_stage_before_gets_its_gradient_before_the_servers_get_those_of_the_
     last = [item for item in order if isinstance(item, Action) and item.op is Op.BACKWARD][-1]
     sent = order.index(last)
     matrices = {
-        number for number, tensor in enumerate(tensors) if tensor.kind == "matrix" and tensor.unit >= stage_ends[0]
+        number
+        for number, tensor in enumerate(tensors)
+        if tensor.kind in ("matrix", "head") and tensor.unit >= stage_ends[0]
     }
     assert matrices
     assert all(order.index(number) > sent for number in matrices)

@@ -94,7 +94,7 @@ class _SlotState:
         self._optimizer = Optimizer(
             list(self.weights.values()),
             list(self.gradients.values()),
-            [plan.tensors[tensor].decay for tensor in self.tensors],
+            [plan.tensors[tensor] for tensor in self.tensors],
             plan.recipe.optimizer,
         )
         self._totals: list[SlotTotals] = []

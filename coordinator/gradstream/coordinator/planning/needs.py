@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradstream.core.checkpoint.shard import MAX_COPY_BYTES
-from gradstream.core.optimizer.rules import moments_of
+from gradstream.core.machine.facts import MAX_THREADS
+from gradstream.core.optimizer.rules import most_moments, server_moments, whole_tensors
 from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor
@@ -15,10 +16,10 @@ from gradstream.core.plan.sizes import MAX_ENCODED_SLOTS, encoded_bytes, sum_byt
 from gradstream.core.recipe.recipe import RESIDUAL_CODECS, Recipe
 from gradstream.core.wire.stream_limits import MAX_WAITING_BYTES
 
-NUM_MOMENTS = {"adamw": 2, "sgd": 1}
-"""Number of arrays that an optimizer keeps besides the weights."""
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
-"""Bytes of an element of these arrays, by their type."""
+"""Bytes of an element of the optimizer's arrays, by their type."""
+SCRATCH_ARRAYS = 5
+"""Arrays as large as a matrix that a thread needs to update the matrix as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,13 @@ class ServerBytes:
     newcomer: int
     # Maximum of the contributions that wait to be added.
     early: int
+    # While matrices are updated as a whole: what the rule computes with. No contribution waits then.
+    scratch: int = 0
 
     @property
     def most(self) -> int:
-        """The sum of all parts: the peak memory."""
-        return self.state + self.checkpoint + self.newcomer + self.early
+        """The sum of all parts that are held at the same time: the peak memory."""
+        return self.state + self.checkpoint + self.newcomer + max(self.early, self.scratch)
 
 
 def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequence[Tensor]) -> ServerBytes:
@@ -64,7 +67,8 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
     form, embedding = downlink(recipe.codec.pull), recipe.codec.embedding
     whole = encoded(form.full, embedding)
     optimizer = recipe.optimizer
-    moments = NUM_MOMENTS[optimizer.kind] * MOMENT_BYTES[optimizer.moments] * (array // BYTES_PER_ELEMENT)
+    kept = [len(server_moments(recipe, tensors[fragment.tensor])) * fragment.num_elements for fragment in fragments]
+    moments = MOMENT_BYTES[optimizer.moments] * sum(kept)
     saved = (1 + form.keeps_reference) * array + moments
     if form.delta is None:
         published, newcomer = whole, 0
@@ -81,7 +85,10 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
             encoded_bytes(codec_for(tensors[fragment.tensor].kind, push, embedding), fragment.shape)
             for fragment in tied
         )
-    return ServerBytes(state, min(saved, MAX_COPY_BYTES), newcomer, min(early, MAX_WAITING_BYTES))
+    matrices = whole_tensors(optimizer, tensors) & {fragment.tensor for fragment in fragments}
+    largest = sorted((tensors[number].num_elements for number in matrices), reverse=True)[:MAX_THREADS]
+    scratch = SCRATCH_ARRAYS * BYTES_PER_ELEMENT * sum(largest)
+    return ServerBytes(state, min(saved, MAX_COPY_BYTES), newcomer, min(early, MAX_WAITING_BYTES), scratch)
 
 
 HELD_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -102,7 +109,7 @@ def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int
     arrays = 3 if local is None else _round_arrays(recipe)
     contribution, arriving = encoded_bytes(push, (num_parameters,)), encoded_bytes(pull, (num_parameters,))
     if local is not None and local.inner_state == "shared":
-        moments = len(moments_of(recipe.optimizer)) * encoded_bytes(local.moments, (num_parameters,))
+        moments = most_moments(recipe.optimizer) * encoded_bytes(local.moments, (num_parameters,))
         contribution, arriving = contribution + moments, arriving + moments
     slots = min(MAX_ENCODED_SLOTS, num_slots) * contribution
     if push in RESIDUAL_CODECS:
@@ -121,7 +128,7 @@ def _round_arrays(recipe: Recipe) -> int:
     gradient under way and its mean gradient; the difference and, if shared, the moments of the slot being encoded.
     """
     assert recipe.local is not None
-    num_moments = len(moments_of(recipe.optimizer))
+    num_moments = most_moments(recipe.optimizer)
     shared = num_moments if recipe.local.inner_state == "shared" else 0
     encoded = 1 + shared if recipe.training.num_slots > 1 else 0
     return (1 + shared) + (1 + num_moments + 2) + encoded

@@ -20,12 +20,13 @@ from gradstream.coordinator.planning.needs import (
     worker_bytes,
 )
 from gradstream.coordinator.planning.pipeline_planner import LATENCY_SECONDS, Pipeline, plan_pipeline
-from gradstream.coordinator.planning.placement import place
+from gradstream.coordinator.planning.placement import pieces_of, place
 from gradstream.coordinator.planning.smallest_change import fewer_slots, smallest_change
 from gradstream.core.data.manifest import Manifest
 from gradstream.core.data.sampler import check_samples
 from gradstream.core.errors import ConfigError, DataError, PlanError
 from gradstream.core.model.profile import SegmentProfile
+from gradstream.core.optimizer.rules import whole_tensors
 from gradstream.core.plan.bundles import keeps_residuals
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor, cut, num_fragments
 from gradstream.core.plan.plan import Plan, Server
@@ -83,8 +84,16 @@ def make_plan(
     if not servers:
         raise PlanError("no parameter server is live; start one with `gradstream serve parameter-server`")
     # Sorted by name: the plan does not depend on the order in which the servers registered.
-    chosen = sorted(servers, key=lambda server: server.name)[: len(fragments)]
-    placement, placement_reason = place(fragments, model.tensors, len(chosen))
+    whole = whole_tensors(recipe.optimizer, model.tensors)
+    num_pieces = len(pieces_of(fragments, whole))
+    chosen = sorted(servers, key=lambda server: server.name)[:num_pieces]
+    if num_pieces < len(fragments):
+        largest = max(model.tensors[number].num_elements for number in whole) * BYTES_PER_ELEMENT
+        raise PlanError(
+            f"optimizer.kind {recipe.optimizer.kind} needs each matrix in one fragment so far; set "
+            f"cluster.fragment_bytes={largest}"
+        )
+    placement, placement_reason = place(fragments, model.tensors, len(chosen), whole)
     try:
         memory_reason, needs = _check_server_memory(recipe, fragments, placement, chosen, model.tensors)
     except PlanError as refusal:
@@ -117,7 +126,7 @@ def make_plan(
     _check_message(plan)
     start = f"the checkpoint of version {at.checkpoint.version}" if at.checkpoint else plan.source
     reasons = {
-        "servers": _servers_reason(chosen, len(servers) - len(chosen), len(fragments)),
+        "servers": _servers_reason(chosen, len(servers) - len(chosen), num_pieces, bool(whole)),
         "placement": f"placement: {placement_reason}",
         "memory": f"memory: {memory_reason}{worker_reason}",
         "start": f"start: from {start}",
@@ -177,9 +186,10 @@ def _check_message(plan: Plan) -> None:
         )
 
 
-def _servers_reason(chosen: Sequence[NodeOffer], num_idle: int, num_fragments: int) -> str:
+def _servers_reason(chosen: Sequence[NodeOffer], num_idle: int, num_pieces: int, has_whole: bool) -> str:
     names = named([server.name for server in chosen])
-    idle = f"; {num_idle} more stay idle, as there are only {num_fragments} fragments" if num_idle else ""
+    pieces = "whole matrices and other fragments" if has_whole else "fragments"
+    idle = f"; {num_idle} more stay idle, as there are only {num_pieces} {pieces}" if num_idle else ""
     return f"servers: all {len(chosen)} that were live ({names}), led by {chosen[0].name}{idle}"
 
 
@@ -225,10 +235,11 @@ def _check_server_memory(
                 f"or submit a smaller model{_lighter(recipe.optimizer)}"
             )
     least, largest = min(needs, key=lambda needed: needed.most), max(needs, key=lambda needed: needed.most)
+    scratch = f" or {human_bytes(largest.scratch)} while matrices are updated" if largest.scratch else ""
     reason = (
         f"a server needs {human_bytes(least.most)} to {human_bytes(largest.most)} "
         f"({human_bytes(largest.state)} of state, {human_bytes(largest.checkpoint)} more while a checkpoint is "
-        f"written, at most {human_bytes(largest.early)} of contributions that wait)"
+        f"written, at most {human_bytes(largest.early)} of contributions that wait{scratch})"
     )
     return reason, needs
 
@@ -269,4 +280,4 @@ def _at_least(count: int) -> str:
 
 
 def _lighter(optimizer: OptimizerConfig) -> str:
-    return " or optimizer.kind=sgd" if optimizer.kind == "adamw" else ""
+    return " or optimizer.kind=sgd" if optimizer.kind != "sgd" else ""

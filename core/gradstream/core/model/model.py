@@ -232,10 +232,14 @@ def inventory_of(model: nn.Module) -> list[Tensor]:
         for parameter in module.parameters()
     }
 
+    head: Any = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+
     def kind(parameter: nn.Parameter) -> TensorKind:
         if parameter.dim() < 2:
             return "vector"
-        return "embedding" if id(parameter) in tables else "matrix"
+        if id(parameter) in tables:
+            return "embedding"
+        return "head" if parameter is head else "matrix"
 
     # A parameter outside all units is needed from the start.
     tensors = [

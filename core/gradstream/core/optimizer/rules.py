@@ -1,26 +1,57 @@
-"""Which rule updates a tensor, and the moments that the rule keeps. Pure functions of the recipe, without torch."""
+"""The registry of update rules: which rule updates a tensor, and what it keeps. Without torch.
+
+To add a rule, write a class that extends Rule, and enter it here under the name that `optimizer.kind` gives it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from gradstream.core.optimizer.adamw import AdamW
+from gradstream.core.optimizer.muon import Muon
+from gradstream.core.optimizer.rule import STEP_COUNT, Rule, Updated
+from gradstream.core.optimizer.sgd import SGD
 from gradstream.core.recipe.recipe import OptimizerConfig, Recipe
 
-MOMENTS_OF = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-"""The arrays, each as large as the weights, that a rule keeps, by the rule's name. torch uses the same names."""
+RULES: dict[str, tuple[type[Rule], ...]] = {"adamw": (AdamW,), "sgd": (SGD,), "muon": (Muon, AdamW)}
+"""The rules of each `optimizer.kind`. The first that takes a tensor updates it; the last takes all."""
 
 
-def moments_of(optimizer: OptimizerConfig) -> tuple[str, ...]:
-    """The moments that the recipe's rule keeps of a tensor."""
-    if optimizer.kind == "sgd" and not optimizer.momentum:
-        return ()
-    return MOMENTS_OF[optimizer.kind]
+def rule_of(optimizer: OptimizerConfig, tensor: Updated) -> type[Rule]:
+    """The rule that updates a tensor."""
+    return next(rule for rule in RULES[optimizer.kind] if rule.takes(tensor))
 
 
-def server_moments(recipe: Recipe) -> tuple[str, ...]:
-    """The moments that servers hold: those of their rule, unless every step is an inner step of the slots.
+def moments_of(optimizer: OptimizerConfig, tensor: Updated) -> tuple[str, ...]:
+    """The moments that the tensor's rule keeps of it."""
+    return rule_of(optimizer, tensor).moments(optimizer)
 
-    Then servers hold the moments that slots share.
-    """
+
+def most_moments(optimizer: OptimizerConfig) -> int:
+    """The most moments that any rule of the recipe keeps of a tensor."""
+    return max(len(rule.moments(optimizer)) for rule in RULES[optimizer.kind])
+
+
+def shared_moments(recipe: Recipe, tensor: Updated) -> tuple[str, ...]:
+    """The moments of a tensor that slots share in the rounds of a job with local steps."""
     local = recipe.local
-    if local is None or local.after:
-        return MOMENTS_OF[recipe.optimizer.kind]
-    return moments_of(recipe.optimizer) if local.inner_state == "shared" else ()
+    return () if local is None or local.inner_state != "shared" else moments_of(recipe.optimizer, tensor)
+
+
+def server_moments(recipe: Recipe, tensor: Updated) -> tuple[str, ...]:
+    """The moments of a tensor that servers hold: its rule's arrays, or only those that slots share if all steps are
+    inner steps of the slots.
+    """
+    if recipe.local is None or recipe.local.after:
+        return tuple(name for name in rule_of(recipe.optimizer, tensor).arrays if name != STEP_COUNT)
+    return shared_moments(recipe, tensor)
+
+
+def all_moments(optimizer: OptimizerConfig) -> tuple[str, ...]:
+    """The moments that any rule of the recipe keeps."""
+    return tuple(dict.fromkeys(name for rule in RULES[optimizer.kind] for name in rule.moments(optimizer)))
+
+
+def whole_tensors(optimizer: OptimizerConfig, tensors: Sequence[Updated]) -> frozenset[int]:
+    """The numbers of the tensors that their rules update only as a whole, so that one server must hold each of them."""
+    return frozenset(number for number, tensor in enumerate(tensors) if rule_of(optimizer, tensor).whole)

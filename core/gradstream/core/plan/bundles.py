@@ -53,10 +53,15 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Use:
-    """The use of a tensor: the first pipeline stage that uses it, and the number of parts of its gradient."""
+    """The use of a tensor: the first pipeline stage that uses it, and the number of parts of its gradient.
+
+    `own` is the tensor's number if its fragments share no bundle with those of others, because a rule updates the
+    tensor only as a whole and it has several fragments; else -1.
+    """
 
     stage: int = 0
     num_parts: int = 1
+    own: int = -1
 
 
 def bundle(
@@ -97,7 +102,7 @@ def codec_for(kind: TensorKind, codec: str, embedding: str) -> str:
     an embedding, and these share blocks, and so scales, with unchanged rows. An embedding therefore has its own codec,
     unless the job's is at least as fine.
     """
-    if codec in LOSSLESS_ENOUGH or kind == "matrix":
+    if codec in LOSSLESS_ENOUGH or kind in ("matrix", "head"):
         return codec
     return "bf16" if kind == "vector" else embedding
 

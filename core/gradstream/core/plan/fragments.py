@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-TensorKind = Literal["matrix", "embedding", "vector"]
+TensorKind = Literal["matrix", "head", "embedding", "vector"]
+"""What a tensor is in the model. The head gives the logits; a head that is tied to the embedding is an embedding."""
 
 BYTES_PER_ELEMENT = 4  # master weights are fp32
 BLOCK_ELEMENTS = 256  # a block of int8: a fragment that starts on a block has the same scales as the whole tensor

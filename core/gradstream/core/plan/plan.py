@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from gradstream.core.data.manifest import Manifest, parse_manifest
 from gradstream.core.data.sampler import samples_by_slot
 from gradstream.core.errors import ProtocolError, one_line
-from gradstream.core.optimizer.rules import moments_of
+from gradstream.core.optimizer.rules import all_moments, shared_moments, whole_tensors
 from gradstream.core.plan.bundles import WEIGHTS, Bundle, Use
 from gradstream.core.plan.bundles import bundle as bundle_fragments
 from gradstream.core.plan.fragments import Fragment, Tensor, TensorKind, cut, num_fragments
@@ -23,6 +24,7 @@ from gradstream.proto.v1 import plan_pb2
 
 _KINDS: dict[TensorKind, plan_pb2.TensorKind.ValueType] = {
     "matrix": plan_pb2.TENSOR_KIND_MATRIX,
+    "head": plan_pb2.TENSOR_KIND_HEAD,
     "embedding": plan_pb2.TENSOR_KIND_EMBEDDING,
     "vector": plan_pb2.TENSOR_KIND_VECTOR,
 }
@@ -78,22 +80,44 @@ class Plan:
     @cached_property
     def bundles(self) -> tuple[Bundle, ...]:
         """All bundles, in forward order."""
-        uses = [Use(self.stage_of(tensor.unit), self.num_parts(tensor)) for tensor in self.tensors]
+        num_pieces = Counter(fragment.tensor for fragment in self.fragments)
+        own = {number for number in self.whole_tensors if num_pieces[number] > 1}
+        uses = [
+            Use(self.stage_of(tensor.unit), self.num_parts(tensor), number if number in own else -1)
+            for number, tensor in enumerate(self.tensors)
+        ]
         return tuple(bundle_fragments(self.fragments, self.placement, self.fragment_elements, uses))
+
+    @cached_property
+    def whole_tensors(self) -> frozenset[int]:
+        """The numbers of the tensors that are updated only as a whole. All fragments of each are on one server."""
+        return whole_tensors(self.recipe.optimizer, self.tensors)
+
+    def update_groups_of(self, server: int) -> list[list[Bundle]]:
+        """The bundles of server number `server`, in groups that are updated together: one each, or all of a tensor."""
+        groups: dict[int, list[Bundle]] = {}
+        for bundle in self.bundles_of(server):
+            tensors = {fragment.tensor for fragment in bundle.fragments}
+            is_of_one = len(tensors) == 1 and tensors <= self.whole_tensors
+            groups.setdefault(min(tensors) if is_of_one else -1 - bundle.index, []).append(bundle)
+        return list(groups.values())
 
     @cached_property
     def moment_bundles(self) -> tuple[Bundle, ...]:
         """The bundles of the moments that slots share with local steps, numbered after `bundles`; else none.
 
-        Each has the fragments of one of `bundles`, and one of the moments that the optimizer keeps of them.
+        Each has the fragments of one of `bundles` of which the optimizer keeps a moment, and this moment.
         """
-        local = self.recipe.local
-        if local is None or local.inner_state != "shared":
-            return ()
-        held = [(bundle, array) for array in moments_of(self.recipe.optimizer) for bundle in self.bundles]
+        moments = [shared_moments(self.recipe, tensor) for tensor in self.tensors]
+        held = [
+            (array, bundle.server, fragments)
+            for array in all_moments(self.recipe.optimizer)
+            for bundle in self.bundles
+            if (fragments := tuple(fragment for fragment in bundle.fragments if array in moments[fragment.tensor]))
+        ]
         return tuple(
-            Bundle(number, bundle.server, bundle.fragments, array=array)
-            for number, (bundle, array) in enumerate(held, len(self.bundles))
+            Bundle(number, server, fragments, array=array)
+            for number, (array, server, fragments) in enumerate(held, len(self.bundles))
         )
 
     def bundle(self, index: int) -> Bundle:
@@ -299,6 +323,12 @@ class Plan:
             )
         if not plan.servers or max(plan.placement, default=0) >= len(plan.servers) or plan.leader >= len(plan.servers):
             raise ProtocolError(f"plan {plan.job_id}/{plan.epoch} names a server that it does not list")
+        holders = {(f.tensor, plan.placement[f.index]) for f in plan.fragments if f.tensor in plan.whole_tensors}
+        if len(holders) != len(plan.whole_tensors):
+            raise ProtocolError(
+                f"plan {plan.job_id}/{plan.epoch} places a matrix on several servers, but optimizer.kind "
+                f"{plan.recipe.optimizer.kind} updates a matrix as a whole"
+            )
         return plan
 
 

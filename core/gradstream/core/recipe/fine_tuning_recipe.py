@@ -125,7 +125,9 @@ class FineTuningOptimizer(OptimizerConfig):
         description="highest rate",
         json_schema_extra=derived("2e-4 with method lora, 2e-5 with full"),
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="adamw only: decay of both moments")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), description="adamw and muon: decay of both of AdamW's moments"
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="on matrices only, not on norms and biases")
 
 

@@ -135,15 +135,28 @@ class TrainingConfig(Section):
         return self
 
 
+class MuonConfig(Section):
+    """Muon's own settings."""
+
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="decay of the momentum")
+    nesterov: bool = Field(default=True, description="Nesterov's form")
+
+
 class OptimizerConfig(Section):
     """The update rule that the servers apply."""
 
-    kind: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW, or SGD with momentum, as torch has them")
+    kind: Literal["adamw", "sgd", "muon"] = Field(
+        default="adamw",
+        description="AdamW, SGD with momentum, or Muon, as torch has them; with muon the matrices of hidden layers "
+        "follow Muon's rule, and the embedding, the head, norms and biases AdamW's, at the same learning rate",
+    )
     learning_rate: float = Field(
         default=1e-3, gt=0, description="highest rate, which the learning-rate schedule scales"
     )
-    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="adamw only: decay of both moments")
-    eps: float = Field(default=1e-8, gt=0, description="adamw only: added to the root of the second moment")
+    betas: tuple[Beta, Beta] = Field(
+        default=(0.9, 0.95), description="adamw and muon: decay of both of AdamW's moments"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="adamw and muon: added to the root of the second moment")
     moments: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="adamw only: type of both moments on the servers; bf16 takes 4 bytes a parameter less, with "
@@ -152,6 +165,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.1, ge=0, description="on matrices only, not on norms and biases")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only: decay of the momentum")
     nesterov: bool = Field(default=True, description="sgd only: Nesterov's form")
+    muon: MuonConfig = MuonConfig()
     clip_norm: float = Field(default=1.0, gt=0, description="global gradient norm above which the gradient is scaled")
 
     @model_validator(mode="after")

@@ -91,6 +91,8 @@ class _TensorKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TensorKind
     """A table of rows looked up by token or position."""
     TENSOR_KIND_VECTOR: _TensorKind.ValueType  # 3
     """One dimension: norms and biases."""
+    TENSOR_KIND_HEAD: _TensorKind.ValueType  # 4
+    """The matrix that gives the logits, if it is not also an embedding. Codecs treat it as a matrix."""
 
 class TensorKind(_TensorKind, metaclass=_TensorKindEnumTypeWrapper):
     """The kind of a tensor in the model. Codecs treat the kinds differently."""
@@ -103,6 +105,8 @@ TENSOR_KIND_EMBEDDING: TensorKind.ValueType  # 2
 """A table of rows looked up by token or position."""
 TENSOR_KIND_VECTOR: TensorKind.ValueType  # 3
 """One dimension: norms and biases."""
+TENSOR_KIND_HEAD: TensorKind.ValueType  # 4
+"""The matrix that gives the logits, if it is not also an embedding. Codecs treat it as a matrix."""
 Global___TensorKind: _TypeAlias = TensorKind  # noqa: Y015
 
 class _SumForm:

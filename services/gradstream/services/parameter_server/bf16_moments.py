@@ -91,9 +91,9 @@ class Bf16MomentsOptimizer:
             for held, count in zip(self._moments, self._counts, strict=True)
         ]
 
-    def names(self) -> list[str]:
-        """The names of the arrays in `state`."""
-        return [*MOMENTS, STEP_COUNT]
+    def names(self, number: int) -> tuple[str, ...]:
+        """The names of the arrays in `state` of fragment `number`."""
+        return (*MOMENTS, STEP_COUNT)
 
     def load(self, states: Sequence[dict[str, npt.NDArray[np.float32]]]) -> None:
         """Replace the arrays by values in fp32, moments rounded to nearest: those that were bf16 stay the same."""

@@ -44,9 +44,8 @@ class WeightBundle(BundleState):
             self._optimizer = Bf16MomentsOptimizer(
                 self._weights, self._sums, bundle.fragments, self._tensors, recipe.optimizer, recipe.seed
             )
-        elif server_moments(recipe):
-            decays = [tensor.decay for tensor in self._tensors]
-            self._optimizer = Optimizer(self._weights, self._sums, decays, recipe.optimizer)
+        elif any(server_moments(recipe, tensor) for tensor in self._tensors):
+            self._optimizer = Optimizer(self._weights, self._sums, self._tensors, recipe.optimizer)
         self._outer: OuterOptimizer | None = None
         self._shares_moments = recipe.local is not None and recipe.local.inner_state == "shared"
         if recipe.local is not None:
@@ -170,11 +169,11 @@ class WeightBundle(BundleState):
 
     def _load_optimizer(self, reader: CheckpointReader) -> None:
         """Load the optimizer's state, and the outer momentum. The latter stays zeros if the checkpoint has none."""
-        kinds = set(self._optimizer.names()) if self._optimizer is not None else set()
         momenta = self._outer.momenta if self._outer is not None and OUTER_MOMENTUM in reader.kinds else []
         states: list[State] = []
         for number, (fragment, tensor) in enumerate(zip(self.bundle.fragments, self._tensors, strict=True)):
             name, begin, end = tensor.name, fragment.begin, fragment.end
+            kinds = set(self._optimizer.names(number)) if self._optimizer is not None else set()
             state = {kind: reader.read(kind, name, begin, end) for kind in kinds - {STEP_COUNT}}
             state |= {kind: reader.scalar(kind, name, begin) for kind in kinds & {STEP_COUNT}}
             states.append(state)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstream.coordinator.planning.placement import place
+from gradstream.coordinator.planning.placement import pieces_of, place
 from gradstream.core.plan.fragments import Fragment, Tensor, cut
 
 # A forward unit's tensors, by number of elements.
@@ -69,6 +69,25 @@ def test_every_server_gets_a_fragment_when_there_are_enough(units: list[list[int
     fragments, tensors = model_of(units)
     placement, _ = place(fragments, tensors, num_servers)
     assert len(set(placement)) == min(num_servers, len(fragments))
+
+
+@given(units=units, num_servers=servers, data=st.data())
+def test_a_tensor_that_is_updated_whole_has_one_server(
+    units: list[list[int]], num_servers: int, data: st.DataObject
+) -> None:
+    fragments, tensors = model_of(units)
+    whole = data.draw(st.sets(st.integers(0, len(tensors) - 1)))
+    placement, reason = place(fragments, tensors, num_servers, whole)
+    for number in whole:
+        assert len({placement[each.index] for each in fragments if each.tensor == number}) == 1
+    pieces = pieces_of(fragments, whole)
+    assert sorted(each.index for piece in pieces for each in piece) == list(range(len(fragments)))
+    assert len(set(placement)) == min(num_servers, len(pieces))
+    load = loads(fragments, placement, num_servers)
+    assert max(load) - min(load) <= max(sum(each.num_bytes for each in piece) for piece in pieces)
+    assert (f"each of {len(whole)} matrices on one server" in reason) == bool(whole)
+    if not whole:
+        assert (placement, reason) == place(fragments, tensors, num_servers)
 
 
 def test_no_server_is_an_error() -> None:

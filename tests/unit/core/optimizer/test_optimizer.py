@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gradstream.core.optimizer.optimizer import Optimizer
+from gradstream.core.plan.fragments import Tensor
 from gradstream.core.recipe.learning_rate import learning_rate
 from gradstream.core.recipe.recipe import LearningRateScheduleConfig, OptimizerConfig
 
@@ -50,6 +51,10 @@ def reference(config: OptimizerConfig, decay: bool, weights_N: torch.Tensor) -> 
     )
 
 
+def tensor_of(decay: bool) -> Tensor:
+    return Tensor("weights", (SLICES[-1],), decay, 0)
+
+
 class Slices:
     """A tensor's slices under one Optimizer, end to end in flat memory as a server holds them."""
 
@@ -61,7 +66,7 @@ class Slices:
         self.optimizer = Optimizer(
             [self.weights_N[begin:end] for begin, end in bounds],
             [self._gradient_N[begin:end] for begin, end in bounds],
-            [decay] * len(bounds),
+            [tensor_of(decay)] * len(bounds),
             config,
         )
         self._first = first
@@ -101,7 +106,7 @@ def test_decay_is_used_where_asked_for_alone(kind: Any) -> None:
     weights = [torch.ones(4), torch.ones(3), torch.ones(5), torch.ones(1)]
     decays = [True, False, True, False]
     gradients = [torch.zeros_like(weights_N) for weights_N in weights]
-    Optimizer(weights, gradients, decays, rule).step(0.1)
+    Optimizer(weights, gradients, [tensor_of(decay) for decay in decays], rule).step(0.1)
     for weights_N, decay in zip(weights, decays, strict=True):
         if not decay:
             assert (weights_N == 1).all()
@@ -123,7 +128,7 @@ def test_a_saved_and_loaded_state_goes_on_bit_for_bit(config: dict[str, Any], af
     states = [{name: array.copy() for name, array in state.items()} for state in saved.optimizer.state()]
     assert len(states) == len(SLICES) - 1
     for state, (begin, end) in zip(states, pairwise(SLICES), strict=True):
-        assert sorted(state) == sorted(saved.optimizer.names())
+        assert sorted(state) == sorted(saved.optimizer.names(0))
         assert all(array.dtype == np.float32 for array in state.values())
         assert all(array.shape == ((1,) if name == "step" else (end - begin,)) for name, array in state.items())
     arrays = [array for state in states for name, array in state.items() if name != "step"]

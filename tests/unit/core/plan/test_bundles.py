@@ -80,7 +80,7 @@ def test_bundles_of_a_case_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("codec", CODEC_NAMES)
 @pytest.mark.parametrize("embedding", ["bf16", "int8", "int4"])
 def test_which_codec_a_tensor_gets(codec: str, embedding: str) -> None:
-    assert codec_for("matrix", codec, embedding) == codec
+    assert codec_for("matrix", codec, embedding) == codec_for("head", codec, embedding) == codec
     if codec in ("fp32", "bf16", "fp32-zstd", "bf16-zstd"):
         assert codec_for("vector", codec, embedding) == codec_for("embedding", codec, embedding) == codec
     else:

@@ -131,7 +131,7 @@ def test_the_loss_of_a_tiny_job_is_near_that_of_fp32() -> None:
         tensors = [Tensor(f"w{number}", (len(weights_N),), False, 0) for number, weights_N in enumerate(weights)]
         fragments = [Fragment(number, number, 0, len(each)) for number, each in enumerate(weights)]
         optimizer = (
-            Optimizer(weights, gradients, [False, False], config)
+            Optimizer(weights, gradients, tensors, config)
             if kind == "fp32"
             else Bf16MomentsOptimizer(weights, gradients, fragments, tensors, config, 1)
         )

@@ -12,6 +12,7 @@ from gradstream.coordinator.planning.needs import ServerBytes, server_bytes
 from gradstream.core.codecs.payloads import CodecBook
 from gradstream.core.model.model import inventory
 from gradstream.core.optimizer.optimizer import STEP_COUNT
+from gradstream.core.optimizer.rules import whole_tensors
 from gradstream.core.plan.bundles import bundle, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import Tensor, cut
@@ -148,6 +149,17 @@ def test_bf16_moments_take_4_bytes_a_parameter_less() -> None:
     assert held.bytes() == ServerBytes(predicted.state, predicted.checkpoint, 0, 0)
     count = sum(tensor.num_elements for tensor in tensors)
     assert server_bytes(whole, held.fragments, tensors).state - predicted.state == 4 * count
+
+
+def test_muon_keeps_one_moment_of_its_matrices() -> None:
+    whole, tensors = micro_plan().recipe, trained_tensors("full")
+    recipe = whole.model_copy(update={"optimizer": OptimizerConfig(kind="muon")})
+    fragments = cut(tensors, FRAGMENT_ELEMENTS)
+    predicted, adamw = (server_bytes(one, fragments, tensors) for one in (recipe, whole))
+    matrices = [tensors[number].num_elements for number in whole_tensors(recipe.optimizer, tensors)]
+    assert adamw.state - predicted.state == adamw.checkpoint - predicted.checkpoint == 4 * sum(matrices)
+    assert predicted.scratch == 20 * sum(sorted(matrices)[-8:])
+    assert (adamw.scratch, predicted.early) == (0, adamw.early)
 
 
 def test_adapters_take_25_bytes_a_parameter_and_4_more_for_a_new_worker() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -28,6 +29,7 @@ from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.worker.attempt import AbandonedError, Alone, Attempt
 from gradstream.worker.compute import SlotComputer
 from gradstream.worker.held_version import Array, HeldVersion
+from gradstream.worker.progress import ProgressFiles
 from gradstream.worker.pull import ServerPull
 from gradstream.worker.rounds import Progress, RoundComputer
 from gradstream.worker.samples.data import Batch
@@ -74,11 +76,11 @@ def first_weights(plan: Plan) -> Values:
 class Worker:
     """A model, the version that it holds, and its rounds."""
 
-    def __init__(self, plan: Plan, version: Values):
+    def __init__(self, plan: Plan, version: Values, progress: ProgressFiles | None = None):
         self.plan = plan
         self.computer = SlotComputer(plan, CPU)
         self.held = HeldVersion(plan, self.computer.parameters)
-        self.rounds = RoundComputer(self.computer, self.held)
+        self.rounds = RoundComputer(self.computer, self.held, progress)
         self.hold(version)
 
     def hold(self, version: Values) -> None:
@@ -312,6 +314,89 @@ def test_one_gradient_that_is_not_finite_spoils_the_whole_contribution() -> None
     spoiled = worker.round(1, 0, spoils=lambda step, slot: (step, slot) == (4, 0))
     assert all(bool(values_N.isnan().all()) for values_N in spoiled.values.values())
     assert (spoiled.totals.num_tokens, spoiled.totals.num_samples) == (3 * 32, 3 * 4)
+
+
+# -- progress on the disk ----------------------------------------------------------------------------------------------
+
+
+def keep_progress(plan: Plan, version: Values, directory: Path, num_done: int) -> None:
+    """Compute a round, keep its progress, and end as a killed worker does: before the inner step after `num_done`."""
+    files = ProgressFiles(plan, directory)
+    begun: list[Progress] = []
+    with pytest.raises(AbandonedError):
+        Worker(plan, version, files).round(1, 0, wanted=lambda: len(begun) <= num_done, begin_step=begun.append)
+    files.close()
+
+
+def go_on(plan: Plan, version: Values, directory: Path) -> tuple[Contribution, list[int]]:
+    """Compute a slot's round on a new worker; return its contribution and the places of its inner steps."""
+    files = ProgressFiles(plan, directory)
+    begun: list[Progress] = []
+    found = Worker(plan, version, files).round(1, 0, begin_step=begun.append)
+    files.close()
+    return found, [progress.place for progress in begun]
+
+
+@pytest.mark.parametrize("optimizer", [{}, NESTEROV, SGD], ids=["adamw", "nesterov", "sgd"])
+def test_a_worker_that_starts_again_goes_on_within_the_round(tmp_path: Path, optimizer: dict[str, Any]) -> None:
+    plan = plan_of(optimizer=optimizer, steps=6, progress_steps=4)
+    version = shared_version(plan)
+    expected = Worker(plan, version).round(1, 0)
+    keep_progress(plan, version, tmp_path, 5)
+    found, places = go_on(plan, version, tmp_path)
+    assert places == [4, 5]
+    assert equal(found, expected)
+
+
+def test_progress_of_another_version_or_recipe_is_left_aside(tmp_path: Path) -> None:
+    plan = plan_of(steps=6, progress_steps=4)
+    version = shared_version(plan)
+    keep_progress(plan, version, tmp_path, 5)
+    other = {array: values_N * 1.5 for array, values_N in version.items()}
+    assert go_on(plan, other, tmp_path)[1] == [0, 1, 2, 3, 4, 5]
+    keep_progress(plan, version, tmp_path, 5)
+    slower = plan_of(optimizer={"learning_rate": 1e-4}, steps=6, progress_steps=4)
+    assert go_on(slower, version, tmp_path)[1] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: data[:-9] + b"x" + data[-8:], lambda data: b""]
+)
+def test_damaged_progress_is_left_aside(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    plan = plan_of(steps=6, progress_steps=4)
+    version = shared_version(plan)
+    expected = Worker(plan, version).round(1, 0)
+    keep_progress(plan, version, tmp_path, 5)
+    (path,) = tmp_path.glob("rounds/*/*")
+    path.write_bytes(damage(path.read_bytes()))
+    found, places = go_on(plan, version, tmp_path)
+    assert places == [0, 1, 2, 3, 4, 5]
+    assert equal(found, expected)
+
+
+def test_progress_is_removed_when_its_round_is_over(tmp_path: Path) -> None:
+    plan = plan_of(steps=6, progress_steps=4)
+    version = shared_version(plan)
+    keep_progress(plan, version, tmp_path, 5)
+    begun = next(tmp_path.glob("rounds/*/*")).with_suffix(".1.part")
+    begun.touch()
+    files = ProgressFiles(plan, tmp_path, now=lambda: 0.0)
+    files.forget_before(1)
+    files.close()
+    assert len(list(tmp_path.glob("rounds/*/*"))) == 2
+    later = ProgressFiles(plan, tmp_path)
+    later.forget_before(plan.last_version)
+    later.close()
+    assert list(tmp_path.glob("rounds/*")) == []
+
+
+def test_a_disk_without_room_costs_only_the_progress(tmp_path: Path) -> None:
+    plan = plan_of(steps=6, progress_steps=4)
+    version = shared_version(plan)
+    (tmp_path / "rounds").write_text("in the way")
+    found, places = go_on(plan, version, tmp_path)
+    assert places == [0, 1, 2, 3, 4, 5]
+    assert equal(found, Worker(plan, version).round(1, 0))
 
 
 # -- the version's arrival ---------------------------------------------------------------------------------------------

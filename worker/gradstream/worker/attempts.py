@@ -22,6 +22,7 @@ from gradstream.worker.held_slots import HeldSlots
 from gradstream.worker.pipeline.inbound import FORWARD
 from gradstream.worker.pipeline.neighbours import Neighbours
 from gradstream.worker.pipeline.place import Place
+from gradstream.worker.progress import ProgressFiles
 from gradstream.worker.push import Pusher
 from gradstream.worker.residuals import ResidualKeeper
 from gradstream.worker.rounds import Progress, RoundComputer
@@ -145,11 +146,12 @@ class AttemptRunner:
         status: Status,
         reports: Reports,
         installer: WeightInstaller,
+        progress: ProgressFiles,
     ):
         self._plan = computer.plan
         self._computer = computer
         self._installer = installer
-        self._rounds = RoundComputer(computer, installer.held)
+        self._rounds = RoundComputer(computer, installer.held, progress)
         self._compute_thread = compute_thread
         self._readers = readers
         self._keeper = keeper

@@ -40,6 +40,7 @@ from gradstream.worker.held_slots import HeldSlots
 from gradstream.worker.pipeline.membership import Membership
 from gradstream.worker.pipeline.place import Place
 from gradstream.worker.pipeline.servicer import WorkerServicer
+from gradstream.worker.progress import ProgressFiles
 from gradstream.worker.pull import Puller
 from gradstream.worker.push import Pusher
 from gradstream.worker.residuals import ResidualKeeper
@@ -117,6 +118,7 @@ class WorkerJob:
         self._puller = Puller(plan, stubs, self._timeline, self.worker)
         self._keeper = ResidualKeeper(plan, session, self._pusher.residuals, self._pusher.encode_thread)
         self._readers = Readers(plan, session, cache_directory)
+        self._progress = ProgressFiles(plan, cache_directory)
         self._status = Status()
         self._installer: WeightInstaller | None = None
         self._reports = Reports(plan, session, self._timeline, self._puller)
@@ -189,6 +191,7 @@ class WorkerJob:
                 loading.result().close()
             self._pusher.close()
             self._readers.close()
+            await asyncio.to_thread(self._progress.close)
             for channel in self._channels:
                 await channel.close(None)
 
@@ -210,6 +213,7 @@ class WorkerJob:
             self._status,
             self._reports,
             model.installer,
+            self._progress,
         )
         upcoming: asyncio.Task[Inbox] | None = None
         begun_ns: int | None = None  # when the current version arrived; None if the worker has rested since
@@ -280,6 +284,7 @@ class WorkerJob:
         version = self.version = inbox.version
         for stream in self._pusher.streams:
             stream.forget_before(version)
+        self._progress.forget_before(version)
         self._pusher.use_codec(inbox.push_codec)
         await self._hear_of(inbox)
         model.installer.install(inbox)

@@ -4,7 +4,8 @@
 
 A slot's round is a function of version t, seed and data alone. Nothing is kept from one slot to the next, so the bits
 do not depend on who computes a slot, or on what that worker computed before (DiLoCo, Douillard et al. 2023, keeps the
-optimizer's moments with a worker instead).
+optimizer's moments with a worker instead). A worker that starts again goes on from what it has kept on its disk
+(gradstream.worker.progress).
 
 Shape legend: N elements of a tensor.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from gradstream.core.kernels.codec import squared_norm
+from gradstream.core.log import get_logger
 from gradstream.core.optimizer.optimizer import Optimizer
 from gradstream.core.plan.bundles import WEIGHTS
 from gradstream.core.plan.plan import Plan
@@ -26,7 +28,10 @@ from gradstream.core.wire.slot_totals import SlotTotals
 from gradstream.worker.attempt import AbandonedError, Alone, Attempt, Emit
 from gradstream.worker.compute import SlotComputer
 from gradstream.worker.held_version import HeldVersion
+from gradstream.worker.progress import ProgressFiles
 from gradstream.worker.samples.data import Batch
+
+log = get_logger()
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,12 @@ class Progress:
 class RoundComputer:
     """Computes rounds on the stages of `computer`, from the version in `held`. Runs in the compute thread."""
 
-    def __init__(self, computer: SlotComputer, held: HeldVersion):
+    def __init__(self, computer: SlotComputer, held: HeldVersion, progress: ProgressFiles | None = None):
+        """`progress` keeps progress on disk; None: it is kept nowhere."""
         self._plan = computer.plan
         self._computer = computer
         self._held = held
+        self._progress = progress
 
     def run(
         self,
@@ -69,17 +76,38 @@ class RoundComputer:
         (slot,) = attempt.slots
         state = _SlotState(plan, self._held, attempt.version)
         steps = plan.rounds.steps_from(attempt.version)
+        keep = self._resume(state, attempt.version, slot, len(steps))
         self._held.compute_on(state.weights)
         try:
-            for place, step in enumerate(steps):
+            for place in range(state.num_done, len(steps)):
+                step = steps[place]
                 begin_step(Progress(step, place, len(steps), slot))
                 batches = {slot: batch_of(step)}
                 self._computer.run(attempt, batches, lambda _: state.collect, wanted, Alone(), step=step)
                 state.step(rate_of_step(plan.recipe, step), spoils(step, slot))
+                keep()
         finally:
             self._held.compute_on_held()
         make_room()
         state.emit(emit, wanted)
+
+    def _resume(self, state: _SlotState, version: int, slot: int, num_steps: int) -> Callable[[], None]:
+        """Bring a slot to its progress on the disk; return a function that keeps its progress where that is due."""
+        files = self._progress
+        if files is None or not files.interval_steps:
+            return lambda: None
+        key = files.key(version, slot, list(self._held.arrays.values()))
+        state.go_on(files.load(version, slot, key, state.arrays))
+        if state.num_done:
+            log.info(
+                "goes on within a round, from its disk", version=version, slot=slot, done=state.num_done, of=num_steps
+            )
+
+        def keep() -> None:
+            if files.due(state.num_done, num_steps):
+                files.save(version, slot, key, state.arrays, state.totals)
+
+        return keep
 
 
 class _SlotState:
@@ -97,7 +125,8 @@ class _SlotState:
             [plan.tensors[tensor] for tensor in self.tensors],
             plan.recipe.optimizer,
         )
-        self._totals: list[SlotTotals] = []
+        self.totals: list[SlotTotals] = []
+        """Of each inner step that is done."""
         self._totals_of_step = SlotTotals(0, 0, 0.0)
         self._moments: dict[int, dict[str, torch.Tensor]] = {}
         if plan.shares_moments(version):
@@ -109,6 +138,22 @@ class _SlotState:
             # AdamW's count of steps must be a function of the version. Therefore it also counts skipped rounds, and the
             # steps of this job alone where the moments come from another job.
             self._optimizer.count(plan.rounds.steps_at(version))
+
+    @property
+    def num_done(self) -> int:
+        """Number of inner steps that are done."""
+        return len(self.totals)
+
+    @property
+    def arrays(self) -> list[torch.Tensor]:
+        """All arrays that an inner step changes, in a fixed order, in the memory that the slot computes in."""
+        numbers = range(len(self.tensors))
+        own = [self._optimizer.moment(name, number) for number in numbers for name in self._optimizer.names(number)]
+        return [*self.weights.values(), *(array for array in own if array is not None)]
+
+    def go_on(self, totals: Sequence[SlotTotals]) -> None:
+        """Go on after inner steps with these totals, whose result `arrays` has."""
+        self.totals = list(totals)
 
     def collect(self, tensor: int, part: int, values: torch.Tensor, totals: SlotTotals, array: str = WEIGHTS) -> None:
         """Take an inner step's gradient of a tensor, as its mean over the slot's target tokens."""
@@ -124,7 +169,7 @@ class _SlotState:
             for gradient_N in gradients:
                 gradient_N.mul_(scale)
         self._optimizer.step(rate)
-        self._totals.append(self._totals_of_step)
+        self.totals.append(self._totals_of_step)
 
     def emit(self, emit: Emit, wanted: Callable[[], bool]) -> None:
         """Emit the differences and the moments, last layers first, times the round's tokens.
@@ -132,7 +177,7 @@ class _SlotState:
         The servers divide by the tokens of all slots. Differences and moments are made in the memory of the slot's
         weights and moments, tensor by tensor. Raises AbandonedError.
         """
-        totals = sum_of(self._totals)
+        totals = sum_of(self.totals)
         self.gradients.clear()
         del self._optimizer
         for tensor in reversed(self.tensors):

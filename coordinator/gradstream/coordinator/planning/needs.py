@@ -125,13 +125,15 @@ def _round_arrays(recipe: Recipe) -> int:
     """The fp32 arrays of the weights' size that a worker holds in a round (gradstream.worker.rounds).
 
     They are: the version's weights and, if shared, its moments; the weights and moments of the slot under way, its
-    gradient under way and its mean gradient; the difference and, if shared, the moments of the slot being encoded.
+    gradient under way and its mean gradient; the difference and, if shared, the moments of the slot being encoded; and
+    the copy of the slot's weights and moments that is written to the disk.
     """
     assert recipe.local is not None
     num_moments = most_moments(recipe.optimizer)
     shared = num_moments if recipe.local.inner_state == "shared" else 0
     encoded = 1 + shared if recipe.training.num_slots > 1 else 0
-    return (1 + shared) + (1 + num_moments + 2) + encoded
+    kept = 1 + num_moments if 0 < recipe.local.progress_steps < recipe.local.steps else 0
+    return (1 + shared) + (1 + num_moments + 2) + encoded + kept
 
 
 def stage_need(plan: Plan, place: int = 0) -> int:

@@ -23,7 +23,7 @@ class OuterConfig(Section):
 class LocalConfig(Section):
     """Local steps (DiLoCo, Douillard et al. 2023): slots exchange only at the end of a round of inner steps.
 
-    Every key shapes the trajectory.
+    Every key but `progress_steps` shapes the trajectory.
     """
 
     steps: Positive = Field(description="inner steps of a round")
@@ -37,6 +37,11 @@ class LocalConfig(Section):
         default="bf16", description="inner_state: shared only: codec in which moments are sent, both ways"
     )
     outer: OuterConfig = OuterConfig()
+    progress_steps: NonNegative = Field(
+        default=10,
+        description="inner steps after which a worker keeps its slot's progress on its disk, to go on from if it "
+        "starts again; 0: never",
+    )
 
 
 def whole_rounds_problem(num_steps: int, local: LocalConfig) -> str:

@@ -20,7 +20,7 @@ from gradstream.core.codecs.payloads import BundleCodec, CodecBook, split
 from gradstream.core.data.manifest import parse_manifest
 from gradstream.core.model.model import inventory
 from gradstream.core.optimizer.rules import whole_tensors
-from gradstream.core.plan.bundles import Bundle, first_push_codec
+from gradstream.core.plan.bundles import WEIGHTS, Bundle, first_push_codec
 from gradstream.core.plan.fragments import cut
 from gradstream.core.plan.plan import Plan, Server
 from gradstream.core.recipe.loading import parse_recipe
@@ -49,7 +49,7 @@ def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: st
     """Make a plan for the micro model.
 
     Keyword arguments replace fields of the plan; `codec`, `optimizer` and `training` replace keys of the recipe's
-    sections.
+    sections, and `local` and `start_from` are its sections for local steps and for the first weights.
     """
     recipe = {
         "name": "tiny",
@@ -62,6 +62,8 @@ def make_plan(num_servers: int, push: str = "fp32", pull: str = "fp32", data: st
         "checkpoint": {"interval_steps": 1 if changes.get("checkpoint_root") else 0} | changes.pop("checkpoint", {}),
         "codec": {"push": push, "pull": pull, "embedding": "bf16"} | changes.pop("codec", {}),
         "data": {"path": data},
+        "local": changes.pop("local", None),
+        "start_from": changes.pop("start_from", None),
     }
     tokens = {
         "token_dtype": "uint16",
@@ -94,6 +96,12 @@ def gradient(step: int, slot: int, fragment: int) -> torch.Tensor:
     """Make a gradient, summed over the slot's tokens, large enough to be clipped."""
     generator = torch.Generator().manual_seed(10_000 * step + 100 * slot + fragment)
     return torch.randn(FRAGMENTS[fragment].num_elements, generator=generator)
+
+
+def moment(step: int, slot: int, fragment: int, array: str) -> torch.Tensor:
+    """Make a slot's moment at the end of a round, summed over the slot's tokens. A square is not negative."""
+    values_N = gradient(1_000 + step, slot, fragment) * (1 + len(array))
+    return values_N.square() if array == "exp_avg_sq" else values_N
 
 
 def same(left: dict[int, torch.Tensor], right: dict[int, torch.Tensor]) -> bool:
@@ -163,23 +171,38 @@ class Cluster:
 
     # -- a worker's calls ------------------------------------------------------------------------------------------
 
-    def all_keys(self) -> list[Key]:
+    def all_keys(self, step: int = 0) -> list[Key]:
         """The keys of all contributions of a step."""
-        return [(slot, bundle.index) for slot in range(NUM_SLOTS) for bundle in self.plan.bundles]
+        moments = self.plan.moment_bundles if self.plan.shares_moments(step) else ()
+        return [(slot, bundle.index) for slot in range(NUM_SLOTS) for bundle in (*self.plan.bundles, *moments)]
 
     def push_codec(self, bundle: int) -> BundleCodec:
-        return self.book.of(self.plan.bundles[bundle], first_push_codec(self.plan.recipe.codec))
+        found = self.plan.bundle(bundle)
+        return self.book.of(found, self.plan.codec_of(found, first_push_codec(self.plan.recipe.codec)))
 
     def pushed_bytes(self) -> int:
         """Payload bytes of one slot, for codecs of fixed size."""
         return sum(self.push_codec(bundle.index).max_bytes for bundle in self.plan.bundles)
 
     def contribution(
-        self, slot: int, bundle: int, step: int = 0, fill: float | None = None, **fields: Any
+        self,
+        slot: int,
+        bundle: int,
+        step: int = 0,
+        fill: float | None = None,
+        scale: float = 1.0,
+        **fields: Any,
     ) -> tuple[pb.ContributionHeader, list[Payload]]:
-        """Make a contribution, valid except for the header's `fields`. If `fill` is given, all values are `fill`."""
-        codec = self.push_codec(bundle)
-        values = [gradient(step, slot, fragment.index) for fragment in self.plan.bundles[bundle].fragments]
+        """Make a contribution, valid except for the header's `fields`. If `fill` is given, all values are `fill`.
+
+        Other values are multiplied by `scale`.
+        """
+        codec, array = self.push_codec(bundle), self.plan.bundle(bundle).array
+        fragments = [fragment.index for fragment in self.plan.bundle(bundle).fragments]
+        if array == WEIGHTS:
+            values = [gradient(step, slot, fragment) * scale for fragment in fragments]
+        else:
+            values = [moment(step, slot, fragment, array) for fragment in fragments]
         if fill is not None:
             values = [torch.full_like(slice_N, fill) for slice_N in values]
         payloads = codec.encode(values, step)
@@ -206,7 +229,7 @@ class Cluster:
         by_server: dict[int, list[bytes]] = {}
         for slot, bundle in keys:
             messages = frames(*self.contribution(slot, bundle, step, fill, **fields))
-            by_server.setdefault(self.plan.bundles[bundle].server, []).extend(messages)
+            by_server.setdefault(self.plan.bundle(bundle).server, []).extend(messages)
         found = await asyncio.gather(*(self.send(server, sent) for server, sent in by_server.items()))
         return [response for responses in found for response in responses]
 
@@ -236,7 +259,7 @@ class Cluster:
             "job_id": self.plan.job_id,
             "epoch": self.plan.epoch,
             "min_version": min_version,
-            "bundles": list(self.shards[server].bundles),
+            "bundles": list(self.shards[server].weights),
         }
         request |= fields
         version = -1
@@ -257,7 +280,9 @@ class Cluster:
             if whole is not None:
                 verify(*whole, "pull")
                 found.append(whole)
-        assert [header.bundle for header, _ in found] == list(request["bundles"]), "in the order asked for"
+        moments = self.plan.shares_moments(version)
+        expected = [index for index in request["bundles"] if moments or self.plan.bundle(index).array == WEIGHTS]
+        assert [header.bundle for header, _ in found] == expected, "in the order asked for"
         return version, found
 
     async def pull_one(self, server: int, min_version: int, **fields: Any) -> tuple[int, dict[int, torch.Tensor]]:
@@ -266,7 +291,7 @@ class Cluster:
         weights: dict[int, torch.Tensor] = {}
         for header, payload in found:
             assert not header.delta
-            bundle: Bundle = self.plan.bundles[header.bundle]
+            bundle: Bundle = self.plan.bundle(header.bundle)
             codec = self.book.of(bundle, codec_on_wire(header.codec).name)
             out = [torch.empty(fragment.num_elements) for fragment in bundle.fragments]
             codec.decode(split(payload, header.fragment_bytes), out, version)
@@ -278,6 +303,15 @@ class Cluster:
         pulls = await asyncio.gather(*(self.pull_one(server, version) for server in range(len(self.shards))))
         assert {found for found, _ in pulls} == {version}
         return dict(sorted((index, tensor) for _, weights in pulls for index, tensor in weights.items()))
+
+    async def pull_moments(self, version: int) -> dict[str, dict[int, torch.Tensor]]:
+        """Pull the moments of a version from all servers; return them by array and fragment."""
+        found: dict[str, dict[int, torch.Tensor]] = {}
+        for bundle in self.plan.moment_bundles:
+            pulled, moments = await self.pull_one(bundle.server, version, bundles=[bundle.index])
+            assert pulled == version
+            found.setdefault(bundle.array, {}).update(moments)
+        return found
 
     async def status(self) -> list[pb.GetServerStatusResponse]:
         return [await stub.GetServerStatus(pb.GetServerStatusRequest(job_id=self.plan.job_id)) for stub in self.stubs]

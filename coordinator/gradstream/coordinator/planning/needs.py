@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gradstream.core.checkpoint.shard import MAX_COPY_BYTES
 from gradstream.core.machine.facts import MAX_THREADS
-from gradstream.core.optimizer.rules import most_moments, server_moments, whole_tensors
+from gradstream.core.optimizer.rules import most_moments, server_moments, shared_moments, whole_tensors
 from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor
@@ -37,7 +37,7 @@ class NodeOffer:
 class ServerBytes:
     """Memory that a server needs for its fragments, in bytes."""
 
-    # Always: master weights, moments, accumulator, reference, and the encoded published bundles.
+    # Always: master weights, moments, outer momentum, accumulators, reference, and the encoded published bundles.
     state: int
     # In addition while a checkpoint is written: copies of bundles that are updated before they are written.
     checkpoint: int
@@ -69,6 +69,9 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
     optimizer = recipe.optimizer
     kept = [len(server_moments(recipe, tensors[fragment.tensor])) * fragment.num_elements for fragment in fragments]
     moments = MOMENT_BYTES[optimizer.moments] * sum(kept)
+    local = recipe.local
+    if local is not None and local.outer.momentum:
+        moments += array
     saved = (1 + form.keeps_reference) * array + moments
     if form.delta is None:
         published, newcomer = whole, 0
@@ -85,6 +88,12 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
             encoded_bytes(codec_for(tensors[fragment.tensor].kind, push, embedding), fragment.shape)
             for fragment in tied
         )
+    if local is not None:
+        # Moments that slots share are summed and published as bundles of their own, with the weights' fragments.
+        shared = {fragment: len(shared_moments(recipe, tensors[fragment.tensor])) for fragment in fragments}
+        moment_bytes = sum(count * encoded_bytes(local.moments, fragment.shape) for fragment, count in shared.items())
+        state += moment_bytes + sum(count * sum_bytes(fragment.num_elements) for fragment, count in shared.items())
+        early += recipe.training.num_slots * moment_bytes
     matrices = whole_tensors(optimizer, tensors) & {fragment.tensor for fragment in fragments}
     largest = sorted((tensors[number].num_elements for number in matrices), reverse=True)[:MAX_THREADS]
     scratch = SCRATCH_ARRAYS * BYTES_PER_ELEMENT * sum(largest)

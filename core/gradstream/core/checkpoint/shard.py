@@ -147,7 +147,8 @@ class CheckpointReader:
             found = opened.get_slice(key)
         except SafetensorError:
             raise CheckpointError(
-                f"checkpoint file {path} has no '{key}'; it was written with another optimizer than the recipe's"
+                f"checkpoint file {path} has no '{key}'; it was written with another optimizer than the recipe's, "
+                f"or by a job with local.inner_state: reset"
             ) from None
         dtype = found.get_dtype()
         expected = _DTYPES.values() if kind in MOMENTS else ("F32",)

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from gradstream.core.optimizer.rules import shared_moments
 from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import TensorKind
@@ -69,27 +70,34 @@ def traffic(plan: Plan) -> list[Traffic]:
     """The traffic of a plan with each of its servers."""
     codec, embedding = plan.recipe.codec, plan.recipe.codec.embedding
     push, pull = first_push_codec(codec), downlink(codec.pull).full
+    of_moments = plan.recipe.local.moments if plan.recipe.local is not None else "fp32"
     # Of a large model's fragments few differ in what counts here.
-    alike: list[Counter[tuple[TensorKind, int, Shape]]] = [Counter() for _ in plan.servers]
+    alike: list[Counter[tuple[TensorKind, int, int, Shape]]] = [Counter() for _ in plan.servers]
     for fragment in plan.fragments:
         tensor = plan.tensors[fragment.tensor]
-        alike[plan.placement[fragment.index]][tensor.kind, plan.num_parts(tensor), fragment.shape] += 1
+        num_moments = len(shared_moments(plan.recipe, tensor))
+        key = tensor.kind, plan.num_parts(tensor), num_moments, fragment.shape
+        alike[plan.placement[fragment.index]][key] += 1
+    # A bundle has at most this many elements, or is a single fragment, which has no more.
+    most = (plan.fragment_elements,)
     found = []
     for kinds in alike:
-        slot_bytes = version_bytes = 0
-        for (kind, num_parts, shape), count in kinds.items():
-            slot_bytes += count * num_parts * encoded_bytes(codec_for(kind, push, embedding), shape)
-            version_bytes += count * encoded_bytes(codec_for(kind, pull, embedding), shape)
-        # A bundle has at most this many elements, or is a single fragment, which has no more.
-        most = (plan.fragment_elements,)
-        contribution = max(encoded_bytes(codec_for(kind, push, embedding), most) for kind, *_ in kinds)
-        message = max(encoded_bytes(codec_for(kind, pull, embedding), most) for kind, *_ in kinds)
+        slot_bytes = version_bytes = num_bundles = contribution = message = 0
+        for (kind, num_parts, num_moments, shape), count in kinds.items():
+            pushed, pulled = codec_for(kind, push, embedding), codec_for(kind, pull, embedding)
+            moment_bytes = num_moments * encoded_bytes(of_moments, shape)
+            slot_bytes += count * (num_parts * encoded_bytes(pushed, shape) + moment_bytes)
+            version_bytes += count * (encoded_bytes(pulled, shape) + moment_bytes)
+            num_bundles += count * (1 + num_moments)
+            shared = [of_moments] if num_moments else []
+            contribution = max(contribution, *(encoded_bytes(name, most) for name in (pushed, *shared)))
+            message = max(message, *(encoded_bytes(name, most) for name in (pulled, *shared)))
         found.append(
             Traffic(
                 contribution_bytes=min(contribution, slot_bytes),
                 step_bytes=plan.num_slots * slot_bytes,
                 message_bytes=min(message, version_bytes, PIECE_BYTES),
-                request_bytes=REQUEST_BYTES + BUNDLE_INDEX_BYTES * sum(kinds.values()),
+                request_bytes=REQUEST_BYTES + BUNDLE_INDEX_BYTES * num_bundles,
             )
         )
     return found

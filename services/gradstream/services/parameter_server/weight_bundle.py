@@ -15,7 +15,7 @@ from gradstream.core.codecs.payloads import CodecBook, slices
 from gradstream.core.errors import CheckpointError
 from gradstream.core.optimizer.optimizer import STEP_COUNT, Optimizer
 from gradstream.core.optimizer.outer import OuterOptimizer
-from gradstream.core.optimizer.rules import server_moments
+from gradstream.core.optimizer.rules import server_moments, shared_moments
 from gradstream.core.plan.bundles import Bundle
 from gradstream.core.plan.downlink import Downlink
 from gradstream.core.plan.fragments import Fragment, Tensor
@@ -47,7 +47,7 @@ class WeightBundle(BundleState):
         elif any(server_moments(recipe, tensor) for tensor in self._tensors):
             self._optimizer = Optimizer(self._weights, self._sums, self._tensors, recipe.optimizer)
         self._outer: OuterOptimizer | None = None
-        self._shares_moments = recipe.local is not None and recipe.local.inner_state == "shared"
+        self._shares_moments = any(shared_moments(recipe, tensor) for tensor in self._tensors)
         if recipe.local is not None:
             self._outer = OuterOptimizer(self._weights, self._sums, recipe.local.outer)
 

@@ -71,12 +71,12 @@ def traffic(plan: Plan) -> list[Traffic]:
     codec, embedding = plan.recipe.codec, plan.recipe.codec.embedding
     push, pull = first_push_codec(codec), downlink(codec.pull).full
     of_moments = plan.recipe.local.moments if plan.recipe.local is not None else "fp32"
+    moments = [len(shared_moments(plan.recipe, tensor)) for tensor in plan.tensors]
     # Of a large model's fragments few differ in what counts here.
     alike: list[Counter[tuple[TensorKind, int, int, Shape]]] = [Counter() for _ in plan.servers]
     for fragment in plan.fragments:
         tensor = plan.tensors[fragment.tensor]
-        num_moments = len(shared_moments(plan.recipe, tensor))
-        key = tensor.kind, plan.num_parts(tensor), num_moments, fragment.shape
+        key = tensor.kind, plan.num_parts(tensor), moments[fragment.tensor], fragment.shape
         alike[plan.placement[fragment.index]][key] += 1
     # A bundle has at most this many elements, or is a single fragment, which has no more.
     most = (plan.fragment_elements,)

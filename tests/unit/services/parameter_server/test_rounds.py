@@ -185,22 +185,31 @@ async def test_a_round_applies_the_outer_rule_to_the_mean_difference_and_average
         )
 
 
-@pytest.mark.parametrize("local", [{"moments": "int8"}, {"moments": "bf16", "inner_state": "reset"}])
-@pytest.mark.parametrize("pull", ["bf16", "delta-int4"])
+@pytest.mark.parametrize(
+    ("optimizer", "pull", "after", "local"),
+    [
+        ("adamw", "delta-int4", 2, {"moments": "int8"}),
+        ("adamw", "bf16", 2, {"inner_state": "reset"}),
+        ("muon", "bf16", 0, {"moments": "bf16"}),
+    ],
+)
 async def test_the_same_bits_in_any_order_on_any_number_of_servers(
-    tmp_path: Path, pull: str, local: dict[str, Any]
+    tmp_path: Path, optimizer: str, pull: str, after: int, local: dict[str, Any]
 ) -> None:
-    """Two ordinary steps, then two rounds; the hash of a version covers all that is saved."""
+    """In ordinary steps and rounds. The hash of a version covers all that is saved."""
+    rule = {"kind": optimizer}
     digests = []
     for num_servers in (1, 2, 3):
         (tmp_path / str(num_servers)).mkdir()
-        plan = saving_plan(tmp_path / str(num_servers), num_servers, after=2, push="int8", pull=pull, local=local)
-        async with serving(plan) as cluster:
-            for version in range(4):
+        changes: dict[str, Any] = {"after": after, "push": "int8", "pull": pull, "local": local, "optimizer": rule}
+        async with serving(saving_plan(tmp_path / str(num_servers), num_servers, **changes)) as cluster:
+            for version in range(after + 2):
                 keys = cluster.all_keys(version)
                 await push_step(cluster, version, random.Random(num_servers).sample(keys, len(keys)))
                 await everything(cluster, version + 1)
-            digests.append([read_manifest(await saved(cluster, version)).state_sha256 for version in (3, 4)])
+            digests.append(
+                [read_manifest(await saved(cluster, version)).state_sha256 for version in (after + 1, after + 2)]
+            )
     assert digests[0] == digests[1] == digests[2]
 
 
@@ -461,6 +470,7 @@ async def test_a_checkpoint_written_during_the_next_round_is_of_one_version(
         ({}, {"inner_state": "reset"}, 1),
         ({"kind": "sgd", "momentum": 0.9}, {"moments": "bf16"}, 0),
         ({"kind": "sgd"}, {}, 0),
+        ({"kind": "muon"}, {"moments": "bf16"}, 0),
     ],
 )
 async def test_a_server_holds_what_was_predicted(optimizer: dict[str, Any], local: dict[str, Any], after: int) -> None:

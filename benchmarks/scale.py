@@ -2,6 +2,7 @@
 
     make bench-scale                                          # all cases
     python benchmarks/scale.py --only steps_1000 --servers 8
+    python benchmarks/scale.py --only steps_0200 --servers 64 --hosts 4 --memory 1GiB
 
 A simulated worker (`scaling.workers`) is a coroutine with the worker's own session, pulls, pushes and reports, and no
 model. All workers have one address, as behind a NAT. Each case is a module of the package `scaling`, named in `CASES`.
@@ -32,7 +33,8 @@ SMOKE_WORKERS = 12
 
 
 async def _steps(num_workers: int, data: Path, directory: Path, arguments: Namespace) -> list[Result]:
-    return await steps.measure(data, directory, num_workers, arguments.servers, arguments.memory, arguments.secure)
+    servers, memory = arguments.servers, arguments.memory
+    return await steps.measure(data, directory, num_workers, servers, memory, arguments.secure, arguments.hosts)
 
 
 async def _deaths(num_workers: int, data: Path, directory: Path, arguments: Namespace) -> list[Result]:
@@ -68,6 +70,7 @@ def main() -> None:
     parser = arguments_parser(__doc__)
     parser.add_argument("--servers", type=int, default=2, help="parameter servers (up to 64)")
     parser.add_argument("--memory", default="2GiB", help="memory that each server offers")
+    parser.add_argument("--hosts", type=int, default=0, help="of `steps`: processes that share the servers")
     parser.add_argument("--secure", action="store_true", help="with credentials: TLS, tokens, the guard")
     arguments = parser.parse_args()
     cases = chosen("scale", SMOKE_CASES if arguments.smoke else CASES, arguments.only)

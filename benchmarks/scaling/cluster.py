@@ -129,6 +129,23 @@ class ScaleCluster:
             for ready in waiting:
                 await asyncio.to_thread(await_file, ready)
 
+    async def start_hosted_servers(self, count: int, memory: str, num_hosts: int) -> None:
+        """Start parameter servers in `num_hosts` processes (scaling.host); return when all listen."""
+        names = [f"server-{number:02d}" for number in range(count)]
+        waiting = []
+        for host in range(num_hosts):
+            held = names[host::num_hosts]
+            command = [sys.executable, "-m", "scaling.host", *held, "--coordinator", self.address, "--memory", memory]
+            command += ["--directory", str(self.directory)]
+            if self._credentials is not None:
+                command += ["--credentials", str(self._credentials / SERVER)]
+            path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+            started = self._stack.enter_context(process(command, path, log=self.directory / f"{held[0]}.log"))
+            self._processes |= dict.fromkeys(held, psutil.Process(started.pid))
+            waiting += [self.directory / f"{name}.ready" for name in held]
+        for ready in waiting:
+            await asyncio.to_thread(await_file, ready)
+
     async def start_server_processes(self, name: str, count: int, memory: str) -> None:
         """Start the servers of one command, `--processes count`, which divide `memory`; return when all listen."""
         common = ["--coordinator", self.address, "--listen", "127.0.0.1:0", "--memory", memory]
@@ -172,9 +189,11 @@ def _usage(found: psutil.Process) -> Usage:
 
 @asynccontextmanager
 async def cluster(
-    directory: Path, num_servers: int, memory: str = "2GiB", secure: bool = False
+    directory: Path, num_servers: int, memory: str = "2GiB", secure: bool = False, num_hosts: int = 0
 ) -> AsyncIterator[ScaleCluster]:
     """Run a coordinator and servers for the block, `secure` with credentials.
+
+    With `num_hosts` the servers share that many processes; otherwise each has its own.
 
     `directory` gets their logs and, unless it has one, their state.
     """
@@ -182,5 +201,8 @@ async def cluster(
     with ExitStack() as stack:
         running = ScaleCluster(directory, stack, secure)
         await running.start_coordinator()
-        await running.start_servers(num_servers, memory)
+        if num_hosts:
+            await running.start_hosted_servers(num_servers, memory, num_hosts)
+        else:
+            await running.start_servers(num_servers, memory)
         yield running

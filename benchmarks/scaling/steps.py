@@ -28,7 +28,13 @@ def max_seconds(num_workers: int, num_servers: int) -> float:
 
 
 async def measure(
-    data: Path, directory: Path, num_workers: int, num_servers: int, memory: str, secure: bool = False
+    data: Path,
+    directory: Path,
+    num_workers: int,
+    num_servers: int,
+    memory: str,
+    secure: bool = False,
+    num_hosts: int = 0,
 ) -> list[Result]:
     """Run one job with a slot for each worker; return the share of its steps that completed, and its figures."""
     num_connections = num_workers * (num_servers + 1)
@@ -36,7 +42,7 @@ async def measure(
         fail("scale", f"this process {short}, or take fewer --servers")
     times: list[float] = []
     async with (
-        cluster(directory, num_servers, memory, secure) as running,
+        cluster(directory, num_servers, memory, secure, num_hosts) as running,
         SimulatedWorkers(running.address, running.transport) as workers,
     ):
         began = time.monotonic()
@@ -66,19 +72,21 @@ async def measure(
         server = running.usage("server-00")
     seconds = [end - begin for begin, end in pairwise(times)]
     median = statistics.median(seconds) if seconds else 0.0
+    shared = f" in {num_hosts} processes" if num_hosts else ""
+    a_server = f"one process with {num_servers / num_hosts:g} servers" if num_hosts else "one server"
     detail = (
-        f"{len(times)} of {NUM_STEPS} steps, {num_servers} servers; all registered in {registered_seconds:.1f} s; "
-        f"{median:.2f} s a step; the job is {job.state} ({job.reason or 'no reason'})"
+        f"{len(times)} of {NUM_STEPS} steps, {num_servers} servers{shared}; all registered in "
+        f"{registered_seconds:.1f} s; {median:.2f} s a step; the job is {job.state} ({job.reason or 'no reason'})"
     )
     print(f"{num_workers} workers: {detail}", flush=True)
     results = [result(f"steps_{num_workers:04d}", len(times) / NUM_STEPS, 1.0, detail)]
     if seconds:
         server_seconds = server.cpu_seconds - server_before.cpu_seconds
-        cost = f"{after.cpu_seconds - before.cpu_seconds:.1f} CPU s of the coordinator; one server {server_seconds:.1f}"
+        cost = f"{after.cpu_seconds - before.cpu_seconds:.1f} CPU s of the coordinator; {a_server} {server_seconds:.1f}"
         results.append(at_most(f"step_seconds_{num_workers:04d}", median, 0.0, cost))
     grown = server.resident_bytes - server_before.resident_bytes
     memory_detail = (
-        f"of the coordinator; one server {server.resident_bytes / 2**20:.0f}, {grown / 2**20:.0f} by the job"
+        f"of the coordinator; {a_server} {server.resident_bytes / 2**20:.0f}, {grown / 2**20:.0f} by the job"
     )
     results.append(at_most(f"mib_{num_workers:04d}", after.resident_bytes / 2**20, 0.0, memory_detail))
     return results

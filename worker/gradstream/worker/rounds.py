@@ -21,6 +21,7 @@ import torch
 from gradstream.core.kernels.codec import squared_norm
 from gradstream.core.log import get_logger
 from gradstream.core.optimizer.optimizer import Optimizer
+from gradstream.core.optimizer.rule import Slice
 from gradstream.core.plan.bundles import WEIGHTS
 from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.learning_rate import rate_of_step
@@ -120,9 +121,7 @@ class _SlotState:
         self.weights = {tensor: held.arrays[tensor, WEIGHTS].clone() for tensor in self.tensors}
         self.gradients = {tensor: torch.empty_like(weights_N) for tensor, weights_N in self.weights.items()}
         self._optimizer = Optimizer(
-            list(self.weights.values()),
-            list(self.gradients.values()),
-            [plan.tensors[tensor] for tensor in self.tensors],
+            [Slice(self.weights[tensor], self.gradients[tensor], plan.tensors[tensor]) for tensor in self.tensors],
             plan.recipe.optimizer,
         )
         self.totals: list[SlotTotals] = []

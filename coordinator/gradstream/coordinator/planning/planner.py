@@ -87,12 +87,6 @@ def make_plan(
     whole = whole_tensors(recipe.optimizer, model.tensors)
     num_pieces = len(pieces_of(fragments, whole))
     chosen = sorted(servers, key=lambda server: server.name)[:num_pieces]
-    if num_pieces < len(fragments):
-        largest = max(model.tensors[number].num_elements for number in whole) * BYTES_PER_ELEMENT
-        raise PlanError(
-            f"optimizer.kind {recipe.optimizer.kind} needs each matrix in one fragment so far; set "
-            f"cluster.fragment_bytes={largest}"
-        )
     placement, placement_reason = place(fragments, model.tensors, len(chosen), whole)
     try:
         memory_reason, needs = _check_server_memory(recipe, fragments, placement, chosen, model.tensors)

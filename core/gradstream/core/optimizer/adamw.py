@@ -65,5 +65,5 @@ class AdamW(Rule):
                 maximize=False,
             )
 
-    def state(self) -> list[dict[str, torch.Tensor]]:
-        return self._state
+    def state_of(self, number: int) -> dict[str, torch.Tensor]:
+        return self._state[number]

@@ -56,11 +56,10 @@ def orthogonalize(update_RC: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix: its slices, and its momentum, of which each slice has a part."""
+    """A matrix: its slices, and its momentum in one piece."""
 
     slices: list[Slice]
     momentum: torch.Tensor
-    parts: list[torch.Tensor]
     weight_decay: float
 
 
@@ -74,19 +73,20 @@ class Muon(Rule):
     whole = True
 
     def __init__(self, slices: Sequence[Slice], config: OptimizerConfig):
-        super().__init__(slices, config)
-        whole: dict[str, list[Slice]] = {}
-        for each in slices:
-            whole.setdefault(each.tensor.name, []).append(each)
-        self._matrices = {name: self._matrix(found) for name, found in whole.items()}
-
-    def _matrix(self, slices: list[Slice]) -> _Matrix:
         import torch
 
-        tensor = slices[0].tensor
-        momentum_RC = torch.zeros(tensor.shape, device=slices[0].weights.device)
-        parts = _cut(momentum_RC, slices)
-        return _Matrix(slices, momentum_RC, parts, self.config.weight_decay if tensor.decay else 0.0)
+        super().__init__(slices, config)
+        numbers: dict[str, list[int]] = {}
+        for number, each in enumerate(slices):
+            numbers.setdefault(each.tensor.name, []).append(number)
+        self._matrices: list[_Matrix] = []
+        self._parts: dict[int, torch.Tensor] = {}
+        for found in numbers.values():
+            own = [slices[number] for number in found]
+            tensor = own[0].tensor
+            momentum_RC = torch.zeros(tensor.shape, device=own[0].weights.device)
+            self._matrices.append(_Matrix(own, momentum_RC, config.weight_decay if tensor.decay else 0.0))
+            self._parts |= zip(found, _cut(momentum_RC, own), strict=True)
 
     @classmethod
     def takes(cls, tensor: Updated) -> bool:
@@ -99,12 +99,11 @@ class Muon(Rule):
     def step(self, rate: float) -> None:
         import torch
 
-        matrices = list(self._matrices.values())
         num_threads = torch.get_num_threads()
-        if num_threads > 1 and all(each.momentum.is_cpu for each in matrices):
-            list(_single_threads(num_threads).map(lambda matrix: self._update(matrix, rate), matrices))
+        if num_threads > 1 and all(matrix.momentum.is_cpu for matrix in self._matrices):
+            list(_single_threads(num_threads).map(lambda matrix: self._update(matrix, rate), self._matrices))
             return
-        for matrix in matrices:
+        for matrix in self._matrices:
             self._update(matrix, rate)
 
     def _update(self, matrix: _Matrix, rate: float) -> None:
@@ -121,9 +120,8 @@ class Muon(Rule):
             for each, part_N in zip(matrix.slices, parts, strict=True):
                 each.weights.mul_(1 - rate * matrix.weight_decay).add_(part_N)
 
-    def state(self) -> list[dict[str, torch.Tensor]]:
-        parts = {name: iter(matrix.parts) for name, matrix in self._matrices.items()}
-        return [{BUFFER: next(parts[each.tensor.name])} for each in self.slices]
+    def state_of(self, number: int) -> dict[str, torch.Tensor]:
+        return {BUFFER: self._parts[number]}
 
 
 def _cut(matrix_RC: torch.Tensor, slices: Sequence[Slice]) -> list[torch.Tensor]:

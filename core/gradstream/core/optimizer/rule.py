@@ -49,7 +49,7 @@ class Rule(ABC):
     """
 
     arrays: ClassVar[tuple[str, ...]]
-    """The names of the arrays in `state`."""
+    """The names of a slice's arrays."""
     whole: ClassVar[bool] = False
     """Whether the rule updates a tensor only as a whole: all slices of a tensor are given to one object, in order."""
 
@@ -72,8 +72,8 @@ class Rule(ABC):
         """Update all weights in place with learning rate `rate`."""
 
     @abstractmethod
-    def state(self) -> list[dict[str, torch.Tensor]]:
-        """The rule's arrays by name for each slice, all fp32, as views of the rule's memory."""
+    def state_of(self, number: int) -> dict[str, torch.Tensor]:
+        """The arrays of slice `number` by name, all fp32, as views of the rule's memory."""
 
     def by_decay(self) -> list[tuple[float, list[int]]]:
         """Each weight decay with the numbers of its slices: torch's functions take one decay for all arrays."""

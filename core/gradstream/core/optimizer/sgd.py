@@ -15,7 +15,7 @@ BUFFER = "momentum_buffer"
 
 
 class SGD(Rule):
-    """SGD. The momentum begins with zeros. Without momentum no memory is taken, and the arrays in `state` are zeros."""
+    """SGD. The momentum begins with zeros. Without momentum no memory is taken, and `state_of` has zeros."""
 
     arrays = (BUFFER,)
 
@@ -55,10 +55,8 @@ class SGD(Rule):
                 maximize=False,
             )
 
-    def state(self) -> list[dict[str, torch.Tensor]]:
+    def state_of(self, number: int) -> dict[str, torch.Tensor]:
         import torch
 
-        return [
-            {BUFFER: torch.zeros_like(each.weights) if buffer is None else buffer}
-            for each, buffer in zip(self.slices, self._buffers, strict=True)
-        ]
+        buffer = self._buffers[number]
+        return {BUFFER: torch.zeros_like(self.slices[number].weights) if buffer is None else buffer}

@@ -18,6 +18,7 @@ from gradstream.proto.v1 import coordinator_pb2, plan_pb2
 from gradstream.proto.v1 import parameter_server_pb2 as pb
 from gradstream.services.parameter_server.accumulation import StepTotals
 from gradstream.services.parameter_server.bundle_state import BundleState
+from gradstream.services.parameter_server.update_group import UpdateGroup
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,8 @@ def update_of(plan: Plan, decision: Decision) -> Update:
     return Update(decision, rate, codec_on_wire(decision.pull_codec).name, num_inner_steps)
 
 
-def apply(state: BundleState, update: Update) -> None:
-    """Update a bundle and encode it for pulls. Worker thread."""
+def apply(state: BundleState | UpdateGroup, update: Update) -> None:
+    """Update a bundle, or a group of bundles, and encode it for pulls. Worker thread."""
     decision = update.decision
     if decision.skip:
         pass

@@ -43,6 +43,7 @@ from gradstream.services.parameter_server.loading import load_bundles
 from gradstream.services.parameter_server.moment_bundle import moment_bundles
 from gradstream.services.parameter_server.publication import PublishedBundle
 from gradstream.services.parameter_server.tuner import Tuner
+from gradstream.services.parameter_server.update_group import UpdateGroup, update_groups
 from gradstream.services.parameter_server.weight_bundle import WeightBundle
 
 log = get_logger()
@@ -94,6 +95,7 @@ class Shard:
         self.weights = {
             bundle.index: WeightBundle(bundle, plan.tensors, recipe, form, book) for bundle in plan.bundles_of(index)
         }
+        self._groups = update_groups(plan, index, self.weights)
         self.moments = moment_bundles(plan, self.weights.values(), book)
         """The bundles of moments that slots share, by the index of their bundle of weights."""
         shared = [state for states in self.moments.values() for state in states]
@@ -158,6 +160,7 @@ class Shard:
         # Streams hold references to the shard until they have ended; free its memory now.
         for held in (self.bundles, self.weights, self.moments):
             held.clear()
+        self._groups.clear()
 
     # -- push ------------------------------------------------------------------------------------------------------
 
@@ -202,7 +205,7 @@ class Shard:
         self._enter(step + 1, "applying")
         self._consecutive_skips = decision.consecutive_skips
         self.accumulation.begin_step(step + 1)
-        await asyncio.gather(*(self._apply(state, update) for state in self.weights.values()))
+        await asyncio.gather(*(self._apply(group, update) for group in self._groups))
         self._enter(step + 1)
         if decision.checkpoint:
             self.checkpoints.begin(step + 1, self._consecutive_skips)
@@ -218,17 +221,25 @@ class Shard:
             self._pause.cancel()
         self._pause = loop.call_later(PAUSE_SECONDS, loop.run_in_executor, self._executor, memory.trim)
 
-    async def _apply(self, weights: WeightBundle, update: Update) -> None:
-        """Update and publish a bundle, once a checkpoint that is being written no longer needs it as it is.
+    async def _apply(self, group: UpdateGroup, update: Update) -> None:
+        """Update and publish bundles, once a checkpoint that is being written no longer needs them as they are.
 
-        Its moments follow: they share its memory, and ordinary steps update them with the weights.
+        Their moments follow: they share the weights' optimizer, and ordinary steps update them with the weights.
         """
-        index, version = weights.bundle.index, update.decision.step + 1
-        await self.checkpoints.release(index)
-        for state in (weights, *(self.moments[index] if self.plan.shares_moments(version) else ())):
-            await self._run(commit.apply, state, update)
-            state.begin_step(version)
-            self._notify()
+        version = update.decision.step + 1
+        for weights in group.bundles:
+            await self.checkpoints.release(weights.bundle.index)
+        await self._run(commit.apply, group, update)
+        for weights in group.bundles:
+            weights.begin_step(version)
+        self._notify()
+        if not self.plan.shares_moments(version):
+            return
+        for weights in group.bundles:
+            for state in self.moments[weights.bundle.index]:
+                await self._run(commit.apply, state, update)
+                state.begin_step(version)
+                self._notify()
 
     def _decide(self, step: int, reports: Mapping[int, pb.CompleteStepRequest]) -> Decision:
         """Decide, on the leader, on a step that all servers have completed and on the codecs of the next step."""

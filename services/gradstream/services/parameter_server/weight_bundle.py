@@ -13,9 +13,10 @@ from gradstream.core.checkpoint.manifest import WEIGHT
 from gradstream.core.checkpoint.shard import OUTER_MOMENTUM, REFERENCE, CheckpointReader, Sizes, sizes_of
 from gradstream.core.codecs.payloads import CodecBook, slices
 from gradstream.core.errors import CheckpointError
-from gradstream.core.optimizer.optimizer import STEP_COUNT, Optimizer
+from gradstream.core.optimizer.optimizer import STEP_COUNT, Optimizer, OptimizerState
 from gradstream.core.optimizer.outer import OuterOptimizer
-from gradstream.core.optimizer.rules import server_moments, shared_moments
+from gradstream.core.optimizer.rule import Slice
+from gradstream.core.optimizer.rules import server_moments, shared_moments, whole_tensors
 from gradstream.core.plan.bundles import Bundle
 from gradstream.core.plan.downlink import Downlink
 from gradstream.core.plan.fragments import Fragment, Tensor
@@ -31,7 +32,11 @@ FragmentState = tuple[Fragment, State]
 
 
 class WeightBundle(BundleState):
-    """The state of a bundle of weights. An ordinary step's mean gradient updates them, or a round's mean difference."""
+    """The state of a bundle of weights. An ordinary step's mean gradient updates them, or a round's mean difference.
+
+    A bundle with a part of a matrix that its rule updates as a whole has no optimizer until it joins the matrix's other
+    bundles (`update_group.py`).
+    """
 
     def __init__(self, bundle: Bundle, tensors: Sequence[Tensor], recipe: Recipe, form: Downlink, book: CodecBook):
         self._weights_N = torch.zeros(bundle.num_elements)
@@ -39,21 +44,32 @@ class WeightBundle(BundleState):
         super().__init__(bundle, recipe.training.num_slots, made)
         self._tensors = [tensors[fragment.tensor] for fragment in bundle.fragments]
         self._weights = slices(self._weights_N, bundle)
-        self._optimizer: Optimizer | Bf16MomentsOptimizer | None = None
+        self._optimizer: OptimizerState | Bf16MomentsOptimizer | None = None
         if recipe.optimizer.moments == "bf16":
             self._optimizer = Bf16MomentsOptimizer(
                 self._weights, self._sums, bundle.fragments, self._tensors, recipe.optimizer, recipe.seed
             )
         elif any(server_moments(recipe, tensor) for tensor in self._tensors):
-            self._optimizer = Optimizer(self._weights, self._sums, self._tensors, recipe.optimizer)
+            whole = whole_tensors(recipe.optimizer, self._tensors)
+            if all(self._tensors[number].num_elements == len(self._weights[number]) for number in whole):
+                self._optimizer = Optimizer(self.slices, recipe.optimizer)
         self._outer: OuterOptimizer | None = None
         self._shares_moments = any(shared_moments(recipe, tensor) for tensor in self._tensors)
         if recipe.local is not None:
             self._outer = OuterOptimizer(self._weights, self._sums, recipe.local.outer)
 
+    @property
+    def slices(self) -> list[Slice]:
+        """The fragments as the optimizer updates them."""
+        return [Slice(*each) for each in zip(self._weights, self._sums, self._tensors, strict=True)]
+
+    def join(self, optimizer: OptimizerState) -> None:
+        """Take the state of the bundle's fragments in an optimizer of several bundles."""
+        self._optimizer = optimizer
+
     def moments(self, bundle: Bundle) -> list[torch.Tensor]:
         """The moment `bundle.array` of each fragment of `bundle`, in the optimizer's own memory."""
-        assert isinstance(self._optimizer, Optimizer)
+        assert isinstance(self._optimizer, OptimizerState)
         numbers = {fragment.index: number for number, fragment in enumerate(self.bundle.fragments)}
         return [self._optimizer.moment(bundle.array, numbers[fragment.index]) for fragment in bundle.fragments]
 
@@ -65,16 +81,20 @@ class WeightBundle(BundleState):
 
     def apply(self, num_tokens: int, clip_scale: float, rate: float, step: int) -> None:
         """Scale the sum to the clipped mean over the tokens of `step` and update the weights; worker thread."""
-        assert self._optimizer is not None
-        self._sum.result_N.mul_(clip_scale / num_tokens)
+        assert isinstance(self._optimizer, Optimizer | Bf16MomentsOptimizer)
+        self.scale(num_tokens, clip_scale)
         self._optimizer.step(rate, step)
+
+    def scale(self, num_tokens: int, clip_scale: float) -> None:
+        """Scale the sum to the clipped mean over a step's tokens; worker thread."""
+        self._sum.result_N.mul_(clip_scale / num_tokens)
 
     def apply_round(self, num_tokens: int, num_steps: int) -> None:
         """Scale the sum to the mean difference of a round and update the weights; worker thread."""
         assert self._outer is not None
         self._sum.result_N.mul_(1.0 / num_tokens)
         self._outer.step()
-        if self._shares_moments and isinstance(self._optimizer, Optimizer):
+        if self._shares_moments and isinstance(self._optimizer, OptimizerState):
             self._optimizer.count(num_steps)
 
     # -- state -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from support.micro import MICRO_LLAMA
 from gradstream.core.model.model import inventory
 from gradstream.core.optimizer.muon import Muon, orthogonalize
 from gradstream.core.optimizer.optimizer import Optimizer
+from gradstream.core.optimizer.rule import Slice
 from gradstream.core.optimizer.rules import moments_of, rule_of, whole_tensors
 from gradstream.core.plan.fragments import Tensor, cut
 from gradstream.core.recipe.recipe import MuonConfig, OptimizerConfig
@@ -47,9 +48,14 @@ def trained(rule: OptimizerConfig, shapes: list[tuple[int, int]], fragment_eleme
     weights = [matrix(shape, number).reshape(-1) for number, shape in enumerate(shapes)]
     gradients = [torch.empty_like(weights_N) for weights_N in weights]
     optimizer = Optimizer(
-        [weights[each.tensor][each.begin : each.end] for each in fragments],
-        [gradients[each.tensor][each.begin : each.end] for each in fragments],
-        [tensors[each.tensor] for each in fragments],
+        [
+            Slice(
+                weights[each.tensor][each.begin : each.end],
+                gradients[each.tensor][each.begin : each.end],
+                tensors[each.tensor],
+            )
+            for each in fragments
+        ],
         rule,
     )
     for step, rate in enumerate(RATES):
@@ -112,7 +118,7 @@ def test_an_update_is_as_large_as_one_of_adamw() -> None:
     rule = RULE.model_copy(update={"weight_decay": 0.0})
     for shape in ((256, 64), (64, 256), (128, 128)):
         weights_RC, gradient_RC = torch.zeros(shape), matrix(shape, 1)
-        Optimizer([weights_RC.view(-1)], [gradient_RC.view(-1)], matrices([shape]), rule).step(1.0)
+        Optimizer([Slice(weights_RC.view(-1), gradient_RC.view(-1), *matrices([shape]))], rule).step(1.0)
         rms = float(weights_RC.square().mean().sqrt())
         expected = 0.2 * math.sqrt(max(shape)) * math.sqrt(min(shape) / math.prod(shape))
         assert rms == pytest.approx(expected, rel=0.2)
@@ -145,7 +151,8 @@ def test_a_saved_and_loaded_state_goes_on_bit_for_bit() -> None:
 
     def made(weights: list[torch.Tensor]) -> tuple[Optimizer, list[torch.Tensor]]:
         gradients = [torch.empty_like(weights_N) for weights_N in weights]
-        return Optimizer(weights, gradients, [tensors[each.tensor] for each in fragments], RULE), gradients
+        own = [tensors[each.tensor] for each in fragments]
+        return Optimizer(list(map(Slice, weights, gradients, own)), RULE), gradients
 
     def step(optimizer: Optimizer, gradients: list[torch.Tensor], number: int) -> None:
         for place, gradient_N in enumerate(gradients):

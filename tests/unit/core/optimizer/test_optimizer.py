@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gradstream.core.optimizer.optimizer import Optimizer
+from gradstream.core.optimizer.rule import Slice
 from gradstream.core.plan.fragments import Tensor
 from gradstream.core.recipe.learning_rate import learning_rate
 from gradstream.core.recipe.recipe import LearningRateScheduleConfig, OptimizerConfig
@@ -64,9 +65,7 @@ class Slices:
         self._gradient_N = torch.zeros_like(self.weights_N)
         bounds = [(first + begin, first + end) for begin, end in pairwise(SLICES)]
         self.optimizer = Optimizer(
-            [self.weights_N[begin:end] for begin, end in bounds],
-            [self._gradient_N[begin:end] for begin, end in bounds],
-            [tensor_of(decay)] * len(bounds),
+            [Slice(self.weights_N[begin:end], self._gradient_N[begin:end], tensor_of(decay)) for begin, end in bounds],
             config,
         )
         self._first = first
@@ -106,7 +105,7 @@ def test_decay_is_used_where_asked_for_alone(kind: Any) -> None:
     weights = [torch.ones(4), torch.ones(3), torch.ones(5), torch.ones(1)]
     decays = [True, False, True, False]
     gradients = [torch.zeros_like(weights_N) for weights_N in weights]
-    Optimizer(weights, gradients, [tensor_of(decay) for decay in decays], rule).step(0.1)
+    Optimizer(list(map(Slice, weights, gradients, map(tensor_of, decays))), rule).step(0.1)
     for weights_N, decay in zip(weights, decays, strict=True):
         if not decay:
             assert (weights_N == 1).all()

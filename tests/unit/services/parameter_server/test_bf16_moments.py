@@ -14,6 +14,7 @@ from gradstream.core.checkpoint.manifest import directory_of, write_manifest
 from gradstream.core.checkpoint.shard import CheckpointReader
 from gradstream.core.kernels.moments import round_moments
 from gradstream.core.optimizer.optimizer import Optimizer
+from gradstream.core.optimizer.rule import Slice
 from gradstream.core.plan.fragments import Fragment, Tensor
 from gradstream.core.recipe.recipe import OptimizerConfig
 from gradstream.services.parameter_server.bf16_moments import Bf16MomentsOptimizer
@@ -131,7 +132,7 @@ def test_the_loss_of_a_tiny_job_is_near_that_of_fp32() -> None:
         tensors = [Tensor(f"w{number}", (len(weights_N),), False, 0) for number, weights_N in enumerate(weights)]
         fragments = [Fragment(number, number, 0, len(each)) for number, each in enumerate(weights)]
         optimizer = (
-            Optimizer(weights, gradients, tensors, config)
+            Optimizer(list(map(Slice, weights, gradients, tensors)), config)
             if kind == "fp32"
             else Bf16MomentsOptimizer(weights, gradients, fragments, tensors, config, 1)
         )

@@ -157,7 +157,7 @@ def test_every_residual_codec_lowers_the_loss(cluster: Cluster, tiny_data: Path,
     cluster.start_servers("server-0", "server-1")
     cluster.start_workers("worker-0", "worker-1")
     digests = set()
-    for codec in ("topk", "sign", "powersgd"):
+    for codec in ("topk", "sign", "powersgd", "sparse"):
         recipe = recipe_of(
             tiny_data,
             tmp_path / "runs",
@@ -171,4 +171,4 @@ def test_every_residual_codec_lowers_the_loss(cluster: Cluster, tiny_data: Path,
         assert job.validation_loss is not None
         print(f"{codec}: validation loss {job.initial_validation_loss:.3f} → {job.validation_loss:.3f}")
         assert job.validation_loss < job.initial_validation_loss - 0.5
-    assert len(digests) == 3
+    assert len(digests) == 4

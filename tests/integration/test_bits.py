@@ -19,10 +19,18 @@ PUSH_AND_PULL = {
     "delta-int8": ("int8", "delta-int8"),
     "delta-int4": ("int4-hadamard", "delta-int4"),
     "xor-bf16": ("bf16", "xor-bf16"),
+    "int2": ("int2", "int8"),
+    "delta-int2": ("sparse", "delta-int2"),
 }
 # Where a pair is not tried on the whole walk.
 CORNERS = [(1, 1), (3, 1), (1, 3), (3, 3)]
-TRIED = {"delta-int8": CORNERS, "delta-int4": CORNERS, "xor-bf16": [(1, 1), (2, 3)]}
+TRIED = {
+    "delta-int8": CORNERS,
+    "delta-int4": CORNERS,
+    "xor-bf16": [(1, 1), (2, 3)],
+    "int2": [(1, 1), (2, 3)],
+    "delta-int2": [(1, 1), (2, 3)],
+}
 
 
 @pytest.mark.timeout(900)
@@ -46,7 +54,8 @@ def test_same_bits_on_every_number_of_workers_and_servers(tiny_data: Path, tmp_p
                     tiny_data,
                     tmp_path / "runs",
                     name=f"bits-{name}",
-                    codec={"push": push, "pull": pull, "keyframe_versions": 4},
+                    codec={"push": push, "pull": pull, "keyframe_versions": 4}
+                    | ({"residual_decay": 0} if push == "sparse" else {}),
                     cluster={"min_workers": num_workers, "min_servers": num_servers},
                 )
                 job = cluster.client.submit(recipe)

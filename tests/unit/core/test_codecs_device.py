@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradstream.core.codecs import CODEC_NAMES, ResidualCodec, codec_named
-from gradstream.core.codecs._dense import ScaledCodec
-from gradstream.core.codecs._residual import _Sparse
+from gradstream.core.codecs import CODEC_NAMES, DenseCodec, codec_named
+from gradstream.core.codecs._residual import InPlaceCodec
 
 LENGTHS = [1, 2, 255, 256, 257, 600, 4095, 4096, 4097, 9000]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -24,10 +23,10 @@ def values_of(length: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", ["int8", "int4", "int4-hadamard"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-hadamard", "int2"])
 def test_scaled_codecs_by_torch_give_the_kernels_bits(name: str, length: int) -> None:
     codec = codec_named(name)
-    assert isinstance(codec, ScaledCodec)
+    assert isinstance(codec, DenseCodec)
     values_N = values_of(length)
     for values_N in (values_of(length), torch.full((length,), -3.0885e-42), torch.full((length,), float("nan"))):
         payload = codec.encode(values_N, 9)
@@ -41,10 +40,10 @@ def test_scaled_codecs_by_torch_give_the_kernels_bits(name: str, length: int) ->
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", ["topk", "sign"])
+@pytest.mark.parametrize("name", ["topk", "sign", "sparse"])
 def test_residual_codecs_by_torch_give_the_kernels_bits(name: str, length: int) -> None:
     codec = codec_named(name)
-    assert isinstance(codec, _Sparse)
+    assert isinstance(codec, InPlaceCodec)
     state = codec.new_state((length,))
     residual_N = torch.zeros(length)
     for step in range(3):
@@ -77,10 +76,9 @@ def test_a_gpu_gives_the_cpus_bits_and_decodes_them(name: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", ["topk", "sign", "powersgd"])
+@pytest.mark.parametrize("name", ["topk", "sign", "powersgd", "sparse", "int2"])
 def test_a_state_from_a_checkpoint_follows_the_values_to_the_gpu(name: str) -> None:
     codec = codec_named(name)
-    assert isinstance(codec, ResidualCodec)
     state = codec.new_state((64, 300))
     codec.encode_with(values_of(64 * 300).view(64, 300).cuda(), state)
     assert all(tensor.is_cuda for tensor in state.values())

@@ -16,7 +16,7 @@ from gradstream.core.plan.bundles import Bundle
 from gradstream.core.plan.plan import Plan
 from gradstream.worker.residuals import SlotResiduals, States
 
-CODECS = ["topk", "sign", "powersgd"]
+CODECS = ["topk", "sign", "powersgd", "sparse", "int2*0.5"]
 SLOT = 1
 
 
@@ -43,7 +43,9 @@ class Encoder:
 
 
 def plan_of(codec: str) -> Plan:
-    return micro_plan(codec={"push": codec}, num_steps=10)
+    """`int2*0.5` is int2 with a residual of this decay."""
+    push, _, decay = codec.partition("*")
+    return micro_plan(codec={"push": push, "residual_decay": float(decay) if decay else None}, num_steps=10)
 
 
 def same(left: States, right: States) -> bool:
@@ -111,6 +113,14 @@ def test_a_slot_without_its_last_step_starts_from_zero_and_says_so() -> None:
     assert encoder.residuals.snapshot(5) == {}
     assert encoder.fresh == [(2, SLOT), (5, SLOT)]
     assert encoder.encode(5) == Encoder(plan).encode(5)
+
+
+def test_without_a_decay_nothing_is_kept() -> None:
+    for push in ("int2", "sparse*0", "topk*0"):
+        encoder = Encoder(plan_of(push))
+        encoder.encode(0)
+        assert encoder.encode(1) == Encoder(plan_of(push)).encode(1)
+        assert encoder.residuals.snapshot(1) == encoder.residuals.snapshot(2) == {}
 
 
 def test_another_codec_starts_from_zero() -> None:

@@ -31,9 +31,8 @@ from gradstream.core.codecs.payloads import BundleCodec
 from gradstream.core.errors import CheckpointError
 from gradstream.core.log import get_logger
 from gradstream.core.node.session import NodeSession
-from gradstream.core.plan.bundles import keeps_residuals
+from gradstream.core.plan.bundles import WEIGHTS, keeps_residuals
 from gradstream.core.plan.plan import Plan
-from gradstream.core.recipe.recipe import RESIDUAL_CODECS
 from gradstream.core.rpc.channel import UNARY_TIMEOUT_SECONDS
 from gradstream.core.storage import files
 from gradstream.proto.v1 import coordinator_pb2
@@ -64,17 +63,18 @@ class SlotResiduals:
 
     def __init__(self, plan: Plan):
         self._plan = plan
+        self._decay = plan.recipe.codec.decay
         self._slots: dict[int, _Slot] = {}
         self.on_fresh: Callable[[int, int], None] = lambda version, slot: None
 
     def encode(self, codec: BundleCodec, slices: Sequence[torch.Tensor], step: int, slot: int) -> list[Payload]:
         """Encode a bundle of a slot's gradient. Idempotent: the same step gives the same payloads again."""
-        if codec.codec.name not in RESIDUAL_CODECS:
+        if not self._decay or codec.bundle.array != WEIGHTS:
             return codec.encode(slices, step)
         held = self._at(step, slot, codec.codec.name)
         for fragment in codec.bundle.fragments:
             _restore(held.before, held.after, fragment.index)
-        payloads = codec.encode_with(slices, held.after, step)
+        payloads = codec.encode_with(slices, held.after, step, self._decay)
         held.encoded.add(codec.bundle.index)
         return payloads
 

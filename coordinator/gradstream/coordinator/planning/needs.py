@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from gradstream.core.checkpoint.shard import MAX_COPY_BYTES
 from gradstream.core.machine.facts import MAX_THREADS
 from gradstream.core.optimizer.rules import most_moments, server_moments, shared_moments, whole_tensors
-from gradstream.core.plan.bundles import codec_for, first_push_codec
+from gradstream.core.plan.bundles import codec_for, first_push_codec, keeps_residuals
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor
 from gradstream.core.plan.plan import Plan
 from gradstream.core.plan.sizes import MAX_ENCODED_SLOTS, encoded_bytes, sum_bytes
-from gradstream.core.recipe.recipe import RESIDUAL_CODECS, Recipe
+from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.wire.stream_limits import MAX_WAITING_BYTES
 
 MOMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -121,7 +121,7 @@ def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int
         moments = most_moments(recipe.optimizer) * encoded_bytes(local.moments, (num_parameters,))
         contribution, arriving = contribution + moments, arriving + moments
     slots = min(MAX_ENCODED_SLOTS, num_slots) * contribution
-    if push in RESIDUAL_CODECS:
+    if keeps_residuals(recipe.codec):
         # The slot's residual at the version, and the new one after the step.
         slots += num_slots * 2 * BYTES_PER_ELEMENT * num_parameters
     frozen = 0

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from gradstream.core.checkpoint.manifest import FileEntry, write_checkpoint_file
 from gradstream.core.checkpoint.shard import slice_name, verified_file
-from gradstream.core.codecs import ResidualCodec, State
+from gradstream.core.codecs import State
 from gradstream.core.codecs.payloads import CodecBook
 from gradstream.core.errors import CheckpointError
 from gradstream.core.foreign import parsing
@@ -84,6 +84,7 @@ def _fresh_states(plan: Plan) -> Iterator[tuple[Fragment, State]]:
     """Each fragment that keeps a residual, with its initial state."""
     book = CodecBook(plan.tensors, plan.recipe.codec.embedding)
     for bundle in plan.bundles:
-        for codec, fragment in zip(book.of(bundle, plan.recipe.codec.push).codecs, bundle.fragments, strict=True):
-            if isinstance(codec, ResidualCodec):
+        bundle_codec = book.of(bundle, plan.recipe.codec.push)
+        for codec, fragment in zip(bundle_codec.codecs, bundle.fragments, strict=True):
+            if bundle_codec.keeps_residual(codec):
                 yield fragment, codec.new_state(fragment.shape)

@@ -28,10 +28,11 @@ step is skipped.
 from __future__ import annotations
 
 from gradstream.core.codecs._base import Codec, Payload, ResidualCodec, State
-from gradstream.core.codecs._dense import Bf16, DenseCodec, Fp32, Int4, Int4Hadamard, Int8
+from gradstream.core.codecs._dense import Bf16, DenseCodec, Fp32, Int2, Int4, Int4Hadamard, Int8
 from gradstream.core.codecs._lossless import Bf16Zstd, Fp32Zstd, PlaneCodec
 from gradstream.core.codecs._powersgd import PowerSgd
-from gradstream.core.codecs._residual import Sign, TopK
+from gradstream.core.codecs._residual import Elements, Sign, TopK
+from gradstream.core.codecs._sparse import Sparse
 from gradstream.core.errors import ProtocolError
 from gradstream.core.plan.sizes import Shape
 from gradstream.proto.v1 import plan_pb2
@@ -40,11 +41,13 @@ __all__ = [
     "CODEC_NAMES",
     "Codec",
     "DenseCodec",
+    "Elements",
     "Payload",
     "PlaneCodec",
     "ResidualCodec",
     "Shape",
     "State",
+    "TopK",
     "codec_named",
     "codec_on_wire",
 ]
@@ -55,11 +58,13 @@ _CODECS: tuple[Codec, ...] = (
     Int8(),
     Int4(),
     Int4Hadamard(),
+    Int2(),
     Fp32Zstd(),
     Bf16Zstd(),
     TopK(),
     Sign(),
     PowerSgd(),
+    Sparse(),
 )
 _BY_NAME = {codec.name: codec for codec in _CODECS}
 _BY_WIRE = {codec.wire: codec for codec in _CODECS}

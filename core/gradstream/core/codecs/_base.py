@@ -28,7 +28,8 @@ class Codec(ABC):
     name: ClassVar[str]
     wire: ClassVar[plan_pb2.Codec.ValueType]
     exact_class: ClassVar[bool] = True
-    """Whether decode(encode(x)) depends only on x and the seed, without state between calls."""
+    """Whether decode(encode(x)) depends only on x and the seed, without state between calls, unless a job sets
+    `codec.residual_decay`."""
     fixed_size: ClassVar[bool] = True
     """Whether all payloads of a shape have the same length."""
 
@@ -68,29 +69,57 @@ class Codec(ABC):
         self.decode(payload, values, seed)
         out.add_(values)
 
+    def new_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
+        """The initial state of a slot: at least "residual", zeros of `shape`. Depends only on the shape."""
+        return {"residual": torch.zeros(shape, device=device)}
+
+    def encode_with(self, values: torch.Tensor, state: State, seed: int = 0, decay: float = 1.0) -> Payload:
+        """Encode values + residual. What is left out, times `decay`, becomes the new residual.
+
+        This is error feedback (Seide et al. 2014, Karimireddy et al. 2019), with the decay of SparseLoCo (Sarfi et al.
+        2025). With decay 1, values + old residual == decoded + new residual, up to fp32's rounding. If an element of
+        the sum is not finite, the payload is not finite either, and the state stays unchanged, because the step will be
+        skipped.
+
+        A state belongs to one slot and one fragment. It is changed in place and must not be shared between threads.
+        Raises ValueError for the state of another slice.
+        """
+        residual = residual_of(values, state).view(values.shape)
+        sums = values.detach() + residual
+        payload = self.encode(sums, seed)
+        if not sums.numel() or bool(torch.stack(sums.aminmax()).isfinite().all()):
+            self.decode(payload, residual, seed)
+            torch.sub(sums, residual, out=residual)
+            decayed(residual, decay)
+        return payload
+
 
 class ResidualCodec(Codec):
-    """A codec with a residual: the part that it could not send is added to later ones (error feedback).
-
-    See Seide et al. 2014 and Karimireddy et al. 2019.
-
-    A state belongs to one slot and one fragment. It is changed in place and must not be shared between threads.
-    """
+    """A codec that sends too little without a residual: the part that it leaves out is added to later contributions."""
 
     exact_class: ClassVar[bool] = False
 
     @abstractmethod
-    def new_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
-        """The initial state of a slot: at least "residual", zeros of `shape`. Depends only on the shape."""
-
-    @abstractmethod
-    def encode_with(self, values: torch.Tensor, state: State, seed: int = 0) -> Payload:
-        """Encode values + residual. The part that is left out becomes the new residual.
-
-        values + old residual == decoded + new residual, up to fp32's rounding. If an element of the sum is not finite,
-        the payload is not finite either, and the state stays unchanged, because the step will be skipped.
-        """
+    def encode_with(self, values: torch.Tensor, state: State, seed: int = 0, decay: float = 1.0) -> Payload: ...
 
     def encode(self, values: torch.Tensor, seed: int = 0) -> Payload:
         """Encode as `encode_with`, with a new state."""
         return self.encode_with(values, self.new_state(tuple(values.shape), values.device), seed)
+
+
+def residual_of(values: torch.Tensor, state: State) -> torch.Tensor:
+    """The state's residual on the values' device, as (N,). Raises ValueError for the state of another slice."""
+    residual = state["residual"]
+    if residual.numel() != values.numel():
+        raise ValueError(f"a residual of {residual.numel()} elements for a slice of {values.numel()}")
+    if residual.device != values.device:
+        for key, tensor in state.items():
+            state[key] = tensor.to(values.device)
+        residual = state["residual"]
+    return residual.view(-1)
+
+
+def decayed(residual: torch.Tensor, decay: float) -> None:
+    """Multiply a new residual by the decay, in place."""
+    if decay != 1.0:
+        residual.mul_(decay)

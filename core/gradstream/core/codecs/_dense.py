@@ -1,4 +1,4 @@
-"""Codecs that send every element: fp32, bf16, and blocks of small integers with a shared scale.
+"""Codecs that send every element: fp32, bf16, and blocks of small numbers with a shared scale.
 
 For tensors in the CPU's memory they call `kernels.dense`, where a bundle encodes all its fragments in one call. On
 other devices they are chains of torch operations with the same bits.
@@ -179,3 +179,30 @@ class Int4Hadamard(Int4):
 
     def _rotate_back(self, blocks_BE: torch.Tensor, full: int, seed: int) -> torch.Tensor:
         return torch.cat((_device.rotate_back(blocks_BE[:full], self.key(seed)), blocks_BE[full:]))
+
+
+class Int2(DenseCodec):
+    """Blocks of 256 elements; each is a sign and one of its block's two levels (`kernels.two_bits` says which).
+
+    The payload has all blocks' levels (two bf16), then the codes, four in each byte. The last block may be short. Two
+    free levels lose less than evenly spaced ones: of a block's norm .340 instead of .343 for normal numbers, .420
+    instead of .445 for Laplace's distribution, .41 instead of .43 where half of the numbers are zeros.
+    """
+
+    name = "int2"
+    wire = plan_pb2.CODEC_INT2
+    kind = dense.INT2
+
+    def encode_by_torch(self, values_N: torch.Tensor, seed: int) -> torch.Tensor:
+        blocks_BE = _device.blocks(values_N)
+        counts_B = torch.full((len(blocks_BE),), BLOCK, device=values_N.device)
+        if values_N.numel() % BLOCK:
+            counts_B[-1] = values_N.numel() % BLOCK
+        levels_B2, codes_BE = _device.two_levels(blocks_BE, counts_B)
+        return _device.bytes_of(levels_B2, _device.pack_pairs(codes_BE.view(-1)[: values_N.numel()]))
+
+    def decode_by_torch(self, payload_Y: torch.Tensor, num_elements: int, seed: int) -> torch.Tensor:
+        num_blocks = -(-num_elements // BLOCK)
+        levels_B2 = payload_Y[: 4 * num_blocks].view(torch.bfloat16).view(num_blocks, 2)
+        codes_N = _device.unpack_pairs(payload_Y[4 * num_blocks :])[:num_elements]
+        return _device.level_values(levels_B2, _device.blocks(codes_N)).reshape(-1)[:num_elements]

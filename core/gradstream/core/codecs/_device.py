@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from gradstream.core.codecs._base import Payload
-from gradstream.core.kernels.blocks import BLOCK
+from gradstream.core.kernels.blocks import BLOCK, TOPK_CHUNK, TOPK_PART
+from gradstream.core.kernels.two_bits import FIRST_BORDER
+from gradstream.core.plan.sizes import topk_kept
 
 _WORD = 0xFFFFFFFF
 _LARGEST_BF16 = float(torch.finfo(torch.bfloat16).max)
@@ -150,12 +152,78 @@ def _hadamard(values_BE: torch.Tensor) -> torch.Tensor:
 
 
 def mean_magnitudes(sums_BE: torch.Tensor) -> torch.Tensor:
-    """Sum |x| / 256 of each block, in the order of `kernels.residual.sign_encode`. Shape (B,)."""
-    magnitudes = sums_BE.abs() * (1 / BLOCK)
-    while magnitudes.shape[1] > 1:
-        half = magnitudes.shape[1] // 2
-        magnitudes = magnitudes[:, :half] + magnitudes[:, half:]
-    return magnitudes[:, 0]
+    """Sum |x| / 256 of each block, as `kernels.residual.sign_encode`. Shape (B,)."""
+    return _add_up(sums_BE.abs() * (1 / BLOCK))
+
+
+def _add_up(values_BE: torch.Tensor) -> torch.Tensor:
+    """The sum of each block in the order of `kernels.residual._add_up`. Shape (B,)."""
+    while values_BE.shape[1] > 1:
+        half = values_BE.shape[1] // 2
+        values_BE = values_BE[:, :half] + values_BE[:, half:]
+    return values_BE[:, 0]
+
+
+def largest_of(sums_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose what topk keeps: the sums, padded to whole chunks; the kept indices in their chunks; their places."""
+    num_elements = sums_N.numel()
+    sums_CE = blocks(sums_N, TOPK_CHUNK)
+    order_CE = sums_CE.abs().sort(dim=1, descending=True, stable=True).indices
+    chunks, kept = num_elements // TOPK_CHUNK, TOPK_CHUNK // TOPK_PART
+    parts = order_CE[:chunks, :kept], order_CE[chunks:, : topk_kept(num_elements % TOPK_CHUNK)]
+    indices_M = torch.cat([part.sort(dim=1).values.view(-1) for part in parts])
+    places_M = indices_M + torch.arange(len(indices_M), device=sums_N.device) // kept * TOPK_CHUNK
+    return sums_CE.view(-1), indices_M, places_M
+
+
+def two_levels(values_BE: torch.Tensor, counts_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit two levels to each group's magnitudes: levels (B, 2), bf16, and codes (B, E), uint8.
+
+    As `kernels.two_bits._fit_levels`. The first `counts_B` values of a group count, zeros follow. E is at most 256.
+    """
+    magnitudes_BE = values_BE.abs() * (1 / BLOCK)
+    totals_B = _add_up(magnitudes_BE)
+    finite_B = totals_B.isfinite()
+    border_B = totals_B * FIRST_BORDER / counts_B.float()
+    for last in (False, True):
+        large_BE = magnitudes_BE > border_B[:, None]
+        num_large_B = large_BE.sum(dim=1)
+        num_small_B = (counts_B - num_large_B).clamp(min=1).float()
+        sums_B = _add_up(torch.where(large_BE, magnitudes_BE, 0.0))
+        large_B = sums_B / num_large_B.clamp(min=1).float()
+        if not last:
+            border_B = torch.where(num_large_B > 0, ((totals_B - sums_B) / num_small_B + large_B) * 0.5, border_B)
+    small_B = _add_up(torch.where(large_BE, 0.0, magnitudes_BE)) / num_small_B
+    large_B = torch.where(num_large_B > 0, large_B, small_B)
+    levels_B2 = to_bf16(torch.stack((small_B, large_B), dim=1) * BLOCK)
+    levels_B2 = torch.where(finite_B[:, None], levels_B2, torch.full_like(levels_B2, float("nan")))
+    return levels_B2, (large_BE & finite_B[:, None]).to(torch.uint8) * 2 + values_BE.signbit().to(torch.uint8)
+
+
+def level_values(levels_B2: torch.Tensor, codes_BE: torch.Tensor) -> torch.Tensor:
+    """The values of codes, fp32, shape (B, E)."""
+    levels_B2 = levels_B2.float()
+    magnitudes_BE = torch.where(codes_BE >= 2, levels_B2[:, 1:], levels_B2[:, :1])
+    return torch.where((codes_BE & 1).bool(), -magnitudes_BE, magnitudes_BE)
+
+
+def pack_pairs(codes_N: torch.Tensor) -> torch.Tensor:
+    """Pack four 2-bit codes into each byte, the first one lowest, shape (ceil(N / 4),)."""
+    weights_4 = 4 ** torch.arange(4, device=codes_N.device)
+    return (blocks(codes_N.long(), 4) * weights_4).sum(dim=1).to(torch.uint8)
+
+
+def unpack_pairs(packed_M: torch.Tensor) -> torch.Tensor:
+    """Unpack 2-bit codes, shape (4 M,), uint8."""
+    return ((packed_M[:, None] >> (2 * torch.arange(4, device=packed_M.device))) & 3).to(torch.uint8).view(-1)
+
+
+def pack_twelve_bits(indices_M: torch.Tensor) -> torch.Tensor:
+    """Pack two indices below 4096 into three bytes, the first one lowest, shape (ceil(3 M / 2),)."""
+    pairs_P2 = blocks(indices_M.long(), 2)
+    words_P = pairs_P2[:, 0] | (pairs_P2[:, 1] << 12)
+    bytes_P3 = (words_P[:, None] >> (8 * torch.arange(3, device=indices_M.device))) & 0xFF
+    return bytes_P3.to(torch.uint8).view(-1)[: (3 * len(indices_M) + 1) // 2]
 
 
 def pack_bits(flags_N: torch.Tensor) -> torch.Tensor:

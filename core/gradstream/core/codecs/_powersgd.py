@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from gradstream.core.codecs import _device
-from gradstream.core.codecs._base import Payload, ResidualCodec, State
-from gradstream.core.codecs._residual import residual_of
+from gradstream.core.codecs._base import Payload, ResidualCodec, State, decayed, residual_of
 from gradstream.core.plan.sizes import Shape, powersgd_form
 from gradstream.proto.v1 import plan_pb2
 
@@ -35,7 +34,7 @@ class PowerSgd(ResidualCodec):
         rank, _, columns = powersgd_form(shape)
         return {"residual": torch.zeros(shape, device=device), "basis": _first_basis(columns, rank).to(device)}
 
-    def encode_with(self, values: torch.Tensor, state: State, seed: int = 0) -> Payload:
+    def encode_with(self, values: torch.Tensor, state: State, seed: int = 0, decay: float = 1.0) -> Payload:
         values = values.detach()
         shape = tuple(values.shape)
         rank, rows, columns = powersgd_form(shape)
@@ -54,6 +53,7 @@ class PowerSgd(ResidualCodec):
             payload.view(np.float32)[:] = np.nan
             return payload
         residual_N.copy_(left_RC.view(-1)[: residual_N.numel()])
+        decayed(residual_N, decay)
         # Only the directions of Q matter. Scaling Q prevents overflow and underflow.
         largest = float(q_CK.abs().max())
         state["basis"].copy_(q_CK / largest if largest > 0 else _first_basis(columns, rank))

@@ -1,20 +1,26 @@
-"""Codecs with a residual: topk and sign. PowerSGD has a module of its own."""
+"""Codecs with a residual: topk and sign. PowerSGD and sparse have modules of their own."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gradstream.core.codecs import _device
-from gradstream.core.codecs._base import Payload, ResidualCodec, State
+from gradstream.core.codecs._base import Payload, ResidualCodec, State, decayed, residual_of
 from gradstream.core.errors import ProtocolError
 from gradstream.core.kernels import residual as residual_kernels
 from gradstream.core.kernels.blocks import BLOCK, TOPK_CHUNK, TOPK_PART
 from gradstream.core.kernels.compiled import F32, U8, U16
-from gradstream.core.plan.sizes import Shape, topk_kept
 from gradstream.proto.v1 import plan_pb2
+
+Array = npt.NDArray[Any]
+Elements = tuple[U16, U16]
+"""The indices of kept elements within their chunks, and their values in bf16, both of shape (M,)."""
 
 _KEPT = TOPK_CHUNK // TOPK_PART
 _FP32_MAX = float(np.finfo(np.float32).max)
@@ -30,32 +36,20 @@ def sum_is_finite(values_N: torch.Tensor, residual_N: torch.Tensor) -> bool:
     return _device.is_finite(values_N[end:] + residual_N[end:])
 
 
-def residual_of(values: torch.Tensor, state: State) -> torch.Tensor:
-    """The state's residual on the values' device, as (N,). Raises ValueError for the state of another slice."""
-    residual = state["residual"]
-    if residual.numel() != values.numel():
-        raise ValueError(f"a residual of {residual.numel()} elements for a slice of {values.numel()}")
-    if residual.device != values.device:
-        for key, tensor in state.items():
-            state[key] = tensor.to(values.device)
-        residual = state["residual"]
-    return residual.view(-1)
+class InPlaceCodec(ResidualCodec):
+    """The base of topk, sign and sparse, whose state is only a residual, updated in place."""
 
-
-class _Sparse(ResidualCodec):
-    """The base of topk and sign, whose state is only a residual, updated in place."""
-
-    def new_state(self, shape: Shape, device: torch.device | str = "cpu") -> State:
-        return {"residual": torch.zeros(shape, device=device)}
-
-    def encode_with(self, values: torch.Tensor, state: State, seed: int = 0) -> Payload:
+    def encode_with(self, values: torch.Tensor, state: State, seed: int = 0, decay: float = 1.0) -> Payload:
         values_N = values.detach().view(-1)
         residual_N = residual_of(values_N, state)
         if not sum_is_finite(values_N, residual_N):
             return self._not_finite(values_N.numel())
         if values_N.device.type != "cpu":
-            return _device.to_host(self.encode_by_torch(values_N, residual_N))
-        return self._encode(values_N, residual_N)
+            payload = _device.to_host(self.encode_by_torch(values_N, residual_N))
+        else:
+            payload = self._encode(values_N, residual_N)
+        decayed(residual_N, decay)
+        return payload
 
     @abstractmethod
     def _encode(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> Payload:
@@ -70,7 +64,7 @@ class _Sparse(ResidualCodec):
         """A payload of NaN."""
 
 
-class TopK(_Sparse):
+class TopK(InPlaceCodec):
     """The 64 elements of largest magnitude in each chunk of 4096: all uint16 indices, then all bf16 values.
 
     Chunks are those of DeMo (Peng et al. 2024) and SparseLoCo (Sarfi et al. 2025), but of the flattened slice and
@@ -83,28 +77,13 @@ class TopK(_Sparse):
     def _encode(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> Payload:
         num_elements = values_N.numel()
         payload = np.empty(self.encoded_bytes((num_elements,)), dtype=np.uint8)
-        (whole, rest), end = _kept_parts(payload, num_elements)
-        residual_kernels.topk_encode(whole_blocks(values_N, TOPK_CHUNK), whole_blocks(residual_N, TOPK_CHUNK), *whole)
-        if end < num_elements:
-            residual_1E = padded(residual_N[end:], TOPK_CHUNK)
-            # No element of the padding is taken: enough elements lie before it, and of equal ones the first are taken.
-            residual_kernels.topk_encode(padded(values_N[end:], TOPK_CHUNK), residual_1E, *rest)
-            residual_N[end:].copy_(torch.from_numpy(residual_1E[0, : num_elements - end]))
+        whole, rest = by_chunk(self.elements(payload, num_elements), num_elements)
+        encode_chunks(residual_kernels.topk_encode, values_N, residual_N, whole, rest)
         return payload
 
     def encode_by_torch(self, values_N: torch.Tensor, residual_N: torch.Tensor) -> torch.Tensor:
         num_elements = values_N.numel()
-        sums_CE = _device.blocks(values_N + residual_N, TOPK_CHUNK)
-        order_CE = sums_CE.abs().sort(dim=1, descending=True, stable=True).indices
-        chunks = num_elements // TOPK_CHUNK
-        indices_M = torch.cat(
-            [
-                part.sort(dim=1).values.view(-1)
-                for part in (order_CE[:chunks, :_KEPT], order_CE[chunks:, : topk_kept(num_elements % TOPK_CHUNK)])
-            ]
-        )
-        places_M = indices_M + torch.arange(len(indices_M), device=values_N.device) // _KEPT * TOPK_CHUNK
-        sums_N = sums_CE.view(-1)
+        sums_N, indices_M, places_M = _device.largest_of(values_N + residual_N)
         halves_M = _device.to_bf16(sums_N[places_M])
         sums_N[places_M] -= halves_M.float()
         residual_N.copy_(sums_N[:num_elements])
@@ -116,41 +95,46 @@ class TopK(_Sparse):
     def decode_add(self, payload: Payload, out: torch.Tensor, seed: int = 0) -> None:
         self._decode(payload, out, True)
 
-    def _decode(self, payload: Payload, out: torch.Tensor, add: bool) -> None:
-        self.check_size(payload.nbytes, tuple(out.shape))
-        out_N = out.view(-1)
-        num_elements = out_N.numel()
-        (whole, rest), end = _kept_parts(payload, num_elements)
-        for (indices_CK, _), length in ((whole, TOPK_CHUNK), (rest, num_elements - end)):
+    def elements(self, payload: Payload, num_elements: int) -> Elements:
+        """The indices and bf16 values of a payload of the right size: views of it, or unpacked."""
+        parts_2M = payload.view(np.uint16).reshape(2, -1)
+        return parts_2M[0], parts_2M[1]
+
+    def checked_elements(self, payload: Payload, num_elements: int) -> Elements:
+        """The indices and bf16 values of a peer's payload. Raises ProtocolError."""
+        self.check_size(payload.nbytes, (num_elements,))
+        elements = self.elements(payload, num_elements)
+        whole, rest = by_chunk(elements, num_elements)
+        for indices_CK, length in ((whole[0], TOPK_CHUNK), (rest[0], num_elements % TOPK_CHUNK)):
             if not residual_kernels.topk_indices_hold(indices_CK, length):
-                raise ProtocolError(f"topk payload whose indices do not rise within a chunk of {length} elements")
+                raise ProtocolError(
+                    f"{self.name} payload whose indices do not rise within a chunk of {length} elements"
+                )
+        return elements
+
+    def _decode(self, payload: Payload, out: torch.Tensor, add: bool) -> None:
+        out_N = out.view(-1)
+        elements = self.checked_elements(payload, out_N.numel())
         if not add:
             out_N.zero_()
         if out.device.type != "cpu":
-            self._add_by_torch(payload, out_N)
+            _add_by_torch(elements, out_N)
             return
-        residual_kernels.topk_add(*whole, whole_blocks(out_N, TOPK_CHUNK))
-        if end < num_elements:
-            residual_kernels.topk_add(*rest, out_N[end:].detach().numpy().reshape(1, -1))
-
-    @staticmethod
-    def _add_by_torch(payload: Payload, out_N: torch.Tensor) -> None:
-        """Add checked values on the device of `out_N`. No index occurs twice, so the order does not matter."""
-        parts_2M = payload.view(np.int16).reshape(2, -1)
-        indices_M = torch.from_numpy(parts_2M[0].astype(np.int64)).to(out_N.device)
-        places_M = indices_M + torch.arange(len(indices_M), device=out_N.device) // _KEPT * TOPK_CHUNK
-        values_M = torch.from_numpy(parts_2M[1]).to(out_N.device).view(torch.bfloat16)
-        out_N[places_M] += values_M.float()
+        whole, rest = by_chunk(elements, out_N.numel())
+        residual_kernels.topk_add(whole[0], whole[1], whole_blocks(out_N, TOPK_CHUNK))
+        end = out_N.numel() // TOPK_CHUNK * TOPK_CHUNK
+        if end < out_N.numel():
+            residual_kernels.topk_add(rest[0], rest[1], out_N[end:].detach().numpy().reshape(1, -1))
 
     def _not_finite(self, num_elements: int) -> Payload:
         payload = np.empty(self.encoded_bytes((num_elements,)), dtype=np.uint8)
-        for indices_CK, halves_CK in _kept_parts(payload, num_elements)[0]:
+        for indices_CK, halves_CK in by_chunk(self.elements(payload, num_elements), num_elements):
             indices_CK[:] = np.arange(indices_CK.shape[1], dtype=np.uint16)
             halves_CK[:] = 0x7FC0
         return payload
 
 
-class Sign(_Sparse):
+class Sign(InPlaceCodec):
     """Each element's sign times its block's mean magnitude (EF-signSGD, Karimireddy et al. 2019).
 
     The payload has all blocks' means as fp32, then one bit for each element: 1 for negative, the first element lowest.
@@ -218,14 +202,35 @@ class Sign(_Sparse):
         return payload
 
 
-def _kept_parts(payload: Payload, num_elements: int) -> tuple[tuple[tuple[U16, U16], tuple[U16, U16]], int]:
-    """Views of a topk payload: (indices, values) of the whole chunks and of the rest, as (C, K); the rest's begin."""
-    parts_2M = payload.view(np.uint16).reshape(2, -1)
-    chunks, rest = divmod(num_elements, TOPK_CHUNK)
-    kept = chunks * _KEPT
-    whole = parts_2M[0, :kept].reshape(-1, _KEPT), parts_2M[1, :kept].reshape(-1, _KEPT)
-    last = parts_2M[0, kept:].reshape(-1, topk_kept(rest) or 1), parts_2M[1, kept:].reshape(-1, topk_kept(rest) or 1)
-    return (whole, last), num_elements - rest
+def by_chunk(parts: Sequence[Array], num_elements: int) -> tuple[list[Array], list[Array]]:
+    """Views of arrays with an entry for each kept element: of the whole chunks as (C, 64), of the rest as (1, K)."""
+    kept = num_elements // TOPK_CHUNK * _KEPT
+    return [part[:kept].reshape(-1, _KEPT) for part in parts], [part[None, kept:] for part in parts]
+
+
+def encode_chunks(
+    kernel: Callable[..., None],
+    values_N: torch.Tensor,
+    residual_N: torch.Tensor,
+    whole: Sequence[Array],
+    rest: Sequence[Array],
+) -> None:
+    """Call an encoding kernel for the whole chunks, then for a short last one, with the arrays that it writes."""
+    end = values_N.numel() // TOPK_CHUNK * TOPK_CHUNK
+    kernel(whole_blocks(values_N, TOPK_CHUNK), whole_blocks(residual_N, TOPK_CHUNK), *whole)
+    if end < values_N.numel():
+        residual_1E = padded(residual_N[end:], TOPK_CHUNK)
+        # No element of the padding is taken: enough elements lie before it, and of equal ones the first are taken.
+        kernel(padded(values_N[end:], TOPK_CHUNK), residual_1E, *rest)
+        residual_N[end:].copy_(torch.from_numpy(residual_1E[0, : values_N.numel() - end]))
+
+
+def _add_by_torch(elements: Elements, out_N: torch.Tensor) -> None:
+    """Add checked values on the device of `out_N`. No index occurs twice, so the order does not matter."""
+    indices_M = torch.from_numpy(elements[0].astype(np.int64)).to(out_N.device)
+    places_M = indices_M + torch.arange(len(indices_M), device=out_N.device) // _KEPT * TOPK_CHUNK
+    values_M = torch.from_numpy(elements[1].view(np.int16)).to(out_N.device).view(torch.bfloat16)
+    out_N[places_M] += values_M.float()
 
 
 def whole_blocks(tensor_N: torch.Tensor, block: int = BLOCK) -> F32:

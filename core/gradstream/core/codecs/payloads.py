@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 import torch
 
-from gradstream.core.codecs import Codec, DenseCodec, Payload, ResidualCodec, State, codec_named
+from gradstream.core.codecs import Codec, DenseCodec, Payload, State, TopK, codec_named
 from gradstream.core.codecs.fixed_point import FixedPointSum
 from gradstream.core.errors import ProtocolError
 from gradstream.core.kernels import dense
@@ -107,16 +107,25 @@ class BundleCodec:
         dense.encode(*self._call(version), self._at(values), address_of(payload) + self._offsets_F)
         return payloads
 
-    def encode_with(self, values: Sequence[torch.Tensor], states: dict[int, State], version: int) -> list[Payload]:
-        """Encode each fragment, with the residuals of codecs that keep one in `states`, by fragment."""
+    def keeps_residual(self, codec: Codec) -> bool:
+        """Whether fragments in this codec keep a residual, in a job whose codec does.
+
+        Fragments whose kind gives them another codec, such as vectors, keep none.
+        """
+        return codec is self.codec
+
+    def encode_with(
+        self, values: Sequence[torch.Tensor], states: dict[int, State], version: int, decay: float = 1.0
+    ) -> list[Payload]:
+        """Encode each fragment, with the residuals of those that keep one in `states`, by fragment."""
         payloads = []
         for codec, fragment, slice_N in zip(self.codecs, self.bundle.fragments, values, strict=True):
             seed = seed_of(version, fragment.index)
-            if isinstance(codec, ResidualCodec):
+            if self.keeps_residual(codec):
                 state = states.get(fragment.index)
                 if state is None:
                     state = states[fragment.index] = codec.new_state(fragment.shape, slice_N.device)
-                payloads.append(codec.encode_with(slice_N.view(fragment.shape), state, seed))
+                payloads.append(codec.encode_with(slice_N.view(fragment.shape), state, seed, decay))
             else:
                 payloads.append(codec.encode(slice_N.view(fragment.shape), seed))
         return payloads
@@ -161,12 +170,21 @@ class BundleCodec:
             from_FC = np.array([[address_of(each[f]) for each in contributions] for f in range(len(self.codecs))])
             total.add(*self._call(version), from_FC)
             return
-        fp32_F = np.full(len(self.codecs), dense.FP32, dtype=np.int64)
-        decoded_N = torch.empty(self.bundle.num_elements)
-        decoded = slices(decoded_N, self.bundle)
         for payloads in contributions:
-            self.decode(payloads, decoded, version)
-            total.add(fp32_F, self._elements_F, fp32_F, decoded.addresses_F[:, None])
+            for number, payload in enumerate(payloads):
+                self._add_fragment(number, payload, total, version)
+
+    def _add_fragment(self, number: int, payload: Payload, total: FixedPointSum, version: int) -> None:
+        """Add one fragment of a contribution to a sum: only the elements that are sent, or all of them decoded."""
+        codec, fragment = self.codecs[number], self.bundle.fragments[number]
+        if isinstance(codec, TopK):
+            total.add_elements(number, *codec.checked_elements(payload, fragment.num_elements))
+            return
+        decoded = torch.empty(fragment.shape)
+        codec.decode(payload, decoded, seed_of(version, fragment.index))
+        fp32_F, one = np.full(1, dense.FP32, dtype=np.int64), slice(number, number + 1)
+        elements_F = self._elements_F[one]
+        total.add(fp32_F, elements_F, fp32_F, addresses_of([decoded], elements_F)[:, None], one)
 
     # -- all fragments in one call -----------------------------------------------------------------------------------
 

@@ -13,6 +13,9 @@ from numba.extending import intrinsic
 F32 = npt.NDArray[np.float32]
 
 
+I8 = npt.NDArray[np.int8]
+
+
 I32 = npt.NDArray[np.int32]
 
 
@@ -20,6 +23,9 @@ U8 = npt.NDArray[np.uint8]
 
 
 U16 = npt.NDArray[np.uint16]
+
+
+U32 = npt.NDArray[np.uint32]
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -6,7 +6,8 @@ fragments of a bundle are therefore one call, which gets arrays of addresses and
 arithmetic is that of `codec`, fragment by fragment: no bit depends on which fragments share a call.
 
 Shape legend: F fragments. Addresses are of contiguous fp32 values, and of payloads that begin at multiples of 4 bytes.
-A payload of int8 and int4 has all scales, then all quotients. A short last block is encoded as if zeros followed.
+A payload of int8 and int4 has all scales, then all quotients; one of int2 all levels, then all codes. A short last
+block is encoded as if zeros followed.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import numpy.typing as npt
 import torch
 from numba import carray, uint32
 
-from gradstream.core.kernels import codec, compiled
+from gradstream.core.kernels import codec, compiled, two_bits
 from gradstream.core.kernels.blocks import BLOCK
 from gradstream.core.kernels.codec import BF16_BLOCK
 from gradstream.core.kernels.compiled import kernel, pointer
 
 I64 = npt.NDArray[np.int64]
 
-FP32, BF16, INT8, INT4, HADAMARD = range(5)
+FP32, BF16, INT8, INT4, HADAMARD, INT2 = range(6)
 """The kinds of encoding of a fragment."""
 
 
@@ -136,6 +137,43 @@ def _decode_int4(elements: int, payload: int, out: int, key: int, rotated: bool,
 
 
 @kernel
+def _encode_int2(elements: int, values: int, payload: int) -> None:
+    full, rest = elements // BLOCK, elements % BLOCK
+    levels_B = carray(pointer(payload), _num_blocks(elements), np.uint32)
+    body = payload + 4 * _num_blocks(elements)
+    two_bits.int2_encode(
+        carray(pointer(values), (full, BLOCK), np.float32),
+        BLOCK,
+        levels_B[:full],
+        carray(pointer(body), (full, BLOCK // 4), np.uint8),
+    )
+    if rest:
+        last_1E, packed_1Q = np.zeros((1, BLOCK), np.float32), np.empty((1, BLOCK // 4), np.uint8)
+        last_1E[0, :rest] = carray(pointer(values), elements, np.float32)[full * BLOCK :]
+        two_bits.int2_encode(last_1E, rest, levels_B[full:], packed_1Q)
+        num_bytes = (rest + 3) // 4
+        carray(pointer(body + full * BLOCK // 4), num_bytes, np.uint8)[:] = packed_1Q[0, :num_bytes]
+
+
+@kernel
+def _decode_int2(elements: int, payload: int, out: int, add: bool) -> None:
+    full, rest = elements // BLOCK, elements % BLOCK
+    levels_B = carray(pointer(payload), _num_blocks(elements), np.uint32)
+    body = payload + 4 * _num_blocks(elements)
+    packed_BQ = carray(pointer(body), (full, BLOCK // 4), np.uint8)
+    two_bits.int2_decode(levels_B[:full], packed_BQ, carray(pointer(out), (full, BLOCK), np.float32), add)
+    if rest:
+        packed_1Q, last_1E = np.zeros((1, BLOCK // 4), np.uint8), np.empty((1, BLOCK), np.float32)
+        num_bytes = (rest + 3) // 4
+        packed_1Q[0, :num_bytes] = carray(pointer(body + full * BLOCK // 4), num_bytes, np.uint8)
+        two_bits.int2_decode(levels_B[full:], packed_1Q, last_1E, False)
+        out_N = carray(pointer(out), elements, np.float32)
+        for i in range(rest):
+            value = last_1E[0, i]
+            out_N[full * BLOCK + i] = out_N[full * BLOCK + i] + value if add else value
+
+
+@kernel
 def _encode_bf16(elements: int, values: int, payload: int) -> None:
     bits_N = carray(pointer(values), elements, np.uint32)
     halves_N = carray(pointer(payload), elements, np.uint16)
@@ -182,6 +220,8 @@ def _encode_one(kind: int, elements: int, key: int, values: int, payload: int) -
         _encode_bf16(elements, values, payload)
     elif kind == FP32:
         _copy(elements, values, payload, False)
+    elif kind == INT2:
+        _encode_int2(elements, values, payload)
     else:
         _encode_int4(elements, values, payload, key, kind == HADAMARD)
 
@@ -194,6 +234,8 @@ def _decode_one(kind: int, elements: int, key: int, payload: int, out: int, add:
         _decode_bf16(elements, payload, out, add)
     elif kind == FP32:
         _copy(elements, payload, out, add)
+    elif kind == INT2:
+        _decode_int2(elements, payload, out, add)
     else:
         _decode_int4(elements, payload, out, key, kind == HADAMARD, add)
 

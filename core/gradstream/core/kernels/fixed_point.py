@@ -24,87 +24,22 @@ C contributions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numba import carray, float32, float64, int32, int64, uint32
 
-from gradstream.core.kernels import codec
+from gradstream.core.kernels import codec, two_bits
 from gradstream.core.kernels.blocks import BLOCK
-from gradstream.core.kernels.compiled import F32, I32, MAGNITUDE_BITS, U8, U16, kernel, pointer
-from gradstream.core.kernels.dense import BF16, FP32, HADAMARD, I64, INT4, INT8, _num_blocks
+from gradstream.core.kernels.compiled import F32, I8, I32, MAGNITUDE_BITS, U8, U16, U32, kernel, pointer
+from gradstream.core.kernels.dense import BF16, FP32, HADAMARD, I64, INT2, INT4, INT8, _num_blocks
+from gradstream.core.kernels.grid import EMPTY, F64, NOT_FINITE, _raise_top, grid
 
-I8 = npt.NDArray[np.int8]
-U32 = npt.NDArray[np.uint32]
-F64 = npt.NDArray[np.float64]
-
-EMPTY = -2
-"""The top of a block without contributions: more than one bin below every other top."""
-NOT_FINITE = 127
-"""The top of a block with a contribution that is not finite. Its sum is NaN."""
 TILE = 4
 """Blocks that stay in the first-level cache while several contributions are added to them."""
-_BIAS = 127
-_SCALED_BITS = 8
-"""A value is at most 2**7 times its scale: 128 in int8, 8 in int4, 8 * 16 if rotated. One bit more is for what the
-rotation rounds."""
-_MIN_EXPONENT = -126
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The grid for a number of contributions. Bins are numbered from 0, the lowest one that can be a top."""
-
-    width: int
-    """Bits of a bin."""
-    tops: I8
-    """The top that a value needs, by its biased exponent (0 to 255)."""
-    scaled_tops: I8
-    """The top that a block of int8 or int4 needs, by the biased exponent of its scale."""
-    factors: F32
-    """1 / unit, by bin."""
-    lower_units: F64
-    """The unit of the bin below, by bin."""
-
-
-def grid(num_contributions: int) -> Grid:
-    """Make the grid on which this number of contributions can be added without overflow."""
-    width = 31 - (num_contributions - 1).bit_length()
-    lowest = -(-_MIN_EXPONENT // width)  # the inverse of its unit is still a normal number
-
-    def tops(bits: int) -> list[int]:
-        # Magnitudes below 2**end need the lowest top with 2**end <= unit(top + 1) / 2.
-        ends = [biased - _BIAS + 1 + bits for biased in range(255)]
-        return [max(-(-(end + 1) // width) - 1, lowest) - lowest for end in ends]
-
-    plain, scaled = tops(0), tops(_SCALED_BITS)
-    bins = [width * (lowest + number) for number in range(scaled[-1] + 1)]
-    return Grid(
-        width,
-        np.array([*plain, NOT_FINITE], dtype=np.int8),
-        np.array([*scaled, NOT_FINITE], dtype=np.int8),
-        np.array([2.0**-exponent for exponent in bins], dtype=np.float32),
-        np.array([2.0 ** (exponent - width) for exponent in bins]),
-    )
 
 
 # -- add ---------------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def _raise(high_TE: I32, low_TE: I32, tops_T: I8, block: int, top: int) -> None:
-    """Raise the top of a block to `top`: the digits move down, those below the lower bin are dropped."""
-    if top == tops_T[block] + 1:
-        for i in range(BLOCK):
-            low_TE[block, i] = high_TE[block, i]
-    else:
-        for i in range(BLOCK):
-            low_TE[block, i] = 0
-    for i in range(BLOCK):
-        high_TE[block, i] = 0
-    tops_T[block] = top
 
 
 @kernel
@@ -123,7 +58,7 @@ def _add_int8(
     for block in range(quotients_TE.shape[0]):
         top = int32(needs[(bits_T[block] & int32(MAGNITUDE_BITS)) >> 23])
         if top > tops_T[block]:
-            _raise(high_TE, low_TE, tops_T, block, top)
+            _raise_top(high_TE, low_TE, tops_T, block, top)
         top = int32(tops_T[block])
         if top == NOT_FINITE:
             continue
@@ -155,7 +90,7 @@ def _add_values(
             magnitude = max(magnitude, bits_TE[row, i] & int32(MAGNITUDE_BITS))
         top = int32(needs[magnitude >> 23])
         if top > tops_T[block]:
-            _raise(high_TE, low_TE, tops_T, block, top)
+            _raise_top(high_TE, low_TE, tops_T, block, top)
         top = int32(tops_T[block])
         if top == NOT_FINITE:
             continue
@@ -200,7 +135,7 @@ def _add_int4(
     for block in range(packed_TH.shape[0]):
         top = int32(needs[(scale_bits_T[block] & int32(MAGNITUDE_BITS)) >> 23])
         if top > tops_T[block]:
-            _raise(high_TE, low_TE, tops_T, block, top)
+            _raise_top(high_TE, low_TE, tops_T, block, top)
         top = int32(tops_T[block])
         if top == NOT_FINITE:
             continue
@@ -208,6 +143,38 @@ def _add_int4(
         if rotated:
             codec._hadamard(values_E, spare_E)
             codec._flip_signs(bits_E, key, first + block)
+        factor = factors[top]
+        for i in range(BLOCK):
+            units = values_E[i] * factor
+            whole = np.rint(units)
+            high_TE[block, i] += int32(whole)
+            low_TE[block, i] += int32(np.rint((units - whole) * base))
+
+
+@kernel
+def _add_int2(
+    levels_T: U32,
+    packed_TQ: U8,
+    scratch: int,
+    high_TE: I32,
+    low_TE: I32,
+    tops_T: I8,
+    needs: I8,
+    factors: F32,
+    base: Any,
+) -> None:
+    """Add blocks of int2. The larger level of a block stands for its largest magnitude."""
+    values_E, bits_E = carray(pointer(scratch), BLOCK, np.float32), carray(pointer(scratch), BLOCK, np.int32)
+    words_Q = carray(pointer(scratch + 4 * BLOCK), BLOCK // 4, np.uint32)
+    codes_E = carray(pointer(scratch + 4 * BLOCK), BLOCK, np.uint8)
+    for block in range(packed_TQ.shape[0]):
+        top = int32(needs[two_bits._largest_level(levels_T[block]) >> 7])
+        if top > tops_T[block]:
+            _raise_top(high_TE, low_TE, tops_T, block, top)
+        top = int32(tops_T[block])
+        if top == NOT_FINITE:
+            continue
+        two_bits._decode_block(levels_T[block], packed_TQ, block, codes_E, words_Q, bits_E)
         factor = factors[top]
         for i in range(BLOCK):
             units = values_E[i] * factor
@@ -228,6 +195,12 @@ def _decode_rest(kind: int, elements: int, payload: int, values_E: F32) -> None:
     elif kind == BF16:
         values_E.view(np.uint32)[:count] = carray(pointer(payload), elements, np.uint16)[begin:]
         values_E.view(np.uint32)[:count] <<= uint32(16)
+    elif kind == INT2:
+        levels = carray(pointer(payload), blocks, np.uint32)[blocks - 1]
+        codes_Q = carray(pointer(payload + 4 * blocks), (elements + 3) // 4, np.uint8)[begin // 4 :]
+        bits_E = values_E.view(np.int32)
+        for i in range(count):
+            bits_E[i] = two_bits._bits_of(levels, int32(codes_Q[i // 4] >> (2 * (i % 4))) & 3)
     else:
         scale = carray(pointer(payload), blocks, np.float32)[blocks - 1]
         body = payload + 4 * blocks
@@ -321,6 +294,11 @@ def _add_fragment(
                     factors,
                     base,
                 )
+                continue
+            if kind == INT2:
+                levels_T = carray(pointer(scales), whole, np.uint32)
+                packed_TQ = carray(pointer(body + BLOCK // 4 * begin), (whole, BLOCK // 4), np.uint8)
+                _add_int2(levels_T, packed_TQ, scratch, high_TE, low_TE, tops_T, tops, factors, base)
                 continue
             values = payload + 4 * BLOCK * begin
             if kind == BF16:

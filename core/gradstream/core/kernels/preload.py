@@ -26,7 +26,7 @@ from gradstream.core.kernels.codec import (
 
 def preload() -> None:
     """Compile the kernels of all modules, or load them from the cache."""
-    from gradstream.core.kernels import dense, fixed_point, moments, residual
+    from gradstream.core.kernels import dense, fixed_point, moments, residual, two_bits
 
     values_BE = np.ones((1, BLOCK), np.float32)
     scales_B, quotients_BE = np.empty(1, np.float32), np.empty((1, BLOCK), np.int8)
@@ -51,6 +51,7 @@ def preload() -> None:
     fixed_point.preload()
     moments.preload()
     residual.preload()
+    two_bits.preload()
 
 
 if __name__ == "__main__":

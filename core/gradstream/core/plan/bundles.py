@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gradstream.core.plan.fragments import Fragment, TensorKind
-from gradstream.core.recipe.recipe import RESIDUAL_CODECS, CodecConfig
+from gradstream.core.recipe.recipe import CodecConfig
 
 WEIGHTS = "weights"
 """The array of a bundle whose contributions are gradients, or differences of weights."""
@@ -92,7 +92,7 @@ LOSSLESS_ENOUGH = frozenset({"fp32", "bf16", "fp32-zstd", "bf16-zstd"})
 
 def keeps_residuals(codec: CodecConfig) -> bool:
     """Whether the slots of a job keep residuals, which its checkpoints then contain."""
-    return codec.push in RESIDUAL_CODECS
+    return codec.decay > 0
 
 
 def codec_for(kind: TensorKind, codec: str, embedding: str) -> str:

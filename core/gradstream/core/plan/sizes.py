@@ -34,10 +34,15 @@ def encoded_bytes(name: str, shape: Shape) -> int:
             return scales + elements
         case "int4" | "int4-hadamard":
             return scales + -(-elements // 2)
+        case "int2":
+            return scales + -(-elements // 4)
         case "fp32-zstd" | "bf16-zstd":
             return PLANES[name] * (PLANE_HEADER_BYTES + elements)
         case "topk":
             return 4 * topk_kept(elements)
+        case "sparse":
+            kept = topk_kept(elements)
+            return 4 * -(-elements // TOPK_CHUNK) + -(-12 * kept // 8) + -(-kept // 4)
         case "sign":
             return scales + -(-elements // 8)
         case "powersgd":
@@ -52,7 +57,7 @@ def sum_bytes(num_elements: int) -> int:
 
 
 def topk_kept(elements: int) -> int:
-    """Number of elements that topk sends: 64 of a whole chunk, one of every 64 or fewer of a short last chunk."""
+    """Number of elements that topk and sparse send: 64 of a whole chunk, one of every 64 or fewer of a short one."""
     whole, rest = divmod(elements, TOPK_CHUNK)
     return whole * (TOPK_CHUNK // TOPK_PART) + -(-rest // TOPK_PART)
 

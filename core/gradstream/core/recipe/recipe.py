@@ -34,8 +34,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 S = TypeVar("S", bound=Section)
 
 
-RESIDUAL_CODECS = frozenset({"topk", "sign", "powersgd"})
-"""Codecs that keep a residual."""
+RESIDUAL_CODECS = {"topk": 1.0, "sign": 1.0, "powersgd": 1.0, "sparse": 0.95}
+"""Codecs that keep a residual unless a recipe says otherwise, with its decay."""
+NEVER_RESIDUAL = frozenset({"fp32", "bf16", "fp32-zstd", "bf16-zstd", "auto"})
+"""Push codecs that leave out too little for a residual, or that may change from step to step."""
 
 
 class ModelConfig(Section):
@@ -195,13 +197,15 @@ class CodecConfig(Section):
         "int8",
         "int4",
         "int4-hadamard",
+        "int2",
         "fp32-zstd",
         "bf16-zstd",
         "topk",
         "sign",
         "powersgd",
+        "sparse",
         "auto",
-    ] = Field(default="int8", description="gradients, worker to server")
+    ] = Field(default="int8", description="gradients, or differences of weights with local steps, worker to server")
     pull: Literal[
         "fp32",
         "bf16",
@@ -212,16 +216,27 @@ class CodecConfig(Section):
         "delta-int8",
         "delta-int4",
         "delta-int4-hadamard",
+        "delta-int2",
         "xor-fp32",
         "xor-bf16",
         "auto",
     ] = Field(default="delta-int8", description="weights, server to worker")
-    embedding: Literal["bf16", "int8", "int4"] = Field(
+    embedding: Literal["bf16", "int8", "int4", "int2"] = Field(
         default="int8", description="codec of embeddings, where push or pull is coarser than bf16"
     )
     keyframe_versions: Positive = Field(
         default=1000, description="versions after which workers that pull deltas get whole weights again"
     )
+    residual_decay: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None,
+        description="what a contribution leaves out is added to the slot's next one, times this factor; 0: dropped, "
+        "and the job gives the same bits on any workers; none: 1 for topk, sign and powersgd, 0.95 for sparse, else 0",
+    )
+
+    @property
+    def decay(self) -> float:
+        """The decay of residuals; 0 if the job keeps none."""
+        return RESIDUAL_CODECS.get(self.push, 0.0) if self.residual_decay is None else self.residual_decay
 
 
 class PrepareConfig(Section):
@@ -356,10 +371,21 @@ def check_sections(run_root: str, pipeline: PipelineConfig, codec: CodecConfig) 
     """Check sections that recipes of both kinds have. Raises ValueError for settings that contradict each other."""
     if is_url(run_root):
         raise ValueError(f"run_root {run_root} is not a directory of this machine; give a local path")
-    if pipeline.stages != 1 and codec.push in RESIDUAL_CODECS:
+    if pipeline.stages != 1 and codec.decay:
+        cure = "codec.push=int8" if codec.residual_decay is None else "codec.residual_decay=0"
         raise ValueError(
             f"codec.push {codec.push} keeps a residual for each slot, which pipeline stages cannot share; use "
-            f"codec.push=int8 or pipeline.stages=1"
+            f"{cure} or pipeline.stages=1"
+        )
+    if codec.decay and codec.push in NEVER_RESIDUAL:
+        raise ValueError(
+            f"codec.residual_decay {codec.decay:g} has no use with codec.push {codec.push}; leave it out, or use "
+            f"codec.push=int4"
+        )
+    if codec.push == "powersgd" and not codec.decay:
+        raise ValueError(
+            "codec.residual_decay 0 is not for codec.push powersgd, which carries a basis from step to step; use "
+            "codec.push=sparse, or a decay above 0"
         )
 
 

@@ -47,10 +47,15 @@ class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType
     """Blocks of 256 elements: first all the blocks' mean magnitudes as fp32, then one sign bit an element."""
     CODEC_POWERSGD: _Codec.ValueType  # 10
     """Two thin fp32 matrices whose product approximates the slice."""
+    CODEC_INT2: _Codec.ValueType  # 11
+    """Blocks of 256 elements: first all the blocks' levels, two bf16 each, then two bits an element: sign and level."""
+    CODEC_SPARSE: _Codec.ValueType  # 12
+    """TOPK with two levels for each chunk: first all levels, then indices of 12 bits, then two bits for each value."""
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper):
-    """The encoding of a slice of a tensor as bytes (gradstream.core.codecs). The codecs up to CODEC_BF16_ZSTD are in the
-    exact class: the same input always gives the same bytes. The others carry a residual from step to step.
+    """The encoding of a slice of a tensor as bytes (gradstream.core.codecs). The codecs up to CODEC_BF16_ZSTD and
+    CODEC_INT2 are in the exact class: the same input always gives the same bytes. The others carry a residual from step to
+    step. A job's codec.residual_decay gives any of them a residual, or takes it away; no payload tells which.
     """
 
 CODEC_UNSPECIFIED: Codec.ValueType  # 0
@@ -75,6 +80,10 @@ CODEC_SIGN: Codec.ValueType  # 9
 """Blocks of 256 elements: first all the blocks' mean magnitudes as fp32, then one sign bit an element."""
 CODEC_POWERSGD: Codec.ValueType  # 10
 """Two thin fp32 matrices whose product approximates the slice."""
+CODEC_INT2: Codec.ValueType  # 11
+"""Blocks of 256 elements: first all the blocks' levels, two bf16 each, then two bits an element: sign and level."""
+CODEC_SPARSE: Codec.ValueType  # 12
+"""TOPK with two levels for each chunk: first all levels, then indices of 12 bits, then two bits for each value."""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
 class _TensorKind:

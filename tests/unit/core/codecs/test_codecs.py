@@ -47,6 +47,11 @@ def residual_bound(codec: Codec, values_N: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(wide_N)
     if codec.name.startswith("bf16"):
         return wide_N.abs() * 2.0**-8 + 2.0**-134
+    if codec.name == "int2":
+        # Every value lies between its block's smallest and largest magnitude, as does its level, but for rounding.
+        return torch.cat(
+            [(block.abs().max() * (1 + 2.0**-7) + 2.0**-132).expand(len(block)) for block in wide_N.split(BLOCK)]
+        )
     largest = 127 if codec.name == "int8" else 7
     # The scale, the quotient and the product are each rounded to fp32.
     slack, smallest = 1 + largest * 2 * 2.0**-22, largest * 2.0**-149
@@ -164,7 +169,7 @@ def test_any_bytes_of_the_right_length_decode_or_are_refused(codec: Codec, data:
     try:
         once_N = decoded(codec, payload, length)
     except ProtocolError:
-        assert codec.name == "topk" or not codec.fixed_size
+        assert codec.name in ("topk", "sparse") or not codec.fixed_size
         out_N = torch.full((length,), 7.0)
         with pytest.raises(ProtocolError):
             codec.decode_add(payload, out_N)
@@ -224,11 +229,11 @@ def test_the_registry_covers_the_protos_enum() -> None:
 
 
 def test_only_codecs_with_a_residual_are_outside_the_exact_class() -> None:
-    assert [codec.name for codec in CODECS if not codec.exact_class] == ["topk", "sign", "powersgd"]
+    assert [codec.name for codec in CODECS if not codec.exact_class] == ["topk", "sign", "powersgd", "sparse"]
     assert all(codec.exact_class != isinstance(codec, ResidualCodec) for codec in CODECS)
 
 
-@pytest.mark.parametrize("number", [0, 11, 99, -1])
+@pytest.mark.parametrize("number", [0, 13, 99, -1])
 def test_an_unknown_codec_on_the_wire_is_refused(number: int) -> None:
     with pytest.raises(ProtocolError, match=f"unknown codec {number}"):
         codec_on_wire(number)
@@ -282,7 +287,9 @@ def test_the_rotation_lowers_the_error_of_heavy_tails_and_the_seed_must_match() 
     assert errors["other"] > 1
 
 
-@pytest.mark.parametrize(("name", "most"), [("bf16", 0.003), ("int8", 0.01), ("int4", 0.14), ("int4-hadamard", 0.14)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("bf16", 0.003), ("int8", 0.01), ("int4", 0.14), ("int4-hadamard", 0.14), ("int2", 0.342)]
+)
 def test_relative_error_of_normal_numbers_is_what_the_table_says(name: str, most: float) -> None:
     values_N = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
     out_N = decoded(codec_named(name), codec_named(name).encode(values_N), 1 << 16)
@@ -297,11 +304,13 @@ def test_relative_error_of_normal_numbers_is_what_the_table_says(name: str, most
         ("int8", 3.94),
         ("int4", 7.76),
         ("int4-hadamard", 7.76),
+        ("int2", 15.06),
         ("fp32-zstd", 1.0),
         ("bf16-zstd", 2.0),
         ("topk", 64),
         ("sign", 28.44),
         ("powersgd", 128),
+        ("sparse", 141.24),
     ],
 )
 def test_ratios_are_what_the_table_says(name: str, ratio: float) -> None:
@@ -322,10 +331,10 @@ def test_preload_compiles_all_that_the_codecs_call() -> None:
     """What it missed would stop a node for seconds in the middle of a step."""
     code = """
 import torch
-from gradstream.core.kernels import codec, dense, fixed_point, residual
+from gradstream.core.kernels import codec, dense, fixed_point, residual, two_bits
 from gradstream.core.kernels.preload import preload
 from gradstream.core.codecs import CODEC_NAMES, codec_named
-modules = (dense, codec, fixed_point, residual)
+modules = (dense, codec, fixed_point, residual, two_bits)
 compiled = [(name, k) for module in modules for name, k in vars(module).items() if hasattr(k, "signatures")]
 preload()
 before = {name: len(k.signatures) for name, k in compiled}

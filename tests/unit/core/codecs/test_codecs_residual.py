@@ -19,7 +19,7 @@ def residual_codec(name: str) -> ResidualCodec:
     return codec
 
 
-CODECS = [residual_codec(name) for name in ("topk", "sign", "powersgd")]
+CODECS = [residual_codec(name) for name in ("topk", "sign", "powersgd", "sparse")]
 each = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 shapes = st.sampled_from([(1,), (2,), (255,), (257,), (600,), (4097,), (9000,), (1, 300), (300, 1), (7, 256), (64, 96)])
 

@@ -16,12 +16,12 @@ from gradstream.core.codecs.fixed_point import FixedPointSum
 from gradstream.core.codecs.payloads import BundleCodec
 from gradstream.core.errors import ProtocolError
 from gradstream.core.kernels.blocks import BLOCK
-from gradstream.core.kernels.fixed_point import grid
+from gradstream.core.kernels.grid import grid
 from gradstream.core.plan.bundles import Bundle
 from gradstream.core.plan.fragments import Fragment, Tensor
 from gradstream.core.plan.sizes import sum_bytes
 
-DENSE = ["fp32", "bf16", "int8", "int4", "int4-hadamard"]
+DENSE = ["fp32", "bf16", "int8", "int4", "int4-hadamard", "int2"]
 LENGTHS = (3, BLOCK, 5 * BLOCK + 17, 2 * BLOCK)
 """Lengths of the fragments: short, one block, more than a tile with a short last block, whole blocks."""
 FRAGMENTS = tuple(Fragment(index, index, 0, length) for index, length in enumerate(LENGTHS))
@@ -89,7 +89,7 @@ def test_the_error_is_within_the_bound(name: str, count: int) -> None:
         for block, first in enumerate(range(begin, end, BLOCK)):
             block_CE = decoded_CN[:, first : min(first + BLOCK, end)].double()
             magnitude = float(block_CE.abs().max())
-            if "int" in name and first + BLOCK <= end:  # a short last block is decoded first
+            if "int" in name and name != "int2" and first + BLOCK <= end:  # a short last block is decoded first
                 scales = [payloads[number][4 * block : 4 * block + 4].view(np.float32)[0] for payloads in encoded]
                 magnitude = 256 * float(max(scales))
             # The magnitude is at least half of the power of two that decides on the top.
@@ -97,6 +97,24 @@ def test_the_error_is_within_the_bound(name: str, count: int) -> None:
             for place, values_C in enumerate(block_CE.T.tolist()):
                 exact = math.fsum(values_C)
                 assert abs(float(found[first + place]) - exact) <= bound + abs(exact) * 2.0**-24
+
+
+@pytest.mark.parametrize("name", ["topk", "sparse"])
+@pytest.mark.parametrize("wrong", [0.0, math.nan])
+def test_elements_are_added_as_the_decoded_fragment_would_be(name: str, wrong: float) -> None:
+    """Bit for bit, although only the blocks of the elements that are sent are touched."""
+    codec, whole = codec_of(name), codec_of("fp32")
+    encoded = [codec.encode(values, 1) for values in gradients(5, 7)]
+    if wrong:
+        encoded[3] = codec.encode([torch.full((length,), wrong) for length in LENGTHS], 1)
+    expected = []
+    for payloads in encoded:
+        out = [torch.empty(length) for length in LENGTHS]
+        codec.decode(payloads, out, 1)
+        expected.append(whole.encode(out, 1))
+    found_N, expected_N = sum_of(encoded, codec, [2]), sum_of(expected, whole, [3])
+    assert torch.equal(found_N.nan_to_num(123.0), expected_N.nan_to_num(123.0))
+    assert bool(found_N.isnan().any()) == bool(wrong)
 
 
 @pytest.mark.parametrize("count", [6, 64])

@@ -21,7 +21,7 @@ from gradstream.core.recipe.recipe import RESIDUAL_CODECS, CodecConfig
 
 PULLS = [
     *("fp32", "bf16", "int8", "fp32-zstd", "bf16-zstd", "auto"),
-    *("delta-bf16", "delta-int8", "delta-int4", "delta-int4-hadamard", "xor-fp32", "xor-bf16"),
+    *("delta-bf16", "delta-int8", "delta-int4", "delta-int4-hadamard", "delta-int2", "xor-fp32", "xor-bf16"),
 ]
 
 
@@ -78,7 +78,7 @@ def test_bundles_of_a_case_worked_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize("codec", CODEC_NAMES)
-@pytest.mark.parametrize("embedding", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("embedding", ["bf16", "int8", "int4", "int2"])
 def test_which_codec_a_tensor_gets(codec: str, embedding: str) -> None:
     assert codec_for("matrix", codec, embedding) == codec_for("head", codec, embedding) == codec
     if codec in ("fp32", "bf16", "fp32-zstd", "bf16-zstd"):
@@ -90,7 +90,7 @@ def test_which_codec_a_tensor_gets(codec: str, embedding: str) -> None:
 
 def test_the_sets_of_codecs_name_codecs() -> None:
     assert set(CODEC_NAMES) >= LOSSLESS_ENOUGH
-    assert {name for name in CODEC_NAMES if isinstance(codec_named(name), ResidualCodec)} == RESIDUAL_CODECS
+    assert {name for name in CODEC_NAMES if isinstance(codec_named(name), ResidualCodec)} == set(RESIDUAL_CODECS)
     assert first_push_codec(CodecConfig(push="auto")) == "bf16"
     assert first_push_codec(CodecConfig(push="int4")) == "int4"
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradstream.core.errors import ConfigError
+from gradstream.core.plan.bundles import keeps_residuals
 from gradstream.core.recipe.fine_tuning import KEY, OLD_KEY, Base, FineTuning, with_new_key
 from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_any_recipe, parse_fine_tuning_recipe
 from gradstream.core.recipe.loading import load_recipe, parse_recipe
@@ -77,6 +78,18 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tree: Any, message: str)
         (changed(optimizer={"betas": [0.9, 1.5]}), "'optimizer.betas.1'"),
         (changed(optimizer={"clip_norm": float("inf")}), "'optimizer.clip_norm': input should be a finite number"),
         (changed(codec={"push": "int5"}), "'codec.push'"),
+        (changed(codec={"residual_decay": 1.5}), "'codec.residual_decay': input should be less than or equal to 1"),
+        (
+            changed(codec={"push": "bf16", "residual_decay": 0.9}),
+            "codec.residual_decay 0.9 has no use with codec.push bf16",
+        ),
+        (changed(codec={"push": "auto", "residual_decay": 0.9}), "has no use with codec.push auto"),
+        (changed(codec={"push": "powersgd", "residual_decay": 0}), "which carries a basis from step to step"),
+        (
+            changed(codec={"push": "int2", "residual_decay": 0.9}, pipeline={"stages": 2}),
+            "use codec.residual_decay=0 or pipeline.stages=1",
+        ),
+        (changed(codec={"push": "sparse"}, pipeline={"stages": 2}), "use codec.push=int8 or pipeline.stages=1"),
         # `yes` is true in YAML, and true is 1 in Python.
         (changed(training={"num_steps": True}), "'training.num_steps': input should be a number, not True"),
         (changed(optimizer={"learning_rate": True}), "'optimizer.learning_rate': input should be a number, not True"),
@@ -91,6 +104,24 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tree: Any, message: str)
 )
 def test_a_wrong_value_is_refused_with_its_reason(tree: Any, message: str) -> None:
     assert message in refusal(tree)
+
+
+@pytest.mark.parametrize(
+    ("codec", "decay"),
+    [
+        ({}, 0),
+        ({"push": "int2"}, 0),
+        ({"push": "int2", "residual_decay": 0.9}, 0.9),
+        ({"push": "int8", "residual_decay": 1}, 1),
+        ({"push": "topk"}, 1),
+        ({"push": "sparse"}, 0.95),
+        ({"push": "sparse", "residual_decay": 0}, 0),
+    ],
+)
+def test_a_job_keeps_residuals_where_their_decay_is_above_zero(codec: dict[str, Any], decay: float) -> None:
+    recipe = parse_recipe(changed(codec=codec))
+    assert recipe.codec.decay == decay
+    assert keeps_residuals(recipe.codec) == (decay > 0)
 
 
 def test_positions_of_gpt2_are_known_too() -> None:

@@ -47,7 +47,7 @@ from gradstream.services.parameter_server.servicer import ParameterServerService
 from gradstream.services.parameter_server.weight_bundle import WeightBundle
 
 REFUSED = grpc.StatusCode.INVALID_ARGUMENT
-EXACT = ["fp32", "bf16", "int8", "int4", "int4-hadamard", "bf16-zstd"]
+EXACT = ["fp32", "bf16", "int8", "int4", "int4-hadamard", "int2", "bf16-zstd"]
 
 
 def initial_fragments() -> dict[int, torch.Tensor]:

@@ -7,18 +7,23 @@
 | int8          | 3.94  | 0.007  | blocks of 256 scaled by their largest magnitude, 255 steps                |
 | int4          | 7.76  | 0.13   | likewise, 15 steps                                                        |
 | int4-hadamard | 7.76  | 0.13   | int4 of rotated blocks: as good on heavy tails, where int4 alone is not   |
+| int2          | 15.06 | 0.34   | all but the sign and one of two levels, in blocks of 256                  |
 | fp32-zstd     | ~1.2  | 0      | nothing                                                                   |
 | bf16-zstd     | ~2.8  | 0.0017 | what bf16 loses                                                           |
 | topk          | 64    | 0.94   | all but 64 of 4096 elements; residual: 4 bytes an element                 |
 | sign          | 28.4  | 0.60   | all but sign and mean magnitude; residual: 4 bytes an element             |
 | powersgd      | 128   | 0.996  | all but rank 4; residual: 4 bytes an element, and a basis of 4 columns    |
+| sparse        | 141   | 0.94   | what topk loses, and all but sign and level; residual: 4 bytes an element |
 
 `ratio` is fp32's bytes over the payload's for 1024 x 1024 elements (powersgd at R x C: R C / (4 R + 4 C)). `error` is
 the relative error of one call, measured by the norm, for normally distributed numbers. This is the worst case for the
-last three codecs: they send the rest later, and gradients, whose rows and columns differ, suit them better.
+last four codecs: they send the rest later, and gradients, whose rows and columns differ, suit them better.
 
-The codecs up to bf16-zstd are in the exact class: decode(encode(x)) depends only on x and the seed. Only int4-hadamard
-uses the seed. The last three codecs depend on what their slot sent before, and are outside the class.
+One rule says which jobs are in the exact class: those that keep no residual, `codec.residual_decay` 0. Then
+decode(encode(x)) depends only on x and the seed, which only int4-hadamard uses. 0 is the default of the codecs up to
+bf16-zstd. The last four keep a residual by default, with decay 1, or .95 for sparse: a payload depends on what its slot
+sent before. With a decay above 0 any codec coarser than bf16 keeps a residual (`Codec.encode_with`), and sparse, topk
+and sign go without one at 0. No payload, and no server, depends on the decay.
 
 A value that is not finite stays not finite through every codec, so that the server detects it and skips the step. A
 codec with a residual then sends a payload of NaN and keeps its state: the residual is still to be sent, because the

@@ -25,7 +25,7 @@ class AdamW(Rule):
             {
                 "exp_avg": torch.zeros_like(each.weights),
                 "exp_avg_sq": torch.zeros_like(each.weights),
-                STEP_COUNT: torch.zeros((), dtype=torch.float32),
+                STEP_COUNT: torch.zeros((), device=each.weights.device),  # where the fused kernel wants it
             }
             for each in slices
         ]

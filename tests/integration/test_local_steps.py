@@ -1,0 +1,175 @@
+"""Jobs with local steps: the same bits whoever computes and whoever dies, and the losses of plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.cluster import Cluster, running
+from support.tiny import tiny_recipe
+
+from gradstream.client import Step
+from gradstream.core.data.manifest import parse_manifest
+from gradstream.core.data.sampler import SlotSampler
+from gradstream.core.model.model import build, initial_weights
+from gradstream.core.recipe.learning_rate import rate_of_step
+from gradstream.core.recipe.recipe import Recipe
+
+LENGTH = 5
+KINDS: dict[str, dict[str, Any]] = {
+    "shared": {"local": {"steps": LENGTH}, "codec": {"push": "int8", "pull": "delta-int8", "keyframe_versions": 2}},
+    "reset": {"local": {"steps": LENGTH, "inner_state": "reset"}, "codec": {"push": "int8", "pull": "bf16"}},
+    "after": {"local": {"steps": LENGTH, "after": 10, "moments": "int8"}, "codec": {"push": "int8", "pull": "fp32"}},
+}
+WALK = [(2, 2), (3, 1), (1, 3)]
+"""Numbers of workers and servers."""
+
+
+def recipe_of(data: Path, run_root: Path, kind: str, **sections: Any) -> Recipe:
+    tree = {"training": {"num_steps": 4 * LENGTH}, "checkpoint": {"interval_steps": LENGTH}, **KINDS[kind], **sections}
+    return tiny_recipe(data, run_root, name=f"local-{kind}", **tree)
+
+
+def activity_of(cluster: Cluster, name: str) -> str:
+    return next(node.activity.detail for node in cluster.client.nodes() if node.name == name)
+
+
+def plain_losses(recipe: Recipe, data: Path) -> list[float]:
+    """The mean loss of every round: torch's AdamW inside with shared moments, torch's SGD outside, in one process."""
+    assert recipe.local is not None
+    torch.set_num_threads(1)
+    manifest = parse_manifest((data / "manifest.json").read_bytes())
+    training, config, outer = recipe.training, recipe.optimizer, recipe.local.outer
+    model = build(recipe.model.config)
+    parameters = list(model.parameters())
+    with torch.no_grad():
+        for name, tensor in initial_weights(recipe.model.config, recipe.seed):
+            model.get_parameter(name).copy_(tensor)
+    held = [parameter.detach().clone() for parameter in parameters]
+    rule = torch.optim.SGD(held, outer.learning_rate, outer.momentum, nesterov=outer.nesterov)
+    moments: list[dict[str, torch.Tensor]] = []
+    losses = []
+    for first in range(0, training.num_steps, LENGTH):
+        ends, states, loss_sum, num_tokens = [], [], 0.0, 0
+        for slot in range(training.num_slots):
+            with torch.no_grad():
+                for parameter, weight in zip(parameters, held, strict=True):
+                    parameter.copy_(weight)
+            decayed = [parameter for parameter in parameters if parameter.dim() >= 2]
+            others = [parameter for parameter in parameters if parameter.dim() < 2]
+            groups = [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ]
+            optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+            for parameter, state in zip(parameters, moments, strict=False):
+                optimizer.state[parameter] = {name: value.clone() for name, value in state.items()}
+                optimizer.state[parameter]["step"] = torch.tensor(float(first))
+            sampler = SlotSampler(manifest, "train", slot, training.num_slots, training.sequence_length, recipe.seed)
+            for step in range(first, first + LENGTH):
+                count = 0
+                optimizer.zero_grad()
+                for address in sampler.samples(step, training.slot_batch):
+                    tokens = torch.frombuffer(bytearray((data / address.file).read_bytes()), dtype=torch.uint16).long()
+                    begin = address.window * training.sequence_length
+                    sample = tokens[begin : begin + training.sequence_length + 1][None]
+                    logits = model(input_ids=sample[:, :-1], use_cache=False).logits.flatten(0, 1)
+                    loss = torch.nn.functional.cross_entropy(logits, sample[:, 1:].flatten(), reduction="sum")
+                    loss.backward()
+                    loss_sum, count = loss_sum + loss.item(), count + training.sequence_length
+                for parameter in parameters:
+                    assert parameter.grad is not None
+                    parameter.grad.div_(count)
+                torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate_of_step(recipe, step)
+                optimizer.step()
+                num_tokens += count
+            ends.append([parameter.detach().clone() for parameter in parameters])
+            states.append([optimizer.state[parameter] for parameter in parameters])
+        for number, weight in enumerate(held):
+            weight.grad = torch.stack([weight - end[number] for end in ends]).mean(0)
+        rule.step()
+        moments = [
+            {name: torch.stack([state[number][name] for state in states]).mean(0) for name in ("exp_avg", "exp_avg_sq")}
+            for number in range(len(held))
+        ]
+        losses.append(loss_sum / num_tokens)
+    return losses
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster of two workers and two servers. The tests of this module use it one after the other."""
+    with running(tmp_path_factory.mktemp("cluster")) as found:
+        found.start_coordinator()
+        found.start_servers("server-0", "server-1")
+        found.start_workers("worker-0", "worker-1")
+        yield found
+
+
+@pytest.mark.timeout(180)
+def test_losses_equal_plain_pytorch(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        tiny_data,
+        tmp_path / "runs",
+        name="local-reference",
+        training={"num_steps": 4 * LENGTH},
+        local={"steps": LENGTH, "moments": "fp32"},
+        optimizer={"clip_norm": 0.5},
+        cluster={"min_workers": 2, "min_servers": 2},
+    )
+    job = cluster.client.submit(recipe)
+    cluster.finish(job.job_id)
+    losses = [item.loss for item in cluster.client.watch(job.job_id, follow=False) if isinstance(item, Step)]
+    expected = plain_losses(recipe, tiny_data)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert expected[-1] < expected[0] - 0.5
+
+
+@pytest.mark.timeout(300)
+def test_same_bits_on_every_number_of_nodes_and_after_deaths(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+    digests: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
+
+    def finish(kind: str, how: str, job_id: str) -> None:
+        job = cluster.finish(job_id)
+        assert job.num_tokens == 4 * LENGTH * 8 * 32, "every token of every inner step counts once"
+        digests[kind][how] = cluster.final_digest(job_id)
+
+    live = {"worker": ["worker-0", "worker-1"], "server": ["server-0", "server-1"]}
+    for num_workers, num_servers in WALK:
+        for node, wanted in (("worker", num_workers), ("server", num_servers)):
+            while len(live[node]) > wanted:
+                cluster.terminate(live[node].pop())
+            while len(live[node]) < wanted:
+                live[node].append(f"{node}-{len(live[node])}")
+                (cluster.start_workers if node == "worker" else cluster.start_servers)(live[node][-1])
+        needs = {"min_workers": num_workers, "min_servers": num_servers}
+        for kind in KINDS:
+            job = cluster.client.submit(recipe_of(tiny_data, tmp_path / "runs", kind, cluster=needs))
+            finish(kind, f"{num_workers} workers, {num_servers} servers", job.job_id)
+
+    cluster.start_workers("mortal", faults=f"kill@step={2 * LENGTH + 2}")
+    job = cluster.client.submit(recipe_of(tiny_data, tmp_path / "runs", "shared", cluster={"min_workers": 2}))
+    assert cluster.wait_dead("mortal") == -9
+    finish("shared", "a worker killed in mid-round", job.job_id)
+    assert cluster.client.job(job.job_id).epoch == 1
+
+    cluster.terminate(*live["worker"])
+    cluster.start_workers("slow", faults="slow@milliseconds=100")
+    job = cluster.client.submit(recipe_of(tiny_data, tmp_path / "runs", "shared"))
+    cluster.wait_for(job.job_id, lambda job: job.version > 0, "commit a round")
+    cluster.wait_for(job.job_id, lambda _: activity_of(cluster, "slow").startswith("inner step"), "go on")
+    cluster.kill(*cluster.processes)
+    cluster.start_coordinator()
+    cluster.start_servers("server-a")
+    cluster.start_workers("worker-a", "worker-b")
+    finish("shared", "everything killed in mid-round, resumed elsewhere", job.job_id)
+    assert cluster.client.job(job.job_id).epoch == 2
+
+    for kind, found in digests.items():
+        assert len(set(found.values())) == 1, (kind, found)
+    assert len({found["2 workers, 2 servers"] for found in digests.values()}) == len(KINDS)

@@ -14,7 +14,6 @@ load.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import statistics
 import sys
@@ -22,12 +21,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plain import train_plain
 from report import Result, arguments_parser, at_most, chosen, report
+from runs import Run, Runs
 from step import await_file, process
 
 from gradstream.client import Client, Step, Validation
@@ -98,52 +98,6 @@ PAIRS = [
     Pair("powersgd", "delta-int8"),
     Pair("int8", "int8"),
 ]
-
-
-@dataclass(frozen=True)
-class Run:
-    """The result of one training: validation losses by version. `pushed_bytes` is the number a slot and step."""
-
-    losses: dict[int, float]
-    pushed_bytes: float = 0.0
-
-    @property
-    def first(self) -> float:
-        return self.losses[min(self.losses)]
-
-    @property
-    def last(self) -> float:
-        return self.losses[max(self.losses)]
-
-
-class Runs:
-    """The runs made so far, by (name, seed). If a file is given it keeps them, and a later call resumes from it.
-
-    Runs in the file with other settings than the current ones are ignored.
-    """
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]):
-        self._path = path
-        self._settings = json.loads(json.dumps(settings))
-        self._runs: dict[tuple[str, int], Run] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []:
-            entry = json.loads(line)
-            if entry["settings"] == self._settings:
-                losses = {int(version): loss for version, loss in entry["losses"].items()}
-                self._runs[entry["name"], entry["seed"]] = Run(losses, entry["pushed_bytes"])
-
-    def get(self, name: str, seed: int) -> Run | None:
-        return self._runs.get((name, seed))
-
-    def __getitem__(self, key: tuple[str, int]) -> Run:
-        return self._runs[key]
-
-    def add(self, name: str, seed: int, run: Run) -> None:
-        self._runs[name, seed] = run
-        if self._path:
-            entry = {"name": name, "seed": seed, **asdict(run), "settings": self._settings}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["codecs", "fine_tuning", "generation", "parity", "pipeline", "scale", "server", "step", "transport"]
+NAMES = ["codecs", "fine_tuning", "generation", "local", "parity", "pipeline", "scale", "server", "step", "transport"]
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +36,7 @@ def test_every_benchmark_is_tried_here() -> None:
         ("codecs", []),
         ("fine_tuning", []),  # with the cluster of bench-step
         ("generation", []),
+        ("local", []),
         ("parity", []),
         ("pipeline", ["--no-gradstream"]),
         ("scale", ["--servers", "1"]),

@@ -71,6 +71,8 @@ class StepBreakdown(Value):
     """The server whose contributions are under way much longer than those of the others; empty when there is none."""
     advice: str
     workers: tuple[WorkerTimes, ...]
+    round_steps: int = 0
+    """The inner steps of each round that was measured; 0 if they were ordinary steps."""
 
     @classmethod
     def from_proto(cls, message: jobs_pb2.StepBreakdown) -> StepBreakdown:
@@ -83,6 +85,7 @@ class StepBreakdown(Value):
             slowest_server=message.slowest_server,
             advice=message.advice,
             workers=tuple(WorkerTimes.from_proto(worker) for worker in message.workers),
+            round_steps=message.round_steps,
         )
 
 

@@ -40,7 +40,7 @@ def rows() -> list[jobs_pb2.StepMetrics]:
 
 def test_status_counts_steps_and_rounds(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:
     parts = jobs_pb2.StepParts(compute_seconds=2.0)
-    jobs.jobs = [local_job(step_breakdown=jobs_pb2.StepBreakdown(num_steps=3, mean=parts))]
+    jobs.jobs = [local_job(step_breakdown=jobs_pb2.StepBreakdown(num_steps=3, mean=parts, round_steps=30))]
     detail = "inner step 7 of 30 of slot 2"
     activity = coordinator_pb2.Activity(job_id="tiny-1", phase="computing", step=13, detail=detail)
     jobs.nodes = [canned_node(activity=activity)]

@@ -20,8 +20,8 @@ import typer
 from gradstream.coordinator.cli.local.earlier_run import KEPT, cluster_directory, find_earlier_run
 from gradstream.coordinator.cli.options import OutputFormat, OutputOption, OverrideOption, find_recipe
 from gradstream.coordinator.cli.views import terminal
-from gradstream.coordinator.cli.views.step_times import step_line
-from gradstream.coordinator.cli.views.steps import rounds_of, step_word
+from gradstream.coordinator.cli.views.step_times import step_line, step_word
+from gradstream.coordinator.cli.views.steps import rounds_of
 
 if TYPE_CHECKING:
     from gradstream.client import AsyncClient, Job
@@ -433,7 +433,7 @@ def _show(run: _Run, prompt: str | None, output: OutputFormat) -> None:
             f"{job.step} steps (nats a token)"
         )
     if job.step_breakdown is not None:
-        terminal.print_line(f"{f'a {step_word(job)} took:':<17}{step_line(job.step_breakdown)}")
+        terminal.print_line(f"{f'a {step_word(job.step_breakdown)} took:':<17}{step_line(job.step_breakdown)}")
     terminal.print_line(f"loss curve:      {picture}")
     terminal.print_line(f"metrics:         {metrics}")
     terminal.print_line(f"model:           {exported}")

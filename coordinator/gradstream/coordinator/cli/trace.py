@@ -11,8 +11,8 @@ import typer
 
 from gradstream.coordinator.cli.options import CoordinatorOption, NewestJobArgument, open_client, write_file
 from gradstream.coordinator.cli.views import terminal
-from gradstream.coordinator.cli.views.step_times import print_step_table, step_line
-from gradstream.coordinator.cli.views.steps import round_name, rounds_of, step_word
+from gradstream.coordinator.cli.views.step_times import print_step_table, step_line, step_word
+from gradstream.coordinator.cli.views.steps import round_name, rounds_of
 
 if TYPE_CHECKING:
     from gradstream.client import Pipeline, Timeline
@@ -57,7 +57,7 @@ def trace(
     if job.step_breakdown is not None:
         print()
         print_step_table(job.step_breakdown)
-        terminal.print_line(f"a {step_word(job)} takes {step_line(job.step_breakdown)}")
+        terminal.print_line(f"a {step_word(job.step_breakdown)} takes {step_line(job.step_breakdown)}")
         terminal.print_line(job.step_breakdown.advice)
 
 

@@ -322,7 +322,10 @@ class Reports:
         node = self._controller.members.get(report.node_id)
         if node is None or node.kind != WORKER:
             raise ProtocolError(f"a timeline came from '{report.node_id[:100]}', which is no worker known here")
-        check_timeline(report, self._recipe(record, active).rounds)
+        rounds = self._recipe(record, active).rounds
+        check_timeline(report, rounds)
+        if report.HasField("times"):
+            report.times.round_steps = rounds.length if rounds.is_round(report.version) else 0
         self._controller.timelines.take(record, node.name, report)
 
     # --- failures and logs ------------------------------------------------------------------------------------------

@@ -107,11 +107,9 @@ class Views:
             message.num_parameters = sum(math.prod(tensor.shape) for tensor in plan.tensors)
         steps = self._controller.timelines.steps(record.job_id)
         names = [server.name for server in plan.servers] if plan is not None else []
-        # The breakdown is of the last commits.
-        local = recipe.local if recipe.rounds.is_round(max(0, totals.version - 1)) else None
         if (
             steps is not None
-            and (found := breakdown(steps, recipe.codec, recipe.training.num_slots, names, local)) is not None
+            and (found := breakdown(steps, recipe.codec, recipe.training.num_slots, names, recipe.local)) is not None
         ):
             message.step_breakdown.CopyFrom(found)
             if not whole:

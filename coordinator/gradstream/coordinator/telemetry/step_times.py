@@ -79,6 +79,7 @@ class WorkerReport(NamedTuple):
     push_bytes_per_second: float
     pull_bytes_per_second: float
     server_seconds: tuple[float, ...]
+    round_steps: int = 0
 
     @classmethod
     def from_proto(cls, times: coordinator_pb2.StepTimes) -> WorkerReport:
@@ -94,14 +95,16 @@ class WorkerReport(NamedTuple):
             times.push_bytes_per_second,
             times.pull_bytes_per_second,
             tuple(each / 1e6 for each in times.server_us),
+            times.round_steps,
         )
 
 
 class Measured(NamedTuple):
-    """The means of each worker over `num_steps` steps."""
+    """The means of each worker over `num_steps` steps, or over as many rounds of `round_steps` inner steps."""
 
     num_steps: int = 0
     workers: tuple[WorkerParts, ...] = ()
+    round_steps: int = 0
 
 
 class StepWindow:
@@ -133,9 +136,12 @@ def measure(steps: Sequence[Mapping[str, WorkerReport]]) -> Measured:
     """Average over `steps`, which are oldest first; workers are in the order of their names.
 
     Only the steps with the most reports count, because a worker that cannot report as fast as it computes leaves steps
-    out. The newest steps do not count, because their reports still come.
+    out. The newest steps do not count, because their reports still come. Once a job has gone over to rounds, ordinary
+    steps do not count.
     """
     over = steps[:-NUM_OPEN_STEPS]
+    round_steps = _round_steps(over[-1]) if over else 0
+    over = [step for step in over if _round_steps(step) == round_steps]
     most = max(map(len, over), default=0)
     whole = [step for step in over if len(step) == most]
     found: dict[str, list[tuple[Parts, WorkerReport]]] = {}
@@ -155,7 +161,11 @@ def measure(steps: Sequence[Mapping[str, WorkerReport]]) -> Measured:
         )
         for worker, entries in sorted(found.items())
     ]
-    return Measured(len(whole), tuple(workers))
+    return Measured(len(whole), tuple(workers), round_steps)
+
+
+def _round_steps(step: Mapping[str, WorkerReport]) -> int:
+    return max((report.round_steps for report in step.values()), default=0)
 
 
 def _server_seconds(steps: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -243,22 +253,20 @@ def breakdown(
     server_names: Sequence[str] = (),
     local: LocalConfig | None = None,
 ) -> jobs_pb2.StepBreakdown | None:
-    """The breakdown that status shows; None before a step was measured. `server_names` are those of the plan.
-
-    `local` is given if the steps are rounds.
-    """
-    num_steps, workers = window.measured
+    """The breakdown that status shows; None before a step was measured. `server_names` are those of the plan."""
+    num_steps, workers, round_steps = window.measured
     if not workers:
         return None
     parts = mean([worker.parts for worker in workers])
     slowest, link, server = slowest_worker(workers), slowest_link(workers), slowest_server(workers)
     return jobs_pb2.StepBreakdown(
         num_steps=num_steps,
+        round_steps=round_steps,
         mean=_message(parts),
         slowest_worker=slowest.name if slowest is not None else "",
         slowest_link=_link(link) if link is not None else "",
         slowest_server=_server(server_names, *server) if server is not None else "",
-        advice=advise(workers, codec, num_slots, local)[1],
+        advice=advise(workers, codec, num_slots, local if round_steps else None)[1],
         workers=[
             jobs_pb2.WorkerTimes(
                 worker=worker.name,

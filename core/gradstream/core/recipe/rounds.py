@@ -65,8 +65,9 @@ class Rounds:
         return f"step {self.steps_at(version)}"
 
     def version_text(self, version: int) -> str:
-        """A version for people: "version 12", or, in a job with rounds, "version 3 (step 90)"."""
-        return f"version {version} (step {self.steps_at(version)})" if self.length else f"version {version}"
+        """A version for people: "version 12", or, where it is not the number of steps, "version 3 (step 90)"."""
+        step = self.steps_at(version)
+        return f"version {version}" if step == version else f"version {version} (step {step})"
 
     def passes(self, version: int, interval_steps: int) -> bool:
         """Whether the commit that made `version` passed a multiple of `interval_steps`; with 0 never.

@@ -1200,6 +1200,7 @@ class StepTimes(_message.Message):
     PULL_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     SERVER_US_FIELD_NUMBER: _builtins.int
+    ROUND_STEPS_FIELD_NUMBER: _builtins.int
     period_us: _builtins.int
     """From the arrival of one version to the arrival of the next."""
     compute_us: _builtins.int
@@ -1218,6 +1219,8 @@ class StepTimes(_message.Message):
     """Payload bytes a second while weights were under way; 0 when there were none."""
     num_slots: _builtins.int
     """Number of slots that the worker computed."""
+    round_steps: _builtins.int
+    """The number of inner steps of a round; 0 for an ordinary step. Set by the coordinator."""
     @_builtins.property
     def server_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """For each server of the plan, how long at least one contribution to it was under way."""
@@ -1234,10 +1237,11 @@ class StepTimes(_message.Message):
         pull_bytes_per_second: _builtins.float = ...,
         num_slots: _builtins.int = ...,
         server_us: _abc.Iterable[_builtins.int] | None = ...,
+        round_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "num_slots", b"num_slots", "period_us", b"period_us", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "rest_us", b"rest_us", "send_us", b"send_us", "server_us", b"server_us", "weights_us", b"weights_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_us", b"compute_us", "num_slots", b"num_slots", "period_us", b"period_us", "pull_bytes_per_second", b"pull_bytes_per_second", "push_bytes_per_second", b"push_bytes_per_second", "rest_us", b"rest_us", "round_steps", b"round_steps", "send_us", b"send_us", "server_us", b"server_us", "weights_us", b"weights_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -334,8 +334,9 @@ class StepBreakdown(_message.Message):
     ADVICE_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     SLOWEST_SERVER_FIELD_NUMBER: _builtins.int
+    ROUND_STEPS_FIELD_NUMBER: _builtins.int
     num_steps: _builtins.int
-    """Number of steps that were measured."""
+    """Number of steps, or rounds, that were measured."""
     slowest_worker: _builtins.str
     """The worker for which the others wait the longest; empty when no worker is clearly slower."""
     slowest_link: _builtins.str
@@ -344,6 +345,8 @@ class StepBreakdown(_message.Message):
     """Advice that would make steps faster, for people."""
     slowest_server: _builtins.str
     """The server whose contributions are under way much longer than those of the others; empty when there is none."""
+    round_steps: _builtins.int
+    """The number of inner steps of each round that was measured; 0 if they were ordinary steps."""
     @_builtins.property
     def mean(self) -> Global___StepParts:
         """The mean of all workers."""
@@ -362,10 +365,11 @@ class StepBreakdown(_message.Message):
         advice: _builtins.str = ...,
         workers: _abc.Iterable[Global___WorkerTimes] | None = ...,
         slowest_server: _builtins.str = ...,
+        round_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["mean", b"mean"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "mean", b"mean", "num_steps", b"num_steps", "slowest_link", b"slowest_link", "slowest_server", b"slowest_server", "slowest_worker", b"slowest_worker", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "mean", b"mean", "num_steps", b"num_steps", "round_steps", b"round_steps", "slowest_link", b"slowest_link", "slowest_server", b"slowest_server", "slowest_worker", b"slowest_worker", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ from gradstream.coordinator.telemetry.step_times import (
     breakdown,
     measure,
 )
+from gradstream.core.recipe.local import LocalConfig
 from gradstream.core.recipe.recipe import CodecConfig
 from gradstream.proto.v1.coordinator_pb2 import StepTimes
 
@@ -130,3 +131,21 @@ def test_a_slow_server_is_named() -> None:
     none = breakdown(window(even), CODEC, 8, ["a", "b", "c"])
     assert none is not None
     assert not none.slowest_server
+
+
+def test_the_times_of_rounds_are_apart_from_those_of_steps() -> None:
+    made = StepWindow()
+    for version in range(4):
+        made.add("worker-0", 1, version, times())
+    local = LocalConfig(steps=30)
+    for version in range(4, 9):
+        round_times = times(compute=18_000, send=9000)
+        round_times.round_steps = 30
+        made.add("worker-0", 1, version, round_times)
+    found = breakdown(made, CODEC, 8, (), local)
+    assert found is not None
+    assert (found.num_steps, found.round_steps, found.mean.compute_seconds) == (3, 30, 18.0)
+    assert found.advice == "the network sets the pace: more local.steps than 30 make exchanges rarer"
+    plain = breakdown(window(times(send=300)), CODEC, 8, (), local)
+    assert plain is not None
+    assert (plain.round_steps, plain.advice) == (0, "the network sets the pace: codec.push=int4 sends half the bytes")

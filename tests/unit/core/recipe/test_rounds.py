@@ -48,3 +48,13 @@ def test_rounds_begin_after_the_ordinary_steps() -> None:
     rounds = Rounds(100, 30, 10)
     assert [rounds.is_round(version) for version in (9, 10)] == [False, True]
     assert [rounds.steps_at(version) for version in (9, 10, 11, 13)] == [9, 10, 40, 100]
+
+
+def test_rounds_in_words() -> None:
+    rounds = Rounds(100, 30, 10)
+    assert (rounds.num_rounds, [rounds.rounds_at(version) for version in (0, 10, 11, 13)]) == (3, [0, 0, 1, 3])
+    assert [rounds.commit_text(version) for version in (0, 9, 10, 12)] == ["step 0", "step 9", "round 1", "round 3"]
+    assert [rounds.version_text(version) for version in (10, 11)] == ["version 10", "version 11 (step 40)"]
+    plain = Rounds(7)
+    assert (plain.num_rounds, plain.rounds_at(3)) == (0, 0)
+    assert (plain.commit_text(3), plain.version_text(3)) == ("step 3", "version 3")

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
-from gradstream.coordinator.cli.views.step_times import step_line
-from gradstream.coordinator.cli.views.steps import node_step, progress_text, rounds_of, step_word
+from gradstream.coordinator.cli.views.step_times import step_line, step_word
+from gradstream.coordinator.cli.views.steps import node_step, progress_text, rounds_of
 from gradstream.core.job_states import after_state
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def job_view(job: Job, nodes: Sequence[Node]) -> Any:
     if job.codecs:
         row("codecs", job.codecs)
     if job.step_breakdown is not None:
-        row(f"a {step_word(job)} takes", step_line(job.step_breakdown))
+        row(f"a {step_word(job.step_breakdown)} takes", step_line(job.step_breakdown))
         if not job.state.ended:
             row("", job.step_breakdown.advice)
     if job.hidden_share is not None:

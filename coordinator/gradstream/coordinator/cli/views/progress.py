@@ -8,8 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
-from gradstream.coordinator.cli.views.step_times import step_line
-from gradstream.coordinator.cli.views.steps import step_word
+from gradstream.coordinator.cli.views.step_times import step_line, step_word
 
 if TYPE_CHECKING:
     from gradstream.client import Job
@@ -66,9 +65,8 @@ class ProgressView:
                 place=place,
             )
             # Two or three lines: a single one would be cut off on a terminal of 80 columns.
-            where = (
-                f"a {step_word(job)} takes {step_line(job.step_breakdown)}" if job.step_breakdown is not None else ""
-            )
+            found = job.step_breakdown
+            where = f"a {step_word(found)} takes {step_line(found)}" if found is not None else ""
             lines = [Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in (facts, where, wait) if line]
             self._live.update(Group(self._progress, *lines))
             return

@@ -13,6 +13,11 @@ SMALL_SHARE = 0.005
 """Parts below this share of a step are left out of the line."""
 
 
+def step_word(found: StepBreakdown) -> str:
+    """What was measured: a step, or a round of local steps."""
+    return "round" if found.round_steps else "step"
+
+
 def step_line(found: StepBreakdown) -> str:
     """A step's duration and its parts in percent, with the worker that causes a part."""
     slots = f" (of {found.slowest_worker})" if found.slowest_worker else ""

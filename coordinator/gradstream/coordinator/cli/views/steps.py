@@ -16,11 +16,6 @@ def rounds_of(job: Job) -> Rounds:
     return Rounds(job.num_steps, local.get("steps", 0), local.get("after", 0))
 
 
-def step_word(job: Job) -> str:
-    """The name of a job's last commit: a step or a round."""
-    return "round" if rounds_of(job).is_round(max(0, job.version - 1)) else "step"
-
-
 def progress_text(job: Job) -> str:
     """The steps that are done, as "90 of 2400 (4 %), 3 of 80 rounds of 30 steps"."""
     percent = f" ({100 * job.step / job.num_steps:.0f} %)" if job.num_steps else ""

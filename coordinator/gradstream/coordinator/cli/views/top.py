@@ -23,8 +23,8 @@ from gradstream.coordinator.cli.views.jobs import (
     step_wait,
 )
 from gradstream.coordinator.cli.views.progress import progress_facts, progress_place
-from gradstream.coordinator.cli.views.step_times import step_line
-from gradstream.coordinator.cli.views.steps import node_step, step_word
+from gradstream.coordinator.cli.views.step_times import step_line, step_word
+from gradstream.coordinator.cli.views.steps import node_step, rounds_of
 from gradstream.core.shown import shown
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _job_lines(look: Look, job: Job | None, choices: Choices, num_waits: int | N
     )
     lines += [_line("  ".join(facts))] if (facts := progress_facts(job)) else []
     if job.step_breakdown is not None and not job.state.ended:
-        lines.append(_line(f"a {step_word(job)} takes {step_line(job.step_breakdown)}"))
+        lines.append(_line(f"a {step_word(job.step_breakdown)} takes {step_line(job.step_breakdown)}"))
     if job.reason:
         lines.append(_line(job.reason, "dim" if job.state == "running" and not job.waits else "yellow"))
     waits = () if job.state.ended else job.waits
@@ -179,7 +179,7 @@ def slow_nodes(nodes: Sequence[Node], job: Job | None) -> dict[str, str]:
         behind = job.version - step if job.state == "running" and step else 0
         wait = step_wait(node, job)
         reasons = [
-            f"{counted(behind, step_word(job))} behind"
+            f"{counted(behind, 'round' if rounds_of(job).is_round(step) else 'step')} behind"
             if behind * (step_seconds(job) or 0.0) >= BEHIND_SECONDS
             else "",
             "the slowest" if node.name == slowest else "",

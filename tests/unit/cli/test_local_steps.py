@@ -84,11 +84,13 @@ def test_metrics_show_the_steps_of_each_row(jobs: CannedJobs, address: str, caps
 
 def test_a_rounds_loss_lies_in_its_middle() -> None:
     found = series_of(Job.from_proto(local_job()), [StepMetrics.from_proto(row) for row in rows()], [], XAxis.steps)
-    assert (found.xs, found.validations) == ([9, 24, 54], [(70, 5.0)])
+    assert (found.xs, found.rate_xs, found.validations) == ([9, 24, 54], [9, 39, 69], [(70, 5.0)])
+    assert found.num_steps == 61
     found = series_of(Job.from_proto(local_job()), [StepMetrics.from_proto(row) for row in rows()], [], XAxis.tokens)
     assert (found.xs, found.validations) == ([0, 1550, 4550], [(6100, 5.0)])
     plain = [StepMetrics.from_proto(row) for row in canned_metrics(30)]
-    assert series_of(Job.from_proto(canned_job()), plain, [], XAxis.steps).xs == [row.step for row in plain[:-1]]
+    found = series_of(Job.from_proto(canned_job()), plain, [], XAxis.steps)
+    assert found.xs == found.rate_xs == [row.step for row in plain[:-1]]
 
 
 def test_checkpoints_have_their_step(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,4 +54,4 @@ def plot(
     ids = [series.job.job_id for series in found]
     path = to if to is not None else Path(f"{'-'.join(ids)}-loss.png")
     write_file(path, draw(found, x, form), "--to")
-    terminal.print_line(f"{path}: {sum(len(series.losses) for series in found)} steps of {', '.join(ids)}")
+    terminal.print_line(f"{path}: {sum(series.num_steps for series in found)} steps of {', '.join(ids)}")

@@ -121,6 +121,8 @@ def validate(
             f"{training.num_steps} steps of {training.global_batch} samples of {training.sequence_length} tokens = "
             f"{terminal.format_count(tokens)} tokens in {training.num_slots} slots"
         )
+        if loaded.local is not None:
+            line += f", in rounds of {loaded.local.steps} steps"
         hint = f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}"
     if output is OutputFormat.json:
         more = {"num_tokens": tokens} if tokens is not None else {}

@@ -261,7 +261,7 @@ class Activity(_message.Message):
     computing, waiting.
     """
     step: _builtins.int
-    """The current step."""
+    """The version at which the node works. Without local steps it is the number of the current step."""
     waiting_for: _builtins.str
     """What the node waits for, and from which node ("slots 1, 3 of step 12 from worker-0"); empty when it does not wait."""
     waiting_since_unix_ms: _builtins.int

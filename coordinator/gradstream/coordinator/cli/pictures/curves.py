@@ -48,7 +48,7 @@ def draw(found: Sequence[Series], axis: XAxis, form: str) -> bytes:
         losses.plot(*thinned(series.xs, line), color=colour, linewidth=1.8, label=name)
         _draw_validations(losses, series, style.ORANGE if alone else colour, "validation" if alone else "")
         _draw_marks(figure, losses, rates, series, colour, alone)
-        rates.plot(*thinned(series.xs, series.rates), color=style.MUTED if alone else colour, linewidth=1.2)
+        rates.plot(*thinned(series.rate_xs, series.rates), color=style.MUTED if alone else colour, linewidth=1.2)
 
     style.frame(losses)
     style.frame(rates)

@@ -48,12 +48,17 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """A job's points. `xs` belong to `losses` and `rates`; a validation pass has its own x."""
+    """A job's points. `xs` belong to `losses`, `rate_xs` to `rates`; a validation pass has its own x.
+
+    `num_steps` is the number of steps that the points stand for: of a round all of its inner steps.
+    """
 
     job: Job
     xs: Sequence[int]
     losses: Sequence[float]
+    rate_xs: Sequence[int]
     rates: Sequence[float]
+    num_steps: int
     validations: Sequence[tuple[int, float]]
     marks: Sequence[Mark]
 
@@ -64,8 +69,10 @@ def series_of(job: Job, rows: Sequence[StepMetrics], events: Iterable[Event], ax
     places = _places(rows, axis)
     return Series(
         job=job,
-        xs=_middles(steps, rows, places, axis),
+        xs=_within(steps, rows, places, axis, 2),
         losses=[row.loss if row.loss is not None else math.nan for row in steps],
+        rate_xs=_within(steps, rows, places, axis, 1),
+        num_steps=sum(row.num_steps or 1 for row in steps),
         rates=[row.learning_rate if row.learning_rate is not None else math.nan for row in steps],
         validations=[(places[row.step], row.validation_loss) for row in rows if row.validation_loss is not None],
         marks=marks(steps, events, places),
@@ -81,18 +88,19 @@ def _places(rows: Sequence[StepMetrics], axis: XAxis) -> dict[int, int]:
     return {row.step: tokens for row, tokens in zip(rows, before, strict=False)}
 
 
-def _middles(
-    steps: Sequence[StepMetrics], rows: Sequence[StepMetrics], places: dict[int, int], axis: XAxis
+def _within(
+    steps: Sequence[StepMetrics], rows: Sequence[StepMetrics], places: dict[int, int], axis: XAxis, part: int
 ) -> list[int]:
-    """The place of each loss: that of its step, and of a round, whose loss is a mean, its middle step."""
-    if all(row.num_steps == 1 for row in steps):
-        return [places[row.step] for row in steps]
+    """The place of each value: that of its step, and of a round that of its middle (`part` 2) or last (1) step.
+
+    A round's loss is a mean over its steps, and its learning rate that of its last step.
+    """
     ends = {row.step: row.step + (row.num_steps or 1) if axis is XAxis.steps else row.num_tokens for row in rows}
-    middles = []
+    found = []
     for row in steps:
         begin, count = places[row.step], row.num_steps or 1
-        middles.append(begin + (ends[row.step] - begin) * (count - 1) // (2 * count))
-    return middles
+        found.append(begin + (ends[row.step] - begin) * (count - 1) // (part * count))
+    return found
 
 
 def marks(steps: Sequence[StepMetrics], events: Iterable[Event], places: dict[int, int]) -> list[Mark]:

@@ -300,7 +300,7 @@ class _Active:
     """What check_residual asks of the active job."""
 
     recipe = PLAN.recipe.model_copy(update={"codec": PLAN.recipe.codec.model_copy(update={"push": "topk"})})
-    num_steps = 3
+    rounds = Rounds(3)
 
     class record:  # noqa: N801
         start_version = 0

@@ -53,7 +53,7 @@ def test_status_counts_steps_and_rounds(jobs: CannedJobs, address: str, capsys: 
     assert " 100/2410 " in capsys.readouterr().out
     assert main(["top", "--count", "1", "-c", address]) == 0
     out = capsys.readouterr().out
-    assert "step 100/2410" in out
+    assert "step 100/2410  round 3/80" in out
     assert " 100 " in out
     assert detail in out
 

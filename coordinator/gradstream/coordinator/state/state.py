@@ -51,7 +51,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Sums over the steps of the current trajectory; each step counts once."""
+    """Sums over the steps of the current trajectory; each step counts once, and so does each round of local steps."""
 
     num_steps: int = 0
     version: int = 0

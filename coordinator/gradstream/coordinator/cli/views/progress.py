@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstream.coordinator.cli.views import terminal
 from gradstream.coordinator.cli.views.step_times import step_line, step_word
+from gradstream.coordinator.cli.views.steps import rounds_of
 
 if TYPE_CHECKING:
     from gradstream.client import Job
@@ -85,8 +86,10 @@ class ProgressView:
 
 
 def progress_place(job: Job) -> list[str]:
-    """The progress of a job: step and ETA."""
-    parts = [f"step {job.step}/{job.num_steps}"]
+    """The progress of a job: step, round if it has local steps, and ETA."""
+    parts, rounds = [f"step {job.step}/{job.num_steps}"], rounds_of(job)
+    if rounds.length:
+        parts.append(f"round {rounds.rounds_at(job.version)}/{rounds.num_rounds}")
     if job.eta is not None and not job.state.ended:
         parts.append(f"ETA {terminal.format_duration(job.eta)}")
     return parts

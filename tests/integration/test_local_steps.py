@@ -23,6 +23,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "shared": {"local": {"steps": LENGTH}, "codec": {"push": "int8", "pull": "delta-int8", "keyframe_versions": 2}},
     "reset": {"local": {"steps": LENGTH, "inner_state": "reset"}, "codec": {"push": "int8", "pull": "bf16"}},
     "after": {"local": {"steps": LENGTH, "after": 10, "moments": "int8"}, "codec": {"push": "int8", "pull": "fp32"}},
+    "muon": {
+        "local": {"steps": LENGTH},
+        "optimizer": {"kind": "muon"},
+        "codec": {"push": "int4", "pull": "delta-int4"},
+    },
 }
 WALK = [(2, 2), (3, 1), (1, 3)]
 """Numbers of workers and servers."""

@@ -256,8 +256,9 @@ def equal(first: Contribution, second: Contribution) -> bool:
     )
 
 
-def test_the_bits_do_not_depend_on_what_a_worker_computed_before() -> None:
-    plan = plan_of(GPT2)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_bits_do_not_depend_on_what_a_worker_computed_before(kind: str) -> None:
+    plan = plan_of(GPT2, {"kind": kind})
     version = shared_version(plan)
     busy, fresh = Worker(plan, version), Worker(plan, version)
     before = [busy.round(2, slot) for slot in (0, 1)]
@@ -265,7 +266,7 @@ def test_the_bits_do_not_depend_on_what_a_worker_computed_before() -> None:
     assert equal(busy.round(2, 0), before[0])
     assert not equal(before[0], before[1])
     names = {array[1] for array in before[0].values}
-    assert names == {WEIGHTS, "exp_avg", "exp_avg_sq"}
+    assert names == {WEIGHTS, "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if kind == "muon" else set())
     units = [plan.tensors[tensor].unit for tensor, _ in before[0].values]
     assert units == sorted(units, reverse=True), "last layers first"
 

@@ -154,7 +154,7 @@ def plain_losses(plan: Plan) -> list[float]:
             optimizer = inner_optimizer(plan, parameters)
             for parameter, state in zip(parameters, shared, strict=False):
                 optimizer.state[parameter] = {name: value.clone() for name, value in state.items()}
-                if recipe.optimizer.kind == "adamw":
+                if "exp_avg" in state:
                     optimizer.state[parameter]["step"] = torch.tensor(float(first))
             for step in range(first, first + local.steps):
                 batch = batch_of(step, slot)
@@ -177,9 +177,12 @@ def plain_losses(plan: Plan) -> list[float]:
             weight.grad = torch.stack([each[number] for each in differences]).mean(0)
         outer.step()
         if local.inner_state == "shared":
-            kept = [name for name in states[0][0] if name != "step"]
             shared = [
-                {name: torch.stack([state[number][name] for state in states]).mean(0) for name in kept}
+                {
+                    name: torch.stack([state[number][name] for state in states]).mean(0)
+                    for name in states[0][number]
+                    if name != "step"
+                }
                 for number in range(len(held))
             ]
         losses.append(loss_sum / num_tokens)
@@ -195,13 +198,45 @@ def inner_optimizer(plan: Plan, parameters: list[nn.Parameter]) -> torch.optim.O
         }
         for decay in (True, False)
     ]
+    if config.kind == "muon":
+        matrices = [p for p, tensor in zip(parameters, plan.tensors, strict=True) if tensor.kind == "matrix"]
+        return PlainMuon(matrices, config.weight_decay, groups, betas=config.betas, eps=config.eps)
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
     return torch.optim.SGD(groups, 0.1, config.momentum, nesterov=config.nesterov)
 
 
+class PlainMuon(torch.optim.AdamW):
+    """Muon for some matrices, as published but in fp32 (torch.optim.Muon rounds to bf16), and AdamW for the rest."""
+
+    def __init__(self, matrices: list[nn.Parameter], weight_decay: float, groups: Any, **settings: Any):
+        super().__init__(groups, **settings)
+        self._matrices = matrices
+        self._weight_decay = weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        rate = self.param_groups[0]["lr"]
+        for matrix in self._matrices:
+            assert matrix.grad is not None
+            buffer = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+            buffer.lerp_(matrix.grad, 0.05)
+            x = matrix.grad.lerp(buffer, 0.95)
+            tall = x.shape[0] > x.shape[1]
+            x = (x.T if tall else x) / x.norm()
+            for _ in range(5):
+                gram = x @ x.T
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            matrix.mul_(1 - rate * self._weight_decay)
+            matrix.add_(x.T if tall else x, alpha=-rate * 0.2 * math.sqrt(max(matrix.shape)))
+            matrix.grad = None  # so that AdamW leaves the matrix alone
+        super().step()
+
+
 @pytest.mark.parametrize("inner_state", ["shared", "reset"])
-@pytest.mark.parametrize("optimizer", [{"clip_norm": 0.5}, NESTEROV], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer", [{"clip_norm": 0.5}, NESTEROV, {"kind": "muon", "clip_norm": 0.5}], ids=["adamw", "sgd", "muon"]
+)
 def test_losses_are_those_of_plain_pytorch(optimizer: dict[str, Any], inner_state: str) -> None:
     plan = plan_of(optimizer=optimizer, inner_state=inner_state)
     version, buffers, losses = first_weights(plan), {}, []

@@ -130,3 +130,15 @@ def test_another_codec_starts_from_zero() -> None:
     assert encoder.encode(1, codec="powersgd") == Encoder(plan).encode(1, codec="powersgd")
     assert encoder.encode(2, codec="bf16") == Encoder(plan).encode(2, codec="bf16")
     assert encoder.encode(3) == Encoder(plan).encode(3)
+
+
+def test_what_gradients_left_behind_is_not_added_to_differences() -> None:
+    plan = micro_plan(codec={"push": "topk"}, sections={"local": {"steps": 2, "after": 2}}, num_steps=8)
+    encoder = Encoder(plan)
+    encoder.encode(0)
+    encoder.encode(1)
+    assert encoder.residuals.snapshot(2) == {}
+    assert encoder.encode(2) == Encoder(plan).encode(2), "version 2 begins the first round"
+    assert encoder.fresh == [(2, SLOT)]
+    assert encoder.encode(3) != Encoder(plan).encode(3)
+    assert encoder.fresh == [(2, SLOT)]

@@ -5,7 +5,8 @@ computed again, after a pause or a pull that broke off, is encoded from the same
 residual of version t can also be copied for its checkpoint while step t is being encoded.
 
 A slot continues from its residual only on the worker that encoded all of its last step. On any other worker the
-residual starts from zero.
+residual starts from zero. In a job with rounds after ordinary steps it also starts from zero at the first round: what
+gradients left behind is of another scale than differences.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class SlotResiduals:
         for slot, held in self._slots.items():
             if held.step == version and not held.fresh:
                 found[slot] = _copied(held.before)
-            elif held.step + 1 == version and self._whole(held):
+            elif self._continues(held, version):
                 found[slot] = _copied(held.after)
         return found
 
@@ -101,19 +102,26 @@ class SlotResiduals:
         held = self._slots.get(slot)
         if held is not None and (held.step, held.codec) == (step, codec):
             return held
-        if held is not None and (held.step + 1, held.codec) == (step, codec) and self._whole(held):
+        if held is not None and held.codec == codec and self._continues(held, step):
             held.before, held.after = held.after, held.before
             held.step, held.fresh = step, False
             held.encoded.clear()
             return held
         self._slots[slot] = held = _Slot(codec, step, True)
         if step > self._plan.start_version:
-            log.info("a slot's residual starts from zero: its last step was not encoded here", slot=slot, version=step)
+            reason = "the first round begins" if self._begins_rounds(step) else "its last step was not encoded here"
+            log.info(f"a slot's residual starts from zero: {reason}", slot=slot, version=step)
             self.on_fresh(step, slot)
         return held
 
-    def _whole(self, held: _Slot) -> bool:
-        return len(held.encoded) == len(self._plan.bundles)
+    def _continues(self, held: _Slot, version: int) -> bool:
+        """Whether a slot's residual at `version` is what its step before left behind."""
+        whole = len(held.encoded) == len(self._plan.bundles)
+        return held.step + 1 == version and whole and not self._begins_rounds(version)
+
+    def _begins_rounds(self, version: int) -> bool:
+        rounds = self._plan.rounds
+        return rounds.is_round(version) and not rounds.is_round(version - 1)
 
 
 class ResidualKeeper:

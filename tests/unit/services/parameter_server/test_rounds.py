@@ -190,7 +190,7 @@ async def test_a_round_applies_the_outer_rule_to_the_mean_difference_and_average
     [
         ("adamw", "delta-int4", 2, {"moments": "int8"}),
         ("adamw", "bf16", 2, {"inner_state": "reset"}),
-        ("muon", "bf16", 0, {"moments": "bf16"}),
+        ("muon", "bf16", 2, {"moments": "bf16"}),
     ],
 )
 async def test_the_same_bits_in_any_order_on_any_number_of_servers(

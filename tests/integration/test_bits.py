@@ -21,6 +21,7 @@ PUSH_AND_PULL = {
     "xor-bf16": ("bf16", "xor-bf16"),
     "int2": ("int2", "int8"),
     "delta-int2": ("sparse", "delta-int2"),
+    "muon": ("int8", "delta-int8"),
 }
 # Where a pair is not tried on the whole walk.
 CORNERS = [(1, 1), (3, 1), (1, 3), (3, 3)]
@@ -30,6 +31,7 @@ TRIED = {
     "xor-bf16": [(1, 1), (2, 3)],
     "int2": [(1, 1), (2, 3)],
     "delta-int2": [(1, 1), (2, 3)],
+    "muon": [(1, 1), (2, 3)],
 }
 
 
@@ -56,6 +58,7 @@ def test_same_bits_on_every_number_of_workers_and_servers(tiny_data: Path, tmp_p
                     name=f"bits-{name}",
                     codec={"push": push, "pull": pull, "keyframe_versions": 4}
                     | ({"residual_decay": 0} if push == "sparse" else {}),
+                    optimizer={"kind": "muon"} if name == "muon" else {},
                     cluster={"min_workers": num_workers, "min_servers": num_servers},
                 )
                 job = cluster.client.submit(recipe)

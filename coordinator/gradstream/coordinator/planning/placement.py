@@ -53,7 +53,7 @@ def place(
                 placement[fragment.index] = server
             total_bytes[server] += pile_bytes[pile]
     low, high = min(total_bytes), max(total_bytes)
-    together = f"; each of {len(whole)} matrices on one server, which updates the whole of it" if whole else ""
+    together = f"; each of {len(whole)} matrices on one server, because a matrix is updated as a whole" if whole else ""
     reason = (
         f"{len(fragments)} fragments on {num_servers} server{'s' * (num_servers != 1)}, "
         f"largest first by bytes in each of {len(windows)} windows; "

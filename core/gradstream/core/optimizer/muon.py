@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are orthogonalized. The rule of torch.optim.Muon, in fp32, with the same bits anywhere.
 
 The bits do not depend on the number of threads, nor on how a matrix is cut into slices:
-  1. every operation on elements rounds twice where one kernel may fuse and another not (torch's `lerp` and
-     `add(alpha=…)` do so at the end of a range), so slices give the bits of the whole;
+  1. every operation on elements is one product or one sum, which every kernel rounds alike, at the end of a range as in
+     its middle, so slices give the bits of the whole;
   2. every product of matrices runs on one thread, because the bits of some sizes depend on the number of threads.
      A process with more threads updates as many matrices at a time instead.
 """

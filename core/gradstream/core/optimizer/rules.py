@@ -39,8 +39,9 @@ def shared_moments(recipe: Recipe, tensor: Updated) -> tuple[str, ...]:
 
 
 def server_moments(recipe: Recipe, tensor: Updated) -> tuple[str, ...]:
-    """The moments of a tensor that servers hold: its rule's arrays, or only those that slots share if all steps are
-    inner steps of the slots.
+    """The moments of a tensor that servers hold.
+
+    They are its rule's arrays, or only those that slots share if all steps are inner steps of the slots.
     """
     if recipe.local is None or recipe.local.after:
         return tuple(name for name in rule_of(recipe.optimizer, tensor).arrays if name != STEP_COUNT)

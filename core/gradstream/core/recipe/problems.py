@@ -45,6 +45,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "activation_checkpointing": ("training.recompute",),
     "enable_activation_checkpointing": ("training.recompute",),
     "optim": ("optimizer.kind",),
+    "muon_momentum": ("optimizer.muon.momentum",),
     "adam_beta1": ("optimizer.betas",),
     "adam_beta2": ("optimizer.betas",),
     "beta1": ("optimizer.betas",),

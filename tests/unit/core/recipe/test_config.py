@@ -75,6 +75,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tree: Any, message: str)
         (changed(validation={"num_samples": 5}), "validation.num_samples 5 is not divisible by training.num_slots 2"),
         (changed(optimizer={"kind": "adam"}), "'optimizer.kind'"),
         (changed(optimizer={"kind": "sgd", "moments": "bf16"}), "optimizer.moments bf16 is for adamw, not sgd"),
+        (changed(optimizer={"kind": "muon", "moments": "bf16"}), "optimizer.moments bf16 is for adamw, not muon"),
+        (
+            changed(optimizer={"kind": "muon", "muon": {"momentum": 1.0}}),
+            "'optimizer.muon.momentum': input should be less",
+        ),
         (changed(optimizer={"betas": [0.9, 1.5]}), "'optimizer.betas.1'"),
         (changed(optimizer={"clip_norm": float("inf")}), "'optimizer.clip_norm': input should be a finite number"),
         (changed(codec={"push": "int5"}), "'codec.push'"),

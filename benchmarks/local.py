@@ -43,6 +43,7 @@ SMOKE_TRAINING = {**TRAINING, "num_steps": 4}
 SMOKE_LOCAL = {"steps": 2}
 LOCAL = {"steps": 30}
 CODEC = {"push": "int4", "pull": "delta-int4"}
+INT2 = {"push": "int2", "pull": "delta-int2", "embedding": "int2"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ CASES = [
     Case("codec_fp32", "codec", {"codec": {"push": "fp32", "pull": "fp32"}}),
     Case("codec_int8", "codec", {"codec": {"push": "int8", "pull": "delta-int8"}}, 0.01, "codec_fp32"),
     Case("codec_int4", "codec", {"codec": {"push": "int4", "pull": "delta-int4"}}, 0.01, "codec_fp32"),
-    Case("codec_topk", "codec", {"codec": {"push": "topk", "pull": "delta-int4"}}, 0.03, "codec_fp32"),
+    Case("codec_int2", "codec", {"codec": INT2}, 0.03, "codec_fp32"),
+    Case("codec_int2_residual", "codec", {"codec": {**INT2, "residual_decay": 0.9}}, 0.03, "codec_fp32"),
+    Case("codec_sparse", "codec", {"codec": {**INT2, "push": "sparse"}}, 0.03, "codec_fp32"),
     Case("inner_muon", "inner", {"optimizer": {"kind": "muon"}}),
 ]
 FACTORS = list(dict.fromkeys(case.factor for case in CASES if case.factor != DEFAULT))

@@ -23,6 +23,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "shared": {"local": {"steps": LENGTH}, "codec": {"push": "int8", "pull": "delta-int8", "keyframe_versions": 2}},
     "reset": {"local": {"steps": LENGTH, "inner_state": "reset"}, "codec": {"push": "int8", "pull": "bf16"}},
     "after": {"local": {"steps": LENGTH, "after": 10, "moments": "int8"}, "codec": {"push": "int8", "pull": "fp32"}},
+    "two bits": {
+        "local": {"steps": LENGTH, "inner_state": "reset"},
+        "codec": {"push": "int2", "pull": "delta-int2", "embedding": "int2"},
+    },
     "muon": {
         "local": {"steps": LENGTH},
         "optimizer": {"kind": "muon"},
@@ -35,7 +39,7 @@ WALK = [(2, 2), (3, 1), (1, 3)]
 
 def recipe_of(data: Path, run_root: Path, kind: str, **sections: Any) -> Recipe:
     tree = {"training": {"num_steps": 4 * LENGTH}, "checkpoint": {"interval_steps": LENGTH}, **KINDS[kind], **sections}
-    return tiny_recipe(data, run_root, name=f"local-{kind}", **tree)
+    return tiny_recipe(data, run_root, name=f"local-{kind.replace(' ', '-')}", **tree)
 
 
 def activity_of(cluster: Cluster, name: str) -> str:

@@ -58,7 +58,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 MODELS["tiny"] = {**MODELS["124m"], "vocab_size": 4096, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
-TARGETS = {"loopback": 1.0, "1gbit": 2.0, "100mbit": 5.0}
+TARGETS = {"loopback": 1.0, "1gbit": 2.0, "100mbit": 5.0, "20mbit": 0.0}
+MEGABITS = {"1gbit": 1000, "100mbit": 100, "20mbit": 20}
+SHARES = {"100mbit": 0.95, "20mbit": 0.85}
+"""Targets of rounds: the tokens a second over those of the same job on loopback."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,20 @@ class Case:
     sequence_length: int
     num_steps: int
     num_warm_steps: int
+    round_steps: int = 0
+    """With local steps, the inner steps of a round. Then a step's time is a round's over its inner steps, and the steps
+    above are DDP's."""
 
     @property
     def name(self) -> str:
-        return f"{self.network}_{self.num_workers}w_{self.model}"
+        local = f"_h{self.round_steps}" if self.round_steps else ""
+        return f"{self.network}_{self.num_workers}w_{self.model}{local}"
+
+    @property
+    def rounds(self) -> Case:
+        """The case as gradstream runs it: with local steps two rounds after one to warm up."""
+        steps = self.round_steps
+        return replace(self, num_steps=3 * steps, num_warm_steps=steps) if steps else self
 
 
 CASES = [
@@ -88,6 +101,9 @@ CASES = [
     Case("loopback", 2, "124m", 1, 32, 9, 3),
     Case("1gbit", 2, "124m", 1, 32, 9, 3),
     Case("100mbit", 2, "124m", 1, 32, 5, 2),
+    Case("loopback", 2, "124m", 1, 32, 9, 3, 30),
+    Case("100mbit", 2, "124m", 1, 32, 4, 1, 30),
+    Case("20mbit", 2, "124m", 1, 32, 2, 1, 30),
 ]
 SMOKE = Case("loopback", 1, "tiny", 1, 16, 3, 1)
 PAIRS = {
@@ -95,6 +111,7 @@ PAIRS = {
     "10m": ["bf16/bf16", "int8/delta-int8", "int4/delta-int4", "auto/auto"],
     "124m": ["int8/delta-int8", "int4/delta-int4"],
 }
+PAIRS_OF_ROUNDS = ["int4/delta-int4", "int2/delta-int2"]
 AUTO_SEARCH_STEPS = 3 * (TRIAL_STEPS + 1)
 """Steps that `auto` may take to settle. They belong to its warm-up."""
 
@@ -137,16 +154,20 @@ def compare(case: Case, data: Path, temporary: Path, codecs: list[str] | None, w
     with network_of(case.network, case.num_workers) as network:
         rivals = {}
         if with_ddp:
-            rivals["ddp"] = run_ddp(case, recipe_of(case, data, temporary, "fp32/fp32"), network, temporary, False)
-            rivals["ddp_fp16"] = run_ddp(case, recipe_of(case, data, temporary, "fp32/fp32"), network, temporary, True)
+            recipe = recipe_of(replace(case, round_steps=0), data, temporary, "fp32/fp32")  # DDP knows no rounds
+            rivals["ddp"] = run_ddp(case, recipe, network, temporary, False)
+            rivals["ddp_fp16"] = run_ddp(case, recipe, network, temporary, True)
             for name, timing in rivals.items():
                 say(case, name, timing)
         results = []
-        for pair in codecs or PAIRS[case.model]:
+        for pair in codecs or (PAIRS_OF_ROUNDS if case.round_steps else PAIRS[case.model]):
             search = AUTO_SEARCH_STEPS if "auto" in pair else 0
-            longer = replace(case, num_steps=case.num_steps + search, num_warm_steps=case.num_warm_steps + search)
+            own = case.rounds
+            longer = replace(own, num_steps=own.num_steps + search, num_warm_steps=own.num_warm_steps + search)
             ours = run_gradstream(longer, recipe_of(longer, data, temporary, pair), network, temporary)
             say(case, f"{pair} ({ours.codecs})", ours)
+            if case.round_steps:
+                results += share_of_loopback(longer, pair, ours, data, temporary)
             if not rivals:
                 milliseconds = ours.step_seconds * 1e3
                 name = f"milliseconds_{case.name}_{pair.replace('/', '_')}"
@@ -164,6 +185,31 @@ def compare(case: Case, data: Path, temporary: Path, codecs: list[str] | None, w
                     )
                 )
     return results
+
+
+_on_loopback: dict[tuple[Case, str], Timing] = {}
+
+
+def share_of_loopback(case: Case, pair: str, ours: Timing, data: Path, temporary: Path) -> list[Result]:
+    """The tokens a second of a job with rounds over those of the same job on loopback, which is run once."""
+    key = (replace(case, network="loopback"), pair)
+    if case.network == "loopback":
+        _on_loopback[key] = ours
+        return []
+    if key not in _on_loopback:
+        recipe = recipe_of(key[0], data, temporary, pair)
+        _on_loopback[key] = run_gradstream(key[0], recipe, network_of("loopback", case.num_workers), temporary)
+        say(key[0], pair, _on_loopback[key])
+    alone = _on_loopback[key]
+    return [
+        result(
+            f"share_of_loopback_{case.name}_{pair.replace('/', '_')}",
+            alone.step_seconds / ours.step_seconds,
+            SHARES[case.network] if "int4" in pair else 0.0,
+            f"{alone.step_seconds * 1e3:.0f} / {ours.step_seconds * 1e3:.0f} ms an inner step, "
+            f"{ours.step_bytes / 1e6:.2f} MB a machine and inner step",
+        )
+    ]
 
 
 def check_pair(pair: str) -> None:
@@ -190,7 +236,7 @@ def say(case: Case, name: str, timing: Timing) -> None:
 def network_of(name: str, num_machines: int) -> Network:
     if name == "loopback":
         return Loopback()
-    return Namespaces(num_machines, {"1gbit": 1000, "100mbit": 100}[name])
+    return Namespaces(num_machines, MEGABITS[name])
 
 
 def recipe_of(case: Case, data: Path, temporary: Path, pair: str) -> Recipe:
@@ -216,6 +262,7 @@ def recipe_of(case: Case, data: Path, temporary: Path, pair: str) -> Recipe:
             "validation": {"interval_steps": 0},
             "checkpoint": {"interval_steps": 0},
             "cluster": {"min_servers": case.num_workers, "min_workers": case.num_workers},
+            "local": {"steps": case.round_steps} if case.round_steps else None,
         }
     )
 
@@ -257,24 +304,25 @@ def run_gradstream(case: Case, recipe: Recipe, network: Network, temporary: Path
         tempfile.TemporaryDirectory(dir=temporary) as directory,
         cluster(network, case.num_workers, Path(directory)) as running,
     ):
-        steps: list[Step] = []
+        steps: list[Step] = []  # one a commit
+        each = case.round_steps or 1
         begin = end = 0.0
         with Client(running.address) as client:
             job = client.submit(recipe)
             for item in client.watch(job.job_id):
                 if isinstance(item, Step):
                     steps.append(item)
-                    if len(steps) == case.num_warm_steps:
+                    if len(steps) * each == case.num_warm_steps:
                         begin = network.sent_bytes(case.num_workers)
-                    elif len(steps) == case.num_steps:
+                    elif len(steps) * each == case.num_steps:
                         end = network.sent_bytes(case.num_workers)
                         break
             job = client.job(job.job_id)
-            if len(steps) < case.num_steps:
-                raise SystemExit(f"error: the job {job.state} after {len(steps)} steps: {job.reason}")
+            if len(steps) * each < case.num_steps:
+                raise SystemExit(f"error: the job {job.state} after {len(steps)} commits: {job.reason}")
     times = [step.time.timestamp() for step in steps]
-    timed = [after - before for before, after in pairwise(times)][case.num_warm_steps - 1 :]
-    return Timing(statistics.median(timed), (end - begin) / len(timed), steps[-1].loss, job.codecs)
+    timed = [after - before for before, after in pairwise(times)][case.num_warm_steps // each - 1 :]
+    return Timing(statistics.median(timed) / each, (end - begin) / len(timed) / each, steps[-1].loss, job.codecs)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ LENGTH = 5
 KINDS: dict[str, dict[str, Any]] = {
     "shared": {"local": {"steps": LENGTH}, "codec": {"push": "int8", "pull": "delta-int8", "keyframe_versions": 2}},
     "reset": {"local": {"steps": LENGTH, "inner_state": "reset"}, "codec": {"push": "int8", "pull": "bf16"}},
-    "after": {"local": {"steps": LENGTH, "after": 10, "moments": "int8"}, "codec": {"push": "int8", "pull": "fp32"}},
+    "after": {
+        "local": {"steps": LENGTH, "after": 10, "moments": {"exp_avg": "int8"}},
+        "codec": {"push": "int8", "pull": "fp32"},
+    },
     "two bits": {
         "local": {"steps": LENGTH, "inner_state": "reset"},
         "codec": {"push": "int2", "pull": "delta-int2", "embedding": "int2"},

@@ -155,7 +155,7 @@ def _transfers(plan: Plan) -> tuple[Transfers, Transfers]:
             pulled[place, server] = pulled.get((place, server), 0) + num_bytes
     if plan.recipe.local is not None:
         for bundle in plan.moment_bundles:
-            sizes = (encoded_bytes(plan.recipe.local.moments, fragment.shape) for fragment in bundle.fragments)
+            sizes = (encoded_bytes(plan.codec_of(bundle, push), fragment.shape) for fragment in bundle.fragments)
             num_bytes = sum(sizes)
             for transfers in (pushed, pulled):
                 transfers[0, bundle.server] = transfers.get((0, bundle.server), 0) + num_bytes

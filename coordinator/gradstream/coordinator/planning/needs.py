@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from gradstream.core.checkpoint.shard import MAX_COPY_BYTES
 from gradstream.core.machine.facts import MAX_THREADS
-from gradstream.core.optimizer.rules import most_moments, server_moments, shared_moments, whole_tensors
+from gradstream.core.optimizer.rules import (
+    every_moment_codecs,
+    moment_codecs,
+    most_moments,
+    server_moments,
+    whole_tensors,
+)
 from gradstream.core.plan.bundles import codec_for, first_push_codec, keeps_residuals
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor
@@ -90,9 +96,9 @@ def server_bytes(recipe: Recipe, fragments: Sequence[Fragment], tensors: Sequenc
         )
     if local is not None:
         # Moments that slots share are summed and published as bundles of their own, with the weights' fragments.
-        shared = {fragment: len(shared_moments(recipe, tensors[fragment.tensor])) for fragment in fragments}
-        moment_bytes = sum(count * encoded_bytes(local.moments, fragment.shape) for fragment, count in shared.items())
-        state += moment_bytes + sum(count * sum_bytes(fragment.num_elements) for fragment, count in shared.items())
+        shared = {fragment: moment_codecs(recipe, tensors[fragment.tensor]) for fragment in fragments}
+        moment_bytes = sum(encoded_bytes(name, each.shape) for each, codecs in shared.items() for name in codecs)
+        state += moment_bytes + sum(len(codecs) * sum_bytes(each.num_elements) for each, codecs in shared.items())
         early += recipe.training.num_slots * moment_bytes
     matrices = whole_tensors(optimizer, tensors) & {fragment.tensor for fragment in fragments}
     largest = sorted((tensors[number].num_elements for number in matrices), reverse=True)[:MAX_THREADS]
@@ -117,9 +123,9 @@ def worker_bytes(recipe: Recipe, num_parameters: int, num_frozen_parameters: int
     num_slots, local = recipe.training.num_slots, recipe.local
     arrays = 3 if local is None else _round_arrays(recipe)
     contribution, arriving = encoded_bytes(push, (num_parameters,)), encoded_bytes(pull, (num_parameters,))
-    if local is not None and local.inner_state == "shared":
-        moments = most_moments(recipe.optimizer) * encoded_bytes(local.moments, (num_parameters,))
-        contribution, arriving = contribution + moments, arriving + moments
+    shared = every_moment_codecs(recipe)
+    moments = max(sum(encoded_bytes(name, (num_parameters,)) for name in codecs) for codecs in shared)
+    contribution, arriving = contribution + moments, arriving + moments
     slots = min(MAX_ENCODED_SLOTS, num_slots) * contribution
     if keeps_residuals(recipe.codec):
         # The slot's residual at the version, and the new one after the step.
@@ -139,7 +145,7 @@ def _round_arrays(recipe: Recipe) -> int:
     """
     assert recipe.local is not None
     num_moments = most_moments(recipe.optimizer)
-    shared = num_moments if recipe.local.inner_state == "shared" else 0
+    shared = max(map(len, every_moment_codecs(recipe)))
     encoded = 1 + shared if recipe.training.num_slots > 1 else 0
     kept = 1 + num_moments if 0 < recipe.local.progress_steps < recipe.local.steps else 0
     return (1 + shared) + (1 + num_moments + 2) + encoded + kept

@@ -10,6 +10,7 @@
 | int2          | 15.06 | 0.34   | all but the sign and one of two levels, in blocks of 256                  |
 | fp32-zstd     | ~1.2  | 0      | nothing                                                                   |
 | bf16-zstd     | ~2.8  | 0.0017 | what bf16 loses                                                           |
+| factored      | 512   | 0.60   | all but the means of a matrix's rows and columns; for numbers of one sign |
 | topk          | 64    | 0.94   | all but 64 of 4096 elements; residual: 4 bytes an element                 |
 | sign          | 28.4  | 0.60   | all but sign and mean magnitude; residual: 4 bytes an element             |
 | powersgd      | 128   | 0.996  | all but rank 4; residual: 4 bytes an element, and a basis of 4 columns    |
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 from gradstream.core.codecs._base import Codec, Payload, ResidualCodec, State
 from gradstream.core.codecs._dense import Bf16, DenseCodec, Fp32, Int2, Int4, Int4Hadamard, Int8
+from gradstream.core.codecs._factored import Factored
 from gradstream.core.codecs._lossless import Bf16Zstd, Fp32Zstd, PlaneCodec
 from gradstream.core.codecs._powersgd import PowerSgd
 from gradstream.core.codecs._residual import Elements, Sign, TopK
@@ -70,6 +72,7 @@ _CODECS: tuple[Codec, ...] = (
     Sign(),
     PowerSgd(),
     Sparse(),
+    Factored(),
 )
 _BY_NAME = {codec.name: codec for codec in _CODECS}
 _BY_WIRE = {codec.wire: codec for codec in _CODECS}

@@ -35,7 +35,24 @@ def most_moments(optimizer: OptimizerConfig) -> int:
 def shared_moments(recipe: Recipe, tensor: Updated) -> tuple[str, ...]:
     """The moments of a tensor that slots share in the rounds of a job with local steps."""
     local = recipe.local
-    return () if local is None or local.inner_state != "shared" else moments_of(recipe.optimizer, tensor)
+    if local is None or local.inner_state != "shared":
+        return ()
+    return tuple(name for name in moments_of(recipe.optimizer, tensor) if local.moments.codec(name) != "none")
+
+
+def moment_codecs(recipe: Recipe, tensor: Updated) -> tuple[str, ...]:
+    """The codecs in which the shared moments of a tensor are sent."""
+    local = recipe.local
+    return () if local is None else tuple(local.moments.codec(name) for name in shared_moments(recipe, tensor))
+
+
+def every_moment_codecs(recipe: Recipe) -> list[tuple[str, ...]]:
+    """What `moment_codecs` returns, for the tensors of each of the recipe's rules."""
+    local = recipe.local
+    if local is None or local.inner_state != "shared":
+        return [()]
+    moments = [rule.moments(recipe.optimizer) for rule in RULES[recipe.optimizer.kind]]
+    return [tuple(codec for name in each if (codec := local.moments.codec(name)) != "none") for each in moments]
 
 
 def server_moments(recipe: Recipe, tensor: Updated) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ class Plan:
     def codec_of(self, bundle: Bundle, codec: str) -> str:
         """The codec of what is sent of a bundle, by name: `codec` for weights and gradients, else the recipe's."""
         local = self.recipe.local
-        return codec if local is None or bundle.array == WEIGHTS else local.moments
+        return codec if local is None or bundle.array == WEIGHTS else local.moments.codec(bundle.array)
 
     @cached_property
     def held_out_samples(self) -> tuple[int, ...]:

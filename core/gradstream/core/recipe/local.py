@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gradstream.core.recipe.section import NonNegative, Positive, Section
 
@@ -15,9 +15,35 @@ if TYPE_CHECKING:
 class OuterConfig(Section):
     """The rule by which servers apply a round's mean difference: SGD with momentum."""
 
-    learning_rate: float = Field(default=0.8, gt=0, description="factor on the mean difference")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="decay of the momentum; 0: none")
+    learning_rate: float = Field(default=0.9, gt=0, description="factor on the mean difference")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.5, description="decay of the momentum; 0: none")
     nesterov: bool = Field(default=True, description="Nesterov's form of the momentum")
+
+
+class MomentsConfig(Section):
+    """The codecs in which slots share the moments of their inner optimizers. none: a round begins with zeros.
+
+    A second moment that is coarse where it is small would make a step there far too large, so it has no integer codec.
+    """
+
+    exp_avg: Literal["none", "fp32", "bf16", "int8", "int4", "int2"] = Field(
+        default="int4", description="AdamW's first moment"
+    )
+    exp_avg_sq: Literal["fp32", "bf16", "factored"] = Field(
+        default="factored", description="AdamW's second moment; factored: means of rows and columns"
+    )
+    momentum_buffer: Literal["none", "fp32", "bf16", "int8", "int4", "int2"] = Field(
+        default="int8", description="the momentum of SGD, and of Muon's matrices"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _for_all(cls, value: Any) -> Any:
+        return dict.fromkeys(cls.model_fields, value) if value in ("fp32", "bf16") else value
+
+    def codec(self, moment: str) -> str:
+        """The codec of a moment, by its name; "none" if it is not shared."""
+        return str(getattr(self, moment))
 
 
 class LocalConfig(Section):
@@ -33,8 +59,9 @@ class LocalConfig(Section):
         description="the optimizer's moments at the beginning of a round: the mean of all slots at the end of the "
         "round before, or zeros",
     )
-    moments: Literal["fp32", "bf16", "int8"] = Field(
-        default="bf16", description="inner_state: shared only: codec in which moments are sent, both ways"
+    moments: MomentsConfig = Field(
+        default=MomentsConfig(),
+        description="inner_state: shared only: codecs of the moments, both ways; fp32 or bf16 stands for all of them",
     )
     outer: OuterConfig = OuterConfig()
     progress_steps: NonNegative = Field(

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from gradstream.core.optimizer.rules import shared_moments
+from gradstream.core.optimizer.rules import moment_codecs
 from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import TensorKind
@@ -70,10 +70,9 @@ def traffic(plan: Plan) -> list[Traffic]:
     """The traffic of a plan with each of its servers."""
     codec, embedding = plan.recipe.codec, plan.recipe.codec.embedding
     push, pull = first_push_codec(codec), downlink(codec.pull).full
-    of_moments = plan.recipe.local.moments if plan.recipe.local is not None else "fp32"
-    moments = [len(shared_moments(plan.recipe, tensor)) for tensor in plan.tensors]
+    moments = [moment_codecs(plan.recipe, tensor) for tensor in plan.tensors]
     # Of a large model's fragments few differ in what counts here.
-    alike: list[Counter[tuple[TensorKind, int, int, Shape]]] = [Counter() for _ in plan.servers]
+    alike: list[Counter[tuple[TensorKind, int, tuple[str, ...], Shape]]] = [Counter() for _ in plan.servers]
     for fragment in plan.fragments:
         tensor = plan.tensors[fragment.tensor]
         key = tensor.kind, plan.num_parts(tensor), moments[fragment.tensor], fragment.shape
@@ -83,13 +82,12 @@ def traffic(plan: Plan) -> list[Traffic]:
     found = []
     for kinds in alike:
         slot_bytes = version_bytes = num_bundles = contribution = message = 0
-        for (kind, num_parts, num_moments, shape), count in kinds.items():
+        for (kind, num_parts, shared, shape), count in kinds.items():
             pushed, pulled = codec_for(kind, push, embedding), codec_for(kind, pull, embedding)
-            moment_bytes = num_moments * encoded_bytes(of_moments, shape)
+            moment_bytes = sum(encoded_bytes(name, shape) for name in shared)
             slot_bytes += count * (num_parts * encoded_bytes(pushed, shape) + moment_bytes)
             version_bytes += count * (encoded_bytes(pulled, shape) + moment_bytes)
-            num_bundles += count * (1 + num_moments)
-            shared = [of_moments] if num_moments else []
+            num_bundles += count * (1 + len(shared))
             contribution = max(contribution, *(encoded_bytes(name, most) for name in (pushed, *shared)))
             message = max(message, *(encoded_bytes(name, most) for name in (pulled, *shared)))
         found.append(

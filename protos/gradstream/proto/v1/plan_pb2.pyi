@@ -51,6 +51,8 @@ class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType
     """Blocks of 256 elements: first all the blocks' levels, two bf16 each, then two bits an element: sign and level."""
     CODEC_SPARSE: _Codec.ValueType  # 12
     """TOPK with two levels for each chunk: first all levels, then indices of 12 bits, then two bits for each value."""
+    CODEC_FACTORED: _Codec.ValueType  # 13
+    """fp32 means of a matrix's rows, then of its columns, whose outer product stands for the matrix; other slices as BF16."""
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper):
     """The encoding of a slice of a tensor as bytes (gradstream.core.codecs). The codecs up to CODEC_BF16_ZSTD and
@@ -84,6 +86,8 @@ CODEC_INT2: Codec.ValueType  # 11
 """Blocks of 256 elements: first all the blocks' levels, two bf16 each, then two bits an element: sign and level."""
 CODEC_SPARSE: Codec.ValueType  # 12
 """TOPK with two levels for each chunk: first all levels, then indices of 12 bits, then two bits for each value."""
+CODEC_FACTORED: Codec.ValueType  # 13
+"""fp32 means of a matrix's rows, then of its columns, whose outer product stands for the matrix; other slices as BF16."""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
 class _TensorKind:

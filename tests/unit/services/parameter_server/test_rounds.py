@@ -113,7 +113,7 @@ def mean(plan: Plan, version: int, fragment: int, array: str = "weights") -> tor
             sent_N = gradient(version, slot, fragment)
         else:
             assert plan.recipe.local is not None
-            codec, sent_N = codec_named(plan.recipe.local.moments), moment(version, slot, fragment, array)
+            codec, sent_N = codec_named(plan.recipe.local.moments.codec(array)), moment(version, slot, fragment, array)
         seed, decoded_N = seed_of(version, fragment), torch.empty_like(sent_N)
         codec.decode(codec.encode(sent_N.view(FRAGMENTS[fragment].shape), seed), decoded_N.view_as(sent_N), seed)
         total_N += decoded_N
@@ -137,11 +137,11 @@ def close(found: dict[int, torch.Tensor], expected: dict[int, torch.Tensor]) -> 
     [
         ("fp32", "fp32", {}),
         ("int8", "bf16", {"learning_rate": 0.7, "momentum": 0.8, "nesterov": False}),
-        ("int4", "int8", {"learning_rate": 1.0, "momentum": 0.0}),
+        ("int4", {"exp_avg": "int8", "exp_avg_sq": "bf16"}, {"learning_rate": 1.0, "momentum": 0.0}),
     ],
 )
 async def test_a_round_applies_the_outer_rule_to_the_mean_difference_and_averages_the_moments(
-    num_servers: int, push: str, moments: str, outer: dict[str, Any]
+    num_servers: int, push: str, moments: Any, outer: dict[str, Any]
 ) -> None:
     plan = local_plan(num_servers, push=push, local={"moments": moments, "outer": outer})
     assert plan.recipe.local is not None
@@ -188,7 +188,7 @@ async def test_a_round_applies_the_outer_rule_to_the_mean_difference_and_average
 @pytest.mark.parametrize(
     ("optimizer", "pull", "after", "local"),
     [
-        ("adamw", "delta-int4", 2, {"moments": "int8"}),
+        ("adamw", "delta-int4", 2, {"moments": {"exp_avg": "int8", "exp_avg_sq": "factored"}}),
         ("adamw", "bf16", 2, {"inner_state": "reset"}),
         ("muon", "bf16", 2, {"moments": "bf16"}),
     ],
@@ -465,7 +465,7 @@ async def test_a_checkpoint_written_during_the_next_round_is_of_one_version(
     ("optimizer", "local", "after"),
     [
         ({}, {}, 0),
-        ({}, {"moments": "int8", "outer": {"momentum": 0.0}}, 1),
+        ({}, {"moments": {"exp_avg": "int8"}, "outer": {"momentum": 0.0}}, 1),
         ({}, {"inner_state": "reset"}, 0),
         ({}, {"inner_state": "reset"}, 1),
         ({"kind": "sgd", "momentum": 0.9}, {"moments": "bf16"}, 0),

@@ -204,6 +204,9 @@ HEADERS = {
         tensor=worker_pb2.StageTensor(attempt_number=1, stage=0, microbatch=0, shape=SHAPE, codec=plan_pb2.CODEC_FP32),
         payload_bytes=4 * math.prod(SHAPE),
     ),
+    "reduction": worker_pb2.StageHeader(
+        reduction=worker_pb2.StageReduction(attempt_number=2, inner_step=0), payload_bytes=152
+    ),
     "abandon": worker_pb2.StageHeader(abandon=worker_pb2.StageAbandon(number=1, reason="so")),
     "hello": worker_pb2.StageHeader(hello=worker_pb2.StageHello(job_id="job", epoch=1, table=1, worker=0, direction=1)),
 }
@@ -213,8 +216,9 @@ async def second_worker() -> Neighbours:
     """The last of two workers; the first one is nowhere."""
     workers = [plan_pb2.PipelineWorker(node_id=name, name=name, address="127.0.0.1:1") for name in ("w0", "w1")]
     place = Place(plan_pb2.Replica(number=1, workers=workers), 1)
-    recipe = PLAN.recipe.model_copy(update={"pipeline": PLAN.recipe.pipeline.model_copy(update={"stages": 2})})
-    plan = dataclasses.replace(PLAN, recipe=recipe, stage_ends=(2, 6), pipeline_schedule="1f1b")
+    # Version 0 begins an ordinary step, version 1 a round.
+    plan = micro_plan(sections={"local": {"steps": 2, "after": 1}, "pipeline": {"stages": 2}}, num_steps=5)
+    plan = dataclasses.replace(plan, stage_ends=(2, 6), pipeline_schedule="1f1b")
     return Neighbours(plan, place, SHAPE[2], Faults(""), Spans(), lambda error: None, lambda: None)
 
 

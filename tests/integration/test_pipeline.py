@@ -87,3 +87,34 @@ def test_coarser_activations_train_as_well(activations: str, cluster: Cluster, t
     assert exact is not None
     assert coarse is not None
     assert 0 < abs(exact - coarse) < 0.01
+
+
+@pytest.mark.timeout(300)
+def test_rounds_have_the_same_bits_for_any_number_of_stages(tiny_data: Path, cluster: Cluster, tmp_path: Path) -> None:
+    """GPT-2 has dropout, and a tied table whose gradients are added after each inner step. A worker dies in a round."""
+
+    def submit(name: str, num_workers: int, **pipeline: Any) -> str:
+        recipe = tiny_recipe(
+            tiny_data,
+            tmp_path / "runs",
+            name=f"rounds-{name}",
+            model={"config": {**GPT2, "n_layer": 3}},
+            training={"num_steps": 9, "num_slots": 2},
+            codec={"push": "int8", "pull": "delta-int8"},
+            optimizer={"clip_norm": 0.5},
+            local={"steps": 4, "after": 1},
+            pipeline=pipeline,
+            cluster={"min_workers": num_workers},
+        )
+        return cluster.client.submit(recipe).job_id
+
+    start(cluster, 1, num_servers=1)
+    one = submit("one", 1, stages="auto")
+    num_tokens = cluster.finish(one, 60.0).num_tokens
+    cluster.start_workers("worker-1", "worker-2")
+    cluster.start_workers("mortal", faults="kill@step=7,slot=1")
+    two_by_two = submit("two-by-two", 4, stages=2)
+    assert cluster.wait_dead("mortal") == -9
+    assert cluster.finish(two_by_two, 60.0).num_tokens == num_tokens
+    assert cluster.client.job(two_by_two).epoch == 1
+    assert cluster.final_digest(two_by_two) == cluster.final_digest(one)

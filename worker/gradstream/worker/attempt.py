@@ -25,7 +25,8 @@ class AbandonedError(Exception):
 class Attempt:
     """Slots that are computed one after the other without a pause, at one version.
 
-    `number` rises with each attempt of a replica. A validation pass has one slot and no backward passes.
+    `number` rises with each attempt of a replica. A validation pass has one slot and no backward passes. A round has
+    one slot, whose inner steps are computed one after the other.
     """
 
     number: int
@@ -72,6 +73,16 @@ class Alone:
         self._given[action.stage, action.microbatch, action.op is Op.FORWARD] = (tensor, loss_sum)
 
 
+def is_round(plan: Plan, attempt: Attempt) -> bool:
+    """Whether an attempt computes a slot's round of inner steps."""
+    return not attempt.validate and plan.rounds.is_round(attempt.version)
+
+
+def num_inner_steps(plan: Plan, attempt: Attempt) -> int:
+    """How often an attempt goes through its schedule: once, or once for each inner step of a round."""
+    return len(plan.rounds.steps_from(attempt.version)) if is_round(plan, attempt) else 1
+
+
 def num_samples(plan: Plan, attempt: Attempt) -> int:
     """Number of samples in each slot of an attempt.
 
@@ -88,7 +99,7 @@ def num_microbatches(plan: Plan, attempt: Attempt) -> int:
 
 
 def schedule_for(plan: Plan, attempt: Attempt) -> Schedule:
-    """The schedule by which all workers of a replica compute an attempt."""
+    """The schedule by which all workers of a replica compute an attempt; in a round, each of its inner steps."""
     count = len(attempt.slots) * num_microbatches(plan, attempt)
     if attempt.validate:
         return forward_schedule(plan.replica_size, count, plan.num_chunks)

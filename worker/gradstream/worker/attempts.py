@@ -53,9 +53,12 @@ def next_slots(
 def _together(
     plan: Plan, version: int, first: int, held: Sequence[int], done: Collection[tuple[int, bool]]
 ) -> tuple[int, ...]:
-    """The slots of one attempt: several in a pipeline, which is then filled once and not once a slot."""
+    """The slots of one attempt: several in a pipeline, which is then filled once and not once a slot.
+
+    A round has one: each inner step needs the one before.
+    """
     slots = [first]
-    if plan.replica_size > 1 and not plan.recipe.validates(version):
+    if plan.replica_size > 1 and not plan.recipe.validates(version) and not plan.rounds.is_round(version):
         slots += [slot for slot in held if slot > first and (slot, False) not in done]
     per_slot = num_microbatches(plan, Attempt(0, version, (first,)))
     count = max_slots(plan.pipeline_schedule, plan.replica_size, per_slot, plan.num_chunks, len(slots))
@@ -188,7 +191,7 @@ class AttemptRunner:
         slot = attempt.slots[0]
         if not attempt.validate:
             if self._plan.rounds.is_round(attempt.version):
-                await self._compute(partial(self._round, readers[slot], attempt, wanted, goes_on))
+                await self._compute(partial(self._round, readers.get(slot), attempt, wanted, goes_on, neighbours))
             else:
                 await self._compute(partial(self._train, readers, attempt, wanted, goes_on, exchange))
             return
@@ -238,7 +241,12 @@ class AttemptRunner:
             )
 
     def _round(
-        self, reader: SlotReader, attempt: Attempt, wanted: Callable[[], bool], goes_on: Callable[[], bool]
+        self,
+        reader: SlotReader | None,
+        attempt: Attempt,
+        wanted: Callable[[], bool],
+        goes_on: Callable[[], bool],
+        neighbours: Neighbours | None,
     ) -> None:
         version, slot = attempt.version, attempt.slots[0]
         count = self._plan.recipe.training.slot_batch
@@ -247,17 +255,22 @@ class AttemptRunner:
             self._faults.before_slot(progress.step, slot)
             self._status.detail = f"inner step {progress.place + 1} of {progress.num_steps} of slot {slot}"
 
+        def make_room() -> None:
+            for stage in self._plan.stages_of_worker(self._computer.worker):
+                self._pusher.backlog.make_room(version, slot, stage, wanted)
+
         try:
             with self._timeline.computing(SpanKind.COMPUTE, slot):
                 self._installer.wait_all()
                 self._rounds.run(
                     attempt,
-                    lambda step: reader.batch(step, count),
+                    lambda step: None if reader is None else reader.batch(step, count),
                     self._pusher.submit(version, slot),
                     goes_on,
                     begin_step,
-                    lambda: self._pusher.backlog.make_room(version, slot, 0, wanted),
+                    make_room,
                     self._faults.spoils,
+                    neighbours,
                 )
         finally:
             self._status.detail = ""

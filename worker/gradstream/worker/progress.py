@@ -4,6 +4,8 @@ A file has what a slot's round is after some inner steps: the slot's weights and
 hint, never the truth: another worker computes the slot from the version, to the same bits, and a file that does not fit
 is left aside. So files need no fsync, and workers on one machine may share a directory.
 
+In a pipeline no progress is kept: a slot's round would be on the disks of several workers, each with other inner steps.
+
 The copy that is written in the background belongs to the store and is bounded: while one is being written, the next is
 left out.
 """
@@ -43,7 +45,7 @@ class ProgressFiles:
 
     def __init__(self, plan: Plan, directory: Path, now: Callable[[], float] = time.time):
         local = plan.recipe.local
-        self.interval_steps = local.progress_steps if local is not None else 0
+        self.interval_steps = local.progress_steps if local is not None and not plan.has_pipeline else 0
         """Inner steps after which progress is kept; 0: never."""
         self._plan = plan
         self._root = directory / "rounds"

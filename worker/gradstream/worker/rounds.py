@@ -2,6 +2,9 @@
 
     version t ── copy ── inner step ── … ── inner step ── difference to version t, and moments ── push
 
+In a pipeline each worker of a replica does this for the tensors of its stages. The workers reduce their gradients after
+each inner step (gradstream.worker.pipeline.reduction), so the bits do not depend on the number of stages either.
+
 A slot's round is a function of version t, seed and data alone. Nothing is kept from one slot to the next, so the bits
 do not depend on who computes a slot, or on what that worker computed before (DiLoCo, Douillard et al. 2023, keeps the
 optimizer's moments with a worker instead). A worker that starts again goes on from what it has kept on its disk
@@ -13,12 +16,11 @@ Shape legend: N elements of a tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from gradstream.core.kernels.codec import squared_norm
 from gradstream.core.log import get_logger
 from gradstream.core.optimizer.optimizer import Optimizer
 from gradstream.core.optimizer.rule import Slice
@@ -26,11 +28,14 @@ from gradstream.core.plan.bundles import WEIGHTS
 from gradstream.core.plan.plan import Plan
 from gradstream.core.recipe.learning_rate import rate_of_step
 from gradstream.core.wire.slot_totals import SlotTotals
-from gradstream.worker.attempt import AbandonedError, Alone, Attempt, Emit
+from gradstream.worker.attempt import AbandonedError, Alone, Attempt, Emit, Exchange
 from gradstream.worker.compute import SlotComputer
 from gradstream.worker.held_version import HeldVersion
+from gradstream.worker.pipeline.neighbours import Neighbours
+from gradstream.worker.pipeline.reduction import Reducer
 from gradstream.worker.progress import ProgressFiles
 from gradstream.worker.samples.data import Batch
+from gradstream.worker.stage_build import Use
 
 log = get_logger()
 
@@ -54,28 +59,32 @@ class RoundComputer:
         self._computer = computer
         self._held = held
         self._progress = progress
+        self._reducer = Reducer(computer.plan, computer.worker)
 
     def run(
         self,
         attempt: Attempt,
-        batch_of: Callable[[int], Batch],
+        batch_of: Callable[[int], Batch | None],
         emit: Emit,
         wanted: Callable[[], bool],
         begin_step: Callable[[Progress], None] = lambda progress: None,
         make_room: Callable[[], None] = lambda: None,
         spoils: Callable[[int, int], bool] = lambda step, slot: False,
+        neighbours: Neighbours | None = None,
     ) -> None:
         """Compute the attempt's slot from the held version, which must be wholly in place, and emit its contribution.
 
-        `batch_of(step)` reads the slot's samples of an inner step.
+        `batch_of(step)` reads the slot's samples of an inner step; None on a worker whose stages need no tokens.
         `wanted()` is called before each microbatch, and before each tensor that is emitted. `begin_step` is called
         before each inner step; `make_room` before the slot's contribution is emitted, and it may wait. `spoils(step,
-        slot)` returns whether a fault makes an inner step's gradients NaN. Raises AbandonedError when `wanted()` turns
-        false. The model computes on the held weights again afterwards.
+        slot)` returns whether a fault makes an inner step's gradients NaN. `neighbours` must run the attempt; None: the
+        worker is alone in its replica. Raises AbandonedError when `wanted()` turns false. The model computes on the
+        held weights again afterwards.
         """
         plan = self._plan
         (slot,) = attempt.slots
-        state = _SlotState(plan, self._held, attempt.version)
+        state = _SlotState(plan, self._held, attempt.version, self._computer.parameters.keys())
+        exchange: Exchange = Alone() if neighbours is None else neighbours
         steps = plan.rounds.steps_from(attempt.version)
         keep = self._resume(state, attempt.version, slot, len(steps))
         self._held.compute_on(state.weights)
@@ -83,9 +92,13 @@ class RoundComputer:
             for place in range(state.num_done, len(steps)):
                 step = steps[place]
                 begin_step(Progress(step, place, len(steps), slot))
-                batches = {slot: batch_of(step)}
-                self._computer.run(attempt, batches, lambda _: state.collect, wanted, Alone(), step=step)
-                state.step(rate_of_step(plan.recipe, step), spoils(step, slot))
+                if neighbours is not None:
+                    neighbours.begin_inner_step(place)
+                batch = batch_of(step)
+                batches = {} if batch is None else {slot: batch}
+                self._computer.run(attempt, batches, lambda _: state.collect, wanted, exchange, step=step)
+                gradients = state.finish_gradients(spoils(step, slot))
+                state.step(rate_of_step(plan.recipe, step), self._reducer.reduce(gradients, neighbours))
                 keep()
         finally:
             self._held.compute_on_held()
@@ -112,14 +125,23 @@ class RoundComputer:
 
 
 class _SlotState:
-    """A slot's weights, gradients and moments within its round, by number of the plan's tensor."""
+    """A slot's weights, gradients and moments within its round, by number of the plan's tensor.
 
-    def __init__(self, plan: Plan, held: HeldVersion, version: int):
+    They are those of the tensors in `uses`: (tensor, part) of what this worker computes.
+    """
+
+    def __init__(self, plan: Plan, held: HeldVersion, version: int, uses: Collection[Use]):
         self._held = held
-        self._clip_norm = plan.recipe.optimizer.clip_norm
+        self._uses = set(uses)
         self.tensors = sorted(tensor for tensor, array in held.arrays if array == WEIGHTS)
         self.weights = {tensor: held.arrays[tensor, WEIGHTS].clone() for tensor in self.tensors}
         self.gradients = {tensor: torch.empty_like(weights_N) for tensor, weights_N in self.weights.items()}
+        # A worker that has both parts of a tied tensor adds them as two workers do: after all microbatches.
+        self._second = {
+            tensor: torch.empty_like(weights_N)
+            for tensor, weights_N in self.weights.items()
+            if self._uses.issuperset({(tensor, 0), (tensor, 1)})
+        }
         self._optimizer = Optimizer(
             [Slice(self.weights[tensor], self.gradients[tensor], plan.tensors[tensor]) for tensor in self.tensors],
             plan.recipe.optimizer,
@@ -155,18 +177,25 @@ class _SlotState:
         self.totals = list(totals)
 
     def collect(self, tensor: int, part: int, values: torch.Tensor, totals: SlotTotals, array: str = WEIGHTS) -> None:
-        """Take an inner step's gradient of a tensor, as its mean over the slot's target tokens."""
-        assert part == 0, "a round has no pipeline, so tensors have one part"
-        torch.div(values.reshape(-1), totals.num_tokens, out=self.gradients[tensor])
+        """Take an inner step's gradient of a tensor's part, as its mean over the slot's target tokens."""
+        gradients = self._second if part and tensor in self._second else self.gradients
+        torch.div(values.reshape(-1), totals.num_tokens, out=gradients[tensor])
         self._totals_of_step = totals
 
-    def step(self, rate: float, spoiled: bool = False) -> None:
-        """Clip the collected gradient and update the weights, in place."""
-        gradients = list(self.gradients.values())
-        scale = math.nan if spoiled else clip_scale(gradients, self._clip_norm)
-        if scale != 1.0:
-            for gradient_N in gradients:
-                gradient_N.mul_(scale)
+    def finish_gradients(self, spoiled: bool) -> dict[int, torch.Tensor]:
+        """The collected gradients, with all parts that this worker has; NaN if a fault spoils them."""
+        for tensor, second_N in self._second.items():
+            self.gradients[tensor].add_(second_N)
+        if spoiled:
+            for gradient_N in self.gradients.values():
+                gradient_N.fill_(math.nan)
+        return self.gradients
+
+    def step(self, rate: float, clip_factor: float) -> None:
+        """Clip the gradients and update the weights, in place."""
+        if clip_factor != 1.0:
+            for gradient_N in self.gradients.values():
+                gradient_N.mul_(clip_factor)
         self._optimizer.step(rate)
         self.totals.append(self._totals_of_step)
 
@@ -174,35 +203,24 @@ class _SlotState:
         """Emit the differences and the moments, last layers first, times the round's tokens.
 
         The servers divide by the tokens of all slots. Differences and moments are made in the memory of the slot's
-        weights and moments, tensor by tensor. Raises AbandonedError.
+        weights and moments, tensor by tensor. Of a tied tensor the worker with the first part emits all: both workers
+        have the same. Raises AbandonedError.
         """
         totals = sum_of(self.totals)
         self.gradients.clear()
+        self._second.clear()
         del self._optimizer
         for tensor in reversed(self.tensors):
             if not wanted():
                 raise AbandonedError
             weights_N = self.weights.pop(tensor)
+            if (tensor, 0) not in self._uses:
+                self._moments.pop(tensor, None)
+                continue
             torch.sub(self._held.arrays[tensor, WEIGHTS], weights_N, out=weights_N)
             emit(tensor, 0, weights_N.mul_(totals.num_tokens), totals)
             for name, moment_N in self._moments.pop(tensor, {}).items():
                 emit(tensor, 0, moment_N.mul_(totals.num_tokens), totals, name)
-
-
-def clip_scale(gradients: Sequence[torch.Tensor], clip_norm: float) -> float:
-    """The factor of torch.nn.utils.clip_grad_norm_; NaN where the norm is not finite.
-
-    A gradient that is not finite must spoil the whole round: a factor of 0 would leave most of the weights as they are.
-    The norm adds the tensors' squared norms, in fp64, exactly.
-    """
-    if gradients[0].device.type == "cpu":
-        squares = [squared_norm(gradient_N.numpy()) for gradient_N in gradients]
-    else:
-        norms = [torch.linalg.vector_norm(gradient_N, dtype=torch.float64) for gradient_N in gradients]
-        squares = torch.stack(norms).square().tolist()
-    if not all(map(math.isfinite, squares)):
-        return math.nan
-    return min(1.0, clip_norm / (math.sqrt(math.fsum(squares)) + 1e-6))
 
 
 def sum_of(steps: Sequence[SlotTotals]) -> SlotTotals:

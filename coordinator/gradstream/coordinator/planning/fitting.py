@@ -12,8 +12,8 @@ from gradstream.coordinator.planning.stages import SegmentCost
 from gradstream.core.errors import ConfigError
 from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.pipeline.schedule import SCHEDULES, SPLIT, Op, Schedule, make_schedule, num_live, unavailable
-from gradstream.core.plan.fragments import Tensor
-from gradstream.core.recipe.recipe import Recipe, TrainingConfig
+from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Tensor
+from gradstream.core.recipe.recipe import Recipe
 
 NO_LIMIT = 1 << 62
 """The memory of a worker that did not report it."""
@@ -46,11 +46,24 @@ def num_parameters(tensors: Iterable[Tensor], units: Iterable[int]) -> int:
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
-def runs_of(training: TrainingConfig) -> tuple[int, ...]:
-    """The numbers of microbatches of all possible runs, for any number of replicas; slots are distributed evenly."""
+def runs_of(recipe: Recipe) -> tuple[int, ...]:
+    """The numbers of microbatches of all possible runs, for any number of replicas; slots are distributed evenly.
+
+    An inner step of a round is a run of one slot.
+    """
+    training, local = recipe.training, recipe.local
     slots = training.num_slots
     shares = {share for replicas in range(1, slots + 1) for share in (slots // replicas, -(-slots // replicas))}
+    if local is not None and not local.after:
+        shares = {1}
     return tuple(share * (training.slot_batch // training.microbatch) for share in sorted(shares))
+
+
+def reduced_bytes(recipe: Recipe, tensors: Sequence[Tensor]) -> int:
+    """Memory that a worker needs once for the reductions of a round: the tied tensors that it gets and sends on."""
+    if recipe.local is None:
+        return 0
+    return 2 * BYTES_PER_ELEMENT * sum(tensor.num_elements for tensor in tensors if tensor.is_tied)
 
 
 def schedules_for(recipe: Recipe, size: int, runs: Sequence[int]) -> tuple[str, ...]:
@@ -120,7 +133,7 @@ class Fitter:
         self._recipe = recipe
         self._num_segments = len(costs)
         self._working = working_bytes(profiles)
-        self._runs = runs_of(recipe.training)
+        self._runs = runs_of(recipe)
         self._held = [0, *accumulate(cost.held_bytes for cost in costs)]
         self._activations = [0, *accumulate(cost.activation_bytes for cost in costs)]
         self._live: dict[int, tuple[int, ...]] = {}  # by number of workers

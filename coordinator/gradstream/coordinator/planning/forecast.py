@@ -20,6 +20,7 @@ from gradstream.core.pipeline.simulation import simulate
 from gradstream.core.plan.bundles import codec_for, first_push_codec
 from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.forecast import Forecast, LinkForecast, PlaceForecast, ServerForecast, StageForecast
+from gradstream.core.plan.fragments import BYTES_PER_ELEMENT
 from gradstream.core.plan.plan import Plan
 from gradstream.core.plan.sizes import encoded_bytes
 
@@ -51,7 +52,10 @@ def forecast(
     groups = _groups(plan, workers)
     num_replicas = max(1, len(groups[0]))
     share = -(-plan.num_slots // num_replicas)
-    microbatches = num_microbatches(plan.recipe.training, num_replicas)
+    local = plan.recipe.local
+    # Replicas of several workers compute a run of all their slots in a step, and one of a single slot in an inner step.
+    runs = share if local is not None and size > 1 else 1
+    microbatches = num_microbatches(plan.recipe.training, num_replicas) // runs
     pushed, pulled = _transfers(plan)
     messages = _messages(plan, profiles) if size > 1 else []
     # The node with the most bytes determines the time: a worker of the busiest place, or a server with all workers.
@@ -59,15 +63,18 @@ def forecast(
     push_seconds = _busiest(pushed, share, plan.num_slots) / per_second
     pull_seconds = _busiest(pulled, 1, num_replicas) / per_second
     compute = bubble = exposed = step = None
-    local = plan.recipe.local
     num_steps = local.steps if local is not None else 1
+    reduced = _reduced(plan) if local is not None else []
     if profiles:
         late = latency_seconds + max(messages, default=0) / per_second
         recompute = plan.recipe.training.recompute
         costs = stage_costs(_cut(plan, profiles), profiles, late, group_speeds(groups), recompute)
         schedule = make_schedule(plan.pipeline_schedule or "1f1b", size, microbatches, plan.num_chunks)
         simulation = simulate(schedule, costs)
-        compute, bubble = num_steps * simulation.makespan, max(0.0, simulation.bubble)
+        # A reduction goes through all places up and down.
+        reduction = 2 * sum(latency_seconds + num_bytes / per_second for num_bytes in reduced)
+        compute = num_steps * runs * (simulation.makespan + reduction)
+        bubble = max(0.0, simulation.bubble)
         forward = min(cost[Op.FORWARD] for cost in costs.compute)
         backward = min(cost[Op.BACKWARD] for cost in costs.compute)
         if local is not None:
@@ -90,7 +97,7 @@ def forecast(
             for place, group in enumerate(groups)
         ),
         servers=tuple(_servers(plan, servers)),
-        links=tuple(_links(plan, pushed, pulled, messages, share, microbatches)),
+        links=tuple(_links(plan, pushed, pulled, messages, reduced, share, num_steps * runs * microbatches)),
         schedule=plan.pipeline_schedule,
         link_bits_per_second=link_bits_per_second,
         compute_seconds=compute,
@@ -136,7 +143,7 @@ def _need(plan: Plan, place: int, profiles: Sequence[SegmentProfile]) -> int:
 def _transfers(plan: Plan) -> tuple[Transfers, Transfers]:
     """Bytes that a worker of each place pushes to each server for one slot, and pulls from it for one version.
 
-    With local steps these include the moments that the slots of a round share.
+    With local steps these are those of a round, with the moments that slots share.
     """
     codec = plan.recipe.codec
     push, form = first_push_codec(codec), downlink(codec.pull)
@@ -145,10 +152,9 @@ def _transfers(plan: Plan) -> tuple[Transfers, Transfers]:
     pulled: Transfers = {}
     for fragment in plan.fragments:
         tensor, server = plan.tensors[fragment.tensor], plan.placement[fragment.index]
-        units = (tensor.unit, tensor.last_unit)[: plan.num_parts(tensor)]
-        places = [plan.stage_of(unit) % plan.replica_size for unit in units]
+        places = plan.places_of(tensor)
         num_bytes = encoded_bytes(codec_for(tensor.kind, push, codec.embedding), fragment.shape)
-        for place in places:
+        for place in places if plan.recipe.local is None else places[:1]:
             pushed[place, server] = pushed.get((place, server), 0) + num_bytes
         num_bytes = encoded_bytes(codec_for(tensor.kind, pull, table), fragment.shape)
         for place in set(places):
@@ -157,9 +163,21 @@ def _transfers(plan: Plan) -> tuple[Transfers, Transfers]:
         for bundle in plan.moment_bundles:
             sizes = (encoded_bytes(plan.codec_of(bundle, push), fragment.shape) for fragment in bundle.fragments)
             num_bytes = sum(sizes)
-            for transfers in (pushed, pulled):
-                transfers[0, bundle.server] = transfers.get((0, bundle.server), 0) + num_bytes
+            places = plan.places_of(plan.tensors[bundle.fragments[0].tensor])
+            for transfers, of_places in ((pushed, places[:1]), (pulled, sorted(set(places)))):
+                for place in of_places:
+                    transfers[place, bundle.server] = transfers.get((place, bundle.server), 0) + num_bytes
     return pushed, pulled
+
+
+def _reduced(plan: Plan) -> list[int]:
+    """Bytes of tied gradients that pass, in each direction, between each place and the next one in a reduction."""
+    found = [0] * (plan.replica_size - 1)
+    for tensor in plan.tensors:
+        places = plan.places_of(tensor)
+        for place in range(min(places), max(places)):
+            found[place] += BYTES_PER_ELEMENT * tensor.num_elements
+    return found
 
 
 def _busiest(transfers: Transfers, per_worker: int, per_server: int) -> int:
@@ -182,8 +200,16 @@ def _messages(plan: Plan, profiles: Sequence[SegmentProfile] | None) -> list[int
 
 
 def _links(
-    plan: Plan, pushed: Transfers, pulled: Transfers, messages: Sequence[int], share: int, microbatches: int
+    plan: Plan,
+    pushed: Transfers,
+    pulled: Transfers,
+    messages: Sequence[int],
+    reduced: Sequence[int],
+    share: int,
+    microbatches: int,
 ) -> Iterator[LinkForecast]:
+    """The bytes on each link in a step or round. `microbatches` are those that a stage computes in it."""
+
     def worker(place: int) -> str:
         return f"worker in place {place}" if plan.has_pipeline else "worker"
 
@@ -195,6 +221,11 @@ def _links(
         before, after = f"stage {stage}", f"stage {stage + 1}"
         yield LinkForecast("activations", before, after, microbatches * num_bytes)
         yield LinkForecast("gradients", after, before, microbatches * num_bytes)
+    num_reductions = share * plan.recipe.local.steps if plan.recipe.local is not None else 0
+    for place, num_bytes in enumerate(reduced):
+        if num_bytes:
+            yield LinkForecast("tied gradients", worker(place), worker(place + 1), num_reductions * num_bytes)
+            yield LinkForecast("tied gradients", worker(place + 1), worker(place), num_reductions * num_bytes)
 
 
 def _cut(plan: Plan, profiles: Sequence[SegmentProfile]) -> list[range]:

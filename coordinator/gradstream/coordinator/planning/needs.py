@@ -141,13 +141,14 @@ def _round_arrays(recipe: Recipe) -> int:
 
     They are: the version's weights and, if shared, its moments; the weights and moments of the slot under way, its
     gradient under way and its mean gradient; the difference and, if shared, the moments of the slot being encoded; and
-    the copy of the slot's weights and moments that is written to the disk.
+    without a pipeline the copy of the slot's weights and moments that is written to the disk.
     """
     assert recipe.local is not None
     num_moments = most_moments(recipe.optimizer)
     shared = max(map(len, every_moment_codecs(recipe)))
     encoded = 1 + shared if recipe.training.num_slots > 1 else 0
-    kept = 1 + num_moments if 0 < recipe.local.progress_steps < recipe.local.steps else 0
+    keeps = recipe.pipeline.stages == 1 and 0 < recipe.local.progress_steps < recipe.local.steps
+    kept = 1 + num_moments if keeps else 0
     return (1 + shared) + (1 + num_moments + 2) + encoded + kept
 
 

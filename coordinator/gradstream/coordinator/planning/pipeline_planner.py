@@ -8,7 +8,7 @@ of its microbatches depends on the number of replicas.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from gradstream.coordinator.planning.fitting import (
@@ -17,6 +17,7 @@ from gradstream.coordinator.planning.fitting import (
     lean_live,
     make_all,
     offered_bytes,
+    reduced_bytes,
     runs_of,
     schedules_for,
     segment_costs,
@@ -73,6 +74,8 @@ def plan_pipeline(
     """
     config = recipe.pipeline
     costs = segment_costs(recipe, tensors, profiles)
+    reduced = reduced_bytes(recipe, tensors)
+    given, profiles = profiles, [replace(one, working_bytes=one.working_bytes + reduced) for one in profiles]
     _check(config, len(workers), [cost.name for cost in costs])
     sizes = list(_sizes(config, len(workers), len(costs)))
     # If no size fits, the error comes from the one with the most stages on the fewest replicas: it lacks least.
@@ -107,7 +110,7 @@ def plan_pipeline(
     assert refusal is not None
     if isinstance(refusal, ConfigError):
         raise refusal
-    change = smallest_change(recipe, tensors, profiles, [worker.memory_bytes or NO_LIMIT for worker in workers])
+    change = smallest_change(recipe, tensors, given, [worker.memory_bytes or NO_LIMIT for worker in workers])
     raise PlanError(f"{refusal}; {change}")
 
 
@@ -231,7 +234,7 @@ def _fit(
     """Plan the pipeline for these workers; return (seconds of the slowest stage, pipeline, reasons)."""
     config, training = recipe.pipeline, recipe.training
     size, num_replicas, chunks = len(groups), len(groups[0]), config.chunks
-    now, runs = num_microbatches(training, num_replicas), runs_of(training)
+    now, runs = num_microbatches(training, training.num_slots if recipe.local else num_replicas), runs_of(recipe)
     names = schedules_for(recipe, size, runs)
     # 1. The cut, with memory for the activations that the schedule holds; for auto, the schedule that holds least.
     cut, cut_reason = _cut(costs, profiles, groups, chunks, lean_live(names, size, runs, chunks))
@@ -288,7 +291,7 @@ def _cut(
     """Cut for groups of workers; a stage must fit the smallest worker of its group. Raises PlanError if none fits."""
     # Memory that a worker needs once for all its stages is subtracted; each stage gets an equal share of the rest.
     working = working_bytes(profiles)
-    notes = [f"{human_bytes(working)} are reserved to recompute a layer"] * bool(working)
+    notes = [f"{human_bytes(working)} are reserved to recompute a layer or to add tied gradients"] * bool(working)
     notes += [f"each of a worker's {chunks} stages is offered an equal share"] * (chunks > 1)
     speeds = group_speeds(groups)
     offers = []

@@ -12,8 +12,8 @@ GRADSTREAM_FAULTS holds faults separated by ";", each `KIND@key=value,…`:
     fail@step=3,slot=1                  that slot fails, as when memory is short
     slow@milliseconds=300               each slot takes this worker so much longer
 
-In a job with local steps, kill (without a count), nan, hang, fail and slow strike at the inner step `step`, so they can
-strike in the middle of a round. `acknowledged` and `decided` count versions there.
+In a job with local steps, kill (without a count, or with `sent`), nan, hang, fail and slow strike at the inner step
+`step`, so they can strike in the middle of a round. `acknowledged` and `decided` count versions there.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ class ServerForecast:
 class LinkForecast:
     """The bytes that a step, or a round, sends from one node to another.
 
-    `kind` is push, pull, activations or gradients. "worker in place p" as sender or receiver means each such worker.
+    `kind` is push, pull, activations, gradients or, in rounds, tied gradients. "worker in place p" as sender or
+    receiver means each such worker.
     """
 
     kind: str

@@ -162,6 +162,18 @@ class Plan:
         """
         return 2 if self.has_pipeline and tensor.is_tied else 1
 
+    def parts_of(self, bundle: Bundle, version: int) -> int:
+        """Number of contributions of a slot to a bundle in the step or round from a version.
+
+        In a round it is 1: the workers of a replica add the parts of a tied tensor's gradient after each inner step.
+        """
+        return 1 if self.rounds.is_round(version) else bundle.num_parts
+
+    def places_of(self, tensor: Tensor) -> list[int]:
+        """For each part of a slot's gradient of a tensor, the place in a replica of the worker that computes it."""
+        units = (tensor.unit, tensor.last_unit)[: self.num_parts(tensor)]
+        return [self.stage_of(unit) % self.replica_size for unit in units]
+
     def stages_of_worker(self, worker: int) -> list[int]:
         """The stages of worker number `worker` of a replica."""
         return list(range(worker, self.num_stages, self.replica_size))

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from gradstream.core.recipe.section import NonNegative, Positive, Section
 
 if TYPE_CHECKING:
-    from gradstream.core.recipe.recipe import CodecConfig, OptimizerConfig, PipelineConfig, TrainingConfig
+    from gradstream.core.recipe.recipe import CodecConfig, OptimizerConfig, TrainingConfig
 
 
 class OuterConfig(Section):
@@ -67,7 +67,7 @@ class LocalConfig(Section):
     progress_steps: NonNegative = Field(
         default=10,
         description="inner steps after which a worker keeps its slot's progress on its disk, to go on from if it "
-        "starts again; 0: never",
+        "starts again; 0: never. Not with pipeline stages",
     )
 
 
@@ -87,7 +87,6 @@ def check_local(
     training: TrainingConfig,
     optimizer: OptimizerConfig,
     codec: CodecConfig,
-    pipeline: PipelineConfig,
 ) -> None:
     """Check local steps against the other sections. Raises ValueError for settings that contradict each other."""
     problem = whole_rounds_problem(training.num_steps, local)
@@ -103,5 +102,3 @@ def check_local(
             f"optimizer.moments {optimizer.moments} is for ordinary steps alone; leave it out, and set local.moments "
             f"for what is sent"
         )
-    if pipeline.stages != 1:
-        raise ValueError("local steps need pipeline.stages=1 so far; leave the pipeline out")

@@ -434,7 +434,7 @@ class Recipe(Section):
             )
         check_sections(self.run_root, self.pipeline, self.codec)
         if self.local is not None:
-            check_local(self.local, self.training, self.optimizer, self.codec, self.pipeline)
+            check_local(self.local, self.training, self.optimizer, self.codec)
         if self.start_from is not None and self.fine_tuning is not None:
             raise ValueError("a fine-tuning starts from its base_model; leave start_from out")
         prepare = self.data.prepare

@@ -2124,7 +2124,7 @@ class LinkForecast(_message.Message):
     RECEIVER_FIELD_NUMBER: _builtins.int
     STEP_BYTES_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """The kind of traffic: push, pull, activations or gradients."""
+    """The kind of traffic: push, pull, activations, gradients or tied gradients."""
     sender: _builtins.str
     """The sender; "worker in place p" means each such worker."""
     receiver: _builtins.str

@@ -26,7 +26,7 @@ from gradstream.proto.v1 import access_pb2 as gradstream_dot_proto_dot_v1_dot_ac
 from gradstream.proto.v1 import plan_pb2 as gradstream_dot_proto_dot_v1_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n gradstream/proto/v1/worker.proto\x12\x13gradstream.proto.v1\x1a gradstream/proto/v1/access.proto\x1a\x1egradstream/proto/v1/plan.proto\"}\n\nStageHello\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05table\x18\x03 \x01(\x04\x12\x0e\n\x06worker\x18\x04 \x01(\r\x12\x31\n\tdirection\x18\x05 \x01(\x0e\x32\x1e.gradstream.proto.v1.Direction\"e\n\x0cStageAttempt\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x10\n\x08validate\x18\x04 \x01(\x08\x12\x13\n\x0bvoid_before\x18\x05 \x01(\x04\".\n\x0cStageAbandon\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x94\x01\n\x0bStageTensor\x12\x16\n\x0e\x61ttempt_number\x18\x01 \x01(\x04\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\nmicrobatch\x18\x03 \x01(\r\x12\r\n\x05shape\x18\x04 \x03(\x04\x12)\n\x05\x63odec\x18\x05 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\x12\x10\n\x08loss_sum\x18\x06 \x01(\x01\"\xa0\x02\n\x0bStageHeader\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.gradstream.proto.v1.StageHelloH\x00\x12\x32\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32!.gradstream.proto.v1.StageAttemptH\x00\x12\x34\n\x07\x61\x62\x61ndon\x18\x03 \x01(\x0b\x32!.gradstream.proto.v1.StageAbandonH\x00\x12\x32\n\x06tensor\x18\x04 \x01(\x0b\x32 .gradstream.proto.v1.StageTensorH\x00\x12\x15\n\rpayload_bytes\x18\t \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\n \x01(\x07\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x42\t\n\x07\x63ontent\"Q\n\x0cStageRequest\x12\x30\n\x06header\x18\x01 \x01(\x0b\x32 .gradstream.proto.v1.StageHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"2\n\rStageResponse\x12\x11\n\tnum_taken\x18\x01 \x01(\x04\x12\x0e\n\x06window\x18\x02 \x01(\r*U\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44IRECTION_FORWARD\x10\x01\x12\x16\n\x12\x44IRECTION_BACKWARD\x10\x02\x32m\n\rWorkerService\x12\\\n\x06Stream\x12!.gradstream.proto.v1.StageRequest\x1a\".gradstream.proto.v1.StageResponse\"\x07\xda\xd8\x18\x03\n\x01\x04(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n gradstream/proto/v1/worker.proto\x12\x13gradstream.proto.v1\x1a gradstream/proto/v1/access.proto\x1a\x1egradstream/proto/v1/plan.proto\"}\n\nStageHello\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05table\x18\x03 \x01(\x04\x12\x0e\n\x06worker\x18\x04 \x01(\r\x12\x31\n\tdirection\x18\x05 \x01(\x0e\x32\x1e.gradstream.proto.v1.Direction\"e\n\x0cStageAttempt\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\r\n\x05slots\x18\x03 \x03(\r\x12\x10\n\x08validate\x18\x04 \x01(\x08\x12\x13\n\x0bvoid_before\x18\x05 \x01(\x04\".\n\x0cStageAbandon\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x94\x01\n\x0bStageTensor\x12\x16\n\x0e\x61ttempt_number\x18\x01 \x01(\x04\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\nmicrobatch\x18\x03 \x01(\r\x12\r\n\x05shape\x18\x04 \x03(\x04\x12)\n\x05\x63odec\x18\x05 \x01(\x0e\x32\x1a.gradstream.proto.v1.Codec\x12\x10\n\x08loss_sum\x18\x06 \x01(\x01\"<\n\x0eStageReduction\x12\x16\n\x0e\x61ttempt_number\x18\x01 \x01(\x04\x12\x12\n\ninner_step\x18\x02 \x01(\r\"\xda\x02\n\x0bStageHeader\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.gradstream.proto.v1.StageHelloH\x00\x12\x32\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32!.gradstream.proto.v1.StageAttemptH\x00\x12\x34\n\x07\x61\x62\x61ndon\x18\x03 \x01(\x0b\x32!.gradstream.proto.v1.StageAbandonH\x00\x12\x32\n\x06tensor\x18\x04 \x01(\x0b\x32 .gradstream.proto.v1.StageTensorH\x00\x12\x38\n\treduction\x18\x05 \x01(\x0b\x32#.gradstream.proto.v1.StageReductionH\x00\x12\x15\n\rpayload_bytes\x18\t \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\n \x01(\x07\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x42\t\n\x07\x63ontent\"Q\n\x0cStageRequest\x12\x30\n\x06header\x18\x01 \x01(\x0b\x32 .gradstream.proto.v1.StageHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"2\n\rStageResponse\x12\x11\n\tnum_taken\x18\x01 \x01(\x04\x12\x0e\n\x06window\x18\x02 \x01(\r*U\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44IRECTION_FORWARD\x10\x01\x12\x16\n\x12\x44IRECTION_BACKWARD\x10\x02\x32m\n\rWorkerService\x12\\\n\x06Stream\x12!.gradstream.proto.v1.StageRequest\x1a\".gradstream.proto.v1.StageResponse\"\x07\xda\xd8\x18\x03\n\x01\x04(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERSERVICE'].methods_by_name['Stream']._loaded_options = None
   _globals['_WORKERSERVICE'].methods_by_name['Stream']._serialized_options = b'\332\330\030\003\n\001\004'
-  _globals['_DIRECTION']._serialized_start=978
-  _globals['_DIRECTION']._serialized_end=1063
+  _globals['_DIRECTION']._serialized_start=1098
+  _globals['_DIRECTION']._serialized_end=1183
   _globals['_STAGEHELLO']._serialized_start=123
   _globals['_STAGEHELLO']._serialized_end=248
   _globals['_STAGEATTEMPT']._serialized_start=250
@@ -45,12 +45,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STAGEABANDON']._serialized_end=399
   _globals['_STAGETENSOR']._serialized_start=402
   _globals['_STAGETENSOR']._serialized_end=550
-  _globals['_STAGEHEADER']._serialized_start=553
-  _globals['_STAGEHEADER']._serialized_end=841
-  _globals['_STAGEREQUEST']._serialized_start=843
-  _globals['_STAGEREQUEST']._serialized_end=924
-  _globals['_STAGERESPONSE']._serialized_start=926
-  _globals['_STAGERESPONSE']._serialized_end=976
-  _globals['_WORKERSERVICE']._serialized_start=1065
-  _globals['_WORKERSERVICE']._serialized_end=1174
+  _globals['_STAGEREDUCTION']._serialized_start=552
+  _globals['_STAGEREDUCTION']._serialized_end=612
+  _globals['_STAGEHEADER']._serialized_start=615
+  _globals['_STAGEHEADER']._serialized_end=961
+  _globals['_STAGEREQUEST']._serialized_start=963
+  _globals['_STAGEREQUEST']._serialized_end=1044
+  _globals['_STAGERESPONSE']._serialized_start=1046
+  _globals['_STAGERESPONSE']._serialized_end=1096
+  _globals['_WORKERSERVICE']._serialized_start=1185
+  _globals['_WORKERSERVICE']._serialized_end=1294
 # @@protoc_insertion_point(module_scope)

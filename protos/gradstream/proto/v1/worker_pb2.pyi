@@ -98,7 +98,7 @@ class StageAttempt(_message.Message):
     number: _builtins.int
     """Rises by one with each attempt of the replica."""
     version: _builtins.int
-    """The version of the weights, which is also the step."""
+    """The version of the weights, from which the step or the round begins."""
     validate: _builtins.bool
     """True: a validation pass, which has no backward pass."""
     void_before: _builtins.int
@@ -107,7 +107,7 @@ class StageAttempt(_message.Message):
     """
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The slots, in the order of computation. An attempt with a validation pass has only one slot."""
+        """The slots, in the order of computation. A validation pass has only one slot, and so has a round."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class StageTensor(_message.Message):
     stage: _builtins.int
     """The stage that computed it."""
     microbatch: _builtins.int
-    """The microbatch, counted over the attempt's slots."""
+    """The microbatch, counted over the attempt's slots; in a round, over its inner steps."""
     codec: _plan_pb2.Codec.ValueType
     """The codec of its elements."""
     loss_sum: _builtins.float
@@ -199,6 +199,36 @@ class StageTensor(_message.Message):
 Global___StageTensor: _TypeAlias = StageTensor  # noqa: Y015
 
 @_typing.final
+class StageReduction(_message.Message):
+    """A message of the reduction that ends an inner step of a round. Its payload is fp64 numbers, then flat fp32 tensors, all
+    little-endian. Down the pipeline the numbers are the squared norms of the gradients so far, and the tensors are the
+    gradients of tied tensors that a later worker adds to its own. Up the pipeline the number is the clip factor, and the
+    tensors are the sums. The plan determines the size.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_NUMBER_FIELD_NUMBER: _builtins.int
+    INNER_STEP_FIELD_NUMBER: _builtins.int
+    attempt_number: _builtins.int
+    """The attempt."""
+    inner_step: _builtins.int
+    """The inner step, from 0 in each round."""
+    def __init__(
+        self,
+        *,
+        attempt_number: _builtins.int = ...,
+        inner_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_number", b"attempt_number", "inner_step", b"inner_step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageReduction: _TypeAlias = StageReduction  # noqa: Y015
+
+@_typing.final
 class StageHeader(_message.Message):
     """The header of a message. Messages that continue a payload have none."""
 
@@ -208,6 +238,7 @@ class StageHeader(_message.Message):
     BEGIN_FIELD_NUMBER: _builtins.int
     ABANDON_FIELD_NUMBER: _builtins.int
     TENSOR_FIELD_NUMBER: _builtins.int
+    REDUCTION_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
     PADDING_FIELD_NUMBER: _builtins.int
@@ -233,6 +264,10 @@ class StageHeader(_message.Message):
     def tensor(self) -> Global___StageTensor:
         """A tensor; its payload follows."""
 
+    @_builtins.property
+    def reduction(self) -> Global___StageReduction:
+        """A message of a reduction; its payload follows."""
+
     def __init__(
         self,
         *,
@@ -240,15 +275,16 @@ class StageHeader(_message.Message):
         begin: Global___StageAttempt | None = ...,
         abandon: Global___StageAbandon | None = ...,
         tensor: Global___StageTensor | None = ...,
+        reduction: Global___StageReduction | None = ...,
         payload_bytes: _builtins.int = ...,
         crc32c: _builtins.int = ...,
         padding: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "begin", b"begin", "content", b"content", "hello", b"hello", "tensor", b"tensor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "begin", b"begin", "content", b"content", "hello", b"hello", "reduction", b"reduction", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "begin", b"begin", "content", b"content", "crc32c", b"crc32c", "hello", b"hello", "padding", b"padding", "payload_bytes", b"payload_bytes", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "begin", b"begin", "content", b"content", "crc32c", b"crc32c", "hello", b"hello", "padding", b"padding", "payload_bytes", b"payload_bytes", "reduction", b"reduction", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "begin", "abandon", "tensor"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "begin", "abandon", "tensor", "reduction"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
@@ -291,7 +327,7 @@ class StageResponse(_message.Message):
     NUM_TAKEN_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     num_taken: _builtins.int
-    """Number of messages taken from this stream: attempts, abandons and tensors. After a broken connection, messages that
+    """Number of messages taken from this stream: attempts, abandons, tensors and reductions. After a broken connection, messages that
     were not taken are sent again on the next stream.
     """
     window: _builtins.int

@@ -76,10 +76,11 @@ class Accumulation:
         what = f"contribution to bundle {header.bundle} from slot {header.slot} of step {header.step}"
         if header.slot >= self._plan.num_slots:
             raise ProtocolError(f"{what}: the job has {self._plan.num_slots} slots")
-        if header.part >= state.bundle.num_parts:
-            raise ProtocolError(f"{what}: part {header.part}, but its tensors have {state.bundle.num_parts}")
         if header.step >= self._plan.last_version:
             raise ProtocolError(f"{what}: the job has {self._plan.last_version} steps")
+        num_parts = self._plan.parts_of(state.bundle, header.step)
+        if header.part >= num_parts:
+            raise ProtocolError(f"{what}: part {header.part}, but its tensors have {num_parts}")
         if header.step > version:
             raise ProtocolError(f"{what}: step {version} is under way here")
         if not self._counts(state.bundle, header.step):
@@ -205,7 +206,8 @@ class Accumulation:
         """Reset the totals for the step from `version`. Bundles begin it one by one, as each is published."""
         self._slots.clear()
         self.expected = [state for state in self._bundles.values() if self._counts(state.bundle, version)]
-        self._missing_S = [sum(state.bundle.num_parts for state in self.expected)] * self._plan.num_slots
+        num_parts = sum(self._plan.parts_of(state.bundle, version) for state in self.expected)
+        self._missing_S = [num_parts] * self._plan.num_slots
         self._step_bytes = 0
         self._num_complete = 0
 

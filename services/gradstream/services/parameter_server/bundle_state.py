@@ -32,14 +32,14 @@ class BundleState(ABC):
         self.squared_norms = [0.0] * len(bundle.fragments)
         """The squared norm of each fragment's sum, once the sum is complete."""
         self._elements_F = np.array([fragment.num_elements for fragment in bundle.fragments], dtype=np.int64)
-        self._num_contributions = num_slots * bundle.num_parts
+        self._num_slots, self._num_parts = num_slots, bundle.num_parts
         self._taken = bytearray(self._num_contributions)  # 1 for each contribution that was taken, by slot and part
         self.num_added = 0
         """Number of the step's contributions that are in the sum."""
         self._waiting: list[list[Payload]] = []  # contributions that were taken and are not in the sum yet
         self._adding: list[list[Payload]] = []  # those that are being added
         elements = [fragment.num_elements for fragment in bundle.fragments]
-        self._sum = FixedPointSum(elements, self._num_contributions)
+        self._sum = FixedPointSum(elements, self._num_contributions)  # a round has fewer contributions: it fits, too
         self._sums = slices(self._sum.result_N, bundle)
         self._publishing = threading.Lock()
         self._publisher = publisher
@@ -48,7 +48,12 @@ class BundleState(ABC):
 
     def has(self, slot: int, part: int) -> bool:
         """Return whether this contribution to the current step was taken."""
-        return bool(self._taken[slot * self.bundle.num_parts + part])
+        return bool(self._taken[slot * self._num_parts + part])
+
+    @property
+    def _num_contributions(self) -> int:
+        """The number of contributions that make the sum complete."""
+        return self._num_slots * self._num_parts
 
     @property
     def complete(self) -> bool:
@@ -57,7 +62,7 @@ class BundleState(ABC):
 
     def take(self, slot: int, part: int, payloads: list[Payload]) -> None:
         """Take a contribution, still encoded, to be added."""
-        self._taken[slot * self.bundle.num_parts + part] = 1
+        self._taken[slot * self._num_parts + part] = 1
         self._waiting.append(payloads)
 
     def start_adding(self) -> bool:
@@ -116,9 +121,10 @@ class BundleState(ABC):
         with self._publishing:
             self._publisher.publish(version, codec)
 
-    def begin_step(self, version: int) -> None:
-        """Let workers pull `version`, and reset for that step's contributions."""
+    def begin_step(self, version: int, is_round: bool = False) -> None:
+        """Let workers pull `version`, and reset for that step's contributions, of which a round has one part only."""
         self.published_version = version
+        self._num_parts = 1 if is_round else self.bundle.num_parts
         self._taken = bytearray(self._num_contributions)
         self.num_added = 0
 

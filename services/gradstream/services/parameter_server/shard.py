@@ -128,7 +128,7 @@ class Shard:
         pulled = [self.bundles[index] for index in self.pulled(version, self.bundles)]
         self._consecutive_skips = await self._run(load_bundles, self.plan, weights, pulled, self.pull_codec)
         for state in pulled:
-            state.begin_step(version)
+            state.begin_step(version, self.plan.rounds.is_round(version))
         self._enter(version)
         log.info(
             "shard loaded",
@@ -231,7 +231,7 @@ class Shard:
             await self.checkpoints.release(weights.bundle.index)
         await self._run(commit.apply, group, update)
         for weights in group.bundles:
-            weights.begin_step(version)
+            weights.begin_step(version, self.plan.rounds.is_round(version))
         self._notify()
         if not self.plan.shares_moments(version):
             return

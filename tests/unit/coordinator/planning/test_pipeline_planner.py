@@ -361,6 +361,44 @@ def test_a_slow_link_shows(tmp_path: Path) -> None:
     assert {link.kind for link in fast.links} == {"push", "pull"}
 
 
+def with_rounds(recipe: Recipe, **local: Any) -> Recipe:
+    tree = recipe.model_dump()
+    tree["training"]["num_steps"] = 30
+    tree["local"] = {"steps": 10, "moments": "fp32", **local}
+    return Recipe.model_validate(tree)
+
+
+def test_rounds_compute_one_slot_at_a_time(tmp_path: Path) -> None:
+    recipe = with_rounds(recipe_of(tmp_path, schedule="gpipe"))
+    made, reasons = planned(recipe, workers(0, 0))
+    assert reasons["schedule"].endswith(" for 4 microbatches a run")
+    # gpipe holds the four microbatches of a slot. The table's gradient is held as it was received and as it is sent.
+    assert made.worker_bytes == tuple(segment_bytes(recipe, 5) + 4 * 5 * ACTIVATIONS + 2 * 4 * WIDE for _ in range(2))
+    late = planned(with_rounds(recipe_of(tmp_path, schedule="gpipe"), after=10), workers(0, 0))[0]
+    assert late.worker_bytes[0] == made.worker_bytes[0] + 12 * 5 * ACTIVATIONS, "ordinary steps compute all slots"
+
+
+def test_a_forecast_of_rounds_in_a_pipeline(tmp_path: Path) -> None:
+    recipe = with_rounds(recipe_of(tmp_path, schedule="gpipe", activations="int8"))
+    found = told(recipe, workers(0, 0, 0, 0), num_servers=1)
+    assert (found.num_microbatches, found.round_steps) == (4, 10)
+    # As in the forecast of a step, but each of a replica's two slots fills the pipeline in each inner step.
+    seconds = 5 * 4.01 + (2 * 4 - 1) * 4.411 + 8.02
+    assert found.compute_seconds == pytest.approx(10 * 2 * seconds)
+    by_kind: dict[tuple[str, str], int] = {}
+    for link in found.links:
+        key = (link.kind, link.receiver if link.kind == "pull" else link.sender)
+        by_kind[key] = by_kind.get(key, 0) + link.step_bytes
+    weights, moments = encoded_bytes("int8", (WIDE,)), 2 * encoded_bytes("fp32", (WIDE,))
+    first, second = "worker in place 0", "worker in place 1"
+    # Five tensors are the first worker's, with the table, which the second worker pulls, too.
+    assert by_kind["push", first] == 2 * 5 * (weights + moments)
+    assert by_kind["push", second] == 2 * 4 * (weights + moments)
+    assert by_kind["pull", first] == by_kind["pull", second] == 5 * (weights + moments)
+    assert by_kind["activations", "stage 0"] == 10 * 2 * 4 * encoded_bytes("int8", (1000,))
+    assert by_kind["tied gradients", first] == by_kind["tied gradients", second] == 10 * 2 * 4 * WIDE
+
+
 def test_a_model_without_a_profile_has_no_times(tmp_path: Path) -> None:
     made, reasons = plan(recipe_of(tmp_path, stages=1), workers(0))
     found = forecast(made, reasons, None, [], workers(0), 1e9)

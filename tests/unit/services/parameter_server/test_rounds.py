@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,25 @@ async def test_a_round_waits_for_every_moment_of_every_slot() -> None:
         assert sum(status.num_parameters for status in statuses) == cluster.plan.num_parameters
         await cluster.push([last], 0, **SLOTS[2])
         await cluster.pull(1)
+
+
+async def test_a_tied_tensor_of_a_pipeline_has_two_parts_in_ordinary_steps_and_one_in_rounds() -> None:
+    table = replace(TENSORS[0], last_unit=TENSORS[-1].unit)
+    plan = local_plan(after=1, tensors=(table, *TENSORS[1:]), stage_ends=(2, 1 + TENSORS[-1].unit))
+    async with serving(plan) as cluster:
+        tied = [(slot, bundle.index) for slot in range(NUM_SLOTS) for bundle in plan.bundles if bundle.num_parts == 2]
+        await push_step(cluster, 0)
+        assert len(tied) > NUM_SLOTS
+        assert (await cluster.status())[0].version == 0
+        await cluster.push(tied, 0, part=1)
+        await everything(cluster, 1)
+        error = await cluster.refusal(0, list(frames(*cluster.contribution(*tied[0], 1, part=1))))
+        assert "part 1, but its tensors have 1" in str(error.details())
+        await push_step(cluster, 1, [key for key in cluster.all_keys(1) if key != tied[-1]])
+        statuses = await cluster.status()
+        assert [(status.version, list(status.missing_slots)) for status in statuses] == [(1, [tied[-1][0]])]
+        await push_step(cluster, 1, tied[-1:])
+        await cluster.pull(2)
 
 
 async def test_a_header_may_name_the_tokens_of_a_whole_round() -> None:

@@ -6,35 +6,27 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grpc.aio
 import numpy as np
 import pytest
 import torch
+from support.chains import BOUND_SECONDS, HIDDEN_SIZE, Chain, answer, hello, message, until
 from support.micro import MICRO_LLAMA, micro_plan
 
 from gradstream.core.errors import GradstreamError, ProtocolError, StaleEpochError
-from gradstream.core.node.faults import Faults
 from gradstream.core.pipeline.schedule import Action, Op
 from gradstream.core.plan.plan import Plan
-from gradstream.core.rpc.channel import listen, new_server, open_channel
-from gradstream.core.rpc.errors import error_from_rpc
+from gradstream.core.rpc.channel import listen, new_server
 from gradstream.core.wire.frames import checksum, frame, frames
-from gradstream.core.wire.stubs import WorkerStub, add_worker
+from gradstream.core.wire.stubs import add_worker
 from gradstream.proto.v1 import plan_pb2
 from gradstream.proto.v1 import worker_pb2 as pb
 from gradstream.worker.attempt import AbandonedError
 from gradstream.worker.pipeline import neighbours
 from gradstream.worker.pipeline.inbound import BACKWARD, FORWARD
-from gradstream.worker.pipeline.neighbours import Neighbours
-from gradstream.worker.pipeline.place import Place
-from gradstream.worker.pipeline.servicer import WorkerServicer
-from gradstream.worker.timeline import Timeline
 
-BOUND_SECONDS = 20.0
-SHAPE = (2, 8, 16)  # samples, tokens, hidden size of the micro model
+SHAPE = (2, 8, HIDDEN_SIZE)  # samples, tokens, hidden size of the micro model
 SLOTS = (0, 1)  # of two microbatches each
 
 
@@ -47,49 +39,6 @@ def plan_of(activations: str = "fp32", num_stages: int = 2, num_samples: int = 8
     recipe = plan.recipe.model_copy(update={"pipeline": pipeline, "validation": validation})
     ends = {2: (2, 6), 3: (2, 3, 6)}[num_stages]
     return dataclasses.replace(plan, recipe=recipe, stage_ends=ends, pipeline_schedule="1f1b")
-
-
-class Node:
-    """One worker's neighbours, with a real server in front of them."""
-
-    def __init__(self) -> None:
-        self.servicer = WorkerServicer()
-        self.server = new_server()
-        self.address = f"127.0.0.1:{listen(self.server, '127.0.0.1:0')}"
-        self.neighbours: Neighbours
-        self.errors: list[Exception] = []
-        self.voids = 0
-        add_worker(self.servicer, self.server)
-
-    def meet(self, plan: Plan, place: Place) -> None:
-        def void() -> None:
-            self.voids += 1
-
-        self.neighbours = Neighbours(plan, place, SHAPE[2], Faults(""), Timeline(), self.errors.append, void)
-        self.servicer.set(self.neighbours)
-
-
-class Chain:
-    """All workers of a replica."""
-
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        self.nodes = [Node() for _ in range(plan.replica_size)]
-        self.thread = ThreadPoolExecutor(plan.replica_size)
-
-    async def form(self, number: int = 1) -> None:
-        workers = [
-            plan_pb2.PipelineWorker(node_id=f"w{index}.1", name=f"w{index}", address=node.address)
-            for index, node in enumerate(self.nodes)
-        ]
-        replica = plan_pb2.Replica(number=number, workers=workers)
-        for index, node in enumerate(self.nodes):
-            node.meet(self.plan, Place(replica, index))
-
-    async def compute(self, function: Callable[..., Any], *arguments: object) -> Any:
-        """Run a compute thread's call."""
-        future = asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
-        return await asyncio.wait_for(future, BOUND_SECONDS)
 
 
 @pytest.fixture
@@ -106,10 +55,7 @@ async def make_chain() -> AsyncIterator[Callable[..., Awaitable[Chain]]]:
 
     yield make
     for chain in made:
-        for node in chain.nodes:
-            await node.neighbours.close()
-            await node.server.stop(None)
-        chain.thread.shutdown()
+        await chain.close()
 
 
 MakeChain = Callable[..., Awaitable[Chain]]
@@ -117,13 +63,6 @@ MakeChain = Callable[..., Awaitable[Chain]]
 
 def activation(microbatch: int) -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(microbatch))
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    async with asyncio.timeout(BOUND_SECONDS):
-        while not condition():  # noqa: ASYNC110 - it changes in several tasks and threads
-            await asyncio.sleep(0.01)
-    assert condition(), what
 
 
 # --- what neighbours do for each other --------------------------------------------------------------------------------
@@ -251,11 +190,6 @@ async def test_credit_bounds_what_waits(make_chain: MakeChain) -> None:
 # --- what a neighbour must not do -------------------------------------------------------------------------------------
 
 
-def hello(**changes: Any) -> pb.StageHello:
-    fields = {"job_id": "job", "epoch": 1, "table": 1, "worker": 0, "direction": FORWARD, **changes}
-    return pb.StageHello(**fields)
-
-
 def tensor_messages(
     values: torch.Tensor | None = None, crc32c: int | None = None, num_bytes: int | None = None, **changes: Any
 ) -> list[bytes]:
@@ -267,31 +201,6 @@ def tensor_messages(
         crc32c=checksum(payload) if crc32c is None else crc32c,
     )
     return list(frames(header, [payload]))
-
-
-def message(**content: Any) -> bytes:
-    return frame(pb.StageHeader(**content).SerializeToString())
-
-
-async def answer(node: Node, messages: list[bytes], opening: pb.StageHello | None = None) -> GradstreamError:
-    """What a stream of these messages, after a hello, is refused with."""
-    channel = open_channel(node.address)
-
-    async def stream() -> AsyncIterator[bytes]:
-        yield message(hello=opening or hello())
-        for item in messages:
-            yield item
-        await asyncio.sleep(BOUND_SECONDS)
-
-    try:
-        async with asyncio.timeout(BOUND_SECONDS):
-            async for _ in WorkerStub(channel).Stream(stream()):
-                pass
-    except grpc.aio.AioRpcError as error:
-        return error_from_rpc(error, "the worker")
-    finally:
-        await channel.close(None)
-    raise AssertionError("the stream was not refused")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tensors from a neighbour in a pipeline: those expected, in their order, and those that have arrived."""
+"""Messages with a payload from a neighbour in a pipeline: those expected, in order, and those that have arrived."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from gradstream.worker.attempt import Attempt
 FORWARD, BACKWARD = pb.DIRECTION_FORWARD, pb.DIRECTION_BACKWARD
 WORDS = {FORWARD: "activation", BACKWARD: "gradient"}
 Key = tuple[int, int]
-"""(stage that computed it, microbatch counted over the attempt's slots)."""
+"""(stage that computed a tensor, microbatch counted over the attempt's slots, in a round over its inner steps);
+for a reduction (REDUCTION, inner step)."""
+REDUCTION = -1
+"""What the key of a reduction's message has in the place of a stage."""
 
 
 @lru_cache(maxsize=64)
@@ -53,14 +56,49 @@ def window_of(schedule: Schedule, worker: int) -> int:
     return max(2, validate(schedule).waiting_messages[worker])
 
 
-@dataclass
-class _Expected:
-    """The tensors expected for one attempt, in their order, and how many have arrived."""
+@dataclass(frozen=True)
+class Expectation:
+    """What an attempt brings from a neighbour: `order`, which repeats for each inner step of a round.
 
-    attempt: Attempt
+    `num_microbatches` are those of one inner step. `has_reduction` says whether a reduction's message ends each.
+    """
+
     order: tuple[Key, ...]
-    places: dict[Key, int]
-    num_arrived: int = 0
+    num_microbatches: int = 1
+    num_inner_steps: int = 1
+    has_reduction: bool = False
+
+
+class _Expected:
+    """The messages expected for one attempt, in their order, and how many have arrived."""
+
+    def __init__(self, attempt: Attempt, expectation: Expectation):
+        self.attempt = attempt
+        self.num_arrived = 0
+        self._what = expectation
+        self._order = expectation.order + ((REDUCTION, 0),) * expectation.has_reduction
+        self._places = {key: place for place, key in enumerate(self._order)}
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_arrived == len(self._order) * self._what.num_inner_steps
+
+    def place(self, key: Key) -> int | None:
+        """The place of a message in the order of all; None if it is not expected."""
+        stage, number = key
+        step, number = (number, 0) if stage == REDUCTION else divmod(number, self._what.num_microbatches)
+        place = self._places.get((stage, number))
+        if place is None or step >= self._what.num_inner_steps:
+            return None
+        return step * len(self._order) + place
+
+    def next_text(self) -> str:
+        """The next message, for people."""
+        step, place = divmod(self.num_arrived, len(self._order))
+        stage, microbatch = self._order[place]
+        if stage == REDUCTION:
+            return f"the reduction of inner step {step}"
+        return f"that of microbatch {step * self._what.num_microbatches + microbatch} from stage {stage}"
 
 
 class InboundStream:
@@ -73,7 +111,7 @@ class InboundStream:
 
 
 class Inbound:
-    """The tensors that one neighbour sends in one direction."""
+    """The tensors and reductions that one neighbour sends in one direction."""
 
     def __init__(self, title: str, direction: pb.Direction.ValueType):
         self.title = title
@@ -85,14 +123,14 @@ class Inbound:
         self._max_waiting = 0
         self._posted: deque[torch.Tensor] = deque()
 
-    def begin(self, attempt: Attempt, order: tuple[Key, ...], window: int, posted: Sequence[torch.Tensor]) -> None:
-        """Expect the tensors of one more attempt, in this order, after those of earlier attempts.
+    def begin(self, attempt: Attempt, expectation: Expectation, window: int, posted: Sequence[torch.Tensor]) -> None:
+        """Expect the messages of one more attempt, in their order, after those of earlier attempts.
 
         `posted` are buffers to decode into.
         """
-        while self._expected and self._expected[0].num_arrived == len(self._expected[0].order):
+        while self._expected and self._expected[0].is_complete:
             self._expected.popleft()
-        self._expected.append(_Expected(attempt, order, {key: place for place, key in enumerate(order)}))
+        self._expected.append(_Expected(attempt, expectation))
         # Never less than was granted before: tensors may be under way on that grant.
         self._max_waiting = max(self._max_waiting, window)
         self._posted = deque(posted)
@@ -120,23 +158,24 @@ class Inbound:
         return max(0, self._max_waiting - len(self.arrived))
 
     def expect(self, number: int, key: Key, what: str) -> Attempt | None:
-        """Return the attempt of a tensor that is the next one to come.
+        """Return the attempt of a message that is the next one to come.
 
-        Returns None for a tensor that came already or belongs to an attempt that is over. Raises ProtocolError for any
-        other tensor.
+        Returns None for a message that came already or belongs to an attempt that is over. Raises ProtocolError for any
+        other message.
         """
         expected = next((found for found in self._expected if found.attempt.number == number), None)
         if expected is None or number < self._newest:
             return None
-        place = expected.places.get(key)
+        place = expected.place(key)
+        is_tensor = key[0] != REDUCTION
         if place is None:
-            raise ProtocolError(f"{what}: this worker gets no such {WORDS[self.direction]} from it in this attempt")
+            word = WORDS[self.direction] if is_tensor else "reduction"
+            raise ProtocolError(f"{what}: this worker gets no such {word} from it in this attempt")
         if place < expected.num_arrived:
             return None
         if place > expected.num_arrived:
-            stage, microbatch = expected.order[expected.num_arrived]
-            raise ProtocolError(f"{what}: out of order, that of microbatch {microbatch} from stage {stage} comes first")
-        if not self.window:
+            raise ProtocolError(f"{what}: out of order, {expected.next_text()} comes first")
+        if is_tensor and not self.window:  # a reduction needs no credit: one waits at most
             raise ProtocolError(f"{what}: {self._max_waiting} tensors wait here already")
         return expected.attempt
 
@@ -147,9 +186,9 @@ class Inbound:
         return torch.empty(shape)
 
     def take(self, number: int, key: Key, tensor: torch.Tensor, loss_sum: float) -> bool:
-        """Store a tensor that was expected. Returns False when its attempt has become void in the meantime."""
+        """Store a message that was expected. Returns False when its attempt has become void in the meantime."""
         for expected in self._expected:
-            if expected.attempt.number == number and expected.places.get(key) == expected.num_arrived:
+            if expected.attempt.number == number and expected.place(key) == expected.num_arrived:
                 self.arrived[number, key] = (tensor, loss_sum)
                 self._newest = number
                 expected.num_arrived += 1

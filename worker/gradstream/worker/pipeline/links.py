@@ -22,7 +22,7 @@ from gradstream.worker.outbound import Call, Outbound
 
 @dataclass(frozen=True)
 class Outgoing:
-    """One message of a stream: a header, and the payload of a tensor."""
+    """One message of a stream: a header, and the payload of a tensor or a reduction."""
 
     header: pb.StageHeader
     payloads: list[Payload]
@@ -32,6 +32,8 @@ class Outgoing:
         kind = self.header.WhichOneof("content")
         if kind == "tensor":
             return self.header.tensor.attempt_number
+        if kind == "reduction":
+            return self.header.reduction.attempt_number
         return self.header.begin.number if kind == "begin" else self.header.abandon.number
 
 

@@ -1,5 +1,5 @@
 """Exchanges activations and gradients with a worker's neighbours in a pipeline, over one stream a neighbour and
-direction.
+direction, and the messages of reductions (gradstream.worker.pipeline.reduction).
 
 The first worker of a replica begins attempts, and each worker passes them on to the next. Attempts are computed in
 turn. Tensors of an abandoned attempt are dropped and never used. The schedule of an attempt determines which tensors
@@ -8,7 +8,8 @@ come and in which order; any other tensor is refused before a byte is allocated 
 The sender keeps a tensor until the neighbour has it. After a break the sender sends the missing tensors again, and the
 receiver drops duplicates.
 
-`Neighbours.receive` and `send` run in the compute thread; everything else runs on the event loop.
+`Neighbours.receive` and `send`, those of reductions and `begin_inner_step` run in the compute thread; everything else
+runs on the event loop.
 """
 
 from __future__ import annotations
@@ -31,11 +32,29 @@ from gradstream.core.node.faults import Faults
 from gradstream.core.pipeline.schedule import Action, Op
 from gradstream.core.plan.plan import Plan
 from gradstream.core.rpc.transport import PLAIN, Transport
-from gradstream.core.wire.frames import checksum
+from gradstream.core.wire.frames import checksum, verify
 from gradstream.proto.v1 import worker_pb2 as pb
-from gradstream.worker.attempt import AbandonedError, Attempt, schedule_for
+from gradstream.worker.attempt import (
+    AbandonedError,
+    Attempt,
+    is_round,
+    num_inner_steps,
+    num_microbatches,
+    schedule_for,
+)
 from gradstream.worker.pipeline.checks import HeaderChecks
-from gradstream.worker.pipeline.inbound import BACKWARD, FORWARD, WORDS, Inbound, Key, sequence, window_of
+from gradstream.worker.pipeline.inbound import (
+    BACKWARD,
+    FORWARD,
+    REDUCTION,
+    WORDS,
+    Expectation,
+    Inbound,
+    Key,
+    sequence,
+    window_of,
+)
+from gradstream.worker.pipeline.layout import Layout
 from gradstream.worker.pipeline.links import Link, Outgoing
 from gradstream.worker.pipeline.place import Place, Shapes
 from gradstream.worker.timeline import Timeline
@@ -71,7 +90,7 @@ class Neighbours:
         self.inbounds: dict[pb.Direction.ValueType, Inbound] = {}
         self.links: dict[pb.Direction.ValueType, Link] = {}
         self.waiting: tuple[str, float] | None = None
-        """The tensor that the compute thread waits for, in words, and since when in Unix seconds."""
+        """The message that the compute thread waits for, in words, and since when in Unix seconds."""
         self.received_bytes = 0
         self._shapes = Shapes(plan, hidden_size)
         self._faults = faults
@@ -80,11 +99,14 @@ class Neighbours:
         self._on_wake = on_wake
         self._timeline = timeline
         self._codec = codec_named(plan.recipe.pipeline.activations)
-        self._checks = HeaderChecks(plan, place, self._shapes, self._codec)
+        self._layout = Layout(plan)
+        self._checks = HeaderChecks(plan, place, self._shapes, self._codec, self._layout)
         self._is_raw = self._codec.name == "fp32"  # tensors are sent and used without a copy
         self._loop = asyncio.get_running_loop()
         self._condition = threading.Condition()
         self._running: Attempt | None = None
+        self._inner_step = 0
+        self._first_microbatch = 0  # of the inner step, counted over the round
         self._wanted: Callable[[], bool] = lambda: True
         self._void_before = 0
         self._ended = False
@@ -209,19 +231,27 @@ class Neighbours:
     def _take_up(self, attempt: Attempt, void_before: int) -> None:
         schedule = schedule_for(self.plan, attempt)
         size, index = self.plan.replica_size, self.place.index
-        orders = {
-            direction: sequence(schedule, (index + (-1 if direction == FORWARD else 1)) % size, index, direction)
-            for direction in self.inbounds
-        }
+        expectations = {}
+        for direction in self.inbounds:
+            sender = index + (-1 if direction == FORWARD else 1)
+            expectations[direction] = Expectation(
+                sequence(schedule, sender % size, index, direction),
+                schedule.num_microbatches,
+                num_inner_steps(self.plan, attempt),
+                is_round(self.plan, attempt) and 0 <= sender < size,
+            )
         window = window_of(schedule, index)
         shape = self._shapes.of(attempt, 0)
         count = 0 if self._is_raw else window
-        posted = [[torch.empty(shape) for _ in range(min(count, len(order)))] for order in orders.values()]
+        posted = [
+            [torch.empty(shape) for _ in range(min(count, len(expectation.order)))]
+            for expectation in expectations.values()
+        ]
         self._forget_before(void_before)
         with self._condition:
             self.latest = attempt
             for inbound, buffers in zip(self.inbounds.values(), posted, strict=True):
-                inbound.begin(attempt, orders[inbound.direction], window, buffers)
+                inbound.begin(attempt, expectations[inbound.direction], window, buffers)
         if index + 1 < size:
             begin = pb.StageAttempt(
                 number=attempt.number,
@@ -241,21 +271,37 @@ class Neighbours:
         """Let `receive` and `send` work for this attempt from now on; earlier attempts are over on this worker."""
         with self._condition:
             self._running, self._wanted = attempt, wanted
+            self._inner_step = self._first_microbatch = 0
             for inbound in self.inbounds.values():
                 inbound.forget_before(attempt.number)
         for inbound in self.inbounds.values():
             inbound.tell()
 
+    def begin_inner_step(self, number: int) -> None:
+        """Let `receive` and `send` work for an inner step of the running attempt, a round, from now on."""
+        assert self._running is not None
+        self._inner_step = number
+        self._first_microbatch = number * num_microbatches(self.plan, self._running)
+
     def receive(self, action: Action) -> tuple[torch.Tensor, float]:
         """See `Exchange`."""
-        attempt = self._running
-        assert attempt is not None
         forward = action.op is Op.FORWARD
         inbound = self.inbounds[FORWARD if forward else BACKWARD]
-        key = (attempt.number, (action.stage + (-1 if forward else 1), action.microbatch))
+        key = (action.stage + (-1 if forward else 1), self._first_microbatch + action.microbatch)
+        return self._next(inbound, key, WORDS[inbound.direction])
+
+    def receive_reduction(self, direction: pb.Direction.ValueType) -> Payload:
+        """Wait for the neighbour's message of the inner step's reduction. Raises AbandonedError if it will not come."""
+        payload: Payload = self._next(self.inbounds[direction], (REDUCTION, self._inner_step), "reduction")[0].numpy()
+        return payload
+
+    def _next(self, inbound: Inbound, of_attempt: Key, word: str) -> tuple[torch.Tensor, float]:
+        """Wait for a message of the running attempt. Raises AbandonedError."""
+        assert self._running is not None
+        key = (self._running.number, of_attempt)
         with self._condition:
             if not self._is_here(inbound, key):
-                self.waiting = (f"the next {WORDS[inbound.direction]} from {inbound.title}", time.time())
+                self.waiting = (f"the next {word} from {inbound.title}", time.time())
                 try:
                     with self._timeline.waiting():
                         while not self._is_here(inbound, key):
@@ -267,7 +313,7 @@ class Neighbours:
         return tensor, loss_sum
 
     def _is_here(self, inbound: Inbound, key: tuple[int, Key]) -> bool:
-        """Return whether a tensor has arrived. The caller must hold the condition. Raises AbandonedError."""
+        """Return whether a message has arrived. The caller must hold the condition. Raises AbandonedError."""
         if self._ended or key[0] < self._void_before or not self._wanted():
             raise AbandonedError
         return key in inbound.arrived
@@ -278,13 +324,31 @@ class Neighbours:
         assert attempt is not None
         schedule = schedule_for(self.plan, attempt)
         slot = attempt.slots[action.microbatch // (schedule.num_microbatches // len(attempt.slots))]
-        self._faults.sent(attempt.version, slot)
+        self._faults.sent(self.plan.rounds.steps_at(attempt.version) + self._inner_step, slot)
+        microbatch = self._first_microbatch + action.microbatch
         # The size of the largest microbatch decides for all: one thread encodes a worker's tensors, in order.
         if tensor.device.type == "cpu" and math.prod(self._shapes.largest) <= MAX_ELEMENTS_AT_ONCE:
-            self._encode(attempt, action, tensor, loss_sum)
+            self._encode(attempt, action, microbatch, tensor, loss_sum)
             return
         self._encodes_apart = True
-        self._thread.submit(self._encode, attempt, action, tensor, loss_sum).add_done_callback(self._told)
+        encoding = self._thread.submit(self._encode, attempt, action, microbatch, tensor, loss_sum)
+        encoding.add_done_callback(self._told)
+
+    def send_reduction(self, direction: pb.Direction.ValueType, payload: Payload) -> None:
+        """Send this worker's message of the inner step's reduction, behind all tensors of that step."""
+        attempt = self._running
+        assert attempt is not None
+        reduction = pb.StageReduction(attempt_number=attempt.number, inner_step=self._inner_step)
+        if self._encodes_apart:
+            self._thread.submit(self._give, attempt, direction, reduction, payload).add_done_callback(self._told)
+        else:
+            self._give(attempt, direction, reduction, payload)
+
+    def _give(
+        self, attempt: Attempt, direction: pb.Direction.ValueType, reduction: pb.StageReduction, payload: Payload
+    ) -> None:
+        header = pb.StageHeader(reduction=reduction, payload_bytes=len(payload), crc32c=checksum(payload))
+        self._loop.call_soon_threadsafe(self._put, self.links[direction], attempt, Outgoing(header, [payload]))
 
     def _told(self, encoding: Future[None]) -> None:
         """Report an error of the encoding thread, because the neighbour would wait for the tensor without end."""
@@ -292,7 +356,7 @@ class Neighbours:
         if isinstance(error, Exception):
             self._loop.call_soon_threadsafe(self._on_error, error)
 
-    def _encode(self, attempt: Attempt, action: Action, tensor: torch.Tensor, loss_sum: float) -> None:
+    def _encode(self, attempt: Attempt, action: Action, microbatch: int, tensor: torch.Tensor, loss_sum: float) -> None:
         flat = tensor.detach().float().contiguous().reshape(-1)
         in_place = self._is_raw and flat.device.type == "cpu"
         payload: Payload = flat.numpy().view(np.uint8) if in_place else self._codec.encode(flat)
@@ -300,7 +364,7 @@ class Neighbours:
             tensor=pb.StageTensor(
                 attempt_number=attempt.number,
                 stage=action.stage,
-                microbatch=action.microbatch,
+                microbatch=microbatch,
                 shape=tensor.shape,
                 codec=self._codec.wire,
                 loss_sum=loss_sum,
@@ -336,6 +400,8 @@ class Neighbours:
             self._heard_abandon(inbound, header.abandon)
         elif kind == "tensor":
             await self._take_tensor(inbound, header, payload)
+        elif kind == "reduction":
+            self._take_reduction(inbound, header, payload)
 
     def _heard_abandon(self, inbound: Inbound, abandon: pb.StageAbandon) -> None:
         if self.latest is None or not self._void_before <= abandon.number <= self.latest.number:
@@ -352,13 +418,8 @@ class Neighbours:
 
     async def _take_tensor(self, inbound: Inbound, header: pb.StageHeader, payload: Payload) -> None:
         tensor = header.tensor
-        found = checksum(payload)
-        if found != header.crc32c:
-            raise ProtocolError(
-                f"{inbound.title}, {WORDS[inbound.direction]} of microbatch {tensor.microbatch} from stage "
-                f"{tensor.stage}: checksum {found:08x} is not the announced {header.crc32c:08x}; "
-                f"the bytes changed on the way"
-            )
+        what = f"{WORDS[inbound.direction]} of microbatch {tensor.microbatch} from stage {tensor.stage}"
+        verify(header, payload, f"{inbound.title}, {what}")
         shape = tuple(tensor.shape)
         if self._is_raw:
             values = torch.from_numpy(payload.view(np.float32)).view(shape)
@@ -367,6 +428,20 @@ class Neighbours:
             await self._loop.run_in_executor(self._thread, self._codec.decode, payload, values.view(-1))
         with self._condition:
             if inbound.take(tensor.attempt_number, (tensor.stage, tensor.microbatch), values, tensor.loss_sum):
+                self.received_bytes += len(payload)
+                self._condition.notify_all()
+
+    def _take_reduction(self, inbound: Inbound, header: pb.StageHeader, payload: Payload) -> None:
+        reduction = header.reduction
+        what = f"{inbound.title}, reduction of inner step {reduction.inner_step}"
+        verify(header, payload, what)
+        try:
+            self._layout.check_numbers(payload, self.place.index, inbound.direction)
+        except ProtocolError as error:
+            raise ProtocolError(f"{what}: {error}") from None
+        with self._condition:
+            key = (REDUCTION, reduction.inner_step)
+            if inbound.take(reduction.attempt_number, key, torch.from_numpy(payload), 0.0):
                 self.received_bytes += len(payload)
                 self._condition.notify_all()
 

@@ -14,6 +14,7 @@ from gradstream.core.log import get_logger
 from gradstream.core.rpc.errors import answering
 from gradstream.core.wire.frames import Assembler, parse
 from gradstream.proto.v1 import worker_pb2 as pb
+from gradstream.worker.pipeline.checks import has_payload
 from gradstream.worker.pipeline.inbound import Inbound, InboundStream
 from gradstream.worker.pipeline.neighbours import Neighbours, check_hello
 
@@ -43,7 +44,7 @@ class WorkerServicer:
         self._changed = asyncio.Event()
 
     async def Stream(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[pb.StageResponse]:
-        """Receive a neighbour's attempts, abandons and tensors; answer with credit."""
+        """Receive a neighbour's attempts, abandons, tensors and reductions; answer with credit."""
         async with answering(context):
             hello = await _hello(messages)
             neighbours = await self._await(hello)
@@ -97,11 +98,11 @@ class WorkerServicer:
             if whole is None:
                 continue
             header, payload = whole
-            if wanted or not header.HasField("tensor"):
+            if wanted or not has_payload(header):
                 await neighbours.take(inbound, header, payload)
             stream.num_taken += 1
             if not wanted:
-                stream.changed.set()  # otherwise the neighbour gets credit once the tensor was used
+                stream.changed.set()  # otherwise the neighbour is told once the payload was used
 
     async def _await(self, hello: pb.StageHello) -> Neighbours:
         """Wait for the neighbours that a stream is for: the sender may have the lease table before this worker."""

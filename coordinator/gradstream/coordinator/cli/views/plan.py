@@ -107,7 +107,7 @@ def _links(told: Forecast) -> Iterator[Row]:
         elif kind == "pull":
             yield _busiest(found, kind, of_sender=True, other=workers, times=replicas)
             yield _busiest(found, kind, of_sender=False, other=servers)
-    for kind in ("activations", "gradients"):
+    for kind in ("activations", "gradients", "tied gradients"):
         between = [link for link in told.links if link.kind == kind]
         if between:
             most = max(between, key=lambda link: link.step_bytes)
@@ -132,7 +132,7 @@ def _times(told: Forecast, recipe: Recipe, link_reason: str) -> Iterator[Row]:
         step, step_seconds, inner = "a step", told.step_seconds, ""
         if told.round_steps:
             step, step_seconds = f"a round of {told.round_steps} steps", told.round_steps * told.step_seconds
-            inner = " in each inner step"
+            inner = " in each inner step of a slot" if len(told.places) > 1 else " in each inner step"
         yield (
             "time",
             f"{step} takes about {_seconds(step_seconds)}: compute {_seconds(told.compute_seconds)} for "

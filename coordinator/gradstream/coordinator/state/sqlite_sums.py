@@ -45,15 +45,19 @@ TRAJECTORY = f"""
 """Selects the rows of the trajectory that epoch :epoch continues from version :start, below step :below."""
 
 
+# Without the index by name SQLite takes the primary key, for its order, and reads every step of the job.
+OTHER_ROWS = (
+    "SELECT epoch, num_tokens, num_samples, skipped FROM steps INDEXED BY steps_by_step"
+    " WHERE job_id = ? AND step = ? AND epoch <> ? ORDER BY epoch DESC LIMIT 1"
+)
+"""The rows of a step in other epochs, highest epoch first."""
+
+
 def add_step(db: sqlite3.Connection, report: coordinator_pb2.ReportStepRequest) -> None:
     """Add a step that was just inserted to the sums."""
     row = (1, report.num_tokens, report.num_samples, int(report.skipped))
     _add(db, report.job_id, report.epoch, report.step, row)
-    others = db.execute(
-        "SELECT epoch, num_tokens, num_samples, skipped FROM steps WHERE job_id = ? AND step = ? AND epoch <> ?"
-        " ORDER BY epoch DESC LIMIT 1",
-        (report.job_id, report.step, report.epoch),
-    ).fetchone()
+    others = db.execute(OTHER_ROWS, (report.job_id, report.step, report.epoch)).fetchone()
     if others is None:
         _add(db, report.job_id, HIGHEST, report.step, row)
     elif others[0] < report.epoch:

@@ -207,6 +207,26 @@ def test_the_work_of_a_sum_does_not_grow_with_the_steps(tmp_path: Path) -> None:
     state.close()
 
 
+def test_the_work_of_recording_a_step_does_not_grow_with_the_steps(tmp_path: Path) -> None:
+    """Counted likewise. The steps are within one block."""
+    state = SqliteState(tmp_path)
+    work = [0]
+
+    def count() -> int:
+        work[0] += 1
+        return 0
+
+    costs = []
+    for step in range(BLOCK_STEPS):
+        work[0] = 0
+        state._db.set_progress_handler(count, 1)
+        state.record_step(make_step(step, 1, random.Random(step)))
+        state._db.set_progress_handler(None, 1)
+        costs.append(work[0])
+    assert max(costs[-50:]) < 1.2 * max(costs[2:52])
+    state.close()
+
+
 def test_jobs_are_read_in_pages_by_state_and_by_name(tmp_path: Path) -> None:
     state = SqliteState(tmp_path)
     assert (state.newest_job(), state.job_ids(), state.ranks(), state.page_of_jobs("", 9)) == (None, [], (0, 0), [])

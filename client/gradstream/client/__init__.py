@@ -45,7 +45,14 @@ from gradstream.client._job_types import ExportProgress, Job, JobState, Pipeline
 from gradstream.client._node_types import Activity, Node, NodeKind
 from gradstream.client._step_types import StepBreakdown, StepMetrics, StepParts, WorkerTimes
 from gradstream.client._watch_types import Checkpoint, Event, LogLine, Step, Validation, WatchItem
-from gradstream.core.plan.forecast import Forecast, LinkForecast, PlaceForecast, ServerForecast, StageForecast
+from gradstream.core.plan.forecast import (
+    ExchangeOption,
+    Forecast,
+    LinkForecast,
+    PlaceForecast,
+    ServerForecast,
+    StageForecast,
+)
 from gradstream.core.recipe.fine_tuning_recipe import FineTuningRecipe, load_fine_tuning_recipe
 from gradstream.core.recipe.loading import load_recipe
 from gradstream.core.recipe.recipe import Recipe
@@ -68,6 +75,7 @@ __all__ = [
     "Event",
     "ExamplesPreview",
     "ExamplesReport",
+    "ExchangeOption",
     "ExportProgress",
     "FineTuning",
     "FineTuningClient",

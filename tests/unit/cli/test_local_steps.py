@@ -12,7 +12,7 @@ from canned_jobs import SUBMITTED_MS, CannedJobs, canned_job, canned_metrics, ca
 from gradstream.client import Job, StepMetrics
 from gradstream.coordinator.cli import main
 from gradstream.coordinator.cli.pictures.series import XAxis, series_of
-from gradstream.coordinator.cli.views import jobs as job_views
+from gradstream.coordinator.cli.views import jobs as jobs_views
 from gradstream.coordinator.cli.views.steps import progress_text, round_name
 from gradstream.core.recipe.rounds import Rounds
 from gradstream.core.telemetry.timeline import Span, SpanKind, Timeline
@@ -68,9 +68,11 @@ def test_a_coordinator_of_an_earlier_release_gives_versions() -> None:
 
 
 def test_a_wait_is_judged_by_the_time_of_a_round() -> None:
-    assert job_views.step_seconds(Job.from_proto(local_job())) == pytest.approx(3.0)
-    assert job_views.step_seconds(Job.from_proto(local_job(version=4, step=4, eta_seconds=240.6))) == pytest.approx(0.1)
-    assert job_views.step_seconds(Job.from_proto(local_job(version=90, step=2410, eta_seconds=0.0))) is None
+    assert jobs_views.step_seconds(Job.from_proto(local_job())) == pytest.approx(3.0)
+    assert jobs_views.step_seconds(Job.from_proto(local_job(version=4, step=4, eta_seconds=240.6))) == pytest.approx(
+        0.1
+    )
+    assert jobs_views.step_seconds(Job.from_proto(local_job(version=90, step=2410, eta_seconds=0.0))) is None
 
 
 def test_metrics_show_the_steps_of_each_row(jobs: CannedJobs, address: str, capsys: pytest.CaptureFixture[str]) -> None:

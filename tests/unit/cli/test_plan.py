@@ -186,6 +186,7 @@ def test_the_demo_in_stages_asks_for_four_workers() -> None:
     [
         (["stdlib-gpt"], (2, 2)),
         (["stdlib-gpt-pipeline"], (2, 4)),
+        (["stdlib-gpt-far"], (2, 2)),
         (["stdlib-gpt", "-s", "pipeline.stages=3", "-s", "cluster.min_servers=3"], (3, 3)),
         (["stdlib-gpt-pipeline", "--workers", "6", "--servers", "2"], (2, 6)),
     ],
@@ -237,7 +238,7 @@ def test_the_plan_of_a_job_with_local_steps(recipe: str, here: None, capsys: pyt
         return found
 
     plain, reset = forecast("-s", "codec.push=int8"), forecast(*LOCAL, "-s", "local.inner_state=reset")
-    shared, exact = forecast(*LOCAL), forecast(*LOCAL, "-s", "local.moments=fp32")
+    shared, exact = (forecast(*LOCAL, "-s", f"local.moments={codec}") for codec in ("bf16", "fp32"))
     assert (plain["round_steps"], reset["round_steps"]) == (0, 30)
     # Without moments a round sends what a step sends; both moments are as large as the weights, one for each slot.
     assert reset["links"] == plain["links"]
@@ -264,3 +265,49 @@ def test_the_plan_of_local_steps_for_people(recipe: str, here: None, capsys: pyt
     ):
         assert part in out, part
     assert "B an inner step, and computes " in out
+
+
+def test_the_demo_for_slow_links_has_the_model_of_the_demo() -> None:
+    recipe = load_recipe(find_recipe("stdlib-gpt-far"))
+    assert recipe.model == load_recipe(find_recipe("stdlib-gpt")).model
+    assert recipe.local is not None
+    assert (recipe.local.steps, recipe.local.inner_state, recipe.rounds.last_version) == (30, "shared", 8)
+    assert (recipe.codec.push, recipe.codec.pull) == ("int4", "delta-int4")
+
+
+def test_a_slow_link_is_answered_with_rounds(recipe: str, here: None, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", recipe, "--workers", "2", "-s", "training.num_steps=31", "-s", "optimizer.moments=bf16"]
+    assert main([*arguments, "--link", "1b/s"]) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("every ")]
+    assert [row.split("  ")[0] for row in rows[::2]] == [
+        "every step",
+        "every 5 steps",
+        "every 10 steps",
+        "every 30 steps",
+        "every 100 steps",
+    ]
+    assert ["advised" in row for row in rows] == [False] * 9 + [True], "even that is too slow"
+    settings = out.split("settings: ")[1].split("\nservers")[0].replace("-s ", "").split()
+    assert settings == [
+        "local.steps=100",
+        "codec.push=int2",
+        "codec.pull=delta-int2",
+        "training.num_steps=100",
+        "optimizer.moments=fp32",
+    ]
+    # The settings make a plan whose cost is the option's.
+    overrides = [part for setting in settings for part in ("-s", setting)]
+    assert main([*arguments, *overrides, "--link", "1b/s", "-o", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (advised,) = [option for option in found["options"] if option["advised"]]
+    assert advised["utilisation"] == pytest.approx(found["utilisation"])
+    assert advised["worker_step_bytes"] == pytest.approx(found["worker_step_bytes"])
+
+
+def test_a_fast_link_needs_no_rounds(recipe: str, here: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe, "--workers", "2", "--link", "1000Gb/s"]) == 0
+    out = capsys.readouterr().out
+    assert "exchange   ordinary steps with int8 and delta-int8: workers compute " in out
+    assert "local steps are not needed\n" in out
+    assert "every step" not in out

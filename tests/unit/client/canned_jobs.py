@@ -16,7 +16,7 @@ from grpc import StatusCode
 from gradstream.coordinator.servicers.lists import checked_filter
 from gradstream.core.errors import CheckpointError, ConfigError, DataError, GradstreamError
 from gradstream.core.node import probe
-from gradstream.core.plan.forecast import Forecast, LinkForecast, PlaceForecast, ServerForecast
+from gradstream.core.plan.forecast import ExchangeOption, Forecast, LinkForecast, PlaceForecast, ServerForecast
 from gradstream.core.rpc import access, channel
 from gradstream.core.rpc import errors as rpc_errors
 from gradstream.proto.v1 import coordinator_pb2, jobs_pb2, jobs_pb2_grpc
@@ -239,6 +239,8 @@ def canned_forecast() -> Forecast:
         tokens_per_second=None,
         reasons={"servers": "servers: all 1 that were live", "memory": "a server needs 20 kB"},
         warnings=("times are not known: it cannot be cut",),
+        options=(ExchangeOption(30, "int4", "delta-int4", "shared", 0.96, 1000.5, advised=True),),
+        advice="rounds of 30 steps; of all the fewest",
     )
 
 

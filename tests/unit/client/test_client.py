@@ -72,6 +72,7 @@ def test_public_names_are_pinned() -> None:
         "Event",
         "ExamplesPreview",
         "ExamplesReport",
+        "ExchangeOption",
         "ExportProgress",
         "FineTuning",
         "FineTuningClient",

@@ -9,8 +9,8 @@ from gradstream.core.checkpoint.shard import MAX_COPY_BYTES
 from gradstream.core.machine.facts import MAX_THREADS
 from gradstream.core.optimizer.rules import (
     every_moment_codecs,
+    max_moments,
     moment_codecs,
-    most_moments,
     server_moments,
     whole_tensors,
 )
@@ -144,7 +144,7 @@ def _round_arrays(recipe: Recipe) -> int:
     without a pipeline the copy of the slot's weights and moments that is written to the disk.
     """
     assert recipe.local is not None
-    num_moments = most_moments(recipe.optimizer)
+    num_moments = max_moments(recipe.optimizer)
     shared = max(map(len, every_moment_codecs(recipe)))
     encoded = 1 + shared if recipe.training.num_slots > 1 else 0
     keeps = recipe.pipeline.stages == 1 and 0 < recipe.local.progress_steps < recipe.local.steps

@@ -27,7 +27,7 @@ def moments_of(optimizer: OptimizerConfig, tensor: Updated) -> tuple[str, ...]:
     return rule_of(optimizer, tensor).moments(optimizer)
 
 
-def most_moments(optimizer: OptimizerConfig) -> int:
+def max_moments(optimizer: OptimizerConfig) -> int:
     """The most moments that any rule of the recipe keeps of a tensor."""
     return max(len(rule.moments(optimizer)) for rule in RULES[optimizer.kind])
 

@@ -64,6 +64,23 @@ class LinkForecast:
 
 
 @dataclass(frozen=True)
+class ExchangeOption:
+    """A way to exchange with the servers, and the share of the time in which workers then compute (`utilisation`).
+
+    `steps` is the number of inner steps of a round, 0 for ordinary steps, whose `inner_state` is "". `push` and `pull`
+    are codecs. `worker_step_bytes` is what the busiest worker sends and receives, divided by the steps.
+    """
+
+    steps: int
+    push: str
+    pull: str
+    inner_state: str
+    utilisation: float
+    worker_step_bytes: float
+    advised: bool = False
+
+
+@dataclass(frozen=True)
 class Forecast:
     """The forecast cost of a step of a plan; with local steps, of a round of `round_steps` inner steps.
 
@@ -71,7 +88,8 @@ class Forecast:
     `exposed_seconds`, the time of push and pull that does not overlap compute; of a round it is that sum divided by
     `round_steps`, which is 0 without local steps. `worker_step_bytes` is what the busiest worker sends and receives in
     a step, and `utilisation` the share of the time in which workers compute. `reasons` has the plan's decisions by
-    subject. `warnings` has the checks and measurements that were not possible, one line each.
+    subject. `warnings` has the checks and measurements that were not possible, one line each. `options` are ways to
+    exchange, one of them advised for the reason `advice`; there are none if times are unknown.
     """
 
     num_parameters: int
@@ -95,6 +113,8 @@ class Forecast:
     round_steps: int = 0
     worker_step_bytes: float = 0.0
     utilisation: float | None = None
+    options: tuple[ExchangeOption, ...] = ()
+    advice: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The forecast as a dict for `json.dumps`."""
@@ -120,6 +140,7 @@ _PARTS: dict[str, tuple[Any, Any]] = {
     "places": (PlaceForecast, jobs_pb2.PlaceForecast),
     "servers": (ServerForecast, jobs_pb2.ServerForecast),
     "links": (LinkForecast, jobs_pb2.LinkForecast),
+    "options": (ExchangeOption, jobs_pb2.ExchangeOption),
 }
 """The parts of a forecast, and their messages, whose fields have the same names."""
 

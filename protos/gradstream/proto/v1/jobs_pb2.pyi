@@ -1853,6 +1853,8 @@ class Forecast(_message.Message):
     ROUND_STEPS_FIELD_NUMBER: _builtins.int
     WORKER_STEP_BYTES_FIELD_NUMBER: _builtins.int
     UTILISATION_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
     num_parameters: _builtins.int
     """Number of parameters that are trained."""
     num_replicas: _builtins.int
@@ -1885,6 +1887,8 @@ class Forecast(_message.Message):
     """
     utilisation: _builtins.float
     """Share of the workers' time in which they compute: compute_seconds divided by compute_seconds plus exposed_seconds."""
+    advice: _builtins.str
+    """The reason for the option that is advised, in parts separated by semicolons, for people."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageForecast]:
         """The stages, in order; empty when the costs of segments are unknown."""
@@ -1908,6 +1912,12 @@ class Forecast(_message.Message):
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Checks and measurements that were not possible, one line each."""
+
+    @_builtins.property
+    def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExchangeOption]:
+        """Ways to exchange with the parameter servers; empty when the costs of the model's segments are unknown. Rounds are
+        among them if ordinary steps leave workers much time without compute.
+        """
 
     def __init__(
         self,
@@ -1933,10 +1943,12 @@ class Forecast(_message.Message):
         round_steps: _builtins.int = ...,
         worker_step_bytes: _builtins.float = ...,
         utilisation: _builtins.float | None = ...,
+        options: _abc.Iterable[Global___ExchangeOption] | None = ...,
+        advice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_compute_seconds", b"_compute_seconds", "_exposed_seconds", b"_exposed_seconds", "_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "_utilisation", b"_utilisation", "bubble", b"bubble", "compute_seconds", b"compute_seconds", "exposed_seconds", b"exposed_seconds", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "utilisation", b"utilisation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_compute_seconds", b"_compute_seconds", "_exposed_seconds", b"_exposed_seconds", "_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "_utilisation", b"_utilisation", "bubble", b"bubble", "compute_seconds", b"compute_seconds", "exposed_seconds", b"exposed_seconds", "link_bits_per_second", b"link_bits_per_second", "links", b"links", "num_microbatches", b"num_microbatches", "num_parameters", b"num_parameters", "num_replicas", b"num_replicas", "places", b"places", "pull_seconds", b"pull_seconds", "push_seconds", b"push_seconds", "reasons", b"reasons", "round_steps", b"round_steps", "schedule", b"schedule", "servers", b"servers", "stages", b"stages", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "utilisation", b"utilisation", "warnings", b"warnings", "worker_step_bytes", b"worker_step_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bubble", b"_bubble", "_compute_seconds", b"_compute_seconds", "_exposed_seconds", b"_exposed_seconds", "_step_seconds", b"_step_seconds", "_tokens_per_second", b"_tokens_per_second", "_utilisation", b"_utilisation", "advice", b"advice", "bubble", b"bubble", "compute_seconds", b"compute_seconds", "exposed_seconds", b"exposed_seconds", "link_bits_per_second", b"link_bits_per_second", "links", b"links", "num_microbatches", b"num_microbatches", "num_parameters", b"num_parameters", "num_replicas", b"num_replicas", "options", b"options", "places", b"places", "pull_seconds", b"pull_seconds", "push_seconds", b"push_seconds", "reasons", b"reasons", "round_steps", b"round_steps", "schedule", b"schedule", "servers", b"servers", "stages", b"stages", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "utilisation", b"utilisation", "warnings", b"warnings", "worker_step_bytes", b"worker_step_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bubble: _TypeAlias = _typing.Literal["bubble"]  # noqa: Y015
     _WhichOneofArgType__bubble: _TypeAlias = _typing.Literal["_bubble", b"_bubble"]  # noqa: Y015
@@ -1964,6 +1976,52 @@ class Forecast(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__utilisation) -> _WhichOneofReturnType__utilisation | None: ...
 
 Global___Forecast: _TypeAlias = Forecast  # noqa: Y015
+
+@_typing.final
+class ExchangeOption(_message.Message):
+    """A way to exchange with the parameter servers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    PUSH_FIELD_NUMBER: _builtins.int
+    PULL_FIELD_NUMBER: _builtins.int
+    INNER_STATE_FIELD_NUMBER: _builtins.int
+    UTILISATION_FIELD_NUMBER: _builtins.int
+    WORKER_STEP_BYTES_FIELD_NUMBER: _builtins.int
+    ADVISED_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Number of inner steps of a round; 0: ordinary steps."""
+    push: _builtins.str
+    """The codec of contributions."""
+    pull: _builtins.str
+    """The form in which weights are pulled."""
+    inner_state: _builtins.str
+    """The moments with which a round begins: shared or reset; empty for ordinary steps."""
+    utilisation: _builtins.float
+    """Share of the workers' time in which they compute."""
+    worker_step_bytes: _builtins.float
+    """Bytes that the busiest worker sends and receives for the parameter servers, divided by the steps."""
+    advised: _builtins.bool
+    """Whether this option is advised; one is."""
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        push: _builtins.str = ...,
+        pull: _builtins.str = ...,
+        inner_state: _builtins.str = ...,
+        utilisation: _builtins.float = ...,
+        worker_step_bytes: _builtins.float = ...,
+        advised: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advised", b"advised", "inner_state", b"inner_state", "pull", b"pull", "push", b"push", "steps", b"steps", "utilisation", b"utilisation", "worker_step_bytes", b"worker_step_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExchangeOption: _TypeAlias = ExchangeOption  # noqa: Y015
 
 @_typing.final
 class ForecastReason(_message.Message):

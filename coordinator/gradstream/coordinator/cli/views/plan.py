@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gradstream.coordinator.cli.views import terminal
 
 if TYPE_CHECKING:
-    from gradstream.core.plan.forecast import Forecast, LinkForecast, PlaceForecast, StageForecast
+    from gradstream.core.plan.forecast import ExchangeOption, Forecast, LinkForecast, PlaceForecast, StageForecast
     from gradstream.core.recipe.recipe import Recipe
 
 MAX_ROWS = 8
@@ -39,7 +39,13 @@ def print_forecast(told: Forecast, recipe: Recipe, link_reason: str) -> None:
         ["LINK", "FROM", "TO", f">BYTES A {'ROUND' if told.round_steps else 'STEP'}"], list(_links(told))
     )
     print()
-    terminal.print_table(["DECISION", "CHOICE, AND WHY"], [*_times(told, recipe, link_reason), *_reasons(told)])
+    if any(option.steps for option in told.options):
+        columns = ["EXCHANGE", "PUSH", "PULL", ">WORKERS COMPUTE", ">BYTES A STEP", "?"]
+        terminal.print_table(columns, list(_options(told.options)))
+        print()
+    terminal.print_table(
+        ["DECISION", "CHOICE, AND WHY"], [*_times(told, recipe, link_reason), *_advice(told, recipe), *_reasons(told)]
+    )
 
 
 def _stages(stages: Sequence[StageForecast]) -> Iterator[Row]:
@@ -153,6 +159,46 @@ def _times(told: Forecast, recipe: Recipe, link_reason: str) -> Iterator[Row]:
             f"{terminal.format_duration(steps * told.step_seconds)}, without validation and checkpoints",
         )
     yield ("link", f"{rate} a node, {link_reason}")
+
+
+def _options(options: Sequence[ExchangeOption]) -> Iterator[Row]:
+    """A row for each way to exchange, but for rounds that begin with zeros: what a worker sends and receives a step."""
+    for option in options:
+        if option.inner_state != "reset":
+            yield (
+                f"every {option.steps} steps" if option.steps else "every step",
+                option.push,
+                option.pull,
+                f"{100 * option.utilisation:.1f} %",
+                f"{option.worker_step_bytes / (1 << 20):.2f} MiB",
+                "advised" if option.advised else "",
+            )
+
+
+def _advice(told: Forecast, recipe: Recipe) -> Iterator[Row]:
+    """The advised way to exchange with its reasons, and the settings for it where it has rounds."""
+    for number, part in enumerate(told.advice.split("; ") if told.advice else []):
+        yield ("" if number else "exchange", part)
+    for option in told.options:
+        if option.advised and option.steps:
+            yield ("", f"settings: {' '.join(f'-s {setting}' for setting in settings_of(option, recipe))}")
+
+
+def settings_of(option: ExchangeOption, recipe: Recipe) -> list[str]:
+    """The overrides with which a recipe has the rounds of an option, and a number of steps that is whole rounds."""
+    after = recipe.local.after if recipe.local is not None else 0
+    rounds = max(1, -(-(recipe.training.num_steps - after) // option.steps))
+    settings = {
+        "local.steps": option.steps,
+        "codec.push": option.push,
+        "codec.pull": option.pull,
+        "training.num_steps": after + rounds * option.steps,
+    }
+    if recipe.optimizer.moments != "fp32":
+        settings["optimizer.moments"] = "fp32"
+    if recipe.local is not None and recipe.local.inner_state != option.inner_state:
+        settings["local.inner_state"] = option.inner_state
+    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def _reasons(told: Forecast) -> Iterator[Row]:

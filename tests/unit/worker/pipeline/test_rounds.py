@@ -301,6 +301,18 @@ def test_the_sizes_of_reductions_follow_from_the_plan() -> None:
     assert [layout.num_bytes_to(place, FORWARD) for place in range(2)] == [0, NUM_BYTES]
 
 
+def test_numbers_of_a_reduction_that_cannot_be_are_refused() -> None:
+    layout = Layout(PLAN)
+    for factor in (0.0, 0.5, 1.0, np.nan):
+        layout.check_numbers(layout.pack([factor], []), 0, BACKWARD)
+    for factor in (-0.5, 1.5, np.inf):
+        with pytest.raises(ProtocolError, match=f"a clip factor of {factor:g}"):
+            layout.check_numbers(layout.pack([factor], []), 0, BACKWARD)
+    layout.check_numbers(layout.pack([0.0, np.inf, np.nan] + [1.0] * (NUM_NORMS - 3), []), 1, FORWARD)
+    with pytest.raises(ProtocolError, match="a squared norm of -inf"):
+        layout.check_numbers(layout.pack([-np.inf] * NUM_NORMS, []), 1, FORWARD)
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [

@@ -130,7 +130,7 @@ def test_losses_equal_plain_pytorch(cluster: Cluster, tiny_data: Path, tmp_path:
         tmp_path / "runs",
         name="local-reference",
         training={"num_steps": 4 * LENGTH},
-        local={"steps": LENGTH, "moments": "fp32"},
+        local={"steps": LENGTH, "moments": "fp32", "outer": {"learning_rate": 0.8, "momentum": 0.9}},
         optimizer={"clip_norm": 0.5},
         cluster={"min_workers": 2, "min_servers": 2},
     )

@@ -57,7 +57,7 @@ Values = dict[Array, torch.Tensor]
 def plan_of(
     model: dict[str, Any] = MICRO_LLAMA, optimizer: dict[str, Any] | None = None, num_rounds: int = 4, **local: Any
 ) -> Plan:
-    local = {"steps": 3, "moments": "fp32"} | local
+    local = {"steps": 3, "moments": "fp32", "outer": {"learning_rate": 0.8, "momentum": 0.9}} | local
     num_steps = local.get("after", 0) + num_rounds * local["steps"]
     sections = {"local": local, "optimizer": optimizer or {}, "schedule": {"warmup_steps": 4}}
     return micro_plan(model, sections=sections, num_steps=num_steps)

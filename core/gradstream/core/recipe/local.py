@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class OuterConfig(Section):
-    """The rule by which servers apply a round's mean difference: SGD with momentum."""
+    """The rule by which servers apply a round's mean difference: SGD with momentum. Default: the mean of the slots."""
 
-    learning_rate: float = Field(default=0.9, gt=0, description="factor on the mean difference")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.5, description="decay of the momentum; 0: none")
+    learning_rate: float = Field(default=1.0, gt=0, description="factor on the mean difference")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="decay of the momentum; 0: none")
     nesterov: bool = Field(default=True, description="Nesterov's form of the momentum")
 
 

@@ -51,7 +51,8 @@ NUM_TOKENS = sum(totals["slot_tokens"] for totals in SLOTS)
 
 def local_plan(num_servers: int = 1, rounds: int = 3, after: int = 0, **changes: Any) -> Plan:
     """A plan of `rounds` rounds, after `after` ordinary steps. `local` replaces keys of the recipe's section."""
-    local = {"steps": LENGTH, "after": after, "moments": "fp32"} | changes.pop("local", {})
+    local: dict[str, Any] = {"steps": LENGTH, "after": after, "moments": "fp32"}
+    local |= {"outer": {"learning_rate": 0.8, "momentum": 0.9}} | changes.pop("local", {})
     training = {"num_steps": after + rounds * local["steps"]}
     return make_plan(num_servers, local=local, training=training, **changes)
 
@@ -136,7 +137,7 @@ def close(found: dict[int, torch.Tensor], expected: dict[int, torch.Tensor]) -> 
 @pytest.mark.parametrize(
     ("push", "moments", "outer"),
     [
-        ("fp32", "fp32", {}),
+        ("fp32", "fp32", {"learning_rate": 0.8, "momentum": 0.9}),
         ("int8", "bf16", {"learning_rate": 0.7, "momentum": 0.8, "nesterov": False}),
         ("int4", {"exp_avg": "int8", "exp_avg_sq": "bf16"}, {"learning_rate": 1.0, "momentum": 0.0}),
     ],

@@ -213,7 +213,7 @@ class _Worker:
         attempt = Attempt(0, version, (slot,))
         if self._plan.rounds.is_round(version):
             emit = self._pusher.submit(version, slot)
-            self._rounds.run(attempt, lambda step: reader.batch(step, count), emit, lambda: True)
+            self._rounds.run(attempt, lambda number: reader.batch(number, count), emit, lambda: True)
         else:
             self._model.computer.run(
                 attempt,

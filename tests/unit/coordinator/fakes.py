@@ -117,10 +117,19 @@ class FakeNode:
     """A node whose directives can be awaited. It takes up plans and remembers them as real ones do. While it lives its
     address is a port that listens."""
 
-    def __init__(self, address: str, kind: coordinator_pb2.NodeKind.ValueType, name: str, memory_bytes: int = 1 << 30):
+    def __init__(
+        self,
+        address: str,
+        kind: coordinator_pb2.NodeKind.ValueType,
+        name: str,
+        memory_bytes: int = 1 << 30,
+        flops_per_second: float = 0.0,
+    ):
         self._door = socket.create_server(("127.0.0.1", 0))
         listens_at = f"127.0.0.1:{self._door.getsockname()[1]}"
-        self.identity = NodeIdentity(kind, name, listens_at, memory_bytes, "cpu")
+        self.identity = NodeIdentity(kind, name, listens_at, memory_bytes, "cpu", flops_per_second=flops_per_second)
+        if flops_per_second:  # nodes of one machine have the best speed that was measured on it
+            self.identity.machine_id = name
         self.directives: list[coordinator_pb2.SessionResponse] = []
         self.holds: dict[str, int] = {}
         self.activity = coordinator_pb2.Activity()

@@ -355,20 +355,20 @@ def test_one_gradient_that_is_not_finite_spoils_the_whole_contribution() -> None
 # -- progress on the disk ----------------------------------------------------------------------------------------------
 
 
-def keep_progress(plan: Plan, version: Values, directory: Path, num_done: int) -> None:
+def keep_progress(plan: Plan, version: Values, directory: Path, num_done: int, slot: int = 0) -> None:
     """Compute a round, keep its progress, and end as a killed worker does: before the inner step after `num_done`."""
     files = ProgressFiles(plan, directory)
     begun: list[Progress] = []
     with pytest.raises(AbandonedError):
-        Worker(plan, version, files).round(1, 0, wanted=lambda: len(begun) <= num_done, begin_step=begun.append)
+        Worker(plan, version, files).round(1, slot, wanted=lambda: len(begun) <= num_done, begin_step=begun.append)
     files.close()
 
 
-def go_on(plan: Plan, version: Values, directory: Path) -> tuple[Contribution, list[int]]:
+def go_on(plan: Plan, version: Values, directory: Path, slot: int = 0) -> tuple[Contribution, list[int]]:
     """Compute a slot's round on a new worker; return its contribution and the places of its inner steps."""
     files = ProgressFiles(plan, directory)
     begun: list[Progress] = []
-    found = Worker(plan, version, files).round(1, 0, begin_step=begun.append)
+    found = Worker(plan, version, files).round(1, slot, begin_step=begun.append)
     files.close()
     return found, [progress.place for progress in begun]
 
@@ -393,6 +393,32 @@ def test_progress_of_another_version_or_recipe_is_left_aside(tmp_path: Path) -> 
     keep_progress(plan, version, tmp_path, 5)
     slower = plan_of(optimizer={"learning_rate": 1e-4}, steps=6, progress_steps=4)
     assert go_on(slower, version, tmp_path)[1] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_slot_of_fewer_steps_follows_its_own_samples_and_the_rounds_rates(tmp_path: Path) -> None:
+    plan = plan_of(optimizer=SGD, steps=6, progress_steps=2, slot_steps=[6, 3])
+    version = shared_version(plan)
+    worker = Worker(plan, version)
+    begun: list[Progress] = []
+    found = worker.round(1, 1, begin_step=begun.append)
+    assert [(each.step, each.place, each.num_steps) for each in begun] == [(6, 0, 3), (8, 1, 3), (10, 2, 3)]
+    assert (found.totals.num_samples, found.totals.num_tokens) == (12, 96)
+    # By hand: the second round of a slot of 3 inner steps has the samples of its steps 3, 4 and 5.
+    weights = {array: values_N.clone() for array, values_N in version.items() if array[1] == WEIGHTS}
+    by_hand = Worker(plan, version)
+    for number, step in ((3, 6), (4, 8), (5, 10)):
+        by_hand.hold(weights)
+        gradient = by_hand.gradient(number, 1)
+        norm = math.sqrt(sum(float(each.double().square().sum()) for each in gradient.values()))
+        scale = min(1.0, SGD["clip_norm"] / (norm + 1e-6)) * rate_of_step(plan.recipe, step)
+        weights = {array: values_N - scale * gradient[array] for array, values_N in weights.items()}
+    for array, values_N in weights.items():
+        torch.testing.assert_close(found.values[array] / 96, version[array] - values_N, rtol=1e-4, atol=1e-7)
+    # Progress on the disk counts the slot's own steps.
+    keep_progress(plan, version, tmp_path, 2, slot=1)
+    again, places = go_on(plan, version, tmp_path, slot=1)
+    assert places == [2]
+    assert equal(again, found)
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ class AttemptRunner:
                 self._installer.wait_all()
                 self._rounds.run(
                     attempt,
-                    lambda step: None if reader is None else reader.batch(step, count),
+                    lambda number: None if reader is None else reader.batch(number, count),
                     self._pusher.submit(version, slot),
                     goes_on,
                     begin_step,

@@ -42,7 +42,10 @@ log = get_logger()
 
 @dataclass(frozen=True)
 class Progress:
-    """An inner step that begins: its number in the job, its place in the round from 0, and its slot."""
+    """An inner step that begins: its step of the job, its place among the slot's own of the round from 0, and its slot.
+
+    `num_steps` is how many inner steps the slot takes in the round.
+    """
 
     step: int
     place: int
@@ -74,7 +77,8 @@ class RoundComputer:
     ) -> None:
         """Compute the attempt's slot from the held version, which must be wholly in place, and emit its contribution.
 
-        `batch_of(step)` reads the slot's samples of an inner step; None on a worker whose stages need no tokens.
+        `batch_of(number)` reads the samples of the slot's step with this number, which counts the slot's own steps. It
+        returns None on a worker whose stages need no tokens.
         `wanted()` is called before each microbatch, and before each tensor that is emitted. `begin_step` is called
         before each inner step; `make_room` before the slot's contribution is emitted, and it may wait. `spoils(step,
         slot)` returns whether a fault makes an inner step's gradients NaN. `neighbours` must run the attempt; None: the
@@ -85,16 +89,16 @@ class RoundComputer:
         (slot,) = attempt.slots
         state = _SlotState(plan, self._held, attempt.version, self._computer.parameters.keys())
         exchange: Exchange = Alone() if neighbours is None else neighbours
-        steps = plan.rounds.steps_from(attempt.version)
+        steps = plan.rounds.slot_steps(attempt.version, slot)
         keep = self._resume(state, attempt.version, slot, len(steps))
         self._held.compute_on(state.weights)
         try:
             for place in range(state.num_done, len(steps)):
-                step = steps[place]
+                step = steps[place].step
                 begin_step(Progress(step, place, len(steps), slot))
                 if neighbours is not None:
                     neighbours.begin_inner_step(place)
-                batch = batch_of(step)
+                batch = batch_of(steps[place].number)
                 batches = {} if batch is None else {slot: batch}
                 self._computer.run(attempt, batches, lambda _: state.collect, wanted, exchange, step=step)
                 gradients = state.finish_gradients(spoils(step, slot))
@@ -157,7 +161,8 @@ class _SlotState:
                 for name, moment_N in self._moments[tensor].items():
                     moment_N.copy_(names[name])
             # AdamW's count of steps must be a function of the version. Therefore it also counts skipped rounds, and the
-            # steps of this job alone where the moments come from another job.
+            # steps of this job alone where the moments come from another job, and it is the same for slots that took
+            # fewer inner steps: their moments became one mean.
             self._optimizer.count(plan.rounds.steps_at(version))
 
     @property

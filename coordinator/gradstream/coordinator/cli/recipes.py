@@ -116,9 +116,11 @@ def validate(
     else:
         warnings = check_recipe(loaded)
         training = loaded.training
-        tokens = training.num_steps * training.global_batch * training.sequence_length
+        tokens = loaded.num_samples_in_all * training.sequence_length
+        lengths = loaded.local.slot_steps if loaded.local is not None else None
         line = (
-            f"{training.num_steps} steps of {training.global_batch} samples of {training.sequence_length} tokens = "
+            f"{training.num_steps} steps of {'at most ' if lengths else ''}{training.global_batch} samples of "
+            f"{training.sequence_length} tokens = {'at most ' if lengths == 'auto' else ''}"
             f"{terminal.format_count(tokens)} tokens in {training.num_slots} slots"
         )
         if loaded.local is not None:

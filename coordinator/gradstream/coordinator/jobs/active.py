@@ -279,6 +279,11 @@ class ActiveJob:
         """The steps for which each version stands."""
         return self.recipe.rounds
 
+    def take_recipe(self, recipe: Recipe) -> None:
+        """Take the recipe of a plan, which may have decided what was left to it."""
+        self.recipe = recipe
+        self.__dict__.pop("rounds", None)
+
     @property
     def place(self) -> str:
         """The current version for people."""

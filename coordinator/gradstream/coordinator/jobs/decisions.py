@@ -193,16 +193,18 @@ def lease_slots(
     names: Mapping[str, str],
     formed: str = "",
     slot_seconds: Mapping[str, float] | None = None,
+    slot_costs: Sequence[float] = (),
 ) -> tuple[list[str], str]:
     """Assign the slots to workers; return the holders and the reason. While a job rests, no slot has a holder.
 
     `workers` are node ids, oldest first; in a job with a pipeline only the first worker of each replica. `names` has
     the names of all members. `formed` says how the replicas of a pipeline were formed. `slot_seconds` has each
-    worker's time for a slot, if it was measured.
+    worker's time for a slot, if it was measured. `slot_costs` are the costs of slots that differ: `slot_seconds` is
+    then for a cost of 1.
     """
     if resting:
         return [""] * len(holders), "leases: none, the job rests"
-    assigned, reason = assign_slots(holders, workers, slot_seconds)
+    assigned, reason = assign_slots(holders, workers, slot_seconds, slot_costs)
     if not workers:
         return assigned, f"leases: none, {formed or reason}"
     if formed:

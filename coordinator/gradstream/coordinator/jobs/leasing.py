@@ -5,7 +5,8 @@ This module reads the membership and the job, and stores nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -92,8 +93,14 @@ class Leasing:
             replicas, formed = self._form(active, plan, workers)
             names = {chain.workers[0]: " → ".join(map(self._members.name_of, chain.workers)) for chain in replicas}
             workers = [chain.workers[0] for chain in replicas]
-        slot_seconds = self._slot_seconds(active, workers) if not formed else None
-        holders, reason = decisions.lease_slots(active.holders, workers, active.resting, names, formed, slot_seconds)
+        costs = active.rounds.slot_lengths
+        if len(set(costs)) > 1:
+            slot_seconds: dict[str, float] | None = self._inner_step_seconds(active, workers, costs)
+        else:
+            slot_seconds = self._slot_seconds(active, workers) if not formed else None
+        holders, reason = decisions.lease_slots(
+            active.holders, workers, active.resting, names, formed, slot_seconds, costs
+        )
         benched = active.benches.line()
         return Proposal(holders, replicas, f"{reason}; {benched}" if benched else reason)
 
@@ -104,6 +111,30 @@ class Leasing:
             return {}
         by_name = {worker.name: worker.slot_seconds for worker in steps.measured.workers}
         return {worker: by_name.get(self._members.name_of(worker), 0.0) for worker in workers}
+
+    def _inner_step_seconds(self, active: ActiveJob, workers: list[str], costs: Sequence[int]) -> dict[str, float]:
+        """Each worker's time for an inner step of a slot.
+
+        Before each worker was measured in rounds with the slots that it holds now, the time follows from the speeds
+        with which the workers registered: the fastest one takes 1.
+        """
+        steps = self._timelines.steps(active.job_id)
+        held = Counter(active.holders)
+        if steps is not None and steps.measured.round_steps and steps.measured.num_steps >= MIN_MEASURED_STEPS:
+            measured = {worker.name: worker for worker in steps.measured.workers}
+            found = {}
+            for worker in workers:
+                parts = measured.get(self._members.name_of(worker))
+                if parts is None or not held[worker] or parts.num_slots != held[worker]:
+                    break
+                own = sum(cost for cost, holder in zip(costs, active.holders, strict=True) if holder == worker)
+                found[worker] = parts.slot_seconds * held[worker] / own
+            else:
+                return found
+        nodes = {worker: self._members.get(worker) for worker in workers}
+        speeds = {worker: node.flops_per_second if node is not None else 0.0 for worker, node in nodes.items()}
+        fastest = max(speeds.values(), default=0.0)
+        return {worker: fastest / speed if speed else 0.0 for worker, speed in speeds.items()}
 
     def table(self, active: ActiveJob, proposal: Proposal, number: int) -> plan_pb2.LeaseTable:
         """A proposal as a message for workers, with its number."""

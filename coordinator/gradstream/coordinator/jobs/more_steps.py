@@ -40,9 +40,11 @@ def with_more_steps(job_id: str, recipe: Recipe, version: int, num_steps: int) -
 
 
 def as_submitted(recipe: Recipe) -> Recipe:
-    """Restore a job's recipe as submitted: before the number of steps was changed and its start was resolved."""
+    """Restore a job's recipe as submitted: before its steps were changed, and its start and slot steps resolved."""
     steps = {"num_steps": recipe.training.submitted_num_steps, "earlier": ()}
     changes: dict[str, object] = {"training": recipe.training.model_copy(update=steps)}
     if recipe.start_from is not None:
         changes["start_from"] = recipe.start_from.model_copy(update={"checkpoint": None, "state_sha256": None})
+    if recipe.local is not None:
+        changes["local"] = recipe.local.model_copy(update={"chosen_slot_steps": ()})
     return recipe.model_copy(update=changes)

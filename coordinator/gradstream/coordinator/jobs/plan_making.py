@@ -92,7 +92,13 @@ class MadePlan:
             "plan_held": True,
             "desired": "run",
             "decisions": {**record.decisions, **self.reasons},
+            **({"recipe_json": self.plan.recipe.model_dump_json()} if self.decides_slot_steps else {}),
         }
+
+    @property
+    def decides_slot_steps(self) -> bool:
+        """Whether the plan decides how many inner steps each slot takes, for the whole job."""
+        return "slot steps" in self.reasons
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Reports:
         recipe = self._recipe(record, active)
         training, rounds = recipe.training, recipe.rounds
         num_steps = len(rounds.steps_from(report.step)) if report.step < rounds.last_version else 0
-        max_samples = num_steps * training.global_batch
+        max_samples = recipe.num_samples(report.step) if num_steps else 0
         if (
             not num_steps
             or report.num_samples > max_samples

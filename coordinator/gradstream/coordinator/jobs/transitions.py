@@ -101,6 +101,7 @@ class Transitions:
         events = made.events(active.record, active.version)
         self.update(active, *events, plan=message.SerializeToString(), **made.changes(active.record))
         active.take_plan(message, plan)
+        active.take_recipe(plan.recipe)
         active.checkpoints = set(made.versions)
         active.totals = totals
         active.progress_at = self._clock()

@@ -9,7 +9,8 @@ from gradstream.coordinator.planning.exchange import Exchange, cut_of, exchange_
 from gradstream.coordinator.planning.fitting import num_parameters
 from gradstream.coordinator.planning.local_advice import advise, exchange_options
 from gradstream.coordinator.planning.needs import NodeOffer, fits, server_bytes, stage_need
-from gradstream.coordinator.planning.pipeline_planner import LATENCY_SECONDS, group_workers
+from gradstream.coordinator.planning.pipeline_planner import LATENCY_SECONDS, group_speeds, group_workers
+from gradstream.coordinator.planning.slot_steps import loads_of, utilisation_text
 from gradstream.core.model.profile import SegmentProfile
 from gradstream.core.plan.forecast import (
     ExchangeOption,
@@ -36,9 +37,11 @@ def forecast(
     With local steps it is the cost of a round.
 
     The time of compute comes from a simulation of the schedule, in which messages between stages take latency and
-    transmission. Push overlaps the compute after the first slot's gradient begins to be final. Pull overlaps the
-    forward pass of one microbatch. In a round, push overlaps the compute after the first slot's last inner step, and
-    pull overlaps nothing: a round begins when its version has fully arrived.
+    transmission. Where slots take different numbers of inner steps, compute is that of the worker that takes longest
+    with the slots that it would hold, and transfers are those of even numbers of slots. Push overlaps the compute after
+    the first slot's gradient begins to be final. Pull overlaps the forward pass of one microbatch. In a round, push
+    overlaps the compute after the first slot's last inner step, and pull overlaps nothing: a round begins when its
+    version has fully arrived.
 
     Not included: encoding and decoding, the servers' own work, the inner optimizer's update, commits and checkpoints,
     messages between stages that share a link with push and pull, data in messages besides tensors, the gain of
@@ -55,9 +58,15 @@ def forecast(
     num_steps = local.steps if local is not None else 1
     compute = exposed = step = None
     if pace is not None:
+        loads = loads_of(plan, groups[0], pace.compute_seconds * group_speeds(groups)[0] / exchange.share)
+        if loads:
+            pace = replace(pace, compute_seconds=max(load.seconds for load in loads) / num_steps)
         compute, exposed = num_steps * pace.compute_seconds, pace.exposed_seconds(num_steps)
         step = (compute + exposed) / num_steps
-    tokens = plan.recipe.training.global_batch * plan.recipe.training.sequence_length
+        if loads:
+            reasons = {**reasons, "utilisation": utilisation_text(loads, compute + exposed)}
+    samples = plan.recipe.num_samples(local.after if local is not None else 0)
+    tokens = samples * plan.recipe.training.sequence_length / num_steps
     options, advice = _advised(exchange_options(plan, exchange_with))
     return Forecast(
         num_parameters=plan.num_parameters,

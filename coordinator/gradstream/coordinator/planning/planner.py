@@ -6,7 +6,7 @@ Errors that can be predicted are raised here, before any data is loaded: memory,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradstream.coordinator.planning.fitting import NO_LIMIT
 from gradstream.coordinator.planning.inventory import Inventory
@@ -17,10 +17,12 @@ from gradstream.coordinator.planning.needs import (
     human_bytes,
     named,
     server_bytes,
+    stage_need,
     worker_bytes,
 )
 from gradstream.coordinator.planning.pipeline_planner import LATENCY_SECONDS, Pipeline, plan_pipeline
 from gradstream.coordinator.planning.placement import pieces_of, place
+from gradstream.coordinator.planning.slot_steps import with_slot_steps
 from gradstream.coordinator.planning.smallest_change import fewer_slots, smallest_change
 from gradstream.core.data.manifest import Manifest
 from gradstream.core.data.sampler import check_samples
@@ -71,7 +73,7 @@ def make_plan(
 
     `profiles` are the profiles of the model's segments, required unless `pipeline.stages` is 1. `latency_seconds` is
     the latency of a message between two workers of a pipeline. Without a manifest the data is not checked, and the plan
-    cannot be run.
+    cannot be run. The plan's recipe has the inner steps of each slot, also where `recipe` leaves them to the plan.
 
     Raises DataError when the data does not fit the model, ConfigError when the model is empty or its pipeline is not
     possible, PlanError when a server's memory, or that of every worker, is too small, or the workers are too few for a
@@ -116,6 +118,9 @@ def make_plan(
         pipeline_schedule=pipeline.schedule,
         worker_bytes=pipeline.worker_bytes,
     )
+    able = [worker for worker in workers if fits(worker.memory_bytes, stage_need(plan))]
+    decided, slot_reasons = with_slot_steps(recipe, able)
+    plan = replace(plan, recipe=decided)
     _check_streams(plan, chosen, needs)
     _check_message(plan)
     start = f"the checkpoint of version {at.checkpoint.version}" if at.checkpoint else plan.source
@@ -125,6 +130,7 @@ def make_plan(
         "memory": f"memory: {memory_reason}{worker_reason}",
         "start": f"start: from {start}",
         **pipeline_reasons,
+        **slot_reasons,
     }
     return plan, reasons
 

@@ -97,19 +97,52 @@ def _fill(
 
 
 def assign_slots(
-    holders: Sequence[str], workers: Sequence[str], slot_seconds: Mapping[str, float] | None = None
+    holders: Sequence[str],
+    workers: Sequence[str],
+    slot_seconds: Mapping[str, float] | None = None,
+    slot_costs: Sequence[float] = (),
 ) -> tuple[list[str], str]:
     """Give every slot to a live worker, moving as few slots as possible; return (holders, reason).
 
     `holders[slot]` is the worker that holds the slot now ("" for none); `workers` are the live ones, oldest first.
     `slot_seconds` is how long a slot takes each worker, where that was measured. The workers' numbers of slots differ
     by at most one, unless other numbers make a step notably shorter. With no workers every slot is free.
+
+    `slot_costs` are the costs of slots that differ, such as their inner steps in a round. `slot_seconds` is then the
+    time for a cost of 1, and each slot goes to the worker that is done with it first.
     """
     if not workers:
         return [""] * len(holders), "no live worker"
+    if len(set(slot_costs)) > 1:
+        result, uneven = _by_cost(holders, workers, slot_seconds or {}, slot_costs)
+    else:
+        result, uneven = _by_number(holders, workers, slot_seconds or {})
+    why = f"{len(workers)} live{uneven}"
+    moved = [slot for slot, holder in enumerate(result) if holder != holders[slot]]
+    if not moved:
+        return result, f"all slots stay with their workers ({why})"
+    lost = [slot for slot in moved if holders[slot] and holders[slot] not in workers]
+    new = [slot for slot in moved if not holders[slot]]
+    given = [slot for slot in moved if holders[slot] in workers]
+    causes = [
+        f"{slots_text(slots)} {one if len(slots) == 1 else many}"
+        for slots, one, many in (
+            (new, "was free", "were free"),
+            (lost, "lost its worker", "lost their worker"),
+            (given, "moved to share the work evenly", "moved to share the work evenly"),
+        )
+        if slots
+    ]
+    return result, f"{'; '.join(causes)} ({why})"
+
+
+def _by_number(
+    holders: Sequence[str], workers: Sequence[str], slot_seconds: Mapping[str, float]
+) -> tuple[list[str], str]:
+    """Assign slots of one cost; return the holders, and why the workers' numbers of slots are uneven or ""."""
     counts = Counter(holders)
     held = {worker: counts[worker] for worker in workers}
-    quota, uneven = _quotas(len(holders), workers, held, slot_seconds or {})
+    quota, uneven = _quotas(len(holders), workers, held, slot_seconds)
     result = [""] * len(holders)
     for slot, holder in enumerate(holders):
         if quota.get(holder, 0) > 0:
@@ -124,22 +157,41 @@ def assign_slots(
         quota[worker] -= 1
         if quota[worker]:
             queue.append(worker)
-    why = f"{len(workers)} live{uneven}"
-    if not free:
-        return result, f"all slots stay with their workers ({why})"
-    lost = [slot for slot in free if holders[slot] and holders[slot] not in held]
-    new = [slot for slot in free if not holders[slot]]
-    given = [slot for slot in free if holders[slot] in held]
-    causes = [
-        f"{slots_text(slots)} {one if len(slots) == 1 else many}"
-        for slots, one, many in (
-            (new, "was free", "were free"),
-            (lost, "lost its worker", "lost their worker"),
-            (given, "moved to share the work evenly", "moved to share the work evenly"),
-        )
-        if slots
-    ]
-    return result, f"{'; '.join(causes)} ({why})"
+    return result, uneven
+
+
+def _by_cost(
+    holders: Sequence[str], workers: Sequence[str], seconds: Mapping[str, float], costs: Sequence[float]
+) -> tuple[list[str], str]:
+    """Assign slots of different costs; return the holders, and by what.
+
+    The slots of live workers stay, unless the step becomes notably shorter when all slots are assigned again.
+    """
+    is_known = all(seconds.get(worker, 0.0) > 0 for worker in workers)
+    pace = {worker: seconds[worker] if is_known else 1.0 for worker in workers}
+    kept = [holder if holder in pace else "" for holder in holders]
+    stay, stay_seconds = _fill_slots(kept, holders, pace, costs)
+    again, again_seconds = _fill_slots([""] * len(holders), holders, pace, costs)
+    gain = stay_seconds - again_seconds
+    is_better = gain >= max(MIN_GAIN * again_seconds, MIN_GAIN_SECONDS)
+    return again if is_better else stay, "; slots of different numbers of inner steps"
+
+
+def _fill_slots(
+    kept: Sequence[str], holders: Sequence[str], pace: Mapping[str, float], costs: Sequence[float]
+) -> tuple[list[str], float]:
+    """Give the free slots, the most costly first, to the worker that is done first; return (holders, seconds)."""
+    result, busy = list(kept), dict.fromkeys(pace, 0.0)
+    for slot, holder in enumerate(kept):
+        if holder:
+            busy[holder] += costs[slot] * pace[holder]
+    free = [slot for slot, holder in enumerate(kept) if not holder]
+    for slot in sorted(free, key=lambda slot: -costs[slot]):
+        done = {worker: busy[worker] + costs[slot] * pace[worker] for worker in pace}
+        # Of equal workers the present holder takes the slot.
+        result[slot] = min(done, key=lambda worker: (done[worker], worker != holders[slot]))
+        busy[result[slot]] = done[result[slot]]
+    return result, max(busy.values())
 
 
 def _quotas(

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from gradstream.core.recipe.section import NonNegative, Positive, Section
 
 if TYPE_CHECKING:
-    from gradstream.core.recipe.recipe import CodecConfig, OptimizerConfig, TrainingConfig
+    from gradstream.core.recipe.recipe import CodecConfig, OptimizerConfig, PipelineConfig, TrainingConfig
 
 
 class OuterConfig(Section):
@@ -64,11 +64,29 @@ class LocalConfig(Section):
         description="inner_state: shared only: codecs of the moments, both ways; fp32 or bf16 stands for all of them",
     )
     outer: OuterConfig = OuterConfig()
+    slot_steps: tuple[Positive, ...] | Literal["auto"] | None = Field(
+        default=None,
+        description="inner steps that each slot takes in a round, at most local.steps; auto: by the measured speeds of "
+        "the workers of the job's first plan; none: local.steps for every slot",
+    )
+    chosen_slot_steps: tuple[Positive, ...] = Field(
+        default=(), description="written by the coordinator at the job's first plan: what slot_steps: auto stands for"
+    )
     progress_steps: NonNegative = Field(
         default=10,
         description="inner steps after which a worker keeps its slot's progress on its disk, to go on from if it "
         "starts again; 0: never. Not with pipeline stages",
     )
+
+    @property
+    def slot_lengths(self) -> tuple[int, ...]:
+        """The inner steps of each slot in a round; empty if all slots take `steps`, or if auto is not decided yet."""
+        return self.chosen_slot_steps if self.slot_steps == "auto" else self.slot_steps or ()
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the slots' inner steps are still to be decided."""
+        return self.slot_steps == "auto" and not self.chosen_slot_steps
 
 
 def whole_rounds_problem(num_steps: int, local: LocalConfig) -> str:
@@ -87,6 +105,7 @@ def check_local(
     training: TrainingConfig,
     optimizer: OptimizerConfig,
     codec: CodecConfig,
+    pipeline: PipelineConfig,
 ) -> None:
     """Check local steps against the other sections. Raises ValueError for settings that contradict each other."""
     problem = whole_rounds_problem(training.num_steps, local)
@@ -97,6 +116,18 @@ def check_local(
             "codec auto measures every step, but with local steps few are sent; use codec.push=int4 and "
             "codec.pull=delta-int4"
         )
+    if local.slot_steps and pipeline.stages != 1:
+        raise ValueError("local.slot_steps needs pipeline.stages=1 so far; leave one of them out")
+    if local.chosen_slot_steps and local.slot_steps != "auto":
+        raise ValueError("local.chosen_slot_steps is written by the coordinator; set local.slot_steps")
+    for key, lengths in (("chosen_slot_steps", local.chosen_slot_steps), ("slot_steps", local.slot_lengths)):
+        if lengths and len(lengths) != training.num_slots:
+            raise ValueError(
+                f"local.{key} has {len(lengths)} numbers, but training.num_slots is {training.num_slots}; give one for "
+                f"each slot"
+            )
+        if lengths and max(lengths) > local.steps:
+            raise ValueError(f"local.{key} has {max(lengths)}, more than local.steps {local.steps}; lower it")
     if optimizer.moments != "fp32":
         raise ValueError(
             f"optimizer.moments {optimizer.moments} is for ordinary steps alone; leave it out, and set local.moments "

@@ -434,7 +434,7 @@ class Recipe(Section):
             )
         check_sections(self.run_root, self.pipeline, self.codec)
         if self.local is not None:
-            check_local(self.local, self.training, self.optimizer, self.codec)
+            check_local(self.local, self.training, self.optimizer, self.codec, self.pipeline)
         if self.start_from is not None and self.fine_tuning is not None:
             raise ValueError("a fine-tuning starts from its base_model; leave start_from out")
         prepare = self.data.prepare
@@ -462,7 +462,21 @@ class Recipe(Section):
         """The steps for which each version stands."""
         if self.local is None:
             return Rounds(self.training.num_steps)
-        return Rounds(self.training.num_steps, self.local.steps, self.local.after)
+        return Rounds(self.training.num_steps, self.local.steps, self.local.after, self.local.slot_lengths)
+
+    def num_samples(self, version: int) -> int:
+        """Number of samples of all slots from a version to the next one, at most where the plan is to decide it."""
+        slots = range(self.training.num_slots)
+        return self.training.slot_batch * sum(self.rounds.num_slot_steps(version, slot) for slot in slots)
+
+    @property
+    def num_samples_in_all(self) -> int:
+        """Number of samples of all steps, at most where the plan is to decide it."""
+        rounds = self.rounds
+        if not rounds.length:
+            return rounds.num_steps * self.training.global_batch
+        ordinary = rounds.after * self.training.global_batch
+        return ordinary + rounds.num_rounds * self.num_samples(rounds.after)
 
     def validates(self, version: int) -> bool:
         """Whether this version has a validation pass: the first, the last, one every interval, and those that were the

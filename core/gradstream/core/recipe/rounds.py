@@ -4,6 +4,8 @@ A version is one commit. Without local steps a commit is one step. With them a j
 one a version, and then rounds: from a version each slot takes `length` inner steps on its own samples before the
 servers combine them to the next version. Intervals, schedules and totals of a recipe count steps, where an inner step
 counts like an ordinary one; the protocol counts versions.
+
+A slot on a slow machine may take fewer inner steps in a round than `length`. They are spread over the round's steps.
 """
 
 from __future__ import annotations
@@ -12,12 +14,28 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class InnerStep:
+    """A step of a slot: the step of the job at which it takes place, and how many steps the slot has taken before.
+
+    The learning rate and the draws of dropout follow `step`, the samples follow `number`. So each sample of a data
+    epoch is used once.
+    """
+
+    step: int
+    number: int
+
+
+@dataclass(frozen=True)
 class Rounds:
-    """The versions of a job of `num_steps` steps. `length` 0: there are no rounds, and a version is a step."""
+    """The versions of a job of `num_steps` steps. `length` 0: there are no rounds, and a version is a step.
+
+    `slot_lengths` has the inner steps of each slot in a round; empty: all slots take `length`.
+    """
 
     num_steps: int
     length: int = 0
     after: int = 0
+    slot_lengths: tuple[int, ...] = ()
 
     @property
     def last_version(self) -> int:
@@ -43,6 +61,21 @@ class Rounds:
     def steps_from(self, version: int) -> range:
         """The steps between a version and the next one, by their numbers from 0."""
         return range(self.steps_at(version), self.steps_at(version + 1))
+
+    def slot_steps(self, version: int, slot: int) -> list[InnerStep]:
+        """The steps that a slot takes between a version and the next one, in order."""
+        steps = self.steps_from(version)
+        if not self.is_round(version) or not self.slot_lengths:
+            return [InnerStep(step, step) for step in steps]
+        count = self.slot_lengths[slot]
+        first = self.after + self.rounds_at(version) * count
+        return [InnerStep(steps[place * self.length // count], first + place) for place in range(count)]
+
+    def num_slot_steps(self, version: int, slot: int) -> int:
+        """Number of steps that a slot takes between a version and the next one."""
+        return (
+            self.slot_lengths[slot] if self.is_round(version) and self.slot_lengths else len(self.steps_from(version))
+        )
 
     def title(self, version: int) -> str:
         """The steps between a version and the next one, for people."""

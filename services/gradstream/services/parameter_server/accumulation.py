@@ -96,7 +96,7 @@ class Accumulation:
         except ProtocolError as error:
             raise ProtocolError(f"{what}: {error}") from None
         training = self._plan.recipe.training
-        max_samples = training.slot_batch * len(self._plan.rounds.steps_from(header.step))
+        max_samples = training.slot_batch * self._plan.rounds.num_slot_steps(header.step, header.slot)
         max_tokens = max_samples * training.sequence_length
         if not 0 < header.slot_tokens <= max_tokens or header.slot_samples > max_samples:
             raise ProtocolError(

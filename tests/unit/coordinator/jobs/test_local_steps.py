@@ -7,7 +7,16 @@ from typing import Any
 
 import grpc
 import pytest
-from coordinator_fakes import Cluster, make_manifest, make_recipe, report_checkpoint, report_validation, step_report
+from coordinator_fakes import (
+    SERVER,
+    WORKER,
+    Cluster,
+    make_manifest,
+    make_recipe,
+    report_checkpoint,
+    report_validation,
+    step_report,
+)
 
 from gradstream.coordinator.jobs import stalls
 from gradstream.coordinator.jobs.active import ActiveJob, Pace
@@ -226,3 +235,26 @@ async def test_status_ledger_and_metrics_count_inner_steps(cluster: Cluster) -> 
     assert await rows() == [(0, 0, 1, 32), (1, 1, 3, 128), (4, 2, 3, 224), (7, 3, 0, 224)]
     assert await rows(first_step=2) == [(4, 2, 3, 224), (7, 3, 0, 224)]
     assert await rows(every=3, first_step=1) == [(1, 1, 3, 128), (4, 2, 3, 224), (7, 3, 0, 224)]
+
+
+async def test_slot_steps_are_decided_once_and_a_slow_worker_holds_the_slot_of_few_steps(cluster: Cluster) -> None:
+    recipe = local_recipe(cluster.directory, {"steps": 4, "slot_steps": "auto"}, num_steps=8)
+    recipe = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"min_workers": 2})})
+    request = jobs_pb2.SubmitJobRequest(recipe_json=recipe.model_dump_json(), request_id="once")
+    job_id = (await cluster.jobs.SubmitJob(request)).job.job_id
+    for name in ("ps-0", "ps-1"):
+        cluster.node(SERVER, name)
+    slow = cluster.node(WORKER, "slow", flops_per_second=1e9)
+    fast = cluster.node(WORKER, "fast", flops_per_second=2e9)
+    assert (await slow.plan_of(1)).rounds.slot_lengths == (4, 2)
+    assert (await fast.slots(1), await slow.slots(1)) == ([0], [1])
+    await cluster.event(job_id, "slot steps: 4, 2 inner steps of at most 4 a round; fast has 1.00 of the highest speed")
+    # A report has no more samples than the slots' steps: 6 of 2 samples each.
+    with pytest.raises(grpc.aio.AioRpcError, match="contradicts the recipe"):
+        await cluster.stub.ReportStep(step_report(job_id, 0, num_samples=13))
+    await cluster.stub.ReportStep(step_report(job_id, 0, num_samples=12))
+    await cluster.restart()
+    stored = parse_recipe((await cluster.job(job_id)).recipe_json)
+    assert stored.rounds.slot_lengths == (4, 2)
+    # It is the recipe that was submitted, also for a client that submits it again.
+    assert (await cluster.jobs.SubmitJob(request)).job.job_id == job_id

@@ -162,3 +162,31 @@ def test_long_lists_of_slots_are_cut() -> None:
     assert slots_text([3]) == "slot 3"
     assert slots_text(range(MAX_SHOWN)).endswith("30, 31")
     assert slots_text(range(1000)).endswith(f"30, 31 and {1000 - MAX_SHOWN} more")
+
+
+# -- slots of different numbers of inner steps -------------------------------------------------------------------------
+
+
+def test_a_slot_of_few_steps_goes_to_the_slow_worker() -> None:
+    assert assign_slots(["", ""], ["slow", "fast"], {"slow": 2.0, "fast": 1.0}, [30, 15])[0] == ["fast", "slow"]
+    # A wrong table is put right, and a right one stays, also at speeds that differ a little from the planned ones.
+    result, reason = assign_slots(["slow", "fast"], ["slow", "fast"], {"slow": 2.0, "fast": 1.0}, [30, 15])
+    assert result == ["fast", "slow"]
+    assert reason == ("slots 0, 1 moved to share the work evenly (2 live; slots of different numbers of inner steps)")
+    for pace in (1.0, 1.8, 2.2):
+        assert assign_slots(["fast", "slow"], ["slow", "fast"], {"slow": pace, "fast": 1.0}, [30, 15])[0] == [
+            "fast",
+            "slow",
+        ]
+
+
+@given(holders=holders, workers=live, data=st.data())
+def test_slots_of_different_costs_are_all_held_and_then_stay(
+    holders: list[str], workers: list[str], data: st.DataObject
+) -> None:
+    costs = data.draw(st.lists(st.integers(1, 30), min_size=len(holders), max_size=len(holders)))
+    seconds = {worker: data.draw(st.floats(0.1, 10)) for worker in workers}
+    result, _ = assign_slots(holders, workers, seconds, costs)
+    assert len(result) == len(holders)
+    assert set(result) <= set(workers)
+    assert assign_slots(result, workers, seconds, costs)[0] == result

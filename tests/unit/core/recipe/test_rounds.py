@@ -58,3 +58,22 @@ def test_rounds_in_words() -> None:
     plain = Rounds(7)
     assert (plain.num_rounds, plain.rounds_at(3)) == (0, 0)
     assert (plain.commit_text(3), plain.version_text(3)) == ("step 3", "version 3")
+
+
+@given(
+    st.integers(1, 12).flatmap(lambda length: st.tuples(st.just(length), st.integers(1, length))),
+    st.integers(0, 12),
+    st.integers(1, 6),
+)
+def test_a_slot_of_fewer_steps_uses_each_sample_once(lengths: tuple[int, int], after: int, count: int) -> None:
+    length, own = lengths
+    rounds = Rounds(after + length * count, length, after, (length, own))
+    steps = [[step for v in range(rounds.last_version) for step in rounds.slot_steps(v, slot)] for slot in (0, 1)]
+    assert [step.step for step in steps[0]] == [step.number for step in steps[0]] == list(range(rounds.num_steps))
+    assert [step.number for step in steps[1]] == list(range(after + own * count))
+    # Learning rates and draws: rising steps of the round, the first one at its start.
+    assert [step.step for step in steps[1]] == sorted({step.step for step in steps[1]})
+    for version in range(after, rounds.last_version):
+        found = [step.step for step in rounds.slot_steps(version, 1)]
+        assert found == [rounds.steps_at(version) + k * length // own for k in range(own)]
+        assert len(found) == rounds.num_slot_steps(version, 1) == own

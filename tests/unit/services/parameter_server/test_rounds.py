@@ -370,6 +370,17 @@ async def test_a_header_may_name_the_tokens_of_a_whole_round() -> None:
         await cluster.pull(2)
 
 
+async def test_a_slot_of_fewer_steps_may_name_no_more_tokens_than_they_have() -> None:
+    async with serving(local_plan(local={"slot_steps": [LENGTH, *[1] * (NUM_SLOTS - 1)]})) as cluster:
+        most = {"slot_tokens": LENGTH * SLOT_TOKENS, "slot_samples": LENGTH * SLOT_SAMPLES}
+        error = await cluster.refusal(0, list(frames(*cluster.contribution(1, 0, 0, **most))))
+        assert f"a slot has at most {SLOT_TOKENS} of {SLOT_SAMPLES}" in str(error.details())
+        one = {"slot_tokens": SLOT_TOKENS, "slot_samples": SLOT_SAMPLES}
+        for slot, bundle in cluster.all_keys(0):
+            await cluster.push([(slot, bundle)], 0, **(one if slot else most))
+        await cluster.pull(1)
+
+
 @pytest.mark.parametrize("optimizer", [{"kind": "sgd", "momentum": 0.0}])
 async def test_rounds_of_one_step_with_plain_sgd_are_ordinary_steps(optimizer: dict[str, Any]) -> None:
     """A slot's difference is then the learning rate times its gradient; the outer rule takes it as it is."""

@@ -9,6 +9,8 @@ from gradstream.coordinator.cli.views import terminal
 if TYPE_CHECKING:
     from gradstream.client import StepBreakdown
 
+MAX_WORKERS = 4
+"""Maximum number of workers whose shares the line names."""
 SMALL_SHARE = 0.005
 """Parts below this share of a step are left out of the line."""
 
@@ -24,7 +26,7 @@ def step_line(found: StepBreakdown) -> str:
     link = f"; slowest link {found.slowest_link}" if found.slowest_link else ""
     server = f"; slowest server {found.slowest_server}" if found.slowest_server else ""
     parts = [
-        ("compute", found.mean.compute_seconds),
+        (f"compute{_by_worker(found)}", found.mean.compute_seconds),
         ("weights", found.mean.weights_seconds),
         ("send", found.mean.send_seconds),
         (f"others' slots{slots}", found.mean.slots_seconds),
@@ -34,6 +36,17 @@ def step_line(found: StepBreakdown) -> str:
     whole = found.mean.step_seconds or 1.0
     shown = [f"{name} {100 * seconds / whole:.0f} %" for name, seconds in parts if seconds / whole >= SMALL_SHARE]
     return f"{seconds_text(found.mean.step_seconds)}: {', '.join(shown)}{link}{server}"
+
+
+def _by_worker(found: StepBreakdown) -> str:
+    """The share of the time in which each of a few workers computes in rounds."""
+    if not found.round_steps or not 2 <= len(found.workers) <= MAX_WORKERS:
+        return ""
+    shares = (
+        f"{worker.worker} {100 * worker.parts.compute_seconds / (worker.parts.step_seconds or 1.0):.0f} %"
+        for worker in found.workers
+    )
+    return f" ({', '.join(shares)})"
 
 
 def print_step_table(found: StepBreakdown) -> None:

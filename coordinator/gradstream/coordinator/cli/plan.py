@@ -21,7 +21,7 @@ from gradstream.coordinator.cli.options import (
     parse_size,
 )
 from gradstream.coordinator.cli.views import terminal
-from gradstream.coordinator.cli.views.plan import print_forecast
+from gradstream.coordinator.cli.views.plan import print_forecast, settings_text
 
 if TYPE_CHECKING:
     from gradstream.client import Client
@@ -90,6 +90,9 @@ def plan(
         return
     print_forecast(told, loaded, link_reason)
     terminal.hint(f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}")
+    for option in told.options:
+        if option.advised and option.steps:
+            terminal.hint(f"as advised: gradstream plan {recipe} {settings_text(option, loaded)}")
 
 
 def _plan_here(

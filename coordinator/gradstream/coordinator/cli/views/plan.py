@@ -181,10 +181,10 @@ def _advice(told: Forecast, recipe: Recipe) -> Iterator[Row]:
         yield ("" if number else "exchange", part)
     for option in told.options:
         if option.advised and option.steps:
-            yield ("", f"settings: {' '.join(f'-s {setting}' for setting in settings_of(option, recipe))}")
+            yield ("", f"settings: {settings_text(option, recipe)}")
 
 
-def settings_of(option: ExchangeOption, recipe: Recipe) -> list[str]:
+def settings_text(option: ExchangeOption, recipe: Recipe) -> str:
     """The overrides with which a recipe has the rounds of an option, and a number of steps that is whole rounds."""
     after = recipe.local.after if recipe.local is not None else 0
     rounds = max(1, -(-(recipe.training.num_steps - after) // option.steps))
@@ -198,7 +198,7 @@ def settings_of(option: ExchangeOption, recipe: Recipe) -> list[str]:
         settings["optimizer.moments"] = "fp32"
     if recipe.local is not None and recipe.local.inner_state != option.inner_state:
         settings["local.inner_state"] = option.inner_state
-    return [f"{key}={value}" for key, value in settings.items()]
+    return " ".join(f"-s {key}={value}" for key, value in settings.items())
 
 
 def _reasons(told: Forecast) -> Iterator[Row]:

@@ -92,7 +92,7 @@ def plan(
     terminal.hint(f"run it here: gradstream dev {recipe}; on a cluster: gradstream submit {recipe}")
     for option in told.options:
         if option.advised and option.steps:
-            terminal.hint(f"as advised: gradstream plan {recipe} {settings_text(option, loaded)}")
+            terminal.hint(f"with the advised settings: gradstream submit {recipe} {settings_text(option, loaded)}")
 
 
 def _plan_here(

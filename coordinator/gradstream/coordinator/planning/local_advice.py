@@ -37,8 +37,6 @@ def advise(options: Sequence[ExchangeOption]) -> tuple[ExchangeOption, str]:
     shared = [option for option in options if option.inner_state == "shared"]
     best = max(ordinary, key=lambda option: option.utilisation)
     without = f"ordinary steps with {_codecs(best)}: {_computes(best)}"
-    if not shared:
-        return best, without
     enough = [option for option in shared if option.utilisation >= TARGET]
     chosen = enough[0] if enough else max(shared, key=lambda option: option.utilisation)
     title = f"rounds of {chosen.steps} steps with {_codecs(chosen)}: {_computes(chosen)}"
@@ -72,44 +70,33 @@ def _computes(option: ExchangeOption) -> str:
 def exchange_options(plan: Plan, exchange: Callable[[Plan], Exchange]) -> list[ExchangeOption]:
     """List the ways to exchange: ordinary steps, rounds with shared moments, and rounds without.
 
-    Rounds are listed only if no ordinary steps reach the target and the plan's pipeline has a schedule for them.
-    `exchange` has the costs of a plan. The list is empty if times are not known.
+    Rounds are listed only if no ordinary steps reach the target. `exchange` has the costs of a plan. The list is empty
+    if times are not known, or if the pipeline of a job with rounds has no schedule for ordinary steps.
     """
     recipe = plan.recipe
-    options = [
-        option
-        for push, pull in EVERY_STEP
-        for option in _options(exchange(replace(plan, recipe=_with(recipe, push, pull, None))), [0], push, pull, "")
-    ]
-    if not options or any(option.utilisation >= TARGET for option in options):
-        return options
+
+    def options(pair: tuple[str, str], local: LocalConfig | None, steps: Sequence[int]) -> Iterator[ExchangeOption]:
+        found = exchange(replace(plan, recipe=_with(recipe, *pair, local)))
+        for count in steps:
+            share = found.pace.utilisation(count or 1) if found.pace is not None else None
+            if share is not None:
+                state = local.inner_state if local is not None else ""
+                yield ExchangeOption(count, *pair, state, share, found.worker_bytes / (count or 1))
+
     try:
-        for state in ("shared", "reset"):
-            local = (recipe.local or LocalConfig(steps=1)).model_copy(update={"inner_state": state})
-            rounds = [
-                option
-                for push, pull in ROUNDS
-                for option in _options(
-                    exchange(replace(plan, recipe=_with(recipe, push, pull, local))), STEPS, push, pull, state
-                )
-            ]
-            options += sorted(rounds, key=lambda option: option.steps)
+        listed = [option for pair in EVERY_STEP for option in options(pair, None, [0])]
     except ConfigError:
-        # The pipeline's schedule does not exist for the microbatches of one slot.
-        return options
-    return options
+        return []
+    if not listed or any(option.utilisation >= TARGET for option in listed):
+        return listed
+    for state in ("shared", "reset"):
+        local = (recipe.local or LocalConfig(steps=1)).model_copy(update={"inner_state": state})
+        rounds = [option for pair in ROUNDS for option in options(pair, local, STEPS)]
+        listed += sorted(rounds, key=lambda option: option.steps)
+    return listed
 
 
 def _with(recipe: Recipe, push: str, pull: str, local: LocalConfig | None) -> Recipe:
     """The recipe with other codecs, with rounds or without. Only its bytes are of interest, so it is not validated."""
     codec = recipe.codec.model_copy(update={"push": push, "pull": pull})
     return recipe.model_copy(update={"codec": codec, "local": local})
-
-
-def _options(
-    exchange: Exchange, steps: Sequence[int], push: str, pull: str, inner_state: str
-) -> Iterator[ExchangeOption]:
-    for count in steps:
-        share = exchange.pace.utilisation(count or 1) if exchange.pace is not None else None
-        if share is not None:
-            yield ExchangeOption(count, push, pull, inner_state, share, exchange.worker_bytes / (count or 1))

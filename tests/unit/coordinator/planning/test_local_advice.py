@@ -60,10 +60,3 @@ def test_the_reason_has_the_rivals() -> None:
     too_slow = advise(options(0.1, 20))[1]
     assert "; none of 5, 10, 30 and 100 steps reaches 95 %; " in too_slow
     assert "inner_state" not in advise(options(2.0, 100, moments=0.0))[1], "SGD without momentum has no moments"
-
-
-def test_without_rounds_the_better_codec_is_named() -> None:
-    """As for a pipeline whose schedule has no form for the microbatches of one slot."""
-    chosen, reason = advise(options(0.1, 20)[:2])
-    assert (chosen.steps, chosen.push) == (0, "int4")
-    assert "rounds" not in reason

@@ -399,6 +399,25 @@ def test_a_forecast_of_rounds_in_a_pipeline(tmp_path: Path) -> None:
     assert by_kind["tied gradients", first] == by_kind["tied gradients", second] == 10 * 2 * 4 * WIDE
 
 
+def test_rounds_are_advised_for_a_pipeline_on_a_slow_link(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, schedule="gpipe")
+    codec = recipe.codec.model_copy(update={"push": "int4", "pull": "delta-int4"})
+    rounds = told(with_rounds(recipe.model_copy(update={"codec": codec}), moments={}), workers(0, 0), link=1e3)
+    options = [option for option in told(recipe, workers(0, 0), link=1e3).options if option.inner_state != "reset"]
+    (found,) = [option for option in options if (option.steps, option.push) == (10, "int4")]
+    assert found.utilisation == pytest.approx(rounds.utilisation)
+    assert found.worker_step_bytes == pytest.approx(rounds.worker_step_bytes)
+
+
+def test_rounds_whose_schedule_has_no_ordinary_steps_get_no_advice(tmp_path: Path) -> None:
+    """Five microbatches of a slot go through the chunks of three workers, ten of two slots do not."""
+    slots = {"num_slots": 2, "global_batch": 10}
+    recipe = with_rounds(recipe_of(tmp_path, slots, schedule="interleaved-1f1b", stages=6, chunks=2))
+    found = told(recipe, workers(0, 0, 0), link=1e3)
+    assert found.round_steps == 10
+    assert (found.options, found.advice) == ((), "")
+
+
 def test_a_model_without_a_profile_has_no_times(tmp_path: Path) -> None:
     made, reasons = plan(recipe_of(tmp_path, stages=1), workers(0))
     found = forecast(made, reasons, None, [], workers(0), 1e9)

@@ -1,4 +1,4 @@
-"""Jobs with local steps: the same bits whoever computes and whoever dies, and the losses of plain PyTorch."""
+"""Jobs with local steps: the same bits on any nodes and after deaths, and the losses of plain PyTorch."""
 
 from __future__ import annotations
 

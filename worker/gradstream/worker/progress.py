@@ -29,6 +29,7 @@ import torch
 from gradstream.core.codecs import Payload
 from gradstream.core.log import get_logger
 from gradstream.core.plan.plan import Plan
+from gradstream.core.recipe.local import progress_interval
 from gradstream.core.wire.frames import checksum
 from gradstream.core.wire.slot_totals import SlotTotals
 
@@ -44,8 +45,7 @@ class ProgressFiles:
     """The progress of one job's slots, in `directory`/rounds. `load` and `save` run in the compute thread."""
 
     def __init__(self, plan: Plan, directory: Path, now: Callable[[], float] = time.time):
-        local = plan.recipe.local
-        self.interval_steps = local.progress_steps if local is not None and not plan.has_pipeline else 0
+        self.interval_steps = progress_interval(plan.recipe.local, plan.recipe.pipeline)
         """Inner steps after which progress is kept; 0: never."""
         self._plan = plan
         self._root = directory / "rounds"
@@ -54,11 +54,11 @@ class ProgressFiles:
         self._thread = ThreadPoolExecutor(1, "progress")
         self._writing: Future[None] | None = None
         self._copies: list[torch.Tensor] = []
-        # What a slot's round depends on besides its version's arrays.
-        self._settings = json.dumps(
-            [plan.recipe.model_dump(mode="json", exclude={"run_root"}), plan.data_manifest.model_dump(mode="json")]
-        )
+        self._settings = ""
+        """What a slot's round depends on besides its version's arrays."""
         if self.interval_steps:
+            recipe = plan.recipe.model_dump(mode="json", exclude={"run_root"})
+            self._settings = json.dumps([recipe, plan.data_manifest.model_dump(mode="json")])
             self._thread.submit(self._forget_other_jobs)
 
     def due(self, num_done: int, num_steps: int) -> bool:

@@ -19,6 +19,7 @@ from gradstream.core.plan.downlink import downlink
 from gradstream.core.plan.fragments import BYTES_PER_ELEMENT, Fragment, Tensor
 from gradstream.core.plan.plan import Plan
 from gradstream.core.plan.sizes import MAX_ENCODED_SLOTS, encoded_bytes, sum_bytes
+from gradstream.core.recipe.local import progress_interval
 from gradstream.core.recipe.recipe import Recipe
 from gradstream.core.wire.stream_limits import MAX_WAITING_BYTES
 
@@ -147,7 +148,7 @@ def _round_arrays(recipe: Recipe) -> int:
     num_moments = max_moments(recipe.optimizer)
     shared = max(map(len, every_moment_codecs(recipe)))
     encoded = 1 + shared if recipe.training.num_slots > 1 else 0
-    keeps = recipe.pipeline.stages == 1 and 0 < recipe.local.progress_steps < recipe.local.steps
+    keeps = progress_interval(recipe.local, recipe.pipeline) > 0
     kept = 1 + num_moments if keeps else 0
     return (1 + shared) + (1 + num_moments + 2) + encoded + kept
 

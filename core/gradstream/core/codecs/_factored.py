@@ -12,7 +12,7 @@ import torch
 
 from gradstream.core.codecs._base import Codec, Payload
 from gradstream.core.codecs._dense import Bf16
-from gradstream.core.plan.sizes import FACTORED_COLUMNS
+from gradstream.core.plan.sizes import is_factored
 from gradstream.proto.v1 import plan_pb2
 
 
@@ -45,8 +45,3 @@ class Factored(Codec):
             rows_R = (means[:rows] / mean if mean else np.zeros(rows)).astype(np.float32)
         columns_C = torch.from_numpy(means[rows:].astype(np.float32)).to(out.device)
         torch.outer(torch.from_numpy(rows_R).to(out.device), columns_C, out=out)
-
-
-def is_factored(shape: tuple[int, ...]) -> bool:
-    """Whether a slice of this shape is sent by its means."""
-    return len(shape) == 2 and min(shape) >= FACTORED_COLUMNS

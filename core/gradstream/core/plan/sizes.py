@@ -13,8 +13,6 @@ Shape = tuple[int, ...]
 """The shape of a slice: (rows, columns) or (elements,)."""
 
 POWERSGD_RANK = 4
-FACTORED_COLUMNS = 2
-"""Rows and columns from which a matrix is sent by their means."""
 PLANES = {"fp32-zstd": 4, "bf16-zstd": 2}
 """Number of bytes of an element. The bytes of each significance are compressed separately."""
 PLANE_HEADER_BYTES = 4
@@ -51,9 +49,13 @@ def encoded_bytes(name: str, shape: Shape) -> int:
             rank, rows, columns = powersgd_form(shape)
             return 4 * (rank * (rows + columns) if rank else elements)
         case "factored":
-            factored = len(shape) == 2 and min(shape) >= FACTORED_COLUMNS
-            return 4 * sum(shape) if factored else 2 * elements
+            return 4 * sum(shape) if is_factored(shape) else 2 * elements
     raise KeyError(name)
+
+
+def is_factored(shape: Shape) -> bool:
+    """Whether the codec factored sends a slice of this shape by the means of its rows and columns."""
+    return len(shape) == 2 and min(shape) > 1
 
 
 def sum_bytes(num_elements: int) -> int:

@@ -89,6 +89,13 @@ class LocalConfig(Section):
         return self.slot_steps == "auto" and not self.chosen_slot_steps
 
 
+def progress_interval(local: LocalConfig | None, pipeline: PipelineConfig) -> int:
+    """Inner steps after which a worker keeps its slot's progress on its disk; 0 if it never does."""
+    if local is None or pipeline.stages != 1 or local.progress_steps >= local.steps:
+        return 0
+    return local.progress_steps
+
+
 def whole_rounds_problem(num_steps: int, local: LocalConfig) -> str:
     """Why a job cannot have this number of steps, with the nearest numbers that it can have; "" if it can."""
     rest = (num_steps - local.after) % local.steps

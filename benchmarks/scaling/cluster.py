@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from gradstream.client import AsyncClient
 from gradstream.coordinator.data.prepare import prepare
 from gradstream.coordinator.server import TOKENS_NAME
 from gradstream.core.credentials.authority import Authority
+from gradstream.core.machine.open_files import RESERVED_FILES, max_open_files
 from gradstream.core.recipe.loading import parse_recipe
 from gradstream.core.recipe.recipe import PrepareConfig, Recipe
 from gradstream.core.rpc.access import ADMIN, COORDINATOR, SERVER, WORKER
 from gradstream.core.rpc.transport import Transport
 
+REGISTER_SECONDS = 300.0
+"""Time for all simulated workers to register."""
 VOCAB_SIZE = 320
 MODEL: Mapping[str, Any] = {
     "model_type": "llama",
@@ -152,6 +156,38 @@ class ScaleCluster:
         ready = self._serve(self._stack, name, "parameter-server", "--name", name, "--processes", str(count), *common)
         await asyncio.to_thread(await_file, ready)
 
+    async def start_workers(self, count: int, num_servers: int) -> int:
+        """Start simulated workers in processes of their own (scaling.worker_host); return how many processes.
+
+        Each process has as many workers as its descriptors allow. Return when all workers have registered.
+        """
+        files = max_open_files()
+        most = (files - RESERVED_FILES) // (num_servers + 1) if files else count
+        num_processes = -(-count // max(1, most))
+        bounds = [number * count // num_processes for number in range(num_processes + 1)]
+        waiting = []
+        for first, end in pairwise(bounds):
+            ready = self.directory / f"workers-{first:04d}.ready"
+            command = [sys.executable, "-m", "scaling.worker_host", "--coordinator", self.address]
+            command += ["--first", str(first), "--count", str(end - first), "--ready-file", str(ready)]
+            if self._credentials is not None:
+                command += ["--credentials", str(self._credentials / WORKER)]
+            log = ready.with_suffix(".log")
+            started = self._stack.enter_context(
+                process(command, {"PYTHONPATH": str(Path(__file__).parents[1])}, log=log)
+            )
+            self._processes[f"workers-{first:04d}"] = psutil.Process(started.pid)
+            waiting.append(ready)
+        for ready in waiting:
+            await asyncio.to_thread(await_file, ready, REGISTER_SECONDS)
+        return num_processes
+
+    def worker_failures(self) -> list[str]:
+        """The last log line of each process of workers that has ended."""
+        names = [name for name, found in self._processes.items() if name.startswith("workers-")]
+        ended = [name for name in names if not _runs(self._processes[name])]
+        return [(self.directory / f"{name}.log").read_text().strip().rpartition("\n")[2] for name in ended]
+
     def usage(self, name: str) -> Usage:
         """What a process has used: "coordinator", "server-00" and so on."""
         return _usage(self._processes[name])
@@ -180,6 +216,10 @@ class ScaleCluster:
         started = stack.enter_context(process(command, {}, log=self.directory / f"{name}.log"))
         self._processes[name] = psutil.Process(started.pid)
         return ready
+
+
+def _runs(found: psutil.Process) -> bool:
+    return found.is_running() and found.status() != psutil.STATUS_ZOMBIE
 
 
 def _usage(found: psutil.Process) -> Usage:

@@ -13,7 +13,6 @@ from report import Result, at_most, fail, result
 from gradstream.client import Job, Step
 from gradstream.core.machine.open_files import max_open_files, shortage
 from scaling.cluster import cluster, recipe_of
-from scaling.workers import SimulatedWorkers
 
 NUM_STEPS = 6
 
@@ -37,16 +36,14 @@ async def measure(
     num_hosts: int = 0,
 ) -> list[Result]:
     """Run one job with a slot for each worker; return the share of its steps that completed, and its figures."""
-    num_connections = num_workers * (num_servers + 1)
-    if short := shortage(max_open_files(), num_connections, f"the far ends of {num_connections} connections"):
-        fail("scale", f"this process {short}, or take fewer --servers")
+    most_servers = -(-num_servers // (num_hosts or num_servers))
+    peers = f"{num_workers} workers with a connection to each of its {most_servers} servers"
+    if short := shortage(max_open_files(), num_workers * most_servers, peers):
+        fail("scale", f"a process of servers {short}, or take more --hosts")
     times: list[float] = []
-    async with (
-        cluster(directory, num_servers, memory, secure, num_hosts) as running,
-        SimulatedWorkers(running.address, running.transport) as workers,
-    ):
+    async with cluster(directory, num_servers, memory, secure, num_hosts) as running:
         began = time.monotonic()
-        await workers.start(num_workers)
+        num_processes = await running.start_workers(num_workers, num_servers)
         registered_seconds = time.monotonic() - began
         before, server_before = running.usage("coordinator"), running.usage("server-00")
         async with running.client() as client:
@@ -62,8 +59,8 @@ async def measure(
             except TimeoutError:
                 pass
             job = await client.job(job.job_id)
-        if workers.failures:
-            raise workers.failures[0]
+        if failures := running.worker_failures():
+            fail("scale", f"a process of workers has ended: {failures[0]}")
         if not times:
             fail(
                 "scale", f"{num_workers} workers, {num_servers} servers: no step; the job is {job.state} ({job.reason})"
@@ -75,8 +72,9 @@ async def measure(
     shared = f" in {num_hosts} processes" if num_hosts else ""
     a_server = f"one process with {num_servers / num_hosts:g} servers" if num_hosts else "one server"
     detail = (
-        f"{len(times)} of {NUM_STEPS} steps, {num_servers} servers{shared}; all registered in "
-        f"{registered_seconds:.1f} s; {median:.2f} s a step; the job is {job.state} ({job.reason or 'no reason'})"
+        f"{len(times)} of {NUM_STEPS} steps, {num_servers} servers{shared}, workers in {num_processes}; all "
+        f"registered in {registered_seconds:.1f} s; {median:.2f} s a step; "
+        f"the job is {job.state} ({job.reason or 'no reason'})"
     )
     print(f"{num_workers} workers: {detail}", flush=True)
     results = [result(f"steps_{num_workers:04d}", len(times) / NUM_STEPS, 1.0, detail)]

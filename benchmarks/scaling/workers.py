@@ -307,15 +307,20 @@ class SimulatedWorker:
 class SimulatedWorkers:
     """A group of simulated workers of one coordinator. All of them end with the `async with` block."""
 
-    def __init__(self, coordinator: str, transport: Transport = PLAIN, computes: bool = True):
-        """Workers that do not compute take plans and lease tables only: the job makes no step."""
+    def __init__(self, coordinator: str, transport: Transport = PLAIN, computes: bool = True, first: int = 0):
+        """`first` is the number of the first worker.
+
+        Workers that do not compute take plans and lease tables only: the job makes no step.
+        """
         self.coordinator = coordinator
         self.failures: list[BaseException] = []
+        self.failed = asyncio.Event()
+        """Set once a worker has ended with an error."""
         self._transport = transport
         self._computes = computes
         self._tasks: dict[SimulatedWorker, asyncio.Task[None]] = {}
         self._ending: set[Awaitable[Any]] = set()
-        self._num_started = 0
+        self._next_number = first
         self._contributions: dict[tuple[str, int], Contributions] = {}
 
     async def __aenter__(self) -> SimulatedWorkers:
@@ -338,13 +343,13 @@ class SimulatedWorkers:
     async def start(self, count: int) -> list[SimulatedWorker]:
         """Start workers; return them when all have registered. Raises the error of one that was refused."""
         started = []
-        for number in range(self._num_started, self._num_started + count):
+        for number in range(self._next_number, self._next_number + count):
             name = f"worker-{number:04d}"
             worker = SimulatedWorker(self.coordinator, name, self._contributions_of, self._transport, self._computes)
             task = self._tasks[worker] = asyncio.create_task(worker.run())
             task.add_done_callback(lambda task, worker=worker: self._ended(worker, task))
             started.append(worker)
-        self._num_started += count
+        self._next_number += count
         waits = [asyncio.ensure_future(worker.session.registered.wait()) for worker in started]
         all_registered = asyncio.gather(*waits)
         while not all_registered.done():
@@ -366,6 +371,7 @@ class SimulatedWorkers:
         self._tasks.pop(worker, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.failures.append(error)
+            self.failed.set()
 
     def _contributions_of(self, message: Any) -> Contributions:
         """The contributions of a plan, parsed once for all workers."""

@@ -33,8 +33,8 @@ SMOKE_WORKERS = 12
 
 
 async def _steps(num_workers: int, data: Path, directory: Path, arguments: Namespace) -> list[Result]:
-    servers, memory = arguments.servers, arguments.memory
-    return await steps.measure(data, directory, num_workers, servers, memory, arguments.secure, arguments.hosts)
+    servers, memory, timing = arguments.servers, arguments.memory, arguments.timing
+    return await steps.measure(data, directory, num_workers, servers, memory, arguments.secure, arguments.hosts, timing)
 
 
 async def _deaths(num_workers: int, data: Path, directory: Path, arguments: Namespace) -> list[Result]:
@@ -71,6 +71,9 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=2, help="parameter servers (up to 64)")
     parser.add_argument("--memory", default="2GiB", help="memory that each server offers")
     parser.add_argument("--hosts", type=int, default=0, help="of `steps`: processes that share the servers")
+    parser.add_argument(
+        "--timing", action="append", default=[], help="of `steps`: the coordinator's, such as lease_seconds=120"
+    )
     parser.add_argument("--secure", action="store_true", help="with credentials: TLS, tokens, the guard")
     arguments = parser.parse_args()
     cases = chosen("scale", SMOKE_CASES if arguments.smoke else CASES, arguments.only)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -98,8 +98,9 @@ class Usage:
 class ScaleCluster:
     """A coordinator and servers. Each is a process that ends with the block of `cluster`."""
 
-    def __init__(self, directory: Path, stack: ExitStack, secure: bool = False):
+    def __init__(self, directory: Path, stack: ExitStack, secure: bool = False, timing: Sequence[str] = ()):
         self.directory = directory
+        self._timing = [word for setting in timing for word in ("--timing", setting)]
         self.address = "127.0.0.1:0"
         self._credentials = directory / "credentials" if secure else None
         if self._credentials is not None:
@@ -113,7 +114,7 @@ class ScaleCluster:
 
     async def start_coordinator(self) -> None:
         """Start the coordinator; a second start has the state and address of the first one."""
-        state = ["--listen", self.address, "--state", str(self.directory / "state")]
+        state = ["--listen", self.address, "--state", str(self.directory / "state"), *self._timing]
         ready = self._serve(self._coordinator, "coordinator", "coordinator", *state)
         self.address = await asyncio.to_thread(await_file, ready)
 
@@ -229,17 +230,23 @@ def _usage(found: psutil.Process) -> Usage:
 
 @asynccontextmanager
 async def cluster(
-    directory: Path, num_servers: int, memory: str = "2GiB", secure: bool = False, num_hosts: int = 0
+    directory: Path,
+    num_servers: int,
+    memory: str = "2GiB",
+    secure: bool = False,
+    num_hosts: int = 0,
+    timing: Sequence[str] = (),
 ) -> AsyncIterator[ScaleCluster]:
     """Run a coordinator and servers for the block, `secure` with credentials.
 
-    With `num_hosts` the servers share that many processes; otherwise each has its own.
+    With `num_hosts` the servers share that many processes; otherwise each has its own. `timing` are settings of the
+    coordinator's `--timing`.
 
     `directory` gets their logs and, unless it has one, their state.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        running = ScaleCluster(directory, stack, secure)
+        running = ScaleCluster(directory, stack, secure, timing)
         await running.start_coordinator()
         if num_hosts:
             await running.start_hosted_servers(num_servers, memory, num_hosts)

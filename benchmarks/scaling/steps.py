@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,6 +35,7 @@ async def measure(
     memory: str,
     secure: bool = False,
     num_hosts: int = 0,
+    timing: Sequence[str] = (),
 ) -> list[Result]:
     """Run one job with a slot for each worker; return the share of its steps that completed, and its figures."""
     most_servers = -(-num_servers // (num_hosts or num_servers))
@@ -41,7 +43,7 @@ async def measure(
     if short := shortage(max_open_files(), num_workers * most_servers, peers):
         fail("scale", f"a process of servers {short}, or take more --hosts")
     times: list[float] = []
-    async with cluster(directory, num_servers, memory, secure, num_hosts) as running:
+    async with cluster(directory, num_servers, memory, secure, num_hosts, timing) as running:
         began = time.monotonic()
         num_processes = await running.start_workers(num_workers, num_servers)
         registered_seconds = time.monotonic() - began
